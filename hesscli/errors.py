@@ -1,0 +1,50 @@
+"""Exit codes, and the errors that carry them from any room to the command line."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a finished process tells the shell, as `diff`, `grep` and `ruff` do up to 2."""
+
+    OK = 0
+    CHECK_FAILED = 1  # a check that was asked for failed (diff, a gate)
+    USAGE = 2  # wrong options, a missing file, output refused
+    FILE = 3  # a file is unreadable, unsupported or unsafe
+    MISMATCH = 4  # model, data and loss do not fit together
+    NUMERICAL = 5  # NaN or inf, not twice differentiable, check failed, not converged
+    RESOURCES = 6  # device missing, not enough memory or disk
+    BUG = 70  # a bug in hesscli
+    INTERRUPTED = 130  # Ctrl-C
+
+
+class HesscliError(Exception):
+    """An error for the user: what was found, what was wanted, and a hint that can be pasted."""
+
+    exit_code = ExitCode.BUG
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(HesscliError):
+    exit_code = ExitCode.USAGE
+
+
+class FileError(HesscliError):
+    exit_code = ExitCode.FILE
+
+
+class MismatchError(HesscliError):
+    exit_code = ExitCode.MISMATCH
+
+
+class NumericalError(HesscliError):
+    exit_code = ExitCode.NUMERICAL
+
+
+class ResourceError(HesscliError):
+    exit_code = ExitCode.RESOURCES

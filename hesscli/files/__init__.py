@@ -1,0 +1,1 @@
+"""Model files, data files and Hessian files. Knows no mathematics and no terminal."""

@@ -1,0 +1,1 @@
+"""The mathematics. Knows tensors, never files or terminals."""

@@ -1,0 +1,1 @@
+"""Eigenvalues, trace and norm of a symmetric matrix. Knows no model."""
