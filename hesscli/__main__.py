@@ -1,0 +1,5 @@
+"""`python -m hesscli` is `hesscli`."""
+
+from hesscli.cli import main
+
+main()

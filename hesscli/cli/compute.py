@@ -1,0 +1,94 @@
+"""`hesscli compute MODEL DATA`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hesscli.cli.failing import failing
+from hesscli.cli.options import Debug, Json, Quiet, takes_problem
+from hesscli.job.options import STATS, ComputeOptions, ProblemOptions
+
+
+class Blocks(StrEnum):
+    diag = "diag"
+    module = "module"
+    full = "full"
+    elements = "elements"
+
+
+Stats = StrEnum("Stats", {name: name for name in STATS})  # type: ignore[misc]
+
+
+@takes_problem
+def compute(
+    problem: ProblemOptions,
+    blocks: Annotated[
+        Blocks,
+        typer.Option(
+            "--blocks",
+            "-b",
+            help="diag: block_diagonal, one block per parameter tensor. module: one per module. full: the "
+            "whole matrix, P x P numbers. elements: the diagonal's entries alone.",
+        ),
+    ] = Blocks.diag,
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output", "-o", metavar="FILE|-", help="Where to write; - is standard output."
+        ),
+    ] = "hessian.safetensors",
+    gradient: Annotated[
+        bool, typer.Option("--gradient", help="Also write the gradient, as gradient.<parameter>.")
+    ] = False,
+    stats: Annotated[
+        Stats,
+        typer.Option(
+            help="basic: trace and norm. auto: also the extreme eigenvalues of blocks up to 1024. all: of "
+            "every block, which for large ones takes longer than the Hessian. none: nothing."
+        ),
+    ] = Stats.auto,  # type: ignore[attr-defined]
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what it would take; compute and write nothing."),
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Replace a file that hesscli did not write.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write the Hessian of a saved model's loss to safetensors, and print a summary table.
+
+    \b
+    Example:
+      hesscli compute model.pt data.npz --blocks diag
+      hesscli compute weights.safetensors data.npz --arch nets.py:make_cnn --blocks full
+      hesscli compute model.pt data.npz -o - | hesscli eigen - --top 10
+    """
+    with failing(debug):
+        from hesscli.cli.output import Output
+
+        options = ComputeOptions(
+            **{name: getattr(problem, name) for name in asdict(problem)},
+            blocks=blocks.value,
+            gradient=gradient,
+            stats=stats.value,
+            output=None if output == "-" else Path(output),
+            force=force,
+        )
+        with Output(quiet=quiet, json=json, data_on_stdout=output == "-" and not dry_run) as out:
+            from hesscli.job.compute import compute as run
+
+            document = run(options, out, dry_run)
+            if dry_run:
+                out.plan(document)
+            else:
+                out.hessian(document)
+                if output != "-":
+                    out.wrote(output, document["total"]["bytes"])

@@ -1,0 +1,211 @@
+"""The options that every command taking MODEL DATA shares."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable
+from enum import StrEnum
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from hesscli.job.options import METHODS, ProblemOptions
+
+
+class Reduction(StrEnum):
+    mean = "mean"
+    sum = "sum"
+
+
+class DType(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    float64 = "float64"
+
+
+Method = StrEnum("Method", {name: name for name in METHODS})  # type: ignore[misc]
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
+
+
+def key_values(pairs: list[str], option: str) -> dict[str, object]:
+    """`K=V` pairs; V is a Python literal if it reads as one, else text."""
+    found: dict[str, object] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter(f"{pair!r} is not of the form K=V", param_hint=option)
+        found[key] = _literal(text)
+    return found
+
+
+def _literal(text: str) -> object:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def problem_options(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="TorchScript, .pt2, or a state dict (.pt, .safetensors)."
+        ),
+    ],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="Inputs and targets: .npz, .safetensors or .pt.")
+    ],
+    loss: Annotated[
+        str,
+        typer.Option(
+            "--loss",
+            "-l",
+            metavar="NAME",
+            help="auto (integer targets: cross-entropy, float targets: mse), mse, cross-entropy, nll, "
+            "bce-with-logits, bce, huber, smooth-l1, l1, poisson-nll, kl-div, output (the model "
+            "returns its loss) or PKG.MOD:FN.",
+        ),
+    ] = "auto",
+    loss_arg: Annotated[
+        list[str],
+        typer.Option(
+            metavar="K=V",
+            help="Keyword argument of the loss; V = @KEY takes an array of the data file. Repeatable.",
+        ),
+    ] = [],  # noqa: B006 - typer copies it
+    reduction: Annotated[Reduction, typer.Option(help="Mean over the data, or sum.")] = (
+        Reduction.mean
+    ),
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            "--arch",
+            "-a",
+            metavar="FACTORY",
+            help="For files that hold weights only: PKG.MOD:FACTORY, FILE.py:FACTORY or mlp.",
+        ),
+    ] = None,
+    arch_arg: Annotated[
+        list[str],
+        typer.Option(metavar="K=V", help="Keyword argument of the factory. Repeatable."),
+    ] = [],  # noqa: B006
+    inputs: Annotated[
+        list[str],
+        typer.Option(metavar="KEY", help="Array that goes into the model. Repeatable, in order."),
+    ] = [],  # noqa: B006
+    targets: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Array that the loss compares with.")
+    ] = None,
+    output_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", help="Which entry of the dict or tuple that the model returns to use."
+        ),
+    ] = None,
+    unbatched: Annotated[
+        bool,
+        typer.Option("--unbatched", help="The arrays have no sample axis: pass them whole."),
+    ] = False,
+    params: Annotated[
+        list[str],
+        typer.Option(
+            "--params",
+            "-p",
+            metavar="GLOB",
+            help="Only the parameters whose names match; a leading ! excludes. Repeatable.",
+        ),
+    ] = [],  # noqa: B006
+    device: Annotated[
+        str, typer.Option("--device", "-d", help="auto, cpu, cuda, cuda:N or mps.")
+    ] = "auto",
+    dtype: Annotated[
+        DType, typer.Option(help="auto is the model's own. float64 costs about twice the time.")
+    ] = DType.auto,
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|N", help="Samples that go through at once; the result is the same."
+        ),
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the random directions of the check.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads.", show_default="all")
+    ] = None,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pickle",
+            help="Load pickled Python objects. They can run any code: only for files you trust.",
+        ),
+    ] = False,
+    train_mode: Annotated[
+        bool, typer.Option("--train-mode", help="Leave the model in train mode, as one batch.")
+    ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            help="Compare with differences of gradients before writing: two gradients per block."
+        ),
+    ] = True,
+    method: Annotated[
+        Method, typer.Option(help="auto takes the fastest that is exact; others are forced.")
+    ] = Method.auto,  # type: ignore[attr-defined]
+) -> ProblemOptions:
+    """The options of a problem, from what the command line says."""
+    if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size) > 0):
+        raise typer.BadParameter(f"{batch_size!r} is not auto or a number", param_hint="--batch-size")
+    return ProblemOptions(
+        model=model,
+        data=data,
+        loss=loss,
+        loss_arguments=key_values(loss_arg, "--loss-arg"),
+        reduction=reduction.value,
+        arch=arch,
+        arch_arguments=key_values(arch_arg, "--arch-arg"),
+        inputs=tuple(inputs),
+        targets=targets,
+        output_key=output_key,
+        unbatched=unbatched,
+        params=tuple(params),
+        device=device,
+        dtype=dtype.value,
+        batch_size=None if batch_size == "auto" else int(batch_size),
+        seed=seed,
+        threads=threads,
+        allow_pickle=allow_pickle,
+        train_mode=train_mode,
+        check=check,
+        method=method.value,
+    )
+
+
+def takes_problem(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the shared options: its parameter `problem` becomes all of `problem_options`'."""
+    shared = inspect.signature(problem_options)
+    own = inspect.signature(command)
+    hints = get_type_hints(problem_options, include_extras=True) | get_type_hints(
+        command, include_extras=True
+    )
+
+    @wraps(command)
+    def run(**arguments: Any) -> None:
+        mine = {name: arguments.pop(name) for name in own.parameters if name != "problem"}
+        command(problem=problem_options(**arguments), **mine)
+
+    parameters = [p for p in shared.parameters.values() if p.default is p.empty]
+    parameters += [p for name, p in own.parameters.items() if name != "problem"]
+    parameters += [p for p in shared.parameters.values() if p.default is not p.empty]
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]) for p in parameters]
+    )
+    run.__annotations__ = {p.name: hints[p.name] for p in parameters} | {"return": None}
+    return run

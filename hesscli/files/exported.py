@@ -1,0 +1,77 @@
+"""Programs saved by `torch.export.save`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hesscli.errors import FileError
+from hesscli.files.exported_code import refuse_code
+from hesscli.files.ties import shared, tie
+from hesscli.files.torch_files import NeedsPickleError, pickled_objects, quiet, reading
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A program as a module, and what its signature tells."""
+
+    module: nn.Module
+    inputs: int
+    batch_size: int | None  # the only one it accepts; None if it accepts any
+
+
+def load_exported(
+    path: str | os.PathLike[str], device: torch.device, pickle_hint: str | None
+) -> Exported:
+    """Reads a program, moves it to the device and ties again what was tied when it was saved.
+
+    Args:
+        path: the file.
+        device: where parameters and constants go.
+        pickle_hint: the hint when the file would run code; None to let it.
+
+    Raises:
+        FileError: damaged, of another version, or with keyword inputs.
+    """
+    with reading(path, "exported"):
+        if pickle_hint is not None:
+            try:
+                refuse_code(path)
+            except NeedsPickleError as error:
+                raise pickled_objects(path, error.name, pickle_hint) from error
+        # As an open file: torch.export.load warns about paths that do not end in .pt2.
+        with quiet(), open(path, "rb") as file:
+            program = torch.export.load(file)  # type: ignore[arg-type]
+            groups = shared(program.named_parameters())
+            if device.type != "cpu":
+                program = torch.export.passes.move_to_device_pass(program, device)
+            module = program.module()
+        tie(module, groups)
+        positional, keywords = program.call_spec.in_spec.children()
+    if keywords.num_children:
+        raise FileError(
+            f"{path}: exported with keyword inputs ({', '.join(map(str, keywords.context))}), "
+            "but inputs are passed by position",
+            "pass them in the tuple: torch.export.export(model, (x, mask))",
+        )
+    # `.eval()` raises on these modules: the mode is part of the graph. The flag may still be read.
+    for part in module.modules():
+        part.training = False
+    return Exported(module, positional.num_children, _batch_size(program))
+
+
+def _batch_size(program: torch.export.ExportedProgram) -> int | None:
+    names = set(program.graph_signature.user_inputs)
+    sizes = [
+        node.meta["val"].shape[0]
+        for node in program.graph.nodes
+        if node.op == "placeholder"
+        and node.name in names
+        and isinstance(node.meta.get("val"), torch.Tensor)
+        and node.meta["val"].dim()
+    ]
+    fixed = [size for size in sizes if isinstance(size, int)]
+    return fixed[0] if fixed else None

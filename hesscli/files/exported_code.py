@@ -1,0 +1,124 @@
+"""Whether loading a `.pt2` file would run code of the file's choice.
+
+`torch.export.load` unpickles parts of the file without limits and evaluates expressions written in
+it, so everything of that kind is looked at first.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+
+from hesscli.files.torch_files import NeedsPickleError, load_weights_only_bytes
+
+# Calls that a graph is made of. Anything else under `torch.` could be `torch.load`.
+_TARGET = re.compile(r"torch\.ops\.\w+\.\w+(\.\w+)?|torch\.sym_\w+|_operator\.\w+|math\.\w+")
+_UNSAFE_TARGET = re.compile(r"__|_operator\.(call|attrgetter|methodcaller)")
+_SAFE_BUILTINS = {"abs", "bool", "float", "int", "len", "max", "min", "pow", "round", "sum"}
+_SAFE_ATTRIBUTES = {
+    *("size", "stride", "storage_offset", "shape", "ndim", "dim", "numel", "dtype", "device"),
+    *("floor", "ceil", "trunc", "sqrt", "log2", "inf"),
+}
+_SAFE_NODES = (
+    ast.Expression,
+    ast.BoolOp,
+    ast.boolop,
+    ast.BinOp,
+    ast.operator,
+    ast.UnaryOp,
+    ast.unaryop,
+    ast.Compare,
+    ast.cmpop,
+    ast.IfExp,
+    ast.Tuple,
+    ast.List,
+    ast.Load,
+    ast.Call,
+    ast.Subscript,
+    ast.Constant,
+    ast.Name,
+    ast.Attribute,
+)
+
+
+def refuse_code(path: str | os.PathLike[str]) -> None:
+    """Looks at every part of the file that `torch.export.load` unpickles or evaluates.
+
+    Raises:
+        NeedsPickleError: one of them could run code.
+    """
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        for name in names:
+            base = name.rpartition("/")[2]
+            if base.startswith("opaque_obj"):
+                raise NeedsPickleError("opaque object")
+            if base.endswith(".pt"):
+                load_weights_only_bytes(archive.read(name))
+            if base.endswith("_config.json"):
+                for pickled in _pickled_tensors(json.loads(archive.read(name))):
+                    load_weights_only_bytes(archive.read(name.rpartition("/")[0] + "/" + pickled))
+            if "models/" in name or base == "serialized_exported_program.json":
+                _refuse_expressions(json.loads(archive.read(name)))
+
+
+def _pickled_tensors(config: dict[str, dict[str, dict[str, object]]]) -> Iterator[str]:
+    for entry in config["config"].values():
+        name = str(entry["path_name"])
+        # Custom objects go through TorchScript's unpickler, which knows no Python.
+        if entry["use_pickle"] and not name.startswith("custom_obj"):
+            yield name
+
+
+def _refuse_expressions(program: object) -> None:
+    pending = [program]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, list):
+            pending.extend(value)
+        elif isinstance(value, dict):
+            pending.extend(value.values())
+            expression, target = value.get("expr_str"), value.get("target")
+            if isinstance(expression, str) and not _is_arithmetic(expression, strings=False):
+                raise NeedsPickleError(f"expression {expression[:60]!r}")
+            for guard in value.get("guards_code") or ():
+                if not _is_arithmetic(str(guard), strings=True):
+                    raise NeedsPickleError(f"expression {guard[:60]!r}")
+            # Only nodes of the graph carry both; "target" alone names a parameter.
+            if "inputs" in value and isinstance(target, str) and not _is_operator(target):
+                raise NeedsPickleError(f"call of {target[:60]}")
+
+
+def _is_operator(target: str) -> bool:
+    return bool(_TARGET.fullmatch(target)) and not _UNSAFE_TARGET.search(target)
+
+
+def _is_arithmetic(text: str, strings: bool) -> bool:
+    """Whether the expression is about sizes only; `strings` may then name inputs, as in L['x']."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError):
+        return False
+    keys = {id(n.slice) for n in ast.walk(tree) if isinstance(n, ast.Subscript)}
+    for node in ast.walk(tree):
+        if not isinstance(node, _SAFE_NODES):
+            return False
+        if isinstance(node, ast.Attribute) and not (strings and node.attr in _SAFE_ATTRIBUTES):
+            return False
+        if isinstance(node, ast.Name) and (
+            node.id.startswith("__")
+            or (node.id in vars(builtins) and node.id not in _SAFE_BUILTINS)
+        ):
+            return False
+        if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)):
+            if not strings or id(node) not in keys:
+                return False
+            # torch pastes the guard into a line of source between double quotes
+            if isinstance(node.value, bytes) or not re.fullmatch(r"[\w.\-]+", node.value):
+                return False
+    return True

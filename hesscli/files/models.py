@@ -1,0 +1,270 @@
+"""Model files of every kind, loaded into one form."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from inspect import Parameter, signature
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import nn
+
+from hesscli.errors import FileError, UsageError
+from hesscli.files.architectures import build, importable
+from hesscli.files.digest import sha256
+from hesscli.files.exported import load_exported
+from hesscli.files.mlp import MLP
+from hesscli.files.safetensors_files import load_safetensors
+from hesscli.files.sniff import Kind, kind_of, unsupported
+from hesscli.files.ties import shared, tie
+from hesscli.files.torch_files import (
+    NeedsPickleError,
+    load_weights_only,
+    pickled_objects,
+    quiet,
+    reading,
+    verify_checksums,
+)
+from hesscli.files.weights import load_weights
+
+_NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model as it was saved, ready to be called."""
+
+    module: nn.Module  # on the device; in eval mode unless train mode was asked for
+    kind: Literal["torchscript", "state_dict", "exported", "pickle"]
+    sha256: str
+    notes: tuple[str, ...]  # what the user should know, one line each
+    batch_size: int | None = None  # the only one an exported model accepts; None if any
+    inputs: int | None = None  # the most inputs that forward takes by position, if limited
+    required_inputs: int | None = None  # those without a default
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    arch: str | None = None,
+    arch_args: Mapping[str, object] = _NO_ARGUMENTS,
+    allow_pickle: bool = False,
+    train_mode: bool = False,
+    device: torch.device = _CPU,
+) -> SavedModel:
+    """Loads a model file, told by its content: TorchScript, state dict, `.pt2` or pickled module.
+
+    Parameters keep their names and their `requires_grad`. Weights narrower than float32 are
+    widened to it.
+
+    Args:
+        path: the file.
+        arch: what the weights of a state dict belong to; see `architectures.build`.
+        arch_args: its keyword arguments.
+        allow_pickle: whether the file may run code of its own when loaded.
+        train_mode: whether dropout, batch norm and the like behave as in training.
+        device: where the module goes.
+
+    Raises:
+        UsageError: no such file, or an architecture that cannot be built.
+        FileError: damaged, unsupported, or unsafe without `allow_pickle`.
+        MismatchError: the weights do not fit the architecture.
+    """
+    kind = kind_of(path)
+    if kind in ("torchscript", "exported", "torch_zip"):
+        verify_checksums(path)
+    notes: list[str] = []
+    pickle_hint = f"hesscli compute {shlex.quote(str(path))} DATA --allow-pickle"
+    batch_size = None
+    if kind == "torchscript":
+        saved = _torchscript(path, device, train_mode, notes)
+    elif kind == "exported":
+        program = load_exported(path, device, None if allow_pickle else pickle_hint)
+        batch_size = program.batch_size
+        positional = (program.inputs, program.inputs)
+        saved = _Loaded(program.module, "exported", positional)
+        if train_mode:
+            notes.append("train mode has no effect: an exported model keeps the mode it had")
+    else:
+        content = _tensors_or_module(path, kind, allow_pickle, pickle_hint)
+        if isinstance(content, nn.Module):
+            tie(content, shared(content.named_parameters(remove_duplicate=False)))
+            saved = _Loaded(content, "pickle", _positional(content))
+        else:
+            module = _with_architecture(path, content, arch, arch_args, notes)
+            saved = _Loaded(module, "state_dict", _positional(module))
+    module = saved.module
+    if arch is not None and saved.kind != "state_dict":
+        notes.append(f"--arch {arch} has no effect: {path} holds its own architecture")
+    if next(module.parameters(), None) is None:
+        raise _without_parameters(path, saved.kind)
+    _widen(module, notes)
+    module.to(device)
+    if saved.kind != "exported":
+        module.train(train_mode)
+    required, most = saved.positional
+    return SavedModel(module, saved.kind, sha256(path), tuple(notes), batch_size, most, required)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    module: nn.Module
+    kind: Literal["torchscript", "state_dict", "exported", "pickle"]
+    positional: tuple[int | None, int | None]  # fewest and most inputs by position
+
+
+def _torchscript(
+    path: str | os.PathLike[str], device: torch.device, train_mode: bool, notes: list[str]
+) -> _Loaded:
+    with reading(path, "torchscript"), quiet():
+        module = torch.jit.load(path, map_location=device)
+    if not hasattr(module, "forward"):
+        raise FileError(
+            f"{path}: a TorchScript file without a forward method",
+            "save the model itself: torch.jit.script(model).save('net.pt')",
+        )
+    if train_mode:
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("traced_inputs.pkl") for name in archive.namelist()):
+                notes.append("train mode has no effect: a traced model keeps the mode it had")
+    arguments = [a for a in module.forward.schema.arguments[1:] if not a.kwarg_only]
+    required = sum(not a.has_default_value() for a in arguments)
+    return _Loaded(module, "torchscript", (required, len(arguments)))
+
+
+def _tensors_or_module(
+    path: str | os.PathLike[str], kind: Kind, allow_pickle: bool, pickle_hint: str
+) -> object:
+    if kind == "safetensors":
+        return load_safetensors(path)
+    if kind not in ("torch_zip", "torch_legacy"):
+        raise unsupported(
+            path,
+            kind,
+            "a TorchScript, state dict, safetensors or .pt2 model",
+            "the model comes first: hesscli compute MODEL DATA"
+            if kind in ("npz", "npy")
+            else "torch.jit.script(model).save('net.pt'), or save model.state_dict()",
+        )
+    try:
+        with reading(path, kind):
+            return load_weights_only(path)
+    except NeedsPickleError as error:
+        if not allow_pickle:
+            raise pickled_objects(path, error.name, pickle_hint) from error
+    return _unpickle(path, kind)
+
+
+def _unpickle(path: str | os.PathLike[str], kind: Kind) -> object:
+    """Loads the file with everything in it, running what code it brings."""
+    with reading(path, kind), quiet(), importable():
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=False)
+        except (ImportError, AttributeError) as error:
+            raise FileError(
+                f"{path}: its classes cannot be imported: {str(error).splitlines()[0]}",
+                "run hesscli in the folder of the code, or save model.state_dict() and "
+                "name the class: --arch FILE.py:CLASS",
+            ) from error
+    if not isinstance(content, (nn.Module, Mapping)):
+        raise FileError(
+            f"{path}: holds a {type(content).__name__}; expected an nn.Module or a state dict",
+            "torch.save(model.state_dict(), 'net.pt')",
+        )
+    return content
+
+
+def _with_architecture(
+    path: str | os.PathLike[str],
+    content: object,
+    arch: str | None,
+    arch_args: Mapping[str, object],
+    notes: list[str],
+) -> nn.Module:
+    weights = _state_dict(path, content)
+    if arch is None:
+        raise FileError(
+            f"{path}: a state dict holds weights but no architecture",
+            f"hesscli compute {shlex.quote(str(path))} DATA --arch mypkg.nets:make_mlp",
+        )
+    module = build(arch, arch_args, weights)
+    if any(p.is_meta for p in module.parameters()):
+        raise UsageError(
+            f"--arch {arch}: builds its parameters on the meta device, without memory",
+            "build the module on the CPU",
+        )
+    if isinstance(module, MLP):
+        notes.append(f"mlp: {module}, in this order")
+    narrow = _narrow(weights.values())
+    load_weights(path, module, weights)
+    if narrow:
+        notes.append(_narrow_note(narrow, module))
+    return module
+
+
+def _state_dict(path: str | os.PathLike[str], content: object) -> dict[str, torch.Tensor]:
+    hint = "torch.save(model.state_dict(), 'net.pt')"
+    if not isinstance(content, Mapping):
+        raise FileError(f"{path}: holds a {type(content).__name__}; expected a state dict", hint)
+    weights = {str(key): t for key, t in content.items() if isinstance(t, torch.Tensor)}
+    if not weights:
+        keys = ", ".join(str(key) for key in list(content)[:10])
+        what = f"its keys are {keys}" if keys else "it is empty"
+        raise FileError(f"{path}: no weights at its top level; {what}", hint)
+    return weights
+
+
+def _positional(module: nn.Module) -> tuple[int | None, int | None]:
+    """The fewest and the most inputs that forward takes by position."""
+    if isinstance(module, torch.jit.ScriptModule):
+        arguments = module.forward.schema.arguments[1:]
+        return sum(not a.has_default_value() for a in arguments), len(arguments)
+    try:
+        parameters = signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return None, None
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = sum(p.default is Parameter.empty for p in named)
+    unlimited = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    return required, None if unlimited else len(named)
+
+
+def _narrow(tensors: Iterable[torch.Tensor]) -> set[torch.dtype]:
+    return {t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize < 4}
+
+
+def _widen(module: nn.Module, notes: list[str]) -> None:
+    """float16 and bfloat16 leave no digits for second derivatives."""
+    narrow = _narrow(module.parameters())
+    if not narrow and not _narrow(module.buffers()):
+        return
+    # To the widest that is there, so that nothing else is rounded.
+    wide = any(p.dtype is torch.float64 for p in module.parameters())
+    module.to(torch.float64 if wide else torch.float32)
+    if narrow:
+        notes.append(_narrow_note(narrow, module))
+
+
+def _narrow_note(narrow: set[torch.dtype], module: nn.Module) -> str:
+    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrow))
+    wide = any(p.dtype is torch.float64 for p in module.parameters())
+    return f"weights stored in {names}, computed in {'float64' if wide else 'float32'}"
+
+
+def _without_parameters(path: str | os.PathLike[str], kind: str) -> FileError:
+    if kind == "torchscript":
+        return FileError(
+            f"{path}: a TorchScript model without parameters; frozen and quantised models "
+            "hold their weights as constants",
+            "save it without torch.jit.freeze: torch.jit.script(model).save('net.pt')",
+        )
+    return FileError(
+        f"{path}: a model without parameters has no Hessian",
+        "register the weights as torch.nn.Parameter",
+    )

@@ -1,0 +1,173 @@
+"""Reading PyTorch's own files: quietly, without running code in them, with one clean error line."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import torch
+
+from hesscli.errors import FileError, HesscliError, ResourceError
+from hesscli.files.sniff import DESCRIPTIONS, Kind
+
+_EXPORT_LOGGERS = (
+    "torch.export",
+    "torch.export.pt2_archive._package",
+    "torch._export.serde.serialize",
+)
+_CHUNK = 1 << 20
+
+
+class NeedsPickleError(Exception):
+    """A file holds Python objects that only a full unpickling, which runs code, can restore."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str], kind: Kind) -> Iterator[None]:
+    """Turns whatever a reader raises on a broken file into one line.
+
+    Readers raise nearly everything on broken files, `KeyError` and `SyntaxError` included, so a
+    narrower `except` would let tracebacks through.
+
+    Raises:
+        FileError: the file could not be read.
+        ResourceError: the memory did not suffice.
+    """
+    try:
+        yield
+    except (HesscliError, NeedsPickleError):
+        raise
+    except Exception as error:
+        text = str(error)
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+            raise ResourceError(f"{path}: not enough memory to load it") from error
+        raise FileError(
+            f"{path}: {DESCRIPTIONS[kind]} that cannot be read: {_reason(error)}"
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps torch's talk about itself from the user while a file is read.
+
+    `torch.export.load` logs the real error with its traceback and then raises one that says
+    "check the warnings above"; here the logged error is raised instead.
+    """
+    logged: list[BaseException] = []
+
+    def swallow(record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[1] is not None:
+            logged.append(record.exc_info[1])
+        return False
+
+    for name in _EXPORT_LOGGERS:
+        logging.getLogger(name).addFilter(swallow)
+    try:
+        with warnings.catch_warnings():
+            # TorchScript is deprecated since 2.11; the user of a saved model cannot change that.
+            warnings.filterwarnings("ignore", r".*torch\.jit\.", DeprecationWarning)
+            warnings.filterwarnings("ignore", "This version of file is deprecated")
+            yield
+    except Exception as error:
+        if logged:
+            raise logged[-1] from error
+        raise
+    finally:
+        for name in _EXPORT_LOGGERS:
+            logging.getLogger(name).removeFilter(swallow)
+
+
+def verify_checksums(path: str | os.PathLike[str]) -> None:
+    """Compares the checksums inside a zip file with its content.
+
+    PyTorch's readers do not: they load a flipped bit, and the Hessian would be quietly wrong.
+
+    Raises:
+        FileError: the content is not what was written.
+    """
+    name = ""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                # torch.serialization.set_crc32_options(False) leaves zeros: nothing to compare.
+                if member.CRC == 0:
+                    continue
+                name = member.filename
+                with archive.open(member) as content:
+                    while content.read(_CHUNK):
+                        pass
+    except Exception as error:  # zlib.error, BadZipFile, EOFError, struct.error, ...
+        raise FileError(
+            f"{path}: damaged: {name or 'its listing'} is not what was written",
+            "copy or download the file again",
+        ) from error
+
+
+def load_weights_only(source: str | os.PathLike[str] | BinaryIO) -> object:
+    """`torch.load` of tensors and plain containers, on the CPU. Never runs code of the file.
+
+    Raises:
+        NeedsPickleError: there is more than that in the file.
+    """
+    try:
+        with quiet():
+            return torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        name = _refused_class(str(error))
+        if name is None:
+            raise
+        raise NeedsPickleError(name) from error
+
+
+def load_weights_only_bytes(content: bytes) -> object:
+    """`load_weights_only` of a file inside another file."""
+    return load_weights_only(io.BytesIO(content))
+
+
+def pickled_objects(path: str | os.PathLike[str], name: str, hint: str) -> FileError:
+    """The refusal of a file that would run code when loaded."""
+    return FileError(
+        f"{path}: holds pickled Python objects ({name}), which run code when loaded", hint
+    )
+
+
+def _refused_class(message: str) -> str | None:
+    """The class torch's weights-only unpickler refused, from its message; None if no class did."""
+    patterns = (
+        r"Unsupported global: GLOBAL (\S+)",
+        r"Trying to load unsupported GLOBAL (\S+)",
+        r"Trying to call reduce for unrecognized function (.+)",
+        r"Trying to instantiate unsupported class (\S+)",
+        r"Can only create new object for \S+ or classes allowlisted via \S+ but got (.+)",
+        r"Can only build .+ but got (.+)",
+    )
+    for pattern in patterns:
+        if match := re.search(pattern, message):
+            return match.group(1).strip()
+    return None
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    damage = ("PytorchStreamReader", "EOF", "Ran out of input", "Weights only load failed")
+    if not text.strip() or isinstance(error, (EOFError, UnicodeDecodeError)):
+        return "it is damaged or cut off"
+    if any(sign in text for sign in damage):
+        return "it is damaged or cut off"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    line = lines[0].rstrip(":.")
+    if len(line) > 200:
+        line = line[:197] + "..."
+    return line if isinstance(error, RuntimeError) else f"{type(error).__name__}: {line}"

@@ -1,0 +1,92 @@
+"""Putting the weights of a state dict into a module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from hesscli.errors import MismatchError
+
+_LISTED = 10
+
+
+def load_weights(
+    path: str | os.PathLike[str], module: nn.Module, weights: Mapping[str, torch.Tensor]
+) -> None:
+    """Loads the weights of the file into the module, at their full precision.
+
+    Raises:
+        MismatchError: names or shapes differ; each is listed.
+    """
+    content = dict(weights)
+    expected = {
+        name: t
+        for name, t in module.state_dict(keep_vars=True).items()
+        if isinstance(t, torch.Tensor)
+    }
+    _complete_ties(path, expected, content)
+    for name, tensor in expected.items():
+        stored = content.get(name)
+        # load_state_dict would round float64 weights to the module's own float32
+        if (
+            stored is not None
+            and stored.dtype is torch.float64
+            and tensor.is_floating_point()
+            and not isinstance(tensor, nn.UninitializedParameter)
+        ):
+            tensor.data = tensor.data.double()
+    try:
+        module.load_state_dict(content)
+    except RuntimeError as error:
+        differences = _differences(expected, content)
+        raise MismatchError(
+            f"{path}: the weights do not fit the architecture: "
+            + (differences or str(error).splitlines()[-1].strip()),
+            "name the architecture they were saved from, with its sizes: --arch-arg K=V",
+        ) from error
+
+
+def _complete_ties(
+    path: str | os.PathLike[str],
+    expected: Mapping[str, torch.Tensor],
+    content: dict[str, torch.Tensor],
+) -> None:
+    """Gives tied parameters all their names; safetensors keeps one of them only."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in expected.items():
+        groups.setdefault(id(tensor), []).append(name)
+    for names in groups.values():
+        first, *others = [name for name in names if name in content] or [None]
+        if first is None:
+            continue
+        for name in names:
+            content.setdefault(name, content[first])
+        for other in others:
+            # The last one loaded would win, and nobody would know.
+            if other is not None and not torch.equal(content[first], content[other]):
+                raise MismatchError(
+                    f"{path}: {first} and {other} differ, but the architecture ties them",
+                    "name the architecture they were saved from",
+                )
+
+
+def _differences(expected: Mapping[str, torch.Tensor], content: Mapping[str, torch.Tensor]) -> str:
+    missing = [name for name in expected if name not in content]
+    unexpected = [name for name in content if name not in expected]
+    shapes = [
+        f"{name} {list(content[name].shape)} (the architecture has {list(tensor.shape)})"
+        for name, tensor in expected.items()
+        if name in content
+        and not isinstance(tensor, nn.UninitializedParameter)
+        and content[name].shape != tensor.shape
+    ]
+    parts = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+    return "; ".join(f"{what}: {_listed(names)}" for what, names in parts if names)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")

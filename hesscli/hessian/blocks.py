@@ -1,0 +1,72 @@
+"""Which parameters share a block of the Hessian, and under which name it is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from hesscli.errors import UsageError
+
+STRUCTURES = {
+    "diag": "block_diagonal",
+    "module": "module",
+    "full": "full",
+    "elements": "elements",
+}
+"""`--blocks` option -> the structure's name in table, JSON and metadata."""
+
+ROOT = "(root)"  # the block of parameters that the outermost module owns itself
+
+
+@dataclass(frozen=True)
+class Block:
+    """A diagonal block of the Hessian: these parameters' rows and columns, flattened row-major, in this order."""
+
+    name: str
+    parameters: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(self.sizes)
+
+
+def select(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The names that match any of the glob patterns (all, if none is positive) and no pattern after a `!`."""
+    wanted = [p for p in patterns if not p.startswith("!")]
+    unwanted = [p[1:] for p in patterns if p.startswith("!")]
+    return [
+        name
+        for name in names
+        if (not wanted or any(fnmatchcase(name, p) for p in wanted))
+        and not any(fnmatchcase(name, p) for p in unwanted)
+    ]
+
+
+def _module(parameter: str) -> str:
+    # A parametrisation (weight_norm, ...) keeps its tensors in a module of its own; they still belong to the layer.
+    owner = parameter.split(".parametrizations.")[0] if ".parametrizations." in parameter else (
+        parameter.rpartition(".")[0]
+    )
+    return owner or ROOT
+
+
+def partition(shapes: Mapping[str, Sequence[int]], structure: str) -> list[Block]:
+    """The blocks of a structure, in model order.
+
+    Args:
+        shapes: every parameter's shape by name, in `named_parameters` order.
+        structure: one of `STRUCTURES`' values.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in shapes:
+        key = {"full": "hessian", "module": _module(name)}.get(structure, name)
+        groups.setdefault(key, []).append(name)
+    if structure not in STRUCTURES.values():
+        raise UsageError(f"no structure is called {structure!r}")
+    return [
+        Block(key, tuple(names), tuple(math.prod(shapes[name]) for name in names))
+        for key, names in groups.items()
+    ]

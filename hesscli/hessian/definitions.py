@@ -1,0 +1,162 @@
+"""Operators whose derivatives PyTorch gets wrong or lacks, replaced by their definitions.
+
+Inside `exact_derivatives()` these operators run as the formulas below, so that autograd differentiates the formula:
+
+- `weight_norm`: its double backward treats the saved norms as constants and is wrong by tens of percent.
+- `layer_norm`, `group_norm`, `instance_norm`: forward-over-reverse and batched double backward are wrong or missing.
+- `hardsigmoid`, `embedding_bag`: no second derivative.
+- fused attention: no second derivative; computed as softmax(Q K^T / sqrt(d)) V instead.
+
+They are replaced in PyTorch's dispatcher, below every kind of model: eager modules, TorchScript and exported graphs
+reach the same operator. The TorchScript optimiser has derivatives of its own and is switched off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def _normalise(x: Tensor, axes: Sequence[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.mean(axes, keepdim=True)
+    centred = x - mean
+    rstd = torch.rsqrt((centred * centred).mean(axes, keepdim=True) + eps)
+    return centred * rstd, mean, rstd
+
+
+def _scale_and_shift(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]
+) -> Tensor:
+    if weight is not None:
+        x = x * weight.reshape(shape)
+    if bias is not None:
+        x = x + bias.reshape(shape)
+    return x
+
+
+def layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = _normalise(x, list(range(-len(shape), 0)), eps)
+    return _scale_and_shift(y, weight, bias, shape), mean, rstd
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    samples: int,
+    channels: int,
+    positions: int,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = _normalise(x.reshape(samples, groups, -1), [-1], eps)
+    per_channel = [1, channels] + [1] * (x.dim() - 2)
+    y = _scale_and_shift(y.reshape(x.shape), weight, bias, per_channel)
+    return y, mean.reshape(samples, groups), rstd.reshape(samples, groups)
+
+
+def instance_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    per_channel = [1, -1] + [1] * (x.dim() - 2)
+    if use_input_stats or running_mean is None or running_var is None:
+        y, _, _ = _normalise(x, list(range(2, x.dim())), eps)
+    else:
+        y = (x - running_mean.reshape(per_channel)) * torch.rsqrt(
+            running_var.reshape(per_channel) + eps
+        )
+    return _scale_and_shift(y, weight, bias, per_channel)
+
+
+def weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    axes = [axis for axis in range(v.dim()) if axis != dim % v.dim()]
+    norm = (v * v).sum(axes, keepdim=True).sqrt()
+    return v * (g / norm), norm
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return weight_norm_interface(v, g, dim)[0]
+
+
+def hardsigmoid(x: Tensor) -> Tensor:
+    return (x + 3).clamp(0, 6) / 6
+
+
+def hardsigmoid_(x: Tensor) -> Tensor:
+    return x.add_(3).clamp_(0, 6).div_(6)
+
+
+def embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int = -1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ends = offsets[1:] if include_last_offset else torch.cat(
+        [offsets[1:], offsets.new_tensor([indices.numel()])]
+    )
+    bag = torch.bucketize(torch.arange(indices.numel(), device=indices.device), ends, right=True)
+    rows = torch.nn.functional.embedding(indices, weight)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(1)
+    kept = indices != padding_idx
+    rows = rows * kept.unsqueeze(1).to(rows.dtype)
+    one_hot = torch.nn.functional.one_hot(bag, ends.numel()).to(rows.dtype)
+    size = (one_hot * kept.unsqueeze(1).to(rows.dtype)).sum(0)
+    if mode == 2:
+        raise NotImplementedError("derivative for aten::_embedding_bag (max) is not implemented")
+    bags = one_hot.T @ rows
+    if mode == 1:
+        bags = bags / size.clamp(min=1).unsqueeze(1)
+    return bags, bag, size.to(offsets.dtype), offsets
+
+
+DEFINITIONS: dict[str, Callable[..., object]] = {
+    "native_layer_norm": layer_norm,
+    "native_group_norm": group_norm,
+    "instance_norm": instance_norm,
+    "_weight_norm": weight_norm,
+    "_weight_norm_interface": weight_norm_interface,
+    "hardsigmoid": hardsigmoid,
+    "hardsigmoid_": hardsigmoid_,
+    "_embedding_bag": embedding_bag,
+}
+
+
+@contextmanager
+def exact_derivatives() -> Iterator[None]:
+    """Forward passes in this context can be differentiated twice, exactly, wherever PyTorch knows how."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            torch.library._scoped_library("aten", "IMPL") as library,
+            sdpa_kernel(SDPBackend.MATH),
+            torch.jit.optimized_execution(False),
+        ):
+            for operator, definition in DEFINITIONS.items():
+                for key in ("AutogradCPU", "AutogradCUDA", "AutogradMPS"):
+                    library.impl(operator, definition, key)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -1,0 +1,65 @@
+"""How much goes through at once: the samples of a batch, the rows of a chunk, the blocks of a group."""
+
+from __future__ import annotations
+
+import torch
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hesscli.hessian.blocks import Block
+
+_WORKSPACE = 1 << 30
+"""Bytes that activations may take. Fixed, not a share of what is free now, so that the same command sums in the same
+order and gives the same bytes."""
+
+_MAX_CHUNK = 128  # rows; more gains nothing measurable
+_PREFERRED_CHUNK = 16
+_GRAPHS = 4  # a double backward pass keeps about this many times what a forward pass saves
+
+
+@dataclass(frozen=True)
+class Sizes:
+    batch: int
+    chunk: int
+
+
+def choose_sizes(
+    samples: int, saved_per_sample: int, largest_block: int, itemsize: int, memory: int
+) -> Sizes:
+    """Samples per batch and rows per chunk that keep within the workspace.
+
+    Args:
+        samples: how many there are.
+        saved_per_sample: bytes that autograd keeps of one sample's forward pass.
+        largest_block: n of the largest block; a chunk of its rows is held next to the activations.
+        itemsize: bytes of one number.
+        memory: bytes free now.
+    """
+    workspace = min(_WORKSPACE, memory // 4)
+    per_sample = max(1, _GRAPHS * saved_per_sample)
+    batch = max(1, min(samples, workspace // (per_sample * _PREFERRED_CHUNK)))
+    per_row = per_sample * batch + 3 * largest_block * itemsize
+    return Sizes(batch, max(1, min(_MAX_CHUNK, workspace // per_row)))
+
+
+def group(blocks: Sequence[Block], diagonal: bool) -> list[list[Block]]:
+    """Blocks that are computed together: as many as take no more memory than the largest alone."""
+
+    def cost(block: Block) -> int:
+        return block.size if diagonal else block.size**2
+
+    limit = max((cost(block) for block in blocks), default=0)
+    groups: list[list[Block]] = []
+    held = limit
+    for block in blocks:
+        if held + cost(block) > limit:
+            groups.append([])
+            held = 0
+        groups[-1].append(block)
+        held += cost(block)
+    return groups
+
+
+def output_bytes(blocks: Sequence[Block], diagonal: bool, dtype: torch.dtype) -> int:
+    return sum(b.size if diagonal else b.size**2 for b in blocks) * dtype.itemsize

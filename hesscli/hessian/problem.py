@@ -1,0 +1,246 @@
+"""The function that is differentiated: parameters -> loss of a model over all batches of the data."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from hesscli.errors import MismatchError
+from hesscli.hessian.losses import Loss
+
+
+@dataclass(frozen=True)
+class Batch:
+    inputs: tuple[Tensor, ...]
+    target: Tensor | None
+    loss_arguments: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The loss L(theta) = sum over batches of loss(module(inputs), target) / denominator.
+
+    The denominator is the number by which the mean over *all* data divides (1 for `reduction="sum"`), so values,
+    gradients and Hessians of the batches simply add up.
+
+    Args:
+        module: called as `module(*inputs)`; every floating tensor in it has the same dtype as the data.
+        parameters: the tensors to differentiate by, under their names, in `named_parameters` order.
+        batches: the data, on the module's device.
+        loss: what is differentiated.
+        denominator: see above; `measure` finds it.
+        output_key: which entry of a dict or tuple that the module returns is its output.
+        train: the module is in train mode; its buffers are restored after each forward pass.
+    """
+
+    module: nn.Module
+    parameters: Mapping[str, Tensor]
+    batches: Sequence[Batch]
+    loss: Loss
+    denominator: float = 1.0
+    output_key: str | None = None
+    train: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.parameters.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+    def output(self, batch: Batch) -> Tensor:
+        """The module's output for a batch.
+
+        Raises:
+            MismatchError: the model does not accept the data, or returns no tensor.
+        """
+        with _buffers_kept(self.module) if self.train else _nothing():
+            try:
+                result = self.module(*batch.inputs)
+            except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+                shapes = ", ".join(f"{_dtype(x)} {list(x.shape)}" for x in batch.inputs)
+                if is_missing_derivative(error) or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise MismatchError(
+                    f"the model does not accept the inputs {shapes}: {_reason(error)}"
+                ) from error
+        return pick_output(result, self.output_key, prefer_loss=not self.loss.needs_target)
+
+    def total(self, batch: Batch) -> tuple[Tensor, float]:
+        """The batch's sum of loss terms, and its share of the denominator of the mean."""
+        return self.loss.total(self.output(batch), batch.target, batch.loss_arguments)
+
+    def value(self, batch: Batch) -> Tensor:
+        """The batch's share of L(theta)."""
+        return self.total(batch)[0] / self.denominator
+
+    def gradient(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """dL/dtheta of the named parameters, summed over batches; zero where L does not depend on one."""
+        leaves = [self.parameters[name] for name in names]
+        sums = [torch.zeros_like(leaf) for leaf in leaves]
+        for batch in self.batches:
+            value = self.value(batch)
+            if not value.requires_grad:
+                continue
+            grads = torch.autograd.grad(value, leaves, allow_unused=True)
+            for total, grad in zip(sums, grads, strict=True):
+                if grad is not None:
+                    total += grad
+        return dict(zip(names, sums, strict=True))
+
+    def double(self) -> Problem | None:
+        """A copy in float64, or None where the module cannot run in it (a dtype baked into a trace, say)."""
+        try:
+            with torch.no_grad():  # leaves no graph in attributes that hooks compute, which could not be copied
+                mine = self.output(self.batches[0])
+            module = copy.deepcopy(self.module).double()
+            named = dict(module.named_parameters(remove_duplicate=False))
+            twin = replace(
+                self,
+                module=module,
+                parameters={name: named[name].requires_grad_() for name in self.parameters},
+                batches=[_double(batch) for batch in self.batches],
+            )
+            with torch.no_grad():
+                its = twin.output(twin.batches[0])
+        except Exception:  # TorchScript and exported graphs fail in many ways; each means "not in float64"
+            return None
+        tolerance = 1e-2 if self.dtype == torch.float32 else 1e-8
+        same = its.dtype == torch.float64 and torch.allclose(
+            mine.double(), its, rtol=tolerance, atol=tolerance * float(mine.abs().max().clamp(min=1e-30))
+        )
+        return twin if same else None
+
+
+def measure(problem: Problem) -> tuple[Problem, float]:
+    """One pass over the data without derivatives: the problem with its denominator, and L(theta).
+
+    Raises:
+        MismatchError: model, data and loss do not fit, two passes differ (dropout), or every target is ignored.
+    """
+    total, denominator = 0.0, 0.0
+    with torch.no_grad():
+        for index, batch in enumerate(problem.batches):
+            output = problem.output(batch)
+            if index == 0 and not _equal(output, problem.output(batch)):
+                raise MismatchError(
+                    "two passes of the same data through the model differ: it draws random numbers "
+                    "(dropout left on?), so it has no Hessian",
+                    "save it after model.eval(); a traced or exported model keeps the mode it was saved in",
+                )
+            batch_total, share = problem.loss.total(output, batch.target, batch.loss_arguments)
+            total += float(batch_total)
+            denominator += share
+    if problem.loss.reduction == "sum":
+        denominator = 1.0
+    if denominator == 0:
+        raise MismatchError("every target is ignored or has weight 0: the mean divides by 0")
+    return replace(problem, denominator=denominator), total / denominator
+
+
+def pick_output(result: object, key: str | None, prefer_loss: bool = False) -> Tensor:
+    """The output tensor in what a module returned: the tensor itself, or the entry that `key` names.
+
+    Without a key, a lone tensor in a tuple or dict is taken, and `logits` (or `loss`, where the model returns its
+    own loss) of a dict or object.
+
+    Raises:
+        MismatchError: nothing or too much to choose from.
+    """
+    if isinstance(result, Tensor) and key is None:
+        return result
+    entries: dict[str, object] = {}
+    if isinstance(result, Mapping):
+        entries = {str(name): value for name, value in result.items()}
+    elif isinstance(result, (tuple, list)):
+        fields = getattr(result, "_fields", None) or range(len(result))
+        entries = {str(name): value for name, value in zip(fields, result, strict=True)}
+        if key is not None and key.lstrip("-").isdigit() and -len(result) <= int(key) < len(result):
+            entries[key] = result[int(key)]
+    found = ", ".join(entries) or type(result).__name__
+    if key is not None:
+        if isinstance(entries.get(key), Tensor):
+            return entries[key]  # type: ignore[return-value]
+        raise MismatchError(f"the model's output has no tensor {key!r}; it holds: {found}")
+    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    preferred = "loss" if prefer_loss else "logits"
+    if len(tensors) == 1:
+        return next(iter(tensors.values()))
+    if preferred in tensors:
+        return tensors[preferred]
+    first = next(iter(tensors), "0")
+    raise MismatchError(
+        f"the model returns more than one tensor or none: {found}", f"--output-key {first}"
+    )
+
+
+def is_missing_derivative(error: BaseException) -> bool:
+    """Whether autograd said that an operator cannot be differentiated (twice)."""
+    text = str(error)
+    return isinstance(error, NotImplementedError) or bool(
+        re.search(r"derivative for .* is not implemented|once_differentiable|double backwards", text)
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of an error that says something; TorchScript puts its own traceback before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if re.match(r"(\w+Error|RuntimeError): ", line)]
+    return (said or lines or [type(error).__name__])[-1 if said else 0].removeprefix("RuntimeError: ")
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+
+
+def _double(batch: Batch) -> Batch:
+    def cast(value: object) -> object:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return Batch(
+        tuple(cast(x) for x in batch.inputs),  # type: ignore[misc]
+        cast(batch.target),  # type: ignore[arg-type]
+        {name: cast(value) for name, value in batch.loss_arguments.items()},
+    )
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    kept = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.data.copy_(value)  # through .data: autograd may still hold the buffer
+
+
+def saved_bytes(problem: Problem, batch: Batch, forward: Callable[[Batch], Tensor]) -> int:
+    """How many bytes autograd keeps between a forward pass of a batch and its backward pass."""
+    own = {p.untyped_storage().data_ptr() for p in problem.module.parameters()}
+    seen: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        forward(batch)
+    return sum(seen.values())

@@ -1,0 +1,85 @@
+"""Central differences of gradients: for operators that PyTorch cannot differentiate twice.
+
+Column i of a block is `(g(theta + h e_i) - g(theta - h e_i)) / 2h`, extrapolated from steps h and h/2 (error h^4). A step
+that crosses a kink makes the two disagree; a smaller one is tried then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.problem import Batch, Problem, is_missing_derivative
+from hesscli.hessian.routes import NotApplicable
+
+
+class FiniteDifference:
+    name = "finite-difference"
+
+    def __init__(self, problem: Problem) -> None:
+        """
+        Args:
+            problem: what is differentiated, in float64 if the model allows.
+        """
+        self.problem = problem
+        double = problem.dtype == torch.float64
+        self.steps = (1e-4, 1e-5, 1e-6, 1e-7) if double else (3e-2, 3e-3)
+        self.agreement = 1e-6 if double else 1e-2
+
+    def add(
+        self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor], diagonal: bool
+    ) -> None:
+        for block in blocks:
+            column = 0
+            for name, size in zip(block.parameters, block.sizes, strict=True):
+                for index in range(size):
+                    values = self._column(batch, block, name, index)
+                    if diagonal:
+                        sums[block.name][column] += values[column]
+                    else:
+                        sums[block.name][:, column] += values
+                    column += 1
+
+    def _column(self, batch: Batch, block: Block, name: str, index: int) -> Tensor:
+        element = self.problem.parameters[name].data.view(-1)[index]
+        value = element.clone()
+
+        def gradient(step: float) -> Tensor:
+            element.copy_(value + step)
+            try:
+                return self._gradient(batch, block)
+            finally:
+                element.copy_(value)
+
+        def central(step: float) -> Tensor:
+            return (gradient(step) - gradient(-step)) / (2 * step)
+
+        scale = max(1.0, float(value.abs()))
+        for step in self.steps:
+            coarse, fine = central(step * scale), central(step * scale / 2)
+            if torch.linalg.norm(fine - coarse) <= self.agreement * torch.linalg.norm(fine):
+                break
+        return (4 * fine - coarse) / 3
+
+    def _gradient(self, batch: Batch, block: Block) -> Tensor:
+        leaves = [self.problem.parameters[name] for name in block.parameters]
+        try:
+            value = self.problem.value(batch)
+            grads = (
+                torch.autograd.grad(value, leaves, allow_unused=True)
+                if value.requires_grad
+                else [None] * len(leaves)
+            )
+        except (RuntimeError, NotImplementedError) as error:
+            if is_missing_derivative(error):
+                raise NotApplicable("an operator has no first derivative in PyTorch") from error
+            raise
+        return torch.cat(
+            [
+                (torch.zeros_like(leaf) if grad is None else grad).reshape(-1)
+                for leaf, grad in zip(leaves, grads, strict=True)
+            ]
+        )

@@ -1,0 +1,119 @@
+"""Hessian-vector products by double backward: the generic route, one product per parameter of a block.
+
+For the rows r of a block with parameters theta_B, `H[r, :] = d(g[r]) / d theta_B` where `g = dL / d theta_B` was
+computed with its own graph. Chunks of rows go through one batched backward pass; an operator without a batching rule
+makes it one row at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.definitions import exact_derivatives
+from hesscli.hessian.problem import Batch, Problem, is_missing_derivative
+from hesscli.hessian.routes import NotApplicable
+
+
+class HessianVectorProducts:
+    name = "hvp"
+
+    def __init__(self, problem: Problem, chunk: int) -> None:
+        """
+        Args:
+            problem: what is differentiated.
+            chunk: how many rows share one backward pass.
+        """
+        self.problem = problem
+        self.chunk = chunk
+        self.row_by_row: str | None = None  # why rows are not batched, once that is known
+
+    def add(
+        self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor], diagonal: bool
+    ) -> None:
+        parameters = self.problem.parameters
+        names = list(dict.fromkeys(name for block in blocks for name in block.parameters))
+        try:
+            with exact_derivatives():
+                value = self.problem.value(batch)
+                if not value.requires_grad:
+                    return
+                grads = torch.autograd.grad(
+                    value, [parameters[n] for n in names], create_graph=True, allow_unused=True
+                )
+        except (RuntimeError, NotImplementedError) as error:
+            raise _explained(error) from error
+        gradient = dict(zip(names, grads, strict=True))
+        for block in blocks:
+            for start, rows in self._rows(block, gradient):
+                stop = start + rows.shape[0]
+                if diagonal:
+                    sums[block.name][start:stop] += rows.diagonal(offset=start)
+                else:
+                    sums[block.name][start:stop] += rows
+
+    def _rows(
+        self, block: Block, gradient: Mapping[str, Tensor | None]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The block's rows that can differ from zero, in chunks: (first row, [rows, n])."""
+        leaves = [self.problem.parameters[name] for name in block.parameters]
+        first = 0
+        for name, size in zip(block.parameters, block.sizes, strict=True):
+            g = gradient[name]
+            if g is not None and g.requires_grad:
+                flat = g.reshape(-1)
+                for start in range(0, size, self.chunk):
+                    stop = min(start + self.chunk, size)
+                    seeds = flat.new_zeros(stop - start, size)
+                    seeds[:, start:stop].fill_diagonal_(1)
+                    parts = self._products(flat, seeds, leaves)
+                    columns = [
+                        seeds.new_zeros(len(seeds), leaf.numel())
+                        if part is None
+                        else part.reshape(len(seeds), -1)
+                        for part, leaf in zip(parts, leaves, strict=True)
+                    ]
+                    yield first + start, columns[0] if len(columns) == 1 else torch.cat(columns, 1)
+            first += size
+
+    def _products(
+        self, gradient: Tensor, seeds: Tensor, leaves: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        def backward(vector: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(
+                gradient,
+                leaves,
+                vector,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+
+        if self.row_by_row is None:
+            try:
+                return list(backward(seeds, batched=True))
+            except RuntimeError as error:
+                if is_missing_derivative(error) or isinstance(error, torch.OutOfMemoryError):
+                    raise _explained(error) from error
+                self.row_by_row = str(error).splitlines()[0]
+        try:
+            rows = [backward(seed, batched=False) for seed in seeds]
+        except RuntimeError as error:
+            raise _explained(error) from error
+        return [
+            None if parts[0] is None else torch.stack(parts)  # type: ignore[arg-type]
+            for parts in zip(*rows, strict=True)
+        ]
+
+
+def _explained(error: Exception) -> Exception:
+    """NotApplicable where an operator lacks its second derivative, else the error itself."""
+    if not is_missing_derivative(error):
+        return error
+    operator = re.search(r"derivative for '?(?:aten::)?(\w+?)(?:_backward)?\b", str(error))
+    name = operator[1].strip("_") if operator else "an operator"
+    return NotApplicable(f"{name} has no second derivative in PyTorch")

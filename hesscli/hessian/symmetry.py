@@ -1,0 +1,32 @@
+"""A Hessian is symmetric: what was computed is measured against its transpose, and then averaged with it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_TILE = 1024
+
+
+def symmetrise_(matrix: Tensor) -> float:
+    """Replaces H by (H + H^T) / 2, in place and in tiles.
+
+    Returns:
+        ||H - H^T||_F / ||H||_F of what it was before; 0 for a zero matrix.
+    """
+    n = matrix.shape[0]
+    difference = torch.zeros((), dtype=torch.float64, device=matrix.device)
+    for i in range(0, n, _TILE):
+        for j in range(i, n, _TILE):
+            upper = matrix[i : i + _TILE, j : j + _TILE]
+            lower = matrix[j : j + _TILE, i : i + _TILE]
+            gap = upper - lower.T
+            weight = 1 if i == j else 2
+            difference += weight * gap.double().square().sum()
+            mean = lower.T + gap / 2
+            if i == j:  # rounding differs above and below the diagonal of a tile
+                mean = mean.triu() + mean.triu(1).T
+            upper.copy_(mean)
+            lower.copy_(mean.T)
+    norm = float(torch.linalg.norm(matrix))
+    return float(difference.sqrt()) / norm if norm else 0.0

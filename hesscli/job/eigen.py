@@ -1,0 +1,101 @@
+"""`hesscli eigen`: the eigenvalues of a Hessian file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hesscli.errors import NumericalError, UsageError
+from hesscli.files.hessian_file import HessianFile, read_hessian
+from hesscli.job.writing import may_write, write_tensors
+from hesscli.spectrum.eigen import top_eigenpairs
+
+SCHEMA = "hesscli.eigen/1"
+
+
+def eigen(
+    source: str, top: int, which: str, block: str | None, output: Path | None, force: bool
+) -> dict[str, Any]:
+    """The first eigenvalues of a Hessian file.
+
+    Args:
+        source: the file's path, or "-" for standard input.
+        top: how many.
+        which: "largest", "smallest" or "magnitude".
+        block: of this block alone.
+        output: where `eigenvalues` [k] and `eigenvectors` [k, n] go, if anywhere.
+        force: replace a file there that hesscli did not write.
+
+    Returns:
+        the JSON document.
+    """
+    if output is not None:
+        may_write(output, force)
+    with _opened(source) as file:
+        document = file.document
+        chosen = document["blocks"]
+        if block is not None:
+            chosen = [facts for facts in chosen if facts["name"] == block]
+            if not chosen:
+                names = [facts["name"] for facts in document["blocks"]]
+                raise UsageError(
+                    f"{source}: has no block {block!r}; it has: {', '.join(names[:10])}",
+                    f"hesscli eigen {source} --block {names[0]}",
+                )
+        size = sum(facts["size"] for facts in chosen)
+        pairs = top_eigenpairs(_blocks(file, chosen), size, top, which)
+    result = {
+        "schema": SCHEMA,
+        "hessian": source,
+        "structure": document["structure"],
+        "which": which,
+        "eigenvalues": pairs.values.tolist(),
+        "residuals": pairs.residuals.tolist(),
+        "blocks": pairs.blocks,
+        "converged": True,
+        "block": block,
+        "size": size,
+    }
+    if output is not None:
+        kept = {key: result[key] for key in result if key != "hessian"}
+        metadata = {"format": "pt", "hesscli": json.dumps(kept)}
+        tensors = {"eigenvalues": pairs.values, "eigenvectors": pairs.vectors}
+        write_tensors(output, tensors, metadata)
+    return result
+
+
+def _blocks(
+    file: HessianFile, chosen: list[dict[str, Any]]
+) -> Iterator[tuple[str, int, np.ndarray]]:
+    offset = 0
+    for facts in chosen:
+        array = file.tensor(facts["name"])
+        if file.document["structure"] == "elements":
+            array = array.reshape(-1)
+        step = max(1, (1 << 22) // max(1, array[:1].size))
+        if not all(np.isfinite(array[i : i + step]).all() for i in range(0, len(array), step)):
+            raise NumericalError(f"{facts['name']}: holds values that are not finite")
+        yield facts["name"], offset, array
+        offset += facts["size"]
+
+
+@contextmanager
+def _opened(source: str) -> Iterator[HessianFile]:
+    """The file, or standard input by way of a temporary one: a matrix is read more than once."""
+    if source != "-":
+        yield read_hessian(Path(source))
+        return
+    with tempfile.NamedTemporaryFile(prefix="hesscli.", suffix=".safetensors") as copy:
+        if sys.stdin.isatty():
+            raise UsageError("-: standard input is a terminal", "hesscli eigen hessian.safetensors")
+        shutil.copyfileobj(sys.stdin.buffer, copy)
+        copy.flush()
+        yield read_hessian(Path(copy.name), "standard input")

@@ -1,0 +1,58 @@
+"""What a command was asked to do. Importing this loads neither torch nor numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+
+class Listener(Protocol):
+    """Who is told how a job goes."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+    def progress(self, done: int, total: int, doing: str) -> None:
+        """How far the work has come."""
+
+
+@dataclass(frozen=True)
+class ProblemOptions:
+    """A model, its data and its loss: the options of every command that takes MODEL DATA."""
+
+    model: Path
+    data: Path
+    loss: str = "auto"
+    loss_arguments: Mapping[str, object] = field(default_factory=dict)
+    reduction: str = "mean"
+    arch: str | None = None
+    arch_arguments: Mapping[str, object] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
+    targets: str | None = None
+    output_key: str | None = None
+    unbatched: bool = False
+    params: tuple[str, ...] = ()
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: int | None = None  # None: as many samples as fit
+    seed: int = 0
+    threads: int | None = None
+    allow_pickle: bool = False
+    train_mode: bool = False
+    check: bool = True
+    method: str = "auto"
+
+
+@dataclass(frozen=True)
+class ComputeOptions(ProblemOptions):
+    blocks: str = "diag"
+    gradient: bool = False
+    stats: str = "auto"
+    output: Path | None = Path("hessian.safetensors")  # None: standard output
+    force: bool = False
+
+
+METHODS = ("auto", "hvp", "finite-difference")
+STATS = ("basic", "auto", "all", "none")

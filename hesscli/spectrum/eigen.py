@@ -1,0 +1,124 @@
+"""Eigenvalues of symmetric matrices: LAPACK for what fits, Lanczos for what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+DENSE_LIMIT = 4096
+"""Up to this size LAPACK is used: a few seconds, and multiple eigenvalues come out as often as they occur."""
+
+WHICH = {
+    "largest": lambda values: np.argsort(-values, kind="stable"),
+    "smallest": lambda values: np.argsort(values, kind="stable"),
+    "magnitude": lambda values: np.argsort(-np.abs(values), kind="stable"),
+}
+"""How eigenvalues are ordered: which come first."""
+
+_ARPACK = {"largest": "LA", "smallest": "SA", "magnitude": "LM"}
+_TILE = 1 << 22  # elements of a matrix that are converted to float64 at a time
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Eigenvalues in the order asked for, each with the block it belongs to."""
+
+    values: np.ndarray  # [k]
+    vectors: np.ndarray  # [k, n], rows; zero outside the block
+    residuals: np.ndarray  # [k], ||H v - lambda v||
+    blocks: list[str]  # [k]
+
+
+def top_eigenpairs(
+    blocks: Iterable[tuple[str, int, np.ndarray]], size: int, top: int, which: str
+) -> Eigenpairs:
+    """The first `top` eigenpairs of a block-diagonal matrix.
+
+    Args:
+        blocks: (name, offset, array) of each block: [n, n], or [n] for a diagonal one. Read one at a time.
+        size: the order of the whole matrix.
+        top: how many eigenpairs, at most.
+        which: one of `WHICH`.
+    """
+    values, offsets, vectors, residuals, names = [], [], [], [], []
+    for name, offset, array in blocks:
+        solve = _diagonal if array.ndim == 1 else _matrix
+        found, columns, errors = solve(array, min(top, array.shape[0]), which)
+        values.extend(found)
+        vectors.extend(columns.T)
+        residuals.extend(errors)
+        offsets.extend([offset] * len(found))
+        names.extend([name] * len(found))
+        best = WHICH[which](np.array(values))[:top]
+        values, offsets, vectors, residuals, names = (
+            [items[i] for i in best] for items in (values, offsets, vectors, residuals, names)
+        )
+    rows = np.zeros((len(values), size))
+    for row, offset, vector in zip(rows, offsets, vectors, strict=True):
+        row[offset : offset + len(vector)] = vector
+    return Eigenpairs(np.array(values), rows, np.array(residuals), names)
+
+
+def extremes(matrix: np.ndarray, dense_limit: int) -> tuple[float, float]:
+    """The smallest and the largest eigenvalue of a symmetric matrix [n, n]."""
+    n = matrix.shape[0]
+    if n <= dense_limit:
+        from scipy.linalg import eigvalsh
+
+        values = eigvalsh(matrix.astype(np.float64), check_finite=False, overwrite_a=True)
+        return float(values[0]), float(values[-1])
+    return float(_lanczos(matrix, 1, "SA")[0][0]), float(_lanczos(matrix, 1, "LA")[0][0])
+
+
+def _diagonal(entries: np.ndarray, k: int, which: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    best = WHICH[which](entries)[:k]
+    columns = np.zeros((len(entries), k))
+    columns[best, np.arange(k)] = 1
+    return entries[best].astype(np.float64), columns, np.zeros(k)
+
+
+def _matrix(matrix: np.ndarray, k: int, which: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    n = matrix.shape[0]
+    if n <= DENSE_LIMIT or k >= n - 1:
+        from scipy.linalg import eigh
+
+        subset = {"largest": (n - k, n - 1), "smallest": (0, k - 1), "magnitude": None}[which]
+        values, columns = eigh(
+            matrix.astype(np.float64),
+            check_finite=False,
+            overwrite_a=True,
+            subset_by_index=subset,
+            driver="evd" if subset is None else "evr",
+        )
+    else:
+        values, columns = _lanczos(matrix, k, _ARPACK[which])
+    best = WHICH[which](values)[:k]
+    values, columns = values[best], columns[:, best]
+    errors = np.linalg.norm(product(matrix)(columns) - columns * values, axis=0)
+    return values, columns, errors
+
+
+def _lanczos(matrix: np.ndarray, k: int, which: str) -> tuple[np.ndarray, np.ndarray]:
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    n = matrix.shape[0]
+    operator = LinearOperator((n, n), product(matrix), dtype=np.float64)
+    start = np.random.default_rng(0).standard_normal(n)  # the same command gives the same bytes
+    return eigsh(operator, k, which=which, v0=start, ncv=min(n, max(2 * k + 1, 40)))
+
+
+def product(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """x -> matrix @ x in float64, reading the matrix in tiles."""
+    step = max(1, _TILE // matrix.shape[1])
+
+    def multiply(x: np.ndarray) -> np.ndarray:
+        return np.concatenate(
+            [
+                matrix[first : first + step].astype(np.float64) @ x
+                for first in range(0, matrix.shape[0], step)
+            ]
+        )
+
+    return multiply
