@@ -116,6 +116,15 @@ class DistancesByHand(nn.Module):
         return torch.exp(-(x[:, None] - self.centres).square().sum(2).sqrt())
 
 
+class MeanBagByHand(nn.Module):
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight[x].mean(1)
+
+
 def test_differences_where_double_backward_is_wrong():
     case = BY_NAME["weight-norm"]
     truth = hessian(WeightNormByHand(case.make()), case.reference, case.inputs, case.target)
@@ -128,6 +137,7 @@ def test_differences_where_double_backward_is_wrong():
     [
         # PyTorch's slope is a float32 sixth, hence not 1e-9.
         ("mlp-hardsigmoid", lambda model: nn.Sequential(model[0], HardsigmoidByHand(), model[2])),
+        ("embedding-bag", lambda model: nn.Sequential(MeanBagByHand(model[0].weight), model[1])),
         ("cdist", lambda model: nn.Sequential(DistancesByHand(model[0].centres), model[1])),
     ],
 )

@@ -21,6 +21,7 @@ from hesscli.files.torch_files import (
 
 _SAVE = "np.savez('data.npz', x=x, y=y)"
 _SAVE_TORCH = "torch.save({'x': x, 'y': y}, 'data.pt')"
+_LARGEST = np.iinfo(np.int64).max
 # torch knows these by name only: it can neither index with them nor compute on them.
 _UNSIGNED = {np.dtype(np.uint16), np.dtype(np.uint32), np.dtype(np.uint64)}
 
@@ -68,6 +69,8 @@ def _npz(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[st
                 skipped[name] = f"not numbers ({what})"
             elif array.dtype.itemsize > (16 if array.dtype.kind == "c" else 8):
                 skipped[name] = f"wider than any torch number ({array.dtype.name})"
+            elif array.dtype == np.uint64 and (array > _LARGEST).any():
+                skipped[name] = "integers too large for int64"
             else:
                 arrays[name] = _tensor(array)
     return arrays, skipped
@@ -77,8 +80,6 @@ def _tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> torch.T
     # Native byte order and C order. Not np.ascontiguousarray: it makes a 0-d array 1-d.
     plain = array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
     if plain.dtype in _UNSIGNED:
-        if plain.dtype.itemsize == 8 and plain.size and plain.max() > np.iinfo(np.int64).max:
-            return torch.from_numpy(plain.astype(np.float64))
         plain = plain.astype(np.int64)
     return torch.from_numpy(plain if plain.flags.writeable else plain.copy())
 

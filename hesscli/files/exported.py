@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.export.passes import move_to_device_pass
 
 from hesscli.errors import FileError
 from hesscli.files.exported_code import refuse_code
@@ -44,10 +45,10 @@ def load_exported(
                 raise pickled_objects(path, error.name, pickle_hint) from error
         # As an open file: torch.export.load warns about paths that do not end in .pt2.
         with quiet(), open(path, "rb") as file:
-            program = torch.export.load(file)  # type: ignore[arg-type]
+            program = torch.export.load(file)
             groups = shared(program.named_parameters())
             if device.type != "cpu":
-                program = torch.export.passes.move_to_device_pass(program, device)
+                program = move_to_device_pass(program, device)
             module = program.module()
         tie(module, groups)
         positional, keywords = program.call_spec.in_spec.children()

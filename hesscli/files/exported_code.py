@@ -39,6 +39,7 @@ _SAFE_NODES = (
     ast.List,
     ast.Load,
     ast.Call,
+    ast.keyword,
     ast.Subscript,
     ast.Constant,
     ast.Name,
@@ -84,10 +85,10 @@ def _refuse_expressions(program: object) -> None:
         elif isinstance(value, dict):
             pending.extend(value.values())
             expression, target = value.get("expr_str"), value.get("target")
-            if isinstance(expression, str) and not _is_arithmetic(expression, strings=False):
+            if isinstance(expression, str) and not _is_arithmetic(expression):
                 raise NeedsPickleError(f"expression {expression[:60]!r}")
             for guard in value.get("guards_code") or ():
-                if not _is_arithmetic(str(guard), strings=True):
+                if not _is_arithmetic(str(guard), attributes=True):
                     raise NeedsPickleError(f"expression {guard[:60]!r}")
             # Only nodes of the graph carry both; "target" alone names a parameter.
             if "inputs" in value and isinstance(target, str) and not _is_operator(target):
@@ -98,27 +99,29 @@ def _is_operator(target: str) -> bool:
     return bool(_TARGET.fullmatch(target)) and not _UNSAFE_TARGET.search(target)
 
 
-def _is_arithmetic(text: str, strings: bool) -> bool:
-    """Whether the expression is about sizes only; `strings` may then name inputs, as in L['x']."""
+def _is_arithmetic(text: str, attributes: bool = False) -> bool:
+    """Whether the expression is about sizes only.
+
+    These are sympy's, as in `Symbol('s7', integer=True)`; with `attributes` also tensors', as in
+    `L['x'].size()[0] == 7`. A string may be a plain word: both are evaluated in their turn.
+    """
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError):
         return False
-    keys = {id(n.slice) for n in ast.walk(tree) if isinstance(n, ast.Subscript)}
+    words = []
     for node in ast.walk(tree):
         if not isinstance(node, _SAFE_NODES):
             return False
-        if isinstance(node, ast.Attribute) and not (strings and node.attr in _SAFE_ATTRIBUTES):
+        if isinstance(node, ast.Attribute) and not (attributes and node.attr in _SAFE_ATTRIBUTES):
             return False
         if isinstance(node, ast.Name) and (
             node.id.startswith("__")
             or (node.id in vars(builtins) and node.id not in _SAFE_BUILTINS)
         ):
             return False
-        if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)):
-            if not strings or id(node) not in keys:
-                return False
-            # torch pastes the guard into a line of source between double quotes
-            if isinstance(node.value, bytes) or not re.fullmatch(r"[\w.\-]+", node.value):
-                return False
-    return True
+        if isinstance(node, ast.Constant) and isinstance(node.value, bytes):
+            return False
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words.append(node.value)
+    return all(re.fullmatch(r"[\w.\-]+", word) for word in words)

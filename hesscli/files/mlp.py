@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -146,8 +147,7 @@ def _order(weights: Mapping[str, torch.Tensor]) -> Sequence[str]:
 
 
 def _chains(order: Sequence[str], weights: Mapping[str, torch.Tensor]) -> bool:
-    pairs = zip(order, order[1:], strict=False)
-    return all(weights[a].shape[0] == weights[b].shape[1] for a, b in pairs)
+    return all(weights[a].shape[0] == weights[b].shape[1] for a, b in pairwise(order))
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -133,9 +133,7 @@ def _torchscript(
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("traced_inputs.pkl") for name in archive.namelist()):
                 notes.append("train mode has no effect: a traced model keeps the mode it had")
-    arguments = [a for a in module.forward.schema.arguments[1:] if not a.kwarg_only]
-    required = sum(not a.has_default_value() for a in arguments)
-    return _Loaded(module, "torchscript", (required, len(arguments)))
+    return _Loaded(module, "torchscript", _positional(module))
 
 
 def _tensors_or_module(
@@ -223,7 +221,8 @@ def _state_dict(path: str | os.PathLike[str], content: object) -> dict[str, torc
 def _positional(module: nn.Module) -> tuple[int | None, int | None]:
     """The fewest and the most inputs that forward takes by position."""
     if isinstance(module, torch.jit.ScriptModule):
-        arguments = module.forward.schema.arguments[1:]
+        schema: Any = module.forward.schema  # type: ignore[attr-defined]
+        arguments = [a for a in schema.arguments[1:] if not a.kwarg_only]
         return sum(not a.has_default_value() for a in arguments), len(arguments)
     try:
         parameters = signature(module.forward).parameters.values()

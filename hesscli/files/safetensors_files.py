@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 
 import torch
 from safetensors import safe_open
@@ -21,6 +22,6 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         if "hesscli" in (file.metadata() or {}):
             raise FileError(
                 f"{path}: a Hessian that hesscli wrote; expected a model or data",
-                f"hesscli show {path}",
+                f"hesscli show {shlex.quote(str(path))}",
             )
         return {name: file.get_tensor(name) for name in file.offset_keys()}

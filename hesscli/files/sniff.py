@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 import zipfile
 from typing import BinaryIO, Literal
@@ -91,7 +92,7 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
 def unsupported(path: str | os.PathLike[str], kind: Kind, wanted: str, hint: str) -> FileError:
     """The refusal of a file of the wrong kind. A hint about the file itself goes before `hint`."""
     hints: dict[Kind, str] = {
-        "lfs_pointer": f"git lfs pull --include {os.path.basename(path)}",
+        "lfs_pointer": f"git lfs pull --include {shlex.quote(os.path.basename(path))}",
         "zip_damaged": "copy or download the file again",
         "html": "the download failed: fetch the file again",
     }

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
@@ -54,7 +55,7 @@ def reading(path: str | os.PathLike[str], kind: Kind) -> Iterator[None]:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
             raise ResourceError(f"{path}: not enough memory to load it") from error
         raise FileError(
-            f"{path}: {DESCRIPTIONS[kind]} that cannot be read: {_reason(error)}"
+            f"{path}: {DESCRIPTIONS[kind]} that cannot be read: {_reason(error, kind)}"
         ) from error
 
 
@@ -79,6 +80,7 @@ def quiet() -> Iterator[None]:
             # TorchScript is deprecated since 2.11; the user of a saved model cannot change that.
             warnings.filterwarnings("ignore", r".*torch\.jit\.", DeprecationWarning)
             warnings.filterwarnings("ignore", "This version of file is deprecated")
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
             yield
     except Exception as error:
         if logged:
@@ -128,6 +130,8 @@ def load_weights_only(source: str | os.PathLike[str] | BinaryIO) -> object:
         name = _refused_class(str(error))
         if name is None:
             raise
+        if isinstance(source, (str, os.PathLike)):
+            _refuse_half_names(source)
         raise NeedsPickleError(name) from error
 
 
@@ -143,8 +147,28 @@ def pickled_objects(path: str | os.PathLike[str], name: str, hint: str) -> FileE
     )
 
 
+def _refuse_half_names(path: str | os.PathLike[str]) -> None:
+    """Tells a file that was cut off within the name of a class from one that holds that class.
+
+    Raises:
+        EOFError: the pickle has no end.
+    """
+    with open(path, "rb") as file:
+        if file.read(2) == b"PK":  # a zip file that was cut off has no listing, so it was refused
+            return
+        file.seek(0)
+        try:
+            for _ in range(4):  # magic number, protocol, machine, content
+                for _ in pickletools.genops(file):
+                    pass
+        except ValueError as error:
+            raise EOFError("pickle without an end") from error
+
+
 def _refused_class(message: str) -> str | None:
     """The class torch's weights-only unpickler refused, from its message; None if no class did."""
+    if "Unsupported operand 149" in message:  # FRAME, the first opcode that only protocol 4 has
+        return "pickle protocol 4"
     patterns = (
         r"Unsupported global: GLOBAL (\S+)",
         r"Trying to load unsupported GLOBAL (\S+)",
@@ -159,9 +183,19 @@ def _refused_class(message: str) -> str | None:
     return None
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, kind: Kind) -> str:
     text = str(error)
-    damage = ("PytorchStreamReader", "EOF", "Ran out of input", "Weights only load failed")
+    damage = (
+        "deserializing header",
+        "PytorchStreamReader",
+        "EOF",
+        "Ran out of input",
+        "Weights only load failed",
+    )
+    # These two come without a check of their content beforehand, and their readers then stumble
+    # over damage wherever it is.
+    if kind in ("torch_legacy", "npz"):
+        return "it is damaged or cut off"
     if not text.strip() or isinstance(error, (EOFError, UnicodeDecodeError)):
         return "it is damaged or cut off"
     if any(sign in text for sign in damage):

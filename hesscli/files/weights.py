@@ -59,14 +59,15 @@ def _complete_ties(
     for name, tensor in expected.items():
         groups.setdefault(id(tensor), []).append(name)
     for names in groups.values():
-        first, *others = [name for name in names if name in content] or [None]
-        if first is None:
+        present = [name for name in names if name in content]
+        if not present:
             continue
+        first = present[0]
         for name in names:
             content.setdefault(name, content[first])
-        for other in others:
+        for other in present[1:]:
             # The last one loaded would win, and nobody would know.
-            if other is not None and not torch.equal(content[first], content[other]):
+            if not torch.equal(content[first], content[other]):
                 raise MismatchError(
                     f"{path}: {first} and {other} differ, but the architecture ties them",
                     "name the architecture they were saved from",

@@ -3,7 +3,7 @@
 Inside `exact_derivatives()` these operators run as the formulas below, so that autograd differentiates the formula:
 
 - `weight_norm`: its double backward treats the saved norms as constants and is wrong by tens of percent.
-- `layer_norm`, `group_norm`, `instance_norm`: forward-over-reverse and batched double backward are wrong or missing.
+- `batch_norm`, `layer_norm`, `group_norm`, `instance_norm`: forward-over-reverse and batched double backward are wrong or missing.
 - `hardsigmoid`, `embedding_bag`: no second derivative.
 - fused attention: no second derivative; computed as softmax(Q K^T / sqrt(d)) V instead.
 
@@ -81,6 +81,28 @@ def instance_norm(
     return _scale_and_shift(y, weight, bias, per_channel)
 
 
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    per_channel = [1, -1] + [1] * (x.dim() - 2)
+    if training or running_mean is None or running_var is None:
+        # The running statistics are left as they are: no derivative depends on them.
+        y, _, _ = _normalise(x, [axis for axis in range(x.dim()) if axis != 1], eps)
+    else:
+        y = (x - running_mean.reshape(per_channel)) * torch.rsqrt(
+            running_var.reshape(per_channel) + eps
+        )
+    return _scale_and_shift(y, weight, bias, per_channel)
+
+
 def weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     axes = [axis for axis in range(v.dim()) if axis != dim % v.dim()]
     norm = (v * v).sum(axes, keepdim=True).sqrt()
@@ -133,6 +155,7 @@ DEFINITIONS: dict[str, Callable[..., object]] = {
     "native_layer_norm": layer_norm,
     "native_group_norm": group_norm,
     "instance_norm": instance_norm,
+    "batch_norm": batch_norm,
     "_weight_norm": weight_norm,
     "_weight_norm_interface": weight_norm_interface,
     "hardsigmoid": hardsigmoid,

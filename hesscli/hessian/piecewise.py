@@ -1,0 +1,46 @@
+"""Proof on a tape that everything after a value is piecewise linear in it."""
+
+from __future__ import annotations
+
+from hesscli.hessian.samples import RESHAPES
+from hesscli.hessian.tape import Ref, Tape
+
+LINEAR = (
+    frozenset(
+        "neg sum mean t transpose permute expand unsqueeze squeeze select slice unbind split split_with_sizes "
+        "unsafe_split cat stack constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d "
+        "replication_pad1d replication_pad2d replication_pad3d avg_pool2d avg_pool3d _adaptive_avg_pool2d "
+        "_adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_linear1d "
+        "upsample_bicubic2d pixel_shuffle detach clone alias contiguous _to_copy lift_fresh add sub rsub".split()
+    )
+    | RESHAPES
+)
+PIECEWISE = frozenset(
+    "relu relu6 leaky_relu hardtanh hardshrink softshrink threshold clamp clamp_min clamp_max abs sign round floor "
+    "ceil max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d amax amin "
+    "maximum minimum fmax fmin where eq ne lt le gt ge masked_fill nan_to_num".split()
+)
+# Linear in each argument, so linear in a value that reaches one of them alone.
+MULTILINEAR = frozenset("mul mm mv addmm bmm baddbmm convolution _prelu_kernel".split())
+
+
+def curved(tape: Tape, value: int) -> str | None:
+    """The first operator after this value that is not piecewise linear in it, or None if there is none."""
+    reached = tape.dependent([value])
+    for call in tape.calls:
+        hits = [n for n in call.reads if n in reached]
+        if not hits or call.name in LINEAR or call.name in PIECEWISE:
+            continue
+        if call.name in MULTILINEAR and len(hits) == 1:
+            continue
+        numerator = call.arguments[0] if call.arguments else None
+        if call.name == "div" and hits == [_number(numerator)]:
+            continue
+        if call.name == "native_batch_norm" and hits == [_number(numerator)] and not call.arguments[5]:
+            continue
+        return call.name
+    return None
+
+
+def _number(argument: object) -> int | None:
+    return argument.value if isinstance(argument, Ref) else None

@@ -1,0 +1,132 @@
+"""A recorded pass with a zero probe at the output of each affine use, to differentiate by.
+
+With the probe eps_l added to z_l, `delta_l = dPhi / d eps_l` where
+
+    Phi = L + sum over l of <w_l, a_l>,      eps = 0, w = 0,
+
+and one more derivative of delta_k along a direction u of z_k gives both d delta_l / d z_k u (by eps_l: the mixed
+derivative is symmetric) and d a_l / d z_k u (by w_l) in one reverse pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.losses import LOSSES
+from hesscli.hessian.problem import Batch, Problem
+from hesscli.hessian.routes import NotApplicable
+from hesscli.hessian.samples import Axes, sample_axes
+from hesscli.hessian.tape import Tape, record
+from hesscli.hessian.uses import Use, find_uses
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What a tape proves of a problem.
+
+    Raises:
+        NotApplicable: samples mix, or cannot be shown not to.
+    """
+
+    tape: Tape
+    axes: Axes
+    uses: dict[str, Use]
+    reasons: dict[str, str]  # why a parameter has no affine use
+
+    def use(self, parameter: str) -> Use:
+        if parameter not in self.uses:
+            raise NotApplicable(self.reasons.get(parameter, "unused"))
+        return self.uses[parameter]
+
+
+def analyse(problem: Problem, batch: Batch) -> Analysis:
+    if problem.loss.name not in LOSSES and problem.loss.name != "output" or problem.loss.whole:
+        raise NotApplicable(f"the loss {problem.loss.name} may mix samples")
+    tape = record(problem, batch)
+    axes = sample_axes(tape, len(batch.inputs[0]))
+    uses, reasons = find_uses(tape, axes)
+    return Analysis(tape, axes, uses, reasons)
+
+
+class Probed:
+    """A batch's pass, replayed with probes.
+
+    Args:
+        problem: what is differentiated.
+        batch: the batch.
+        analysis: of its tape.
+        zs: the values that get a probe.
+        leaves: parameters to keep as variables.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        batch: Batch,
+        analysis: Analysis,
+        zs: Iterable[int],
+        leaves: Sequence[str] = (),
+        activations: Iterable[int] = (),
+    ) -> None:
+        self.problem, self.batch = problem, batch
+        tape = analysis.tape
+        self.probes: dict[int, Tensor] = {}
+        wanted = set(zs)
+
+        def probed(number: int, value: Tensor) -> Tensor:
+            if number not in wanted:
+                return value
+            self.probes[number] = torch.zeros_like(value).requires_grad_()
+            return value + self.probes[number]
+
+        self.leaves = {
+            name: problem.parameters[name].detach().requires_grad_() for name in leaves
+        }
+        given = {tape.parameters[name]: leaf for name, leaf in self.leaves.items()}
+        self.known = tape.replay(given, probed)
+        self.output = self.known[tape.output]
+        self.samples = self.output.shape[0]
+        self.duals = {a: torch.zeros_like(self.known[a]).requires_grad_() for a in activations}
+
+    @cached_property
+    def value(self) -> Tensor:
+        total, _ = self.problem.loss.total(
+            self.output, self.batch.target, self.batch.loss_arguments
+        )
+        return total / self.problem.denominator
+
+    @cached_property
+    def phi(self) -> Tensor:
+        return self.value + sum((self.known[a] * w).sum() for a, w in self.duals.items())
+
+    def columns(self, use: Use) -> Tensor:
+        with torch.no_grad():
+            return use.columns(self.known).detach()
+
+    def output_hessian(self) -> Tensor:
+        """The loss's own Hessian at the output, per sample: [samples, C, C], by differentiation."""
+        f = self.output.detach().requires_grad_()
+        total, _ = self.problem.loss.total(f, self.batch.target, self.batch.loss_arguments)
+        size = f.numel() // self.samples
+        zero = f.new_zeros(self.samples, size, size)
+        if not total.requires_grad:
+            return zero
+        (gradient,) = torch.autograd.grad(total / self.problem.denominator, f, create_graph=True)
+        if not gradient.requires_grad:
+            return zero
+        (columns,) = torch.autograd.grad(
+            gradient, f, self.output_seeds(), is_grads_batched=True, allow_unused=True
+        )
+        return zero if columns is None else columns.reshape(size, self.samples, size).transpose(0, 1)
+
+    def output_seeds(self) -> Tensor:
+        """The unit vectors of the output, the same in every sample: [C, *output.shape]."""
+        size = self.output.numel() // self.samples
+        seeds = torch.eye(size, dtype=self.output.dtype, device=self.output.device)
+        shape = (size, self.samples, size)
+        return seeds.unsqueeze(1).expand(shape).reshape(size, *self.output.shape)

@@ -1,0 +1,241 @@
+"""One forward pass as the list of ATen operators that it executed, to be replayed and differentiated piece by piece.
+
+Every kind of model (eager module, TorchScript, exported graph) reaches PyTorch's dispatcher, and is recorded there, with
+the definitions of `definitions.py` in place. A tape belongs to the very batch that it was recorded with, so control
+flow that depends on the data is exact, and nothing needs to be exportable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hesscli.hessian.definitions import exact_derivatives
+from hesscli.hessian.problem import Batch, Problem
+from hesscli.hessian.routes import NotApplicable
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for a tensor in a call's arguments: the value with this number."""
+
+    value: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator, its arguments (tensors as `Ref`), and the numbers of the values it gives (None: unused)."""
+
+    operator: Any  # torch._ops.OpOverload
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    outputs: tuple[int | None, ...]
+
+    @property
+    def name(self) -> str:
+        return str(self.operator._schema.name).removeprefix("aten::")
+
+    @property
+    def reads(self) -> list[int]:
+        return [ref.value for ref in _refs((self.arguments, *self.keywords.values()))]
+
+
+@dataclass(frozen=True)
+class Tape:
+    """The calls that lead from parameters and data to the model's output.
+
+    Attributes:
+        calls: in the order of execution; only those that the output needs.
+        given: the values that no call makes: parameters, buffers, data.
+        shapes: the shape of every value.
+        parameters: the number of each parameter that the output depends on.
+        inputs: the numbers of the model's inputs.
+        output: the number of its output.
+    """
+
+    calls: tuple[Call, ...]
+    given: Mapping[int, Tensor]
+    shapes: Mapping[int, torch.Size]
+    parameters: Mapping[str, int]
+    inputs: tuple[int, ...]
+    output: int
+
+    def dependent(self, values: Sequence[int]) -> set[int]:
+        """The values that depend on any of these, themselves included."""
+        found = set(values)
+        for call in self.calls:
+            if not found.isdisjoint(call.reads):
+                found.update(output for output in call.outputs if output is not None)
+        return found
+
+    def replay(
+        self,
+        values: Mapping[int, Tensor],
+        changed: Callable[[int, Tensor], Tensor] = lambda number, value: value,
+        calls: Sequence[Call] | None = None,
+    ) -> dict[int, Tensor]:
+        """Executes the calls again.
+
+        Args:
+            values: what to take for the given values, where it differs from the recording.
+            changed: what a value made by a call is replaced by.
+            calls: these calls alone; all, if left out.
+
+        Returns:
+            every value by its number.
+        """
+        known = {**self.given, **values}
+        for call in self.calls if calls is None else calls:
+            arguments = _filled(call.arguments, known)
+            keywords = {name: _filled(value, known) for name, value in call.keywords.items()}
+            result = call.operator(*arguments, **keywords)
+            parts = result if isinstance(result, (tuple, list)) else (result,)
+            for number, part in zip(call.outputs, parts, strict=True):
+                if number is not None:
+                    known[number] = changed(number, part)
+        return known
+
+
+def record(problem: Problem, batch: Batch) -> Tape:
+    """The tape of one forward pass.
+
+    Raises:
+        NotApplicable: the pass writes into tensors in a way that a list of operators cannot express.
+    """
+    names = {id(tensor): name for name, tensor in problem.parameters.items()}
+    recorder = _Recorder()
+    with exact_derivatives(), recorder:
+        output = problem.output(batch)
+    if id(output) not in recorder.numbers:
+        raise NotApplicable("the output does not depend on the data")
+    number = recorder.numbers[id(output)]
+    needed = {number}
+    calls = []
+    for call in reversed(recorder.calls):
+        outputs = tuple(n if n in needed else None for n in call.outputs)
+        if any(n is not None for n in outputs):
+            calls.append(Call(call.operator, call.arguments, call.keywords, outputs))
+            needed.update(call.reads)
+    parameters = {}
+    given = {}
+    for n, tensor in recorder.given.items():
+        if n in needed:
+            given[n] = tensor.detach()
+            if id(tensor) in names:
+                parameters[names[id(tensor)]] = n
+    order = [name for name in problem.parameters if name in parameters]
+    return Tape(
+        tuple(reversed(calls)),
+        given,
+        {n: recorder.shapes[n] for n in needed},
+        {name: parameters[name] for name in order},
+        tuple(recorder.numbers[id(x)] for x in batch.inputs if id(x) in recorder.numbers),
+        number,
+    )
+
+
+class _Recorder(TorchDispatchMode):
+    """Numbers every tensor that passes by, and keeps it alive so that its identity stays its own.
+
+    An operator that writes in place is recorded as its functional twin. Tensors that share the memory it wrote to are
+    then stale: reading one later would see the change, which the twin does not make.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.given: dict[int, Tensor] = {}
+        self.shapes: list[torch.Size] = []
+        self.numbers: dict[int, int] = {}
+        self.tensors: dict[int, Tensor] = {}  # by identity
+        self.memory: dict[int, set[int]] = {}  # storage -> identities
+        self.stale: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        arguments = self._referenced(args)
+        keywords = {name: self._referenced(value) for name, value in kwargs.items()}
+        written = [
+            args[i]
+            for i, argument in enumerate(func._schema.arguments[: len(args)])
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        result = func(*args, **kwargs)
+        if any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments):
+            if len(written) != 1 or not isinstance(written[0], Tensor):
+                raise NotApplicable(f"{func._schema.name} writes into its arguments")
+            func = _functional(func)
+            self._went_stale(written[0])
+        parts = result if isinstance(result, (tuple, list)) else (result,)
+        separate = func._schema.name.startswith("aten::unsafe_")  # parts by contract not used as views
+        outputs = tuple(
+            self._number(part, separate) if isinstance(part, Tensor) else None for part in parts
+        )
+        self.calls.append(Call(func, arguments, keywords, outputs))
+        return result
+
+    def _number(self, tensor: Tensor, separate: bool = False) -> int:
+        number = len(self.shapes)
+        self.shapes.append(tensor.shape)
+        self.numbers[id(tensor)] = number
+        self.tensors[id(tensor)] = tensor
+        self.stale.discard(id(tensor))
+        key = -number - 1 if separate else tensor.untyped_storage()._cdata
+        self.memory.setdefault(key, set()).add(id(tensor))
+        return number
+
+    def _went_stale(self, written: Tensor) -> None:
+        for identities in self.memory.values():
+            if id(written) in identities:
+                self.stale |= identities
+        self.stale.discard(id(written))
+
+    def _referenced(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) in self.stale:
+                raise NotApplicable("the model reads through a view what it wrote in place")
+            if id(value) not in self.numbers:
+                self.given[self._number(value)] = value
+            return Ref(self.numbers[id(value)])
+        if isinstance(value, (tuple, list)):
+            return tuple(self._referenced(item) for item in value)
+        return value
+
+
+def _functional(operator: Any) -> Any:
+    """The operator that gives what this one writes in place."""
+    name = operator._schema.name.removeprefix("aten::")
+    twin = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") else None
+    overload = operator._schema.overload_name or "default"
+    if twin is not None and overload in twin.overloads():
+        return getattr(twin, overload)
+    if name == "transpose_":
+        return torch.ops.aten.transpose.int
+    raise NotApplicable(f"{name} writes in place")
+
+
+def _refs(value: Any) -> Iterator[Ref]:
+    if isinstance(value, Ref):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _refs(item)
+
+
+def _filled(value: Any, known: Mapping[int, Tensor]) -> Any:
+    if isinstance(value, Ref):
+        return known[value.value]
+    if isinstance(value, tuple):
+        return [_filled(item, known) for item in value] if _has_ref(value) else value
+    return value
+
+
+def _has_ref(value: tuple[Any, ...]) -> bool:
+    return next(_refs(value), None) is not None

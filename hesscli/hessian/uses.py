@@ -1,0 +1,230 @@
+"""Where each parameter enters a tape, when it does so once and in an affine way.
+
+At such a use, z = A(a) theta with some activation a, and everything after z sees the parameter through z alone. Then, with
+delta = dL/dz and S = d^2 L / dz^2 of each sample, its own block of the Hessian is the sum over samples of A^T S A.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.samples import Axes, SampleAxis
+from hesscli.hessian.tape import Call, Ref, Tape
+
+LINEAR, CONVOLUTION, SCALE, BIAS = "linear", "convolution", "scale", "bias"
+
+
+@dataclass(frozen=True)
+class Use:
+    """The one affine use of a parameter.
+
+    Attributes:
+        parameter: its name.
+        kind: linear (z = a W^T), convolution, scale (z = a * w) or bias (z = ... + b).
+        call: the operator.
+        z: the number of the value that it gives.
+        a: the number of the other operand; None for a bias.
+        axis: the sample axis of z.
+        channels: the axes of z that the parameter's outputs lie along.
+        n: outputs per position.
+        m: inputs per output (fan-in); 1 for scale and bias.
+        positions: at how many places of one sample the parameter is applied.
+        rank: the number of axes of z.
+        kernel: a convolution's spatial extent.
+        transposed: a linear weight stored as [m, n].
+    """
+
+    parameter: str
+    kind: str
+    call: Call
+    z: int
+    a: int | None
+    axis: SampleAxis
+    channels: tuple[int, ...]
+    n: int
+    m: int
+    positions: int
+    rank: int
+    kernel: tuple[int, ...] = ()
+    transposed: bool = False
+
+    def rows(self, u: Tensor) -> Tensor:
+        """[..., *z.shape] -> [..., samples, positions, n]."""
+        return _canonical(u, self.rank, self.axis, self.channels, self.positions)
+
+    def columns(self, known: Mapping[int, Tensor]) -> Tensor:
+        """The inputs of the affine map: [samples, positions, m]; for a scale m = n, for a bias all ones."""
+        if self.a is None:
+            samples = known[self.z].shape[self.axis.axis] // (self.axis.outer * self.axis.inner)
+            return known[self.z].new_ones(samples, self.positions, 1)
+        a = known[self.a]
+        if self.kind == SCALE:
+            return self.rows(a.expand(known[self.z].shape))
+        if self.kind == CONVOLUTION:
+            return _unfolded(a, self.kernel, *self.call.arguments[3:6])
+        return _canonical(a, 2, self.axis, (1,), self.positions)
+
+    def pull(self, u: Tensor, columns: Tensor) -> Tensor:
+        """Each sample's A^T u: [..., B, T, n] with columns [B, T, m] -> [..., B, size], as the parameter lies."""
+        if self.kind == BIAS:
+            return u.sum(-2)
+        if self.kind == SCALE:
+            return (u * columns).sum(-2)
+        product = u.transpose(-1, -2) @ columns  # [..., B, n, m]
+        if self.transposed:
+            product = product.transpose(-1, -2)
+        return product.flatten(-2)
+
+    @property
+    def size(self) -> int:
+        return self.n if self.kind in (SCALE, BIAS) else self.n * self.m
+
+
+def find_uses(tape: Tape, axes: Axes) -> tuple[dict[str, Use], dict[str, str]]:
+    """The affine use of each parameter, or the reason why it has none."""
+    consumers: dict[int, list[Call]] = {}
+    for call in tape.calls:
+        for number in call.reads:
+            consumers.setdefault(number, []).append(call)
+    uses, reasons = {}, {}
+    for name, number in tape.parameters.items():
+        found = _use(tape, axes, consumers, name, number)
+        if isinstance(found, Use):
+            uses[name] = found
+        else:
+            reasons[name] = found
+    return uses, reasons
+
+
+def _use(
+    tape: Tape, axes: Axes, consumers: Mapping[int, Sequence[Call]], name: str, number: int
+) -> Use | str:
+    transposed, value = True, number
+    shape = list(tape.shapes[number])
+    while True:
+        readers = consumers.get(value, [])
+        if len(readers) != 1:
+            times = {0: "unused", 2: "used twice"}.get(len(readers), f"used {len(readers)} times")
+            return times if value == number or not readers else "used more than once"
+        call = readers[0]
+        if call.reads.count(value) != 1:
+            return "used twice"
+        if call.name == "t":
+            transposed = not transposed
+            shape = shape[::-1]
+        elif call.name in ("view", "unsqueeze", "reshape") and axes[call.outputs[0]] is None:  # type: ignore[index]
+            shape = list(tape.shapes[call.outputs[0]])  # type: ignore[index]
+            if [d for d in shape if d != 1] != [d for d in tape.shapes[value] if d != 1]:
+                return f"not an affine use ({call.name})"
+        else:
+            break
+        value = call.outputs[0]  # type: ignore[assignment]
+    z = call.outputs[0]
+    if z is None or axes[z] is None:
+        return f"not an affine use ({call.name})"
+    place = next(
+        (i for i, a in enumerate(call.arguments) if isinstance(a, Ref) and a.value == value), -1
+    )
+    return _affine(tape, axes, call, place, name, shape, transposed) or (
+        f"not an affine use ({call.name})"
+    )
+
+
+def _affine(
+    tape: Tape,
+    axes: Axes,
+    call: Call,
+    place: int,
+    name: str,
+    shape: Sequence[int],
+    transposed: bool,
+) -> Use | None:
+    z = call.outputs[0]
+    assert z is not None
+    axis, z_shape = axes[z], tape.shapes[z]
+    assert axis is not None
+
+    def use(
+        kind: str,
+        a: int | None,
+        channels: tuple[int, ...],
+        m: int,
+        kernel: tuple[int, ...] = (),
+        flip: bool = False,
+    ) -> Use | None:
+        if axis.axis in channels:
+            return None
+        n = math.prod(z_shape[c] for c in channels)
+        size = z_shape.numel() // n
+        samples = z_shape[axis.axis] // (axis.outer * axis.inner)
+        rank = len(z_shape)
+        return Use(
+            name, kind, call, z, a, axis, channels, n, m, size // samples, rank, kernel, flip
+        )
+
+    plain = not call.keywords  # no alpha, no beta
+    arguments = call.arguments
+    if call.name in ("mm", "addmm") and plain and axis.axis == 0:
+        first = 1 if call.name == "addmm" else 0
+        if place == first + 1:
+            a = arguments[first].value
+            return use(LINEAR, a, (1,), shape[0], flip=transposed)
+        if place == 0 and first and len(shape) == 1 and shape[0] == z_shape[1]:
+            return use(BIAS, None, (1,), 1)
+    if call.name == "convolution" and axis.axis == 0:
+        if place == 2:
+            return use(BIAS, None, (1,), 1)
+        groups, is_transposed = arguments[8], arguments[6]
+        if place == 1 and groups == 1 and not is_transposed and len(shape) in (3, 4):
+            fan_in, kernel = math.prod(shape[1:]), tuple(shape[2:])
+            return use(CONVOLUTION, arguments[0].value, (1,), fan_in, kernel)
+    if call.name in ("mul", "add") and plain and len(arguments) == 2:
+        # Broadcast against z: the parameter lies along the axes where it is longer than one.
+        lengths = [1] * (len(z_shape) - len(shape)) + list(shape)
+        channels = tuple(i for i, length in enumerate(lengths) if length > 1)
+        if all(lengths[i] == z_shape[i] for i in channels) and len(lengths) == len(z_shape):
+            other = arguments[1 - place]
+            if call.name == "add":
+                return use(BIAS, None, channels, 1)
+            if isinstance(other, Ref):
+                return use(SCALE, other.value, channels, 1)
+    return None
+
+
+def _canonical(
+    u: Tensor, rank: int, axis: SampleAxis, channels: tuple[int, ...], positions: int
+) -> Tensor:
+    """[..., *shape] of that rank -> [..., samples, positions, channels], all else becoming positions."""
+    lead = u.dim() - rank
+    shape = u.shape[lead:]
+    samples = shape[axis.axis] // (axis.outer * axis.inner)
+    split = [*shape[: axis.axis], axis.outer, samples, axis.inner, *shape[axis.axis + 1 :]]
+    moved = {i: i + 2 * (i > axis.axis) for i in range(rank)}  # where each axis is after the split
+    last = [moved[c] for c in channels]
+    first = axis.axis + 1
+    order = [first, *(i for i in range(rank + 2) if i != first and i not in last), *last]
+    u = u.reshape(*u.shape[:lead], *split)
+    u = u.permute(*range(lead), *(lead + i for i in order))
+    return u.reshape(*u.shape[:lead], samples, positions, -1)
+
+
+def _unfolded(
+    a: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """What a convolution's weight is applied to: [samples, positions, fan-in]."""
+    if len(kernel) == 1:
+        a, kernel = a.unsqueeze(2), [1, *kernel]
+        stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
+    columns = torch.nn.functional.unfold(
+        a, list(kernel), dilation=list(dilation), padding=list(padding), stride=list(stride)
+    )
+    return columns.transpose(1, 2)

@@ -1,0 +1,313 @@
+"""Data files: what is read, what is inferred and said, and what is refused."""
+
+import os
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from hesscli.errors import FileError, HesscliError, MismatchError, NumericalError, UsageError
+from hesscli.files.data import load_data
+
+X = np.arange(6, dtype=np.float32).reshape(3, 2)
+Y = np.array([0, 1, 1])
+
+
+def refused(error: type[HesscliError], path: object, **options: object) -> HesscliError:
+    with pytest.raises(error) as caught:
+        load_data(path, **options)
+    assert "\n" not in caught.value.message
+    return caught.value
+
+
+def save(path, arrays, form):
+    if form == "npz":
+        with open(path, "wb") as file:
+            np.savez(file, **arrays)
+        return
+    tensors = {name: torch.from_numpy(np.asarray(a)) for name, a in arrays.items()}
+    if form == "safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=form == "pt")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("form", ["npz", "safetensors", "pt", "legacy"])
+def test_every_form_gives_the_same(tmp_path, form):
+    path = tmp_path / "data"
+    save(path, {"x": X, "y": Y, "class_weights": np.ones(2)}, form)
+    data = load_data(path)
+    assert torch.equal(data.inputs["x"], torch.from_numpy(X))
+    assert data.targets is not None
+    assert data.targets[0] == "y"
+    assert torch.equal(data.targets[1], torch.from_numpy(Y))
+    assert set(data.arrays) == {"x", "y", "class_weights"}
+    assert (data.samples, len(data.sha256), list(data.inputs)) == (3, 64, ["x"])
+    assert data.notes == (
+        "inputs: x (float32 [3, 2]), inferred from its name",
+        "targets: y (int64 [3]), inferred from its name",
+    )
+
+
+def test_a_pair_of_tensors(tmp_path):
+    torch.save((torch.from_numpy(X), torch.from_numpy(Y)), tmp_path / "data")
+    data = load_data(tmp_path / "data")
+    assert list(data.arrays) == ["inputs", "targets"]
+    assert data.samples == 3
+
+
+# --- which array is which ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inputs", ["x", "X", "input", "inputs", "data", "images", "features"])
+@pytest.mark.parametrize("targets", ["y", "Y", "target", "targets", "label", "labels"])
+def test_known_names(tmp_path, inputs, targets):
+    np.savez(tmp_path / "d.npz", **{targets: Y, inputs: X, "other": X, "more": X})
+    data = load_data(tmp_path / "d.npz")
+    assert list(data.inputs) == [inputs]
+    assert data.targets is not None
+    assert data.targets[0] == targets
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "inputs", "targets"),
+    [
+        ("x foo", {}, ["x"], "foo"),
+        ("foo y", {}, ["foo"], "y"),
+        ("x", {}, ["x"], None),
+        ("x foo bar", {}, ["x"], None),
+        ("a b", {"inputs": ["b"]}, ["b"], "a"),
+        ("a b", {"targets": "a"}, ["b"], "a"),
+        ("a b c", {"inputs": ["c", "a"]}, ["c", "a"], None),
+        ("a y c", {"inputs": ["c", "a"]}, ["c", "a"], "y"),
+        ("x y label", {"targets": "label"}, ["x"], "label"),
+        ("x data y", {"inputs": ["data"]}, ["data"], "y"),
+        ("x", {"inputs": ["x"], "targets": "x"}, ["x"], "x"),
+    ],
+)
+def test_inference(tmp_path, names, options, inputs, targets):
+    np.savez(tmp_path / "d.npz", **dict.fromkeys(names.split(), X))
+    data = load_data(tmp_path / "d.npz", **options)
+    assert list(data.inputs) == inputs
+    assert (data.targets[0] if data.targets else None) == targets
+    named = len(options.get("inputs", ())) > 0, options.get("targets") is not None
+    expected = (not named[0]) + (targets is not None and not named[1])
+    assert len(data.notes) == expected
+
+
+def test_the_only_other_array_is_said_to_be(tmp_path):
+    np.savez(tmp_path / "d.npz", x=X, foo=X)
+    assert load_data(tmp_path / "d.npz").notes[1] == (
+        "targets: foo (float32 [3, 2]), inferred as the only other array"
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "words"),
+    [
+        ("a b", {}, "the names do not tell the inputs"),
+        ("a", {}, "the names do not tell the inputs"),
+        ("y", {}, "the names do not tell the inputs"),
+        ("y label", {}, "the names do not tell the inputs"),
+        ("a b y", {}, "the names do not tell the inputs"),
+        ("x data y", {}, "x and data may all be the inputs"),
+        ("x y label", {}, "y and label may all be the targets"),
+        ("x y", {"inputs": ["z"]}, "no array is called z"),
+        ("x y", {"targets": "z"}, "no array is called z"),
+    ],
+)
+def test_names_that_do_not_tell(tmp_path, monkeypatch, names, options, words):
+    monkeypatch.chdir(tmp_path)
+    np.savez("d.npz", **dict.fromkeys(names.split(), X))
+    error = refused(UsageError, "d.npz", **options)
+    listed = ", ".join(f"{name} (float32 [3, 2])" for name in names.split())
+    assert error.exit_code == 2
+    assert error.message == f"d.npz: {words}; it holds {listed}"
+    assert error.hint == "hesscli compute MODEL d.npz --inputs KEY --targets KEY"
+
+
+def test_an_array_named_twice(tmp_path):
+    np.savez(tmp_path / "d.npz", x=X, y=Y)
+    assert "twice" in refused(UsageError, tmp_path / "d.npz", inputs=["x", "x"]).message
+
+
+# --- samples ----------------------------------------------------------------------------------
+
+
+def test_unequal_numbers_of_samples(tmp_path):
+    path = tmp_path / "d.npz"
+    np.savez(path, x=X, y=Y[:2])
+    error = refused(MismatchError, path)
+    assert error.exit_code == 4
+    assert "inputs x [3, 2] and targets y [2] differ in the number of samples" in error.message
+    assert "--unbatched" in error.hint
+    assert load_data(path, unbatched=True).samples == 1
+    error = refused(MismatchError, path, inputs=["x", "y"])
+    assert "inputs x [3, 2] and inputs y [2]" in error.message
+
+
+def test_no_samples(tmp_path):
+    np.savez(tmp_path / "d.npz", x=X[:0], y=Y[:0])
+    error = refused(MismatchError, tmp_path / "d.npz")
+    assert "inputs x [0, 2] holds no samples" in error.message
+
+
+def test_single_numbers(tmp_path):
+    path = tmp_path / "d.npz"
+    np.savez(path, x=np.float32(2), y=np.float32(1))
+    error = refused(MismatchError, path)
+    assert "a single number without an axis for samples" in error.message
+    assert error.hint == "--unbatched"
+    data = load_data(path, unbatched=True)
+    assert data.inputs["x"].shape == ()
+    assert data.samples == 1
+
+
+# --- values and types -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["x", "class_weights"])
+def test_values_that_are_not_finite(tmp_path, value, name):
+    arrays = {"x": X.copy(), "y": Y, "class_weights": np.ones((2, 2), np.float16)}
+    arrays[name][1, 0] = value
+    np.savez(tmp_path / "d.npz", **arrays)
+    error = refused(NumericalError, tmp_path / "d.npz")
+    assert error.exit_code == 5
+    assert f"array {name} (" in error.message
+    assert "holds NaN or infinity in 1 place, the first at [1, 0]" in error.message
+    assert f"np.nan_to_num({name})" in error.hint
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("stored", "loaded"),
+    [
+        ("<f4", torch.float32),
+        (">f4", torch.float32),
+        (">f8", torch.float64),
+        ("f2", torch.float16),
+        ("u1", torch.uint8),
+        ("i1", torch.int8),
+        (">i4", torch.int32),
+        ("i8", torch.int64),
+        ("?", torch.bool),
+        (">u2", torch.int64),
+        ("u4", torch.int64),
+        ("u8", torch.int64),
+        ("c8", torch.complex64),
+    ],
+)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_types(tmp_path, stored, loaded, order):
+    array = np.asarray(np.arange(6).reshape(3, 2) % 2, dtype=stored, order=order)
+    np.savez(tmp_path / "d.npz", x=array, y=Y)
+    x = load_data(tmp_path / "d.npz").inputs["x"]
+    assert x.dtype is loaded
+    assert x.is_contiguous()
+    assert np.array_equal(x.numpy(), array)
+    x[0] = 0  # writable
+
+
+def test_bfloat16(tmp_path):
+    save_file({"x": torch.ones(2, 3, dtype=torch.bfloat16)}, tmp_path / "d")
+    assert load_data(tmp_path / "d").inputs["x"].dtype is torch.bfloat16
+
+
+def test_gradients_do_not_come_along(tmp_path):
+    torch.save({"x": torch.ones(2, 3, requires_grad=True).t()}, tmp_path / "d")
+    x = load_data(tmp_path / "d").inputs["x"]
+    assert not x.requires_grad
+    assert x.is_contiguous()
+
+
+def test_arrays_that_are_not_numbers_are_skipped_and_said(tmp_path):
+    names = np.array(["a", "b"])
+    np.savez(tmp_path / "d.npz", x=X, y=Y, names=names, big=np.array([2**64 - 1], np.uint64))
+    data = load_data(tmp_path / "d.npz")
+    assert set(data.arrays) == {"x", "y"}
+    assert data.notes[:2] == (
+        "array names skipped: not numbers (str32)",
+        "array big skipped: integers too large for int64",
+    )
+    error = refused(UsageError, tmp_path / "d.npz", inputs=["names"])
+    assert "no array is called names: not numbers (str32)" in error.message
+    torch.save({"x": torch.ones(2), "epoch": 3}, tmp_path / "d.pt")
+    assert load_data(tmp_path / "d.pt").notes[0] == "array epoch skipped: not a tensor (int)"
+
+
+# --- refusals ---------------------------------------------------------------------------------
+
+
+def test_object_arrays(tmp_path):
+    np.savez(tmp_path / "d.npz", x=np.array([[1], [2, 3]], dtype=object), y=Y)
+    error = refused(FileError, tmp_path / "d.npz")
+    assert error.exit_code == 3
+    assert "array x holds Python objects, which run code when loaded" in error.message
+    assert "dtype=float" in error.hint
+
+
+def test_pickled_objects(tmp_path):
+    torch.save({"x": nn.Linear(1, 1)}, tmp_path / "d.pt")
+    error = refused(FileError, tmp_path / "d.pt")
+    assert "(torch.nn.modules.linear.Linear), which run code when loaded" in error.message
+    assert error.hint == "torch.save({'x': x, 'y': y}, 'data.pt')"
+
+
+@pytest.mark.parametrize("content", [[torch.ones(1)] * 3, torch.ones(2), "text"])
+def test_other_contents(tmp_path, content):
+    torch.save(content, tmp_path / "d.pt")
+    error = refused(FileError, tmp_path / "d.pt")
+    assert "expected a dict or a pair of tensors" in error.message
+    assert error.hint == "torch.save({'x': x, 'y': y}, 'data.pt')"
+
+
+def test_files_without_arrays(tmp_path):
+    np.savez(tmp_path / "empty.npz")
+    np.savez(tmp_path / "text.npz", x=np.array(["a"]))
+    assert "holds no numeric arrays" in refused(FileError, tmp_path / "empty.npz").message
+    assert "array x skipped: not numbers" in refused(FileError, tmp_path / "text.npz").message
+
+
+def test_other_kinds(tmp_path):
+    np.save(tmp_path / "d.npy", X)
+    error = refused(FileError, tmp_path / "d.npy")
+    assert "a single npy array, which has no name" in error.message
+    assert error.hint == "give it a name: np.savez('data.npz', x=x, y=y)"
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "net.pt"))
+    error = refused(FileError, tmp_path / "net.pt")
+    assert error.hint == "the data comes second: hesscli compute MODEL DATA"
+    (tmp_path / "d.csv").write_text("1,2\n")
+    assert "a text file; expected data as .npz" in refused(FileError, tmp_path / "d.csv").message
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a regular file" in refused(FileError, tmp_path / "pipe").message
+    assert refused(UsageError, tmp_path / "no.npz").message.endswith("no.npz: no such file")
+
+
+@pytest.mark.parametrize("form", ["npz", "safetensors", "pt", "legacy"])
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.8, 0.98])
+def test_files_cut_off(tmp_path, form, part):
+    path = tmp_path / "data"
+    save(path, {"x": np.ones((50, 3)), "y": np.ones(50)}, form)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * part)])
+    error = refused(FileError, path)
+    assert error.exit_code == 3
+    assert "cut off" in error.message
+
+
+@pytest.mark.parametrize("form", ["npz", "pt"])
+def test_flipped_bits(tmp_path, form):
+    path = tmp_path / "data"
+    save(path, {"x": np.full((50, 3), 1.5), "y": np.ones(50)}, form)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        end = "data/0" if form == "pt" else "x.npy"
+        member = next(m for m in archive.infolist() if m.filename.endswith(end))
+    content[content.index(np.full(3, 1.5).tobytes(), member.header_offset)] ^= 1
+    path.write_bytes(content)
+    assert refused(FileError, path).exit_code == 3

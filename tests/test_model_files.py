@@ -1,0 +1,694 @@
+"""Model files: every kind loads into the same form, and every refusal says what to do."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from hesscli.errors import FileError, HesscliError, MismatchError, UsageError
+from hesscli.files.architectures import build, parse_value
+from hesscli.files.models import load_model
+from hesscli.files.sniff import kind_of
+
+
+class Net(nn.Module):
+    """Two tied layers, a batch norm, a frozen parameter and an optional input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc = nn.Linear(4, 4, bias=False)
+        self.dec = nn.Linear(4, 4, bias=False)
+        self.dec.weight = self.enc.weight
+        self.norm = nn.BatchNorm1d(4)
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, shift: float = 0.0) -> torch.Tensor:
+        return self.dec(self.norm(torch.tanh(self.enc(x)))) * self.scale + shift
+
+
+class Plain(nn.Module):
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.fc = nn.Linear(width, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+NAMES = ["scale", "enc.weight", "norm.weight", "norm.bias"]
+X = torch.linspace(-1, 1, 28).reshape(7, 4)
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    torch.manual_seed(0)
+    net = Net()
+    with torch.no_grad():
+        net.norm.running_mean.fill_(0.5)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def exported(net: Net, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Exporting is slow, so each program is made once."""
+    folder = tmp_path_factory.mktemp("exported")
+    dynamic = ({0: torch.export.Dim("batch")},)
+    programs = {
+        "dynamic": torch.export.export(net, (X,), dynamic_shapes=(*dynamic, None)[:1]),
+        "fixed": torch.export.export(net, (X,)),
+        "half": torch.export.export(Plain().half(), (torch.ones(2, 3).half(),)),
+        "keywords": torch.export.export(net, (X,), {"shift": 1.0}),
+    }
+    paths = {}
+    for name, program in programs.items():
+        paths[name] = folder / f"{name}.pt2"
+        torch.export.save(program, paths[name])
+    return paths
+
+
+def refused(error: type[HesscliError], path: object, **options: object) -> HesscliError:
+    with pytest.raises(error) as caught:
+        load_model(path, **options)
+    assert "\n" not in caught.value.message
+    assert "miniz" not in caught.value.message
+    return caught.value
+
+
+def rewrite(source: Path, target: Path, edit: dict[str, bytes]) -> Path:
+    """Copies a zip file, with other content (and its right checksum) for the names in `edit`."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            changed = [content for end, content in edit.items() if name.endswith(end)]
+            new.writestr(name, changed[0] if changed else old.read(name))
+    return target
+
+
+# --- what a file is ---------------------------------------------------------------------------
+
+
+def test_kinds_are_told_by_content(net, exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.jit.script(net).save("1")
+    torch.jit.trace(net, X).save("2")
+    torch.save(net.state_dict(), "3")
+    torch.save(net.state_dict(), "4", _use_new_zipfile_serialization=False)
+    save_file({"w": torch.ones(2)}, "5")
+    np.savez("6.npz", x=1)
+    np.savez_compressed("7.npz", x=1)
+    np.save("8.npy", np.ones(3))
+    for name, content in {
+        "9": b"",
+        "10": b"\x89HDF\r\n\x1a\n....",
+        "11": b"\x08\x08\x12\x07pytorch",
+        "12": b"version https://git-lfs.github.com/spec/v1\n",
+        "13": b"<!DOCTYPE html><html>",
+        "14": b"a,b\n1,2\n",
+        "15": b"PK\x03\x04 cut off",
+        "16": b"\x80\x04\x95\x00",
+        "17": b"\x00\x01\x02\xff",
+        "18": b"\x1f\x8b\x08",
+    }.items():
+        Path(name).write_bytes(content)
+    with zipfile.ZipFile("19", "w") as archive:
+        archive.writestr("notes.txt", "x")
+    np.savez("20.npz")
+    os.mkfifo("21")
+    files = {int(path.stem): path for path in Path().iterdir()}
+    kinds = [kind_of(files[number]) for number in sorted(files)]
+    expected = (
+        "torchscript torchscript torch_zip torch_legacy safetensors npz npz npy empty hdf5 onnx "
+        "lfs_pointer html text zip_damaged pickle unknown gzip zip npz special"
+    )
+    assert " ".join(kinds) == expected
+    assert {kind_of(path) for path in exported.values()} == {"exported"}
+    assert kind_of(tmp_path) == "folder"
+
+
+def test_sniffing_loads_neither_torch_nor_numpy():
+    code = "import hesscli.files.sniff, sys; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_missing_file_is_a_usage_error(tmp_path):
+    error = refused(UsageError, tmp_path / "no.pt")
+    assert error.exit_code == 2
+    assert error.message.endswith("no.pt: no such file")
+    (tmp_path / "file").touch()
+    assert refused(UsageError, tmp_path / "file" / "no.pt").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "hint"),
+    [
+        (b"", "an empty file", "torch.jit.script(model)"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer", "git lfs pull"),
+        (b"<html>", "an HTML page", "fetch the file again"),
+        (b"\x08\x08\x12\x07pytorch", "an ONNX model", "torch.jit.script(model)"),
+        (b"PK\x03\x04" + b"x" * 99, "damaged or cut off", "download the file again"),
+        (b"\x80\x04\x95....", "which torch.save did not write", "state_dict"),
+    ],
+)
+def test_other_files_are_refused_by_name(tmp_path, content, words, hint):
+    path = tmp_path / "net.pt"
+    path.write_bytes(content)
+    error = refused(FileError, path)
+    assert error.exit_code == 3
+    assert words in error.message
+    assert hint in error.hint
+
+
+def test_data_in_place_of_the_model(tmp_path):
+    np.savez(tmp_path / "data.npz", x=1)
+    error = refused(FileError, tmp_path / "data.npz")
+    assert error.hint == "the model comes first: hesscli compute MODEL DATA"
+
+
+def test_a_pipe_and_a_folder_are_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a regular file" in refused(FileError, tmp_path / "pipe").message
+    assert "a folder" in refused(FileError, tmp_path).message
+
+
+def test_an_unreadable_file(tmp_path):
+    path = tmp_path / "net.pt"
+    path.write_bytes(b"x")
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("root reads everything")
+    assert "Permission denied" in refused(FileError, path).message
+
+
+# --- TorchScript ------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_torchscript(net, tmp_path, how, recwarn):
+    with torch.no_grad():
+        expected = net(X)
+    path = tmp_path / "net"
+    (torch.jit.script(net) if how == "script" else torch.jit.trace(net, X)).save(str(path))
+    recwarn.clear()
+    saved = load_model(path)
+    assert not recwarn.list
+    assert saved.kind == "torchscript"
+    assert [name for name, _ in saved.module.named_parameters()] == NAMES
+    assert [p.requires_grad for p in saved.module.parameters()] == [False, True, True, True]
+    torch.testing.assert_close(saved.module(X), expected)
+    assert not saved.module.training
+    counts = (1, 2) if how == "script" else (1, 1)
+    assert (saved.required_inputs, saved.inputs) == counts
+    assert (saved.notes, saved.batch_size, len(saved.sha256)) == ((), None, 64)
+
+
+def test_train_mode(net, tmp_path):
+    torch.jit.script(net).save(str(tmp_path / "script"))
+    torch.jit.trace(net, X).save(str(tmp_path / "trace"))
+    script = load_model(tmp_path / "script", train_mode=True)
+    assert script.module.training
+    assert script.notes == ()
+    (note,) = load_model(tmp_path / "trace", train_mode=True).notes
+    assert note == "train mode has no effect: a traced model keeps the mode it had"
+
+
+def test_frozen_torchscript_has_no_parameters(net, tmp_path):
+    torch.jit.freeze(torch.jit.script(net)).save(str(tmp_path / "net.pt"))
+    error = refused(FileError, tmp_path / "net.pt")
+    assert error.exit_code == 3
+    assert "without parameters; frozen and quantised models" in error.message
+    assert error.hint == "save it without torch.jit.freeze: torch.jit.script(model).save('net.pt')"
+
+
+def test_torchscript_is_never_unpickled(net, tmp_path, monkeypatch):
+    torch.jit.script(net).save(str(tmp_path / "net.pt"))
+    monkeypatch.setattr(torch, "load", lambda *_a, **_k: pytest.fail("unpickled"))
+    assert load_model(tmp_path / "net.pt", allow_pickle=True).kind == "torchscript"
+
+
+def test_an_unneeded_architecture_is_noted(net, tmp_path):
+    torch.jit.script(net).save(str(tmp_path / "net.pt"))
+    (note,) = load_model(tmp_path / "net.pt", arch="mlp").notes
+    assert note.startswith("--arch mlp has no effect")
+
+
+# --- damage -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["script", "zip", "legacy", "exported", "safetensors"])
+@pytest.mark.parametrize("part", [0.02, 0.4, 0.7, 0.97])
+def test_files_cut_off(net, exported, tmp_path, kind, part):
+    path = tmp_path / "net.pt"
+    if kind == "script":
+        torch.jit.script(Plain()).save(str(path))
+    elif kind == "exported":
+        path.write_bytes(exported["dynamic"].read_bytes())
+    elif kind == "safetensors":
+        save_file({"w": torch.ones(50)}, path)
+    else:
+        new = kind == "zip"
+        torch.save(net.state_dict(), path, _use_new_zipfile_serialization=new)
+    content = path.read_bytes()
+    path.write_bytes(content[: max(16, int(len(content) * part))])
+    error = refused(FileError, path, arch="mlp")
+    assert error.exit_code == 3
+    assert "cut off" in error.message
+
+
+@pytest.mark.parametrize("kind", ["script", "zip", "exported"])
+def test_a_flipped_bit_is_found(exported, tmp_path, kind):
+    """PyTorch loads it; the Hessian would be that of another model."""
+    path = tmp_path / "net.pt"
+    if kind == "script":
+        torch.jit.script(Plain()).save(str(path))
+    elif kind == "zip":
+        torch.save(Plain().state_dict(), path)
+    else:
+        path.write_bytes(exported["dynamic"].read_bytes())
+    end = "weights/weight_1" if kind == "exported" else "data/0"
+    with zipfile.ZipFile(path) as archive:
+        member = next(m for m in archive.infolist() if m.filename.endswith(end))
+        value = archive.read(member)
+    content = path.read_bytes()
+    at = content.index(value)
+    path.write_bytes(content[:at] + bytes([content[at] ^ 0x40]) + content[at + 1 :])
+    error = refused(FileError, path)
+    assert f"{end} is not what was written" in error.message
+    assert error.hint == "copy or download the file again"
+
+
+def test_files_without_checksums_load(tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "net.pt")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert load_model(tmp_path / "net.pt", arch="mlp").kind == "state_dict"
+
+
+# --- torch.export -----------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")
+def test_exported(net, exported, caplog):
+    saved = load_model(exported["dynamic"])
+    assert saved.kind == "exported"
+    assert [name for name, _ in saved.module.named_parameters()] == NAMES
+    assert [p.requires_grad for p in saved.module.parameters()] == [False, True, True, True]
+    torch.testing.assert_close(saved.module(X[:5]), net(X[:5]))
+    assert (saved.batch_size, saved.inputs, saved.required_inputs) == (None, 1, 1)
+    assert not saved.module.training
+    assert not caplog.records
+
+
+def test_exported_models_are_tied_again(net, exported):
+    module = load_model(exported["dynamic"]).module
+    assert module.get_parameter("enc.weight") is module.get_parameter("dec.weight")
+    (gradient,) = torch.autograd.grad(module(X).sum(), module.get_parameter("enc.weight"))
+    (expected,) = torch.autograd.grad(net(X).sum(), net.enc.weight)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_the_batch_size_of_an_exported_model(exported):
+    assert load_model(exported["fixed"]).batch_size == 7
+
+
+def test_exported_models_keep_their_mode(exported):
+    (note,) = load_model(exported["dynamic"], train_mode=True).notes
+    assert note == "train mode has no effect: an exported model keeps the mode it had"
+
+
+def test_keyword_inputs_are_refused(exported):
+    error = refused(FileError, exported["keywords"])
+    assert "exported with keyword inputs (shift)" in error.message
+    assert "torch.export.export(model, (x, mask))" in error.hint
+
+
+def test_half_precision_is_widened(exported, tmp_path):
+    saved = load_model(exported["half"])
+    assert saved.notes == ("weights stored in float16, computed in float32",)
+    assert saved.module(torch.ones(2, 3)).dtype is torch.float32
+    torch.jit.script(Plain().bfloat16()).save(str(tmp_path / "net.pt"))
+    saved = load_model(tmp_path / "net.pt")
+    assert saved.notes == ("weights stored in bfloat16, computed in float32",)
+    assert saved.module(torch.ones(2, 3)).dtype is torch.float32
+
+
+def edited_program(source: Path, target: Path, edit) -> Path:
+    with zipfile.ZipFile(source) as archive:
+        name = next(n for n in archive.namelist() if n.endswith("models/model.json"))
+        program = json.loads(archive.read(name))
+    edit(program)
+    return rewrite(source, target, {"models/model.json": json.dumps(program).encode()})
+
+
+def test_exported_programs_that_would_run_code(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.export, "load", lambda *_: pytest.fail("loaded"))
+    source, target = exported["fixed"], tmp_path / "net.pt2"
+    code = "__import__('os').system('x')"
+
+    def guard(program):
+        program["guards_code"] = [code]
+
+    def call(program):
+        program["graph_module"]["graph"]["nodes"][0]["target"] = "torch.serialization.load"
+
+    def size(program):
+        value = program["graph_module"]["graph"]["tensor_values"]["x"]
+        value["sizes"][0] = {"as_expr": {"expr_str": code, "hint": None}}
+
+    for edit, words in ((guard, code), (call, "torch.serialization.load"), (size, code)):
+        error = refused(FileError, edited_program(source, target, edit))
+        assert "which run code when loaded" in error.message
+        assert words[:10] in error.message
+        assert error.hint == f"hesscli compute {target} DATA --allow-pickle"
+
+    torch.save({"inputs": Plain()}, tmp_path / "pickle")
+    pickled = (tmp_path / "pickle").read_bytes()
+    rewrite(source, target, {"sample_inputs/model.pt": pickled})
+    assert f"({__name__}.Plain)" in refused(FileError, target).message
+
+
+def test_exported_programs_of_another_version(exported, tmp_path):
+    def edit(program):
+        program["schema_version"]["major"] = 99
+
+    error = refused(FileError, edited_program(exported["fixed"], tmp_path / "net.pt2", edit))
+    assert "a torch.export program that cannot be read" in error.message
+
+
+# --- state dicts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_a_state_dict_needs_an_architecture(tmp_path, monkeypatch, form):
+    monkeypatch.chdir(tmp_path)
+    if form == "safetensors":
+        save_file(Plain().state_dict(), "net.pt")
+    else:
+        new = form == "zip"
+        torch.save(Plain().state_dict(), "net.pt", _use_new_zipfile_serialization=new)
+    error = refused(FileError, "net.pt")
+    assert error.exit_code == 3
+    assert error.message == "net.pt: a state dict holds weights but no architecture"
+    assert error.hint == "hesscli compute net.pt DATA --arch mypkg.nets:make_mlp"
+    saved = load_model("net.pt", arch=f"{__name__}:Plain")
+    assert saved.kind == "state_dict"
+    assert (saved.required_inputs, saved.inputs) == (1, 1)
+
+
+def test_ties_of_the_architecture(net, tmp_path):
+    path = tmp_path / "net.safetensors"
+    weights = {name: t for name, t in net.state_dict().items() if name != "dec.weight"}
+    save_file(weights, path)  # safetensors keeps one name of a tied parameter
+    saved = load_model(path, arch=f"{__name__}:Net")
+    torch.testing.assert_close(saved.module(X), net(X))
+    assert saved.module.dec.weight is saved.module.enc.weight
+    assert (saved.required_inputs, saved.inputs) == (1, 2)
+    save_file({**weights, "dec.weight": torch.zeros(4, 4)}, path)
+    error = refused(MismatchError, path, arch=f"{__name__}:Net")
+    assert "enc.weight and dec.weight differ, but the architecture ties them" in error.message
+
+
+def test_double_weights_are_not_rounded(tmp_path):
+    weight = torch.full((2, 3), 1 / 3, dtype=torch.float64)
+    bias = torch.zeros(2, dtype=torch.float64)
+    torch.save({"fc.weight": weight, "fc.bias": bias}, tmp_path / "net.pt")
+    module = load_model(tmp_path / "net.pt", arch=f"{__name__}:Plain").module
+    assert torch.equal(module.fc.weight, weight)
+
+
+def test_half_weights_of_a_state_dict(tmp_path):
+    torch.save(Plain().half().state_dict(), tmp_path / "net.pt")
+    saved = load_model(tmp_path / "net.pt", arch=f"{__name__}:Plain")
+    assert saved.notes == ("weights stored in float16, computed in float32",)
+    assert saved.module.fc.weight.dtype is torch.float32
+
+
+def test_weights_that_do_not_fit_are_listed(tmp_path):
+    path = tmp_path / "net.pt"
+    extra = {f"extra{i}": torch.ones(1) for i in range(12)}
+    torch.save({"fc.weight": torch.ones(2, 5), **extra}, path)
+    error = refused(MismatchError, path, arch=f"{__name__}:Plain")
+    assert error.exit_code == 4
+    assert error.message == (
+        f"{path}: the weights do not fit the architecture: missing: fc.bias; "
+        f"unexpected: {', '.join(f'extra{i}' for i in range(10))} and 2 more; "
+        "of another shape: fc.weight [2, 5] (the architecture has [2, 3])"
+    )
+    assert error.hint.endswith("--arch-arg K=V")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"epoch": 3, "model": {"w": torch.ones(1)}}, "its keys are epoch, model"),
+        ({}, "it is empty"),
+        ([torch.ones(1)], "holds a list"),
+        (torch.ones(1), "holds a Tensor"),
+    ],
+)
+def test_other_contents_are_refused(tmp_path, content, words):
+    torch.save(content, tmp_path / "net.pt")
+    error = refused(FileError, tmp_path / "net.pt", arch="mlp")
+    assert words in error.message
+    assert error.hint == "torch.save(model.state_dict(), 'net.pt')"
+
+
+def test_a_hessian_is_no_model(tmp_path):
+    save_file({"w": torch.ones(1, 1)}, tmp_path / "h.safetensors", {"hesscli": "{}"})
+    error = refused(FileError, tmp_path / "h.safetensors")
+    assert "a Hessian that hesscli wrote" in error.message
+    assert error.hint.startswith("hesscli show ")
+
+
+# --- pickles ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_pickled_module_needs_permission(tmp_path, monkeypatch, new):
+    monkeypatch.chdir(tmp_path)
+    torch.save(Plain(), "my net.pt", _use_new_zipfile_serialization=new)
+    error = refused(FileError, "my net.pt")
+    assert error.exit_code == 3
+    assert error.message == (
+        f"my net.pt: holds pickled Python objects ({__name__}.Plain), which run code when loaded"
+    )
+    assert error.hint == "hesscli compute 'my net.pt' DATA --allow-pickle"
+    saved = load_model("my net.pt", allow_pickle=True)
+    assert saved.kind == "pickle"
+    assert [name for name, _ in saved.module.named_parameters()] == ["fc.weight", "fc.bias"]
+    assert not saved.module.training
+    assert load_model("my net.pt", allow_pickle=True, train_mode=True).module.training
+
+
+def test_no_code_runs_without_permission(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    torch.save({"w": Trap()}, tmp_path / "net.pt")
+    assert "mkdir" in refused(FileError, tmp_path / "net.pt", arch="mlp").message
+    assert not (tmp_path / "ran").exists()
+
+
+def test_newer_pickle_protocols_need_permission(tmp_path):
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "net.pt", pickle_protocol=4)
+    assert "pickle protocol 4" in refused(FileError, tmp_path / "net.pt").message
+    saved = load_model(tmp_path / "net.pt", arch="mlp", allow_pickle=True)
+    assert saved.kind == "state_dict"
+
+
+def test_a_pickled_class_that_is_gone(tmp_path, monkeypatch):
+    (tmp_path / "gone.py").write_text("from torch import nn\nclass Gone(nn.Linear): pass\n")
+    path = tmp_path / "net.pt"
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        torch.save(__import__("gone").Gone(2, 2), path)
+    del sys.modules["gone"]
+    error = refused(FileError, path, allow_pickle=True)
+    assert "its classes cannot be imported: No module named 'gone'" in error.message
+    assert "--arch FILE.py:CLASS" in error.hint
+    monkeypatch.chdir(tmp_path)  # the current folder is importable
+    assert load_model(path, allow_pickle=True).kind == "pickle"
+    del sys.modules["gone"]
+
+
+def test_a_pickle_of_something_else(tmp_path):
+    torch.save(torch.optim.SGD(Plain().parameters()), tmp_path / "net.pt")
+    error = refused(FileError, tmp_path / "net.pt", allow_pickle=True)
+    assert "holds a SGD; expected an nn.Module or a state dict" in error.message
+
+
+def test_a_module_without_parameters(tmp_path):
+    torch.save(nn.ReLU(), tmp_path / "net.pt")
+    error = refused(FileError, tmp_path / "net.pt", allow_pickle=True)
+    assert "a model without parameters has no Hessian" in error.message
+
+
+# --- architectures ----------------------------------------------------------------------------
+
+NETS = """
+import sys
+import torch
+from torch import nn
+import helper
+
+print("loud")
+
+class Net(nn.Module):
+    def __init__(self, width, act="tanh"):
+        super().__init__()
+        self.fc = nn.Linear(width, 2)
+        self.act = act
+
+def make(**options):
+    return Net(**options)
+
+def number():
+    return 3
+
+def broken():
+    raise RuntimeError("no way")
+
+ready = nn.Linear(2, 2)
+constant = 5
+"""
+
+
+@pytest.fixture
+def nets(tmp_path, monkeypatch):
+    (tmp_path / "code").mkdir()
+    for name in ("nets_of_test.py", "code/nets_of_file.py"):
+        (tmp_path / name).write_text(NETS.replace("import helper", ""))
+    (tmp_path / "code" / "neighbour_of_test.py").write_text("")
+    (tmp_path / "code" / "needy.py").write_text("import neighbour_of_test, no_such_thing\n")
+    (tmp_path / "leaving_of_test.py").write_text("raise SystemExit('bye')\n")
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("nets_of_test", None)
+
+
+@pytest.mark.parametrize("source", ["nets_of_test", "code/nets_of_file.py"])
+def test_factories(nets, source, capsys):
+    path = list(sys.path)
+    net = build(f"{source}:Net", {"width": 4}, {})
+    assert net.fc.in_features == 4
+    assert build(f"{source}:make", {"width": 5, "act": "relu"}, {}).act == "relu"
+    assert isinstance(build(f"{source}:ready", {}, {}), nn.Linear)
+    assert capsys.readouterr().out == ""  # stdout is for data
+    assert sys.path == path
+
+
+@pytest.mark.parametrize(
+    ("arch", "arguments", "words", "hint"),
+    [
+        ("nets_of_test", {}, "expected PKG.MOD:FACTORY, FILE.py:FACTORY or mlp", ":FACTORY"),
+        ("no.py:Net", {}, "no such file: no.py", "path/to/net.py:FACTORY"),
+        ("no_such:Net", {}, "no module named no_such", "path/to/no_such.py:FACTORY"),
+        ("code/needy.py:Net", {}, "imports no_such_thing", "pip install no_such_thing"),
+        ("leaving_of_test:Net", {}, "raised SystemExit: bye", "python -c 'import leaving_of_test'"),
+        ("nets_of_test:net", {}, "has no net; it has: Net, make", "--arch nets_of_test:Net"),
+        ("nets_of_test:Net", {}, "raised TypeError", "--arch-arg width=VALUE"),
+        ("nets_of_test:broken", {}, "raised RuntimeError: no way", "--arch nets_of_test:broken"),
+        ("nets_of_test:number", {}, "returned a int; expected an nn.Module", "from number"),
+        ("nets_of_test:constant", {}, "constant is a int", ":FACTORY"),
+        ("nets_of_test:ready", {"a": 1}, "takes no --arch-arg (a)", "--arch nets_of_test:ready"),
+    ],
+)
+def test_architectures_that_cannot_be_built(nets, arch, arguments, words, hint):
+    with pytest.raises(UsageError) as caught:
+        build(arch, arguments, {})
+    assert caught.value.exit_code == 2
+    assert caught.value.message.startswith(f"--arch {arch}: ")
+    assert words in caught.value.message
+    assert hint in caught.value.hint
+
+
+def test_values():
+    texts = ["3", "1e-3", "[1, 2]", "true", "False", "none", "tanh", "'3'", "2 +", "(1,)"]
+    values = [3, 1e-3, [1, 2], True, False, None, "tanh", "3", "2 +", (1,)]
+    assert [parse_value(text) for text in texts] == values
+
+
+# --- mlp --------------------------------------------------------------------------------------
+
+
+def test_mlp_equals_the_model_it_was_saved_from(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 5, bias=False), nn.Tanh())
+    model.append(nn.Linear(5, 2))
+    outer = nn.ModuleDict({"net": model})
+    save_file(outer.state_dict(), tmp_path / "net.pt")
+    saved = load_model(tmp_path / "net.pt", arch="mlp", arch_args={"activation": "Tanh"})
+    assert set(dict(saved.module.named_parameters())) == set(dict(outer.named_parameters()))
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(saved.module(x), model(x))
+    note = "mlp: net.0 (3 -> 5), net.2 (5 -> 5), net.4 (5 -> 2), in this order"
+    assert saved.notes == (note,)
+
+
+def test_mlp_of_one_layer_needs_no_activation(tmp_path):
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "net.pt")
+    saved = load_model(tmp_path / "net.pt", arch="mlp")
+    assert [name for name, _ in saved.module.named_parameters()] == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("name", ["ReLU", "gelu", "silu", "Sigmoid", "identity", None, "ELU"])
+def test_activations(name):
+    weights = {"a1.weight": torch.eye(2), "a2.weight": torch.eye(2)}
+    module = build("mlp", {"activation": name}, weights)
+    module.load_state_dict(weights)
+    x = torch.tensor([[-1.0, 2.0]])
+    functions = {"ReLU": torch.relu, "Sigmoid": torch.sigmoid, "ELU": nn.functional.elu}
+    functions |= {"gelu": nn.functional.gelu, "silu": nn.functional.silu}
+    torch.testing.assert_close(module(x), functions.get(name, lambda v: v)(x))
+
+
+def test_layers_are_ordered_as_numbers():
+    sizes = list(range(2, 14))
+    weights = {f"fc{i}.weight": torch.ones(sizes[i], sizes[i - 1]) for i in range(1, 12)}
+    shuffled = dict(sorted(weights.items()))  # fc1, fc10, fc11, fc2, ...
+    module = build("mlp", {"activation": "relu"}, shuffled)
+    assert module(torch.ones(1, 2)).shape == (1, 13)
+
+
+def test_the_order_of_unnumbered_layers_is_the_files():
+    weights = {"inner.weight": torch.ones(4, 3), "body.weight": torch.ones(2, 4)}
+    assert build("mlp", {"activation": "relu"}, weights)(torch.ones(1, 3)).shape == (1, 2)
+    same = {"inner.weight": torch.ones(3, 3), "body.weight": torch.ones(3, 3)}
+    with pytest.raises(MismatchError, match="do not tell the order of the layers"):
+        build("mlp", {"activation": "relu"}, same)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "arguments", "error", "words"),
+    [
+        ({"a.weight": (4, 3), "b.weight": (2, 4)}, {}, UsageError, "do not tell the activation"),
+        ({"a.weight": (4, 3)}, {"width": 3}, UsageError, "no argument is called width"),
+        ({"a.weight": (4, 3)}, {"activation": "tan"}, UsageError, "no activation is called tan"),
+        ({"a.weight": (4, 3)}, {"activation": "prelu"}, UsageError, "called prelu"),
+        (
+            {"a1.weight": (4, 3), "a2.weight": (2, 5)},
+            {"activation": "relu"},
+            MismatchError,
+            "chain",
+        ),
+        ({"a.weight": (4, 3), "a.bias": (3,)}, {}, MismatchError, "a.bias [3] does not belong"),
+        ({"c.weight": (4, 3, 3, 3)}, {}, MismatchError, "not c.weight [4, 3, 3, 3]"),
+        ({"a.weight": (4, 3), "n.running_mean": (4,)}, {}, MismatchError, "not n.running_mean [4]"),
+    ],
+)
+def test_weights_that_are_no_mlp(shapes, arguments, error, words):
+    weights = {name: torch.ones(shape) for name, shape in shapes.items()}
+    with pytest.raises(error) as caught:
+        build("mlp", arguments, weights)
+    assert words in caught.value.message
+    assert "--arch" in caught.value.hint
