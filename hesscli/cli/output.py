@@ -119,7 +119,7 @@ class Output:
         for line in _headline(document):
             self._line(line)
         rows = [
-            [facts["name"], _shape(facts["shape"]), f"{facts['size']}", facts["method"], f"{facts['bytes']}"]
+            [facts["name"], _shape(facts["shape"]), f"{facts['size']}", facts["plan"], f"{facts['bytes']}"]
             for facts in document["blocks"]
         ]
         total = document["total"]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hesscli.hessian.losses import LOSSES
 from hesscli.hessian.problem import Batch, Problem
-from hesscli.hessian.routes import NotApplicable
+from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.samples import Axes, sample_axes
 from hesscli.hessian.tape import Tape, record
 from hesscli.hessian.uses import Use, find_uses
@@ -27,11 +27,7 @@ from hesscli.hessian.uses import Use, find_uses
 
 @dataclass(frozen=True)
 class Analysis:
-    """What a tape proves of a problem.
-
-    Raises:
-        NotApplicable: samples mix, or cannot be shown not to.
-    """
+    """What a tape proves of a problem."""
 
     tape: Tape
     axes: Axes
@@ -44,7 +40,30 @@ class Analysis:
         return self.uses[parameter]
 
 
-def analyse(problem: Problem, batch: Batch) -> Analysis:
+class Analyses:
+    """The analysis of each batch, made once. It holds no activations, only what the batch's calls are."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.made: dict[int, Analysis | NotApplicable] = {}
+
+    def of(self, batch: Batch) -> Analysis:
+        """
+        Raises:
+            NotApplicable: samples mix, or cannot be shown not to.
+        """
+        if id(batch) not in self.made:
+            try:
+                self.made[id(batch)] = _analyse(self.problem, batch)
+            except NotApplicable as reason:
+                self.made[id(batch)] = reason
+        found = self.made[id(batch)]
+        if isinstance(found, NotApplicable):
+            raise NotApplicable(str(found))
+        return found
+
+
+def _analyse(problem: Problem, batch: Batch) -> Analysis:
     if problem.loss.name not in LOSSES and problem.loss.name != "output" or problem.loss.whole:
         raise NotApplicable(f"the loss {problem.loss.name} may mix samples")
     tape = record(problem, batch)
@@ -85,7 +104,9 @@ class Probed:
             return value + self.probes[number]
 
         self.leaves = {
-            name: problem.parameters[name].detach().requires_grad_() for name in leaves
+            name: problem.parameters[name].detach().requires_grad_()
+            for name in leaves
+            if name in tape.parameters
         }
         given = {tape.parameters[name]: leaf for name, leaf in self.leaves.items()}
         self.known = tape.replay(given, probed)

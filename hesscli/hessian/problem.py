@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -61,7 +61,11 @@ class Problem:
         Raises:
             MismatchError: the model does not accept the data, or returns no tensor.
         """
-        with _buffers_kept(self.module) if self.train else _nothing():
+        # TorchScript's optimiser would put derivatives of its own into the graph that it caches.
+        with (
+            _buffers_kept(self.module) if self.train else nullcontext(),
+            torch.jit.optimized_execution(False),
+        ):
             try:
                 result = self.module(*batch.inputs)
             except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
@@ -100,7 +104,7 @@ class Problem:
         try:
             with torch.no_grad():  # leaves no graph in attributes that hooks compute, which could not be copied
                 mine = self.output(self.batches[0])
-            module = copy.deepcopy(self.module).double()
+                module = copy.deepcopy(self.module).double()  # TorchScript would record the copying
             named = dict(module.named_parameters(remove_duplicate=False))
             twin = replace(
                 self,
@@ -213,11 +217,6 @@ def _double(batch: Batch) -> Batch:
         cast(batch.target),  # type: ignore[arg-type]
         {name: cast(value) for name, value in batch.loss_arguments.items()},
     )
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager

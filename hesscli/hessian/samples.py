@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hesscli.hessian.routes import NotApplicable
+from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.tape import Call, Ref, Tape
 
 

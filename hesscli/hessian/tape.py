@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.problem import Batch, Problem
-from hesscli.hessian.routes import NotApplicable
+from hesscli.hessian.routes.base import NotApplicable
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,16 @@ class Use:
         """[..., *z.shape] -> [..., samples, positions, n]."""
         return _canonical(u, self.rank, self.axis, self.channels, self.positions)
 
+    def spread(self, u: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse of `rows`: [..., samples, positions, n] -> [..., *shape], the shape of z."""
+        axis, lead = self.axis, u.dim() - 3
+        split = [*shape[: axis.axis], axis.outer, u.shape[lead], axis.inner, *shape[axis.axis + 1 :]]
+        order = _order(self.rank, axis, self.channels)
+        u = u.reshape(*u.shape[:lead], *(split[i] for i in order))
+        back = sorted(range(len(order)), key=order.__getitem__)
+        u = u.permute(*range(lead), *(lead + i for i in back))
+        return u.reshape(*u.shape[:lead], *shape)
+
     def columns(self, known: Mapping[int, Tensor]) -> Tensor:
         """The inputs of the affine map: [samples, positions, m]; for a scale m = n, for a bias all ones."""
         if self.a is None:
@@ -204,13 +214,16 @@ def _canonical(
     shape = u.shape[lead:]
     samples = shape[axis.axis] // (axis.outer * axis.inner)
     split = [*shape[: axis.axis], axis.outer, samples, axis.inner, *shape[axis.axis + 1 :]]
-    moved = {i: i + 2 * (i > axis.axis) for i in range(rank)}  # where each axis is after the split
-    last = [moved[c] for c in channels]
-    first = axis.axis + 1
-    order = [first, *(i for i in range(rank + 2) if i != first and i not in last), *last]
     u = u.reshape(*u.shape[:lead], *split)
-    u = u.permute(*range(lead), *(lead + i for i in order))
+    u = u.permute(*range(lead), *(lead + i for i in _order(rank, axis, channels)))
     return u.reshape(*u.shape[:lead], samples, positions, -1)
+
+
+def _order(rank: int, axis: SampleAxis, channels: tuple[int, ...]) -> list[int]:
+    """The axes in canonical order, when the sample axis has been split into (outer, samples, inner)."""
+    last = [c + 2 * (c > axis.axis) for c in channels]
+    first = axis.axis + 1
+    return [first, *(i for i in range(rank + 2) if i != first and i not in last), *last]
 
 
 def _unfolded(

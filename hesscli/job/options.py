@@ -54,5 +54,5 @@ class ComputeOptions(ProblemOptions):
     force: bool = False
 
 
-METHODS = ("auto", "hvp", "finite-difference")
+METHODS = ("auto", "preactivation", "gauss-newton", "hvp", "finite-difference")
 STATS = ("basic", "auto", "all", "none")

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.problem import Batch, Problem, is_missing_derivative
-from hesscli.hessian.routes import NotApplicable
+from hesscli.hessian.routes.base import NotApplicable
 
 
 class FiniteDifference:
     name = "finite-difference"
+    symmetric = False
 
     def __init__(self, problem: Problem) -> None:
         """
@@ -28,6 +29,9 @@ class FiniteDifference:
         double = problem.dtype == torch.float64
         self.steps = (1e-4, 1e-5, 1e-6, 1e-7) if double else (3e-2, 3e-3)
         self.agreement = 1e-6 if double else 1e-2
+
+    def finish(self, matrix: Tensor) -> None:
+        pass
 
     def add(
         self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor], diagonal: bool

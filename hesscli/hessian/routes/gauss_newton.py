@@ -15,9 +15,9 @@ from torch import Tensor
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.kronecker import add_kronecker_rows, mirror_
 from hesscli.hessian.piecewise import curved
-from hesscli.hessian.probes import Analysis, Probed, analyse
+from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Batch, Problem
-from hesscli.hessian.routes import NotApplicable
+from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.uses import LINEAR, Use
 
 
@@ -37,13 +37,14 @@ class GaussNewton:
     name = "gauss-newton"
     symmetric = True
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, analyses: Analyses) -> None:
         self.problem = problem
+        self.analyses = analyses
 
     def add(
         self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor], diagonal: bool
     ) -> None:
-        analysis = analyse(self.problem, batch)
+        analysis = self.analyses.of(batch)
         uses = {block.name: block_uses(analysis, block) for block in blocks}
         for block in blocks:
             operator = curved(analysis.tape, uses[block.name][0].z)

@@ -16,11 +16,12 @@ from torch import Tensor
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.problem import Batch, Problem, is_missing_derivative
-from hesscli.hessian.routes import NotApplicable
+from hesscli.hessian.routes.base import NotApplicable
 
 
 class HessianVectorProducts:
     name = "hvp"
+    symmetric = False
 
     def __init__(self, problem: Problem, chunk: int) -> None:
         """
@@ -31,6 +32,9 @@ class HessianVectorProducts:
         self.problem = problem
         self.chunk = chunk
         self.row_by_row: str | None = None  # why rows are not batched, once that is known
+
+    def finish(self, matrix: Tensor) -> None:
+        pass
 
     def add(
         self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor], diagonal: bool

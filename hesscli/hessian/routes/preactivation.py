@@ -20,10 +20,10 @@ from torch import Tensor
 
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.kronecker import add_kronecker_rows, mirror_
-from hesscli.hessian.probes import Analysis, Probed, analyse
+from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Batch, Problem
-from hesscli.hessian.routes import NotApplicable
-from hesscli.hessian.uses import BIAS, CONVOLUTION, LINEAR, Use
+from hesscli.hessian.routes.base import NotApplicable
+from hesscli.hessian.uses import BIAS, CONVOLUTION, LINEAR, SCALE, Use
 
 _WORKSPACE = 1 << 25  # numbers that one chunk of directions may make
 
@@ -51,21 +51,49 @@ class Preactivation:
     name = "preactivation"
     symmetric = True
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, analyses: Analyses) -> None:
         self.problem = problem
+        self.analyses = analyses
 
     def add(
         self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor], diagonal: bool
     ) -> None:
-        analysis = analyse(self.problem, batch)
+        analysis = self.analyses.of(batch)
         for block in blocks:
             layers, others = split(analysis, block)
-            if diagonal and (others or len(layers) != 1):
-                raise NotApplicable("parameters enter at several places")
-            self._add_block(batch, analysis, block, layers, others, sums[block.name], diagonal)
+            if layers:
+                self._add_block(batch, analysis, block, layers, others, sums[block.name], diagonal)
+            else:
+                self._add_alone(batch, analysis, block, sums[block.name], diagonal)
 
     def finish(self, matrix: Tensor) -> None:
         mirror_(matrix)
+
+    def _add_alone(
+        self, batch: Batch, analysis: Analysis, block: Block, out: Tensor, diagonal: bool
+    ) -> None:
+        """A parameter with no more entries than directions along z: u = A e_r for each entry r."""
+        use = analysis.use(block.parameters[0])
+        probed = Probed(self.problem, batch, analysis, [use.z])
+        probe = probed.probes[use.z]
+        (delta,) = torch.autograd.grad(probed.value, [probe], create_graph=True)
+        if not delta.requires_grad:
+            return
+        a = probed.columns(use)
+        chunk = max(1, min(128, _WORKSPACE // (8 * delta.numel())))
+        for start in range(0, use.size, chunk):
+            entries = range(start, min(start + chunk, use.size))
+            seeds = use.spread(_directions_of(use, a, entries, probed.samples), delta.shape)
+            (found,) = torch.autograd.grad(
+                delta, [probe], seeds, is_grads_batched=True, retain_graph=True, allow_unused=True
+            )
+            if found is None:
+                return
+            rows = _summed_pull(use, use.rows(found), a)
+            if diagonal:
+                out[start : start + len(entries)] += rows.diagonal(offset=start)
+            else:
+                out[start : start + len(entries)] += rows
 
     def _add_block(
         self,
@@ -87,12 +115,12 @@ class Preactivation:
             activations=later,
         )
         zs = [layer.z for layer in layers]
+        others = [name for name in others if name in probed.leaves]  # the rest are unused
         wanted = [probed.probes[z] for z in zs] + [probed.leaves[name] for name in others]
         grads = torch.autograd.grad(probed.phi, wanted, create_graph=True, allow_unused=True)
         deltas = dict(zip(zs, grads, strict=False))
         for index, layer in enumerate(layers):
             _add_layer(probed, layers[index:], deltas, out, diagonal)
-        del index, layer
         offsets = dict(zip(block.parameters, _starts(block.sizes), strict=True))
         for name, gradient in zip(others, grads[len(zs) :], strict=True):
             if gradient is not None and gradient.requires_grad:
@@ -102,18 +130,16 @@ class Preactivation:
 def split(analysis: Analysis, block: Block) -> tuple[list[_Layer], list[str]]:
     """A block's layers in the order of execution, and its parameters that are no part of one.
 
+    A layer is a weight with fewer directions along z than entries, and the bias that enters with it. A block of one
+    parameter that enters once needs none.
+
     Raises:
-        NotApplicable: it has no layer for which directions along z pay.
+        NotApplicable: with the reason.
     """
     offsets = dict(zip(block.parameters, _starts(block.sizes), strict=True))
     uses = {name: analysis.uses[name] for name in block.parameters if name in analysis.uses}
     biases = {use.z: use for use in uses.values() if use.kind == BIAS}
-    order = {
-        number: i
-        for i, call in enumerate(analysis.tape.calls)
-        for number in call.outputs
-        if number is not None
-    }
+    order = {n: i for i, call in enumerate(analysis.tape.calls) for n in call.outputs}
     layers = []
     for name, use in uses.items():
         if use.kind in (LINEAR, CONVOLUTION) and not use.transposed and use.positions < use.m:
@@ -122,13 +148,40 @@ def split(analysis: Analysis, block: Block) -> tuple[list[_Layer], list[str]]:
             layers.append(_Layer(use, bias, offsets[name], at))
     layers.sort(key=lambda layer: order[layer.z])
     if not layers:
-        reason = next(
-            (analysis.reasons[n] for n in block.parameters if n in analysis.reasons),
-            "as many directions as parameters",
-        )
-        raise NotApplicable(reason)
+        if len(block.parameters) > 1:
+            raise NotApplicable("parameters enter at several places")
+        analysis.use(block.parameters[0])
     taken = {u.parameter for layer in layers for u in (layer.weight, layer.bias) if u}
     return layers, [name for name in block.parameters if name not in taken]
+
+
+def directions(use: Use) -> int:
+    """How many directions the parameter's own block takes."""
+    return use.n * min(use.positions, use.m) if use.kind in (LINEAR, CONVOLUTION) else use.size
+
+
+def _directions_of(use: Use, a: Tensor, entries: range, samples: int) -> Tensor:
+    """A e_r for each of these entries r of the parameter: [entries, B, T, n]."""
+    u = a.new_zeros(len(entries), samples, use.positions, use.n)
+    for row, entry in enumerate(entries):
+        if use.kind in (LINEAR, CONVOLUTION):
+            p, q = divmod(entry, use.m)
+            if use.transposed:
+                q, p = divmod(entry, use.n)
+            u[row, :, :, p] = a[:, :, q]
+        else:
+            u[row, :, :, entry] = 1 if use.kind == BIAS else a[:, :, entry]
+    return u
+
+
+def _summed_pull(use: Use, u: Tensor, a: Tensor) -> Tensor:
+    """sum_b A_b^T u_b: [rows, B, T, n] -> [rows, size], without the samples' own shares."""
+    if use.kind == BIAS:
+        return u.sum((1, 2))
+    if use.kind == SCALE:
+        return (u * a).sum((1, 2))
+    product = u.flatten(1, 2).transpose(1, 2) @ a.flatten(0, 1)  # [rows, n, m]
+    return (product.transpose(1, 2) if use.transposed else product).flatten(1)
 
 
 def _add_layer(
@@ -164,7 +217,6 @@ def _add_layer(
 
 def _directions(use: Use, delta: Tensor, chunk: int) -> Iterator[tuple[int, int, Tensor]]:
     """Unit vectors of z, the same in every sample: (position, first neuron, [directions, *z.shape])."""
-    rank = delta.dim()
     for t in range(use.positions):
         for first in range(0, use.n, chunk):
             count = min(chunk, use.n - first)
@@ -175,7 +227,6 @@ def _directions(use: Use, delta: Tensor, chunk: int) -> Iterator[tuple[int, int,
                 place[use.channels[0]] = first + row
                 seeds[(row, *place)] = 1
             yield t, first, seeds
-    del rank
 
 
 def _position_index(use: Use, shape: Sequence[int], t: int) -> list[object]:
@@ -274,7 +325,8 @@ def _add_rows(
     out: Tensor,
 ) -> None:
     """Rows of a parameter that is no part of a layer, by Hessian-vector products."""
-    leaves = [probed.leaves[n] for n in block.parameters]
+    names = [n for n in block.parameters if n in probed.leaves]
+    leaves = [probed.leaves[n] for n in names]
     size = gradient.numel()
     chunk = max(1, min(128, _WORKSPACE // (8 * probed.output.numel() + sum(block.sizes))))
     for start in range(0, size, chunk):
@@ -290,7 +342,7 @@ def _add_rows(
             allow_unused=True,
         )
         mine = slice(offsets[name] + start, offsets[name] + start + count)
-        for other, part in zip(block.parameters, parts, strict=True):
+        for other, part in zip(names, parts, strict=True):
             if part is None:
                 continue
             columns = slice(offsets[other], offsets[other] + part[0].numel())

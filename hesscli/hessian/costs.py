@@ -1,0 +1,141 @@
+"""What a route costs, in seconds: one model of passes, flops and bytes, for the planner and for `--dry-run`.
+
+A pass over some calls of a tape costs its matrix products at the machine's rate, its activations at memory speed, and a
+fixed time per call. Reverse-over-reverse products take about four forward passes' worth of each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hesscli.hessian.piecewise import LINEAR as _VIEWS_AND_SUMS
+from hesscli.hessian.tape import Call, Ref, Tape
+from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast the machine is. The defaults only rank the routes; `--dry-run` measures."""
+
+    flops: float = 5e10  # per second, in matrix products
+    memory: float = 5e9  # bytes per second, in elementwise operations
+    call: float = 1.5e-5  # seconds per operator
+
+
+@dataclass(frozen=True)
+class Work:
+    """An amount of work."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    calls: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.flops + other.flops, self.bytes + other.bytes, self.calls + other.calls
+        )
+
+    def times(self, factor: float, calls: float | None = None) -> Work:
+        """This work so many times; the calls, where batched, only `calls` times."""
+        return Work(
+            self.flops * factor,
+            self.bytes * factor,
+            self.calls * (factor if calls is None else calls),
+        )
+
+    def seconds(self, rates: Rates) -> float:
+        return self.flops / rates.flops + self.bytes / rates.memory + self.calls * rates.call
+
+
+PASSES = 4.0
+"""Forward passes' worth of work in one product of d delta / dz with a direction."""
+
+
+class Costs:
+    """The cost of each route on one recorded batch.
+
+    Args:
+        tape: the batch's calls.
+        itemsize: bytes of a number.
+        chunk: directions that share a batched pass.
+    """
+
+    def __init__(self, tape: Tape, itemsize: int, chunk: int) -> None:
+        self.tape, self.itemsize, self.chunk = tape, itemsize, chunk
+        self.samples = tape.shapes[tape.output][0] if tape.shapes[tape.output] else 1
+        self.classes = max(1, tape.shapes[tape.output].numel() // max(1, self.samples))
+        self.forward = self._of(tape.calls)
+
+    def after(self, value: int) -> Work:
+        """One forward pass over everything that depends on a value."""
+        reached = self.tape.dependent([value])
+        return self._of(call for call in self.tape.calls if not reached.isdisjoint(call.reads))
+
+    def hvp(self, rows: int) -> Work:
+        """That many Hessian-vector products through the whole model."""
+        return self.forward.times(PASSES * rows, PASSES * math.ceil(rows / self.chunk)) + (
+            self.forward.times(3)
+        )
+
+    def directions(self, use: Use, count: int) -> Work:
+        """Derivatives of delta along that many directions of z."""
+        chunks = math.ceil(count / self.chunk)
+        return self.after(use.z).times(PASSES * count, PASSES * chunks) + self.forward.times(3)
+
+    def own(self, use: Use, diagonal: bool, by_directions: bool) -> Work:
+        """The assembly of a parameter's own block from its derivatives along z."""
+        b, t, n, m = self.samples, use.positions, use.n, use.m
+        if diagonal:
+            return self._product(b * t * n * m * (n if t > 1 else 1))
+        if use.kind == LINEAR and t == 1:
+            return self._product(b * n * n * m * m / 4) + self._moved(3 * use.size**2)
+        if use.kind not in (LINEAR, CONVOLUTION):
+            return self._moved(b * t * n * n)
+        if by_directions:  # a direction per entry: one product of [n, B T] and [B T, m] each
+            return self._product(use.size * b * t * n * m)
+        return self._product(2 * b * t * t * n * n * m + b * t * use.size**2)
+
+    def cross(self, use: Use, columns: int) -> Work:
+        """The assembly of a layer's rows, over the columns of later layers."""
+        count = use.n * use.positions
+        return self._moved(3 * count * self.samples * columns) + self._product(
+            count * self.samples * use.m * columns
+        )
+
+    def gauss_newton(self, use: Use, diagonal: bool) -> Work:
+        """The backward passes of all outputs, and a block from them."""
+        b, c, t, n, m = self.samples, self.classes, use.positions, use.n, use.m
+        passes = self.after(use.z).times(2 * c, 2) + self.forward
+        if use.kind == LINEAR and t == 1:
+            curvature = self._product(b * c * n * (c + (1 if diagonal else n)))
+            return passes + curvature + self.own(use, diagonal, False)
+        pulled = self._product(b * c * (t * n * m + c * use.size)) + self._moved(
+            4 * b * c * use.size
+        )
+        return passes + pulled + (Work() if diagonal else self._product(b * c * use.size**2))
+
+    def _product(self, multiplications: float) -> Work:
+        return Work(flops=2 * multiplications, calls=1)
+
+    def _moved(self, numbers: float) -> Work:
+        return Work(bytes=numbers * self.itemsize, calls=2)
+
+    def _of(self, calls: Iterable[Call]) -> Work:
+        total = Work()
+        for call in calls:
+            size = sum(self.tape.shapes[n].numel() for n in call.outputs if n is not None)
+            moved = 0 if call.name in _VIEWS_AND_SUMS else 2 * size * self.itemsize
+            total += Work(self._flops(call, size), moved, 1)
+        return total
+
+    def _flops(self, call: Call, size: int) -> float:
+        shapes = [self.tape.shapes[a.value] for a in call.arguments if isinstance(a, Ref)]
+        if call.name in ("mm", "bmm", "mv"):
+            return 2.0 * size * shapes[0][-1]
+        if call.name in ("addmm", "baddbmm"):
+            return 2.0 * size * shapes[1][-1]
+        if call.name == "convolution":
+            return 2.0 * size * math.prod(shapes[1][1:])
+        return 0.0

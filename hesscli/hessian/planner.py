@@ -1,0 +1,141 @@
+"""Which route computes which block: the cheapest of those that are exact, with the reason, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.costs import Costs, Rates, Work
+from hesscli.hessian.piecewise import curved
+from hesscli.hessian.probes import Analyses, Analysis
+from hesscli.hessian.problem import Problem
+from hesscli.hessian.routes.base import NotApplicable
+from hesscli.hessian.routes.gauss_newton import block_uses
+from hesscli.hessian.routes.preactivation import directions, split
+
+HVP, FINITE_DIFFERENCE = "hvp", "finite-difference"
+PREACTIVATION, GAUSS_NEWTON = "preactivation", "gauss-newton"
+METHODS = (PREACTIVATION, GAUSS_NEWTON, HVP, FINITE_DIFFERENCE)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A route for a block."""
+
+    method: str
+    reason: str  # "64 seeds"; for hvp, why nothing better is exact
+    work: Work
+
+    def __str__(self) -> str:
+        if not self.reason:
+            return self.method
+        return f"{self.method}: {self.reason}" if self.method == HVP else (
+            f"{self.method} ({self.reason})"
+        )
+
+
+class Planner:
+    """Ranks the routes of each block by their cost on the first batch.
+
+    Args:
+        problem: what is differentiated.
+        analyses: of its batches.
+        chunk: directions per batched pass.
+    """
+
+    def __init__(self, problem: Problem, analyses: Analyses, chunk: int) -> None:
+        self.problem = problem
+        self.analysis: Analysis | None = None
+        self.costs: Costs | None = None
+        self.refused = ""
+        try:
+            self.analysis = analyses.of(problem.batches[0])
+            self.costs = Costs(self.analysis.tape, problem.dtype.itemsize, chunk)
+        except NotApplicable as reason:
+            self.refused = str(reason)
+
+    def choices(self, block: Block, diagonal: bool) -> list[Choice]:
+        """The exact routes of a block, the cheapest first; `finite-difference` is always the last resort."""
+        found, reasons = [], []
+        for option in (self._preactivation, self._gauss_newton):
+            try:
+                found.append(option(block, diagonal))
+            except NotApplicable as reason:
+                reasons.append(str(reason))
+        found.append(Choice(HVP, "" if found else reasons[0], self._hvp_work(block)))
+        rates = Rates()
+        found.sort(key=lambda choice: choice.work.seconds(rates))
+        return [*found, Choice(FINITE_DIFFERENCE, "", self._hvp_work(block).times(4))]
+
+    def forced(self, block: Block, diagonal: bool, method: str) -> list[Choice]:
+        """The route asked for.
+
+        Raises:
+            NotApplicable: it would not be exact for this block.
+        """
+        option: dict[str, Callable[[Block, bool], Choice]] = {
+            PREACTIVATION: self._preactivation,
+            GAUSS_NEWTON: self._gauss_newton,
+        }
+        if method in option:
+            return [option[method](block, diagonal)]
+        return [Choice(method, "", self._hvp_work(block))]
+
+    def _proven(self) -> tuple[Analysis, Costs]:
+        if self.analysis is None or self.costs is None:
+            raise NotApplicable(self.refused)
+        return self.analysis, self.costs
+
+    def _preactivation(self, block: Block, diagonal: bool) -> Choice:
+        analysis, costs = self._proven()
+        layers, others = split(analysis, block)
+        if not layers:
+            use = analysis.use(block.parameters[0])
+            count = directions(use)
+            work = costs.directions(use, use.size) + costs.own(use, diagonal, by_directions=True)
+            return Choice(PREACTIVATION, f"{count} seeds", self._all(work))
+        work, count = Work(), 0
+        tail = 0
+        for layer in reversed(layers):
+            seeds = layer.weight.n * layer.weight.positions
+            work += costs.directions(layer.weight, seeds)
+            work += costs.own(layer.weight, diagonal, by_directions=False)
+            if tail:
+                work += costs.cross(layer.weight, tail)
+            tail += layer.weight.size + (layer.bias.size if layer.bias else 0)
+            count += seeds
+        sizes = dict(zip(block.parameters, block.sizes, strict=True))
+        rows = sum(sizes[name] for name in others)
+        if rows:
+            work += costs.hvp(rows)
+        said = f"{count} seeds" + (f", {rows} rows by hvp" if rows else "")
+        return Choice(PREACTIVATION, said, self._all(work))
+
+    def _gauss_newton(self, block: Block, diagonal: bool) -> Choice:
+        analysis, costs = self._proven()
+        uses = block_uses(analysis, block)
+        operator = curved(analysis.tape, uses[0].z)
+        if operator is not None:
+            raise NotApplicable(f"{operator} is not piecewise linear")
+        work = Work()
+        for use in uses:
+            work += costs.gauss_newton(use, diagonal)
+        said = f"{costs.classes} classes"
+        return Choice(GAUSS_NEWTON, said, self._all(work))
+
+    def _hvp_work(self, block: Block) -> Work:
+        if self.costs is None:
+            return Work(calls=1e3 * block.size)
+        return self._all(self.costs.hvp(block.size))
+
+    def _all(self, work: Work) -> Work:
+        return work.times(len(self.problem.batches))
+
+
+def total(choices: Sequence[Choice]) -> Work:
+    """The work of a plan."""
+    work = Work()
+    for choice in choices:
+        work += choice.work
+    return work

@@ -1,0 +1,29 @@
+"""The routes by name, sharing one analysis of the problem."""
+
+from __future__ import annotations
+
+from hesscli.hessian.probes import Analyses
+from hesscli.hessian.problem import Problem
+from hesscli.hessian.routes.base import Route
+from hesscli.hessian.routes.finite_difference import FiniteDifference
+from hesscli.hessian.routes.gauss_newton import GaussNewton
+from hesscli.hessian.routes.hvp import HessianVectorProducts
+from hesscli.hessian.routes.preactivation import Preactivation
+
+
+def routes(problem: Problem, double: Problem | None, chunk: int) -> tuple[dict[str, Route], Analyses]:
+    """Every route of a problem, by name.
+
+    Args:
+        problem: what is differentiated.
+        double: the same in float64, if the model runs in it; differences are taken there.
+        chunk: rows per batched pass.
+    """
+    analyses = Analyses(problem)
+    made: list[Route] = [
+        Preactivation(problem, analyses),
+        GaussNewton(problem, analyses),
+        HessianVectorProducts(problem, chunk),
+        FiniteDifference(double or problem),
+    ]
+    return {route.name: route for route in made}, analyses

@@ -1,0 +1,106 @@
+"""The JSON document of a Hessian: what `--json` prints, and, less times and paths, what the file holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+import hesscli
+from hesscli.files.hessian_file import SCHEMA
+from hesscli.hessian import check
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.check import Certificate
+from hesscli.job.opening import Opened
+from hesscli.spectrum.statistics import of_diagonal, of_matrix
+
+Document = dict[str, Any]
+
+
+def skeleton(opened: Opened, structure: str) -> Document:
+    """The document as far as it is known before anything is computed."""
+    offset, parameters = 0, []
+    for name, p in opened.problem.parameters.items():
+        parameters.append({"name": name, "shape": list(p.shape), "offset": offset})
+        if name in opened.tied:
+            parameters[-1]["tied"] = opened.tied[name]
+        offset += p.numel()
+    return {
+        "schema": SCHEMA,
+        "versions": {
+            "hesscli": hesscli.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        **opened.facts,
+        "structure": structure,
+        "dtype": str(opened.problem.dtype).removeprefix("torch."),
+        "device": opened.problem.device.type,
+        "parameters": parameters,
+        "frozen": opened.frozen,
+        "notes": list(opened.notes),
+    }
+
+
+def block_facts(opened: Opened, block: Block) -> Document:
+    """Name, shape and size of a block; a parameter's own shape where it is one parameter's."""
+    p = opened.problem.parameters.get(block.name)
+    return {
+        "name": block.name,
+        "shape": [block.size] if p is None else list(p.shape),
+        "size": block.size,
+    }
+
+
+def statistics(array: np.ndarray, diagonal: bool, level: str) -> Document:
+    """The table's columns for one block; None for what the level leaves out."""
+    if level == "none":
+        return dict.fromkeys(("trace", "eig_max", "eig_min", "fro_norm"))
+    found = of_diagonal(array) if diagonal else of_matrix(array, level)
+    return {
+        "trace": found.trace,
+        "eig_max": found.eig_max,
+        "eig_min": found.eig_min,
+        "fro_norm": found.fro_norm,
+    }
+
+
+def total(blocks: Sequence[Document]) -> Document:
+    """Sums, and bounds: the extremes of diagonal blocks only bound those of the whole matrix."""
+
+    def known(key: str) -> list[float]:
+        values = [facts[key] for facts in blocks]
+        return [] if None in values else values
+
+    squares = [norm**2 for norm in known("fro_norm")]
+    return {
+        "size": sum(facts["size"] for facts in blocks),
+        "trace": sum(known("trace")) if known("trace") else None,
+        "eig_max": max(known("eig_max"), default=None),
+        "eig_min": min(known("eig_min"), default=None),
+        "fro_norm": math.sqrt(sum(squares)) if squares else None,
+        "bytes": sum(facts["bytes"] for facts in blocks),
+    }
+
+
+def check_facts(certificate: Certificate | None) -> Document | None:
+    if certificate is None:
+        return None
+    return {
+        "kind": check.KIND,
+        "dtype": str(certificate.problem.dtype).removeprefix("torch."),
+        "directions": certificate.directions,
+        "relative_error": certificate.worst,
+        "tolerance": certificate.tolerance,
+    }
+
+
+def timeless(document: Document) -> Document:
+    """The document as it goes into the file: the same command gives the same bytes, so no times and no paths."""
+    kept = dict(document)
+    for part in ("model", "data"):
+        kept[part] = {key: value for key, value in document[part].items() if key != "path"}
+    return kept
