@@ -1,10 +1,12 @@
 """The command line: reads options, calls a job, prints what it returns. No arithmetic.
 
-Importing this, and so `--help`, loads neither torch nor numpy: each command imports its job when it runs.
+Importing this, and so `--help`, loads neither torch nor numpy: each command imports its job when it
+runs.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -12,16 +14,20 @@ import typer
 import hesscli
 from hesscli.cli.compute import compute
 from hesscli.cli.eigen import eigen
+from hesscli.cli.failing import report_usage
+from hesscli.errors import ExitCode
+
+# What typer raises for a command line that it cannot read; it has no public name.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="hesscli",
     rich_markup_mode=None,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-app.command()(compute)
-app.command()(eigen)
+app.command(short_help="Write the Hessian of a saved model's loss to a file.")(compute)
+app.command(short_help="Print the first eigenvalues of a Hessian file.")(eigen)
 
 
 def _version(wanted: bool) -> None:
@@ -30,8 +36,9 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def hesscli_command(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -51,7 +58,13 @@ def hesscli_command(
       2 usage, missing file, output refused     6 device missing, not enough memory or disk
       3 file unreadable, unsupported, unsafe    130 Ctrl-C
     """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(ExitCode.USAGE)
 
 
 def main() -> None:
-    app()
+    try:
+        sys.exit(app(standalone_mode=False))
+    except _UsageError as error:
+        sys.exit(report_usage(error))

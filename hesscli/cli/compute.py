@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from hesscli.cli.failing import failing
 from hesscli.cli.options import Debug, Json, Quiet, takes_problem
+from hesscli.errors import UsageError
 from hesscli.job.options import STATS, ComputeOptions, ProblemOptions
 
 
@@ -32,8 +34,8 @@ def compute(
         typer.Option(
             "--blocks",
             "-b",
-            help="diag: block_diagonal, one block per parameter tensor. module: one per module. full: the "
-            "whole matrix, P x P numbers. elements: the diagonal's entries alone.",
+            help="diag: block_diagonal, one block per parameter tensor. module: one per module. "
+            "full: the whole matrix, P x P numbers. elements: the diagonal's entries alone.",
         ),
     ] = Blocks.diag,
     output: Annotated[
@@ -48,8 +50,8 @@ def compute(
     stats: Annotated[
         Stats,
         typer.Option(
-            help="basic: trace and norm. auto: also the extreme eigenvalues of blocks up to 1024. all: of "
-            "every block, which for large ones takes longer than the Hessian. none: nothing."
+            help="basic: trace and norm. auto: also the extreme eigenvalues of blocks up to 1024. "
+            "all: of every block; for large ones longer than the Hessian takes. none: nothing."
         ),
     ] = Stats.auto,  # type: ignore[attr-defined]
     dry_run: Annotated[
@@ -74,6 +76,8 @@ def compute(
     with failing(debug):
         from hesscli.cli.output import Output
 
+        if output == "-" and not dry_run and sys.stdout.isatty():
+            raise UsageError("-: standard output is a terminal", "| hesscli eigen -")
         options = ComputeOptions(
             **{name: getattr(problem, name) for name in asdict(problem)},
             blocks=blocks.value,
@@ -90,5 +94,5 @@ def compute(
                 out.plan(document)
             else:
                 out.hessian(document)
-                if output != "-":
-                    out.wrote(output, document["total"]["bytes"])
+                if options.output is not None:
+                    out.wrote(output, options.output.stat().st_size)

@@ -20,15 +20,16 @@ class Which(StrEnum):
 
 def eigen(
     hessian: Annotated[
-        str, typer.Argument(metavar="[HESSIAN|-]", help="A Hessian file; - is standard input.")
+        str, typer.Argument(metavar="HESSIAN|-", help="A Hessian file; - is standard input.")
     ] = "hessian.safetensors",
-    top: Annotated[int, typer.Option("--top", min=1, help="How many eigenvalues.")] = 10,
+    top: Annotated[
+        int, typer.Option("--top", metavar="K", min=1, help="How many eigenvalues.")
+    ] = 10,
     which: Annotated[
-        Which, typer.Option(help="The largest, the smallest (most negative), or the largest by size.")
+        Which,
+        typer.Option(help="largest, smallest (most negative), or largest in magnitude first."),
     ] = Which.largest,
-    block: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of this block alone.")
-    ] = None,
+    block: Annotated[str | None, typer.Option(metavar="NAME", help="Of this block alone.")] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -45,16 +46,17 @@ def eigen(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Print the first eigenvalues of a Hessian file, each with its block and its residual |Hv - lambda v|.
-
-    A block-diagonal file gives those of the block-diagonal matrix. Blocks up to 4096 take LAPACK seconds each;
-    larger ones go through Lanczos, read from the disk tile by tile.
+    """Print the first eigenvalues of a Hessian file, with block and residual |Hv - lambda v|.
 
     \b
     Example:
       hesscli eigen --top 10
       hesscli eigen hessian.safetensors --which smallest --block fc1.weight
       hesscli compute model.pt data.npz -o - | hesscli eigen - --json
+
+    A file of blocks gives those of the block-diagonal matrix, a file of elements those of the
+    diagonal one. A block of up to 4096 rows takes LAPACK seconds; a larger one goes through
+    Lanczos, which reads it from the disk again and again.
     """
     with failing(debug):
         from hesscli.cli.output import Output

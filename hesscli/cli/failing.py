@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
 
 import typer
 
@@ -20,16 +22,32 @@ def failing(debug: bool = False) -> Iterator[None]:
     Raises:
         typer.Exit: with the exit code.
     """
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         yield
-    except (typer.Exit, typer.BadParameter):
+    except (typer.Exit, typer.BadParameter, SystemExit):
         raise
     except BaseException as error:
         raise typer.Exit(_report(error, debug)) from None
 
 
-def _report(error: BaseException, debug: bool) -> int:
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """Being told to end, by a batch system say, leaves as little behind as Ctrl-C does."""
+    raise SystemExit(128 + number)
+
+
+def report_usage(error: Any) -> int:
+    """What is wrong with the command line itself, in the style of every other error."""
     from hesscli.cli.output import say
+
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    say("error", message[:1].lower() + message[1:])
+    say("hint", f"{error.ctx.command_path if error.ctx else 'hesscli'} --help")
+    return ExitCode.USAGE
+
+
+def _report(error: BaseException, debug: bool) -> int:
+    from hesscli.cli.output import say, silence
 
     if debug:
         import traceback
@@ -43,12 +61,11 @@ def _report(error: BaseException, debug: bool) -> int:
     if isinstance(error, KeyboardInterrupt):
         say("error", "interrupted")
         return ExitCode.INTERRUPTED
-    if isinstance(error, BrokenPipeError):
-        # The reader has gone, which is its right; without this Python complains when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):  # the reader has gone, which is its right
+        silence(sys.stdout)
         return ExitCode.OK
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        say("error", f"out of memory: {str(error).splitlines()[0] if str(error) else ''}")
+        say("error", ": ".join(["out of memory", *str(error).splitlines()[:1]]))
         say("hint", _pasteable("--batch-size 1"))
         return ExitCode.RESOURCES
     if not debug:
@@ -60,7 +77,7 @@ def _report(error: BaseException, debug: bool) -> int:
 
 
 def _pasteable(hint: str) -> str:
-    """A hint that is only an option becomes this very command with that option."""
-    if hint.startswith("-"):
+    """A hint that is an option, or the rest of a pipe, is appended to this very command."""
+    if hint.startswith(("-", "| ")):
         return f"{shlex.join(['hesscli', *sys.argv[1:]])} {hint}"
     return hint

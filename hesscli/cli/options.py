@@ -70,16 +70,17 @@ def problem_options(
             "--loss",
             "-l",
             metavar="NAME",
-            help="auto (integer targets: cross-entropy, float targets: mse), mse, cross-entropy, nll, "
-            "bce-with-logits, bce, huber, smooth-l1, l1, poisson-nll, kl-div, output (the model "
-            "returns its loss) or PKG.MOD:FN.",
+            help="auto (integer targets: cross-entropy, float targets: mse), mse, cross-entropy, "
+            "nll, bce-with-logits, bce, huber, smooth-l1, l1, poisson-nll, kl-div, output (the "
+            "model returns its loss) or PKG.MOD:FN.",
         ),
     ] = "auto",
     loss_arg: Annotated[
         list[str],
         typer.Option(
             metavar="K=V",
-            help="Keyword argument of the loss; V = @KEY takes an array of the data file. Repeatable.",
+            help="Keyword argument of the loss; V = @KEY takes an array of the data file. "
+            "Repeatable.",
         ),
     ] = [],  # noqa: B006 - typer copies it
     reduction: Annotated[Reduction, typer.Option(help="Mean over the data, or sum.")] = (
@@ -125,7 +126,7 @@ def problem_options(
         ),
     ] = [],  # noqa: B006
     device: Annotated[
-        str, typer.Option("--device", "-d", help="auto, cpu, cuda, cuda:N or mps.")
+        str, typer.Option("--device", "-d", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
     ] = "auto",
     dtype: Annotated[
         DType, typer.Option(help="auto is the model's own. float64 costs about twice the time.")
@@ -136,9 +137,11 @@ def problem_options(
             metavar="auto|N", help="Samples that go through at once; the result is the same."
         ),
     ] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the random directions of the check.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Of the random directions of the check.")
+    ] = 0,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads.", show_default="all")
+        int | None, typer.Option(metavar="N", min=1, help="CPU threads.", show_default="all")
     ] = None,
     allow_pickle: Annotated[
         bool,
@@ -162,7 +165,9 @@ def problem_options(
 ) -> ProblemOptions:
     """The options of a problem, from what the command line says."""
     if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size) > 0):
-        raise typer.BadParameter(f"{batch_size!r} is not auto or a number", param_hint="--batch-size")
+        raise typer.BadParameter(
+            f"{batch_size!r} is not auto or a number", param_hint="--batch-size"
+        )
     return ProblemOptions(
         model=model,
         data=data,
@@ -189,7 +194,7 @@ def problem_options(
 
 
 def takes_problem(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the shared options: its parameter `problem` becomes all of `problem_options`'."""
+    """Gives a command the shared options: `problem` becomes the parameters of `problem_options`."""
     shared = inspect.signature(problem_options)
     own = inspect.signature(command)
     hints = get_type_hints(problem_options, include_extras=True) | get_type_hints(

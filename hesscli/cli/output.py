@@ -1,30 +1,43 @@
 """Everything that is printed: data on stdout, talk on stderr.
 
-Colour, bars and fitted widths are for terminals. Elsewhere tables have their natural width, so that no number is
-ever cut, and nothing but text.
+Colour, bars and fitted widths are for terminals. Elsewhere tables have their natural width, so that
+no number is ever cut, and nothing but text.
 """
 
 from __future__ import annotations
 
 import json as json_library
 import math
+import os
+import shutil
 import sys
-import time
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.progress import Progress
 
 Document = Mapping[str, Any]
 
+GAP = "  "  # between two columns
+NARROWEST = 12  # a column of names is folded, but not to less than this
+COLOURS = {"error": "1;31", "hint": "1;36", "note": "2", "wrote": "2", "header": "1"}
+
 
 def say(kind: str, text: str) -> None:
-    """One line of talk: `note:`, `error:` or `hint:`."""
-    sys.stderr.write(f"{kind}: {_encodable(_visible(text), sys.stderr)}\n")
-    sys.stderr.flush()
+    """One line of talk: `note:`, `wrote:`, `error:` or `hint:`. A closed pipe stops nothing."""
+    try:
+        sys.stderr.write(f"{_coloured(f'{kind}:', kind, sys.stderr)} {_clean(text, sys.stderr)}\n")
+        sys.stderr.flush()
+    except BrokenPipeError:
+        silence(sys.stderr)
+
+
+def silence(stream: IO[str]) -> None:
+    """Drops what a stream still holds for a reader who has gone; else Python complains at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Output:
@@ -37,7 +50,7 @@ class Output:
         self.as_json = json
         self.stream: IO[str] = sys.stderr if data_on_stdout else sys.stdout
         self.bar: Progress | None = None
-        self.started = time.monotonic()
+        self.timer: threading.Timer | None = None
 
     def __enter__(self) -> Output:
         return self
@@ -49,175 +62,214 @@ class Output:
         traceback: TracebackType | None,
     ) -> None:
         self._stop_bar()
+        self.stream.flush()
 
     # Talk
 
     def note(self, text: str) -> None:
         if self.quiet:
             return
-        if self.bar is not None:
-            self.bar.console.print(f"note: {text}", markup=False, highlight=False)
+        if self.bar is not None and self.bar.live.is_started:
+            line = f"note: {_clean(text, sys.stderr)}"
+            self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
             say("note", text)
 
     def progress(self, done: int, total: int, doing: str) -> None:
-        """A bar, on a terminal, for work that has lasted over a second."""
-        if self.quiet or not sys.stderr.isatty() or time.monotonic() - self.started < 1:
+        """A bar, on a terminal, for work that lasts over a second."""
+        if self.quiet or not sys.stderr.isatty():
             return
         if self.bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self.bar = Progress(
-                TextColumn("{task.percentage:>3.0f}%"),
-                BarColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}", markup=False),
-                console=Console(file=sys.stderr),
-                transient=True,
-            )
-            self.bar.start()
-            self.bar.add_task("", total=total)
+            self.bar = _bar(total)
+            self.timer = threading.Timer(1, self.bar.start)
+            self.timer.start()
+        doing = _clean(doing, sys.stderr)
         self.bar.update(self.bar.task_ids[0], completed=done, total=total, description=doing)
 
     def wrote(self, path: str, count: int) -> None:
+        self.stream.flush()  # the table comes first, also where both streams are one
         if not self.quiet:
             say("wrote", f"{path} ({size(count)})")
 
     # Results
 
     def json(self, document: Document) -> None:
-        text = json_library.dumps(_finite(document), indent=2, allow_nan=False)
-        self.stream.write(text + "\n")
-        self.stream.flush()
+        self.stream.write(json_library.dumps(_finite(document), indent=2, allow_nan=False) + "\n")
 
     def hessian(self, document: Document) -> None:
         """The summary of a Hessian."""
-        self._stop_bar()
-        if self.as_json:
-            return self.json(document)
-        if self.quiet:
-            return None
-        for line in _headline(document):
-            self._line(line)
+        if not self._wants_text(document):
+            return
         rows = [_row(facts) for facts in document["blocks"]]
         if len(rows) > 1:
             total = _row({"name": "total", "shape": [], **document["total"]})
             total[4] = _bound(">=", total[4])
             total[5] = _bound("<=", total[5])
             rows.append(total)
-        return self._table(
+        self._facts(_headline(document))
+        self._table(
             ["block", "shape", "size", "trace", "eig_max", "eig_min", "fro_norm", "bytes"], rows
         )
 
     def plan(self, document: Document) -> None:
         """What a command would take."""
-        if self.as_json:
-            return self.json(document)
-        if self.quiet:
-            return None
-        for line in _headline(document):
-            self._line(line)
+        if not self._wants_text(document):
+            return
+        total = document["total"]
         rows = [
-            [facts["name"], _shape(facts["shape"]), f"{facts['size']}", facts["plan"], f"{facts['bytes']}"]
+            [
+                facts["name"],
+                _shape(facts["shape"]),
+                str(facts["size"]),
+                str(facts["bytes"]),
+                facts["plan"],
+            ]
             for facts in document["blocks"]
         ]
-        total = document["total"]
-        rows.append(["total", "", f"{total['size']}", "", f"{total['bytes']}"])
-        self._table(["block", "shape", "size", "method", "bytes"], rows, text=(0, 1, 3))
-        return self._line(
-            f"would take about {seconds(total['estimated_seconds'])}, "
-            f"{size(total['memory'])} of memory, {size(total['bytes'])} of disk; nothing was computed"
+        rows.append(["total", "", str(total["size"]), str(total["bytes"]), ""])
+        self._facts(_headline(document))
+        self._table(["block", "shape", "size", "bytes", "method"], rows, words=(0, 1, 4))
+        self._line(
+            f"\nwould take about {seconds(total['estimated_seconds'])}, "
+            f"{size(total['memory'])} of memory, {size(total['bytes'])} of disk; "
+            "nothing was computed"
         )
 
     def eigenpairs(self, document: Document) -> None:
+        """The first eigenvalues of a Hessian."""
+        if not self._wants_text(document):
+            return
+        values = zip(
+            document["eigenvalues"], document["residuals"], document["blocks"], strict=True
+        )
+        rows = [
+            [str(index), f"{value:.6g}", error(residual), block]
+            for index, (value, residual, block) in enumerate(values, 1)
+        ]
+        source = "standard input" if document["hessian"] == "-" else document["hessian"]
+        part = f"block {document['block']}" if document["block"] else document["structure"]
+        order = {"magnitude": "largest in magnitude"}.get(document["which"], document["which"])
+        matrix = f"{part}, {document['size']} x {document['size']}"
+        self._facts({"hessian": f"{source} ({matrix})", "order": f"{order} first"})
+        self._table(["#", "eigenvalue", "residual", "block"], rows, words=(3,))
+
+    # How
+
+    def _wants_text(self, document: Document) -> bool:
+        """Whether a table is wanted; the JSON document is printed here where that is."""
         self._stop_bar()
         if self.as_json:
-            return self.json(document)
-        if self.quiet:
-            return None
-        n = document["size"]
-        matrix = f"block {document['block']}" if document["block"] else document["structure"]
-        self._line(f"{document['hessian']}: {document['which']} eigenvalues of {matrix}, {n} x {n}")
-        rows = [
-            [f"{index}", f"{value:.6g}", f"{residual:.1e}", block]
-            for index, (value, residual, block) in enumerate(
-                zip(
-                    document["eigenvalues"], document["residuals"], document["blocks"], strict=True
-                ),
-                1,
-            )
-        ]
-        return self._table(["#", "eigenvalue", "residual", "block"], rows, text=(3,))
+            self.json(document)
+        return not (self.as_json or self.quiet)
 
     def _line(self, text: str) -> None:
-        self.stream.write(_encodable(_visible(text), self.stream) + "\n")
+        self.stream.write(text + "\n")
+
+    def _facts(self, facts: Mapping[str, str]) -> None:
+        for name, text in facts.items():
+            self._line(f"{name:7}{GAP}{_clean(text, self.stream)}")
+        self._line("")
 
     def _table(
-        self, columns: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int] = (0, 1)
+        self, columns: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0, 1)
     ) -> None:
-        """A table; the columns numbered in `text` are left-aligned and may wrap, the others are numbers."""
-        from rich.table import Table
+        """A table; the columns numbered in `words` are left-aligned, the others are numbers.
 
-        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-        for index, name in enumerate(columns):
-            if index in text:
-                table.add_column(name, justify="left", overflow="fold", no_wrap=index != 0)
-            else:
-                table.add_column(name, justify="right", no_wrap=True, overflow="ignore")
+        Nothing is ever cut. In a terminal that is too narrow the longest column of words is folded.
+        """
+        from rich.cells import cell_len
+
+        rows = [[_clean(cell, self.stream) for cell in row] for row in rows]
+        widths = [max(cell_len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
+        folded = max(words, key=lambda i: widths[i])
+        if self.stream.isatty():
+            room = shutil.get_terminal_size().columns - sum(widths) - len(GAP) * (len(columns) - 1)
+            least = max(NARROWEST, len(columns[folded]))
+            widths[folded] = min(widths[folded], max(widths[folded] + room, least))
+        (header,) = _lines(columns, widths, words, folded)
+        self._line(_coloured(header, "header", self.stream))
         for row in rows:
-            table.add_row(*(_cell(cell, self.stream) for cell in row))
-        console = _console(self.stream)
-        natural = console.measure(table, options=console.options.update(max_width=10_000)).maximum
-        if not console.is_terminal:
-            console.width = natural
-        console.print(table, crop=False)
+            for line in _lines(row, widths, words, folded):
+                self._line(line)
 
     def _stop_bar(self) -> None:
-        if self.bar is not None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer.join()
+        if self.bar is not None and self.bar.live.is_started:
             self.bar.stop()
-            self.bar = None
+        self.bar = None
 
 
-def _console(stream: IO[str]) -> Console:
+def _bar(total: int) -> Progress:
     from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    return Console(file=stream, highlight=False, markup=False, emoji=False)
+    bar = Progress(
+        TextColumn("{task.percentage:>3.0f}%"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("left  {task.description}", markup=False),
+        console=Console(file=sys.stderr),
+        transient=True,
+    )
+    bar.add_task("", total=total)
+    return bar
 
 
-def _cell(text: str, stream: IO[str]) -> Any:
-    from rich.text import Text
+def _lines(
+    row: Sequence[str], widths: Sequence[int], words: Sequence[int], folded: int
+) -> Iterator[str]:
+    """One row of a table; more than one line where a cell is folded."""
+    from rich.cells import cell_len, chop_cells
 
-    return Text(_encodable(_visible(text), stream))
+    pieces = chop_cells(row[folded], widths[folded]) or [""]
+    for number, piece in enumerate(pieces):
+        cells = list(row) if number == 0 else [""] * len(row)
+        cells[folded] = piece
+        for i, cell in enumerate(cells):
+            space = " " * (widths[i] - cell_len(cell))
+            cells[i] = cell + space if i in words else space + cell
+        yield GAP.join(cells).rstrip()
 
 
-def _headline(document: Document) -> list[str]:
+def _headline(document: Document) -> dict[str, str]:
+    """What stands above the table of a Hessian, or of a plan, which knows less."""
     loss, data = document["loss"], document["data"]
-    first = f"{document['model']['path']} x {data['path']}"
-    second = [
-        document["structure"],
-        f"{loss['name']} ({loss['reduction']}, N = {data['samples']}) = {number(loss['value'])}",
-    ]
-    third = [f"{document['dtype']} on {document['device']}"]
-    if "gradient_norm" in document:
-        second.append(f"gradient norm {number(document['gradient_norm'])}")
-        third.append(document["method"])
-        check = document["check"]
-        third.append(f"check error {check['relative_error']:.1e}" if check else "not checked")
-        if document["symmetry_error"] is not None:
-            third.append(f"symmetry error {document['symmetry_error']:.1e}")
-        if "seconds" in document:
-            third.append(seconds(document["seconds"]))
-    return [first, ", ".join(second), ", ".join(third)]
+    terms = [f"{name}={value}" for name, value in loss["arguments"].items()]
+    terms += [loss["reduction"], f"N = {data['samples']}"]
+    facts = {
+        "model": f"{document['model']['path']} x {data['path']}",
+        "loss": f"{loss['name']} ({', '.join(terms)}) = {number(loss['value'])}",
+        "hessian": f"{document['structure']}, {document['dtype']} on {document['device']}",
+    }
+    if "gradient_norm" not in document:
+        return facts
+    facts["loss"] += f", gradient norm {number(document['gradient_norm'])}"
+    facts["hessian"] += f", {document['method']}"
+    check, symmetry = document["check"], document["symmetry_error"]
+    facts["check"] = f"error {error(check['relative_error'])}" if check else "not done"
+    if symmetry is not None:
+        facts["check"] += f", symmetry error {error(symmetry)}"
+    if "seconds" in document:
+        facts["check"] += f", {seconds(document['seconds'])}"
+    return facts
 
 
 def _row(facts: Document) -> list[str]:
     return [
         facts["name"],
         _shape(facts["shape"]),
-        f"{facts['size']}",
+        str(facts["size"]),
         *(number(facts[key]) for key in ("trace", "eig_max", "eig_min", "fro_norm")),
-        f"{facts['bytes']}",
+        str(facts["bytes"]),
     ]
 
 
@@ -236,6 +288,13 @@ def number(value: float | None) -> str:
     return f"{value:.3g}"
 
 
+def error(value: float | None) -> str:
+    """The size of an error."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:.1e}" if value else "0"
+
+
 def seconds(value: float) -> str:
     if value < 120:
         return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
@@ -252,14 +311,16 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def _visible(text: str) -> str:
-    """Control characters, from a file's names say, must not steer the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _encodable(text: str, stream: IO[str]) -> str:
+def _clean(text: str, stream: IO[str]) -> str:
+    """Text that the stream can show, and that cannot steer a terminal: names come from files."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _coloured(text: str, kind: str, stream: IO[str]) -> str:
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain or not stream.isatty() else f"\033[{COLOURS[kind]}m{text}\033[0m"
 
 
 def _finite(value: Any) -> Any:

@@ -11,6 +11,7 @@ a kink (ReLU) or drown in rounding, so several are tried and the best counts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -91,12 +92,15 @@ class Certificate:
 
     def _best(self, along: _Along) -> float:
         self.directions += 1
-        best = float("inf")
+        errors, excused = [], []
         for step in _STEPS[self.problem.dtype]:
-            best = min(best, along.error(step))
-            if self.passed(best):
-                break
-        return best
+            difference, size, rounding = along.compare(step)
+            errors.append(difference / size if size else 0.0)
+            if self.passed(errors[-1]):
+                return errors[-1]
+            excused.append(max(0.0, difference - rounding) / size)
+        # No block is asked to be better than what rounding of the two gradients alone makes of the quotient.
+        return min(excused) if self.passed(min(excused)) else min(errors)
 
 
 @dataclass
@@ -110,22 +114,22 @@ class _Along:
     computed: Tensor
     scale: float
 
-    def error(self, step: float) -> float:
+    def compare(self, step: float) -> tuple[float, float, float]:
+        """|computed - quotient|, the greater size of the two, and what rounding can make of the quotient."""
         step *= self._typical()
         plus, minus = self._gradient(step), self._gradient(-step)
         quotient = ((plus - minus) / (2 * step))[self.entries]
-        # What rounding of the two gradients alone can make of the quotient; no block is asked to be better than that.
         epsilon = torch.finfo(self.problem.dtype).eps
         rounding = 8 * epsilon * float(torch.linalg.norm(plus)) / step
         difference = float(torch.linalg.norm(self.computed - quotient))
         size = max(self.scale, float(torch.linalg.norm(quotient)))
-        if not difference < float("inf"):
-            return float("inf")
-        return max(0.0, difference - rounding) / size if difference > rounding else 0.0
+        return (difference if difference < float("inf") else float("inf")), size, rounding
 
     def _typical(self) -> float:
-        values = torch.cat([p.detach().reshape(-1) for p in self._leaves()])
-        return max(float(values.square().mean().sqrt()), 1e-2)
+        """The size of the parameters relative to the direction's, so that a step is relative to them."""
+        size = math.sqrt(sum(float(p.detach().square().sum()) for p in self._leaves()))
+        least = 1e-2 * math.sqrt(self.block.size)
+        return max(size, least) / float(torch.linalg.norm(self.direction))
 
     def _leaves(self) -> list[Tensor]:
         return [self.problem.parameters[name] for name in self.block.parameters]

@@ -7,9 +7,10 @@ fixed time per call. Reverse-over-reverse products take about four forward passe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from hesscli.hessian.chain import Step
 from hesscli.hessian.piecewise import LINEAR as _VIEWS_AND_SUMS
 from hesscli.hessian.tape import Call, Ref, Tape
 from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
@@ -96,6 +97,19 @@ class Costs:
         if by_directions:  # a direction per entry: one product of [n, B T] and [B T, m] each
             return self._product(use.size * b * t * n * m)
         return self._product(2 * b * t * t * n * n * m + b * t * use.size**2)
+
+    def chain(self, steps: Sequence[Step]) -> Work:
+        """The curvature of every value of a chain, kept in as many rows as outputs and neurons behind."""
+        work, rows = self.forward.times(3), 2 * self.classes
+        for step in steps:
+            after = self.tape.shapes[step.after].numel() // max(1, self.samples)
+            before = self.tape.shapes[step.before].numel() // max(1, self.samples)
+            if step.call.name in ("mm", "addmm"):
+                work += self._product(self.samples * rows * after * before)
+                rows = min(rows + after, 2 * before)
+            else:
+                work += self._moved(3 * self.samples * rows * before)
+        return work
 
     def cross(self, use: Use, columns: int) -> Work:
         """The assembly of a layer's rows, over the columns of later layers."""

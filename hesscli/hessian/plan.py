@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from hesscli.hessian.blocks import Block
 
@@ -14,7 +14,8 @@ _WORKSPACE = 1 << 30
 order and gives the same bytes."""
 
 _MAX_CHUNK = 128  # rows; more gains nothing measurable
-_PREFERRED_CHUNK = 16
+_PREFERRED_CHUNK = 4
+_SMALL = 1 << 22  # numbers that are always kept together
 _GRAPHS = 4  # a double backward pass keeps about this many times what a forward pass saves
 
 
@@ -44,12 +45,12 @@ def choose_sizes(
 
 
 def group(blocks: Sequence[Block], diagonal: bool) -> list[list[Block]]:
-    """Blocks that are computed together: as many as take no more memory than the largest alone."""
+    """Blocks that are computed together: as many as take little more memory than the largest alone."""
 
     def cost(block: Block) -> int:
         return block.size if diagonal else block.size**2
 
-    limit = max((cost(block) for block in blocks), default=0)
+    limit = max(int(1.1 * max((cost(block) for block in blocks), default=0)), _SMALL)
     groups: list[list[Block]] = []
     held = limit
     for block in blocks:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hesscli.hessian.blocks import Block
+from hesscli.hessian.chain import find_chain
 from hesscli.hessian.costs import Costs, Rates, Work
 from hesscli.hessian.piecewise import curved
 from hesscli.hessian.probes import Analyses, Analysis
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.routes.gauss_newton import block_uses
-from hesscli.hessian.routes.preactivation import directions, split
+from hesscli.hessian.routes.preactivation import directions, on_chain, split
 
 HVP, FINITE_DIFFERENCE = "hvp", "finite-difference"
 PREACTIVATION, GAUSS_NEWTON = "preactivation", "gauss-newton"
@@ -89,6 +90,11 @@ class Planner:
 
     def _preactivation(self, block: Block, diagonal: bool) -> Choice:
         analysis, costs = self._proven()
+        if diagonal:
+            use = analysis.use(block.parameters[0])
+            steps, reached = find_chain(analysis, {use.z})
+            if on_chain(use, reached):
+                return Choice(PREACTIVATION, "chain", self._all(costs.chain(steps)))
         layers, others = split(analysis, block)
         if not layers:
             use = analysis.use(block.parameters[0])

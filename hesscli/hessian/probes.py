@@ -17,6 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.losses import LOSSES
 from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.routes.base import NotApplicable
@@ -45,7 +46,7 @@ class Analyses:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.made: dict[int, Analysis | NotApplicable] = {}
+        self.made: dict[int, tuple[Batch, Analysis | NotApplicable]] = {}
 
     def of(self, batch: Batch) -> Analysis:
         """
@@ -54,10 +55,10 @@ class Analyses:
         """
         if id(batch) not in self.made:
             try:
-                self.made[id(batch)] = _analyse(self.problem, batch)
+                self.made[id(batch)] = (batch, _analyse(self.problem, batch))
             except NotApplicable as reason:
-                self.made[id(batch)] = reason
-        found = self.made[id(batch)]
+                self.made[id(batch)] = (batch, reason)
+        _, found = self.made[id(batch)]  # the batch is kept, so that its identity stays its own
         if isinstance(found, NotApplicable):
             raise NotApplicable(str(found))
         return found
@@ -140,9 +141,7 @@ class Probed:
         (gradient,) = torch.autograd.grad(total / self.problem.denominator, f, create_graph=True)
         if not gradient.requires_grad:
             return zero
-        (columns,) = torch.autograd.grad(
-            gradient, f, self.output_seeds(), is_grads_batched=True, allow_unused=True
-        )
+        (columns,) = batched_grad(gradient, [f], self.output_seeds())
         return zero if columns is None else columns.reshape(size, self.samples, size).transpose(0, 1)
 
     def output_seeds(self) -> Tensor:

@@ -237,7 +237,8 @@ def saved_bytes(problem: Problem, batch: Batch, forward: Callable[[Batch], Tenso
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
+            size = tensor.numel() * tensor.itemsize  # not the storage's: a batch is a view of all data
+            seen[storage.data_ptr()] = max(size, seen.get(storage.data_ptr(), 0))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

@@ -11,6 +11,8 @@ from hesscli.spectrum.eigen import DENSE_LIMIT, extremes
 QUICK_LIMIT = 1024
 """Up to this size the extreme eigenvalues of a block are always worth their time (about 0.1 s)."""
 
+_RUN = 1 << 14  # numbers
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -46,11 +48,7 @@ def of_diagonal(diagonal: np.ndarray) -> Statistics:
 
 
 def _norm(array: np.ndarray) -> float:
-    """The root of the sum of squares, in float64 without a float64 copy of the whole."""
-    rows = array.reshape(array.shape[0], -1)
-    step = max(1, (1 << 22) // max(rows.shape[1], 1))
-    total = 0.0
-    for first in range(0, rows.shape[0], step):
-        part = rows[first : first + step].astype(np.float64, copy=False)
-        total += float(np.vdot(part, part))
-    return total**0.5
+    """The root of the sum of squares: short runs in their own precision, their sum in float64."""
+    flat = array.reshape(-1)
+    runs = (flat[first : first + _RUN] for first in range(0, flat.size, _RUN))
+    return sum(float(np.vdot(run, run)) for run in runs) ** 0.5

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.kronecker import add_kronecker_rows, mirror_
 from hesscli.hessian.piecewise import curved
@@ -53,13 +54,8 @@ class GaussNewton:
         probed = Probed(self.problem, batch, analysis, {u[0].z for u in uses.values()})
         zs = list(probed.probes)
         curvature = probed.output_hessian()  # [B, C, C]
-        jacobians = torch.autograd.grad(
-            probed.output,
-            [probed.probes[z] for z in zs],
-            probed.output_seeds(),
-            is_grads_batched=True,
-            allow_unused=True,
-        )
+        probes = [probed.probes[z] for z in zs]
+        jacobians = batched_grad(probed.output, probes, probed.output_seeds())
         of = dict(zip(zs, jacobians, strict=True))
         for block in blocks:
             jacobian = of[uses[block.name][0].z]

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.problem import Batch, Problem, is_missing_derivative
@@ -87,25 +88,18 @@ class HessianVectorProducts:
     def _products(
         self, gradient: Tensor, seeds: Tensor, leaves: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        def backward(vector: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
-            return torch.autograd.grad(
-                gradient,
-                leaves,
-                vector,
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=batched,
-            )
-
         if self.row_by_row is None:
             try:
-                return list(backward(seeds, batched=True))
+                return list(batched_grad(gradient, leaves, seeds))
             except RuntimeError as error:
                 if is_missing_derivative(error) or isinstance(error, torch.OutOfMemoryError):
                     raise _explained(error) from error
                 self.row_by_row = str(error).splitlines()[0]
         try:
-            rows = [backward(seed, batched=False) for seed in seeds]
+            rows = [
+                torch.autograd.grad(gradient, leaves, seed, retain_graph=True, allow_unused=True)
+                for seed in seeds
+            ]
         except RuntimeError as error:
             raise _explained(error) from error
         return [

@@ -1,0 +1,35 @@
+"""Batched reverse passes, without what `torch.autograd.grad` imports for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def batched_grad(
+    output: Tensor, inputs: Sequence[Tensor], seeds: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The vector-Jacobian products of all seeds in one pass: seeds [k, *output.shape] -> [k, *input.shape] each.
+
+    The same as `torch.autograd.grad(output, inputs, seeds, is_grads_batched=True, retain_graph=True,
+    allow_unused=True)`, whose check of the seeds' shape imports PyTorch's symbolic shapes, and with them sympy: 0.4 s, more
+    than many a Hessian takes. Where the internals that it stands on have moved, that is what is called.
+    """
+    try:
+        from torch._vmap_internals import _vmap
+        from torch.autograd.graph import _engine_run_backward
+    except ImportError:
+        return torch.autograd.grad(
+            output, inputs, seeds, is_grads_batched=True, retain_graph=True, allow_unused=True
+        )
+
+    def backward(seed: Tensor) -> tuple[Tensor | None, ...]:
+        return _engine_run_backward(
+            (output,), (seed,), True, False, tuple(inputs), True, accumulate_grad=False
+        )
+
+    found = _vmap(backward, 0, 0, allow_none_pass_through=True)(seeds)
+    # Autograd's symbolic zeros cannot be written to; like None, they mean that nothing depends on the input.
+    return tuple(None if x is None or x._is_zerotensor() else x for x in found)

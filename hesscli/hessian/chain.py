@@ -1,0 +1,251 @@
+"""The diagonal of d^2 L / dz^2 at every layer of a chain, in one backward sweep.
+
+Where a model is a chain of linear layers and elementwise functions, each sample's S = d^2 L / dz^2 goes from a value to the
+one before it by
+
+    S_u = diag(phi') S_y diag(phi') + diag(phi'' dL/dy)      y = phi(u)
+    S_x = M S_z M^T                                          z = x M
+
+starting from the loss's own Hessian at the output. S is never needed whole: it is kept as a sum of terms L^T R with few
+rows (as many as outputs), V^T diag(w) V (as many as neurons of a layer behind), and a diagonal, which passes one linear
+layer without being spread out: diag(M diag(d) M^T) = (M * M) d.
+
+Source: the recursion is that of A. Botev et al., Practical Gauss-Newton optimisation, 2017, eq. 28-31, kept factored as in
+F. Dangel et al., BackPACK, 2020.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.probes import Analysis, Probed
+from hesscli.hessian.samples import ELEMENTWISE_UNARY, RESHAPES, SampleAxis
+from hesscli.hessian.tape import Call, Ref
+
+_UNARY = ELEMENTWISE_UNARY - {"detach"}
+_AFFINE = frozenset("mul add sub div".split())
+_WORKSPACE = 1 << 26  # numbers that the curvature of some samples may take
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator of the chain: `call` gives `after` from `before`."""
+
+    call: Call
+    before: int
+    after: int
+
+
+def find_chain(analysis: Analysis, zs: Collection[int]) -> tuple[list[Step], set[int]]:
+    """The operators from the output back to the first of these values that can be reached, and those reached.
+
+    A chain ends where a value is used twice, or made in a way that the recursion does not know.
+    """
+    tape = analysis.tape
+    makers = {n: call for call in tape.calls for n in call.outputs if n is not None}
+    readers = Counter(n for call in tape.calls for n in call.reads)
+    value, steps, reached, needed = tape.output, [], set[int](), 0
+    while analysis.axes[value] == SampleAxis(0):
+        if value in zs:
+            reached.add(value)
+            needed = len(steps)
+        call = makers.get(value)
+        before = [] if call is None else [n for n in call.reads if analysis.axes[n] is not None]
+        if call is None or len(before) != 1 or readers[before[0]] != 1 or not _known(call, before[0]):
+            break
+        steps.append(Step(call, before[0], value))
+        value = before[0]
+    return steps[:needed], reached
+
+
+def _known(call: Call, before: int) -> bool:
+    place = next(
+        (i for i, a in enumerate(call.arguments) if isinstance(a, Ref) and a.value == before), -1
+    )
+    if call.name in _UNARY or call.name in RESHAPES:
+        return place == 0
+    if call.name in ("mm", "addmm") and not call.keywords:
+        return place == (1 if call.name == "addmm" else 0)
+    return call.name in _AFFINE and not call.keywords and (call.name != "div" or place == 0)
+
+
+def chain_diagonals(
+    probed: Probed, output: int, steps: Sequence[Step], zs: Collection[int]
+) -> dict[int, Tensor]:
+    """diag(d^2 L / dz^2) of each sample: [B, n] for each z of the chain.
+
+    Args:
+        probed: a pass with probes at `curved_outputs(steps)`.
+        output: the number of the model's output.
+        steps: of `find_chain`.
+        zs: where it is wanted.
+    """
+    probes = list(probed.probes.values())
+    grads = torch.autograd.grad(probed.value, probes, allow_unused=True) if probes else ()
+    gradient = dict(zip(probed.probes, grads, strict=True))
+    start = probed.output_hessian()
+    widest = max([start.shape[1], *(probed.known[s.before][0].numel() for s in steps)])
+    count = max(1, _WORKSPACE // (widest * widest))
+    found: dict[int, list[Tensor]] = {z: [] for z in zs}
+    with torch.no_grad():
+        for first in range(0, probed.samples, count):
+            part = slice(first, first + count)
+            curvature = Curvature(start[part])
+            value = output
+            for index, step in enumerate(steps):
+                if value in found:
+                    found[value].append(curvature.diagonal())
+                at = probed.known[step.before].detach()[part]
+                slope = gradient.get(step.after)
+                slope = None if slope is None else slope[part]
+                _back(curvature, step, probed.known, at, slope, index + 1 == len(steps))
+                value = step.before
+            found[value].append(curvature.diagonal())
+    return {z: torch.cat(parts) for z, parts in found.items()}
+
+
+def curved_outputs(steps: Sequence[Step]) -> list[int]:
+    """The values of the chain at which dL/dy is needed."""
+    return [step.after for step in steps if step.call.name in _UNARY]
+
+
+def _back(
+    curvature: Curvature,
+    step: Step,
+    known: Mapping[int, Tensor],
+    before: Tensor,
+    gradient: Tensor | None,
+    last: bool,
+) -> None:
+    """S from the value after a step to the value before it; `before` and `gradient` (at `after`) are of some samples."""
+    call = step.call
+    if call.name in RESHAPES:
+        return
+    if call.name in ("mm", "addmm"):
+        matrix = call.arguments[-1]
+        curvature.linear(known[matrix.value].detach(), last)
+        return
+    samples = before.shape[0]
+    if call.name in _UNARY:
+        slope, bend = _derivatives(call, before)
+        curvature.scale(slope.reshape(samples, -1))
+        if bend is not None and gradient is not None:
+            curvature.add_diagonal((bend * gradient).reshape(samples, -1))
+        return
+    if call.name in ("mul", "div"):
+        other = next(a for a in call.arguments if not (isinstance(a, Ref) and a.value == step.before))
+        factor = known[other.value].detach() if isinstance(other, Ref) else other
+        ones = torch.ones_like(before)
+        factor = ones * factor if call.name == "mul" else ones / factor
+        curvature.scale(factor.reshape(samples, -1))
+    # add and sub: the derivative is one, or minus one, which S does not feel
+
+
+def _derivatives(call: Call, at: Tensor) -> tuple[Tensor, Tensor | None]:
+    """phi' and phi'' of an elementwise function; None where phi'' is zero."""
+    with torch.enable_grad():
+        u = at.clone().requires_grad_()
+        arguments = [u if isinstance(a, Ref) else a for a in call.arguments]
+        result = call.operator(*arguments, **call.keywords)
+        y = result[0] if isinstance(result, (tuple, list)) else result
+        if not y.requires_grad:
+            return torch.zeros_like(at), None
+        (slope,) = torch.autograd.grad(y.sum(), u, create_graph=True)
+        if not slope.requires_grad:
+            return slope, None
+        (bend,) = torch.autograd.grad(slope.sum(), u, allow_unused=True)
+    return slope.detach(), bend
+
+
+@dataclass
+class Curvature:
+    """S = sum of L^T R + sum of V^T diag(w) V + diag(d), for each sample.
+
+    Args:
+        start: S itself, [B, n, n].
+    """
+
+    start: Tensor
+    pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # L [B or 1, r, n], R [B, r, n]
+    weighted: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # V [B or 1, r, n], w [B, r]
+    d: Tensor | None = None  # [B, n]
+
+    def __post_init__(self) -> None:
+        identity = torch.eye(self.start.shape[1], dtype=self.start.dtype, device=self.start.device)
+        self.pairs.append((identity.unsqueeze(0), self.start))
+
+    def scale(self, g: Tensor) -> None:
+        """S <- diag(g) S diag(g), g [B, n]."""
+        g = g.unsqueeze(1)
+        self.pairs = [(left * g, right * g) for left, right in self.pairs]
+        self.weighted = [(v * g, w) for v, w in self.weighted]
+        if self.d is not None:
+            self.d = self.d * g.squeeze(1) ** 2
+
+    def add_diagonal(self, d: Tensor) -> None:
+        self.d = d if self.d is None else self.d + d
+
+    def linear(self, matrix: Tensor, last: bool) -> None:
+        """S <- M S M^T with M [n', n]; if it is the last step, only the diagonal of that."""
+        m = matrix.T.contiguous()  # [n, n']
+        if self._rows() * m.shape[0] > m.shape[0] ** 2 and self._whole_is_cheaper(m):
+            self._make_whole()
+        if last:
+            d = self._diagonal_of_product(m)
+            self.pairs, self.weighted, self.d = [], [], d
+            return
+        self.pairs = [(left @ m, right @ m) for left, right in self.pairs]
+        self.weighted = [(v @ m, w) for v, w in self.weighted]
+        if self.d is not None:
+            self.weighted.append((m.unsqueeze(0), self.d))
+            self.d = None
+
+    def diagonal(self) -> Tensor:
+        """[B, n]"""
+        total = torch.zeros_like(self.start[:, 0, :1]) if self.d is None else self.d
+        for left, right in self.pairs:
+            total = total + (left * right).sum(1)
+        for v, w in self.weighted:
+            total = total + _weighted_squares(v, w)
+        return total
+
+    def _diagonal_of_product(self, m: Tensor) -> Tensor:
+        total = 0.0 if self.d is None else self.d @ (m * m)
+        for left, right in self.pairs:
+            total = total + ((left @ m) * (right @ m)).sum(1)
+        for v, w in self.weighted:
+            for start in range(0, v.shape[1], 64):  # [B, 64, n'] at a time
+                part = slice(start, start + 64)
+                total = total + _weighted_squares(v[:, part] @ m, w[:, part])
+        assert isinstance(total, Tensor)
+        return total
+
+    def _rows(self) -> int:
+        return sum(2 * left.shape[1] for left, _ in self.pairs) + sum(
+            v.shape[1] for v, _ in self.weighted
+        )
+
+    def _whole_is_cheaper(self, m: Tensor) -> bool:
+        n, after = m.shape
+        return self._rows() * n + n * after < self._rows() * after
+
+    def _make_whole(self) -> None:
+        whole = sum(left.transpose(1, 2) @ right for left, right in self.pairs)
+        for v, w in self.weighted:
+            whole = whole + (v * w.unsqueeze(2)).transpose(1, 2) @ v
+        if self.d is not None:
+            whole = whole + torch.diag_embed(self.d)
+        assert isinstance(whole, Tensor)
+        identity = torch.eye(whole.shape[1], dtype=whole.dtype, device=whole.device)
+        self.pairs, self.weighted, self.d = [(identity.unsqueeze(0), whole)], [], None
+
+
+def _weighted_squares(v: Tensor, w: Tensor) -> Tensor:
+    """diag(V^T diag(w) V): V [B or 1, r, n], w [B, r] -> [B, n]."""
+    squares = v * v
+    return w @ squares[0] if len(v) == 1 else (w.unsqueeze(1) @ squares).squeeze(1)
