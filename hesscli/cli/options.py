@@ -162,6 +162,9 @@ def problem_options(
     method: Annotated[
         Method, typer.Option(help="auto takes the fastest that is exact; others are forced.")
     ] = Method.auto,  # type: ignore[attr-defined]
+    tf32: Annotated[
+        bool, typer.Option("--tf32", help="Let CUDA multiply in TF32: faster, three digits.")
+    ] = False,
 ) -> ProblemOptions:
     """The options of a problem, from what the command line says."""
     if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size) > 0):
@@ -190,6 +193,7 @@ def problem_options(
         train_mode=train_mode,
         check=check,
         method=method.value,
+        tf32=tf32,
     )
 
 

@@ -45,6 +45,7 @@ def add_layer(
     out: Tensor,
     bias_out: Tensor,
     diagonal: bool,
+    workspace: int,
 ) -> None:
     """The rows of the first layer, and its columns from there on to the last.
 
@@ -55,6 +56,7 @@ def add_layer(
         out: the weight's block.
         bias_out: the bias's; the same one, or a block of its own.
         diagonal: only the diagonals of the first layer's own blocks: `out` [n m], `bias_out` [n].
+        workspace: how many numbers a chunk of directions may make.
     """
     layer = layers[0]
     use, delta = layer.weight, deltas[layer.z]
@@ -66,7 +68,7 @@ def add_layer(
     per_direction = 4 * delta.numel() * len(inputs)
     if not layer.plain:
         per_direction += probed.samples * use.size
-    for t, first, seeds in _directions(use, delta, max(1, WORKSPACE // per_direction)):
+    for t, first, seeds in _directions(use, delta, max(1, workspace // per_direction)):
         found = batched_grad(delta, inputs, seeds)
         curvature, tangents = found[: len(layers)], found[len(layers) :]
         if curvature[0] is not None:

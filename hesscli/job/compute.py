@@ -216,19 +216,9 @@ class _Job:
     ) -> Iterator[tuple[Block, Tensor, int]]:
         """Blocks with their values, and the place of the route that gave them among their choices."""
         route = self.routes[self.choices[blocks[0].name][place].method]
-        sums = {
-            block.name: torch.zeros(
-                (block.size,) if self.diagonal else (block.size, block.size),
-                dtype=route.problem.dtype,
-                device=route.problem.device,
-            )
-            for block in blocks
-        }
         try:
-            for batch in route.problem.batches:
-                route.add(batch, blocks, sums, self.diagonal)
+            sums = self._sums(route, blocks)
         except NotApplicable as reason:
-            del sums
             if len(blocks) > 1:  # perhaps only some of them cannot be done
                 for block in blocks:
                     yield from self._computed([block], place)
@@ -241,6 +231,28 @@ class _Job:
             if not self.diagonal:
                 route.finish(values)
             yield block, values, place
+
+    def _sums(self, route: Route, blocks: Sequence[Block]) -> dict[str, Tensor]:
+        """The blocks' sums over batches; with smaller chunks where a device's memory runs out."""
+        while True:
+            try:
+                sums = {
+                    block.name: torch.zeros(
+                        (block.size,) if self.diagonal else (block.size, block.size),
+                        dtype=route.problem.dtype,
+                        device=route.problem.device,
+                    )
+                    for block in blocks
+                }
+                for batch in route.problem.batches:
+                    route.add(batch, blocks, sums, self.diagonal)
+                return sums
+            except torch.OutOfMemoryError:
+                if not route.shrink():
+                    raise
+            # Outside the handler, which holds on to the failed pass.
+            sums = {}
+            torch.cuda.empty_cache()
 
     def _next_route(self, block: Block, place: int, reason: Exception) -> None:
         """Says that the next route of a block is taken, and why.

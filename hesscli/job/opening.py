@@ -55,6 +55,9 @@ def open_problem(options: ProblemOptions, listener: Listener, rows: int | None =
     if options.threads:
         torch.set_num_threads(options.threads)
     device = _device(options.device)
+    # cuDNN's convolutions would use it by default, at three digits.
+    torch.backends.cuda.matmul.allow_tf32 = options.tf32
+    torch.backends.cudnn.allow_tf32 = options.tf32
     model = load_model(
         options.model,
         arch=options.arch,

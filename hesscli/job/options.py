@@ -43,6 +43,7 @@ class ProblemOptions:
     train_mode: bool = False
     check: bool = True
     method: str = "auto"
+    tf32: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ class Route(Protocol):
 
     `add(batch, blocks, sums, diagonal)` adds the batch's share of each block's Hessian (in d^2 loss / d theta^2) to
     `sums[block.name]`, of shape [n, n], or of its diagonal, of shape [n]. A route that is `symmetric` by construction
-    may fill the upper triangle alone; `finish` then completes a matrix when all batches are in.
+    may fill the upper triangle alone; `finish` then completes a matrix when all batches are in. `shrink` makes it take
+    less memory at a time, and says whether that was possible.
 
     Raises:
         NotApplicable: this route would be wrong or impossible here; nothing in `sums` is to be used.
@@ -35,3 +36,5 @@ class Route(Protocol):
     ) -> None: ...
 
     def finish(self, matrix: Tensor) -> None: ...
+
+    def shrink(self) -> bool: ...

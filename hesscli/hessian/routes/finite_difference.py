@@ -30,6 +30,9 @@ class FiniteDifference:
         self.steps = (1e-4, 1e-5, 1e-6, 1e-7) if double else (3e-2, 3e-3)
         self.agreement = 1e-6 if double else 1e-2
 
+    def shrink(self) -> bool:
+        return False
+
     def finish(self, matrix: Tensor) -> None:
         pass
 

@@ -63,6 +63,9 @@ class GaussNewton:
                 v = uses[block.name][0].rows(jacobian).transpose(0, 1)  # [B, C, T, n]
                 _add(sums[block.name], probed, uses[block.name], v, curvature, diagonal)
 
+    def shrink(self) -> bool:
+        return False
+
     def finish(self, matrix: Tensor) -> None:
         mirror_(matrix)
 

@@ -34,6 +34,10 @@ class HessianVectorProducts:
         self.chunk = chunk
         self.row_by_row: str | None = None  # why rows are not batched, once that is known
 
+    def shrink(self) -> bool:
+        self.chunk //= 2
+        return self.chunk >= 1
+
     def finish(self, matrix: Tensor) -> None:
         pass
 

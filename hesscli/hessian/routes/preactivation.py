@@ -36,6 +36,11 @@ class Preactivation:
     def __init__(self, problem: Problem, analyses: Analyses) -> None:
         self.problem = problem
         self.analyses = analyses
+        self.workspace = WORKSPACE
+
+    def shrink(self) -> bool:
+        self.workspace //= 2
+        return self.workspace >= 1 << 16
 
     def add(
         self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor], diagonal: bool
@@ -97,7 +102,7 @@ class Preactivation:
         if not delta.requires_grad:
             return
         a = probed.columns(use)
-        chunk = max(1, min(128, WORKSPACE // (8 * delta.numel())))
+        chunk = max(1, min(128, self.workspace // (8 * delta.numel())))
         for start in range(0, use.size, chunk):
             entries = range(start, min(start + chunk, use.size))
             seeds = use.spread(_directions_of(use, a, entries, probed.samples), delta.shape)
@@ -136,10 +141,12 @@ class Preactivation:
         grads = torch.autograd.grad(probed.phi, wanted, create_graph=True, allow_unused=True)
         deltas = dict(zip(zs, grads, strict=False))
         for index in range(len(layers)):
-            add_layer(probed, layers[index:], deltas, out, bias_out, diagonal)
+            add_layer(
+                probed, layers[index:], deltas, out, bias_out, diagonal, self.workspace
+            )
         for name, gradient in zip(others, grads[len(zs) :], strict=True):
             if gradient is not None and gradient.requires_grad:
-                _add_rows(probed, block, set(others), name, gradient, out)
+                _add_rows(probed, block, set(others), name, gradient, out, self.workspace)
 
 
 def on_chain(use: Use, reached: set[int]) -> bool:
@@ -219,13 +226,14 @@ def _add_rows(
     name: str,
     gradient: Tensor,
     out: Tensor,
+    workspace: int,
 ) -> None:
     """Rows of a parameter that is no part of a layer, by Hessian-vector products."""
     offsets = dict(zip(block.parameters, _starts(block.sizes), strict=True))
     names = [n for n in block.parameters if n in probed.leaves]
     leaves = [probed.leaves[n] for n in names]
     size = gradient.numel()
-    chunk = max(1, min(128, WORKSPACE // (8 * probed.output.numel() + sum(block.sizes))))
+    chunk = max(1, min(128, workspace // (8 * probed.output.numel() + sum(block.sizes))))
     for start in range(0, size, chunk):
         count = min(chunk, size - start)
         seeds = gradient.new_zeros(count, size)
