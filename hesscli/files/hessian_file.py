@@ -61,7 +61,9 @@ class HessianWriter:
         room = len(self._header(document)) + 640 * len(shapes) + 8192
         self.start = -(-(8 + room) // _ALIGNMENT) * _ALIGNMENT
         folder = None if path is None else path.parent
-        descriptor, name = tempfile.mkstemp(".tmp", f".{path.name}." if path else "hesscli.", folder)
+        descriptor, name = tempfile.mkstemp(
+            ".tmp", f".{path.name}." if path else "hesscli.", folder
+        )
         self.temporary: Path | None = Path(name)
         self.file: BinaryIO = os.fdopen(descriptor, "w+b")
 
@@ -87,7 +89,7 @@ class HessianWriter:
         entry = self.entries[name]
         row_bytes = math.prod(entry["shape"][1:]) * self.dtype.itemsize
         self.file.seek(self.start + entry["data_offsets"][0] + first_row * row_bytes)
-        self._put(memoryview(np.ascontiguousarray(rows, self.dtype)).cast("B"))
+        self._put(np.ascontiguousarray(rows, self.dtype).reshape(-1).view(np.uint8).data)
 
     def commit(self, document: Mapping[str, Any]) -> None:
         """Writes the header and gives the file its name."""

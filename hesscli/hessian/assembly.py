@@ -35,7 +35,9 @@ class Layer:
     @property
     def plain(self) -> bool:
         """Whether the Kronecker form holds."""
-        return self.weight.kind == LINEAR and self.weight.positions == 1 and not self.weight.transposed
+        return (
+            self.weight.kind == LINEAR and self.weight.positions == 1 and not self.weight.transposed
+        )
 
 
 def add_layer(
@@ -87,17 +89,17 @@ def _directions(use: Use, delta: Tensor, chunk: int) -> Iterator[tuple[int, int,
             seeds = delta.new_zeros(count, *delta.shape)
             index = _position_index(use, delta.shape, t)
             for row in range(count):
-                place: list[object] = list(index)
+                place = list(index)
                 place[use.channels[0]] = first + row
-                seeds[(row, *place)] = 1
+                seeds[row][tuple(place)] = 1
             yield t, first, seeds
 
 
-def _position_index(use: Use, shape: Sequence[int], t: int) -> list[object]:
+def _position_index(use: Use, shape: Sequence[int], t: int) -> list[int | slice]:
     """The index of position t in z, over all samples, as `Use.rows` counts positions."""
     axis = use.axis
     if use.kind == CONVOLUTION:
-        index: list[object] = [slice(None), 0]
+        index: list[int | slice] = [slice(None), 0]
         for length in reversed(shape[2:]):
             t, place = divmod(t, length)
             index.insert(2, place)
@@ -173,7 +175,9 @@ def _add_cross(
                 moved = use.columns({**probed.known, use.a: tangents[row]})  # type: ignore[dict-item]
                 pulled = _pulled(use, d, moved, pulled)
             assert pulled is not None
-            rows = slice(layer.weight_at + (first + row) * m, layer.weight_at + (first + row + 1) * m)
+            rows = slice(
+                layer.weight_at + (first + row) * m, layer.weight_at + (first + row + 1) * m
+            )
             _put_product(out, rows, columns, at, pulled)
             mine = slice(layer.bias_at + first + row, layer.bias_at + first + row + 1)
             if layer.bias is not None:

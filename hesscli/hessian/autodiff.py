@@ -14,8 +14,8 @@ def batched_grad(
     """The vector-Jacobian products of all seeds in one pass: seeds [k, *output.shape] -> [k, *input.shape] each.
 
     The same as `torch.autograd.grad(output, inputs, seeds, is_grads_batched=True, retain_graph=True,
-    allow_unused=True)`, whose check of the seeds' shape imports PyTorch's symbolic shapes, and with them sympy: 0.4 s, more
-    than many a Hessian takes. Where the internals that it stands on have moved, that is what is called.
+    allow_unused=True)`, whose check of the seeds' shape imports PyTorch's symbolic shapes, and with them sympy: 0.4
+    s, more than many a Hessian takes. Where the internals that it stands on have moved, that is what is called.
     """
     try:
         from torch._vmap_internals import _vmap

@@ -47,8 +47,10 @@ def select(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
 
 def _module(parameter: str) -> str:
     # A parametrisation (weight_norm, ...) keeps its tensors in a module of its own; they still belong to the layer.
-    owner = parameter.split(".parametrizations.")[0] if ".parametrizations." in parameter else (
-        parameter.rpartition(".")[0]
+    owner = (
+        parameter.split(".parametrizations.")[0]
+        if ".parametrizations." in parameter
+        else (parameter.rpartition(".")[0])
     )
     return owner or ROOT
 

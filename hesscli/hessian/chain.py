@@ -1,7 +1,7 @@
 """The diagonal of d^2 L / dz^2 at every layer of a chain, in one backward sweep.
 
-Where a model is a chain of linear layers and elementwise functions, each sample's S = d^2 L / dz^2 goes from a value to the
-one before it by
+Where a model is a chain of linear layers and elementwise functions, each sample's S = d^2 L / dz^2 goes from a value
+to the one before it by
 
     S_u = diag(phi') S_y diag(phi') + diag(phi'' dL/dy)      y = phi(u)
     S_x = M S_z M^T                                          z = x M
@@ -10,8 +10,8 @@ starting from the loss's own Hessian at the output. S is never needed whole: it 
 rows (as many as outputs), V^T diag(w) V (as many as neurons of a layer behind), and a diagonal, which passes one linear
 layer without being spread out: diag(M diag(d) M^T) = (M * M) d.
 
-Source: the recursion is that of A. Botev et al., Practical Gauss-Newton optimisation, 2017, eq. 28-31, kept factored as in
-F. Dangel et al., BackPACK, 2020.
+Source: the recursion is that of A. Botev et al., Practical Gauss-Newton optimisation, 2017, eq. 28-31, kept factored
+as in F. Dangel et al., BackPACK, 2020.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hesscli.hessian.samples import ELEMENTWISE_UNARY, RESHAPES, SampleAxis
 from hesscli.hessian.tape import Call, Ref
 
 _UNARY = ELEMENTWISE_UNARY - {"detach"}
-_AFFINE = frozenset("mul add sub div".split())
+_AFFINE = frozenset(["mul", "add", "sub", "div"])
 _WORKSPACE = 1 << 26  # numbers that the curvature of some samples may take
 
 
@@ -49,14 +49,20 @@ def find_chain(analysis: Analysis, zs: Collection[int]) -> tuple[list[Step], set
     tape = analysis.tape
     makers = {n: call for call in tape.calls for n in call.outputs if n is not None}
     readers = Counter(n for call in tape.calls for n in call.reads)
-    value, steps, reached, needed = tape.output, [], set[int](), 0
+    steps: list[Step] = []
+    value, reached, needed = tape.output, set[int](), 0
     while analysis.axes[value] == SampleAxis(0):
         if value in zs:
             reached.add(value)
             needed = len(steps)
         call = makers.get(value)
         before = [] if call is None else [n for n in call.reads if analysis.axes[n] is not None]
-        if call is None or len(before) != 1 or readers[before[0]] != 1 or not _known(call, before[0]):
+        if (
+            call is None
+            or len(before) != 1
+            or readers[before[0]] != 1
+            or not _known(call, before[0])
+        ):
             break
         steps.append(Step(call, before[0], value))
         value = before[0]
@@ -122,7 +128,7 @@ def _back(
     gradient: Tensor | None,
     last: bool,
 ) -> None:
-    """S from the value after a step to the value before it; `before` and `gradient` (at `after`) are of some samples."""
+    """S from the value after a step to the one before; `before` and `gradient` (at `after`) are of some samples."""
     call = step.call
     if call.name in RESHAPES:
         return
@@ -138,7 +144,9 @@ def _back(
             curvature.add_diagonal((bend * gradient).reshape(samples, -1))
         return
     if call.name in ("mul", "div"):
-        other = next(a for a in call.arguments if not (isinstance(a, Ref) and a.value == step.before))
+        other = next(
+            a for a in call.arguments if not (isinstance(a, Ref) and a.value == step.before)
+        )
         factor = known[other.value].detach() if isinstance(other, Ref) else other
         ones = torch.ones_like(before)
         factor = ones * factor if call.name == "mul" else ones / factor
@@ -171,8 +179,12 @@ class Curvature:
     """
 
     start: Tensor
-    pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # L [B or 1, r, n], R [B, r, n]
-    weighted: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # V [B or 1, r, n], w [B, r]
+    pairs: list[tuple[Tensor, Tensor]] = field(
+        default_factory=list
+    )  # L [B or 1, r, n], R [B, r, n]
+    weighted: list[tuple[Tensor, Tensor]] = field(
+        default_factory=list
+    )  # V [B or 1, r, n], w [B, r]
     d: Tensor | None = None  # [B, n]
 
     def __post_init__(self) -> None:

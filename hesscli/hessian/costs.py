@@ -34,9 +34,7 @@ class Work:
     calls: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.flops + other.flops, self.bytes + other.bytes, self.calls + other.calls
-        )
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.calls + other.calls)
 
     def times(self, factor: float, calls: float | None = None) -> Work:
         """This work so many times; the calls, where batched, only `calls` times."""

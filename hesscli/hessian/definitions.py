@@ -3,9 +3,9 @@
 Inside `exact_derivatives()` these operators run as the formulas below, so that autograd differentiates the formula:
 
 - `weight_norm`: its double backward treats the saved norms as constants and is wrong by tens of percent.
-- `batch_norm`, `layer_norm`, `group_norm`, `instance_norm`: forward-over-reverse and batched double backward are wrong or missing.
-- `hardsigmoid`, `embedding_bag`: no second derivative.
-- fused attention: no second derivative; computed as softmax(Q K^T / sqrt(d)) V instead.
+- `batch_norm`, `layer_norm`, `group_norm`, `instance_norm`: forward-over-reverse and batched double backward are
+wrong or missing. - `hardsigmoid`, `embedding_bag`: no second derivative. - fused attention: no second derivative;
+computed as softmax(Q K^T / sqrt(d)) V instead.
 
 They are replaced in PyTorch's dispatcher, below every kind of model: eager modules, TorchScript and exported graphs
 reach the same operator. The TorchScript optimiser has derivatives of its own and is switched off.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 
-def _normalise(x: Tensor, axes: Sequence[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _normalise(x: Tensor, axes: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.mean(axes, keepdim=True)
     centred = x - mean
     rstd = torch.rsqrt((centred * centred).mean(axes, keepdim=True) + eps)
@@ -132,8 +132,10 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ends = offsets[1:] if include_last_offset else torch.cat(
-        [offsets[1:], offsets.new_tensor([indices.numel()])]
+    ends = (
+        offsets[1:]
+        if include_last_offset
+        else torch.cat([offsets[1:], offsets.new_tensor([indices.numel()])])
     )
     bag = torch.bucketize(torch.arange(indices.numel(), device=indices.device), ends, right=True)
     rows = torch.nn.functional.embedding(indices, weight)
@@ -175,7 +177,7 @@ def exact_derivatives() -> Iterator[None]:
         with (
             torch.library._scoped_library("aten", "IMPL") as library,
             sdpa_kernel(SDPBackend.MATH),
-            torch.jit.optimized_execution(False),
+            torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
         ):
             for operator, definition in DEFINITIONS.items():
                 for key in ("AutogradCPU", "AutogradCUDA", "AutogradMPS"):

@@ -13,8 +13,8 @@ def add_kronecker_rows(out: Tensor, first: int, s: Tensor, a: Tensor) -> None:
     """out[(p, q), (i, j)] += sum_b s[p, b, i] a[b, q] a[b, j], for rows p = first, ... and columns i >= first.
 
     The matrix is symmetric in (p, i), and in (q, j) for fixed p and i. So only the columns i >= p of each chunk of rows
-    are filled (`mirror_` does the rest), and only products with q <= j, by groups of `_WIDTH`, are computed: a quarter of
-    all, and a little more.
+    are filled (`mirror_` does the rest), and only products with q <= j, by groups of `_WIDTH`, are computed: a
+    quarter of all, and a little more.
 
     Args:
         out: [n m, n m].

@@ -279,7 +279,9 @@ class Loss:
             return LOSSES[self.name](output, target, **arguments)
         terms = output if self.function is None else self.function(output, target, **arguments)
         if not isinstance(terms, Tensor):
-            raise MismatchError(f"the loss {self.name} returned a {type(terms).__name__}, not a Tensor")
+            raise MismatchError(
+                f"the loss {self.name} returned a {type(terms).__name__}, not a Tensor"
+            )
         return terms.sum(), float(terms.numel())
 
 

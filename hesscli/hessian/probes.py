@@ -65,7 +65,7 @@ class Analyses:
 
 
 def _analyse(problem: Problem, batch: Batch) -> Analysis:
-    if problem.loss.name not in LOSSES and problem.loss.name != "output" or problem.loss.whole:
+    if (problem.loss.name not in LOSSES and problem.loss.name != "output") or problem.loss.whole:
         raise NotApplicable(f"the loss {problem.loss.name} may mix samples")
     tape = record(problem, batch)
     axes = sample_axes(tape, len(batch.inputs[0]))
@@ -142,7 +142,9 @@ class Probed:
         if not gradient.requires_grad:
             return zero
         (columns,) = batched_grad(gradient, [f], self.output_seeds())
-        return zero if columns is None else columns.reshape(size, self.samples, size).transpose(0, 1)
+        return (
+            zero if columns is None else columns.reshape(size, self.samples, size).transpose(0, 1)
+        )
 
     def output_seeds(self) -> Tensor:
         """The unit vectors of the output, the same in every sample: [C, *output.shape]."""

@@ -64,7 +64,7 @@ class Problem:
         # TorchScript's optimiser would put derivatives of its own into the graph that it caches.
         with (
             _buffers_kept(self.module) if self.train else nullcontext(),
-            torch.jit.optimized_execution(False),
+            torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
         ):
             try:
                 result = self.module(*batch.inputs)
@@ -102,7 +102,9 @@ class Problem:
     def double(self) -> Problem | None:
         """A copy in float64, or None where the module cannot run in it (a dtype baked into a trace, say)."""
         try:
-            with torch.no_grad():  # leaves no graph in attributes that hooks compute, which could not be copied
+            with (
+                torch.no_grad()
+            ):  # leaves no graph in attributes that hooks compute, which could not be copied
                 mine = self.output(self.batches[0])
                 module = copy.deepcopy(self.module).double()  # TorchScript would record the copying
             named = dict(module.named_parameters(remove_duplicate=False))
@@ -114,11 +116,16 @@ class Problem:
             )
             with torch.no_grad():
                 its = twin.output(twin.batches[0])
-        except Exception:  # TorchScript and exported graphs fail in many ways; each means "not in float64"
+        except (
+            Exception
+        ):  # TorchScript and exported graphs fail in many ways; each means "not in float64"
             return None
         tolerance = 1e-2 if self.dtype == torch.float32 else 1e-8
         same = its.dtype == torch.float64 and torch.allclose(
-            mine.double(), its, rtol=tolerance, atol=tolerance * float(mine.abs().max().clamp(min=1e-30))
+            mine.double(),
+            its,
+            rtol=tolerance,
+            atol=tolerance * float(mine.abs().max().clamp(min=1e-30)),
         )
         return twin if same else None
 
@@ -189,7 +196,9 @@ def is_missing_derivative(error: BaseException) -> bool:
     """Whether autograd said that an operator cannot be differentiated (twice)."""
     text = str(error)
     return isinstance(error, NotImplementedError) or bool(
-        re.search(r"derivative for .* is not implemented|once_differentiable|double backwards", text)
+        re.search(
+            r"derivative for .* is not implemented|once_differentiable|double backwards", text
+        )
     )
 
 
@@ -197,7 +206,9 @@ def _reason(error: BaseException) -> str:
     """The last line of an error that says something; TorchScript puts its own traceback before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = [line for line in lines if re.match(r"(\w+Error|RuntimeError): ", line)]
-    return (said or lines or [type(error).__name__])[-1 if said else 0].removeprefix("RuntimeError: ")
+    return (said or lines or [type(error).__name__])[-1 if said else 0].removeprefix(
+        "RuntimeError: "
+    )
 
 
 def _dtype(tensor: Tensor) -> str:
@@ -237,7 +248,9 @@ def saved_bytes(problem: Problem, batch: Batch, forward: Callable[[Batch], Tenso
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            size = tensor.numel() * tensor.itemsize  # not the storage's: a batch is a view of all data
+            size = (
+                tensor.numel() * tensor.itemsize
+            )  # not the storage's: a batch is a view of all data
             seen[storage.data_ptr()] = max(size, seen.get(storage.data_ptr(), 0))
         return tensor
 

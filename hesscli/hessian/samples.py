@@ -174,7 +174,7 @@ def _along(c: _Context) -> SampleAxis | None:
 
 def _first(c: _Context) -> SampleAxis | None:
     axis, rank = c.only(), len(c.shape())
-    least = {"native_batch_norm": 2, "pixel_shuffle": 4, "convolution": 3}.get(c.call.name, 3)
+    least = {"native_batch_norm": 2, "pixel_shuffle": 4}.get(c.call.name, 3)
     if c.call.name == "convolution":
         least = len(c.shape(1))
     if axis.axis != 0 or rank < least:
@@ -191,15 +191,10 @@ def _reshape(c: _Context) -> SampleAxis | None:
     after = axis.inner * math.prod(old[axis.axis + 1 :])
     count = 1
     for i, length in enumerate(new):
-        if (
-            before % count == 0
-            and length % (before // count * c.samples) == 0
-            and (after * count * length) % (before * c.samples * after) == 0
-        ):
-            outer = before // count
+        outer = before // count
+        if before % count == 0 and length and length % (outer * c.samples) == 0:
             inner = length // (outer * c.samples)
-            if count * outer == before and after % inner == 0:
-                # With one sample, any axis of length 1 would do; prefer the one that leaves nothing over.
+            if after % inner == 0:
                 return SampleAxis(i, outer, inner)
         count *= length
     raise _mixes(c.call)

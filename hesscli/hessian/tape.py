@@ -1,8 +1,8 @@
 """One forward pass as the list of ATen operators that it executed, to be replayed and differentiated piece by piece.
 
-Every kind of model (eager module, TorchScript, exported graph) reaches PyTorch's dispatcher, and is recorded there, with
-the definitions of `definitions.py` in place. A tape belongs to the very batch that it was recorded with, so control
-flow that depends on the data is exact, and nothing needs to be exportable.
+Every kind of model (eager module, TorchScript, exported graph) reaches PyTorch's dispatcher, and is recorded there,
+with the definitions of `definitions.py` in place. A tape belongs to the very batch that it was recorded with, so
+control flow that depends on the data is exact, and nothing needs to be exportable.
 """
 
 from __future__ import annotations
@@ -161,7 +161,11 @@ class _Recorder(TorchDispatchMode):
         self.stale: set[int] = set()
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         arguments = self._referenced(args)
@@ -178,11 +182,15 @@ class _Recorder(TorchDispatchMode):
             func = _functional(func)
             self._went_stale(written[0])
         parts = result if isinstance(result, (tuple, list)) else (result,)
-        separate = func._schema.name.startswith("aten::unsafe_")  # parts by contract not used as views
+        separate = func._schema.name.startswith(
+            "aten::unsafe_"
+        )  # parts by contract not used as views
         outputs = tuple(
             self._number(part, separate) if isinstance(part, Tensor) else None for part in parts
         )
-        if func is torch.ops.aten._convolution.default:  # what traces hold; the rest is cuDNN's business
+        if (
+            func is torch.ops.aten._convolution.default
+        ):  # what traces hold; the rest is cuDNN's business
             func, arguments = torch.ops.aten.convolution.default, arguments[:9]
         self.calls.append(Call(func, arguments, keywords, outputs))
         return result

@@ -1,7 +1,8 @@
 """Where each parameter enters a tape, when it does so once and in an affine way.
 
-At such a use, z = A(a) theta with some activation a, and everything after z sees the parameter through z alone. Then, with
-delta = dL/dz and S = d^2 L / dz^2 of each sample, its own block of the Hessian is the sum over samples of A^T S A.
+At such a use, z = A(a) theta with some activation a, and everything after z sees the parameter through z alone. Then,
+with delta = dL/dz and S = d^2 L / dz^2 of each sample, its own block of the Hessian is the sum over samples of A^T S
+A.
 """
 
 from __future__ import annotations
@@ -60,7 +61,13 @@ class Use:
     def spread(self, u: Tensor, shape: Sequence[int]) -> Tensor:
         """The inverse of `rows`: [..., samples, positions, n] -> [..., *shape], the shape of z."""
         axis, lead = self.axis, u.dim() - 3
-        split = [*shape[: axis.axis], axis.outer, u.shape[lead], axis.inner, *shape[axis.axis + 1 :]]
+        split = [
+            *shape[: axis.axis],
+            axis.outer,
+            u.shape[lead],
+            axis.inner,
+            *shape[axis.axis + 1 :],
+        ]
         order = _order(self.rank, axis, self.channels)
         u = u.reshape(*u.shape[:lead], *(split[i] for i in order))
         back = sorted(range(len(order)), key=order.__getitem__)
@@ -237,7 +244,9 @@ def _unfolded(
 
     A copy of a strided view; `torch.nn.functional.unfold` gives the same several times slower.
     """
-    padded = torch.nn.functional.pad(a, [p for length in reversed(padding) for p in (length, length)])
+    padded = torch.nn.functional.pad(
+        a, [p for length in reversed(padding) for p in (length, length)]
+    )
     padded = padded.contiguous()
     samples, channels, *lengths = padded.shape
     strides = padded.stride()[2:]

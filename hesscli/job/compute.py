@@ -180,7 +180,9 @@ class _Job:
         return document
 
     def _results(self, blocks: list[Document]) -> Document:
-        errors = [facts["symmetry_error"] for facts in blocks if facts["symmetry_error"] is not None]
+        errors = [
+            facts["symmetry_error"] for facts in blocks if facts["symmetry_error"] is not None
+        ]
         return {
             "blocks": blocks,
             "total": documents.total(blocks),
@@ -211,9 +213,7 @@ class _Job:
                     done += block.size
                     self.listener.progress(done, everything, block.name)
 
-    def _computed(
-        self, blocks: Sequence[Block], place: int
-    ) -> Iterator[tuple[Block, Tensor, int]]:
+    def _computed(self, blocks: Sequence[Block], place: int) -> Iterator[tuple[Block, Tensor, int]]:
         """Blocks with their values, and the place of the route that gave them among their choices."""
         route = self.routes[self.choices[blocks[0].name][place].method]
         try:

@@ -78,7 +78,12 @@ def open_problem(options: ProblemOptions, listener: Listener, rows: int | None =
     arrays = {name: _to(array, device, dtype) for name, array in data.arrays.items()}
     loss = _loss(options, data, arrays, note)
     names = list(data.inputs)
-    if loss.name == "output" and not options.inputs and data.targets and _takes_targets(model, names):
+    if (
+        loss.name == "output"
+        and not options.inputs
+        and data.targets
+        and _takes_targets(model, names)
+    ):
         names.append(data.targets[0])
         note(f"the model returns the loss and takes the targets too: inputs are {', '.join(names)}")
     parameters, tied, frozen = _parameters(model.module, options.params)
@@ -174,7 +179,9 @@ def _loss(
             f"no loss is called {name!r}; there are: auto, {', '.join(LOSSES)}, output, PKG.MOD:FN"
         )
     if name != "output" and data.targets is None:
-        raise UsageError(f"{options.data}: holds no targets, and {name} needs them", "--targets KEY")
+        raise UsageError(
+            f"{options.data}: holds no targets, and {name} needs them", "--targets KEY"
+        )
     arguments = dict(options.loss_arguments)
     for key, value in arguments.items():
         if isinstance(value, str) and value.startswith("@"):
@@ -196,7 +203,7 @@ def _import_function(spec: str) -> Callable[..., Tensor]:
         raise UsageError(f"the loss {spec} cannot be imported: {error}") from None
     if not callable(function):
         raise UsageError(f"the loss {spec} is a {type(function).__name__}, not a function")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _takes_targets(model: SavedModel, names: list[str]) -> bool:
@@ -238,11 +245,10 @@ def _parameters(
             f"every parameter is frozen (requires_grad=False): {', '.join(frozen[:10])}",
             "--params '*'",
         )
-    for p in parameters.values():
-        p.requires_grad_()
-    for name, p in unique.items():
-        if name not in parameters:
-            p.requires_grad_(False)  # no gradient is wanted, so none is paid for
+    for name, parameter in unique.items():
+        parameter.requires_grad_(
+            name in parameters
+        )  # where no gradient is wanted, none is paid for
     return parameters, {n: tied[n] for n in parameters if n in tied}, frozen
 
 
@@ -269,25 +275,29 @@ def _split(
         few = _slice(whole, 0, model.batch_size, samples, problem.loss)
     if problem.loss.name not in LOSSES:
         with torch.no_grad():
-            terms, count = problem.total(few)
+            _, count = problem.total(few)
         if count == 1 and samples > 1:
             problem = replace(problem, loss=replace(problem.loss, whole=True))
             note("the loss is one number for all data, so the data is not split into batches")
-    saved = saved_bytes(problem, few, problem.value) // max(1, len(few.inputs[0]) if few.inputs[0].dim() else 1)
-    size = rows or sum(p.numel() for p in problem.parameters.values())
-    sizes = choose_sizes(
-        samples, saved, size, problem.dtype.itemsize, _free_memory(problem.device)
+    saved = saved_bytes(problem, few, problem.value) // max(
+        1, len(few.inputs[0]) if few.inputs[0].dim() else 1
     )
+    size = rows or sum(p.numel() for p in problem.parameters.values())
+    sizes = choose_sizes(samples, saved, size, problem.dtype.itemsize, _free_memory(problem.device))
     batch = options.batch_size or sizes.batch
     if model.batch_size is not None:
         batch = model.batch_size
     if options.unbatched or problem.loss.whole or options.train_mode:
         batch = samples  # train-mode batch norm couples the samples of a batch
     batch = min(batch, samples)
-    batches = [whole] if options.unbatched else [
-        _slice(whole, start, min(start + batch, samples), samples, problem.loss)
-        for start in range(0, samples, batch)
-    ]
+    batches = (
+        [whole]
+        if options.unbatched
+        else [
+            _slice(whole, start, min(start + batch, samples), samples, problem.loss)
+            for start in range(0, samples, batch)
+        ]
+    )
     return replace(problem, batches=batches), Sizes(batch, sizes.chunk)
 
 
@@ -320,4 +330,3 @@ def _free_memory(device: torch.device) -> int:
 def _printable(arguments: Mapping[str, object]) -> dict[str, object]:
     plain = (bool, int, float, str, type(None))
     return {k: v if isinstance(v, plain) else str(v) for k, v in arguments.items()}
-

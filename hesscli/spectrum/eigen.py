@@ -44,7 +44,11 @@ def top_eigenpairs(
         top: how many eigenpairs, at most.
         which: one of `WHICH`.
     """
-    values, offsets, vectors, residuals, names = [], [], [], [], []
+    values: list[float] = []
+    vectors: list[np.ndarray] = []
+    residuals: list[float] = []
+    offsets: list[int] = []
+    names: list[str] = []
     for name, offset, array in blocks:
         solve = _diagonal if array.ndim == 1 else _matrix
         found, columns, errors = solve(array, min(top, array.shape[0]), which)
@@ -54,9 +58,11 @@ def top_eigenpairs(
         offsets.extend([offset] * len(found))
         names.extend([name] * len(found))
         best = WHICH[which](np.array(values))[:top]
-        values, offsets, vectors, residuals, names = (
-            [items[i] for i in best] for items in (values, offsets, vectors, residuals, names)
-        )
+        values = [values[i] for i in best]
+        vectors = [vectors[i] for i in best]
+        residuals = [residuals[i] for i in best]
+        offsets = [offsets[i] for i in best]
+        names = [names[i] for i in best]
     rows = np.zeros((len(values), size))
     for row, offset, vector in zip(rows, offsets, vectors, strict=True):
         row[offset : offset + len(vector)] = vector

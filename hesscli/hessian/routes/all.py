@@ -11,7 +11,9 @@ from hesscli.hessian.routes.hvp import HessianVectorProducts
 from hesscli.hessian.routes.preactivation import Preactivation
 
 
-def routes(problem: Problem, double: Problem | None, chunk: int) -> tuple[dict[str, Route], Analyses]:
+def routes(
+    problem: Problem, double: Problem | None, chunk: int
+) -> tuple[dict[str, Route], Analyses]:
     """Every route of a problem, by name.
 
     Args:

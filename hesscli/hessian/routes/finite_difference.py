@@ -1,7 +1,7 @@
 """Central differences of gradients: for operators that PyTorch cannot differentiate twice.
 
-Column i of a block is `(g(theta + h e_i) - g(theta - h e_i)) / 2h`, extrapolated from steps h and h/2 (error h^4). A step
-that crosses a kink makes the two disagree; a smaller one is tried then.
+Column i of a block is `(g(theta + h e_i) - g(theta - h e_i)) / 2h`, extrapolated from steps h and h/2 (error h^4). A
+step that crosses a kink makes the two disagree; a smaller one is tried then.
 """
 
 from __future__ import annotations

@@ -107,8 +107,7 @@ class HessianVectorProducts:
         except RuntimeError as error:
             raise _explained(error) from error
         return [
-            None if parts[0] is None else torch.stack(parts)  # type: ignore[arg-type]
-            for parts in zip(*rows, strict=True)
+            None if parts[0] is None else torch.stack(parts) for parts in zip(*rows, strict=True)
         ]
 
 

@@ -1,11 +1,12 @@
 """Derivatives along the pre-activations z of affine layers instead of along their parameters.
 
-With z = W a at a layer and delta = dL/dz, in each sample (samples do not mix, so one direction serves all of them at once),
+With z = W a at a layer and delta = dL/dz, in each sample (samples do not mix, so one direction serves all of them at
+once),
 
     H[(k,p,q), (l,i,j)] = sum_b a_k[q] ( S_l[i;p] a_l[j] + delta_l[i] a'_l[j;p] )
 
-where S_l and a'_l are the derivatives of delta_l and a_l along z_k,p. For a layer's own block a' is zero. A layer has as many
-directions as neurons (times positions, where it is shared over them), not as many as parameters.
+where S_l and a'_l are the derivatives of delta_l and a_l along z_k,p. For a layer's own block a' is zero. A layer has
+as many directions as neurons (times positions, where it is shared over them), not as many as parameters.
 
 Source: C. Bishop, Exact calculation of the Hessian matrix for the multilayer perceptron, 1992; here on any graph.
 """
@@ -141,9 +142,7 @@ class Preactivation:
         grads = torch.autograd.grad(probed.phi, wanted, create_graph=True, allow_unused=True)
         deltas = dict(zip(zs, grads, strict=False))
         for index in range(len(layers)):
-            add_layer(
-                probed, layers[index:], deltas, out, bias_out, diagonal, self.workspace
-            )
+            add_layer(probed, layers[index:], deltas, out, bias_out, diagonal, self.workspace)
         for name, gradient in zip(others, grads[len(zs) :], strict=True):
             if gradient is not None and gradient.requires_grad:
                 _add_rows(probed, block, set(others), name, gradient, out, self.workspace)
