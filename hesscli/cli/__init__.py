@@ -6,6 +6,7 @@ runs.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -64,6 +65,9 @@ def hesscli_command(
 
 
 def main() -> None:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as `>&-` does
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         sys.exit(app(standalone_mode=False))
     except _UsageError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import signal
 import sys
@@ -13,6 +14,8 @@ from typing import Any, NoReturn
 import typer
 
 from hesscli.errors import ExitCode, HesscliError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -64,6 +67,10 @@ def _report(error: BaseException, debug: bool) -> int:
     if isinstance(error, BrokenPipeError):  # the reader has gone, which is its right
         silence(sys.stdout)
         return ExitCode.OK
+    if isinstance(error, OSError) and error.errno in _FULL:
+        say("error", f"{error.filename or 'standard output'}: {error.strerror}")
+        silence(sys.stdout)
+        return ExitCode.RESOURCES
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         say("error", ": ".join(["out of memory", *str(error).splitlines()[:1]]))
         say("hint", _pasteable("--batch-size 1"))

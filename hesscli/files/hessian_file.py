@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hesscli.errors import FileError, ResourceError, UsageError
+from hesscli.files.placed_writes import PlacedFile
 
 SCHEMA = "hesscli.hessian/1"
 _ALIGNMENT = 4096
@@ -65,7 +66,12 @@ class HessianWriter:
             ".tmp", f".{path.name}." if path else "hesscli.", folder
         )
         self.temporary: Path | None = Path(name)
-        self.file: BinaryIO = os.fdopen(descriptor, "w+b")
+        try:
+            self.file = PlacedFile(descriptor, self.temporary, self.start + end)
+        except OSError as error:
+            os.close(descriptor)
+            self.temporary.unlink()
+            raise self._full(error) from error
 
     def __enter__(self) -> HessianWriter:
         return self
@@ -88,18 +94,17 @@ class HessianWriter:
         """
         entry = self.entries[name]
         row_bytes = math.prod(entry["shape"][1:]) * self.dtype.itemsize
-        self.file.seek(self.start + entry["data_offsets"][0] + first_row * row_bytes)
-        self._put(np.ascontiguousarray(rows, self.dtype).reshape(-1).view(np.uint8).data)
+        offset = self.start + entry["data_offsets"][0] + first_row * row_bytes
+        flat = np.ascontiguousarray(rows, self.dtype).reshape(-1)
+        self._put(offset, flat.view(np.uint8).data)
 
     def commit(self, document: Mapping[str, Any]) -> None:
         """Writes the header and gives the file its name."""
         header = self._header(document)
         room = self.start - 8
         assert len(header) <= room, "the room reserved for the header is too small"
-        self.file.seek(0)
-        self._put(memoryview(room.to_bytes(8, "little") + header.ljust(room)))
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        self._put(0, memoryview(room.to_bytes(8, "little") + header.ljust(room)))
+        self.file.sync()
         if self.path is None or self.temporary is None:
             return
         mask = os.umask(0)
@@ -111,8 +116,9 @@ class HessianWriter:
 
     def copy_to(self, stream: BinaryIO) -> None:
         """Sends the finished file's bytes to a stream."""
-        self.file.seek(0)
-        shutil.copyfileobj(self.file, stream, 1 << 20)
+        assert self.temporary is not None
+        with self.temporary.open("rb") as file:
+            shutil.copyfileobj(file, stream, 1 << 20)
         stream.flush()
 
     def _header(self, document: Mapping[str, Any]) -> bytes:
@@ -121,11 +127,14 @@ class HessianWriter:
         header = {"__metadata__": metadata, **self.entries}
         return json.dumps(header, separators=(",", ":")).encode()
 
-    def _put(self, data: memoryview) -> None:
+    def _put(self, offset: int, data: memoryview) -> None:
         try:
-            self.file.write(data)
+            self.file.write(offset, data)
         except OSError as error:
-            raise ResourceError(f"{self.path or 'the temporary file'}: {error.strerror}") from error
+            raise self._full(error) from error
+
+    def _full(self, error: OSError) -> ResourceError:
+        return ResourceError(f"{self.path or 'the temporary file'}: {error.strerror}")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -135,10 +135,8 @@ def poisson_nll(
     output: Tensor, target: Tensor, log_input: bool = True, full: bool = False, eps: float = 1e-8
 ) -> Total:
     target = _same_shape(output, target)
-    if log_input:
-        terms = output.exp() - target * output
-    else:
-        terms = output - target * torch.log(output + eps)
+    rate, log_rate = (output.exp(), output) if log_input else (output, torch.log(output + eps))
+    terms = rate - target * log_rate
     if full:  # Stirling's approximation of log(target!)
         stirling = torch.xlogy(target, target) - target + 0.5 * torch.log(2 * math.pi * target)
         terms = terms + torch.where(target > 1, stirling, torch.zeros_like(target))

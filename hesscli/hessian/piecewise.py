@@ -36,7 +36,11 @@ def curved(tape: Tape, value: int) -> str | None:
         numerator = call.arguments[0] if call.arguments else None
         if call.name == "div" and hits == [_number(numerator)]:
             continue
-        if call.name == "native_batch_norm" and hits == [_number(numerator)] and not call.arguments[5]:
+        if (
+            call.name == "native_batch_norm"
+            and hits == [_number(numerator)]
+            and not call.arguments[5]
+        ):
             continue
         return call.name
     return None

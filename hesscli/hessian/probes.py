@@ -68,6 +68,8 @@ def _analyse(problem: Problem, batch: Batch) -> Analysis:
     if (problem.loss.name not in LOSSES and problem.loss.name != "output") or problem.loss.whole:
         raise NotApplicable(f"the loss {problem.loss.name} may mix samples")
     tape = record(problem, batch)
+    if problem.loss.name in ("cross-entropy", "nll") and len(tape.shapes[tape.output]) < 2:
+        raise NotApplicable("one sample without a sample axis")  # axis 0 holds its classes
     axes = sample_axes(tape, len(batch.inputs[0]))
     uses, reasons = find_uses(tape, axes)
     return Analysis(tape, axes, uses, reasons)

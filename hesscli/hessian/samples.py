@@ -25,7 +25,9 @@ class SampleAxis:
     inner: int = 1
 
 
-Axes = Mapping[int, SampleAxis | None]  # of every value; None: the value does not depend on the samples
+Axes = Mapping[
+    int, SampleAxis | None
+]  # of every value; None: the value does not depend on the samples
 
 ELEMENTWISE_UNARY = frozenset(
     "relu tanh sigmoid gelu silu mish elu celu softplus leaky_relu hardtanh hardswish hardshrink softshrink "
@@ -41,7 +43,9 @@ ELEMENTWISE = frozenset(
 REDUCTION = frozenset(
     "sum mean amax amin prod var std logsumexp max min argmax argmin norm linalg_vector_norm any all".split()
 )
-ALONG = frozenset("_softmax _log_softmax softmax log_softmax _safe_softmax cumsum sort flip".split())
+ALONG = frozenset(
+    "_softmax _log_softmax softmax log_softmax _safe_softmax cumsum sort flip".split()
+)
 # Samples along the first axis, and no way for an output sample to see another.
 FIRST_AXIS = frozenset(
     "convolution max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d _adaptive_avg_pool2d "
@@ -69,11 +73,11 @@ def sample_axes(tape: Tape, samples: int) -> Axes:
     for call in tape.calls:
         read = [axes[n] for n in call.reads]
         result = None if not any(read) else _rule(call)(_Context(call, axes, tape.shapes, samples))
-        for number in call.outputs:
-            if number is not None:
-                axes[number] = result
+        for made in call.outputs:
+            if made is not None:
+                axes[made] = result
                 if result is not None:
-                    _verify(call, result, tape.shapes[number], samples)
+                    _verify(call, result, tape.shapes[made], samples)
     output = axes[tape.output]
     if output != SampleAxis(0):
         raise NotApplicable("the output has no sample axis in front")
@@ -100,7 +104,9 @@ class _Context:
         if index < len(self.call.arguments):
             return self.call.arguments[index]
         schema = self.call.operator._schema.arguments
-        return self.call.keywords.get(schema[index].name, default) if index < len(schema) else default
+        return (
+            self.call.keywords.get(schema[index].name, default) if index < len(schema) else default
+        )
 
     def axis(self, index: int) -> SampleAxis | None:
         ref = self.argument(index)
@@ -224,7 +230,9 @@ def _unsqueeze(c: _Context) -> SampleAxis | None:
 
 def _squeeze(c: _Context) -> SampleAxis | None:
     axis, shape = c.only(), c.shape()
-    dims = c.dims(c.argument(1), len(shape)) if len(c.call.arguments) > 1 else set(range(len(shape)))
+    dims = (
+        c.dims(c.argument(1), len(shape)) if len(c.call.arguments) > 1 else set(range(len(shape)))
+    )
     gone = {d for d in dims if shape[d] == 1}
     if axis.axis in gone:
         raise _mixes(c.call)
@@ -330,8 +338,8 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE_UNARY - ELEMENTWISE, _unary),
 }
 
+
 def _rule(call: Call) -> Rule:
     if call.operator.namespace != "aten" or call.name not in _RULES:
         raise _mixes(call)
     return _RULES[call.name]
-

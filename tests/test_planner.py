@@ -1,0 +1,131 @@
+"""The planner takes the cheapest route that is exact, and says why."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from cases import labels, normal
+from problems import blocks_and_truth, blocks_of, compute_blocks, problem_of, routes_of
+from torch import nn
+
+from hesscli.hessian.costs import Rates, Work
+from hesscli.hessian.planner import Choice, Planner
+from hesscli.hessian.probes import Analyses
+from hesscli.hessian.problem import Problem
+from hesscli.hessian.routes.base import NotApplicable
+
+
+def planner_of(problem: Problem) -> Planner:
+    return Planner(problem, Analyses(problem), chunk=64)
+
+
+def plan(problem: Problem, structure: str) -> dict[str, Choice]:
+    planner = planner_of(problem)
+    return {
+        block.name: planner.choices(block, structure == "elements")[0]
+        for block in blocks_of(problem, structure)
+    }
+
+
+def tanh_mlp(*widths: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+def classify(module: nn.Module, samples: int, *shape: int, classes: int = 10) -> Problem:
+    return problem_of(module, [normal(samples, *shape)], labels(classes, samples), "cross-entropy")
+
+
+def test_smooth_layers_go_along_their_neurons() -> None:
+    chosen = plan(classify(tanh_mlp(30, 64, 20, 10), 256, 30), "block_diagonal")
+    assert str(chosen["0.weight"]) == "preactivation (64 seeds)"
+    assert str(chosen["2.weight"]) == "preactivation (20 seeds)"
+
+
+def test_a_piecewise_linear_tail_takes_its_classes() -> None:
+    conv = nn.Sequential(
+        nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(192, 10)
+    )
+    chosen = plan(classify(conv, 128, 1, 8, 8), "block_diagonal")
+    assert str(chosen["0.weight"]) == "gauss-newton (10 classes)"
+
+
+def test_what_is_used_twice_goes_by_products_and_says_so() -> None:
+    layer = nn.Linear(6, 6)
+    chosen = plan(
+        classify(nn.Sequential(layer, nn.Tanh(), layer), 8, 6, classes=6), "block_diagonal"
+    )
+    assert str(chosen["0.weight"]) == "hvp: used twice"
+
+
+def test_samples_that_mix_are_named() -> None:
+    class Centred(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x - x.mean(0)
+
+    chosen = plan(classify(nn.Sequential(nn.Linear(6, 4), Centred()), 8, 6, classes=4), "full")
+    assert str(chosen["hessian"]) == "hvp: mean may mix samples"
+
+
+def test_the_diagonal_of_a_chain_takes_one_sweep() -> None:
+    chosen = plan(classify(tanh_mlp(30, 64, 64, 20, 10), 256, 30), "elements")
+    assert str(chosen["0.weight"]) == "preactivation (chain)"
+
+
+def test_every_choice_ends_with_differences() -> None:
+    problem = classify(tanh_mlp(3, 4, 10), 5, 3)
+    for block in blocks_of(problem, "block_diagonal"):
+        assert planner_of(problem).choices(block, False)[-1].method == "finite-difference"
+
+
+def test_a_forced_route_that_is_not_exact_is_refused() -> None:
+    problem = classify(tanh_mlp(3, 4, 10), 5, 3)
+    first = blocks_of(problem, "block_diagonal")[0]
+    with pytest.raises(NotApplicable, match="tanh is not piecewise linear"):
+        planner_of(problem).forced(first, False, "gauss-newton")
+
+
+def test_a_wider_batch_costs_more_and_a_faster_machine_takes_less() -> None:
+    few, many = (
+        planner_of(classify(tanh_mlp(30, 64, 10), n, 30))
+        .choices(blocks_of(classify(tanh_mlp(30, 64, 10), n, 30), "full")[0], False)[0]
+        .work
+        for n in (64, 256)
+    )
+    assert many.flops > 3 * few.flops
+    assert many.seconds(Rates()) > few.seconds(Rates())
+    slow, fast = Rates(1e9, 1e9, 1e-5), Rates(1e10, 1e10, 1e-6)
+    assert many.seconds(slow) == pytest.approx(10 * many.seconds(fast))
+
+
+def test_work_adds_up() -> None:
+    assert Work(1, 2, 3) + Work(1, 1, 1) == Work(2, 3, 4)
+    assert Work(1, 2, 3).times(4) == Work(4, 8, 12)
+    assert Work(1, 2, 3).times(4, calls=2) == Work(4, 8, 6)
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+@pytest.mark.parametrize(
+    "module",
+    [
+        tanh_mlp(5, 7, 6, 4, 3),
+        nn.Sequential(nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 12), nn.Softplus(), nn.Linear(12, 3)),
+        nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6).eval(), nn.SiLU(), nn.Linear(6, 3)),
+        nn.Sequential(nn.Linear(5, 9, bias=False), nn.Sigmoid(), nn.Linear(9, 2), nn.ELU(),
+                      nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3), nn.Tanh()),
+        nn.Linear(5, 3),
+    ],
+    ids=["tanh", "narrow-wide", "batch-norm", "bottleneck", "linear"],
+)  # fmt: skip
+def test_all_diagonals_of_a_chain_at_once(module: nn.Module, batch_size: int | None) -> None:
+    problem = problem_of(module, [normal(8, 5)], labels(3, 8), "cross-entropy",
+                         batch_size=batch_size)  # fmt: skip
+    blocks = blocks_of(problem, "full")
+    whole = compute_blocks(routes_of(problem)["hvp"], blocks)["hessian"]
+    chain = compute_blocks(
+        routes_of(problem)["preactivation"], blocks_of(problem, "elements"), diagonal=True
+    )
+    for block, truth in blocks_and_truth(problem, whole, "elements"):
+        torch.testing.assert_close(chain[block.name], truth, rtol=1e-10, atol=1e-13)
