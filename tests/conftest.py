@@ -1,0 +1,90 @@
+"""What the tests of the command line share."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+torch.set_num_threads(1)  # the models are too small to share
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A finished command."""
+
+    code: int
+    stdout: str
+    stderr: str
+    bytes: bytes
+
+    @property
+    def document(self) -> dict[str, Any]:
+        return json.loads(self.stdout)
+
+    def fails(self, code: int) -> str:
+        """Checks that it failed as the contract says; gives the error's text."""
+        assert self.code == code, self.stderr
+        assert self.stdout == ""
+        errors = [line for line in self.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, self.stderr
+        assert "Traceback" not in self.stderr
+        return errors[0].removeprefix("error: ")
+
+    @property
+    def hint(self) -> str:
+        (hint,) = [line for line in self.stderr.splitlines() if line.startswith("hint: ")]
+        return hint.removeprefix("hint: ")
+
+    @property
+    def notes(self) -> list[str]:
+        lines = self.stderr.splitlines()
+        return [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """Runs hesscli in this process, in an empty folder."""
+    from hesscli.cli import app
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object, stdin: bytes | None = None) -> Ran:
+        arguments = [str(word) for word in words]
+        monkeypatch.setattr(sys, "argv", ["hesscli", *arguments])
+        done = CliRunner().invoke(app, arguments, input=stdin)
+        try:
+            stdout = done.stdout_bytes.decode()
+        except UnicodeDecodeError:
+            stdout = ""
+        return Ran(done.exit_code, stdout, done.stderr, done.stdout_bytes)
+
+    return run
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A safetensors file's document and its tensors, by safetensors alone."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    assert metadata["format"] == "pt"
+    assert set(metadata) == {"format", "hesscli"}
+    return json.loads(metadata["hesscli"]), tensors
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
