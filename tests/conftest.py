@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 torch.set_num_threads(1)  # the models are too small to share
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @dataclass(frozen=True)

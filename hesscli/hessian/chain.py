@@ -74,7 +74,7 @@ def _known(call: Call, before: int) -> bool:
         (i for i, a in enumerate(call.arguments) if isinstance(a, Ref) and a.value == before), -1
     )
     if call.name in _UNARY or call.name in RESHAPES:
-        return place == 0
+        return call.reads == [before]  # not a clamp between values, say
     if call.name in ("mm", "addmm") and not call.keywords:
         return place == (1 if call.name == "addmm" else 0)
     return call.name in _AFFINE and not call.keywords and (call.name != "div" or place == 0)

@@ -42,14 +42,16 @@ def _same_shape(output: Tensor, target: Tensor) -> Tensor:
     return target.to(output.dtype)
 
 
-def _weighted(terms: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _weighted(
+    terms: Tensor, weight: Tensor | None, name: str = "weight"
+) -> tuple[Tensor, Tensor | None]:
     if weight is None:
         return terms, None
     try:
         weight = weight.to(terms.dtype).expand_as(terms)
     except RuntimeError:
         raise MismatchError(
-            f"the loss argument weight has shape {_shape(weight)}, which does not fit "
+            f"the loss argument {name} has shape {_shape(weight)}, which does not fit "
             f"an output of shape {_shape(terms)}"
         ) from None
     return terms * weight, weight
@@ -106,8 +108,8 @@ def bce(output: Tensor, target: Tensor, weight: Tensor | None = None) -> Total:
             "--loss bce-with-logits",
         )
 
-    def log(p: Tensor) -> Tensor:
-        return p.log().clamp(min=-100)  # as PyTorch does, so that log 0 stays finite
+    def log(p: Tensor) -> Tensor:  # -100 at 0, as in PyTorch, with derivatives that are finite too
+        return torch.where(p > 0, torch.where(p > 0, p, 1).log(), -100).clamp(min=-100)
 
     return _mean_by_count(-(target * log(output) + (1 - target) * log(1 - output)), weight)
 
@@ -119,7 +121,7 @@ def bce_with_logits(
     pos_weight: Tensor | None = None,
 ) -> Total:
     target = _same_shape(output, target)
-    positive = target if pos_weight is None else target * pos_weight.to(output.dtype)
+    positive, _ = _weighted(target, pos_weight, "pos_weight")
     terms = -(positive * F.logsigmoid(output) + (1 - target) * F.logsigmoid(-output))
     return _mean_by_count(terms, weight)
 

@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.chain import find_chain
 from hesscli.hessian.costs import Costs, Rates, Work
 from hesscli.hessian.piecewise import curved
 from hesscli.hessian.probes import Analyses, Analysis
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.routes.gauss_newton import block_uses
-from hesscli.hessian.routes.preactivation import directions, on_chain, split
+from hesscli.hessian.routes.preactivation import chain_of, directions, split
 
 HVP, FINITE_DIFFERENCE = "hvp", "finite-difference"
 PREACTIVATION, GAUSS_NEWTON = "preactivation", "gauss-newton"
@@ -93,9 +92,8 @@ class Planner:
     def _preactivation(self, block: Block, diagonal: bool) -> Choice:
         analysis, costs = self._proven()
         if diagonal:
-            use = analysis.use(block.parameters[0])
-            steps, reached = find_chain(analysis, {use.z})
-            if on_chain(use, reached):
+            steps, mine = chain_of(analysis, {block.name: analysis.use(block.parameters[0])})
+            if mine:
                 return Choice(PREACTIVATION, "chain", self._all(costs.chain(steps)))
         layers, others = split(analysis, block)
         if not layers:

@@ -100,13 +100,17 @@ class _Context:
     shapes: Mapping[int, Sequence[int]]
     samples: int
 
-    def argument(self, index: int, default: Any = None) -> Any:
-        if index < len(self.call.arguments):
-            return self.call.arguments[index]
-        schema = self.call.operator._schema.arguments
-        return (
-            self.call.keywords.get(schema[index].name, default) if index < len(schema) else default
-        )
+    def argument(self, index: int) -> Any:
+        return self.call.arguments[index] if index < len(self.call.arguments) else None
+
+    def named(self, name: str) -> Any:
+        """An argument by its name in the operator's schema, or its default; the place differs between overloads."""
+        for index, argument in enumerate(self.call.operator._schema.arguments):
+            if argument.name == name:
+                if index < len(self.call.arguments):
+                    return self.call.arguments[index]
+                return self.call.keywords.get(name, argument.default_value)
+        raise _mixes(self.call)
 
     def axis(self, index: int) -> SampleAxis | None:
         ref = self.argument(index)
@@ -159,11 +163,7 @@ def _elementwise(c: _Context) -> SampleAxis | None:
 
 def _reduction(c: _Context) -> SampleAxis | None:
     axis, rank = c.only(), len(c.shape())
-    schema = [a.name for a in c.call.operator._schema.arguments]
-    place = schema.index("dim") if "dim" in schema else None
-    if place is None:
-        raise _mixes(c.call)
-    dims = c.dims(c.argument(place), rank)
+    dims = c.dims(c.named("dim"), rank)
     if axis.axis in dims:
         raise _mixes(c.call)
     if len(c.result) == rank:
@@ -173,7 +173,7 @@ def _reduction(c: _Context) -> SampleAxis | None:
 
 def _along(c: _Context) -> SampleAxis | None:
     axis = c.only()
-    if axis.axis in c.dims(c.argument(1), len(c.shape())):
+    if axis.axis in c.dims(c.named("dims" if c.call.name == "flip" else "dim"), len(c.shape())):
         raise _mixes(c.call)
     return axis
 
@@ -210,9 +210,9 @@ def _transpose(c: _Context) -> SampleAxis | None:
     axis, rank = c.only(), len(c.shape())
     order = list(range(rank))
     if c.call.name == "permute":
-        order = [int(d) % rank for d in c.argument(1)]
+        order = [int(d) % rank for d in c.named("dims")]
     else:
-        a, b = (0, rank - 1) if c.call.name == "t" else (c.argument(1) % rank, c.argument(2) % rank)
+        a, b = (0, rank - 1) if c.call.name == "t" else (c.named("dim0") % rank, c.named("dim1") % rank)
         order[a], order[b] = order[b], order[a]
     return replace(axis, axis=order.index(axis.axis))
 
@@ -224,7 +224,7 @@ def _expand(c: _Context) -> SampleAxis | None:
 
 def _unsqueeze(c: _Context) -> SampleAxis | None:
     axis = c.only()
-    at = c.argument(1) % (len(c.shape()) + 1)
+    at = c.named("dim") % (len(c.shape()) + 1)
     return replace(axis, axis=axis.axis + (at <= axis.axis))
 
 
@@ -241,22 +241,18 @@ def _squeeze(c: _Context) -> SampleAxis | None:
 
 def _select(c: _Context) -> SampleAxis | None:
     axis = c.only()
-    at = c.argument(1, 0) % len(c.shape())
+    at = c.named("dim") % len(c.shape())
     if at == axis.axis:
         raise _mixes(c.call)
     return replace(axis, axis=axis.axis - (at < axis.axis))
 
 
-def _other_axis(place: int) -> Rule:
-    """Operators that work along one axis, named by argument `place`, and leave the others alone."""
-
-    def rule(c: _Context) -> SampleAxis | None:
-        axis = c.only()
-        if c.argument(place, 0) % len(c.shape()) == axis.axis:
-            raise _mixes(c.call)
-        return axis
-
-    return rule
+def _other_axis(c: _Context) -> SampleAxis | None:
+    """Operators that work along one axis and leave the others alone."""
+    axis = c.only()
+    if c.named("dim") % len(c.shape()) == axis.axis:
+        raise _mixes(c.call)
+    return axis
 
 
 def _joined(c: _Context) -> SampleAxis | None:
@@ -268,7 +264,7 @@ def _joined(c: _Context) -> SampleAxis | None:
     assert axis is not None
     stacked = c.call.name == "stack"
     rank = len(c.shapes[parts[0].value]) + stacked
-    at = c.argument(1, 0) % rank
+    at = c.named("dim") % rank
     if stacked:
         return replace(axis, axis=axis.axis + (at <= axis.axis))
     if at == axis.axis:
@@ -326,8 +322,10 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("mm", "mv", "addmm"), _matrix),
     **dict.fromkeys(("bmm", "baddbmm"), _batched_matrix),
     **dict.fromkeys(("cat", "stack"), _joined),
-    **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_chunk"), _other_axis(2)),
-    **dict.fromkeys(("slice", "glu", "narrow", "index_select"), _other_axis(1)),
+    **dict.fromkeys(
+        "split split_with_sizes unsafe_split unsafe_chunk slice glu narrow index_select".split(),
+        _other_axis,
+    ),
     **dict.fromkeys(("select", "unbind"), _select),
     "expand": _expand,
     "unsqueeze": _unsqueeze,

@@ -227,6 +227,8 @@ def _functional(operator: Any) -> Any:
     """The operator that gives what this one writes in place."""
     name = operator._schema.name.removeprefix("aten::")
     twin = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") else None
+    if name == "copy_":
+        twin = None  # `copy` has no derivative
     overload = operator._schema.overload_name or "default"
     if twin is not None and overload in twin.overloads():
         return getattr(twin, overload)

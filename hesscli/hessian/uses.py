@@ -121,7 +121,7 @@ def find_uses(tape: Tape, axes: Axes) -> tuple[dict[str, Use], dict[str, str]]:
 def _use(
     tape: Tape, axes: Axes, consumers: Mapping[int, Sequence[Call]], name: str, number: int
 ) -> Use | str:
-    transposed, value = True, number
+    turned, value = False, number
     shape = list(tape.shapes[number])
     while True:
         readers = consumers.get(value, [])
@@ -132,7 +132,7 @@ def _use(
         if call.reads.count(value) != 1:
             return "used twice"
         if call.name == "t":
-            transposed = not transposed
+            turned = not turned
             shape = shape[::-1]
         elif call.name in ("view", "unsqueeze", "reshape") and axes[call.outputs[0]] is None:  # type: ignore[index]
             shape = list(tape.shapes[call.outputs[0]])  # type: ignore[index]
@@ -147,7 +147,7 @@ def _use(
     place = next(
         (i for i, a in enumerate(call.arguments) if isinstance(a, Ref) and a.value == value), -1
     )
-    return _affine(tape, axes, call, place, name, shape, transposed) or (
+    return _affine(tape, axes, call, place, name, shape, turned) or (
         f"not an affine use ({call.name})"
     )
 
@@ -159,7 +159,7 @@ def _affine(
     place: int,
     name: str,
     shape: Sequence[int],
-    transposed: bool,
+    turned: bool,
 ) -> Use | None:
     z = call.outputs[0]
     assert z is not None
@@ -174,8 +174,10 @@ def _affine(
         kernel: tuple[int, ...] = (),
         flip: bool = False,
     ) -> Use | None:
-        if axis.axis in channels:
+        if axis.axis in channels or not z_shape.numel() or not m:
             return None
+        if turned and kind != LINEAR:
+            return None  # its entries lie in another order than its outputs
         n = math.prod(z_shape[c] for c in channels)
         size = z_shape.numel() // n
         samples = z_shape[axis.axis] // (axis.outer * axis.inner)
@@ -190,7 +192,7 @@ def _affine(
         first = 1 if call.name == "addmm" else 0
         if place == first + 1:
             a = arguments[first].value
-            return use(LINEAR, a, (1,), shape[0], flip=transposed)
+            return use(LINEAR, a, (1,), shape[0], flip=not turned)
         if place == 0 and first and len(shape) == 1 and shape[0] == z_shape[1]:
             return use(BIAS, None, (1,), 1)
     if call.name == "convolution" and axis.axis == 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,8 @@ class FiniteDifference:
         return False
 
     def finish(self, matrix: Tensor) -> None:
-        pass
+        # What has no gradient of its own is a constant to PyTorch, though the loss may depend on it (a padding row).
+        matrix[:, ~matrix.any(1)] = 0
 
     def add(
         self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor], diagonal: bool
@@ -51,7 +53,8 @@ class FiniteDifference:
                     column += 1
 
     def _column(self, batch: Batch, block: Block, name: str, index: int) -> Tensor:
-        element = self.problem.parameters[name].data.view(-1)[index]
+        parameter = self.problem.parameters[name].data
+        element = parameter[tuple(int(i) for i in np.unravel_index(index, parameter.shape))]
         value = element.clone()
 
         def gradient(step: float) -> Tensor:

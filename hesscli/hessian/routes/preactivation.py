@@ -22,7 +22,7 @@ from torch import Tensor
 from hesscli.hessian.assembly import WORKSPACE, Layer, add_layer, put
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.chain import chain_diagonals, curved_outputs, find_chain
+from hesscli.hessian.chain import Step, chain_diagonals, curved_outputs, find_chain
 from hesscli.hessian.kronecker import mirror_
 from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Batch, Problem
@@ -76,8 +76,7 @@ class Preactivation:
     ) -> list[Block]:
         """Diagonals along a chain of layers, all in one sweep; returns the blocks that are not on it."""
         uses = {block.name: analysis.use(block.parameters[0]) for block in blocks}
-        steps, reached = find_chain(analysis, {use.z for use in uses.values()})
-        mine = {name: use for name, use in uses.items() if on_chain(use, reached)}
+        steps, mine = chain_of(analysis, uses)
         if mine:
             probed = Probed(self.problem, batch, analysis, curved_outputs(steps))
             output = analysis.tape.output
@@ -148,9 +147,11 @@ class Preactivation:
                 _add_rows(probed, block, set(others), name, gradient, out, self.workspace)
 
 
-def on_chain(use: Use, reached: set[int]) -> bool:
-    """Whether a parameter's diagonal comes out of the sweep along a chain."""
-    return use.z in reached and use.positions == 1 and use.kind != CONVOLUTION
+def chain_of(analysis: Analysis, uses: Mapping[str, Use]) -> tuple[list[Step], dict[str, Use]]:
+    """The chain from the output to the first of these uses, and those whose diagonal a sweep along it gives."""
+    fit = {n: u for n, u in uses.items() if u.positions == 1 and u.kind != CONVOLUTION}
+    steps, reached = find_chain(analysis, {use.z for use in fit.values()})
+    return steps, {name: use for name, use in fit.items() if use.z in reached}
 
 
 def _bias_at(analysis: Analysis, z: int, blocks: Sequence[Block]) -> Use | None:

@@ -1,0 +1,265 @@
+"""The certificate: routes broken on purpose are caught, right results pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import BY_NAME, CASES, expected, save
+from conftest import read
+from oracles import relative_error
+from problems import blocks_and_truth, blocks_of, part_of, problem_of, problem_of_case
+from torch import Tensor, nn
+
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.check import Certificate
+from hesscli.hessian.routes.finite_difference import FiniteDifference
+from hesscli.hessian.routes.gauss_newton import GaussNewton
+from hesscli.hessian.routes.hvp import HessianVectorProducts
+from hesscli.hessian.routes.preactivation import Preactivation
+
+ROUTES = {
+    "preactivation": Preactivation,
+    "gauss-newton": GaussNewton,
+    "hvp": HessianVectorProducts,
+    "finite-difference": FiniteDifference,
+}
+
+
+def scaled(block: Block, values: Tensor) -> None:
+    values *= 1.001
+
+
+def halved(block: Block, values: Tensor) -> None:  # a wrong denominator
+    values /= 2
+
+
+def zeroed(block: Block, values: Tensor) -> None:
+    values.zero_()
+
+
+def negated(block: Block, values: Tensor) -> None:
+    values.neg_()
+
+
+def reversed_order(block: Block, values: Tensor) -> None:  # weights stored the other way
+    values.copy_(values.flip(*range(values.dim())))
+
+
+def perturbed(block: Block, values: Tensor) -> None:
+    values.view(-1)[values.abs().argmax()] *= 1.1
+
+
+def shifted(block: Block, values: Tensor) -> None:
+    (values if values.dim() == 1 else values.diagonal()).add_(1e-2)
+
+
+DAMAGES = [scaled, halved, zeroed, negated, reversed_order, perturbed, shifted]
+
+
+def break_route(
+    monkeypatch: pytest.MonkeyPatch, name: str, damage: Callable[[Block, Tensor], None]
+) -> None:
+    """A route that does its work and then damages it, once per batch."""
+    right = ROUTES[name].add
+
+    def wrong(self, batch, blocks, sums, diagonal):
+        right(self, batch, blocks, sums, diagonal)
+        if batch is self.problem.batches[-1]:
+            for block in blocks:
+                damage(block, sums[block.name])
+
+    monkeypatch.setattr(ROUTES[name], "add", wrong)
+
+
+def drop_a_batch(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    right = ROUTES[name].add
+
+    def wrong(self, batch, blocks, sums, diagonal):
+        if batch is not self.problem.batches[-1]:
+            right(self, batch, blocks, sums, diagonal)
+
+    monkeypatch.setattr(ROUTES[name], "add", wrong)
+
+
+# A one-layer ReLU-free model, so that every route applies to every block.
+MODEL = "softmax"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model, data = save(BY_NAME[MODEL], "script", tmp_path)
+    return model, data
+
+
+@pytest.mark.parametrize("blocks", ["diag", "elements"])
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", ROUTES)
+def test_a_broken_route_is_caught(cli, saved, tmp_path, monkeypatch, name, damage, blocks):
+    command = ("compute", *saved, "--loss", "cross-entropy", "--blocks", blocks, "--method", name)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    break_route(monkeypatch, name, damage)
+    ran = cli(*command, "-o", "wrong.safetensors")
+    message = ran.fails(5)
+    assert name in message
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    # Without the check it goes through: the check alone stood in the way.
+    assert cli(*command, "--no-check", "-o", "wrong.safetensors").code == 0
+    document, _ = read(tmp_path / "wrong.safetensors")
+    assert document["check"] is None
+
+
+@pytest.mark.parametrize("blocks", ["diag", "elements"])
+@pytest.mark.parametrize("name", ROUTES)
+def test_a_dropped_batch_is_caught(cli, saved, tmp_path, monkeypatch, name, blocks):
+    drop_a_batch(monkeypatch, name)
+    ran = cli("compute", *saved, "-l", "cross-entropy", "-b", blocks, "--method", name,
+              "--batch-size", 3)  # fmt: skip
+    ran.fails(5)
+    assert not (tmp_path / "hessian.safetensors").exists()
+
+
+@pytest.mark.parametrize("blocks", ["full", "module", "diag", "elements"])
+@pytest.mark.parametrize("case", ["mlp-tanh", "mlp-relu", "conv2d", "softmax"])
+def test_the_next_route_takes_over(cli, tmp_path, monkeypatch, case, blocks):
+    model, data = save(BY_NAME[case], "script", tmp_path)
+    command = ("compute", model, data, *BY_NAME[case].arguments(), "--blocks", blocks)
+    assert cli(*command).code == 0
+    first, right = read(tmp_path / "hessian.safetensors")
+    chosen = {facts["method"] for facts in first["blocks"]}
+    for name in chosen:
+        break_route(monkeypatch, name, halved)
+    ran = cli(*command)
+    assert ran.code == 0, ran.stderr
+    document, tensors = read(tmp_path / "hessian.safetensors")
+    for facts in document["blocks"]:
+        assert facts["method"] not in chosen
+        assert any(facts["name"] in note and "instead" in note for note in ran.notes)
+        assert any(facts["name"] in note and "instead" in note for note in document["notes"])
+        assert facts["check_error"] <= document["check"]["tolerance"]
+    assert set(tensors) == set(right)
+    for key in right:
+        assert relative_error(tensors[key], right[key]) < 1e-6
+
+
+def test_when_nothing_agrees_nothing_is_written(cli, saved, tmp_path, monkeypatch):
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for name in ROUTES:
+        break_route(monkeypatch, name, halved)
+    message = cli("compute", *saved, "-l", "cross-entropy").fails(5)
+    assert "nothing was written" in message
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_an_earlier_result_survives_a_failure(cli, saved, tmp_path, monkeypatch):
+    assert cli("compute", *saved, "-l", "cross-entropy").code == 0
+    before = (tmp_path / "hessian.safetensors").read_bytes()
+    for name in ROUTES:
+        break_route(monkeypatch, name, negated)
+    cli("compute", *saved, "-l", "cross-entropy").fails(5)
+    assert (tmp_path / "hessian.safetensors").read_bytes() == before
+
+
+# --- the certificate alone --------------------------------------------------------------------
+
+
+def judge(certificate: Certificate, block: Block, values: Tensor) -> bool:
+    look = certificate.diagonal if values.dim() == 1 else certificate.matrix
+    return certificate.passed(look(block, values))
+
+
+@pytest.mark.parametrize("structure", ["full", "module", "block_diagonal", "elements"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_is_right_passes(case, structure):
+    """Kinked, unused and padded models too."""
+    problem = problem_of_case(case)
+    certificate = Certificate(problem, torch.float64, 0)
+    if case.name == "mlp-hardsigmoid":
+        certificate.tolerance = 1e-5  # PyTorch's slope is a float32 sixth
+    for block, truth in blocks_and_truth(problem, expected(case), structure):
+        assert judge(certificate, block, truth.clone()), block.name
+    assert certificate.directions >= len(blocks_of(problem, structure))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("structure", ["full", "module", "block_diagonal", "elements"])
+@pytest.mark.parametrize("name", ["embedding-padding", "mlp-relu", "mlp-hardtanh", "unused"])
+def test_what_is_right_passes_with_any_seed(name, structure, seed):
+    problem = problem_of_case(BY_NAME[name])
+    certificate = Certificate(problem, torch.float64, seed)
+    for block, truth in blocks_and_truth(problem, expected(BY_NAME[name]), structure):
+        assert judge(certificate, block, truth.clone()), block.name
+
+
+def curved_case(target_offset: float = 0.0):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    y = torch.randn(6, 2, dtype=torch.float64) + target_offset
+    return model, x, y
+
+
+def test_no_curvature_claimed_where_the_gradient_vanishes():
+    """A model that fits its data exactly has no gradient, and yet a Hessian."""
+    model, x, _ = curved_case()
+    problem = problem_of(model, (x,), model(x).detach())
+    for structure in ("full", "block_diagonal", "elements"):
+        for block in blocks_of(problem, structure):
+            assert not problem.gradient(block.parameters)[block.parameters[0]].any()
+            zero = torch.zeros(block.size, dtype=torch.float64)
+            zero = zero if structure == "elements" else torch.diag(zero)
+            assert not judge(Certificate(problem, torch.float64, 0), block, zero), block.name
+
+
+def test_no_curvature_claimed_where_one_output_is_fitted():
+    """Rows of zeros are excused for constants alone, not wherever the gradient happens to vanish."""
+    model, x, y = curved_case()
+    y[:, 0] = model(x)[:, 0].detach()
+    problem = problem_of(model, (x,), y)
+    (block,) = [b for b in blocks_of(problem, "block_diagonal") if b.name == "2.bias"]
+    truth = torch.eye(2, dtype=torch.float64)
+    assert judge(Certificate(problem, torch.float64, 0), block, truth)
+    truth[0, 0] = 0
+    assert not judge(Certificate(problem, torch.float64, 0), block, truth)
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
+def test_large_gradients_excuse_little(size):
+    """Targets far away make the gradient large; a block that is wrong by half is still wrong."""
+    model, x, y = curved_case(size)
+    problem = problem_of(model, (x,), y)
+    (block,) = [b for b in blocks_of(problem, "block_diagonal") if b.name == "2.bias"]
+    truth = torch.eye(2, dtype=torch.float64)
+    assert judge(Certificate(problem, torch.float64, 0), block, truth)
+    assert not judge(Certificate(problem, torch.float64, 0), block, 1.5 * truth)
+    assert not judge(Certificate(problem, torch.float64, 0), block, 0 * truth)
+    assert not judge(Certificate(problem, torch.float64, 0), block, 1.5 * truth.diagonal())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_fails(value):
+    problem = problem_of_case(BY_NAME["mlp-tanh"])
+    (block,) = blocks_of(problem, "full")
+    wrong = expected(BY_NAME["mlp-tanh"]).clone()
+    wrong[0, 0] = value
+    assert not judge(Certificate(problem, torch.float64, 0), block, wrong)
+
+
+def test_half_a_diagonal_is_not_enough():
+    """Seen with some seed at the latest: a diagonal whose second half is missing."""
+    problem = problem_of_case(BY_NAME["mlp-tanh"])
+    (block,) = [b for b in blocks_of(problem, "elements") if b.name == "0.weight"]
+    wrong = part_of(expected(BY_NAME["mlp-tanh"]), problem, block, True).clone()
+    wrong[len(wrong) // 2 :] = 0
+    seeds = range(12)
+    assert not all(judge(Certificate(problem, torch.float64, s), block, wrong) for s in seeds)
+
+
+def test_the_parameters_are_left_as_they_were():
+    problem = problem_of_case(BY_NAME["mlp-tanh"])
+    before = {name: p.detach().clone() for name, p in problem.parameters.items()}
+    (block,) = blocks_of(problem, "full")
+    Certificate(problem, torch.float64, 0).matrix(block, expected(BY_NAME["mlp-tanh"]).clone())
+    for name, p in problem.parameters.items():
+        assert torch.equal(p, before[name])

@@ -1,0 +1,786 @@
+"""`hesscli compute` from the command line to the file."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import BY_NAME, CASES, KINDS, Case, expected, save
+from conftest import REPOSITORY, read
+from oracles import hessian, relative_error
+from safetensors.numpy import save_file
+from torch import nn
+
+from hesscli.hessian.blocks import partition
+
+STRUCTURES = {
+    "diag": "block_diagonal", "module": "module", "full": "full", "elements": "elements",
+}  # fmt: skip
+ARCH = ["--arch", f"{REPOSITORY / 'tests' / 'cases.py'}:build", "--arch-arg"]
+
+
+def options(case: Case, kind: str) -> list[str]:
+    architecture = [*ARCH, f"case={case.name}"] if kind == "state_dict" else []
+    return [*case.arguments(), *architecture]
+
+
+def folder(path: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+def saved_net(path: Path, model: nn.Module, name: str = "net.pt") -> Path:
+    torch.jit.script(model).save(path / name)
+    return path / name
+
+
+def saved_data(path: Path, name: str = "data.npz", **arrays: np.ndarray) -> Path:
+    np.savez(path / name, **arrays)
+    return path / name
+
+
+@pytest.fixture
+def mlp(tmp_path) -> tuple[Path, Path]:
+    return save(BY_NAME["mlp-tanh"], "script", tmp_path)
+
+
+CE = ("--loss", "cross-entropy")
+
+
+# --- numbers ----------------------------------------------------------------------------------
+
+# (case, kinds); all kinds where that is cheap, each mechanism at least once
+RUNS = [
+    *(("mlp-tanh", kind) for kind in KINDS),
+    *(("conv2d", kind) for kind in KINDS),
+    ("gru", "script"), ("gru", "trace"), ("lstm", "state_dict"), ("transformer-gelu", "exported"),
+    ("transformer-gelu", "script"), ("tied-names", "state_dict"), ("tied-names", "script"),
+    ("weight-norm", "trace"), ("group-norm", "script"), ("batch-norm1d", "exported"),
+    ("layer-norm", "trace"), ("embedding-padding", "script"), ("cdist", "script"),
+    ("ce-weight-ignore-smoothing", "trace"), ("two-inputs", "script"), ("unused", "script"),
+    ("dict-output", "script"), ("output-mean", "trace"), ("l1-of-linear", "script"),
+    ("mlp-relu", "exported"), ("frozen", "script"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "kind"), RUNS, ids=["-".join(run) for run in RUNS])
+def test_every_structure(cli, tmp_path, name, kind):
+    case, oracle = BY_NAME[name], expected(BY_NAME[name])
+    model, data = save(case, kind, tmp_path)
+    sizes = {n: p.numel() for n, p in case.make().named_parameters() if p.requires_grad}
+    shapes = {n: tuple(p.shape) for n, p in case.make().named_parameters() if p.requires_grad}
+    offsets = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
+    for option, structure in STRUCTURES.items():
+        ran = cli("compute", model, data, *options(case, kind), "-b", option)
+        assert ran.code == 0, ran.stderr
+        document, tensors = read(tmp_path / "hessian.safetensors")
+        assert document["structure"] == structure
+        assert {p["name"]: tuple(p["shape"]) for p in document["parameters"]} == shapes
+        assert {p["name"]: p["offset"] for p in document["parameters"]} == offsets
+        # A file may list its parameters in another order; the document says which.
+        order = {p["name"]: tuple(p["shape"]) for p in document["parameters"]}
+        blocks = partition(order, structure)
+        assert [facts["name"] for facts in document["blocks"]] == [b.name for b in blocks]
+        assert set(tensors) == {b.name for b in blocks}
+        for block in blocks:
+            found = tensors[block.name]
+            index = torch.cat([torch.arange(sizes[p]) + offsets[p] for p in block.parameters])
+            truth = oracle[index][:, index]
+            if option == "elements":
+                truth = truth.diagonal().reshape(shapes[block.name])
+            assert found.shape == truth.shape
+            assert found.dtype == torch.float64
+            error = float((found - truth).norm())
+            assert error <= 1e-6 * max(float(truth.norm()), 1e-3 * float(oracle.norm()))
+            if option != "elements":
+                assert torch.equal(found, found.T)
+
+
+@pytest.mark.parametrize("name", ["mlp-tanh", "conv2d", "gru", "layer-norm", "mlp-relu"])
+def test_float32(cli, tmp_path, name):
+    case = BY_NAME[name]
+    model, data = save(case, "script", tmp_path, torch.float32)
+    for dtype, limit in (("auto", 1e-3), ("float32", 1e-3), ("float64", 1e-6)):
+        ran = cli("compute", model, data, *case.arguments(), "-b", "full", "--dtype", dtype)
+        assert ran.code == 0, ran.stderr
+        document, tensors = read(tmp_path / "hessian.safetensors")
+        wanted = "float64" if dtype == "float64" else "float32"
+        assert str(tensors["hessian"].dtype) == f"torch.{wanted}"
+        assert document["dtype"] == wanted
+        assert relative_error(tensors["hessian"], expected(case)) < limit
+
+
+@pytest.mark.parametrize("batch_size", ["auto", 1, 4])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_batches_and_reductions(cli, tmp_path, batch_size, reduction):
+    case = BY_NAME["ce-weight-ignore-smoothing"]
+    model, data = save(case, "script", tmp_path)
+    ran = cli("compute", model, data, *case.arguments(), "-b", "full", "--reduction", reduction,
+              "--batch-size", batch_size)  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    document, tensors = read(tmp_path / "hessian.safetensors")
+    weight = case.loss_arguments["weight"]
+    kept = case.target[case.target != case.loss_arguments["ignore_index"]]
+    denominator = float(weight[kept].sum())
+    loss = document["loss"]
+    assert loss["reduction"] == reduction
+    assert loss["denominator"] == pytest.approx(1 if reduction == "sum" else denominator)
+    scale = denominator if reduction == "sum" else 1
+    value = case.reference(case.make()(*case.inputs), case.target).item()
+    assert loss["value"] == pytest.approx(value * scale)
+    assert relative_error(tensors["hessian"], scale * expected(case)) < 1e-9
+
+
+def test_the_gradient(cli, tmp_path):
+    case = BY_NAME["conv2d"]
+    model, data = save(case, "script", tmp_path)
+    assert cli("compute", model, data, *case.arguments(), "--gradient").code == 0
+    document, tensors = read(tmp_path / "hessian.safetensors")
+    module = case.make()
+    case.reference(module(*case.inputs), case.target).backward()
+    total = 0.0
+    for name, p in module.named_parameters():
+        assert relative_error(tensors[f"gradient.{name}"], p.grad) < 1e-12
+        total += float(p.grad.square().sum())
+    assert document["gradient_norm"] == pytest.approx(total**0.5)
+    assert len(tensors) == 2 * len(document["blocks"])
+    assert cli("compute", model, data, *case.arguments()).code == 0
+    document, tensors = read(tmp_path / "hessian.safetensors")
+    assert not any(key.startswith("gradient") for key in tensors)
+    assert "gradient_norm" in document
+
+
+@pytest.mark.parametrize("blocks", STRUCTURES)
+@pytest.mark.parametrize("parameter", ["zero", "number"])
+def test_unusual_parameters(cli, tmp_path, parameter, blocks):
+    """Without elements, or without axes."""
+
+    class Odd(nn.Module):
+        def __init__(self, shape: list[int]):
+            super().__init__()
+            self.lin = nn.Linear(3, 2)
+            self.p = nn.Parameter(torch.ones(shape))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.lin(x)) * (self.p.sum() + 1)
+
+    torch.manual_seed(0)
+    module = Odd([0, 2] if parameter == "zero" else []).double()
+    model = saved_net(tmp_path, module)
+    x, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    data = saved_data(tmp_path, x=x.numpy(), y=y.numpy())
+    ran = cli("compute", model, data, "-b", blocks)
+    assert ran.code == 0, ran.stderr
+    document, tensors = read(tmp_path / "hessian.safetensors")
+    truth = hessian(module, nn.functional.mse_loss, (x,), y)
+    if blocks == "full":
+        assert relative_error(tensors["hessian"], truth) < 1e-9
+    elif blocks == "elements":
+        flat = torch.cat([tensors[p["name"]].reshape(-1) for p in document["parameters"]])
+        assert relative_error(flat, truth.diagonal()) < 1e-9
+        assert tensors["p"].shape == ((0, 2) if parameter == "zero" else ())
+    assert cli("eigen", "--top", 3).code == 0
+
+
+# --- the document -----------------------------------------------------------------------------
+
+
+def test_the_documents_fields(cli, mlp, tmp_path):
+    import hashlib
+
+    ran = cli("compute", *mlp, *CE, "--json")
+    assert ran.code == 0, ran.stderr
+    document, tensors = read(tmp_path / "hessian.safetensors")
+    assert document["schema"] == "hesscli.hessian/1"
+    assert {"hesscli", "torch"} <= set(document["versions"])
+    assert document["versions"]["torch"] == torch.__version__
+    for part, path in zip(("model", "data"), mlp, strict=True):
+        assert document[part]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert document["data"]["samples"] == 6
+    assert {"name", "arguments", "reduction", "denominator", "value", "inferred"} <= set(
+        document["loss"]
+    )
+    assert document["loss"]["name"] == "cross-entropy"
+    assert document["loss"]["inferred"] is False
+    assert (document["loss"]["reduction"], document["loss"]["denominator"]) == ("mean", 6)
+    assert (document["dtype"], document["device"]) == ("float64", "cpu")
+    check = document["check"]
+    assert {"kind", "directions", "relative_error", "tolerance"} <= set(check)
+    assert check["directions"] >= 4
+    assert check["relative_error"] <= check["tolerance"] == 1e-6
+    assert 0 <= document["symmetry_error"] < 1e-6
+    for facts in document["blocks"]:
+        matrix = tensors[facts["name"]].numpy()
+        eigenvalues = np.linalg.eigvalsh(matrix)
+        assert facts["size"] == len(matrix)
+        assert facts["method"] in ("preactivation", "gauss-newton", "hvp", "finite-difference")
+        assert facts["trace"] == pytest.approx(np.trace(matrix))
+        assert facts["eig_max"] == pytest.approx(eigenvalues[-1])
+        assert facts["eig_min"] == pytest.approx(eigenvalues[0], abs=1e-12)
+        assert facts["fro_norm"] == pytest.approx(np.linalg.norm(matrix))
+        assert facts["bytes"] == matrix.nbytes
+    total = document["total"]
+    for key in ("trace", "size", "bytes"):
+        assert total[key] == pytest.approx(sum(facts[key] for facts in document["blocks"]))
+    assert total["eig_max"] == max(facts["eig_max"] for facts in document["blocks"])
+    assert total["eig_min"] == min(facts["eig_min"] for facts in document["blocks"])
+    # What `--json` prints is the file's document, with times and paths besides.
+    printed = ran.document
+    assert printed["seconds"] > 0
+    assert printed["model"].pop("path") == str(mlp[0])
+    assert printed["data"].pop("path") == str(mlp[1])
+    assert {k: printed[k] for k in document} == document
+    text = json.dumps(document)
+    assert str(tmp_path) not in text
+    assert "seconds" not in text
+
+
+@pytest.mark.parametrize("level", ["none", "basic", "auto", "all"])
+def test_stats(cli, mlp, tmp_path, level):
+    ran = cli("compute", *mlp, *CE, "--stats", level)
+    assert ran.code == 0
+    document, _ = read(tmp_path / "hessian.safetensors")
+    for facts in document["blocks"]:
+        assert (facts["trace"] is None) == (level == "none")
+        assert (facts["eig_max"] is None) == (level in ("none", "basic"))
+
+
+def test_the_same_command_gives_the_same_bytes(cli, mlp, tmp_path):
+    for option in STRUCTURES:
+        assert cli("compute", *mlp, *CE, "-b", option, "-o", "one").code == 0
+        assert cli("compute", *mlp, *CE, "-b", option, "-o", "two").code == 0
+        assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    copies = [elsewhere / f"other{p.suffix}" for p in mlp]
+    for path, copy in zip(mlp, copies, strict=True):
+        copy.write_bytes(path.read_bytes())
+    assert cli("compute", *copies, *CE, "-b", "elements", "-o", "three").code == 0
+    assert (tmp_path / "three").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+# --- parameters -------------------------------------------------------------------------------
+
+
+def blocks_of(cli, tmp_path, *words) -> list[str]:
+    ran = cli("compute", *words)
+    assert ran.code == 0, ran.stderr
+    document, tensors = read(tmp_path / "hessian.safetensors")
+    names = [facts["name"] for facts in document["blocks"]]
+    assert set(names) == set(tensors)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("globs", "names"),
+    [
+        (["*.weight"], ["0.weight", "2.weight"]),
+        (["!*.bias"], ["0.weight", "2.weight"]),
+        (["0.*", "!*.bias"], ["0.weight"]),
+        (["2.bias", "0.weight"], ["0.weight", "2.bias"]),
+        (["?.b*"], ["0.bias", "2.bias"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_params(cli, mlp, tmp_path, globs, names):
+    words = [word for glob in globs for word in ("--params", glob)]
+    assert blocks_of(cli, tmp_path, *mlp, *CE, *words) == names
+    _, tensors = read(tmp_path / "hessian.safetensors")
+    ran = cli("compute", *mlp, *CE, "-o", "all.safetensors")
+    assert ran.code == 0
+    _, everything = read(tmp_path / "all.safetensors")
+    for name in names:
+        assert relative_error(tensors[name], everything[name]) < 1e-12
+
+
+@pytest.mark.parametrize("glob", ["nothing.*", "!*"])
+def test_params_that_match_nothing(cli, mlp, glob):
+    ran = cli("compute", *mlp, *CE, "--params", glob)
+    assert "0.weight" in ran.fails(2) or "0.weight" in ran.hint
+
+
+def test_frozen_parameters(cli, tmp_path):
+    case = BY_NAME["frozen"]
+    model, data = save(case, "script", tmp_path)
+    assert blocks_of(cli, tmp_path, model, data) == ["0.bias", "2.weight"]
+    document, _ = read(tmp_path / "hessian.safetensors")
+    assert document["frozen"] == ["0.weight", "2.bias"]
+    ran = cli("compute", model, data)
+    assert any("0.weight" in note and "2.bias" in note for note in ran.notes)
+    assert blocks_of(cli, tmp_path, model, data, "-p", "0.*") == ["0.weight", "0.bias"]
+    truth = hessian(case.make(), case.reference, case.inputs, case.target, ["0.weight"])
+    _, tensors = read(tmp_path / "hessian.safetensors")
+    assert relative_error(tensors["0.weight"], truth) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["script", "state_dict"])
+@pytest.mark.parametrize("name", ["embed.weight", "score.weight"])
+def test_tied_parameters(cli, tmp_path, name, kind):
+    case = BY_NAME["tied-names"]
+    model, data = save(case, kind, tmp_path)
+    names = blocks_of(cli, tmp_path, model, data, *options(case, kind), "-p", name)
+    assert names == ["embed.weight"]
+    document, tensors = read(tmp_path / "hessian.safetensors")
+    assert document["parameters"][0]["tied"] == ["score.weight"]
+    n = tensors["embed.weight"].shape[0]
+    assert relative_error(tensors["embed.weight"], expected(case)[:n, :n]) < 1e-9
+
+
+def test_unused_parameters(cli, tmp_path):
+    case = BY_NAME["unused"]
+    model, data = save(case, "script", tmp_path)
+    ran = cli("compute", model, data)
+    assert ran.code == 0
+    document, tensors = read(tmp_path / "hessian.safetensors")
+    for facts in document["blocks"]:
+        spare = facts["name"].startswith("spare")
+        assert facts.get("unused", False) is spare
+        assert bool(tensors[facts["name"]].any()) is not spare
+        assert any(facts["name"] in note and "unused" in note for note in ran.notes) is spare
+
+
+def test_many_long_names_fit_the_header(cli, tmp_path):
+    """Notes about each of many parameters with long names still find room in the file."""
+
+    class Long(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used = nn.Linear(2, 1)
+            for i in range(40):
+                self.register_parameter(f"{'spare_' * 80}{i}", nn.Parameter(torch.ones(1)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    model = saved_net(tmp_path, Long())
+    data = saved_data(tmp_path, x=np.ones((3, 2), "f4"), y=np.ones((3, 1), "f4"))
+    assert len(blocks_of(cli, tmp_path, model, data, "-b", "elements")) == 42
+
+
+# --- what is printed, and where ---------------------------------------------------------------
+
+
+def test_inferences_are_said(cli, mlp, tmp_path):
+    ran = cli("compute", *mlp)
+    assert ran.code == 0
+    assert any("cross-entropy" in note for note in ran.notes)
+    document, _ = read(tmp_path / "hessian.safetensors")
+    assert document["loss"]["inferred"] is True
+    assert document["notes"] == ran.notes
+
+
+def test_quiet(cli, mlp):
+    ran = cli("compute", *mlp, "-q")
+    assert (ran.code, ran.stdout, ran.stderr) == (0, "", "")
+
+
+def test_dry_run(cli, mlp, tmp_path):
+    before = folder(tmp_path)
+    for option in STRUCTURES:
+        ran = cli("compute", *mlp, *CE, "-b", option, "--dry-run", "--json")
+        assert ran.code == 0, ran.stderr
+        document = ran.document
+        assert document["total"]["bytes"] == sum(f["bytes"] for f in document["blocks"]) > 0
+        assert document["total"]["memory"] > 0
+        assert document["total"]["estimated_seconds"] > 0
+        for facts in document["blocks"]:
+            assert facts["method"]
+            assert "trace" not in facts
+    ran = cli("compute", *mlp, *CE, "--dry-run")
+    assert ran.code == 0
+    assert "0.weight" in ran.stdout
+    assert folder(tmp_path) == before
+
+
+def test_to_standard_output(cli, mlp, tmp_path):
+    before = folder(tmp_path)
+    ran = cli("compute", *mlp, *CE, "-o", "-", "--json")
+    assert ran.code == 0, ran.stderr
+    assert folder(tmp_path) == before
+    assert cli("compute", *mlp, *CE).code == 0
+    assert ran.bytes == (tmp_path / "hessian.safetensors").read_bytes()
+    talk = ran.stderr[ran.stderr.index("{") :]
+    assert json.loads(talk)["schema"] == "hesscli.hessian/1"
+
+
+# --- files that are in the way ----------------------------------------------------------------
+
+
+def test_a_foreign_file_is_refused(cli, mlp, tmp_path):
+    path = tmp_path / "out.safetensors"
+    save_file({"w": np.ones(3)}, path)
+    before = folder(tmp_path)
+    ran = cli("compute", *mlp, *CE, "-o", path)
+    assert "out.safetensors" in ran.fails(2)
+    assert "--force" in ran.hint
+    assert folder(tmp_path) == before
+    assert cli(*shlex.split(ran.hint)[1:]).code == 0  # the hint can be pasted
+    read(path)
+
+
+def test_an_earlier_result_is_replaced(cli, mlp, tmp_path):
+    assert cli("compute", *mlp, *CE, "-b", "full").code == 0
+    assert cli("compute", *mlp, *CE, "-b", "elements").code == 0
+    assert read(tmp_path / "hessian.safetensors")[0]["structure"] == "elements"
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("way", ["same", "link", "hard-link"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_model_and_data_are_never_overwritten(cli, mlp, tmp_path, which, way, force):
+    path = mlp[which]
+    if way != "same":
+        path = tmp_path / "alias"
+        path.symlink_to(mlp[which]) if way == "link" else os.link(mlp[which], path)
+    before = folder(tmp_path)
+    ran = cli("compute", *mlp, *CE, "-o", path, *(["--force"] if force else []))
+    ran.fails(2)
+    assert folder(tmp_path) == before
+
+
+def test_a_hessian_used_as_data_is_not_overwritten(cli, tmp_path, mlp):
+    """A file that hesscli wrote may be replaced, but not by the command that reads it."""
+    assert cli("compute", *mlp, *CE, "-b", "full", "-o", "h.safetensors").code == 0
+    before = folder(tmp_path)
+    cli("compute", mlp[0], "h.safetensors", *CE, "-o", "h.safetensors").fails(2)
+    assert folder(tmp_path) == before
+
+
+def test_a_folder_and_no_folder(cli, mlp, tmp_path):
+    cli("compute", *mlp, *CE, "-o", tmp_path).fails(2)
+    cli("compute", *mlp, *CE, "-o", tmp_path / "none" / "h.safetensors").fails(2)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_pipe_is_not_replaced_by_a_file(cli, mlp, tmp_path):
+    """/dev/null is the like; whoever forces that loses it."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    ran = cli("compute", *mlp, *CE, "-o", fifo, "--force")
+    assert fifo.is_fifo()
+    ran.fails(2)
+
+
+# --- failures ---------------------------------------------------------------------------------
+
+
+def npz(tmp_path, **arrays):
+    return saved_data(tmp_path, **{k: np.asarray(v) for k, v in arrays.items()})
+
+
+X, Y = np.ones((4, 3), "f4"), np.ones((4, 2), "f4")
+
+
+@pytest.fixture
+def net(tmp_path) -> Path:
+    torch.manual_seed(0)
+    return saved_net(tmp_path, nn.Linear(3, 2))
+
+
+def test_usage_errors(cli, net, tmp_path):
+    data = npz(tmp_path, x=X, y=Y)
+    before = folder(tmp_path)
+    assert "none.pt" in cli("compute", "none.pt", data).fails(2)
+    assert "none.npz" in cli("compute", net, "none.npz").fails(2)
+    assert "x1" in cli("compute", net, data, "--inputs", "x1").fails(2)
+    assert "hinge" in cli("compute", net, data, "--loss", "hinge").fails(2)
+    assert "delta" in cli("compute", net, data, "-l", "mse", "--loss-arg", "delta=1").fails(2)
+    cli("compute", net, data, "--loss-arg", "weight=@w").fails(2)
+    cli("compute", net, data, "--device", "abacus").fails(2)
+    for words in (["--blocks", "rows"], ["--batch-size", "0"], ["--loss-arg", "x"], ["--nope"]):
+        ran = cli("compute", net, data, *words)
+        assert (ran.code, ran.stdout) == (2, "")
+        assert words[-1] in ran.stderr or words[0] in ran.stderr
+    assert folder(tmp_path) == before
+
+
+def test_file_errors(cli, net, tmp_path):
+    data = npz(tmp_path, x=X, y=Y)
+    (tmp_path / "text.pt").write_text("not a model")
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "weights.pt")
+    torch.save(nn.Linear(3, 2), tmp_path / "pickle.pt")
+    (tmp_path / "cut.npz").write_bytes(data.read_bytes()[:100])
+    before = folder(tmp_path)
+    assert "text.pt" in cli("compute", "text.pt", data).fails(3)
+    ran = cli("compute", "weights.pt", data)
+    assert ran.fails(3).startswith("weights.pt: a state dict holds weights but no architecture")
+    assert "--arch" in ran.hint
+    assert "pickle.pt" in cli("compute", "pickle.pt", data).fails(3)
+    assert "cut.npz" in cli("compute", net, "cut.npz").fails(3)
+    assert folder(tmp_path) == before
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(self.lin(x), 0.5, training=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mismatches(cli, net, tmp_path):
+    data = npz(tmp_path, x=X, y=Y)
+    for name, arrays in {
+        "narrow": {"x": X[:, :2], "y": Y},
+        "column": {"x": X, "y": Y[:, :1]},
+        "flat": {"x": X, "y": Y[:, 0]},
+        "short": {"x": X, "y": Y[:3]},
+        "classes": {"x": X, "y": np.array([0, 1, 2, 0])},
+        "ignored": {"x": X, "y": np.full(4, -100)},
+    }.items():
+        saved_data(tmp_path, f"{name}.npz", **arrays)
+    dropping = torch.jit.trace(Dropping(), torch.from_numpy(X), check_trace=False)
+    dropping.save(tmp_path / "dropping.pt")
+    before = folder(tmp_path)
+    for name in ("narrow", "column", "flat", "short", "classes", "ignored"):
+        assert cli("compute", net, f"{name}.npz").fails(4)
+    ran = cli("compute", "dropping.pt", data)
+    assert "dropout" in ran.fails(4)
+    assert "eval()" in ran.hint
+    assert folder(tmp_path) == before
+
+
+def test_one_output_and_flat_targets_do_not_broadcast(cli, tmp_path):
+    model = saved_net(tmp_path, nn.Linear(3, 1))
+    ran = cli("compute", model, npz(tmp_path, x=X, y=Y[:, 0]))
+    message = ran.fails(4)
+    assert "[4, 1]" in message
+    assert "[4]" in message
+    ran = cli("compute", saved_net(tmp_path, nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))),
+              npz(tmp_path, x=X, y=Y[:, :1]))  # fmt: skip
+    ran.fails(4)
+    assert not (tmp_path / "hessian.safetensors").exists()
+
+
+def test_arguments_that_do_not_fit(cli, net, tmp_path):
+    data = npz(tmp_path, x=X, y=Y, w=np.ones(5, "f4"))
+    cli("compute", net, data, "-l", "bce-with-logits", "--loss-arg", "pos_weight=@w").fails(4)
+    cli("compute", net, data, "-l", "mse", "--loss-arg", "weight=@w").fails(4)
+    ran = cli("compute", net, data, "-l", "huber", "--loss-arg", "delta=wide")
+    assert ran.code in (2, 4), ran.stderr
+    assert ran.fails(ran.code)
+
+
+def test_numbers_that_are_not_finite(cli, tmp_path):
+    model = saved_net(tmp_path, nn.Linear(3, 2))
+    for bad in (np.nan, np.inf):
+        x = X.copy()
+        x[1, 1] = bad
+        cli("compute", model, npz(tmp_path, x=x, y=Y)).fails(5)
+    broken = nn.Linear(3, 2)
+    broken.weight.data[0, 0] = torch.nan
+    cli("compute", saved_net(tmp_path, broken), npz(tmp_path, x=X, y=Y)).fails(5)
+    assert not (tmp_path / "hessian.safetensors").exists()
+
+
+def test_a_gradient_that_is_not_finite(cli, tmp_path):
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(3, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ self.w).abs().sqrt()
+
+    cli("compute", saved_net(tmp_path, Root()), npz(tmp_path, x=X, y=Y)).fails(5)
+    assert set(folder(tmp_path)) == {"data.npz", "net.pt"}
+
+
+def test_a_method_that_would_be_inexact(cli, mlp, tmp_path):
+    before = folder(tmp_path)
+    ran = cli("compute", *mlp, *CE, "--method", "gauss-newton")
+    message = ran.fails(5)
+    assert "0.weight" in message
+    assert "tanh" in message
+    assert folder(tmp_path) == before
+    assert cli(*shlex.split(ran.hint)[1:]).code == 0
+
+
+def test_no_device(cli, net, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    ran = cli("compute", net, npz(tmp_path, x=X, y=Y), "--device", "cuda")
+    ran.fails(6)
+    assert cli(*shlex.split(ran.hint)[1:]).code == 0
+
+
+@pytest.mark.parametrize("resource", ["available_memory", "free_disk"])
+@pytest.mark.parametrize("kind", ["script", "state_dict"])
+def test_what_would_not_fit(cli, tmp_path, monkeypatch, resource, kind):
+    case = BY_NAME["ce-weight"]
+    model, data = save(case, kind, tmp_path)
+    command = ("compute", model, data, *options(case, kind))
+    before = folder(tmp_path)
+    # What `full` needs is a little more than there is.
+    plan = cli(*command, "-b", "full", "--dry-run", "--json").document["total"]
+    free = plan["memory"] - 1 if resource == "available_memory" else plan["bytes"] - 1
+    monkeypatch.setattr(f"hesscli.job.compute.{resource}", lambda *folder: free)
+    ran = cli(*command, "-b", "full")
+    ran.fails(6)
+    assert folder(tmp_path) == before
+    pasted = cli(*shlex.split(ran.hint)[1:])
+    assert pasted.code == 0, f"{ran.hint}: {pasted.stderr}"
+    document, _ = read(tmp_path / "hessian.safetensors")
+    assert document["structure"] != "full"
+    assert document["loss"]["name"] == "cross-entropy"
+    assert document["loss"]["arguments"]  # the same loss, class weights included
+
+
+def test_a_full_disk(cli, mlp, tmp_path, monkeypatch):
+    """Room runs out while writing: an error line, and no temporary file."""
+    import errno
+
+    from hesscli.files import hessian_file
+
+    before = folder(tmp_path)
+
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hessian_file.os, "fsync", fsync)
+    ran = cli("compute", *mlp, *CE)
+    assert "No space left" in ran.fails(6)
+    assert folder(tmp_path) == before
+
+
+def test_a_bug_says_so(cli, mlp, tmp_path, monkeypatch):
+    before = folder(tmp_path)
+
+    def broken(*arguments, **options):
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("hesscli.job.compute.documents.statistics", broken)
+    ran = cli("compute", *mlp, *CE)
+    assert ran.code == 70
+    assert "Traceback" in ran.stderr
+    assert "bug in hesscli" in ran.stderr
+    assert folder(tmp_path) == before
+
+
+def test_ctrl_c(cli, mlp, tmp_path, monkeypatch):
+    before = folder(tmp_path)
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hesscli.job.compute.documents.statistics", interrupted)
+    ran = cli("compute", *mlp, *CE)
+    assert ran.code == 130
+    assert "Traceback" not in ran.stderr
+    assert folder(tmp_path) == before
+
+
+def test_without_a_sample_axis(cli, tmp_path):
+    class Number(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.w * x)
+
+    model = saved_net(tmp_path, Number())
+    data = npz(tmp_path, x=np.float32(0.5), y=np.ones(2, "f4"))
+    ran = cli("compute", model, data, "--unbatched", "-b", "full", "--dtype", "float64")
+    assert ran.code == 0, ran.stderr
+    _, tensors = read(tmp_path / "hessian.safetensors")
+    w = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    truth = torch.autograd.functional.hessian(lambda t: ((torch.tanh(0.5 * t) - 1) ** 2).mean(), w)
+    assert relative_error(tensors["hessian"], truth) < 1e-9
+
+
+# --- processes and imports --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["--help"], ["compute", "--help"], ["eigen", "--help"], []])
+def test_help_imports_nothing_heavy(words, tmp_path):
+    code = (
+        "import sys; sys.argv = ['hesscli', *sys.argv[1:]]\n"
+        "from hesscli.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as done: code = done.code\n"
+        "heavy = {'torch', 'numpy', 'scipy', 'safetensors', 'rich.table'} & set(sys.modules)\n"
+        "print('loaded', sorted(heavy), code, file=sys.stderr)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path,
+        check=False,
+    )  # fmt: skip
+    assert f"loaded [] {0 if words else 2}" in ran.stderr
+    assert "Usage: " in ran.stdout + ran.stderr
+    assert "\x1b" not in ran.stdout
+
+
+def test_streams_and_codes_of_a_process(mlp, tmp_path):
+    hesscli = [sys.executable, "-m", "hesscli"]
+    ran = subprocess.run(
+        [*hesscli, "compute", *map(str, mlp), "--json"], capture_output=True, text=True,
+        cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0
+    assert json.loads(ran.stdout)["structure"] == "block_diagonal"
+    assert "note: " in ran.stderr
+    ran = subprocess.run(
+        [*hesscli, "compute", str(mlp[0]), "none.npz"], capture_output=True, text=True,
+        cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("error: none.npz")
+
+
+# Each room, and the rooms that it may import from.
+ROOMS = {
+    "errors": set(),
+    "hessian": {"errors"},
+    "files": {"errors"},
+    "spectrum": {"errors"},
+    "job": {"errors", "hessian", "files", "spectrum", ""},
+    "cli": {"errors", "job", ""},
+    "__main__": {"cli"},
+    "": set(),
+}
+
+
+def test_rooms_import_downwards_only():
+    package, seen = REPOSITORY / "hesscli", set()
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package).with_suffix("").parts
+        room = "" if parts == ("__init__",) else parts[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, path
+                names = [node.module]
+                if node.module == "hesscli":
+                    names = [f"hesscli.{alias.name}" for alias in node.names]
+            for name in names:
+                words = name.split(".")
+                if words[0] == "hesscli":
+                    other = words[1] if len(words) > 1 else ""
+                    seen.add((room, other))
+                    allowed = ROOMS[room] | {room}
+                    assert other in allowed or other.startswith("__"), f"{path}: {name}"
+                elif words[0] in ("typer", "click", "rich"):
+                    assert room == "cli", f"{path}: {name}"
+                elif words[0] == "torch":
+                    assert room in ("hessian", "files", "job"), f"{path}: {name}"
+    assert {("cli", "job"), ("job", "hessian"), ("job", "files"), ("job", "spectrum")} <= seen
+    assert {p.name for p in package.iterdir() if p.is_dir()} - {"__pycache__"} <= set(ROOMS)
+
+
+def test_every_kind_and_tag_is_run():
+    assert {kind for _, kind in RUNS} == set(KINDS)
+    tags = {tag for name, _ in RUNS for tag in BY_NAME[name].tags}
+    every = {tag for case in CASES for tag in case.tags}
+    assert len(every - tags) <= 3, every - tags

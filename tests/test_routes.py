@@ -1,0 +1,670 @@
+"""Every route against the references, and its refusals: what a route does not refuse is right."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import BY_NAME, CASES, LOSSES, Case, expected, normal
+from oracles import hessian
+from problems import (
+    FAST,
+    STRUCTURES,
+    Net,
+    blocks_and_truth,
+    blocks_of,
+    compute_blocks,
+    problem_of,
+    problem_of_case,
+    routes_of,
+)
+from torch import Tensor, nn
+
+from hesscli.hessian.problem import Problem
+from hesscli.hessian.routes.base import NotApplicable, Route
+
+# How far the reference itself can be trusted: differences of gradients, and a float32 sixth.
+DIFFERENCES = 1e-8
+TOLERANCES = {"mlp-hardsigmoid": 2e-7}
+
+# No second derivative in PyTorch: hvp must say so where it needs one.
+NOT_TWICE = {"cdist"}
+
+
+def tolerance(case: Case) -> float:
+    usual = DIFFERENCES if case.oracle == "differences" else 1e-10
+    return TOLERANCES.get(case.name, usual)
+
+
+@functools.cache
+def posed(name: str) -> tuple[Problem, dict[str, Route]]:
+    problem = problem_of_case(BY_NAME[name])
+    return problem, routes_of(problem)
+
+
+def compare(found: Tensor, truth: Tensor, whole: Tensor) -> float:
+    """The error relative to a block; where it is next to nothing, relative to the whole."""
+    assert found.shape == truth.shape
+    size = max(float(truth.norm()), 1e-3 * float(whole.norm()))
+    error = float((found.double() - truth).norm())
+    return error / size if size else error
+
+
+def applies(
+    route: Route, whole: Tensor, structure: str, limit: float, label: str = ""
+) -> tuple[int, list[str]]:
+    """How many blocks the route gave, all of them right, and its reasons for the others."""
+    right, reasons = 0, []
+    diagonal = structure == "elements"
+    for block, truth in blocks_and_truth(route.problem, whole, structure):
+        try:
+            found = compute_blocks(route, [block], diagonal)[block.name]
+        except NotApplicable as reason:
+            reasons.append(str(reason))
+            continue
+        error = compare(found, truth, whole)
+        assert error <= limit, f"{label} {route.name}, {structure}, {block.name}: {error:.1e}"
+        right += 1
+    assert all(reasons)  # a refusal says why
+    return right, reasons
+
+
+# --- the zoo ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_hvp(case):
+    _, routes = posed(case.name)
+    for structure in STRUCTURES:
+        right, reasons = applies(routes["hvp"], expected(case), structure, tolerance(case))
+        if case.name in NOT_TWICE:  # the layers behind it can be differentiated
+            assert right + len(reasons) == len(blocks_of(routes["hvp"].problem, structure))
+            assert all("no second derivative" in reason for reason in reasons)
+        else:
+            assert reasons == []
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fast_routes(case, name):
+    _, routes = posed(case.name)
+    for structure in STRUCTURES:
+        applies(routes[name], expected(case), structure, tolerance(case))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_finite_difference(case):
+    _, routes = posed(case.name)
+    limit = max(1e-8, 10 * tolerance(case))
+    right, reasons = applies(routes["finite-difference"], expected(case), "full", limit)
+    assert (right, reasons) == (1, [])
+
+
+@pytest.mark.parametrize("structure", ["module", "block_diagonal", "elements"])
+@pytest.mark.parametrize("name", ["cdist", "mlp-hardsigmoid", "mlp-relu", "embedding-bag"])
+def test_finite_difference_of_parts(name, structure):
+    _, routes = posed(name)
+    limit = max(1e-7, tolerance(BY_NAME[name]))
+    right, reasons = applies(routes["finite-difference"], expected(BY_NAME[name]), structure, limit)
+    assert right >= 2
+    assert reasons == []
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name not in NOT_TWICE], ids=str)
+def test_float32(case):
+    problem = problem_of_case(case, torch.float32)
+    routes = routes_of(problem)
+    for structure in ("full", "block_diagonal"):
+        right, _ = applies(routes["hvp"], expected(case), structure, 1e-3)
+        assert right == len(blocks_of(problem, structure))
+        for name in FAST:
+            applies(routes[name], expected(case), structure, 1e-3)
+
+
+# Where a fast route is worth nothing if it refuses: (case, route, structure).
+MUST_APPLY = [
+    *((c, "preactivation", s) for s in STRUCTURES for c in (
+        "linear", "softmax", "mlp-tanh", "mlp-relu", "mlp-gelu", "mlp-deep", "conv2d", "conv1d",
+        "residual", "gated", "two-inputs", "mlp-dropout",
+        "ce-weight-ignore-smoothing", "huber-delta", "bce-logits-weights", "one-output",
+    )),
+    *((c, "gauss-newton", "block_diagonal") for c in (
+        "linear", "softmax", "logistic", "mlp-relu", "mlp-leaky-relu", "mlp-hardtanh",
+    )),
+    *((c, "preactivation", "block_diagonal") for c in (
+        "layer-norm", "batch-norm1d", "batch-norm2d", "scale", "mlp-over-time",
+        "attention-by-hand", "max-pool2d", "ce-segmentation",
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "route", "structure"), MUST_APPLY)
+def test_a_fast_route_applies(case, route, structure):
+    problem, routes = posed(case)
+    right, reasons = applies(routes[route], expected(BY_NAME[case]), structure, 1e-10)
+    assert reasons == []
+    assert right == len(blocks_of(problem, structure))
+
+
+MUST_REFUSE = [  # (case, block of `block_diagonal`, route)
+    *((c, b, r) for r in FAST for c, b in (
+        ("tied-names", "embed.weight"), ("tied-transpose", "encode.weight"),
+        ("twice", "layer.weight"), ("twice", "layer.bias"), ("twice-conv", "layer.weight"),
+        ("gru-cell", "cell.weight_ih"), ("output-mean", "body.0.weight"),
+        ("weight-norm", "2.parametrizations.weight.original1"), ("unused", "spare.weight"),
+    )),
+    *((c, "0.weight", "gauss-newton") for c in (
+        "mlp-tanh", "mlp-gelu", "mlp-sigmoid", "mlp-silu", "mlp-softmax", "mlp-elu", "conv2d",
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "name", "route"), MUST_REFUSE)
+def test_a_fast_route_refuses(case, name, route):
+    problem, routes = posed(case)
+    (block,) = [b for b in blocks_of(problem, "block_diagonal") if b.name == name]
+    with pytest.raises(NotApplicable, match=r"\w"):
+        compute_blocks(routes[route], [block])
+    with pytest.raises(NotApplicable):
+        compute_blocks(routes[route], [block], diagonal=True)
+
+
+def test_hvp_refuses_what_has_no_second_derivative():
+    problem, routes = posed("cdist")
+    with pytest.raises(NotApplicable, match="no second derivative"):
+        compute_blocks(routes["hvp"], blocks_of(problem, "full"))
+
+
+def test_gauss_newton_never_spans_layers():
+    problem, routes = posed("mlp-relu")
+    with pytest.raises(NotApplicable):
+        compute_blocks(routes["gauss-newton"], blocks_of(problem, "full"))
+
+
+# --- strange models ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Odd:
+    name: str
+    make: Callable[[], nn.Module]
+    inputs: tuple[Tensor, ...]
+    loss: str = "mse"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def odd(name: str, function: Callable, *inputs: Tensor, loss: str = "mse", **parts) -> Odd:
+    def make() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            built = {key: part() if callable(part) else part.clone() for key, part in parts.items()}
+            return Net(function, **built).double()
+
+    return Odd(name, make, inputs, loss)
+
+
+def layer(*sizes: int, kind: type[nn.Module] = nn.Linear, **options) -> Callable[[], nn.Module]:
+    return lambda: kind(*sizes, **options)
+
+
+def numbers(*shape: int, seed: int = 1) -> Tensor:
+    return normal(*shape, seed=seed)
+
+
+def hidden(s: Net, x: Tensor) -> Tensor:
+    return torch.tanh(s.a(x))
+
+
+def shifted_by_one(s: Net, x: Tensor) -> Tensor:
+    h, out = hidden(s, x), torch.zeros(len(x), 3, dtype=x.dtype)
+    out[1:] += h[:-1]
+    return s.b(out)
+
+
+def attended(s: Net, x: Tensor) -> Tensor:
+    return s.a(x, x, x, need_weights=False)[0]
+
+
+ROWS, SQUARE, CUBE = numbers(5, 3, seed=5), numbers(4, 4, seed=5), numbers(4, 4, 4, seed=5)
+TWO = {"a": layer(3, 3), "b": layer(3, 2)}
+SQ = {"a": layer(4, 4), "b": layer(4, 4)}
+
+# Samples see each other: no fast route may answer.
+MIXING = [
+    odd("softmax-over-batch", lambda s, x: s.b(s.a(x).softmax(0)), ROWS, **TWO),
+    odd("log-softmax-over-batch", lambda s, x: s.a(x).log_softmax(0), ROWS, **TWO),
+    odd("centred", lambda s, x: (lambda h: h - h.mean(0))(hidden(s, x)), ROWS, **TWO),
+    odd("centred-by-all", lambda s, x: (lambda h: h - h.mean())(hidden(s, x)), ROWS, **TWO),
+    odd("batch-norm-train", lambda s, x: s.b(s.n(hidden(s, x))), ROWS,
+        n=layer(3, kind=nn.BatchNorm1d), **TWO),
+    odd("standardised", lambda s, x: s.b((lambda h: h / h.std(0))(hidden(s, x))), ROWS, **TWO),
+    odd("normalised-over-batch", lambda s, x: s.b(F.normalize(hidden(s, x), dim=0)), ROWS, **TWO),
+    odd("variance-of-all", lambda s, x: s.b((lambda h: h / h.var())(hidden(s, x))), ROWS, **TWO),
+    odd("greatest-of-all", lambda s, x: s.b((lambda h: h / h.abs().max())(hidden(s, x))), ROWS,
+        **TWO),
+    odd("logsumexp-over-batch", lambda s, x: (lambda h: h - h.logsumexp(0))(hidden(s, x)), ROWS,
+        **TWO),
+    odd("clamped-at-mean", lambda s, x: (lambda h: h.clamp(min=h.mean(0)))(s.a(x)), ROWS, **TWO),
+    odd("gram", lambda s, x: (lambda h: h @ h.T)(hidden(s, x)), ROWS, **TWO),
+    odd("gram-square", lambda s, x: (lambda h: h @ h.T)(hidden(s, x)), SQUARE, **SQ),
+    odd("gram-of-two", lambda s, x, y: hidden(s, x) @ torch.tanh(s.b(y)).T, SQUARE,
+        numbers(4, 4, seed=6), **SQ),
+    odd("einsum-over-batch", lambda s, x: torch.einsum("ni,mi->nm", hidden(s, x), x), SQUARE, **SQ),
+    odd("parameter-over-batch", lambda s, x: s.m @ hidden(s, x), SQUARE, m=numbers(4, 4), **SQ),
+    odd("parameter-over-rows", lambda s, x: torch.tanh(s.m @ x.T) @ s.v, SQUARE,
+        m=numbers(4, 4), v=numbers(4, 4, seed=2)),
+    odd("first-added", lambda s, x: (lambda h: h + h[0])(hidden(s, x)), ROWS, **TWO),
+    odd("transpose-added", lambda s, x: (lambda h: torch.tanh(h + h.T))(s.a(x)), SQUARE, **SQ),
+    odd("transposed-output", lambda s, x: s.a(x).tanh().T, SQUARE, **SQ),
+    odd("transposed-between", lambda s, x: s.b(hidden(s, x).T), SQUARE, **SQ),
+    odd("transposed-copy", lambda s, x: s.b(hidden(s, x).T.contiguous().view(4, 4)), SQUARE, **SQ),
+    odd("row-sums-on-columns", lambda s, x: (lambda h: torch.tanh(h * h.sum(1)))(s.a(x)), SQUARE,
+        **SQ),
+    odd("reshaped-across", lambda s, x: s.b(hidden(s, x).T.reshape(5, 3)), ROWS, **TWO),
+    odd("flip-over-batch", lambda s, x: s.b(hidden(s, x).flip(0)), ROWS, **TWO),
+    odd("roll-over-batch", lambda s, x: s.b(hidden(s, x).roll(1, 0)), ROWS, **TWO),
+    odd("cumsum-over-batch", lambda s, x: s.b(hidden(s, x).cumsum(0)), ROWS, **TWO),
+    odd("sort-over-batch", lambda s, x: s.b(hidden(s, x).sort(0)[0]), ROWS, **TWO),
+    odd("sort-stable-over-batch",
+        lambda s, x: s.b(torch.sort(hidden(s, x), dim=0, stable=True)[0]), ROWS, **TWO),
+    odd("sort-stable-over-middle-batch",
+        lambda s, x: s.b(torch.sort(hidden(s, x).unsqueeze(0), stable=True, dim=1)[0][0]), ROWS,
+        **TWO),
+    odd("topk-over-batch", lambda s, x: s.b(hidden(s, x).topk(4, 0)[0]), SQUARE, **SQ),
+    odd("index-by-data", lambda s, x: s.b(hidden(s, x)[x[:, 0].argsort()]), ROWS, **TWO),
+    odd("index", lambda s, x: s.b(hidden(s, x)[torch.tensor([1, 0, 3, 2, 4])]), ROWS, **TWO),
+    odd("index-select", lambda s, x: s.b(hidden(s, x).index_select(0, torch.tensor([1, 0, 3, 2, 4]))),
+        ROWS, **TWO),
+    odd("gather-over-batch",
+        lambda s, x: s.b(hidden(s, x).gather(0, torch.tensor([[1, 0, 2]]).expand(5, 3))), ROWS,
+        **TWO),
+    odd("chunks-swapped", lambda s, x: s.b(torch.cat(hidden(s, x).chunk(2)[::-1])), SQUARE, **SQ),
+    odd("slices-swapped", lambda s, x: (lambda h: s.b(torch.cat([h[1:], h[:1]])))(hidden(s, x)),
+        ROWS, **TWO),
+    odd("stacked-otherwise",
+        lambda s, x: (lambda h: s.b(torch.stack([h[i] for i in (1, 0, 2, 4, 3)])))(hidden(s, x)),
+        ROWS, **TWO),
+    odd("padded-over-batch", lambda s, x: s.b(F.pad(hidden(s, x), (0, 0, 1, 0))[:-1]), ROWS, **TWO),
+    odd("written-one-later", shifted_by_one, ROWS, **TWO),
+    odd("convolved-over-batch", lambda s, x: torch.tanh(s.c(x.T.unsqueeze(0)))[0].T, ROWS,
+        c=layer(3, 3, 3, kind=nn.Conv1d, padding=1)),
+    odd("pooled-over-batch",
+        lambda s, x: s.b(F.avg_pool1d(hidden(s, x).T.unsqueeze(0), 3, 1, 1)[0].T), ROWS, **TWO),
+    odd("convolved-as-channels", lambda s, x: torch.tanh(s.c(x)).sum((1, 2)), numbers(3, 4, 4),
+        c=layer(3, 3, 2, kind=nn.Conv2d)),
+    odd("weights-from-data",
+        lambda s, x: F.conv1d(s.a(x).unsqueeze(0), hidden(s, x).unsqueeze(2))[0], SQUARE, **SQ),
+    odd("attention-over-batch", attended, CUBE, a=layer(4, 2, kind=nn.MultiheadAttention)),
+    odd("bmm-over-batch",
+        lambda s, x: s.a(x).transpose(0, 1) @ s.b(x).transpose(0, 1).transpose(1, 2), CUBE, **SQ),
+    odd("rnn-over-batch", lambda s, x: s.b(s.r(x)[0][:, -1]), CUBE,
+        r=layer(4, 4, kind=nn.RNN), b=layer(4, 4)),
+    odd("lstm-over-batch", lambda s, x: s.b(s.r(x)[0][:, -1]), CUBE,
+        r=layer(4, 4, kind=nn.LSTM), b=layer(4, 4)),
+    odd("time-major-unfolded-otherwise",
+        lambda s, x: s.b(hidden(s, x.transpose(0, 1).reshape(16, 4))).reshape(4, 4, 4), CUBE, **SQ),
+]  # fmt: skip
+
+
+def in_place_buffer(s: Net, x: Tensor) -> Tensor:
+    h, out = s.a(x), torch.zeros(len(x), 3, dtype=x.dtype)
+    out[:, 0] = torch.tanh(h[:, 1])
+    out[:, 1] = h[:, 0]
+    return s.b(out)
+
+
+def in_place_copy(s: Net, x: Tensor) -> Tensor:
+    h, out = s.a(x), torch.zeros(len(x), 3, dtype=x.dtype)
+    out.copy_(torch.tanh(h))
+    out.add_(1)
+    return s.b(out)
+
+
+def in_place_base(s: Net, x: Tensor) -> Tensor:
+    h = s.a(x)
+    h.view(-1).tanh_()
+    return s.b(h)
+
+
+def in_place_column(s: Net, x: Tensor) -> Tensor:
+    h = s.a(x)
+    h[:, 0].mul_(2.0)
+    return s.b(torch.tanh(h))
+
+
+def dense(s: Net, x: Tensor) -> Tensor:
+    h = hidden(s, x)
+    return s.c(torch.cat([x, h, torch.tanh(s.b(torch.cat([x, h], 1)))], 1))
+
+
+def branched(s: Net, x: Tensor) -> Tensor:
+    z = s.a(x)
+    return s.b(z.relu()) + s.c(z.tanh()) * s.d(z)
+
+
+def attention(s: Net, x: Tensor) -> Tensor:
+    return torch.bmm(s.q(x), s.k(x).transpose(1, 2)).softmax(-1) @ s.v(x)
+
+
+def last_step(s: Net, x: Tensor) -> Tensor:
+    return s.h(s.r(x.transpose(0, 1))[0][-1])
+
+
+def time_major(s: Net, x: Tensor) -> Tensor:
+    return s.b(hidden(s, x.transpose(0, 1))).transpose(0, 1)
+
+
+def time_major_flat(s: Net, x: Tensor) -> Tensor:
+    flat = x.transpose(0, 1).reshape(-1, x.shape[2])
+    return s.b(hidden(s, flat)).reshape(x.shape[1], len(x), -1).transpose(0, 1)
+
+
+# Samples are independent. Whichever route answers must be right.
+INDEPENDENT = [
+    odd("square", lambda s, x: s.b(hidden(s, x)), SQUARE, **SQ),
+    odd("square-over-time", lambda s, x: s.b(hidden(s, x)), CUBE, **SQ),
+    odd("one-sample", lambda s, x: s.b(hidden(s, x)), ROWS[:1], **TWO),
+    odd("one-sample-relu", lambda s, x: s.b(s.a(x).relu()), ROWS[:1], loss="cross-entropy", **TWO),
+    odd("one-step", lambda s, x: s.b(hidden(s, x)).squeeze(1), ROWS.unsqueeze(1), **TWO),
+    odd("one-sample-over-time", lambda s, x: s.b(hidden(s, x)).mean(1), numbers(1, 3, 3), **TWO),
+    odd("one-output", lambda s, x: s.b(hidden(s, x)).squeeze(1), ROWS[:1], a=layer(3, 4),
+        b=layer(4, 1)),
+    odd("output-repeated", lambda s, x: s.b(hidden(s, x)).unsqueeze(1).expand(5, 3, 2), ROWS, **TWO),
+    odd("shared-wide", lambda s, x: s.b(hidden(s, x)), numbers(3, 2, 6), a=layer(6, 5),
+        b=layer(5, 4)),
+    odd("shared-wide-relu", lambda s, x: s.b(s.a(x).relu()).mean(1), numbers(3, 2, 6),
+        a=layer(6, 5), b=layer(5, 4), loss="cross-entropy"),
+    # Weights by other ways than nn.Linear
+    odd("weight-as-stored", lambda s, x: torch.tanh(x @ s.w) @ s.v, SQUARE, w=numbers(4, 4),
+        v=numbers(4, 4, seed=2)),
+    odd("weight-on-the-left", lambda s, x: torch.tanh(s.w @ x.T).T @ s.v, SQUARE, w=numbers(4, 4),
+        v=numbers(4, 4, seed=2)),
+    odd("weight-on-the-left-over-time", lambda s, x: torch.tanh(s.w @ x), CUBE, w=numbers(4, 4)),
+    odd("weight-batched-on-the-left", lambda s, x: torch.tanh(s.w @ x), numbers(3, 2, 3, 3),
+        w=numbers(2, 3, 3)),
+    odd("weight-transposed", lambda s, x: torch.tanh(x @ s.w.T) @ s.v.t() + s.b, SQUARE,
+        w=numbers(4, 4), v=numbers(4, 4, seed=2), b=numbers(4)),
+    odd("weight-permuted", lambda s, x: torch.tanh(F.linear(x, s.w.permute(1, 0))), ROWS,
+        w=numbers(3, 4)),
+    odd("weight-viewed", lambda s, x: torch.tanh(F.linear(x, s.w.view(4, 3))), ROWS, w=numbers(12)),
+    odd("weight-viewed-otherwise", lambda s, x: torch.tanh(F.linear(x, s.w.view(4, 3))), ROWS,
+        w=numbers(3, 4)),
+    odd("weight-viewed-column", lambda s, x: torch.tanh(x @ s.w.view(3, 1)), ROWS,
+        w=numbers(1, 3)),
+    odd("weight-viewed-row", lambda s, x: torch.tanh(x[:, :1] @ s.w.view(1, 3)), ROWS,
+        w=numbers(3, 1)),
+    odd("weight-unsqueezed", lambda s, x: torch.tanh(x @ s.w.unsqueeze(1)), ROWS, w=numbers(3)),
+    odd("weight-vector", lambda s, x: torch.tanh(x @ s.w), ROWS, w=numbers(3)),
+    odd("weight-vector-over-time", lambda s, x: torch.tanh(x @ s.w), CUBE, w=numbers(4)),
+    odd("weight-twice-by-slices", lambda s, x: torch.tanh(F.linear(x, s.w[:3])) + F.linear(x, s.w[1:]),
+        ROWS, w=numbers(4, 3)),
+    odd("weight-product", lambda s, x: torch.tanh(x @ (s.w @ s.v)), ROWS, w=numbers(3, 2),
+        v=numbers(2, 3)),
+    odd("weight-as-kernel", lambda s, x: torch.tanh(F.conv1d(x, s.w.unsqueeze(-1))),
+        numbers(5, 3, 4), w=numbers(2, 3)),
+    odd("weight-as-kernel-transposed", lambda s, x: torch.tanh(F.conv1d(x, s.w.t().unsqueeze(-1))),
+        numbers(5, 3, 4), w=numbers(3, 2)),
+    odd("weight-as-kernel-transposed-square",
+        lambda s, x: torch.tanh(F.conv1d(x, s.w.t().unsqueeze(-1))), numbers(5, 3, 4),
+        w=numbers(3, 3)),
+    odd("weight-as-kernel-transposed-relu",
+        lambda s, x: F.conv1d(x, s.w.t().unsqueeze(-1)).relu().flatten(1), numbers(5, 3, 4),
+        w=numbers(3, 3)),
+    odd("weight-tensordot", lambda s, x: torch.tanh(torch.tensordot(x, s.w, [[1, 2], [0, 1]])),
+        numbers(5, 2, 3), w=numbers(2, 3, 4)),
+    odd("weight-einsum", lambda s, x: torch.einsum("ni,ij,nj->n", hidden(s, x), s.w, x), ROWS,
+        w=numbers(3, 3), **TWO),
+    odd("addmm-scaled", lambda s, x: torch.tanh(torch.addmm(s.b, x, s.w, beta=0.5, alpha=2.0)), ROWS,
+        b=numbers(2), w=numbers(3, 2)),
+    odd("addmm-bias-row", lambda s, x: torch.tanh(torch.addmm(s.b, x, s.w)), ROWS, b=numbers(1, 2),
+        w=numbers(3, 2)),
+    odd("addmm-bias-one", lambda s, x: torch.tanh(torch.addmm(s.b, x, s.w)), ROWS, b=numbers(1),
+        w=numbers(3, 2)),
+    odd("addmm-bias-per-sample", lambda s, x: torch.tanh(torch.addmm(s.b, x, s.w)), ROWS,
+        b=numbers(5, 2), w=numbers(3, 2)),
+    # Bare parameters
+    odd("bias-later", lambda s, x: torch.tanh(x @ s.w + s.b), ROWS, w=numbers(3, 2), b=numbers(2)),
+    odd("bias-much-later", lambda s, x: torch.tanh(s.a(x)) + s.c, ROWS, c=numbers(3), **TWO),
+    odd("bias-transposed", lambda s, x: torch.tanh(x + s.p.t()), numbers(5, 3, 2), p=numbers(2, 3)),
+    odd("bias-transposed-square", lambda s, x: torch.tanh(x + s.p.t()), numbers(5, 3, 3),
+        p=numbers(3, 3)),
+    odd("scale-transposed", lambda s, x: torch.tanh(x * s.p.t()), numbers(5, 3, 2),
+        p=numbers(2, 3)),
+    odd("scale-transposed-linear", lambda s, x: x * s.p.t(), numbers(5, 3, 3), p=numbers(3, 3)),
+    odd("bias-sliced", lambda s, x: torch.tanh(s.a(x) + s.c[:3]), ROWS, c=numbers(4), **TWO),
+    odd("bias-per-sample", lambda s, x: torch.tanh(s.a(x) + s.c), ROWS, c=numbers(5, 1), **TWO),
+    odd("bias-times-three", lambda s, x: torch.tanh(torch.add(x, s.p, alpha=3)), ROWS,
+        p=numbers(3)),
+    odd("bias-subtracted", lambda s, x: torch.tanh(x - s.p), ROWS, p=numbers(3)),
+    odd("bias-twice", lambda s, x: torch.tanh(x + s.p + s.p), ROWS, p=numbers(3)),
+    odd("scale-and-bias-in-one", lambda s, x: torch.tanh(x * s.p + s.p), ROWS, p=numbers(3)),
+    odd("scale-per-sample", lambda s, x: torch.tanh(x * s.p), ROWS, p=numbers(5, 3)),
+    odd("scale-of-one-sample", lambda s, x: torch.tanh(x * s.p), ROWS[:1], p=numbers(1, 3)),
+    odd("scale-over-axes", lambda s, x: torch.tanh(x * s.g + s.b), numbers(5, 2, 4, 3),
+        g=numbers(2, 1, 3), b=numbers(4, 1)),
+    odd("scale-over-equal-axes", lambda s, x: torch.tanh(x * s.g + s.b), numbers(3, 3, 3, 3),
+        g=numbers(3, 1, 3), b=numbers(3, 1)),
+    odd("scale-spreads-out", lambda s, x: torch.tanh(x[:, :, None] * s.p), ROWS, p=numbers(3, 4)),
+    odd("bias-spreads-out", lambda s, x: torch.tanh(s.p + x[:, :1, None]), ROWS, p=numbers(3, 4)),
+    odd("numbers-alone", lambda s, x: torch.tanh(s.g * s.a(x)) + s.c, ROWS,
+        g=torch.tensor(1.3), c=torch.tensor(0.3), **TWO),
+    odd("number-twice", lambda s, x: torch.tanh(x * s.g.exp() + s.g), ROWS, g=torch.tensor(0.3)),
+    # Parameters without elements
+    odd("no-outputs", lambda s, x: s.o(torch.cat([hidden(s, x), s.z(x)], 1)), ROWS, a=layer(3, 3),
+        z=layer(3, 0), o=layer(3, 2)),
+    odd("no-inputs", lambda s, x: s.b(hidden(s, x)) + s.z(x[:, :0]), ROWS, z=layer(0, 2), **TWO),
+    odd("nothing-unused", lambda s, x: s.b(hidden(s, x)), ROWS, z=torch.zeros(0), **TWO),
+    # Branches
+    odd("product-of-branches", lambda s, x: s.a(x) * s.c(x), ROWS, a=layer(3, 2), c=layer(3, 2)),
+    odd("product-with-itself", lambda s, x: (lambda z: z * z.relu())(s.a(x)), ROWS, **TWO),
+    odd("quotient", lambda s, x: s.b(x / (3 + s.a(x).abs())), ROWS, **TWO),
+    odd("one-value-three-ways", branched, ROWS, a=layer(3, 4), b=layer(4, 2), c=layer(4, 2),
+        d=layer(4, 2)),
+    odd("residual", lambda s, x: x + s.b(hidden(s, x)) + s.c(x), ROWS, a=layer(3, 4),
+        b=layer(4, 3), c=layer(3, 3)),
+    odd("dense", dense, ROWS, a=layer(3, 4), b=layer(7, 2), c=layer(9, 2)),
+    odd("tanh-behind", lambda s, x: torch.tanh(s.b(s.a(x).relu())), ROWS, **TWO),
+    odd("curved-on-one-side", lambda s, x: (lambda z: s.b(torch.where(z > 0, z, 0.1 * z**2)))(s.a(x)),
+        ROWS, **TWO),
+    odd("mask-times-value", lambda s, x: (lambda z: s.b(z * (z > 0)))(s.a(x)), ROWS, **TWO),
+    odd("bounds-by-parameter", lambda s, x: s.b(torch.clamp(s.a(x), min=s.l, max=s.l.abs() + 0.5)),
+        ROWS, l=0.1 * numbers(3), **TWO),
+    odd("weights-by-a-network",
+        lambda s, x: torch.bmm(hidden(s, x).view(4, 2, 4), x.unsqueeze(2)).squeeze(2), SQUARE,
+        a=layer(4, 8)),
+    odd("two-networks-multiplied",
+        lambda s, x: torch.bmm(s.a(x).view(5, 2, 2), s.b(x).view(5, 2, 1)).squeeze(2), ROWS,
+        a=layer(3, 4), b=layer(3, 2)),
+    odd("one-input-twice", lambda s, x, y: hidden(s, x) * torch.tanh(s.b(y)), SQUARE, SQUARE, **SQ),
+    odd("branch-on-data", lambda s, x: hidden(s, x) if x.sum() > 100 else s.a(x).relu(), ROWS,
+        **TWO),
+    # Layouts
+    odd("rnn-time-major", last_step, numbers(4, 3, 3), r=layer(3, 2, kind=nn.RNN), h=layer(2, 2)),
+    odd("rnn-time-major-square", last_step, CUBE, r=layer(4, 4, kind=nn.RNN), h=layer(4, 4)),
+    odd("time-major", time_major, CUBE, **SQ),
+    odd("time-major-flat", time_major_flat, CUBE, **SQ),
+    odd("time-major-flat-wide", time_major_flat, numbers(2, 3, 6), a=layer(6, 5), b=layer(5, 4)),
+    odd("transposed-twice", lambda s, x: s.b(hidden(s, x).T.T), SQUARE, **SQ),
+    odd("flip-of-features", lambda s, x: s.b(hidden(s, x).flip(1)), ROWS, **TWO),
+    odd("cumsum-of-features", lambda s, x: s.b(hidden(s, x).cumsum(1)), ROWS, **TWO),
+    odd("sort-of-features", lambda s, x: s.b(hidden(s, x).sort(1)[0]), ROWS, **TWO),
+    odd("sort-stable-of-features",
+        lambda s, x: s.b(torch.sort(hidden(s, x), stable=True, dim=1)[0]), ROWS, **TWO),
+    odd("gather-of-features",
+        lambda s, x: s.b(hidden(s, x).gather(1, torch.tensor([[1, 0, 2]]).expand(5, 3))), ROWS,
+        **TWO),
+    odd("product-of-features", lambda s, x: s.b(hidden(s, x).view(5, 2, 2).prod(2)), ROWS,
+        a=layer(3, 4), b=layer(2, 2)),
+    odd("greatest-of-features", lambda s, x: s.b(s.a(x).view(5, 2, 2).max(2)[0]), ROWS,
+        a=layer(3, 4), b=layer(2, 2)),
+    odd("spread-of-features", lambda s, x: s.b((lambda h: h / h.std(1, keepdim=True))(hidden(s, x))),
+        ROWS, **TWO),
+    odd("glu-transposed", lambda s, x: F.glu(s.a(x).t(), dim=0).t(), ROWS, a=layer(3, 4)),
+    odd("repeated", lambda s, x: s.b(hidden(s, x).repeat_interleave(2, 1)), ROWS, a=layer(3, 4),
+        b=layer(8, 2)),
+    odd("attention-square", attention, numbers(3, 3, 3), q=layer(3, 3), k=layer(3, 3),
+        v=layer(3, 3)),
+    odd("attention-heads-square", attended, CUBE,
+        a=layer(4, 2, kind=nn.MultiheadAttention, batch_first=True)),
+    # Convolutions
+    odd("conv-uneven", lambda s, x: s.b(s.a(x).relu()).flatten(1), numbers(3, 2, 5, 6),
+        a=layer(2, 3, (2, 3), kind=nn.Conv2d, padding=(1, 0), stride=(1, 2), dilation=(2, 1)),
+        b=layer(3, 2, 1, kind=nn.Conv2d)),
+    odd("conv-same-even", lambda s, x: s.b(s.a(x).relu()).mean((2, 3)), numbers(3, 2, 4, 4),
+        a=layer(2, 3, 2, kind=nn.Conv2d, padding="same"), b=layer(3, 2, 1, kind=nn.Conv2d),
+        loss="cross-entropy"),
+    odd("conv1d-few-places", lambda s, x: s.b(torch.tanh(s.a(x))).mean(2), numbers(3, 4, 5),
+        a=layer(4, 3, 3, kind=nn.Conv1d), b=layer(3, 2, 1, kind=nn.Conv1d), loss="cross-entropy"),
+    odd("conv2d-few-places", lambda s, x: s.b(torch.tanh(s.a(x))).flatten(1), numbers(3, 4, 4, 5),
+        a=layer(4, 3, 3, kind=nn.Conv2d), b=layer(3, 2, (1, 2), kind=nn.Conv2d)),
+    odd("conv-groups", lambda s, x: s.b(s.a(x).relu()).flatten(1), numbers(3, 2, 4, 4),
+        a=layer(2, 4, 2, kind=nn.Conv2d, groups=2), b=layer(4, 2, 2, kind=nn.Conv2d, groups=2)),
+    odd("conv-transposed", lambda s, x: s.b(torch.tanh(s.a(x))).flatten(1), numbers(3, 2, 3, 3),
+        a=layer(2, 3, 2, kind=nn.ConvTranspose2d, stride=2),
+        b=layer(3, 1, 2, kind=nn.ConvTranspose2d)),
+    odd("conv-square", lambda s, x: s.b(torch.tanh(s.a(x))).flatten(1), numbers(3, 3, 3, 3),
+        a=layer(3, 3, 2, kind=nn.Conv2d), b=layer(3, 3, 2, kind=nn.Conv2d)),
+    odd("pool-of-one-channel", lambda s, x: F.max_pool2d(s.a(x), 2).flatten(1), CUBE, **SQ),
+    # Written in place
+    odd("in-place-buffer", in_place_buffer, ROWS, **TWO),
+    odd("in-place-copy", in_place_copy, ROWS, **TWO),
+    odd("in-place-base", in_place_base, ROWS, **TWO),
+    odd("in-place-column", in_place_column, ROWS, **TWO),
+    odd("in-place-relu", lambda s, x: s.b(s.a(x).relu_()), ROWS, **TWO),
+]  # fmt: skip
+
+
+def pose(model: Odd) -> tuple[Problem, Tensor]:
+    module = model.make()
+    with torch.no_grad():
+        shape = module(*model.inputs).shape
+    if model.loss == "cross-entropy":
+        generator = torch.Generator().manual_seed(0)
+        target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+    else:
+        target = normal(*shape, seed=9)
+    truth = hessian(module, LOSSES[model.loss], model.inputs, target)
+    assert truth.norm() > 1e-3
+    return problem_of(module, model.inputs, target, model.loss), truth
+
+
+@pytest.mark.parametrize("model", MIXING, ids=str)
+def test_samples_that_mix_are_refused(model):
+    problem, truth = pose(model)
+    routes = routes_of(problem)
+    for name in FAST:
+        for structure in STRUCTURES:
+            diagonal = structure == "elements"
+            for block in blocks_of(problem, structure):
+                with pytest.raises(NotApplicable, match=r"\w"):
+                    compute_blocks(routes[name], [block], diagonal)
+    right, reasons = applies(routes["hvp"], truth, "full", 1e-10)
+    assert (right, reasons) == (1, [])
+
+
+@pytest.mark.parametrize("model", INDEPENDENT, ids=str)
+def test_what_is_not_refused_is_right(model):
+    problem, truth = pose(model)
+    routes = routes_of(problem)
+    for structure in STRUCTURES:
+        right, reasons = applies(routes["hvp"], truth, structure, 1e-10, model.name)
+        assert reasons == []
+        assert right >= 1
+        for name in FAST:
+            applies(routes[name], truth, structure, 1e-10, model.name)
+
+
+# Of those, these are affine in the plain sense, and preactivation must see it.
+SEEN = {
+    "square", "square-over-time", "one-sample", "one-step", "shared-wide", "weight-as-stored",
+    "weight-transposed", "bias-later", "scale-over-axes", "numbers-alone", "residual", "dense",
+    "product-of-branches", "time-major-flat", "conv-uneven", "attention-square",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [m for m in INDEPENDENT if m.name in SEEN], ids=str)
+def test_preactivation_sees_what_is_affine(model):
+    problem, truth = pose(model)
+    right, _ = applies(routes_of(problem)["preactivation"], truth, "block_diagonal", 1e-10)
+    assert right >= 1
+    assert len({m.name for m in INDEPENDENT} & SEEN) == len(SEEN)
+
+
+def test_an_axis_of_classes_is_no_axis_of_samples():
+    """Without a sample axis the loss couples what lies along the first."""
+    model = Net(lambda s, x: x * s.g, g=torch.tensor(1.3)).double()
+    x, target = numbers(4), torch.tensor(2)
+    truth = hessian(model, F.cross_entropy, (x,), target)
+    assert truth.norm() > 1e-2
+    problem = problem_of(model, (x,), target, "cross-entropy")
+    for route in routes_of(problem).values():
+        limit = 1e-6 if route.name == "finite-difference" else 1e-10
+        for structure in ("full", "elements"):
+            applies(route, truth, structure, limit)
+    assert applies(routes_of(problem)["hvp"], truth, "full", 1e-10) == (1, [])
+
+
+@pytest.mark.parametrize("name", ["loss.py:mine", "output"])
+def test_a_loss_that_may_mix_samples_is_refused(name):
+    """The user's own loss is opaque, and one number for all data is a mix of all samples."""
+    model = Net(lambda s, x: s.b(hidden(s, x)).square().mean(), **{k: v() for k, v in TWO.items()})
+    if name == "output":
+        problem = problem_of(model, (ROWS,), None, name)
+    else:
+        from dataclasses import replace
+
+        from hesscli.hessian.losses import Loss
+
+        plain = Net(lambda s, x: s.b(hidden(s, x)), **{k: v() for k, v in TWO.items()})
+        problem = problem_of(plain, (ROWS,), numbers(5, 2), "mse")
+        loss = Loss(name, function=lambda z, y: (z - y).square().mean(0).pow(2))
+        problem = replace(problem, loss=loss)
+    for route in FAST:
+        with pytest.raises(NotApplicable):
+            compute_blocks(routes_of(problem)[route], blocks_of(problem, "block_diagonal"))
+
+
+@pytest.mark.parametrize("route", ["preactivation", "gauss-newton", "hvp", "finite-difference"])
+@pytest.mark.parametrize("name", ["mlp-relu", "softmax", "conv-conv", "twice"])
+def test_blocks_together_are_the_blocks_alone(name, route):
+    problem, routes = posed(name)
+    for structure in ("block_diagonal", "elements"):
+        diagonal = structure == "elements"
+        blocks = blocks_of(problem, structure)
+        try:
+            alone = {b.name: compute_blocks(routes[route], [b], diagonal)[b.name] for b in blocks}
+        except NotApplicable:
+            with pytest.raises(NotApplicable):
+                compute_blocks(routes[route], blocks, diagonal)
+            continue
+        together = compute_blocks(routes[route], blocks, diagonal)
+        for block in blocks:
+            assert torch.allclose(together[block.name], alone[block.name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("route", ["preactivation", "gauss-newton", "hvp"])
+def test_a_parameter_that_is_not_contiguous(route):
+    weight = numbers(3, 4).T
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    model[0].weight = nn.Parameter(weight)
+    assert not model[0].weight.is_contiguous()
+    target = numbers(5, 2)
+    truth = hessian(model, F.mse_loss, (ROWS,), target)
+    routes = routes_of(problem_of(model, (ROWS,), target))
+    right, _ = applies(routes[route], truth, "block_diagonal", 1e-10)
+    assert right == 4
+
+
+def test_finite_difference_of_a_parameter_that_is_not_contiguous():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    model[0].weight = nn.Parameter(numbers(3, 4).T)
+    target = numbers(5, 2)
+    truth = hessian(model, F.mse_loss, (ROWS,), target)
+    route = routes_of(problem_of(model, (ROWS,), target))["finite-difference"]
+    assert applies(route, truth, "full", 1e-7) == (1, [])
