@@ -15,6 +15,7 @@ import typer
 
 from hesscli.errors import ExitCode, HesscliError
 
+_SHORT = {"--blocks": "-b", "--loss": "-l", "--device": "-d", "--arch": "-a"}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -84,7 +85,19 @@ def _report(error: BaseException, debug: bool) -> int:
 
 
 def _pasteable(hint: str) -> str:
-    """A hint that is an option, or the rest of a pipe, is appended to this very command."""
-    if hint.startswith(("-", "| ")):
-        return f"{shlex.join(['hesscli', *sys.argv[1:]])} {hint}"
-    return hint
+    """A hint that is an option, or the rest of a pipe, is appended to this very command.
+
+    An option that the command has already gives way to it.
+    """
+    if not hint.startswith(("-", "| ")):
+        return hint
+    flag = hint.split()[0]
+    names = {flag, _SHORT.get(flag, flag)}
+    kept: list[str] = []
+    words = iter(sys.argv[1:])
+    for word in words:
+        if word in names and len(hint.split()) > 1:
+            next(words, None)  # its value
+        else:
+            kept.append(word)
+    return f"{shlex.join(['hesscli', *kept])} {hint}"

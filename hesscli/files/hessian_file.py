@@ -104,13 +104,16 @@ class HessianWriter:
         room = self.start - 8
         assert len(header) <= room, "the room reserved for the header is too small"
         self._put(0, memoryview(room.to_bytes(8, "little") + header.ljust(room)))
-        self.file.sync()
-        if self.path is None or self.temporary is None:
-            return
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(self.temporary, 0o666 & ~mask)  # mkstemp makes it private
-        os.replace(self.temporary, self.path)
+        try:
+            self.file.sync()
+            if self.path is None or self.temporary is None:
+                return
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(self.temporary, 0o666 & ~mask)  # mkstemp makes it private
+            os.replace(self.temporary, self.path)
+        except OSError as error:
+            raise self._full(error) from error
         self.temporary = None
         _sync_folder(self.path.parent)
 

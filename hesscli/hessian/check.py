@@ -52,9 +52,11 @@ class Certificate:
         v = v.to(self.problem.device, self.problem.dtype)
         error = self._product_error(block, hessian, v)
         if not self.passed(error):
-            fixed = self._fixed(block, hessian)
-            if bool(fixed.any()):
-                error = self._product_error(block, hessian, v.masked_fill(fixed, 0))
+            constant = self._constants(block, hessian, v)
+            if bool(constant.all()):
+                return 0.0
+            if bool(constant.any()):
+                error = self._product_error(block, hessian, v.masked_fill(constant, 0))
         return error
 
     def _product_error(self, block: Block, hessian: Tensor, v: Tensor) -> float:
@@ -62,14 +64,14 @@ class Certificate:
         size = float(torch.linalg.norm(product))
         return self._best(_Along(self.problem, block, v, slice(None), product, size))
 
-    def _fixed(self, block: Block, hessian: Tensor) -> Tensor:
-        """Entries that PyTorch treats as constants though the loss depends on them (an embedding's padding row).
+    def _constants(self, block: Block, hessian: Tensor, v: Tensor) -> Tensor:
+        """Entries that PyTorch treats as constants though the loss depends on them: an embedding's padding row.
 
-        They have no gradient; their rows, which the difference quotient still sees, are zero.
+        They have no gradient, here or a step away, and their rows of the Hessian are zero.
         """
-        gradient = self.problem.gradient(block.parameters)
-        flat = torch.cat([g.reshape(-1) for g in gradient.values()])
-        return (flat == 0) & ~hessian.any(1)
+        along = _Along(self.problem, block, v, slice(None), v, 0.0)
+        here, there = along.gradient(0.0), along.gradient(_STEPS[self.problem.dtype][-1])
+        return (here == 0) & (there == 0) & ~hessian.any(1)
 
     def diagonal(self, block: Block, diagonal: Tensor) -> float:
         """The relative error, by the largest entry, of a block's diagonal [n] at its largest and at a random entry."""
@@ -91,16 +93,29 @@ class Certificate:
         self.worst = max(self.worst, error)
 
     def _best(self, along: _Along) -> float:
+        """The least error of all steps; or, for a block lost in rounding, its share of what rounding explains.
+
+        No block is asked to be better than the noise of the difference quotient with the largest step, where that is
+        least: a bias before a normalisation has a Hessian of zero, and 1e-18 is as good.
+        """
         self.directions += 1
-        errors, excused = [], []
-        for step in _STEPS[self.problem.dtype]:
-            difference, size, rounding = along.compare(step)
-            errors.append(difference / size if size else 0.0)
-            if self.passed(errors[-1]):
-                return errors[-1]
-            excused.append(max(0.0, difference - rounding) / size)
-        # No block is asked to be better than what rounding of the two gradients alone makes of the quotient.
-        return min(excused) if self.passed(min(excused)) else min(errors)
+        steps = _STEPS[self.problem.dtype]
+        errors: dict[float, float] = {}
+        differences: dict[float, float] = {}
+        for step in steps:
+            differences[step], size = along.compare(step)
+            errors[step] = differences[step] / size if size else 0.0
+            if self.passed(errors[step]):
+                return errors[step]
+        largest = max(steps)
+        noise = along.noise(largest, self._gradient_norm())
+        if differences[largest] <= noise:
+            return self.tolerance * differences[largest] / noise
+        return min(errors.values())
+
+    def _gradient_norm(self) -> float:
+        gradient = self.problem.gradient(list(self.problem.parameters))
+        return math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
 
 
 @dataclass
@@ -114,16 +129,18 @@ class _Along:
     computed: Tensor
     scale: float
 
-    def compare(self, step: float) -> tuple[float, float, float]:
-        """|computed - quotient|, the greater size of the two, and what rounding can make of the quotient."""
-        step *= self._typical()
-        plus, minus = self._gradient(step), self._gradient(-step)
-        quotient = ((plus - minus) / (2 * step))[self.entries]
-        epsilon = torch.finfo(self.problem.dtype).eps
-        rounding = 8 * epsilon * float(torch.linalg.norm(plus)) / step
+    def compare(self, step: float) -> tuple[float, float]:
+        """|computed - quotient|, and the greater size of the two."""
+        h = step * self._typical()
+        quotient = ((self.gradient(step) - self.gradient(-step)) / (2 * h))[self.entries]
         difference = float(torch.linalg.norm(self.computed - quotient))
         size = max(self.scale, float(torch.linalg.norm(quotient)))
-        return (difference if difference < float("inf") else float("inf")), size, rounding
+        return (difference if difference < float("inf") else float("inf")), size
+
+    def noise(self, step: float, gradient_norm: float) -> float:
+        """What rounding of the gradients can make of the quotient."""
+        epsilon = torch.finfo(self.problem.dtype).eps
+        return 8 * epsilon * gradient_norm / (step * self._typical())
 
     def _typical(self) -> float:
         """The size of the parameters relative to the direction's, so that a step is relative to them."""
@@ -134,7 +151,9 @@ class _Along:
     def _leaves(self) -> list[Tensor]:
         return [self.problem.parameters[name] for name in self.block.parameters]
 
-    def _gradient(self, step: float) -> Tensor:
+    def gradient(self, step: float) -> Tensor:
+        """g_B(theta + step v), the step relative to the parameters."""
+        step *= self._typical()
         leaves = self._leaves()
         values = [leaf.detach().clone() for leaf in leaves]
         try:

@@ -276,7 +276,11 @@ class Loss:
         self, output: Tensor, target: Tensor | None, arguments: Mapping[str, object]
     ) -> Total:
         if self.name in LOSSES:
-            return LOSSES[self.name](output, target, **arguments)
+            try:
+                return LOSSES[self.name](output, target, **arguments)
+            except (TypeError, ValueError) as error:
+                given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+                raise UsageError(f"the loss {self.name} cannot take {given}: {error}") from None
         terms = output if self.function is None else self.function(output, target, **arguments)
         if not isinstance(terms, Tensor):
             raise MismatchError(

@@ -52,9 +52,9 @@ def group(blocks: Sequence[Block], diagonal: bool) -> list[list[Block]]:
 
     limit = max(int(1.1 * max((cost(block) for block in blocks), default=0)), _SMALL)
     groups: list[list[Block]] = []
-    held = limit
+    held = 0
     for block in blocks:
-        if held + cost(block) > limit:
+        if not groups or held + cost(block) > limit:
             groups.append([])
             held = 0
         groups[-1].append(block)

@@ -67,6 +67,8 @@ class Analyses:
 def _analyse(problem: Problem, batch: Batch) -> Analysis:
     if (problem.loss.name not in LOSSES and problem.loss.name != "output") or problem.loss.whole:
         raise NotApplicable(f"the loss {problem.loss.name} may mix samples")
+    if not batch.inputs or not batch.inputs[0].dim():
+        raise NotApplicable("the inputs have no sample axis")
     tape = record(problem, batch)
     if problem.loss.name in ("cross-entropy", "nll") and len(tape.shapes[tape.output]) < 2:
         raise NotApplicable("one sample without a sample axis")  # axis 0 holds its classes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -106,7 +107,9 @@ class Problem:
                 torch.no_grad()
             ):  # leaves no graph in attributes that hooks compute, which could not be copied
                 mine = self.output(self.batches[0])
-                module = copy.deepcopy(self.module).double()  # TorchScript would record the copying
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of what is deprecated inside exported graphs
+                    module = copy.deepcopy(self.module).double()  # TorchScript would record it
             named = dict(module.named_parameters(remove_duplicate=False))
             twin = replace(
                 self,

@@ -212,7 +212,11 @@ def _transpose(c: _Context) -> SampleAxis | None:
     if c.call.name == "permute":
         order = [int(d) % rank for d in c.named("dims")]
     else:
-        a, b = (0, rank - 1) if c.call.name == "t" else (c.named("dim0") % rank, c.named("dim1") % rank)
+        a, b = (
+            (0, rank - 1)
+            if c.call.name == "t"
+            else (c.named("dim0") % rank, c.named("dim1") % rank)
+        )
         order[a], order[b] = order[b], order[a]
     return replace(axis, axis=order.index(axis.axis))
 

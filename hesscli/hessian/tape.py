@@ -111,6 +111,8 @@ def record(problem: Problem, batch: Batch) -> Tape:
     recorder = _Recorder()
     with exact_derivatives(), recorder:
         output = problem.output(batch)
+    if recorder.refusal is not None:
+        raise recorder.refusal
     if id(output) not in recorder.numbers:
         raise NotApplicable("the output does not depend on the data")
     number = recorder.numbers[id(output)]
@@ -159,6 +161,7 @@ class _Recorder(TorchDispatchMode):
         self.tensors: dict[int, Tensor] = {}  # by identity
         self.memory: dict[int, set[int]] = {}  # storage -> identities
         self.stale: set[int] = set()
+        self.refusal: NotApplicable | None = None
 
     def __torch_dispatch__(
         self,
@@ -168,6 +171,22 @@ class _Recorder(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if self.refusal is not None:
+            return func(*args, **kwargs)
+        result: list[Any] = []
+        try:
+            self._note(func, args, kwargs, result)
+        except NotApplicable as reason:
+            # Raised when the pass is over: TorchScript's interpreter would make another error of it.
+            self.refusal = reason
+        return result[0] if result else func(*args, **kwargs)
+
+    def _note(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Any]
+    ) -> None:
+        """Executes an operator, puts its result into `results`, and records it."""
+        if not torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args)):
+            raise NotApplicable("the model turns gradients off")
         arguments = self._referenced(args)
         keywords = {name: self._referenced(value) for name, value in kwargs.items()}
         written = [
@@ -176,6 +195,7 @@ class _Recorder(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
         result = func(*args, **kwargs)
+        results.append(result)
         if any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments):
             if len(written) != 1 or not isinstance(written[0], Tensor):
                 raise NotApplicable(f"{func._schema.name} writes into its arguments")
@@ -193,7 +213,6 @@ class _Recorder(TorchDispatchMode):
         ):  # what traces hold; the rest is cuDNN's business
             func, arguments = torch.ops.aten.convolution.default, arguments[:9]
         self.calls.append(Call(func, arguments, keywords, outputs))
-        return result
 
     def _number(self, tensor: Tensor, separate: bool = False) -> int:
         number = len(self.shapes)
@@ -221,6 +240,14 @@ class _Recorder(TorchDispatchMode):
         if isinstance(value, (tuple, list)):
             return tuple(self._referenced(item) for item in value)
         return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
 
 
 def _functional(operator: Any) -> Any:

@@ -143,7 +143,7 @@ class _Job:
             size = output_bytes(blocks, diagonal, self.problem.dtype)
             if size < self.bytes and size < free:
                 break
-        return f"hesscli compute {self.options.model} {self.options.data} --blocks {option}"
+        return f"--blocks {option}"
 
     def _memory(self) -> int:
         largest = max(output_bytes([b], self.diagonal, self.problem.dtype) for b in self.blocks)
@@ -287,7 +287,7 @@ class _Job:
         if not self.diagonal:
             symmetry = 0.0 if self.routes[method].symmetric else symmetrise_(values)
         error = None
-        if self.certificate is not None:
+        if self.certificate is not None and block.size:
             judge = self.certificate.diagonal if self.diagonal else self.certificate.matrix
             error = judge(block, values)
             if not self.certificate.passed(error):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
@@ -14,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from hesscli.errors import NumericalError, UsageError
-from hesscli.files.hessian_file import HessianFile, read_hessian
-from hesscli.job.writing import may_write, write_tensors
+from hesscli.files.hessian_file import HessianFile, HessianWriter, read_hessian
+from hesscli.job.writing import may_write
 from hesscli.spectrum.eigen import top_eigenpairs
 
 SCHEMA = "hesscli.eigen/1"
@@ -38,7 +37,7 @@ def eigen(
         the JSON document.
     """
     if output is not None:
-        may_write(output, force)
+        may_write(output, force, () if source == "-" else (Path(source),))
     with _opened(source) as file:
         document = file.document
         chosen = document["blocks"]
@@ -66,9 +65,12 @@ def eigen(
     }
     if output is not None:
         kept = {key: result[key] for key in result if key != "hessian"}
-        metadata = {"format": "pt", "hesscli": json.dumps(kept)}
         tensors = {"eigenvalues": pairs.values, "eigenvectors": pairs.vectors}
-        write_tensors(output, tensors, metadata)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        with HessianWriter(output, shapes, "float64", kept) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+            writer.commit(kept)
     return result
 
 

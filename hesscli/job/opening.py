@@ -279,7 +279,7 @@ def _split(
         if count == 1 and samples > 1:
             problem = replace(problem, loss=replace(problem.loss, whole=True))
             note("the loss is one number for all data, so the data is not split into batches")
-    saved = saved_bytes(problem, few, problem.value) // max(
+    saved = saved_bytes(problem, few, problem.output) // max(
         1, len(few.inputs[0]) if few.inputs[0].dim() else 1
     )
     size = rows or sum(p.numel() for p in problem.parameters.values())

@@ -110,6 +110,8 @@ def _lanczos(matrix: np.ndarray, k: int, which: str) -> tuple[np.ndarray, np.nda
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
     n = matrix.shape[0]
+    if not matrix.any():
+        return np.zeros(k), np.eye(n, k)  # ARPACK refuses to start
     operator = LinearOperator((n, n), product(matrix), dtype=np.float64)
     start = np.random.default_rng(0).standard_normal(n)  # the same command gives the same bytes
     try:

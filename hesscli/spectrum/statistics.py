@@ -30,7 +30,7 @@ def of_matrix(matrix: np.ndarray, level: str = "auto") -> Statistics:
         level: "basic" leaves the eigenvalues out, "auto" takes them for small blocks, "all" for every block.
     """
     n = matrix.shape[0]
-    wanted = level == "all" or (level == "auto" and n <= QUICK_LIMIT)
+    wanted = n > 0 and (level == "all" or (level == "auto" and n <= QUICK_LIMIT))
     low, high = extremes(matrix, DENSE_LIMIT) if wanted else (None, None)
     trace = float(np.trace(matrix, dtype=np.float64))
     return Statistics(trace, _norm(matrix), high, low)
@@ -39,12 +39,9 @@ def of_matrix(matrix: np.ndarray, level: str = "auto") -> Statistics:
 def of_diagonal(diagonal: np.ndarray) -> Statistics:
     """The same of a diagonal matrix, whose eigenvalues are its entries."""
     entries = diagonal.ravel()
-    return Statistics(
-        float(entries.sum(dtype=np.float64)),
-        _norm(entries),
-        float(entries.max()),
-        float(entries.min()),
-    )
+    high = float(entries.max()) if entries.size else None
+    low = float(entries.min()) if entries.size else None
+    return Statistics(float(entries.sum(dtype=np.float64)), _norm(entries), high, low)
 
 
 def _norm(array: np.ndarray) -> float:

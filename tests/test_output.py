@@ -1,0 +1,303 @@
+"""What is printed, to the letter: tables against golden files, numbers, streams of every kind."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hesscli.cli import output
+from hesscli.cli.output import Output, error, number, seconds, size
+
+GOLDEN = Path(__file__).parent / "golden"
+TABLES = ("compute", "plan", "eigen")
+
+
+class Stream(io.StringIO):
+    """A text stream that is, or is not, a terminal of some encoding."""
+
+    def __init__(self, encoding: str = "utf-8", terminal: bool = False) -> None:
+        super().__init__()
+        self._encoding, self._terminal = encoding, terminal
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._encoding
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+
+def block(name: str, shape: list[int], size: int, *numbers: float | None) -> dict[str, Any]:
+    trace, eig_max, eig_min, fro_norm = numbers
+    return {
+        "name": name,
+        "shape": shape,
+        "size": size,
+        "trace": trace,
+        "eig_max": eig_max,
+        "eig_min": eig_min,
+        "fro_norm": fro_norm,
+        "bytes": 4 * size**2,
+        "plan": "preactivation (16 seeds)",
+    }
+
+
+def compute() -> dict[str, Any]:
+    return {
+        "model": {"path": "net.pt"},
+        "data": {"path": "digits.npz", "samples": 300},
+        "loss": {
+            "name": "cross-entropy",
+            "arguments": {"label_smoothing": 0.1},
+            "reduction": "mean",
+            "value": 0.10914,
+        },
+        "structure": "block_diagonal",
+        "dtype": "float32",
+        "device": "cpu",
+        "gradient_norm": 0.176,
+        "method": "gauss-newton + preactivation",
+        "check": {"relative_error": 3.51e-7},
+        "symmetry_error": 0.0,
+        "seconds": 2.6,
+        "blocks": [
+            block("fc1.weight", [16, 64], 1024, 7.63, 1.5861, -0.0512, 2.231),
+            block("fc1.bias", [16], 16, -0.0381234, 0.134, -1.8812e-09, 1234567.0),
+            block(
+                "encoder.layers.0.self_attention.in_proj", [96, 32], 3072, 1e3, None, None, 1e-12
+            ),
+            block("scale", [], 1, 0.0, 0.0, 0.0, 0.0),
+        ],
+        "total": {
+            "size": 4113,
+            "trace": 8.82,
+            "eig_max": 1.5861,
+            "eig_min": -0.0512,
+            "fro_norm": None,
+            "bytes": 41944068,
+            "memory": 273000000,
+            "estimated_seconds": 0.0251,
+        },
+    }
+
+
+def plan() -> dict[str, Any]:
+    left_out = ("gradient_norm", "method", "check", "symmetry_error")
+    return {key: value for key, value in compute().items() if key not in left_out}
+
+
+def eigen() -> dict[str, Any]:
+    return {
+        "hessian": "-",
+        "structure": "block_diagonal",
+        "which": "magnitude",
+        "eigenvalues": [-12.5, 0.0931234567, 1e-9],
+        "residuals": [3.1e-16, 0.0, 1e-10],
+        "blocks": ["fc1.weight", "fc1.bias", "fc1.bias"],
+        "block": None,
+        "size": 1210,
+    }
+
+
+def show(table: str, document: dict[str, Any], stream: Stream, **options: Any) -> str:
+    with Output(**options) as out:
+        out.stream = stream
+        {"compute": out.hessian, "plan": out.plan, "eigen": out.eigenpairs}[table](document)
+    return stream.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+
+DOCUMENTS = {"compute": compute, "plan": plan, "eigen": eigen}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_golden_table(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as CI services do
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    printed = show(table, DOCUMENTS[table](), Stream())
+    golden = GOLDEN / f"{table}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(printed)
+    assert printed == golden.read_text()
+    assert "\033" not in printed
+    assert all(line == line.rstrip() for line in printed.splitlines())
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_a_terminal_folds_names_and_cuts_no_number(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("NO_COLOR", "1")
+    printed = show("compute", compute(), Stream(terminal=True))
+    rows = printed.split("\n\n")[1].splitlines()
+    if columns >= 80:
+        assert max(len(row) for row in rows) <= columns
+    assert len(rows) == 6 if columns == 200 else len(rows) > 6
+    for cell in ("-0.0381", "-1.88e-09", "1.23e+06", "37748736", ">=1.59", "<=-0.0512"):
+        assert cell in printed
+    names = [row[: row.index("  ")] if "  " in row else row for row in rows]
+    assert "encoder.layers.0.self_attention.in_proj" in "".join(names)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "coloured"),
+    [("NO_COLOR", "1", False), ("NO_COLOR", "", True), ("TERM", "dumb", False)],
+)
+def test_colour_is_for_terminals_that_want_it(
+    variable: str, value: str, coloured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert ("\033" in show("eigen", eigen(), Stream(terminal=True))) == coloured
+
+
+def test_names_cannot_steer_the_terminal() -> None:
+    document = compute()
+    document["blocks"][0]["name"] = "\033[31mred\nnext\u202e"
+    document["model"]["path"] = "a\rb.pt"
+    printed = show("compute", document, Stream())
+    assert r"\x1b[31mred\nnext\u202e" in printed
+    assert r"a\rb.pt" in printed
+    assert "\033" not in printed
+
+
+def test_ascii_streams() -> None:
+    document = compute()
+    document["blocks"][0]["name"] = "\N{GREEK SMALL LETTER LAMDA}.weight"
+    printed = show("compute", document, Stream("ascii"))
+    assert printed.isascii()
+    assert r"\u03bb.weight" in printed
+    assert "\N{GREEK SMALL LETTER LAMDA}.weight" in show("compute", document, Stream())
+
+
+def test_one_block_has_no_total() -> None:
+    document = compute()
+    document["blocks"] = document["blocks"][:1]
+    assert ">=" not in show("compute", document, Stream())
+
+
+def test_bounds_of_what_was_not_computed() -> None:
+    document = compute()
+    document["total"] |= {"eig_max": None, "eig_min": None}
+    total = show("compute", document, Stream()).splitlines()[-1]
+    assert total.split() == ["total", "4113", "8.82", "-", "-", "-", "41944068"]
+
+
+def test_unchecked_is_said() -> None:
+    assert "check    not done" in show("compute", compute() | {"check": None}, Stream())
+
+
+def test_quiet_prints_nothing() -> None:
+    assert show("compute", compute(), Stream(), quiet=True) == ""
+
+
+def test_json_has_null_for_what_is_not_finite() -> None:
+    document = compute() | {"seconds": float("nan"), "symmetry_error": float("inf")}
+    printed = json.loads(show("compute", document, Stream(), json=True))
+    assert printed["seconds"] is None
+    assert printed["symmetry_error"] is None
+    assert printed["blocks"] == document["blocks"]
+
+
+def test_numbers() -> None:
+    values = {None: "-", float("nan"): "-", float("inf"): "-", 0.0: "0", -0.03812: "-0.0381"}
+    assert {value: number(value) for value in values} == values
+    assert [number(x) for x in (1234567.0, 999.4, 1e-12)] == ["1.23e+06", "999", "1e-12"]
+    assert [error(x) for x in (None, 0.0, 3.51e-7)] == ["-", "0", "3.5e-07"]
+    assert [seconds(x) for x in (0.0251, 9.94, 59.6, 600, 7300)] == [
+        "0.025 s",
+        "9.9 s",
+        "60 s",
+        "10 min",
+        "2.0 h",
+    ]
+    assert [size(x) for x in (999, 4314512, 8e10, 2e15)] == [
+        "999 B",
+        "4.31 MB",
+        "80 GB",
+        "2e+03 TB",
+    ]
+
+
+def test_talk_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    with Output() as out:
+        out.note("two\nlines")
+        out.wrote("hessian.safetensors", 4314512)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "note: two\\nlines\nwrote: hessian.safetensors (4.31 MB)\n"
+
+
+def test_no_bar_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with Output() as out:
+        out.progress(1, 2, "fc1.weight")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_bar_that_never_started_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream(terminal=True)
+    monkeypatch.setattr(output.sys, "stderr", stream)
+    with Output() as out:
+        out.progress(0, 2, "")
+        out.progress(2, 2, "fc1.weight")
+    assert stream.getvalue() == ""
+
+
+def hesscli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "hesscli", *arguments],
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ((), "Commands:"),
+        (("compute",), "error: missing argument 'MODEL'\nhint: hesscli compute --help"),
+        (("nothing",), "error: no such command 'nothing'\nhint: hesscli --help"),
+        (("compute", "a", "b", "--blocks", "c"), "error: invalid value for '--blocks'"),
+        (("compute", "no.pt", "no.npz"), "error: no.pt: no such file"),
+        (("eigen", "no.st"), "error: no.st: no such file\nhint: "),
+    ],
+)
+def test_usage_errors(arguments: tuple[str, ...], found: str) -> None:
+    done = hesscli(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert found.lower() in done.stderr.replace("python -m hesscli", "hesscli").lower()
+
+
+@pytest.mark.parametrize("command", [(), ("compute",), ("eigen",)])
+def test_help_is_plain_and_loads_nothing_heavy(command: tuple[str, ...]) -> None:
+    code = (
+        "import sys; from hesscli.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print('loaded:', sorted({'torch', 'numpy', 'scipy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command, "--help"],
+        env=os.environ | {"GITHUB_ACTIONS": "true", "FORCE_COLOR": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    assert done.returncode == 0
+    assert done.stdout.endswith("loaded: []\n")
+    assert "\033" not in done.stdout
+    assert "Example:" in done.stdout
