@@ -50,7 +50,7 @@ def compute(
     stats: Annotated[
         Stats,
         typer.Option(
-            help="basic: trace and norm. auto: also the extreme eigenvalues of blocks up to 1024. "
+            help="basic: trace and norm. auto: also the extreme eigenvalues of blocks up to 1536. "
             "all: of every block; for large ones longer than the Hessian takes. none: nothing."
         ),
     ] = Stats.auto,  # type: ignore[attr-defined]

@@ -155,7 +155,7 @@ def _check_samples(path: str | os.PathLike[str], data: Data, unbatched: bool) ->
             raise MismatchError(
                 f"{path}: {first} {list(reference.shape)} and {what} {list(array.shape)} "
                 "differ in the number of samples, their first axis",
-                "--unbatched, if the file holds one sample without that axis",
+                "--unbatched",
             )
 
 

@@ -28,6 +28,7 @@ from hesscli.job.document import Document
 from hesscli.job.opening import Opened, open_problem
 from hesscli.job.options import ComputeOptions, Listener
 from hesscli.job.writing import may_write
+from hesscli.spectrum.statistics import QUICK_LIMIT
 
 
 def compute(options: ComputeOptions, listener: Listener, dry_run: bool = False) -> Document:
@@ -111,9 +112,22 @@ class _Job:
             "size": sum(block.size for block in self.blocks),
             "bytes": self.bytes,
             "memory": self._memory(),
-            "estimated_seconds": total(chosen).seconds(rates) + self.bytes / 1e9,
+            "estimated_seconds": self._estimate(total(chosen).seconds(rates)),
         }
         return document
+
+    def _estimate(self, work: float) -> float:
+        """Seconds of everything: the work, the check of each block, its eigenvalues, and writing."""
+        reference = self.double or self.problem
+        names = list(self.shapes)
+        reference.gradient(names)  # the first one is slower
+        started = time.perf_counter()
+        reference.gradient(names)
+        gradient = time.perf_counter() - started
+        checks = 2 * gradient * len(self.blocks) if self.options.check else 0.0
+        small = [b.size for b in self.blocks if not self.diagonal and b.size <= QUICK_LIMIT]
+        eigenvalues = sum(2 * n**3 for n in small) / 1e10
+        return 0.3 + work + checks + eigenvalues + self.bytes / 1e9
 
     def fits(self) -> None:
         """Refuses what memory or disk cannot hold.

@@ -69,7 +69,7 @@ def statistics(array: np.ndarray, diagonal: bool, level: str) -> Document:
 
 
 def total(blocks: Sequence[Document]) -> Document:
-    """Sums, and bounds: the extremes of diagonal blocks only bound those of the whole matrix."""
+    """Sums, and bounds: the extremes of diagonal blocks only bound those of the whole matrix, as do those of some."""
 
     def known(key: str) -> list[float]:
         values = [facts[key] for facts in blocks]
@@ -79,8 +79,8 @@ def total(blocks: Sequence[Document]) -> Document:
     return {
         "size": sum(facts["size"] for facts in blocks),
         "trace": sum(known("trace")) if known("trace") else None,
-        "eig_max": max(known("eig_max"), default=None),
-        "eig_min": min(known("eig_min"), default=None),
+        "eig_max": max((b["eig_max"] for b in blocks if b["eig_max"] is not None), default=None),
+        "eig_min": min((b["eig_min"] for b in blocks if b["eig_min"] is not None), default=None),
         "fro_norm": math.sqrt(sum(squares)) if squares else None,
         "bytes": sum(facts["bytes"] for facts in blocks),
     }

@@ -79,6 +79,8 @@ def _blocks(
 ) -> Iterator[tuple[str, int, np.ndarray]]:
     offset = 0
     for facts in chosen:
+        if not facts["size"]:
+            continue
         array = file.tensor(facts["name"])
         if file.document["structure"] == "elements":
             array = array.reshape(-1)

@@ -8,8 +8,8 @@ import numpy as np
 
 from hesscli.spectrum.eigen import DENSE_LIMIT, extremes
 
-QUICK_LIMIT = 1024
-"""Up to this size the extreme eigenvalues of a block are always worth their time (about 0.1 s)."""
+QUICK_LIMIT = 1536
+"""Up to this size the extreme eigenvalues of a block are always worth their time (a quarter of a second)."""
 
 _RUN = 1 << 14  # numbers
 
