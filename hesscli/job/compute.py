@@ -250,7 +250,14 @@ class _Job:
         """The blocks' sums over batches; with smaller chunks where a device's memory runs out."""
         while True:
             try:
-                sums = {block.name: self._zeros(block, route.problem) for block in blocks}
+                sums = {
+                    block.name: torch.zeros(
+                        (block.size,) if self.diagonal else (block.size, block.size),
+                        dtype=route.problem.dtype,
+                        device=route.problem.device,
+                    )
+                    for block in blocks
+                }
                 for batch in route.problem.batches:
                     route.add(batch, blocks, sums, self.diagonal)
                 return sums
@@ -260,14 +267,6 @@ class _Job:
             # Outside the handler, which holds on to the failed pass.
             sums = {}
             torch.cuda.empty_cache()
-
-    def _zeros(self, block: Block, problem: Problem) -> Tensor:
-        shape = (block.size,) if self.diagonal else (block.size, block.size)
-        if (
-            problem.device.type == "cpu"
-        ):  # numpy leaves it to the system to clear pages when they are touched
-            return torch.from_numpy(np.zeros(shape, str(problem.dtype).removeprefix("torch.")))
-        return torch.zeros(shape, dtype=problem.dtype, device=problem.device)
 
     def _next_route(self, block: Block, place: int, reason: Exception) -> None:
         """Says that the next route of a block is taken, and why.
