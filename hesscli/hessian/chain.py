@@ -28,6 +28,7 @@ from hesscli.hessian.samples import ELEMENTWISE_UNARY, RESHAPES, SampleAxis
 from hesscli.hessian.tape import Call, Ref
 
 _UNARY = ELEMENTWISE_UNARY - {"detach"}
+_PRODUCTS = ("mm", "addmm")
 _AFFINE = frozenset(["mul", "add", "sub", "div"])
 _WORKSPACE = 1 << 26  # numbers that the curvature of some samples may take
 
@@ -75,7 +76,7 @@ def _known(call: Call, before: int) -> bool:
     )
     if call.name in _UNARY or call.name in RESHAPES:
         return call.reads == [before]  # not a clamp between values, say
-    if call.name in ("mm", "addmm") and not call.keywords:
+    if call.name in _PRODUCTS and not call.keywords:
         return place == (1 if call.name == "addmm" else 0)
     return call.name in _AFFINE and not call.keywords and (call.name != "div" or place == 0)
 
@@ -95,6 +96,8 @@ def chain_diagonals(
     grads = torch.autograd.grad(probed.value, probes, allow_unused=True) if probes else ()
     gradient = dict(zip(probed.probes, grads, strict=True))
     start = probed.output_hessian()
+    # From the last linear layer on, the diagonal is all that is needed, and all that is kept.
+    last = max((i for i, s in enumerate(steps) if s.call.name in _PRODUCTS), default=0)
     widest = max([start.shape[1], *(probed.known[s.before][0].numel() for s in steps)])
     count = max(1, _WORKSPACE // (widest * widest))
     found: dict[int, list[Tensor]] = {z: [] for z in zs}
@@ -109,7 +112,7 @@ def chain_diagonals(
                 at = probed.known[step.before].detach()[part]
                 slope = gradient.get(step.after)
                 slope = None if slope is None else slope[part]
-                _back(curvature, step, probed.known, at, slope, index + 1 == len(steps))
+                _back(curvature, step, probed.known, at, slope, index >= last)
                 value = step.before
             found[value].append(curvature.diagonal())
     return {z: torch.cat(parts) for z, parts in found.items()}
@@ -132,7 +135,7 @@ def _back(
     call = step.call
     if call.name in RESHAPES:
         return
-    if call.name in ("mm", "addmm"):
+    if call.name in _PRODUCTS:
         matrix = call.arguments[-1]
         curvature.linear(known[matrix.value].detach(), last)
         return
@@ -203,7 +206,7 @@ class Curvature:
         self.d = d if self.d is None else self.d + d
 
     def linear(self, matrix: Tensor, last: bool) -> None:
-        """S <- M S M^T with M [n', n]; if it is the last step, only the diagonal of that."""
+        """S <- M S M^T with M [n', n]; the last time, only the diagonal of that."""
         m = matrix.T.contiguous()  # [n, n']
         if self._rows() * m.shape[0] > m.shape[0] ** 2 and self._whole_is_cheaper(m):
             self._make_whole()

@@ -76,8 +76,8 @@ class Certificate:
     def diagonal(self, block: Block, diagonal: Tensor) -> float:
         """The error of one entry of a block's diagonal [n], relative to the largest.
 
-        It is drawn half in proportion to its size, which finds what is wrong by much, and half evenly, which finds what is
-        missing.
+        It is drawn half in proportion to its size, which finds what is wrong by much, and half evenly, which finds
+        what is missing.
         """
         sizes = diagonal.abs().double().cpu()
         scale = float(sizes.max())

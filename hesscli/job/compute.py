@@ -24,6 +24,7 @@ from hesscli.hessian.routes.all import routes
 from hesscli.hessian.routes.base import NotApplicable, Route
 from hesscli.hessian.symmetry import symmetrise_
 from hesscli.job import document as documents
+from hesscli.job.beside import Beside
 from hesscli.job.document import Document
 from hesscli.job.opening import Opened, open_problem
 from hesscli.job.options import ComputeOptions, Listener
@@ -184,9 +185,10 @@ class _Job:
                 for name, g in gradient.items():
                     writer.write(f"gradient.{name}", g.cpu().numpy())
             finished = {}
-            for facts, array in self._finished(gradient):
-                writer.write(facts["name"], array)
-                finished[facts["name"]] = facts
+            with Beside(enabled=self.problem.device.type != "cpu") as beside:
+                for facts, array in self._finished(gradient):
+                    beside.run(writer.write, facts["name"], array)
+                    finished[facts["name"]] = facts
             document |= self._results([finished[block.name] for block in self.blocks])
             writer.commit(documents.timeless(document))
             if self.options.output is None:
@@ -291,11 +293,6 @@ class _Job:
     ) -> tuple[Document, np.ndarray]:
         """Makes a block symmetric and certifies it, or takes the next route."""
         method = self.choices[block.name][place].method
-        if not math.isfinite(float(torch.linalg.vector_norm(values))):
-            raise NumericalError(
-                f"{block.name}: its Hessian is not finite (NaN or inf)",
-                "--dtype float64" if self.problem.dtype == torch.float32 else None,
-            )
         symmetry = None
         if not self.diagonal:
             symmetry = 0.0 if self.routes[method].symmetric else symmetrise_(values)
@@ -303,10 +300,18 @@ class _Job:
         if self.certificate is not None and block.size:
             judge = self.certificate.diagonal if self.diagonal else self.certificate.matrix
             error = judge(block, values)
-            if not self.certificate.passed(error):
+        passed = self.certificate is None or error is None or self.certificate.passed(error)
+        # What passed a comparison is finite.
+        if (error is None or not passed) and not bool(torch.isfinite(values).all()):
+            raise NumericalError(
+                f"{block.name}: its Hessian is not finite (NaN or inf)",
+                "--dtype float64" if self.problem.dtype == torch.float32 else None,
+            )
+        if self.certificate is not None and error is not None:
+            if not passed:
                 return self._again(block, place, error, gradient)
             self.certificate.accept(error)
-        array = values.to(self.problem.dtype).cpu().numpy()
+        array = _on_host(values.to(self.problem.dtype))
         if self.diagonal:
             array = array.reshape(self.shapes[block.name])
         facts = self._facts(block) | {
@@ -343,6 +348,14 @@ class _Job:
         if text not in self.opened.notes:
             self.opened.notes.append(text)
             self.listener.note(text)
+
+
+def _on_host(values: Tensor) -> np.ndarray:
+    """A block in the host's memory; from a GPU by way of pinned memory, several times as fast."""
+    if values.device.type == "cuda":
+        pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        return pinned.copy_(values).numpy()
+    return values.cpu().numpy()
 
 
 def _size(count: float) -> str:

@@ -1,0 +1,1 @@
+"""hesscli against its peers, from saved model to written file: `python -m tests.benchmarks`."""

@@ -1,0 +1,292 @@
+"""Measures whole processes, model file to Hessian file, one tool after the other. Imports no torch.
+
+This process must stay small: a child's peak memory never reads as less than its parent's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.tasks import GRADIENT, PACKAGES, Task
+
+ROOT = Path(__file__).parents[2]
+OURS = "hesscli"
+TOLERANCE = 1e-3  # relative Frobenius error between two float32 results
+TIMEOUT = 5  # limits, after which a process is killed
+WHOLE = {"func-hessian", "backpack"}  # cannot be had in parts
+ROW_BY_ROW = {"pyhessian", "hessian-eigenthings"}
+
+
+class FailedError(Exception):
+    """A process ended badly; the message is why."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    repeats: int = 5
+    toy: bool = False
+    threads: int = 1
+    limit: float = 60.0  # seconds of a peer's run, beyond which rows are extrapolated
+    peers: tuple[str, ...] = ()  # only these; empty: the task's
+
+
+@dataclass(frozen=True)
+class Run:
+    whole: float  # seconds of the process, plus those of rows left out
+    inside: float  # seconds between reading the model and the finished file, likewise
+    peak: int  # bytes of peak resident memory
+    processor: float  # seconds of processor time really used, over all threads
+
+
+@dataclass
+class Tool:
+    """One competitor's results."""
+
+    name: str
+    chunk: int | None = None
+    runs: list[Run] = field(default_factory=list)
+    share: float = 1.0  # of the rows that it really computed
+    error: float | None = None  # relative distance from hesscli's result
+    failure: str | None = None
+
+    def median(self, part: Callable[[Run], float]) -> float:
+        return statistics.median(part(run) for run in self.runs)
+
+
+@dataclass
+class Measured:
+    """All that one task gave."""
+
+    task: Task
+    parameters: int
+    samples: int
+    tools: list[Tool]
+    method: str = ""  # hesscli's
+    bytes: int = 0  # of hesscli's file
+    imports: list[float] = field(default_factory=list)  # seconds of `import torch`
+    import_peak: int = 0
+    gradients: list[float] = field(default_factory=list)  # seconds of one gradient
+    gemm: list[float] = field(default_factory=list)  # flop/s
+    writes: list[float] = field(default_factory=list)  # seconds of a plain write
+
+    @property
+    def ours(self) -> Tool:
+        return self.tools[0]
+
+    def less_import(self, whole: float) -> float:
+        return max(whole - statistics.median(self.imports), 1e-3)
+
+    def seconds(self, tool: Tool) -> float:
+        """Whole process less a bare `import torch`."""
+        return self.less_import(tool.median(lambda run: run.whole))
+
+    def ratio(self, tool: Tool) -> tuple[float, float, float]:
+        """How many times as long as hesscli: of the medians; least and most in one round."""
+        rounds = [
+            self.less_import(theirs.whole) / self.less_import(ours.whole)
+            for ours, theirs in zip(self.ours.runs, tool.runs, strict=False)
+        ]
+        return self.seconds(tool) / self.seconds(self.ours), min(rounds), max(rounds)
+
+    def in_gradients(self) -> float:
+        return self.seconds(self.ours) / statistics.median(self.gradients)
+
+    def gemm_efficiency(self, seconds: float) -> float:
+        """B P^2 / (seconds x rate). A symmetric matrix takes B P^2 / 2 multiply-adds."""
+        flops = self.samples * self.parameters**2
+        return flops / (seconds * statistics.median(self.gemm))
+
+    def agrees(self, tool: Tool) -> bool:
+        return tool.error is None or tool.error < TOLERANCE or tool.name in self.task.wrong
+
+    @property
+    def sound(self) -> bool:
+        """Whether hesscli ran, and all that ran agree, but for what is known to be wrong."""
+        ran = [tool for tool in self.tools if tool.runs]
+        return self.ours in ran and all(self.agrees(tool) for tool in ran)
+
+
+def measure(task: Task, settings: Settings, say: Callable[[str], None]) -> Measured:
+    """Runs a task's tools in turn, as often as the settings say."""
+    with tempfile.TemporaryDirectory(prefix="hesscli-benchmark-") as folder:
+        return _Bench(task, settings, Path(folder), say).measure()
+
+
+@dataclass(frozen=True)
+class _Spent:
+    """What one process took, and its stdout."""
+
+    seconds: float
+    processor: float
+    peak: int
+    text: str
+
+
+class _Bench:
+    def __init__(
+        self, task: Task, settings: Settings, folder: Path, say: Callable[[str], None]
+    ) -> None:
+        self.task, self.settings, self.folder, self.say = task, settings, folder, say
+        self.files = {"model": str(folder / "model.pt"), "data": str(folder / "data.npz")}
+        self.problem = {"task": task.name, "toy": settings.toy} | self.files
+        self.output = folder / "ours.safetensors"
+
+    def measure(self) -> Measured:
+        facts = self._job("build", **self.problem)
+        peers = [
+            peer
+            for peer in self.task.peers
+            if not self.settings.peers or peer in self.settings.peers
+        ]
+        tools = [Tool(OURS)] + [Tool(peer) for peer in peers if peer != GRADIENT]
+        measured = Measured(self.task, facts["parameters"], facts["samples"], tools)
+        for tool in tools[1:]:
+            self._prepare(tool)
+        for repeat in range(self.settings.repeats):
+            self.say(f"{self.task.name}: round {repeat + 1} of {self.settings.repeats}")
+            self._import(measured)
+            self._ours(measured)
+            for tool in tools[1:]:
+                self._peer(tool, first=repeat == 0, slow=repeat > 0 and self._slow(tool))
+            if GRADIENT in peers:
+                measured.gradients.append(self._job("gradient", **self.problem)["seconds"])
+            if self.task.blocks == "full":
+                measured.gemm.append(self._job("gemm")["rate"])
+            if measured.bytes:
+                plain = {"size": measured.bytes, "output": str(self.folder / "plain")}
+                measured.writes.append(self._job("write", **plain)["seconds"])
+        return measured
+
+    def _prepare(self, tool: Tool) -> None:
+        package = PACKAGES.get(tool.name)
+        if package and find_spec(package) is None:
+            tool.failure = "not installed"
+        elif tool.name in ROW_BY_ROW:
+            tool.chunk = 1
+        elif tool.name in WHOLE:
+            tool.chunk = None
+        elif self.settings.toy:
+            tool.chunk = 7
+        else:
+            self.say(f"{self.task.name}: {tool.name}, rows at a time")
+            try:
+                tool.chunk = self._job("tune", peer=tool.name, **self.problem)["chunk"]
+            except FailedError as reason:
+                tool.failure = str(reason)
+
+    def _slow(self, tool: Tool) -> bool:
+        return bool(tool.runs) and (tool.share < 1 or tool.runs[0].whole > 2 * self.settings.limit)
+
+    def _import(self, measured: Measured) -> None:
+        spent = self._process([sys.executable, "-c", "import torch"])
+        measured.imports.append(spent.seconds)
+        measured.import_peak = max(measured.import_peak, spent.peak)
+
+    def _ours(self, measured: Measured) -> None:
+        tool = measured.ours
+        if tool.failure:
+            return
+        command = [
+            *(sys.executable, "-m", "hesscli", "compute", *self.files.values()),
+            *("--blocks", self.task.blocks, "--output", str(self.output)),
+            *("--stats", "none", "--threads", str(self.settings.threads), "--json"),
+        ]
+        try:
+            spent = self._process(command)
+        except FailedError as reason:
+            tool.failure = str(reason)
+            return
+        document = json.loads(spent.text)
+        tool.runs.append(Run(spent.seconds, document["seconds"], spent.peak, spent.processor))
+        measured.method = document["method"]
+        measured.bytes = self.output.stat().st_size
+
+    def _peer(self, tool: Tool, first: bool, slow: bool) -> None:
+        if tool.failure or slow:
+            return
+        self.say(f"{self.task.name}: {tool.name}")
+        output = self.folder / f"{tool.name}.safetensors"
+        arguments = self.problem | {
+            "peer": tool.name,
+            "output": str(output),
+            "chunk": tool.chunk,
+            "limit": self.settings.limit,
+        }
+        try:
+            spent = self._process(_command("run", arguments))
+            facts = _last_line(spent.text)
+            whole, inside = (t + facts["missing"] for t in (spent.seconds, facts["seconds"]))
+            tool.runs.append(Run(whole, inside, spent.peak, spent.processor))
+            tool.share = facts["share"]
+            if first and self.output.exists():
+                files = {"ours": str(self.output), "theirs": str(output)}
+                tool.error = self._job("compare", **files)["error"]
+        except FailedError as reason:
+            tool.failure = str(reason)
+        output.unlink(missing_ok=True)
+
+    def _job(self, job: str, **arguments: Any) -> dict[str, Any]:
+        return _last_line(self._process(_command(job, arguments)).text)
+
+    def _process(self, command: Sequence[str]) -> _Spent:
+        """Runs one process to its end.
+
+        Raises:
+            FailedError: it ended badly, or was killed for taking too long.
+        """
+        threads = str(self.settings.threads)
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        out, err = self.folder / "stdout", self.folder / "stderr"
+        with out.open("wb") as stdout, err.open("wb") as stderr:
+            started = time.perf_counter()
+            child = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr
+            )
+            limit = TIMEOUT * max(self.settings.limit, 60)
+            timer = threading.Timer(limit, _kill, (child.pid,))
+            timer.start()
+            _, status, usage = os.wait4(child.pid, 0)
+            seconds = time.perf_counter() - started
+            timer.cancel()
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            raise FailedError(_reason(child.returncode, err.read_text(errors="replace"), limit))
+        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return _Spent(seconds, usage.ru_utime + usage.ru_stime, peak, out.read_text())
+
+
+def _command(job: str, arguments: dict[str, Any]) -> list[str]:
+    return [sys.executable, "-m", "tests.benchmarks.job", job, json.dumps(arguments)]
+
+
+def _last_line(text: str) -> dict[str, Any]:
+    return json.loads(text.splitlines()[-1])
+
+
+def _kill(process: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
+
+
+def _reason(code: int, talk: str, limit: float) -> str:
+    if "allocate memory" in talk or "MemoryError" in talk:
+        return "out of memory"
+    if code == -signal.SIGKILL:
+        return f"killed, perhaps after {limit:.0f} s"
+    lines = [line for line in talk.splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("error: ")] or lines[-1:]
+    return told[0] if told else f"exit code {code}"

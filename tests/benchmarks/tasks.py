@@ -1,0 +1,207 @@
+"""What is measured, against whom, and what hesscli must reach. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+GEMM = "gemm"  # a goal for the GEMM efficiency, not against a peer
+GRADIENT = "gradient"  # a goal in gradients: the smaller, the better
+
+
+@dataclass(frozen=True)
+class Goal:
+    """At least this many times faster; of `gemm` this share; of `gradient` at most this many."""
+
+    against: str
+    least: float
+    aim: float
+
+    def met(self, value: float) -> bool:
+        return value <= self.least if self.against == GRADIENT else value >= self.least
+
+    def __str__(self) -> str:
+        if self.against == GRADIENT:
+            return f"<= {self.least:g} (aim {self.aim:g})"
+        if self.against == GEMM:
+            return f">= {self.least:.0%} (aim {self.aim:.0%})"
+        return f">= {self.least:g}x (aim {self.aim:g}x)"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the table: a model with data, what is written of its Hessian, and the peers."""
+
+    name: str
+    title: str
+    model: str  # a builder in models.py
+    sizes: Mapping[str, Any]
+    toy: Mapping[str, Any]
+    blocks: str
+    peers: tuple[str, ...]  # functions in peers.py
+    goals: tuple[Goal, ...] = ()
+    wrong: frozenset[str] = frozenset()  # peers known to get this model wrong
+
+    def goal(self, against: str) -> Goal | None:
+        return next((goal for goal in self.goals if goal.against == against), None)
+
+
+# What a peer needs beyond torch.
+PACKAGES = {
+    "curvlinops": "curvlinops",
+    "curvlinops-chunked": "curvlinops",
+    "backpack": "backpack",
+    "pyhessian": "pyhessian",
+    "hessian-eigenthings": "hessian_eigenthings",
+}
+
+# A vmapped jvp of jacrev is wrong between LayerNorm's weight and what lies before it.
+LAYER_NORM = frozenset({"func-hessian", "curvlinops", "curvlinops-chunked"})
+
+MATRIX_PEERS = (
+    "vmap-jvp-grad",
+    "is-grads-batched",
+    "func-hessian",
+    "curvlinops",
+    "curvlinops-chunked",
+    "pyhessian",
+    "hessian-eigenthings",
+)
+BLOCK_PEERS = ("vmap-jvp-grad", "is-grads-batched", "curvlinops-chunked")
+ELEMENT_PEERS = ("vmap-jvp-grad", "backpack")
+
+
+def _mlp(samples: int, *widths: int) -> dict[str, Any]:
+    return {"samples": samples, "widths": widths}
+
+
+def _cnn(samples: int, activation: str, *channels: int) -> dict[str, Any]:
+    return {"samples": samples, "channels": channels, "activation": activation}
+
+
+TOY_MLP = _mlp(16, 5, 4, 3)
+TOY_CNN = _cnn(6, "ReLU", 2, 3)
+
+TASKS = (
+    Task(
+        "full-mlp",
+        "full, tanh MLP 88-88-40-10, B = 768",
+        "mlp",
+        _mlp(768, 88, 88, 40, 10),
+        TOY_MLP,
+        "full",
+        MATRIX_PEERS,
+        (Goal("vmap-jvp-grad", 8, 16), Goal("curvlinops", 50, 100)),
+    ),
+    Task(
+        "full-residual",
+        "full, residual + LayerNorm + GELU, P = 6814, B = 512",
+        "residual",
+        {"samples": 512, "features": 24, "width": 36, "layers": 2},
+        {"samples": 16, "features": 4, "width": 6, "layers": 1},
+        "full",
+        MATRIX_PEERS,
+        (Goal("is-grads-batched", 6, 12),),
+        LAYER_NORM,
+    ),
+    Task(
+        "full-gemm",
+        "full, tanh MLP 96-96-32-10, P = 12746, B = 512: GEMM efficiency",
+        "mlp",
+        _mlp(512, 96, 96, 32, 10),
+        TOY_MLP,
+        "full",
+        ("vmap-jvp-grad",),
+        (Goal(GEMM, 0.45, 0.75),),
+    ),
+    Task(
+        "diag-cnn",
+        "diag, ReLU CNN 12-24 channels on 8x8, P = 6586, B = 512",
+        "cnn",
+        _cnn(512, "ReLU", 12, 24),
+        TOY_CNN,
+        "diag",
+        BLOCK_PEERS,
+        (Goal("is-grads-batched", 10, 40),),
+    ),
+    Task(
+        "diag-mlp",
+        "diag, tanh MLP 64-128-64-10, B = 512",
+        "mlp",
+        _mlp(512, 64, 128, 64, 10),
+        TOY_MLP,
+        "diag",
+        BLOCK_PEERS,
+        (Goal("is-grads-batched", 10, 50),),
+    ),
+    Task(
+        "diag-transformer",
+        "diag, 2-layer GELU transformer, d = 32, T = 16, B = 64",
+        "transformer",
+        {"samples": 64, "vocabulary": 32, "length": 16, "width": 32, "layers": 2},
+        {"samples": 4, "vocabulary": 5, "length": 3, "width": 4, "layers": 1},
+        "diag",
+        BLOCK_PEERS,
+        (Goal("is-grads-batched", 1.5, 4),),
+    ),
+    Task(
+        "elements-mlp",
+        "elements, tanh MLP 256-256-128-10, B = 2048",
+        "mlp",
+        _mlp(2048, 256, 256, 128, 10),
+        TOY_MLP,
+        "elements",
+        ELEMENT_PEERS,
+        (Goal("backpack", 5, 10),),
+    ),
+    Task(
+        "elements-cnn",
+        "elements, ReLU CNN 12-24 channels on 8x8, P = 6586, B = 512",
+        "cnn",
+        _cnn(512, "ReLU", 12, 24),
+        TOY_CNN,
+        "elements",
+        ELEMENT_PEERS,
+        (Goal("backpack", 1, 2),),
+    ),
+    Task(
+        "elements-million",
+        "elements, tanh MLP 512-1024-448-10, P = 989002, B = 256",
+        "mlp",
+        _mlp(256, 512, 1024, 448, 10),
+        TOY_MLP,
+        "elements",
+        (*ELEMENT_PEERS, GRADIENT),
+        (Goal(GRADIENT, 60, 25),),
+    ),
+    # Where hesscli has little or nothing to gain.
+    Task(
+        "losing-conv",
+        "losing case: diag, GELU CNN 12-24 channels on 8x8, B = 128",
+        "cnn",
+        _cnn(128, "GELU", 12, 24),
+        _cnn(6, "GELU", 2, 3),
+        "diag",
+        BLOCK_PEERS,
+    ),
+    Task(
+        "losing-tied",
+        "losing case: full, one 48 x 48 layer used three times, B = 256",
+        "tied",
+        {"samples": 256, "width": 48, "times": 3},
+        {"samples": 8, "width": 4, "times": 2},
+        "full",
+        ("vmap-jvp-grad", "is-grads-batched"),
+    ),
+    Task(
+        "losing-vocabulary",
+        "losing case: diag, softmax over 512 classes, B = 256",
+        "mlp",
+        _mlp(256, 16, 8, 512),
+        _mlp(8, 3, 2, 12),
+        "diag",
+        ("vmap-jvp-grad", "is-grads-batched"),
+    ),
+)
+BY_NAME = {task.name: task for task in TASKS}

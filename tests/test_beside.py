@@ -1,0 +1,50 @@
+"""Writing beside computing: in order, one ahead, and no error is lost."""
+
+import threading
+
+import pytest
+
+from hesscli.job.beside import Beside
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_calls_are_made_in_order(enabled: bool) -> None:
+    seen: list[int] = []
+    with Beside(enabled) as beside:
+        for number in range(20):
+            beside.run(seen.append, number)
+    assert seen == list(range(20))
+
+
+def test_at_most_one_is_ahead() -> None:
+    release, started = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        started.set()
+        assert release.wait(10)
+
+    with Beside(enabled=True) as beside:
+        beside.run(wait)
+        assert started.wait(10)  # it runs while this thread goes on
+        release.set()
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("later", [0, 2])
+def test_no_error_is_lost(enabled: bool, later: int) -> None:
+    def fail() -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"), Beside(enabled) as beside:  # noqa: PT012
+        beside.run(fail)
+        for _ in range(later):
+            beside.run(lambda: None)
+
+
+def test_an_error_of_the_main_thread_goes_first() -> None:
+    def fail() -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(ValueError, match="mine"), Beside(enabled=True) as beside:  # noqa: PT012
+        beside.run(fail)
+        raise ValueError("mine")
