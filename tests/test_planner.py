@@ -111,13 +111,14 @@ def test_work_adds_up() -> None:
     "module",
     [
         tanh_mlp(5, 7, 6, 4, 3),
+        tanh_mlp(5, 4, 3, 4, 3, 4, 3, 4, 3),
         nn.Sequential(nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 12), nn.Softplus(), nn.Linear(12, 3)),
         nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6).eval(), nn.SiLU(), nn.Linear(6, 3)),
         nn.Sequential(nn.Linear(5, 9, bias=False), nn.Sigmoid(), nn.Linear(9, 2), nn.ELU(),
                       nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3), nn.Tanh()),
         nn.Linear(5, 3),
     ],
-    ids=["tanh", "narrow-wide", "batch-norm", "bottleneck", "linear"],
+    ids=["tanh", "deep", "narrow-wide", "batch-norm", "bottleneck", "linear"],
 )  # fmt: skip
 def test_all_diagonals_of_a_chain_at_once(module: nn.Module, batch_size: int | None) -> None:
     problem = problem_of(module, [normal(8, 5)], labels(3, 8), "cross-entropy",

@@ -8,7 +8,8 @@ to the one before it by
 
 starting from the loss's own Hessian at the output. S is never needed whole: it is kept as a sum of terms L^T R with few
 rows (as many as outputs), V^T diag(w) V (as many as neurons of a layer behind), and a diagonal, which passes one linear
-layer without being spread out: diag(M diag(d) M^T) = (M * M) d.
+layer without being spread out: diag(M diag(d) M^T) = (M * M) d. In a deep chain the rows would add up, so they are
+multiplied out now and then.
 
 Source: the recursion is that of A. Botev et al., Practical Gauss-Newton optimisation, 2017, eq. 28-31, kept factored
 as in F. Dangel et al., BackPACK, 2020.
@@ -30,6 +31,7 @@ from hesscli.hessian.tape import Call, Ref
 _UNARY = ELEMENTWISE_UNARY - {"detach"}
 _PRODUCTS = ("mm", "addmm")
 _AFFINE = frozenset(["mul", "add", "sub", "div"])
+_MOST_ROWS = 3  # times n: to multiply out S, and start anew from it, costs about as much as to push that many
 _WORKSPACE = 1 << 26  # numbers that the curvature of some samples may take
 
 
@@ -208,7 +210,7 @@ class Curvature:
     def linear(self, matrix: Tensor, last: bool) -> None:
         """S <- M S M^T with M [n', n]; the last time, only the diagonal of that."""
         m = matrix.T.contiguous()  # [n, n']
-        if self._rows() * m.shape[0] > m.shape[0] ** 2 and self._whole_is_cheaper(m):
+        if self._rows() > _MOST_ROWS * m.shape[0]:
             self._make_whole()
         if last:
             d = self._diagonal_of_product(m)
@@ -244,10 +246,6 @@ class Curvature:
         return sum(2 * left.shape[1] for left, _ in self.pairs) + sum(
             v.shape[1] for v, _ in self.weighted
         )
-
-    def _whole_is_cheaper(self, m: Tensor) -> bool:
-        n, after = m.shape
-        return self._rows() * n + n * after < self._rows() * after
 
     def _make_whole(self) -> None:
         whole = sum(left.transpose(1, 2) @ right for left, right in self.pairs)

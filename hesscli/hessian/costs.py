@@ -104,7 +104,7 @@ class Costs:
             before = self.tape.shapes[step.before].numel() // max(1, self.samples)
             if step.call.name in ("mm", "addmm"):
                 work += self._product(self.samples * rows * after * before)
-                rows = min(rows + after, 2 * before)
+                rows = min(rows + after, 3 * before)
             else:
                 work += self._moved(3 * self.samples * rows * before)
         return work
