@@ -46,8 +46,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    whole: float  # seconds of the process, plus those of rows left out
-    inside: float  # seconds between reading the model and the finished file, likewise
+    whole: float  # seconds of the process, plus `missing`
+    inside: float  # seconds between reading the model and the finished file, plus `missing`
+    missing: float  # seconds that the rows left out would have taken
     peak: int  # bytes of peak resident memory
     processor: float  # seconds of processor time really used, over all threads
 
@@ -189,7 +190,10 @@ class _Bench:
                 tool.failure = str(reason)
 
     def _slow(self, tool: Tool) -> bool:
-        return bool(tool.runs) and (tool.share < 1 or tool.runs[0].whole > 2 * self.settings.limit)
+        """Whether one run is all that there is time for."""
+        return bool(tool.runs) and (
+            tool.runs[0].whole - tool.runs[0].missing > 2 * self.settings.limit
+        )
 
     def _import(self, measured: Measured) -> None:
         spent = self._process([sys.executable, "-c", "import torch"])
@@ -211,7 +215,7 @@ class _Bench:
             tool.failure = str(reason)
             return
         document = json.loads(spent.text)
-        tool.runs.append(Run(spent.seconds, document["seconds"], spent.peak, spent.processor))
+        tool.runs.append(Run(spent.seconds, document["seconds"], 0.0, spent.peak, spent.processor))
         measured.method = document["method"]
         measured.bytes = self.output.stat().st_size
 
@@ -229,8 +233,9 @@ class _Bench:
         try:
             spent = self._process(_command("run", arguments))
             facts = _last_line(spent.text)
-            whole, inside = (t + facts["missing"] for t in (spent.seconds, facts["seconds"]))
-            tool.runs.append(Run(whole, inside, spent.peak, spent.processor))
+            missing = facts["missing"]
+            whole, inside = spent.seconds + missing, facts["seconds"] + missing
+            tool.runs.append(Run(whole, inside, missing, spent.peak, spent.processor))
             tool.share = facts["share"]
             if first and self.output.exists():
                 files = {"ours": str(self.output), "theirs": str(output)}
