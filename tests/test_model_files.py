@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from hesscli.cli.options import parse_value
 from hesscli.errors import FileError, HesscliError, MismatchError, UsageError
-from hesscli.files.architectures import build, parse_value
+from hesscli.files.architectures import build
 from hesscli.files.models import load_model
 from hesscli.files.sniff import kind_of
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from hesscli.cli import output
-from hesscli.cli.output import Output, error, number, seconds, size
+from hesscli.cli.output import Output, error, number, seconds
+from hesscli.job.sizes import size
 
 GOLDEN = Path(__file__).parent / "golden"
 TABLES = ("compute", "plan", "eigen")

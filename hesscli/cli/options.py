@@ -40,17 +40,18 @@ def key_values(pairs: list[str], option: str) -> dict[str, object]:
         key, equals, text = pair.partition("=")
         if not equals or not key:
             raise typer.BadParameter(f"{pair!r} is not of the form K=V", param_hint=option)
-        found[key] = _literal(text)
+        found[key] = parse_value(text)
     return found
 
 
-def _literal(text: str) -> object:
-    words = {"true": True, "false": False, "none": None}
+def parse_value(text: str) -> object:
+    """The V of `K=V` as a Python literal; as it stands when it is none, so no quotes are needed."""
+    words: dict[str, object] = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
 

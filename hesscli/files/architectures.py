@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import difflib
 import importlib
@@ -20,17 +19,6 @@ from hesscli.errors import UsageError
 from hesscli.files.mlp import build_mlp
 
 _FORMS = "PKG.MOD:FACTORY, FILE.py:FACTORY or mlp"
-
-
-def parse_value(text: str) -> object:
-    """The V of `K=V` as a Python literal; as it stands when it is none, so no quotes are needed."""
-    words: dict[str, object] = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
 
 
 def build(

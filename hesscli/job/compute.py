@@ -28,6 +28,7 @@ from hesscli.job.beside import Beside
 from hesscli.job.document import Document
 from hesscli.job.opening import Opened, open_problem
 from hesscli.job.options import ComputeOptions, Listener
+from hesscli.job.sizes import size
 from hesscli.job.writing import may_write
 from hesscli.spectrum.statistics import QUICK_LIMIT
 
@@ -146,8 +147,8 @@ class _Job:
             if needed > free:
                 largest = max(block.size for block in self.blocks)
                 raise ResourceError(
-                    f"{self.structure} needs {_size(needed)} {kind} (its largest block is "
-                    f"{largest} x {largest}), {_size(free)} {where}",
+                    f"{self.structure} needs {size(needed)} {kind} (its largest block is "
+                    f"{largest} x {largest}), {size(free)} {where}",
                     self._smaller(free),
                 )
 
@@ -356,11 +357,3 @@ def _on_host(values: Tensor) -> np.ndarray:
         pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         return pinned.copy_(values).numpy()
     return values.cpu().numpy()
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
