@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from hesscli.cli import output
+from hesscli.cli.eigen import print_eigenpairs
 from hesscli.cli.output import Output, error, number, seconds
+from hesscli.cli.summary import print_hessian, print_plan
 from hesscli.job.sizes import size
 
 GOLDEN = Path(__file__).parent / "golden"
-TABLES = ("compute", "plan", "eigen")
+PRINTERS = {"compute": print_hessian, "plan": print_plan, "eigen": print_eigenpairs}
 
 
 class Stream(io.StringIO):
@@ -108,7 +110,7 @@ def eigen() -> dict[str, Any]:
 def show(table: str, document: dict[str, Any], stream: Stream, **options: Any) -> str:
     with Output(**options) as out:
         out.stream = stream
-        {"compute": out.hessian, "plan": out.plan, "eigen": out.eigenpairs}[table](document)
+        PRINTERS[table](out, document)
     return stream.getvalue()
 
 
@@ -122,7 +124,7 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 DOCUMENTS = {"compute": compute, "plan": plan, "eigen": eigen}
 
 
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("table", PRINTERS)
 def test_golden_table(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # as CI services do
     monkeypatch.setenv("GITHUB_ACTIONS", "true")

@@ -75,6 +75,7 @@ def compute(
     """
     with failing(debug):
         from hesscli.cli.output import Output
+        from hesscli.cli.summary import print_hessian, print_plan
 
         if output == "-" and not dry_run and sys.stdout.isatty():
             raise UsageError("-: standard output is a terminal", "| hesscli eigen -")
@@ -91,8 +92,8 @@ def compute(
 
             document = run(options, out, dry_run)
             if dry_run:
-                out.plan(document)
+                print_plan(out, document)
             else:
-                out.hessian(document)
+                print_hessian(out, document)
                 if options.output is not None:
                     out.wrote(output, options.output.stat().st_size)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hesscli.cli.failing import failing
 from hesscli.cli.options import Debug, Json, Quiet
+
+if TYPE_CHECKING:
+    from hesscli.cli.output import Document, Output
 
 
 class Which(StrEnum):
@@ -63,6 +66,25 @@ def eigen(
         from hesscli.job.eigen import eigen as run
 
         with Output(quiet=quiet, json=json) as out:
-            out.eigenpairs(run(hessian, top, which.value, block, output, force))
+            print_eigenpairs(out, run(hessian, top, which.value, block, output, force))
             if output is not None:
                 out.wrote(str(output), output.stat().st_size)
+
+
+def print_eigenpairs(out: Output, document: Document) -> None:
+    """The first eigenvalues of a Hessian."""
+    from hesscli.cli.output import error
+
+    if not out.wants_text(document):
+        return
+    values = zip(document["eigenvalues"], document["residuals"], document["blocks"], strict=True)
+    rows = [
+        [str(index), f"{value:.6g}", error(residual), block]
+        for index, (value, residual, block) in enumerate(values, 1)
+    ]
+    source = "standard input" if document["hessian"] == "-" else document["hessian"]
+    part = f"block {document['block']}" if document["block"] else document["structure"]
+    order = {"magnitude": "largest in magnitude"}.get(document["which"], document["which"])
+    matrix = f"{part}, {document['size']} x {document['size']}"
+    out.facts({"hessian": f"{source} ({matrix})", "order": f"{order} first"})
+    out.table(["#", "eigenvalue", "residual", "block"], rows, words=(3,))

@@ -1,4 +1,4 @@
-"""Everything that is printed: data on stdout, talk on stderr.
+"""Everything that is printed: data on stdout, talk on stderr. What a command prints of it is in the command's file.
 
 Colour, bars and fitted widths are for terminals. Elsewhere tables have their natural width, so that
 no number is ever cut, and nothing but text.
@@ -98,81 +98,24 @@ class Output:
     def json(self, document: Document) -> None:
         self.stream.write(json_library.dumps(_finite(document), indent=2, allow_nan=False) + "\n")
 
-    def hessian(self, document: Document) -> None:
-        """The summary of a Hessian."""
-        if not self._wants_text(document):
-            return
-        rows = [_row(facts) for facts in document["blocks"]]
-        if len(rows) > 1:
-            total = _row({"name": "total", "shape": [], **document["total"]})
-            total[4] = _bound(">=", total[4])
-            total[5] = _bound("<=", total[5])
-            rows.append(total)
-        self._facts(_headline(document))
-        self._table(
-            ["block", "shape", "size", "trace", "eig_max", "eig_min", "fro_norm", "bytes"], rows
-        )
+    # The parts of a result
 
-    def plan(self, document: Document) -> None:
-        """What a command would take."""
-        if not self._wants_text(document):
-            return
-        total = document["total"]
-        rows = [
-            [
-                facts["name"],
-                _shape(facts["shape"]),
-                str(facts["size"]),
-                str(facts["bytes"]),
-                facts["plan"],
-            ]
-            for facts in document["blocks"]
-        ]
-        rows.append(["total", "", str(total["size"]), str(total["bytes"]), ""])
-        self._facts(_headline(document))
-        self._table(["block", "shape", "size", "bytes", "method"], rows, words=(0, 1, 4))
-        self._line(
-            f"\nwould take about {seconds(total['estimated_seconds'])}, "
-            f"{size(total['memory'])} of memory, {size(total['bytes'])} of disk; "
-            "nothing was computed"
-        )
-
-    def eigenpairs(self, document: Document) -> None:
-        """The first eigenvalues of a Hessian."""
-        if not self._wants_text(document):
-            return
-        values = zip(
-            document["eigenvalues"], document["residuals"], document["blocks"], strict=True
-        )
-        rows = [
-            [str(index), f"{value:.6g}", error(residual), block]
-            for index, (value, residual, block) in enumerate(values, 1)
-        ]
-        source = "standard input" if document["hessian"] == "-" else document["hessian"]
-        part = f"block {document['block']}" if document["block"] else document["structure"]
-        order = {"magnitude": "largest in magnitude"}.get(document["which"], document["which"])
-        matrix = f"{part}, {document['size']} x {document['size']}"
-        self._facts({"hessian": f"{source} ({matrix})", "order": f"{order} first"})
-        self._table(["#", "eigenvalue", "residual", "block"], rows, words=(3,))
-
-    # How
-
-    def _wants_text(self, document: Document) -> bool:
+    def wants_text(self, document: Document) -> bool:
         """Whether a table is wanted; the JSON document is printed here where that is."""
         self._stop_bar()
         if self.as_json:
             self.json(document)
         return not (self.as_json or self.quiet)
 
-    def _line(self, text: str) -> None:
+    def line(self, text: str) -> None:
         self.stream.write(text + "\n")
 
-    def _facts(self, facts: Mapping[str, str]) -> None:
+    def facts(self, facts: Mapping[str, str]) -> None:
         for name, text in facts.items():
-            self._line(f"{name:7}{GAP}{_clean(text, self.stream)}")
-        self._line("")
+            self.line(f"{name:7}{GAP}{_clean(text, self.stream)}")
+        self.line("")
 
-    def _table(
+    def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0, 1)
     ) -> None:
         """A table; the columns numbered in `words` are left-aligned, the others are numbers.
@@ -189,10 +132,10 @@ class Output:
             least = max(NARROWEST, len(columns[folded]))
             widths[folded] = min(widths[folded], max(widths[folded] + room, least))
         (header,) = _lines(columns, widths, words, folded)
-        self._line(_coloured(header, "header", self.stream))
+        self.line(_coloured(header, "header", self.stream))
         for row in rows:
             for line in _lines(row, widths, words, folded):
-                self._line(line)
+                self.line(line)
 
     def _stop_bar(self) -> None:
         if self.timer is not None:
@@ -240,47 +183,6 @@ def _lines(
             space = " " * (widths[i] - cell_len(cell))
             cells[i] = cell + space if i in words else space + cell
         yield GAP.join(cells).rstrip()
-
-
-def _headline(document: Document) -> dict[str, str]:
-    """What stands above the table of a Hessian, or of a plan, which knows less."""
-    loss, data = document["loss"], document["data"]
-    terms = [f"{name}={value}" for name, value in loss["arguments"].items()]
-    terms += [loss["reduction"], f"N = {data['samples']}"]
-    facts = {
-        "model": f"{document['model']['path']} x {data['path']}",
-        "loss": f"{loss['name']} ({', '.join(terms)}) = {number(loss['value'])}",
-        "hessian": f"{document['structure']}, {document['dtype']} on {document['device']}",
-    }
-    if "gradient_norm" not in document:
-        return facts
-    facts["loss"] += f", gradient norm {number(document['gradient_norm'])}"
-    facts["hessian"] += f", {document['method']}"
-    check, symmetry = document["check"], document["symmetry_error"]
-    facts["check"] = f"error {error(check['relative_error'])}" if check else "not done"
-    if symmetry is not None:
-        facts["check"] += f", symmetry error {error(symmetry)}"
-    if "seconds" in document:
-        facts["check"] += f", {seconds(document['seconds'])}"
-    return facts
-
-
-def _row(facts: Document) -> list[str]:
-    return [
-        facts["name"],
-        _shape(facts["shape"]),
-        str(facts["size"]),
-        *(number(facts[key]) for key in ("trace", "eig_max", "eig_min", "fro_norm")),
-        str(facts["bytes"]),
-    ]
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return "x".join(str(n) for n in shape)
-
-
-def _bound(sign: str, text: str) -> str:
-    return text if text == "-" else f"{sign}{text}"
 
 
 def number(value: float | None) -> str:
