@@ -48,3 +48,7 @@ class NumericalError(HesscliError):
 
 class ResourceError(HesscliError):
     exit_code = ExitCode.RESOURCES
+
+
+class InterruptedRun(HesscliError):  # noqa: N818 - nothing went wrong
+    exit_code = ExitCode.INTERRUPTED

@@ -13,7 +13,7 @@ from hesscli.hessian.blocks import Block, partition
 from hesscli.hessian.losses import ELEMENT_WEIGHTED, Loss
 from hesscli.hessian.problem import Batch, Problem, measure
 from hesscli.hessian.routes.all import routes
-from hesscli.hessian.routes.base import Route
+from hesscli.hessian.routes.base import Route, Rows
 from hesscli.hessian.symmetry import symmetrise_
 
 STRUCTURES = ("full", "module", "block_diagonal", "elements")
@@ -88,19 +88,23 @@ def compute_blocks(
     route: Route, blocks: Sequence[Block], diagonal: bool = False
 ) -> dict[str, Tensor]:
     """The blocks by one route, over all batches, as the job puts them together."""
-    like = next(iter(route.problem.parameters.values()))
-    sums = {
-        block.name: like.new_zeros((block.size,) if diagonal else (block.size, block.size)).detach()
-        for block in blocks
-    }
+    like = next(iter(route.problem.parameters.values())).detach()
+    if diagonal:
+        sums = {block.name: like.new_zeros(block.size) for block in blocks}
+        for batch in route.problem.batches:
+            route.add_diagonal(batch, blocks, sums)
+        return sums
+    rows = [Rows.whole(block, like) for block in blocks]
     for batch in route.problem.batches:
-        route.add(batch, blocks, sums, diagonal)
-    for matrix in sums.values():
-        if not diagonal:
-            route.finish(matrix)
-            if not route.symmetric:
-                symmetrise_(matrix)
-    return sums
+        route.add(batch, rows)
+    return {part.block.name: finished(route, part) for part in rows}
+
+
+def finished(route: Route, rows: Rows) -> Tensor:
+    route.finish(rows.out)
+    if not route.symmetric:
+        symmetrise_(rows.out)
+    return route.layout(rows.block).ordered(rows.out)
 
 
 def part_of(whole: Tensor, problem: Problem, block: Block, diagonal: bool = False) -> Tensor:

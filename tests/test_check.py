@@ -179,7 +179,6 @@ def test_what_is_right_passes(case, structure):
         certificate.tolerance = 1e-5  # PyTorch's slope is a float32 sixth
     for block, truth in blocks_and_truth(problem, expected(case), structure):
         assert judge(certificate, block, truth.clone()), block.name
-    assert certificate.directions >= len(blocks_of(problem, structure))
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from hesscli.hessian.blocks import partition
+from hesscli.job import planning
 
 STRUCTURES = {
     "diag": "block_diagonal", "module": "module", "full": "full", "elements": "elements",
@@ -622,8 +623,9 @@ def test_what_would_not_fit(cli, tmp_path, monkeypatch, resource, kind):
     before = folder(tmp_path)
     # What `full` needs is a little more than there is.
     plan = cli(*command, "-b", "full", "--dry-run", "--json").document["total"]
-    free = plan["memory"] - 1 if resource == "available_memory" else plan["bytes"] - 1
-    monkeypatch.setattr(f"hesscli.job.compute.{resource}", lambda *folder: free)
+    share = planning._SHARE  # of the memory may be used
+    free = plan["memory"] / share - 8 if resource == "available_memory" else plan["bytes"] - 1
+    monkeypatch.setattr(planning, resource, lambda *folder: int(free))
     ran = cli(*command, "-b", "full")
     ran.fails(6)
     assert folder(tmp_path) == before
@@ -639,14 +641,14 @@ def test_a_full_disk(cli, mlp, tmp_path, monkeypatch):
     """Room runs out while writing: an error line, and no temporary file."""
     import errno
 
-    from hesscli.files import hessian_file
+    from hesscli.files import placed_writes
 
     before = folder(tmp_path)
 
-    def fsync(descriptor):
+    def sync(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(hessian_file.os, "fsync", fsync)
+    monkeypatch.setattr(placed_writes.os, "fdatasync", sync)
     ran = cli("compute", *mlp, *CE)
     assert "No space left" in ran.fails(6)
     assert folder(tmp_path) == before
@@ -658,7 +660,7 @@ def test_a_bug_says_so(cli, mlp, tmp_path, monkeypatch):
     def broken(*arguments, **options):
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("hesscli.job.compute.documents.statistics", broken)
+    monkeypatch.setattr("hesscli.job.whole.documents.statistics", broken)
     ran = cli("compute", *mlp, *CE)
     assert ran.code == 70
     assert "Traceback" in ran.stderr
@@ -672,7 +674,7 @@ def test_ctrl_c(cli, mlp, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hesscli.job.compute.documents.statistics", interrupted)
+    monkeypatch.setattr("hesscli.job.whole.documents.statistics", interrupted)
     ran = cli("compute", *mlp, *CE)
     assert ran.code == 130
     assert "Traceback" not in ran.stderr

@@ -14,6 +14,7 @@ from hesscli.cli.failing import failing
 from hesscli.cli.options import Debug, Json, Quiet, takes_problem
 from hesscli.errors import UsageError
 from hesscli.job.options import STATS, ComputeOptions, ProblemOptions
+from hesscli.job.sizes import parse_size
 
 
 class Blocks(StrEnum):
@@ -24,6 +25,13 @@ class Blocks(StrEnum):
 
 
 Stats = StrEnum("Stats", {name: name for name in STATS})  # type: ignore[misc]
+
+
+def _size(text: str, option: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
 
 
 @takes_problem
@@ -59,8 +67,24 @@ def compute(
         typer.Option("--dry-run", help="Say what it would take; compute and write nothing."),
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", "-f", help="Replace a file that hesscli did not write.")
+        bool,
+        typer.Option(
+            "--force",
+            "-f",
+            help="Replace a file that hesscli did not write; throw away what an interrupted run left.",
+        ),
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what an interrupted run left.")
+    ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="How much to use, such as 4GiB. A block that does not fit is written band by band.",
+            show_default="60 % of what is free",
+        ),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -86,6 +110,8 @@ def compute(
             stats=stats.value,
             output=None if output == "-" else Path(output),
             force=force,
+            memory=None if memory is None else _size(memory, "--memory"),
+            resume=resume,
         )
         with Output(quiet=quiet, json=json, data_on_stdout=output == "-" and not dry_run) as out:
             from hesscli.job.compute import compute as run

@@ -1,156 +1,21 @@
-"""Hessian files: safetensors with one JSON document in the metadata, written as a stream and read without torch.
-
-The header of a safetensors file comes first, but the document in it (statistics, check error) is known last. So room
-is reserved for the header, the tensors are written behind it, and the finished header, padded with the spaces
-that the format allows, goes in just before the file takes its name.
-"""
+"""Hessian files: safetensors with one JSON document in the metadata, read without torch."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import shutil
 import stat
-import tempfile
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from hesscli.errors import FileError, ResourceError, UsageError
-from hesscli.files.placed_writes import PlacedFile
+from hesscli.errors import FileError, UsageError
+from hesscli.files.checksums import Checksum, document_checksum
 
 SCHEMA = "hesscli.hessian/1"
-_ALIGNMENT = 4096
 _DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
-_NAMES = {"float32": "F32", "float64": "F64"}
-
-
-class HessianWriter:
-    """Writes one Hessian file. Nothing appears under its name before `commit`; leaving without it leaves nothing.
-
-    Args:
-        path: where the file goes, or None for a temporary one to `copy_to` a stream.
-        shapes: every tensor's shape, in the order in which they lie in the file.
-        dtype: "float32" or "float64".
-        document: the JSON document as far as it is known; it tells how much room the header needs.
-    """
-
-    def __init__(
-        self,
-        path: Path | None,
-        shapes: Mapping[str, Sequence[int]],
-        dtype: str,
-        document: Mapping[str, Any],
-    ) -> None:
-        self.path = path
-        self.dtype = np.dtype(dtype)
-        self.entries: dict[str, dict[str, Any]] = {}
-        end = 0
-        for name, shape in shapes.items():
-            start, end = end, end + math.prod(shape) * self.dtype.itemsize
-            self.entries[name] = {
-                "dtype": _NAMES[dtype],
-                "shape": list(shape),
-                "data_offsets": [start, end],
-            }
-        # Twenty numbers of up to 32 characters may still join each block, and some notes the document.
-        room = len(self._header(document)) + 640 * len(shapes) + 8192
-        self.start = -(-(8 + room) // _ALIGNMENT) * _ALIGNMENT
-        folder = None if path is None else path.parent
-        descriptor, name = tempfile.mkstemp(
-            ".tmp", f".{path.name}." if path else "hesscli.", folder
-        )
-        self.temporary: Path | None = Path(name)
-        try:
-            self.file = PlacedFile(descriptor, self.temporary, self.start + end)
-        except OSError as error:
-            os.close(descriptor)
-            self.temporary.unlink()
-            raise self._full(error) from error
-
-    def __enter__(self) -> HessianWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.file.close()
-        if self.temporary is not None:
-            self.temporary.unlink(missing_ok=True)
-
-    def write(self, name: str, rows: np.ndarray, first_row: int = 0) -> None:
-        """Puts rows of a tensor in their place.
-
-        Raises:
-            ResourceError: the disk is full.
-        """
-        entry = self.entries[name]
-        row_bytes = math.prod(entry["shape"][1:]) * self.dtype.itemsize
-        offset = self.start + entry["data_offsets"][0] + first_row * row_bytes
-        flat = np.ascontiguousarray(rows, self.dtype).reshape(-1)
-        self._put(offset, flat.view(np.uint8).data)
-
-    def commit(self, document: Mapping[str, Any]) -> None:
-        """Writes the header and gives the file its name."""
-        header = self._header(document)
-        room = self.start - 8
-        assert len(header) <= room, "the room reserved for the header is too small"
-        self._put(0, memoryview(room.to_bytes(8, "little") + header.ljust(room)))
-        try:
-            self.file.sync()
-            if self.path is None or self.temporary is None:
-                return
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(self.temporary, 0o666 & ~mask)  # mkstemp makes it private
-            os.replace(self.temporary, self.path)
-        except OSError as error:
-            raise self._full(error) from error
-        self.temporary = None
-        _sync_folder(self.path.parent)
-
-    def copy_to(self, stream: BinaryIO) -> None:
-        """Sends the finished file's bytes to a stream."""
-        assert self.temporary is not None
-        with self.temporary.open("rb") as file:
-            shutil.copyfileobj(file, stream, 1 << 20)
-        stream.flush()
-
-    def _header(self, document: Mapping[str, Any]) -> bytes:
-        text = json.dumps(document, allow_nan=False, separators=(",", ":"))
-        metadata = {"format": "pt", "hesscli": text}
-        header = {"__metadata__": metadata, **self.entries}
-        return json.dumps(header, separators=(",", ":")).encode()
-
-    def _put(self, offset: int, data: memoryview) -> None:
-        try:
-            self.file.write(offset, data)
-        except OSError as error:
-            raise self._full(error) from error
-
-    def _full(self, error: OSError) -> ResourceError:
-        return ResourceError(f"{self.path or 'the temporary file'}: {error.strerror}")
-
-
-def _sync_folder(folder: Path) -> None:
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # not on every system
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+_TILE = 1 << 26  # bytes that are verified at a time
 
 
 @dataclass(frozen=True)
@@ -161,6 +26,7 @@ class HessianFile:
     document: dict[str, Any]
     entries: dict[str, dict[str, Any]]
     start: int
+    shown: str  # what errors call it
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor by its key, read-only and read from the disk as it is used."""
@@ -175,6 +41,29 @@ class HessianFile:
             self.start + entry["data_offsets"][0],
             shape,
         )
+
+    def verified(self, name: str) -> np.ndarray:
+        """A tensor that was compared with its checksum, which reads all of it once.
+
+        Raises:
+            FileError: it is not what was written.
+        """
+        array = self.tensor(name)
+        wanted = self.document.get("checksums", {}).get(name)
+        if wanted is None:  # written before there were checksums
+            return array
+        checksum = Checksum(array.shape)
+        rows = checksum.rows(array)
+        step = max(1, _TILE // max(1, rows[:1].nbytes))
+        for first in range(0, len(rows), step):
+            checksum.add(rows[first : first + step], first)
+        if str(checksum) != wanted:
+            raise FileError(
+                f"{self.shown}: {name} is not what was written: its checksum is {checksum}, "
+                f"the file says {wanted}",
+                "compute it again, or copy the file again",
+            )
+        return array
 
 
 def read_hessian(path: Path, shown: str | None = None) -> HessianFile:
@@ -225,7 +114,12 @@ def read_hessian(path: Path, shown: str | None = None) -> HessianFile:
     unreadable = [entry["dtype"] for entry in entries.values() if entry["dtype"] not in _DTYPES]
     if unreadable:
         raise FileError(f"{shown}: holds tensors of type {unreadable[0]}")
-    return HessianFile(path, document, entries, 8 + length)
+    if "checksum" in document and document.pop("checksum") != document_checksum(document):
+        raise FileError(
+            f"{shown}: its metadata is not what was written",
+            "compute it again, or copy the file again",
+        )
+    return HessianFile(path, document, entries, 8 + length, shown)
 
 
 def is_hesscli(path: Path) -> bool:

@@ -36,6 +36,14 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def disk_used(path: Path) -> int:
+    """Bytes of disk that a file takes; 0 if there is none."""
+    try:
+        return path.stat().st_blocks * 512
+    except OSError:
+        return 0
+
+
 def _free_memory() -> int:
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

@@ -14,85 +14,243 @@ from hesscli.hessian.probes import Probed
 from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
 
 WORKSPACE = 1 << 25  # numbers that one chunk of directions may make
+_CACHED = 1 << 21  # numbers of samples' gradients that stay in the cache until they are multiplied
+_FEWEST = 128  # samples multiplied at once; a product over fewer runs far below the machine's rate
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The parameters that enter at one value z: a weight, and perhaps its bias.
-
-    `weight_at` and `bias_at` are where they start in their block's matrix.
-    """
+    """The parameters that enter at one value z: a weight, and perhaps its bias, as a weight of the constant 1."""
 
     weight: Use
     bias: Use | None
-    weight_at: int
-    bias_at: int
 
     @property
     def z(self) -> int:
         return self.weight.z
 
     @property
+    def width(self) -> int:
+        """Parameters per neuron."""
+        return self.weight.m + (self.bias is not None)
+
+    @property
+    def size(self) -> int:
+        return self.weight.n * self.width
+
+    @property
     def plain(self) -> bool:
-        """Whether the Kronecker form holds."""
-        return (
-            self.weight.kind == LINEAR and self.weight.positions == 1 and not self.weight.transposed
-        )
+        """Whether z = a W^T at one place of each sample."""
+        return self.weight.kind == LINEAR and self.weight.positions == 1
+
+    def inputs(self, probed: Probed) -> Tensor:
+        """What each parameter of a neuron is multiplied by: [B, T, width]."""
+        a = probed.columns(self.weight)
+        return a if self.bias is None else torch.cat([a, torch.ones_like(a[..., :1])], -1)
 
 
 def add_layer(
     probed: Probed,
     layers: Sequence[Layer],
     deltas: Mapping[int, Tensor | None],
+    neurons: range,
     out: Tensor,
-    bias_out: Tensor,
-    diagonal: bool,
+    bias_out: Tensor | None,
     workspace: int,
 ) -> None:
-    """The rows of the first layer, and its columns from there on to the last.
+    """The rows of some neurons of the first layer: their columns from their own on, and those of all later layers.
 
     Args:
         probed: a pass with probes at every layer, and duals at the inputs of all but the first.
         layers: in the order of execution.
         deltas: dPhi / dz of each, with its graph.
-        out: the weight's block.
-        bias_out: the bias's; the same one, or a block of its own.
-        diagonal: only the diagonals of the first layer's own blocks: `out` [n m], `bias_out` [n].
+        neurons: which of the first layer.
+        out: [neurons * width, columns], layer after layer, neuron after neuron.
+        bias_out: where the own block of a bias goes that is no part of the layer: [neurons, n - first neuron].
         workspace: how many numbers a chunk of directions may make.
     """
     layer = layers[0]
     use, delta = layer.weight, deltas[layer.z]
     if delta is None or not delta.requires_grad:
         return
-    a = probed.columns(use)  # [B, T, m]
+    a = layer.inputs(probed)
     inputs = [probed.probes[other.z] for other in layers]
     inputs += [probed.duals[other.weight.a] for other in layers[1:] if other.weight.a is not None]
     per_direction = 4 * delta.numel() * len(inputs)
     if not layer.plain:
-        per_direction += probed.samples * use.size
-    for t, first, seeds in _directions(use, delta, max(1, workspace // per_direction)):
+        per_direction += probed.samples * layer.size
+    later = _Later(probed, layers[1:], deltas)
+    own = (use.n - neurons.start) * layer.width  # columns
+    for t, chunk, seeds in _directions(use, delta, neurons, max(1, workspace // per_direction)):
         found = batched_grad(delta, inputs, seeds)
         curvature, tangents = found[: len(layers)], found[len(layers) :]
+        skipped = (chunk.start - neurons.start) * layer.width
+        rows = out[skipped : skipped + len(chunk) * layer.width]
+        at = a[:, t]  # [B, width]
         if curvature[0] is not None:
-            s = use.rows(curvature[0])  # [directions, B, T, n]
-            _add_own(layer, t, first, s, a, out, bias_out, diagonal)
-        at = a[:, t].T.contiguous()  # [m, B]
-        for other, s_other, tangent in zip(layers[1:], curvature[1:], tangents, strict=True):
-            _add_cross(probed, layer, other, first, at, s_other, tangent, deltas[other.z], out)
+            s = use.rows(curvature[0])[..., chunk.start :]  # [directions, B, T, n - first]
+            mine = rows[:, skipped:own]
+            if layer.plain:
+                add_kronecker_rows(mine, s[:, :, 0], at)
+            else:
+                pulled = s.transpose(-1, -2) @ a  # [directions, B, n - first, width]
+                mine += (at.T @ pulled.flatten(2)).flatten(0, 1)
+            if bias_out is not None:
+                first = chunk.start - neurons.start
+                bias_out[first : first + len(chunk), first:] += s.sum((1, 2))
+        if later.size:
+            later.add(rows[:, own:], at, curvature[1:], tangents)
 
 
-def _directions(use: Use, delta: Tensor, chunk: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Unit vectors of z, the same in every sample: (position, first neuron, [directions, *z.shape])."""
-    for t in range(use.positions):
-        for first in range(0, use.n, chunk):
-            count = min(chunk, use.n - first)
-            seeds = delta.new_zeros(count, *delta.shape)
-            index = _position_index(use, delta.shape, t)
+def add_layer_diagonal(
+    probed: Probed,
+    layer: Layer,
+    delta: Tensor | None,
+    out: Tensor,
+    bias_out: Tensor | None,
+    workspace: int,
+) -> None:
+    """The diagonal of a layer's own block: `out` [n * m], and of its bias's, [n]."""
+    use = layer.weight
+    if delta is None or not delta.requires_grad:
+        return
+    a = probed.columns(use)
+    per_direction = 4 * delta.numel()
+    if not layer.plain:
+        per_direction += probed.samples * use.size
+    for t, chunk, seeds in _directions(
+        use, delta, range(use.n), max(1, workspace // per_direction)
+    ):
+        (curvature,) = batched_grad(delta, [probed.probes[layer.z]], seeds)
+        if curvature is None:
+            return
+        s = use.rows(curvature)  # [directions, B, T, n]
+        for row, p in enumerate(chunk):
+            same = torch.einsum("bt,btq->bq", s[row, :, :, p], a)
+            out[p * use.m : (p + 1) * use.m] += (same * a[:, t]).sum(0)
+            if bias_out is not None:
+                bias_out[p] += s[row, :, :, p].sum()
+
+
+class _Later:
+    """The layers behind one: each sample's derivative of their gradients, times the inputs of the first."""
+
+    def __init__(
+        self, probed: Probed, layers: Sequence[Layer], deltas: Mapping[int, Tensor | None]
+    ) -> None:
+        self.probed, self.layers = probed, layers
+        self.size = sum(layer.size for layer in layers)
+        self.inputs = [layer.inputs(probed) for layer in layers]
+        self.deltas = [
+            None if delta is None else layer.weight.rows(delta.detach())
+            for layer, delta in ((layer, deltas[layer.z]) for layer in layers)
+        ]
+        step = max(_FEWEST, _CACHED // max(1, self.size))
+        self.parts = [
+            slice(start, min(start + step, probed.samples))
+            for start in range(0, probed.samples, step)
+        ]
+        if layers:
+            widest = min(step, probed.samples)
+            self.buffer = self.inputs[0].new_empty(widest, self.size)
+
+    @torch.no_grad()
+    def add(
+        self,
+        out: Tensor,
+        at: Tensor,
+        curvature: Sequence[Tensor | None],
+        tangents: Sequence[Tensor | None],
+    ) -> None:
+        """out[(p, q), :] += sum_b at[b, q] d g_b / d z_p, for every direction p.
+
+        Args:
+            out: [directions * width, columns].
+            at: the first layer's inputs where the directions are, [B, width].
+            curvature: the derivative of each later delta, [directions, *z.shape].
+            tangents: that of each later layer's input, [directions, *a.shape].
+        """
+        width = at.shape[1]
+        count = out.shape[0] // width
+        moved = [
+            None if u is None else x.weight.rows(u)
+            for x, u in zip(self.layers, curvature, strict=True)
+        ]
+        shifts = self._shifts(tangents, count)
+        for part in self.parts:
+            left = at[part].T.contiguous()
+            buffer = self.buffer[: part.stop - part.start]
             for row in range(count):
+                column = 0
+                for index, layer in enumerate(self.layers):
+                    u, shift = moved[index], shifts[index]
+                    _fill(
+                        buffer[:, column : column + layer.size].unflatten(1, (-1, layer.width)),
+                        layer,
+                        None if u is None else u[row, part],
+                        self.inputs[index][part],
+                        None if shift is None else shift[row][part],
+                        None if shift is None else self.deltas[index][part],  # type: ignore[index]
+                    )
+                    column += layer.size
+                out[row * width : (row + 1) * width].addmm_(left, buffer)
+
+    def _shifts(self, tangents: Sequence[Tensor | None], count: int) -> list[list[Tensor] | None]:
+        """How the inputs of each later layer move along each direction: [B, T, m] each."""
+        found = iter(tangents)
+        shifts: list[list[Tensor] | None] = []
+        for layer, delta in zip(self.layers, self.deltas, strict=True):
+            use = layer.weight
+            tangent = None if use.a is None else next(found)
+            if tangent is None or delta is None:
+                shifts.append(None)
+                continue
+            shifts.append(
+                [use.columns({**self.probed.known, use.a: tangent[row]}) for row in range(count)]  # type: ignore[dict-item]
+            )
+        return shifts
+
+
+def _fill(
+    target: Tensor,
+    layer: Layer,
+    u: Tensor | None,
+    a: Tensor,
+    shift: Tensor | None,
+    delta: Tensor | None,
+) -> None:
+    """Each sample's u a^T + delta a'^T: [B, n, width]; u and delta [B, T, n], a [B, T, width], a' [B, T, m]."""
+    m = layer.weight.m
+    if layer.plain:
+        if u is None:
+            target.zero_()
+        else:
+            torch.mul(u.transpose(1, 2), a, out=target)
+        if shift is not None and delta is not None:
+            target[..., :m].addcmul_(delta.transpose(1, 2), shift)
+        return
+    if u is None:
+        target.zero_()
+    else:
+        target.copy_(u.transpose(1, 2) @ a)
+    if shift is not None and delta is not None:
+        target[..., :m] += delta.transpose(1, 2) @ shift
+
+
+def _directions(
+    use: Use, delta: Tensor, neurons: range, chunk: int
+) -> Iterator[tuple[int, range, Tensor]]:
+    """Unit vectors of z, the same in every sample: (position, neurons, [directions, *z.shape])."""
+    for t in range(use.positions):
+        for first in range(neurons.start, neurons.stop, chunk):
+            part = range(first, min(first + chunk, neurons.stop))
+            seeds = delta.new_zeros(len(part), *delta.shape)
+            index = _position_index(use, delta.shape, t)
+            for row, neuron in enumerate(part):
                 place = list(index)
-                place[use.channels[0]] = first + row
+                place[use.channels[0]] = neuron
                 seeds[row][tuple(place)] = 1
-            yield t, first, seeds
+            yield t, part, seeds
 
 
 def _position_index(use: Use, shape: Sequence[int], t: int) -> list[int | slice]:
@@ -108,110 +266,3 @@ def _position_index(use: Use, shape: Sequence[int], t: int) -> list[int | slice]
     samples = shape[0] // (axis.outer * axis.inner)
     start = outer * samples * axis.inner + inner
     return [slice(start, start + samples * axis.inner, axis.inner), 0]
-
-
-def _add_own(
-    layer: Layer,
-    t: int,
-    first: int,
-    s: Tensor,
-    a: Tensor,
-    out: Tensor,
-    bias_out: Tensor,
-    diagonal: bool,
-) -> None:
-    """The layer's own blocks, from its directions (t, first), (t, first + 1), ...; s [directions, B, T, n]."""
-    use, count = layer.weight, s.shape[0]
-    at = a[:, t]  # [B, m]
-    neurons = range(first, first + count)
-    if diagonal:
-        for row, p in enumerate(neurons):
-            same = torch.einsum("bt,btq->bq", s[row, :, :, p], a)
-            out[p * use.m : (p + 1) * use.m] += (same * at).sum(0)
-            if layer.bias is not None:
-                bias_out[p] += s[row, :, :, p].sum()
-        return
-    w, b = layer.weight_at, layer.bias_at
-    rows = slice(w + first * use.m, w + (first + count) * use.m)
-    if layer.plain:
-        block = out[w : w + use.size, w : w + use.size]
-        add_kronecker_rows(block, first, s[:, :, 0, first:], at)
-    else:
-        out[rows, w : w + use.size] += (at.T @ use.pull(s, a)).flatten(0, 1)
-    if layer.bias is None:
-        return
-    summed = s.sum(2)  # [directions, B, n]
-    bias_out[b + first : b + first + count, b : b + use.n] += summed.sum(1)
-    if out is bias_out:
-        put(out, rows, slice(b, b + use.n), (at.T @ summed).flatten(0, 1))
-
-
-def _add_cross(
-    probed: Probed,
-    layer: Layer,
-    other: Layer,
-    first: int,
-    at: Tensor,
-    s: Tensor | None,
-    tangent: Tensor | None,
-    delta: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Rows of one layer, columns of a later one: each sample's derivative of the later gradient, times a."""
-    use, m = other.weight, layer.weight.m
-    columns = slice(other.weight_at, other.weight_at + use.size)
-    bias_columns = slice(other.bias_at, other.bias_at + use.n)
-    with torch.no_grad():
-        a = probed.columns(use)
-        d = None if delta is None else use.rows(delta.detach())
-        u = None if s is None else use.rows(s)
-        if tangent is None or d is None:
-            count, tangents = 0 if u is None else len(u), None
-        else:
-            count, tangents = len(tangent), tangent
-        for row in range(count):
-            pulled = None if u is None else _pulled(use, u[row], a)
-            if tangents is not None and d is not None:
-                moved = use.columns({**probed.known, use.a: tangents[row]})  # type: ignore[dict-item]
-                pulled = _pulled(use, d, moved, pulled)
-            assert pulled is not None
-            rows = slice(
-                layer.weight_at + (first + row) * m, layer.weight_at + (first + row + 1) * m
-            )
-            _put_product(out, rows, columns, at, pulled)
-            mine = slice(layer.bias_at + first + row, layer.bias_at + first + row + 1)
-            if layer.bias is not None:
-                put(out, mine, columns, pulled.sum(0, keepdim=True))
-            if other.bias is not None and u is not None:
-                summed = u[row].sum(1)  # [B, n]
-                _put_product(out, rows, bias_columns, at, summed)
-                if layer.bias is not None:
-                    put(out, mine, bias_columns, summed.sum(0, keepdim=True))
-
-
-def _pulled(use: Use, u: Tensor, a: Tensor, onto: Tensor | None = None) -> Tensor:
-    """Each sample's A^T u, [B, size], added to `onto` in place if given."""
-    if use.positions > 1 or use.transposed or use.kind not in (LINEAR, CONVOLUTION):
-        pulled = use.pull(u, a)
-        return pulled if onto is None else onto.add_(pulled)
-    column, row = u.transpose(1, 2), a  # [B, n, 1], [B, 1, m]
-    if onto is None:
-        return (column * row).flatten(1)
-    onto.view(*onto.shape[:1], use.n, use.m).addcmul_(column, row)
-    return onto
-
-
-def put(out: Tensor, rows: slice, columns: slice, values: Tensor) -> None:
-    """Adds an off-diagonal block to the upper triangle, which alone counts."""
-    if rows.start <= columns.start:
-        out[rows, columns] += values
-    else:
-        out[columns, rows] += values.T
-
-
-def _put_product(out: Tensor, rows: slice, columns: slice, left: Tensor, right: Tensor) -> None:
-    """Adds left @ right, as `_put` does, without a copy where the rows lie as they are."""
-    if rows.start <= columns.start:
-        out[rows, columns].addmm_(left, right)
-    else:
-        out[columns, rows].addmm_(right.T, left.T)

@@ -12,8 +12,10 @@ a kink (ReLU) or drown in rounding, so several are tried and the best counts.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,24 +34,40 @@ def tolerance(dtype: torch.dtype, reference: torch.dtype) -> float:
     return 1e-6 if dtype == torch.float64 else 1e-3
 
 
+class Matrix(Protocol):
+    """What is asked of a block: a tensor [n, n], or one that is nowhere whole."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __matmul__(self, v: Tensor, /) -> Tensor: ...
+
+    def any(self, axis: int, /) -> Tensor: ...
+
+
 @dataclass
 class Certificate:
-    """Checks blocks, and keeps the worst error of all that it saw."""
+    """Checks blocks."""
 
     problem: Problem
     dtype: torch.dtype
     seed: int
-    directions: int = 0
-    worst: float = 0.0
 
     def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
         self.tolerance = tolerance(self.dtype, self.problem.dtype)
 
-    def matrix(self, block: Block, hessian: Tensor) -> float:
+    def _generator(self, block: Block) -> torch.Generator:
+        """Each block has its own numbers, whichever are checked before it."""
+        return torch.Generator().manual_seed(self.seed ^ zlib.crc32(block.name.encode()))
+
+    def direction(self, block: Block) -> Tensor:
+        """The random vector [n] that a block is compared along."""
+        v = torch.randn(block.size, generator=self._generator(block), dtype=torch.float64)
+        return v.to(self.problem.device, self.problem.dtype)
+
+    def matrix(self, block: Block, hessian: Matrix) -> float:
         """The relative error of a block [n, n] along one random direction."""
-        v = torch.randn(block.size, generator=self.generator, dtype=torch.float64)
-        v = v.to(self.problem.device, self.problem.dtype)
+        v = self.direction(block)
         error = self._product_error(block, hessian, v)
         if not self.passed(error):
             constant = self._constants(block, hessian, v)
@@ -59,12 +77,12 @@ class Certificate:
                 error = self._product_error(block, hessian, v.masked_fill(constant, 0))
         return error
 
-    def _product_error(self, block: Block, hessian: Tensor, v: Tensor) -> float:
+    def _product_error(self, block: Block, hessian: Matrix, v: Tensor) -> float:
         product = (hessian @ v.to(hessian.dtype)).to(self.problem.dtype)
         size = float(torch.linalg.norm(product))
         return self._best(_Along(self.problem, block, v, slice(None), product, size))
 
-    def _constants(self, block: Block, hessian: Tensor, v: Tensor) -> Tensor:
+    def _constants(self, block: Block, hessian: Matrix, v: Tensor) -> Tensor:
         """Entries that PyTorch treats as constants though the loss depends on them: an embedding's padding row.
 
         They have no gradient, here or a step away, and their rows of the Hessian are zero.
@@ -82,7 +100,8 @@ class Certificate:
         sizes = diagonal.abs().double().cpu()
         scale = float(sizes.max())
         weights = sizes + sizes.mean() if 0 < scale < float("inf") else torch.ones_like(sizes)
-        target = torch.rand((), generator=self.generator, dtype=torch.float64) * weights.sum()
+        generator = self._generator(block)
+        target = torch.rand((), generator=generator, dtype=torch.float64) * weights.sum()
         index = min(int(torch.searchsorted(weights.cumsum(0), target)), block.size - 1)
         e = torch.zeros(block.size, dtype=self.problem.dtype, device=self.problem.device)
         e[index] = 1
@@ -92,16 +111,12 @@ class Certificate:
     def passed(self, error: float) -> bool:
         return error <= self.tolerance
 
-    def accept(self, error: float) -> None:
-        self.worst = max(self.worst, error)
-
     def _best(self, along: _Along) -> float:
         """The least error of all steps; or, for a block lost in rounding, its share of what rounding explains.
 
         No block is asked to be better than the noise of the difference quotient with the largest step, where that is
         least: a bias before a normalisation has a Hessian of zero, and 1e-18 is as good.
         """
-        self.directions += 1
         steps = _STEPS[self.problem.dtype]
         errors: dict[float, float] = {}
         differences: dict[float, float] = {}

@@ -9,17 +9,16 @@ _WORKSPACE = 1 << 20  # numbers in a product before it is put in its place; fits
 _WIDTH = 32  # columns of a that are multiplied together
 
 
-def add_kronecker_rows(out: Tensor, first: int, s: Tensor, a: Tensor) -> None:
-    """out[(p, q), (i, j)] += sum_b s[p, b, i] a[b, q] a[b, j], for rows p = first, ... and columns i >= first.
+def add_kronecker_rows(out: Tensor, s: Tensor, a: Tensor) -> None:
+    """out[(p, q), (i, j)] += sum_b s[p, b, i] a[b, q] a[b, j], for the first rows p and the columns i >= p.
 
     The matrix is symmetric in (p, i), and in (q, j) for fixed p and i. So only the columns i >= p of each chunk of rows
     are filled (`mirror_` does the rest), and only products with q <= j, by groups of `_WIDTH`, are computed: a
     quarter of all, and a little more.
 
     Args:
-        out: [n m, n m].
-        first: the first row p in s.
-        s: [rows, B, n - first].
+        out: [rows m, n m].
+        s: [rows, B, n].
         a: [B, m].
     """
     rows, samples, n = s.shape
@@ -27,7 +26,7 @@ def add_kronecker_rows(out: Tensor, first: int, s: Tensor, a: Tensor) -> None:
     groups = -(-m // _WIDTH)
     edges = [(g * m // groups, (g + 1) * m // groups) for g in range(groups)]
     pairs = [(a[:, q:stop, None] * a[:, None, q:]).flatten(1) for q, stop in edges]
-    target = out.view(out.shape[0] // m, m, out.shape[1] // m, m)
+    target = out.unflatten(1, (n, m)).unflatten(0, (rows, m))
     widest = max(pair.shape[1] for pair in pairs)
     buffer = a.new_empty(max(_WORKSPACE, n * widest))
     start = 0
@@ -35,8 +34,7 @@ def add_kronecker_rows(out: Tensor, first: int, s: Tensor, a: Tensor) -> None:
         left = n - start
         count = min(rows - start, max(1, _WORKSPACE // (left * widest)))
         part = s[start : start + count, :, start:].transpose(1, 2).reshape(-1, samples)
-        p = slice(first + start, first + start + count)
-        i = slice(first + start, first + n)
+        p, i = slice(start, start + count), slice(start, n)
         for (q, stop), pair in zip(edges, pairs, strict=True):
             flat = buffer[: part.shape[0] * pair.shape[1]].view(-1, pair.shape[1])
             product = torch.mm(part, pair, out=flat).view(count, left, stop - q, m - q)

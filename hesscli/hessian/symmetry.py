@@ -14,6 +14,13 @@ def symmetrise_(matrix: Tensor) -> float:
     Returns:
         ||H - H^T||_F / ||H||_F of what it was before; 0 for a zero matrix.
     """
+    difference = average_(matrix)
+    norm = float(torch.linalg.norm(matrix))
+    return difference**0.5 / norm if norm else 0.0
+
+
+def average_(matrix: Tensor) -> float:
+    """Replaces H by (H + H^T) / 2; returns ||H - H^T||_F^2 of what it was before."""
     n = matrix.shape[0]
     difference = torch.zeros((), dtype=torch.float64, device=matrix.device)
     for i in range(0, n, _TILE):
@@ -28,5 +35,4 @@ def symmetrise_(matrix: Tensor) -> float:
                 mean = mean.triu() + mean.triu(1).T
             upper.copy_(mean)
             lower.copy_(mean.T)
-    norm = float(torch.linalg.norm(matrix))
-    return float(difference.sqrt()) / norm if norm else 0.0
+    return float(difference)

@@ -1,4 +1,4 @@
-"""One piece of work beside the main thread: writing a block while a GPU computes the next."""
+"""One piece of work beside the main thread: writing one block or band while the next one is computed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Beside:
     share one memory, it is not `enabled` and every call is made on the spot.
     """
 
-    def __init__(self, enabled: bool) -> None:
+    def __init__(self, enabled: bool = True) -> None:
         self.pool = ThreadPoolExecutor(1) if enabled else None
         self.pending: Future[Any] | None = None
 

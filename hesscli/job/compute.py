@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.errors import NumericalError, ResourceError
-from hesscli.files.hessian_file import HessianWriter
-from hesscli.files.resources import available_memory, free_disk
-from hesscli.hessian.blocks import STRUCTURES, Block, partition
+from hesscli.errors import HesscliError, InterruptedRun, NumericalError, ResourceError
+from hesscli.files.hessian_writer import HessianWriter
+from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
-from hesscli.hessian.plan import group, output_bytes
-from hesscli.hessian.planner import FINITE_DIFFERENCE, Choice, Planner, total
-from hesscli.hessian.problem import Problem
-from hesscli.hessian.rates import measure_rates
-from hesscli.hessian.routes.all import routes
-from hesscli.hessian.routes.base import NotApplicable, Route
-from hesscli.hessian.symmetry import symmetrise_
 from hesscli.job import document as documents
 from hesscli.job.beside import Beside
 from hesscli.job.document import Document
-from hesscli.job.opening import Opened, open_problem
+from hesscli.job.journal import Journal
+from hesscli.job.large import LargeBlock
+from hesscli.job.opening import open_problem
 from hesscli.job.options import ComputeOptions, Listener
-from hesscli.job.sizes import size
+from hesscli.job.planning import Plan
+from hesscli.job.whole import WholeBlocks, groups
 from hesscli.job.writing import may_write
-from hesscli.spectrum.statistics import QUICK_LIMIT
+from hesscli.spectrum.eigen import DENSE_LIMIT, extremes
+
+# What changes nothing in the file.
+_ELSEWHERE = {"model", "data", "output", "force", "resume", "loss_arguments", "arch_arguments"}
 
 
 def compute(options: ComputeOptions, listener: Listener, dry_run: bool = False) -> Document:
@@ -45,156 +44,146 @@ def compute(options: ComputeOptions, listener: Listener, dry_run: bool = False) 
     started = time.perf_counter()
     if options.output is not None and not dry_run:
         may_write(options.output, options.force, (options.model, options.data))
-    job = _Job(options, open_problem(options, listener), listener)
+    plan = Plan(options, open_problem(options, listener), listener)
     if dry_run:
-        document = job.dry_run()
+        document = plan.dry_run()
     else:
-        job.fits()
-        document = job.run()
+        plan.fits()
+        document = _Run(plan).run()
     document["seconds"] = time.perf_counter() - started
     document["output"] = str(options.output) if options.output else "-"
     return document
 
 
-class _Job:
-    def __init__(self, options: ComputeOptions, opened: Opened, listener: Listener) -> None:
-        self.options, self.opened, self.listener = options, opened, listener
-        self.problem = opened.problem
-        self.structure = STRUCTURES[options.blocks]
-        self.diagonal = self.structure == "elements"
-        self.shapes = {name: tuple(p.shape) for name, p in self.problem.parameters.items()}
-        self.blocks = partition(self.shapes, self.structure)
-        self.bytes = output_bytes(self.blocks, self.diagonal, self.problem.dtype)
-        self.double: Problem | None = None
-        self.routes: dict[str, Route] = {}
-        self.choices: dict[str, list[Choice]] = {}
+class _Run:
+    """A plan carried out."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.options = plan, plan.options
+        self.groups = list(groups(plan))
+        self.large = [LargeBlock(plan, block) for block in plan.blocks if plan.is_large(block)]
+        self.rows = sum(block.size for block in plan.blocks)
+        self.done = 0
         self.certificate: Certificate | None = None
-
-    def plan(self) -> None:
-        """Settles the routes of every block.
-
-        Raises:
-            NumericalError: the method asked for would not be exact.
-        """
-        self.double = self.problem.double()
-        self.routes, analyses = routes(self.problem, self.double, self.opened.sizes.chunk)
-        planner = Planner(self.problem, analyses, self.opened.sizes.chunk)
-        method = self.options.method
-        for block in self.blocks:
-            try:
-                self.choices[block.name] = (
-                    planner.choices(block, self.diagonal)
-                    if method == "auto"
-                    else planner.forced(block, self.diagonal, method)
-                )
-            except NotApplicable as reason:
-                raise self._inexact(block, method, reason) from None
-        if planner.refused and method == "auto":
-            self._note(f"no fast route: {planner.refused}; hvp takes one pass per parameter")
-
-    # What it takes
-
-    def dry_run(self) -> Document:
-        """The document that says what the command would take."""
-        self.plan()
-        document = documents.skeleton(self.opened, self.structure)
-        chosen = [self.choices[block.name][0] for block in self.blocks]
-        document["blocks"] = [
-            self._facts(block)
-            | {
-                "method": choice.method,
-                "reason": choice.reason,
-                "plan": str(choice),
-                "bytes": output_bytes([block], self.diagonal, self.problem.dtype),
-            }
-            for block, choice in zip(self.blocks, chosen, strict=True)
-        ]
-        rates = measure_rates(self.problem)
-        document["total"] = {
-            "size": sum(block.size for block in self.blocks),
-            "bytes": self.bytes,
-            "memory": self._memory(),
-            "estimated_seconds": self._estimate(total(chosen).seconds(rates)),
-        }
-        return document
-
-    def _estimate(self, work: float) -> float:
-        """Seconds of everything: the work, the check of each block, its eigenvalues, and writing."""
-        reference = self.double or self.problem
-        names = list(self.shapes)
-        reference.gradient(names)  # the first one is slower
-        started = time.perf_counter()
-        reference.gradient(names)
-        gradient = time.perf_counter() - started
-        checks = 2 * gradient * len(self.blocks) if self.options.check else 0.0
-        small = [b.size for b in self.blocks if not self.diagonal and b.size <= QUICK_LIMIT]
-        eigenvalues = sum(2 * n**3 for n in small) / 1e10
-        return 0.3 + work + checks + eigenvalues + self.bytes / 1e9
-
-    def fits(self) -> None:
-        """Refuses what memory or disk cannot hold.
-
-        Raises:
-            ResourceError: with the command that would fit.
-        """
-        output = self.options.output
-        needs = [(self._memory(), available_memory(), "of memory", "is free")]
-        if output is not None:
-            needs.append(
-                (self.bytes, free_disk(output.parent), "of disk", f"is free in {output.parent}")
-            )
-        for needed, free, kind, where in needs:
-            if needed > free:
-                largest = max(block.size for block in self.blocks)
-                raise ResourceError(
-                    f"{self.structure} needs {size(needed)} {kind} (its largest block is "
-                    f"{largest} x {largest}), {size(free)} {where}",
-                    self._smaller(free),
-                )
-
-    def _smaller(self, free: int) -> str:
-        for option in ("module", "diag", "elements"):
-            diagonal = option == "elements"
-            blocks = partition(self.shapes, STRUCTURES[option])
-            size = output_bytes(blocks, diagonal, self.problem.dtype)
-            if size < self.bytes and size < free:
-                break
-        return f"--blocks {option}"
-
-    def _memory(self) -> int:
-        largest = max(output_bytes([b], self.diagonal, self.problem.dtype) for b in self.blocks)
-        parameters = sum(math.prod(shape) for shape in self.shapes.values())
-        return largest + 24 * parameters + (256 << 20)
-
-    # The work
+        if self.options.check:
+            self.certificate = Certificate(plan.reference, plan.problem.dtype, self.options.seed)
 
     def run(self) -> Document:
         """Computes, checks and writes every block."""
-        self.plan()
-        if self.options.check:
-            reference = self.double or self.problem
-            self.certificate = Certificate(reference, self.problem.dtype, self.options.seed)
-        gradient = self.problem.gradient(list(self.shapes))
+        plan = self.plan
+        gradient = plan.problem.gradient(list(plan.shapes))
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
         if not math.isfinite(norm):
             raise NumericalError(f"the gradient's norm is {norm}; the Hessian would mean nothing")
-        document = documents.skeleton(self.opened, self.structure) | {"gradient_norm": norm}
-        document["blocks"] = [self._facts(block) for block in self.blocks]
-        dtype = str(self.problem.dtype).removeprefix("torch.")
-        with HessianWriter(self.options.output, self._tensors(), dtype, document) as writer:
+        document = documents.skeleton(plan.opened, plan.structure) | {"gradient_norm": norm}
+        document["blocks"] = [documents.block_facts(plan.opened, block) for block in plan.blocks]
+        journal = self._journal(document)
+        dtype = str(plan.problem.dtype).removeprefix("torch.")
+        with HessianWriter(
+            self.options.output, self._tensors(), dtype, document, start=journal.start
+        ) as writer:
             if self.options.gradient:
                 for name, g in gradient.items():
                     writer.write(f"gradient.{name}", g.cpu().numpy())
-            finished = {}
-            with Beside(enabled=self.problem.device.type != "cpu") as beside:
-                for facts, array in self._finished(gradient):
-                    beside.run(writer.write, facts["name"], array)
-                    finished[facts["name"]] = facts
-            document |= self._results([finished[block.name] for block in self.blocks])
+            try:
+                blocks = self._blocks(writer, journal, gradient)
+            except BaseException as error:
+                raise self._left(error, writer, journal) from None
+            document |= self._results(blocks) | {"checksums": writer.checksums()}
             writer.commit(documents.timeless(document))
+            journal.remove()
             if self.options.output is None:
                 writer.copy_to(sys.stdout.buffer)
         return document
+
+    def _journal(self, document: Document) -> Journal:
+        """The journal, with what an earlier run of this very command left."""
+        options = {k: v for k, v in asdict(self.options).items() if k not in _ELSEWHERE}
+        head = {"document": documents.timeless(document), "options": options}
+        parts = len(self.groups) + sum(block.count() for block in self.large)
+        journal = Journal(self.options.output, head, parts)
+        journal.resume(self.options.resume, self.options.force)
+        return journal
+
+    def _blocks(
+        self, writer: HessianWriter, journal: Journal, gradient: Mapping[str, Tensor]
+    ) -> list[Document]:
+        """Every block's facts, in model order; its values are in the file then."""
+        self.plan.listener.progress(0, self.rows, "")
+        finished: dict[str, Document] = {}
+        with Beside(enabled=self.plan.problem.device.type != "cpu") as beside:
+            for group in self.groups:
+                for facts in self._group(group, writer, journal, beside):
+                    finished[facts["name"]] = facts
+        for block in self.large:
+            facts = block.compute(writer, journal, self.certificate, self._progress)
+            if self.options.stats == "all":
+                low, high = extremes(writer.mapped(facts["name"]), DENSE_LIMIT)
+                facts |= {"eig_max": high, "eig_min": low}
+            finished[facts["name"]] = facts
+        for facts in finished.values():
+            names = next(b.parameters for b in self.plan.blocks if b.name == facts["name"])
+            if facts.pop("zero") and not any(bool(gradient[name].any()) for name in names):
+                facts["unused"] = True
+                self.plan.note(f"{facts['name']}: unused, its block is zero")
+        return [finished[block.name] for block in self.plan.blocks]
+
+    def _group(
+        self, group: Sequence[Block], writer: HessianWriter, journal: Journal, beside: Beside
+    ) -> list[Document]:
+        """The facts of blocks that are computed together; from the journal, where they are in the file."""
+        part = ", ".join(block.name for block in group)
+        known = journal.finished.get(part)
+        if known is not None:
+            self.plan.recall(known["notes"])
+            writer.believe(known["checksums"])
+            for facts in known["blocks"]:
+                self._progress(facts["size"], facts["name"])
+            return list(known["blocks"])
+        found = []
+        for facts, array in WholeBlocks(self.plan, self.certificate).compute(group):
+            beside.run(writer.write, facts["name"], array)
+            found.append(facts | {"zero": not array.any()})
+            self._progress(facts["size"], facts["name"])
+
+        def note() -> None:
+            checksums = writer.checksums()
+            journal.add(
+                part,
+                {
+                    "blocks": found,
+                    "notes": list(self.plan.opened.notes),
+                    "checksums": {block.name: checksums[block.name] for block in group},
+                },
+                writer,
+            )
+
+        beside.run(note)
+        return found
+
+    def _progress(self, rows: int, doing: str) -> None:
+        self.done += rows
+        self.plan.listener.progress(self.done, self.rows, doing)
+
+    def _left(self, error: BaseException, writer: HessianWriter, journal: Journal) -> BaseException:
+        """The error to end with: where going on later makes sense, what is finished is kept, and said."""
+        out_of_room = isinstance(error, (ResourceError, MemoryError, torch.OutOfMemoryError))
+        if not out_of_room and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+            journal.remove()
+            return error
+        with contextlib.suppress(HesscliError, OSError):
+            journal.flush(writer)
+        if not journal.finished or self.options.output is None:
+            journal.remove()
+            return error
+        writer.keep()
+        kept = f"{len(journal.finished)} of {journal.parts} parts are kept"
+        if isinstance(error, KeyboardInterrupt):
+            return InterruptedRun(f"interrupted; {kept}", "--resume")
+        if isinstance(error, SystemExit):
+            self.plan.listener.note(f"terminated; {kept}, and --resume goes on with them")
+            return error
+        return ResourceError(f"{getattr(error, 'message', 'out of memory')}; {kept}", "--resume")
 
     def _results(self, blocks: list[Document]) -> Document:
         errors = [
@@ -205,155 +194,16 @@ class _Job:
             "total": documents.total(blocks),
             "method": " + ".join(sorted({facts["method"] for facts in blocks})),
             "symmetry_error": max(errors, default=None),
-            "check": documents.check_facts(self.certificate),
-            "notes": list(self.opened.notes),
+            "check": documents.check_facts(self.certificate, blocks),
+            "notes": list(self.plan.opened.notes),
         }
 
     def _tensors(self) -> dict[str, tuple[int, ...]]:
+        shapes, diagonal = self.plan.shapes, self.plan.diagonal
         tensors = {
-            block.name: self.shapes[block.name] if self.diagonal else (block.size, block.size)
-            for block in self.blocks
+            block.name: shapes[block.name] if diagonal else (block.size, block.size)
+            for block in self.plan.blocks
         }
         if self.options.gradient:
-            tensors |= {f"gradient.{name}": shape for name, shape in self.shapes.items()}
+            tensors |= {f"gradient.{name}": shape for name, shape in shapes.items()}
         return tensors
-
-    def _finished(self, gradient: dict[str, Tensor]) -> Iterator[tuple[Document, np.ndarray]]:
-        """Every block's facts and values, route by route."""
-        everything, done = sum(block.size for block in self.blocks), 0
-        self.listener.progress(0, everything, "")
-        for method in dict.fromkeys(self.choices[block.name][0].method for block in self.blocks):
-            mine = [b for b in self.blocks if self.choices[b.name][0].method == method]
-            for blocks in group(mine, self.diagonal):
-                for block, values, place in self._computed(blocks, 0):
-                    yield self._finish(block, values, place, gradient)
-                    done += block.size
-                    self.listener.progress(done, everything, block.name)
-
-    def _computed(self, blocks: Sequence[Block], place: int) -> Iterator[tuple[Block, Tensor, int]]:
-        """Blocks with their values, and the place of the route that gave them among their choices."""
-        route = self.routes[self.choices[blocks[0].name][place].method]
-        try:
-            sums = self._sums(route, blocks)
-        except NotApplicable as reason:
-            if len(blocks) > 1:  # perhaps only some of them cannot be done
-                for block in blocks:
-                    yield from self._computed([block], place)
-                return
-            self._next_route(blocks[0], place, reason)
-            yield from self._computed(blocks, place + 1)
-            return
-        for block in blocks:
-            values = sums.pop(block.name)
-            if not self.diagonal:
-                route.finish(values)
-            yield block, values, place
-
-    def _sums(self, route: Route, blocks: Sequence[Block]) -> dict[str, Tensor]:
-        """The blocks' sums over batches; with smaller chunks where a device's memory runs out."""
-        while True:
-            try:
-                sums = {
-                    block.name: torch.zeros(
-                        (block.size,) if self.diagonal else (block.size, block.size),
-                        dtype=route.problem.dtype,
-                        device=route.problem.device,
-                    )
-                    for block in blocks
-                }
-                for batch in route.problem.batches:
-                    route.add(batch, blocks, sums, self.diagonal)
-                return sums
-            except torch.OutOfMemoryError:
-                if not route.shrink():
-                    raise
-            # Outside the handler, which holds on to the failed pass.
-            sums = {}
-            torch.cuda.empty_cache()
-
-    def _next_route(self, block: Block, place: int, reason: Exception) -> None:
-        """Says that the next route of a block is taken, and why.
-
-        Raises:
-            NumericalError: there is none.
-        """
-        choices = self.choices[block.name]
-        if place + 1 == len(choices):
-            raise self._inexact(block, choices[place].method, reason)
-        self._note(f"{reason}: {choices[place + 1].method} instead of {choices[place].method}")
-
-    def _inexact(self, block: Block, method: str, reason: Exception) -> NumericalError:
-        hint = FINITE_DIFFERENCE if self.options.method == "hvp" else "auto"
-        return NumericalError(
-            f"{block.name}: {method} is not exact here: {reason}",
-            None if method == FINITE_DIFFERENCE else f"--method {hint}",
-        )
-
-    def _finish(
-        self, block: Block, values: Tensor, place: int, gradient: dict[str, Tensor]
-    ) -> tuple[Document, np.ndarray]:
-        """Makes a block symmetric and certifies it, or takes the next route."""
-        method = self.choices[block.name][place].method
-        symmetry = None
-        if not self.diagonal:
-            symmetry = 0.0 if self.routes[method].symmetric else symmetrise_(values)
-        error = None
-        if self.certificate is not None and block.size:
-            judge = self.certificate.diagonal if self.diagonal else self.certificate.matrix
-            error = judge(block, values)
-        passed = self.certificate is None or error is None or self.certificate.passed(error)
-        # What passed a comparison is finite.
-        if (error is None or not passed) and not bool(torch.isfinite(values).all()):
-            raise NumericalError(
-                f"{block.name}: its Hessian is not finite (NaN or inf)",
-                "--dtype float64" if self.problem.dtype == torch.float32 else None,
-            )
-        if self.certificate is not None and error is not None:
-            if not passed:
-                return self._again(block, place, error, gradient)
-            self.certificate.accept(error)
-        array = _on_host(values.to(self.problem.dtype))
-        if self.diagonal:
-            array = array.reshape(self.shapes[block.name])
-        facts = self._facts(block) | {
-            "method": method,
-            **documents.statistics(array, self.diagonal, self.options.stats),
-            "bytes": array.nbytes,
-            "symmetry_error": symmetry,
-            "check_error": error,
-        }
-        if not any(bool(gradient[name].any()) for name in block.parameters) and not array.any():
-            facts["unused"] = True
-            self._note(f"{block.name}: unused, its block is zero")
-        return facts, array
-
-    def _again(
-        self, block: Block, place: int, error: float, gradient: dict[str, Tensor]
-    ) -> tuple[Document, np.ndarray]:
-        assert self.certificate is not None
-        choices = self.choices[block.name]
-        said = f"{block.name}: {choices[place].method} differs from gradients by {error:.1e}"
-        if place + 1 == len(choices):
-            raise NumericalError(
-                f"{said}, more than {self.certificate.tolerance:.0e}; nothing was written",
-                "--dtype float64" if self.problem.dtype == torch.float32 else "--no-check",
-            )
-        self._note(f"{said}; {choices[place + 1].method} instead")
-        ((_, values, place),) = self._computed([block], place + 1)
-        return self._finish(block, values, place, gradient)
-
-    def _facts(self, block: Block) -> Document:
-        return documents.block_facts(self.opened, block)
-
-    def _note(self, text: str) -> None:
-        if text not in self.opened.notes:
-            self.opened.notes.append(text)
-            self.listener.note(text)
-
-
-def _on_host(values: Tensor) -> np.ndarray:
-    """A block in the host's memory; from a GPU by way of pinned memory, several times as fast."""
-    if values.device.type == "cuda":
-        pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        return pinned.copy_(values).numpy()
-    return values.cpu().numpy()

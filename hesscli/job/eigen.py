@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from hesscli.errors import NumericalError, UsageError
-from hesscli.files.hessian_file import HessianFile, HessianWriter, read_hessian
+from hesscli.files.hessian_file import HessianFile, read_hessian
+from hesscli.files.hessian_writer import HessianWriter
 from hesscli.job.writing import may_write
 from hesscli.spectrum.eigen import top_eigenpairs
 

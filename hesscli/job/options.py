@@ -53,6 +53,8 @@ class ComputeOptions(ProblemOptions):
     stats: str = "auto"
     output: Path | None = Path("hessian.safetensors")  # None: standard output
     force: bool = False
+    memory: int | None = None  # bytes; None: a share of what is free
+    resume: bool = False
 
 
 METHODS = ("auto", "preactivation", "gauss-newton", "hvp", "finite-difference")

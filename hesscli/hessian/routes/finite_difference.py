@@ -6,15 +6,16 @@ step that crosses a kink makes the two disagree; a smaller one is tried then.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hesscli.hessian.blocks import Block
+from hesscli.hessian.layout import Layout
 from hesscli.hessian.problem import Batch, Problem, is_missing_derivative
-from hesscli.hessian.routes.base import NotApplicable
+from hesscli.hessian.routes.base import NotApplicable, Rows
 
 
 class FiniteDifference:
@@ -34,23 +35,26 @@ class FiniteDifference:
     def shrink(self) -> bool:
         return False
 
+    def layout(self, block: Block) -> Layout:
+        return Layout.plain(block.size)
+
     def finish(self, matrix: Tensor) -> None:
         # What has no gradient of its own is a constant to PyTorch, though the loss may depend on it (a padding row).
-        matrix[:, ~matrix.any(1)] = 0
+        matrix[~matrix.any(0)] = 0
 
-    def add(
-        self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor], diagonal: bool
+    def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
+        for part in rows:
+            for row, name, index in _entries(part.block):
+                if part.start <= row < part.stop:
+                    values = self._column(batch, part.block, name, index)
+                    part.out[row - part.start] += values[part.start :]
+
+    def add_diagonal(
+        self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]
     ) -> None:
         for block in blocks:
-            column = 0
-            for name, size in zip(block.parameters, block.sizes, strict=True):
-                for index in range(size):
-                    values = self._column(batch, block, name, index)
-                    if diagonal:
-                        sums[block.name][column] += values[column]
-                    else:
-                        sums[block.name][:, column] += values
-                    column += 1
+            for row, name, index in _entries(block):
+                sums[block.name][row] += self._column(batch, block, name, index)[row]
 
     def _column(self, batch: Batch, block: Block, name: str, index: int) -> Tensor:
         parameter = self.problem.parameters[name].data
@@ -93,3 +97,12 @@ class FiniteDifference:
                 for leaf, grad in zip(leaves, grads, strict=True)
             ]
         )
+
+
+def _entries(block: Block) -> Iterator[tuple[int, str, int]]:
+    """(row, parameter, entry of the parameter) of every row of a block."""
+    row = 0
+    for name, size in zip(block.parameters, block.sizes, strict=True):
+        for index in range(size):
+            yield row, name, index
+            row += 1

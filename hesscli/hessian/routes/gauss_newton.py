@@ -15,10 +15,11 @@ from torch import Tensor
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.kronecker import add_kronecker_rows, mirror_
+from hesscli.hessian.layout import Layout, Piece
 from hesscli.hessian.piecewise import curved
 from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Batch, Problem
-from hesscli.hessian.routes.base import NotApplicable
+from hesscli.hessian.routes.base import NotApplicable, Rows
 from hesscli.hessian.uses import LINEAR, Use
 
 
@@ -42,9 +43,32 @@ class GaussNewton:
         self.problem = problem
         self.analyses = analyses
 
-    def add(
-        self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor], diagonal: bool
+    def layout(self, block: Block) -> Layout:
+        uses = block_uses(self.analyses.of(self.problem.batches[0]), block)
+        if _is_kronecker(uses):
+            return Layout((Piece(uses[0].n, ((0, uses[0].m),)),))
+        return Layout.plain(block.size)
+
+    def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
+        probed, curvature, factors = self._factors(batch, [part.block for part in rows])
+        for part in rows:
+            uses, v = factors[part.block.name]
+            if v is not None:
+                _add(part, probed, uses, v, curvature)
+
+    def add_diagonal(
+        self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]
     ) -> None:
+        probed, curvature, factors = self._factors(batch, blocks)
+        for block in blocks:
+            uses, v = factors[block.name]
+            if v is not None:
+                _add_diagonal(sums[block.name], probed, uses, v, curvature)
+
+    def _factors(
+        self, batch: Batch, blocks: Sequence[Block]
+    ) -> tuple[Probed, Tensor, dict[str, tuple[list[Use], Tensor | None]]]:
+        """The pass, Lambda [B, C, C], and each block's uses with V [B, C, T, n] there (None: zero)."""
         analysis = self.analyses.of(batch)
         uses = {block.name: block_uses(analysis, block) for block in blocks}
         for block in blocks:
@@ -53,15 +77,15 @@ class GaussNewton:
                 raise NotApplicable(f"{operator} is not piecewise linear")
         probed = Probed(self.problem, batch, analysis, {u[0].z for u in uses.values()})
         zs = list(probed.probes)
-        curvature = probed.output_hessian()  # [B, C, C]
         probes = [probed.probes[z] for z in zs]
         jacobians = batched_grad(probed.output, probes, probed.output_seeds())
         of = dict(zip(zs, jacobians, strict=True))
-        for block in blocks:
-            jacobian = of[uses[block.name][0].z]
-            if jacobian is not None:
-                v = uses[block.name][0].rows(jacobian).transpose(0, 1)  # [B, C, T, n]
-                _add(sums[block.name], probed, uses[block.name], v, curvature, diagonal)
+        factors: dict[str, tuple[list[Use], Tensor | None]] = {}
+        for name, mine in uses.items():
+            jacobian = of[mine[0].z]
+            v = None if jacobian is None else mine[0].rows(jacobian).transpose(0, 1)
+            factors[name] = (mine, v)
+        return probed, probed.output_hessian(), factors
 
     def shrink(self) -> bool:
         return False
@@ -70,25 +94,41 @@ class GaussNewton:
         mirror_(matrix)
 
 
-def _add(
-    out: Tensor, probed: Probed, uses: Sequence[Use], v: Tensor, curvature: Tensor, diagonal: bool
-) -> None:
-    use, columns = uses[0], probed.columns(uses[0])
-    if len(uses) == 1 and use.kind == LINEAR and use.positions == 1 and not use.transposed:
-        v, a = v.squeeze(2), columns.squeeze(1)
+def _is_kronecker(uses: Sequence[Use]) -> bool:
+    use = uses[0]
+    return len(uses) == 1 and use.kind == LINEAR and use.positions == 1 and not use.transposed
+
+
+def _add(part: Rows, probed: Probed, uses: Sequence[Use], v: Tensor, curvature: Tensor) -> None:
+    use = uses[0]
+    if _is_kronecker(uses):
+        v, a = v.squeeze(2), probed.columns(use).squeeze(1)
         curved_v = curvature @ v  # [B, C, n]
-        if diagonal:
-            out += ((v * curved_v).sum(1).T @ a**2).reshape(-1)
-            return
         step = max(1, (1 << 23) // (v.shape[0] * use.n))
-        for first in range(0, use.n, step):
-            s = v[:, :, first : first + step].transpose(1, 2) @ curved_v[:, :, first:]
-            add_kronecker_rows(out, first, s.transpose(0, 1), a)
+        last = part.stop // use.m
+        for first in range(part.start // use.m, last, step):
+            s = v[:, :, first : min(first + step, last)].transpose(1, 2) @ curved_v[:, :, first:]
+            skipped = first * use.m - part.start
+            out = part.out[skipped : skipped + s.shape[1] * use.m, skipped:]
+            add_kronecker_rows(out, s.transpose(0, 1), a)
         return
+    jacobian, out = _jacobian(probed, uses, v), part.out
+    curved_jacobian = curvature @ jacobian[..., part.start :]
+    out += jacobian[..., part.start : part.stop].flatten(0, 1).T @ curved_jacobian.flatten(0, 1)
+
+
+def _add_diagonal(
+    out: Tensor, probed: Probed, uses: Sequence[Use], v: Tensor, curvature: Tensor
+) -> None:
+    if _is_kronecker(uses):
+        v, a = v.squeeze(2), probed.columns(uses[0]).squeeze(1)
+        out += ((v * (curvature @ v)).sum(1).T @ a**2).reshape(-1)
+        return
+    jacobian = _jacobian(probed, uses, v)
+    out += (jacobian * (curvature @ jacobian)).sum((0, 1))
+
+
+def _jacobian(probed: Probed, uses: Sequence[Use], v: Tensor) -> Tensor:
+    """df/dtheta of each sample: [B, C, size]."""
     parts = [u.pull(v, probed.columns(u).unsqueeze(1)) for u in uses]
-    jacobian = parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # [B, C, size]
-    curved_jacobian = curvature @ jacobian
-    if diagonal:
-        out += (jacobian * curved_jacobian).sum((0, 1))
-    else:
-        out += jacobian.flatten(0, 1).T @ curved_jacobian.flatten(0, 1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

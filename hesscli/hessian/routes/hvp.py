@@ -16,8 +16,9 @@ from torch import Tensor
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.definitions import exact_derivatives
+from hesscli.hessian.layout import Layout
 from hesscli.hessian.problem import Batch, Problem, is_missing_derivative
-from hesscli.hessian.routes.base import NotApplicable
+from hesscli.hessian.routes.base import NotApplicable, Rows
 
 
 class HessianVectorProducts:
@@ -41,44 +42,55 @@ class HessianVectorProducts:
     def finish(self, matrix: Tensor) -> None:
         pass
 
-    def add(
-        self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor], diagonal: bool
+    def layout(self, block: Block) -> Layout:
+        return Layout.plain(block.size)
+
+    def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
+        gradient = self._gradient(batch, [part.block for part in rows])
+        for part in rows:
+            for first, found in self._rows(part.block, gradient, part.start, part.stop):
+                mine = slice(first - part.start, first - part.start + len(found))
+                part.out[mine] += found[:, part.start :]
+
+    def add_diagonal(
+        self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]
     ) -> None:
+        gradient = self._gradient(batch, blocks)
+        for block in blocks:
+            for first, found in self._rows(block, gradient, 0, block.size):
+                sums[block.name][first : first + len(found)] += found.diagonal(offset=first)
+
+    def _gradient(self, batch: Batch, blocks: Sequence[Block]) -> Mapping[str, Tensor | None]:
+        """dL/dtheta of the blocks' parameters, with its graph; empty where L has none."""
         parameters = self.problem.parameters
         names = list(dict.fromkeys(name for block in blocks for name in block.parameters))
         try:
             with exact_derivatives():
                 value = self.problem.value(batch)
                 if not value.requires_grad:
-                    return
+                    return {}
                 grads = torch.autograd.grad(
                     value, [parameters[n] for n in names], create_graph=True, allow_unused=True
                 )
         except (RuntimeError, NotImplementedError) as error:
             raise _explained(error) from error
-        gradient = dict(zip(names, grads, strict=True))
-        for block in blocks:
-            for start, rows in self._rows(block, gradient):
-                stop = start + rows.shape[0]
-                if diagonal:
-                    sums[block.name][start:stop] += rows.diagonal(offset=start)
-                else:
-                    sums[block.name][start:stop] += rows
+        return dict(zip(names, grads, strict=True))
 
     def _rows(
-        self, block: Block, gradient: Mapping[str, Tensor | None]
+        self, block: Block, gradient: Mapping[str, Tensor | None], start: int, stop: int
     ) -> Iterator[tuple[int, Tensor]]:
-        """The block's rows that can differ from zero, in chunks: (first row, [rows, n])."""
+        """The block's rows from `start` to `stop` that can differ from zero, in chunks: (first row, [rows, n])."""
         leaves = [self.problem.parameters[name] for name in block.parameters]
-        first = 0
+        offset = 0
         for name, size in zip(block.parameters, block.sizes, strict=True):
-            g = gradient[name]
+            g = gradient.get(name)
             if g is not None and g.requires_grad:
                 flat = g.reshape(-1)
-                for start in range(0, size, self.chunk):
-                    stop = min(start + self.chunk, size)
-                    seeds = flat.new_zeros(stop - start, size)
-                    seeds[:, start:stop].fill_diagonal_(1)
+                last = min(stop - offset, size)
+                for first in range(max(start - offset, 0), last, self.chunk):
+                    count = min(self.chunk, last - first)
+                    seeds = flat.new_zeros(count, size)
+                    seeds[:, first : first + count].fill_diagonal_(1)
                     parts = self._products(flat, seeds, leaves)
                     columns = [
                         seeds.new_zeros(len(seeds), leaf.numel())
@@ -86,8 +98,8 @@ class HessianVectorProducts:
                         else part.reshape(len(seeds), -1)
                         for part, leaf in zip(parts, leaves, strict=True)
                     ]
-                    yield first + start, columns[0] if len(columns) == 1 else torch.cat(columns, 1)
-            first += size
+                    yield offset + first, columns[0] if len(columns) == 1 else torch.cat(columns, 1)
+            offset += size
 
     def _products(
         self, gradient: Tensor, seeds: Tensor, leaves: Sequence[Tensor]

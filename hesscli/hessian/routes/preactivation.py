@@ -14,19 +14,19 @@ Source: C. Bishop, Exact calculation of the Hessian matrix for the multilayer pe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from hesscli.hessian.assembly import WORKSPACE, Layer, add_layer, put
+from hesscli.hessian.assembly import WORKSPACE, Layer, add_layer, add_layer_diagonal
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.chain import Step, chain_diagonals, curved_outputs, find_chain
 from hesscli.hessian.kronecker import mirror_
+from hesscli.hessian.layout import Layout, Piece, starts_of
 from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Batch, Problem
-from hesscli.hessian.routes.base import NotApplicable
+from hesscli.hessian.routes.base import NotApplicable, Rows
 from hesscli.hessian.uses import BIAS, CONVOLUTION, LINEAR, SCALE, Use
 
 
@@ -43,30 +43,56 @@ class Preactivation:
         self.workspace //= 2
         return self.workspace >= 1 << 16
 
-    def add(
-        self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor], diagonal: bool
-    ) -> None:
+    def layout(self, block: Block) -> Layout:
+        layers, others = split(self.analyses.of(self.problem.batches[0]), block)
+        return _layout(block, layers, others)
+
+    def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
         analysis = self.analyses.of(batch)
-        if diagonal:
-            blocks = self._add_chain(batch, analysis, blocks, sums)
         done: set[str] = set()
-        for block in sorted(blocks, key=lambda block: -block.size):  # weights before their biases
+        for part in sorted(rows, key=lambda part: -part.block.size):  # weights before their biases
+            block = part.block
             if block.name in done:
                 continue
             layers, others = split(analysis, block)
-            out = sums[block.name]
+            if _layout(block, layers, others) != self.layout(block):
+                raise NotApplicable("the batches take different paths through the model")
+            if not layers:
+                self._add_alone(batch, analysis, part)
+                continue
+            bias = None
             if len(layers) == 1 and layers[0].bias is None and not others:
                 # A bias that is a block of its own needs nothing but its weight's derivatives.
-                layer, bias = layers[0], _bias_at(analysis, layers[0].z, blocks)
-                if bias is not None:
-                    done.add(bias.parameter)
-                    layer = replace(layer, bias=bias, bias_at=0)
-                bias_out = sums[bias.parameter] if bias else out
-                self._add_layers(batch, analysis, block, [layer], [], out, bias_out, diagonal)
-            elif layers:
-                self._add_layers(batch, analysis, block, layers, others, out, out, diagonal)
-            else:
-                self._add_alone(batch, analysis, block, out, diagonal)
+                bias = _bias_at(analysis, layers[0].z, rows)
+                if bias is not None and part.stop - part.start == block.size:
+                    done.add(bias.block.name)
+                else:
+                    bias = None
+            self._add_layers(batch, analysis, part, layers, others, bias)
+
+    def add_diagonal(
+        self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]
+    ) -> None:
+        analysis = self.analyses.of(batch)
+        blocks = self._add_chain(batch, analysis, blocks, sums)
+        done: set[str] = set()
+        for block in sorted(blocks, key=lambda block: -block.size):
+            if block.name in done:
+                continue
+            layers, _ = split(analysis, block)
+            if not layers:
+                self._add_alone(batch, analysis, block, sums[block.name])
+                continue
+            (layer,) = layers
+            bias = next((b for b in blocks if _is_bias_at(analysis, layer.z, b)), None)
+            if bias is not None:
+                done.add(bias.name)
+            probed = Probed(self.problem, batch, analysis, [layer.z])
+            (delta,) = torch.autograd.grad(
+                probed.value, [probed.probes[layer.z]], create_graph=True, allow_unused=True
+            )
+            bias_out = None if bias is None else sums[bias.name]
+            add_layer_diagonal(probed, layer, delta, sums[block.name], bias_out, self.workspace)
 
     def finish(self, matrix: Tensor) -> None:
         mirror_(matrix)
@@ -92,9 +118,10 @@ class Preactivation:
         return [block for block in blocks if block.name not in mine]
 
     def _add_alone(
-        self, batch: Batch, analysis: Analysis, block: Block, out: Tensor, diagonal: bool
+        self, batch: Batch, analysis: Analysis, to: Rows | Block, diagonal: Tensor | None = None
     ) -> None:
         """A parameter with no more entries than directions along z: u = A e_r for each entry r."""
+        block = to if isinstance(to, Block) else to.block
         use = analysis.use(block.parameters[0])
         probed = Probed(self.problem, batch, analysis, [use.z])
         probe = probed.probes[use.z]
@@ -103,30 +130,36 @@ class Preactivation:
             return
         a = probed.columns(use)
         chunk = max(1, min(128, self.workspace // (8 * delta.numel())))
-        for start in range(0, use.size, chunk):
-            entries = range(start, min(start + chunk, use.size))
+        start, stop = (0, block.size) if isinstance(to, Block) else (to.start, to.stop)
+        for first in range(start, stop, chunk):
+            entries = range(first, min(first + chunk, stop))
             seeds = use.spread(_directions_of(use, a, entries, probed.samples), delta.shape)
             (found,) = batched_grad(delta, [probe], seeds)
             if found is None:
                 return
             rows = _summed_pull(use, use.rows(found), a)
-            if diagonal:
-                out[start : start + len(entries)] += rows.diagonal(offset=start)
-            else:
-                out[start : start + len(entries)] += rows
+            if isinstance(to, Rows):
+                to.out[first - start : first - start + len(entries)] += rows[:, start:]
+            elif diagonal is not None:
+                diagonal[first : first + len(entries)] += rows.diagonal(offset=first)
 
     def _add_layers(
         self,
         batch: Batch,
         analysis: Analysis,
-        block: Block,
+        part: Rows,
         layers: Sequence[Layer],
         others: Sequence[str],
-        out: Tensor,
-        bias_out: Tensor,
-        diagonal: bool,
+        bias: Rows | None,
     ) -> None:
-        """A block of layers, and of parameters that are no part of one."""
+        """Rows of a block of layers, and of parameters that are no part of one."""
+        block = part.block
+        layout = _layout(block, layers, others)
+        starts = [start for start, _ in layout.starts()]
+        first_rows = dict(zip([*others, *(layer.z for layer in layers)], starts, strict=True))
+        mine = [i for i, x in enumerate(layers) if first_rows[x.z] + x.size > part.start]
+        layers = layers[mine[0] :] if mine else []
+        with_rows = [x for x in others if first_rows[x] < part.stop]
         zs = [layer.z for layer in layers]
         probed = Probed(
             self.problem,
@@ -134,17 +167,25 @@ class Preactivation:
             analysis,
             zs,
             leaves=block.parameters if others else (),
-            activations={layer.weight.a for layer in layers[1:] if layer.weight.a is not None},
+            activations={x.weight.a for x in layers[1:] if x.weight.a is not None},
         )
-        others = [name for name in others if name in probed.leaves]  # the rest are unused
-        wanted = [probed.probes[z] for z in zs] + [probed.leaves[name] for name in others]
+        with_rows = [name for name in with_rows if name in probed.leaves]  # the rest are unused
+        wanted = [probed.probes[z] for z in zs] + [probed.leaves[name] for name in with_rows]
         grads = torch.autograd.grad(probed.phi, wanted, create_graph=True, allow_unused=True)
         deltas = dict(zip(zs, grads, strict=False))
-        for index in range(len(layers)):
-            add_layer(probed, layers[index:], deltas, out, bias_out, diagonal, self.workspace)
-        for name, gradient in zip(others, grads[len(zs) :], strict=True):
+        for index, layer in enumerate(layers):
+            at = first_rows[layer.z]
+            first = max(0, (part.start - at) // layer.width)
+            last = min(layer.weight.n, (part.stop - at) // layer.width)
+            if first < last:
+                skipped = at + first * layer.width - part.start
+                out = part.out[skipped : skipped + (last - first) * layer.width, skipped:]
+                bias_out = None if bias is None else bias.out
+                neurons = range(first, last)
+                add_layer(probed, layers[index:], deltas, neurons, out, bias_out, self.workspace)
+        for name, gradient in zip(with_rows, grads[len(zs) :], strict=True):
             if gradient is not None and gradient.requires_grad:
-                _add_rows(probed, block, set(others), name, gradient, out, self.workspace)
+                _add_rows(probed, layout, part, name, first_rows[name], gradient, self.workspace)
 
 
 def chain_of(analysis: Analysis, uses: Mapping[str, Use]) -> tuple[list[Step], dict[str, Use]]:
@@ -154,12 +195,32 @@ def chain_of(analysis: Analysis, uses: Mapping[str, Use]) -> tuple[list[Step], d
     return steps, {name: use for name, use in fit.items() if use.z in reached}
 
 
-def _bias_at(analysis: Analysis, z: int, blocks: Sequence[Block]) -> Use | None:
-    for block in blocks:
-        use = analysis.uses.get(block.name)
-        if use is not None and use.kind == BIAS and use.z == z:
-            return use
+def _is_bias_at(analysis: Analysis, z: int, block: Block) -> bool:
+    use = analysis.uses.get(block.name)
+    return use is not None and use.kind == BIAS and use.z == z
+
+
+def _bias_at(analysis: Analysis, z: int, rows: Sequence[Rows]) -> Rows | None:
+    """The rows of the bias that enters at z, if they are all there."""
+    for part in rows:
+        if _is_bias_at(analysis, z, part.block) and part.stop - part.start == part.block.size:
+            return part
     return None
+
+
+def _layout(block: Block, layers: Sequence[Layer], others: Sequence[str]) -> Layout:
+    """First what is no part of a layer, whose rows have all columns; then layer by layer, neuron by neuron."""
+    places = dict(zip(block.parameters, starts_of(block.sizes), strict=True))
+    sizes = dict(zip(block.parameters, block.sizes, strict=True))
+    if not layers:
+        return Layout.plain(block.size)
+    pieces = [Piece(sizes[name], ((places[name], 1),)) for name in others]
+    for layer in layers:
+        parts = [(places[layer.weight.parameter], layer.weight.m)]
+        if layer.bias is not None:
+            parts.append((places[layer.bias.parameter], 1))
+        pieces.append(Piece(layer.weight.n, tuple(parts)))
+    return Layout(tuple(pieces))
 
 
 def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
@@ -171,16 +232,13 @@ def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
     Raises:
         NotApplicable: with the reason.
     """
-    offsets = dict(zip(block.parameters, _starts(block.sizes), strict=True))
     uses = {name: analysis.uses[name] for name in block.parameters if name in analysis.uses}
     biases = {use.z: use for use in uses.values() if use.kind == BIAS}
     order = {n: i for i, call in enumerate(analysis.tape.calls) for n in call.outputs}
     layers = []
-    for name, use in uses.items():
+    for use in uses.values():
         if use.kind in (LINEAR, CONVOLUTION) and not use.transposed and use.positions < use.m:
-            bias = biases.get(use.z)
-            at = offsets[bias.parameter] if bias else -1
-            layers.append(Layer(use, bias, offsets[name], at))
+            layers.append(Layer(use, biases.get(use.z)))
     layers.sort(key=lambda layer: order[layer.z])
     if not layers:
         if len(block.parameters) > 1:
@@ -221,39 +279,29 @@ def _summed_pull(use: Use, u: Tensor, a: Tensor) -> Tensor:
 
 def _add_rows(
     probed: Probed,
-    block: Block,
-    others: set[str],
+    layout: Layout,
+    part: Rows,
     name: str,
+    at: int,
     gradient: Tensor,
-    out: Tensor,
     workspace: int,
 ) -> None:
-    """Rows of a parameter that is no part of a layer, by Hessian-vector products."""
-    offsets = dict(zip(block.parameters, _starts(block.sizes), strict=True))
-    names = [n for n in block.parameters if n in probed.leaves]
+    """Rows of a parameter that is no part of a layer, by Hessian-vector products; `at` is its first."""
+    names = [n for n in part.block.parameters if n in probed.leaves]
     leaves = [probed.leaves[n] for n in names]
+    places = dict(zip(part.block.parameters, starts_of(part.block.sizes), strict=True))
     size = gradient.numel()
-    chunk = max(1, min(128, workspace // (8 * probed.output.numel() + sum(block.sizes))))
-    for start in range(0, size, chunk):
-        count = min(chunk, size - start)
+    chunk = max(1, min(128, workspace // (8 * probed.output.numel() + part.block.size)))
+    last = min(size, part.stop - at)
+    for first in range(max(0, part.start - at), last, chunk):
+        count = min(chunk, last - first)
         seeds = gradient.new_zeros(count, size)
-        seeds[:, start : start + count].fill_diagonal_(1)
-        parts = batched_grad(gradient, leaves, seeds.view(count, *gradient.shape))
-        mine = slice(offsets[name] + start, offsets[name] + start + count)
-        for other, part in zip(names, parts, strict=True):
-            if part is None:
-                continue
-            columns = slice(offsets[other], offsets[other] + part[0].numel())
-            values = part.reshape(count, -1)
-            if other in others:
-                out[mine, columns] += values  # its mirror image is a row of `other`
-            else:
-                put(out, mine, columns, values)
-
-
-def _starts(sizes: Sequence[int]) -> list[int]:
-    starts, total = [], 0
-    for size in sizes:
-        starts.append(total)
-        total += size
-    return starts
+        seeds[:, first : first + count].fill_diagonal_(1)
+        found = batched_grad(gradient, leaves, seeds.view(count, *gradient.shape))
+        rows = seeds.new_zeros(count, part.block.size)
+        for other, values in zip(names, found, strict=True):
+            if values is not None:
+                place = places[other]
+                rows[:, place : place + values[0].numel()] = values.reshape(count, -1)
+        mine = at + first - part.start
+        part.out[mine : mine + count] += layout.from_block(rows)[:, part.start :]

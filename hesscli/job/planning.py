@@ -1,0 +1,221 @@
+"""What a command would compute, how, and what that takes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+from hesscli.errors import NumericalError, ResourceError
+from hesscli.files.hessian_writer import partial_path
+from hesscli.files.resources import available_memory, disk_used, free_disk
+from hesscli.hessian.blocks import STRUCTURES, Block, partition
+from hesscli.hessian.plan import output_bytes
+from hesscli.hessian.planner import FINITE_DIFFERENCE, Choice, Planner, total
+from hesscli.hessian.problem import Problem
+from hesscli.hessian.rates import measure_rates
+from hesscli.hessian.routes.all import routes
+from hesscli.hessian.routes.base import NotApplicable, Route
+from hesscli.job import document as documents
+from hesscli.job.document import Document
+from hesscli.job.opening import Opened
+from hesscli.job.options import ComputeOptions, Listener
+from hesscli.job.sizes import size
+from hesscli.spectrum.statistics import QUICK_LIMIT
+
+LARGE = 4096
+"""Blocks of more rows than this are computed in bands, each written while the next one is computed."""
+
+BAND = 1 << 24  # numbers in a band of a matrix whose upper half fits the memory
+LONG_BAND = 1 << 26  # and in one of a matrix that does not: long runs for the disk
+_SHARE = 0.6  # of the free memory, unless a limit is given
+_PROCESS = 256 << 20  # bytes that activations and the like are counted for
+
+
+class Plan:
+    """The blocks of a Hessian, the routes of each, and what they take.
+
+    Raises:
+        NumericalError: the method asked for would not be exact.
+    """
+
+    def __init__(self, options: ComputeOptions, opened: Opened, listener: Listener) -> None:
+        self.options, self.opened, self.listener = options, opened, listener
+        self.problem = opened.problem
+        self.structure = STRUCTURES[options.blocks]
+        self.diagonal = self.structure == "elements"
+        self.shapes = {name: tuple(p.shape) for name, p in self.problem.parameters.items()}
+        self.blocks = partition(self.shapes, self.structure)
+        self.bytes = output_bytes(self.blocks, self.diagonal, self.problem.dtype)
+        self.limit = options.memory or int(_SHARE * available_memory())
+        self.double: Problem | None = self.problem.double()
+        self.routes: dict[str, Route] = {}
+        self.choices: dict[str, list[Choice]] = {}
+        self._settle()
+
+    def _settle(self) -> None:
+        chunk = self.opened.sizes.chunk
+        self.routes, analyses = routes(self.problem, self.double, chunk)
+        planner = Planner(self.problem, analyses, chunk)
+        method = self.options.method
+        for block in self.blocks:
+            try:
+                self.choices[block.name] = (
+                    planner.choices(block, self.diagonal)
+                    if method == "auto"
+                    else planner.forced(block, self.diagonal, method)
+                )
+            except NotApplicable as reason:
+                raise self.inexact(block, method, reason) from None
+        if planner.refused and method == "auto":
+            self.note(f"no fast route: {planner.refused}; hvp takes one pass per parameter")
+
+    @property
+    def reference(self) -> Problem:
+        """Where the certificate takes its gradients: in float64 if the model runs in it."""
+        return self.double or self.problem
+
+    # Large blocks
+
+    def is_large(self, block: Block) -> bool:
+        return not self.diagonal and block.size > LARGE
+
+    def keeps(self, block: Block) -> bool:
+        """Whether the upper half of a large block is held in memory until it is written."""
+        held = block.size**2 // 2 + 4 * BAND
+        return self._process() + held * self.problem.dtype.itemsize <= self.limit
+
+    def band(self, block: Block) -> int:
+        """Numbers per band of a large block."""
+        if self.keeps(block):
+            return BAND
+        # One is computed, one is written, and parts of it are turned.
+        room = (self.limit - self._process()) // self.problem.dtype.itemsize
+        return max(block.size, min(LONG_BAND, room // 3))
+
+    # What it takes
+
+    def dry_run(self) -> Document:
+        """The document that says what the command would take."""
+        document = documents.skeleton(self.opened, self.structure)
+        chosen = [self.choices[block.name][0] for block in self.blocks]
+        document["blocks"] = [
+            documents.block_facts(self.opened, block)
+            | {
+                "method": choice.method,
+                "reason": choice.reason,
+                "plan": str(choice),
+                "bytes": output_bytes([block], self.diagonal, self.problem.dtype),
+            }
+            for block, choice in zip(self.blocks, chosen, strict=True)
+        ]
+        rates = measure_rates(self.problem)
+        document["total"] = {
+            "size": sum(block.size for block in self.blocks),
+            "bytes": self.bytes,
+            "memory": self.memory(),
+            "estimated_seconds": self._estimate(total(chosen).seconds(rates)),
+        }
+        return document
+
+    def _estimate(self, work: float) -> float:
+        """Seconds of everything: the work, the check of each block, its eigenvalues, and writing."""
+        names = list(self.shapes)
+        self.reference.gradient(names)  # the first one is slower
+        started = time.perf_counter()
+        self.reference.gradient(names)
+        gradient = time.perf_counter() - started
+        checks = 2 * gradient * len(self.blocks) if self.options.check else 0.0
+        small = [b.size for b in self.blocks if not self.diagonal and b.size <= QUICK_LIMIT]
+        eigenvalues = sum(2 * n**3 for n in small) / 1e10
+        return 0.3 + work + checks + eigenvalues + self.bytes / 1e9
+
+    def memory(self) -> int:
+        """Bytes that the work holds at most."""
+        itemsize = self.problem.dtype.itemsize
+        whole = [b for b in self.blocks if not self.is_large(b)]
+        needs = [output_bytes([b], self.diagonal, self.problem.dtype) for b in whole]
+        for block in (b for b in self.blocks if self.is_large(b)):
+            held = block.size**2 // 2 + 4 * BAND if self.keeps(block) else 3 * self.band(block)
+            needs.append(held * itemsize)
+        return max(needs, default=0) + self._process()
+
+    def _process(self) -> int:
+        return _PROCESS + 24 * sum(math.prod(shape) for shape in self.shapes.values())
+
+    def fits(self) -> None:
+        """Refuses what memory or disk cannot hold.
+
+        Raises:
+            ResourceError: with the command that would fit.
+        """
+        output = self.options.output
+        needs = [(self.memory(), self.limit, "of memory", "may be used")]
+        if output is not None:
+            free = free_disk(output.parent) + disk_used(partial_path(output))
+            needs.append((self.bytes, free, "of disk", f"is free in {output.parent}"))
+        for needed, free, kind, where in needs:
+            if needed > free:
+                largest = max(block.size for block in self.blocks)
+                raise ResourceError(
+                    f"{self.structure} needs {size(needed)} {kind} (its largest block is "
+                    f"{largest} x {largest}), {size(free)} {where}",
+                    self._smaller(free),
+                )
+
+    def _smaller(self, free: int) -> str:
+        for option in ("module", "diag", "elements"):
+            diagonal = option == "elements"
+            blocks = partition(self.shapes, STRUCTURES[option])
+            needed = output_bytes(blocks, diagonal, self.problem.dtype)
+            if needed < self.bytes and needed < free:
+                break
+        return f"--blocks {option}"
+
+    # What is said
+
+    def next_route(self, block: Block, place: int, reason: Exception) -> None:
+        """Says that the next route of a block is taken, and why.
+
+        Raises:
+            NumericalError: there is none.
+        """
+        choices = self.choices[block.name]
+        if place + 1 == len(choices):
+            raise self.inexact(block, choices[place].method, reason)
+        self.note(f"{reason}: {choices[place + 1].method} instead of {choices[place].method}")
+
+    def differs(self, block: Block, place: int, error: float, tolerance: float) -> None:
+        """Says that a route's result did not pass the check, and which is taken instead.
+
+        Raises:
+            NumericalError: there is none.
+        """
+        choices = self.choices[block.name]
+        said = f"{block.name}: {choices[place].method} differs from gradients by {error:.1e}"
+        if place + 1 == len(choices):
+            raise NumericalError(
+                f"{said}, more than {tolerance:.0e}; nothing was written",
+                self.more_digits() or "--no-check",
+            )
+        self.note(f"{said}; {choices[place + 1].method} instead")
+
+    def more_digits(self) -> str | None:
+        return "--dtype float64" if self.problem.dtype.itemsize == 4 else None
+
+    def inexact(self, block: Block, method: str, reason: Exception) -> NumericalError:
+        hint = FINITE_DIFFERENCE if self.options.method == "hvp" else "auto"
+        return NumericalError(
+            f"{block.name}: {method} is not exact here: {reason}",
+            None if method == FINITE_DIFFERENCE else f"--method {hint}",
+        )
+
+    def recall(self, notes: Sequence[str]) -> None:
+        """Takes over what an earlier run had to say."""
+        for text in notes:
+            self.note(text)
+
+    def note(self, text: str) -> None:
+        if text not in self.opened.notes:
+            self.opened.notes.append(text)
+            self.listener.note(text)

@@ -1,0 +1,124 @@
+"""Blocks that are held whole: computed in groups that share passes, made symmetric, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hesscli.errors import NumericalError
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.check import Certificate
+from hesscli.hessian.plan import group
+from hesscli.hessian.routes.base import NotApplicable, Route, Rows
+from hesscli.hessian.symmetry import symmetrise_
+from hesscli.job import document as documents
+from hesscli.job.document import Document
+from hesscli.job.large import on_host
+from hesscli.job.planning import Plan
+
+
+def groups(plan: Plan) -> Iterator[list[Block]]:
+    """The blocks that are held whole, by the route that is first for them, as many as are held together."""
+    whole = [block for block in plan.blocks if not plan.is_large(block)]
+    for method in dict.fromkeys(plan.choices[block.name][0].method for block in whole):
+        mine = [b for b in whole if plan.choices[b.name][0].method == method]
+        yield from group(mine, plan.diagonal)
+
+
+class WholeBlocks:
+    """Computes groups of blocks.
+
+    Args:
+        plan: they are part of.
+        certificate: checks them, if anything does.
+    """
+
+    def __init__(self, plan: Plan, certificate: Certificate | None) -> None:
+        self.plan, self.certificate = plan, certificate
+
+    def compute(self, blocks: Sequence[Block]) -> Iterator[tuple[Document, np.ndarray]]:
+        """Every block's facts and values.
+
+        Raises:
+            NumericalError: no route is exact.
+        """
+        for block, values, place in self._computed(blocks, 0):
+            yield self._finish(block, values, place)
+
+    def _computed(self, blocks: Sequence[Block], place: int) -> Iterator[tuple[Block, Tensor, int]]:
+        """Blocks with their values, and the place of the route that gave them among their choices."""
+        route = self.plan.routes[self.plan.choices[blocks[0].name][place].method]
+        try:
+            sums = self._sums(route, blocks)
+        except NotApplicable as reason:
+            if len(blocks) > 1:  # perhaps only some of them cannot be done
+                for block in blocks:
+                    yield from self._computed([block], place)
+                return
+            self.plan.next_route(blocks[0], place, reason)
+            yield from self._computed(blocks, place + 1)
+            return
+        for block in blocks:
+            values = sums.pop(block.name)
+            if not self.plan.diagonal:
+                route.finish(values)
+                values = route.layout(block).ordered(values)
+            yield block, values, place
+
+    def _sums(self, route: Route, blocks: Sequence[Block]) -> dict[str, Tensor]:
+        """The blocks' sums over batches; with smaller chunks where a device's memory runs out."""
+        while True:
+            try:
+                return self._added(route, blocks)
+            except torch.OutOfMemoryError:
+                if not route.shrink():
+                    raise
+            # Outside the handler, which holds on to the failed pass.
+            torch.cuda.empty_cache()
+
+    def _added(self, route: Route, blocks: Sequence[Block]) -> dict[str, Tensor]:
+        like = next(iter(route.problem.parameters.values())).detach()
+        if self.plan.diagonal:
+            sums = {block.name: like.new_zeros(block.size) for block in blocks}
+            for batch in route.problem.batches:
+                route.add_diagonal(batch, blocks, sums)
+            return sums
+        rows = [Rows.whole(block, like) for block in blocks]
+        for batch in route.problem.batches:
+            route.add(batch, rows)
+        return {part.block.name: part.out for part in rows}
+
+    def _finish(self, block: Block, values: Tensor, place: int) -> tuple[Document, np.ndarray]:
+        """Makes a block symmetric and certifies it, or takes the next route."""
+        plan, certificate = self.plan, self.certificate
+        method = plan.choices[block.name][place].method
+        symmetry = None
+        if not plan.diagonal:
+            symmetry = 0.0 if plan.routes[method].symmetric else symmetrise_(values)
+        error = None
+        if certificate is not None and block.size:
+            judge = certificate.diagonal if plan.diagonal else certificate.matrix
+            error = judge(block, values)
+        passed = certificate is None or error is None or certificate.passed(error)
+        # What passed a comparison is finite.
+        if (error is None or not passed) and not bool(torch.isfinite(values).all()):
+            raise NumericalError(
+                f"{block.name}: its Hessian is not finite (NaN or inf)", plan.more_digits()
+            )
+        if certificate is not None and error is not None and not passed:
+            plan.differs(block, place, error, certificate.tolerance)
+            ((_, values, place),) = self._computed([block], place + 1)
+            return self._finish(block, values, place)
+        array = on_host(values.to(plan.problem.dtype)).numpy()
+        if plan.diagonal:
+            array = array.reshape(plan.shapes[block.name])
+        return documents.block_facts(plan.opened, block) | {
+            "method": method,
+            **documents.statistics(array, plan.diagonal, plan.options.stats),
+            "bytes": array.nbytes,
+            "symmetry_error": symmetry,
+            "check_error": error,
+        }, array

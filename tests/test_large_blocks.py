@@ -1,0 +1,408 @@
+"""Blocks in bands: the same numbers as whole ones, in memory or streamed, and the same bytes after any interruption."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, Case
+from conftest import read
+from problems import blocks_of, compute_blocks, problem_of_case, routes_of
+from torch import nn
+
+from hesscli.files import placed_writes
+from hesscli.files.hessian_writer import HessianWriter
+from hesscli.hessian.layout import Layout, Piece
+from hesscli.hessian.routes.base import NotApplicable, Rows
+from hesscli.job import journal, large, planning
+from hesscli.job.triangles import HeldTriangle, StreamedTriangle, spans
+
+LAYOUT = Layout((Piece(3, ((17, 1),)), Piece(4, ((0, 2), (8, 1))), Piece(5, ((12, 1),))))
+"""Three rows that are last in the block; four neurons with two weights and a bias; five rows."""
+
+
+def symmetric(n: int) -> torch.Tensor:
+    a = torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return a + a.T
+
+
+def test_a_layout_is_a_permutation():
+    places = LAYOUT.places(0, LAYOUT.size)
+    assert places.tolist() == [17, 18, 19, 0, 1, 8, 2, 3, 9, 4, 5, 10, 6, 7, 11, *range(12, 17)]
+    assert LAYOUT.places(6, 12).tolist() == [2, 3, 9, 4, 5, 10]
+
+
+@pytest.mark.parametrize("most", [1, 7, 40, 100, 10**6])
+def test_bands_are_all_rows_once_and_cut_no_group(most):
+    layout = Layout((Piece(3, ((0, 1),)), Piece(4, ((3, 2), (11, 1)))))
+    bands = layout.cut(most)
+    assert [row for start, stop in bands for row in range(start, stop)] == list(range(15))
+    assert all((start - 3) % 3 == 0 for start, _ in bands if start >= 3)
+
+
+def test_spans():
+    assert spans(torch.tensor([], dtype=torch.long)) == []
+    assert spans(torch.tensor([4])) == [(4, 5)]
+    assert spans(torch.tensor([0, 1, 2, 5, 7, 8])) == [(0, 3), (5, 6), (7, 9)]
+
+
+TWO_LAYERS = Layout((Piece(2, ((13, 1),)), Piece(3, ((0, 2), (6, 1))), Piece(4, ((9, 1),))))
+
+
+@pytest.mark.parametrize("kind", [HeldTriangle, StreamedTriangle])
+@pytest.mark.parametrize("most", [1, 30, 10**6])
+@pytest.mark.parametrize("layout", [TWO_LAYERS, Layout.plain(15)], ids=["layers", "plain"])
+def test_a_triangle_is_the_matrix(kind, most, layout, tmp_path):
+    n = layout.size
+    truth = symmetric(n)  # in the block's order
+    places = layout.places(0, n)
+    assert sorted(places.tolist()) == list(range(n))
+    ordered = truth[places][:, places]
+    assert torch.equal(layout.ordered(ordered), truth)
+    assert torch.equal(layout.from_block(truth), truth[:, places])
+    path = tmp_path / "h.safetensors"
+    with HessianWriter(path, {"before": (3,), "h": (n, n)}, "float64", {}) as writer:
+        bands = layout.cut(most)
+        v = torch.arange(n, dtype=torch.float64)
+        triangle = kind("h", layout, bands, writer, v)
+        for index, (start, stop) in enumerate(bands):
+            triangle.put(index, ordered[start:stop, start:].clone())
+        assert torch.allclose(triangle @ (v + 1), truth @ (v + 1), rtol=1e-13)
+        assert torch.allclose(triangle @ v, truth @ v, rtol=1e-13)
+        assert triangle.any(1).all()
+        triangle.finish()
+        assert triangle.trace == pytest.approx(float(truth.trace()))
+        assert triangle.squares == pytest.approx(float(truth.square().sum()))
+        assert np.array_equal(writer.mapped("h"), truth.numpy())
+        sums = writer.checksums()
+        writer.forget("h")
+        again = kind("h", layout, bands, writer, v)
+        for index in range(len(bands)):
+            again.restore(index)
+        assert torch.equal(again @ v, triangle @ v)
+        again.finish()
+        assert writer.checksums() == sums
+        assert (again.trace, again.squares) == (triangle.trace, triangle.squares)
+        writer.write("before", np.zeros(3))
+        writer.commit({})
+    from safetensors.numpy import load_file
+
+    assert np.array_equal(load_file(path)["h"], truth.numpy())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("name", ["preactivation", "gauss-newton", "hvp"])
+def test_bands_of_a_route_are_its_matrix(case: Case, name: str):
+    """Every route that applies gives, in bands of a few rows, what it gives at once."""
+    problem = problem_of_case(case)
+    route = routes_of(problem)[name]
+    tried = 0
+    for structure in ("full", "block_diagonal"):
+        for block in blocks_of(problem, structure)[:3]:
+            try:
+                truth = compute_blocks(route, [block])[block.name]
+            except (NotApplicable, RuntimeError):
+                continue
+            if not block.size:
+                continue
+            tried += 1
+            layout = route.layout(block)
+            whole = torch.zeros_like(truth)
+            for start, stop in layout.cut(max(1, block.size**2 // 5)):
+                out = truth.new_zeros(stop - start, block.size - start)
+                for batch in problem.batches:
+                    route.add(batch, [Rows(block, start, stop, out)])
+                whole[start:stop, start:] = out
+            upper = whole.triu() + whole.triu(1).T
+            error = (layout.ordered(upper) - truth).abs().max()
+            assert error <= 1e-11 * max(1.0, float(truth.abs().max())), block.name
+    if not tried:
+        pytest.skip("this route applies to none of the blocks")
+
+
+# From the command line
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> tuple[Path, Path]:
+    """A model of 149 parameters, traced, and its data."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.LayerNorm(9), nn.Linear(9, 6)).eval()
+    x = torch.randn(11, 6)
+    torch.jit.trace(module, x).save(tmp_path / "net.pt")
+    np.savez(tmp_path / "data.npz", x=x.numpy(), y=np.arange(11) % 6)
+    return tmp_path / "net.pt", tmp_path / "data.npz"
+
+
+@pytest.fixture
+def small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "LARGE", 8)
+    monkeypatch.setattr(planning, "BAND", 900)
+    monkeypatch.setattr(planning, "LONG_BAND", 900)
+    monkeypatch.setattr(journal, "INTERVAL", 0.0)
+
+
+@pytest.fixture
+def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no upper half fitted the memory."""
+    monkeypatch.setattr(planning.Plan, "keeps", lambda self, block: False)
+
+
+@pytest.mark.parametrize("blocks", ["full", "diag", "module"])
+@pytest.mark.parametrize("method", ["auto", "hvp"])
+def test_bands_are_what_whole_blocks_are(cli, net, blocks, method, small_bands, monkeypatch):
+    command = (
+        "compute",
+        *net,
+        "-b",
+        blocks,
+        "--method",
+        method,
+        "--dtype",
+        "float64",
+        "--gradient",
+    )
+    ran = cli(*command, "--json", "-o", "held.safetensors")
+    assert ran.code == 0, ran.stderr
+    with monkeypatch.context() as patch:
+        patch.setattr(planning.Plan, "keeps", lambda self, block: False)
+        assert cli(*command, "-o", "streamed.safetensors").code == 0
+    monkeypatch.setattr(planning, "LARGE", 4096)
+    assert cli(*command, "-o", "whole.safetensors").code == 0
+    held, _, whole = (read(Path(f"{name}.safetensors")) for name in ("held", "streamed", "whole"))
+    assert Path("held.safetensors").read_bytes() == Path("streamed.safetensors").read_bytes()
+    for key, tensor in whole[1].items():
+        assert torch.allclose(held[1][key], tensor, rtol=1e-12, atol=1e-14), key
+        assert key.startswith("gradient") or torch.equal(held[1][key], held[1][key].T)
+    for mine, theirs in zip(held[0]["blocks"], whole[0]["blocks"], strict=True):
+        for key in ("trace", "fro_norm"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-12)
+        assert mine["check_error"] < 1e-6
+    assert not list(Path().glob(".*"))
+
+
+def test_extremes_of_a_large_block(cli, net, small_bands):
+    assert cli("compute", *net, "-b", "full", "--stats", "all").code == 0
+    document, tensors = read(Path("hessian.safetensors"))
+    values = torch.linalg.eigvalsh(tensors["hessian"].double())
+    (block,) = document["blocks"]
+    assert block["eig_max"] == pytest.approx(float(values[-1]), rel=1e-6)
+    assert block["eig_min"] == pytest.approx(float(values[0]), rel=1e-6)
+
+
+def test_a_wrong_band_is_found(cli, net, small_bands, monkeypatch):
+    """The check sees large blocks too; here it leads to the next route, and then to code 5."""
+    whole = large.LargeBlock._band
+
+    def wrong(self, route, start, stop):
+        upper, facts = whole(self, route, start, stop)
+        tried.append(route.name)
+        if route.name == tried[0] or always:
+            upper *= 1.01
+        return upper, facts
+
+    monkeypatch.setattr(large.LargeBlock, "_band", wrong)
+    tried, always = [], False
+    ran = cli("compute", *net, "-b", "full")
+    assert ran.code == 0
+    assert f"{tried[0]} differs from gradients" in " ".join(ran.notes)
+    assert read(Path("hessian.safetensors"))[0]["method"] == tried[-1] != tried[0]
+    always = True
+    assert "nothing was written" in cli("compute", *net, "-b", "full", "-o", "b.safetensors").fails(
+        5
+    )
+    assert not Path("b.safetensors").exists()
+    assert not list(Path().glob(".*"))
+
+
+# Interruptions
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, calls: int, error: BaseException) -> None:
+    """Makes the computation of bands and groups end after so many."""
+    left = [calls]
+
+    def counted(function):
+        def run(*arguments, **options):
+            if not left[0]:
+                raise error
+            left[0] -= 1
+            return function(*arguments, **options)
+
+        return run
+
+    monkeypatch.setattr(large.LargeBlock, "_band", counted(large.LargeBlock._band))
+
+
+COMMAND = ("-b", "full", "--gradient", "-o", "h.safetensors")
+
+
+@pytest.mark.parametrize("mode", ["held", "streamed"])
+@pytest.mark.parametrize("bands", [1, 3, 5])
+def test_resume_gives_the_same_bytes(cli, net, small_bands, monkeypatch, mode, bands):
+    if mode == "streamed":
+        monkeypatch.setattr(planning.Plan, "keeps", lambda self, block: False)
+    assert cli("compute", *net, *COMMAND).code == 0
+    undisturbed = Path("h.safetensors").read_bytes()
+    Path("h.safetensors").unlink()
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, bands, KeyboardInterrupt())
+        ran = cli("compute", *net, *COMMAND)
+    assert f"{bands} of" in ran.fails(130)
+    assert ran.hint.endswith("--resume")
+    assert {p.name for p in Path().glob(".*")} == {
+        ".h.safetensors.journal",
+        ".h.safetensors.partial",
+    }
+    # Without --resume, it is named and left alone.
+    again = cli("compute", *net, *COMMAND)
+    assert "interrupted run" in again.fails(2)
+    computed = []
+    whole = large.LargeBlock._band
+    monkeypatch.setattr(large.LargeBlock, "_band", lambda *a: computed.append(a[2:]) or whole(*a))
+    resumed = cli(*shlex.split(again.hint)[1:])
+    assert resumed.code == 0, resumed.stderr
+    assert Path("h.safetensors").read_bytes() == undisturbed
+    assert min(start for start, _ in computed) > 0  # the first band was there
+    assert not list(Path().glob(".*"))
+
+
+def test_resume_of_another_command_is_refused(cli, net, small_bands, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2, KeyboardInterrupt())
+        assert cli("compute", *net, *COMMAND).code == 130
+    left = {p.name: p.read_bytes() for p in Path().glob(".*")}
+    ran = cli("compute", *net, *COMMAND, "--resume", "--reduction", "sum")
+    assert "another command" in ran.fails(2)
+    assert {p.name: p.read_bytes() for p in Path().glob(".*")} == left
+    assert cli("compute", *net, *COMMAND, "--force", "--reduction", "sum").code == 0
+    assert not list(Path().glob(".*"))
+
+
+def test_resume_with_nothing_left_is_a_run(cli, net, small_bands):
+    assert cli("compute", *net, *COMMAND, "--resume").code == 0
+
+
+def test_a_torn_journal_line_is_a_band_to_compute(cli, net, small_bands, monkeypatch):
+    assert cli("compute", *net, *COMMAND).code == 0
+    undisturbed = Path("h.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 4, KeyboardInterrupt())
+        assert cli("compute", *net, *COMMAND).code == 130
+    lines = Path(".h.safetensors.journal").read_bytes()
+    Path(".h.safetensors.journal").write_bytes(lines[:-7])
+    assert cli("compute", *net, *COMMAND, "--resume").code == 0
+    assert Path("h.safetensors").read_bytes() == undisturbed
+
+
+def test_a_disk_that_fills_up(cli, net, small_bands, streamed, monkeypatch):
+    """Code 6, what was finished is kept, and with room again the run goes on to the same bytes."""
+    assert cli("compute", *net, *COMMAND).code == 0
+    undisturbed = Path("h.safetensors").read_bytes()
+    Path("h.safetensors").unlink()
+    room = [60_000]
+    real = os.pwrite
+
+    def pwrite(descriptor, data, offset):
+        room[0] -= len(data)
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(placed_writes.os, "pwrite", pwrite)
+        ran = cli("compute", *net, *COMMAND)
+    assert "No space left" in ran.fails(6)
+    assert "parts are kept" in ran.stderr
+    assert not Path("h.safetensors").exists()
+    assert cli(*shlex.split(ran.hint)[1:]).code == 0
+    assert Path("h.safetensors").read_bytes() == undisturbed
+
+
+SLOW = """
+import sys, time
+from hesscli.job import journal, large, planning
+planning.LARGE, planning.BAND, planning.LONG_BAND, journal.INTERVAL = 8, 900, 900, 0.0
+whole = large.LargeBlock._band
+def band(*arguments):
+    time.sleep(0.05)
+    return whole(*arguments)
+large.LargeBlock._band = band
+from hesscli.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_and_resumed(net, tmp_path, sent):
+    """A real process, ended from outside as soon as it has finished something."""
+    command = [sys.executable, "-c", SLOW, "compute", *map(str, net), *COMMAND, "-q"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def run(*more: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [*command, *more], cwd=tmp_path, env=environment, stderr=subprocess.PIPE
+        )
+
+    assert run().wait() == 0
+    result = tmp_path / "h.safetensors"
+    undisturbed = result.read_bytes()
+    result.unlink()
+    process = run()
+    left = tmp_path / ".h.safetensors.journal"
+    deadline = time.monotonic() + 60
+    while not left.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(sent)
+    code = process.wait()
+    assert code == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
+    assert not result.exists()
+    assert left.exists()
+    assert run("--resume").wait() == 0
+    assert result.read_bytes() == undisturbed
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_two_runs_into_one_file(cli, net, small_bands):
+    with HessianWriter(Path("h.safetensors"), {"h": (2, 2)}, "float32", {}):
+        assert "another run" in cli("compute", *net, *COMMAND).fails(2)
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"),
+    [
+        ("4GiB", 4 << 30),
+        ("500MB", 500_000_000),
+        ("1.5 GB", 1_500_000_000),
+        ("4096", 4096),
+        ("2k", 2000),
+    ],
+)
+def test_sizes(text, bytes_):
+    from hesscli.job.sizes import parse_size
+
+    assert parse_size(text) == bytes_
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "4XB", "-1GB", "nan", "1e400"])
+def test_what_is_no_size(cli, net, text):
+    ran = cli("compute", *net, "--memory", text)
+    assert "--memory" in ran.stderr
+    assert ran.code == 2
+
+
+def test_memory_is_kept(cli, net, small_bands):
+    """Less memory than the bands take: refused beforehand; a little more: streamed."""
+    ran = cli("compute", *net, *COMMAND, "--memory", "1MB")
+    assert "may be used" in ran.fails(6)
+    plan = cli("compute", *net, "-b", "full", "--dry-run", "--json", "--memory", "300MB").document
+    assert plan["total"]["memory"] <= 300e6
