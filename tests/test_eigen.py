@@ -243,3 +243,20 @@ def test_an_eigen_file_is_no_hessian(cli, written, tmp_path):
     written("full")
     assert cli("eigen", "-o", "eigen.safetensors").code == 0
     cli("eigen", "eigen.safetensors").fails(3)
+
+
+@pytest.mark.parametrize("place", ["data", "document", "end"])
+def test_what_was_altered_later_is_not_believed(cli, written, tmp_path, place):
+    written("diag")
+    path = tmp_path / "hessian.safetensors"
+    content = bytearray(path.read_bytes())
+    if place == "data":
+        content[-9] ^= 1
+    elif place == "document":
+        at = content.index(b"trace")
+        digit = next(i for i in range(at, len(content)) if chr(content[i]).isdigit())
+        content[digit] = ord("7") if content[digit] != ord("7") else ord("3")
+    else:
+        del content[-8:]
+    path.write_bytes(content)
+    assert str(path) in cli("eigen", path).fails(3)

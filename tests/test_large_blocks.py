@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, Case
-from conftest import read
+from conftest import REPOSITORY, read
 from problems import blocks_of, compute_blocks, problem_of_case, routes_of
 from torch import nn
 
@@ -24,6 +24,7 @@ from hesscli.files.hessian_writer import HessianWriter
 from hesscli.hessian.layout import Layout, Piece
 from hesscli.hessian.routes.base import NotApplicable, Rows
 from hesscli.job import journal, large, planning
+from hesscli.job.team import shares
 from hesscli.job.triangles import HeldTriangle, StreamedTriangle, spans
 
 LAYOUT = Layout((Piece(3, ((17, 1),)), Piece(4, ((0, 2), (8, 1))), Piece(5, ((12, 1),))))
@@ -154,7 +155,7 @@ def small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if no upper half fitted the memory."""
-    monkeypatch.setattr(planning.Plan, "keeps", lambda self, block: False)
+    monkeypatch.setattr(planning.Plan, "holds", lambda self, block: False)
 
 
 @pytest.mark.parametrize("blocks", ["full", "diag", "module"])
@@ -174,7 +175,7 @@ def test_bands_are_what_whole_blocks_are(cli, net, blocks, method, small_bands, 
     ran = cli(*command, "--json", "-o", "held.safetensors")
     assert ran.code == 0, ran.stderr
     with monkeypatch.context() as patch:
-        patch.setattr(planning.Plan, "keeps", lambda self, block: False)
+        patch.setattr(planning.Plan, "holds", lambda self, block: False)
         assert cli(*command, "-o", "streamed.safetensors").code == 0
     monkeypatch.setattr(planning, "LARGE", 4096)
     assert cli(*command, "-o", "whole.safetensors").code == 0
@@ -250,7 +251,7 @@ COMMAND = ("-b", "full", "--gradient", "-o", "h.safetensors")
 @pytest.mark.parametrize("bands", [1, 3, 5])
 def test_resume_gives_the_same_bytes(cli, net, small_bands, monkeypatch, mode, bands):
     if mode == "streamed":
-        monkeypatch.setattr(planning.Plan, "keeps", lambda self, block: False)
+        monkeypatch.setattr(planning.Plan, "holds", lambda self, block: False)
     assert cli("compute", *net, *COMMAND).code == 0
     undisturbed = Path("h.safetensors").read_bytes()
     Path("h.safetensors").unlink()
@@ -334,7 +335,7 @@ from hesscli.job import journal, large, planning
 planning.LARGE, planning.BAND, planning.LONG_BAND, journal.INTERVAL = 8, 900, 900, 0.0
 whole = large.LargeBlock._band
 def band(*arguments):
-    time.sleep(0.05)
+    time.sleep(0.15)
     return whole(*arguments)
 large.LargeBlock._band = band
 from hesscli.cli import main
@@ -406,3 +407,126 @@ def test_memory_is_kept(cli, net, small_bands):
     assert "may be used" in ran.fails(6)
     plan = cli("compute", *net, "-b", "full", "--dry-run", "--json", "--memory", "300MB").document
     assert plan["total"]["memory"] <= 300e6
+
+
+# Many processes
+
+
+def test_shares():
+    parts = [("a", 5.0), ("b", 4.0), ("c", 3.0), ("d", 3.0), ("e", 1.0)]
+    assert shares(parts, 2) == [{"a", "d"}, {"b", "c", "e"}]
+    assert shares(parts, 1) == [set("abcde")]
+    assert sorted(map(len, shares(parts, 7))) == [0, 0, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("blocks", ["full", "diag", "elements"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_shards_are_merged_to_the_same_bytes(cli, net, small_bands, blocks, count):
+    command = ("compute", *net, "-b", blocks, "--gradient", "-o", "h.safetensors")
+    assert cli(*command).code == 0
+    undisturbed = Path("h.safetensors").read_bytes()
+    Path("h.safetensors").unlink()
+    for number in reversed(range(1, count + 1)):
+        if number < count:
+            refused = cli("merge", "h.safetensors")
+            assert "missing" in refused.fails(2) or "no shards" in refused.stderr
+        ran = cli(*command, "--shard", f"{number}/{count}")
+        assert ran.code == 0, ran.stderr
+        assert ran.stdout == ""
+        assert "hesscli merge h.safetensors" in ran.notes[-1]
+        assert not Path("h.safetensors").exists()
+    merged = cli("merge", "h.safetensors")
+    assert merged.code == 0, merged.stderr
+    assert "check" in merged.stdout
+    assert Path("h.safetensors").read_bytes() == undisturbed
+    assert not list(Path().glob(".*"))
+
+
+def test_a_shard_that_was_cut_off_is_resumed(cli, net, small_bands, monkeypatch):
+    assert cli("compute", *net, *COMMAND).code == 0
+    undisturbed = Path("h.safetensors").read_bytes()
+    assert cli("compute", *net, *COMMAND, "--shard", "2/2").code == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1, KeyboardInterrupt())
+        ran = cli("compute", *net, *COMMAND, "--shard", "1/2")
+    ran.fails(130)
+    assert "--shard 1/2 --resume" in ran.hint
+    assert "interrupted run" in cli("compute", *net, *COMMAND, "--shard", "1/2").fails(2)
+    assert cli(*shlex.split(ran.hint)[1:]).code == 0
+    assert cli("merge", "h.safetensors").code == 0
+    assert Path("h.safetensors").read_bytes() == undisturbed
+
+
+def test_a_shard_of_another_command_is_refused(cli, net, small_bands):
+    assert cli("compute", *net, *COMMAND, "--shard", "1/2").code == 0
+    ran = cli("compute", *net, *COMMAND, "--shard", "2/2", "--reduction", "sum")
+    assert "loss.reduction" in ran.fails(2)
+
+
+def test_nothing_to_merge(cli, tmp_path):
+    assert "no shards" in cli("merge").fails(2)
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
+def test_what_is_no_shard(cli, net, text):
+    ran = cli("compute", *net, "--shard", text)
+    assert ran.code == 2
+    assert "--shard" in ran.stderr
+
+
+def torchrun(ranks: int, folder: Path, script: str, *words: object) -> subprocess.Popen[bytes]:
+    (folder / "run.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", "run.py", *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def test_two_ranks_write_the_bytes_of_one(net, tmp_path):
+    words = ("compute", *net, "-b", "full", "--gradient", "-o", "h.safetensors")
+    alone = [sys.executable, "-c", SLOW, *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(alone, cwd=tmp_path, env=environment, capture_output=True, check=True)
+    result = tmp_path / "h.safetensors"
+    undisturbed = result.read_bytes()
+    result.unlink()
+    process = torchrun(2, tmp_path, SLOW, *words)
+    printed, said = process.communicate()
+    assert process.returncode == 0, said.decode()
+    assert result.read_bytes() == undisturbed
+    assert printed.count(b"hessian  full") == 1  # one of them prints
+    assert printed.splitlines()[-1] == done.stdout.splitlines()[-1]
+    assert not list(tmp_path.glob(".*"))
+
+
+DIES = SLOW.replace(
+    "    time.sleep(0.15)\n",
+    "    time.sleep(0.15)\n"
+    "    import os\n"
+    "    calls.append(1)\n"
+    "    if os.environ['RANK'] == '1' and len(calls) == 2: os._exit(9)\n",
+).replace("import sys, time", "import sys, time\ncalls = []")
+
+
+def test_a_rank_that_dies_ends_the_job_and_others_go_on(net, tmp_path):
+    words = ("compute", *net, *COMMAND)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    alone = [sys.executable, "-c", SLOW, *map(str, words), "-q"]
+    subprocess.run(alone, cwd=tmp_path, env=environment, check=True)
+    result = tmp_path / "h.safetensors"
+    undisturbed = result.read_bytes()
+    result.unlink()
+    process = torchrun(2, tmp_path, DIES, *words)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert not result.exists()
+    assert b"exitcode  : 9" in said or b"exitcode: 9" in said
+    left = list(tmp_path.glob(".h.safetensors.journal*"))
+    assert left
+    process = torchrun(3, tmp_path, SLOW, *words, "--resume")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said.decode()
+    assert result.read_bytes() == undisturbed
+    assert not list(tmp_path.glob(".*"))

@@ -16,6 +16,7 @@ import hesscli
 from hesscli.cli.compute import compute
 from hesscli.cli.eigen import eigen
 from hesscli.cli.failing import report_usage
+from hesscli.cli.merge import merge
 from hesscli.errors import ExitCode
 
 # What typer raises for a command line that it cannot read; it has no public name.
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command(short_help="Write the Hessian of a saved model's loss to a file.")(compute)
 app.command(short_help="Print the first eigenvalues of a Hessian file.")(eigen)
+app.command(short_help="Finish a file that was computed in shards.")(merge)
 
 
 def _version(wanted: bool) -> None:

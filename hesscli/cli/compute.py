@@ -15,6 +15,7 @@ from hesscli.cli.options import Debug, Json, Quiet, takes_problem
 from hesscli.errors import UsageError
 from hesscli.job.options import STATS, ComputeOptions, ProblemOptions
 from hesscli.job.sizes import parse_size
+from hesscli.job.team import rank
 
 
 class Blocks(StrEnum):
@@ -32,6 +33,13 @@ def _size(text: str, option: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=option) from None
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise typer.BadParameter(f"{text!r} is not I/N with I from 1 to N", param_hint="--shard")
+    return int(number), int(count)
 
 
 @takes_problem
@@ -85,6 +93,13 @@ def compute(
             show_default="60 % of what is free",
         ),
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Compute only the I-th of N shares of the work, from 1; hesscli merge joins them.",
+        ),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -112,14 +127,22 @@ def compute(
             force=force,
             memory=None if memory is None else _size(memory, "--memory"),
             resume=resume,
+            shard=None if shard is None else _shard(shard),
         )
-        with Output(quiet=quiet, json=json, data_on_stdout=output == "-" and not dry_run) as out:
+        first = rank() == 0  # of the processes that torchrun started; the others are silent
+        with Output(
+            quiet=quiet or not first,
+            json=json and first,
+            data_on_stdout=output == "-" and not dry_run,
+        ) as out:
             from hesscli.job.compute import compute as run
 
             document = run(options, out, dry_run)
             if dry_run:
                 print_plan(out, document)
+            elif shard is not None:
+                out.note(f"shard {shard} is done; when all are: hesscli merge {output}")
             else:
                 print_hessian(out, document)
-                if options.output is not None:
+                if options.output is not None and first:
                     out.wrote(output, options.output.stat().st_size)

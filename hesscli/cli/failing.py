@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import typer
 
 from hesscli.errors import ExitCode, HesscliError
+from hesscli.job.team import rank
 
 _SHORT = {"--blocks": "-b", "--loss": "-l", "--device": "-d", "--arch": "-a"}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -58,7 +59,9 @@ def _report(error: BaseException, debug: bool) -> int:
 
         traceback.print_exception(error)
     if isinstance(error, HesscliError):
-        say("error", error.message)
+        if rank() and error.exit_code in (ExitCode.USAGE, ExitCode.FILE, ExitCode.MISMATCH):
+            return error.exit_code  # the first process says the same
+        say("error", f"rank {rank()}: {error.message}" if rank() else error.message)
         if error.hint:
             say("hint", _pasteable(error.hint))
         return error.exit_code

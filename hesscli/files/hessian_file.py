@@ -114,7 +114,9 @@ def read_hessian(path: Path, shown: str | None = None) -> HessianFile:
     unreadable = [entry["dtype"] for entry in entries.values() if entry["dtype"] not in _DTYPES]
     if unreadable:
         raise FileError(f"{shown}: holds tensors of type {unreadable[0]}")
-    if "checksum" in document and document.pop("checksum") != document_checksum(document):
+    if "checksum" in document and document["checksum"] != document_checksum(
+        {key: value for key, value in document.items() if key != "checksum"}
+    ):
         raise FileError(
             f"{shown}: its metadata is not what was written",
             "compute it again, or copy the file again",

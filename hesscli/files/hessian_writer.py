@@ -197,21 +197,21 @@ class HessianWriter:
         """Each tensor's."""
         return {name: str(checksum) for name, checksum in self.sums.items()}
 
-    def commit(self, document: Mapping[str, Any]) -> None:
-        """Writes the header and gives the file its name."""
+    def commit(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes the header and gives the file its name; returns the checksums that joined the document."""
         header = self._header(document)
         room = self.start - 8
         assert len(header) <= room, "the room reserved for the header is too small"
         self._put(0, memoryview(room.to_bytes(8, "little") + header.ljust(room)))
         self.sync()
-        if self.path is None or self.temporary is None:
-            return
-        try:
-            os.replace(self.temporary, self.path)
-        except OSError as error:
-            raise self._full(error) from error
-        self.temporary = None
-        sync_folder(self.path.parent)
+        if self.path is not None and self.temporary is not None:
+            try:
+                os.replace(self.temporary, self.path)
+            except OSError as error:
+                raise self._full(error) from error
+            self.temporary = None
+            sync_folder(self.path.parent)
+        return self._sums_of(document)
 
     def copy_to(self, stream: BinaryIO) -> None:
         """Sends the finished file's bytes to a stream."""
@@ -220,10 +220,13 @@ class HessianWriter:
             shutil.copyfileobj(file, stream, 1 << 20)
         stream.flush()
 
+    def _sums_of(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        sums: dict[str, Any] = {"checksums": self.checksums()}
+        return sums | {"checksum": document_checksum({**document, **sums})}
+
     def _header(self, document: Mapping[str, Any]) -> bytes:
-        document = {**document, "checksums": self.checksums()}
-        document["checksum"] = document_checksum(document)
-        text = json.dumps(document, allow_nan=False, separators=(",", ":"))
+        whole = {**document, **self._sums_of(document)}
+        text = json.dumps(whole, allow_nan=False, separators=(",", ":"))
         metadata = {"format": "pt", "hesscli": text}
         header = {"__metadata__": metadata, **self.entries}
         return json.dumps(header, separators=(",", ":")).encode()

@@ -8,35 +8,45 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hesscli.errors import HesscliError, InterruptedRun, NumericalError, ResourceError
+from hesscli.errors import (
+    HesscliError,
+    InterruptedRun,
+    NumericalError,
+    ResourceError,
+    UsageError,
+)
 from hesscli.files.hessian_writer import HessianWriter
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.job import document as documents
 from hesscli.job.beside import Beside
 from hesscli.job.document import Document
-from hesscli.job.journal import Journal
+from hesscli.job.journal import Journal, journals, read_journal
 from hesscli.job.large import LargeBlock
 from hesscli.job.opening import open_problem
-from hesscli.job.options import ComputeOptions, Listener
+from hesscli.job.options import ComputeOptions, Listener, command_of, options_of
 from hesscli.job.planning import Plan
+from hesscli.job.team import Team, missing, shares
 from hesscli.job.whole import WholeBlocks, groups
 from hesscli.job.writing import may_write
 from hesscli.spectrum.eigen import DENSE_LIMIT, extremes
 
 # What changes nothing in the file.
-_ELSEWHERE = {"model", "data", "output", "force", "resume", "loss_arguments", "arch_arguments"}
+_ELSEWHERE = {"model", "data", "output", "force", "resume", "shard", "memory", "device"}
 
 
 def compute(options: ComputeOptions, listener: Listener, dry_run: bool = False) -> Document:
     """Computes the Hessian that the options ask for and writes it; with `dry_run`, only says what that takes.
 
+    Where `torchrun` started several processes, each computes its share, and the first finishes the file.
+
     Returns:
-        the JSON document.
+        the JSON document; without blocks for a shard.
 
     Raises:
         HesscliError: of any kind; nothing is written then.
@@ -44,24 +54,54 @@ def compute(options: ComputeOptions, listener: Listener, dry_run: bool = False) 
     started = time.perf_counter()
     if options.output is not None and not dry_run:
         may_write(options.output, options.force, (options.model, options.data))
-    plan = Plan(options, open_problem(options, listener), listener)
-    if dry_run:
-        document = plan.dry_run()
-    else:
-        plan.fits()
-        document = _Run(plan).run()
-    document["seconds"] = time.perf_counter() - started
-    document["output"] = str(options.output) if options.output else "-"
-    return document
+    with Team() as team:
+        shared = options.shard is not None or team.size > 1
+        if shared and options.output is None:
+            raise UsageError(
+                "-: several processes cannot write to a pipe", "-o hessian.safetensors"
+            )
+        plan = Plan(options, open_problem(options, listener), listener, shared)
+        if dry_run:
+            document = plan.dry_run()
+        else:
+            plan.fits()
+            document = _Run(plan, team).run()
+        document["seconds"] = time.perf_counter() - started
+        document["output"] = str(options.output) if options.output else "-"
+        return document
+
+
+def merge(output: Path, listener: Listener) -> Document:
+    """Finishes a file whose parts were computed as shards.
+
+    Raises:
+        UsageError: there are none, or some are missing.
+    """
+    started = time.perf_counter()
+    found = journals(output)
+    lines = [read_journal(path) for path in found]
+    command = next((line.command for line in lines if line.head is not None), None)
+    if command is None:
+        raise UsageError(
+            f"{output}: no shards of it are here",
+            f"hesscli compute model.pt data.npz -o {output} --shard 1/4",
+        )
+    options = options_of(command, output)
+    plan = Plan(options, open_problem(options, listener), listener, shared=True)
+    document = _Run(plan, Team(), merging=True).run()
+    return document | {"seconds": time.perf_counter() - started, "output": str(output)}
 
 
 class _Run:
     """A plan carried out."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, team: Team, merging: bool = False) -> None:
         self.plan, self.options = plan, plan.options
+        self.team, self.merging = team, merging
         self.groups = list(groups(plan))
         self.large = [LargeBlock(plan, block) for block in plan.blocks if plan.is_large(block)]
+        self.parts = [(_part(group), plan.work(group)) for group in self.groups]
+        self.parts += [part for block in self.large for part in block.parts()]
         self.rows = sum(block.size for block in plan.blocks)
         self.done = 0
         self.certificate: Certificate | None = None
@@ -78,10 +118,12 @@ class _Run:
         document = documents.skeleton(plan.opened, plan.structure) | {"gradient_norm": norm}
         document["blocks"] = [documents.block_facts(plan.opened, block) for block in plan.blocks]
         journal = self._journal(document)
-        dtype = str(plan.problem.dtype).removeprefix("torch.")
-        with HessianWriter(
-            self.options.output, self._tensors(), dtype, document, start=journal.start
-        ) as writer:
+        if plan.shared and not self.merging:
+            self._contribute(document, journal)
+            if self.options.shard is not None or self.team.rank > 0:
+                return document
+            journal.gather()
+        with self._writer(document, journal, self.team.size > 1) as writer:
             if self.options.gradient:
                 for name, g in gradient.items():
                     writer.write(f"gradient.{name}", g.cpu().numpy())
@@ -89,21 +131,68 @@ class _Run:
                 blocks = self._blocks(writer, journal, gradient)
             except BaseException as error:
                 raise self._left(error, writer, journal) from None
-            document |= self._results(blocks) | {"checksums": writer.checksums()}
-            writer.commit(documents.timeless(document))
+            document |= self._results(blocks)
+            document |= writer.commit(documents.timeless(document))
             journal.remove()
             if self.options.output is None:
                 writer.copy_to(sys.stdout.buffer)
         return document
 
+    def _writer(self, document: Document, journal: Journal, shared: bool = False) -> HessianWriter:
+        dtype = str(self.plan.problem.dtype).removeprefix("torch.")
+        return HessianWriter(
+            self.options.output,
+            self._tensors(),
+            dtype,
+            document,
+            start=journal.start,
+            shared=shared,
+        )
+
     def _journal(self, document: Document) -> Journal:
-        """The journal, with what an earlier run of this very command left."""
+        """The journal, with what earlier runs of this very command, or its other shards, have finished."""
         options = {k: v for k, v in asdict(self.options).items() if k not in _ELSEWHERE}
         head = {"document": documents.timeless(document), "options": options}
-        parts = len(self.groups) + sum(block.count() for block in self.large)
-        journal = Journal(self.options.output, head, parts)
-        journal.resume(self.options.resume, self.options.force)
+        names = [name for name, _ in self.parts]
+        shard, output = self.options.shard, self.options.output
+        writer = "-of-".join(map(str, shard)) if shard else str(self.team.rank or "")
+        journal = Journal(output, head, command_of(self.options), names, writer)
+        if self.team.rank == 0:
+            journal.resume(
+                self.options.resume or self.merging, self.options.force, shard is not None
+            )
+        if self.merging and (left := missing(names, journal.finished)):
+            raise UsageError(
+                f"{output}: {len(left)} of {len(names)} parts are missing, {left[0]} for one",
+                "run the other shards, or one that was cut off again with --resume",
+            )
+        if self.team.size > 1:
+            journal.join(*self.team.tell((journal.start, journal.finished)))
         return journal
+
+    def _contribute(self, document: Document, journal: Journal) -> None:
+        """Computes this process's share, and waits for the others."""
+        if self.options.shard is not None:
+            number, count = self.options.shard
+            mine = shares(self.parts, count)[number - 1]
+        else:
+            left = set(missing([name for name, _ in self.parts], journal.finished))
+            unfinished = [part for part in self.parts if part[0] in left]
+            mine = shares(unfinished, self.team.size)[self.team.rank]
+        with self._writer(document, journal, True) as writer:
+            writer.keep()
+            journal.start = writer.start
+            try:
+                for group in self.groups:
+                    if _part(group) in mine and _part(group) not in journal.finished:
+                        with Beside(enabled=False) as beside:
+                            self._group(group, writer, journal, beside)
+                for block in self.large:
+                    block.contribute(writer, journal, mine, self._progress)
+                journal.flush(writer)
+                self.team.wait()
+            except BaseException as error:
+                raise self._left(error, writer, journal) from None
 
     def _blocks(
         self, writer: HessianWriter, journal: Journal, gradient: Mapping[str, Tensor]
@@ -132,7 +221,7 @@ class _Run:
         self, group: Sequence[Block], writer: HessianWriter, journal: Journal, beside: Beside
     ) -> list[Document]:
         """The facts of blocks that are computed together; from the journal, where they are in the file."""
-        part = ", ".join(block.name for block in group)
+        part = _part(group)
         known = journal.finished.get(part)
         if known is not None:
             self.plan.recall(known["notes"])
@@ -169,15 +258,15 @@ class _Run:
         """The error to end with: where going on later makes sense, what is finished is kept, and said."""
         out_of_room = isinstance(error, (ResourceError, MemoryError, torch.OutOfMemoryError))
         if not out_of_room and not isinstance(error, (KeyboardInterrupt, SystemExit)):
-            journal.remove()
+            if not self.plan.shared:
+                journal.remove()
             return error
         with contextlib.suppress(HesscliError, OSError):
             journal.flush(writer)
         if not journal.finished or self.options.output is None:
-            journal.remove()
             return error
         writer.keep()
-        kept = f"{len(journal.finished)} of {journal.parts} parts are kept"
+        kept = f"{len(journal.finished)} of {len(journal.parts)} parts are kept"
         if isinstance(error, KeyboardInterrupt):
             return InterruptedRun(f"interrupted; {kept}", "--resume")
         if isinstance(error, SystemExit):
@@ -207,3 +296,7 @@ class _Run:
         if self.options.gradient:
             tensors |= {f"gradient.{name}": shape for name, shape in shapes.items()}
         return tensors
+
+
+def _part(group: Sequence[Block]) -> str:
+    return ", ".join(block.name for block in group)

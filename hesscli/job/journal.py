@@ -6,10 +6,12 @@ continued from there, and gives the same bytes as one that was not.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,16 @@ INTERVAL = 1.0
 Facts = dict[str, Any]
 
 
-def journal_path(path: Path) -> Path:
-    """Where the journal of an unfinished file lies."""
-    return path.with_name(f".{path.name}.journal")
+def journal_path(path: Path, writer: str = "") -> Path:
+    """Where a journal of an unfinished file lies; each of several processes that write it has its own."""
+    return path.with_name(f".{path.name}.journal{writer and '.'}{writer}")
+
+
+def journals(path: Path) -> list[Path]:
+    """All journals of an unfinished file."""
+    first = journal_path(path)
+    others = path.parent.glob(f"{glob.escape(first.name)}.*")
+    return [*([first] if first.exists() else []), *sorted(others)]
 
 
 class Journal:
@@ -34,74 +43,87 @@ class Journal:
     Args:
         path: the output file; None keeps no journal.
         head: the command, as JSON: what must be the same for another run to go on.
-        parts: how many parts there are.
+        command: all its options, as JSON, for `merge`.
+        parts: the names of all parts.
+        writer: who writes it, where several processes share the file.
     """
 
-    def __init__(self, path: Path | None, head: Mapping[str, Any], parts: int) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        head: Mapping[str, Any],
+        command: Mapping[str, Any],
+        parts: Sequence[str],
+        writer: str = "",
+    ) -> None:
         self.output = path
-        self.path = None if path is None else journal_path(path)
-        self.head = json.loads(json.dumps({"schema": SCHEMA, **head}))
+        self.path = None if path is None else journal_path(path, writer)
+        self.head = json.loads(json.dumps(head, default=str))
+        self.command = command
         self.parts = parts
         self.start: int | None = None  # where the tensors of the unfinished file begin
         self.finished: dict[str, Facts] = {}
         self.waiting: dict[str, Facts] = {}
+        self.begun = False
         self.last = time.monotonic()
 
-    def resume(self, wanted: bool, force: bool) -> None:
-        """Takes over what an earlier run left.
+    def resume(self, wanted: bool, force: bool, shared: bool = False) -> None:
+        """Takes over what earlier runs, or other processes, have finished.
 
         Args:
             wanted: it is to be continued.
             force: it may be thrown away.
+            shared: what others have finished is no left-over.
 
         Raises:
             UsageError: something was left, and neither is the case; or another command left it.
             FileError: what was left cannot be read.
         """
-        if self.path is None or self.output is None or not self.path.exists():
+        if self.path is None or self.output is None:
             return
+        left = journals(self.output)
         if force and not wanted:
-            self.remove()
-            return
-        head, finished = self._read(self.path)
-        if not finished:
-            self.remove()
-            return
-        if not wanted:
+            for path in [self.path] if shared else left:
+                path.unlink(missing_ok=True)
+            left = journals(self.output)
+        own = 0
+        for path in left:
+            lines = read_journal(path)
+            if lines.head is None or not lines.finished:
+                if not shared:
+                    path.unlink(missing_ok=True)
+                continue
+            if path == self.path:
+                own = len(lines.finished)
+            different = [key for key in self.head if self.head[key] != lines.head.get(key)]
+            if different and (wanted or shared):
+                raise UsageError(
+                    f"{path}: another command began it: {_differences(self.head, lines.head)} differ",
+                    "--force",
+                )
+            self.start = lines.start
+            self.finished |= lines.finished
+        if not wanted and (own if shared else self.finished):
             raise UsageError(
-                f"{self.output}: an interrupted run left {len(finished)} of {self.parts} parts "
-                f"in {partial_path(self.output).name}; --force throws them away",
+                f"{self.output}: an interrupted run left {own or len(self.finished)} of "
+                f"{len(self.parts)} parts in {partial_path(self.output).name}; --force throws them away",
                 "--resume",
             )
-        different = [key for key in {**head, **self.head} if _differ(head, self.head, key)]
-        if different:
-            raise UsageError(
-                f"{self.path}: another command began it: {', '.join(different)} differ",
-                "--force",
-            )
-        if not partial_path(self.output).exists():
+        if self.finished and not partial_path(self.output).exists():
             raise FileError(
                 f"{partial_path(self.output)}: is gone, only its journal is left", "--force"
             )
-        self.finished = finished
+        self.begun = own > 0
 
-    def _read(self, path: Path) -> tuple[Facts, dict[str, Facts]]:
-        finished: dict[str, Facts] = {}
-        head: Facts = {}
-        try:
-            lines = path.read_text().splitlines(keepends=True)
-            for line in lines:
-                if not line.endswith("\n"):
-                    break  # the run ended in the middle of it
-                facts = json.loads(line)
-                if not head:
-                    head = facts
-                    self.start = head.pop("start")
-                else:
-                    finished[facts.pop("part")] = facts
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FileError(f"{path}: cannot be read: {error}", "--force") from None
-        return head, finished
+    def join(self, start: int, finished: Mapping[str, Facts]) -> None:
+        """Takes over what the first of several processes knows."""
+        self.start, self.finished = start, dict(finished)
+
+    def gather(self) -> None:
+        """Takes over what other processes have finished in the meantime."""
+        if self.output is not None:
+            for path in journals(self.output):
+                self.finished |= read_journal(path).finished
 
     def add(self, part: str, facts: Facts, writer: HessianWriter) -> None:
         """Notes that a part was written; it is safe at the next wait for the disk."""
@@ -114,25 +136,65 @@ class Journal:
         if self.path is None or not self.waiting:
             return
         writer.sync()
-        lines = []
-        if not self.finished:
-            lines.append({**self.head, "start": writer.start})
+        lines: list[Facts] = []
+        if not self.begun:
+            head = {"schema": SCHEMA, "start": writer.start, "command": self.command}
+            lines.append(head | {"head": self.head})
         lines += [{"part": part, **facts} for part, facts in self.waiting.items()]
-        with self.path.open("a" if self.finished else "w") as file:
+        with self.path.open("a" if self.begun else "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
-        if not self.finished:
+        if not self.begun:
             sync_folder(self.path.parent)
+        self.begun = True
         self.finished |= self.waiting
         self.waiting = {}
         self.last = time.monotonic()
 
     def remove(self) -> None:
         """Forgets everything: the file is finished, or not to be."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        if self.output is not None:
+            for path in journals(self.output):
+                path.unlink(missing_ok=True)
 
 
-def _differ(left: Facts, right: Facts, key: str) -> bool:
-    return bool(left.get(key) != right.get(key))
+@dataclass(frozen=True)
+class Lines:
+    """What a journal says; no head where the run ended before it was written."""
+
+    head: Facts | None
+    command: Facts
+    start: int
+    finished: dict[str, Facts]
+
+
+def read_journal(path: Path) -> Lines:
+    """Reads a journal, but for a last line that was torn.
+
+    Raises:
+        FileError: it is none.
+    """
+    try:
+        lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
+        if not lines:
+            return Lines(None, {}, 0, {})
+        first, *others = (json.loads(line) for line in lines)
+        if first["schema"] != SCHEMA:
+            raise ValueError(f"it is of the format {first['schema']}, this hesscli reads {SCHEMA}")
+        finished = {facts.pop("part"): facts for facts in others}
+        return Lines(first["head"], first["command"], first["start"], finished)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(f"{path}: cannot be read: {error}", "--force") from None
+
+
+def _differences(left: Facts, right: Facts, prefix: str = "") -> str:
+    """The names of what is not the same."""
+    found = []
+    for key in {**left, **right}:
+        mine, its = left.get(key), right.get(key)
+        if isinstance(mine, dict) and isinstance(its, dict):
+            found += [inner for inner in [_differences(mine, its, f"{prefix}{key}.")] if inner]
+        elif mine != its:
+            found.append(f"{prefix}{key}")
+    return ", ".join(found)

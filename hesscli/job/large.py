@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from hesscli.errors import NumericalError
 from hesscli.files.hessian_writer import HessianWriter
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
+from hesscli.hessian.costs import Rates
 from hesscli.hessian.kronecker import mirror_
 from hesscli.hessian.layout import Layout, Span
 from hesscli.hessian.routes.base import NotApplicable, Route, Rows
@@ -21,6 +22,8 @@ from hesscli.job.document import Document
 from hesscli.job.journal import Facts, Journal
 from hesscli.job.planning import Plan
 from hesscli.job.triangles import HeldTriangle, StreamedTriangle, Triangle
+
+Progress = Callable[[int, str], None]  # is told how many rows more are done, and of what
 
 
 class LargeBlock:
@@ -34,23 +37,49 @@ class LargeBlock:
     def method(self) -> str:
         return self.plan.choices[self.block.name][self.place].method
 
-    def count(self) -> int:
-        """How many bands there are; 0 if the route finds out that it cannot give any."""
+    def parts(self) -> list[tuple[str, float]]:
+        """The name of each band, and its share of the work; none if the route finds out that it cannot give any."""
         try:
-            return len(self._cut()[1])
+            layout, bands = self._cut()
         except NotApplicable:
-            return 0
+            return []
+        n = layout.size
+        area = [(stop - start) * (n - (start + stop) / 2) for start, stop in bands]
+        whole = self.plan.choices[self.block.name][self.place].work.seconds(Rates())
+        return [
+            (self._part(index), whole * share / (n * n / 2)) for index, share in enumerate(area)
+        ]
+
+    def _part(self, index: int) -> str:
+        return f"{self.block.name}, {self.method}, band {index}"
 
     def _cut(self) -> tuple[Layout, list[Span]]:
         layout = self.plan.routes[self.method].layout(self.block)
         return layout, layout.cut(self.plan.band(self.block))
+
+    def contribute(
+        self, writer: HessianWriter, journal: Journal, mine: Collection[str], progress: Progress
+    ) -> None:
+        """Computes and writes some of the bands; another process finishes the block."""
+        try:
+            layout, bands = self._cut()
+            matrix = self._triangle(StreamedTriangle, layout, bands, writer, None)
+            with Beside() as beside:
+                for index, (start, stop) in enumerate(bands):
+                    part = self._part(index)
+                    if part in mine and part not in journal.finished:
+                        upper, facts = self._band(self.plan.routes[self.method], start, stop)
+                        beside.run(_put, matrix, index, upper, journal, part, facts, writer)
+                        progress(stop - start, self.block.name)
+        except NotApplicable:
+            pass  # the process that finishes the block finds out too, and takes the next route
 
     def compute(
         self,
         writer: HessianWriter,
         journal: Journal,
         certificate: Certificate | None,
-        progress: Callable[[int, str], None],
+        progress: Progress,
     ) -> Document:
         """Computes, writes and checks the block; by the next route, where one cannot or does not pass.
 
@@ -107,36 +136,41 @@ class LargeBlock:
         writer: HessianWriter,
         journal: Journal,
         certificate: Certificate | None,
-        progress: Callable[[int, str], None],
+        progress: Progress,
     ) -> tuple[Triangle, float]:
         """The matrix, written, and its symmetry error."""
         route = self.plan.routes[self.method]
         layout, bands = self._cut()
-        writer.forget(self.block.name)
-        kind = HeldTriangle if self.plan.keeps(self.block) else StreamedTriangle
-        direction = torch.zeros(self.block.size)
-        if certificate is not None:
-            direction = certificate.direction(self.block)
-        direction = direction.to("cpu", self.plan.problem.dtype)
-        matrix = kind(self.block.name, layout, bands, writer, direction)
-
-        def put(index: int, upper: Tensor, part: str, facts: Facts) -> None:
-            matrix.put(index, upper)
-            journal.add(part, facts, writer)
-
+        kind = HeldTriangle if self.plan.holds(self.block) else StreamedTriangle
+        matrix = self._triangle(kind, layout, bands, writer, certificate)
         gap = square = 0.0
         with Beside() as beside:
             for index, (start, stop) in enumerate(bands):
-                part = f"{self.block.name}, {self.method}, band {index}"
+                part = self._part(index)
                 facts = journal.finished.get(part)
                 if facts is not None:
                     beside.run(matrix.restore, index)
                 else:
                     upper, facts = self._band(route, start, stop)
-                    beside.run(put, index, upper, part, facts)
+                    beside.run(_put, matrix, index, upper, journal, part, facts, writer)
                 gap, square = gap + facts["gap"], square + facts["square"]
                 progress(stop - start, self.block.name)
         return matrix, (gap / square) ** 0.5 if square else 0.0
+
+    def _triangle(
+        self,
+        kind: type[Triangle],
+        layout: Layout,
+        bands: list[Span],
+        writer: HessianWriter,
+        certificate: Certificate | None,
+    ) -> Triangle:
+        writer.forget(self.block.name)
+        direction = torch.zeros(self.block.size)
+        if certificate is not None:
+            direction = certificate.direction(self.block)
+        direction = direction.to("cpu", self.plan.problem.dtype)
+        return kind(self.block.name, layout, bands, writer, direction)
 
     def _band(self, route: Route, start: int, stop: int) -> tuple[Tensor, Facts]:
         """Rows `start` to `stop` of the upper triangle, on the host, their square symmetric."""
@@ -162,6 +196,19 @@ class LargeBlock:
         else:
             facts = {"gap": average_(own), "square": float(own.double().square().sum())}
         return on_host(upper.to(self.plan.problem.dtype)), facts
+
+
+def _put(
+    matrix: Triangle,
+    index: int,
+    upper: Tensor,
+    journal: Journal,
+    part: str,
+    facts: Facts,
+    writer: HessianWriter,
+) -> None:
+    matrix.put(index, upper)
+    journal.add(part, facts, writer)
 
 
 def on_host(values: Tensor) -> Tensor:

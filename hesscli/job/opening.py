@@ -19,6 +19,7 @@ from hesscli.hessian.losses import ELEMENT_WEIGHTED, LOSSES, Loss, check_argumen
 from hesscli.hessian.plan import Sizes, choose_sizes
 from hesscli.hessian.problem import Batch, Problem, measure, saved_bytes
 from hesscli.job.options import Listener, ProblemOptions
+from hesscli.job.team import rank, ranks
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,9 @@ def open_problem(options: ProblemOptions, listener: Listener, rows: int | None =
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and ranks() > 1:  # one for each process
+        name = f"cuda:{rank() % max(1, torch.cuda.device_count())}"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Listener(Protocol):
@@ -55,6 +55,22 @@ class ComputeOptions(ProblemOptions):
     force: bool = False
     memory: int | None = None  # bytes; None: a share of what is free
     resume: bool = False
+    shard: tuple[int, int] | None = None  # (I, N): only the I-th of N shares of the work, from 1
+
+
+def command_of(options: ComputeOptions) -> dict[str, Any]:
+    """The options as JSON."""
+    found = asdict(options)
+    return {key: str(value) if isinstance(value, Path) else value for key, value in found.items()}
+
+
+def options_of(command: Mapping[str, Any], output: Path) -> ComputeOptions:
+    """The inverse of `command_of`, for the whole of a job that was computed in shares."""
+    found: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in command.items()
+    }
+    found |= {"model": Path(found["model"]), "data": Path(found["data"]), "output": output}
+    return ComputeOptions(**(found | {"shard": None, "resume": True, "force": False}))
 
 
 METHODS = ("auto", "preactivation", "gauss-newton", "hvp", "finite-difference")

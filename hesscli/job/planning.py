@@ -10,6 +10,7 @@ from hesscli.errors import NumericalError, ResourceError
 from hesscli.files.hessian_writer import partial_path
 from hesscli.files.resources import available_memory, disk_used, free_disk
 from hesscli.hessian.blocks import STRUCTURES, Block, partition
+from hesscli.hessian.costs import Rates
 from hesscli.hessian.plan import output_bytes
 from hesscli.hessian.planner import FINITE_DIFFERENCE, Choice, Planner, total
 from hesscli.hessian.problem import Problem
@@ -35,11 +36,20 @@ _PROCESS = 256 << 20  # bytes that activations and the like are counted for
 class Plan:
     """The blocks of a Hessian, the routes of each, and what they take.
 
+    Args:
+        options: what was asked for.
+        opened: the problem.
+        listener: hears the notes.
+        shared: other processes compute parts of it.
+
     Raises:
         NumericalError: the method asked for would not be exact.
     """
 
-    def __init__(self, options: ComputeOptions, opened: Opened, listener: Listener) -> None:
+    def __init__(
+        self, options: ComputeOptions, opened: Opened, listener: Listener, shared: bool = False
+    ) -> None:
+        self.shared = shared
         self.options, self.opened, self.listener = options, opened, listener
         self.problem = opened.problem
         self.structure = STRUCTURES[options.blocks]
@@ -80,20 +90,28 @@ class Plan:
     def is_large(self, block: Block) -> bool:
         return not self.diagonal and block.size > LARGE
 
-    def keeps(self, block: Block) -> bool:
-        """Whether the upper half of a large block is held in memory until it is written."""
+    def holds(self, block: Block) -> bool:
+        """Whether the upper half of a large block is held in memory until it is written; not where others write too."""
+        return self._fits(block) and not self.shared
+
+    def _fits(self, block: Block) -> bool:
         held = block.size**2 // 2 + 4 * BAND
         return self._process() + held * self.problem.dtype.itemsize <= self.limit
 
     def band(self, block: Block) -> int:
         """Numbers per band of a large block."""
-        if self.keeps(block):
+        if self._fits(block):
             return BAND
         # One is computed, one is written, and parts of it are turned.
         room = (self.limit - self._process()) // self.problem.dtype.itemsize
         return max(block.size, min(LONG_BAND, room // 3))
 
     # What it takes
+
+    def work(self, blocks: Sequence[Block]) -> float:
+        """Seconds that some blocks take on a machine of no particular speed, to compare parts by."""
+        chosen = [self.choices[block.name][0] for block in blocks]
+        return total(chosen).seconds(Rates())
 
     def dry_run(self) -> Document:
         """The document that says what the command would take."""
@@ -136,7 +154,7 @@ class Plan:
         whole = [b for b in self.blocks if not self.is_large(b)]
         needs = [output_bytes([b], self.diagonal, self.problem.dtype) for b in whole]
         for block in (b for b in self.blocks if self.is_large(b)):
-            held = block.size**2 // 2 + 4 * BAND if self.keeps(block) else 3 * self.band(block)
+            held = block.size**2 // 2 + 4 * BAND if self._fits(block) else 3 * self.band(block)
             needs.append(held * itemsize)
         return max(needs, default=0) + self._process()
 

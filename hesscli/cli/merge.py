@@ -1,0 +1,39 @@
+"""`hesscli merge [HESSIAN]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hesscli.cli.failing import failing
+from hesscli.cli.options import Debug, Json, Quiet
+
+
+def merge(
+    hessian: Annotated[
+        Path, typer.Argument(metavar="HESSIAN", help="What the shards were told to write.")
+    ] = Path("hessian.safetensors"),
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Finish a file that was computed in shards: check it, and give it its name.
+
+    \b
+    Example:
+      hesscli compute model.pt data.npz --blocks full --shard 1/2
+      hesscli compute model.pt data.npz --blocks full --shard 2/2
+      hesscli merge
+
+    Model and data are read again, for the check. The file is read once.
+    """
+    with failing(debug):
+        from hesscli.cli.output import Output
+        from hesscli.cli.summary import print_hessian
+        from hesscli.job.compute import merge as run
+
+        with Output(quiet=quiet, json=json) as out:
+            print_hessian(out, run(hessian, out))
+            out.wrote(str(hessian), hessian.stat().st_size)
