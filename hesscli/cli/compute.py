@@ -12,6 +12,7 @@ import typer
 
 from hesscli.cli.failing import failing
 from hesscli.cli.options import Debug, Json, Quiet, takes_problem
+from hesscli.cli.starting import load_torch
 from hesscli.errors import UsageError
 from hesscli.job.options import STATS, ComputeOptions, ProblemOptions
 from hesscli.job.sizes import parse_size
@@ -114,6 +115,7 @@ def compute(
             resume=resume,
         )
         with Output(quiet=quiet, json=json, data_on_stdout=output == "-" and not dry_run) as out:
+            load_torch()
             from hesscli.job.compute import compute as run
 
             document = run(options, out, dry_run)
