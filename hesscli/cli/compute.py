@@ -12,10 +12,10 @@ import typer
 
 from hesscli.cli.failing import failing
 from hesscli.cli.options import Debug, Json, Quiet, takes_problem
-from hesscli.cli.starting import load_torch
 from hesscli.errors import UsageError
 from hesscli.job.options import STATS, ComputeOptions, ProblemOptions
 from hesscli.job.sizes import parse_size
+from hesscli.job.starting import load_torch
 
 
 class Blocks(StrEnum):
