@@ -52,6 +52,23 @@ def test_a_piecewise_linear_tail_takes_its_classes() -> None:
     assert str(chosen["0.weight"]) == "gauss-newton (10 classes)"
 
 
+def test_one_curved_function_before_a_piecewise_linear_tail_takes_its_classes() -> None:
+    conv = nn.Sequential(
+        nn.Conv2d(1, 12, 3, padding=1), nn.GELU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(192, 10)
+    )
+    chosen = plan(classify(conv, 128, 1, 8, 8), "block_diagonal")
+    assert str(chosen["0.weight"]) == "gauss-newton (10 classes)"
+
+
+def test_rows_near_the_output_are_cheap() -> None:
+    problem = classify(tanh_mlp(200, 200, 200, 10), 64, 200)
+    first, *_, last = [
+        planner_of(problem).forced(block, False, "hvp")[0].work.flops / block.size
+        for block in blocks_of(problem, "block_diagonal")
+    ]
+    assert last < first / 10
+
+
 def test_what_is_used_twice_goes_by_products_and_says_so() -> None:
     layer = nn.Linear(6, 6)
     chosen = plan(
@@ -81,7 +98,7 @@ def test_every_choice_ends_with_differences() -> None:
 
 
 def test_a_forced_route_that_is_not_exact_is_refused() -> None:
-    problem = classify(tanh_mlp(3, 4, 10), 5, 3)
+    problem = classify(tanh_mlp(3, 4, 4, 10), 5, 3)
     first = blocks_of(problem, "block_diagonal")[0]
     with pytest.raises(NotApplicable, match="tanh is not piecewise linear"):
         planner_of(problem).forced(first, False, "gauss-newton")

@@ -134,6 +134,7 @@ MUST_APPLY = [
     )),
     *((c, "gauss-newton", "block_diagonal") for c in (
         "linear", "softmax", "logistic", "mlp-relu", "mlp-leaky-relu", "mlp-hardtanh",
+        "mlp-tanh", "mlp-gelu", "mlp-sigmoid", "mlp-silu", "mlp-elu", "conv2d",
     )),
     *((c, "preactivation", "block_diagonal") for c in (
         "layer-norm", "batch-norm1d", "batch-norm2d", "scale", "mlp-over-time",
@@ -157,9 +158,7 @@ MUST_REFUSE = [  # (case, block of `block_diagonal`, route)
         ("gru-cell", "cell.weight_ih"), ("output-mean", "body.0.weight"),
         ("weight-norm", "2.parametrizations.weight.original1"), ("unused", "spare.weight"),
     )),
-    *((c, "0.weight", "gauss-newton") for c in (
-        "mlp-tanh", "mlp-gelu", "mlp-sigmoid", "mlp-silu", "mlp-softmax", "mlp-elu", "conv2d",
-    )),
+    ("mlp-deep", "0.0.weight", "gauss-newton"), ("mlp-softmax", "0.weight", "gauss-newton"),
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from hesscli.cli.options import Debug, Json, Quiet, takes_problem
 from hesscli.errors import UsageError
 from hesscli.job.options import STATS, ComputeOptions, ProblemOptions
 from hesscli.job.sizes import parse_size
+from hesscli.job.starting import load_torch
 from hesscli.job.team import rank
 
 
@@ -135,6 +136,7 @@ def compute(
             json=json and first,
             data_on_stdout=output == "-" and not dry_run,
         ) as out:
+            load_torch()
             from hesscli.job.compute import compute as run
 
             document = run(options, out, dry_run)

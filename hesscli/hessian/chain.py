@@ -28,7 +28,7 @@ from hesscli.hessian.probes import Analysis, Probed
 from hesscli.hessian.samples import ELEMENTWISE_UNARY, RESHAPES, SampleAxis
 from hesscli.hessian.tape import Call, Ref
 
-_UNARY = ELEMENTWISE_UNARY - {"detach"}
+UNARY = ELEMENTWISE_UNARY - {"detach"}
 _PRODUCTS = ("mm", "addmm")
 _AFFINE = frozenset(["mul", "add", "sub", "div"])
 _MOST_ROWS = 3  # times n: to multiply out S, and start anew from it, costs about as much as to push that many
@@ -76,7 +76,7 @@ def _known(call: Call, before: int) -> bool:
     place = next(
         (i for i, a in enumerate(call.arguments) if isinstance(a, Ref) and a.value == before), -1
     )
-    if call.name in _UNARY or call.name in RESHAPES:
+    if call.name in UNARY or call.name in RESHAPES:
         return call.reads == [before]  # not a clamp between values, say
     if call.name in _PRODUCTS and not call.keywords:
         return place == (1 if call.name == "addmm" else 0)
@@ -122,7 +122,7 @@ def chain_diagonals(
 
 def curved_outputs(steps: Sequence[Step]) -> list[int]:
     """The values of the chain at which dL/dy is needed."""
-    return [step.after for step in steps if step.call.name in _UNARY]
+    return [step.after for step in steps if step.call.name in UNARY]
 
 
 def _back(
@@ -142,8 +142,8 @@ def _back(
         curvature.linear(known[matrix.value].detach(), last)
         return
     samples = before.shape[0]
-    if call.name in _UNARY:
-        slope, bend = _derivatives(call, before)
+    if call.name in UNARY:
+        slope, bend = derivatives(call, before)
         curvature.scale(slope.reshape(samples, -1))
         if bend is not None and gradient is not None:
             curvature.add_diagonal((bend * gradient).reshape(samples, -1))
@@ -159,7 +159,7 @@ def _back(
     # add and sub: the derivative is one, or minus one, which S does not feel
 
 
-def _derivatives(call: Call, at: Tensor) -> tuple[Tensor, Tensor | None]:
+def derivatives(call: Call, at: Tensor) -> tuple[Tensor, Tensor | None]:
     """phi' and phi'' of an elementwise function; None where phi'' is zero."""
     with torch.enable_grad():
         u = at.clone().requires_grad_()

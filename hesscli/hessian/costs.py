@@ -52,6 +52,10 @@ PASSES = 4.0
 """Forward passes' worth of work in one product of d delta / dz with a direction."""
 
 
+_LOSS = 4.0
+"""Elementwise operators in a loss: a softmax's exponential, sum, quotient and logarithm."""
+
+
 class Costs:
     """The cost of each route on one recorded batch.
 
@@ -65,18 +69,20 @@ class Costs:
         self.tape, self.itemsize, self.chunk = tape, itemsize, chunk
         self.samples = tape.shapes[tape.output][0] if tape.shapes[tape.output] else 1
         self.classes = max(1, tape.shapes[tape.output].numel() // max(1, self.samples))
-        self.forward = self._of(tape.calls)
+        self.loss = Work(bytes=_LOSS * tape.shapes[tape.output].numel() * itemsize, calls=_LOSS)
+        self.forward = self._of(tape.calls) + self.loss
 
-    def after(self, value: int) -> Work:
-        """One forward pass over everything that depends on a value."""
-        reached = self.tape.dependent([value])
-        return self._of(call for call in self.tape.calls if not reached.isdisjoint(call.reads))
+    def after(self, *values: int) -> Work:
+        """One forward pass over everything that depends on some values, and the loss."""
+        reached = self.tape.dependent(values)
+        calls = (call for call in self.tape.calls if not reached.isdisjoint(call.reads))
+        return self._of(calls) + self.loss
 
-    def hvp(self, rows: int) -> Work:
-        """That many Hessian-vector products through the whole model."""
-        return self.forward.times(PASSES * rows, PASSES * math.ceil(rows / self.chunk)) + (
-            self.forward.times(3)
-        )
+    def hvp(self, parameters: Sequence[str], rows: int) -> Work:
+        """That many Hessian-vector products, through what depends on these parameters."""
+        values = [self.tape.parameters[n] for n in parameters if n in self.tape.parameters]
+        chunks = math.ceil(rows / self.chunk)
+        return self.after(*values).times(PASSES * rows, PASSES * chunks) + self.forward.times(3)
 
     def directions(self, use: Use, count: int) -> Work:
         """Derivatives of delta along that many directions of z."""
@@ -116,17 +122,26 @@ class Costs:
             count * self.samples * use.m * columns
         )
 
+    def class_passes(self, use: Use) -> Work:
+        """The backward passes of all outputs, and the loss's Hessian there."""
+        return self.after(use.z).times(2 * self.classes, 2) + self.forward.times(2)
+
     def gauss_newton(self, use: Use, diagonal: bool) -> Work:
-        """The backward passes of all outputs, and a block from them."""
+        """A block from the backward passes of all outputs."""
         b, c, t, n, m = self.samples, self.classes, use.positions, use.n, use.m
-        passes = self.after(use.z).times(2 * c, 2) + self.forward
         if use.kind == LINEAR and t == 1:
             curvature = self._product(b * c * n * (c + (1 if diagonal else n)))
-            return passes + curvature + self.own(use, diagonal, False)
+            return curvature + self.own(use, diagonal, False)
         pulled = self._product(b * c * (t * n * m + c * use.size)) + self._moved(
             4 * b * c * use.size
         )
-        return passes + pulled + (Work() if diagonal else self._product(b * c * use.size**2))
+        return pulled + (Work() if diagonal else self._product(b * c * use.size**2))
+
+    def bend(self, use: Use, diagonal: bool) -> Work:
+        """A block's diagonal share, one product per neuron."""
+        inputs = self.samples * use.positions * use.n * use.m
+        shares = Work() if diagonal else self._product(inputs * use.m)
+        return shares + self._moved(2 * inputs) + Work(calls=6 * use.n)
 
     def _product(self, multiplications: float) -> Work:
         return Work(flops=2 * multiplications, calls=1)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.costs import Costs, Rates, Work
-from hesscli.hessian.piecewise import curved
 from hesscli.hessian.probes import Analyses, Analysis
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import NotApplicable
-from hesscli.hessian.routes.gauss_newton import block_uses
+from hesscli.hessian.routes.gauss_newton import bend_of, block_uses
 from hesscli.hessian.routes.preactivation import chain_of, directions, split
 
 HVP, FINITE_DIFFERENCE = "hvp", "finite-difference"
@@ -21,11 +20,23 @@ METHODS = (PREACTIVATION, GAUSS_NEWTON, HVP, FINITE_DIFFERENCE)
 
 @dataclass(frozen=True)
 class Choice:
-    """A route for a block."""
+    """A route for a block.
+
+    Attributes:
+        method: the route.
+        reason: "64 seeds"; for hvp, why nothing better is exact.
+        own: the work that this block alone needs.
+        shared: the work that serves all blocks of this route at once, if they are computed together.
+    """
 
     method: str
-    reason: str  # "64 seeds"; for hvp, why nothing better is exact
-    work: Work
+    reason: str
+    own: Work
+    shared: Work = Work()  # noqa: RUF009 - immutable
+
+    @property
+    def work(self) -> Work:
+        return self.own + self.shared
 
     def __str__(self) -> str:
         if not self.reason:
@@ -93,8 +104,9 @@ class Planner:
         analysis, costs = self._proven()
         if diagonal:
             steps, mine = chain_of(analysis, {block.name: analysis.use(block.parameters[0])})
-            if mine:
-                return Choice(PREACTIVATION, "chain", self._all(costs.chain(steps)))
+            for use in mine.values():
+                own, sweep = costs.own(use, True, False), costs.chain(steps)
+                return Choice(PREACTIVATION, "chain", self._all(own), self._all(sweep))
         layers, others = split(analysis, block)
         if not layers:
             use = analysis.use(block.parameters[0])
@@ -114,34 +126,35 @@ class Planner:
         sizes = dict(zip(block.parameters, block.sizes, strict=True))
         rows = sum(sizes[name] for name in others)
         if rows:
-            work += costs.hvp(rows)
+            work += costs.hvp(block.parameters, rows)
         said = f"{count} seeds" + (f", {rows} rows by hvp" if rows else "")
         return Choice(PREACTIVATION, said, self._all(work))
 
     def _gauss_newton(self, block: Block, diagonal: bool) -> Choice:
         analysis, costs = self._proven()
         uses = block_uses(analysis, block)
-        operator = curved(analysis.tape, uses[0].z)
-        if operator is not None:
-            raise NotApplicable(f"{operator} is not piecewise linear")
-        work = Work()
+        bend = bend_of(analysis, uses[0])
+        passes, work = costs.class_passes(uses[0]), Work()
         for use in uses:
             work += costs.gauss_newton(use, diagonal)
+            if bend is not None:
+                work += costs.bend(use, diagonal)
         said = f"{costs.classes} classes"
-        return Choice(GAUSS_NEWTON, said, self._all(work))
+        return Choice(GAUSS_NEWTON, said, self._all(work), self._all(passes))
 
     def _hvp_work(self, block: Block) -> Work:
         if self.costs is None:
             return Work(calls=1e3 * block.size)
-        return self._all(self.costs.hvp(block.size))
+        return self._all(self.costs.hvp(block.parameters, block.size))
 
     def _all(self, work: Work) -> Work:
         return work.times(len(self.problem.batches))
 
 
-def total(choices: Sequence[Choice]) -> Work:
-    """The work of a plan."""
-    work = Work()
-    for choice in choices:
-        work += choice.work
-    return work
+def total(choices: Sequence[Choice], rates: Rates) -> float:
+    """Seconds of a plan: what routes share counts once, for the block that needs most of it."""
+    seconds = sum(choice.own.seconds(rates) for choice in choices)
+    for method in {choice.method for choice in choices}:
+        mine = [choice.shared.seconds(rates) for choice in choices if choice.method == method]
+        seconds += max(mine)
+    return seconds

@@ -283,7 +283,7 @@ class _Run:
             "total": documents.total(blocks),
             "method": " + ".join(sorted({facts["method"] for facts in blocks})),
             "symmetry_error": max(errors, default=None),
-            "check": documents.check_facts(self.certificate, blocks),
+            "check": documents.check_facts(self.certificate, blocks, self.plan.diagonal),
             "notes": list(self.plan.opened.notes),
         }
 

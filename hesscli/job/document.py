@@ -86,14 +86,16 @@ def total(blocks: Sequence[Document]) -> Document:
     }
 
 
-def check_facts(certificate: Certificate | None, blocks: Sequence[Document]) -> Document | None:
+def check_facts(
+    certificate: Certificate | None, blocks: Sequence[Document], diagonal: bool
+) -> Document | None:
     if certificate is None:
         return None
     errors = [facts["check_error"] for facts in blocks if facts["check_error"] is not None]
     return {
         "kind": check.KIND,
         "dtype": str(certificate.problem.dtype).removeprefix("torch."),
-        "directions": len(errors),
+        "directions": len(errors) * (2 if diagonal else 1),
         "relative_error": max(errors, default=0.0),
         "tolerance": certificate.tolerance,
     }

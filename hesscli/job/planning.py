@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 
 from hesscli.errors import NumericalError, ResourceError
 from hesscli.files.hessian_writer import partial_path
 from hesscli.files.resources import available_memory, disk_used, free_disk
 from hesscli.hessian.blocks import STRUCTURES, Block, partition
+from hesscli.hessian.check import gradients
 from hesscli.hessian.costs import Rates
 from hesscli.hessian.plan import output_bytes
 from hesscli.hessian.planner import FINITE_DIFFERENCE, Choice, Planner, total
@@ -19,6 +19,7 @@ from hesscli.hessian.routes.all import routes
 from hesscli.hessian.routes.base import NotApplicable, Route
 from hesscli.job import document as documents
 from hesscli.job.document import Document
+from hesscli.job.estimate import Estimate, estimate, gradient_seconds
 from hesscli.job.opening import Opened
 from hesscli.job.options import ComputeOptions, Listener
 from hesscli.job.sizes import size
@@ -111,7 +112,7 @@ class Plan:
     def work(self, blocks: Sequence[Block]) -> float:
         """Seconds that some blocks take on a machine of no particular speed, to compare parts by."""
         chosen = [self.choices[block.name][0] for block in blocks]
-        return total(chosen).seconds(Rates())
+        return total(chosen, Rates())
 
     def dry_run(self) -> Document:
         """The document that says what the command would take."""
@@ -127,26 +128,34 @@ class Plan:
             }
             for block, choice in zip(self.blocks, chosen, strict=True)
         ]
-        rates = measure_rates(self.problem)
         document["total"] = {
             "size": sum(block.size for block in self.blocks),
             "bytes": self.bytes,
             "memory": self.memory(),
-            "estimated_seconds": self._estimate(total(chosen).seconds(rates)),
+            "estimated_seconds": self._estimate(chosen).seconds,
         }
         return document
 
-    def _estimate(self, work: float) -> float:
-        """Seconds of everything: the work, the check of each block, its eigenvalues, and writing."""
-        names = list(self.shapes)
-        self.reference.gradient(names)  # the first one is slower
-        started = time.perf_counter()
-        self.reference.gradient(names)
-        gradient = time.perf_counter() - started
-        checks = 2 * gradient * len(self.blocks) if self.options.check else 0.0
-        small = [b.size for b in self.blocks if not self.diagonal and b.size <= QUICK_LIMIT]
-        eigenvalues = sum(2 * n**3 for n in small) / 1e10
-        return 0.3 + work + checks + eigenvalues + self.bytes / 1e9
+    def _estimate(self, chosen: Sequence[Choice]) -> Estimate:
+        dtype, reference = self.problem.dtype, self.reference
+        count = 0
+        if self.options.check:
+            count = gradients(len(self.blocks), self.diagonal, dtype, reference.dtype)
+        return estimate(
+            chosen,
+            measure_rates(self.problem),
+            gradients=count,
+            gradient=gradient_seconds(reference) if count else 0.0,
+            decomposed=[]
+            if self.diagonal
+            else [b.size for b in self.blocks if self._decomposed(b)],
+            size=self.bytes,
+        )
+
+    def _decomposed(self, block: Block) -> bool:
+        """Whether the extreme eigenvalues of a block are wanted."""
+        quick = block.size <= QUICK_LIMIT
+        return self.options.stats == "all" or (self.options.stats == "auto" and quick)
 
     def memory(self) -> int:
         """Bytes that the work holds at most."""

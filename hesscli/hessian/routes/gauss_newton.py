@@ -1,18 +1,21 @@
 """Blocks behind a piecewise linear tail: there the Hessian's own block is the Gauss-Newton block, exactly.
 
 If the output f is piecewise linear in z, d^2 L / dz^2 = V^T Lambda V per sample, with V = df/dz and Lambda the loss's
-Hessian at the output. All V come out of one batched backward pass with C = dim f seeds. A linear layer's block is the
-Kronecker form sum_b (V^T Lambda V)_b (x) a_b a_b^T; elsewhere J = V A per sample, and the block is sum_b J^T Lambda J.
+Hessian at the output; one curved function right after z adds a diagonal (see `bend.py`). All V come out of one batched
+backward pass with C = dim f seeds. A linear layer's block is the Kronecker form sum_b (V^T Lambda V)_b (x) a_b a_b^T;
+elsewhere J = V A per sample, and the block is sum_b J^T Lambda J.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hesscli.hessian.autodiff import batched_grad
+from hesscli.hessian.bend import Bend, add_bend, add_bend_diagonal, find_bend
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.kronecker import add_kronecker_rows, mirror_
 from hesscli.hessian.layout import Layout, Piece
@@ -20,7 +23,9 @@ from hesscli.hessian.piecewise import curved
 from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.routes.base import NotApplicable, Rows
-from hesscli.hessian.uses import LINEAR, Use
+from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
+
+_WORKSPACE = 1 << 20  # numbers in the Jacobians of some samples; fits the cache
 
 
 def block_uses(analysis: Analysis, block: Block) -> list[Use]:
@@ -33,6 +38,56 @@ def block_uses(analysis: Analysis, block: Block) -> list[Use]:
     if len({use.z for use in uses}) != 1:
         raise NotApplicable("parameters enter at several places")
     return uses
+
+
+def bend_of(analysis: Analysis, use: Use) -> Bend | None:
+    """The curved function right after a use, or None where there is none at all.
+
+    Raises:
+        NotApplicable: there is one elsewhere.
+    """
+    operator = curved(analysis.tape, use.z)
+    if operator is None:
+        return None
+    bend = find_bend(analysis.tape, use.z)
+    if bend is None:
+        raise NotApplicable(f"{operator} is not piecewise linear")
+    return bend
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """What a block is made of.
+
+    Attributes:
+        uses: its parameters', all at one z.
+        inputs: of each use, [B, T, m].
+        v: df/dz, [B, C, T, n].
+        curvature: Lambda, [B, C, C].
+        d: what a curved function right after z adds, [B, T, n]; None where there is none.
+    """
+
+    uses: list[Use]
+    inputs: list[Tensor]
+    v: Tensor
+    curvature: Tensor
+    d: Tensor | None
+
+    @property
+    def is_kronecker(self) -> bool:
+        return _is_kronecker(self.uses)
+
+    def jacobians(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """df/dtheta of some samples after the other, [samples, C, size], with their Lambda."""
+        size = sum(use.size for use in self.uses)
+        step = max(1, _WORKSPACE // (self.v.shape[1] * size))
+        for first in range(0, len(self.v), step):
+            mine = slice(first, first + step)
+            parts = [
+                _jacobian(use, self.v[mine], a[mine])
+                for use, a in zip(self.uses, self.inputs, strict=True)
+            ]
+            yield parts[0] if len(parts) == 1 else torch.cat(parts, -1), self.curvature[mine]
 
 
 class GaussNewton:
@@ -50,42 +105,45 @@ class GaussNewton:
         return Layout.plain(block.size)
 
     def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
-        probed, curvature, factors = self._factors(batch, [part.block for part in rows])
+        factors = self._factors(batch, [part.block for part in rows])
         for part in rows:
-            uses, v = factors[part.block.name]
-            if v is not None:
-                _add(part, probed, uses, v, curvature)
+            found = factors[part.block.name]
+            if found is not None:
+                _add(part, found)
 
     def add_diagonal(
         self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]
     ) -> None:
-        probed, curvature, factors = self._factors(batch, blocks)
+        factors = self._factors(batch, blocks)
         for block in blocks:
-            uses, v = factors[block.name]
-            if v is not None:
-                _add_diagonal(sums[block.name], probed, uses, v, curvature)
+            found = factors[block.name]
+            if found is not None:
+                _add_diagonal(sums[block.name], found)
 
-    def _factors(
-        self, batch: Batch, blocks: Sequence[Block]
-    ) -> tuple[Probed, Tensor, dict[str, tuple[list[Use], Tensor | None]]]:
-        """The pass, Lambda [B, C, C], and each block's uses with V [B, C, T, n] there (None: zero)."""
+    def _factors(self, batch: Batch, blocks: Sequence[Block]) -> dict[str, _Factors | None]:
+        """Each block's factors; None where the output does not depend on it."""
         analysis = self.analyses.of(batch)
         uses = {block.name: block_uses(analysis, block) for block in blocks}
-        for block in blocks:
-            operator = curved(analysis.tape, uses[block.name][0].z)
-            if operator is not None:
-                raise NotApplicable(f"{operator} is not piecewise linear")
-        probed = Probed(self.problem, batch, analysis, {u[0].z for u in uses.values()})
-        zs = list(probed.probes)
+        bends = {name: bend_of(analysis, mine[0]) for name, mine in uses.items()}
+        zs = list(dict.fromkeys(mine[0].z for mine in uses.values()))
+        ys = list(dict.fromkeys(bend.after for bend in bends.values() if bend is not None))
+        probed = Probed(self.problem, batch, analysis, {*zs, *ys})
+        slopes = _gradients(probed, ys)
         probes = [probed.probes[z] for z in zs]
         jacobians = batched_grad(probed.output, probes, probed.output_seeds())
         of = dict(zip(zs, jacobians, strict=True))
-        factors: dict[str, tuple[list[Use], Tensor | None]] = {}
+        curvature = probed.output_hessian().contiguous()
+        factors: dict[str, _Factors | None] = {}
         for name, mine in uses.items():
-            jacobian = of[mine[0].z]
-            v = None if jacobian is None else mine[0].rows(jacobian).transpose(0, 1)
-            factors[name] = (mine, v)
-        return probed, probed.output_hessian(), factors
+            jacobian, bend = of[mine[0].z], bends[name]
+            if jacobian is None:
+                factors[name] = None
+                continue
+            inputs = [probed.columns(use) for use in mine]
+            v = mine[0].rows(jacobian).transpose(0, 1)
+            d = None if bend is None else bend.diagonal(probed, slopes[bend.after], mine[0])
+            factors[name] = _Factors(mine, inputs, v, curvature, d)
+        return factors
 
     def shrink(self) -> bool:
         return False
@@ -99,36 +157,55 @@ def _is_kronecker(uses: Sequence[Use]) -> bool:
     return len(uses) == 1 and use.kind == LINEAR and use.positions == 1 and not use.transposed
 
 
-def _add(part: Rows, probed: Probed, uses: Sequence[Use], v: Tensor, curvature: Tensor) -> None:
-    use = uses[0]
-    if _is_kronecker(uses):
-        v, a = v.squeeze(2), probed.columns(use).squeeze(1)
-        curved_v = curvature @ v  # [B, C, n]
+def _gradients(probed: Probed, values: Sequence[int]) -> dict[int, Tensor | None]:
+    """dL/dy at some values with probes."""
+    if not values or not probed.value.requires_grad:
+        return dict.fromkeys(values)
+    probes = [probed.probes[y] for y in values]
+    grads = torch.autograd.grad(probed.value, probes, retain_graph=True, allow_unused=True)
+    return dict(zip(values, grads, strict=True))
+
+
+def _add(part: Rows, factors: _Factors) -> None:
+    if factors.is_kronecker:
+        use, v, a = factors.uses[0], factors.v.squeeze(2), factors.inputs[0].squeeze(1)
+        curved_v = factors.curvature @ v  # [B, C, n]
         step = max(1, (1 << 23) // (v.shape[0] * use.n))
         last = part.stop // use.m
         for first in range(part.start // use.m, last, step):
             s = v[:, :, first : min(first + step, last)].transpose(1, 2) @ curved_v[:, :, first:]
+            if factors.d is not None:
+                s.diagonal(dim1=1, dim2=2).add_(factors.d[:, 0, first : first + s.shape[1]])
             skipped = first * use.m - part.start
             out = part.out[skipped : skipped + s.shape[1] * use.m, skipped:]
             add_kronecker_rows(out, s.transpose(0, 1), a)
         return
-    jacobian, out = _jacobian(probed, uses, v), part.out
-    curved_jacobian = curvature @ jacobian[..., part.start :]
-    out += jacobian[..., part.start : part.stop].flatten(0, 1).T @ curved_jacobian.flatten(0, 1)
+    for jacobian, curvature in factors.jacobians():
+        curved_jacobian = curvature @ jacobian[..., part.start :]
+        mine = jacobian[..., part.start : part.stop].flatten(0, 1)
+        part.out.addmm_(mine.T, curved_jacobian.flatten(0, 1))
+    if factors.d is not None:
+        add_bend(part, factors.uses, factors.inputs, factors.d)
 
 
-def _add_diagonal(
-    out: Tensor, probed: Probed, uses: Sequence[Use], v: Tensor, curvature: Tensor
-) -> None:
-    if _is_kronecker(uses):
-        v, a = v.squeeze(2), probed.columns(uses[0]).squeeze(1)
-        out += ((v * (curvature @ v)).sum(1).T @ a**2).reshape(-1)
-        return
-    jacobian = _jacobian(probed, uses, v)
-    out += (jacobian * (curvature @ jacobian)).sum((0, 1))
+def _add_diagonal(out: Tensor, factors: _Factors) -> None:
+    if factors.is_kronecker:
+        v, a = factors.v.squeeze(2), factors.inputs[0].squeeze(1)
+        out += ((v * (factors.curvature @ v)).sum(1).T @ a**2).reshape(-1)
+    else:
+        for jacobian, curvature in factors.jacobians():
+            curved_jacobian = curvature @ jacobian
+            out += jacobian.mul_(curved_jacobian).sum((0, 1))
+    if factors.d is not None:
+        add_bend_diagonal(out, factors.uses, factors.inputs, factors.d)
 
 
-def _jacobian(probed: Probed, uses: Sequence[Use], v: Tensor) -> Tensor:
-    """df/dtheta of each sample: [B, C, size]."""
-    parts = [u.pull(v, probed.columns(u).unsqueeze(1)) for u in uses]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+def _jacobian(use: Use, v: Tensor, columns: Tensor) -> Tensor:
+    """df / d theta = V A of each sample: [B, C, T, n] and [B, T, m] -> [B, C, size]."""
+    if use.kind not in (LINEAR, CONVOLUTION):
+        return use.pull(v, columns.unsqueeze(1))
+    samples, classes, positions, n = v.shape
+    # All outputs in one product: a broadcast one would copy the columns for each.
+    rows = v.transpose(2, 3).reshape(samples, classes * n, positions)
+    product = (rows @ columns).view(samples, classes, n, use.m)
+    return (product.transpose(2, 3) if use.transposed else product).flatten(2)

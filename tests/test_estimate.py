@@ -1,0 +1,96 @@
+"""What the dry run counts: with rates that are given, not measured, so that every part is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import labels, normal
+from problems import blocks_of, problem_of
+from torch import nn
+
+from hesscli.hessian.check import Certificate, gradients
+from hesscli.hessian.costs import Rates, Work
+from hesscli.hessian.planner import Choice, Planner, total
+from hesscli.hessian.probes import Analyses
+from hesscli.hessian.problem import Problem
+from hesscli.job.estimate import START, estimate
+
+RATES = Rates(flops=1e9, memory=1e9, call=1e-3)
+SECOND = Work(flops=1e9)
+
+
+def test_the_parts_add_up() -> None:
+    found = estimate(
+        [Choice("hvp", "", SECOND.times(3))],
+        RATES,
+        gradients=4,
+        gradient=0.5,
+        decomposed=[1000, 1000],
+        size=2 * 10**9,
+    )
+    assert (found.work, found.check) == (3, 2)
+    assert found.statistics == pytest.approx(0.4)
+    assert found.writing == pytest.approx(2)
+    assert found.seconds == pytest.approx(START + 3 + 2 + 0.4 + 2)
+
+
+def test_what_blocks_share_counts_once_for_each_route() -> None:
+    chain = [Choice("preactivation", "chain", SECOND, shared=SECOND.times(n)) for n in (5, 7, 2)]
+    classes = [Choice("gauss-newton", "", SECOND, shared=SECOND.times(4))] * 2
+    assert total(chain, RATES) == 3 + 7
+    assert total([*chain, *classes], RATES) == 3 + 7 + 2 + 4
+    assert total([], RATES) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("structure", ["block_diagonal", "elements"])
+def test_the_check_takes_as_many_gradients_as_are_counted(
+    dtype: torch.dtype, structure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = problem_of(
+        nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
+        [normal(6, 4)], labels(3, 6), "cross-entropy", dtype=dtype,
+    )  # fmt: skip
+    double = problem.double()
+    assert double is not None
+    blocks = blocks_of(problem, structure)
+    truth = {
+        name: torch.autograd.functional.hessian(
+            lambda value, name=name: _loss(double, name, value), double.parameters[name].detach()
+        ).reshape(double.parameters[name].numel(), -1)
+        for name in double.parameters
+    }
+    certificate = Certificate(double, dtype, seed=0)
+    taken = 0
+    once = Problem.gradient
+
+    def counted(self: Problem, names: list[str]) -> dict[str, torch.Tensor]:
+        nonlocal taken
+        taken += 1
+        return once(self, names)
+
+    monkeypatch.setattr(Problem, "gradient", counted)
+    for block in blocks:
+        values = truth[block.name].to(dtype)
+        diagonal = structure == "elements"
+        judge = certificate.diagonal if diagonal else certificate.matrix
+        assert certificate.passed(judge(block, values.diagonal() if diagonal else values))
+    assert taken == gradients(len(blocks), structure == "elements", dtype, torch.float64)
+
+
+def _loss(problem: Problem, name: str, value: torch.Tensor) -> torch.Tensor:
+    (batch,) = problem.batches
+    output = torch.func.functional_call(problem.module, {name: value}, batch.inputs)
+    return nn.functional.cross_entropy(output, batch.target)
+
+
+def test_the_sweep_along_a_chain_is_shared() -> None:
+    layers = [nn.Linear(9, 9) if i % 2 == 0 else nn.Tanh() for i in range(9)]
+    problem = problem_of(nn.Sequential(*layers), [normal(20, 9)], labels(9, 20), "cross-entropy")
+    planner = Planner(problem, Analyses(problem), chunk=64)
+    chosen = [
+        planner.forced(block, True, "preactivation")[0] for block in blocks_of(problem, "elements")
+    ]
+    assert {str(choice) for choice in chosen} == {"preactivation (chain)"}
+    apart = sum(choice.work.seconds(RATES) for choice in chosen)
+    assert total(chosen, RATES) < apart / 3
