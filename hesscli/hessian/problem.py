@@ -16,11 +16,43 @@ from hesscli.errors import MismatchError
 from hesscli.hessian.losses import Loss
 
 
-@dataclass(frozen=True)
+@dataclass(
+    frozen=True, eq=False
+)  # two batches are never the same: what is kept of one goes with it
 class Batch:
+    """Some samples.
+
+    Args:
+        inputs: passed to the module, the first of them by position.
+        target: what the loss compares with.
+        loss_arguments: of the loss.
+        keywords: the names of the last inputs, which are passed by name.
+    """
+
     inputs: tuple[Tensor, ...]
     target: Tensor | None
     loss_arguments: Mapping[str, object] = field(default_factory=dict)
+    keywords: tuple[str, ...] = ()
+
+
+class Batches(Sequence[Batch]):
+    """Batches that are made anew each time they are asked for: the data need not fit into memory.
+
+    Args:
+        count: how many.
+        make: makes the one with this index.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], Batch]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Batch:  # type: ignore[override]  # no slices
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self._make(index)
 
 
 @dataclass(frozen=True)
@@ -68,13 +100,16 @@ class Problem:
             torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
         ):
             try:
-                result = self.module(*batch.inputs)
+                place = len(batch.inputs) - len(batch.keywords)
+                named = dict(zip(batch.keywords, batch.inputs[place:], strict=True))
+                result = self.module(*batch.inputs[:place], **named)
             except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
                 shapes = ", ".join(f"{_dtype(x)} {list(x.shape)}" for x in batch.inputs)
                 if is_missing_derivative(error) or isinstance(error, torch.OutOfMemoryError):
                     raise
                 raise MismatchError(
-                    f"the model does not accept the inputs {shapes}: {_reason(error)}"
+                    f"the model does not accept the inputs {shapes}: {_reason(error)}",
+                    "--scale 1/255" if any(x.dtype is torch.uint8 for x in batch.inputs) else None,
                 ) from error
         return pick_output(result, self.output_key, prefer_loss=not self.loss.needs_target)
 
@@ -115,7 +150,7 @@ class Problem:
                 self,
                 module=module,
                 parameters={name: named[name].requires_grad_() for name in self.parameters},
-                batches=[_double(batch) for batch in self.batches],
+                batches=_doubled(self.batches),
             )
             with torch.no_grad():
                 its = twin.output(twin.batches[0])
@@ -222,6 +257,12 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
 
 
+def _doubled(batches: Sequence[Batch]) -> Sequence[Batch]:
+    if isinstance(batches, Batches):
+        return Batches(len(batches), lambda index: _double(batches[index]))
+    return [_double(batch) for batch in batches]
+
+
 def _double(batch: Batch) -> Batch:
     def cast(value: object) -> object:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -230,6 +271,7 @@ def _double(batch: Batch) -> Batch:
         tuple(cast(x) for x in batch.inputs),  # type: ignore[misc]
         cast(batch.target),  # type: ignore[arg-type]
         {name: cast(value) for name, value in batch.loss_arguments.items()},
+        batch.keywords,
     )
 
 
