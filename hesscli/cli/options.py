@@ -82,7 +82,7 @@ def problem_options(
         Path,
         typer.Argument(
             metavar="MODEL",
-            help="TorchScript, .pt2, ONNX, a checkpoint or state dict (.pt, .safetensors), or a Hugging Face folder.",
+            help="TorchScript, .pt2, a state dict or checkpoint (.pt, .safetensors), or a Hugging Face folder.",
         ),
     ],
     data: Annotated[

@@ -190,7 +190,7 @@ def _infer_inputs(
     called = [name for name in arguments if name in others]
     if called:
         listed = ", ".join(f"{name} ({describe(arrays[name])})" for name in called)
-        notes.append(f"inputs: {listed}, which the model calls its inputs so")
+        notes.append(f"inputs: {listed}, inferred from what the model calls its inputs")
         return called
     if len(named) > 1:
         raise _unclear(path, arrays, f"{' and '.join(named)} may all be the inputs")

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ def transformers_factory(name: str, model: str | os.PathLike[str]) -> Callable[.
     import transformers
 
     transformers.logging.set_verbosity_error()
-    cls = getattr(transformers, name, None)
+    cls: Any = getattr(transformers, name, None)
     if not hasattr(cls, "from_config") and not hasattr(cls, "_from_config"):
         raise UsageError(
             f"--arch transformers:{name}: transformers has no model of this name", arch_of(folder)
@@ -42,9 +43,10 @@ def transformers_factory(name: str, model: str | os.PathLike[str]) -> Callable[.
         config.use_cache = False
         make = cls.from_config if hasattr(cls, "from_config") else cls._from_config
         # The fused kernels have no second derivatives.
-        module: nn.Module = make(config, attn_implementation="eager", dtype=torch.float32)
+        module: Any = make(config, attn_implementation="eager", dtype=torch.float32)
         module.tie_weights()
-        return module
+        built: nn.Module = module
+        return built
 
     return build
 

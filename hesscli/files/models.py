@@ -190,9 +190,7 @@ def _tensors_or_module(
             path,
             kind,
             "a TorchScript, state dict, safetensors or .pt2 model",
-            "the model comes first: hesscli compute MODEL DATA"
-            if kind in ("npz", "npy")
-            else "torch.jit.script(model).save('net.pt'), or save model.state_dict()",
+            _hint(kind),
         )
     try:
         with reading(path, kind):
@@ -201,6 +199,14 @@ def _tensors_or_module(
         if not allow_pickle:
             raise pickled_objects(path, error.name, pickle_hint) from error
     return _unpickle(path, kind)
+
+
+def _hint(kind: Kind) -> str:
+    if kind in ("npz", "npy", "npy_folder", "parquet", "dataset"):
+        return "the model comes first: hesscli compute MODEL DATA"
+    if kind == "onnx":  # its converters do not keep up with it, and lose the parameters' names
+        return "export it as .pt2: torch.export.save(torch.export.export(model, (x,)), 'net.pt2')"
+    return "torch.jit.script(model).save('net.pt'), or save model.state_dict()"
 
 
 def _unpickle(path: str | os.PathLike[str], kind: Kind) -> object:
