@@ -77,7 +77,6 @@ DESCRIPTIONS: dict[Kind, str] = {
 
 _HEAD = 512
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.serialization.MAGIC_NUMBER, pickled
-_SAFETENSORS_HEADER_LIMIT = 100_000_000  # the format's own limit
 
 
 def kind_of(path: str | os.PathLike[str]) -> Kind:
@@ -124,7 +123,7 @@ def _kind_of_content(file: BinaryIO) -> Kind:
         return "torch_legacy"
     if head.startswith(b"\x93NUMPY"):
         return "npy"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _SAFETENSORS_HEADER_LIMIT:
+    if head[8:10] in (b'{"', b"{}"):
         return "safetensors"
     if head.startswith(b"version https://git-lfs"):
         return "lfs_pointer"

@@ -25,6 +25,9 @@ _EXPORT_LOGGERS = (
 )
 
 
+_DAMAGED = "it is damaged or cut off"
+
+
 class NeedsPickleError(Exception):
     """A file holds Python objects that only a full unpickling, which runs code, can restore."""
 
@@ -52,8 +55,12 @@ def reading(path: str | os.PathLike[str], kind: Kind) -> Iterator[None]:
         text = str(error)
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
             raise ResourceError(f"{path}: not enough memory to load it") from error
+        reason = _reason(error, kind)
         raise FileError(
-            f"{path}: {DESCRIPTIONS[kind]} that cannot be read: {_reason(error, kind)}"
+            f"{path}: {DESCRIPTIONS[kind]} that cannot be read: {reason}",
+            "copy or download the file again"
+            if reason == _DAMAGED
+            else "save it again, with the versions of its libraries that are installed here",
         ) from error
 
 
@@ -171,11 +178,11 @@ def _reason(error: Exception, kind: Kind) -> str:
     # These two come without a check of their content beforehand, and their readers then stumble
     # over damage wherever it is.
     if kind in ("torch_legacy", "npz"):
-        return "it is damaged or cut off"
+        return _DAMAGED
     if not text.strip() or isinstance(error, (EOFError, UnicodeDecodeError)):
-        return "it is damaged or cut off"
+        return _DAMAGED
     if any(sign in text for sign in damage):
-        return "it is damaged or cut off"
+        return _DAMAGED
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     line = lines[0].rstrip(":.")
     if len(line) > 200:
