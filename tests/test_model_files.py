@@ -154,7 +154,7 @@ def test_a_missing_file_is_a_usage_error(tmp_path):
         (b"", "an empty file", "torch.jit.script(model)"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer", "git lfs pull"),
         (b"<html>", "an HTML page", "fetch the file again"),
-        (b"\x08\x08\x12\x07pytorch", "an ONNX model", "torch.jit.script(model)"),
+        (b"\x08\x08\x12\x07pytorch", "an ONNX model", "torch.export.save(torch.export.export("),
         (b"PK\x03\x04" + b"x" * 99, "damaged or cut off", "download the file again"),
         (b"\x80\x04\x95....", "which torch.save did not write", "state_dict"),
     ],

@@ -323,12 +323,18 @@ def test_text_that_is_none(refuses, tmp_path):
     assert "f.csv: a text file that cannot be read" in refuses("f.csv", code=3, as_data=True)
 
 
-def test_a_storage_smaller_than_its_tensor_says(refuses, tmp_path):
-    """The checksum is right: a reader that trusts the pickle reads beyond the end of memory."""
-    torch.save({"weight": torch.ones(200, 3)}, tmp_path / "f.pt")
-    with zipfile.ZipFile(tmp_path / "f.pt") as archive:
-        parts = {name: archive.read(name) for name in archive.namelist()}
-    data = next(name for name in parts if name.endswith("data/0"))
-    zipped(str(tmp_path / "f.pt"), {**parts, data: parts[data][:40]})
-    refuses("f.pt", "--arch", "mlp", code=3)
-    refuses("f.pt", code=3, as_data=True)
+@pytest.mark.parametrize("how", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_storage_shorter_than_its_tensor(refuses, tmp_path, how):
+    """The checksum is right: a reader that trusts the pickle reads behind the end of the memory."""
+    layer = nn.Linear(3, 200)
+    torch.save({"weight": layer.weight.detach()}, tmp_path / "f.pt")
+    torch.jit.script(layer).save(str(tmp_path / "s.pt"))
+    for file in ("f.pt", "s.pt"):
+        with zipfile.ZipFile(tmp_path / file) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        data = next(name for name in parts if name.endswith("/data/0"))
+        zipped(str(tmp_path / file), {**parts, data: parts[data][:40]}, how)
+    words = "data/0 should hold 2400 bytes, 40 are there"
+    assert words in refuses("f.pt", "--arch", "mlp", code=3)
+    assert words in refuses("f.pt", code=3, as_data=True)
+    assert words in refuses("s.pt", code=3)

@@ -16,6 +16,7 @@ from hesscli.files.csv_files import load_csv
 from hesscli.files.npy import load_npy, load_npz
 from hesscli.files.safetensors_files import load_safetensors
 from hesscli.files.sniff import Kind, kind_of, unsupported
+from hesscli.files.storages import check_storages
 from hesscli.files.torch_files import (
     NeedsPickleError,
     load_weights_only,
@@ -109,6 +110,7 @@ def _torch(path: str | os.PathLike[str], kind: Kind) -> dict[str, torch.Tensor |
     mapped = kind == "torch_zip"
     if mapped:
         check_zip(path)
+        check_storages(path)
         mapped = stored(path)
     try:
         with reading(path, kind):

@@ -25,6 +25,7 @@ from hesscli.files.mlp import MLP
 from hesscli.files.safetensors_files import load_safetensors
 from hesscli.files.shards import load_part, load_shards, weights_in
 from hesscli.files.sniff import Kind, kind_of, unsupported
+from hesscli.files.storages import check_storages
 from hesscli.files.ties import shared, tie
 from hesscli.files.torch_files import (
     NeedsPickleError,
@@ -86,6 +87,8 @@ def load_model(
     files: tuple[Path, ...] = (Path(path),)
     if kind in ("torchscript", "exported", "torch_zip"):
         check_zip(path)
+        if kind != "exported":
+            check_storages(path)
     notes: list[str] = []
     pickle_hint = f"hesscli compute {shlex.quote(str(path))} DATA --allow-pickle"
     batch_size = None

@@ -11,6 +11,7 @@ import torch
 from hesscli.errors import FileError
 from hesscli.files.safetensors_files import load_safetensors
 from hesscli.files.sniff import kind_of, unsupported
+from hesscli.files.storages import check_storages
 from hesscli.files.torch_files import (
     NeedsPickleError,
     load_weights_only,
@@ -86,6 +87,7 @@ def load_part(path: Path) -> dict[str, torch.Tensor]:
         raise unsupported(path, kind, "weights in safetensors or a torch.save file", _SAVE)
     if kind == "torch_zip":
         check_zip(path)
+        check_storages(path)
     try:
         with reading(path, kind):
             content = load_weights_only(path)
