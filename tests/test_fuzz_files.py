@@ -64,6 +64,17 @@ def _npy(path: str) -> None:
         np.save(file, X)
 
 
+def _arrow(path: str) -> None:
+    table = pa.table({"x": X.tolist(), "y": Y})
+    with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+
+
+def _index(path: str) -> None:
+    places = dict.fromkeys(_net().state_dict(), "a.safetensors")
+    Path(path).write_text(json.dumps({"metadata": {"total_size": 40}, "weight_map": places}))
+
+
 MODELS: dict[str, Callable[[str], object]] = {
     "script": lambda p: torch.jit.script(_net()).save(p),
     "trace": lambda p: torch.jit.trace(_net(), torch.ones(2, 3)).save(p),
@@ -74,6 +85,7 @@ MODELS: dict[str, Callable[[str], object]] = {
     "pt2": lambda p: torch.export.save(
         torch.export.export(_net(), (torch.ones(2, 3),)), io.FileIO(p, "w")
     ),
+    "index": _index,
 }
 DATA: dict[str, Callable[[str], object]] = {
     "npz": _npz,
@@ -81,10 +93,26 @@ DATA: dict[str, Callable[[str], object]] = {
     "npy": _npy,
     "csv": lambda p: Path(p).write_text("a,b,y\n1.5,2,0\n-3,4e1,1\n0.25,1,1\n"),
     "parquet": _parquet,
+    "arrow": _arrow,
+    "state": lambda p: Path(p).write_text('{"_data_files": [{"filename": "data.arrow"}]}'),
     "data_safetensors": lambda p: save_file({"x": torch.tensor(X), "y": torch.tensor(Y)}, p),
     "data_zip": lambda p: torch.save({"x": torch.tensor(X), "y": torch.tensor(Y)}, p),
 }
 KINDS = {**MODELS, **DATA}
+# Files that lie in a folder with others: where, and what else is there.
+PLACES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "index": (
+        "model.safetensors.index.json",
+        lambda folder: save_file(_net().state_dict(), folder / "a.safetensors"),
+    ),
+    "arrow": (
+        "data.arrow",
+        lambda folder: (folder / "state.json").write_text(
+            '{"_data_files": [{"filename": "data.arrow"}]}'
+        ),
+    ),
+    "state": ("state.json", lambda folder: _arrow(str(folder / "data.arrow"))),
+}
 
 
 @cache
@@ -191,7 +219,15 @@ def check_model(kind: str, content: bytes, part: str, path: Path) -> None:
     if kind == "safetensors":
         expected = read_safetensors(content)
         same(found, {name: expected[name] for name in found})
-    elif not part and kind != "legacy":  # its checksums held, so it is as it was written
+    elif part.endswith(("/data/0", "/data/1")) and kind != "pt2":
+        name = "fc.weight" if part.endswith("0") else "fc.bias"
+        with zipfile.ZipFile(path) as archive:
+            values = np.frombuffer(archive.read(part)[: found[name].nbytes], np.float32)
+        same({name: found[name].flatten()}, {name: torch.tensor(values)})
+    elif not part and kind not in (
+        "legacy",
+        "index",
+    ):  # its checksums held, so it is as it was written
         same(found, dict(_net().named_parameters()))
     event(f"{kind} loads")
 
@@ -207,15 +243,23 @@ def check_data(kind: str, content: bytes, path: Path) -> None:
     elif kind == "csv":
         rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline="")))
         for name, array in data.arrays.items():
-            if name in rows[0]:
+            if rows and name in rows[0] and name != "0":
                 values = torch.tensor([float(row[name]) for row in rows], dtype=torch.float64)
                 same({name: array}, {name: values})
     event(f"{kind} loads")
 
 
 def run(kind: str, content: bytes, part: str, folder: Path) -> None:
+    for old in folder.iterdir():
+        old.unlink()
     path = folder / "file"
-    path.write_bytes(content)
+    if kind in PLACES:
+        name, accompany = PLACES[kind]
+        accompany(folder)
+        (folder / name).write_bytes(content)
+        path = folder if kind != "index" else folder / name
+    else:
+        path.write_bytes(content)
     before = sorted(folder.iterdir())
     refusal = None
     try:
@@ -228,7 +272,7 @@ def run(kind: str, content: bytes, part: str, folder: Path) -> None:
     if refusal is not None:
         assert refusal.exit_code in (2, 3, 4, 5, 6)
         assert "\n" not in refusal.message
-        assert str(path) in refusal.message
+        assert str(folder) in refusal.message
         event(f"{kind} refused")
     assert sorted(folder.iterdir()) == before
 
