@@ -219,16 +219,14 @@ def check_model(kind: str, content: bytes, part: str, path: Path) -> None:
     if kind == "safetensors":
         expected = read_safetensors(content)
         same(found, {name: expected[name] for name in found})
-    elif part.endswith(("/data/0", "/data/1")) and kind != "pt2":
-        name = "fc.weight" if part.endswith("0") else "fc.bias"
+    elif kind in ("state_dict", "checkpoint") and "/data/" in part:
+        name = list(_net().state_dict())[int(part[-1])]
+        stored = model.module.state_dict()[name].flatten()
         with zipfile.ZipFile(path) as archive:
-            values = np.frombuffer(archive.read(part)[: found[name].nbytes], np.float32)
-        same({name: found[name].flatten()}, {name: torch.tensor(values)})
-    elif not part and kind not in (
-        "legacy",
-        "index",
-    ):  # its checksums held, so it is as it was written
-        same(found, dict(_net().named_parameters()))
+            values = np.frombuffer(archive.read(part)[: stored.nbytes], np.float32)
+        same({name: stored}, {name: torch.tensor(values)})
+    elif not part and kind not in ("legacy", "index"):
+        same(found, dict(_net().named_parameters()))  # its checksums held: it is as it was written
     event(f"{kind} loads")
 
 
