@@ -169,7 +169,8 @@ def expected_blocks(whole: Tensor, net: nn.Module, blocks: str) -> dict[str, Ten
         return {name: whole[s, s] for name, s in places.items()}
     modules: dict[str, list[int]] = {}
     for name, s in places.items():
-        modules.setdefault(name.rpartition(".")[0], []).extend(range(s.start, s.stop))
+        owner = name.rpartition(".")[0].partition(".parametrizations")[0]
+        modules.setdefault(owner, []).extend(range(s.start, s.stop))
     return {name: whole[rows][:, rows] for name, rows in modules.items()}
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscli.errors import MismatchError
+from hesscli.hessian.definitions import right_gradients
 from hesscli.hessian.losses import Loss
 
 
@@ -126,7 +127,8 @@ class Problem:
         leaves = [self.parameters[name] for name in names]
         sums = [torch.zeros_like(leaf) for leaf in leaves]
         for batch in self.batches:
-            value = self.value(batch)
+            with right_gradients():
+                value = self.value(batch)
             if not value.requires_grad:
                 continue
             grads = torch.autograd.grad(value, leaves, allow_unused=True)
