@@ -14,6 +14,7 @@ from hesscli.errors import FileError, HesscliError
 from hesscli.files.torch_files import reading
 
 _DELIMITERS = ",;\t"
+_SPACES = " \t"
 _EXACT = 2**53  # up to here every integer is a float64
 _WORDS = {"true": 1.0, "false": 0.0, "": float("nan"), "na": float("nan"), "null": float("nan")}
 
@@ -33,7 +34,7 @@ def load_csv(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | str]:
         delimiter = max(_DELIMITERS, key=first.count)
         lines = _lines(csv.reader(file, delimiter=delimiter, strict=True))
         number, fields = next(lines, (0, []))
-        names = [field.strip() for field in fields]
+        names = [field.strip(_SPACES) for field in fields]
         columns: list[_Column]
         if all(_number(field) is not None for field in names):
             columns = [_Column() for _ in names]
@@ -49,7 +50,7 @@ def load_csv(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | str]:
             if len(fields) != len(names):
                 raise _ragged(path, number, len(fields), len(names))
             for column, field in zip(columns, fields, strict=True):
-                column.add(number, field.strip())
+                column.add(number, field.strip(_SPACES))
     return {name: column.finish() for name, column in zip(names, columns, strict=True)}
 
 

@@ -110,7 +110,7 @@ class Problem:
                     raise
                 raise MismatchError(
                     f"the model does not accept the inputs {shapes}: {_reason(error)}",
-                    "--scale 1/255" if any(x.dtype is torch.uint8 for x in batch.inputs) else None,
+                    _type_hint(str(error), batch),
                 ) from error
         return pick_output(result, self.output_key, prefer_loss=not self.loss.needs_target)
 
@@ -249,6 +249,13 @@ def _reason(error: BaseException) -> str:
     return (said or lines or [type(error).__name__])[-1 if said else 0].removeprefix(
         "RuntimeError: "
     )
+
+
+def _type_hint(error: str, batch: Batch) -> str | None:
+    """What to do about integers that the model does not take as they are."""
+    if "'indices'" in error or "embedding" in error:
+        return "store indices as int64: x.astype(np.int64)"
+    return "--scale 1/255" if any(x.dtype is torch.uint8 for x in batch.inputs) else None
 
 
 def _dtype(tensor: Tensor) -> str:

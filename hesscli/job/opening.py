@@ -203,8 +203,14 @@ def _keywords(
 
 
 def _as_columns(problem: Problem, source: Source, note: Callable[[str], None]) -> Source:
-    """A table's targets as a column [N, 1], if that is the shape of the model's output."""
-    if source.target is None or source.loss.name in ("cross-entropy", "nll"):
+    """A table's targets as what the loss wants: whole numbers as classes, others as a column [N, 1] like the output."""
+    if source.target is None:
+        return source
+    if source.loss.name in ("cross-entropy", "nll"):
+        classes = source.target.long()
+        if source.target.is_floating_point() and bool((classes == source.target).all()):
+            note("targets: whole numbers, taken as classes")
+            return replace(source, target=classes)
         return source
     count = min(source.samples, 2)
     with torch.no_grad():
