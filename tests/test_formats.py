@@ -212,8 +212,7 @@ def test_shards_that_are_gone(cli, same, net, tmp_path):
         2
     )
     Path("moved").rename("m/part-1.safetensors")
-    index.write_text(index.read_text().replace('"fc1.bias": "part-1', '"fc1.bias": "part-0'))
-    index.write_text(index.read_text().replace('"fc1.weight": "part-0', '"fc1.weight": "part-1'))
+    index.write_text(index.read_text().replace('"fc1.bias": "part-0', '"fc1.bias": "part-1'))
     message = cli("compute", index, "reference.npz", *ARCH).fails(3)
     assert "where it is not" in message
 
@@ -316,9 +315,7 @@ def test_csv(same, delimiter):
 
 def test_csv_without_names(same):
     np.savetxt("d.csv", np.column_stack([X, Y]), delimiter=",")
-    ran = same(
-        "reference.pt", "d.csv", "--targets", "3", "--loss", "cross-entropy", *("--arch-arg", "x=1")
-    )
+    ran = same("reference.pt", "d.csv", "--targets", "3", "--loss", "cross-entropy")
     assert "inputs: the columns 0, 1, 2 (float64 [5, 3])" in ran.notes
 
 
@@ -405,7 +402,8 @@ def test_samples_that_are_not_there(cli, net, samples):
     torch.jit.script(net).save("m.pt")
     np.savez("d.npz", x=X, y=Y)
     ran = cli("compute", "m.pt", "d.npz", "--samples", samples)
-    assert "--samples" in ran.fails(2)
+    assert ran.code == 2
+    assert "--samples" in ran.stderr
 
 
 def test_scale(cli):
@@ -423,7 +421,9 @@ def test_scale(cli):
         assert "scaled: x (uint8 [3, 1, 2, 2]) is multiplied by 0.00392156863" in ran.notes
         torch.testing.assert_close(read(Path("a"))[1], read(Path("b"))[1])
     for factor in ("1/0", "half", "z=2", ""):
-        assert "--scale" in cli("compute", "m.pt", "integers.npz", "--scale", factor).fails(2)
+        ran = cli("compute", "m.pt", "integers.npz", "--scale", factor)
+        assert ran.code == 2
+        assert "--scale" in ran.stderr
 
 
 class Two(nn.Module):
@@ -439,7 +439,7 @@ class Two(nn.Module):
 def test_several_inputs(cli, tmp_path):
     torch.manual_seed(0)
     torch.save(Two().state_dict(), "m.pt")
-    arrays = {"pixels": X, "ids": np.array([1, 2, 3, 4, 5], np.uint8), "y": Y, "bias": X[:, :2]}
+    arrays = {"pixels": X, "ids": np.array([1, 2, 3, 4, 5], np.int32), "y": Y, "bias": X[:, :2]}
     np.savez("d.npz", **arrays)
     arch = ("--arch", f"{__name__}:Two", "--blocks", "full")
     results = []
@@ -452,21 +452,13 @@ def test_several_inputs(cli, tmp_path):
         results.append(read(tmp_path / "h")[1]["hessian"])
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
     torch.testing.assert_close(results[0], results[2], rtol=0, atol=0)
-    ran = cli(
-        "compute",
-        "m.pt",
-        "d.npz",
-        *arch,
-        "--inputs",
-        "ids",
-        "--inputs",
-        "pixels",
-        "--scale",
-        "pixels=2",
-        "-o",
-        "h",
-    )
-    assert ran.code == 0, ran.stderr
+    words = ("--inputs", "ids", "--inputs", "pixels", "--scale", "pixels=2")
+    ran = cli("compute", "m.pt", "d.npz", *arch, *words)
+    assert "scaled: pixels (float32 [5, 3]) is multiplied by 2" in ran.notes
+    np.savez("d.npz", **{**arrays, "ids": arrays["ids"].astype(np.uint8)})
+    ran = cli("compute", "m.pt", "d.npz", *arch)
+    ran.fails(4)
+    assert ran.hint == "store indices as int64: x.astype(np.int64)"
 
 
 def test_an_exported_model_with_inputs_by_name(cli, tmp_path):
