@@ -788,3 +788,38 @@ def test_every_kind_and_tag_is_run():
     tags = {tag for name, _ in RUNS for tag in BY_NAME[name].tags}
     every = {tag for case in CASES for tag in case.tags}
     assert len(every - tags) <= 3, every - tags
+
+
+def test_instance_norm_before_a_recurrent_layer(cli):
+    """PyTorch's first derivative is wrong there; the certificate must not take its word for it."""
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(1, 1, 1), nn.InstanceNorm2d(1, affine=True)
+            self.rnn, self.head = nn.GRU(1, 4, batch_first=True), nn.Linear(4, 1)
+
+        def forward(self, x):
+            z = torch.tanh(self.norm(self.conv(x))).flatten(1)
+            return self.head(self.rnn(z.unsqueeze(-1))[0][:, -1])
+
+    def norm_by_definition(z, weight, bias, eps):
+        z = z - z.mean((2, 3), keepdim=True)
+        return z / torch.sqrt((z * z).mean((2, 3), keepdim=True) + eps) * weight + bias
+
+    net = Net().double().eval()
+    x, y = torch.randn(4, 1, 3, 3).double(), torch.randn(4, 1).double()
+    torch.jit.script(net).save("net.pt")
+    np.savez("data.npz", x=x.numpy(), y=y.numpy())
+    ran = cli("compute", "net.pt", "data.npz", "--batch-size", 2, "--gradient")
+    assert ran.code == 0, ran.stderr
+    assert not any("instead" in note for note in ran.notes)
+    _, found = read(Path("hessian.safetensors"))
+    norm = net.norm
+    norm.forward = lambda z: norm_by_definition(z, norm.weight, norm.bias, norm.eps)
+    value = nn.functional.mse_loss(net(x), y)
+    (gradient,) = torch.autograd.grad(value, net.conv.weight, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), net.conv.weight)
+    torch.testing.assert_close(found["conv.weight"].flatten(), second.flatten())
+    torch.testing.assert_close(found["gradient.conv.weight"], gradient.detach())

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Callable
 from enum import StrEnum
+from fractions import Fraction
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from hesscli.job.options import METHODS, ProblemOptions
+from hesscli.job.options import EVERY, METHODS, ProblemOptions
 
 
 class Reduction(StrEnum):
@@ -44,6 +46,26 @@ def key_values(pairs: list[str], option: str) -> dict[str, object]:
     return found
 
 
+def sample_range(text: str) -> tuple[int, int | None]:
+    """`N`, `A:B`, `A:` or `:B` as from, up to; up to None is up to the last."""
+    if match := re.fullmatch(r"(?P<first>\d*):(?P<last>\d*)|(?P<count>\d+)", text):
+        last = match["last"] or match["count"]
+        return int(match["first"] or 0), int(last) if last else None
+    raise typer.BadParameter(f"{text!r} is not of the form N or A:B", param_hint="--samples")
+
+
+def factor(text: str) -> tuple[str, float]:
+    """`FACTOR` or `KEY=FACTOR`, a number or a fraction, as the input's name and the number."""
+    key, _, number = text.rpartition("=")
+    try:
+        value = float(Fraction(number.replace(" ", "")))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise typer.BadParameter(
+            f"{number!r} is not a number or a fraction like 1/255", param_hint="--scale"
+        ) from None
+    return key or EVERY, value
+
+
 def parse_value(text: str) -> object:
     """The V of `K=V` as a Python literal; as it stands when it is none, so no quotes are needed."""
     words: dict[str, object] = {"true": True, "false": False, "none": None}
@@ -59,11 +81,16 @@ def problem_options(
     model: Annotated[
         Path,
         typer.Argument(
-            metavar="MODEL", help="TorchScript, .pt2, or a state dict (.pt, .safetensors)."
+            metavar="MODEL",
+            help="TorchScript, .pt2, a state dict or checkpoint (.pt, .safetensors), or a Hugging Face folder.",
         ),
     ],
     data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="Inputs and targets: .npz, .safetensors or .pt.")
+        Path,
+        typer.Argument(
+            metavar="DATA",
+            help="Inputs and targets: .npz, .npy, .safetensors, .pt, .csv, .parquet or a datasets folder.",
+        ),
     ],
     loss: Annotated[
         str,
@@ -93,7 +120,8 @@ def problem_options(
             "--arch",
             "-a",
             metavar="FACTORY",
-            help="For files that hold weights only: PKG.MOD:FACTORY, FILE.py:FACTORY or mlp.",
+            help="For files that hold weights only: PKG.MOD:FACTORY, FILE.py:FACTORY, "
+            "transformers:CLASS, timm:NAME or mlp.",
         ),
     ] = None,
     arch_arg: Annotated[
@@ -105,8 +133,21 @@ def problem_options(
         typer.Option(metavar="KEY", help="Array that goes into the model. Repeatable, in order."),
     ] = [],  # noqa: B006
     targets: Annotated[
-        str | None, typer.Option(metavar="KEY", help="Array that the loss compares with.")
+        str | None,
+        typer.Option(metavar="KEY", help="Array, column or .npy file that the loss compares with."),
     ] = None,
+    samples: Annotated[
+        str | None,
+        typer.Option(metavar="N|A:B", help="Only the first N samples, or those from A up to B."),
+    ] = None,
+    scale: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FACTOR",
+            help="Multiply the inputs, as in 1/255 for images of integers; or KEY=FACTOR for one "
+            "of several. Repeatable.",
+        ),
+    ] = [],  # noqa: B006
     output_key: Annotated[
         str | None,
         typer.Option(
@@ -182,6 +223,8 @@ def problem_options(
         arch_arguments=key_values(arch_arg, "--arch-arg"),
         inputs=tuple(inputs),
         targets=targets,
+        samples=None if samples is None else sample_range(samples),
+        scale=dict(map(factor, scale)),
         output_key=output_key,
         unbatched=unbatched,
         params=tuple(params),

@@ -16,21 +16,26 @@ import torch
 from torch import nn
 
 from hesscli.errors import UsageError
+from hesscli.files.libraries import timm_factory, transformers_factory
 from hesscli.files.mlp import build_mlp
 
-_FORMS = "PKG.MOD:FACTORY, FILE.py:FACTORY or mlp"
+_FORMS = "PKG.MOD:FACTORY, FILE.py:FACTORY, transformers:CLASS, timm:NAME or mlp"
 
 
 def build(
-    arch: str, arch_args: Mapping[str, object], state_dict: Mapping[str, torch.Tensor]
+    arch: str,
+    arch_args: Mapping[str, object],
+    state_dict: Mapping[str, torch.Tensor],
+    model: str | os.PathLike[str] = "",
 ) -> nn.Module:
     """The module that `arch` names, its weights not yet loaded.
 
     Args:
-        arch: `PKG.MOD:FACTORY`, `FILE.py:FACTORY` (the current folder is importable) or `mlp`.
-            The factory is a class, a function or a ready module.
+        arch: `PKG.MOD:FACTORY`, `FILE.py:FACTORY` (the current folder is importable), `transformers:CLASS`,
+            `timm:NAME` or `mlp`. The factory is a class, a function or a ready module.
         arch_args: keyword arguments for the factory.
         state_dict: the weights; only `mlp` looks at them.
+        model: where they come from; `transformers` finds its configuration there.
 
     Raises:
         UsageError: the factory is not there, fails, or makes something else.
@@ -43,7 +48,13 @@ def build(
         raise UsageError(f"--arch {arch}: expected {_FORMS}", f"--arch {_guess(arch)}")
     with importable():
         module = _import(arch, source)
-        factory = _attribute(arch, module, attribute)
+        factory: object
+        if source == "transformers":
+            factory = transformers_factory(attribute, model)
+        elif source == "timm":
+            factory = timm_factory(attribute)
+        else:
+            factory = _attribute(arch, module, attribute)
         return _call(arch, factory, attribute, arch_args)
 
 

@@ -1,97 +1,120 @@
-"""The named arrays of a data file, as tensors on the CPU."""
+"""The named arrays of a data file, as tensors on the CPU, mapped where the file allows it."""
 
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import numpy as np
 import torch
 
-from hesscli.errors import FileError
+from hesscli.errors import FileError, UsageError
+from hesscli.files.arrow_files import dataset_files, load_dataset, load_parquet
+from hesscli.files.csv_files import load_csv
+from hesscli.files.npy import load_npy, load_npz
 from hesscli.files.safetensors_files import load_safetensors
 from hesscli.files.sniff import Kind, kind_of, unsupported
+from hesscli.files.storages import check_storages
 from hesscli.files.torch_files import (
     NeedsPickleError,
     load_weights_only,
     pickled_objects,
     reading,
-    verify_checksums,
 )
+from hesscli.files.zip_files import check_zip, stored
 
 _SAVE = "np.savez('data.npz', x=x, y=y)"
 _SAVE_TORCH = "torch.save({'x': x, 'y': y}, 'data.pt')"
-_LARGEST = np.iinfo(np.int64).max
-# torch knows these by name only: it can neither index with them nor compute on them.
-_UNSIGNED = {np.dtype(np.uint16), np.dtype(np.uint32), np.dtype(np.uint64)}
+_WANTED = "data as .npz, .npy, .safetensors, .csv, .parquet, a dict of tensors in .pt or a datasets folder"
 
 
-def load_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The arrays that are numbers, in file order; and the others, with the reason to skip each.
+@dataclass(frozen=True)
+class Arrays:
+    """What a data file holds.
+
+    Args:
+        numbers: the arrays that are numbers, in file order.
+        skipped: the others, with the reason to leave each out.
+        files: those that were read, whose content the SHA-256 is of.
+        columns: whether the arrays are the columns of a table.
+    """
+
+    numbers: dict[str, torch.Tensor]
+    skipped: dict[str, str]
+    files: tuple[Path, ...]
+    columns: bool = field(default=False)
+
+
+def load_arrays(path: str | os.PathLike[str]) -> Arrays:
+    """Reads a data file or folder, told by its content.
 
     Raises:
         UsageError: there is no such file.
         FileError: the file is damaged, of another kind, or holds Python objects.
+        ResourceError: it does not fit into the memory.
     """
     kind = kind_of(path)
+    files: tuple[Path, ...] = (Path(path),)
     if kind == "npz":
-        return _npz(path)
-    if kind == "safetensors":
-        return _tensors(load_safetensors(path))
-    if kind in ("torch_zip", "torch_legacy"):
-        return _torch(path, kind)
-    hints: dict[Kind, str] = {
-        "npy": f"give it a name: {_SAVE}",
-        "torchscript": "the data comes second: hesscli compute MODEL DATA",
-        "exported": "the data comes second: hesscli compute MODEL DATA",
-    }
-    raise unsupported(
-        path, kind, "data as .npz, .safetensors or a dict of tensors in .pt", hints.get(kind, _SAVE)
-    )
+        found = load_npz(path)
+    elif kind == "npy":
+        found = load_npy(path, Path(path).stem)
+    elif kind == "npy_folder":
+        files = tuple(sorted(Path(path).glob("*.npy")))
+        found = {}
+        for file in files:
+            _only_npy(file)
+            found |= load_npy(file, file.stem)
+    elif kind == "safetensors":
+        found = _tensors(load_safetensors(path))
+    elif kind in ("torch_zip", "torch_legacy"):
+        found = _torch(path, kind)
+    elif kind == "text":
+        found = load_csv(path)
+        if all(isinstance(value, str) for value in found.values()):
+            raise unsupported(path, kind, _WANTED, "a table wants columns of numbers: x1,x2,y")
+    elif kind == "parquet":
+        found = load_parquet(path)
+    elif kind == "dataset":
+        files = tuple(dataset_files(path))
+        found = load_dataset(path)
+    else:
+        raise _unreadable(path, kind)
+    numbers = {name: value for name, value in found.items() if not isinstance(value, str)}
+    skipped = {name: value for name, value in found.items() if isinstance(value, str)}
+    return Arrays(numbers, skipped, files, columns=kind in ("text", "parquet", "dataset"))
 
 
-def _npz(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    arrays: dict[str, torch.Tensor] = {}
-    skipped: dict[str, str] = {}
-    with reading(path, "npz"), np.load(path, allow_pickle=False) as archive:
-        for name in archive.files:
-            try:
-                array = archive[name]
-            except ValueError as error:
-                if "allow_pickle" not in str(error):
-                    raise
-                raise FileError(
-                    f"{path}: array {name} holds Python objects, which run code when loaded",
-                    "convert it to numbers before saving: np.asarray(list_of_rows, dtype=float)",
-                ) from error
-            if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufc":
-                what = array.dtype.name if isinstance(array, np.ndarray) else "a file"
-                skipped[name] = f"not numbers ({what})"
-            elif array.dtype.itemsize > (16 if array.dtype.kind == "c" else 8):
-                skipped[name] = f"wider than any torch number ({array.dtype.name})"
-            elif array.dtype == np.uint64 and (array > _LARGEST).any():
-                skipped[name] = "integers too large for int64"
-            else:
-                arrays[name] = _tensor(array)
-    return arrays, skipped
+def _only_npy(file: Path) -> None:
+    kind = kind_of(file)
+    if kind != "npy":
+        raise unsupported(file, kind, "an npy array", "np.save('x.npy', x)")
 
 
-def _tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> torch.Tensor:
-    # Native byte order and C order. Not np.ascontiguousarray: it makes a 0-d array 1-d.
-    plain = array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
-    if plain.dtype in _UNSIGNED:
-        plain = plain.astype(np.int64)
-    return torch.from_numpy(plain if plain.flags.writeable else plain.copy())
+def _unreadable(path: str | os.PathLike[str], kind: Kind) -> FileError | UsageError:
+    if kind == "dataset_splits":
+        splits = sorted(entry.name for entry in Path(path).iterdir() if entry.is_dir())
+        first = os.path.join(path, splits[0] if splits else "SPLIT")
+        return UsageError(
+            f"{path}: a Hugging Face datasets folder of several splits: {', '.join(splits)}",
+            f"hesscli compute MODEL {shlex.quote(first)}",
+        )
+    swapped = kind in ("torchscript", "exported", "transformers", "onnx")
+    hint = "the data comes second: hesscli compute MODEL DATA" if swapped else _SAVE
+    return unsupported(path, kind, _WANTED, hint)
 
 
-def _torch(
-    path: str | os.PathLike[str], kind: Kind
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    if kind == "torch_zip":
-        verify_checksums(path)
+def _torch(path: str | os.PathLike[str], kind: Kind) -> dict[str, torch.Tensor | str]:
+    mapped = kind == "torch_zip"
+    if mapped:
+        check_zip(path)
+        check_storages(path)
+        mapped = stored(path)
     try:
         with reading(path, kind):
-            content = load_weights_only(path)
+            content = load_weights_only(path, mapped)
     except NeedsPickleError as error:
         raise pickled_objects(path, error.name, _SAVE_TORCH) from error
     if isinstance(content, Mapping):
@@ -104,16 +127,21 @@ def _torch(
     )
 
 
-def _tensors(content: Mapping[str, object]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    arrays: dict[str, torch.Tensor] = {}
-    skipped: dict[str, str] = {}
+def _tensors(content: Mapping[str, object]) -> dict[str, torch.Tensor | str]:
+    found: dict[str, torch.Tensor | str] = {}
     for name, value in content.items():
         if not isinstance(value, torch.Tensor):
-            skipped[name] = f"not a tensor ({type(value).__name__})"
+            found[name] = f"not a tensor ({type(value).__name__})"
         elif value.layout is not torch.strided or value.is_quantized or value.is_nested:
-            skipped[name] = "sparse, nested or quantised"
+            found[name] = "sparse, nested or quantised"
         else:
-            array = value.detach().contiguous()
-            wide = array.dtype in (torch.uint16, torch.uint32)
-            arrays[name] = array.to(torch.int64) if wide else array
-    return arrays, skipped
+            found[name] = _indexable(value.detach())
+    return found
+
+
+def _indexable(array: torch.Tensor) -> torch.Tensor | str:
+    """torch knows unsigned integers by name only: it can neither index with them nor compute on them."""
+    if array.dtype not in (torch.uint16, torch.uint32, torch.uint64):
+        return array
+    wide = array.to(torch.int64)
+    return "integers too large for int64" if wide.lt(0).any() else wide

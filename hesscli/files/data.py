@@ -5,28 +5,52 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from hesscli.errors import FileError, MismatchError, NumericalError, UsageError
 from hesscli.files.arrays import load_arrays
-from hesscli.files.digest import sha256
+from hesscli.files.digest import sha256_of_all
 
 INPUT_NAMES = ("x", "X", "input", "inputs", "data", "images", "features")
+_STEP = 1 << 24  # numbers looked at together
 TARGET_NAMES = ("y", "Y", "target", "targets", "label", "labels")
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a data file holds."""
+    """What a data file holds.
 
-    arrays: dict[str, torch.Tensor]  # every numeric array of the file, in file order
-    inputs: dict[str, torch.Tensor]  # in the order they are passed to the model
+    Args:
+        arrays: every numeric array of the file, in file order.
+        inputs: the samples that go into the model, in the order in which they are passed.
+        targets: the name and the samples of the targets.
+        sha256: of the file.
+        notes: what was inferred or left out, one line each.
+        range: which samples of the file inputs and targets hold: from, up to.
+        columns: whether the arrays are the columns of a table.
+    """
+
+    arrays: dict[str, torch.Tensor]
+    inputs: dict[str, torch.Tensor]
     targets: tuple[str, torch.Tensor] | None
     sha256: str
-    notes: tuple[str, ...]  # what was inferred or left out, one line each
-    samples: int  # the length of the inputs' first axis; 1 if unbatched
+    notes: tuple[str, ...]
+    range: tuple[int, int]
+    columns: bool = False
+
+    @property
+    def samples(self) -> int:
+        """How many; 1 if the arrays are one sample without an axis for samples."""
+        return self.range[1] - self.range[0]
+
+    def per_sample(self, array: torch.Tensor) -> bool:
+        """Whether an array of the file has an entry for each target, as opposed to each class."""
+        if self.targets is None:
+            return False
+        whole = self.arrays[self.targets[0]]
+        return array.dim() == whole.dim() > 0 and len(array) == len(whole)
 
 
 def load_data(
@@ -35,23 +59,35 @@ def load_data(
     inputs: Sequence[str] = (),
     targets: str | None = None,
     unbatched: bool = False,
+    samples: tuple[int, int | None] | None = None,
+    arguments: Sequence[str] = (),
 ) -> Data:
-    """Loads `.npz`, `.safetensors` or `.pt`, told by its content, and picks inputs and targets.
+    """Loads a data file or folder, told by its content, and picks inputs and targets.
 
     Args:
         path: the file.
-        inputs: the arrays that go into the model, in its order; inferred from the names if empty.
+        inputs: the arrays that go into the model, in its order; inferred from the names if empty. A name may also
+            be that of another `.npy` file.
         targets: the array the loss compares with; inferred if None. The file may hold none.
         unbatched: whether the arrays are one sample, without an axis for samples.
+        samples: from which to which; all of them if None.
+        arguments: what the model calls its inputs: arrays of these names are the inputs, if no others are.
 
     Raises:
-        UsageError: no such file or array, or the names do not tell which is which.
+        UsageError: no such file, array or samples, or the names do not tell which is which.
         FileError: the file is damaged, unsupported or unsafe.
         MismatchError: no samples, or not as many inputs as targets.
         NumericalError: an array holds NaN or infinity.
+        ResourceError: what must be in memory does not fit into it.
     """
-    arrays, skipped = load_arrays(path)
-    notes = [f"array {name} skipped: {why}" for name, why in skipped.items()]
+    found = load_arrays(path)
+    arrays, files = dict(found.numbers), list(found.files)
+    notes = [f"array {name} skipped: {why}" for name, why in found.skipped.items()]
+    for name in (*inputs, *([targets] if targets else [])):
+        if name not in arrays and name.endswith(".npy") and os.path.exists(name):
+            other = load_arrays(name)
+            files += other.files
+            arrays |= dict.fromkeys([name], next(iter(other.numbers.values())))
     if not arrays:
         raise FileError(
             f"{path}: holds no numeric arrays" + (f" ({notes[0]})" if notes else ""),
@@ -59,41 +95,107 @@ def load_data(
         )
     for name in (*inputs, *([targets] if targets else [])):
         if name not in arrays:
-            why = f": {skipped[name]}" if name in skipped else ""
+            why = f": {found.skipped[name]}" if name in found.skipped else ""
             raise _unclear(path, arrays, f"no array is called {name}{why}")
     if len(set(inputs)) < len(inputs):
         raise UsageError(f"--inputs names an array twice: {', '.join(inputs)}")
-    names = list(inputs) or [_infer_inputs(path, arrays, targets, notes)]
-    target = targets or _infer_targets(path, arrays, names, notes)
-    data = Data(
+    if found.columns:
+        names, target = _columns(path, arrays, inputs, targets, arguments, notes)
+    else:
+        names = list(inputs) or _infer_inputs(path, arrays, targets, arguments, notes)
+        target = targets or _infer_targets(path, arrays, names, notes)
+    whole = Data(
         arrays,
         {name: arrays[name] for name in names},
         None if target is None else (target, arrays[target]),
-        sha256(path),
+        sha256_of_all(files),
         tuple(notes),
-        1 if unbatched or not arrays[names[0]].dim() else len(arrays[names[0]]),
+        (0, 1 if unbatched or not arrays[names[0]].dim() else len(arrays[names[0]])),
+        found.columns,
     )
-    _check_samples(path, data, unbatched)
-    for name, array in arrays.items():
+    _check_samples(path, whole, unbatched)
+    data = _selected(path, whole, unbatched, samples)
+    used = data.inputs | dict([data.targets] if data.targets else [])
+    for name, array in (used if found.columns else arrays | used).items():
         _check_finite(path, name, array)
     return data
+
+
+def _selected(
+    path: str | os.PathLike[str],
+    data: Data,
+    unbatched: bool,
+    samples: tuple[int, int | None] | None,
+) -> Data:
+    """The data with some of its samples alone."""
+    if samples is None:
+        return data
+    if unbatched:
+        raise UsageError("--samples takes some of the samples, --unbatched says that there is one")
+    start, stop = samples[0], data.samples if samples[1] is None else samples[1]
+    if not start < stop <= data.samples:
+        raise UsageError(
+            f"{path}: holds {data.samples} samples, --samples asks for {start} to {stop}",
+            f"--samples {min(100, data.samples)}",
+        )
+    part = slice(start, stop)
+    return replace(
+        data,
+        inputs={name: array[part] for name, array in data.inputs.items()},
+        targets=None if data.targets is None else (data.targets[0], data.targets[1][part]),
+        range=(start, stop),
+    )
+
+
+def _columns(
+    path: str | os.PathLike[str],
+    arrays: dict[str, torch.Tensor],
+    inputs: Sequence[str],
+    targets: str | None,
+    arguments: Sequence[str],
+    notes: list[str],
+) -> tuple[list[str], str | None]:
+    """Inputs and targets of a table: columns of single numbers are put side by side, as one input."""
+    known = [name for name in arrays if name in TARGET_NAMES and name not in inputs]
+    target = targets or (known[0] if len(known) == 1 else None)
+    if target is not None and targets is None:
+        _noted("targets", target, arrays, "from its name", notes)
+    if target is None and len(arrays) > 1 and not inputs:
+        raise _unclear(path, arrays, "the names do not tell which column holds the targets")
+    chosen = list(inputs) or [name for name in arrays if name != target]
+    if not chosen:
+        raise _unclear(path, arrays, "there is no column but the targets")
+    if any(arrays[name].dim() > 1 for name in chosen):
+        return list(inputs) or _infer_inputs(path, arrays, target, arguments, notes), target
+    name = "columns" if target != "columns" else "inputs"
+    arrays[name] = torch.stack([arrays[name].double() for name in chosen], 1)
+    listed = ", ".join(chosen[:10]) + (", ..." if len(chosen) > 10 else "")
+    plural = "column" if len(chosen) == 1 else "columns"
+    notes.append(f"inputs: the {plural} {listed} ({describe(arrays[name])})")
+    return [name], target
 
 
 def _infer_inputs(
     path: str | os.PathLike[str],
     arrays: Mapping[str, torch.Tensor],
     targets: str | None,
+    arguments: Sequence[str],
     notes: list[str],
-) -> str:
+) -> list[str]:
     free = [name for name in arrays if name != targets]
     named = [name for name in free if name in INPUT_NAMES]
     if len(named) == 1:
-        return _noted("inputs", named[0], arrays, "from its name", notes)
+        return [_noted("inputs", named[0], arrays, "from its name", notes)]
+    others = [name for name in free if targets is not None or name not in TARGET_NAMES]
+    called = [name for name in arguments if name in others]
+    if called:
+        listed = ", ".join(f"{name} ({describe(arrays[name])})" for name in called)
+        notes.append(f"inputs: {listed}, inferred from what the model calls its inputs")
+        return called
     if len(named) > 1:
         raise _unclear(path, arrays, f"{' and '.join(named)} may all be the inputs")
-    others = [name for name in free if targets is not None or name not in TARGET_NAMES]
     if len(arrays) == 2 and len(others) == 1:
-        return _noted("inputs", others[0], arrays, "as the only other array", notes)
+        return [_noted("inputs", others[0], arrays, "as the only other array", notes)]
     raise _unclear(path, arrays, "the names do not tell the inputs")
 
 
@@ -160,12 +262,24 @@ def _check_samples(path: str | os.PathLike[str], data: Data, unbatched: bool) ->
 
 
 def _check_finite(path: str | os.PathLike[str], name: str, array: torch.Tensor) -> None:
+    """Looks at the array in parts, so that one larger than the memory passes through it."""
     if not (array.is_floating_point() or array.is_complex()):
         return
-    bad = ~torch.isfinite(array)
-    count = int(bad.sum())
+    count, where = 0, None
+    parts = (
+        array.split(max(1, _STEP * len(array) // max(1, array.numel()))) if array.dim() else [array]
+    )
+    start = 0
+    for part in parts:
+        bad = ~torch.isfinite(part)
+        found = int(bad.sum())
+        if found and where is None:
+            where = bad.nonzero()[0].tolist()
+            if where:
+                where[0] += start
+        count += found
+        start += len(part) if part.dim() else 0
     if count:
-        where = bad.nonzero()[0].tolist()
         raise NumericalError(
             f"{path}: array {name} ({describe(array)}) holds NaN or infinity "
             f"in {count} place{'s' if count > 1 else ''}, the first at {where}",

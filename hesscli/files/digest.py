@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 
 from hesscli.errors import FileError
 
@@ -24,3 +25,11 @@ def sha256(path: str | os.PathLike[str]) -> str:
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
     return digest.hexdigest()
+
+
+def sha256_of_all(paths: Sequence[str | os.PathLike[str]]) -> str:
+    """The file's SHA-256; of several files, that of what `sha256sum` would print of them, names without folders."""
+    if len(paths) == 1:
+        return sha256(paths[0])
+    lines = (f"{sha256(path)}  {os.path.basename(path)}\n" for path in paths)
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()

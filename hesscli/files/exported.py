@@ -21,6 +21,8 @@ class Exported:
 
     module: nn.Module
     inputs: int
+    arguments: tuple[str, ...]  # what the graph calls its inputs
+    keywords: tuple[str, ...]  # the inputs that are passed by name
     batch_size: int | None  # the only one it accepts; None if it accepts any
 
 
@@ -52,16 +54,20 @@ def load_exported(
             module = program.module()
         tie(module, groups)
         positional, keywords = program.call_spec.in_spec.children()
-    if keywords.num_children:
+    names = tuple(str(name) for name in keywords.context or ())
+    inputs = tuple(program.graph_signature.user_inputs)
+    constant = [n for n, given in zip(names, inputs[-len(names) :], strict=False) if n != given]
+    if constant:
         raise FileError(
-            f"{path}: exported with keyword inputs ({', '.join(map(str, keywords.context))}), "
-            "but inputs are passed by position",
-            "pass them in the tuple: torch.export.export(model, (x, mask))",
+            f"{path}: exported with inputs that are no tensors ({', '.join(constant)}), which no "
+            "data file holds",
+            "pass tensors alone: torch.export.export(model, (x, mask))",
         )
     # `.eval()` raises on these modules: the mode is part of the graph. The flag may still be read.
     for part in module.modules():
         part.training = False
-    return Exported(module, positional.num_children, _batch_size(program))
+    arguments = tuple(str(name) for name in inputs)
+    return Exported(module, positional.num_children, arguments, names, _batch_size(program))
 
 
 def _batch_size(program: torch.export.ExportedProgram) -> int | None:

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter, signature
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -16,11 +17,15 @@ from torch import nn
 
 from hesscli.errors import FileError, UsageError
 from hesscli.files.architectures import build, importable
-from hesscli.files.digest import sha256
+from hesscli.files.checkpoints import fitted, unwrap, without_wrappers
+from hesscli.files.digest import sha256_of_all
 from hesscli.files.exported import load_exported
+from hesscli.files.libraries import arch_of
 from hesscli.files.mlp import MLP
 from hesscli.files.safetensors_files import load_safetensors
+from hesscli.files.shards import load_part, load_shards, weights_in
 from hesscli.files.sniff import Kind, kind_of, unsupported
+from hesscli.files.storages import check_storages
 from hesscli.files.ties import shared, tie
 from hesscli.files.torch_files import (
     NeedsPickleError,
@@ -28,9 +33,9 @@ from hesscli.files.torch_files import (
     pickled_objects,
     quiet,
     reading,
-    verify_checksums,
 )
 from hesscli.files.weights import load_weights
+from hesscli.files.zip_files import check_zip, stored
 
 _NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
 _CPU = torch.device("cpu")
@@ -47,6 +52,8 @@ class SavedModel:
     batch_size: int | None = None  # the only one an exported model accepts; None if any
     inputs: int | None = None  # the most inputs that forward takes by position, if limited
     required_inputs: int | None = None  # those without a default
+    arguments: tuple[str, ...] = ()  # what forward calls its inputs
+    keywords: tuple[str, ...] = ()  # those that an exported model takes by name only
 
 
 def load_model(
@@ -77,8 +84,11 @@ def load_model(
         MismatchError: the weights do not fit the architecture.
     """
     kind = kind_of(path)
+    files: tuple[Path, ...] = (Path(path),)
     if kind in ("torchscript", "exported", "torch_zip"):
-        verify_checksums(path)
+        check_zip(path)
+        if kind != "exported":
+            check_storages(path)
     notes: list[str] = []
     pickle_hint = f"hesscli compute {shlex.quote(str(path))} DATA --allow-pickle"
     batch_size = None
@@ -87,18 +97,27 @@ def load_model(
     elif kind == "exported":
         program = load_exported(path, device, None if allow_pickle else pickle_hint)
         batch_size = program.batch_size
-        positional = (program.inputs, program.inputs)
-        saved = _Loaded(program.module, "exported", positional)
+        saved = _Loaded(
+            program.module,
+            "exported",
+            (program.inputs, program.inputs),
+            program.arguments,
+            program.keywords,
+        )
         if train_mode:
             notes.append("train mode has no effect: an exported model keeps the mode it had")
     else:
-        content = _tensors_or_module(path, kind, allow_pickle, pickle_hint)
+        if kind in ("transformers", "weights_index"):
+            content, files = _weights_of_several(path, kind)
+        else:
+            content = _tensors_or_module(path, kind, allow_pickle, pickle_hint)
+        content = unwrap(content, notes)
         if isinstance(content, nn.Module):
             tie(content, shared(content.named_parameters(remove_duplicate=False)))
-            saved = _Loaded(content, "pickle", _positional(content))
+            saved = _Loaded(content, "pickle", *_arguments(content))
         else:
             module = _with_architecture(path, content, arch, arch_args, notes)
-            saved = _Loaded(module, "state_dict", _positional(module))
+            saved = _Loaded(module, "state_dict", *_arguments(module))
     module = saved.module
     if arch is not None and saved.kind != "state_dict":
         notes.append(f"--arch {arch} has no effect: {path} holds its own architecture")
@@ -109,7 +128,17 @@ def load_model(
     if saved.kind != "exported":
         module.train(train_mode)
     required, most = saved.positional
-    return SavedModel(module, saved.kind, sha256(path), tuple(notes), batch_size, most, required)
+    return SavedModel(
+        module,
+        saved.kind,
+        sha256_of_all(files),
+        tuple(notes),
+        batch_size,
+        most,
+        required,
+        saved.arguments,
+        saved.keywords,
+    )
 
 
 @dataclass(frozen=True)
@@ -117,6 +146,8 @@ class _Loaded:
     module: nn.Module
     kind: Literal["torchscript", "state_dict", "exported", "pickle"]
     positional: tuple[int | None, int | None]  # fewest and most inputs by position
+    arguments: tuple[str, ...]
+    keywords: tuple[str, ...] = ()
 
 
 def _torchscript(
@@ -133,7 +164,23 @@ def _torchscript(
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("traced_inputs.pkl") for name in archive.namelist()):
                 notes.append("train mode has no effect: a traced model keeps the mode it had")
-    return _Loaded(module, "torchscript", _positional(module))
+    return _Loaded(module, "torchscript", *_arguments(module))
+
+
+def _weights_of_several(
+    path: str | os.PathLike[str], kind: Kind
+) -> tuple[object, tuple[Path, ...]]:
+    """The weights of a Hugging Face folder, or those that an index lists, and the files they are in."""
+    if kind == "weights_index":
+        return load_shards(Path(path))
+    weights = weights_in(path)
+    files: tuple[Path, ...] = (weights,)
+    if kind_of(weights) == "weights_index":
+        content, files = load_shards(weights)
+    else:
+        content = load_part(weights)
+    config = Path(path, "config.json")
+    return content, (*files, *([config] if config.is_file() else []))
 
 
 def _tensors_or_module(
@@ -146,17 +193,23 @@ def _tensors_or_module(
             path,
             kind,
             "a TorchScript, state dict, safetensors or .pt2 model",
-            "the model comes first: hesscli compute MODEL DATA"
-            if kind in ("npz", "npy")
-            else "torch.jit.script(model).save('net.pt'), or save model.state_dict()",
+            _hint(kind),
         )
     try:
         with reading(path, kind):
-            return load_weights_only(path)
+            return load_weights_only(path, mapped=kind == "torch_zip" and stored(path))
     except NeedsPickleError as error:
         if not allow_pickle:
             raise pickled_objects(path, error.name, pickle_hint) from error
     return _unpickle(path, kind)
+
+
+def _hint(kind: Kind) -> str:
+    if kind in ("npz", "npy", "npy_folder", "parquet", "dataset"):
+        return "the model comes first: hesscli compute MODEL DATA"
+    if kind == "onnx":  # its converters do not keep up with it, and lose the parameters' names
+        return "export it as .pt2: torch.export.save(torch.export.export(model, (x,)), 'net.pt2')"
+    return "torch.jit.script(model).save('net.pt'), or save model.state_dict()"
 
 
 def _unpickle(path: str | os.PathLike[str], kind: Kind) -> object:
@@ -187,11 +240,10 @@ def _with_architecture(
 ) -> nn.Module:
     weights = _state_dict(path, content)
     if arch is None:
-        raise FileError(
-            f"{path}: a state dict holds weights but no architecture",
-            f"hesscli compute {shlex.quote(str(path))} DATA --arch mypkg.nets:make_mlp",
-        )
-    module = build(arch, arch_args, weights)
+        raise _without_architecture(path)
+    if arch == "mlp":
+        weights = without_wrappers(weights, notes)
+    module = build(arch, arch_args, weights, path)
     if any(p.is_meta for p in module.parameters()):
         raise UsageError(
             f"--arch {arch}: builds its parameters on the meta device, without memory",
@@ -199,11 +251,22 @@ def _with_architecture(
         )
     if isinstance(module, MLP):
         notes.append(f"mlp: {module}, in this order")
+    weights = fitted(module, weights, notes)
     narrow = _narrow(weights.values())
     load_weights(path, module, weights)
     if narrow:
         notes.append(_narrow_note(narrow, module))
     return module
+
+
+def _without_architecture(path: str | os.PathLike[str]) -> FileError:
+    arch = "--arch mypkg.nets:make_mlp"
+    if os.path.isdir(path) and Path(path, "config.json").is_file():
+        arch = arch_of(Path(path))
+    return FileError(
+        f"{path}: a state dict holds weights but no architecture",
+        f"hesscli compute {shlex.quote(str(path))} DATA {arch}",
+    )
 
 
 def _state_dict(path: str | os.PathLike[str], content: object) -> dict[str, torch.Tensor]:
@@ -218,20 +281,22 @@ def _state_dict(path: str | os.PathLike[str], content: object) -> dict[str, torc
     return weights
 
 
-def _positional(module: nn.Module) -> tuple[int | None, int | None]:
-    """The fewest and the most inputs that forward takes by position."""
+def _arguments(module: nn.Module) -> tuple[tuple[int | None, int | None], tuple[str, ...]]:
+    """The fewest and the most inputs that forward takes by position, and what it calls them."""
     if isinstance(module, torch.jit.ScriptModule):
         schema: Any = module.forward.schema  # type: ignore[attr-defined]
         arguments = [a for a in schema.arguments[1:] if not a.kwarg_only]
-        return sum(not a.has_default_value() for a in arguments), len(arguments)
+        fewest = sum(not a.has_default_value() for a in arguments)
+        return (fewest, len(arguments)), tuple(a.name for a in arguments)
     try:
         parameters = signature(module.forward).parameters.values()
     except (TypeError, ValueError):
-        return None, None
+        return (None, None), ()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = sum(p.default is Parameter.empty for p in named)
     unlimited = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    return required, None if unlimited else len(named)
+    most = None if unlimited else len(named)
+    return (required, most), tuple(p.name for p in named if p.kind is not p.POSITIONAL_ONLY)
 
 
 def _narrow(tensors: Iterable[torch.Tensor]) -> set[torch.dtype]:

@@ -28,8 +28,15 @@ Kind = Literal[
     "gzip",
     "html",
     "lfs_pointer",
+    "parquet",
+    "arrow",
+    "weights_index",
     "text",
     "empty",
+    "transformers",
+    "dataset",
+    "dataset_splits",
+    "npy_folder",
     "folder",
     "special",
     "unknown",
@@ -45,7 +52,7 @@ DESCRIPTIONS: dict[Kind, str] = {
     "pickle": "a plain Python pickle, which torch.save did not write",
     "safetensors": "a safetensors file",
     "npz": "an npz archive",
-    "npy": "a single npy array, which has no name",
+    "npy": "an npy array",
     "zip": "a zip archive that neither PyTorch nor NumPy wrote",
     "zip_damaged": "a zip archive that is damaged or cut off",
     "hdf5": "an HDF5 file",
@@ -54,8 +61,15 @@ DESCRIPTIONS: dict[Kind, str] = {
     "gzip": "a gzip file",
     "html": "an HTML page",
     "lfs_pointer": "a Git LFS pointer, not the file itself",
+    "parquet": "a Parquet file",
+    "arrow": "an Arrow file",
+    "weights_index": "the index of weights in several files",
     "text": "a text file",
     "empty": "an empty file",
+    "transformers": "a Hugging Face model folder",
+    "dataset": "a Hugging Face datasets folder",
+    "dataset_splits": "a Hugging Face datasets folder of several splits",
+    "npy_folder": "a folder of npy arrays",
     "folder": "a folder",
     "special": "not a regular file",
     "unknown": "a file of unknown format",
@@ -63,7 +77,6 @@ DESCRIPTIONS: dict[Kind, str] = {
 
 _HEAD = 512
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.serialization.MAGIC_NUMBER, pickled
-_SAFETENSORS_HEADER_LIMIT = 100_000_000  # the format's own limit
 
 
 def kind_of(path: str | os.PathLike[str]) -> Kind:
@@ -76,7 +89,7 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
-            return "folder"
+            return _kind_of_folder(path)
         if not stat.S_ISREG(status.st_mode):
             return "special"
         if status.st_size == 0:
@@ -110,7 +123,7 @@ def _kind_of_content(file: BinaryIO) -> Kind:
         return "torch_legacy"
     if head.startswith(b"\x93NUMPY"):
         return "npy"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _SAFETENSORS_HEADER_LIMIT:
+    if head[8:10] in (b'{"', b"{}"):
         return "safetensors"
     if head.startswith(b"version https://git-lfs"):
         return "lfs_pointer"
@@ -119,6 +132,8 @@ def _kind_of_content(file: BinaryIO) -> Kind:
     signatures: dict[bytes, Kind] = {
         b"\x89HDF\r\n\x1a\n": "hdf5",
         b"GGUF": "gguf",
+        b"PAR1": "parquet",
+        b"ARROW1": "arrow",
         b"\x1f\x8b": "gzip",
         b"\x80\x02": "pickle",
         b"\x80\x03": "pickle",
@@ -131,7 +146,20 @@ def _kind_of_content(file: BinaryIO) -> Kind:
     # ONNX is a protobuf without a signature: field 1 (the version, a small number), then another.
     if len(head) > 2 and head[0] == 0x08 and head[1] < 0x20 and head[2] in (0x12, 0x1A, 0x3A):
         return "onnx"
-    return "text" if _is_text(head) else "unknown"
+    if not _is_text(head):
+        return "unknown"
+    return "weights_index" if head.startswith(b"{") and b'"weight_map"' in head else "text"
+
+
+def _kind_of_folder(path: str | os.PathLike[str]) -> Kind:
+    names = os.listdir(path)
+    if "dataset_dict.json" in names:
+        return "dataset_splits"
+    if "state.json" in names and any(name.endswith(".arrow") for name in names):
+        return "dataset"
+    if any(name.endswith((".safetensors", ".index.json", ".bin")) for name in names):
+        return "transformers"
+    return "npy_folder" if any(name.endswith(".npy") for name in names) else "folder"
 
 
 def _kind_of_zip(file: BinaryIO) -> Kind:

@@ -9,7 +9,6 @@ import pickle
 import pickletools
 import re
 import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
@@ -24,7 +23,9 @@ _EXPORT_LOGGERS = (
     "torch.export.pt2_archive._package",
     "torch._export.serde.serialize",
 )
-_CHUNK = 1 << 20
+
+
+_DAMAGED = "it is damaged or cut off"
 
 
 class NeedsPickleError(Exception):
@@ -54,8 +55,12 @@ def reading(path: str | os.PathLike[str], kind: Kind) -> Iterator[None]:
         text = str(error)
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
             raise ResourceError(f"{path}: not enough memory to load it") from error
+        reason = _reason(error, kind)
         raise FileError(
-            f"{path}: {DESCRIPTIONS[kind]} that cannot be read: {_reason(error, kind)}"
+            f"{path}: {DESCRIPTIONS[kind]} that cannot be read: {reason}",
+            "copy or download the file again"
+            if reason == _DAMAGED
+            else "save it again, with the versions of its libraries that are installed here",
         ) from error
 
 
@@ -91,41 +96,19 @@ def quiet() -> Iterator[None]:
             logging.getLogger(name).removeFilter(swallow)
 
 
-def verify_checksums(path: str | os.PathLike[str]) -> None:
-    """Compares the checksums inside a zip file with its content.
-
-    PyTorch's readers do not: they load a flipped bit, and the Hessian would be quietly wrong.
-
-    Raises:
-        FileError: the content is not what was written.
-    """
-    name = ""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                # torch.serialization.set_crc32_options(False) leaves zeros: nothing to compare.
-                if member.CRC == 0:
-                    continue
-                name = member.filename
-                with archive.open(member) as content:
-                    while content.read(_CHUNK):
-                        pass
-    except Exception as error:  # zlib.error, BadZipFile, EOFError, struct.error, ...
-        raise FileError(
-            f"{path}: damaged: {name or 'its listing'} is not what was written",
-            "copy or download the file again",
-        ) from error
-
-
-def load_weights_only(source: str | os.PathLike[str] | BinaryIO) -> object:
+def load_weights_only(source: str | os.PathLike[str] | BinaryIO, mapped: bool = False) -> object:
     """`torch.load` of tensors and plain containers, on the CPU. Never runs code of the file.
+
+    Args:
+        source: the file.
+        mapped: whether its tensors stay in the file until they are used; only for zip files without compression.
 
     Raises:
         NeedsPickleError: there is more than that in the file.
     """
     try:
         with quiet():
-            return torch.load(source, map_location="cpu", weights_only=True)
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         name = _refused_class(str(error))
         if name is None:
@@ -195,11 +178,11 @@ def _reason(error: Exception, kind: Kind) -> str:
     # These two come without a check of their content beforehand, and their readers then stumble
     # over damage wherever it is.
     if kind in ("torch_legacy", "npz"):
-        return "it is damaged or cut off"
+        return _DAMAGED
     if not text.strip() or isinstance(error, (EOFError, UnicodeDecodeError)):
-        return "it is damaged or cut off"
+        return _DAMAGED
     if any(sign in text for sign in damage):
-        return "it is damaged or cut off"
+        return _DAMAGED
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     line = lines[0].rstrip(":.")
     if len(line) > 200:

@@ -27,6 +27,9 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.problem import Problem
 
 KIND = "differences of gradients"
+# Relative error of a gradient next to zero. A normalisation on the way multiplies what rounding makes; in float32 that
+# much would hide what is wrong.
+_ROUNDING = {torch.float64: 1000 * 2**-52, torch.float32: 64 * 2**-23}
 _STEPS = {torch.float64: (1e-6, 1e-7, 1e-5, 1e-8, 1e-4), torch.float32: (1e-2, 3e-3, 3e-2)}
 _ONE_SIDED = 1e-8  # leaves out about as much: far below the tolerance of float32, not of float64
 
@@ -190,8 +193,7 @@ class _Along:
 
     def noise(self, step: float, gradient_norm: float) -> float:
         """What rounding of the gradients can make of the quotient."""
-        epsilon = torch.finfo(self.problem.dtype).eps
-        return 8 * epsilon * gradient_norm / (step * self._typical())
+        return _ROUNDING[self.problem.dtype] * gradient_norm / (step * self._typical())
 
     def _typical(self) -> float:
         """The size of the parameters relative to the direction's, so that a step is relative to them."""

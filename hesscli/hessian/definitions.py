@@ -4,7 +4,8 @@ Inside `exact_derivatives()` these operators run as the formulas below, so that 
 
 - `weight_norm`: its double backward treats the saved norms as constants and is wrong by tens of percent.
 - `batch_norm`, `layer_norm`, `group_norm`, `instance_norm`: forward-over-reverse and batched double backward are
-wrong or missing. - `hardsigmoid`, `embedding_bag`: no second derivative. - fused attention: no second derivative;
+wrong or missing.
+- `hardsigmoid`, `embedding_bag`: no second derivative. - fused attention: no second derivative;
 computed as softmax(Q K^T / sqrt(d)) V instead.
 
 They are replaced in PyTorch's dispatcher, below every kind of model: eager modules, TorchScript and exported graphs
@@ -164,6 +165,51 @@ DEFINITIONS: dict[str, Callable[..., object]] = {
     "hardsigmoid_": hardsigmoid_,
     "_embedding_bag": embedding_bag,
 }
+
+
+def _instance_norm_of_contiguous_gradients(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """PyTorch's own, as it computes it: a batch norm of one sample that has every sample's channels.
+
+    On the CPU its backward pass takes a gradient for channels-last that only looks so, and is silently wrong: by more
+    than its size where a recurrent layer follows. A gradient made contiguous is read as it is.
+    """
+    samples, channels = x.shape[:2]
+
+    def repeated(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.repeat(samples)
+
+    y = torch.batch_norm(
+        x.reshape(1, samples * channels, *x.shape[2:]),
+        repeated(weight),
+        repeated(bias),
+        None if use_input_stats else repeated(running_mean),
+        None if use_input_stats else repeated(running_var),
+        use_input_stats,
+        momentum,
+        eps,
+        cudnn_enabled,
+    ).reshape(x.shape)
+    if y.requires_grad:
+        y.register_hook(lambda gradient: gradient.contiguous())
+    return y
+
+
+@contextmanager
+def right_gradients() -> Iterator[None]:
+    """Forward passes in this context have first derivatives that are right: PyTorch's, without its error."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("instance_norm", _instance_norm_of_contiguous_gradients, "AutogradCPU")
+        yield
 
 
 @contextmanager

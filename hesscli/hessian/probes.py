@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -42,23 +43,27 @@ class Analysis:
 
 
 class Analyses:
-    """The analysis of each batch, made once. It holds no activations, only what the batch's calls are."""
+    """The analysis of each batch, made once and kept as long as the batch is.
+
+    It holds no activations, only the batch's data and what its calls are.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.made: dict[int, tuple[Batch, Analysis | NotApplicable]] = {}
+        self.made: WeakKeyDictionary[Batch, Analysis | NotApplicable] = WeakKeyDictionary()
 
     def of(self, batch: Batch) -> Analysis:
         """
         Raises:
             NotApplicable: samples mix, or cannot be shown not to.
         """
-        if id(batch) not in self.made:
+        found = self.made.get(batch)
+        if found is None:
             try:
-                self.made[id(batch)] = (batch, _analyse(self.problem, batch))
+                found = _analyse(self.problem, batch)
             except NotApplicable as reason:
-                self.made[id(batch)] = (batch, reason)
-        _, found = self.made[id(batch)]  # the batch is kept, so that its identity stays its own
+                found = NotApplicable(str(reason))  # without its traceback, which holds the batch
+            self.made[batch] = found
         if isinstance(found, NotApplicable):
             raise NotApplicable(str(found))
         return found

@@ -13,14 +13,47 @@ import torch
 from torch import Tensor, nn
 
 from hesscli.errors import MismatchError
+from hesscli.hessian.definitions import right_gradients
 from hesscli.hessian.losses import Loss
 
 
-@dataclass(frozen=True)
+@dataclass(
+    frozen=True, eq=False
+)  # two batches are never the same: what is kept of one goes with it
 class Batch:
+    """Some samples.
+
+    Args:
+        inputs: passed to the module, the first of them by position.
+        target: what the loss compares with.
+        loss_arguments: of the loss.
+        keywords: the names of the last inputs, which are passed by name.
+    """
+
     inputs: tuple[Tensor, ...]
     target: Tensor | None
     loss_arguments: Mapping[str, object] = field(default_factory=dict)
+    keywords: tuple[str, ...] = ()
+
+
+class Batches(Sequence[Batch]):
+    """Batches that are made anew each time they are asked for: the data need not fit into memory.
+
+    Args:
+        count: how many.
+        make: makes the one with this index.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], Batch]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Batch:  # type: ignore[override]  # no slices
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self._make(index)
 
 
 @dataclass(frozen=True)
@@ -68,13 +101,16 @@ class Problem:
             torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
         ):
             try:
-                result = self.module(*batch.inputs)
+                place = len(batch.inputs) - len(batch.keywords)
+                named = dict(zip(batch.keywords, batch.inputs[place:], strict=True))
+                result = self.module(*batch.inputs[:place], **named)
             except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
                 shapes = ", ".join(f"{_dtype(x)} {list(x.shape)}" for x in batch.inputs)
                 if is_missing_derivative(error) or isinstance(error, torch.OutOfMemoryError):
                     raise
                 raise MismatchError(
-                    f"the model does not accept the inputs {shapes}: {_reason(error)}"
+                    f"the model does not accept the inputs {shapes}: {_reason(error)}",
+                    _type_hint(str(error), batch),
                 ) from error
         return pick_output(result, self.output_key, prefer_loss=not self.loss.needs_target)
 
@@ -91,7 +127,8 @@ class Problem:
         leaves = [self.parameters[name] for name in names]
         sums = [torch.zeros_like(leaf) for leaf in leaves]
         for batch in self.batches:
-            value = self.value(batch)
+            with right_gradients():
+                value = self.value(batch)
             if not value.requires_grad:
                 continue
             grads = torch.autograd.grad(value, leaves, allow_unused=True)
@@ -115,7 +152,7 @@ class Problem:
                 self,
                 module=module,
                 parameters={name: named[name].requires_grad_() for name in self.parameters},
-                batches=[_double(batch) for batch in self.batches],
+                batches=_doubled(self.batches),
             )
             with torch.no_grad():
                 its = twin.output(twin.batches[0])
@@ -214,12 +251,25 @@ def _reason(error: BaseException) -> str:
     )
 
 
+def _type_hint(error: str, batch: Batch) -> str | None:
+    """What to do about integers that the model does not take as they are."""
+    if "'indices'" in error or "embedding" in error:
+        return "store indices as int64: x.astype(np.int64)"
+    return "--scale 1/255" if any(x.dtype is torch.uint8 for x in batch.inputs) else None
+
+
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+
+
+def _doubled(batches: Sequence[Batch]) -> Sequence[Batch]:
+    if isinstance(batches, Batches):
+        return Batches(len(batches), lambda index: _double(batches[index]))
+    return [_double(batch) for batch in batches]
 
 
 def _double(batch: Batch) -> Batch:
@@ -230,6 +280,7 @@ def _double(batch: Batch) -> Batch:
         tuple(cast(x) for x in batch.inputs),  # type: ignore[misc]
         cast(batch.target),  # type: ignore[arg-type]
         {name: cast(value) for name, value in batch.loss_arguments.items()},
+        batch.keywords,
     )
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from hesscli.errors import MismatchError, NumericalError, ResourceError, UsageError
-from hesscli.files.data import Data, load_data
+from hesscli.files.data import Data, describe, load_data
 from hesscli.files.models import SavedModel, load_model
-from hesscli.files.resources import available_memory
 from hesscli.hessian.blocks import select
 from hesscli.hessian.losses import ELEMENT_WEIGHTED, LOSSES, Loss, check_arguments
-from hesscli.hessian.plan import Sizes, choose_sizes
-from hesscli.hessian.problem import Batch, Problem, measure, saved_bytes
-from hesscli.job.options import Listener, ProblemOptions
+from hesscli.hessian.plan import Sizes
+from hesscli.hessian.problem import Problem, measure
+from hesscli.job.batches import Source, move, split
+from hesscli.job.options import EVERY, Listener, ProblemOptions
 from hesscli.job.team import rank, ranks
 
 
@@ -70,14 +70,17 @@ def open_problem(options: ProblemOptions, listener: Listener, rows: int | None =
     for text in model.notes:
         note(text)
     dtype = _cast(model, options.dtype)
-    inputs = options.inputs
     data = load_data(
-        options.data, inputs=inputs, targets=options.targets, unbatched=options.unbatched
+        options.data,
+        inputs=options.inputs,
+        targets=options.targets,
+        unbatched=options.unbatched,
+        samples=options.samples,
+        arguments=model.arguments,
     )
     for text in data.notes:
         note(text)
-    arrays = {name: _to(array, device, dtype) for name, array in data.arrays.items()}
-    loss = _loss(options, data, arrays, note)
+    loss = _loss(options, data, lambda array: move(array, device, dtype), note)
     names = list(data.inputs)
     if (
         loss.name == "output"
@@ -87,20 +90,32 @@ def open_problem(options: ProblemOptions, listener: Listener, rows: int | None =
     ):
         names.append(data.targets[0])
         note(f"the model returns the loss and takes the targets too: inputs are {', '.join(names)}")
+    known = data.inputs | dict([data.targets] if data.targets else [])
+    names, keywords = _keywords(options, model, names, known, note)
     parameters, tied, frozen = _parameters(model.module, options.params)
     if frozen:
         note(f"skipped, frozen: {', '.join(frozen)} (name them with --params to include them)")
-    target = arrays[data.targets[0]] if data.targets and loss.needs_target else None
-    whole = Batch(tuple(arrays[name] for name in names), target, loss.arguments)
+    source = Source(
+        tuple(known[name] for name in names),
+        data.targets[1] if data.targets and loss.needs_target else None,
+        data.samples,
+        loss,
+        _scales(options.scale, {name: known[name] for name in names}, note),
+        keywords,
+        device,
+        dtype,
+    )
     problem = Problem(
         model.module,
         parameters,
-        [whole],
+        (),
         loss,
         output_key=options.output_key,
         train=options.train_mode,
     )
-    problem, sizes = _split(problem, options, model, data, rows, note)
+    if data.columns:
+        source = _as_columns(problem, source, note)
+    problem, sizes = split(problem, source, options, model, rows, note)
     problem, value = measure(problem)
     if not torch.isfinite(torch.tensor(value)):
         raise NumericalError(f"the loss is {value}; its derivatives would mean nothing")
@@ -111,7 +126,9 @@ def open_problem(options: ProblemOptions, listener: Listener, rows: int | None =
             "sha256": data.sha256,
             "samples": data.samples,
             "inputs": names,
-            "targets": data.targets[0] if target is not None and data.targets else None,
+            "targets": data.targets[0] if source.target is not None and data.targets else None,
+            **({"range": list(data.range)} if options.samples else {}),
+            **({"scale": dict(options.scale)} if options.scale else {}),
         },
         "loss": {
             "name": problem.loss.name,
@@ -157,12 +174,79 @@ def _cast(model: SavedModel, name: str) -> torch.dtype:
     return wanted
 
 
-def _to(array: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return array.to(device, dtype) if array.is_floating_point() else array.to(device)
+def _keywords(
+    options: ProblemOptions,
+    model: SavedModel,
+    names: list[str],
+    known: Mapping[str, Tensor],
+    note: Callable[[str], None],
+) -> tuple[list[str], tuple[str, ...]]:
+    """The inputs in the order in which they are passed, and the last ones that are passed by name.
+
+    By name go those that an exported model takes in no other way; and all, if each is called as one of forward's
+    parameters is, and their order is another.
+
+    Raises:
+        MismatchError: one that the model takes by name is not among them.
+    """
+    for name in model.keywords:
+        if name not in known:
+            raise MismatchError(
+                f"{options.model}: takes {', '.join(model.keywords)} by name, "
+                f"the inputs are {', '.join(names)}",
+                " ".join(f"--inputs {name}" for name in model.arguments),
+            )
+    if model.keywords:
+        return [n for n in names if n not in model.keywords] + [*model.keywords], model.keywords
+    in_order = tuple(names) == model.arguments[: len(names)]
+    if model.kind == "exported" or in_order or not set(names) <= set(model.arguments):
+        return names, ()
+    note(f"inputs are passed by name: {', '.join(names)}")
+    return names, tuple(names)
+
+
+def _as_columns(problem: Problem, source: Source, note: Callable[[str], None]) -> Source:
+    """A table's targets as what the loss wants: whole numbers as classes, others as a column [N, 1] like the output."""
+    if source.target is None:
+        return source
+    if source.loss.name in ("cross-entropy", "nll"):
+        classes = source.target.long()
+        if source.target.is_floating_point() and bool((classes == source.target).all()):
+            note("targets: whole numbers, taken as classes")
+            return replace(source, target=classes)
+        return source
+    count = min(source.samples, 2)
+    with torch.no_grad():
+        output = problem.output(source.part(0, count))
+    if output.shape != (count, 1) or source.target.dim() != 1:
+        return source
+    note("targets: taken as a column [N, 1], as the model's output is")
+    return replace(source, target=source.target.unsqueeze(1))
+
+
+def _scales(
+    asked: Mapping[str, float], inputs: Mapping[str, Tensor], note: Callable[[str], None]
+) -> dict[int, float]:
+    """What each input is multiplied by, by its place."""
+    for name in asked:
+        if name not in inputs and name != EVERY:
+            raise UsageError(
+                f"--scale {name}: no input is called so; there are: {', '.join(inputs)}"
+            )
+    scales: dict[int, float] = {}
+    for place, (name, array) in enumerate(inputs.items()):
+        factor = asked.get(name, asked.get(EVERY))
+        if factor is not None:
+            scales[place] = factor
+            note(f"scaled: {name} ({describe(array)}) is multiplied by {factor:.9g}")
+    return scales
 
 
 def _loss(
-    options: ProblemOptions, data: Data, arrays: Mapping[str, Tensor], note: Callable[[str], None]
+    options: ProblemOptions,
+    data: Data,
+    moved: Callable[[Tensor], Tensor],
+    note: Callable[[str], None],
 ) -> Loss:
     """The loss that was named, or the one that fits the targets."""
     name, function = options.loss, None
@@ -188,12 +272,15 @@ def _loss(
     arguments = dict(options.loss_arguments)
     for key, value in arguments.items():
         if isinstance(value, str) and value.startswith("@"):
-            if value[1:] not in arrays:
+            if value[1:] not in data.arrays:
                 raise UsageError(
                     f"{options.data}: holds no array {value[1:]!r} for the loss argument {key}; "
-                    f"it holds: {', '.join(arrays)}"
+                    f"it holds: {', '.join(data.arrays)}"
                 )
-            arguments[key] = arrays[value[1:]]
+            array = data.arrays[value[1:]]
+            if key == "weight" and name in ELEMENT_WEIGHTED and data.per_sample(array):
+                array = array[slice(*data.range)]  # as its targets are
+            arguments[key] = moved(array)
     check_arguments(name, arguments)
     return Loss(name, options.reduction, arguments, function)
 
@@ -253,81 +340,6 @@ def _parameters(
             name in parameters
         )  # where no gradient is wanted, none is paid for
     return parameters, {n: tied[n] for n in parameters if n in tied}, frozen
-
-
-def _split(
-    problem: Problem,
-    options: ProblemOptions,
-    model: SavedModel,
-    data: Data,
-    rows: int | None,
-    note: Callable[[str], None],
-) -> tuple[Problem, Sizes]:
-    """Cuts the data into batches, unless model or loss want it whole."""
-    whole, samples = problem.batches[0], data.samples
-    few = _slice(whole, 0, min(samples, 2), samples, problem.loss)
-    if options.unbatched:
-        few = whole
-    elif model.batch_size is not None:
-        if samples % model.batch_size:
-            raise MismatchError(
-                f"the exported model accepts batches of exactly {model.batch_size} samples, "
-                f"the data has {samples}",
-                "export it with a dynamic batch axis (torch.export.Dim)",
-            )
-        few = _slice(whole, 0, model.batch_size, samples, problem.loss)
-    if problem.loss.name not in LOSSES:
-        with torch.no_grad():
-            _, count = problem.total(few)
-        if count == 1 and samples > 1:
-            problem = replace(problem, loss=replace(problem.loss, whole=True))
-            note("the loss is one number for all data, so the data is not split into batches")
-    saved = saved_bytes(problem, few, problem.output) // max(
-        1, len(few.inputs[0]) if few.inputs[0].dim() else 1
-    )
-    size = rows or sum(p.numel() for p in problem.parameters.values())
-    sizes = choose_sizes(samples, saved, size, problem.dtype.itemsize, _free_memory(problem.device))
-    batch = options.batch_size or sizes.batch
-    if model.batch_size is not None:
-        batch = model.batch_size
-    if options.unbatched or problem.loss.whole or options.train_mode:
-        batch = samples  # train-mode batch norm couples the samples of a batch
-    batch = min(batch, samples)
-    batches = (
-        [whole]
-        if options.unbatched
-        else [
-            _slice(whole, start, min(start + batch, samples), samples, problem.loss)
-            for start in range(0, samples, batch)
-        ]
-    )
-    return replace(problem, batches=batches), Sizes(batch, sizes.chunk)
-
-
-def _slice(batch: Batch, start: int, stop: int, samples: int, loss: Loss) -> Batch:
-    if start == 0 and stop == samples:
-        return batch
-    arguments, target = dict(batch.loss_arguments), batch.target
-    weight = arguments.get("weight")
-    if (
-        loss.name in ELEMENT_WEIGHTED
-        and isinstance(weight, Tensor)
-        and target is not None
-        and weight.dim() == target.dim() > 0
-        and len(weight) == samples
-    ):
-        arguments["weight"] = weight[start:stop]  # one weight per element, not per class
-    return Batch(
-        tuple(x[start:stop] for x in batch.inputs),
-        None if target is None else target[start:stop],
-        arguments,
-    )
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return available_memory()
 
 
 def _printable(arguments: Mapping[str, object]) -> dict[str, object]:

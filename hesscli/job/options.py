@@ -31,6 +31,8 @@ class ProblemOptions:
     arch_arguments: Mapping[str, object] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
     targets: str | None = None
+    samples: tuple[int, int | None] | None = None  # from, up to; None: all
+    scale: Mapping[str, float] = field(default_factory=dict)  # input, or EVERY -> factor
     output_key: str | None = None
     unbatched: bool = False
     params: tuple[str, ...] = ()
@@ -73,5 +75,6 @@ def options_of(command: Mapping[str, Any], output: Path) -> ComputeOptions:
     return ComputeOptions(**(found | {"shard": None, "resume": True, "force": False}))
 
 
+EVERY = "*"  # every input
 METHODS = ("auto", "preactivation", "gauss-newton", "hvp", "finite-difference")
 STATS = ("basic", "auto", "all", "none")

@@ -1,0 +1,125 @@
+"""Reading what Apache Arrow writes: `.parquet` files and Hugging Face `datasets` folders."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hesscli.errors import FileError, ResourceError, UsageError
+from hesscli.files.npy import tensor
+from hesscli.files.resources import available_memory
+from hesscli.files.torch_files import reading
+
+
+def load_parquet(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | str]:
+    """The columns by name; or, in a column's place, why it cannot be used.
+
+    Raises:
+        UsageError: pyarrow is not installed.
+        FileError: the file is damaged.
+        ResourceError: it does not fit into the memory.
+    """
+    _pyarrow(path)
+    import pyarrow.parquet as parquet
+
+    with reading(path, "parquet"), parquet.ParquetFile(path, memory_map=True) as file:
+        groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+        needed, free = sum(group.total_byte_size for group in groups), available_memory()
+        if needed > free:
+            raise ResourceError(
+                f"{path}: unpacks to {needed} bytes; {free} bytes of memory are free",
+                "save it as .npy files, which are read in parts: np.save('x.npy', x)",
+            )
+        return _columns(path, file.read())
+
+
+def dataset_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The Arrow files of a folder that `datasets.Dataset.save_to_disk` wrote, in their order.
+
+    Raises:
+        FileError: the folder is not what was written, or it names files outside of it.
+    """
+    state = Path(folder, "state.json")
+    with reading(state, "text"):
+        names = [str(entry["filename"]) for entry in json.loads(state.read_text())["_data_files"]]
+    for name in names:
+        if Path(name).name != name:
+            raise FileError(
+                f"{state}: names a file {name!r} outside of its folder",
+                "save it again: dataset.save_to_disk('data')",
+            )
+    return [Path(folder, name) for name in names]
+
+
+def load_dataset(folder: str | os.PathLike[str]) -> dict[str, torch.Tensor | str]:
+    """The columns of a `datasets` folder, mapped where they lie in one file.
+
+    Raises:
+        UsageError: pyarrow is not installed.
+        FileError: a file is damaged.
+    """
+    arrow = _pyarrow(folder)
+    tables = []
+    for file in dataset_files(folder):
+        with reading(file, "arrow"):
+            tables.append(arrow.ipc.open_stream(arrow.memory_map(str(file))).read_all())
+    with reading(folder, "dataset"):
+        return _columns(folder, arrow.concat_tables(tables))
+
+
+def _pyarrow(path: str | os.PathLike[str]) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+    except ImportError as error:
+        raise UsageError(
+            f"{path}: reading it needs pyarrow, which is not installed", "pip install pyarrow"
+        ) from error
+    return pyarrow
+
+
+def _columns(path: str | os.PathLike[str], table: Any) -> dict[str, torch.Tensor | str]:
+    names: Sequence[str] = table.column_names
+    if len(set(names)) < len(names):
+        raise FileError(f"{path}: two columns have the same name", "name them apart")
+    return {
+        name: _column(path, table.column(place).combine_chunks())
+        for place, name in enumerate(names)
+    }
+
+
+def _column(path: str | os.PathLike[str], values: Any) -> torch.Tensor | str:
+    import pyarrow.compute
+    from pyarrow import types
+
+    if hasattr(values, "chunks"):  # combine_chunks of several that are too large for one
+        return "too large for one Arrow array"
+    shape = [len(values)]
+    while True:
+        if values.null_count:
+            return f"values are missing ({values.null_count})"
+        kind = values.type
+        if hasattr(values, "storage"):  # an extension: Array2D and the like of `datasets`
+            values = values.storage
+        elif types.is_fixed_size_list(kind):
+            shape.append(kind.list_size)
+            values = values.flatten()
+        elif types.is_list(kind) or types.is_large_list(kind):
+            lengths = pyarrow.compute.unique(pyarrow.compute.list_value_length(values))
+            if len(lengths) > 1:
+                return "rows of different lengths: pad them"
+            shape.append(lengths[0].as_py() if len(lengths) else 0)
+            values = values.flatten()
+        elif types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind):
+            array = values.to_numpy(zero_copy_only=False).reshape(shape)
+            if array.dtype == np.uint64 and (array > np.iinfo(np.int64).max).any():
+                return "integers too large for int64"
+            return tensor(path, array)
+        else:
+            return f"not numbers ({kind})"

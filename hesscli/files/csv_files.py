@@ -1,0 +1,107 @@
+"""Reading `.csv` files: one array per column of numbers."""
+
+from __future__ import annotations
+
+import csv
+import os
+from array import array
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from hesscli.errors import FileError, HesscliError
+from hesscli.files.torch_files import reading
+
+_DELIMITERS = ",;\t"
+_SPACES = " \t"
+_EXACT = 2**53  # up to here every integer is a float64
+_WORDS = {"true": 1.0, "false": 0.0, "": float("nan"), "na": float("nan"), "null": float("nan")}
+
+
+def load_csv(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | str]:
+    """The columns by name; or, in a column's place, why it cannot be used.
+
+    Columns of a file without a line of names are called 0, 1, ... An empty field, `NA` and `null`
+    are NaN, which is refused later, with its place.
+
+    Raises:
+        FileError: lines of different lengths, a name given twice, or no text.
+    """
+    with reading(path, "text"), open(path, encoding="utf-8-sig", newline="") as file:
+        first = file.readline()
+        file.seek(0)
+        delimiter = max(_DELIMITERS, key=first.count)
+        lines = _lines(csv.reader(file, delimiter=delimiter, strict=True))
+        number, fields = next(lines, (0, []))
+        names = [field.strip(_SPACES) for field in fields]
+        columns: list[_Column]
+        if all(_number(field) is not None for field in names):
+            columns = [_Column() for _ in names]
+            for column, field in zip(columns, names, strict=True):
+                column.add(number, field)
+            names = [str(place) for place in range(len(names))]
+        else:
+            columns = [_Column() for _ in names]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise FileError(f"{path}: two columns are called {twice[0]!r}", "name them apart")
+        for number, fields in lines:
+            if len(fields) != len(names):
+                raise _ragged(path, number, len(fields), len(names))
+            for column, field in zip(columns, fields, strict=True):
+                column.add(number, field.strip(_SPACES))
+    return {name: column.finish() for name, column in zip(names, columns, strict=True)}
+
+
+def _lines(reader: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
+    for number, fields in enumerate(reader, 1):
+        if fields:  # not an empty line
+            yield number, fields
+
+
+class _Column:
+    """A column while it is read: floats, as long as all of it are numbers."""
+
+    def __init__(self) -> None:
+        self.values = array("d")
+        self.integers = self.booleans = True
+        self.why = ""
+
+    def add(self, line: int, field: str) -> None:
+        if self.why:
+            return
+        value = _number(field)
+        if value is None:
+            self.why = f"not numbers ({field[:20]!r} in line {line})"
+            return
+        boolean = field.lower() in ("true", "false")
+        self.booleans &= boolean
+        self.integers &= field.lstrip("+-").isdecimal() and abs(value) <= _EXACT
+        self.values.append(value)
+
+    def finish(self) -> torch.Tensor | str:
+        if self.why:
+            return self.why
+        if not self.values:
+            return "no values"
+        found = torch.from_numpy(np.frombuffer(self.values, np.float64).copy())
+        if self.booleans:
+            return found.bool()
+        return found.long() if self.integers else found
+
+
+def _number(field: str) -> float | None:
+    if field.lower() in _WORDS:
+        return _WORDS[field.lower()]
+    try:
+        return float(field) if "_" not in field else None
+    except ValueError:
+        return None
+
+
+def _ragged(path: str | os.PathLike[str], line: int, found: int, wanted: int) -> HesscliError:
+    return FileError(
+        f"{path}: line {line} has {found} fields, the first line has {wanted}",
+        f"look at it: sed -n {line}p {path}",
+    )

@@ -1,0 +1,88 @@
+"""Architectures that a library builds by their name: `transformers:CLASS` and `timm:NAME`. No weights are fetched."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hesscli.errors import FileError, UsageError
+from hesscli.files.torch_files import reading
+
+
+def transformers_factory(name: str, model: str | os.PathLike[str]) -> Callable[..., nn.Module]:
+    """Builds a class of `transformers` from the `config.json` next to the weights.
+
+    The factory's arguments are entries of the configuration that are to differ from the file's.
+
+    Raises:
+        FileError: there is no configuration.
+        UsageError: transformers has no such class.
+    """
+    folder = Path(model) if os.path.isdir(model) else Path(model).parent
+    configuration(folder)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    cls: Any = getattr(transformers, name, None)
+    if not hasattr(cls, "from_config") and not hasattr(cls, "_from_config"):
+        raise UsageError(
+            f"--arch transformers:{name}: transformers has no model of this name", arch_of(folder)
+        )
+
+    def build(**arguments: object) -> nn.Module:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **arguments
+        )
+        config.use_cache = False
+        make = cls.from_config if hasattr(cls, "from_config") else cls._from_config
+        # The fused kernels have no second derivatives.
+        module: Any = make(config, attn_implementation="eager", dtype=torch.float32)
+        module.tie_weights()
+        built: nn.Module = module
+        return built
+
+    return build
+
+
+def configuration(folder: Path) -> Mapping[str, object]:
+    """What the folder's `config.json` says.
+
+    Raises:
+        FileError: there is none, or it is damaged.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileError(
+            f"{path}: not there; it says what the weights belong to",
+            "model.save_pretrained('folder') writes both",
+        )
+    with reading(path, "text"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError("not a JSON object")
+    return content
+
+
+def arch_of(folder: Path) -> str:
+    """The option that names what the folder's configuration says it was saved from."""
+    named = configuration(folder).get("architectures")
+    first = str(named[0]) if isinstance(named, list) and named else "AutoModelForCLASS"
+    return f"--arch transformers:{first}"
+
+
+def timm_factory(name: str) -> Callable[..., nn.Module]:
+    """Builds a model of `timm`, without its weights."""
+    import timm
+
+    def build(**arguments: object) -> nn.Module:
+        module: nn.Module = timm.create_model(name, **{**arguments, "pretrained": False})
+        return module
+
+    return build

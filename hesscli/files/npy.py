@@ -1,0 +1,142 @@
+"""NumPy's arrays: mapped from the file where they lie in it as they are, so that no memory is taken."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import zipfile
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.lib import format as npy_format
+
+from hesscli.errors import FileError, ResourceError
+from hesscli.files.resources import available_memory
+from hesscli.files.torch_files import reading
+from hesscli.files.zip_files import check_zip
+
+Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
+
+_LARGEST = np.iinfo(np.int64).max
+# torch knows these by name only: it can neither index with them nor compute on them.
+_UNSIGNED = {np.dtype(np.uint16), np.dtype(np.uint32), np.dtype(np.uint64)}
+_LOCAL_HEADER = 30  # bytes of a zip member's own header before its name
+_STEP = 1 << 24  # numbers looked at together
+
+
+def load_npy(path: str | os.PathLike[str], name: str) -> dict[str, torch.Tensor | str]:
+    """The array of an `.npy` file under a name; or, in its place, why it cannot be used.
+
+    Raises:
+        FileError: the file is damaged, or its array holds Python objects.
+    """
+    with reading(path, "npy"), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        return {name: _array(path, name, file, size, 0)}
+
+
+def load_npz(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | str]:
+    """The arrays of an `.npz` file by name; or, in an array's place, why it cannot be used.
+
+    Raises:
+        FileError: the file is damaged, or an array holds Python objects.
+        ResourceError: what is compressed in it does not fit into the memory.
+    """
+    check_zip(path)
+    arrays: dict[str, torch.Tensor | str] = {}
+    with reading(path, "npz"), zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            if name == member.filename:
+                arrays[name] = "not numbers (a file)"
+                continue
+            if name in arrays:
+                raise FileError(f"{path}: holds two arrays called {name}")
+            if member.compress_type == zipfile.ZIP_STORED:
+                start = _content(file, member)
+                file.seek(start)
+                arrays[name] = _array(path, name, file, member.file_size, start)
+            else:
+                content = io.BytesIO(archive.read(member))
+                arrays[name] = _array(path, name, content, member.file_size, None)
+    return arrays
+
+
+def _content(file: BinaryIO, member: zipfile.ZipInfo) -> int:
+    """Where a stored member's bytes begin: after its own header, whose length may differ from the listing's."""
+    file.seek(member.header_offset)
+    header = file.read(_LOCAL_HEADER)
+    return (
+        member.header_offset
+        + _LOCAL_HEADER
+        + int.from_bytes(header[26:28], "little")
+        + int.from_bytes(header[28:30], "little")
+    )
+
+
+def _array(
+    path: str | os.PathLike[str], name: str, file: BinaryIO, size: int, start: int | None
+) -> torch.Tensor | str:
+    """The array whose `size` bytes begin here, at `start` of the file on disk if it is one."""
+    begin = file.tell()
+    version = npy_format.read_magic(file)
+    read = npy_format.read_array_header_1_0 if version == (1, 0) else _read_header_2_0
+    shape, fortran, dtype = read(file)
+    if dtype.hasobject:
+        raise FileError(
+            f"{path}: array {name} holds Python objects, which run code when loaded",
+            "convert it to numbers before saving: np.asarray(list_of_rows, dtype=float)",
+        )
+    header = file.tell() - begin
+    if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != size - header:
+        raise FileError(
+            f"{path}: array {name} is damaged: {dtype} {list(shape)} does not take the "
+            f"{size - header} bytes that are there",
+            "copy or download the file again",
+        )
+    if dtype.kind not in "biufc":
+        return f"not numbers ({dtype.name})"
+    if dtype.itemsize > (16 if dtype.kind == "c" else 8):
+        return f"wider than any torch number ({dtype.name})"
+    array: Array
+    if start is None:
+        array = np.frombuffer(file.read(), dtype)
+    elif size == header:  # nothing can be mapped
+        array = np.empty(0, dtype)
+    else:
+        # Copy on write, which nobody does: torch warns of tensors that may not be written to.
+        array = np.memmap(path, dtype, "c", start + header, (math.prod(shape),))
+    array = array.reshape(shape, order="F" if fortran else "C")
+    if dtype == np.uint64 and any(part.max() > _LARGEST for part in _parts(array)):
+        return "integers too large for int64"
+    return tensor(path, array)
+
+
+def _read_header_2_0(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    return npy_format.read_array_header_2_0(file)
+
+
+def _parts(array: Array) -> list[Array]:
+    flat = array.reshape(-1, order="A")
+    return [flat[i : i + _STEP] for i in range(0, flat.size, _STEP)]
+
+
+def tensor(path: str | os.PathLike[str], array: Array) -> torch.Tensor:
+    """The array as a tensor, without a copy where torch knows its type and byte order.
+
+    Raises:
+        ResourceError: there is no memory for the copy.
+    """
+    wanted = array.dtype.newbyteorder("=")
+    if wanted in _UNSIGNED:
+        wanted = np.dtype(np.int64)
+    needed = array.size * wanted.itemsize
+    if array.dtype != wanted and needed > available_memory():
+        raise ResourceError(
+            f"{path}: its {array.dtype.name} must be converted in memory, which does not suffice",
+            "save the array in a type that torch computes with: x.astype(np.float32)",
+        )
+    plain = array.astype(wanted, copy=False)
+    return torch.from_numpy(plain if plain.flags.writeable else plain.copy())

@@ -1,0 +1,98 @@
+"""Weights that lie in several files, with an index; and Hugging Face's model folders."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from hesscli.errors import FileError
+from hesscli.files.safetensors_files import load_safetensors
+from hesscli.files.sniff import kind_of, unsupported
+from hesscli.files.storages import check_storages
+from hesscli.files.torch_files import (
+    NeedsPickleError,
+    load_weights_only,
+    pickled_objects,
+    reading,
+)
+from hesscli.files.zip_files import check_zip
+
+_SAVE = "model.save_pretrained('folder')"
+_NAMES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+
+def weights_in(folder: str | os.PathLike[str]) -> Path:
+    """The file of the folder that holds the weights, or their index.
+
+    Raises:
+        FileError: there is none, or more than one may be it.
+    """
+    for name in _NAMES:
+        if (path := Path(folder, name)).exists():
+            return path
+    found = sorted(Path(folder).glob("*.index.json")) or sorted(Path(folder).glob("*.safetensors"))
+    if len(found) != 1:
+        listed = ", ".join(path.name for path in found[:10]) or "none"
+        raise FileError(
+            f"{folder}: a folder with one file of weights is wanted, not {listed}", _SAVE
+        )
+    return found[0]
+
+
+def load_shards(index: Path) -> tuple[dict[str, torch.Tensor], tuple[Path, ...]]:
+    """All weights that an index lists, and the files they came from, the index first.
+
+    Raises:
+        UsageError: a file is missing.
+        FileError: the index names files outside of its folder, or weights that are not where it says.
+    """
+    with reading(index, "weights_index"):
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = list(dict.fromkeys(places.values()))
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise FileError(f"{index}: names a file {name!r} outside of its folder", _SAVE)
+    files = [index.parent / name for name in names]
+    content = {path.name: load_part(path) for path in files}
+    weights = {}
+    for weight, name in places.items():
+        tensor = content[name].get(weight)
+        if tensor is None:
+            raise FileError(
+                f"{index}: says that {weight} is in {name}, where it is not",
+                "copy or download all of its files again",
+            )
+        weights[weight] = tensor
+    return weights, (index, *files)
+
+
+def load_part(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of a file that holds nothing else.
+
+    Raises:
+        FileError: damaged, of another kind, or unsafe.
+    """
+    kind = kind_of(path)
+    if kind == "safetensors":
+        return load_safetensors(path)
+    if kind not in ("torch_zip", "torch_legacy"):
+        raise unsupported(path, kind, "weights in safetensors or a torch.save file", _SAVE)
+    if kind == "torch_zip":
+        check_zip(path)
+        check_storages(path)
+    try:
+        with reading(path, kind):
+            content = load_weights_only(path)
+    except NeedsPickleError as error:
+        raise pickled_objects(path, error.name, _SAVE) from error
+    if not isinstance(content, dict):
+        raise FileError(f"{path}: holds a {type(content).__name__}; expected a state dict", _SAVE)
+    return {str(name): t for name, t in content.items() if isinstance(t, torch.Tensor)}

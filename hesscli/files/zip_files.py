@@ -1,0 +1,88 @@
+"""What is asked of every zip file before a reader gets it: PyTorch's and NumPy's readers do not ask."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+
+from hesscli.errors import FileError, ResourceError
+from hesscli.files.resources import available_memory
+
+_CHUNK = 1 << 20
+_COPY = "copy or download the file again"
+
+
+def check_zip(path: str | os.PathLike[str]) -> None:
+    """Names, sizes and checksums, in this order: nothing is unpacked whose size was not looked at.
+
+    A flipped bit would otherwise be loaded, and the Hessian would be quietly wrong.
+
+    Raises:
+        FileError: the content is not what was written, or was never meant to be read.
+        ResourceError: it unpacks to more than the memory holds.
+    """
+    name = ""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            _check_names(path, members)
+            _check_sizes(path, members)
+            for member in members:
+                name = member.filename
+                # torch.serialization.set_crc32_options(False) leaves zeros: nothing to compare.
+                if member.CRC == 0:
+                    continue
+                with archive.open(member) as content:
+                    while content.read(_CHUNK):
+                        pass
+    except (FileError, ResourceError):
+        raise
+    except Exception as error:  # zlib.error, BadZipFile, EOFError, struct.error, ...
+        raise FileError(
+            f"{path}: damaged: {name or 'its listing'} is not what was written", _COPY
+        ) from error
+
+
+def stored(path: str | os.PathLike[str]) -> bool:
+    """Whether everything lies in the file as it is, so that it can be mapped."""
+    with zipfile.ZipFile(path) as archive:
+        return all(m.compress_type == zipfile.ZIP_STORED for m in archive.infolist())
+
+
+def _check_names(path: str | os.PathLike[str], members: list[zipfile.ZipInfo]) -> None:
+    seen: set[str] = set()
+    for member in members:
+        # Nothing is ever unpacked to the disk; but a file that tries is not one to trust.
+        parts = member.filename.replace("\\", "/").split("/")
+        if ".." in parts or not parts[0] or parts[0][1:] == ":":
+            raise FileError(
+                f"{path}: holds a file called {member.filename!r}, which points out of it",
+                "do not use this file: no program that saves models writes such names",
+            )
+        if member.filename in seen:  # readers differ in which of the two they take
+            raise FileError(f"{path}: damaged: holds two files called {member.filename!r}", _COPY)
+        seen.add(member.filename)
+
+
+def _check_sizes(path: str | os.PathLike[str], members: list[zipfile.ZipInfo]) -> None:
+    size = os.path.getsize(path)
+    packed = sum(member.compress_size for member in members)
+    if packed > size:  # members that lie over each other unpack to far more than there is
+        raise FileError(
+            f"{path}: damaged: its parts claim {packed} bytes, the file has {size}", _COPY
+        )
+    for member in members:
+        plain = member.compress_type == zipfile.ZIP_STORED
+        if plain and member.compress_size != member.file_size:
+            raise FileError(
+                f"{path}: damaged: {member.filename!r} claims {member.file_size} bytes, "
+                f"{member.compress_size} are there",
+                _COPY,
+            )
+    unpacked = sum(m.file_size for m in members if m.compress_type != zipfile.ZIP_STORED)
+    free = available_memory()
+    if unpacked > free:
+        raise ResourceError(
+            f"{path}: {size} bytes that unpack to {unpacked}; {free} bytes of memory are free",
+            "if you trust it, save it uncompressed, so that it is read in parts: np.savez(...)",
+        )

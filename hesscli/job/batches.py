@@ -1,0 +1,155 @@
+"""The data, cut into batches as model, loss and memory want them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hesscli.errors import MismatchError
+from hesscli.files.models import SavedModel
+from hesscli.files.resources import available_memory
+from hesscli.hessian.losses import ELEMENT_WEIGHTED, LOSSES, Loss
+from hesscli.hessian.plan import Sizes, choose_sizes
+from hesscli.hessian.problem import Batch, Batches, Problem, saved_bytes
+from hesscli.job.options import ProblemOptions
+
+
+@dataclass(frozen=True)
+class Source:
+    """What batches are cut from: arrays on the CPU that may lie in a file larger than the memory.
+
+    Args:
+        inputs: in the order of the model's.
+        target: what the loss compares with.
+        samples: the length of their first axis; 1 if they are one sample without that axis.
+        loss: whose arguments go with each batch, weights per element cut like the target.
+        scales: what inputs are multiplied by, by their place.
+        keywords: the names of the last inputs, if they are passed by name.
+        device, dtype: of the batches.
+    """
+
+    inputs: tuple[Tensor, ...]
+    target: Tensor | None
+    samples: int
+    loss: Loss
+    scales: Mapping[int, float]
+    keywords: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """What all batches take together."""
+        arrays = [*self.inputs, *([] if self.target is None else [self.target])]
+        return sum(
+            array.numel() * max(array.itemsize, self.dtype.itemsize if _floats(array) else 0)
+            for array in arrays
+        ) + sum(self.inputs[place].numel() * self.dtype.itemsize for place in self.scales)
+
+    def whole(self) -> Batch:
+        inputs = tuple(
+            self._scaled(place, self._moved(array)) for place, array in enumerate(self.inputs)
+        )
+        target = None if self.target is None else self._moved(self.target)
+        return Batch(inputs, target, self.loss.arguments, self.keywords)
+
+    def part(self, start: int, stop: int) -> Batch:
+        if start == 0 and stop == self.samples:
+            return self.whole()
+        part = replace(
+            self,
+            inputs=tuple(array[start:stop] for array in self.inputs),
+            target=None if self.target is None else self.target[start:stop],
+            samples=stop - start,
+            loss=replace(self.loss, arguments=self._arguments(start, stop)),
+        )
+        return part.whole()
+
+    def _arguments(self, start: int, stop: int) -> Mapping[str, object]:
+        arguments, weight = self.loss.arguments, self.loss.arguments.get("weight")
+        if (
+            self.loss.name in ELEMENT_WEIGHTED
+            and isinstance(weight, Tensor)
+            and self.target is not None
+            and weight.dim() == self.target.dim() > 0
+            and len(weight) == self.samples
+        ):
+            return {**arguments, "weight": weight[start:stop]}  # per element, not per class
+        return arguments
+
+    def _moved(self, array: Tensor) -> Tensor:
+        moved = move(array, self.device, self.dtype)
+        if moved.data_ptr() % moved.itemsize:
+            return moved.clone()  # an array in an archive lies anywhere; kernels want it aligned
+        return moved.contiguous()
+
+    def _scaled(self, place: int, array: Tensor) -> Tensor:
+        return array.to(self.dtype) * self.scales[place] if place in self.scales else array
+
+
+def move(array: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The array on the device, floating-point numbers in the dtype."""
+    return array.to(device, dtype) if _floats(array) else array.to(device)
+
+
+def _floats(array: Tensor) -> bool:
+    return array.is_floating_point()
+
+
+def split(
+    problem: Problem,
+    source: Source,
+    options: ProblemOptions,
+    model: SavedModel,
+    rows: int | None,
+    note: Callable[[str], None],
+) -> tuple[Problem, Sizes]:
+    """The problem with its data in batches, unless model or loss want it whole."""
+    samples = source.samples
+    few = source.whole() if options.unbatched else source.part(0, min(samples, 2))
+    if model.batch_size is not None and not options.unbatched:
+        if samples % model.batch_size:
+            raise MismatchError(
+                f"the exported model accepts batches of exactly {model.batch_size} samples, "
+                f"the data has {samples}",
+                "export it with a dynamic batch axis (torch.export.Dim)",
+            )
+        few = source.part(0, model.batch_size)
+    if problem.loss.name not in LOSSES:
+        with torch.no_grad():
+            _, count = problem.total(few)
+        if count == 1 and samples > 1:
+            problem = replace(problem, loss=replace(problem.loss, whole=True))
+            note("the loss is one number for all data, so the data is not split into batches")
+    saved = saved_bytes(problem, few, problem.output) // max(
+        1, len(few.inputs[0]) if few.inputs[0].dim() else 1
+    )
+    size = rows or sum(p.numel() for p in problem.parameters.values())
+    sizes = choose_sizes(samples, saved, size, problem.dtype.itemsize, _free_memory(problem.device))
+    batch = options.batch_size or sizes.batch
+    if model.batch_size is not None:
+        batch = model.batch_size
+    if options.unbatched or problem.loss.whole or options.train_mode:
+        batch = samples  # train-mode batch norm couples the samples of a batch
+    batch = min(batch, samples)
+    return replace(problem, batches=_batches(source, batch)), Sizes(batch, sizes.chunk)
+
+
+def _batches(source: Source, size: int) -> Sequence[Batch]:
+    """All batches at once where they take a small part of the memory; else each when it is needed."""
+    starts = range(0, source.samples, size)
+
+    def make(index: int) -> Batch:
+        return source.part(starts[index], min(starts[index] + size, source.samples))
+
+    lazy = Batches(len(starts), make)
+    return list(lazy) if source.bytes <= _free_memory(source.device) // 8 else lazy
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_memory()
