@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take: the least of free memory, cgroup limit and address-space limit."""
-    limits = [_free_memory()]
-    for limit, used in (
-        (_CGROUP / "memory.max", _CGROUP / "memory.current"),
-        (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"),
-    ):
-        total, current = _number(limit), _number(used)
-        if total is not None and current is not None:
-            limits.append(max(total - current, 0))
+    """Bytes that this process may still take: the least of free memory, cgroup limits and address-space limit."""
+    limits = [_free_memory(), *_cgroup_room()]
     try:
         import resource
 
@@ -55,6 +50,39 @@ def _free_memory() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (ValueError, OSError, AttributeError):
         return 4 << 30
+
+
+def _cgroup_room() -> Iterator[int]:
+    """What each cgroup that this process is in, from its own up to the root, still allows."""
+    try:
+        lines = _MEMBERSHIP.read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":
+            root, limit, used = _CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        elif controllers == "":
+            root, limit, used = _CGROUP, "memory.max", "memory.current"
+        else:
+            continue
+        own = root / path.lstrip("/")  # in a container, the mounted root may be the process's own
+        for group in (own, *own.parents):
+            total, current = _number(group / limit), _number(group / used)
+            if total is not None and current is not None:
+                yield max(total - current + _cached(group), 0)
+            if group == root:
+                break
+
+
+def _cached(group: Path) -> int:
+    """Bytes of the page cache in a cgroup's usage: they are given back when they are needed."""
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    found = dict(line.split() for line in lines)
+    return int(found.get("total_inactive_file", found.get("inactive_file", "0")))
 
 
 def _number(file: Path) -> int | None:
