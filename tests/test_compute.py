@@ -823,3 +823,44 @@ def test_instance_norm_before_a_recurrent_layer(cli):
     (second,) = torch.autograd.grad(gradient.sum(), net.conv.weight)
     torch.testing.assert_close(found["conv.weight"].flatten(), second.flatten())
     torch.testing.assert_close(found["gradient.conv.weight"], gradient.detach())
+
+
+class RMSNorm(nn.Module):
+    """As language models write it: in float32, whatever the dtype."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 2, width))
+
+    def forward(self, x):
+        dtype = x.dtype
+        x = x.to(torch.float32)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return self.weight * x.to(dtype)
+
+
+@pytest.mark.parametrize("how", ["script", "trace"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("blocks", ["full", "elements"])
+def test_models_that_compute_in_float32_by_themselves(cli, how, dtype, blocks):
+    """Differences of gradients that were rounded to float32 on the way would show noise alone."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), RMSNorm(4), nn.Tanh(), nn.Linear(4, 2))
+    x, y = torch.randn(5, 3), torch.randn(5, 2)
+    (torch.jit.script(net) if how == "script" else torch.jit.trace(net, x)).save("net.pt")
+    np.savez("data.npz", x=x.numpy(), y=y.numpy())
+    ran = cli("compute", "net.pt", "data.npz", "--dtype", dtype, "-b", blocks)
+    assert ran.code == 0, ran.stderr
+    assert not any("instead" in note for note in ran.notes)
+    document, found = read(Path("hessian.safetensors"))
+    assert document["check"]["dtype"] == "float64"
+    whole = net.double()
+    norm = whole[1]
+    norm.forward = lambda x: norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    truth = hessian(whole, nn.functional.mse_loss, (x.double(),), y.double())
+    if blocks == "elements":
+        values = torch.cat([found[name].flatten() for name, _ in whole.named_parameters()])
+        truth = truth.diagonal()
+    else:
+        values = found["hessian"]
+    assert relative_error(values, truth) < (1e-9 if dtype == "float64" else 1e-4)

@@ -14,7 +14,7 @@ from hesscli.errors import FileError, UsageError
 from hesscli.files.arrow_files import dataset_files, load_dataset, load_parquet
 from hesscli.files.csv_files import load_csv
 from hesscli.files.npy import load_npy, load_npz
-from hesscli.files.safetensors_files import load_safetensors
+from hesscli.files.safetensors_files import map_safetensors
 from hesscli.files.sniff import Kind, kind_of, unsupported
 from hesscli.files.storages import check_storages
 from hesscli.files.torch_files import (
@@ -68,7 +68,7 @@ def load_arrays(path: str | os.PathLike[str]) -> Arrays:
             _only_npy(file)
             found |= load_npy(file, file.stem)
     elif kind == "safetensors":
-        found = _tensors(load_safetensors(path))
+        found = map_safetensors(path)
     elif kind in ("torch_zip", "torch_legacy"):
         found = _torch(path, kind)
     elif kind == "text":

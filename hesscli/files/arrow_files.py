@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from hesscli.errors import FileError, ResourceError, UsageError
@@ -117,9 +116,6 @@ def _column(path: str | os.PathLike[str], values: Any) -> torch.Tensor | str:
             shape.append(lengths[0].as_py() if len(lengths) else 0)
             values = values.flatten()
         elif types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind):
-            array = values.to_numpy(zero_copy_only=False).reshape(shape)
-            if array.dtype == np.uint64 and (array > np.iinfo(np.int64).max).any():
-                return "integers too large for int64"
-            return tensor(path, array)
+            return tensor(path, values.to_numpy(zero_copy_only=False).reshape(shape))
         else:
             return f"not numbers ({kind})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import warnings
 import zipfile
 from typing import Any, BinaryIO
 
@@ -106,11 +107,9 @@ def _array(
     elif size == header:  # nothing can be mapped
         array = np.empty(0, dtype)
     else:
-        # Copy on write, which nobody does: torch warns of tensors that may not be written to.
-        array = np.memmap(path, dtype, "c", start + header, (math.prod(shape),))
+        # Read only: the kernel refuses to map more than the memory for writing.
+        array = np.memmap(path, dtype, "r", start + header, (math.prod(shape),))
     array = array.reshape(shape, order="F" if fortran else "C")
-    if dtype == np.uint64 and any(part.max() > _LARGEST for part in _parts(array)):
-        return "integers too large for int64"
     return tensor(path, array)
 
 
@@ -123,13 +122,17 @@ def _parts(array: Array) -> list[Array]:
     return [flat[i : i + _STEP] for i in range(0, flat.size, _STEP)]
 
 
-def tensor(path: str | os.PathLike[str], array: Array) -> torch.Tensor:
-    """The array as a tensor, without a copy where torch knows its type and byte order.
+def tensor(path: str | os.PathLike[str], array: Array) -> torch.Tensor | str:
+    """The array as a tensor that must not be written to, without a copy where torch knows its type and byte order.
+
+    Or why it cannot be one.
 
     Raises:
         ResourceError: there is no memory for the copy.
     """
     wanted = array.dtype.newbyteorder("=")
+    if wanted == np.uint64 and any(part.max() > _LARGEST for part in _parts(array)):
+        return "integers too large for int64"
     if wanted in _UNSIGNED:
         wanted = np.dtype(np.int64)
     needed = array.size * wanted.itemsize
@@ -138,5 +141,6 @@ def tensor(path: str | os.PathLike[str], array: Array) -> torch.Tensor:
             f"{path}: its {array.dtype.name} must be converted in memory, which does not suffice",
             "save the array in a type that torch computes with: x.astype(np.float32)",
         )
-    plain = array.astype(wanted, copy=False)
-    return torch.from_numpy(plain if plain.flags.writeable else plain.copy())
+    with warnings.catch_warnings():  # of memory that may not be written to: batches are copies
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array.astype(wanted, copy=False))

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
 from hesscli.errors import FileError
+from hesscli.files.npy import tensor
 from hesscli.files.torch_files import reading
+
+# As NumPy reads the bytes, and what they are for torch if NumPy does not know.
+_TYPES: dict[str, tuple[str, torch.dtype | None]] = {
+    **{name: (f"<{name.lower()[0]}{int(name[1:]) // 8}", None) for name in ("F64", "F32", "F16")},
+    **{f"I{bits}": (f"<i{bits // 8}", None) for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": (f"<u{bits // 8}", None) for bits in (8, 16, 32, 64)},
+    "BOOL": ("?", None),
+    "C64": ("<c8", None),
+    "BF16": ("<i2", torch.bfloat16),
+}
 
 
 def load_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -19,9 +34,42 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         FileError: the file is damaged, or it is a Hessian and not a model or data.
     """
     with reading(path, "safetensors"), safe_open(path, framework="pt") as file:
-        if "hesscli" in (file.metadata() or {}):
-            raise FileError(
-                f"{path}: a Hessian that hesscli wrote; expected a model or data",
-                f"hesscli show {shlex.quote(str(path))}",
-            )
+        _refuse_hessian(path, file)
         return {name: file.get_tensor(name) for name in file.offset_keys()}
+
+
+def map_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | str]:
+    """The same without reading them: the tensors lie in the file, and must not be written to.
+
+    Raises:
+        FileError: as above.
+    """
+    with reading(path, "safetensors"):
+        with safe_open(path, framework="np") as file:  # checks the header, offsets included
+            _refuse_hessian(path, file)
+            names = file.offset_keys()
+        with open(path, "rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            header: dict[str, Any] = json.loads(raw.read(length))
+        return {name: _mapped(path, header[name], 8 + length) for name in names}
+
+
+def _mapped(path: str | os.PathLike[str], entry: dict[str, Any], start: int) -> torch.Tensor | str:
+    if entry["dtype"] not in _TYPES:
+        return f"of a type that nothing computes with ({entry['dtype']})"
+    dtype, meant = _TYPES[entry["dtype"]]
+    first, last = entry["data_offsets"]
+    if first == last:
+        return torch.empty(entry["shape"], dtype=meant or torch.float32)
+    count = (last - first) // np.dtype(dtype).itemsize
+    array = np.memmap(path, dtype, "r", start + first, (count,)).reshape(entry["shape"])
+    found = tensor(path, array)
+    return found.view(meant) if meant and not isinstance(found, str) else found
+
+
+def _refuse_hessian(path: str | os.PathLike[str], file: Any) -> None:
+    if "hesscli" in (file.metadata() or {}):
+        raise FileError(
+            f"{path}: a Hessian that hesscli wrote; expected a model or data",
+            f"hesscli show {shlex.quote(str(Path(path)))}",
+        )

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def _normalise(x: Tensor, axes: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,6 +156,8 @@ def embedding_bag(
     return bags, bag, size.to(offsets.dtype), offsets
 
 
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+
 DEFINITIONS: dict[str, Callable[..., object]] = {
     "native_layer_norm": layer_norm,
     "native_group_norm": group_norm,
@@ -210,6 +214,49 @@ def right_gradients() -> Iterator[None]:
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("instance_norm", _instance_norm_of_contiguous_gradients, "AutogradCPU")
         yield
+
+
+def _to_copy_that_stays_wide(
+    keys: torch._C.DispatchKeySet, x: Tensor, *, dtype: torch.dtype | None = None, **options: Any
+) -> Tensor:
+    if x.dtype is torch.float64 and dtype in _NARROW:
+        return x.clone()
+    if x.requires_grad:  # to another device, say
+        like = {name: options[name] for name in ("device", "layout") if options.get(name)}
+        return torch.empty_like(x, dtype=dtype, **like).copy_(x)
+    below = keys & torch._C._after_autograd_keyset
+    return torch.ops.aten._to_copy.default.redispatch(below, x, dtype=dtype, **options)
+
+
+@contextmanager
+def staying_wide() -> Iterator[None]:
+    """Forward passes in this context keep float64 where the model itself asks for less, as RMSNorms often do."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        for key in ("AutogradCPU", "AutogradCUDA"):
+            library.impl("_to_copy", _to_copy_that_stays_wide, key, with_keyset=True)
+        yield
+
+
+class Narrowings(TorchDispatchMode):
+    """Sees whether a pass in float64 goes through anything narrower."""
+
+    found = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in the tape: shielding it from the compiler imports that
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default:
+            self.found |= args[0].dtype is torch.float64 and kwargs.get("dtype") in _NARROW
+        return func(*args, **kwargs)
 
 
 @contextmanager

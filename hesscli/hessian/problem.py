@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscli.errors import MismatchError
-from hesscli.hessian.definitions import right_gradients
+from hesscli.hessian.definitions import Narrowings, right_gradients, staying_wide
 from hesscli.hessian.losses import Loss
 
 
@@ -71,6 +71,7 @@ class Problem:
         denominator: see above; `measure` finds it.
         output_key: which entry of a dict or tuple that the module returns is its output.
         train: the module is in train mode; its buffers are restored after each forward pass.
+        wide: what the module itself computes in float32, whatever its dtype, is computed in float64.
     """
 
     module: nn.Module
@@ -80,6 +81,7 @@ class Problem:
     denominator: float = 1.0
     output_key: str | None = None
     train: bool = False
+    wide: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,6 +100,7 @@ class Problem:
         # TorchScript's optimiser would put derivatives of its own into the graph that it caches.
         with (
             _buffers_kept(self.module) if self.train else nullcontext(),
+            staying_wide() if self.wide else nullcontext(),
             torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
         ):
             try:
@@ -137,6 +140,12 @@ class Problem:
                     total += grad
         return dict(zip(names, sums, strict=True))
 
+    def widened(self) -> Problem:
+        """The problem in float64 throughout, if that is its dtype and the module computes parts of it in float32."""
+        with torch.no_grad(), Narrowings() as narrowings:
+            self.output(self.batches[0])
+        return replace(self, wide=narrowings.found)
+
     def double(self) -> Problem | None:
         """A copy in float64, or None where the module cannot run in it (a dtype baked into a trace, say)."""
         try:
@@ -154,6 +163,7 @@ class Problem:
                 parameters={name: named[name].requires_grad_() for name in self.parameters},
                 batches=_doubled(self.batches),
             )
+            twin = twin.widened()
             with torch.no_grad():
                 its = twin.output(twin.batches[0])
         except (

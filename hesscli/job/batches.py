@@ -51,9 +51,10 @@ class Source:
 
     def whole(self) -> Batch:
         inputs = tuple(
-            self._scaled(place, self._moved(array)) for place, array in enumerate(self.inputs)
+            self._scaled(place, move(array, self.device, self.dtype))
+            for place, array in enumerate(self.inputs)
         )
-        target = None if self.target is None else self._moved(self.target)
+        target = None if self.target is None else move(self.target, self.device, self.dtype)
         return Batch(inputs, target, self.loss.arguments, self.keywords)
 
     def part(self, start: int, stop: int) -> Batch:
@@ -80,19 +81,14 @@ class Source:
             return {**arguments, "weight": weight[start:stop]}  # per element, not per class
         return arguments
 
-    def _moved(self, array: Tensor) -> Tensor:
-        moved = move(array, self.device, self.dtype)
-        if moved.data_ptr() % moved.itemsize:
-            return moved.clone()  # an array in an archive lies anywhere; kernels want it aligned
-        return moved.contiguous()
-
     def _scaled(self, place: int, array: Tensor) -> Tensor:
         return array.to(self.dtype) * self.scales[place] if place in self.scales else array
 
 
 def move(array: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The array on the device, floating-point numbers in the dtype."""
-    return array.to(device, dtype) if _floats(array) else array.to(device)
+    """The array on the device, in memory of its own, floating-point numbers in the dtype."""
+    wanted = dtype if _floats(array) else array.dtype
+    return torch.empty(array.shape, dtype=wanted, device=device).copy_(array)
 
 
 def _floats(array: Tensor) -> bool:

@@ -116,6 +116,10 @@ def open_problem(options: ProblemOptions, listener: Listener, rows: int | None =
     if data.columns:
         source = _as_columns(problem, source, note)
     problem, sizes = split(problem, source, options, model, rows, note)
+    if dtype is torch.float64:
+        problem = problem.widened()
+        if problem.wide:
+            note("what the model itself computes in float32 is computed in float64")
     problem, value = measure(problem)
     if not torch.isfinite(torch.tensor(value)):
         raise NumericalError(f"the loss is {value}; its derivatives would mean nothing")

@@ -1,0 +1,161 @@
+"""Hugging Face models: folders as `save_pretrained` writes them, against central differences."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Ran, read
+from oracles import hessian_by_differences, relative_error
+from torch import Tensor, nn
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+transformers = pytest.importorskip("transformers")
+
+IDS = torch.tensor([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [2, 2, 9, 1, 0]])
+MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+Y = torch.tensor([0, 2, 1])
+BERT = "transformers:AutoModelForSequenceClassification"
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=11, hidden_size=4, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=5, max_position_embeddings=6, num_labels=3, initializer_range=0.5,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=150, hidden_size=4, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=5, max_position_embeddings=6,
+        initializer_range=0.5, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model and a data file."""
+    bert().save_pretrained(tmp_path / "bert")
+    np.savez(tmp_path / "d.npz", input_ids=IDS, attention_mask=MASK, labels=Y)
+    return tmp_path
+
+
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+def rms_norm(part: nn.Module, x: Tensor) -> Tensor:
+    return part.weight * x / (x.square().mean(-1, keepdim=True) + part.variance_epsilon).sqrt()
+
+
+def differences(model: nn.Module, loss: Callable[..., Tensor], names: list[str]) -> Tensor:
+    wrapped = Logits(model).double()
+    return hessian_by_differences(wrapped, loss, (IDS, MASK), Y, [f"model.{n}" for n in names])
+
+
+def test_bert(cli: Callable[..., Ran], saved: Path) -> None:
+    some = ["bert.encoder.layer.0.attention.self.*", "classifier.*", "*LayerNorm.weight"]
+    words = [word for glob in some for word in ("--params", glob)]
+    ran = cli(
+        "compute", "bert", "d.npz", "--arch", BERT, "--dtype", "float64", "-b", "full", *words
+    )
+    assert ran.code == 0, ran.stderr
+    said = "input_ids (int64 [3, 5]), attention_mask (int64 [3, 5]), inferred from what the model"
+    assert any(said in note for note in ran.notes)
+    document, found = read(saved / "hessian.safetensors")
+    names = [p["name"] for p in document["parameters"]]
+    assert len(names) > 8
+    expected = differences(bert(), F.cross_entropy, names)
+    assert relative_error(found["hessian"], expected) < 1e-7
+
+
+def test_a_model_that_returns_its_loss(cli: Callable[..., Ran], saved: Path) -> None:
+    words = ("--dtype", "float64", "--params", "classifier.*", "-b", "full")
+    names = ["--inputs", "attention_mask", "--inputs", "input_ids"]
+    ran = cli("compute", "bert", "d.npz", "--arch", BERT, *words, *names, "-o", "logits")
+    assert "inputs are passed by name: attention_mask, input_ids" in ran.notes
+    ran = cli("compute", "bert", "d.npz", "--arch", BERT, *words, "--loss", "output", "-o", "loss")
+    assert ran.code == 0, ran.stderr
+    assert "inputs are passed by name: input_ids, attention_mask, labels" in ran.notes
+    left, right = (read(saved / file)[1]["hessian"] for file in ("logits", "loss"))
+    torch.testing.assert_close(left, right)
+
+
+def test_shards_and_tied_weights_in_bfloat16(cli: Callable[..., Ran], saved: Path) -> None:
+    model = llama().bfloat16()
+    model.save_pretrained(saved / "llama", max_shard_size="1KB")
+    assert (saved / "llama" / "model.safetensors.index.json").exists()
+    np.savez(saved / "lm.npz", input_ids=IDS, y=IDS.roll(-1, 1))
+    (saved / "loss_of_test.py").write_text(
+        "import torch.nn.functional as F\n"
+        "def loss(output, target):\n"
+        "    return F.cross_entropy(output.transpose(1, 2), target, reduction='none')\n"
+    )
+    arch = ("--arch", "transformers:LlamaForCausalLM", "--dtype", "float64")
+    params = ("--params", "*self_attn*", "--params", "*norm*")
+    loss = ("--loss", "loss_of_test:loss", "-b", "full")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(saved))
+        ran = cli("compute", "llama", "lm.npz", *arch, *params, *loss)
+    assert ran.code == 0, ran.stderr
+    assert any(note.startswith("weights stored in bfloat16") for note in ran.notes)
+    assert "what the model itself computes in float32 is computed in float64" in ran.notes
+    document, found = read(saved / "hessian.safetensors")
+    names = [p["name"] for p in document["parameters"]]
+
+    def mean(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output.transpose(1, 2), target)
+
+    # transformers normalises, and takes the softmax, in float32: here by definition, in float64
+    model.set_attn_implementation("sdpa")
+    for part in model.modules():
+        if type(part).__name__ == "LlamaRMSNorm":
+            part.forward = partial(rms_norm, part)
+    wrapped = Logits(model.float()).double()
+    chosen = [f"model.{name}" for name in names]
+    every = torch.ones_like(IDS)
+    expected = hessian_by_differences(wrapped, mean, (IDS, every), IDS.roll(-1, 1), chosen)
+    assert relative_error(found["hessian"], expected) < 1e-7
+
+
+def test_the_hint_names_the_class(cli: Callable[..., Ran], saved: Path) -> None:
+    ran = cli("compute", "bert", "d.npz")
+    assert "bert: a state dict holds weights but no architecture" in ran.fails(3)
+    assert ran.hint == "hesscli compute bert DATA --arch transformers:BertForSequenceClassification"
+    ran = cli("compute", "bert", "d.npz", "--arch", "transformers:NoSuchModel")
+    assert "transformers has no model of this name" in ran.fails(2)
+    assert "--arch transformers:BertForSequenceClassification" in ran.hint
+
+
+def test_code_in_the_folder_is_not_run(cli: Callable[..., Ran], saved: Path) -> None:
+    """A configuration may name Python files of its own, for `trust_remote_code`."""
+    import json
+
+    path = saved / "bert" / "config.json"
+    config = json.loads(path.read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}
+    path.write_text(json.dumps(config))
+    (saved / "bert" / "code.py").write_text("open('ran', 'w')\n")
+    cli("compute", "bert", "d.npz", "--arch", BERT).fails(2)
+    assert not (saved / "ran").exists()
+
+
+def test_arguments_change_the_configuration(cli: Callable[..., Ran], saved: Path) -> None:
+    ran = cli("compute", "bert", "d.npz", "--arch", BERT, "--arch-arg", "num_labels=4")
+    assert "classifier.weight [3, 4] (the architecture has [4, 4])" in ran.fails(4)
