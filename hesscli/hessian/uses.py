@@ -98,6 +98,13 @@ class Use:
         return product.flatten(-2)
 
     @property
+    def directions(self) -> int:
+        """How many directions of z the parameter's own block takes."""
+        if self.kind in (LINEAR, CONVOLUTION) and not self.transposed:
+            return self.n * min(self.positions, self.m)
+        return self.size
+
+    @property
     def size(self) -> int:
         return self.n if self.kind in (SCALE, BIAS) else self.n * self.m
 
