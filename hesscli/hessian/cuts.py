@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,7 +23,8 @@ from hesscli.hessian.tape import Tape
 from hesscli.hessian.uses import Use
 
 BUDGET = 1 << 29  # bytes of all Sigma, which are kept
-_GAIN = 0.8  # of the time without; less is not worth the memory
+_GAIN = 0.8  # of the time without; less is not worth the memory,
+_LEAST = 0.05  # nor is anything that takes no more seconds
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def _cheapest(
 ) -> list[int]:
     """By dynamic programming from the first candidate to the last, and the loss."""
     rates = Rates()
-    made = costs.seconds_before(rates)  # of one forward pass
+    # Of one forward pass, of as many as are batched.
+    made = costs.seconds_before(replace(rates, call=rates.call / costs.chunk))
 
     counts, starts = [0.0] * (len(made) + 1), [0.0] * (len(made) + 1)
     for place, count in demand:
@@ -141,7 +143,8 @@ def _cheapest(
         cost, k = min(options)
         best.append(cost)
         before.append(k)
-    if best[-1] > _GAIN * between(0, ends[-1][0], ends[-1][1], 0.0):
+    without = between(0, ends[-1][0], ends[-1][1], 0.0)
+    if without < _LEAST or best[-1] > _GAIN * without:
         return []
     chosen, k = [], before[-1]
     while k >= 0:
