@@ -138,7 +138,7 @@ MUST_APPLY = [
     )),
     *((c, "preactivation", "block_diagonal") for c in (
         "layer-norm", "batch-norm1d", "batch-norm2d", "scale", "mlp-over-time",
-        "attention-by-hand", "max-pool2d", "ce-segmentation",
+        "attention-by-hand", "max-pool2d", "ce-segmentation", "embedding", "embedding-and-floats",
     )),
 ]  # fmt: skip
 

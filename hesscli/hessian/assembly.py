@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.kronecker import add_kronecker_rows
 from hesscli.hessian.probes import Probed
 from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
@@ -82,7 +81,7 @@ def add_layer(
     later = _Later(probed, layers[1:], deltas)
     own = (use.n - neurons.start) * layer.width  # columns
     for t, chunk, seeds in _directions(use, delta, neurons, max(1, workspace // per_direction)):
-        found = batched_grad(delta, inputs, seeds)
+        found = probed.along(delta, inputs, seeds)
         curvature, tangents = found[: len(layers)], found[len(layers) :]
         skipped = (chunk.start - neurons.start) * layer.width
         rows = out[skipped : skipped + len(chunk) * layer.width]
@@ -121,7 +120,7 @@ def add_layer_diagonal(
     for t, chunk, seeds in _directions(
         use, delta, range(use.n), max(1, workspace // per_direction)
     ):
-        (curvature,) = batched_grad(delta, [probed.probes[layer.z]], seeds)
+        (curvature,) = probed.along(delta, [probed.probes[layer.z]], seeds)
         if curvature is None:
             return
         s = use.rows(curvature)  # [directions, B, T, n]

@@ -6,6 +6,7 @@ fixed time per call. Reverse-over-reverse products take about four forward passe
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -84,10 +85,21 @@ class Costs:
         chunks = math.ceil(rows / self.chunk)
         return self.after(*values).times(PASSES * rows, PASSES * chunks) + self.forward.times(3)
 
-    def directions(self, use: Use, count: int) -> Work:
-        """Derivatives of delta along that many directions of z."""
-        chunks = math.ceil(count / self.chunk)
-        return self.after(use.z).times(PASSES * count, PASSES * chunks) + self.forward.times(3)
+    def seconds_before(self, rates: Rates) -> list[float]:
+        """Seconds of a forward pass's first so many calls: none, one, two, ..."""
+        works = (self._of([call]).seconds(rates) for call in self.tape.calls)
+        return list(itertools.accumulate(works, initial=0.0))
+
+    def directions(self, z: int, count: int, cut: int | None = None) -> Work:
+        """Derivatives of delta along that many directions of z; of those that end at a cut, with its product."""
+        chunks, way = math.ceil(count / self.chunk), self.after(z)
+        product = Work()
+        if cut is not None:
+            reached = self.tape.dependent([z])
+            way = self._of(c for c in self.tape.until(cut) if not reached.isdisjoint(c.reads))
+            size = self.tape.shapes[cut].numel() // max(1, self.samples)
+            product = self._product(self.samples * size**2).times(count, chunks)
+        return way.times(PASSES * count, PASSES * chunks) + product + self.forward.times(3)
 
     def own(self, use: Use, diagonal: bool, by_directions: bool) -> Work:
         """The assembly of a parameter's own block from its derivatives along z."""

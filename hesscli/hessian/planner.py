@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.costs import Costs, Rates, Work
+from hesscli.hessian.cuts import CutPlan, plan_cuts
 from hesscli.hessian.probes import Analyses, Analysis
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.routes.gauss_newton import bend_of, block_uses
-from hesscli.hessian.routes.preactivation import chain_of, directions, split
+from hesscli.hessian.routes.preactivation import chain_of, split
+from hesscli.hessian.uses import Use
 
 HVP, FINITE_DIFFERENCE = "hvp", "finite-difference"
 PREACTIVATION, GAUSS_NEWTON = "preactivation", "gauss-newton"
@@ -61,6 +63,7 @@ class Planner:
         self.problem = problem
         self.analysis: Analysis | None = None
         self.costs: Costs | None = None
+        self.cuts: CutPlan | None = None
         self.refused = ""
         try:
             self.analysis = analyses.of(problem.batches[0])
@@ -110,14 +113,14 @@ class Planner:
         layers, others = split(analysis, block)
         if not layers:
             use = analysis.use(block.parameters[0])
-            count = directions(use)
-            work = costs.directions(use, use.size) + costs.own(use, diagonal, by_directions=True)
-            return Choice(PREACTIVATION, f"{count} seeds", self._all(work))
+            work = self._along(use, use.size) + costs.own(use, diagonal, by_directions=True)
+            return Choice(PREACTIVATION, f"{use.size} seeds", self._all(work))
         work, count = Work(), 0
-        tail = 0
+        tail, alone = 0, len(layers) == 1 and not others
         for layer in reversed(layers):
             seeds = layer.weight.n * layer.weight.positions
-            work += costs.directions(layer.weight, seeds)
+            z = layer.weight.z
+            work += self._along(layer.weight, seeds) if alone else costs.directions(z, seeds)
             work += costs.own(layer.weight, diagonal, by_directions=False)
             if tail:
                 work += costs.cross(layer.weight, tail)
@@ -129,6 +132,14 @@ class Planner:
             work += costs.hvp(block.parameters, rows)
         said = f"{count} seeds" + (f", {rows} rows by hvp" if rows else "")
         return Choice(PREACTIVATION, said, self._all(work))
+
+    def _along(self, use: Use, count: int) -> Work:
+        """Derivatives along directions of one layer alone, which end at the next cut."""
+        analysis, costs = self._proven()
+        if self.cuts is None:
+            samples = sum(len(batch.inputs[0]) for batch in self.problem.batches)
+            self.cuts = plan_cuts(analysis, costs, samples, self.problem.dtype.itemsize)
+        return self.cuts.work(costs, use.z, count)
 
     def _gauss_newton(self, block: Block, diagonal: bool) -> Choice:
         analysis, costs = self._proven()

@@ -82,6 +82,21 @@ def _analyse(problem: Problem, batch: Batch) -> Analysis:
     return Analysis(tape, axes, uses, reasons)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """The loss behind a value that everything passes through, to second order, for each sample (see `cuts.py`).
+
+    Attributes:
+        value: its number.
+        gradient: dL/dc, of its shape.
+        curvature: d^2 L / dc^2, [B, N, N].
+    """
+
+    value: int
+    gradient: Tensor
+    curvature: Tensor
+
+
 class Probed:
     """A batch's pass, replayed with probes.
 
@@ -91,6 +106,8 @@ class Probed:
         analysis: of its tape.
         zs: the values that get a probe.
         leaves: parameters to keep as variables.
+        activations: the values that get a dual.
+        cut: where the pass ends, if not at the output.
     """
 
     def __init__(
@@ -101,6 +118,7 @@ class Probed:
         zs: Iterable[int],
         leaves: Sequence[str] = (),
         activations: Iterable[int] = (),
+        cut: Cut | None = None,
     ) -> None:
         self.problem, self.batch = problem, batch
         tape = analysis.tape
@@ -119,13 +137,19 @@ class Probed:
             if name in tape.parameters
         }
         given = {tape.parameters[name]: leaf for name, leaf in self.leaves.items()}
-        self.known = tape.replay(given, probed)
-        self.output = self.known[tape.output]
-        self.samples = self.output.shape[0]
+        self.cut = cut
+        end = tape.output if cut is None else cut.value
+        self.known = tape.replay(given, probed, tape.until(end))
+        self.output = self.known[end]
+        self.samples = tape.shapes[tape.output][0]
+        self.weight = None if cut is None else cut.gradient.clone().requires_grad_()
         self.duals = {a: torch.zeros_like(self.known[a]).requires_grad_() for a in activations}
 
     @cached_property
     def value(self) -> Tensor:
+        """The loss; at a cut, what has the same derivative by everything before it."""
+        if self.weight is not None:
+            return (self.weight * self.output).sum()
         total, _ = self.problem.loss.total(
             self.output, self.batch.target, self.batch.loss_arguments
         )
@@ -134,6 +158,29 @@ class Probed:
     @cached_property
     def phi(self) -> Tensor:
         return self.value + sum((self.known[a] * w).sum() for a, w in self.duals.items())
+
+    def along(
+        self, delta: Tensor, inputs: Sequence[Tensor], seeds: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """The derivatives of the inputs' gradients along directions of z.
+
+        Args:
+            delta: dPhi/dz, with its graph.
+            inputs: probes and duals.
+            seeds: [directions, *z.shape].
+        """
+        if self.cut is None:
+            return batched_grad(delta, inputs, seeds)
+        moved, *bent = batched_grad(delta, [self.weight, *inputs], seeds)  # type: ignore[list-item]
+        if moved is None:
+            return tuple(bent)
+        # How far c moves, times Sigma, and back.
+        by_sample = moved.reshape(len(moved), self.samples, -1).transpose(0, 1)
+        turned = (by_sample @ self.cut.curvature).transpose(0, 1).reshape(moved.shape)
+        back = batched_grad(self.output, inputs, turned)
+        return tuple(
+            b if f is None else f if b is None else f + b for f, b in zip(bent, back, strict=True)
+        )
 
     def columns(self, use: Use) -> Tensor:
         with torch.no_grad():

@@ -73,6 +73,11 @@ class Tape:
                 found.update(output for output in call.outputs if output is not None)
         return found
 
+    def until(self, value: int) -> tuple[Call, ...]:
+        """The calls up to the one that makes a value."""
+        count = next((i for i, call in enumerate(self.calls, 1) if value in call.outputs), 0)
+        return self.calls[:count]
+
     def replay(
         self,
         values: Mapping[int, Tensor],

@@ -18,6 +18,7 @@ from hesscli.hessian.samples import Axes, SampleAxis
 from hesscli.hessian.tape import Call, Ref, Tape
 
 LINEAR, CONVOLUTION, SCALE, BIAS = "linear", "convolution", "scale", "bias"
+_MOST_UNITS = 1 << 26  # numbers in the unit vectors of all tokens
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,9 @@ class Use:
             return self.rows(a.expand(known[self.z].shape))
         if self.kind == CONVOLUTION:
             return _unfolded(a, self.kernel, *self.call.arguments[3:6])
+        if self.call.name == "embedding":  # a product with the tokens' unit vectors
+            a = torch.nn.functional.one_hot(a, self.m).to(known[self.z].dtype)
+            return _canonical(a, self.rank, self.axis, (self.rank - 1,), self.positions)
         return _canonical(a, 2, self.axis, (1,), self.positions)
 
     def pull(self, u: Tensor, columns: Tensor) -> Tensor:
@@ -96,6 +100,13 @@ class Use:
         if self.transposed:
             product = product.transpose(-1, -2)
         return product.flatten(-2)
+
+    @property
+    def directions(self) -> int:
+        """How many directions of z the parameter's own block takes."""
+        if self.kind in (LINEAR, CONVOLUTION) and not self.transposed:
+            return self.n * min(self.positions, self.m)
+        return self.size
 
     @property
     def size(self) -> int:
@@ -202,6 +213,11 @@ def _affine(
         if place == 1 and groups == 1 and not is_transposed:
             fan_in, kernel = math.prod(shape[1:]), tuple(shape[2:])
             return use(CONVOLUTION, arguments[0].value, (1,), fan_in, kernel)
+    if call.name == "embedding" and place == 0 and plain and len(shape) == 2:
+        vocabulary, options = shape[0], arguments[2:]  # padding, scaled by frequency, sparse
+        small = vocabulary * z_shape.numel() // max(1, shape[1]) <= _MOST_UNITS
+        if small and options[:1] in ((), (-1,)) and not any(options[1:]):
+            return use(LINEAR, arguments[1].value, (len(z_shape) - 1,), vocabulary, flip=True)
     if call.name in ("mul", "add") and plain and len(arguments) == 2:
         # Broadcast against z: the parameter lies along the axes where it is longer than one.
         lengths = [1] * (len(z_shape) - len(shape)) + list(shape)

@@ -36,6 +36,15 @@ DISTRIBUTIONS = (
     "hessian-eigenthings",
 )
 
+EXAMPLES = """examples:
+  python -m tests.benchmarks                           every task: hours, most of them the peers'
+  python -m tests.benchmarks --limit 6 --json all.json    half an hour; slow peers are extrapolated
+  python -m tests.benchmarks --limit 600 full-mlp      rows one by one to the end, for one task
+  python -m tests.benchmarks elements-cnn --peer backpack    against one peer
+  python -m tests.benchmarks losing-conv losing-tied losing-vocabulary    where there is little to gain
+  python -m tests.benchmarks --toy                     only that all agree; no times
+"""
+
 
 def main() -> int:
     arguments = _arguments()
@@ -77,7 +86,12 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("task", nargs="*", metavar="TASK", help="default: all")
     parser.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
     parser.add_argument("--toy", action="store_true", help="tiny models, one round, no times")
@@ -183,6 +197,11 @@ def remarks(measured: Measured) -> list[str]:
         return lines
     lines.append(f"method: {measured.method}")
     ours = measured.seconds(measured.ours)
+    if measured.estimate_ratio is not None:
+        lines.append(
+            f"dry run: estimated {_s(measured.estimate or 0)} s in process, "
+            f"{measured.estimate_ratio:.2f} x what it took"
+        )
     if measured.gradients:
         value, goal = measured.in_gradients(), measured.task.goal(GRADIENT)
         lines.append(f"hesscli took {value:.1f} gradients" + _judged(goal, value))
@@ -221,6 +240,7 @@ def as_json(measured: Measured) -> dict[str, Any]:
             entry["seconds"] = measured.seconds(tool)
             if measured.ours.runs:
                 entry["ratio"] = measured.ratio(tool)
+    document["estimate_ratio"] = measured.estimate_ratio
     if measured.ours.runs and measured.gemm:
         document["gemm_efficiency"] = measured.gemm_efficiency(measured.seconds(measured.ours))
     if measured.ours.runs and measured.gradients:

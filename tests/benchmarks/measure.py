@@ -77,6 +77,7 @@ class Measured:
     samples: int
     tools: list[Tool]
     method: str = ""  # hesscli's
+    estimate: float | None = None  # seconds in process, as `--dry-run` says beforehand
     bytes: int = 0  # of hesscli's file
     imports: list[float] = field(default_factory=list)  # seconds of `import torch`
     import_peak: int = 0
@@ -113,6 +114,13 @@ class Measured:
 
     def agrees(self, tool: Tool) -> bool:
         return tool.error is None or tool.error < TOLERANCE or tool.name in self.task.wrong
+
+    @property
+    def estimate_ratio(self) -> float | None:
+        """The dry run's seconds as a share of those that the runs then took, in process."""
+        if self.estimate is None or not self.ours.runs:
+            return None
+        return self.estimate / self.ours.median(lambda run: run.inside)
 
     @property
     def sound(self) -> bool:
@@ -210,6 +218,9 @@ class _Bench:
             *("--stats", "none", "--threads", str(self.settings.threads), "--json"),
         ]
         try:
+            if measured.estimate is None:
+                planned = json.loads(self._process([*command, "--dry-run"]).text)
+                measured.estimate = planned["total"]["estimated_seconds"]
             spent = self._process(command)
         except FailedError as reason:
             tool.failure = str(reason)

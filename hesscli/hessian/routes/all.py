@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import Route
@@ -23,7 +24,7 @@ def routes(
     """
     analyses = Analyses(problem)
     made: list[Route] = [
-        Preactivation(problem, analyses),
+        Preactivation(problem, analyses, Cuts(problem, chunk)),
         GaussNewton(problem, analyses),
         HessianVectorProducts(problem, chunk),
         FiniteDifference(double or problem),

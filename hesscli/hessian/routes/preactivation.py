@@ -22,6 +22,7 @@ from hesscli.hessian.assembly import WORKSPACE, Layer, add_layer, add_layer_diag
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.chain import Step, chain_diagonals, curved_outputs, find_chain
+from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.kronecker import mirror_
 from hesscli.hessian.layout import Layout, Piece, starts_of
 from hesscli.hessian.probes import Analyses, Analysis, Probed
@@ -34,9 +35,10 @@ class Preactivation:
     name = "preactivation"
     symmetric = True
 
-    def __init__(self, problem: Problem, analyses: Analyses) -> None:
+    def __init__(self, problem: Problem, analyses: Analyses, cuts: Cuts) -> None:
         self.problem = problem
         self.analyses = analyses
+        self.cuts = cuts
         self.workspace = WORKSPACE
 
     def shrink(self) -> bool:
@@ -87,7 +89,8 @@ class Preactivation:
             bias = next((b for b in blocks if _is_bias_at(analysis, layer.z, b)), None)
             if bias is not None:
                 done.add(bias.name)
-            probed = Probed(self.problem, batch, analysis, [layer.z])
+            cut = self.cuts.after(batch, analysis, layer.weight, self.workspace)
+            probed = Probed(self.problem, batch, analysis, [layer.z], cut=cut)
             (delta,) = torch.autograd.grad(
                 probed.value, [probed.probes[layer.z]], create_graph=True, allow_unused=True
             )
@@ -123,7 +126,8 @@ class Preactivation:
         """A parameter with no more entries than directions along z: u = A e_r for each entry r."""
         block = to if isinstance(to, Block) else to.block
         use = analysis.use(block.parameters[0])
-        probed = Probed(self.problem, batch, analysis, [use.z])
+        cut = self.cuts.after(batch, analysis, use, self.workspace)
+        probed = Probed(self.problem, batch, analysis, [use.z], cut=cut)
         probe = probed.probes[use.z]
         (delta,) = torch.autograd.grad(probed.value, [probe], create_graph=True)
         if not delta.requires_grad:
@@ -134,7 +138,7 @@ class Preactivation:
         for first in range(start, stop, chunk):
             entries = range(first, min(first + chunk, stop))
             seeds = use.spread(_directions_of(use, a, entries, probed.samples), delta.shape)
-            (found,) = batched_grad(delta, [probe], seeds)
+            (found,) = probed.along(delta, [probe], seeds)
             if found is None:
                 return
             rows = _summed_pull(use, use.rows(found), a)
@@ -154,6 +158,9 @@ class Preactivation:
     ) -> None:
         """Rows of a block of layers, and of parameters that are no part of one."""
         block = part.block
+        cut = None
+        if len(layers) == 1 and not others:
+            cut = self.cuts.after(batch, analysis, layers[0].weight, self.workspace)
         layout = _layout(block, layers, others)
         starts = [start for start, _ in layout.starts()]
         first_rows = dict(zip([*others, *(layer.z for layer in layers)], starts, strict=True))
@@ -168,6 +175,7 @@ class Preactivation:
             zs,
             leaves=block.parameters if others else (),
             activations={x.weight.a for x in layers[1:] if x.weight.a is not None},
+            cut=cut,
         )
         with_rows = [name for name in with_rows if name in probed.leaves]  # the rest are unused
         wanted = [probed.probes[z] for z in zs] + [probed.leaves[name] for name in with_rows]
@@ -246,11 +254,6 @@ def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
         analysis.use(block.parameters[0])
     taken = {u.parameter for layer in layers for u in (layer.weight, layer.bias) if u}
     return layers, [name for name in block.parameters if name not in taken]
-
-
-def directions(use: Use) -> int:
-    """How many directions the parameter's own block takes."""
-    return use.n * min(use.positions, use.m) if use.kind in (LINEAR, CONVOLUTION) else use.size
 
 
 def _directions_of(use: Use, a: Tensor, entries: range, samples: int) -> Tensor:

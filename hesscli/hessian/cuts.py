@@ -1,0 +1,215 @@
+"""Where a deep model is cut, so that a layer's directions need not run through all that follows.
+
+If everything that follows z passes through one value c, then with delta = dL/dc and Sigma = d^2 L / dc^2 of each sample
+
+    d^2 L / dz^2 = J^T Sigma J + sum_i delta_i d^2 c_i / dz^2,      J = dc/dz,
+
+exactly: a direction runs to c and back, and is multiplied by Sigma there. Sigma at one cut comes from that at the next,
+in as many directions as c has numbers. The residual stream of a transformer is such a value after every layer.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from hesscli.hessian.costs import PASSES, Costs, Rates, Work
+from hesscli.hessian.probes import Analysis, Cut, Probed
+from hesscli.hessian.problem import Batch, Problem
+from hesscli.hessian.tape import Tape
+from hesscli.hessian.uses import Use
+
+BUDGET = 1 << 29  # bytes of all Sigma, which are kept
+_GAIN = 0.8  # of the time without; less is not worth the memory,
+_LEAST = 0.05  # nor is anything that takes no more seconds
+
+
+@dataclass(frozen=True)
+class CutPlan:
+    """The cuts of a tape, in the order of execution.
+
+    Attributes:
+        values: the cuts.
+        places: how many calls have been made when a value is there.
+        overhead: the work of every Sigma.
+        directions: how many there are in all layers.
+    """
+
+    values: tuple[int, ...]
+    places: Mapping[int, int]
+    overhead: Work
+    directions: int
+
+    def after(self, z: int) -> int | None:
+        """The first cut that z, and all that follows it, passes through."""
+        return next((c for c in self.values if self.places[c] >= self.places[z]), None)
+
+    def work(self, costs: Costs, z: int, count: int) -> Work:
+        """Derivatives along that many directions of z, and their share of the overhead."""
+        share = count / max(1, self.directions)
+        return costs.directions(z, count, self.after(z)) + self.overhead.times(share)
+
+
+def separators(tape: Tape, zs: Sequence[int]) -> list[int]:
+    """The values that all of these, as far as they were made before, and nothing else of theirs passes through."""
+    reached = tape.dependent(zs)
+    last = {n: i for i, call in enumerate(tape.calls) for n in call.reads}
+    last[tape.output] = len(tape.calls)
+    live: set[int] = set()
+    found: list[int] = []
+    for i, call in enumerate(tape.calls):
+        live |= {n for n in call.outputs if n is not None and n in reached}
+        live = {n for n in live if last.get(n, -1) > i}
+        if len(live) == 1 and live != set(found[-1:]):
+            found.extend(live)
+    return found
+
+
+def plan_cuts(analysis: Analysis, costs: Costs, samples: int, itemsize: int) -> CutPlan:
+    """The cuts that make the directions of all layers cheapest.
+
+    Args:
+        analysis: of a batch.
+        costs: of its passes.
+        samples: in all batches.
+        itemsize: bytes of a number.
+    """
+    tape, uses = analysis.tape, list(analysis.uses.values())
+    places = {n: i + 1 for i, call in enumerate(tape.calls) for n in call.outputs if n is not None}
+    demand = [(places[use.z], use.directions) for use in uses]
+    total = sum(count for _, count in demand)
+
+    def size(value: int) -> int:
+        return tape.shapes[value].numel() // max(1, costs.samples)
+
+    candidates = [c for c in separators(tape, [use.z for use in uses]) if _in_front(analysis, c)]
+    while candidates:
+        chosen = _cheapest(candidates, places, size, demand, costs)
+        if sum(size(c) ** 2 for c in chosen) * samples * itemsize <= BUDGET:
+            following = [*chosen, None][1:]
+            overhead = Work()
+            for c, after in zip(chosen, following, strict=True):
+                overhead += costs.directions(c, size(c), after)
+            return CutPlan(tuple(chosen), places, overhead, total)
+        candidates.remove(max(chosen, key=size))
+    return CutPlan((), places, Work(), total)
+
+
+def _in_front(analysis: Analysis, value: int) -> bool:
+    """Whether the numbers of one sample lie together."""
+    axis = analysis.axes[value]
+    return axis is not None and axis.axis == 0 and axis.outer == 1
+
+
+def _cheapest(
+    candidates: Sequence[int],
+    places: Mapping[int, int],
+    size: Callable[[int], int],
+    demand: Sequence[tuple[int, int]],
+    costs: Costs,
+) -> list[int]:
+    """By dynamic programming from the first candidate to the last, and the loss."""
+    rates = Rates()
+    # Of one forward pass, of as many as are batched.
+    made = costs.seconds_before(replace(rates, call=rates.call / costs.chunk))
+
+    counts, starts = [0.0] * (len(made) + 1), [0.0] * (len(made) + 1)
+    for place, count in demand:
+        counts[place] += count
+        starts[place] += count * made[place]
+    counts, starts = list(itertools.accumulate(counts)), list(itertools.accumulate(starts))
+
+    def between(first: int, last: int, end: float, product: float) -> float:
+        """Seconds of the directions of all z after `first` calls, up to `last`, each to the next cut."""
+        count, start = counts[last] - counts[first], starts[last] - starts[first]
+        return PASSES * (count * end - start) + count * product
+
+    ends = [
+        (places[c], made[places[c]], 2 * costs.samples * size(c) ** 2 / rates.flops)
+        for c in candidates
+    ]
+    ends.append((len(made), made[-1] + costs.loss.seconds(rates), 0.0))
+    best: list[float] = []
+    before: list[int] = []
+    for i, (place, end, product) in enumerate(ends):
+        options = [(between(0, place, end, product), -1)]
+        for k in range(i):
+            first = ends[k]
+            sigma = size(candidates[k]) * (PASSES * (end - first[1]) + product)
+            options.append((best[k] + sigma + between(first[0], place, end, product), k))
+        cost, k = min(options)
+        best.append(cost)
+        before.append(k)
+    without = between(0, ends[-1][0], ends[-1][1], 0.0)
+    if without < _LEAST or best[-1] > _GAIN * without:
+        return []
+    chosen, k = [], before[-1]
+    while k >= 0:
+        chosen.append(candidates[k])
+        k = before[k]
+    return chosen[::-1]
+
+
+class Cuts:
+    """Sigma at the cuts of every batch, made when it is needed and kept.
+
+    Args:
+        problem: what is differentiated.
+        chunk: rows per batched pass.
+    """
+
+    def __init__(self, problem: Problem, chunk: int) -> None:
+        self.problem, self.chunk = problem, chunk
+        self.plans: dict[int, CutPlan] = {}
+        self.made: dict[tuple[int, int], Cut] = {}
+
+    def plan(self, analysis: Analysis) -> CutPlan:
+        key = id(analysis)  # kept by `Analyses`
+        if key not in self.plans:
+            itemsize = self.problem.dtype.itemsize
+            costs = Costs(analysis.tape, itemsize, self.chunk)
+            samples = sum(len(batch.inputs[0]) for batch in self.problem.batches)
+            self.plans[key] = plan_cuts(analysis, costs, samples, itemsize)
+        return self.plans[key]
+
+    def after(self, batch: Batch, analysis: Analysis, use: Use, workspace: int) -> Cut | None:
+        """The next cut behind a use."""
+        return self._at(batch, analysis, self.plan(analysis).after(use.z), workspace)
+
+    def _at(
+        self, batch: Batch, analysis: Analysis, value: int | None, workspace: int
+    ) -> Cut | None:
+        if value is None:
+            return None
+        key = (id(analysis), value)
+        if key not in self.made:
+            values = self.plan(analysis).values
+            following = values[values.index(value) + 1 :]
+            after = self._at(batch, analysis, following[0] if following else None, workspace)
+            self.made[key] = _curvature(
+                Probed(self.problem, batch, analysis, [value], cut=after), value, workspace
+            )
+        return self.made[key]
+
+
+def _curvature(probed: Probed, value: int, workspace: int) -> Cut:
+    """dL/dc and d^2 L / dc^2 of each sample."""
+    probe = probed.probes[value]
+    (delta,) = torch.autograd.grad(probed.value, [probe], create_graph=True)
+    samples, size = probed.samples, delta.numel() // probed.samples
+    sigma = delta.new_zeros(samples, size, size)
+    chunk = max(1, min(128, workspace // (8 * delta.numel())))
+    if delta.requires_grad:
+        for first in range(0, size, chunk):
+            count = min(chunk, size - first)
+            seeds = delta.new_zeros(count, samples, size)
+            seeds[torch.arange(count), :, torch.arange(first, first + count)] = 1
+            (found,) = probed.along(delta, [probe], seeds.view(count, *delta.shape))
+            if found is not None:
+                sigma[:, first : first + count] = found.reshape(count, samples, size).transpose(
+                    0, 1
+                )
+    return Cut(value, delta.detach(), sigma.detach())

@@ -1,0 +1,137 @@
+"""Directions that end at a cut give what they give when they run through all that follows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import BY_NAME, CASES, expected, labels, normal
+from problems import blocks_and_truth, compute_blocks, problem_of, problem_of_case, routes_of
+from torch import Tensor, nn
+
+from hesscli.hessian import cuts
+from hesscli.hessian.costs import Costs, Work
+from hesscli.hessian.cuts import CutPlan, plan_cuts, separators
+from hesscli.hessian.probes import Analyses, Analysis
+from hesscli.hessian.problem import Problem
+from hesscli.hessian.routes.base import NotApplicable
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def stack(layers: int, width: int, hidden: int) -> nn.Module:
+    """Residual layers over the positions of a sequence."""
+    return nn.Sequential(
+        nn.Linear(3, width),
+        *(Residual(width, hidden) for _ in range(layers)),
+        Mean(),
+        nn.Linear(width, 3),
+    )
+
+
+def sequences(module: nn.Module, samples: int = 4, length: int = 3) -> Problem:
+    return problem_of(module, [normal(samples, length, 3)], labels(3, samples), "cross-entropy")
+
+
+def analysis_of(problem: Problem) -> Analysis:
+    return Analyses(problem).of(problem.batches[0])
+
+
+def plan(problem: Problem) -> CutPlan:
+    analysis = analysis_of(problem)
+    samples = sum(len(batch.inputs[0]) for batch in problem.batches)
+    return plan_cuts(analysis, Costs(analysis.tape, 4, 64), samples, 4)
+
+
+def cut_everywhere(analysis: Analysis) -> CutPlan:
+    places = {
+        n: i + 1 for i, c in enumerate(analysis.tape.calls) for n in c.outputs if n is not None
+    }
+    zs = [use.z for use in analysis.uses.values()]
+    values = [c for c in separators(analysis.tape, zs) if cuts._in_front(analysis, c)]
+    return CutPlan(tuple(values), places, Work(), 1)
+
+
+def compare(problem: Problem, whole: Tensor, structure: str, limit: float) -> int:
+    """How many blocks come out right with cuts wherever there can be any."""
+    route = routes_of(problem)["preactivation"]
+    right = 0
+    for batch in problem.batches:
+        try:
+            analysis = route.analyses.of(batch)  # type: ignore[attr-defined]
+        except NotApplicable:
+            return 0
+        route.cuts.plans[id(analysis)] = cut_everywhere(analysis)  # type: ignore[attr-defined]
+    for block, truth in blocks_and_truth(problem, whole, structure):
+        try:
+            found = compute_blocks(route, [block], structure == "elements")[block.name]
+        except NotApplicable:
+            continue
+        size = max(float(truth.norm()), 1e-3 * float(whole.norm()))
+        assert float((found - truth).norm()) <= limit * (size or 1), block.name
+        right += 1
+    return right
+
+
+@pytest.mark.parametrize("structure", ["module", "block_diagonal", "elements"])
+@pytest.mark.parametrize("case", [c for c in CASES if c.oracle != "differences"], ids=str)
+def test_cuts_change_nothing(case, structure):
+    compare(problem_of_case(case), expected(case), structure, 1e-10)
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+@pytest.mark.parametrize("case", ["residual", "attention-by-hand", "conv2d", "mlp-deep"])
+def test_cuts_are_taken(case, batch_size):
+    problem = problem_of_case(BY_NAME[case], batch_size=batch_size)
+    assert cut_everywhere(analysis_of(problem)).values
+    assert compare(problem, expected(BY_NAME[case]), "block_diagonal", 1e-10) >= 3
+
+
+def test_deep_residual_layers() -> None:
+    problem = sequences(stack(3, 4, 5))
+    whole = compute_blocks(routes_of(problem)["hvp"], [_everything(problem)])["hessian"]
+    assert compare(problem, whole, "block_diagonal", 1e-10) == len(problem.parameters)
+    assert compare(problem, whole, "elements", 1e-10) == len(problem.parameters)
+
+
+def _everything(problem: Problem):
+    from problems import blocks_of
+
+    (block,) = blocks_of(problem, "full")
+    return block
+
+
+def test_a_deep_model_is_cut_along_its_residual_stream() -> None:
+    problem = sequences(stack(6, 32, 64), samples=32, length=16)
+    shapes = analysis_of(problem).tape.shapes
+    assert [tuple(shapes[c]) for c in plan(problem).values].count((32, 16, 32)) >= 5
+
+
+def test_a_shallow_model_is_not_cut() -> None:
+    problem = problem_of(
+        nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 3)),
+        [normal(20, 9)], labels(3, 20), "cross-entropy",
+    )  # fmt: skip
+    assert plan(problem).values == ()
+
+
+def test_the_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = sequences(stack(6, 32, 64), samples=32, length=16)
+    one = 32 * (16 * 32) ** 2 * 4
+    monkeypatch.setattr(cuts, "BUDGET", 4 * one)
+    shapes = analysis_of(problem).tape.shapes
+    chosen = plan(problem).values
+    assert chosen
+    assert sum(32 * (shapes[c].numel() // 32) ** 2 * 4 for c in chosen) <= 4 * one
