@@ -778,7 +778,7 @@ def test_rooms_import_downwards_only():
                 elif words[0] in ("typer", "click", "rich"):
                     assert room == "cli", f"{path}: {name}"
                 elif words[0] == "torch":
-                    assert room in ("hessian", "files", "job"), f"{path}: {name}"
+                    assert room in ("hessian", "files", "spectrum", "job"), f"{path}: {name}"
     assert {("cli", "job"), ("job", "hessian"), ("job", "files"), ("job", "spectrum")} <= seen
     assert {p.name for p in package.iterdir() if p.is_dir()} - {"__pycache__"} <= set(ROOMS)
 

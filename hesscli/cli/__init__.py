@@ -14,9 +14,12 @@ import typer
 
 import hesscli
 from hesscli.cli.compute import compute
+from hesscli.cli.density import density
 from hesscli.cli.eigen import eigen
 from hesscli.cli.failing import report_usage
+from hesscli.cli.hvp import hvp
 from hesscli.cli.merge import merge
+from hesscli.cli.trace import trace
 from hesscli.errors import ExitCode
 
 # What typer raises for a command line that it cannot read; it has no public name.
@@ -29,7 +32,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.command(short_help="Write the Hessian of a saved model's loss to a file.")(compute)
-app.command(short_help="Print the first eigenvalues of a Hessian file.")(eigen)
+app.command(short_help="Print the first eigenvalues of a Hessian file or of a model.")(eigen)
+app.command(short_help="Print the trace of a model's Hessian, by tensor.")(trace)
+app.command(short_help="Print the spectral density of a Hessian file or of a model.")(density)
+app.command(short_help="Write products of a model's Hessian with vectors.")(hvp)
 app.command(short_help="Finish a file that was computed in shards.")(merge)
 
 
@@ -52,6 +58,7 @@ def hesscli_command(
     Example:
       hesscli compute model.pt data.npz --blocks diag
       hesscli eigen --top 10
+      hesscli eigen model.pt data.npz --top 10
       hesscli compute model.pt data.npz -o - | hesscli eigen - --top 10 --json
 
     \b

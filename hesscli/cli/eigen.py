@@ -1,4 +1,4 @@
-"""`hesscli eigen [HESSIAN]`."""
+"""`hesscli eigen [HESSIAN | MODEL DATA]`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hesscli.cli.failing import failing
-from hesscli.cli.options import Debug, Json, Quiet
+from hesscli.cli.options import Debug, Json, Quiet, takes_hessian_or_problem
+from hesscli.errors import NumericalError, UsageError
+from hesscli.job.options import ProblemOptions
 
 if TYPE_CHECKING:
     from hesscli.cli.output import Document, Output
@@ -19,20 +21,44 @@ class Which(StrEnum):
     largest = "largest"
     smallest = "smallest"
     magnitude = "magnitude"
+    both = "both"
 
 
+@takes_hessian_or_problem
 def eigen(
-    hessian: Annotated[
-        str, typer.Argument(metavar="HESSIAN|-", help="A Hessian file; - is standard input.")
-    ] = "hessian.safetensors",
+    hessian: str,
+    problem: ProblemOptions | None,
     top: Annotated[
         int, typer.Option("--top", metavar="K", min=1, help="How many eigenvalues.")
     ] = 10,
     which: Annotated[
         Which,
-        typer.Option(help="largest, smallest (most negative), or largest in magnitude first."),
+        typer.Option(
+            help="largest, smallest (most negative), or largest in magnitude first; both: half of "
+            "them from each end."
+        ),
     ] = Which.largest,
-    block: Annotated[str | None, typer.Option(metavar="NAME", help="Of this block alone.")] = None,
+    block: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of this block of a Hessian file alone.")
+    ] = None,
+    per_block: Annotated[
+        bool,
+        typer.Option(
+            "--per-block", help="Of a model: the extremes of each parameter's own block instead."
+        ),
+    ] = False,
+    tol: Annotated[
+        float,
+        typer.Option(
+            metavar="T", min=0, help="Of a model: stop when |Hv - lambda v| <= T |lambda|."
+        ),
+    ] = 1e-3,
+    max_products: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Of a model: give up after so many; each is 1.4 gradients."
+        ),
+    ] = 1000,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -49,26 +75,69 @@ def eigen(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Print the first eigenvalues of a Hessian file, with block and residual |Hv - lambda v|.
+    """Print the first eigenvalues of a Hessian file, or of a model without its Hessian.
 
     \b
     Example:
       hesscli eigen --top 10
       hesscli eigen hessian.safetensors --which smallest --block fc1.weight
+      hesscli eigen model.pt data.npz --top 10 --curvature ggn
       hesscli compute model.pt data.npz -o - | hesscli eigen - --json
 
     A file of blocks gives those of the block-diagonal matrix, a file of elements those of the
     diagonal one. A block of up to 4096 rows takes LAPACK seconds; a larger one goes through
     Lanczos, which reads it from the disk again and again.
+
+    MODEL DATA gives those of the whole matrix, which is never formed: by Lanczos, with about three
+    vectors of memory for each eigenvalue. An eigenvalue comes out as often as it occurs.
     """
     with failing(debug):
         from hesscli.cli.output import Output
-        from hesscli.job.eigen import eigen as run
 
         with Output(quiet=quiet, json=json) as out:
-            print_eigenpairs(out, run(hessian, top, which.value, block, output, force))
+            if problem is None:
+                from hesscli.job.eigen import eigen as run
+
+                if per_block:
+                    raise UsageError("--per-block needs MODEL and DATA", "hesscli eigen --help")
+                print_eigenpairs(out, run(hessian, top, which.value, block, output, force))
+            else:
+                if block is not None:
+                    raise UsageError("--block goes with a Hessian file", f"--params {block}")
+                of_model(out, problem, top, which, tol, max_products, per_block, output, force)
             if output is not None:
                 out.wrote(str(output), output.stat().st_size)
+
+
+def of_model(
+    out: Output,
+    problem: ProblemOptions,
+    top: int,
+    which: Which,
+    tol: float,
+    max_products: int,
+    per_block: bool,
+    output: Path | None,
+    force: bool,
+) -> None:
+    """Runs and prints; then fails where it must."""
+    from hesscli.job.model_eigen import EigenOptions, model_eigen
+
+    options = EigenOptions(top, which.value, tol, max_products, per_block, output, force)
+    document = model_eigen(problem, options, out)
+    (print_extremes if per_block else print_eigenpairs)(out, document)
+    if document["interrupted"]:
+        raise KeyboardInterrupt
+    if not document["converged"] and document["products"] < max_products:
+        raise NumericalError(
+            f"not converged: rounding in {document['dtype']} keeps residuals above the tolerance",
+            "--dtype float64" if document["dtype"] == "float32" else "--tol 1e-10",
+        )
+    if not document["converged"]:
+        raise NumericalError(
+            f"not converged after {max_products} products: see the residuals",
+            f"--max-products {4 * max_products}",
+        )
 
 
 def print_eigenpairs(out: Output, document: Document) -> None:
@@ -82,9 +151,50 @@ def print_eigenpairs(out: Output, document: Document) -> None:
         [str(index), f"{value:.6g}", error(residual), block]
         for index, (value, residual, block) in enumerate(values, 1)
     ]
+    order = {
+        "magnitude": "largest in magnitude first",
+        "both": "half from each end, largest first",
+    }.get(document["which"], f"{document['which']} first")
+    out.facts(headline(document) | {"order": order})
+    if "model" in document:
+        out.table(["#", "eigenvalue", "residual"], [row[:3] for row in rows], words=(0,))
+    else:
+        out.table(["#", "eigenvalue", "residual", "block"], rows, words=(3,))
+
+
+def print_extremes(out: Output, document: Document) -> None:
+    """The largest and smallest eigenvalue of each parameter's own block."""
+    from hesscli.cli.output import error
+    from hesscli.cli.summary import shape_text
+
+    if not out.wants_text(document):
+        return
+    shapes = {facts["name"]: facts["shape"] for facts in document["parameters"]}
+    found: dict[str, list[tuple[float, float]]] = {}
+    parts = zip(document["blocks"], document["eigenvalues"], document["residuals"], strict=True)
+    for block, value, residual in parts:
+        found.setdefault(block, []).append((value, residual))
+    rows = [
+        [
+            block,
+            shape_text(shapes[block]),
+            f"{max(pairs)[0]:.6g}",
+            f"{min(pairs)[0]:.6g}",
+            error(max(residual for _, residual in pairs)),
+        ]
+        for block, pairs in found.items()
+    ]
+    out.facts(headline(document))
+    out.table(["block", "shape", "eig_max", "eig_min", "residual"], rows)
+
+
+def headline(document: Document) -> dict[str, str]:
+    """What stands above eigenvalues."""
+    from hesscli.cli.summary import products_headline
+
+    if "model" in document:
+        return products_headline(document)
     source = "standard input" if document["hessian"] == "-" else document["hessian"]
     part = f"block {document['block']}" if document["block"] else document["structure"]
-    order = {"magnitude": "largest in magnitude"}.get(document["which"], document["which"])
     matrix = f"{part}, {document['size']} x {document['size']}"
-    out.facts({"hessian": f"{source} ({matrix})", "order": f"{order} first"})
-    out.table(["#", "eigenvalue", "residual", "block"], rows, words=(3,))
+    return {"hessian": f"{source} ({matrix})"}

@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from hesscli.job.options import EVERY, METHODS, ProblemOptions
+from hesscli.job.options import CURVATURES, EVERY, METHODS, ProblemOptions
 
 
 class Reduction(StrEnum):
@@ -28,6 +28,7 @@ class DType(StrEnum):
     float64 = "float64"
 
 
+Curvature = StrEnum("Curvature", {name: name for name in CURVATURES})  # type: ignore[misc]
 Method = StrEnum("Method", {name: name for name in METHODS})  # type: ignore[misc]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -180,7 +181,10 @@ def problem_options(
         ),
     ] = "auto",
     seed: Annotated[
-        int, typer.Option(metavar="N", help="Of the random directions of the check.")
+        int,
+        typer.Option(
+            metavar="N", help="Of all random vectors: the check's, and those of estimates."
+        ),
     ] = 0,
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="CPU threads.", show_default="all")
@@ -207,6 +211,13 @@ def problem_options(
     tf32: Annotated[
         bool, typer.Option("--tf32", help="Let CUDA multiply in TF32: faster, three digits.")
     ] = False,
+    curvature: Annotated[
+        Curvature,
+        typer.Option(
+            help="hessian. ggn: generalised Gauss-Newton, J^T H_loss J. fisher: empirical Fisher, "
+            "per-sample gradients times themselves."
+        ),
+    ] = Curvature.hessian,  # type: ignore[attr-defined]
 ) -> ProblemOptions:
     """The options of a problem, from what the command line says."""
     if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size) > 0):
@@ -238,25 +249,89 @@ def problem_options(
         check=check,
         method=method.value,
         tf32=tf32,
+        curvature=curvature.value,
     )
 
 
 def takes_problem(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command the shared options: `problem` becomes the parameters of `problem_options`."""
-    shared = inspect.signature(problem_options)
-    own = inspect.signature(command)
+    own = inspect.signature(command).parameters
+
+    def run(**arguments: Any) -> None:
+        mine = {name: arguments.pop(name) for name in own if name != "problem"}
+        command(problem=problem_options(**arguments), **mine)
+
+    return _with_options(command, run, ("problem",), {})
+
+
+def takes_hessian_or_problem(command: Callable[..., None]) -> Callable[..., None]:
+    """The same for a command that reads a Hessian file too: `hessian` is its path, or `problem` is not None."""
+    own = inspect.signature(command).parameters
+    replaced = ("hessian", "problem")
+
+    def run(**arguments: Any) -> None:
+        mine = {name: arguments.pop(name) for name in own if name not in replaced}
+        if arguments["data"] is None:
+            _refuse_problem_options(arguments)
+            command(hessian=arguments["model"], problem=None, **mine)
+        else:
+            arguments["model"] = Path(arguments["model"])
+            command(hessian="", problem=problem_options(**arguments), **mine)
+
+    return _with_options(command, run, replaced, {"model": _SOURCE, "data": _DATA})
+
+
+_SOURCE = inspect.Parameter(
+    "model",
+    inspect.Parameter.KEYWORD_ONLY,
+    default="hessian.safetensors",
+    annotation=Annotated[
+        str,
+        typer.Argument(
+            metavar="HESSIAN|-|MODEL",
+            help="A Hessian file (- is standard input), or, with DATA, a model.",
+        ),
+    ],
+)
+_DATA = inspect.Parameter(
+    "data",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        Path | None,
+        typer.Argument(metavar="DATA", help="With MODEL: inputs and targets.", show_default=False),
+    ],
+)
+
+
+def _refuse_problem_options(arguments: dict[str, Any]) -> None:
+    """
+    Raises:
+        UsageError: an option of a problem was given along with a Hessian file.
+    """
+    for name, parameter in inspect.signature(problem_options).parameters.items():
+        if parameter.default is not parameter.empty and arguments[name] != parameter.default:
+            option = "--no-check" if name == "check" else f"--{name.replace('_', '-')}"
+            raise typer.BadParameter("needs MODEL and DATA, not a Hessian file", param_hint=option)
+
+
+def _with_options(
+    command: Callable[..., None],
+    run: Callable[..., None],
+    replaced: tuple[str, ...],
+    positional: dict[str, inspect.Parameter],
+) -> Callable[..., None]:
+    """`run` with the signature of `command`, in which the shared options stand for the parameters replaced."""
+    shared = inspect.signature(problem_options).parameters
+    own = inspect.signature(command).parameters
     hints = get_type_hints(problem_options, include_extras=True) | get_type_hints(
         command, include_extras=True
     )
-
-    @wraps(command)
-    def run(**arguments: Any) -> None:
-        mine = {name: arguments.pop(name) for name in own.parameters if name != "problem"}
-        command(problem=problem_options(**arguments), **mine)
-
-    parameters = [p for p in shared.parameters.values() if p.default is p.empty]
-    parameters += [p for name, p in own.parameters.items() if name != "problem"]
-    parameters += [p for p in shared.parameters.values() if p.default is not p.empty]
+    hints |= {name: p.annotation for name, p in positional.items()}
+    first = [positional.get(p.name, p) for p in shared.values() if p.default is p.empty]
+    parameters = first + [p for name, p in own.items() if name not in replaced]
+    parameters += [p for p in shared.values() if p.default is not p.empty]
+    wraps(command)(run)
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]) for p in parameters]
     )

@@ -55,18 +55,32 @@ def headline(document: Document) -> dict[str, str]:
     facts = {
         "model": f"{document['model']['path']} x {data['path']}",
         "loss": f"{loss['name']} ({', '.join(terms)}) = {number(loss['value'])}",
-        "hessian": f"{document['structure']}, {document['dtype']} on {document['device']}",
     }
+    curvature = document.get("curvature", "hessian")
+    label = "hessian" if curvature == "hessian" else "matrix"
+    facts[label] = f"{document['structure']}, {document['dtype']} on {document['device']}"
+    if label == "matrix":
+        facts[label] = f"{curvature.replace('_', ' ')}, {facts[label]}"
     if "gradient_norm" not in document:
         return facts
     facts["loss"] += f", gradient norm {number(document['gradient_norm'])}"
-    facts["hessian"] += f", {document['method']}"
+    facts[label] += f", {document['method']}"
     check, symmetry = document["check"], document["symmetry_error"]
     facts["check"] = f"error {error(check['relative_error'])}" if check else "not done"
     if symmetry is not None:
         facts["check"] += f", symmetry error {error(symmetry)}"
     if "seconds" in document:
         facts["check"] += f", {seconds(document['seconds'])}"
+    return facts
+
+
+def products_headline(document: Document) -> dict[str, str]:
+    """What stands above the results of products, which no matrix was formed for."""
+    size = document["size"]
+    facts = headline({**document, "structure": f"{size} x {size}", "symmetry_error": None})
+    if document.get("products"):
+        check, *rest = facts["check"].split(", ")
+        facts["check"] = ", ".join([check, f"{document['products']} products", *rest])
     return facts
 
 

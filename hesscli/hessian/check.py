@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -60,8 +61,6 @@ class Matrix(Protocol):
 
     def __matmul__(self, v: Tensor, /) -> Tensor: ...
 
-    def any(self, axis: int, /) -> Tensor: ...
-
 
 @dataclass
 class Certificate:
@@ -70,6 +69,8 @@ class Certificate:
     problem: Problem
     dtype: torch.dtype
     seed: int
+
+    kind = KIND
 
     def __post_init__(self) -> None:
         self.tolerance = tolerance(self.dtype, self.problem.dtype)
@@ -91,29 +92,39 @@ class Certificate:
 
     def matrix(self, block: Block, hessian: Matrix) -> float:
         """The relative error of a block [n, n] along one random direction."""
+        return self.product(block, lambda v: hessian @ v.to(hessian.dtype))
+
+    def product(self, block: Block, multiply: Callable[[Tensor], Tensor]) -> float:
+        """The same of a block that is known by its products v [n] -> H v [n]."""
         v = self.direction(block)
-        error = self._product_error(block, hessian, v)
+        product = multiply(v).to(self.problem.dtype)
+        error = self._product_error(block, product, v)
         if not self.passed(error):
-            constant = self._constants(block, hessian, v)
+            constant = self._constants(block, product, v)
             if bool(constant.all()):
                 return 0.0
             if bool(constant.any()):
-                error = self._product_error(block, hessian, v.masked_fill(constant, 0))
+                v = v.masked_fill(constant, 0)
+                error = self._product_error(block, multiply(v).to(self.problem.dtype), v)
         return error
 
-    def _product_error(self, block: Block, hessian: Matrix, v: Tensor) -> float:
-        product = (hessian @ v.to(hessian.dtype)).to(self.problem.dtype)
+    def _product_error(self, block: Block, product: Tensor, v: Tensor) -> float:
         size = float(torch.linalg.norm(product))
-        return self._best(_Along(self.problem, block, v, slice(None), product, size))
+        return self._best(self.along(block, v, slice(None), product, size))
 
-    def _constants(self, block: Block, hessian: Matrix, v: Tensor) -> Tensor:
+    def along(
+        self, block: Block, v: Tensor, entries: slice | int, computed: Tensor, scale: float
+    ) -> Along:
+        return Along(self.problem, block, v, entries, computed, scale)
+
+    def _constants(self, block: Block, product: Tensor, v: Tensor) -> Tensor:
         """Entries that PyTorch treats as constants though the loss depends on them: an embedding's padding row.
 
         They have no gradient, here or a step away, and their rows of the Hessian are zero.
         """
-        along = _Along(self.problem, block, v, slice(None), v, 0.0)
+        along = Along(self.problem, block, v, slice(None), v, 0.0)
         here, there = along.gradient(0.0), along.gradient(_STEPS[self.problem.dtype][-1])
-        return (here == 0) & (there == 0) & ~hessian.any(1)
+        return (here == 0) & (there == 0) & (product == 0)
 
     def diagonal(self, block: Block, diagonal: Tensor) -> float:
         """The error of entries of a block's diagonal [n], relative to the largest.
@@ -133,12 +144,12 @@ class Certificate:
         e = torch.zeros(block.size, dtype=self.problem.dtype, device=self.problem.device)
         e[index] = 1
         value = diagonal[index].to(self.problem.dtype)
-        return self._best(_Along(self.problem, block, e, index, value, scale))
+        return self._best(self.along(block, e, index, value, scale))
 
     def passed(self, error: float) -> bool:
         return error <= self.tolerance
 
-    def _best(self, along: _Along) -> float:
+    def _best(self, along: Along) -> float:
         """The least error of all steps; or, for a block lost in rounding, its share of what rounding explains.
 
         No block is asked to be better than the noise of the difference quotient with the largest step, where that is
@@ -166,7 +177,7 @@ class Certificate:
 
 
 @dataclass
-class _Along:
+class Along:
     """One direction in one block: what was computed there, and its difference quotient."""
 
     problem: Problem
@@ -178,12 +189,15 @@ class _Along:
 
     def compare(self, step: float) -> tuple[float, float]:
         """|computed - quotient|, and the greater size of the two."""
-        h = step * self._typical()
-        return self._distance((self.gradient(step) - self.gradient(-step)) / (2 * h))
+        return self._distance(self.quotient(step))
+
+    def quotient(self, step: float) -> Tensor:
+        """(g_B(theta + h v) - g_B(theta - h v)) / 2h"""
+        return (self.gradient(step) - self.gradient(-step)) / (2 * step * self.typical())
 
     def compare_one_sided(self, step: float, here: Tensor) -> tuple[float, float]:
         """The same with a difference from one side, `here` being g_B(theta)."""
-        return self._distance((self.gradient(step) - here) / (step * self._typical()))
+        return self._distance((self.gradient(step) - here) / (step * self.typical()))
 
     def _distance(self, quotient: Tensor) -> tuple[float, float]:
         quotient = quotient[self.entries]
@@ -193,30 +207,36 @@ class _Along:
 
     def noise(self, step: float, gradient_norm: float) -> float:
         """What rounding of the gradients can make of the quotient."""
-        return _ROUNDING[self.problem.dtype] * gradient_norm / (step * self._typical())
+        return _ROUNDING[self.problem.dtype] * gradient_norm / (step * self.typical())
 
-    def _typical(self) -> float:
+    def typical(self) -> float:
         """The size of the parameters relative to the direction's, so that a step is relative to them."""
-        size = math.sqrt(sum(float(p.detach().square().sum()) for p in self._leaves()))
+        size = math.sqrt(sum(float(p.detach().square().sum()) for p in self.leaves()))
         least = 1e-2 * math.sqrt(self.block.size)
         return max(size, least) / float(torch.linalg.norm(self.direction))
 
-    def _leaves(self) -> list[Tensor]:
+    def leaves(self) -> list[Tensor]:
         return [self.problem.parameters[name] for name in self.block.parameters]
 
     def gradient(self, step: float) -> Tensor:
         """g_B(theta + step v), the step relative to the parameters."""
-        step *= self._typical()
-        leaves = self._leaves()
+        with self.moved(step):
+            grads = self.problem.gradient(self.block.parameters)
+        return torch.cat([grad.reshape(-1) for grad in grads.values()])
+
+    @contextmanager
+    def moved(self, step: float) -> Iterator[None]:
+        """The parameters at theta + step v, the step relative to them."""
+        step *= self.typical()
+        leaves = self.leaves()
         values = [leaf.detach().clone() for leaf in leaves]
         try:
             for leaf, part in zip(leaves, self._parts(leaves), strict=True):
                 leaf.data.add_(part, alpha=step)
-            grads = self.problem.gradient(self.block.parameters)
+            yield
         finally:
             for leaf, value in zip(leaves, values, strict=True):
                 leaf.data.copy_(value)
-        return torch.cat([grad.reshape(-1) for grad in grads.values()])
 
     def _parts(self, leaves: Sequence[Tensor]) -> Iterator[Tensor]:
         for part, leaf in zip(self.direction.split(self.block.sizes), leaves, strict=True):

@@ -23,6 +23,7 @@ from hesscli.errors import (
 from hesscli.files.hessian_writer import HessianWriter
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
+from hesscli.hessian.check_curvature import certificate as certificate_of
 from hesscli.job import document as documents
 from hesscli.job.beside import Beside
 from hesscli.job.document import Document
@@ -106,7 +107,9 @@ class _Run:
         self.done = 0
         self.certificate: Certificate | None = None
         if self.options.check:
-            self.certificate = Certificate(plan.reference, plan.problem.dtype, self.options.seed)
+            self.certificate = certificate_of(
+                plan.reference, plan.problem.dtype, self.options.seed, self.options.curvature
+            )
 
     def run(self) -> Document:
         """Computes, checks and writes every block."""

@@ -11,7 +11,6 @@ import torch
 
 import hesscli
 from hesscli.files.hessian_file import SCHEMA
-from hesscli.hessian import check
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.job.opening import Opened
@@ -93,7 +92,7 @@ def check_facts(
         return None
     errors = [facts["check_error"] for facts in blocks if facts["check_error"] is not None]
     return {
-        "kind": check.KIND,
+        "kind": certificate.kind,
         "dtype": str(certificate.problem.dtype).removeprefix("torch."),
         "directions": len(errors) * (2 if diagonal else 1),
         "relative_error": max(errors, default=0.0),

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from hesscli.errors import NumericalError, UsageError
+from hesscli.errors import NumericalError, ResourceError, UsageError
 from hesscli.files.hessian_file import HessianFile, read_hessian
-from hesscli.files.hessian_writer import HessianWriter
-from hesscli.job.writing import may_write
+from hesscli.files.resources import available_memory
+from hesscli.job.sizes import size
+from hesscli.job.writing import may_write, write_tensors
 from hesscli.spectrum.eigen import top_eigenpairs
 
 SCHEMA = "hesscli.eigen/1"
@@ -29,7 +30,7 @@ def eigen(
     Args:
         source: the file's path, or "-" for standard input.
         top: how many.
-        which: "largest", "smallest" or "magnitude".
+        which: one of `WHICH`.
         block: of this block alone.
         output: where `eigenvalues` [k] and `eigenvectors` [k, n] go, if anywhere.
         force: replace a file there that hesscli did not write.
@@ -50,8 +51,8 @@ def eigen(
                     f"{source}: has no block {block!r}; it has: {', '.join(names[:10])}",
                     f"hesscli eigen {source} --block {names[0]}",
                 )
-        size = sum(facts["size"] for facts in chosen)
-        pairs = top_eigenpairs(_blocks(file, chosen), size, top, which)
+        order = sum(facts["size"] for facts in chosen)
+        pairs = top_eigenpairs(_blocks(file, chosen), order, top, which)
     result = {
         "schema": SCHEMA,
         "hessian": source,
@@ -62,17 +63,42 @@ def eigen(
         "blocks": pairs.blocks,
         "converged": True,
         "block": block,
-        "size": size,
+        "size": order,
     }
     if output is not None:
         kept = {key: result[key] for key in result if key != "hessian"}
         tensors = {"eigenvalues": pairs.values, "eigenvectors": pairs.vectors}
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        with HessianWriter(output, shapes, "float64", kept) as writer:
-            for name, tensor in tensors.items():
-                writer.write(name, tensor)
-            writer.commit(kept)
+        write_tensors(output, tensors, "float64", kept)
     return result
+
+
+def file_spectrum(source: str) -> tuple[dict[str, Any], np.ndarray]:
+    """All eigenvalues of a Hessian file, and what there is to say about it.
+
+    Raises:
+        ResourceError: a block is too large for LAPACK.
+    """
+    values: list[np.ndarray] = []
+    with _opened(source) as file:
+        document = file.document
+        for name, _, array in _blocks(file, document["blocks"]):
+            if array.ndim == 1:
+                values.append(array.astype(np.float64))
+                continue
+            if 16 * array.size > available_memory():
+                raise ResourceError(
+                    f"{name}: all eigenvalues of {len(array)} x {len(array)} take "
+                    f"{size(16 * array.size)} of memory",
+                    "hesscli density MODEL DATA",
+                )
+            values.append(np.linalg.eigvalsh(array.astype(np.float64)))
+    facts = {
+        "hessian": source,
+        "structure": document["structure"],
+        "curvature": document.get("curvature", "hessian"),
+        "size": sum(map(len, values)),
+    }
+    return facts, np.concatenate(values) if values else np.zeros(0)
 
 
 def _blocks(

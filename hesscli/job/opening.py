@@ -15,6 +15,7 @@ from hesscli.files.data import Data, describe, load_data
 from hesscli.files.models import SavedModel, load_model
 from hesscli.hessian.blocks import select
 from hesscli.hessian.losses import ELEMENT_WEIGHTED, LOSSES, Loss, check_arguments
+from hesscli.hessian.operator import CURVATURES
 from hesscli.hessian.plan import Sizes
 from hesscli.hessian.problem import Problem, measure
 from hesscli.job.batches import Source, move, split
@@ -124,6 +125,7 @@ def open_problem(options: ProblemOptions, listener: Listener, rows: int | None =
     if not torch.isfinite(torch.tensor(value)):
         raise NumericalError(f"the loss is {value}; its derivatives would mean nothing")
     facts = {
+        "curvature": CURVATURES[options.curvature],
         "model": {"path": str(options.model), "kind": model.kind, "sha256": model.sha256},
         "data": {
             "path": str(options.data),

@@ -46,6 +46,7 @@ class ProblemOptions:
     check: bool = True
     method: str = "auto"
     tf32: bool = False
+    curvature: str = "hessian"
 
 
 @dataclass(frozen=True)
@@ -78,3 +79,4 @@ def options_of(command: Mapping[str, Any], output: Path) -> ComputeOptions:
 EVERY = "*"  # every input
 METHODS = ("auto", "preactivation", "gauss-newton", "hvp", "finite-difference")
 STATS = ("basic", "auto", "all", "none")
+CURVATURES = ("hessian", "ggn", "fisher")

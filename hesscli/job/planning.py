@@ -11,8 +11,10 @@ from hesscli.files.resources import available_memory, disk_used, free_disk
 from hesscli.hessian.blocks import STRUCTURES, Block, partition
 from hesscli.hessian.check import gradients
 from hesscli.hessian.costs import Rates
+from hesscli.hessian.curvature_planner import planner_of
+from hesscli.hessian.operator import demand
 from hesscli.hessian.plan import output_bytes
-from hesscli.hessian.planner import FINITE_DIFFERENCE, Choice, Planner, total
+from hesscli.hessian.planner import FINITE_DIFFERENCE, HVP, Choice, total
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.rates import measure_rates
 from hesscli.hessian.routes.all import routes
@@ -66,8 +68,10 @@ class Plan:
 
     def _settle(self) -> None:
         chunk = self.opened.sizes.chunk
-        self.routes, analyses = routes(self.problem, self.double, chunk)
-        planner = Planner(self.problem, analyses, chunk)
+        curvature = self.options.curvature
+        self.routes, analyses = routes(self.problem, self.double, chunk, curvature)
+        demand(self.problem, curvature, analyses)
+        planner = planner_of(self.problem, analyses, chunk, curvature)
         method = self.options.method
         for block in self.blocks:
             try:
@@ -80,6 +84,11 @@ class Plan:
                 raise self.inexact(block, method, reason) from None
         if planner.refused and method == "auto":
             self.note(f"no fast route: {planner.refused}; hvp takes one pass per parameter")
+
+    def by_rows(self) -> float:
+        """Seconds of the whole as products with unit vectors, one per row, by the measure of `work`."""
+        every = [choice for ranked in self.choices.values() for choice in ranked]
+        return total([choice for choice in every if choice.method == HVP], Rates())
 
     @property
     def reference(self) -> Problem:

@@ -12,14 +12,25 @@ from hesscli.errors import NumericalError
 DENSE_LIMIT = 4096
 """Up to this size LAPACK is used: a few seconds, and multiple eigenvalues come out as often as they occur."""
 
+
+def _both_ends(values: np.ndarray) -> np.ndarray:
+    """Largest, smallest, second largest, second smallest, ..."""
+    order = np.argsort(-values, kind="stable")
+    half = (len(order) + 1) // 2
+    mixed = np.empty_like(order)
+    mixed[0::2], mixed[1::2] = order[:half], order[half:][::-1]
+    return mixed
+
+
 WHICH = {
     "largest": lambda values: np.argsort(-values, kind="stable"),
     "smallest": lambda values: np.argsort(values, kind="stable"),
     "magnitude": lambda values: np.argsort(-np.abs(values), kind="stable"),
+    "both": _both_ends,
 }
 """How eigenvalues are ordered: which come first."""
 
-_ARPACK = {"largest": "LA", "smallest": "SA", "magnitude": "LM"}
+_ARPACK = {"largest": "LA", "smallest": "SA", "magnitude": "LM", "both": "BE"}
 _TILE = 1 << 22  # elements of a matrix that are converted to float64 at a time
 
 
@@ -63,6 +74,11 @@ def top_eigenpairs(
         residuals = [residuals[i] for i in best]
         offsets = [offsets[i] for i in best]
         names = [names[i] for i in best]
+    if which == "both" and values:
+        order = np.argsort(-np.array(values), kind="stable")
+        values, vectors, residuals, offsets, names = (
+            [part[i] for i in order] for part in (values, vectors, residuals, offsets, names)
+        )
     rows = np.zeros((len(values), size))
     for row, offset, vector in zip(rows, offsets, vectors, strict=True):
         row[offset : offset + len(vector)] = vector
@@ -90,7 +106,7 @@ def _matrix(matrix: np.ndarray, k: int, which: str) -> tuple[np.ndarray, np.ndar
     if n <= DENSE_LIMIT or k >= n - 1:
         from scipy.linalg import eigh
 
-        subset = {"largest": (n - k, n - 1), "smallest": (0, k - 1), "magnitude": None}[which]
+        subset = {"largest": (n - k, n - 1), "smallest": (0, k - 1)}.get(which)
         values, columns = eigh(
             matrix.astype(np.float64),
             check_finite=False,

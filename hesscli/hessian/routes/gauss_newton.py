@@ -25,7 +25,7 @@ from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.routes.base import NotApplicable, Rows
 from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
 
-_WORKSPACE = 1 << 20  # numbers in the Jacobians of some samples; fits the cache
+WORKSPACE = 1 << 20  # numbers in the Jacobians of some samples; fits the cache
 
 
 def block_uses(analysis: Analysis, block: Block) -> list[Use]:
@@ -56,7 +56,7 @@ def bend_of(analysis: Analysis, use: Use) -> Bend | None:
 
 
 @dataclass(frozen=True)
-class _Factors:
+class Factors:
     """What a block is made of.
 
     Attributes:
@@ -75,16 +75,16 @@ class _Factors:
 
     @property
     def is_kronecker(self) -> bool:
-        return _is_kronecker(self.uses)
+        return is_kronecker(self.uses)
 
     def jacobians(self) -> Iterator[tuple[Tensor, Tensor]]:
         """df/dtheta of some samples after the other, [samples, C, size], with their Lambda."""
         size = sum(use.size for use in self.uses)
-        step = max(1, _WORKSPACE // (self.v.shape[1] * size))
+        step = max(1, WORKSPACE // (self.v.shape[1] * size))
         for first in range(0, len(self.v), step):
             mine = slice(first, first + step)
             parts = [
-                _jacobian(use, self.v[mine], a[mine])
+                jacobian_of(use, self.v[mine], a[mine])
                 for use, a in zip(self.uses, self.inputs, strict=True)
             ]
             yield parts[0] if len(parts) == 1 else torch.cat(parts, -1), self.curvature[mine]
@@ -98,14 +98,18 @@ class GaussNewton:
         self.problem = problem
         self.analyses = analyses
 
+    def uses(self, analysis: Analysis, block: Block) -> list[Use]:
+        """The uses of a block's parameters."""
+        return block_uses(analysis, block)
+
     def layout(self, block: Block) -> Layout:
-        uses = block_uses(self.analyses.of(self.problem.batches[0]), block)
-        if _is_kronecker(uses):
+        uses = self.uses(self.analyses.of(self.problem.batches[0]), block)
+        if is_kronecker(uses):
             return Layout((Piece(uses[0].n, ((0, uses[0].m),)),))
         return Layout.plain(block.size)
 
     def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
-        factors = self._factors(batch, [part.block for part in rows])
+        factors = self.factors(batch, [part.block for part in rows])
         for part in rows:
             found = factors[part.block.name]
             if found is not None:
@@ -114,13 +118,13 @@ class GaussNewton:
     def add_diagonal(
         self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]
     ) -> None:
-        factors = self._factors(batch, blocks)
+        factors = self.factors(batch, blocks)
         for block in blocks:
             found = factors[block.name]
             if found is not None:
                 _add_diagonal(sums[block.name], found)
 
-    def _factors(self, batch: Batch, blocks: Sequence[Block]) -> dict[str, _Factors | None]:
+    def factors(self, batch: Batch, blocks: Sequence[Block]) -> dict[str, Factors | None]:
         """Each block's factors; None where the output does not depend on it."""
         analysis = self.analyses.of(batch)
         uses = {block.name: block_uses(analysis, block) for block in blocks}
@@ -133,7 +137,7 @@ class GaussNewton:
         jacobians = batched_grad(probed.output, probes, probed.output_seeds())
         of = dict(zip(zs, jacobians, strict=True))
         curvature = probed.output_hessian().contiguous()
-        factors: dict[str, _Factors | None] = {}
+        factors: dict[str, Factors | None] = {}
         for name, mine in uses.items():
             jacobian, bend = of[mine[0].z], bends[name]
             if jacobian is None:
@@ -142,7 +146,7 @@ class GaussNewton:
             inputs = [probed.columns(use) for use in mine]
             v = mine[0].rows(jacobian).transpose(0, 1)
             d = None if bend is None else bend.diagonal(probed, slopes[bend.after], mine[0])
-            factors[name] = _Factors(mine, inputs, v, curvature, d)
+            factors[name] = Factors(mine, inputs, v, curvature, d)
         return factors
 
     def shrink(self) -> bool:
@@ -152,7 +156,7 @@ class GaussNewton:
         mirror_(matrix)
 
 
-def _is_kronecker(uses: Sequence[Use]) -> bool:
+def is_kronecker(uses: Sequence[Use]) -> bool:
     use = uses[0]
     return len(uses) == 1 and use.kind == LINEAR and use.positions == 1 and not use.transposed
 
@@ -166,7 +170,7 @@ def _gradients(probed: Probed, values: Sequence[int]) -> dict[int, Tensor | None
     return dict(zip(values, grads, strict=True))
 
 
-def _add(part: Rows, factors: _Factors) -> None:
+def _add(part: Rows, factors: Factors) -> None:
     if factors.is_kronecker:
         use, v, a = factors.uses[0], factors.v.squeeze(2), factors.inputs[0].squeeze(1)
         curved_v = factors.curvature @ v  # [B, C, n]
@@ -188,7 +192,7 @@ def _add(part: Rows, factors: _Factors) -> None:
         add_bend(part, factors.uses, factors.inputs, factors.d)
 
 
-def _add_diagonal(out: Tensor, factors: _Factors) -> None:
+def _add_diagonal(out: Tensor, factors: Factors) -> None:
     if factors.is_kronecker:
         v, a = factors.v.squeeze(2), factors.inputs[0].squeeze(1)
         out += ((v * (factors.curvature @ v)).sum(1).T @ a**2).reshape(-1)
@@ -200,7 +204,7 @@ def _add_diagonal(out: Tensor, factors: _Factors) -> None:
         add_bend_diagonal(out, factors.uses, factors.inputs, factors.d)
 
 
-def _jacobian(use: Use, v: Tensor, columns: Tensor) -> Tensor:
+def jacobian_of(use: Use, v: Tensor, columns: Tensor) -> Tensor:
     """df / d theta = V A of each sample: [B, C, T, n] and [B, T, m] -> [B, C, size]."""
     if use.kind not in (LINEAR, CONVOLUTION):
         return use.pull(v, columns.unsqueeze(1))

@@ -73,7 +73,7 @@ class HessianVectorProducts:
                     value, [parameters[n] for n in names], create_graph=True, allow_unused=True
                 )
         except (RuntimeError, NotImplementedError) as error:
-            raise _explained(error) from error
+            raise explained(error) from error
         return dict(zip(names, grads, strict=True))
 
     def _rows(
@@ -109,7 +109,7 @@ class HessianVectorProducts:
                 return list(batched_grad(gradient, leaves, seeds))
             except RuntimeError as error:
                 if is_missing_derivative(error) or isinstance(error, torch.OutOfMemoryError):
-                    raise _explained(error) from error
+                    raise explained(error) from error
                 self.row_by_row = str(error).splitlines()[0]
         try:
             rows = [
@@ -117,13 +117,13 @@ class HessianVectorProducts:
                 for seed in seeds
             ]
         except RuntimeError as error:
-            raise _explained(error) from error
+            raise explained(error) from error
         return [
             None if parts[0] is None else torch.stack(parts) for parts in zip(*rows, strict=True)
         ]
 
 
-def _explained(error: Exception) -> Exception:
+def explained(error: Exception) -> Exception:
     """NotApplicable where an operator lacks its second derivative, else the error itself."""
     if not is_missing_derivative(error):
         return error

@@ -1,0 +1,143 @@
+"""`hesscli density [HESSIAN | MODEL DATA]`."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hesscli.cli.failing import failing
+from hesscli.cli.options import Debug, Json, Quiet, takes_hessian_or_problem
+from hesscli.job.options import ProblemOptions
+
+if TYPE_CHECKING:
+    from hesscli.cli.output import Document, Output
+
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+@takes_hessian_or_problem
+def density(
+    hessian: str,
+    problem: ProblemOptions | None,
+    probes: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Of a model: random vectors to average over.")
+    ] = 10,
+    steps: Annotated[
+        int,
+        typer.Option(
+            metavar="M", min=1, help="Of a model: products for each, and vectors to hold."
+        ),
+    ] = 80,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write nodes [k] and weights [k], as .safetensors or .json.",
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw it: .png, .svg or .pdf (needs matplotlib)."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Replace files that hesscli did not write.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Print the spectral density: which share of the eigenvalues lies where.
+
+    \b
+    Example:
+      hesscli density hessian.safetensors
+      hesscli density model.pt data.npz --plot density.png
+
+    Exact for a Hessian file and for up to 512 parameters. Elsewhere by stochastic Lanczos
+    quadrature: nodes with weights that add up to 1.
+    """
+    with failing(debug):
+        from hesscli.cli.output import Output
+        from hesscli.job.density import DensityOptions
+        from hesscli.job.density import density as run
+
+        with Output(quiet=quiet, json=json) as out:
+            options = DensityOptions(probes, steps, output, plot, force)
+            document, _ = run(hessian, problem, options, out)
+            print_density(out, document)
+            if document["interrupted"]:
+                raise KeyboardInterrupt
+            for path in (output, plot):
+                if path is not None:
+                    out.wrote(str(path), path.stat().st_size)
+
+
+def print_density(out: Output, document: Document) -> None:
+    """A histogram with the share of each bin, as bars whose length is the share's logarithm."""
+    from hesscli.cli.summary import products_headline
+
+    if not out.wants_text(document):
+        return
+    size = document["size"]
+    how = (
+        "exact"
+        if document["exact"]
+        else (f"{document['probes']} probes of {document['steps']} steps")
+    )
+    if "model" in document:
+        facts = products_headline(document)
+    else:
+        source = "standard input" if document["hessian"] == "-" else document["hessian"]
+        facts = {"hessian": f"{source} ({document['structure']}, {size} x {size})"}
+    out.facts(facts | {"density": how})
+    edges, mass = document["histogram"]["edges"], document["histogram"]["mass"]
+    shown = [share for share in mass if share > 0]
+    if not shown:
+        return
+    digits = [_edge(edge, edges) for edge in edges]
+    width = max(map(len, digits))
+    columns = shutil.get_terminal_size().columns if out.stream.isatty() else 80
+    room = max(10, min(columns, 100) - 2 * width - 18)
+    floor = math.floor(math.log10(min(shown)) - 1e-9)
+    plain = not _shows(out, _EIGHTHS)
+    out.line(f"{'eigenvalues'.ljust(2 * width + 4)}  {'share'.rjust(8)}  log scale")
+    for i, share in enumerate(mass):
+        length = (
+            room * (math.log10(share) - floor) / -floor
+            if share > 0 and floor
+            else (room if share > 0 else 0)
+        )
+        text = f"{share:.2g}" if share > 0 else "-"
+        span = f"{digits[i].rjust(width)} to {digits[i + 1].rjust(width)}"
+        out.line(f"{span}  {text.rjust(8)}  {_bar(length, plain)}".rstrip())
+
+
+def _edge(edge: float, edges: list[float]) -> str:
+    """An edge with as many digits as tell it from the next."""
+    step = (edges[-1] - edges[0]) / max(1, len(edges) - 1)
+    largest = max(abs(edges[0]), abs(edges[-1]))
+    decimals = 1 - math.floor(math.log10(step))
+    if decimals > 6 or largest >= 1e6:
+        return f"{edge:.{max(1, math.ceil(math.log10(largest / step)))}e}"
+    return f"{edge:.{max(0, decimals)}f}"
+
+
+def _bar(length: float, plain: bool) -> str:
+    if plain:
+        return "#" * round(length)
+    eighths = round(8 * length)
+    return (_EIGHTHS[8] * (eighths // 8) + _EIGHTHS[eighths % 8]).rstrip()
+
+
+def _shows(out: Output, text: str) -> bool:
+    try:
+        text.encode(getattr(out.stream, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True

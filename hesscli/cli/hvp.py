@@ -1,0 +1,106 @@
+"""`hesscli hvp MODEL DATA`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hesscli.cli.failing import failing
+from hesscli.cli.options import Debug, Json, Quiet, takes_problem
+from hesscli.job.options import ProblemOptions
+
+if TYPE_CHECKING:
+    from hesscli.cli.output import Document, Output
+
+
+@takes_problem
+def hvp(
+    problem: ProblemOptions,
+    vector: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|gradient|random",
+            help="What to multiply: a safetensors file with a tensor for each parameter, or [k, "
+            "...] for k vectors.",
+        ),
+    ] = None,
+    per_fedavg: Annotated[
+        float | None,
+        typer.Option(
+            metavar="ALPHA",
+            help="Write (I - ALPHA H) g' instead, g' being the gradient after a step of ALPHA.",
+        ),
+    ] = None,
+    query: Annotated[
+        Path | None, typer.Option(metavar="DATA", help="The data of g', if it is not DATA.")
+    ] = None,
+    gradient: Annotated[
+        bool, typer.Option("--gradient", help="Also write the gradient, as gradient.<parameter>.")
+    ] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write.")
+    ] = Path("hvp.safetensors"),
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Replace a file that hesscli did not write.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write Hessian-vector products to safetensors, keyed and shaped as the parameters.
+
+    \b
+    Example:
+      hesscli hvp model.pt data.npz --vector gradient --gradient
+      hesscli hvp model.pt support.npz --per-fedavg 0.01 --query query.npz
+
+    --per-fedavg writes the term of Per-FedAvg and MAML in one go: (I - ALPHA H(theta)) times the
+    gradient at theta - ALPHA gradient(theta).
+    """
+    with failing(debug):
+        from hesscli.cli.output import Output
+        from hesscli.job.hvp import HvpOptions
+        from hesscli.job.hvp import hvp as run
+
+        with Output(quiet=quiet, json=json) as out:
+            options = HvpOptions(vector, per_fedavg, query, gradient, output, force)
+            print_products(out, run(problem, options, out))
+            out.wrote(str(output), output.stat().st_size)
+
+
+def print_products(out: Output, document: Document) -> None:
+    """Norms of what was multiplied and of what was written, by parameter."""
+    from hesscli.cli.output import number
+    from hesscli.cli.summary import products_headline, shape_text
+
+    if not out.wants_text(document):
+        return
+    facts = products_headline(document)
+    if document["per_fedavg"] is not None:
+        names = ["|g'|", "|(I - aH)g'|"]
+        facts["term"] = f"(I - aH) g', a = {number(document['per_fedavg'])}"
+        if document["query"]:
+            facts["term"] += f", g' on {document['query']['path']}"
+    else:
+        names = ["|v|", "|Hv|"]
+        values = document["rayleigh"]
+        count = f"{len(values)} vectors, " if len(values) > 1 else ""
+        facts["vector"] = (
+            f"{count}{document['vector']}, v'Hv / v'v = "
+            + ", ".join(number(value) for value in values[:5])
+            + (", ..." if len(values) > 5 else "")
+        )
+    rows = [
+        [
+            part["name"],
+            shape_text(part["shape"]),
+            str(part["size"]),
+            number(part["vector_norm"]),
+            number(part["product_norm"]),
+        ]
+        for part in (*document["blocks"], {"name": "total", "shape": [], **document["total"]})
+    ]
+    out.facts(facts)
+    out.table(["block", "shape", "size", *names], rows)

@@ -1,0 +1,80 @@
+"""`hesscli trace MODEL DATA`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hesscli.cli.failing import failing
+from hesscli.cli.options import Debug, Json, Quiet, takes_problem
+from hesscli.job.options import ProblemOptions
+
+if TYPE_CHECKING:
+    from hesscli.cli.output import Document, Output
+
+
+@takes_problem
+def trace(
+    problem: ProblemOptions,
+    rel_error: Annotated[
+        float,
+        typer.Option(
+            metavar="E", min=0, help="Stop an estimate when its standard error is E of the total."
+        ),
+    ] = 0.01,
+    max_products: Annotated[
+        int, typer.Option(metavar="N", min=2, help="Or after so many; each is 1.4 gradients.")
+    ] = 1000,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Print the trace of the Hessian, of each tensor's own block and in all.
+
+    \b
+    Example:
+      hesscli trace model.pt data.npz
+      hesscli trace model.pt data.npz --curvature ggn --rel-error 0.001
+
+    Exact, through the diagonal, where that is affordable; elsewhere estimated from products with
+    random vectors, and printed with its standard error. The mean, trace / size, is the sensitivity
+    that HAWQ-V2 quantizes by.
+    """
+    with failing(debug):
+        from hesscli.cli.output import Output
+
+        with Output(quiet=quiet, json=json) as out:
+            from hesscli.job.trace import trace as run
+
+            document = run(problem, rel_error, max_products, out)
+            if not (document["converged"] or document["interrupted"]):
+                out.note(
+                    f"the standard error is more than {rel_error:.3g} of the total after "
+                    f"{max_products} products; --max-products {4 * max_products} would halve it"
+                )
+            print_traces(out, document)
+            if document["interrupted"]:
+                raise KeyboardInterrupt
+
+
+def print_traces(out: Output, document: Document) -> None:
+    """One row per tensor, and the total."""
+    from hesscli.cli.output import number
+    from hesscli.cli.summary import products_headline, shape_text
+
+    if not out.wants_text(document):
+        return
+    rows = [
+        [
+            facts["name"],
+            shape_text(facts["shape"]),
+            str(facts["size"]),
+            f"{facts['trace']:.4g}",
+            "exact" if facts["standard_error"] == 0 else f"+- {number(facts['standard_error'])}",
+            number(facts["mean"]),
+        ]
+        for facts in (*document["blocks"], {"name": "total", "shape": [], **document["total"]})
+    ]
+    out.facts(products_headline(document))
+    out.table(["block", "shape", "size", "trace", "error", "mean"], rows)

@@ -1,0 +1,86 @@
+"""The certificate of the Gauss-Newton and the empirical Fisher matrix, which no difference of gradients gives."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.check import Along, Certificate
+from hesscli.hessian.problem import Batch, Problem
+
+
+def certificate(problem: Problem, dtype: torch.dtype, seed: int, curvature: str) -> Certificate:
+    """What checks a curvature: "hessian", "ggn" or "fisher"."""
+    if curvature == "hessian":
+        return Certificate(problem, dtype, seed)
+    return OutputCertificate(problem, dtype, seed, curvature == "fisher")
+
+
+@dataclass
+class OutputCertificate(Certificate):
+    """Checks J^T M J by differences of the model's output, and, for Gauss-Newton, of the loss's gradient there."""
+
+    fisher: bool
+
+    kind = "differences of outputs"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.one_sided = False
+
+    def along(
+        self, block: Block, v: Tensor, entries: slice | int, computed: Tensor, scale: float
+    ) -> Along:
+        return AlongOutput(self.problem, block, v, entries, computed, scale, self.fisher)
+
+
+@dataclass
+class AlongOutput(Along):
+    """J^T M J v in three steps that share nothing with the products: J v by central differences of the output,
+    M by differences of the loss's gradient there (or, for Fisher, from that gradient), J^T by a plain backward pass.
+    """
+
+    fisher: bool = False
+
+    def quotient(self, step: float) -> Tensor:
+        leaves, h = self.leaves(), step * self.typical()
+        total = torch.zeros_like(self.direction)
+        for batch in self.problem.batches:
+            with torch.no_grad():
+                with self.moved(step):
+                    ahead = self.problem.output(batch)
+                with self.moved(-step):
+                    along = (ahead - self.problem.output(batch)) / (2 * h)
+            f = self.problem.output(batch)
+            if not f.requires_grad:
+                continue
+            seed = self._middle(batch, f.detach(), along, step) / self.problem.denominator
+            grads = torch.autograd.grad(f, leaves, seed, allow_unused=True)
+            total += torch.cat(
+                [
+                    (torch.zeros_like(leaf) if g is None else g).reshape(-1)
+                    for g, leaf in zip(grads, leaves, strict=True)
+                ]
+            )
+        return total
+
+    def _middle(self, batch: Batch, f: Tensor, along: Tensor, step: float) -> Tensor:
+        if self.fisher:
+            delta = self._slope(batch, f)
+            terms = (delta * along).reshape(len(f), -1).sum(1)
+            return delta * terms.reshape(-1, *[1] * (f.dim() - 1))
+        size = float(torch.linalg.norm(along))
+        if not size:
+            return torch.zeros_like(f)
+        t = step * max(float(torch.linalg.norm(f)), 1e-2 * math.sqrt(f.numel())) / size
+        return (self._slope(batch, f + t * along) - self._slope(batch, f - t * along)) / (2 * t)
+
+    def _slope(self, batch: Batch, f: Tensor) -> Tensor:
+        """dl / df."""
+        f = f.detach().requires_grad_()
+        total, _ = self.problem.loss.total(f, batch.target, batch.loss_arguments)
+        return torch.autograd.grad(total, f)[0] if total.requires_grad else torch.zeros_like(f)

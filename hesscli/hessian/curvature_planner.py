@@ -1,0 +1,55 @@
+"""Which route computes which block of a Gauss-Newton or an empirical Fisher matrix."""
+
+from __future__ import annotations
+
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.costs import Rates, Work
+from hesscli.hessian.planner import (
+    FINITE_DIFFERENCE,
+    GAUSS_NEWTON,
+    HVP,
+    PREACTIVATION,
+    Choice,
+    Planner,
+)
+from hesscli.hessian.probes import Analyses
+from hesscli.hessian.problem import Problem
+from hesscli.hessian.routes.base import NotApplicable
+
+
+def planner_of(problem: Problem, analyses: Analyses, chunk: int, curvature: str) -> Planner:
+    """The planner for a curvature: "hessian", "ggn" or "fisher"."""
+    if curvature == "hessian":
+        return Planner(problem, analyses, chunk)
+    return CurvaturePlanner(problem, analyses, chunk, curvature)
+
+
+class CurvaturePlanner(Planner):
+    """Per-sample Jacobians where every parameter has an affine use, whatever follows it; else row by row."""
+
+    def __init__(self, problem: Problem, analyses: Analyses, chunk: int, curvature: str) -> None:
+        super().__init__(problem, analyses, chunk)
+        self.curvature = curvature
+
+    def choices(self, block: Block, diagonal: bool) -> list[Choice]:
+        rows = Choice(HVP, "", self._hvp_work(block))
+        try:
+            found = [self._jacobians(block, diagonal), rows]
+        except NotApplicable as reason:
+            return [Choice(HVP, str(reason), rows.work)]
+        return sorted(found, key=lambda choice: choice.work.seconds(Rates()))
+
+    def forced(self, block: Block, diagonal: bool, method: str) -> list[Choice]:
+        if method in (PREACTIVATION, FINITE_DIFFERENCE):
+            raise NotApplicable("it gives the Hessian alone")
+        if method == GAUSS_NEWTON:
+            return [self._jacobians(block, diagonal)]
+        return super().forced(block, diagonal, method)
+
+    def _jacobians(self, block: Block, diagonal: bool) -> Choice:
+        analysis, costs = self._proven()
+        work = Work()
+        for name in block.parameters:
+            work += costs.gauss_newton(analysis.use(name), diagonal)
+        said = "1 gradient per sample" if self.curvature == "fisher" else f"{costs.classes} classes"
+        return Choice(GAUSS_NEWTON, said, self._all(work))

@@ -1,0 +1,132 @@
+"""`hesscli density`: the spectral density of a Hessian file or of a model's curvature."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hesscli.errors import UsageError
+from hesscli.job.document import Document
+from hesscli.job.options import Listener, ProblemOptions
+from hesscli.job.writing import may_write, write_tensors
+from hesscli.spectrum.density import Density
+
+SCHEMA = "hesscli.density/1"
+BINS = 24
+
+
+@dataclass(frozen=True)
+class DensityOptions:
+    probes: int = 10
+    steps: int = 80
+    output: Path | None = None
+    plot: Path | None = None
+    force: bool = False
+
+
+def density(
+    hessian: str, problem: ProblemOptions | None, options: DensityOptions, listener: Listener
+) -> tuple[Document, Density]:
+    """The density of a Hessian file, or of a model's curvature where `problem` is given.
+
+    Returns:
+        the JSON document and the point masses.
+
+    Raises:
+        HesscliError: of any kind.
+    """
+    started = time.perf_counter()
+    inputs = (Path(hessian),) if problem is None else (problem.model, problem.data)
+    for path in (options.output, options.plot):
+        if path is not None:
+            may_write(path, options.force, inputs)
+    if options.plot is not None:
+        from hesscli.job.plot import check_plot
+
+        check_plot(options.plot)
+    if problem is None:
+        from hesscli.job.eigen import file_spectrum
+
+        document, values = file_spectrum(hessian)
+        from hesscli.spectrum.density import exact
+
+        found, products = exact(values), 0
+    else:
+        document, found, products = _of_model(problem, options, listener)
+    edges, mass = found.histogram(BINS)
+    document |= {
+        "schema": SCHEMA,
+        "exact": found.exact,
+        "probes": found.probes,
+        "steps": None if found.exact else min(options.steps, document["size"]),
+        "products": products,
+        "interrupted": found.interrupted,
+        "nodes": found.nodes.tolist(),
+        "weights": found.weights.tolist(),
+        "histogram": {"edges": edges.tolist(), "mass": mass.tolist()},
+    }
+    if options.output is not None and not found.interrupted:
+        _write(options.output, document, found)
+    if options.plot is not None and not found.interrupted:
+        from hesscli.job.plot import plot_density
+
+        plot_density(options.plot, document, found)
+    return document | {"seconds": time.perf_counter() - started}, found
+
+
+def _of_model(
+    problem: ProblemOptions, options: DensityOptions, listener: Listener
+) -> tuple[Document, Density, int]:
+    from hesscli.job.operator import open_operator
+    from hesscli.spectrum.dense import DENSE, dense
+    from hesscli.spectrum.density import exact, lanczos_quadrature
+
+    operator = open_operator(problem, listener)
+    if operator.size <= DENSE:
+        found = exact(dense(operator.products, operator.size, listener.progress)[0])
+    else:
+        steps = min(options.steps, operator.size)
+        operator.needs(steps + 4, f"--steps {steps}", f"--steps {max(1, steps // 2)}")
+        found = lanczos_quadrature(
+            operator.products,
+            operator.size,
+            options.probes,
+            steps,
+            operator.generator(),
+            operator.gradient,
+            listener.progress,
+        )
+    return operator.document(SCHEMA), found, operator.products.count
+
+
+def _write(path: Path, document: Document, found: Density) -> None:
+    """The numbers: as JSON where the name says so, else as safetensors."""
+    left = ("schema", "hessian", "nodes", "weights")
+    kept = {"schema": SCHEMA, **{key: document[key] for key in document if key not in left}}
+    for part in ("model", "data"):
+        if part in kept:
+            kept[part] = {key: value for key, value in document[part].items() if key != "path"}
+    if path.suffix == ".json":
+        text = json.dumps(
+            kept | {"nodes": document["nodes"], "weights": document["weights"]}, indent=2
+        )
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            temporary.write_text(text + "\n")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return
+    if path.suffix != ".safetensors":
+        raise UsageError(f"{path}: neither .safetensors nor .json", "-o density.safetensors")
+    tensors = {
+        "nodes": found.nodes,
+        "weights": found.weights,
+        "histogram.edges": np.array(document["histogram"]["edges"]),
+        "histogram.mass": np.array(document["histogram"]["mass"]),
+    }
+    write_tensors(path, tensors, "float64", kept)

@@ -1,0 +1,174 @@
+"""`hesscli hvp`: products of a model's curvature with vectors, and the term of Per-FedAvg."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hesscli.errors import MismatchError, NumericalError, UsageError
+from hesscli.files.arrays import load_arrays
+from hesscli.job import document as documents
+from hesscli.job.document import Document
+from hesscli.job.opening import open_problem
+from hesscli.job.operator import Operator, open_operator
+from hesscli.job.options import Listener, ProblemOptions
+from hesscli.job.writing import may_write, write_tensors
+
+SCHEMA = "hesscli.hvp/1"
+
+
+@dataclass(frozen=True)
+class HvpOptions:
+    vector: str | None = None  # a safetensors file, "gradient" or "random"
+    per_fedavg: float | None = None
+    query: Path | None = None
+    gradient: bool = False
+    output: Path = Path("hvp.safetensors")
+    force: bool = False
+
+
+def hvp(problem: ProblemOptions, options: HvpOptions, listener: Listener) -> Document:
+    """Writes H v, or (I - alpha H(theta)) g', keyed and shaped as the parameters.
+
+    g' is the gradient at theta - alpha * gradient(theta) on the query data: the term of Per-FedAvg and MAML.
+
+    Raises:
+        HesscliError: of any kind.
+    """
+    started = time.perf_counter()
+    if (options.vector is None) == (options.per_fedavg is None):
+        raise UsageError("wants either --vector or --per-fedavg", "--vector gradient")
+    if options.query is not None and options.per_fedavg is None:
+        raise UsageError("--query goes with --per-fedavg", "--per-fedavg 0.01")
+    if options.per_fedavg is not None and problem.curvature != "hessian":
+        raise UsageError("Per-FedAvg is defined with the Hessian", "--curvature hessian")
+    read = [problem.model, problem.data]
+    if options.query is not None:
+        read.append(options.query)
+    if options.vector not in (None, "gradient", "random"):
+        read.append(Path(str(options.vector)))
+    may_write(options.output, options.force, read)
+    operator = open_operator(problem, listener)
+    facts: Document = {"vector": options.vector, "per_fedavg": options.per_fedavg}
+    if options.per_fedavg is not None:
+        vectors, query = _adapted_gradient(operator, options, listener)
+        facts["query"] = query
+        result = vectors - options.per_fedavg * operator.products(vectors)
+    else:
+        vectors = _vectors(operator, str(options.vector))
+        result = operator.products(vectors)
+    if not bool(torch.isfinite(result).all()):
+        raise NumericalError(
+            "the product is not finite (NaN or inf)",
+            "--dtype float64" if operator.problem.dtype == torch.float32 else None,
+        )
+    document = operator.document(SCHEMA) | facts
+    document |= _norms(operator, vectors, result)
+    tensors = operator.products.split(result)
+    if options.gradient:
+        parts = operator.products.split(operator.gradient)
+        tensors |= {f"gradient.{name}": part for name, part in parts.items()}
+    dtype = str(operator.problem.dtype).removeprefix("torch.")
+    arrays = {name: part.cpu().numpy() for name, part in tensors.items()}
+    kept = documents.timeless(document)
+    if document.get("query"):
+        kept["query"] = {key: v for key, v in document["query"].items() if key != "path"}
+    if options.vector not in (None, "gradient", "random"):
+        kept["vector"] = "file"
+    write_tensors(options.output, arrays, dtype, kept)
+    return document | {
+        "seconds": time.perf_counter() - started,
+        "output": str(options.output),
+    }
+
+
+def _norms(operator: Operator, vectors: Tensor, result: Tensor) -> Document:
+    """Norms by parameter and of all, over all vectors where there are several."""
+
+    def norm(tensor: Tensor) -> float:
+        return float(torch.linalg.norm(tensor.double()))
+
+    v, r = operator.products.split(vectors), operator.products.split(result)
+    blocks = [
+        {
+            "name": name,
+            "shape": list(operator.problem.parameters[name].shape),
+            "size": size,
+            "vector_norm": norm(v[name]),
+            "product_norm": norm(r[name]),
+        }
+        for name, size in zip(operator.products.names, operator.products.sizes, strict=True)
+    ]
+    rows, products = vectors.reshape(-1, operator.size), result.reshape(-1, operator.size)
+    along = (rows.double() * products.double()).sum(1).tolist()
+    squares = rows.double().square().sum(1).tolist()
+    rayleigh = [a / b if b else None for a, b in zip(along, squares, strict=True)]
+    total = {
+        "size": operator.size,
+        "vector_norm": norm(vectors),
+        "product_norm": norm(result),
+    }
+    return {"vectors": len(rows), "blocks": blocks, "total": total, "rayleigh": rayleigh}
+
+
+def _vectors(operator: Operator, source: str) -> Tensor:
+    """[P], or [k, P] of a file with stacked tensors."""
+    if source == "gradient":
+        return operator.gradient
+    problem = operator.problem
+    if source == "random":
+        v = torch.randn(operator.size, generator=operator.generator(), dtype=torch.float64)
+        return v.to(problem.device, problem.dtype)
+    tensors = load_arrays(source).numbers
+    parts: list[Tensor] = []
+    counts: set[int | None] = set()
+    for name, parameter in problem.parameters.items():
+        if name not in tensors:
+            listed = ", ".join(list(tensors)[:10])
+            raise MismatchError(
+                f"{source}: holds no tensor {name!r}; it holds: {listed}",
+                f"--params '{next((n for n in problem.parameters if n in tensors), name)}'",
+            )
+        part = tensors[name].to(problem.device, problem.dtype)
+        shape = parameter.shape
+        if part.shape != shape and part.shape[1:] != shape:
+            raise MismatchError(
+                f"{source}: {name} has shape {list(part.shape)}; wanted {list(shape)}, or "
+                f"{['k', *shape]} for k vectors".replace("'", "")
+            )
+        stacked = part.shape != shape
+        counts.add(len(part) if stacked else None)
+        parts.append(part.reshape(len(part), -1) if stacked else part.reshape(-1))
+    if len(counts) > 1:
+        raise MismatchError(f"{source}: its tensors do not stack the same number of vectors")
+    vectors = torch.cat(parts, -1)
+    if not bool(torch.isfinite(vectors).all()):
+        raise NumericalError(f"{source}: holds NaN or infinity")
+    return vectors
+
+
+def _adapted_gradient(
+    operator: Operator, options: HvpOptions, listener: Listener
+) -> tuple[Tensor, Document | None]:
+    """The gradient at theta - alpha gradient(theta), on the query data; and what there is to say of that."""
+    assert options.per_fedavg is not None
+    problem, facts = operator.problem, None
+    if options.query is not None:
+        opened = open_problem(replace(operator.options, data=options.query), listener)
+        if list(opened.problem.parameters) != list(problem.parameters):
+            raise MismatchError(f"{options.query}: the model has other parameters with it")
+        problem, facts = opened.problem, opened.facts["data"]
+    kept = [parameter.detach().clone() for parameter in problem.parameters.values()]
+    steps = operator.products.split(operator.gradient)
+    try:
+        for name, parameter in problem.parameters.items():
+            parameter.data.sub_(steps[name], alpha=options.per_fedavg)
+        gradient = problem.gradient(list(problem.parameters))
+    finally:
+        for parameter, value in zip(problem.parameters.values(), kept, strict=True):
+            parameter.data.copy_(value)
+    return torch.cat([g.reshape(-1) for g in gradient.values()]), facts

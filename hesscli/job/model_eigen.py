@@ -1,0 +1,165 @@
+"""`hesscli eigen MODEL DATA`: eigenvalues of a saved model's curvature, without its matrix."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hesscli.errors import NumericalError
+from hesscli.job import document as documents
+from hesscli.job.document import Document
+from hesscli.job.operator import Operator, open_operator
+from hesscli.job.options import Listener, ProblemOptions
+from hesscli.job.progress import Convergence
+from hesscli.job.writing import may_write, write_tensors
+from hesscli.spectrum.dense import DENSE, dense
+from hesscli.spectrum.eigen import WHICH
+from hesscli.spectrum.lanczos import Found, Lanczos, NotFinite
+
+SCHEMA = "hesscli.eigen/1"
+
+
+@dataclass(frozen=True)
+class EigenOptions:
+    top: int = 10
+    which: str = "largest"
+    tolerance: float = 1e-3
+    max_products: int = 1000
+    per_block: bool = False
+    output: Path | None = None
+    force: bool = False
+
+
+def model_eigen(problem: ProblemOptions, options: EigenOptions, listener: Listener) -> Document:
+    """The first eigenvalues of a model's curvature; or the extremes of each parameter's own block.
+
+    Returns:
+        the JSON document. `converged` is False where the products were spent, or Ctrl-C was pressed (`interrupted`).
+
+    Raises:
+        HesscliError: of any kind.
+    """
+    started = time.perf_counter()
+    if options.output is not None:
+        may_write(options.output, options.force, (problem.model, problem.data))
+    operator = open_operator(problem, listener)
+    if options.per_block:
+        found, blocks, operators = _per_block(operator, options, listener)
+    else:
+        found = search(operator, options.top, options.which, options, listener)
+        blocks, operators = ["hessian"] * len(found.values), [operator]
+    document = operator.document(SCHEMA) | {
+        "which": "both" if options.per_block else options.which,
+        "per_block": options.per_block,
+        "block": None,
+        "tolerance": options.tolerance,
+        "eigenvalues": found.values.tolist(),
+        "residuals": found.residuals.tolist(),
+        "blocks": blocks,
+        "converged": bool(found.converged.all()) and not found.interrupted,
+        "interrupted": found.interrupted,
+        "products": sum(each.products.count for each in operators),
+    }
+    if options.output is not None and document["converged"]:
+        tensors = {"eigenvalues": found.values, "eigenvectors": found.vectors.cpu().numpy()}
+        write_tensors(options.output, tensors, "float64", documents.timeless(document))
+    document["seconds"] = time.perf_counter() - started
+    document["output"] = str(options.output) if options.output else None
+    return document
+
+
+def search(
+    operator: Operator, top: int, which: str, options: EigenOptions, listener: Listener
+) -> Found:
+    """The first pairs: densely where that is little work, else by Lanczos; largest first if from both ends."""
+    size = operator.size
+    if size <= DENSE or 3 * top >= size:
+        operator.needs(3 * size, "the whole matrix", f"--top {max(1, size // 4)}")
+        try:
+            values, columns, errors = dense(operator.products, size, listener.progress)
+        except KeyboardInterrupt:
+            return Found(np.zeros(0), torch.zeros(0, size), np.zeros(0), np.zeros(0, bool), 0, True)
+        best = WHICH[which](values)[:top]
+        found = Found(
+            values[best],
+            torch.from_numpy(columns[:, best].T.copy()),
+            errors[best],
+            np.ones(len(best), bool),
+            size,
+        )
+    else:
+        operator.needs(3 * top + 8, f"--top {top}", "--top 1")
+        lanczos = Lanczos(
+            operator.products,
+            size,
+            top,
+            which,
+            options.tolerance,
+            operator.generator(),
+            operator.gradient,
+            Convergence(listener).residual,
+        )
+        try:
+            found = lanczos.run(options.max_products)
+        except NotFinite:
+            raise NumericalError(
+                "a product is not finite (NaN or inf)",
+                "--dtype float64" if operator.problem.dtype == torch.float32 else None,
+            ) from None
+    return _descending(found) if which == "both" else found
+
+
+def _descending(found: Found) -> Found:
+    order = np.argsort(-found.values, kind="stable")
+    return Found(
+        found.values[order],
+        found.vectors[torch.from_numpy(order).to(found.vectors.device)],
+        found.residuals[order],
+        found.converged[order],
+        found.products,
+        found.interrupted,
+    )
+
+
+def _per_block(
+    operator: Operator, options: EigenOptions, listener: Listener
+) -> tuple[Found, list[str], list[Operator]]:
+    """The largest and the smallest eigenvalue of each parameter's own block."""
+    parts: list[Found] = []
+    blocks: list[str] = []
+    operators = [operator]
+    rows: list[Tensor] = []
+    offset = 0
+    for name, length in zip(operator.products.names, operator.products.sizes, strict=True):
+        if length:
+            own = operator.restricted(name)
+            operators.append(own)
+            found = search(own, 2, "both", options, listener)
+            parts.append(found)
+            blocks += [name] * len(found.values)
+            if options.output is not None:
+                padded = torch.zeros(len(found.values), operator.size, dtype=torch.float64)
+                padded[:, offset : offset + length] = found.vectors.cpu()
+                rows.append(padded)
+            if found.interrupted:
+                break
+        offset += length
+    errors = [each.check_error for each in operators if each.check_error is not None]
+    operator.check_error = max(errors, default=None)
+    return (
+        Found(
+            np.concatenate([part.values for part in parts]),
+            torch.cat(rows) if rows else torch.zeros(0, operator.size),
+            np.concatenate([part.residuals for part in parts]),
+            np.concatenate([part.converged for part in parts]),
+            sum(part.products for part in parts),
+            parts[-1].interrupted,
+        ),
+        blocks,
+        operators,
+    )

@@ -1,0 +1,242 @@
+"""The curvature of a saved model as an operator: opened, checked, and ready to multiply."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from hesscli.errors import NumericalError, ResourceError, UsageError
+from hesscli.files.resources import available_memory
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.check import Certificate
+from hesscli.hessian.check_curvature import certificate as certificate_of
+from hesscli.hessian.differences import Differences
+from hesscli.hessian.operator import Flat, Products
+from hesscli.hessian.planner import FINITE_DIFFERENCE, HVP
+from hesscli.hessian.problem import Problem
+from hesscli.hessian.routes.base import NotApplicable
+from hesscli.job import document as documents
+from hesscli.job.document import Document
+from hesscli.job.opening import Opened, open_problem
+from hesscli.job.options import Listener, ProblemOptions
+from hesscli.job.sizes import size
+
+
+@dataclass
+class Operator:
+    """A problem's curvature, as products."""
+
+    options: ProblemOptions
+    listener: Listener
+    opened: Opened
+    products: Flat
+    method: str
+    gradient: Tensor  # [P]
+    certificate: Certificate | None
+    check_error: float | None = None
+
+    @property
+    def problem(self) -> Problem:
+        return self.opened.problem
+
+    @property
+    def size(self) -> int:
+        return self.products.size
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.options.seed)
+
+    def block(self) -> Block:
+        return Block("hessian", tuple(self.products.names), tuple(self.products.sizes))
+
+    def document(self, schema: str) -> Document:
+        """What every command says of the model, the data and the curvature."""
+        return documents.skeleton(self.opened, "full") | {
+            "schema": schema,
+            "method": self.method,
+            "gradient_norm": float(torch.linalg.norm(self.gradient.double())),
+            "check": documents.check_facts(
+                self.certificate, [{"check_error": self.check_error}], False
+            ),
+            "size": self.size,
+            "notes": list(self.opened.notes),
+        }
+
+    def restricted(self, name: str) -> Operator:
+        """The own block of one parameter, checked too."""
+        problem = self.problem
+        one = replace(problem, parameters={name: problem.parameters[name]})
+        opened = replace(self.opened, problem=one)
+        return _made(
+            self.options,
+            self.listener,
+            opened,
+            self.products.split(self.gradient)[name].reshape(-1),
+        )
+
+    def needs(self, vectors: int, what: str, smaller: str) -> None:
+        """Refuses to hold more vectors than fit.
+
+        Raises:
+            ResourceError: with the option that makes it fewer.
+        """
+        needed = vectors * self.size * self.problem.dtype.itemsize
+        free = available_memory()
+        if self.problem.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.problem.device)[0]
+        if needed > free:
+            raise ResourceError(
+                f"{what} holds {vectors} vectors of {self.size} numbers, {size(needed)}; "
+                f"{size(free)} of memory is free",
+                smaller,
+            )
+
+
+def open_operator(options: ProblemOptions, listener: Listener) -> Operator:
+    """Opens model and data, linearises, and checks a product along a random direction.
+
+    Raises:
+        HesscliError: of any kind.
+    """
+    opened = open_problem(options, listener)
+    problem = opened.problem
+    grads = problem.gradient(list(problem.parameters))
+    gradient = torch.cat([g.reshape(-1) for g in grads.values()])
+    norm = float(torch.linalg.norm(gradient.double()))
+    if not math.isfinite(norm):
+        raise NumericalError(f"the gradient's norm is {norm}; the Hessian would mean nothing")
+    return _made(options, listener, opened, gradient)
+
+
+def _made(
+    options: ProblemOptions, listener: Listener, opened: Opened, gradient: Tensor
+) -> Operator:
+    problem = opened.problem
+    if options.method not in ("auto", HVP, FINITE_DIFFERENCE):
+        raise UsageError(
+            f"products are made by {HVP} or {FINITE_DIFFERENCE}, not by {options.method}",
+            f"--method {HVP}",
+        )
+    if options.method == FINITE_DIFFERENCE and options.curvature != "hessian":
+        raise UsageError(f"{FINITE_DIFFERENCE} gives the Hessian alone", f"--method {HVP}")
+    double = problem.double() if options.check or options.method != HVP else None
+    reference = double or problem
+    methods: dict[str, Callable[[], Flat]] = {
+        HVP: lambda: Products(
+            problem, options.curvature, available_memory() // 2, opened.sizes.chunk
+        ),
+        FINITE_DIFFERENCE: lambda: Differences(reference),
+    }
+    if options.method != "auto":
+        methods = {options.method: methods[options.method]}
+    elif options.curvature != "hessian":
+        del methods[FINITE_DIFFERENCE]
+    reason = ""
+    for method, make in methods.items():
+        if reason:
+            note = f"{reason}: {method} instead"
+            opened.notes.append(note)
+            listener.note(note)
+        certificate = (
+            certificate_of(reference, problem.dtype, options.seed, options.curvature)
+            if options.check
+            else None
+        )
+        try:
+            made = Operator(options, listener, opened, make(), method, gradient, certificate)
+            reason = _refused(made)
+        except NotApplicable as error:
+            reason = str(error)
+        if not reason:
+            made.products.count = 0  # of what is asked for, not of the check
+            return made
+    raise NumericalError(
+        reason,
+        "--dtype float64"
+        if problem.dtype == torch.float32
+        else (f"--method {FINITE_DIFFERENCE}" if options.method == HVP else None),
+    )
+
+
+def _refused(made: Operator) -> str:
+    """Why a product is not to be trusted, or nothing."""
+    certificate = made.certificate
+    if certificate is None:
+        probe = torch.ones(made.size, dtype=made.problem.dtype, device=made.problem.device)
+        product = made.products(probe)
+        return "" if bool(torch.isfinite(product).all()) else "a product is not finite (NaN or inf)"
+    error = certificate.product(made.block(), lambda v: made.products(v.to(made.problem.dtype)))
+    if not certificate.passed(error):
+        if not math.isfinite(error):
+            return "a product is not finite (NaN or inf)"
+        return (
+            f"{made.method} differs from {certificate.kind} by {error:.1e}, "
+            f"more than {certificate.tolerance:.0e}"
+        )
+    made.check_error = error
+    return ""
+
+
+class _Silent:
+    def note(self, text: str) -> None:
+        pass
+
+    def progress(self, done: int, total: int, doing: str) -> None:
+        pass
+
+
+def operator(model: str | Path, data: str | Path, **options: Any) -> LinearOperator:
+    """The curvature of a saved model's loss as a `scipy.sparse.linalg.LinearOperator`, [P, P] and symmetric.
+
+    Rows and columns are the parameters in `named_parameters` order, each flattened row-major, restricted by
+    `params=["fc1.*"]`. One product was checked against differences of gradients (`check=False` skips that).
+
+        H = hesscli.operator("model.pt", "data.npz", curvature="ggn")
+        scipy.sparse.linalg.eigsh(H, k=3)
+
+    Args:
+        model: a model file.
+        data: a data file.
+        options: those of the command line, with underscores: loss, loss_arguments, arch, dtype, device, ...
+
+    Raises:
+        HesscliError: of any kind.
+    """
+    known = {field.name for field in fields(ProblemOptions)} - {"model", "data"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise UsageError(
+            f"no option is called {unknown[0]!r}; there are: {', '.join(sorted(known))}"
+        )
+    for name in ("inputs", "params"):
+        if isinstance(options.get(name), str):
+            options[name] = (options[name],)
+        elif name in options:
+            options[name] = tuple(options[name])
+    opened = open_operator(ProblemOptions(Path(model), Path(data), **options), _Silent())
+    products, problem = opened.products, opened.problem
+
+    def multiply(rows: np.ndarray) -> np.ndarray:
+        vectors = torch.from_numpy(np.array(rows)).to(problem.device, problem.dtype)
+        return products(vectors).cpu().numpy()
+
+    class Curvature(LinearOperator):  # type: ignore[misc]
+        def _matvec(self, x: np.ndarray) -> np.ndarray:
+            return multiply(x.reshape(-1))
+
+        def _matmat(self, X: np.ndarray) -> np.ndarray:
+            return multiply(np.ascontiguousarray(X.T)).T
+
+        def _adjoint(self) -> LinearOperator:
+            return self
+
+    dtype = np.dtype(str(problem.dtype).removeprefix("torch."))
+    return Curvature(dtype=dtype, shape=(products.size, products.size))

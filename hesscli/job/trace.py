@@ -1,0 +1,121 @@
+"""`hesscli trace`: the trace of each tensor's block and of all, exact or estimated."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import fields
+
+import numpy as np
+
+from hesscli.hessian.check_curvature import certificate as certificate_of
+from hesscli.job.document import Document
+from hesscli.job.operator import Operator, open_operator
+from hesscli.job.options import ComputeOptions, Listener, ProblemOptions
+from hesscli.job.planning import Plan
+from hesscli.job.progress import Convergence
+from hesscli.job.whole import WholeBlocks, groups
+from hesscli.spectrum.dense import DENSE
+from hesscli.spectrum.trace import Estimate, estimate
+
+SCHEMA = "hesscli.trace/1"
+
+AFFORDABLE = DENSE
+"""The exact diagonal is taken where it is planned to cost no more than this many products."""
+
+
+def trace(
+    problem: ProblemOptions, relative_error: float, max_products: int, listener: Listener
+) -> Document:
+    """The traces of a model's curvature.
+
+    Args:
+        problem: the model, its data and its loss.
+        relative_error: the standard error of the total, relative to it, at which an estimate is good enough.
+        max_products: at most.
+        listener: hears how it goes.
+
+    Returns:
+        the JSON document: `blocks[].trace` and `total.trace`, each with `standard_error`, 0 where exact.
+
+    Raises:
+        HesscliError: of any kind.
+    """
+    started = time.perf_counter()
+    operator = open_operator(problem, listener)
+    found = _exact(operator, max_products, listener)
+    if found is None:
+        found = _estimated(operator, relative_error, max_products, listener)
+    names, sizes = operator.products.names, operator.products.sizes
+    blocks: list[Document] = [
+        {
+            "name": name,
+            "shape": list(operator.problem.parameters[name].shape),
+            "size": size,
+            "trace": float(value),
+            "standard_error": float(error),
+            "mean": float(value) / size if size else None,
+        }
+        for name, size, value, error in zip(names, sizes, found.parts, found.errors, strict=True)
+    ]
+    document = operator.document(SCHEMA)
+    document["blocks"] = blocks
+    document["total"] = {
+        "size": operator.size,
+        "trace": found.total,
+        "standard_error": found.error,
+        "mean": found.total / operator.size,
+    }
+    return document | {
+        "exact": not found.errors.any() and found.products == 0,
+        "relative_error": relative_error,
+        "products": operator.products.count,
+        "converged": found.converged,
+        "interrupted": found.interrupted,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _exact(operator: Operator, max_products: int, listener: Listener) -> Estimate | None:
+    """The traces of the exact diagonal, if that is affordable."""
+    shared = {f.name: getattr(operator.options, f.name) for f in fields(ProblemOptions)}
+    options = ComputeOptions(**shared, blocks="elements", stats="basic", output=None)
+    plan = Plan(options, operator.opened, listener)
+    most = min(AFFORDABLE, max_products) / max(1, operator.size)
+    if plan.work(plan.blocks) > most * plan.by_rows():
+        return None
+    certificate = None
+    if options.check:
+        certificate = certificate_of(
+            plan.reference, plan.problem.dtype, options.seed, options.curvature
+        )
+    work = WholeBlocks(plan, certificate)
+    found: dict[str, Document] = {}
+    try:
+        for group in groups(plan):
+            for facts, _ in work.compute(group):
+                found[facts["name"]] = facts
+                listener.progress(sum(f["size"] for f in found.values()), operator.size, "exact")
+    except KeyboardInterrupt:
+        names = operator.products.names
+        parts = np.array([found[name]["trace"] if name in found else np.nan for name in names])
+        return Estimate(parts, 0 * parts, np.nan, np.nan, 0, False, True)
+    errors = [facts["check_error"] for facts in found.values() if facts["check_error"] is not None]
+    operator.certificate, operator.check_error = certificate, max(errors, default=None)
+    operator.method = " + ".join(sorted({facts["method"] for facts in found.values()}))
+    parts = np.array([found[name]["trace"] for name in operator.products.names])
+    return Estimate(parts, np.zeros(len(parts)), float(parts.sum()), 0.0, 0, True)
+
+
+def _estimated(
+    operator: Operator, relative_error: float, max_products: int, listener: Listener
+) -> Estimate:
+    operator.needs(40, "the estimate", "--params GLOB")
+    return estimate(
+        operator.products,
+        operator.products.sizes,
+        relative_error,
+        max_products,
+        operator.generator(),
+        operator.gradient,
+        Convergence(listener).standard_error,
+    )

@@ -1,0 +1,503 @@
+"""`eigen`, `trace`, `density` and `hvp` of a model from the command line, against dense matrices."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import BY_NAME, expected, save
+from conftest import REPOSITORY, read
+from oracles import closed_form_linear_regression, hessian
+from safetensors.numpy import load_file, save_file
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import nn
+
+import hesscli
+from hesscli.errors import UsageError
+
+SAMPLES = REPOSITORY / "sample_models"
+MLP = (SAMPLES / "digits_mlp.pt", SAMPLES / "digits.npz")
+CNN = (
+    SAMPLES / "digits_cnn.safetensors", SAMPLES / "digits.npz",
+    "--arch", f"{SAMPLES / 'digits_cnn.py'}:digits_cnn",
+)  # fmt: skip
+
+
+def saved(folder: Path, model: nn.Module, **arrays: np.ndarray) -> tuple[Path, Path]:
+    torch.jit.script(model).save(folder / "net.pt")
+    np.savez(folder / "data.npz", **arrays)
+    return folder / "net.pt", folder / "data.npz"
+
+
+def dense(cli, *words) -> np.ndarray:
+    ran = cli("compute", *words, "-b", "full", "--dtype", "float64", "-q", "-o", "full.safetensors")
+    assert ran.code == 0, ran.stderr
+    return load_file("full.safetensors")["hessian"]
+
+
+# --- eigen ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
+@pytest.mark.parametrize("which", ["largest", "magnitude", "both"])
+@pytest.mark.parametrize("model", [MLP, CNN], ids=["mlp", "cnn"])
+def test_top_ten(cli, model, which, curvature):
+    matrix = dense(cli, *model, "--curvature", curvature)
+    truth = np.linalg.eigvalsh(matrix)[::-1]
+    if which == "both":
+        truth = np.r_[truth[:5], truth[-5:]]
+    elif which == "magnitude":
+        truth = truth[np.argsort(-np.abs(truth))][:10]
+    # The zeros of a singular matrix are as many as they are hard to tell from zero.
+    tolerance = 1e-3 if which == "both" and curvature != "hessian" else 1e-5
+    options = ("--curvature", curvature, "--which", which, "--tol", tolerance)
+    ran = cli("eigen", *model, *options, "--dtype", "float64", "--json")
+    assert ran.code == 0, ran.stderr
+    found = ran.document
+    assert found["converged"] is True
+    assert found["curvature"] == {"fisher": "empirical_fisher"}.get(curvature, curvature)
+    assert found["blocks"] == ["hessian"] * 10
+    scale = abs(truth[0])
+    np.testing.assert_allclose(
+        found["eigenvalues"], truth[:10], rtol=1e-8, atol=tolerance * scale / 5
+    )
+    assert len(found["residuals"]) == 10
+    assert max(found["residuals"]) <= tolerance * scale
+    assert found["check"]["relative_error"] < 1e-6
+
+
+def test_float32_and_batches(cli):
+    truth = np.linalg.eigvalsh(dense(cli, *MLP))[::-1][:5]
+    for batch in ("auto", 77, 1):
+        ran = cli("eigen", *MLP, "--top", 5, "--json", "--batch-size", batch)
+        np.testing.assert_allclose(ran.document["eigenvalues"], truth, rtol=1e-4)
+
+
+def test_vectors_in_a_file(cli, tmp_path):
+    matrix = dense(cli, *MLP)
+    ran = cli("eigen", *MLP, "--top", 3, "--tol", 1e-6, "--dtype", "float64", "-o", "e.safetensors")
+    assert ran.code == 0, ran.stderr
+    document, tensors = read(tmp_path / "e.safetensors")
+    V, values = tensors["eigenvectors"].numpy(), tensors["eigenvalues"].numpy()
+    np.testing.assert_allclose(V @ V.T, np.eye(3), atol=1e-9)
+    assert np.linalg.norm(matrix @ V.T - V.T * values) < 1e-5
+    assert "path" not in document["model"]
+    first = (tmp_path / "e.safetensors").read_bytes()
+    cli("eigen", *MLP, "--top", 3, "--tol", 1e-6, "--dtype", "float64", "-o", "e.safetensors")
+    assert (tmp_path / "e.safetensors").read_bytes() == first
+
+
+@pytest.mark.parametrize("outputs", [3, 10])
+def test_every_eigenvalue_as_often_as_there_are_outputs(cli, tmp_path, outputs):
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((300, 200)) * np.linspace(0.2, 2, 200)
+    model = nn.Linear(200, outputs, bias=False)
+    files = saved(tmp_path, model, x=x.astype(np.float32), y=np.zeros((300, outputs), np.float32))
+    truth = closed_form_linear_regression(torch.from_numpy(x), 1, bias=False) / outputs
+    truth = np.repeat(np.linalg.eigvalsh(truth.numpy())[::-1], outputs)
+    ran = cli("eigen", *files, "--top", 12, "--json")
+    assert ran.code == 0, ran.stderr
+    np.testing.assert_allclose(ran.document["eigenvalues"], truth[:12], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layer-norm",
+        "weight-norm",
+        "multihead-attention",
+        "gru",
+        "mlp-relu",
+        "ce-weight-ignore-smoothing",
+    ],
+)
+def test_small_models_are_done_densely(cli, tmp_path, name):
+    model, data = save(BY_NAME[name], "trace", tmp_path)
+    truth = np.linalg.eigvalsh(expected(BY_NAME[name]).numpy())[::-1]
+    ran = cli("eigen", model, data, *BY_NAME[name].arguments(), "--json", "--top", 4)
+    assert ran.code == 0, ran.stderr
+    np.testing.assert_allclose(ran.document["eigenvalues"], truth[:4], atol=1e-8)
+    assert ran.document["products"] == len(truth)
+
+
+def test_without_second_derivatives(cli, tmp_path):
+    model, data = save(BY_NAME["cdist"], "script", tmp_path)
+    truth = np.linalg.eigvalsh(expected(BY_NAME["cdist"]).numpy())[::-1]
+    ran = cli("eigen", model, data, *BY_NAME["cdist"].arguments(), "--json", "--top", 2)
+    assert ran.code == 0, ran.stderr
+    assert ran.document["method"] == "finite-difference"
+    assert any("finite-difference instead" in note for note in ran.notes)
+    np.testing.assert_allclose(ran.document["eigenvalues"], truth[:2], atol=1e-4)
+
+
+def test_params_and_extremes_of_blocks(cli):
+    ran = cli("compute", *MLP, "--stats", "all", "--json", "-q")
+    blocks = {facts["name"]: facts for facts in ran.document["blocks"]}
+    one = cli("eigen", *MLP, "--params", "fc1.weight", "--top", 1, "--json").document
+    assert one["eigenvalues"][0] == pytest.approx(blocks["fc1.weight"]["eig_max"], rel=1e-4)
+    ran = cli("eigen", *MLP, "--per-block", "--json")
+    assert ran.code == 0, ran.stderr
+    found = ran.document
+    for i in range(0, 8, 2):
+        facts = blocks[found["blocks"][i]]
+        assert found["blocks"][i + 1] == facts["name"]
+        assert found["eigenvalues"][i] == pytest.approx(facts["eig_max"], rel=1e-4)
+        assert found["eigenvalues"][i + 1] == pytest.approx(facts["eig_min"], abs=1e-4)
+    text = cli("eigen", *MLP, "--per-block").stdout
+    assert "fc1.weight" in text
+    assert "eig_min" in text
+
+
+def test_one_parameter_and_a_zero_hessian(cli, tmp_path):
+    x = np.arange(1, 5, dtype=np.float32).reshape(4, 1)
+    one = saved(tmp_path, nn.Linear(1, 1, bias=False), x=x, y=np.zeros((4, 1), np.float32))
+    ran = cli("eigen", *one, "--json")
+    assert ran.document["eigenvalues"] == pytest.approx([2 * float((x**2).mean())])
+    x = np.ones((4, 700), np.float32)
+    flat = saved(tmp_path, nn.Linear(700, 1), x=x, y=np.full((4, 1), -9, np.float32))
+    ran = cli("eigen", *flat, "--loss", "l1", "--json")
+    assert ran.code == 0, ran.stderr
+    assert ran.document["eigenvalues"] == [0.0] * 10
+    assert cli("trace", *flat, "--loss", "l1", "--json").document["total"]["trace"] == 0
+
+
+def test_not_converged(cli, tmp_path):
+    ran = cli("eigen", *MLP, "--max-products", 12, "-o", "e.safetensors", "--json")
+    assert ran.code == 5
+    assert ran.document["converged"] is False
+    assert len(ran.document["residuals"]) == 10
+    assert "not converged after 12 products" in ran.stderr
+    assert "--max-products 48" in ran.hint
+    assert not (tmp_path / "e.safetensors").exists()
+
+
+def test_nan(cli, tmp_path):
+    class Rooted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.zeros(3))
+
+        def forward(self, x):
+            return x * self.a.abs().sqrt()
+
+    files = saved(tmp_path, Rooted(), x=np.ones((2, 3), np.float32), y=np.ones((2, 3), np.float32))
+    for command in (["eigen"], ["trace"], ["density"], ["hvp", "--vector", "gradient"]):
+        assert "norm is" in cli(command[0], *files, *command[1:]).fails(5)
+
+
+def test_a_product_that_is_wrong_is_refused(cli, monkeypatch):
+    from hesscli.hessian.operator import Products
+
+    right = Products.__call__
+    monkeypatch.setattr(Products, "__call__", lambda self, v: 1.1 * right(self, v))
+    ran = cli("eigen", *MLP, "--method", "hvp")
+    assert "differs from differences of gradients" in ran.fails(5)
+    ran = cli("eigen", *MLP, "--json", "--top", 1)  # the last resort is right
+    assert ran.document["method"] == "finite-difference"
+    assert cli("eigen", *MLP, "--no-check", "--json").document["check"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["eigen", *MLP, "--block", "fc1.weight"], 2, "--block goes with a Hessian file"),
+        (["eigen", *MLP, "--method", "preactivation"], 2, "products are made by hvp"),
+        (
+            ["eigen", *MLP, "--method", "finite-difference", "--curvature", "ggn"],
+            2,
+            "Hessian alone",
+        ),
+        (["eigen", "none.pt", MLP[1]], 2, "none.pt"),
+        (["hvp", *MLP], 2, "either --vector or --per-fedavg"),
+        (["hvp", *MLP, "--vector", "gradient", "--query", MLP[1]], 2, "--query goes with"),
+        (["hvp", *MLP, "--vector", "none.safetensors"], 2, "none.safetensors"),
+        (["density", *MLP, "--plot", "p.gif"], 2, ".png, .svg, .pdf"),
+        (["density", *MLP, "-o", "p.txt"], 2, ".safetensors nor .json"),
+        (["compute", *MLP, "--curvature", "ggn", "--method", "preactivation"], 5, "Hessian alone"),
+    ],
+)
+def test_refused(cli, words, code, said):
+    assert said in cli(*words).fails(code)
+
+
+def test_options_of_a_problem_do_not_go_with_a_file(cli):
+    cli("compute", *MLP, "-q")
+    assert cli("eigen", "--top", 1).code == 0
+    assert cli("eigen", "hessian.safetensors", "--loss", "mse").code == 2
+    assert cli("eigen", "hessian.safetensors", "--no-check").code == 2
+
+
+# --- trace ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
+@pytest.mark.parametrize("model", [MLP, CNN], ids=["mlp", "cnn"])
+def test_exact_trace(cli, model, curvature):
+    matrix = dense(cli, *model, "--curvature", curvature)
+    ran = cli("trace", *model, "--curvature", curvature, "--dtype", "float64", "--json")
+    assert ran.code == 0, ran.stderr
+    total = ran.document["total"]
+    assert total["trace"] == pytest.approx(np.trace(matrix), rel=1e-10)
+    assert total["standard_error"] == 0
+    assert total["mean"] == pytest.approx(np.trace(matrix) / len(matrix))
+    assert ran.document["exact"] is True
+    offset = 0
+    for facts in ran.document["blocks"]:
+        part = np.diag(matrix)[offset : offset + facts["size"]]
+        assert facts["trace"] == pytest.approx(part.sum(), rel=1e-9)
+        offset += facts["size"]
+    assert "exact" in cli("trace", *model, "--curvature", curvature).stdout
+
+
+def test_estimated_trace(cli):
+    matrix = dense(cli, *MLP)
+    estimate = ("--method", "hvp", "--json", "--max-products", 400)
+    hits = []
+    for seed in range(10):
+        ran = cli("trace", *MLP, *estimate, "--seed", seed)
+        assert ran.code == 0, ran.stderr
+        total = ran.document["total"]
+        hits.append(abs(total["trace"] - np.trace(matrix)) <= 2 * total["standard_error"])
+        assert total["standard_error"] > 0
+        assert ran.document["converged"] == (total["standard_error"] <= 0.01 * total["trace"])
+        parts = [facts["trace"] for facts in ran.document["blocks"]]
+        assert sum(parts) == pytest.approx(total["trace"])
+    assert sum(hits) >= 7
+    assert "+- " in cli("trace", *MLP, "--method", "hvp", "--rel-error", 0.1).stdout
+
+
+def test_trace_that_stays_rough_is_said(cli):
+    ran = cli("trace", *MLP, "--method", "hvp", "--max-products", 20)
+    assert ran.code == 0
+    assert "the standard error is more than 0.01 of the total after 20 products" in ran.stderr
+
+
+# --- density --------------------------------------------------------------------------------------
+
+
+def test_density_of_a_file_and_of_a_model(cli, tmp_path):
+    truth = np.linalg.eigvalsh(dense(cli, *MLP))
+    ran = cli("density", "full.safetensors", "--json")
+    assert ran.code == 0, ran.stderr
+    assert ran.document["exact"] is True
+    np.testing.assert_allclose(ran.document["nodes"], truth, atol=1e-10)
+    ran = cli("density", *MLP, "--probes", 4, "--steps", 40, "--json", "-o", "d.safetensors")
+    assert ran.code == 0, ran.stderr
+    found = ran.document
+    assert sum(found["weights"]) == pytest.approx(1)
+    assert found["products"] == 160
+    assert sum(found["histogram"]["mass"]) == pytest.approx(1)
+    mean = np.dot(found["nodes"], found["weights"])
+    assert mean == pytest.approx(truth.mean(), abs=0.01)
+    assert max(found["nodes"]) == pytest.approx(truth[-1], rel=1e-3)
+    document, tensors = read(tmp_path / "d.safetensors")
+    assert tensors["nodes"].tolist() == found["nodes"]
+    assert tensors["weights"].tolist() == found["weights"]
+    assert document["probes"] == 4
+
+
+def test_density_of_a_small_model_is_exact(cli, tmp_path):
+    model, data = save(BY_NAME["mlp-tanh"], "script", tmp_path)
+    ran = cli("density", model, data, "--json", "-o", "d.json")
+    assert ran.code == 0, ran.stderr
+    truth = np.linalg.eigvalsh(expected(BY_NAME["mlp-tanh"]).numpy())
+    np.testing.assert_allclose(ran.document["nodes"], truth, atol=1e-9)
+    kept = json.loads((tmp_path / "d.json").read_text())
+    assert kept["nodes"] == ran.document["nodes"]
+    assert cli("density", model, data, "-o", "d.json").code == 0  # its own file is replaced
+    (tmp_path / "notes.json").write_text("{}")
+    assert cli("density", model, data, "-o", "notes.json").code == 2
+    assert (tmp_path / "notes.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("blocks", ["diag", "elements", "full"])
+def test_density_is_printed(cli, blocks):
+    cli("compute", *MLP, "-q", "-b", blocks)
+    text = cli("density").stdout
+    lines = [line for line in text.splitlines() if " to " in line]
+    assert len(lines) == 24
+    assert max(map(len, text.splitlines())) <= 80
+    shares = [line.split()[3] for line in lines]
+    assert sum(float(s) for s in shares if s != "-") == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_density_is_drawn(cli, tmp_path, suffix):
+    pytest.importorskip("matplotlib")
+    starts = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
+    ran = cli("density", *MLP, "--probes", 1, "--steps", 20, "--plot", f"p.{suffix}")
+    assert ran.code == 0, ran.stderr
+    drawn = (tmp_path / f"p.{suffix}").read_bytes()
+    assert drawn.startswith(starts[suffix])
+    ran = cli("density", *MLP, "--probes", 1, "--steps", 20, "--plot", f"p.{suffix}")
+    assert ran.code == 0, ran.stderr  # its own picture is replaced, with the same bytes
+    assert (tmp_path / f"p.{suffix}").read_bytes() == drawn
+    assert {p.name for p in tmp_path.iterdir()} == {f"p.{suffix}"}
+
+
+def test_no_matplotlib(cli, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    ran = cli("density", *MLP, "--plot", "p.png")
+    assert "matplotlib is not installed" in ran.fails(2)
+    assert ran.hint == "pip install 'hesscli[plot]'"
+
+
+# --- hvp ------------------------------------------------------------------------------------------
+
+
+def pieces(tensors: dict[str, np.ndarray], prefix: str = "") -> np.ndarray:
+    names = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+    return np.concatenate([tensors[prefix + name].reshape(-1) for name in names])
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
+def test_products(cli, tmp_path, curvature):
+    matrix = dense(cli, *MLP, "--curvature", curvature)
+    options = ("--dtype", "float64", "--curvature", curvature)
+    ran = cli("hvp", *MLP, *options, "--vector", "gradient", "--gradient", "--json")
+    assert ran.code == 0, ran.stderr
+    tensors = load_file(tmp_path / "hvp.safetensors")
+    g, Hg = pieces(tensors, "gradient."), pieces(tensors)
+    np.testing.assert_allclose(Hg, matrix @ g, rtol=1e-8, atol=1e-10)
+    assert tensors["fc1.weight"].shape == (16, 64)
+    assert ran.document["rayleigh"][0] == pytest.approx(g @ matrix @ g / (g @ g))
+    # k vectors, stacked
+    shapes = {"fc1.weight": (16, 64), "fc1.bias": (16,), "fc2.weight": (10, 16), "fc2.bias": (10,)}
+    drawn = np.random.default_rng(0)
+    V = {name: drawn.standard_normal((3, *shape)) for name, shape in shapes.items()}
+    save_file(V, "v.safetensors")
+    ran = cli("hvp", *MLP, *options, "--vector", "v.safetensors", "-o", "k.safetensors")
+    assert ran.code == 0, ran.stderr
+    found = load_file(tmp_path / "k.safetensors")
+    for k in range(3):
+        v = pieces({name: value[k] for name, value in V.items()})
+        one = pieces({name: value[k] for name, value in found.items()})
+        np.testing.assert_allclose(one, matrix @ v, rtol=1e-8, atol=1e-9)
+
+
+def test_random_vectors_follow_the_seed(cli, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        cli("hvp", *MLP, "--vector", "random", "--seed", seed, "-o", f"{name}.safetensors")
+    a, b, c = ((tmp_path / f"{name}.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_vectors_that_do_not_fit(cli):
+    save_file({"fc1.weight": np.zeros((16, 64))}, "v.safetensors")
+    ran = cli("hvp", *MLP, "--vector", "v.safetensors")
+    assert "holds no tensor 'fc1.bias'" in ran.fails(4)
+    assert cli("hvp", *MLP, "--vector", "v.safetensors", "--params", "fc1.weight").code == 0
+    save_file({"fc1.weight": np.zeros((64, 16))}, "v.safetensors")
+    assert "wanted [16, 64], or [k, 16, 64]" in cli("hvp", *MLP, "--vector", "v.safetensors").fails(
+        4
+    )
+    assert "is an input" in cli(
+        "hvp", *MLP, "--vector", "v.safetensors", "-o", "v.safetensors"
+    ).fails(2)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_per_fedavg(cli, tmp_path, other):
+    """(I - a H(theta)) grad L'(theta - a grad L(theta)), by autograd on a twin."""
+    a, generator = 0.3, torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = (torch.randn(6, n, generator=generator).double() for n in (3, 2))
+    qx, qy = (torch.randn(5, n, generator=generator).double() for n in (3, 2)) if other else (x, y)
+    files = saved(tmp_path, model, x=x.numpy(), y=y.numpy())
+    np.savez("query.npz", x=qx.numpy(), y=qy.numpy())
+    leaves = list(model.parameters())
+
+    def gradient(x, y):
+        value = nn.functional.mse_loss(model(x), y)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, leaves)])
+
+    H, g = hessian(model, nn.functional.mse_loss, (x,), y), gradient(x, y)
+    with torch.no_grad():
+        for p, step in zip(leaves, g.split([p.numel() for p in leaves]), strict=True):
+            p -= a * step.view_as(p)
+    adapted = gradient(qx, qy)
+    truth = adapted - a * H @ adapted
+    query = ("--query", "query.npz") if other else ()
+    ran = cli("hvp", *files, "--per-fedavg", a, *query)
+    assert ran.code == 0, ran.stderr
+    found = load_file(tmp_path / "hvp.safetensors")
+    names = [name for name, _ in model.named_parameters()]
+    flat = np.concatenate([found[name].reshape(-1) for name in names])
+    np.testing.assert_allclose(flat, truth.numpy(), rtol=1e-9, atol=1e-12)
+
+
+# --- the operator in Python -----------------------------------------------------------------------
+
+
+def test_scipy_takes_the_operator(cli):
+    matrix = dense(cli, *MLP)
+    H = hesscli.operator(*MLP, dtype="float64")
+    assert isinstance(H, LinearOperator)
+    assert H.shape == matrix.shape
+    assert H.dtype == np.float64
+    v = np.random.default_rng(0).standard_normal((len(matrix), 3))
+    np.testing.assert_allclose(H @ v[:, 0], matrix @ v[:, 0], atol=1e-9)
+    np.testing.assert_allclose(H.matmat(v), matrix @ v, atol=1e-9)
+    np.testing.assert_allclose(H.T @ v, matrix @ v, atol=1e-9)
+    values = eigsh(H, 3, which="LA")[0][::-1]
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix)[::-1][:3], rtol=1e-9)
+    part = hesscli.operator(str(MLP[0]), str(MLP[1]), params="fc2.*", dtype="float64")
+    np.testing.assert_allclose(part @ np.eye(170), matrix[1040:, 1040:], atol=1e-9)
+    assert hesscli.operator(*MLP).dtype == np.float32
+
+
+def test_the_operator_knows_its_options():
+    with pytest.raises(UsageError, match="no option is called 'blocks'"):
+        hesscli.operator(*MLP, blocks="full")
+
+
+def test_importing_hesscli_loads_no_torch():
+    code = "import sys, hesscli, hesscli.cli; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+
+
+# --- Ctrl-C ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["eigen", "trace", "density"])
+def test_interrupted(tmp_path, command):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 10))
+    x = torch.randn(3000, 200).numpy()
+    files = saved(tmp_path, model, x=x, y=np.arange(3000) % 10)
+    options = {
+        "eigen": ["--top", "100", "--dtype", "float64", "--max-products", "100000"],
+        "trace": ["--method", "hvp", "--rel-error", "1e-9", "--max-products", "100000"],
+        "density": ["--probes", "100000", "--steps", "4"],
+    }[command]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "hesscli", command, *files, *options, "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+    )
+    while "note: loss" not in child.stderr.readline():
+        pass
+    time.sleep(8)  # the model is open, and much more work than this lies ahead
+    child.send_signal(signal.SIGINT)
+    stdout, stderr = child.communicate(timeout=60)
+    assert child.returncode == 130, stderr
+    assert stderr.rstrip().endswith("error: interrupted")
+    document = json.loads(stdout)
+    assert document["interrupted"] is True
+    if command == "eigen":
+        assert document["converged"] is False
+        assert len(document["residuals"]) == len(document["eigenvalues"]) > 10
+    elif command == "trace":
+        assert document["total"]["standard_error"] > 0
+    else:
+        assert sum(document["weights"]) == pytest.approx(1)

@@ -1,0 +1,265 @@
+"""Lanczos, trace and density on matrices whose spectrum is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import wasserstein_distance
+from torch import Tensor
+
+from hesscli.spectrum.density import exact, lanczos_quadrature
+from hesscli.spectrum.eigen import WHICH
+from hesscli.spectrum.lanczos import Lanczos, NotFinite
+from hesscli.spectrum.trace import estimate
+
+DRAWN = np.random.default_rng(0)
+SPECTRA = {
+    "normal": DRAWN.standard_normal(900),
+    "outliers": np.r_[0.1 * DRAWN.standard_normal(2000), 5, 4, 3, 3, 3, 2, 1, -3.5, -2],
+    "triples": np.repeat(0.05 + DRAWN.random(250) ** 3, 3),
+    "tenfold": np.repeat(0.05 + DRAWN.random(80) ** 2, 10),
+    "double-behind-four": np.r_[DRAWN.random(2000), 1.3, 1.3, 1.4, 1.5],
+    "zero": np.zeros(600),
+    "identity": np.ones(600),
+    "rank-3": np.r_[np.zeros(700), 3, 2, 1],
+    "one": np.array([2.0]),
+    "two": np.array([2.0, -1.0]),
+    "thirty": DRAWN.standard_normal(30),
+}
+
+
+def rotated(values: np.ndarray, dtype: torch.dtype = torch.float64):
+    """v -> W diag(values) W^T v, in its own kind of random basis: two reflections."""
+    n = len(values)
+    d = torch.from_numpy(values).to(dtype)
+    generator = torch.Generator().manual_seed(5)
+    mirrors = [torch.randn(n, generator=generator, dtype=torch.float64) for _ in range(2)]
+    mirrors = [(m / m.norm()).to(dtype) for m in mirrors]
+
+    def reflect(v: Tensor, order) -> Tensor:
+        for m in order:
+            v = v - 2 * m * (m @ v)
+        return v
+
+    return (lambda v: reflect(d * reflect(v, mirrors), mirrors[::-1])), d
+
+
+def search(values, top, which, tolerance=1e-3, dtype=torch.float64, most=2000, seed=0, **options):
+    multiply, like = rotated(np.asarray(values, float), dtype)
+    generator = torch.Generator().manual_seed(seed)
+    search = Lanczos(multiply, len(values), top, which, tolerance, generator, like, **options)
+    return search.run(most), multiply
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("which", ["largest", "magnitude"])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_eigenvalues(name, which, dtype):
+    values = SPECTRA[name]
+    top = min(6, len(values))
+    found, multiply = search(values, top, which, dtype=dtype)
+    truth = values[WHICH[which](values)][:top]
+    assert found.converged.all()
+    scale = np.abs(values).max() or 1.0
+    key = np.abs if which == "magnitude" else np.array
+    assert (np.abs(key(found.values) - key(truth)) <= found.residuals + 1e-6 * scale).all()
+    gram = found.vectors @ found.vectors.T
+    assert torch.allclose(gram, torch.eye(top, dtype=dtype), atol=1e-5)
+    for value, vector, residual in zip(found.values, found.vectors, found.residuals, strict=True):
+        true = float((multiply(vector) - value * vector).norm())
+        assert true <= 1.01 * residual + 4e-6 * scale
+        assert residual <= max(1e-3 * abs(value), 2e-4 * scale)
+
+
+@pytest.mark.parametrize("which", ["smallest", "both"])
+@pytest.mark.parametrize("name", ["normal", "outliers", "identity", "zero", "two", "thirty"])
+def test_the_other_end(name, which):
+    values = SPECTRA[name]
+    top = min(5, len(values))
+    found, _ = search(values, top, which)
+    truth = values[WHICH[which](values)][:top]
+    assert found.converged.all()
+    np.testing.assert_allclose(found.values, truth, atol=1e-5 * (np.abs(values).max() or 1))
+
+
+def test_both_ends_are_shared_out():
+    assert WHICH["both"](np.array([3.0, -5.0, 9.0, 0.0, 1.0])).tolist() == [2, 1, 0, 3, 4]
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-5, 1e-8])
+def test_tolerance(tolerance):
+    found, multiply = search(SPECTRA["outliers"], 4, "largest", tolerance)
+    assert (found.residuals <= tolerance * np.abs(found.values)).all()
+    for value, vector in zip(found.values, found.vectors, strict=True):
+        assert (multiply(vector) - value * vector).norm() <= tolerance * abs(value) * 1.01
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_copies_are_found_from_any_start(seed):
+    values = SPECTRA["tenfold"]
+    found, _ = search(values, 12, "largest", seed=seed)
+    np.testing.assert_allclose(found.values, np.sort(values)[::-1][:12], rtol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_bytes():
+    one, two = (search(SPECTRA["normal"], 5, "largest")[0] for _ in range(2))
+    assert torch.equal(one.vectors, two.vectors)
+    assert np.array_equal(one.values, two.values)
+
+
+def test_products_run_out():
+    found, _ = search(SPECTRA["normal"], 6, "largest", most=12)
+    assert found.products == 12
+    assert len(found.values) == 6
+    assert not found.converged.all()
+    assert found.residuals.max() > 1e-2
+
+
+def test_interrupted():
+    calls = []
+
+    def report(products, residual, tolerance):
+        calls.append(products)
+        if products == 20:
+            raise KeyboardInterrupt
+
+    found, _ = search(SPECTRA["normal"], 6, "largest", report=report)
+    assert found.interrupted
+    assert len(found.values) == len(found.residuals) == 6
+    assert calls == list(range(1, 21))
+
+
+def test_memory_is_bounded():
+    multiply, like = rotated(SPECTRA["normal"])
+    search = Lanczos(multiply, 900, 10, "largest", 1e-3, torch.Generator().manual_seed(0), like)
+    search.run(500)
+    assert len(search.basis) + len(search.pending) + 1 <= 30
+
+
+def test_not_finite():
+    generator, like = torch.Generator().manual_seed(0), torch.zeros(600)
+    search = Lanczos(lambda v: v * torch.nan, 600, 2, "largest", 1e-3, generator, like)
+    with pytest.raises(NotFinite):
+        search.run(50)
+
+
+# --- trace ----------------------------------------------------------------------------------------
+
+SIZES = [300, 0, 500, 100]
+
+
+def estimated(values, seed=0, relative=0.01, most=1000, **options):
+    multiply, like = rotated(np.asarray(values, float))
+    generator = torch.Generator().manual_seed(seed)
+    return estimate(multiply, SIZES, relative, most, generator, like, **options), multiply
+
+
+def parts_of(multiply) -> np.ndarray:
+    diagonal = torch.stack([multiply(e) for e in torch.eye(900, dtype=torch.float64)]).diagonal()
+    return np.array([float(part.sum()) for part in diagonal.split(SIZES)])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.r_[DRAWN.random(860), 5 * DRAWN.random(40)],
+        np.r_[0.01 * DRAWN.random(880), np.linspace(1, 20, 20)],
+        np.r_[0.3 + DRAWN.standard_normal(900)],
+    ],
+    ids=["flat", "outliers", "indefinite"],
+)
+def test_trace(values):
+    hits, total = [], values.sum()
+    truth = parts_of(rotated(values)[0])
+    for seed in range(40):
+        found, _ = estimated(values, seed, relative=0.02, most=300)
+        hits.append(abs(found.total - total) <= 2 * found.error)
+        assert found.total == pytest.approx(found.parts.sum())
+        assert (np.abs(found.parts - truth) <= 6 * found.errors + 1e-9).all()
+        if found.converged:
+            assert found.error <= 0.02 * abs(found.total)
+        else:
+            assert found.products == 300
+    assert np.mean(hits) >= 0.85  # 95 % is expected; of forty, fewer than 34 happen once in 300
+
+
+def test_outliers_are_worth_a_sketch():
+    values = np.r_[1e-3 * DRAWN.random(890), np.linspace(10, 20, 10)]
+    found, _ = estimated(values, relative=1e-3, most=2000)
+    assert found.converged
+    assert found.products < 200
+    assert found.total == pytest.approx(values.sum(), rel=5e-3)
+
+
+@pytest.mark.parametrize("values", [np.zeros(900), np.ones(900)], ids=["zero", "identity"])
+def test_trace_without_variance(values):
+    found, _ = estimated(values)
+    assert found.converged
+    assert found.error < 1e-9
+    assert found.total == pytest.approx(values.sum())
+    assert found.parts == pytest.approx([values[0] * size for size in SIZES])
+
+
+def test_a_trace_that_cancels_runs_out_of_products():
+    found, _ = estimated(np.r_[np.ones(450), -np.ones(450)], most=60)
+    assert not found.converged
+    assert found.products == 60
+    assert abs(found.total) <= 4 * found.error
+
+
+def test_trace_interrupted():
+    def report(products, error, tolerance):
+        if products == 5:
+            raise KeyboardInterrupt
+
+    found, _ = estimated(np.ones(900), report=report)
+    assert found.interrupted
+    assert found.total == pytest.approx(900)
+
+
+# --- density --------------------------------------------------------------------------------------
+
+
+def quadrature(values, probes, steps):
+    multiply, like = rotated(np.asarray(values, float))
+    generator = torch.Generator().manual_seed(1)
+    return lanczos_quadrature(multiply, len(values), probes, steps, generator, like)
+
+
+@pytest.mark.parametrize(
+    "name", ["normal", "outliers", "triples", "identity", "zero", "two", "one"]
+)
+def test_density(name):
+    values = SPECTRA[name]
+    probes, steps = 8, 40
+    found = quadrature(values, probes, steps)
+    assert found.weights.sum() == pytest.approx(1, abs=1e-12)
+    assert (found.weights >= 0).all()
+    assert (np.diff(found.nodes) >= 0).all()
+    width = np.ptp(values)
+    # Gauss quadrature of m nodes: within pi width / (2 m - 1); chance: 1 / sqrt(n probes) of the width.
+    bound = np.pi * width / (2 * steps - 1) + width / np.sqrt(len(values) * probes)
+    distance = wasserstein_distance(found.nodes, values, found.weights)
+    assert distance <= bound + 1e-9 * max(1.0, width)
+
+
+def test_density_sharpens_with_steps():
+    values = SPECTRA["normal"]
+    far, near = (
+        wasserstein_distance(found.nodes, values, found.weights)
+        for found in (quadrature(values, 8, 5), quadrature(values, 8, 60))
+    )
+    assert near < far / 2
+
+
+def test_exact_density_and_histogram():
+    found = exact(np.array([3.0, 1.0, 2.0, 1.0]))
+    assert found.nodes.tolist() == [1, 1, 2, 3]
+    edges, mass = found.histogram(2)
+    assert edges.tolist() == [1, 2, 3]
+    assert mass.tolist() == [0.5, 0.5]
+    for flat in (np.zeros(5), np.full(5, -2.0)):
+        edges, mass = exact(flat).histogram(4)
+        assert mass.sum() == pytest.approx(1)
+        assert edges[0] < flat[0] < edges[-1]
