@@ -748,9 +748,10 @@ ROOMS = {
     "files": {"errors"},
     "spectrum": {"errors"},
     "job": {"errors", "hessian", "files", "spectrum", ""},
-    "cli": {"errors", "job", ""},
+    "cli": {"errors", "job", "schemas", ""},
+    "schemas": set(),
     "__main__": {"cli"},
-    "": set(),
+    "": {"errors", "job"},
 }
 
 

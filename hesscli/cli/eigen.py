@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hesscli.cli.completion import block_names
 from hesscli.cli.failing import failing
+from hesscli.cli.gates import FailAbove, FailBelow, end_seen, gate_eigenvalues
 from hesscli.cli.options import Debug, Json, Quiet
 
 if TYPE_CHECKING:
@@ -32,7 +34,10 @@ def eigen(
         Which,
         typer.Option(help="largest, smallest (most negative), or largest in magnitude first."),
     ] = Which.largest,
-    block: Annotated[str | None, typer.Option(metavar="NAME", help="Of this block alone.")] = None,
+    block: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", autocompletion=block_names, help="Of this block alone."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -45,6 +50,8 @@ def eigen(
     force: Annotated[
         bool, typer.Option("--force", "-f", help="Replace a file that hesscli did not write.")
     ] = False,
+    fail_above: FailAbove = None,
+    fail_below: FailBelow = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -55,6 +62,7 @@ def eigen(
     Example:
       hesscli eigen --top 10
       hesscli eigen hessian.safetensors --which smallest --block fc1.weight
+      hesscli eigen --top 1 --fail-above 10
       hesscli compute model.pt data.npz -o - | hesscli eigen - --json
 
     A file of blocks gives those of the block-diagonal matrix, a file of elements those of the
@@ -65,10 +73,13 @@ def eigen(
         from hesscli.cli.output import Output
         from hesscli.job.eigen import eigen as run
 
+        end_seen(which.value, fail_above, fail_below)
         with Output(quiet=quiet, json=json) as out:
-            print_eigenpairs(out, run(hessian, top, which.value, block, output, force))
+            document = run(hessian, top, which.value, block, output, force)
+            print_eigenpairs(out, document)
             if output is not None:
                 out.wrote(str(output), output.stat().st_size)
+        gate_eigenvalues(document, fail_above, fail_below)
 
 
 def print_eigenpairs(out: Output, document: Document) -> None:
