@@ -150,7 +150,7 @@ def test_markdown(cli, tmp_path):
     assert head.startswith("| block | shape | size | trace |")
     assert rule.split("|")[1:4] == [" --- ", " --- ", " ---: "]
     assert first.startswith(r"| `` a\|b`c `` |")
-    assert second.startswith("| `fc.weight` | `2` | 2 |")
+    assert second.startswith("| `fc.weight` | 2 | 2 |")
     assert total.startswith("| `total` |")
     counts = {line.replace(r"\|", "").count("|") for line in table.splitlines()}
     assert len(counts) == 1
@@ -166,6 +166,17 @@ def test_errors(cli, tmp_path):
     assert "cut short" in cli("show", "cut.safetensors").fails(3)
     (tmp_path / "other.safetensors").write_bytes(b"something else, and long enough")
     assert "not a Hessian file" in cli("show", "other.safetensors").fails(3)
+
+
+@pytest.mark.parametrize("options", [("--verify",), ("--heatmap",)])
+def test_what_was_altered_is_noticed(cli, computed, tmp_path, options):
+    computed("diag")
+    assert cli("show", *options).code == 0
+    written = bytearray((tmp_path / "hessian.safetensors").read_bytes())
+    written[-3] ^= 1
+    (tmp_path / "hessian.safetensors").write_bytes(written)
+    assert "is not what was written" in cli("show", *options).fails(3)
+    assert "is not what was written" in cli("show", "--verify", "-q").fails(3)
 
 
 def test_it_loads_no_torch(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-SAME = {"show": "compute"}
+SAME = {"merge": "compute", "show": "compute"}
 """Commands that print the document of another one."""
 
 
