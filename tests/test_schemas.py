@@ -71,6 +71,10 @@ def test_compute_and_show_and_the_file(cli, tmp_path, case, blocks):
         ran = cli(*command, *options)
         assert ran.code == 0, ran.stderr
         check("compute", ran.document)
+    scaled = ("--scale", "x=2") if case == "mlp-tanh" else ()
+    ran = cli(*command, "--samples", "4", *scaled, "--dry-run")
+    assert ran.code == 0, ran.stderr
+    check("compute", ran.document)
     check("compute", read(tmp_path / "hessian.safetensors")[0])
     check("show", cli("show", "--wide", "--json").document)
     check("show", cli("show", "--json").document)
