@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hesscli.cli.failing import failing
+from hesscli.cli.gates import bound, gate
 from hesscli.cli.options import Debug, Json, Quiet, takes_problem
 from hesscli.job.options import ProblemOptions
 
@@ -26,6 +27,12 @@ def trace(
     max_products: Annotated[
         int, typer.Option(metavar="N", min=2, help="Or after so many; each is 1.4 gradients.")
     ] = 1000,
+    fail_above: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", callback=bound, help="Exit 1 if the trace of the whole is above X."
+        ),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -36,6 +43,7 @@ def trace(
     Example:
       hesscli trace model.pt data.npz
       hesscli trace model.pt data.npz --curvature ggn --rel-error 0.001
+      hesscli trace model.pt data.npz --fail-above 100
 
     Exact, through the diagonal, where that is affordable; elsewhere estimated from products with
     random vectors, and printed with its standard error. The mean, trace / size, is the sensitivity
@@ -56,6 +64,7 @@ def trace(
             print_traces(out, document)
             if document["interrupted"]:
                 raise KeyboardInterrupt
+        gate([("the trace", document["total"]["trace"])], fail_above)
 
 
 def print_traces(out: Output, document: Document) -> None:
