@@ -1,12 +1,39 @@
-"""hesscli: the exact Hessian of a saved PyTorch model, from the command line."""
+"""hesscli: the exact Hessian of a saved PyTorch model, from the command line.
+
+In Python: `load` opens a file that the command wrote, `compute` takes a model in memory, `operator`
+multiplies vectors with the Hessian of a saved one. Importing this loads
+neither numpy nor torch; what is used is loaded then.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hesscli.errors import HesscliError
+    from hesscli.job.live import compute
+    from hesscli.job.loaded import Hessian, load
+    from hesscli.job.operator import operator
 
 __version__ = "0.1.0"
+__all__ = ["HesscliError", "Hessian", "__version__", "compute", "load", "operator"]
+
+_HOMES = {
+    "Hessian": "hesscli.job.loaded",
+    "HesscliError": "hesscli.errors",
+    "compute": "hesscli.job.live",
+    "load": "hesscli.job.loaded",
+    "operator": "hesscli.job.operator",
+}
+"""Where each name is defined."""
 
 
-def __getattr__(name: str) -> object:
-    """`hesscli.operator`, which needs torch, is imported when it is asked for."""
-    if name == "operator":
-        from hesscli.job.operator import operator
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hesscli' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
 
-        return operator
-    raise AttributeError(f"module 'hesscli' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

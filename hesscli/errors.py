@@ -30,6 +30,10 @@ class HesscliError(Exception):
         self.hint = hint
 
 
+class CheckError(HesscliError):
+    exit_code = ExitCode.CHECK_FAILED
+
+
 class UsageError(HesscliError):
     exit_code = ExitCode.USAGE
 

@@ -662,7 +662,7 @@ def test_a_bug_says_so(cli, mlp, tmp_path, monkeypatch):
     def broken(*arguments, **options):
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("hesscli.job.whole.documents.statistics", broken)
+    monkeypatch.setattr("hesscli.job.whole.statistics.of_block", broken)
     ran = cli("compute", *mlp, *CE)
     assert ran.code == 70
     assert "Traceback" in ran.stderr
@@ -676,7 +676,7 @@ def test_ctrl_c(cli, mlp, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hesscli.job.whole.documents.statistics", interrupted)
+    monkeypatch.setattr("hesscli.job.whole.statistics.of_block", interrupted)
     ran = cli("compute", *mlp, *CE)
     assert ran.code == 130
     assert "Traceback" not in ran.stderr
@@ -748,9 +748,10 @@ ROOMS = {
     "files": {"errors"},
     "spectrum": {"errors"},
     "job": {"errors", "hessian", "files", "spectrum", ""},
-    "cli": {"errors", "job", ""},
+    "cli": {"errors", "job", "schemas", ""},
+    "schemas": set(),
     "__main__": {"cli"},
-    "": set(),
+    "": {"errors", "job"},
 }
 
 

@@ -5,19 +5,28 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hesscli.cli import output
+from hesscli.cli.diff import print_difference
 from hesscli.cli.eigen import print_eigenpairs
 from hesscli.cli.output import Output, error, number, seconds
-from hesscli.cli.summary import print_hessian, print_plan
+from hesscli.cli.summary import WIDE, print_block, print_hessian, print_plan
 from hesscli.job.sizes import size
 
 GOLDEN = Path(__file__).parent / "golden"
-PRINTERS = {"compute": print_hessian, "plan": print_plan, "eigen": print_eigenpairs}
+PRINTERS = {
+    "compute": print_hessian,
+    "plan": print_plan,
+    "eigen": print_eigenpairs,
+    "wide": partial(print_hessian, columns=WIDE),
+    "block": print_block,
+    "diff": print_difference,
+}
 
 
 class Stream(io.StringIO):
@@ -94,6 +103,64 @@ def plan() -> dict[str, Any]:
     return {key: value for key, value in compute().items() if key not in left_out}
 
 
+def wide() -> dict[str, Any]:
+    document = compute()
+    document["model"] = document["data"] | {"sha256": "0123456789abcdef" * 4}
+    document["data"] = {"samples": 300, "sha256": "fedcba9876543210" * 4}
+    del document["seconds"], document["model"]["path"]
+    facts = [
+        (0.00745, 108, float("inf"), 2.1e-8),
+        (-0.00238, 1, 4.2e9, 0.0),
+        (0.326, None, None, None),
+    ]
+    keys = ("mean_eig", "negative", "condition", "symmetry_error")
+    for block, values in zip(document["blocks"], facts, strict=False):
+        block |= dict(zip(keys, values, strict=True))
+    document["total"]["mean_eig"] = 0.00214
+    return document
+
+
+def one() -> dict[str, Any]:
+    document = wide()
+    return document | {"blocks": [document["blocks"][0] | {"method": "hvp", "check_error": 3e-9}]}
+
+
+def diff() -> dict[str, Any]:
+    def side(path: str, dtype: str, value: float) -> dict[str, Any]:
+        loss = {"name": "mse", "value": value}
+        return {
+            "path": path,
+            "structure": "block_diagonal",
+            "dtype": dtype,
+            "loss": loss,
+            "gradient_norm": 0.176,
+        }
+
+    def row(name: str, equal: bool, *numbers: float | None) -> dict[str, Any]:
+        keys = ("rel_diff", "max_diff", "d_trace", "d_eig_max", "d_eig_min")
+        return {"name": name, "size": 1024, "equal": equal, **dict(zip(keys, numbers, strict=True))}
+
+    return {
+        "a": side("before.safetensors", "float32", 0.109),
+        "b": side("after.safetensors", "float64", 0.112),
+        "blocks": [
+            row("fc1.weight", True, 2.5e-7, 1.7e-8, 3.47e-7, 4.37e-8, -1.6e-8),
+            row(
+                "encoder.layers.0.self_attention.in_proj",
+                False,
+                float("inf"),
+                1.5,
+                -12.0,
+                None,
+                None,
+            ),
+        ],
+        "only_a": ["fc2.weight", "fc2.bias"],
+        "only_b": [],
+        "other_size": ["fc3.weight"],
+    }
+
+
 def eigen() -> dict[str, Any]:
     return {
         "hessian": "-",
@@ -121,13 +188,19 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
 
 
-DOCUMENTS = {"compute": compute, "plan": plan, "eigen": eigen}
+DOCUMENTS = {
+    "compute": compute,
+    "plan": plan,
+    "eigen": eigen,
+    "wide": wide,
+    "block": one,
+    "diff": diff,
+}
 
 
 @pytest.mark.parametrize("table", PRINTERS)
 def test_golden_table(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as CI services do
-    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")  # where rich would force colours
     printed = show(table, DOCUMENTS[table](), Stream())
     golden = GOLDEN / f"{table}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
@@ -135,6 +208,15 @@ def test_golden_table(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert printed == golden.read_text()
     assert "\033" not in printed
     assert all(line == line.rstrip() for line in printed.splitlines())
+
+
+@pytest.mark.parametrize("table", ["compute", "diff"])
+def test_golden_markdown(table: str) -> None:
+    printed = show(table, DOCUMENTS[table](), Stream(), markdown=True)
+    golden = GOLDEN / f"{table}.md"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(printed)
+    assert printed == golden.read_text()
 
 
 @pytest.mark.parametrize("columns", [40, 80, 200])
@@ -154,6 +236,26 @@ def test_a_terminal_folds_names_and_cuts_no_number(
     assert "encoder.layers.0.self_attention.in_proj" in "".join(names)
 
 
+def test_a_table_that_does_not_fit_is_printed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    printed = show("wide", wide(), Stream(terminal=True))
+    _, first, second = printed.split("\n\n")
+    assert max(map(len, (first + "\n" + second).splitlines())) <= 80
+    headers = [part.splitlines()[0].split() for part in (first, second)]
+    assert headers[1][0] == "block"
+    assert headers[0] + headers[1][1:] == ["block", "shape", "size", *WIDE, "bytes"]
+    assert second.splitlines()[1].split() == [
+        "fc1.weight",
+        "0.00745",
+        "108",
+        "inf",
+        "2.1e-08",
+        "4194304",
+    ]
+    assert show("wide", wide(), Stream()).count("\n\n") == 1
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "coloured"),
     [("NO_COLOR", "1", False), ("NO_COLOR", "", True), ("TERM", "dumb", False)],
@@ -163,6 +265,16 @@ def test_colour_is_for_terminals_that_want_it(
 ) -> None:
     monkeypatch.setenv(variable, value)
     assert ("\033" in show("eigen", eigen(), Stream(terminal=True))) == coloured
+
+
+def test_force_color(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    assert show("eigen", eigen(), Stream()).count("\033[1m") == 1
+    assert "\033" not in show("eigen", eigen(), Stream(), json=True)
+    assert "\033" not in show("eigen", eigen(), Stream(), markdown=True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\033" not in show("eigen", eigen(), Stream())
 
 
 def test_names_cannot_steer_the_terminal() -> None:
@@ -286,7 +398,7 @@ def test_usage_errors(arguments: tuple[str, ...], found: str) -> None:
     assert found.lower() in done.stderr.replace("python -m hesscli", "hesscli").lower()
 
 
-@pytest.mark.parametrize("command", [(), ("compute",), ("eigen",)])
+@pytest.mark.parametrize("command", [(), ("compute",), ("eigen",), ("show",), ("diff",)])
 def test_help_is_plain_and_loads_nothing_heavy(command: tuple[str, ...]) -> None:
     code = (
         "import sys; from hesscli.cli import main\n"

@@ -11,15 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from hesscli.schemas import commands
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 ENVIRONMENT = os.environ | {"PATH": PATH, "PYTHONIOENCODING": "utf-8"}
 
-# (language, code, the block without a language that follows at once, or "")
+# (language, code, the block without a language that follows at once, or ""), in the order in which they run
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```\n(?:```\n(.*?)```\n)?", README, re.DOTALL)
 SHELL = [(code, shown) for language, code, shown in BLOCKS if language == "sh"]
 PYTHON = [code for language, code, _ in BLOCKS if language == "python"]
+READERS = [code for code in PYTHON if "import hesscli" not in code]
 NUMBER = re.compile(r"(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 VARIABLE = [
     (r"error [\d.e+-]+", "error E"),  # rounding differs from CPU to CPU
@@ -63,14 +66,20 @@ def run(command: str, folder: Path) -> str:
 
 def test_commands_print_what_is_shown(folder: Path) -> None:
     """In the README's order: `eigen` reads what the command before it wrote."""
-    for code, shown in SHELL:
-        printed = run(code.removeprefix("pip install torch==2.13.0 . && "), folder)
+    for language, code, shown in BLOCKS:
+        if language == "python":
+            (folder / "script.py").write_text(code)
+            printed = run(f"{sys.executable} -W ignore::DeprecationWarning script.py", folder)
+        elif language == "sh":
+            printed = run(code.removeprefix("pip install torch==2.13.0 . && "), folder)
+        else:
+            continue
         assert same(shown, printed), f"{code}{printed}"
         if "--json" in code:
             json.loads(printed)
 
 
-@pytest.mark.parametrize("code", PYTHON)
+@pytest.mark.parametrize("code", READERS)
 def test_the_python_reads_the_file(code: str, folder: Path) -> None:
     hesscli = "hesscli compute sample_models/digits_mlp.pt sample_models/digits.npz -q"
     run(hesscli, folder)
@@ -80,7 +89,7 @@ def test_the_python_reads_the_file(code: str, folder: Path) -> None:
 
 
 def test_the_first_screen_is_the_contract() -> None:
-    assert len(PYTHON) == 1
+    assert len(READERS) == 1
     assert len(SHELL) >= 5
     first = "hesscli compute sample_models/digits_mlp.pt sample_models/digits.npz --blocks diag\n"
     assert SHELL[0][0] == f"pip install torch==2.13.0 . && {first}"
@@ -88,7 +97,8 @@ def test_the_first_screen_is_the_contract() -> None:
 
 
 def test_every_option_of_the_readme_exists(tmp_path: Path) -> None:
-    known = run("hesscli compute --help && hesscli eigen --help", tmp_path)
+    helps = ["hesscli --help", *(f"hesscli {command} --help" for command in commands())]
+    known = run(" && ".join(helps), tmp_path)
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)):
         assert option in known, option
 

@@ -15,10 +15,12 @@ import typer
 import hesscli
 from hesscli.cli.compute import compute
 from hesscli.cli.density import density
+from hesscli.cli.diff import diff
 from hesscli.cli.eigen import eigen
 from hesscli.cli.failing import report_usage
 from hesscli.cli.hvp import hvp
 from hesscli.cli.merge import merge
+from hesscli.cli.show import show
 from hesscli.cli.trace import trace
 from hesscli.errors import ExitCode
 
@@ -37,6 +39,8 @@ app.command(short_help="Print the trace of a model's Hessian, by tensor.")(trace
 app.command(short_help="Print the spectral density of a Hessian file or of a model.")(density)
 app.command(short_help="Write products of a model's Hessian with vectors.")(hvp)
 app.command(short_help="Finish a file that was computed in shards.")(merge)
+app.command(short_help="Print the summary of a Hessian file, or draw it.")(show)
+app.command(short_help="Compare two Hessian files; exit 1 when they differ.")(diff)
 
 
 def _version(wanted: bool) -> None:
@@ -45,12 +49,34 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _schema(command: str | None) -> None:
+    if command is None:
+        return
+    from hesscli.schemas import commands, schema
+
+    text = schema(command)
+    if text is None:
+        raise typer.BadParameter(f"{command!r} is none of {', '.join(commands())}")
+    typer.echo(text, nl=False)
+    raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
 def hesscli_command(
     context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    schema: Annotated[
+        str | None,
+        typer.Option(
+            "--schema",
+            metavar="COMMAND",
+            callback=_schema,
+            is_eager=True,
+            help="Print the JSON Schema of what COMMAND --json prints.",
+        ),
+    ] = None,
 ) -> None:
     """The exact Hessian of a saved PyTorch model.
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from hesscli.cli.failing import failing
+from hesscli.cli.gates import bound, gate
 from hesscli.cli.options import Debug, Json, Quiet, takes_problem
 from hesscli.errors import UsageError
 from hesscli.job.options import STATS, ComputeOptions, ProblemOptions
@@ -101,6 +102,15 @@ def compute(
             help="Compute only the I-th of N shares of the work, from 1; hesscli merge joins them.",
         ),
     ] = None,
+    fail_above: Annotated[
+        float | None,
+        typer.Option(
+            "--fail-above",
+            metavar="X",
+            callback=bound,
+            help="Exit 1 if the largest eigenvalue of any block is above X; implies --stats all.",
+        ),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -119,11 +129,18 @@ def compute(
 
         if output == "-" and not dry_run and sys.stdout.isatty():
             raise UsageError("-: standard output is a terminal", "| hesscli eigen -")
+        if fail_above is not None and stats.value in ("basic", "none"):
+            raise UsageError(
+                f"--fail-above needs eigenvalues, and --stats {stats.value} computes none",
+                "--stats all",
+            )
+        if fail_above is not None and shard is not None:
+            raise UsageError("--fail-above needs the whole Hessian, and a shard is a part of it")
         options = ComputeOptions(
             **{name: getattr(problem, name) for name in asdict(problem)},
             blocks=blocks.value,
             gradient=gradient,
-            stats=stats.value,
+            stats=stats.value if fail_above is None else "all",
             output=None if output == "-" else Path(output),
             force=force,
             memory=None if memory is None else _size(memory, "--memory"),
@@ -148,3 +165,6 @@ def compute(
                 print_hessian(out, document)
                 if options.output is not None and first:
                     out.wrote(output, options.output.stat().st_size)
+        if not dry_run and shard is None:
+            blocks_with_rows = [b for b in document["blocks"] if b["size"]]
+            gate([(f"eig_max of {b['name']}", b["eig_max"]) for b in blocks_with_rows], fail_above)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hesscli.cli.completion import block_names
 from hesscli.cli.failing import failing
+from hesscli.cli.gates import FailAbove, FailBelow, end_seen, gate_eigenvalues
 from hesscli.cli.options import Debug, Json, Quiet, takes_hessian_or_problem
 from hesscli.errors import NumericalError, UsageError
 from hesscli.job.options import ProblemOptions
@@ -39,7 +41,12 @@ def eigen(
         ),
     ] = Which.largest,
     block: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of this block of a Hessian file alone.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            autocompletion=block_names,
+            help="Of this block of a Hessian file alone.",
+        ),
     ] = None,
     per_block: Annotated[
         bool,
@@ -71,6 +78,8 @@ def eigen(
     force: Annotated[
         bool, typer.Option("--force", "-f", help="Replace a file that hesscli did not write.")
     ] = False,
+    fail_above: FailAbove = None,
+    fail_below: FailBelow = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -82,6 +91,7 @@ def eigen(
       hesscli eigen --top 10
       hesscli eigen hessian.safetensors --which smallest --block fc1.weight
       hesscli eigen model.pt data.npz --top 10 --curvature ggn
+      hesscli eigen --top 1 --fail-above 10
       hesscli compute model.pt data.npz -o - | hesscli eigen - --json
 
     A file of blocks gives those of the block-diagonal matrix, a file of elements those of the
@@ -94,19 +104,24 @@ def eigen(
     with failing(debug):
         from hesscli.cli.output import Output
 
+        end_seen(which.value, fail_above, fail_below)
         with Output(quiet=quiet, json=json) as out:
             if problem is None:
                 from hesscli.job.eigen import eigen as run
 
                 if per_block:
                     raise UsageError("--per-block needs MODEL and DATA", "hesscli eigen --help")
-                print_eigenpairs(out, run(hessian, top, which.value, block, output, force))
+                document: Document = run(hessian, top, which.value, block, output, force)
+                print_eigenpairs(out, document)
             else:
                 if block is not None:
                     raise UsageError("--block goes with a Hessian file", f"--params {block}")
-                of_model(out, problem, top, which, tol, max_products, per_block, output, force)
+                document = of_model(
+                    out, problem, top, which, tol, max_products, per_block, output, force
+                )
             if output is not None:
                 out.wrote(str(output), output.stat().st_size)
+        gate_eigenvalues(document, fail_above, fail_below)
 
 
 def of_model(
@@ -119,7 +134,7 @@ def of_model(
     per_block: bool,
     output: Path | None,
     force: bool,
-) -> None:
+) -> Document:
     """Runs and prints; then fails where it must."""
     from hesscli.job.model_eigen import EigenOptions, model_eigen
 
@@ -138,6 +153,7 @@ def of_model(
             f"not converged after {max_products} products: see the residuals",
             f"--max-products {4 * max_products}",
         )
+    return document
 
 
 def print_eigenpairs(out: Output, document: Document) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from hesscli.cli.completion import parameter_names
 from hesscli.job.options import CURVATURES, EVERY, METHODS, ProblemOptions
 
 
@@ -165,6 +166,7 @@ def problem_options(
             "--params",
             "-p",
             metavar="GLOB",
+            autocompletion=parameter_names,
             help="Only the parameters whose names match; a leading ! excludes. Repeatable.",
         ),
     ] = [],  # noqa: B006

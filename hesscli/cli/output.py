@@ -9,6 +9,7 @@ from __future__ import annotations
 import json as json_library
 import math
 import os
+import re
 import shutil
 import sys
 import threading
@@ -46,10 +47,15 @@ class Output:
     """What one command prints. Also the job's listener."""
 
     def __init__(
-        self, quiet: bool = False, json: bool = False, data_on_stdout: bool = False
+        self,
+        quiet: bool = False,
+        json: bool = False,
+        data_on_stdout: bool = False,
+        markdown: bool = False,
     ) -> None:
         self.quiet = quiet
         self.as_json = json
+        self.as_markdown = markdown
         self.stream: IO[str] = sys.stderr if data_on_stdout else sys.stdout
         self.bar: Progress | None = None
         self.timer: threading.Timer | None = None
@@ -110,32 +116,67 @@ class Output:
     def line(self, text: str) -> None:
         self.stream.write(text + "\n")
 
-    def facts(self, facts: Mapping[str, str]) -> None:
+    def fitted(self, text: str, columns: int) -> str:
+        """A name within so many columns, shortened in the middle if it must be."""
+        text = _clean(text, self.stream)
+        if len(text) <= columns:
+            return text
+        kept = columns - 2
+        return f"{text[: kept - kept // 2]}..{text[len(text) - kept // 2 :]}"
+
+    def facts(self, facts: Mapping[str, str], gap: bool = True) -> None:
+        width = max(7, *map(len, facts))
         for name, text in facts.items():
-            self.line(f"{name:7}{GAP}{_clean(text, self.stream)}")
-        self.line("")
+            text = _clean(text, self.stream)
+            if self.as_markdown:
+                self.line(f"- {name}: {_code(text)}")
+            else:
+                self.line(f"{name:{width}}{GAP}{text}".rstrip())
+        if gap:
+            self.line("")
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0, 1)
     ) -> None:
         """A table; the columns numbered in `words` are left-aligned, the others are numbers.
 
-        Nothing is ever cut. In a terminal that is too narrow the longest column of words is folded.
+        Nothing is ever cut. In a terminal that is too narrow the longest column of words is folded, and what
+        is too wide even so becomes several tables.
         """
         from rich.cells import cell_len
 
         rows = [[_clean(cell, self.stream) for cell in row] for row in rows]
+        if self.as_markdown:
+            self._markdown_table(columns, rows, words)
+            return
         widths = [max(cell_len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
         folded = max(words, key=lambda i: widths[i])
+        parts = [list(range(len(columns)))]
         if self.stream.isatty():
-            room = shutil.get_terminal_size().columns - sum(widths) - len(GAP) * (len(columns) - 1)
+            screen = shutil.get_terminal_size().columns
+            room = screen - sum(widths) - len(GAP) * (len(columns) - 1)
             least = max(NARROWEST, len(columns[folded]))
             widths[folded] = min(widths[folded], max(widths[folded] + room, least))
-        (header,) = _lines(columns, widths, words, folded)
-        self.line(_coloured(header, "header", self.stream))
-        for row in rows:
-            for line in _lines(row, widths, words, folded):
-                self.line(line)
+            parts = _parts(widths, screen)
+        for number, part in enumerate(parts):
+            if number:
+                self.line("")
+            chosen = [widths[i] for i in part]
+            left = [place for place, i in enumerate(part) if i in words]
+            fold = part.index(folded) if folded in part else 0
+            (header,) = _lines([columns[i] for i in part], chosen, left, fold)
+            self.line(_coloured(header, "header", self.stream))
+            for row in rows:
+                for line in _lines([row[i] for i in part], chosen, left, fold):
+                    self.line(line)
+
+    def _markdown_table(
+        self, columns: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int]
+    ) -> None:
+        rules = ["---" if i in words else "---:" for i in range(len(columns))]
+        coded = [[_code(c) if i == words[0] else c for i, c in enumerate(row)] for row in rows]
+        for cells in (columns, rules, *coded):
+            self.line(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
 
     def _stop_bar(self) -> None:
         if self.timer is not None:
@@ -167,6 +208,18 @@ def _bar(total: int) -> Progress:
     )
     bar.add_task("", total=total)
     return bar
+
+
+def _parts(widths: Sequence[int], screen: int) -> list[list[int]]:
+    """The columns of each of the tables that fit the screen; all but the first begin with the first column again."""
+    parts, used = [[0]], widths[0]
+    for i in range(1, len(widths)):
+        if used + len(GAP) + widths[i] > screen and len(parts[-1]) > 1:
+            parts.append([0])
+            used = widths[0]
+        parts[-1].append(i)
+        used += len(GAP) + widths[i]
+    return parts
 
 
 def _lines(
@@ -207,6 +260,15 @@ def seconds(value: float) -> str:
     return f"{value / 3600:.1f} h"
 
 
+def encodable(text: str, stream: IO[str]) -> bool:
+    """Whether a stream can show the text."""
+    try:
+        text.encode(getattr(stream, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _clean(text: str, stream: IO[str]) -> str:
     """Text that the stream can show, and that cannot steer a terminal: names come from files."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -214,9 +276,26 @@ def _clean(text: str, stream: IO[str]) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def _code(text: str) -> str:
+    """Markdown that shows the text as it is: names come from files."""
+    if not text:
+        return ""
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def colour_wanted(stream: IO[str]) -> bool:
+    """Whether a stream takes colours: a terminal does, and what `FORCE_COLOR` says; `NO_COLOR` comes first."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def _coloured(text: str, kind: str, stream: IO[str]) -> str:
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return text if plain or not stream.isatty() else f"\033[{COLOURS[kind]}m{text}\033[0m"
+    return f"\033[{COLOURS[kind]}m{text}\033[0m" if colour_wanted(stream) else text
 
 
 def _finite(value: Any) -> Any:

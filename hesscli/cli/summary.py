@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from hesscli.cli.output import Document, Output, error, number, seconds
 from hesscli.job.sizes import size
 
+COLUMNS = ("trace", "eig_max", "eig_min", "fro_norm")
+WIDE = (*COLUMNS, "mean_eig", "negative", "condition", "symmetry_error")
 
-def print_hessian(out: Output, document: Document) -> None:
-    """The summary of a Hessian."""
+
+def print_hessian(out: Output, document: Document, columns: Sequence[str] = COLUMNS) -> None:
+    """The summary of a Hessian, with these statistics."""
     if not out.wants_text(document):
         return
-    rows = [_row(facts) for facts in document["blocks"]]
+    rows = [_row(facts, columns) for facts in document["blocks"]]
     if len(rows) > 1:
-        total = _row({"name": "total", "shape": [], **document["total"]})
-        total[4] = _bound(">=", total[4])
-        total[5] = _bound("<=", total[5])
-        rows.append(total)
+        total = {"name": "total", "shape": [], **document["total"]}
+        rows.append(_row(total, columns, {"eig_max": ">=", "eig_min": "<="}))
     out.facts(headline(document))
-    out.table(["block", "shape", "size", "trace", "eig_max", "eig_min", "fro_norm", "bytes"], rows)
+    out.table(["block", "shape", "size", *columns, "bytes"], rows)
+
+
+def print_block(out: Output, document: Document) -> None:
+    """All that is known of one block."""
+    if not out.wants_text(document):
+        return
+    (facts,) = document["blocks"]
+    shape = shape_text(facts["shape"])
+    out.facts(headline(document))
+    out.facts(
+        {
+            "block": facts["name"],
+            "shape": f"{shape or 'one number'}, {facts['size']} rows, {facts['bytes']} bytes",
+            "method": facts["method"],
+            **{key: statistic(facts, key) for key in (*WIDE, "check_error")},
+        },
+        gap=False,
+    )
 
 
 def print_plan(out: Output, document: Document) -> None:
@@ -53,7 +74,7 @@ def headline(document: Document) -> dict[str, str]:
     terms = [f"{name}={value}" for name, value in loss["arguments"].items()]
     terms += [loss["reduction"], f"N = {data['samples']}"]
     facts = {
-        "model": f"{document['model']['path']} x {data['path']}",
+        "model": f"{_named(document['model'])} x {_named(data)}",
         "loss": f"{loss['name']} ({', '.join(terms)}) = {number(loss['value'])}",
     }
     curvature = document.get("curvature", "hessian")
@@ -84,19 +105,34 @@ def products_headline(document: Document) -> dict[str, str]:
     return facts
 
 
-def _row(facts: Document) -> list[str]:
+def _named(file: Document) -> str:
+    """A file's path; the beginning of its hash where the path is not known, as in a Hessian file."""
+    return file.get("path") or f"sha256:{file['sha256'][:12]}"
+
+
+def _row(
+    facts: Document, columns: Sequence[str], bounds: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """A row of the table; a statistic that only bounds the matrix's own has its sign in `bounds`."""
+    cells = {key: statistic(facts, key) for key in columns}
     return [
         facts["name"],
         shape_text(facts["shape"]),
         str(facts["size"]),
-        *(number(facts[key]) for key in ("trace", "eig_max", "eig_min", "fro_norm")),
+        *(cell if cell == "-" else bounds.get(key, "") + cell for key, cell in cells.items()),
         str(facts["bytes"]),
     ]
 
 
+def statistic(facts: Document, key: str) -> str:
+    """A statistic of a block as text; `-` for what was not computed."""
+    value = facts.get(key)
+    if key == "negative":
+        return "-" if value is None else str(value)
+    if key in ("symmetry_error", "check_error"):
+        return error(value)
+    return "inf" if value == math.inf else number(value)
+
+
 def shape_text(shape: Sequence[int]) -> str:
     return "x".join(str(n) for n in shape)
-
-
-def _bound(sign: str, text: str) -> str:
-    return text if text == "-" else f"{sign}{text}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import torch
 
 from hesscli.errors import FileError
 
@@ -33,3 +35,13 @@ def sha256_of_all(paths: Sequence[str | os.PathLike[str]]) -> str:
         return sha256(paths[0])
     lines = (f"{sha256(path)}  {os.path.basename(path)}\n" for path in paths)
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def sha256_of(tensors: Mapping[str, object]) -> str:
+    """The SHA-256 of named tensors: their names, types, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        if isinstance(t, torch.Tensor):
+            digest.update(f"{name} {t.dtype} {list(t.shape)};".encode())
+            digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

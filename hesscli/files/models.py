@@ -18,7 +18,7 @@ from torch import nn
 from hesscli.errors import FileError, UsageError
 from hesscli.files.architectures import build, importable
 from hesscli.files.checkpoints import fitted, unwrap, without_wrappers
-from hesscli.files.digest import sha256_of_all
+from hesscli.files.digest import sha256_of, sha256_of_all
 from hesscli.files.exported import load_exported
 from hesscli.files.libraries import arch_of
 from hesscli.files.mlp import MLP
@@ -46,7 +46,7 @@ class SavedModel:
     """A model as it was saved, ready to be called."""
 
     module: nn.Module  # on the device; in eval mode unless train mode was asked for
-    kind: Literal["torchscript", "state_dict", "exported", "pickle"]
+    kind: Literal["torchscript", "state_dict", "exported", "pickle", "module"]
     sha256: str
     notes: tuple[str, ...]  # what the user should know, one line each
     batch_size: int | None = None  # the only one an exported model accepts; None if any
@@ -331,4 +331,26 @@ def _without_parameters(path: str | os.PathLike[str], kind: str) -> FileError:
     return FileError(
         f"{path}: a model without parameters has no Hessian",
         "register the weights as torch.nn.Parameter",
+    )
+
+
+def live_model(
+    module: nn.Module, *, train_mode: bool = False, device: str | None = None
+) -> SavedModel:
+    """A module in memory in the form of a loaded one. It is changed as one from a file is: pass a copy.
+
+    Raises:
+        FileError: it has no parameters.
+    """
+    if next(module.parameters(), None) is None:
+        raise _without_parameters(type(module).__name__, "module")
+    notes: list[str] = []
+    digest = sha256_of(module.state_dict())
+    _widen(module, notes)
+    if device is not None:
+        module.to(device)
+    module.train(train_mode)
+    (required, most), arguments = _arguments(module)
+    return SavedModel(
+        module, "module", digest, tuple(notes), None, most, required, arguments=arguments
     )

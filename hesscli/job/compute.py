@@ -21,10 +21,12 @@ from hesscli.errors import (
     UsageError,
 )
 from hesscli.files.hessian_writer import HessianWriter
+from hesscli.files.models import SavedModel
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.hessian.check_curvature import certificate as certificate_of
 from hesscli.job import document as documents
+from hesscli.job import statistics
 from hesscli.job.beside import Beside
 from hesscli.job.document import Document
 from hesscli.job.journal import Journal, journals, read_journal
@@ -41,8 +43,15 @@ from hesscli.spectrum.eigen import DENSE_LIMIT, extremes
 _ELSEWHERE = {"model", "data", "output", "force", "resume", "shard", "memory", "device"}
 
 
-def compute(options: ComputeOptions, listener: Listener, dry_run: bool = False) -> Document:
+def compute(
+    options: ComputeOptions,
+    listener: Listener,
+    dry_run: bool = False,
+    model: SavedModel | None = None,
+) -> Document:
     """Computes the Hessian that the options ask for and writes it; with `dry_run`, only says what that takes.
+
+    A `model` in memory is taken in place of the file that the options name.
 
     Where `torchrun` started several processes, each computes its share, and the first finishes the file.
 
@@ -61,7 +70,7 @@ def compute(options: ComputeOptions, listener: Listener, dry_run: bool = False) 
             raise UsageError(
                 "-: several processes cannot write to a pipe", "-o hessian.safetensors"
             )
-        plan = Plan(options, open_problem(options, listener), listener, shared)
+        plan = Plan(options, open_problem(options, listener, model=model), listener, shared)
         if dry_run:
             document = plan.dry_run()
         else:
@@ -283,7 +292,7 @@ class _Run:
         ]
         return {
             "blocks": blocks,
-            "total": documents.total(blocks),
+            "total": statistics.total(blocks),
             "method": " + ".join(sorted({facts["method"] for facts in blocks})),
             "symmetry_error": max(errors, default=None),
             "check": documents.check_facts(self.certificate, blocks, self.plan.diagonal),

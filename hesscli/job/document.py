@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ from hesscli.files.hessian_file import SCHEMA
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.job.opening import Opened
-from hesscli.spectrum.statistics import of_diagonal, of_matrix
 
 Document = dict[str, Any]
 
@@ -51,37 +49,6 @@ def block_facts(opened: Opened, block: Block) -> Document:
         "name": block.name,
         "shape": [block.size] if p is None else list(p.shape),
         "size": block.size,
-    }
-
-
-def statistics(array: np.ndarray, diagonal: bool, level: str) -> Document:
-    """The table's columns for one block; None for what the level leaves out."""
-    if level == "none":
-        return dict.fromkeys(("trace", "eig_max", "eig_min", "fro_norm"))
-    found = of_diagonal(array) if diagonal else of_matrix(array, level)
-    return {
-        "trace": found.trace,
-        "eig_max": found.eig_max,
-        "eig_min": found.eig_min,
-        "fro_norm": found.fro_norm,
-    }
-
-
-def total(blocks: Sequence[Document]) -> Document:
-    """Sums, and bounds: the extremes of diagonal blocks only bound those of the whole matrix, as do those of some."""
-
-    def known(key: str) -> list[float]:
-        values = [facts[key] for facts in blocks]
-        return [] if None in values else values
-
-    squares = [norm**2 for norm in known("fro_norm")]
-    return {
-        "size": sum(facts["size"] for facts in blocks),
-        "trace": sum(known("trace")) if known("trace") else None,
-        "eig_max": max((b["eig_max"] for b in blocks if b["eig_max"] is not None), default=None),
-        "eig_min": min((b["eig_min"] for b in blocks if b["eig_min"] is not None), default=None),
-        "fro_norm": math.sqrt(sum(squares)) if squares else None,
-        "bytes": sum(facts["bytes"] for facts in blocks),
     }
 
 

@@ -36,13 +36,19 @@ class Opened:
     notes: list[str]
 
 
-def open_problem(options: ProblemOptions, listener: Listener, rows: int | None = None) -> Opened:
+def open_problem(
+    options: ProblemOptions,
+    listener: Listener,
+    rows: int | None = None,
+    model: SavedModel | None = None,
+) -> Opened:
     """Loads model and data, settles the loss, and makes one pass over the data.
 
     Args:
         options: what was asked for.
         listener: hears the notes.
         rows: the size of the largest block, if it is known to be smaller than all parameters together.
+        model: one in memory, in place of the file that the options name.
 
     Raises:
         HesscliError: of any kind; see `errors.py`.
@@ -60,7 +66,7 @@ def open_problem(options: ProblemOptions, listener: Listener, rows: int | None =
     # cuDNN's convolutions would use it by default, at three digits.
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
     torch.backends.cudnn.allow_tf32 = options.tf32
-    model = load_model(
+    model = model or load_model(
         options.model,
         arch=options.arch,
         arch_args=options.arch_arguments,
@@ -255,7 +261,8 @@ def _loss(
     note: Callable[[str], None],
 ) -> Loss:
     """The loss that was named, or the one that fits the targets."""
-    name, function = options.loss, None
+    name: Any = options.loss
+    function = None
     if name == "auto":
         if data.targets is None:
             raise UsageError(
@@ -265,6 +272,8 @@ def _loss(
         kind = str(data.targets[1].dtype).removeprefix("torch.")
         name = "mse" if data.targets[1].is_floating_point() else "cross-entropy"
         note(f"loss: {name}, inferred from {kind} targets")
+    elif callable(name):
+        name, function = getattr(name, "__name__", type(name).__name__), name
     elif ":" in name:
         function = _import_function(name)
     elif name not in LOSSES and name != "output":

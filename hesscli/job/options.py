@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ class ProblemOptions:
 
     model: Path
     data: Path
-    loss: str = "auto"
+    loss: str | Callable[..., Any] = "auto"
     loss_arguments: Mapping[str, object] = field(default_factory=dict)
     reduction: str = "mean"
     arch: str | None = None
@@ -64,7 +64,8 @@ class ComputeOptions(ProblemOptions):
 def command_of(options: ComputeOptions) -> dict[str, Any]:
     """The options as JSON."""
     found = asdict(options)
-    return {key: str(value) if isinstance(value, Path) else value for key, value in found.items()}
+    as_text = {"model", "data", "output"} | ({"loss"} if callable(options.loss) else set())
+    return {key: str(value) if key in as_text else value for key, value in found.items()}
 
 
 def options_of(command: Mapping[str, Any], output: Path) -> ComputeOptions:

@@ -15,6 +15,7 @@ from hesscli.hessian.plan import group
 from hesscli.hessian.routes.base import NotApplicable, Route, Rows
 from hesscli.hessian.symmetry import symmetrise_
 from hesscli.job import document as documents
+from hesscli.job import statistics
 from hesscli.job.document import Document
 from hesscli.job.large import on_host
 from hesscli.job.planning import Plan
@@ -117,7 +118,7 @@ class WholeBlocks:
             array = array.reshape(plan.shapes[block.name])
         return documents.block_facts(plan.opened, block) | {
             "method": method,
-            **documents.statistics(array, plan.diagonal, plan.options.stats),
+            **statistics.of_block(array, plan.diagonal, plan.options.stats),
             "bytes": array.nbytes,
             "symmetry_error": symmetry,
             "check_error": error,

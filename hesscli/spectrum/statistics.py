@@ -18,8 +18,10 @@ _RUN = 1 << 14  # numbers
 class Statistics:
     trace: float
     fro_norm: float
-    eig_max: float | None  # None: not computed
-    eig_min: float | None
+    eig_max: float | None = None  # None: not computed
+    eig_min: float | None = None
+    eig_abs_min: float | None = None  # the smallest magnitude; 0 where it is but rounding
+    negative: int | None = None  # how many are below zero by more than rounding
 
 
 def of_matrix(matrix: np.ndarray, level: str = "auto") -> Statistics:
@@ -30,18 +32,40 @@ def of_matrix(matrix: np.ndarray, level: str = "auto") -> Statistics:
         level: "basic" leaves the eigenvalues out, "auto" takes them for small blocks, "all" for every block.
     """
     n = matrix.shape[0]
-    wanted = n > 0 and (level == "all" or (level == "auto" and n <= QUICK_LIMIT))
-    low, high = extremes(matrix, DENSE_LIMIT) if wanted else (None, None)
-    trace = float(np.trace(matrix, dtype=np.float64))
-    return Statistics(trace, _norm(matrix), high, low)
+    trace, norm = float(np.trace(matrix, dtype=np.float64)), _norm(matrix)
+    if n == 0 or level == "basic" or (level == "auto" and n > QUICK_LIMIT):
+        return Statistics(trace, norm)
+    if n > DENSE_LIMIT:
+        low, high = extremes(matrix, 0)
+        return Statistics(trace, norm, high, low)
+    values = np.linalg.eigvalsh(matrix.astype(np.float64))  # scipy's takes 0.2 s to import
+    return Statistics(trace, norm, *_of_spectrum(values, matrix.dtype))
 
 
 def of_diagonal(diagonal: np.ndarray) -> Statistics:
     """The same of a diagonal matrix, whose eigenvalues are its entries."""
     entries = diagonal.ravel()
-    high = float(entries.max()) if entries.size else None
-    low = float(entries.min()) if entries.size else None
-    return Statistics(float(entries.sum(dtype=np.float64)), _norm(entries), high, low)
+    trace, norm = float(entries.sum(dtype=np.float64)), _norm(entries)
+    if not entries.size:
+        return Statistics(trace, norm)
+    return Statistics(trace, norm, *_of_spectrum(entries, entries.dtype))
+
+
+def _of_spectrum(values: np.ndarray, dtype: np.dtype) -> tuple[float, float, float, int]:
+    """Largest, smallest, smallest in magnitude, and how many are negative.
+
+    Eigenvalues of an n x n matrix in `dtype` are known to n eps times the largest one, as for
+    `numpy.linalg.matrix_rank`; what is smaller is zero.
+    """
+    largest, smallest = float(values.max()), float(values.min())
+    rounding = len(values) * float(np.finfo(dtype).eps) * max(largest, -smallest)
+    least = float(np.abs(values).min())
+    return (
+        largest,
+        smallest,
+        least if least > rounding else 0.0,
+        int((values < -rounding).sum()),
+    )
 
 
 def _norm(array: np.ndarray) -> float:

@@ -1,0 +1,94 @@
+"""Bounds that make a command fail: what is written is written all the same, then it exits with 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+import typer
+
+from hesscli.errors import CheckError, UsageError
+
+
+def bound(value: float | None) -> float | None:
+    """A bound as typer reads it.
+
+    Raises:
+        BadParameter: it is not a number, so nothing would ever break it.
+    """
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("nan is no bound")
+    return value
+
+
+FailAbove = Annotated[
+    float | None,
+    typer.Option(
+        "--fail-above",
+        metavar="X",
+        callback=bound,
+        help="Exit 1 if the largest eigenvalue is above X.",
+    ),
+]
+FailBelow = Annotated[
+    float | None,
+    typer.Option(
+        "--fail-below",
+        metavar="X",
+        callback=bound,
+        help="Exit 1 if the smallest eigenvalue is below X.",
+    ),
+]
+
+
+def gate(
+    values: Iterable[tuple[str, float | None]],
+    above: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Checks named values against the bounds that were given. The last thing that a command does.
+
+    Args:
+        values: what each is called, as in "eig_max of fc1.weight", and its value.
+        above: the most that a value may be.
+        below: the least that a value may be.
+
+    Raises:
+        CheckError: naming the value that is furthest outside; one that is not known breaks every bound.
+    """
+    if above is None and below is None:
+        return
+    broken = []
+    for name, value in values:
+        if value is None or math.isnan(value):
+            raise CheckError(f"{name} is not known, so no bound can be checked")
+        if above is not None and value > above:
+            broken.append((value - above, f"{name} is {value:.6g}, above --fail-above {above:g}"))
+        if below is not None and value < below:
+            broken.append((below - value, f"{name} is {value:.6g}, below --fail-below {below:g}"))
+    if broken:
+        raise CheckError(max(broken)[1])
+
+
+def end_seen(which: str, above: float | None, below: float | None) -> None:
+    """Refuses a bound on the end of the spectrum that `--which` leaves out: it would never be broken.
+
+    Raises:
+        UsageError: with the way out.
+    """
+    for given, option, end in (
+        (above, "--fail-above", "largest"),
+        (below, "--fail-below", "smallest"),
+    ):
+        if given is not None and which not in (end, "both"):
+            raise UsageError(
+                f"{option} bounds the {end} eigenvalue, and --which {which} need not find it",
+                f"--which {end}",
+            )
+
+
+def gate_eigenvalues(document: Mapping[str, Any], above: float | None, below: float | None) -> None:
+    """`gate` for the document of `eigen`."""
+    pairs = zip(document["blocks"], document["eigenvalues"], strict=True)
+    gate([(f"an eigenvalue of {block}", value) for block, value in pairs], above, below)

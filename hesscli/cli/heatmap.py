@@ -1,0 +1,160 @@
+"""|H| in a terminal: two cells in a character, in colour; where there is none, the shade of the larger."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hesscli.cli.output import Output, colour_wanted, encodable, number
+
+if TYPE_CHECKING:
+    from hesscli.job.picture import Picture
+
+# cividis, which reads the same to the colour-blind, in nine steps from low to high.
+CIVIDIS = (
+    (0, 34, 78), (26, 56, 111), (67, 78, 108), (97, 101, 111), (125, 124, 120),
+    (155, 148, 118), (188, 174, 108), (222, 201, 88), (254, 232, 56),
+)  # fmt: skip
+OF_256 = (17, 60, 243, 102, 247, 144, 185, 227)  # the like in 256 colours: ever lighter
+SHADES = (
+    " \N{LIGHT SHADE}\N{MEDIUM SHADE}\N{DARK SHADE}\N{FULL BLOCK}"  # of which the first is zero
+)
+ASCII = " .:-=+*#%@"
+UPPER, LOWER = "\N{UPPER HALF BLOCK}", "\N{LOWER HALF BLOCK}"
+RESET = "\033[0m"
+LARGEST = 16  # how many columns one entry of a small matrix may take
+LEGEND = 24  # columns of the legend's scale
+MARGIN = 2  # between the picture and the names beside it
+
+Colour = tuple[int, int, int]
+
+
+def room(out: Output) -> int:
+    """How many cells a picture can have on this screen."""
+    size = shutil.get_terminal_size()
+    names = min(24, size.columns // 3)
+    lines = max(24, size.lines - 10) if out.stream.isatty() else size.columns
+    return max(8, min(size.columns - names - MARGIN, 2 * lines))
+
+
+def draw(out: Output, picture: Picture, pixels: int) -> None:
+    """The picture, the names of its parts beside it, and the scale of its shades."""
+    if not picture.high:
+        out.line("every entry is zero")
+        return
+    paint = _painter(out)
+    grid = picture.levels().tolist()
+    if picture.diagonal:
+        lines = [paint([row], single=True) for row in grid]
+        starts = list(range(len(grid)))
+    else:
+        scale = max(1, min(LARGEST, pixels // len(grid)))
+        grid = [
+            [level for level in row for _ in range(scale)] for row in grid for _ in range(scale)
+        ]
+        if len(grid) % 2:
+            grid.append([math.nan] * len(grid[0]))
+        lines = [paint(grid[i : i + 2]) for i in range(0, len(grid), 2)]
+        starts = [int(part.start * scale) // 2 for part in picture.parts]
+    beside = _beside([part.name for part in picture.parts], starts)
+    names = max(8, shutil.get_terminal_size().columns - len(grid[0]) - MARGIN)
+    if out.as_markdown:
+        out.line("\n```")
+    for i, line in enumerate(lines):
+        out.line(f"{line}{' ' * MARGIN}{out.fitted(beside.get(i, ''), names)}".rstrip())
+    out.line("")
+    scale_shown = paint([[i / (LEGEND - 1) for i in range(LEGEND)]], single=True)
+    out.line(f"{number(picture.low)} {scale_shown} {number(picture.high)}")
+    out.line(_explained(picture))
+    if out.as_markdown:
+        out.line("```")
+
+
+def _explained(picture: Picture) -> str:
+    if picture.diagonal:
+        covered = picture.size > picture.cells.size
+        return "|H| of the diagonal, log scale; blank is zero" + (
+            "; a cell is the largest of the entries it covers" if covered else ""
+        )
+    rows = picture.size / len(picture.cells)
+    if rows <= 1:
+        return "|H|, log scale; blank is zero"
+    return (
+        f"|H|, log scale; blank is zero; a cell is the largest of {rows:.3g} x {rows:.3g} entries"
+    )
+
+
+def _beside(names: Sequence[str], starts: Sequence[int]) -> dict[int, str]:
+    """What stands beside each line: the part that begins there, and how many more begin there too."""
+    at: dict[int, list[str]] = {}
+    for name, line in zip(names, starts, strict=True):
+        at.setdefault(line, []).append(name)
+    return {
+        line: found[0] + (f" (+{len(found) - 1})" if len(found) > 1 else "")
+        for line, found in at.items()
+    }
+
+
+class _Colours:
+    """Two cells in a character: the upper one its foreground, the lower one its background."""
+
+    def __init__(self, true_colour: bool) -> None:
+        self.true_colour = true_colour
+
+    def __call__(self, rows: Sequence[Sequence[float]], single: bool = False) -> str:
+        text, before = [], ""
+        for upper, lower in zip(rows[0], rows[0] if single else rows[1], strict=True):
+            if math.isnan(upper) and math.isnan(lower):
+                code, character = RESET, " "
+            elif math.isnan(upper):
+                code, character = RESET + self._code(38, lower), LOWER
+            elif math.isnan(lower):
+                code, character = RESET + self._code(38, upper), UPPER
+            else:
+                code, character = self._code(38, upper) + self._code(48, lower), UPPER
+            text.append(character if code == before else code + character)
+            before = code
+        return "".join(text) + RESET
+
+    def _code(self, ground: int, level: float) -> str:
+        if self.true_colour:
+            red, green, blue = _cividis(level)
+            return f"\033[{ground};2;{red};{green};{blue}m"
+        return f"\033[{ground};5;{OF_256[min(len(OF_256) - 1, int(level * len(OF_256)))]}m"
+
+
+class _Shades:
+    """A character for two cells: the shade of the larger."""
+
+    def __init__(self, shades: str) -> None:
+        self.shades = shades
+
+    def __call__(self, rows: Sequence[Sequence[float]], single: bool = False) -> str:
+        return "".join(map(self._shade, zip(*rows, strict=True)))
+
+    def _shade(self, levels: Sequence[float]) -> str:
+        level = max((x for x in levels if not math.isnan(x)), default=None)
+        if level is None:
+            return self.shades[0]
+        steps = len(self.shades) - 1
+        return self.shades[1 + min(steps - 1, int(level * steps))]
+
+
+def _painter(out: Output) -> _Colours | _Shades:
+    blocks = encodable(SHADES + UPPER + LOWER, out.stream)
+    true_colour = os.environ.get("COLORTERM", "") in ("truecolor", "24bit")
+    many = true_colour or "256color" in os.environ.get("TERM", "")
+    if blocks and many and colour_wanted(out.stream) and not out.as_markdown:
+        return _Colours(true_colour)
+    return _Shades(SHADES if blocks else ASCII)
+
+
+def _cividis(level: float) -> Colour:
+    place = level * (len(CIVIDIS) - 1)
+    i = min(int(place), len(CIVIDIS) - 2)
+    low, high, part = CIVIDIS[i], CIVIDIS[i + 1], place - i
+    red, green, blue = (round(a + (b - a) * part) for a, b in zip(low, high, strict=True))
+    return red, green, blue

@@ -1,0 +1,153 @@
+"""|H| as a figure, by matplotlib (extra `plot`)."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hesscli.errors import UsageError
+
+if TYPE_CHECKING:
+    from hesscli.job.picture import Picture
+
+PIXELS = 1200  # rows and columns of the picture, at most
+FORMATS = ("png", "svg", "pdf")
+MAP = "cividis"  # reads the same to the colour-blind
+SIDE = 6.4  # inches
+FONT, SMALLEST = 7.5, 5.0  # points
+LEADING = 1.3 / 72  # inches from one label to the next, for each point of the font
+
+
+def may_plot(path: Path, force: bool) -> None:
+    """Refuses a figure before anything is read for it.
+
+    Raises:
+        UsageError: a format that there is not, a file that hesscli did not draw, or no matplotlib.
+    """
+    if path.suffix.lower().lstrip(".") not in FORMATS:
+        raise UsageError(f"{path}: a figure is .png, .svg or .pdf", f"--plot {path.stem}.png")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: no such folder", f"mkdir -p {path.parent}")
+    if path.exists() and not force and not (path.is_file() and b"hesscli" in path.read_bytes()):
+        raise UsageError(f"{path}: exists, and hesscli did not draw it; not replaced", "--force")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UsageError(
+            "--plot draws with matplotlib, which is not installed", "pip install 'hesscli[plot]'"
+        ) from None
+
+
+def plot(path: Path, picture: Picture, title: str) -> None:
+    """Draws the picture with the borders of its blocks, their names and a scale."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from numpy import ma
+
+    rows, columns = picture.cells.shape
+    wide = SIDE + 2.9
+    tall = max(1.2, 1.3 * LEADING * FONT * rows) if picture.diagonal else SIDE
+    figure = Figure(figsize=(wide, tall + 1.5), layout=None)
+    axes = figure.add_axes((0.35 / wide, 0.95 / (tall + 1.5), SIDE / wide, tall / (tall + 1.5)))
+    low = picture.low if picture.low < picture.high else picture.high / 10
+    image = axes.imshow(
+        ma.masked_equal(picture.cells, 0),
+        cmap=MAP,
+        norm=LogNorm(low or 1e-1, picture.high or 1.0, clip=True),
+        extent=(0, columns, rows, 0),
+        interpolation="nearest",
+        aspect="auto",
+    )
+    axes.set_facecolor("white")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(title, fontsize=9, loc="left")
+    _borders(axes, picture)
+    _names(axes, picture, rows, tall)
+    bar = figure.add_axes((0.35 / wide, 0.62 / (tall + 1.5), SIDE / wide, 0.14 / (tall + 1.5)))
+    figure.colorbar(image, cax=bar, orientation="horizontal")
+    bar.tick_params(labelsize=FONT)
+    bar.set_xlabel("|H|; white is zero", fontsize=FONT + 0.5)
+    _save(figure, path)
+
+
+def _borders(axes: Any, picture: Picture) -> None:
+    style = {"color": "0.1", "linewidth": 0.4}
+    for part in picture.parts[1:]:
+        axes.axhline(part.start, **style)
+        if not picture.diagonal:
+            axes.axvline(part.start, **style)
+
+
+def _names(axes: Any, picture: Picture, rows: int, tall: float) -> None:
+    """Names to the right of their rows, moved apart where they would overlap, with a line to each."""
+    font = min(FONT, max(SMALLEST, tall / LEADING / len(picture.parts)))
+    room = int(tall / (LEADING * font))
+    parts = sorted(picture.parts, key=lambda p: p.start - p.stop)[:room]  # the largest that fit
+    parts.sort(key=lambda part: part.start)
+    centres = [(part.start + part.stop) / 2 for part in parts]
+    places = spread(centres, LEADING * font / tall * rows, rows)
+    for part, centre, place in zip(parts, centres, places, strict=True):
+        axes.annotate(
+            part.name if len(part.name) <= 44 else f"{part.name[:20]}...{part.name[-20:]}",
+            xy=(1, centre),
+            xytext=(1.035, place),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords=axes.get_yaxis_transform(),
+            fontsize=font,
+            va="center",
+            parse_math=False,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-", "color": "0.45", "linewidth": 0.5, "shrinkA": 2, "shrinkB": 0,
+                "relpos": (0, 0.5),
+            },
+        )  # fmt: skip
+    left = len(picture.parts) - len(parts)
+    if left:
+        axes.annotate(
+            f"and {left} smaller",
+            xy=(1.035, -0.01),
+            xycoords="axes fraction",
+            fontsize=FONT,
+            va="top",
+            annotation_clip=False,
+        )
+
+
+def spread(centres: Sequence[float], gap: float, end: float) -> list[float]:
+    """Places between 0 and `end` in the same order, `gap` apart, each close to its centre."""
+    places: list[float] = []
+    for centre in centres:
+        places.append(max(centre, places[-1] + gap if places else gap / 2))
+    limit = end - gap / 2
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], limit)
+        limit = places[i] - gap
+    return places
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Writes the figure at once; the same file gives the same bytes."""
+    from matplotlib import rc_context
+
+    kind = path.suffix.lower().lstrip(".")
+    metadata = {
+        "png": {"Software": "hesscli"},
+        "svg": {"Creator": "hesscli", "Date": None},
+        "pdf": {"Creator": "hesscli", "CreationDate": None},
+    }[kind]
+    descriptor, name = tempfile.mkstemp(f".{kind}", ".hesscli.", path.parent)
+    os.close(descriptor)
+    try:
+        with rc_context({"svg.hashsalt": "hesscli"}):
+            figure.savefig(name, dpi=200, format=kind, metadata=metadata, bbox_inches="tight")
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)  # mkstemp makes it private
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -1,0 +1,114 @@
+"""`hesscli show [HESSIAN]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hesscli.cli.completion import block_names
+from hesscli.cli.failing import failing
+from hesscli.cli.options import Debug, Json, Quiet
+from hesscli.errors import UsageError
+
+if TYPE_CHECKING:
+    from hesscli.cli.output import Document
+
+Markdown = Annotated[
+    bool, typer.Option("--md", help="Print Markdown, for $GITHUB_STEP_SUMMARY say.")
+]
+
+
+def show(
+    hessian: Annotated[
+        str, typer.Argument(metavar="HESSIAN|-", help="A Hessian file; - is standard input.")
+    ] = "hessian.safetensors",
+    wide: Annotated[
+        bool,
+        typer.Option(
+            "--wide",
+            help="Also mean_eig, negative (how many eigenvalues are), condition, symmetry_error. "
+            "What the file lacks is computed for blocks of up to 1536 rows, a quarter of a second "
+            "for the largest.",
+        ),
+    ] = False,
+    block: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            autocompletion=block_names,
+            help="All that is known of this block; with a picture, of it alone.",
+        ),
+    ] = None,
+    heatmap: Annotated[
+        bool,
+        typer.Option("--heatmap", help="Draw |H| here. Reads the whole file, in pieces."),
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw |H| to .png, .svg or .pdf (extra: plot). Reads the whole file, in pieces.",
+        ),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Compare all that is in the file with its checksums. Reads it whole."
+        ),
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Replace a figure that hesscli did not draw.")
+    ] = False,
+    markdown: Markdown = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Print the summary of a Hessian file, draw it, or say all about one block. Loads no torch.
+
+    \b
+    Example:
+      hesscli show
+      hesscli show hessian.safetensors --wide
+      hesscli show --block fc1.weight --heatmap
+      hesscli show --plot hessian.png
+      hesscli show --md >> "$GITHUB_STEP_SUMMARY"
+    """
+    with failing(debug):
+        one_format(json, markdown)
+        from hesscli.cli import heatmap as terminal
+        from hesscli.cli import plot as figure
+        from hesscli.cli.output import Output
+        from hesscli.cli.summary import COLUMNS, WIDE, print_block, print_hessian
+        from hesscli.job.show import show as run
+
+        if plot is not None:
+            figure.may_plot(plot, force)
+        heatmap = heatmap and not (json or quiet)
+        with Output(quiet=quiet, json=json, markdown=markdown) as out:
+            pixels = ([terminal.room(out)] if heatmap else []) + ([figure.PIXELS] if plot else [])
+            shown = run(hessian, block, wide, pixels, verify, out.progress)
+            if block is None:
+                print_hessian(out, shown.document, WIDE if wide else COLUMNS)
+            else:
+                print_block(out, shown.document)
+            if heatmap:
+                out.line("")
+                terminal.draw(out, shown.pictures[0], pixels[0])
+            if plot is not None:
+                figure.plot(plot, shown.pictures[-1], _title(shown.document))
+                out.wrote(str(plot), plot.stat().st_size)
+
+
+def one_format(json: bool, markdown: bool) -> None:
+    """Refuses to print one result in two ways."""
+    if json and markdown:
+        raise UsageError("--json and --md are two ways to print one result; take one of them")
+
+
+def _title(document: Document) -> str:
+    loss, blocks = document["loss"], document["blocks"]
+    part = f"block {blocks[0]['name']}" if len(blocks) == 1 else document["structure"]
+    return f"{part}, {document['total']['size']} rows, {loss['name']}, {document['dtype']}"

@@ -1,0 +1,131 @@
+"""`hesscli diff`: two Hessian files, block by block. Importing this loads no torch."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hesscli.errors import UsageError
+from hesscli.files.hessian_file import HessianFile, read_hessian
+from hesscli.job.stored import array
+from hesscli.spectrum.difference import difference
+
+SCHEMA = "hesscli.diff/1"
+
+Document = dict[str, Any]
+
+
+def diff(
+    a: Path,
+    b: Path,
+    rtol: float,
+    atol: float,
+    force: bool,
+    listener: Callable[[int, int, str], None],
+) -> Document:
+    """Compares B with A.
+
+    A block is equal if ||B - A|| <= rtol ||A|| in the Frobenius norm, or no entry differs by more than atol.
+
+    Args:
+        a: the file that is compared with.
+        b: the file that is compared.
+        rtol: see above.
+        atol: see above.
+        force: compare what both have, whatever they are Hessians of.
+        listener: hears how far the work has come.
+
+    Returns:
+        the JSON document.
+
+    Raises:
+        UsageError: the files hold different structures, or the Hessians of different losses.
+    """
+    ours, theirs = read_hessian(a), read_hessian(b)
+    unlike = _unlike(ours.document, theirs.document)
+    if unlike and not force:
+        raise UsageError(
+            f"{b}: {', '.join(unlike)} than in {a}",
+            shlex.join(["hesscli", "diff", str(a), str(b), "--force"]),
+        )
+    a_blocks, b_blocks = _blocks(ours), _blocks(theirs)
+    common = [
+        name
+        for name, facts in a_blocks.items()
+        if name in b_blocks and ours.entries[name]["shape"] == theirs.entries[name]["shape"]
+    ]
+    total, done = sum(a_blocks[name]["size"] for name in common), 0
+    rows = []
+    for name in common:
+        rows.append(_compared(ours, theirs, a_blocks[name], b_blocks[name], rtol, atol))
+        done += a_blocks[name]["size"]
+        listener(done, total, name)
+    only_a = [name for name in a_blocks if name not in b_blocks]
+    only_b = [name for name in b_blocks if name not in a_blocks]
+    other_size = [name for name in a_blocks if name in b_blocks and name not in common]
+    return {
+        "schema": SCHEMA,
+        "a": _side(a, ours.document),
+        "b": _side(b, theirs.document),
+        "unlike": unlike,
+        "rtol": rtol,
+        "atol": atol,
+        "blocks": rows,
+        "only_a": only_a,
+        "only_b": only_b,
+        "other_size": other_size,
+        "equal": all(row["equal"] for row in rows) and not (only_a or only_b or other_size),
+    }
+
+
+def _blocks(file: HessianFile) -> dict[str, Document]:
+    return {facts["name"]: facts for facts in file.document["blocks"]}
+
+
+def _side(path: Path, document: Document) -> Document:
+    kept = ("structure", "dtype", "loss", "gradient_norm")
+    return {"path": str(path)} | {key: document[key] for key in kept}
+
+
+def _unlike(a: Document, b: Document) -> list[str]:
+    """What makes a comparison meaningless."""
+    found = []
+    for key in ("structure", "curvature"):
+        ours, theirs = a.get(key, "hessian"), b.get(key, "hessian")
+        if ours != theirs:
+            found.append(f"another {key} ({theirs}, not {ours})")
+    for key in ("name", "arguments", "reduction"):
+        ours, theirs = a["loss"][key], b["loss"][key]
+        if ours != theirs:
+            what = "loss" if key == "name" else f"loss {key}"
+            found.append(f"another {what} ({theirs}, not {ours})")
+    return found
+
+
+def _compared(
+    ours: HessianFile,
+    theirs: HessianFile,
+    a: Document,
+    b: Document,
+    rtol: float,
+    atol: float,
+) -> Document:
+    name = a["name"]
+    found = difference(array(ours, name), array(theirs, name))
+    return {
+        "name": name,
+        "shape": a["shape"],
+        "size": a["size"],
+        "rel_diff": found.relative,
+        "max_diff": found.largest,
+        "d_trace": found.b_trace - found.a_trace,
+        "d_eig_max": _change(a["eig_max"], b["eig_max"]),
+        "d_eig_min": _change(a["eig_min"], b["eig_min"]),
+        "equal": found.relative <= rtol or found.largest <= atol,
+    }
+
+
+def _change(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before

@@ -1,0 +1,107 @@
+"""|H| as a picture: few enough cells for a screen or a page, with the places of its blocks and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hesscli.errors import NumericalError
+from hesscli.files.hessian_file import HessianFile
+from hesscli.hessian.blocks import partition
+from hesscli.job.stored import array
+from hesscli.spectrum.coarse import pool_matrix, pool_vector
+
+DECADES = 6
+"""How far below the largest magnitude colours still differ."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A block, or a parameter in it: rows (and columns) `start` to `stop` of the picture."""
+
+    name: str
+    start: float
+    stop: float
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The largest |H| in each cell of a grid."""
+
+    cells: np.ndarray  # [k, k]; or [parts, k] for diagonals, one row for each parameter
+    parts: tuple[Part, ...]
+    size: int  # rows of the matrix that was drawn
+    diagonal: bool
+
+    @property
+    def high(self) -> float:
+        return float(self.cells.max(initial=0.0))
+
+    @property
+    def low(self) -> float:
+        """The least magnitude that is told from smaller ones."""
+        positive = self.cells[self.cells > 0]
+        least = float(positive.min()) if positive.size else 0.0
+        return max(least, self.high * 10.0**-DECADES)
+
+    def levels(self) -> np.ndarray:
+        """log |H| from 0 (low) to 1 (high), shaped as the cells; NaN where |H| is zero."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            logs = np.log10(self.cells / self.low)
+            span = np.log10(self.high / self.low) if self.high > self.low else 1.0
+        shown = 1.0 if self.high == self.low else np.clip(logs / span, 0, 1)
+        return np.where(self.cells > 0, shown, np.nan)
+
+
+def picture(
+    file: HessianFile,
+    names: Sequence[str],
+    pixels: int,
+    listener: Callable[[int, int, str], None] | None = None,
+) -> Picture:
+    """Draws the named blocks on at most `pixels` rows and columns.
+
+    Raises:
+        NumericalError: a block holds NaN or infinity.
+    """
+    shapes = {p["name"]: p["shape"] for p in file.document["parameters"]}
+    blocks = [b for b in partition(shapes, file.document["structure"]) if b.name in names]
+    size = sum(block.size for block in blocks)
+    told = listener or (lambda done, total, doing: None)
+    if file.document["structure"] == "elements":
+        rows = [pool_vector(array(file, b.name), pixels) for b in blocks if b.size]
+        named = [b.name for b in blocks if b.size]
+        cells = np.stack(rows).astype(np.float64) if rows else np.zeros((1, 1))
+        parts = tuple(Part(name, row, row + 1) for row, name in enumerate(named))
+        return Picture(_finite(cells), parts, size, diagonal=True)
+    k = max(1, min(pixels, size))
+    cells, offset = np.zeros((k, k)), 0
+    for block in blocks:
+        before = offset
+
+        def done(rows: int, name: str = block.name, before: int = before) -> None:
+            told(before + rows, size, name)
+
+        pool_matrix(cells, array(file, block.name), offset, size, done)
+        offset += block.size
+    # The borders of the blocks; within a single one, those of its parameters.
+    if len(blocks) == 1:
+        named = list(blocks[0].parameters)
+        sizes = list(blocks[0].sizes)
+    else:
+        named, sizes = [b.name for b in blocks], [b.size for b in blocks]
+    edges = np.cumsum([0, *sizes]) * k / max(1, size)
+    parts = tuple(
+        Part(name, float(start), float(stop))
+        for name, start, stop in zip(named, edges, edges[1:], strict=False)
+        if stop > start
+    )
+    return Picture(_finite(cells), parts, size, diagonal=False)
+
+
+def _finite(cells: np.ndarray) -> np.ndarray:
+    if not np.isfinite(cells).all():
+        raise NumericalError("the file holds values that are not finite")
+    return cells

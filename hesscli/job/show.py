@@ -1,0 +1,85 @@
+"""`hesscli show`: what a Hessian file says about itself. Importing this loads no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hesscli.files.hessian_file import HessianFile
+from hesscli.job import statistics
+from hesscli.job.picture import Picture, picture
+from hesscli.job.stored import array, chosen, opened
+from hesscli.spectrum.statistics import QUICK_LIMIT
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What there is to show of a file."""
+
+    document: Document
+    pictures: tuple[Picture, ...]  # |H|, once for each size that was asked for
+
+
+def show(
+    source: str,
+    block: str | None = None,
+    wide: bool = False,
+    pixels: Sequence[int] = (),
+    verify: bool = False,
+    listener: Callable[[int, int, str], None] | None = None,
+) -> Shown:
+    """The document of a Hessian file.
+
+    Args:
+        source: the file's path, or "-" for standard input.
+        block: this block alone.
+        wide: with `mean_eig` and `condition` of every block. What the file lacks is computed for blocks
+            that are small enough for it to be quick.
+        pixels: draw |H| on so many rows and columns at most, once for each number here.
+        verify: compare every tensor with its checksum.
+        listener: hears how much of a picture is done.
+
+    Raises:
+        FileError: it is not a Hessian file, or not as it was written.
+        UsageError: there is no such file, or no such block.
+    """
+    with opened(source, "show") as file:
+        for name in file.entries if verify else ():
+            file.verified(name)
+        document = file.document | {"hessian": source}
+        document["blocks"] = chosen(file.document, block, source, "show")
+        if block is not None or wide:
+            document["blocks"] = [_wide(file, facts) for facts in document["blocks"]]
+            document["total"] = statistics.total(document["blocks"])
+            document["total"]["mean_eig"] = _mean(document["total"])
+        names = [facts["name"] for facts in document["blocks"]]
+        pictures = tuple(picture(file, names, count, listener) for count in pixels)
+    return Shown(document, pictures)
+
+
+def _wide(file: HessianFile, facts: Document) -> Document:
+    known = facts.get("negative") is not None
+    if not known and 0 < facts["size"] <= QUICK_LIMIT:
+        values = array(file, facts["name"])
+        facts = facts | statistics.of_block(values, values.ndim == 1, "auto")
+    return facts | {
+        "mean_eig": _mean(facts),
+        "negative": facts.get("negative"),
+        "condition": _condition(facts),
+    }
+
+
+def _mean(facts: Document) -> float | None:
+    return facts["trace"] / facts["size"] if facts["trace"] is not None and facts["size"] else None
+
+
+def _condition(facts: Document) -> float | None:
+    """The largest magnitude of an eigenvalue over the smallest; infinite for a singular block."""
+    least = facts.get("eig_abs_min")
+    if least is None:
+        return None
+    return max(abs(facts["eig_max"]), abs(facts["eig_min"])) / least if least else math.inf

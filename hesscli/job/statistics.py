@@ -1,0 +1,39 @@
+"""The statistics of blocks as they stand in a document. Importing this loads no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+import numpy as np
+
+from hesscli.spectrum.statistics import Statistics, of_diagonal, of_matrix
+
+Document = dict[str, Any]
+
+
+def of_block(array: np.ndarray, diagonal: bool, level: str) -> Document:
+    """The table's columns for one block; None for what the level leaves out."""
+    if level == "none":
+        return dict.fromkeys(field.name for field in fields(Statistics))
+    return asdict(of_diagonal(array) if diagonal else of_matrix(array, level))
+
+
+def total(blocks: Sequence[Document]) -> Document:
+    """Sums, and bounds: the extremes of diagonal blocks only bound those of the whole matrix, as do those of some."""
+
+    def known(key: str) -> list[float]:
+        values = [facts[key] for facts in blocks]
+        return [] if None in values else values
+
+    squares = [norm**2 for norm in known("fro_norm")]
+    return {
+        "size": sum(facts["size"] for facts in blocks),
+        "trace": sum(known("trace")) if known("trace") else None,
+        "eig_max": max((b["eig_max"] for b in blocks if b["eig_max"] is not None), default=None),
+        "eig_min": min((b["eig_min"] for b in blocks if b["eig_min"] is not None), default=None),
+        "fro_norm": math.sqrt(sum(squares)) if squares else None,
+        "bytes": sum(facts["bytes"] for facts in blocks),
+    }

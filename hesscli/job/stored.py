@@ -1,0 +1,66 @@
+"""Hessian files as commands read them: by name or from standard input. Importing this loads no torch."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hesscli.errors import UsageError
+from hesscli.files.hessian_file import HessianFile, read_hessian
+
+Document = dict[str, Any]
+
+
+@contextmanager
+def opened(source: str, command: str) -> Iterator[HessianFile]:
+    """The file, or standard input by way of a temporary one: a matrix is read more than once.
+
+    Args:
+        source: the file's path, or "-" for standard input.
+        command: which one reads it, for a hint.
+    """
+    if source != "-":
+        yield read_hessian(Path(source))
+        return
+    if sys.stdin.isatty():
+        raise UsageError(
+            "-: standard input is a terminal", f"hesscli {command} hessian.safetensors"
+        )
+    with tempfile.NamedTemporaryFile(prefix="hesscli.", suffix=".safetensors") as copy:
+        shutil.copyfileobj(sys.stdin.buffer, copy)
+        copy.flush()
+        yield read_hessian(Path(copy.name), "standard input")
+
+
+def chosen(document: Document, block: str | None, source: str, command: str) -> list[Document]:
+    """The facts of all blocks, or of the one that was named.
+
+    Raises:
+        UsageError: there is no such block.
+    """
+    blocks: list[Document] = document["blocks"]
+    if block is None:
+        return blocks
+    found = [facts for facts in blocks if facts["name"] == block]
+    if not found:
+        names = [facts["name"] for facts in blocks]
+        listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise UsageError(
+            f"{source}: has no block {block!r}; it has: {listed}",
+            shlex.join(["hesscli", command, source, "--block", names[0]]),
+        )
+    return found
+
+
+def array(file: HessianFile, name: str) -> np.ndarray:
+    """A block's values, compared with their checksum: [n, n], or [n] for a diagonal one."""
+    values = file.verified(name)
+    return values.reshape(-1) if file.document["structure"] == "elements" else values

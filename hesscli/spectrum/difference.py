@@ -1,0 +1,54 @@
+"""How far two symmetric matrices are from each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+_TILE = 1 << 22  # numbers of each matrix that are read at a time
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of B from A."""
+
+    fro_norm: float  # ||B - A||
+    largest: float  # the largest |B - A| of an entry
+    a_norm: float  # ||A||
+    a_trace: float
+    b_trace: float
+
+    @property
+    def relative(self) -> float:
+        """||B - A|| / ||A|| in the Frobenius norm; 0 where both are zero."""
+        if self.fro_norm == 0:
+            return 0.0
+        return self.fro_norm / self.a_norm if self.a_norm else float("inf")
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> Difference:
+    """Compares in float64, in tiles, so that neither matrix need fit the memory.
+
+    Args:
+        a: [n, n], or [n] for a diagonal one.
+        b: of the same shape, in any dtype.
+    """
+    step = max(1, _TILE // max(1, a[:1].size))
+    squares = a_squares = largest = a_trace = b_trace = 0.0
+    for first in range(0, len(a), step):
+        ours = a[first : first + step].astype(np.float64)
+        theirs = b[first : first + step].astype(np.float64)
+        a_trace += _trace(ours, first)
+        b_trace += _trace(theirs, first)
+        a_squares += float(np.vdot(ours, ours))
+        theirs -= ours
+        squares += float(np.vdot(theirs, theirs))
+        # numpy's maximum, unlike Python's, keeps NaN.
+        largest = float(np.maximum(largest, np.abs(theirs).max(initial=0.0)))
+    return Difference(squares**0.5, largest, a_squares**0.5, a_trace, b_trace)
+
+
+def _trace(rows: np.ndarray, first: int) -> float:
+    """The share of the trace that lies in these rows of the matrix."""
+    return float(rows.sum() if rows.ndim == 1 else np.trace(rows, offset=first))

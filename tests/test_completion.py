@@ -1,0 +1,86 @@
+"""What TAB offers: commands, blocks and parameters, without loading torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hessian_files import symmetric, write
+from safetensors.torch import save_file
+
+WEIGHTS = {"fc1.weight": torch.ones(2, 3), "fc1.bias": torch.ones(2), "head.scale": torch.ones(1)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path / "hessian.safetensors", {"fc1.weight": symmetric(2), "fc2": symmetric(1)})
+    write(tmp_path / "other", {"odd name": symmetric(2)})
+    torch.save(WEIGHTS, tmp_path / "weights.pt")
+    torch.save(torch.nn.Linear(2, 1).state_dict(), tmp_path / "linear.pt")
+    save_file(WEIGHTS, tmp_path / "weights.safetensors")
+    (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04 not a zip")
+    return tmp_path
+
+
+def offered(folder: Path, line: str) -> list[str]:
+    """What bash would be offered at the end of a line."""
+    code = (
+        "import sys; from hesscli.cli import app\n"
+        "try:\n    app(prog_name='hesscli')\n"
+        "finally:\n    assert not {'torch', 'numpy'} & sys.modules.keys()"
+    )
+    words = line.split(" ")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=os.environ
+        | {
+            "_HESSCLI_COMPLETE": "complete_bash",
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(len(words) - 1),
+        },
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    assert done.stderr == ""
+    return [name for name in done.stdout.split("\n") if name]
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("hesscli sh", ["show"]),
+        ("hesscli show --block ", ["fc1.weight", "fc2"]),
+        ("hesscli show --block fc2", ["fc2"]),
+        ("hesscli show other --block ", ["odd name"]),
+        ("hesscli show none --block ", []),
+        ("hesscli show broken.pt --block ", []),
+        ("hesscli eigen --block fc1", ["fc1.weight"]),
+        ("hesscli compute weights.pt d.npz --params ", list(WEIGHTS)),
+        ("hesscli compute weights.safetensors d.npz -p fc1", ["fc1.weight", "fc1.bias"]),
+        ("hesscli compute weights.pt d.npz --params !fc1.b", ["!fc1.bias"]),
+        ("hesscli compute linear.pt d.npz --params ", ["weight", "bias"]),
+        ("hesscli compute broken.pt d.npz --params ", []),
+        ("hesscli compute none.pt d.npz --params ", []),
+    ],
+)
+def test_offered(folder: Path, line: str, names: list[str]) -> None:
+    assert sorted(offered(folder, line)) == sorted(names)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_it_installs(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "hesscli", "--show-completion", "bash"],
+        env=os.environ | {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
+        capture_output=True, encoding="utf-8", timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "complete" in done.stdout
+    assert subprocess.run(["bash", "-n"], input=done.stdout, text=True).returncode == 0

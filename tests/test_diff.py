@@ -1,0 +1,153 @@
+"""`hesscli diff` against numpy."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hessian_files import symmetric, write
+
+from hesscli.spectrum import difference as differences
+
+
+@pytest.fixture
+def pair(tmp_path, monkeypatch):
+    """Writes two files."""
+    monkeypatch.chdir(tmp_path)
+
+    def both(a, b, **changes):
+        write(tmp_path / "a", a)
+        write(tmp_path / "b", b, **changes)
+
+    return both
+
+
+@pytest.mark.parametrize("tile", [1, 7, 1 << 22])
+@pytest.mark.parametrize("dtypes", [("float64", "float64"), ("float32", "float64")])
+def test_numbers(cli, pair, monkeypatch, tile, dtypes):
+    monkeypatch.setattr(differences, "_TILE", tile)
+    a = {"p": symmetric(5, dtype=dtypes[0]), "q": symmetric(3, 1, dtypes[0])}
+    b = {"p": symmetric(5, 2, dtypes[1]), "q": a["q"].astype(dtypes[1])}
+    pair(a, b)
+    ran = cli("diff", "a", "b", "--json")
+    assert ran.code == 1
+    document = json.loads(ran.stdout)
+    p, q = document["blocks"]
+    change = b["p"].astype(float) - a["p"]
+    assert p["rel_diff"] == pytest.approx(np.linalg.norm(change) / np.linalg.norm(a["p"]))
+    assert p["max_diff"] == pytest.approx(np.abs(change).max())
+    assert p["d_trace"] == pytest.approx(np.trace(change))
+    ends = [np.linalg.eigvalsh(m.astype(float))[[0, -1]] for m in (a["p"], b["p"])]
+    assert [p["d_eig_min"], p["d_eig_max"]] == pytest.approx(list(ends[1] - ends[0]))
+    assert (p["equal"], q["equal"], document["equal"]) == (False, True, False)
+    assert [q[key] for key in ("rel_diff", "max_diff", "d_trace")] == [0, 0, 0]
+
+
+def test_equal_files(cli, pair):
+    a = {"p": symmetric(5)}
+    pair(a, a)
+    ran = cli("diff", "a", "b")
+    assert (ran.code, ran.stderr) == (0, "")
+    assert ran.stdout.splitlines()[-1].split()[-1] == "yes"
+    assert cli("diff", "a", "b", "-q").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (("--rtol", "1e-3"), 0),
+        (("--rtol", "1e-5", "--atol", "0"), 1),
+        (("--rtol", "0", "--atol", "1e-3"), 0),
+        (("--rtol", "0", "--atol", "1e-5"), 1),
+    ],
+)
+def test_tolerances(cli, pair, options, code):
+    a = np.diag([1.0, 2.0, 3.0])
+    pair({"p": a}, {"p": a + np.diag([0, 0, 5e-4])})
+    ran = cli("diff", "a", "b", *options)
+    assert ran.code == code, ran.stderr
+    if code:
+        (line,) = ran.stderr.splitlines()
+        assert line.startswith("error: b: 1 of 1 blocks differ, p by 1.3e-04; --rtol is ")
+
+
+def test_what_only_one_file_has(cli, pair):
+    same = symmetric(3)
+    pair(
+        {"same": same, "mine": symmetric(2), "grown": symmetric(2)},
+        {"same": same, "theirs": symmetric(2), "grown": symmetric(4)},
+    )
+    ran = cli("diff", "a", "b")
+    assert ran.code == 1
+    assert "only in a   mine\nonly in b   theirs\nother size  grown\n" in ran.stdout
+    assert "only in a: mine; only in b: theirs; other size: grown" in ran.stderr
+    document = json.loads(cli("diff", "a", "b", "--json").stdout)
+    assert [document[key] for key in ("only_a", "only_b", "other_size")] == [
+        ["mine"],
+        ["theirs"],
+        ["grown"],
+    ]
+    assert [block["name"] for block in document["blocks"]] == ["same"]
+
+
+LOSS = {
+    "name": "mse",
+    "arguments": {},
+    "reduction": "mean",
+    "denominator": 6.0,
+    "value": 0.5,
+    "inferred": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"structure": "module"}, "another structure (module, not block_diagonal)"),
+        ({"loss": LOSS | {"name": "huber"}}, "another loss (huber, not mse)"),
+        ({"loss": LOSS | {"reduction": "sum"}}, "another loss reduction (sum, not mean)"),
+        ({"loss": LOSS | {"arguments": {"delta": 2}}}, "another loss arguments ({'delta': 2}"),
+        ({"curvature": "ggn"}, "another curvature (ggn, not hessian)"),
+    ],
+)
+def test_unlike_files_need_force(cli, pair, changes, said):
+    a = {"p": symmetric(3)}
+    pair(a, a, **changes)
+    ran = cli("diff", "a", "b")
+    assert said in ran.fails(2)
+    assert ran.hint == "hesscli diff a b --force"
+    assert cli("diff", "a", "b", "--force").code == 0
+
+
+def test_other_data_compare(cli, pair):
+    """That is what the command is for: before and after."""
+    a = {"p": symmetric(3)}
+    pair(a, a, loss=LOSS | {"value": 0.1, "denominator": 12.0, "inferred": False})
+    assert cli("diff", "a", "b").code == 0
+
+
+def test_zero_and_nan(cli, pair):
+    nan = np.array([[np.nan, 0], [0, 1]])
+    zero = np.zeros((2, 2))
+    pair({"p": zero, "q": zero}, {"p": zero, "q": np.eye(2)})
+    p, q = json.loads(cli("diff", "a", "b", "--json").stdout)["blocks"]
+    assert (p["rel_diff"], p["equal"]) == (0, True)
+    assert (q["rel_diff"], q["max_diff"], q["equal"]) == (None, 1, False)
+    assert differences.difference(nan, np.eye(2)).relative != 0
+    assert np.isnan(differences.difference(nan, np.eye(2)).largest)
+    assert np.isnan(differences.difference(np.eye(2), nan).relative)
+
+
+def test_elements(cli, tmp_path):
+    a = {"p": np.arange(6.0).reshape(2, 3), "scale": np.array(2.0)}
+    write(tmp_path / "a", a, "elements")
+    write(tmp_path / "b", {"p": a["p"] + 1, "scale": a["scale"]}, "elements")
+    p, scale = json.loads(cli("diff", "a", "b", "--json").stdout)["blocks"]
+    assert (p["d_trace"], p["max_diff"], scale["equal"]) == (6, 1, True)
+
+
+def test_files_that_are_missing(cli, pair):
+    pair({"p": symmetric(3)}, {"p": symmetric(3)})
+    assert "none: no such file" in cli("diff", "a", "none").fails(2)
+    assert cli("diff", "a", "b", "--rtol", "-1").code == 2

@@ -1,0 +1,242 @@
+"""|H| as a picture: what is drawn, in the terminal and by matplotlib."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hessian_files import symmetric, write
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hesscli.cli.heatmap import CIVIDIS, OF_256
+from hesscli.cli.plot import spread
+from hesscli.files.hessian_file import read_hessian
+from hesscli.job.picture import DECADES, picture
+from hesscli.spectrum import coarse
+
+PLAIN = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "COLORTERM")
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch):
+    for name in PLAIN:
+        monkeypatch.delenv(name, raising=False)
+
+
+def pooled(matrix: np.ndarray, k: int) -> np.ndarray:
+    """The largest magnitude in each cell, entry by entry."""
+    n = len(matrix)
+    cells = np.zeros((k, k))
+    for i in range(n):
+        for j in range(n):
+            at = i * k // n, j * k // n
+            cells[at] = max(cells[at], abs(matrix[i, j]))
+    return cells
+
+
+@pytest.mark.parametrize("tile", [1, 20, 1 << 22])
+@pytest.mark.parametrize("pixels", [1, 4, 7, 20])
+def test_cells_hold_the_largest_magnitude(tmp_path, monkeypatch, tile, pixels):
+    monkeypatch.setattr(coarse, "_TILE", tile)
+    a, b, c = symmetric(8), symmetric(1, 1), symmetric(4, 2)
+    write(tmp_path / "h", {"a": a, "b": b, "c": c})
+    whole = np.zeros((13, 13))
+    for start, part in ((0, a), (8, b), (9, c)):
+        whole[start : start + len(part), start : start + len(part)] = part
+    heard = []
+    drawn = picture(
+        read_hessian(tmp_path / "h"), ["a", "b", "c"], pixels, lambda *said: heard.append(said)
+    )
+    np.testing.assert_array_equal(drawn.cells, pooled(whole, min(pixels, 13)))
+    assert heard[-1] == (13, 13, "c")
+    assert [part.name for part in drawn.parts] == ["a", "b", "c"]
+    edges = [edge for part in drawn.parts for edge in (part.start, part.stop)]
+    assert edges == pytest.approx([x * len(drawn.cells) / 13 for x in (0, 8, 8, 9, 9, 13)])
+
+
+def test_one_block_shows_its_parameters(tmp_path):
+    write(tmp_path / "h", {"hessian": symmetric(10)}, "full", {"w": (2, 3), "b": (4,)})
+    drawn = picture(read_hessian(tmp_path / "h"), ["hessian"], 5)
+    assert [(p.name, p.start, p.stop) for p in drawn.parts] == [("w", 0, 3), ("b", 3, 5)]
+
+
+def test_elements_are_strips(tmp_path):
+    blocks = {"w": np.arange(-3.0, 3.0).reshape(2, 3), "b": np.array([5.0])}
+    write(tmp_path / "h", blocks, "elements")
+    drawn = picture(read_hessian(tmp_path / "h"), ["w", "b"], 3)
+    np.testing.assert_array_equal(drawn.cells, [[3, 1, 2], [5, 5, 5]])
+    stretched = picture(read_hessian(tmp_path / "h"), ["w"], 12)
+    np.testing.assert_array_equal(stretched.cells, [np.repeat([3.0, 2, 1, 0, 1, 2], 2)])
+
+
+def test_levels(tmp_path):
+    values = np.diag([1.0, 1e-3, -1e-6, 1e-9])
+    write(tmp_path / "h", {"a": values})
+    drawn = picture(read_hessian(tmp_path / "h"), ["a"], 4)
+    assert (drawn.high, drawn.low) == (1, 10.0**-DECADES)
+    levels = drawn.levels()
+    np.testing.assert_allclose(levels.diagonal(), [1, 0.5, 0, 0])
+    assert np.isnan(levels[0, 1])
+    write(tmp_path / "h", {"a": np.diag([2.0, 2.0])})
+    np.testing.assert_array_equal(
+        picture(read_hessian(tmp_path / "h"), ["a"], 4).levels().diagonal(), [1, 1]
+    )
+
+
+def test_what_is_not_finite_is_not_drawn(cli, tmp_path):
+    write(tmp_path / "h", {"a": symmetric(3)})
+    data = bytearray((tmp_path / "h").read_bytes())
+    data[-8:] = np.array([np.nan]).tobytes()
+    (tmp_path / "h").write_bytes(data)
+    assert "not finite" in cli("show", "h", "--heatmap").stderr
+
+
+# --- in the terminal --------------------------------------------------------------------------
+
+
+def drawn_lines(text: str) -> list[str]:
+    """The lines between the table and the scale."""
+    return text.split("\n\n")[2].splitlines()
+
+
+@pytest.mark.parametrize("columns", [30, 80, 200])
+@pytest.mark.parametrize("structure", ["block_diagonal", "elements"])
+def test_it_fits_the_width(cli, tmp_path, monkeypatch, columns, structure):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    name = "encoder.layers.0.self_attention.in_proj_weight"
+    blocks = {name: symmetric(120), "short": symmetric(60, 1)}
+    if structure == "elements":
+        blocks = {k: b.ravel() for k, b in blocks.items()}
+    write(tmp_path / "h", blocks, structure)
+    text = cli("show", "h", "--heatmap").stdout
+    lines = drawn_lines(text)
+    assert max(map(len, lines)) <= columns
+    assert "short" in text
+    assert re.search(r"\n[\d.e+-]+ [^\n]+ [\d.e+-]+\n\|H\|", text)
+
+
+def test_structure_survives(cli, tmp_path, monkeypatch):
+    """One large entry among zeros is seen however few cells there are."""
+    monkeypatch.setenv("COLUMNS", "30")
+    matrix = np.zeros((500, 500))
+    matrix[3, 3] = 1.0
+    write(tmp_path / "h", {"a": matrix})
+    lines = drawn_lines(cli("show", "h", "--heatmap").stdout)
+    assert sum(line.count("\N{FULL BLOCK}") for line in lines) == 1
+    assert lines[0].startswith("\N{FULL BLOCK}")
+
+
+def test_a_small_matrix_is_large_enough_to_see(cli, tmp_path):
+    write(tmp_path / "h", {"a": np.diag([1.0, 1e-3])})
+    lines = drawn_lines(cli("show", "h", "--heatmap").stdout)
+    full, dim = "\N{FULL BLOCK}", "\N{MEDIUM SHADE}\N{DARK SHADE}\N{LIGHT SHADE}"
+    assert len(lines) >= 8
+    assert set(lines[0].split()[0]) == {full}
+    assert set(lines[-1].strip()) <= set(dim)
+
+
+@pytest.mark.parametrize(
+    ("environment", "code"),
+    [
+        ({"FORCE_COLOR": "1", "COLORTERM": "truecolor"}, "\033[38;2;254;232;56m"),
+        ({"FORCE_COLOR": "1", "TERM": "xterm-256color"}, "\033[38;5;"),
+        ({"FORCE_COLOR": "1", "TERM": "xterm"}, None),
+        ({"FORCE_COLOR": "1", "COLORTERM": "truecolor", "NO_COLOR": "1"}, None),
+        ({"COLORTERM": "truecolor"}, None),
+    ],
+)
+def test_colours(cli, tmp_path, monkeypatch, environment, code):
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    write(tmp_path / "h", {"a": symmetric(6)})
+    text = cli("show", "h", "--heatmap").stdout
+    # The header of the table has a colour too, so only the picture counts.
+    lines = drawn_lines(text)
+    assert any(code in line for line in lines) if code else "\033" not in "".join(lines)
+    assert "\033" not in cli("show", "h", "--heatmap", "--md").stdout
+    assert "\033" not in cli("show", "h", "--heatmap", "--json").stdout
+
+
+def test_ascii(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("hesscli.cli.heatmap.encodable", lambda text, stream: False)
+    write(tmp_path / "h", {"a": symmetric(6)})
+    assert cli("show", "h", "--heatmap").stdout.isascii()
+
+
+def test_zero(cli, tmp_path):
+    write(tmp_path / "h", {"a": np.zeros((3, 3))})
+    assert cli("show", "h", "--heatmap").stdout.endswith("every entry is zero\n")
+
+
+def test_colours_grow_lighter():
+    """So that they read the same without colour, too."""
+    steps = (0, 95, 135, 175, 215, 255)
+    shown = [
+        [8 + 10 * (code - 232)] * 3 if code >= 232 else [steps[(code - 16) // d % 6] for d in (36, 6, 1)]
+        for code in OF_256
+    ]  # fmt: skip
+    for colours in (CIVIDIS, shown):
+        light = [0.21 * r + 0.72 * g + 0.07 * b for r, g, b in colours]
+        assert all(b - a > 9 for a, b in pairwise(light))
+
+
+# --- figures ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("suffix", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")]
+)
+def test_figures(cli, tmp_path, suffix, begins):
+    write(tmp_path / "h", {"a": symmetric(6), "b$_{x": symmetric(2)})
+    ran = cli("show", "h", "--plot", f"h.{suffix}", "-q")
+    assert (ran.code, ran.stdout, ran.stderr) == (0, "", "")
+    first = (tmp_path / f"h.{suffix}").read_bytes()
+    assert first.startswith(begins)
+    assert cli("show", "h", "--plot", f"h.{suffix}", "-q").code == 0  # hesscli drew it
+    assert (tmp_path / f"h.{suffix}").read_bytes() == first
+    assert {p.name for p in tmp_path.iterdir()} == {"h", f"h.{suffix}"}
+
+
+def test_a_figure_holds_every_name(cli, tmp_path):
+    blocks = {f"layers.{i}.weight": symmetric(1 + i % 4, i) for i in range(60)}
+    write(tmp_path / "h", blocks)
+    # As text, to be found.
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        assert cli("show", "h", "--plot", "h.svg", "-q").code == 0
+    svg = (tmp_path / "h.svg").read_text()
+    assert [name for name in blocks if f">{name}</text>" not in svg] == []
+
+
+@given(
+    st.lists(st.floats(0, 100), min_size=1, max_size=50).map(sorted),
+    st.floats(0.01, 2),
+)
+def test_names_do_not_overlap(centres, gap):
+    places = spread(centres, gap, 100)
+    assert all(b - a >= gap * 0.999 for a, b in pairwise(places))
+    assert places[0] >= gap / 2 * 0.999 - 1e-9
+    assert places[-1] <= 100 - gap / 2 * 0.999
+
+
+def test_names_stay_where_there_is_room():
+    assert spread([10, 50, 90], 2, 100) == [10, 50, 90]
+
+
+def test_refused_figures(cli, tmp_path, monkeypatch):
+    write(tmp_path / "h", {"a": symmetric(3)})
+    ran = cli("show", "h", "--plot", "h.jpg")
+    assert "a figure is .png, .svg or .pdf" in ran.fails(2)
+    (tmp_path / "mine.png").write_bytes(b"\x89PNG, drawn by hand")
+    assert "hesscli did not draw it" in cli("show", "h", "--plot", "mine.png").fails(2)
+    assert cli("show", "h", "--plot", "mine.png", "--force", "-q").code == 0
+    assert "no such folder" in cli("show", "h", "--plot", "none/h.png").fails(2)
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    ran = cli("show", "h", "--plot", "other.png")
+    assert "matplotlib, which is not installed" in ran.fails(2)
+    assert ran.hint == "pip install 'hesscli[plot]'"

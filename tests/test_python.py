@@ -1,0 +1,284 @@
+"""`hesscli.load` and `hesscli.compute`: Hessians as objects."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from cases import BY_NAME, expected, save
+from conftest import read
+from hessian_files import symmetric, write
+from torch import nn
+
+import hesscli
+
+
+def test_import_loads_nothing() -> None:
+    code = (
+        "import sys, hesscli; hesscli.__version__; dir(hesscli)\n"
+        "print(sorted({'torch', 'numpy', 'typer'} & sys.modules.keys()))\n"
+        "hesscli.load; print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ, capture_output=True, encoding="utf-8"
+    )
+    assert done.stdout == "[]\nFalse\n", done.stderr
+
+
+def test_names() -> None:
+    assert set(hesscli.__all__) <= set(dir(hesscli))
+    for name in hesscli.__all__:
+        assert getattr(hesscli, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        hesscli.nothing  # noqa: B018
+
+
+# --- load -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+@pytest.mark.parametrize("blocks", ["diag", "module", "full", "elements"])
+def test_load(cli, tmp_path, blocks, framework):
+    model, data = save(BY_NAME["mlp-tanh"], "script", tmp_path)
+    command = ("compute", model, data, *BY_NAME["mlp-tanh"].arguments(), "--gradient", "-b", blocks)
+    assert cli(*command).code == 0
+    document, tensors = read(tmp_path / "hessian.safetensors")
+    loaded = hesscli.load(tmp_path / "hessian.safetensors", framework)
+    kind = {"numpy": np.ndarray, "torch": torch.Tensor}[framework]
+    assert loaded.metadata == document
+    assert loaded.structure == document["structure"]
+    assert list(loaded.blocks) == [facts["name"] for facts in document["blocks"]]
+    assert {k: list(v) for k, v in loaded.parameters.items()} == {
+        p["name"]: p["shape"] for p in document["parameters"]
+    }
+    for name, facts in loaded.blocks.items():
+        assert isinstance(loaded.block(name), kind)
+        np.testing.assert_array_equal(loaded.block(name), tensors[name])
+        assert facts["trace"] is not None
+    for name in loaded.parameters:
+        np.testing.assert_array_equal(loaded.gradient(name), tensors[f"gradient.{name}"])
+    assert isinstance(loaded.matrix(), kind)
+    # Against the whole matrix: what the structure leaves out is zero.
+    assert cli(*command[:-1], "full", "-o", "full").code == 0
+    whole = hesscli.load(tmp_path / "full").matrix()
+    found = np.asarray(loaded.matrix())
+    kept = found != 0
+    np.testing.assert_allclose(found[kept], whole[kept], rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(found.diagonal(), whole.diagonal(), rtol=1e-6, atol=1e-12)
+
+
+def test_parameters_that_do_not_lie_together(tmp_path):
+    """A module's block, when another module's parameters stand between its own."""
+    a, b = symmetric(3), symmetric(2, 1)
+    shapes = {"a.x": (1,), "b.x": (2,), "a.y": (2,)}
+    write(tmp_path / "h", {"a": a, "b": b}, "module", shapes)
+    matrix = hesscli.load(tmp_path / "h").matrix()
+    np.testing.assert_array_equal(matrix[np.ix_([0, 3, 4], [0, 3, 4])], a)
+    np.testing.assert_array_equal(matrix[np.ix_([1, 2], [1, 2])], b)
+    assert not matrix[0, 1:3].any()
+
+
+def test_the_file_does_not_change(tmp_path):
+    write(tmp_path / "h", {"a": symmetric(3)})
+    before = (tmp_path / "h").read_bytes()
+    block = hesscli.load(tmp_path / "h").block("a")
+    with pytest.raises(ValueError, match="read-only"):
+        block[0, 0] = 1
+    tensor = hesscli.load(tmp_path / "h", "torch").block("a")
+    tensor[0, 0] = 77
+    assert tensor[0, 0] == 77
+    assert (tmp_path / "h").read_bytes() == before
+
+
+def test_load_errors(tmp_path):
+    with pytest.raises(hesscli.HesscliError, match="no such file"):
+        hesscli.load(tmp_path / "none")
+    write(tmp_path / "h", {"a": symmetric(3)})
+    loaded = hesscli.load(tmp_path / "h")
+    with pytest.raises(hesscli.HesscliError, match="no block 'b'; it has: a"):
+        loaded.block("b")
+    with pytest.raises(hesscli.HesscliError, match="no gradient"):
+        loaded.gradient("a")
+    with pytest.raises(hesscli.HesscliError, match="no framework"):
+        hesscli.load(tmp_path / "h", "jax")
+    assert "1 blocks, 3 rows" in repr(loaded)
+
+
+# --- compute ----------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.drop = nn.Dropout(0.5)
+        self.last = nn.Linear(4, 2)
+        self.first.bias.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.drop(torch.tanh(self.norm(self.first(x)))))
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(1)
+    return Net().double().train()
+
+
+X = torch.randn(12, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = torch.randint(0, 2, (12,), generator=torch.Generator().manual_seed(1))
+
+
+def truth(net: nn.Module) -> torch.Tensor:
+    """The Hessian in eval mode by its parameters that require a gradient, by autograd."""
+    twin = copy.deepcopy(net).eval()
+    named = [n for n, p in twin.named_parameters() if p.requires_grad]
+
+    def loss(*values: torch.Tensor) -> torch.Tensor:
+        given = dict(zip(named, values, strict=True))
+        output = torch.func.functional_call(twin, given, (X,))
+        return nn.functional.cross_entropy(output, Y)
+
+    values = tuple(twin.get_parameter(n).detach() for n in named)
+    rows = torch.autograd.functional.hessian(loss, values)
+    sizes = [v.numel() for v in values]
+    return torch.cat(
+        [
+            torch.cat([part.reshape(n, m) for part, m in zip(row, sizes, strict=True)], 1)
+            for row, n in zip(rows, sizes, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        ((X, Y), {}),
+        ([X.numpy(), Y.numpy()], {}),
+        ({"input": X, "label": Y.numpy()}, {}),
+        ({"a": X, "b": Y, "c": X}, {"inputs": ("a",), "targets": "b"}),
+    ],
+)
+def test_compute_a_live_module(net, data, options):
+    found = hesscli.compute(net, data, blocks="full", framework="torch", **options)
+    torch.testing.assert_close(found.matrix(), truth(net), rtol=1e-9, atol=1e-11)
+    assert found.metadata["model"]["kind"] == "module"
+    assert found.metadata["check"]["relative_error"] < 1e-6
+    assert found.metadata["frozen"] == ["first.bias"]
+
+
+def test_structures_and_options(net):
+    whole = truth(net)
+    diagonal = hesscli.compute(net, (X, Y), blocks="elements")
+    np.testing.assert_allclose(diagonal.matrix(), np.diag(whole.diagonal()), atol=1e-11)
+    last = hesscli.compute(net, (X, Y), params=("last.bias",), gradient=True)
+    assert list(last.blocks) == ["last.bias"]
+    np.testing.assert_allclose(last.block("last.bias"), whole[-2:, -2:], atol=1e-11)
+    assert last.gradient("last.bias").shape == (2,)
+    with pytest.raises(TypeError, match="nothing"):
+        hesscli.compute(net, (X, Y), nothing=1)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "cross-entropy",
+        nn.CrossEntropyLoss(),
+        nn.functional.cross_entropy,
+        lambda output, target: nn.functional.cross_entropy(output, target, reduction="none"),
+    ],
+)
+def test_losses(net, loss):
+    found = hesscli.compute(net, (X, Y), loss=loss, blocks="full")
+    np.testing.assert_allclose(found.matrix(), truth(net), rtol=1e-9, atol=1e-11)
+    assert found.metadata["loss"]["inferred"] is False
+
+
+def test_nothing_of_the_user_changes(net):
+    net.last.weight.grad = torch.ones(2, 4, dtype=torch.float64)
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    kept = {name: (p.requires_grad, id(p)) for name, p in net.named_parameters()}
+    modes = [module.training for module in net.modules()]
+    net.drop.p = 0.0  # else train mode has no Hessian
+    random, threads = torch.get_rng_state(), torch.get_num_threads()
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    x, y = X.clone(), Y.clone()
+    hesscli.compute(net, (x, y), train_mode=True, threads=2, tf32=True, dtype="float32")
+    hesscli.compute(net, (x, y), params=("*",))
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert {n: (p.requires_grad, id(p)) for n, p in net.named_parameters()} == kept
+    assert [module.training for module in net.modules()] == modes
+    assert torch.equal(net.last.weight.grad, torch.ones(2, 4, dtype=torch.float64))
+    assert net.first.weight.grad is None
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.get_num_threads() == threads
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == tf32
+    assert torch.equal(x, X)
+    assert torch.equal(y, Y)
+
+
+def test_the_temporary_file_goes_with_the_object(net):
+    found = hesscli.compute(net, (X, Y))
+    path = found.path
+    assert path.exists()
+    block = found.block("last.bias")
+    assert [p.name for p in path.parent.iterdir()] == ["hessian.safetensors"]
+    del found
+    gc.collect()
+    assert not path.parent.exists()
+    assert block.shape == (2, 2)
+
+
+def test_an_output_stays(net, tmp_path, capfd):
+    found = hesscli.compute(net, (X, Y), output=tmp_path / "h.safetensors")
+    del found
+    gc.collect()
+    loaded = hesscli.load(tmp_path / "h.safetensors")
+    again = hesscli.compute(net, (X, Y))
+    assert loaded.metadata == again.metadata  # the same hashes, too
+    assert capfd.readouterr() == ("", "")
+
+
+def test_files_go_through_it_too(tmp_path):
+    case = BY_NAME["mlp-tanh"]
+    model, data = save(case, "script", tmp_path)
+    found = hesscli.compute(str(model), data, loss=case.loss, blocks="full")
+    assert found.metadata["model"]["kind"] == "torchscript"
+    torch.testing.assert_close(
+        torch.as_tensor(np.array(found.matrix())), expected(case), rtol=1e-9, atol=1e-11
+    )
+
+
+def test_compute_errors(net):
+    with pytest.raises(hesscli.HesscliError, match="data: the names do not tell") as caught:
+        hesscli.compute(net, {"p": X, "q": X, "r": Y})
+    assert "hesscli." not in (caught.value.hint or "")
+    with pytest.raises(hesscli.HesscliError, match="does not accept the inputs"):
+        hesscli.compute(net, (X[:, :2], Y))
+    with pytest.raises(hesscli.HesscliError, match="3 arrays; expected"):
+        hesscli.compute(net, (X, Y, Y))
+    with pytest.raises(hesscli.HesscliError, match="ReLU: a model without parameters"):
+        hesscli.compute(nn.ReLU(), (X, X))
+    net.cache = net(X)
+    with pytest.raises(hesscli.HesscliError, match="Net: cannot be copied"):
+        hesscli.compute(net, (X, Y))
+
+
+def test_it_listens(net):
+    class Ear:
+        notes: list[str] = []  # noqa: RUF012
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+        def progress(self, done: int, total: int, doing: str) -> None: ...
+
+    hesscli.compute(net, (X, Y), listener=Ear())
+    assert any("cross-entropy, inferred" in note for note in Ear.notes)

@@ -1,0 +1,99 @@
+"""What `--json` prints is what the schemas say, and they say everything that it prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from cases import BY_NAME, save
+from conftest import read
+from jsonschema import Draft202012Validator
+
+from hesscli.schemas import commands, schema
+
+SCHEMAS = {command: json.loads(schema(command) or "") for command in commands()}
+
+
+def undocumented(value: Any, part: dict[str, Any], root: dict[str, Any]) -> Iterator[str]:
+    """The keys of a document that no schema mentions."""
+    properties: dict[str, Any] = {}
+    others = None
+    parts = [part]
+    while parts:
+        here = parts.pop()
+        if "$ref" in here:
+            parts.append(root["$defs"][here["$ref"].removeprefix("#/$defs/")])
+        properties |= here.get("properties", {})
+        others = here.get("additionalProperties", others)
+        if isinstance(value, list) and "items" in here:
+            for item in value:
+                yield from undocumented(item, here["items"], root)
+    if isinstance(value, dict) and properties:
+        for key, item in value.items():
+            if key in properties:
+                yield from undocumented(item, properties[key], root)
+            elif others is None:
+                yield key
+
+
+def check(command: str, document: dict[str, Any]) -> None:
+    Draft202012Validator(SCHEMAS[command]).validate(document)
+    assert list(undocumented(document, SCHEMAS[command], SCHEMAS[command])) == []
+
+
+@pytest.mark.parametrize("command", commands())
+def test_schemas_are_schemas(cli, command):
+    Draft202012Validator.check_schema(SCHEMAS[command])
+    ran = cli("--schema", command)
+    assert ran.code == 0
+    assert ran.document == SCHEMAS[command]
+    assert SCHEMAS[command]["properties"]["schema"]["const"].startswith("hesscli.")
+    with pytest.raises(Exception, match="is a required property"):
+        check(command, {})
+
+
+def test_every_command_with_json_has_one(cli):
+    from hesscli.cli import app
+
+    named = {c.name or c.callback.__name__ for c in app.registered_commands}
+    assert named == set(commands())
+    assert cli("--schema", "nothing").code == 2
+
+
+@pytest.mark.parametrize("blocks", ["diag", "module", "full", "elements"])
+@pytest.mark.parametrize("case", ["mlp-tanh", "tied-names"])
+def test_compute_and_show_and_the_file(cli, tmp_path, case, blocks):
+    model, data = save(BY_NAME[case], "script", tmp_path)
+    command = ("compute", model, data, *BY_NAME[case].arguments(), "-b", blocks, "--json")
+    for options in ((), ("--no-check", "--stats", "none"), ("--dry-run",)):
+        ran = cli(*command, *options)
+        assert ran.code == 0, ran.stderr
+        check("compute", ran.document)
+    scaled = ("--scale", "x=2") if case == "mlp-tanh" else ()
+    ran = cli(*command, "--samples", "4", *scaled, "--dry-run")
+    assert ran.code == 0, ran.stderr
+    check("compute", ran.document)
+    check("compute", read(tmp_path / "hessian.safetensors")[0])
+    check("show", cli("show", "--wide", "--json").document)
+    check("show", cli("show", "--json").document)
+    for which in ("largest", "smallest", "magnitude"):
+        check("eigen", cli("eigen", "--which", which, "--top", 3, "--json").document)
+
+
+def test_diff(cli, tmp_path):
+    model, data = save(BY_NAME["mlp-tanh"], "script", tmp_path)
+    command = ("compute", model, data, *BY_NAME["mlp-tanh"].arguments(), "-q", "-o")
+    assert cli(*command, "a").code == cli(*command, "b", "--params", "*.weight").code == 0
+    assert cli(*command, "c", "--stats", "none", "--blocks", "elements").code == 0
+    for other in ("a", "b", "c"):
+        check("diff", json.loads(cli("diff", "a", other, "--force", "--json").stdout))
+
+
+def test_a_wrong_document_is_refused():
+    with pytest.raises(Exception, match="is not of type 'number', 'null'"):
+        check("eigen", {
+            "schema": "hesscli.eigen/1", "which": "largest", "eigenvalues": ["NaN"],
+            "residuals": [], "blocks": [], "converged": True,
+        })  # fmt: skip
