@@ -1,7 +1,7 @@
 """hesscli: the exact Hessian of a saved PyTorch model, from the command line.
 
 In Python: `load` opens a file that the command wrote, `compute` takes a model in memory, `operator`
-multiplies by its Hessian. Importing this loads
+multiplies vectors with the Hessian of a saved one. Importing this loads
 neither numpy nor torch; what is used is loaded then.
 """
 

@@ -236,6 +236,26 @@ def test_a_terminal_folds_names_and_cuts_no_number(
     assert "encoder.layers.0.self_attention.in_proj" in "".join(names)
 
 
+def test_a_table_that_does_not_fit_is_printed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    printed = show("wide", wide(), Stream(terminal=True))
+    _, first, second = printed.split("\n\n")
+    assert max(map(len, (first + "\n" + second).splitlines())) <= 80
+    headers = [part.splitlines()[0].split() for part in (first, second)]
+    assert headers[1][0] == "block"
+    assert headers[0] + headers[1][1:] == ["block", "shape", "size", *WIDE, "bytes"]
+    assert second.splitlines()[1].split() == [
+        "fc1.weight",
+        "0.00745",
+        "108",
+        "inf",
+        "2.1e-08",
+        "4194304",
+    ]
+    assert show("wide", wide(), Stream()).count("\n\n") == 1
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "coloured"),
     [("NO_COLOR", "1", False), ("NO_COLOR", "", True), ("TERM", "dumb", False)],

@@ -11,7 +11,7 @@ from hessian_files import symmetric, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hesscli.cli.heatmap import CIVIDIS, _of_256
+from hesscli.cli.heatmap import CIVIDIS, OF_256
 from hesscli.cli.plot import spread
 from hesscli.files.hessian_file import read_hessian
 from hesscli.job.picture import DECADES, picture
@@ -172,14 +172,16 @@ def test_zero(cli, tmp_path):
     assert cli("show", "h", "--heatmap").stdout.endswith("every entry is zero\n")
 
 
-def test_256_colours_are_near():
+def test_colours_grow_lighter():
+    """So that they read the same without colour, too."""
     steps = (0, 95, 135, 175, 215, 255)
-    for colour in CIVIDIS:
-        code = _of_256(*colour)
-        cube = [steps[(code - 16) // d % 6] for d in (36, 6, 1)]
-        shown = [8 + 10 * (code - 232)] * 3 if code >= 232 else cube
-        assert max(abs(a - b) for a, b in zip(colour, shown, strict=True)) <= 48
-    assert len({_of_256(*colour) for colour in CIVIDIS}) == len(CIVIDIS)
+    shown = [
+        [8 + 10 * (code - 232)] * 3 if code >= 232 else [steps[(code - 16) // d % 6] for d in (36, 6, 1)]
+        for code in OF_256
+    ]  # fmt: skip
+    for colours in (CIVIDIS, shown):
+        light = [0.21 * r + 0.72 * g + 0.07 * b for r, g, b in colours]
+        assert all(b - a > 9 for a, b in pairwise(light))
 
 
 # --- figures ----------------------------------------------------------------------------------

@@ -89,10 +89,8 @@ def _described(side: Document) -> str:
     from hesscli.cli.output import number
 
     loss = side["loss"]
-    return (
-        f"{side['path']} ({side['structure']}, {side['dtype']}), {loss['name']} "
-        f"{number(loss['value'])}, gradient norm {number(side['gradient_norm'])}"
-    )
+    of = f"{loss['name']} {number(loss['value'])}"
+    return f"{side['path']} ({side['structure']}, {side['dtype']}), {of}"
 
 
 def _apart(document: Document) -> dict[str, str]:

@@ -104,8 +104,7 @@ def eigen(
     with failing(debug):
         from hesscli.cli.output import Output
 
-        if not per_block:
-            end_seen(which.value, fail_above, fail_below)
+        end_seen(which.value, fail_above, fail_below)
         with Output(quiet=quiet, json=json) as out:
             if problem is None:
                 from hesscli.job.eigen import eigen as run

@@ -18,6 +18,7 @@ CIVIDIS = (
     (0, 34, 78), (26, 56, 111), (67, 78, 108), (97, 101, 111), (125, 124, 120),
     (155, 148, 118), (188, 174, 108), (222, 201, 88), (254, 232, 56),
 )  # fmt: skip
+OF_256 = (17, 60, 243, 102, 247, 144, 185, 227)  # the like in 256 colours: ever lighter
 SHADES = (
     " \N{LIGHT SHADE}\N{MEDIUM SHADE}\N{DARK SHADE}\N{FULL BLOCK}"  # of which the first is zero
 )
@@ -119,10 +120,10 @@ class _Colours:
         return "".join(text) + RESET
 
     def _code(self, ground: int, level: float) -> str:
-        red, green, blue = _cividis(level)
         if self.true_colour:
+            red, green, blue = _cividis(level)
             return f"\033[{ground};2;{red};{green};{blue}m"
-        return f"\033[{ground};5;{_of_256(red, green, blue)}m"
+        return f"\033[{ground};5;{OF_256[min(len(OF_256) - 1, int(level * len(OF_256)))]}m"
 
 
 class _Shades:
@@ -157,14 +158,3 @@ def _cividis(level: float) -> Colour:
     low, high, part = CIVIDIS[i], CIVIDIS[i + 1], place - i
     red, green, blue = (round(a + (b - a) * part) for a, b in zip(low, high, strict=True))
     return red, green, blue
-
-
-def _of_256(*colour: int) -> int:
-    """The nearest of the 6 x 6 x 6 cube and the greys that terminals of 256 colours have."""
-    steps = (0, 95, 135, 175, 215, 255)
-    cube = [min(range(6), key=lambda i, c=c: abs(steps[i] - c)) for c in colour]  # type: ignore[misc]
-    grey = min(23, max(0, round((sum(colour) / 3 - 8) / 10)))
-    far = sum((steps[i] - c) ** 2 for i, c in zip(cube, colour, strict=True))
-    if sum((8 + 10 * grey - c) ** 2 for c in colour) < far:
-        return 232 + grey
-    return 16 + 36 * cube[0] + 6 * cube[1] + cube[2]

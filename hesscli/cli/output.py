@@ -140,7 +140,8 @@ class Output:
     ) -> None:
         """A table; the columns numbered in `words` are left-aligned, the others are numbers.
 
-        Nothing is ever cut. In a terminal that is too narrow the longest column of words is folded.
+        Nothing is ever cut. In a terminal that is too narrow the longest column of words is folded, and what
+        is too wide even so becomes several tables.
         """
         from rich.cells import cell_len
 
@@ -150,15 +151,32 @@ class Output:
             return
         widths = [max(cell_len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
         folded = max(words, key=lambda i: widths[i])
+        parts = [list(range(len(columns)))]
         if self.stream.isatty():
-            room = shutil.get_terminal_size().columns - sum(widths) - len(GAP) * (len(columns) - 1)
+            screen = shutil.get_terminal_size().columns
+            room = screen - sum(widths) - len(GAP) * (len(columns) - 1)
             least = max(NARROWEST, len(columns[folded]))
             widths[folded] = min(widths[folded], max(widths[folded] + room, least))
-        (header,) = _lines(columns, widths, words, folded)
-        self.line(_coloured(header, "header", self.stream))
-        for row in rows:
-            for line in _lines(row, widths, words, folded):
-                self.line(line)
+            parts = _parts(widths, screen)
+        for number, part in enumerate(parts):
+            if number:
+                self.line("")
+            chosen = [widths[i] for i in part]
+            left = [place for place, i in enumerate(part) if i in words]
+            fold = part.index(folded) if folded in part else 0
+            (header,) = _lines([columns[i] for i in part], chosen, left, fold)
+            self.line(_coloured(header, "header", self.stream))
+            for row in rows:
+                for line in _lines([row[i] for i in part], chosen, left, fold):
+                    self.line(line)
+
+    def _markdown_table(
+        self, columns: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int]
+    ) -> None:
+        rules = ["---" if i in words else "---:" for i in range(len(columns))]
+        coded = [[_code(c) if i == words[0] else c for i, c in enumerate(row)] for row in rows]
+        for cells in (columns, rules, *coded):
+            self.line(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
 
     def _markdown_table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int]
@@ -198,6 +216,18 @@ def _bar(total: int) -> Progress:
     )
     bar.add_task("", total=total)
     return bar
+
+
+def _parts(widths: Sequence[int], screen: int) -> list[list[int]]:
+    """The columns of each of the tables that fit the screen; all but the first begin with the first column again."""
+    parts, used = [[0]], widths[0]
+    for i in range(1, len(widths)):
+        if used + len(GAP) + widths[i] > screen and len(parts[-1]) > 1:
+            parts.append([0])
+            used = widths[0]
+        parts[-1].append(i)
+        used += len(GAP) + widths[i]
+    return parts
 
 
 def _lines(
