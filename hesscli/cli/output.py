@@ -178,14 +178,6 @@ class Output:
         for cells in (columns, rules, *coded):
             self.line(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
 
-    def _markdown_table(
-        self, columns: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int]
-    ) -> None:
-        rules = ["---" if i in words else "---:" for i in range(len(columns))]
-        coded = [[_code(c) if i == words[0] else c for i, c in enumerate(row)] for row in rows]
-        for cells in (columns, rules, *coded):
-            self.line(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-
     def _stop_bar(self) -> None:
         if self.timer is not None:
             self.timer.cancel()
