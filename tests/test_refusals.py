@@ -103,6 +103,45 @@ def test_object_arrays(refuses, tmp_path, save):
     assert not Path("ran").exists()
 
 
+class Writer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.save(x, "ran")
+        return self.fc(x)
+
+
+class Reader(Writer):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) + torch.from_file("ran", True, 2)
+
+
+@pytest.mark.parametrize(("net", "operator"), [(Writer, "save"), (Reader, "from_file")])
+def test_torchscript_that_opens_files(refuses, tmp_path, net, operator):
+    """The interpreter knows no Python, but it does know operators that write to any path."""
+    torch.jit.script(net()).save(str(tmp_path / "f.pt"))
+    message = refuses("f.pt", code=3)
+    assert f"f.pt: TorchScript that opens other files ({operator})" in message
+    assert "--allow-pickle" in message
+    assert not Path("ran").exists()
+
+
+def test_exported_programs_that_open_files(refuses, tmp_path):
+    program = torch.export.export(nn.Linear(3, 2), (torch.ones(4, 3),))
+    torch.export.save(program, tmp_path / "f.pt2")
+    with zipfile.ZipFile(tmp_path / "f.pt2") as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    graph = next(name for name in parts if name.endswith("models/model.json"))
+    changed = parts[graph].replace(
+        b"torch.ops.aten.linear.default", b"torch.ops.aten.from_file.out"
+    )
+    assert changed != parts[graph]
+    zipped(str(tmp_path / "f.pt2"), {**parts, graph: changed})
+    assert "call of torch.ops.aten.from_file.out" in refuses("f.pt2", code=3)
+
+
 # --- sizes ------------------------------------------------------------------------------------
 
 

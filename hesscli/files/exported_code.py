@@ -18,7 +18,10 @@ from hesscli.files.torch_files import NeedsPickleError, load_weights_only_bytes
 
 # Calls that a graph is made of. Anything else under `torch.` could be `torch.load`.
 _TARGET = re.compile(r"torch\.ops\.\w+\.\w+(\.\w+)?|torch\.sym_\w+|_operator\.\w+|math\.\w+")
-_UNSAFE_TARGET = re.compile(r"__|_operator\.(call|attrgetter|methodcaller)")
+_UNSAFE_TARGET = re.compile(
+    r"__|_operator\.(call|attrgetter|methodcaller)"
+    r"|torch\.ops\.(aten\.(from_file|save)|debugprims)\b"  # these open files by name
+)
 _SAFE_BUILTINS = {"abs", "bool", "float", "int", "len", "max", "min", "pow", "round", "sum"}
 _SAFE_ATTRIBUTES = {
     *("size", "stride", "storage_offset", "shape", "ndim", "dim", "numel", "dtype", "device"),

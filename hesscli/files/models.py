@@ -34,6 +34,7 @@ from hesscli.files.torch_files import (
     quiet,
     reading,
 )
+from hesscli.files.torchscript_code import refuse_files
 from hesscli.files.weights import load_weights
 from hesscli.files.zip_files import check_zip, stored
 
@@ -93,6 +94,8 @@ def load_model(
     pickle_hint = f"hesscli compute {shlex.quote(str(path))} DATA --allow-pickle"
     batch_size = None
     if kind == "torchscript":
+        if not allow_pickle:
+            refuse_files(path, pickle_hint)
         saved = _torchscript(path, device, train_mode, notes)
     elif kind == "exported":
         program = load_exported(path, device, None if allow_pickle else pickle_hint)

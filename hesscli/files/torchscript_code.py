@@ -1,0 +1,35 @@
+"""Whether a TorchScript file would touch other files.
+
+TorchScript's interpreter knows no Python modules. But of PyTorch's operators some open files by name, for reading or
+writing, and a model can call them when it is loaded or run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+
+from hesscli.errors import FileError
+
+# Every operator that takes the name of a file. As words anywhere, for there is more than one way to name an operator.
+_FILES = re.compile(rb"\b(from_file|save|load_tensor)\b")
+
+
+def refuse_files(path: str | os.PathLike[str], hint: str) -> None:
+    """Looks at all the code in the archive before any of it is run.
+
+    Raises:
+        FileError: there is an operator that opens files.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if not member.filename.endswith(".py"):
+                continue
+            if member.CRC == 0:  # written without checksums: none is compared
+                del member.CRC
+            with archive.open(member) as content:
+                if found := _FILES.search(content.read()):
+                    raise FileError(
+                        f"{path}: TorchScript that opens other files ({found[1].decode()})", hint
+                    )
