@@ -91,6 +91,24 @@ def test_diff(cli, tmp_path):
         check("diff", json.loads(cli("diff", "a", other, "--force", "--json").stdout))
 
 
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
+def test_commands_without_a_matrix(cli, tmp_path, curvature):
+    model, data = save(BY_NAME["mlp-tanh"], "script", tmp_path)
+    of_model = (model, data, *BY_NAME["mlp-tanh"].arguments(), "--curvature", curvature, "--json")
+    check("eigen", cli("eigen", *of_model, "--top", 3).document)
+    check("eigen", cli("eigen", *of_model, "--per-block").document)
+    check("trace", cli("trace", *of_model).document)
+    check("density", cli("density", *of_model).document)
+    check("hvp", cli("hvp", *of_model, "--vector", "random", "--gradient").document)
+    if curvature == "hessian":
+        ran = cli(
+            "hvp", *of_model, "--per-fedavg", 0.1, "--query", data, "-o", "fedavg.safetensors"
+        )
+        check("hvp", ran.document)
+        assert cli("compute", *of_model[:-1], "-q").code == 0
+        check("density", cli("density", "--json").document)
+
+
 def test_a_wrong_document_is_refused():
     with pytest.raises(Exception, match="is not of type 'number', 'null'"):
         check("eigen", {
