@@ -334,6 +334,15 @@ def test_a_column_of_targets(cli, tmp_path):
     assert one["loss"]["denominator"] == two["loss"]["denominator"] == 5
 
 
+def test_a_table_that_does_not_tell_its_targets(cli, net):
+    torch.jit.script(net).save("m.pt")
+    Path("d.csv").write_text("a,b,the price\n1,2,0\n4,5,1\n")
+    ran = cli("compute", "m.pt", "d.csv")
+    message = "d.csv: the names do not tell the targets; it holds a (int64 [2]), b (int64 [2]), "
+    assert ran.fails(2) == message + "the price (int64 [2])"
+    assert ran.hint == "hesscli compute m.pt d.csv --targets 'the price'"
+
+
 def test_missing_values(cli, net):
     torch.jit.script(net).save("m.pt")
     Path("d.csv").write_text("a,b,c,y\n1,2,3,0\n4,,6,1\n")

@@ -161,7 +161,8 @@ def _columns(
     if target is not None and targets is None:
         _noted("targets", target, arrays, "from its name", notes)
     if target is None and len(arrays) > 1 and not inputs:
-        raise _unclear(path, arrays, "the names do not tell which column holds the targets")
+        last = shlex.quote(list(arrays)[-1])
+        raise _unclear(path, arrays, "the names do not tell the targets", f"--targets {last}")
     chosen = list(inputs) or [name for name in arrays if name != target]
     if not chosen:
         raise _unclear(path, arrays, "there is no column but the targets")
@@ -229,12 +230,15 @@ def describe(array: torch.Tensor) -> str:
 
 
 def _unclear(
-    path: str | os.PathLike[str], arrays: Mapping[str, torch.Tensor], problem: str
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, torch.Tensor],
+    problem: str,
+    hint: str | None = None,
 ) -> UsageError:
     listed = ", ".join(f"{name} ({describe(array)})" for name, array in arrays.items())
     return UsageError(
         f"{path}: {problem}; it holds {listed}",
-        f"hesscli compute MODEL {shlex.quote(str(path))} --inputs KEY --targets KEY",
+        hint or f"hesscli compute MODEL {shlex.quote(str(path))} --inputs KEY --targets KEY",
     )
 
 
