@@ -52,6 +52,9 @@ class Work:
 PASSES = 4.0
 """Forward passes' worth of work in one product of d delta / dz with a direction."""
 
+CUT_PASSES = 5.5
+"""The same where the direction ends at a cut: it goes the way back twice."""
+
 
 _LOSS = 4.0
 """Elementwise operators in a loss: a softmax's exponential, sum, quotient and logarithm."""
@@ -99,7 +102,8 @@ class Costs:
             way = self._of(c for c in self.tape.until(cut) if not reached.isdisjoint(c.reads))
             size = self.tape.shapes[cut].numel() // max(1, self.samples)
             product = self._product(self.samples * size**2).times(count, chunks)
-        return way.times(PASSES * count, PASSES * chunks) + product + self.forward.times(3)
+        passes = PASSES if cut is None else CUT_PASSES
+        return way.times(passes * count, passes * chunks) + product + self.forward.times(3)
 
     def own(self, use: Use, diagonal: bool, by_directions: bool) -> Work:
         """The assembly of a parameter's own block from its derivatives along z."""

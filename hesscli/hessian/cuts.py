@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hesscli.hessian.costs import PASSES, Costs, Rates, Work
+from hesscli.hessian.costs import CUT_PASSES, PASSES, Costs, Rates, Work
 from hesscli.hessian.probes import Analysis, Cut, Probed
 from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.tape import Tape
@@ -104,6 +104,16 @@ def _in_front(analysis: Analysis, value: int) -> bool:
     return axis is not None and axis.axis == 0 and axis.outer == 1
 
 
+@dataclass(frozen=True)
+class _End:
+    """Where directions may end: a cut, or the loss."""
+
+    place: int  # calls before it
+    seconds: float  # of one forward pass up to it
+    passes: float  # of the way there and back
+    product: float  # seconds of the product with Sigma
+
+
 def _cheapest(
     candidates: Sequence[int],
     places: Mapping[int, int],
@@ -122,28 +132,28 @@ def _cheapest(
         starts[place] += count * made[place]
     counts, starts = list(itertools.accumulate(counts)), list(itertools.accumulate(starts))
 
-    def between(first: int, last: int, end: float, product: float) -> float:
-        """Seconds of the directions of all z after `first` calls, up to `last`, each to the next cut."""
-        count, start = counts[last] - counts[first], starts[last] - starts[first]
-        return PASSES * (count * end - start) + count * product
+    def between(first: int, end: _End) -> float:
+        """Seconds of the directions of all z after `first` calls, up to the next cut."""
+        count, start = counts[end.place] - counts[first], starts[end.place] - starts[first]
+        return end.passes * (count * end.seconds - start) + count * end.product
 
     ends = [
-        (places[c], made[places[c]], 2 * costs.samples * size(c) ** 2 / rates.flops)
+        _End(places[c], made[places[c]], CUT_PASSES, 2 * costs.samples * size(c) ** 2 / rates.flops)
         for c in candidates
     ]
-    ends.append((len(made), made[-1] + costs.loss.seconds(rates), 0.0))
+    ends.append(_End(len(made), made[-1] + costs.loss.seconds(rates), PASSES, 0.0))
     best: list[float] = []
     before: list[int] = []
-    for i, (place, end, product) in enumerate(ends):
-        options = [(between(0, place, end, product), -1)]
+    for i, end in enumerate(ends):
+        options = [(between(0, end), -1)]
         for k in range(i):
-            first = ends[k]
-            sigma = size(candidates[k]) * (PASSES * (end - first[1]) + product)
-            options.append((best[k] + sigma + between(first[0], place, end, product), k))
+            way = end.passes * (end.seconds - ends[k].seconds) + end.product
+            sigma = size(candidates[k]) * way
+            options.append((best[k] + sigma + between(ends[k].place, end), k))
         cost, k = min(options)
         best.append(cost)
         before.append(k)
-    without = between(0, ends[-1][0], ends[-1][1], 0.0)
+    without = between(0, ends[-1])
     if without < _LEAST or best[-1] > _GAIN * without:
         return []
     chosen, k = [], before[-1]

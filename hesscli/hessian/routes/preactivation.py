@@ -133,7 +133,7 @@ class Preactivation:
         if not delta.requires_grad:
             return
         a = probed.columns(use)
-        chunk = max(1, min(128, self.workspace // (8 * delta.numel())))
+        chunk = max(1, min(64, self.workspace // (8 * delta.numel())))
         start, stop = (0, block.size) if isinstance(to, Block) else (to.start, to.stop)
         for first in range(start, stop, chunk):
             entries = range(first, min(first + chunk, stop))
