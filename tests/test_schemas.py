@@ -51,7 +51,7 @@ def test_schemas_are_schemas(cli, command):
     assert ran.code == 0
     assert ran.document == SCHEMAS[command]
     assert SCHEMAS[command]["properties"]["schema"]["const"].startswith("hesscli.")
-    with pytest.raises(Exception, match="is a required property|is not valid under any"):
+    with pytest.raises(Exception, match=r"is a required property|is not valid under any"):
         check(command, {})
 
 
