@@ -92,6 +92,31 @@ def test_a_bound_on_the_other_end_is_refused(cli, tmp_path, option, which, hint)
     assert ran.hint.endswith(f"--which {hint}")
 
 
+def test_trace(cli, tmp_path):
+    model, data = save(BY_NAME["mlp-tanh"], "script", tmp_path)
+    command = ("trace", model, data, *BY_NAME["mlp-tanh"].arguments(), "--json")
+    total = cli(*command).document["total"]["trace"]
+    ran = cli(*command, "--fail-above", total - 1e-3)
+    assert ran.code == 1
+    said = f"error: the trace is {total:.6g}, above --fail-above {total - 1e-3:g}"
+    assert ran.stderr.splitlines()[-1] == said
+    assert ran.document["total"]["trace"] == total
+    assert cli(*command, "--fail-above", total + 1e-3).code == 0
+
+
+@pytest.mark.parametrize("options", [("--which", "both"), ("--per-block",), ()])
+def test_eigen_of_a_model(cli, tmp_path, options):
+    model, data = save(BY_NAME["mlp-tanh"], "script", tmp_path)
+    command = ("eigen", model, data, *BY_NAME["mlp-tanh"].arguments(), *options)
+    assert cli(*command, "--fail-above", 1e6).code == 0
+    ran = cli(*command, "--fail-above", 1e-6)
+    assert ran.code == 1
+    assert "above --fail-above 1e-06" in ran.stderr
+    assert "eigenvalue" in ran.stdout or "eig_max" in ran.stdout
+    below = cli(*command, "--fail-below", 1)
+    assert below.code == (1 if options else 2)
+
+
 def test_nan_is_no_bound(cli, tmp_path):
     write(tmp_path / "hessian.safetensors", {"p": symmetric(5)})
     assert cli("eigen", "--fail-above", "nan").code == 2

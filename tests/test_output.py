@@ -245,14 +245,8 @@ def test_a_table_that_does_not_fit_is_printed_in_parts(monkeypatch: pytest.Monke
     headers = [part.splitlines()[0].split() for part in (first, second)]
     assert headers[1][0] == "block"
     assert headers[0] + headers[1][1:] == ["block", "shape", "size", *WIDE, "bytes"]
-    assert second.splitlines()[1].split() == [
-        "fc1.weight",
-        "0.00745",
-        "108",
-        "inf",
-        "2.1e-08",
-        "4194304",
-    ]
+    row = second.splitlines()[1].split()
+    assert row == ["fc1.weight", "108", "inf", "2.1e-08", "4194304"]
     assert show("wide", wide(), Stream()).count("\n\n") == 1
 
 

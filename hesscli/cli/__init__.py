@@ -52,12 +52,13 @@ def _version(wanted: bool) -> None:
 def _schema(command: str | None) -> None:
     if command is None:
         return
+    import json
+
     from hesscli.schemas import commands, schema
 
-    text = schema(command)
-    if text is None:
+    if command not in commands():
         raise typer.BadParameter(f"{command!r} is none of {', '.join(commands())}")
-    typer.echo(text, nl=False)
+    typer.echo(json.dumps(schema(command), indent=2))
     raise typer.Exit
 
 

@@ -104,7 +104,7 @@ def eigen(
     with failing(debug):
         from hesscli.cli.output import Output
 
-        end_seen(which.value, fail_above, fail_below)
+        end_seen("both" if per_block else which.value, fail_above, fail_below)
         with Output(quiet=quiet, json=json) as out:
             if problem is None:
                 from hesscli.job.eigen import eigen as run

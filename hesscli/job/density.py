@@ -11,6 +11,7 @@ import numpy as np
 
 from hesscli.errors import UsageError
 from hesscli.job.document import Document
+from hesscli.job.figures import may_draw
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.writing import may_write, write_tensors
 from hesscli.spectrum.density import Density
@@ -41,13 +42,10 @@ def density(
     """
     started = time.perf_counter()
     inputs = (Path(hessian),) if problem is None else (problem.model, problem.data)
-    for path in (options.output, options.plot):
-        if path is not None:
-            may_write(path, options.force, inputs)
+    if options.output is not None:
+        may_write(options.output, options.force, inputs)
     if options.plot is not None:
-        from hesscli.job.plot import check_plot
-
-        check_plot(options.plot)
+        may_draw(options.plot, options.force, inputs)
     if problem is None:
         from hesscli.job.eigen import file_spectrum
 

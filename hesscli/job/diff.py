@@ -9,7 +9,7 @@ from typing import Any
 
 from hesscli.errors import UsageError
 from hesscli.files.hessian_file import HessianFile, read_hessian
-from hesscli.job.stored import array
+from hesscli.job.stored import values_of
 from hesscli.spectrum.difference import difference
 
 SCHEMA = "hesscli.diff/1"
@@ -113,7 +113,7 @@ def _compared(
     atol: float,
 ) -> Document:
     name = a["name"]
-    found = difference(array(ours, name), array(theirs, name))
+    found = difference(values_of(ours, name), values_of(theirs, name))
     return {
         "name": name,
         "shape": a["shape"],

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hesscli.errors import NumericalError, ResourceError, UsageError
-from hesscli.files.hessian_file import HessianFile, read_hessian
+from hesscli.errors import NumericalError, ResourceError
+from hesscli.files.hessian_file import HessianFile
 from hesscli.files.resources import available_memory
 from hesscli.job.sizes import size
+from hesscli.job.stored import chosen, opened, values_of
 from hesscli.job.writing import may_write, write_tensors
 from hesscli.spectrum.eigen import top_eigenpairs
 
@@ -40,19 +37,11 @@ def eigen(
     """
     if output is not None:
         may_write(output, force, () if source == "-" else (Path(source),))
-    with _opened(source) as file:
+    with opened(source, "eigen") as file:
         document = file.document
-        chosen = document["blocks"]
-        if block is not None:
-            chosen = [facts for facts in chosen if facts["name"] == block]
-            if not chosen:
-                names = [facts["name"] for facts in document["blocks"]]
-                raise UsageError(
-                    f"{source}: has no block {block!r}; it has: {', '.join(names[:10])}",
-                    f"hesscli eigen {source} --block {names[0]}",
-                )
-        order = sum(facts["size"] for facts in chosen)
-        pairs = top_eigenpairs(_blocks(file, chosen), order, top, which)
+        blocks = chosen(document, block, source, "eigen")
+        order = sum(facts["size"] for facts in blocks)
+        pairs = top_eigenpairs(_blocks(file, blocks), order, top, which)
     result = {
         "schema": SCHEMA,
         "hessian": source,
@@ -79,7 +68,7 @@ def file_spectrum(source: str) -> tuple[dict[str, Any], np.ndarray]:
         ResourceError: a block is too large for LAPACK.
     """
     values: list[np.ndarray] = []
-    with _opened(source) as file:
+    with opened(source, "density") as file:
         document = file.document
         for name, _, array in _blocks(file, document["blocks"]):
             if array.ndim == 1:
@@ -102,31 +91,15 @@ def file_spectrum(source: str) -> tuple[dict[str, Any], np.ndarray]:
 
 
 def _blocks(
-    file: HessianFile, chosen: list[dict[str, Any]]
+    file: HessianFile, blocks: list[dict[str, Any]]
 ) -> Iterator[tuple[str, int, np.ndarray]]:
     offset = 0
-    for facts in chosen:
+    for facts in blocks:
         if not facts["size"]:
             continue
-        array = file.verified(facts["name"])
-        if file.document["structure"] == "elements":
-            array = array.reshape(-1)
+        array = values_of(file, facts["name"])
         step = max(1, (1 << 22) // max(1, array[:1].size))
         if not all(np.isfinite(array[i : i + step]).all() for i in range(0, len(array), step)):
             raise NumericalError(f"{facts['name']}: holds values that are not finite")
         yield facts["name"], offset, array
         offset += facts["size"]
-
-
-@contextmanager
-def _opened(source: str) -> Iterator[HessianFile]:
-    """The file, or standard input by way of a temporary one: a matrix is read more than once."""
-    if source != "-":
-        yield read_hessian(Path(source))
-        return
-    with tempfile.NamedTemporaryFile(prefix="hesscli.", suffix=".safetensors") as copy:
-        if sys.stdin.isatty():
-            raise UsageError("-: standard input is a terminal", "hesscli eigen hessian.safetensors")
-        shutil.copyfileobj(sys.stdin.buffer, copy)
-        copy.flush()
-        yield read_hessian(Path(copy.name), "standard input")

@@ -10,7 +10,7 @@ import numpy as np
 from hesscli.errors import NumericalError
 from hesscli.files.hessian_file import HessianFile
 from hesscli.hessian.blocks import partition
-from hesscli.job.stored import array
+from hesscli.job.stored import values_of
 from hesscli.spectrum.coarse import pool_matrix, pool_vector
 
 DECADES = 6
@@ -71,7 +71,7 @@ def picture(
     size = sum(block.size for block in blocks)
     told = listener or (lambda done, total, doing: None)
     if file.document["structure"] == "elements":
-        rows = [pool_vector(array(file, b.name), pixels) for b in blocks if b.size]
+        rows = [pool_vector(values_of(file, b.name), pixels) for b in blocks if b.size]
         named = [b.name for b in blocks if b.size]
         cells = np.stack(rows).astype(np.float64) if rows else np.zeros((1, 1))
         parts = tuple(Part(name, row, row + 1) for row, name in enumerate(named))
@@ -84,7 +84,7 @@ def picture(
         def done(rows: int, name: str = block.name, before: int = before) -> None:
             told(before + rows, size, name)
 
-        pool_matrix(cells, array(file, block.name), offset, size, done)
+        pool_matrix(cells, values_of(file, block.name), offset, size, done)
         offset += block.size
     # The borders of the blocks; within a single one, those of its parameters.
     if len(blocks) == 1:

@@ -10,7 +10,7 @@ from typing import Any
 from hesscli.files.hessian_file import HessianFile
 from hesscli.job import statistics
 from hesscli.job.picture import Picture, picture
-from hesscli.job.stored import array, chosen, opened
+from hesscli.job.stored import chosen, opened, values_of
 from hesscli.spectrum.statistics import QUICK_LIMIT
 
 Document = dict[str, Any]
@@ -64,7 +64,7 @@ def show(
 def _wide(file: HessianFile, facts: Document) -> Document:
     known = facts.get("negative") is not None
     if not known and 0 < facts["size"] <= QUICK_LIMIT:
-        values = array(file, facts["name"])
+        values = values_of(file, facts["name"])
         facts = facts | statistics.of_block(values, values.ndim == 1, "auto")
     return facts | {
         "mean_eig": _mean(facts),

@@ -60,7 +60,7 @@ def chosen(document: Document, block: str | None, source: str, command: str) -> 
     return found
 
 
-def array(file: HessianFile, name: str) -> np.ndarray:
+def values_of(file: HessianFile, name: str) -> np.ndarray:
     """A block's values, compared with their checksum: [n, n], or [n] for a diagonal one."""
     values = file.verified(name)
     return values.reshape(-1) if file.document["structure"] == "elements" else values

@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hesscli.errors import UsageError
+from hesscli.job.figures import save
 
 if TYPE_CHECKING:
     from hesscli.job.picture import Picture
 
 PIXELS = 1200  # rows and columns of the picture, at most
-FORMATS = ("png", "svg", "pdf")
 MAP = "cividis"  # reads the same to the colour-blind
 SIDE = 6.4  # inches
 FONT, SMALLEST = 7.5, 5.0  # points
 LEADING = 1.3 / 72  # inches from one label to the next, for each point of the font
 
 
-def may_plot(path: Path, force: bool) -> None:
-    """Refuses a figure before anything is read for it.
-
-    Raises:
-        UsageError: a format that there is not, a file that hesscli did not draw, or no matplotlib.
-    """
-    if path.suffix.lower().lstrip(".") not in FORMATS:
-        raise UsageError(f"{path}: a figure is .png, .svg or .pdf", f"--plot {path.stem}.png")
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: no such folder", f"mkdir -p {path.parent}")
-    if path.exists() and not force and not (path.is_file() and b"hesscli" in path.read_bytes()):
-        raise UsageError(f"{path}: exists, and hesscli did not draw it; not replaced", "--force")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError(
-            "--plot draws with matplotlib, which is not installed", "pip install 'hesscli[plot]'"
-        ) from None
-
-
-def plot(path: Path, picture: Picture, title: str) -> None:
+def plot_matrix(path: Path, picture: Picture, title: str) -> None:
     """Draws the picture with the borders of its blocks, their names and a scale."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
@@ -71,7 +48,7 @@ def plot(path: Path, picture: Picture, title: str) -> None:
     figure.colorbar(image, cax=bar, orientation="horizontal")
     bar.tick_params(labelsize=FONT)
     bar.set_xlabel("|H|; white is zero", fontsize=FONT + 0.5)
-    _save(figure, path)
+    save(figure, path, 200)
 
 
 def _borders(axes: Any, picture: Picture) -> None:
@@ -128,26 +105,3 @@ def spread(centres: Sequence[float], gap: float, end: float) -> list[float]:
         places[i] = min(places[i], limit)
         limit = places[i] - gap
     return places
-
-
-def _save(figure: Any, path: Path) -> None:
-    """Writes the figure at once; the same file gives the same bytes."""
-    from matplotlib import rc_context
-
-    kind = path.suffix.lower().lstrip(".")
-    metadata = {
-        "png": {"Software": "hesscli"},
-        "svg": {"Creator": "hesscli", "Date": None},
-        "pdf": {"Creator": "hesscli", "CreationDate": None},
-    }[kind]
-    descriptor, name = tempfile.mkstemp(f".{kind}", ".hesscli.", path.parent)
-    os.close(descriptor)
-    try:
-        with rc_context({"svg.hashsalt": "hesscli"}):
-            figure.savefig(name, dpi=200, format=kind, metadata=metadata, bbox_inches="tight")
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp makes it private
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)

@@ -1,0 +1,47 @@
+"""Figures by matplotlib, the extra `plot`: whether one may be drawn, and how it is written."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hesscli.errors import UsageError
+from hesscli.job.writing import PICTURES, may_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def may_draw(path: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
+    """Refuses a figure that cannot be drawn, which is better known before the work than after it.
+
+    Raises:
+        UsageError: a format that there is not, a file that hesscli did not draw, or no matplotlib.
+    """
+    if path.suffix.lower() not in PICTURES:
+        raise UsageError(
+            f"{path}: a picture is {', '.join(PICTURES)}", f"--plot {path.with_suffix('.png')}"
+        )
+    may_write(path, force, inputs)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(f"{path}: matplotlib is not installed", "pip install 'hesscli[plot]'")
+
+
+def save(figure: Figure, path: Path, dots_per_inch: int) -> None:
+    """Writes a figure, whole or not at all; the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    metadata: dict[str, dict[str, str | None]] = {  # the maker's name; no times
+        ".png": {"Software": "hesscli"},
+        ".svg": {"Creator": "hesscli", "Date": None},
+        ".pdf": {"Creator": "hesscli", "CreationDate": None},
+    }
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        with rc_context({"svg.hashsalt": "hesscli"}):  # names inside the file, the same each time
+            figure.savefig(temporary, dpi=dots_per_inch, metadata=metadata[path.suffix.lower()])
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
