@@ -161,10 +161,10 @@ def compute(
                 print_plan(out, document)
             elif shard is not None:
                 out.note(f"shard {shard} is done; when all are: hesscli merge {output}")
-            else:
+            elif first:
                 print_hessian(out, document)
-                if options.output is not None and first:
+                if options.output is not None:
                     out.wrote(output, options.output.stat().st_size)
-        if not dry_run and shard is None:
+        if first and not dry_run and shard is None:
             blocks_with_rows = [b for b in document["blocks"] if b["size"]]
             gate([(f"eig_max of {b['name']}", b["eig_max"]) for b in blocks_with_rows], fail_above)
