@@ -93,7 +93,7 @@ def test_wide_computes_what_the_file_lacks(cli, computed, tmp_path, level):
 
 
 def test_wide_says_what_is_too_large(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr("hesscli.job.show.QUICK_LIMIT", 3)
+    monkeypatch.setattr("hesscli.spectrum.statistics.QUICK_LIMIT", 3)
     write(tmp_path / "hessian.safetensors", {"small": symmetric(3), "large": symmetric(4)})
     small, large = cli("show", "--wide", "--json").document["blocks"]
     assert isinstance(small["negative"], int)

@@ -78,18 +78,20 @@ def show(
     """
     with failing(debug):
         one_format(json, markdown)
-        from hesscli.cli import heatmap as terminal
         from hesscli.cli.output import Output
         from hesscli.cli.summary import COLUMNS, WIDE, print_block, print_hessian
-        from hesscli.job.figures import may_draw
-        from hesscli.job.matrix_plot import PIXELS, plot_matrix
+        from hesscli.job.show import PIXELS
         from hesscli.job.show import show as run
 
         if plot is not None:
+            from hesscli.job.figures import may_draw
+
             may_draw(plot, force, () if hessian == "-" else (Path(hessian),))
         heatmap = heatmap and not (json or quiet)
+        if heatmap:
+            from hesscli.cli.heatmap import draw, room
         with Output(quiet=quiet, json=json, markdown=markdown) as out:
-            pixels = ([terminal.room(out)] if heatmap else []) + ([PIXELS] if plot else [])
+            pixels = ([room(out)] if heatmap else []) + ([PIXELS] if plot else [])
             shown = run(hessian, block, wide, pixels, verify, out.progress)
             if block is None:
                 print_hessian(out, shown.document, WIDE if wide else COLUMNS)
@@ -97,8 +99,10 @@ def show(
                 print_block(out, shown.document)
             if heatmap:
                 out.line("")
-                terminal.draw(out, shown.pictures[0], pixels[0])
+                draw(out, shown.pictures[0], pixels[0])
             if plot is not None:
+                from hesscli.job.matrix_plot import plot_matrix
+
                 plot_matrix(plot, shown.pictures[-1], _title(shown.document))
                 out.wrote(str(plot), plot.stat().st_size)
 

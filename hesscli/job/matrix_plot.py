@@ -11,7 +11,6 @@ from hesscli.job.figures import save
 if TYPE_CHECKING:
     from hesscli.job.picture import Picture
 
-PIXELS = 1200  # rows and columns of the picture, at most
 MAP = "cividis"  # reads the same to the colour-blind
 SIDE = 6.4  # inches
 FONT, SMALLEST = 7.5, 5.0  # points

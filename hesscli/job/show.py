@@ -1,19 +1,22 @@
-"""`hesscli show`: what a Hessian file says about itself. Importing this loads no torch."""
+"""`hesscli show`: what a Hessian file says about itself. Importing this loads no torch, and little else."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hesscli.files.hessian_file import HessianFile
-from hesscli.job import statistics
-from hesscli.job.picture import Picture, picture
 from hesscli.job.stored import chosen, opened, values_of
-from hesscli.spectrum.statistics import QUICK_LIMIT
+
+if TYPE_CHECKING:
+    from hesscli.job.picture import Picture
 
 Document = dict[str, Any]
+
+PIXELS = 1200
+"""Rows and columns of a figure, at most."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,24 @@ def show(
         document = file.document | {"hessian": source}
         document["blocks"] = chosen(file.document, block, source, "show")
         if block is not None or wide:
+            from hesscli.job import statistics
+
             document["blocks"] = [_wide(file, facts) for facts in document["blocks"]]
             document["total"] = statistics.total(document["blocks"])
             document["total"]["mean_eig"] = _mean(document["total"])
         names = [facts["name"] for facts in document["blocks"]]
+        if not pixels:
+            return Shown(document, ())
+        from hesscli.job.picture import picture
+
         pictures = tuple(picture(file, names, count, listener) for count in pixels)
     return Shown(document, pictures)
 
 
 def _wide(file: HessianFile, facts: Document) -> Document:
+    from hesscli.job import statistics
+    from hesscli.spectrum.statistics import QUICK_LIMIT
+
     known = facts.get("negative") is not None
     if not known and 0 < facts["size"] <= QUICK_LIMIT:
         values = values_of(file, facts["name"])

@@ -9,12 +9,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from hesscli.errors import UsageError
 from hesscli.files.hessian_file import HessianFile, read_hessian
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Document = dict[str, Any]
 
