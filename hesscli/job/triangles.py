@@ -8,7 +8,7 @@ Either way the matrix is then there to be multiplied, for the check.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ class Triangle:
     """What both kinds share: the bands, and what is known of the rows that went by.
 
     `put` takes band after band, `restore` one that an earlier run wrote; `finish` ends it. Then trace and squares are
-    known, and `@` and `any` work.
+    known, and `@` works.
 
     Args:
         name: the tensor's.
@@ -86,16 +86,10 @@ class Triangle:
         if torch.equal(x, self.direction):
             self.finish()
             return torch.from_numpy(self._products).to(v.device, v.dtype)
-        return self._by_place(lambda rows: rows @ x, self.dtype).to(v.device)
-
-    def any(self, axis: int) -> Tensor:
-        return self._by_place(lambda rows: rows.any(1), torch.bool)
-
-    def _by_place(self, function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
-        out = torch.empty(self.layout.size, dtype=dtype)
+        out = torch.empty_like(x)
         for first, rows in self._whole():
-            out[first : first + len(rows)] = function(rows)
-        return out
+            out[first : first + len(rows)] = rows @ x
+        return out.to(v.device)
 
 
 class HeldTriangle(Triangle):
