@@ -11,6 +11,8 @@ from typing import IO
 
 import typer
 
+from hesscli.files.result_names import index_path, is_index
+
 _LONGEST = 1 << 24  # bytes of a header or a pickle that are read
 _NOT_NAMES = ("storage", "cpu", "_metadata", "version")  # strings of every torch file
 
@@ -18,8 +20,8 @@ _NOT_NAMES = ("storage", "cpu", "_metadata", "version")  # strings of every torc
 def block_names(context: typer.Context, incomplete: str) -> list[str]:
     """The blocks of the Hessian file that the command names."""
     try:
-        document = _header(Path(_first(context, "hessian.safetensors")))
-        blocks = json.loads(document["__metadata__"]["hesscli"])["blocks"]
+        metadata = _metadata(Path(_first(context, "hessian.safetensors")))
+        blocks = json.loads(metadata["hesscli"])["blocks"]
         return _matching([block["name"] for block in blocks], incomplete)
     except Exception:  # whatever is wrong with the file
         return []
@@ -67,6 +69,16 @@ def _strings(pickle: IO[bytes]) -> list[str]:
             if text not in _NOT_NAMES and not text.isdigit() and ":" not in text:
                 names[text] = None
     return list(names)
+
+
+def _metadata(hessian: Path) -> dict[str, str]:
+    """The metadata of a Hessian, in one file or in several with an index."""
+    index = hessian if is_index(hessian) else index_path(hessian)
+    if hessian != index and hessian.exists():
+        return _header(hessian)["__metadata__"]
+    with index.open("rb") as file:
+        metadata: dict[str, str] = json.loads(file.read(_LONGEST))["metadata"]
+    return metadata
 
 
 def _header(path: Path) -> dict[str, dict[str, str]]:

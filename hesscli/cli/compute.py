@@ -87,6 +87,15 @@ def compute(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what an interrupted run left.")
     ] = False,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Write several files of at most SIZE, such as 5GB, with an index, as Hugging Face does. "
+            "A tensor is never cut: one that is larger has a file of its own.",
+            show_default="one file",
+        ),
+    ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -143,6 +152,9 @@ def compute(
             stats=stats.value if fail_above is None else "all",
             output=None if output == "-" else Path(output),
             force=force,
+            max_shard_size=(
+                None if max_shard_size is None else _size(max_shard_size, "--max-shard-size")
+            ),
             memory=None if memory is None else _size(memory, "--memory"),
             resume=resume,
             shard=None if shard is None else _shard(shard),
@@ -155,6 +167,7 @@ def compute(
         ) as out:
             load_torch()
             from hesscli.job.compute import compute as run
+            from hesscli.job.writing import written
 
             document = run(options, out, dry_run)
             if dry_run:
@@ -164,7 +177,7 @@ def compute(
             elif first:
                 print_hessian(out, document)
                 if options.output is not None:
-                    out.wrote(output, options.output.stat().st_size)
+                    out.wrote(*written(options.output))
         if first and not dry_run and shard is None:
             blocks_with_rows = [b for b in document["blocks"] if b["size"]]
             gate([(f"eig_max of {b['name']}", b["eig_max"]) for b in blocks_with_rows], fail_above)

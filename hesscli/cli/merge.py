@@ -33,7 +33,8 @@ def merge(
         from hesscli.cli.output import Output
         from hesscli.cli.summary import print_hessian
         from hesscli.job.compute import merge as run
+        from hesscli.job.writing import written
 
         with Output(quiet=quiet, json=json) as out:
             print_hessian(out, run(hessian, out))
-            out.wrote(str(hessian), hessian.stat().st_size)
+            out.wrote(*written(hessian))

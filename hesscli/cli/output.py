@@ -14,6 +14,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ class Output:
         doing = _clean(doing, sys.stderr)
         self.bar.update(self.bar.task_ids[0], completed=done, total=total, description=doing)
 
-    def wrote(self, path: str, count: int) -> None:
+    def wrote(self, path: str | Path, count: int) -> None:
         self.stream.flush()  # the table comes first, also where both streams are one
         if not self.quiet:
             say("wrote", f"{path} ({size(count)})")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import stat
+import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import numpy as np
 
 from hesscli.errors import FileError, UsageError
 from hesscli.files.checksums import Checksum, document_checksum
+from hesscli.files.hessian_index import SHARD_SCHEMA, Index, read_index
+from hesscli.files.result_names import index_of_shard, index_path, is_index
+from hesscli.files.safetensors_header import AGAIN, Header, is_regular, read_header
 
 SCHEMA = "hesscli.hessian/1"
 _DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
@@ -22,25 +26,25 @@ _TILE = 1 << 26  # bytes that are verified at a time
 class HessianFile:
     """A Hessian file that was opened: its document, and its tensors, memory-mapped when asked for."""
 
-    path: Path
+    path: Path  # of the file, or of the index of several
     document: dict[str, Any]
-    entries: dict[str, dict[str, Any]]
-    start: int
+    headers: tuple[Header, ...]  # of the files that hold the tensors
     shown: str  # what errors call it
+
+    @cached_property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """Each tensor's type and shape, by its key."""
+        return {name: entry for header in self.headers for name, entry in header.entries.items()}
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor by its key, read-only and read from the disk as it is used."""
-        entry = self.entries[name]
-        shape = tuple(entry["shape"])
+        header = next(header for header in self.headers if name in header.entries)
+        entry = header.entries[name]
+        shape, dtype = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
         if 0 in shape:
-            return np.zeros(shape, _DTYPES[entry["dtype"]])
-        return np.memmap(
-            self.path,
-            _DTYPES[entry["dtype"]],
-            "r",
-            self.start + entry["data_offsets"][0],
-            shape,
-        )
+            return np.zeros(shape, dtype)
+        offset = header.start + entry["data_offsets"][0]
+        return np.memmap(header.path, dtype, "r", offset, shape)
 
     def verified(self, name: str) -> np.ndarray:
         """A tensor that was compared with its checksum, which reads all of it once.
@@ -61,77 +65,80 @@ class HessianFile:
             raise FileError(
                 f"{self.shown}: {name} is not what was written: its checksum is {checksum}, "
                 f"the file says {wanted}",
-                "compute it again, or copy the file again",
+                AGAIN,
             )
         return array
 
 
 def read_hessian(path: Path, shown: str | None = None) -> HessianFile:
-    """Opens a Hessian file; only its header is read.
+    """Opens a Hessian file, or several with an index; only headers are read.
 
     Args:
-        path: the file.
+        path: the file, the index, or what the file would be called if there were not several.
         shown: what to call it in errors, if not by its path.
 
     Raises:
         UsageError: there is no such file.
         FileError: it is not a Hessian file, or truncated.
     """
-    from safetensors import SafetensorError, safe_open
-
+    if not os.path.exists(path) and os.path.exists(index_path(path)):
+        path = index_path(path)
     shown = shown or str(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise FileError(f"{shown}: not a regular file")
-        with safe_open(path, "np") as file:  # checks lengths and offsets
-            metadata = file.metadata() or {}
-        with path.open("rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
-            entries = json.loads(raw.read(length))
+        found: Header | Index = read_index(path) if is_index(path) else read_header(path, shown)
     except FileNotFoundError:
         raise UsageError(
             f"{shown}: no such file",
             f"hesscli compute model.pt data.npz -o {shown}",
         ) from None
-    except PermissionError:
-        raise FileError(f"{shown}: permission denied") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FileError(
-            f"{shown}: not a Hessian file, or one that was cut short ({str(error).splitlines()[0]})"
-        ) from None
-    entries.pop("__metadata__", None)
+    document = _document(path, shown, found.metadata)
+    headers = (found,) if isinstance(found, Header) else found.headers(document)
+    types = [entry["dtype"] for header in headers for entry in header.entries.values()]
+    if unreadable := [dtype for dtype in types if dtype not in _DTYPES]:
+        raise FileError(f"{shown}: holds tensors of type {unreadable[0]}")
+    return HessianFile(path, document, headers, shown)
+
+
+def _document(path: Path, shown: str, metadata: dict[str, str]) -> dict[str, Any]:
     try:
-        document = json.loads(metadata["hesscli"])
-        if document["schema"] != SCHEMA:
-            raise FileError(
-                f"{shown}: written in the format {document['schema']}; this hesscli reads {SCHEMA}"
-            )
+        document: dict[str, Any] = json.loads(metadata["hesscli"])
+        schema = document["schema"]
     except (KeyError, ValueError, TypeError):
+        what = "the index of safetensors files" if is_index(path) else "a safetensors file"
         raise FileError(
-            f"{shown}: a safetensors file, but not one that hesscli wrote",
+            f"{shown}: {what}, but not one that hesscli wrote",
             f"hesscli compute {shown} data.npz --arch mypkg.nets:make_model",
         ) from None
-    unreadable = [entry["dtype"] for entry in entries.values() if entry["dtype"] not in _DTYPES]
-    if unreadable:
-        raise FileError(f"{shown}: holds tensors of type {unreadable[0]}")
+    if schema == SHARD_SCHEMA:
+        index = index_of_shard(path)
+        raise FileError(
+            f"{shown}: file {document.get('number')} of the {document.get('count')} that hold one "
+            "Hessian; their index opens them",
+            f"hesscli show {index}" if index else None,
+        )
+    if schema != SCHEMA:
+        raise FileError(f"{shown}: written in the format {schema}; this hesscli reads {SCHEMA}")
     if "checksum" in document and document["checksum"] != document_checksum(
         {key: value for key, value in document.items() if key != "checksum"}
     ):
-        raise FileError(
-            f"{shown}: its metadata is not what was written",
-            "compute it again, or copy the file again",
-        )
-    return HessianFile(path, document, entries, 8 + length, shown)
+        raise FileError(f"{shown}: its metadata is not what was written", AGAIN)
+    return document
 
 
-def is_hesscli(path: Path) -> bool:
-    """Whether hesscli wrote this safetensors file, and so may replace it."""
-    from safetensors import SafetensorError, safe_open
+def is_part_of(path: Path, result: Path) -> bool:
+    """Whether hesscli wrote this file as one, or the one, of a result of this name."""
+    schema = _schema(path)
+    whole = path in (result, index_path(result))
+    return schema is not None and whole == (schema != SHARD_SCHEMA)
 
+
+def _schema(path: Path) -> str | None:
+    """What hesscli calls the content of a file that it wrote."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            return False
-        with safe_open(path, "np") as file:
-            return "hesscli" in (file.metadata() or {})
-    except (SafetensorError, OSError, ValueError):
-        return False
+        if not is_regular(path):
+            return None
+        found = read_index(path) if is_index(path) else read_header(path, "")
+        document = json.loads(found.metadata["hesscli"])
+        return str(document.get("schema", "")) if isinstance(document, dict) else ""
+    except (FileError, OSError, ValueError, KeyError):
+        return None

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from functools import cache
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
 _PAGE = 4096
 _BOUNCE = 8 << 20
+_BOUNCING = Lock()
 _UNSUPPORTED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
@@ -22,14 +25,20 @@ class PlacedFile:
     that is as aligned as their place in the file, else by way of a buffer; the ends that do not fill a page go through
     the cache.
 
+    Args:
+        descriptor: of the file; closed with this.
+        path: of the file.
+        length: its length.
+        reserve: its room; an earlier one may have done that.
+
     Raises:
         OSError: of the file system; ENOSPC when there is no room.
     """
 
-    def __init__(self, descriptor: int, path: Path, length: int) -> None:
+    def __init__(self, descriptor: int, path: Path, length: int, reserve: bool = True) -> None:
         self.descriptor = descriptor
         self.direct: int | None = None
-        if hasattr(os, "posix_fallocate") and length:
+        if hasattr(os, "posix_fallocate") and length and reserve:
             try:
                 os.posix_fallocate(descriptor, 0, length)
             except OSError as error:
@@ -38,7 +47,6 @@ class PlacedFile:
         if hasattr(os, "O_DIRECT") and length >= 4 * _BOUNCE:
             try:
                 self.direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
-                self.bounce = mmap.mmap(-1, _BOUNCE)  # page-aligned
             except OSError:
                 self.direct = None
 
@@ -81,11 +89,8 @@ class PlacedFile:
         aligned = np.frombuffer(data, np.uint8).ctypes.data % _PAGE == 0
         for start in range(0, len(data), _BOUNCE):
             part = data[start : start + _BOUNCE]
-            if not aligned:
-                self.bounce[: len(part)] = part
-                part = memoryview(self.bounce)[: len(part)]
             try:
-                written = os.pwrite(self.direct, part, offset + start)
+                written = self._write_part(part, offset + start, aligned)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
@@ -96,3 +101,18 @@ class PlacedFile:
                 self.direct = None
                 return False
         return True
+
+    def _write_part(self, part: memoryview, offset: int, aligned: bool) -> int:
+        assert self.direct is not None
+        if aligned:
+            return os.pwrite(self.direct, part, offset)
+        with _BOUNCING:
+            buffer = _bounce()
+            buffer[: len(part)] = part
+            return os.pwrite(self.direct, memoryview(buffer)[: len(part)], offset)
+
+
+@cache
+def _bounce() -> mmap.mmap:
+    """A page-aligned buffer that all files share."""
+    return mmap.mmap(-1, _BOUNCE)

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from hesscli.errors import FileError
 from hesscli.files.npy import tensor
+from hesscli.files.result_names import index_of_shard
 from hesscli.files.torch_files import reading
 
 # As NumPy reads the bytes, and what they are for torch if NumPy does not know.
@@ -69,7 +70,8 @@ def _mapped(path: str | os.PathLike[str], entry: dict[str, Any], start: int) -> 
 
 def _refuse_hessian(path: str | os.PathLike[str], file: Any) -> None:
     if "hesscli" in (file.metadata() or {}):
+        opens = index_of_shard(Path(path)) or Path(path)
         raise FileError(
             f"{path}: a Hessian that hesscli wrote; expected a model or data",
-            f"hesscli show {shlex.quote(str(Path(path)))}",
+            f"hesscli show {shlex.quote(str(opens))}",
         )

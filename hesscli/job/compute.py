@@ -36,7 +36,7 @@ from hesscli.job.options import ComputeOptions, Listener, command_of, options_of
 from hesscli.job.planning import Plan
 from hesscli.job.team import Team, missing, shares
 from hesscli.job.whole import WholeBlocks, groups
-from hesscli.job.writing import may_write
+from hesscli.job.writing import may_write, written
 from hesscli.spectrum.eigen import DENSE_LIMIT, extremes
 
 # What changes nothing in the file.
@@ -66,10 +66,9 @@ def compute(
         may_write(options.output, options.force, (options.model, options.data))
     with Team() as team:
         shared = options.shard is not None or team.size > 1
-        if shared and options.output is None:
-            raise UsageError(
-                "-: several processes cannot write to a pipe", "-o hessian.safetensors"
-            )
+        if options.output is None and (shared or options.max_shard_size is not None):
+            several = "processes cannot write" if shared else "files cannot go"
+            raise UsageError(f"-: several {several} to a pipe", "-o hessian.safetensors")
         plan = Plan(options, open_problem(options, listener, model=model), listener, shared)
         if dry_run:
             document = plan.dry_run()
@@ -77,7 +76,7 @@ def compute(
             plan.fits()
             document = _Run(plan, team).run()
         document["seconds"] = time.perf_counter() - started
-        document["output"] = str(options.output) if options.output else "-"
+        document["output"] = _called(options.output, dry_run)
         return document
 
 
@@ -99,7 +98,13 @@ def merge(output: Path, listener: Listener) -> Document:
     options = options_of(command, output)
     plan = Plan(options, open_problem(options, listener), listener, shared=True)
     document = _Run(plan, Team(), merging=True).run()
-    return document | {"seconds": time.perf_counter() - started, "output": str(output)}
+    return document | {"seconds": time.perf_counter() - started, "output": _called(output)}
+
+
+def _called(output: Path | None, dry_run: bool = False) -> str:
+    if output is None:
+        return "-"
+    return str(output if dry_run else written(output)[0])
 
 
 class _Run:
@@ -140,11 +145,10 @@ class _Run:
                 for name, g in gradient.items():
                     writer.write(f"gradient.{name}", g.cpu().numpy())
             try:
-                blocks = self._blocks(writer, journal, gradient)
+                document |= self._results(self._blocks(writer, journal, gradient))
+                document |= writer.commit(documents.timeless(document))
             except BaseException as error:
                 raise self._left(error, writer, journal) from None
-            document |= self._results(blocks)
-            document |= writer.commit(documents.timeless(document))
             journal.remove()
             if self.options.output is None:
                 writer.copy_to(sys.stdout.buffer)
@@ -157,6 +161,7 @@ class _Run:
             self._tensors(),
             dtype,
             document,
+            max_shard_size=self.options.max_shard_size,
             start=journal.start,
             shared=shared,
         )

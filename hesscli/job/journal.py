@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from hesscli.errors import FileError, UsageError
-from hesscli.files.hessian_writer import HessianWriter, partial_path, sync_folder
+from hesscli.files.hessian_writer import HessianWriter
+from hesscli.files.result_names import partial_path
+from hesscli.files.tensor_file import sync_folder
 
 SCHEMA = "hesscli.journal/1"
 INTERVAL = 1.0

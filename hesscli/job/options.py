@@ -56,6 +56,7 @@ class ComputeOptions(ProblemOptions):
     stats: str = "auto"
     output: Path | None = Path("hessian.safetensors")  # None: standard output
     force: bool = False
+    max_shard_size: int | None = None  # bytes of tensors in one file; None: all
     memory: int | None = None  # bytes; None: a share of what is free
     resume: bool = False
     shard: tuple[int, int] | None = None  # (I, N): only the I-th of N shares of the work, from 1

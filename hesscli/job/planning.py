@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 from hesscli.errors import NumericalError, ResourceError
-from hesscli.files.hessian_writer import partial_path
 from hesscli.files.resources import available_memory, disk_used, free_disk
+from hesscli.files.result_names import partial_paths
 from hesscli.hessian.blocks import STRUCTURES, Block, partition
 from hesscli.hessian.check import gradients
 from hesscli.hessian.costs import Rates
@@ -188,7 +188,7 @@ class Plan:
         output = self.options.output
         needs = [(self.memory(), self.limit, "of memory", "may be used")]
         if output is not None:
-            free = free_disk(output.parent) + disk_used(partial_path(output))
+            free = free_disk(output.parent) + sum(map(disk_used, partial_paths(output)))
             needs.append((self.bytes, free, "of disk", f"is free in {output.parent}"))
         for needed, free, kind, where in needs:
             if needed > free:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from hesscli.errors import UsageError
-from hesscli.files.hessian_file import is_hesscli
+from hesscli.files.hessian_file import is_part_of
 from hesscli.files.hessian_writer import HessianWriter
+from hesscli.files.result_names import index_path, is_index, result_paths, shard_paths
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -30,14 +31,28 @@ def may_write(path: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
         raise UsageError(f"{path}: no such folder", f"mkdir -p {path.parent}")
     if path.is_dir():
         raise UsageError(f"{path}: is a folder", f"-o {path / 'hessian.safetensors'}")
-    if not path.exists():
-        return
-    if not path.is_file():
-        raise UsageError(f"{path}: is not a regular file; not replaced", "-o -")
-    if any(used.exists() and path.samefile(used) for used in inputs):
-        raise UsageError(f"{path}: is an input of this command", "-o other.safetensors")
-    if not force and not (is_hesscli(path) or _says_hesscli(path)):
-        raise UsageError(f"{path}: exists, and hesscli did not write it; not replaced", "--force")
+    if is_index(path):
+        name = path.name.removesuffix(".index.json")
+        raise UsageError(f"{path}: is the name of an index", f"-o {path.with_name(name)}")
+    used = [path if path.exists() else index_path(path) for path in inputs]
+    # Also what a result of this name has, or would have, in several files.
+    for found in result_paths(path):
+        if not found.is_file():
+            raise UsageError(f"{found}: is not a regular file; not replaced", "-o -")
+        if any(one.exists() and found.samefile(one) for one in used):
+            raise UsageError(f"{found}: is an input of this command", "-o other.safetensors")
+        if not force and not (is_part_of(found, path) or _says_hesscli(found)):
+            raise UsageError(
+                f"{found}: exists, and is no result of hesscli; not replaced", "--force"
+            )
+
+
+def written(path: Path) -> tuple[Path, int]:
+    """The file that opens a result, itself or its index, and the bytes of all its files."""
+    index = index_path(path)
+    if path.exists() or not index.exists():
+        return path, path.stat().st_size if path.exists() else 0
+    return index, sum(found.stat().st_size for found in (index, *shard_paths(path)))
 
 
 def _says_hesscli(path: Path) -> bool:

@@ -1,0 +1,85 @@
+"""The index of a result in several files: its document, and which tensor is in which file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hesscli.errors import FileError
+from hesscli.files.safetensors_header import Header, is_regular, read_header
+
+SHARD_SCHEMA = "hesscli.shard/1"
+_AGAIN = "compute it again, or copy all of its files again"
+
+
+@dataclass(frozen=True)
+class Index:
+    """What an index says."""
+
+    path: Path
+    metadata: dict[str, str]
+    places: dict[str, str]  # tensor -> name of its file
+
+    def headers(self, document: dict[str, Any]) -> tuple[Header, ...]:
+        """The headers of all its files, which must be those that were written with this document.
+
+        Raises:
+            FileError: a file is missing, damaged, or of another result.
+        """
+        found = tuple(map(self._header, dict.fromkeys(self.places.values())))
+        for header in found:
+            part = _part(header)
+            if part.get("schema") != SHARD_SCHEMA or part.get("of") != document.get("checksum"):
+                raise FileError(
+                    f"{header.path}: is not of the Hessian that {self.path.name} lists", _AGAIN
+                )
+        held = {name: header.path.name for header in found for name in header.entries}
+        if held != self.places or set(held) != set(document.get("checksums", ())):
+            raise FileError(f"{self.path}: lists other tensors than are in its files", _AGAIN)
+        return found
+
+    def _header(self, name: str) -> Header:
+        if Path(name).name != name:
+            raise FileError(f"{self.path}: names a file {name!r} outside of its folder", _AGAIN)
+        path = self.path.parent / name
+        try:
+            return read_header(path, str(path))
+        except FileNotFoundError:
+            raise FileError(f"{path}: is missing, and {self.path.name} lists it", _AGAIN) from None
+
+
+def read_index(path: Path) -> Index:
+    """Reads an index, but none of its files.
+
+    Raises:
+        FileNotFoundError: there is none.
+        FileError: it is none, or damaged.
+    """
+    try:
+        if not is_regular(path):
+            raise FileError(f"{path}: not a regular file")
+        index = json.loads(path.read_bytes())
+        metadata, places = index.get("metadata", {}), index["weight_map"]
+        if not isinstance(metadata, dict) or not all(
+            isinstance(name, str) for name in places.values()
+        ):
+            raise ValueError("its parts are not what they are in an index")
+        return Index(path, metadata, places)
+    except FileNotFoundError:
+        raise
+    except PermissionError:
+        raise FileError(f"{path}: permission denied") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise FileError(
+            f"{path}: not the index of a Hessian in several files, or one that was cut short"
+        ) from None
+
+
+def _part(header: Header) -> dict[str, Any]:
+    try:
+        part = json.loads(header.metadata["hesscli"])
+        return part if isinstance(part, dict) else {}
+    except (KeyError, ValueError):
+        return {}

@@ -1,0 +1,65 @@
+"""The header of a safetensors file. Importing this loads no torch."""
+
+from __future__ import annotations
+
+import json
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hesscli.errors import FileError
+
+AGAIN = "compute it again, or copy the file again"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is in a safetensors file, and where."""
+
+    path: Path
+    metadata: dict[str, str]
+    entries: dict[str, dict[str, Any]]
+    start: int  # of the tensors
+
+
+def read_header(path: Path, shown: str) -> Header:
+    """Reads a header, and compares it with the file's length.
+
+    Args:
+        path: the file.
+        shown: what to call it in errors.
+
+    Raises:
+        FileNotFoundError: there is none.
+        FileError: it is not a safetensors file, or truncated.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if not is_regular(path):
+            raise FileError(f"{shown}: not a regular file")
+        with safe_open(path, "np") as file:  # checks lengths and offsets
+            metadata = file.metadata() or {}
+        with path.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            entries = json.loads(raw.read(length))
+    except FileNotFoundError:
+        raise
+    except PermissionError:
+        raise FileError(f"{shown}: permission denied") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FileError(
+            f"{shown}: not a Hessian file, or one that was cut short ({str(error).splitlines()[0]})"
+        ) from None
+    entries.pop("__metadata__", None)
+    return Header(path, metadata, entries, 8 + length)
+
+
+def is_regular(path: Path) -> bool:
+    """Whether it is a file that can be read and read again.
+
+    Raises:
+        OSError: there is none, or it may not be looked at.
+    """
+    return stat.S_ISREG(path.stat().st_mode)
