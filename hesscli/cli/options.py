@@ -291,7 +291,7 @@ _SOURCE = inspect.Parameter(
         str,
         typer.Argument(
             metavar="HESSIAN|-|MODEL",
-            help="A Hessian file (- is standard input), or, with DATA, a model.",
+            help="A Hessian file or index (- is standard input), or, with DATA, a model.",
         ),
     ],
 )

@@ -22,7 +22,8 @@ Markdown = Annotated[
 
 def show(
     hessian: Annotated[
-        str, typer.Argument(metavar="HESSIAN|-", help="A Hessian file; - is standard input.")
+        str,
+        typer.Argument(metavar="HESSIAN|-", help="A Hessian file or index; - is standard input."),
     ] = "hessian.safetensors",
     wide: Annotated[
         bool,

@@ -44,7 +44,7 @@ class Hessian(Generic[Array]):
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """The file, or the index of several."""
         return self._file.path
 
     @property
@@ -149,7 +149,7 @@ def load(path: str | os.PathLike[str], framework: Framework = "numpy") -> Hessia
     """Opens a Hessian file; its blocks are read when they are asked for.
 
     Args:
-        path: the file.
+        path: the file, or the index of several.
         framework: "numpy" or "torch", whose arrays `block` and `matrix` return.
 
     Raises:
