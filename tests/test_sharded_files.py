@@ -261,10 +261,12 @@ def test_completion(both):
 
 def test_one_of_the_files_is_no_hessian(cli, both):
     ran = cli("show", "h-00002-of-00004.safetensors")
-    assert "file 2 of the 4" in ran.fails(3)
+    assert "a part of a Hessian (2 of 4)" in ran.fails(3)
     assert ran.hint == "hesscli show h.safetensors.index.json"
     for file in ("h-00002-of-00004.safetensors", INDEX):
-        assert cli("compute", file, "data.npz", "--arch", "mlp").code == 3
+        refused = cli("compute", file, "data.npz", "--arch", "mlp")
+        assert "a Hessian that hesscli wrote" in refused.fails(3)
+        assert refused.hint == "hesscli show h.safetensors.index.json"
 
 
 # Earlier results and other files

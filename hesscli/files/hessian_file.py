@@ -112,8 +112,8 @@ def _document(path: Path, shown: str, metadata: dict[str, str]) -> dict[str, Any
     if schema == SHARD_SCHEMA:
         index = index_of_shard(path)
         raise FileError(
-            f"{shown}: file {document.get('number')} of the {document.get('count')} that hold one "
-            "Hessian; their index opens them",
+            f"{shown}: holds a part of a Hessian ({document.get('number')} of "
+            f"{document.get('count')}); the index opens it",
             f"hesscli show {index}" if index else None,
         )
     if schema != SCHEMA:

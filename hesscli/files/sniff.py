@@ -76,6 +76,7 @@ DESCRIPTIONS: dict[Kind, str] = {
 }
 
 _HEAD = 512
+_LONGEST_INDEX = 1 << 24
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.serialization.MAGIC_NUMBER, pickled
 
 
@@ -148,6 +149,8 @@ def _kind_of_content(file: BinaryIO) -> Kind:
         return "onnx"
     if not _is_text(head):
         return "unknown"
+    if head.startswith(b"{") and b'"metadata"' in head:  # it may be long, and comes first
+        head += file.read(_LONGEST_INDEX)
     return "weights_index" if head.startswith(b"{") and b'"weight_map"' in head else "text"
 
 
