@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -208,3 +211,113 @@ def test_two_ranks(cli: Callable[..., Ran], net, tmp_path, dtype):
         idle = [note for note in mine["notes"] if "nothing to do" in note]
         assert bool(idle) == (name in ("train", "one")), name
     assert shared["missing"][0].code == 2
+
+
+def test_fewer_samples_than_ranks(cli: Callable[..., Ran], net, tmp_path):
+    words = ("hvp", *net, "--samples", 2, "--vector", "random", "--dtype", "float64", "--json")
+    commands = {"h": (*words, "-o", "three.safetensors")}
+    first, *others = on_ranks(3, tmp_path, commands)["h"]
+    assert first.code == 0, first.stderr
+    assert [rank.stdout + rank.stderr for rank in others] == ["", ""]
+    assert "the data is 2 batches, so 1 of 3 processes have nothing to do" in first.stderr
+    assert cli(*words, "-o", "one.safetensors").code == 0
+    same_files("three.safetensors", "one.safetensors", "float64")
+
+
+# --- when something goes wrong on one of them -----------------------------------------------------
+
+FAILING = """
+import os
+from hesscli.errors import MismatchError
+from hesscli.hessian.operator import Products
+whole = Products.__call__
+def failing(self, vectors):
+    if os.environ["RANK"] == "1" and self.count == 2:
+        raise MismatchError("data: not here")
+    return whole(self, vectors)
+Products.__call__ = failing
+"""
+
+
+def test_an_error_on_one_rank_is_the_commands(net, tmp_path):
+    """The first says it and ends with its code; nothing is written, and the next command runs."""
+    commands: dict[str, tuple[object, ...]] = {
+        "bad": ("eigen", *net, "-o", "e.safetensors"),
+        "good": ("hvp", *net, "--vector", "gradient"),
+    }
+    found = on_ranks(2, tmp_path, commands, before=FAILING)
+    first, second = found["bad"]
+    assert first.code == 4
+    assert "error: data: not here" in first.stderr
+    assert first.stdout == second.stdout == second.stderr == ""
+    assert not (tmp_path / "e.safetensors").exists()
+    assert [rank.code for rank in found["good"]] == [0, 0]
+
+
+DYING = """
+import os, signal, sys
+from hesscli.hessian.operator import Products
+whole = Products.__call__
+def dying(self, vectors):
+    if os.environ["RANK"] == os.environ["DIES"] and self.count == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(self, vectors)
+Products.__call__ = dying
+from hesscli.cli import main
+main()
+"""
+
+
+def test_a_dead_rank_ends_the_job(net, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIES", "1")
+    process = torchrun(2, tmp_path, DYING, "eigen", *net, "-o", "e.safetensors")
+    printed, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert printed == b""
+    assert b"Signal 9" in said
+    assert b"this is a bug" not in said
+    assert not (tmp_path / "e.safetensors").exists()
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_what_the_other_rank_says(net, tmp_path, dies):
+    """Under a launcher that only sets the environment, the one that is left ends by itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"OMP_NUM_THREADS": "1", "DIES": str(dies)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", DYING, "eigen", *map(str, net), "-o", "e.safetensors"],
+            cwd=tmp_path,
+            env=os.environ | shared | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    found = [process.communicate(timeout=60) for process in processes]
+    assert processes[dies].returncode == -signal.SIGKILL
+    assert processes[1 - dies].returncode == 6
+    printed, said = found[1 - dies]
+    assert printed == ""
+    who = "" if dies else "rank 1: "
+    assert f"error: {who}another process has ended early (" in said
+    assert not (tmp_path / "e.safetensors").exists()
+
+
+def test_interrupted(net, tmp_path):
+    words = ("density", *net, "--probes", 100000, "--steps", 4, "--json")
+    process = torchrun(2, tmp_path, "from hesscli.cli import main; main()", *words)
+    assert process.stderr is not None
+    while b"note: loss" not in process.stderr.readline():
+        pass
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    printed, said = process.communicate(timeout=60)
+    document = json.loads(printed)
+    assert document["interrupted"] is True
+    assert document["probes"] > 1
+    assert said.count(b"error: interrupted") == 1

@@ -8,6 +8,7 @@ and one at the end. Sums over data that lies on several processes are sent.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -142,7 +143,8 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        # Without the source file that it begins with, and the advice that follows.
+        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". ")[0]
         raise ProcessLost(f"another process has ended early ({reason})") from error
 
 
