@@ -11,6 +11,7 @@ import typer
 
 from hesscli.cli.failing import failing
 from hesscli.cli.options import Debug, Json, Quiet, takes_hessian_or_problem
+from hesscli.cli.ranks import sharing
 from hesscli.job.options import ProblemOptions
 
 if TYPE_CHECKING:
@@ -62,14 +63,16 @@ def density(
     Exact for a Hessian file and for up to 512 parameters. Elsewhere by stochastic Lanczos
     quadrature: nodes with weights that add up to 1.
     """
-    with failing(debug):
+    with failing(debug), sharing() as share:
+        if share is not None and share.serve():
+            return
         from hesscli.cli.output import Output
         from hesscli.job.density import DensityOptions
         from hesscli.job.density import density as run
 
         with Output(quiet=quiet, json=json) as out:
             options = DensityOptions(probes, steps, output, plot, force)
-            document, _ = run(hessian, problem, options, out)
+            document, _ = run(hessian, problem, options, out, share)
             print_density(out, document)
             if document["interrupted"]:
                 raise KeyboardInterrupt

@@ -12,11 +12,13 @@ from hesscli.cli.completion import block_names
 from hesscli.cli.failing import failing
 from hesscli.cli.gates import FailAbove, FailBelow, end_seen, gate_eigenvalues
 from hesscli.cli.options import Debug, Json, Quiet, takes_hessian_or_problem
+from hesscli.cli.ranks import sharing
 from hesscli.errors import NumericalError, UsageError
 from hesscli.job.options import ProblemOptions
 
 if TYPE_CHECKING:
     from hesscli.cli.output import Document, Output
+    from hesscli.job.share import Share
 
 
 class Which(StrEnum):
@@ -101,7 +103,9 @@ def eigen(
     MODEL DATA gives those of the whole matrix, which is never formed: by Lanczos, with about three
     vectors of memory for each eigenvalue. An eigenvalue comes out as often as it occurs.
     """
-    with failing(debug):
+    with failing(debug), sharing() as share:
+        if share is not None and share.serve():
+            return
         from hesscli.cli.output import Output
 
         end_seen("both" if per_block else which.value, fail_above, fail_below)
@@ -117,7 +121,7 @@ def eigen(
                 if block is not None:
                     raise UsageError("--block goes with a Hessian file", f"--params {block}")
                 document = of_model(
-                    out, problem, top, which, tol, max_products, per_block, output, force
+                    out, problem, top, which, tol, max_products, per_block, output, force, share
                 )
             if output is not None:
                 out.wrote(str(output), output.stat().st_size)
@@ -134,12 +138,13 @@ def of_model(
     per_block: bool,
     output: Path | None,
     force: bool,
+    share: Share | None,
 ) -> Document:
     """Runs and prints; then fails where it must."""
     from hesscli.job.model_eigen import EigenOptions, model_eigen
 
     options = EigenOptions(top, which.value, tol, max_products, per_block, output, force)
-    document = model_eigen(problem, options, out)
+    document = model_eigen(problem, options, out, share)
     (print_extremes if per_block else print_eigenpairs)(out, document)
     if document["interrupted"]:
         raise KeyboardInterrupt

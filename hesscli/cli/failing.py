@@ -66,7 +66,8 @@ def _report(error: BaseException, debug: bool) -> int:
             say("hint", _pasteable(error.hint))
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        say("error", "interrupted")
+        if rank() == 0:
+            say("error", "interrupted")
         return ExitCode.INTERRUPTED
     if isinstance(error, BrokenPipeError):  # the reader has gone, which is its right
         silence(sys.stdout)

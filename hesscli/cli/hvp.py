@@ -9,6 +9,7 @@ import typer
 
 from hesscli.cli.failing import failing
 from hesscli.cli.options import Debug, Json, Quiet, takes_problem
+from hesscli.cli.ranks import sharing
 from hesscli.job.options import ProblemOptions
 
 if TYPE_CHECKING:
@@ -59,14 +60,16 @@ def hvp(
     --per-fedavg writes the term of Per-FedAvg and MAML in one go: (I - ALPHA H(theta)) times the
     gradient at theta - ALPHA gradient(theta).
     """
-    with failing(debug):
+    with failing(debug), sharing() as share:
+        if share is not None and share.serve():
+            return
         from hesscli.cli.output import Output
         from hesscli.job.hvp import HvpOptions
         from hesscli.job.hvp import hvp as run
 
         with Output(quiet=quiet, json=json) as out:
             options = HvpOptions(vector, per_fedavg, query, gradient, output, force)
-            print_products(out, run(problem, options, out))
+            print_products(out, run(problem, options, out, share))
             out.wrote(str(output), output.stat().st_size)
 
 

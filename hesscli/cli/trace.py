@@ -9,6 +9,7 @@ import typer
 from hesscli.cli.failing import failing
 from hesscli.cli.gates import bound, gate
 from hesscli.cli.options import Debug, Json, Quiet, takes_problem
+from hesscli.cli.ranks import sharing
 from hesscli.job.options import ProblemOptions
 
 if TYPE_CHECKING:
@@ -49,13 +50,15 @@ def trace(
     random vectors, and printed with its standard error. The mean, trace / size, is the sensitivity
     that HAWQ-V2 quantizes by.
     """
-    with failing(debug):
+    with failing(debug), sharing() as share:
+        if share is not None and share.serve():
+            return
         from hesscli.cli.output import Output
 
         with Output(quiet=quiet, json=json) as out:
             from hesscli.job.trace import trace as run
 
-            document = run(problem, rel_error, max_products, out)
+            document = run(problem, rel_error, max_products, out, share)
             if not (document["converged"] or document["interrupted"]):
                 out.note(
                     f"the standard error is more than {rel_error:.3g} of the total after "

@@ -180,8 +180,18 @@ class Problem:
         return twin if same else None
 
 
-def measure(problem: Problem) -> tuple[Problem, float]:
+def measure(
+    problem: Problem,
+    summed: Callable[[float, float], tuple[float, float]] = lambda total, denominator: (
+        total,
+        denominator,
+    ),
+) -> tuple[Problem, float]:
     """One pass over the data without derivatives: the problem with its denominator, and L(theta).
+
+    Args:
+        problem: with the default denominator.
+        summed: adds to the sums over these batches those over other ones, which are elsewhere.
 
     Raises:
         MismatchError: model, data and loss do not fit, two passes differ (dropout), or every target is ignored.
@@ -199,6 +209,7 @@ def measure(problem: Problem) -> tuple[Problem, float]:
             batch_total, share = problem.loss.total(output, batch.target, batch.loss_arguments)
             total += float(batch_total)
             denominator += share
+    total, denominator = summed(total, denominator)
     if problem.loss.reduction == "sum":
         denominator = 1.0
     if denominator == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from hesscli.hessian.losses import ELEMENT_WEIGHTED, LOSSES, Loss
 from hesscli.hessian.plan import Sizes, choose_sizes
 from hesscli.hessian.problem import Batch, Batches, Problem, saved_bytes
 from hesscli.job.options import ProblemOptions
+from hesscli.job.team import ranks_here
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,13 @@ def split(
     model: SavedModel,
     rows: int | None,
     note: Callable[[str], None],
+    parts: int = 1,
 ) -> tuple[Problem, Sizes]:
-    """The problem with its data in batches, unless model or loss want it whole."""
+    """The problem with its data in batches, unless model or loss want it whole.
+
+    Args:
+        parts: how many processes share the batches; there is at least one for each, where that can be.
+    """
     samples = source.samples
     few = source.whole() if options.unbatched else source.part(0, min(samples, 2))
     if model.batch_size is not None and not options.unbatched:
@@ -124,25 +131,45 @@ def split(
         1, len(few.inputs[0]) if few.inputs[0].dim() else 1
     )
     size = rows or sum(p.numel() for p in problem.parameters.values())
-    sizes = choose_sizes(samples, saved, size, problem.dtype.itemsize, _free_memory(problem.device))
-    batch = options.batch_size or sizes.batch
+    free = _free_memory(problem.device)
+    if parts > 1 and problem.device.type == "cpu":
+        free //= ranks_here()
+    sizes = choose_sizes(samples, saved, size, problem.dtype.itemsize, free)
+    batch, bounds = options.batch_size or sizes.batch, None
     if model.batch_size is not None:
         batch = model.batch_size
     if options.unbatched or problem.loss.whole or options.train_mode:
         batch = samples  # train-mode batch norm couples the samples of a batch
+    elif model.batch_size is None and parts > 1:
+        batch, bounds = _even(samples, batch, parts)
     batch = min(batch, samples)
-    return replace(problem, batches=_batches(source, batch)), Sizes(batch, sizes.chunk)
+    if bounds is None:
+        bounds = [*range(0, samples, batch), samples]
+    count = len(bounds) - 1
+    if count < parts:
+        batches = f"{count} batch" + ("es" if count > 1 else "")
+        note(f"the data is {batches}, so {parts - count} of {parts} processes have nothing to do")
+    return replace(problem, batches=_batches(source, bounds, parts)), Sizes(batch, sizes.chunk)
 
 
-def _batches(source: Source, size: int) -> Sequence[Batch]:
+def _even(samples: int, most: int, parts: int) -> tuple[int, list[int]]:
+    """As few batches as can be, so many for each of the processes, and as equal as can be: the largest, all bounds."""
+    count = min(samples, -(-samples // (most * parts)) * parts)
+    bounds = [index * samples // count for index in range(count + 1)]
+    return -(-samples // count), bounds
+
+
+def _batches(source: Source, bounds: Sequence[int], parts: int) -> Sequence[Batch]:
     """All batches at once where they take a small part of the memory; else each when it is needed."""
-    starts = range(0, source.samples, size)
 
     def make(index: int) -> Batch:
-        return source.part(starts[index], min(starts[index] + size, source.samples))
+        return source.part(bounds[index], bounds[index + 1])
 
-    lazy = Batches(len(starts), make)
-    return list(lazy) if source.bytes <= _free_memory(source.device) // 8 else lazy
+    small = source.bytes <= _free_memory(source.device) // 8
+    if parts > 1:  # a process needs its own alone
+        return Batches(len(bounds) - 1, cache(make) if small else make)
+    lazy = Batches(len(bounds) - 1, make)
+    return list(lazy) if small else lazy
 
 
 def _free_memory(device: torch.device) -> int:

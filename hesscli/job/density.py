@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from hesscli.job.figures import may_draw
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.writing import may_write, write_tensors
 from hesscli.spectrum.density import Density
+
+if TYPE_CHECKING:
+    from hesscli.job.share import Share
 
 SCHEMA = "hesscli.density/1"
 BINS = 24
@@ -30,7 +34,11 @@ class DensityOptions:
 
 
 def density(
-    hessian: str, problem: ProblemOptions | None, options: DensityOptions, listener: Listener
+    hessian: str,
+    problem: ProblemOptions | None,
+    options: DensityOptions,
+    listener: Listener,
+    share: Share | None = None,
 ) -> tuple[Document, Density]:
     """The density of a Hessian file, or of a model's curvature where `problem` is given.
 
@@ -54,7 +62,7 @@ def density(
 
         found, products = exact(values), 0
     else:
-        document, found, products = _of_model(problem, options, listener)
+        document, found, products = _of_model(problem, options, listener, share)
     edges, mass = found.histogram(BINS)
     document |= {
         "schema": SCHEMA,
@@ -77,13 +85,13 @@ def density(
 
 
 def _of_model(
-    problem: ProblemOptions, options: DensityOptions, listener: Listener
+    problem: ProblemOptions, options: DensityOptions, listener: Listener, share: Share | None
 ) -> tuple[Document, Density, int]:
     from hesscli.job.operator import open_operator
     from hesscli.spectrum.dense import DENSE, dense
     from hesscli.spectrum.density import exact, lanczos_quadrature
 
-    operator = open_operator(problem, listener)
+    operator = open_operator(problem, listener, share)
     if operator.size <= DENSE:
         found = exact(dense(operator.products, operator.size, listener.progress)[0])
     else:

@@ -13,9 +13,9 @@ from hesscli.errors import MismatchError, NumericalError, UsageError
 from hesscli.files.arrays import load_arrays
 from hesscli.job import document as documents
 from hesscli.job.document import Document
-from hesscli.job.opening import open_problem
-from hesscli.job.operator import Operator, open_operator
+from hesscli.job.operator import Operator, open_operator, open_shared, shared_problem
 from hesscli.job.options import Listener, ProblemOptions
+from hesscli.job.share import Share
 from hesscli.job.writing import may_write, write_tensors
 
 SCHEMA = "hesscli.hvp/1"
@@ -31,7 +31,12 @@ class HvpOptions:
     force: bool = False
 
 
-def hvp(problem: ProblemOptions, options: HvpOptions, listener: Listener) -> Document:
+def hvp(
+    problem: ProblemOptions,
+    options: HvpOptions,
+    listener: Listener,
+    share: Share | None = None,
+) -> Document:
     """Writes H v, or (I - alpha H(theta)) g', keyed and shaped as the parameters.
 
     g' is the gradient at theta - alpha * gradient(theta) on the query data: the term of Per-FedAvg and MAML.
@@ -52,7 +57,7 @@ def hvp(problem: ProblemOptions, options: HvpOptions, listener: Listener) -> Doc
     if options.vector not in (None, "gradient", "random"):
         read.append(Path(str(options.vector)))
     may_write(options.output, options.force, read)
-    operator = open_operator(problem, listener)
+    operator = open_operator(problem, listener, share)
     facts: Document = {"vector": options.vector, "per_fedavg": options.per_fedavg}
     if options.per_fedavg is not None:
         vectors, query = _adapted_gradient(operator, options, listener)
@@ -158,10 +163,11 @@ def _adapted_gradient(
     assert options.per_fedavg is not None
     problem, facts = operator.problem, None
     if options.query is not None:
-        opened = open_problem(replace(operator.options, data=options.query), listener)
+        other = replace(operator.options, data=options.query)
+        opened = open_shared(other, listener, operator.share)
         if list(opened.problem.parameters) != list(problem.parameters):
             raise MismatchError(f"{options.query}: the model has other parameters with it")
-        problem, facts = opened.problem, opened.facts["data"]
+        problem, facts = shared_problem(opened, operator.share, 1), opened.facts["data"]
     kept = [parameter.detach().clone() for parameter in problem.parameters.values()]
     steps = operator.products.split(operator.gradient)
     try:

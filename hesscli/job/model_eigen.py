@@ -16,6 +16,7 @@ from hesscli.job.document import Document
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.progress import Convergence
+from hesscli.job.share import Share
 from hesscli.job.writing import may_write, write_tensors
 from hesscli.spectrum.dense import DENSE, dense
 from hesscli.spectrum.eigen import WHICH
@@ -35,7 +36,12 @@ class EigenOptions:
     force: bool = False
 
 
-def model_eigen(problem: ProblemOptions, options: EigenOptions, listener: Listener) -> Document:
+def model_eigen(
+    problem: ProblemOptions,
+    options: EigenOptions,
+    listener: Listener,
+    share: Share | None = None,
+) -> Document:
     """The first eigenvalues of a model's curvature; or the extremes of each parameter's own block.
 
     Returns:
@@ -47,7 +53,7 @@ def model_eigen(problem: ProblemOptions, options: EigenOptions, listener: Listen
     started = time.perf_counter()
     if options.output is not None:
         may_write(options.output, options.force, (problem.model, problem.data))
-    operator = open_operator(problem, listener)
+    operator = open_operator(problem, listener, share)
     if options.per_block:
         found, blocks, operators = _per_block(operator, options, listener)
     else:

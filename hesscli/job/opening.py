@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from hesscli.hessian.problem import Problem, measure
 from hesscli.job.batches import Source, move, split
 from hesscli.job.options import EVERY, Listener, ProblemOptions
 from hesscli.job.team import rank, ranks
+
+if TYPE_CHECKING:
+    from hesscli.job.share import Share
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ def open_problem(
     listener: Listener,
     rows: int | None = None,
     model: SavedModel | None = None,
+    share: Share | None = None,
 ) -> Opened:
     """Loads model and data, settles the loss, and makes one pass over the data.
 
@@ -49,6 +53,7 @@ def open_problem(
         listener: hears the notes.
         rows: the size of the largest block, if it is known to be smaller than all parameters together.
         model: one in memory, in place of the file that the options name.
+        share: what other processes share the pass over the data through.
 
     Raises:
         HesscliError: of any kind; see `errors.py`.
@@ -122,12 +127,17 @@ def open_problem(
     )
     if data.columns:
         source = _as_columns(problem, source, note)
-    problem, sizes = split(problem, source, options, model, rows, note)
+    parts = 1 if share is None else share.team.size
+    problem, sizes = split(problem, source, options, model, rows, note, parts)
     if dtype is torch.float64:
         problem = problem.widened()
         if problem.wide:
             note("what the model itself computes in float32 is computed in float64")
-    problem, value = measure(problem)
+    if share is None:
+        problem, value = measure(problem)
+    else:
+        measured, value = measure(share.own(problem), share.totals)
+        problem = replace(problem, denominator=measured.denominator)
     if not torch.isfinite(torch.tensor(value)):
         raise NumericalError(f"the loss is {value}; its derivatives would mean nothing")
     facts = {

@@ -27,6 +27,13 @@ from hesscli.job import document as documents
 from hesscli.job.document import Document
 from hesscli.job.opening import Opened, open_problem
 from hesscli.job.options import Listener, ProblemOptions
+from hesscli.job.share import (
+    Share,
+    SharedProblem,
+    SharedProducts,
+    Silent,
+    shared_certificate,
+)
 from hesscli.job.sizes import size
 
 
@@ -37,15 +44,13 @@ class Operator:
     options: ProblemOptions
     listener: Listener
     opened: Opened
+    problem: Problem
     products: Flat
     method: str
     gradient: Tensor  # [P]
     certificate: Certificate | None
+    share: Share | None = None  # of the data, where it lies on several processes
     check_error: float | None = None
-
-    @property
-    def problem(self) -> Problem:
-        return self.opened.problem
 
     @property
     def size(self) -> int:
@@ -72,7 +77,7 @@ class Operator:
 
     def restricted(self, name: str) -> Operator:
         """The own block of one parameter, checked too."""
-        problem = self.problem
+        problem = self.opened.problem
         one = replace(problem, parameters={name: problem.parameters[name]})
         opened = replace(self.opened, problem=one)
         return _made(
@@ -80,6 +85,7 @@ class Operator:
             self.listener,
             opened,
             self.products.split(self.gradient)[name].reshape(-1),
+            self.share,
         )
 
     def needs(self, vectors: int, what: str, smaller: str) -> None:
@@ -100,26 +106,47 @@ class Operator:
             )
 
 
-def open_operator(options: ProblemOptions, listener: Listener) -> Operator:
+def open_operator(
+    options: ProblemOptions, listener: Listener, share: Share | None = None
+) -> Operator:
     """Opens model and data, linearises, and checks a product along a random direction.
+
+    Args:
+        options: what was asked for.
+        listener: hears the notes.
+        share: of the data, if other processes have one too.
 
     Raises:
         HesscliError: of any kind.
     """
-    opened = open_problem(options, listener)
-    problem = opened.problem
+    opened = open_shared(options, listener, share)
+    problem = shared_problem(opened, share)
     grads = problem.gradient(list(problem.parameters))
     gradient = torch.cat([g.reshape(-1) for g in grads.values()])
     norm = float(torch.linalg.norm(gradient.double()))
     if not math.isfinite(norm):
         raise NumericalError(f"the gradient's norm is {norm}; the Hessian would mean nothing")
-    return _made(options, listener, opened, gradient)
+    return _made(options, listener, opened, gradient, share)
+
+
+def open_shared(options: ProblemOptions, listener: Listener, share: Share | None) -> Opened:
+    """The problem, opened by all processes that have a share of the data."""
+    return open_problem(options, listener) if share is None else share.open(options, listener)
+
+
+def shared_problem(opened: Opened, share: Share | None, source: int = 0) -> Problem:
+    """An opened problem as one whose gradients are sums over all processes."""
+    return opened.problem if share is None else SharedProblem.of(opened.problem, share, source)
 
 
 def _made(
-    options: ProblemOptions, listener: Listener, opened: Opened, gradient: Tensor
+    options: ProblemOptions,
+    listener: Listener,
+    opened: Opened,
+    gradient: Tensor,
+    share: Share | None,
 ) -> Operator:
-    problem = opened.problem
+    problem = shared_problem(opened, share)
     if options.method not in ("auto", HVP, FINITE_DIFFERENCE):
         raise UsageError(
             f"products are made by {HVP} or {FINITE_DIFFERENCE}, not by {options.method}",
@@ -130,8 +157,10 @@ def _made(
     double = problem.double() if options.check or options.method != HVP else None
     reference = double or problem
     methods: dict[str, Callable[[], Flat]] = {
-        HVP: lambda: Products(
-            problem, options.curvature, available_memory() // 2, opened.sizes.chunk
+        HVP: lambda: (
+            SharedProducts(problem, options.curvature)
+            if isinstance(problem, SharedProblem)
+            else Products(problem, options.curvature, available_memory() // 2, opened.sizes.chunk)
         ),
         FINITE_DIFFERENCE: lambda: Differences(reference),
     }
@@ -139,6 +168,7 @@ def _made(
         methods = {options.method: methods[options.method]}
     elif options.curvature != "hessian":
         del methods[FINITE_DIFFERENCE]
+    certify = certificate_of if share is None else shared_certificate
     reason = ""
     for method, make in methods.items():
         if reason:
@@ -146,12 +176,14 @@ def _made(
             opened.notes.append(note)
             listener.note(note)
         certificate = (
-            certificate_of(reference, problem.dtype, options.seed, options.curvature)
+            certify(reference, problem.dtype, options.seed, options.curvature)
             if options.check
             else None
         )
         try:
-            made = Operator(options, listener, opened, make(), method, gradient, certificate)
+            made = Operator(
+                options, listener, opened, problem, make(), method, gradient, certificate, share
+            )
             reason = _refused(made)
         except NotApplicable as error:
             reason = str(error)
@@ -185,14 +217,6 @@ def _refused(made: Operator) -> str:
     return ""
 
 
-class _Silent:
-    def note(self, text: str) -> None:
-        pass
-
-    def progress(self, done: int, total: int, doing: str) -> None:
-        pass
-
-
 def operator(model: str | Path, data: str | Path, **options: Any) -> LinearOperator:
     """The curvature of a saved model's loss as a `scipy.sparse.linalg.LinearOperator`, [P, P] and symmetric.
 
@@ -221,7 +245,7 @@ def operator(model: str | Path, data: str | Path, **options: Any) -> LinearOpera
             options[name] = (options[name],)
         elif name in options:
             options[name] = tuple(options[name])
-    opened = open_operator(ProblemOptions(Path(model), Path(data), **options), _Silent())
+    opened = open_operator(ProblemOptions(Path(model), Path(data), **options), Silent())
     products, problem = opened.products, opened.problem
 
     def multiply(rows: np.ndarray) -> np.ndarray:

@@ -1,18 +1,24 @@
 """The processes that share one job: those that `torchrun` started, or this one alone.
 
-Each knows its rank and how many there are from the environment. They talk through torch.distributed (gloo): a word at
-the start, and at the end that all are done. Results go through the file and the journals beside it.
+Each knows its rank and how many there are from the environment. They talk through torch.distributed: gloo for what is
+on the CPU, NCCL for what is on a GPU. Blocks go through the file and the journals beside it, with a word at the start
+and one at the end. Sums over data that lies on several processes are sent.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hesscli.errors import ResourceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PATIENCE = timedelta(
     days=30
@@ -28,6 +34,15 @@ def ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
 
 
+def ranks_here() -> int:
+    """How many of them share this machine's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks() > 1 else 1
+
+
+class ProcessLost(ResourceError):  # noqa: N818 - reads as what happened
+    """Another process has ended, and this one cannot go on."""
+
+
 class Team:
     """All processes of a job, as seen from one of them."""
 
@@ -36,10 +51,12 @@ class Team:
 
     def __enter__(self) -> Team:
         if self.size > 1:
+            import torch
             import torch.distributed as dist
 
             if not dist.is_initialized():
-                dist.init_process_group("gloo", timeout=_PATIENCE)
+                backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+                dist.init_process_group(backend, timeout=_PATIENCE)
         return self
 
     def __exit__(
@@ -57,37 +74,78 @@ class Team:
         """What the first process says, to all.
 
         Raises:
-            ResourceError: a process has ended.
+            ProcessLost: one has ended.
         """
         if self.size == 1:
             return value
         import torch.distributed as dist
 
         box = [value]
-        try:
+        with _together():
             dist.broadcast_object_list(box)
-        except RuntimeError as error:
-            raise _ended(error) from error
         return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process says, to all.
+
+        Raises:
+            ProcessLost: one has ended.
+        """
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        said: list[Any] = [None] * self.size
+        with _together():
+            dist.all_gather_object(said, value)
+        return said
+
+    def send_(self, tensor: Tensor) -> Tensor:
+        """The first process's tensor, in place of that of all others.
+
+        Raises:
+            ProcessLost: one has ended.
+        """
+        if self.size > 1:
+            import torch.distributed as dist
+
+            with _together():
+                dist.broadcast(tensor, 0)
+        return tensor
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, added up in float64; on the first process alone.
+
+        Raises:
+            ProcessLost: one has ended.
+        """
+        if self.size == 1:
+            return tensor
+        import torch
+        import torch.distributed as dist
+
+        total = tensor.to(torch.float64, copy=True)
+        with _together():
+            dist.reduce(total, 0)
+        return total.to(tensor.dtype)
 
     def wait(self) -> None:
         """Until all processes are here.
 
         Raises:
-            ResourceError: a process has ended.
+            ProcessLost: one has ended.
         """
-        if self.size == 1:
-            return
-        import torch.distributed as dist
-
-        try:
-            dist.barrier()
-        except RuntimeError as error:
-            raise _ended(error) from error
+        self.gather(None)
 
 
-def _ended(error: RuntimeError) -> ResourceError:
-    return ResourceError(f"another process has ended early ({str(error).splitlines()[0]})")
+@contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        # Without the source file that it begins with, and the advice that follows.
+        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". ")[0]
+        raise ProcessLost(f"another process has ended early ({reason})") from error
 
 
 def shares(parts: Sequence[tuple[str, float]], count: int) -> list[set[str]]:

@@ -13,6 +13,7 @@ from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import ComputeOptions, Listener, ProblemOptions
 from hesscli.job.planning import Plan
 from hesscli.job.progress import Convergence
+from hesscli.job.share import Share
 from hesscli.job.whole import WholeBlocks, groups
 from hesscli.spectrum.dense import DENSE
 from hesscli.spectrum.trace import Estimate, estimate
@@ -24,7 +25,11 @@ AFFORDABLE = DENSE
 
 
 def trace(
-    problem: ProblemOptions, relative_error: float, max_products: int, listener: Listener
+    problem: ProblemOptions,
+    relative_error: float,
+    max_products: int,
+    listener: Listener,
+    share: Share | None = None,
 ) -> Document:
     """The traces of a model's curvature.
 
@@ -33,6 +38,7 @@ def trace(
         relative_error: the standard error of the total, relative to it, at which an estimate is good enough.
         max_products: at most.
         listener: hears how it goes.
+        share: of the data, if other processes have one too.
 
     Returns:
         the JSON document: `blocks[].trace` and `total.trace`, each with `standard_error`, 0 where exact.
@@ -41,7 +47,7 @@ def trace(
         HesscliError: of any kind.
     """
     started = time.perf_counter()
-    operator = open_operator(problem, listener)
+    operator = open_operator(problem, listener, share)
     found = _exact(operator, max_products, listener)
     if found is None:
         found = _estimated(operator, relative_error, max_products, listener)
@@ -81,6 +87,8 @@ def _exact(operator: Operator, max_products: int, listener: Listener) -> Estimat
     options = ComputeOptions(**shared, blocks="elements", stats="basic", output=None)
     plan = Plan(options, operator.opened, listener)
     most = min(AFFORDABLE, max_products) / max(1, operator.size)
+    if operator.share is not None:  # this process does it alone; products are shared
+        most /= operator.share.team.size
     if plan.work(plan.blocks) > most * plan.by_rows():
         return None
     certificate = None

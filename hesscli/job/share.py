@@ -1,0 +1,332 @@
+"""Data that lies on several processes: one leads, and the others answer what it asks of theirs.
+
+What a command needs of the data are sums over batches: gradients, products, and what checks these. The first process
+runs the command as if it were alone. Where a sum is needed, it sends the question and a vector; each process answers
+for its own batches, and the answers are added up in float64. So the processes cannot get out of step, whatever the
+rounding of each, and the others hold neither a basis nor a result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscli.errors import HesscliError, MismatchError
+from hesscli.files.resources import available_memory
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.check import Along, Certificate
+from hesscli.hessian.check_curvature import AlongOutput, OutputCertificate
+from hesscli.hessian.check_curvature import certificate as certificate_of
+from hesscli.hessian.operator import Flat, Products
+from hesscli.hessian.problem import Batches, Problem
+from hesscli.hessian.routes.base import NotApplicable
+from hesscli.job.opening import Opened, open_problem
+from hesscli.job.options import Listener, ProblemOptions
+from hesscli.job.team import ProcessLost, Team, ranks_here
+
+
+class Silent:
+    """Nobody listens."""
+
+    def note(self, text: str) -> None: ...
+
+    def progress(self, done: int, total: int, doing: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """dL / d theta of some parameters."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Product:
+    """H v."""
+
+    curvature: str
+
+
+@dataclass(frozen=True)
+class Quotient:
+    """J^T M J v by differences of the output."""
+
+    block: Block
+    step: float
+    fisher: bool
+
+
+@dataclass(frozen=True)
+class Question:
+    """One that is asked of the data of every process; a tensor goes with it.
+
+    Args:
+        what: is wanted.
+        source: which of the problems that were opened.
+        dtype: of that problem, or of its twin in float64.
+        parameters: the problem's, where it is restricted.
+        shape: of the tensor.
+    """
+
+    what: Gradient | Product | Quotient
+    source: int
+    dtype: torch.dtype
+    parameters: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+class Share:
+    """One process's share of the data, and its place among the others."""
+
+    def __init__(self) -> None:
+        self.team = Team()
+        self.opened: list[Opened] = []
+        self.twins: dict[int, Problem | None] = {}  # in float64
+        self.kept: tuple[object, Products] | None = None  # those of the last question
+        self.asking = False
+        self.measured = False
+
+    def __enter__(self) -> Share:
+        self.team.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """The others are told that this is the end; where they cannot be, they see this process end."""
+        if self.team.rank == 0 and not self.asking:
+            with contextlib.suppress(ProcessLost):
+                self.team.tell(None)
+                kind = error = traceback = None  # all leave together
+        self.team.__exit__(kind, error, traceback)
+
+    def serve(self) -> bool:
+        """Answers until there are no more questions; False at once for the process that asks.
+
+        Raises:
+            ProcessLost: another has ended.
+        """
+        if self.team.rank == 0:
+            return False
+        while (question := self.team.tell(None)) is not None:
+            try:
+                if isinstance(question, ProblemOptions):
+                    self._open(question, Silent())
+                else:
+                    dtype, device = question.dtype, self.opened[0].problem.device
+                    tensor = torch.empty(question.shape, dtype=dtype, device=device)
+                    self._answered(question, self.team.send_(tensor))
+            except ProcessLost:
+                raise
+            except _SAID:
+                pass  # the first process has heard of it, and says it
+        return True
+
+    # What the first process asks
+
+    def open(self, options: ProblemOptions, listener: Listener) -> Opened:
+        """The problem with all the data, as every process opens it.
+
+        Raises:
+            HesscliError: of any kind, on any process.
+        """
+        with self._asking():
+            self.team.tell(options)
+            return self._open(options, listener)
+
+    def ask(self, question: Question, tensor: Tensor) -> Tensor:
+        """The sum of all processes' answers.
+
+        Raises:
+            HesscliError: of any kind, on any process.
+            NotApplicable: an operator lacks a derivative.
+        """
+        with self._asking():
+            self.team.tell(question)
+            return self._answered(question, self.team.send_(tensor.contiguous()))
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Knows when the others are in the middle of something: they cannot be told anything else then."""
+        self.asking = True
+        try:
+            yield
+        except ProcessLost:
+            raise
+        except _SAID:
+            self.asking = False  # they have heard it too
+            raise
+        self.asking = False
+
+    # What each process does
+
+    def own(self, problem: Problem) -> Problem:
+        """The problem with this process's share of the batches."""
+        rank, size, batches = self.team.rank, self.team.size, problem.batches
+        first, stop = (len(batches) * place // size for place in (rank, rank + 1))
+        return replace(problem, batches=Batches(stop - first, lambda i: batches[first + i]))
+
+    def totals(self, total: float, denominator: float) -> tuple[float, float]:
+        """The sums of both over all processes, the same bits on each."""
+        self.measured = True
+        found = self._agreed((total, denominator))
+        return sum(pair[0] for pair in found), sum(pair[1] for pair in found)
+
+    def twin(self, source: int) -> Problem | None:
+        """The problem with all the data in float64, or None."""
+        problem = self.opened[source].problem
+        if problem.dtype == torch.float64:
+            return problem
+        if source not in self.twins:
+            self.twins[source] = problem.double()
+        return self.twins[source]
+
+    def _open(self, options: ProblemOptions, listener: Listener) -> Opened:
+        self.measured = False
+        try:
+            opened = open_problem(options, listener, share=self)
+        except _SAID as error:
+            if not self.measured:  # the others wait for what was measured here
+                self._agreed(error)
+            raise
+        self.opened.append(opened)
+        return opened
+
+    def _answered(self, question: Question, tensor: Tensor) -> Tensor:
+        answer, failure = tensor, None
+        try:
+            answer = self._answer(question, tensor)
+        except _SAID as error:
+            failure = error
+        self._agreed(failure)
+        return self.team.sum_(answer)
+
+    def _agreed(self, said: Any) -> list[Any]:
+        """What each process says; if one says an exception, all raise it."""
+        found = self.team.gather(said)
+        for each in found:
+            if isinstance(each, Exception):
+                raise each
+        return found
+
+    def _answer(self, question: Question, tensor: Tensor) -> Tensor:
+        opened = self.opened[question.source]
+        same = question.dtype == opened.problem.dtype
+        problem = opened.problem if same else self.twin(question.source)
+        if problem is None:
+            raise MismatchError("the model runs in float64 on some of the processes only")
+        parameters = {name: problem.parameters[name] for name in question.parameters}
+        problem = self.own(replace(problem, parameters=parameters))
+        what = question.what
+        if isinstance(what, Gradient):
+            return _gradient_at(problem, what.names, tensor)
+        if isinstance(what, Quotient):
+            along = AlongOutput(problem, what.block, tensor, slice(None), tensor, 0.0, what.fisher)
+            return along.quotient(what.step)
+        key = replace(question, shape=())
+        if self.kept is None or self.kept[0] != key:
+            self.kept = None  # its graphs give way
+            memory = available_memory() // (2 * ranks_here())
+            self.kept = key, Products(problem, what.curvature, memory, opened.sizes.chunk)
+        return self.kept[1](tensor)
+
+
+_SAID = (HesscliError, NotApplicable, MemoryError, torch.OutOfMemoryError)
+"""What one process can say to the others, so that all know."""
+
+
+def _gradient_at(problem: Problem, names: Sequence[str], theta: Tensor) -> Tensor:
+    leaves = list(problem.parameters.values())
+    values = [leaf.detach().clone() for leaf in leaves]
+    try:
+        for leaf, part in zip(leaves, theta.split([p.numel() for p in leaves]), strict=True):
+            leaf.data.copy_(part.view_as(leaf))
+        gradient = problem.gradient(names)
+    finally:
+        for leaf, value in zip(leaves, values, strict=True):
+            leaf.data.copy_(value)
+    return torch.cat([part.reshape(-1) for part in gradient.values()])
+
+
+@dataclass(frozen=True)
+class SharedProblem(Problem):
+    """A problem whose gradients are sums over the data of all processes.
+
+    Args:
+        share: this process's.
+        source: which of the problems that were opened.
+    """
+
+    share: Share | None = None
+    source: int = 0
+
+    @classmethod
+    def of(cls, problem: Problem, share: Share, source: int = 0) -> SharedProblem:
+        plain = {f.name: getattr(problem, f.name) for f in fields(Problem)}
+        return cls(**plain, share=share, source=source)
+
+    def ask(self, what: Gradient | Product | Quotient, tensor: Tensor) -> Tensor:
+        assert self.share is not None
+        names, shape = tuple(self.parameters), tuple(tensor.shape)
+        return self.share.ask(Question(what, self.source, self.dtype, names, shape), tensor)
+
+    def gradient(self, names: Sequence[str]) -> dict[str, Tensor]:
+        theta = torch.cat([leaf.detach().reshape(-1) for leaf in self.parameters.values()])
+        leaves = [self.parameters[name] for name in names]
+        found = self.ask(Gradient(tuple(names)), theta).split([leaf.numel() for leaf in leaves])
+        return {
+            name: part.view_as(leaf) for name, part, leaf in zip(names, found, leaves, strict=True)
+        }
+
+    def double(self) -> Problem | None:
+        assert self.share is not None
+        twin = self.share.twin(self.source)
+        if twin is None:
+            return None
+        parameters = {name: twin.parameters[name] for name in self.parameters}
+        return SharedProblem.of(replace(twin, parameters=parameters), self.share, self.source)
+
+
+class SharedProducts(Flat):
+    """v -> H v, the sum over the data of all processes."""
+
+    def __init__(self, problem: SharedProblem, curvature: str) -> None:
+        super().__init__(problem)
+        self.curvature = curvature
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        assert isinstance(self.problem, SharedProblem)
+        self.count += 1 if vectors.dim() == 1 else len(vectors)
+        return self.problem.ask(Product(self.curvature), vectors)
+
+
+def shared_certificate(
+    problem: Problem, dtype: torch.dtype, seed: int, curvature: str
+) -> Certificate:
+    """What checks a curvature over the data of all processes."""
+    if curvature == "hessian":
+        return certificate_of(problem, dtype, seed, curvature)  # by the problem's gradients
+    return _SharedCertificate(problem, dtype, seed, curvature == "fisher")
+
+
+class _SharedCertificate(OutputCertificate):
+    def along(
+        self, block: Block, v: Tensor, entries: slice | int, computed: Tensor, scale: float
+    ) -> Along:
+        return _SharedAlong(self.problem, block, v, entries, computed, scale, self.fisher)
+
+
+class _SharedAlong(AlongOutput):
+    def quotient(self, step: float) -> Tensor:
+        assert isinstance(self.problem, SharedProblem)
+        return self.problem.ask(Quotient(self.block, step, self.fisher), self.direction)

@@ -1,0 +1,323 @@
+"""`torchrun -m hesscli eigen|trace|density|hvp`: data on several processes, against one process with all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, Ran
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from hesscli.hessian.problem import Batch, Problem
+from hesscli.job.batches import _even
+from hesscli.job.share import Share
+
+# Each rank runs the commands one after the other in one group, and keeps what it printed and its exit code.
+COMMANDS = """
+import contextlib, json, os, sys
+from pathlib import Path
+from hesscli.cli import main
+from hesscli.job.team import Team
+group = Team().__enter__()
+leave, Team.__exit__ = Team.__exit__, lambda *error: None
+for name, words in json.loads(Path("commands.json").read_text()).items():
+    sys.argv = ["hesscli", *words]
+    at = f"{name}.{os.environ['RANK']}"
+    code = 0
+    with open(f"{at}.out", "w") as out, open(f"{at}.err", "w") as err:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as end:
+                code = end.code or 0
+    Path(f"{at}.code").write_text(str(int(code)))
+leave(group, None, None, None)
+"""
+
+
+def torchrun(ranks: int, folder: Path, script: str, *words: object) -> subprocess.Popen[bytes]:
+    (folder / "run.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", "run.py", *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one rank left of one command."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        return json.loads(self.stdout)
+
+
+def on_ranks(
+    ranks: int, folder: Path, commands: dict[str, tuple[object, ...]], before: str = ""
+) -> dict[str, list[Rank]]:
+    """Runs the commands on so many ranks."""
+    listed = {name: [str(word) for word in words] for name, words in commands.items()}
+    (folder / "commands.json").write_text(json.dumps(listed))
+    process = torchrun(ranks, folder, before + COMMANDS)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 0, said.decode()
+
+    def of(name: str, rank: int) -> Rank:
+        parts = [(folder / f"{name}.{rank}.{end}").read_text() for end in ("code", "out", "err")]
+        return Rank(int(parts[0]), *parts[1:])
+
+    return {name: [of(name, rank) for rank in range(ranks)] for name in commands}
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> tuple[Path, Path]:
+    """A model of 706 parameters, and eleven samples."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(20, 26), nn.Tanh(), nn.Linear(26, 6, bias=False)).eval()
+    x = torch.randn(11, 20)
+    torch.jit.trace(module, x).save(tmp_path / "net.pt")
+    np.savez(tmp_path / "data.npz", x=x.numpy(), y=np.arange(11) % 6)
+    np.savez(tmp_path / "other.npz", x=x.numpy()[:5] + 1, y=np.arange(5))
+    return tmp_path / "net.pt", tmp_path / "data.npz"
+
+
+def close(a: Any, b: Any, dtype: str) -> None:
+    """Equal to rounding, relative to the largest."""
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    assert a.shape == b.shape
+    limit = {"float32": 1e-6, "float64": 1e-12}[dtype]
+    assert np.abs(a - b).max() <= limit * np.abs(b).max()
+
+
+def same_files(a: str, b: str, dtype: str) -> None:
+    mine, theirs = load_file(a), load_file(b)
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        close(mine[name], theirs[name], dtype)
+
+
+# --- which samples are whose ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 10, 11])
+@pytest.mark.parametrize("most", [1, 2, 4, 100])
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_every_sample_is_one_ranks(samples, most, ranks):
+    largest, bounds = _even(samples, most, ranks)
+    lengths = np.diff(bounds)
+    assert (bounds[0], bounds[-1]) == (0, samples)
+    assert max(lengths) == largest <= most
+    assert max(lengths) - min(lengths) <= 1
+    assert len(lengths) >= min(samples, ranks)
+    batches = [Batch((torch.arange(a, b),), None) for a, b in pairwise(bounds)]
+    problem = Problem(nn.Identity(), {}, batches, None)  # type: ignore[arg-type]
+    share, seen = Share(), []
+    share.team.size = ranks
+    for rank in range(ranks):
+        share.team.rank = rank
+        own = share.own(problem).batches
+        seen.append([int(i) for index in range(len(own)) for i in own[index].inputs[0]])
+        # Whatever batches another rank has room for, this one's samples are these.
+        assert seen[-1] == list(range(rank * samples // ranks, (rank + 1) * samples // ranks))
+    assert list(chain(*seen)) == list(range(samples))
+
+
+# --- the same results -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_two_ranks(cli: Callable[..., Ran], net, tmp_path, dtype):
+    base = (*net, "--dtype", dtype, "--json")
+    save_file(
+        {
+            "0.weight": np.random.default_rng(0).standard_normal((3, 26, 20)),
+            "0.bias": np.zeros((3, 26)),
+            "2.weight": np.ones((3, 6, 26)),
+        },
+        tmp_path / "v.safetensors",
+    )
+    commands: dict[str, tuple[object, ...]] = {
+        "eigen": ("eigen", *base, "--top", 3, "--tol", 1e-8 if dtype == "float64" else 1e-5),
+        "ends": ("eigen", *base, "--per-block", "--tol", 1e-8 if dtype == "float64" else 1e-5),
+        "dense": ("eigen", *base, "--top", 4, "--params", "0.bias", "--which", "both"),
+        "ggn": ("trace", *base, "--curvature", "ggn", "--method", "hvp", "--max-products", 20),
+        "exact": ("trace", *base),
+        "density": ("density", *base, "--probes", 2, "--steps", 6, "--curvature", "fisher"),
+        "batches": ("hvp", *base, "--vector", "random", "--gradient", "--batch-size", 2),
+        "stack": ("hvp", *base, "--vector", "v.safetensors", "--curvature", "ggn"),
+        "differences": ("hvp", *base, "--vector", "gradient", "--method", "finite-difference"),
+        "fedavg": ("hvp", *base, "--per-fedavg", 0.3, "--query", "other.npz"),
+        "train": ("hvp", *base, "--vector", "gradient", "--train-mode"),
+        "one": ("hvp", *base, "--vector", "gradient", "--samples", "3:4"),
+        "missing": ("hvp", net[0], "nothing.npz", "--vector", "gradient"),
+        "refused": ("hvp", *base, "--vector", "gradient", "--method", "gauss-newton"),
+    }
+    writes = ("batches", "stack", "differences", "fedavg", "train", "one")
+    for name in (*writes, "eigen"):
+        commands[name] += ("-o", f"{name}.safetensors")
+    shared = on_ranks(2, tmp_path, commands)
+    for name, words in commands.items():
+        first, second = shared[name]
+        assert (second.stdout, second.stderr) == ("", ""), name
+        if name in writes:
+            Path(f"{name}.safetensors").rename(f"{name}.two.safetensors")
+        alone = cli(*words)
+        assert first.code == alone.code, (name, first.stderr)
+        if first.code:
+            assert first.stderr == alone.stderr, name
+            continue
+        mine, theirs = first.document, alone.document
+        if name in writes:
+            same_files(
+                f"{name}.two.safetensors",
+                f"{name}.safetensors",
+                "float32" if name == "differences" else dtype,
+            )
+        for key in ("loss.value", "loss.denominator", "gradient_norm"):
+            a, b = mine, theirs
+            for part in key.split("."):
+                a, b = a[part], b[part]
+            close(a, b, dtype)
+        assert mine["check"]["kind"] == theirs["check"]["kind"]
+        assert mine["check"]["relative_error"] < {"float32": 1e-3, "float64": 1e-6}[dtype]
+        assert mine["products"] == theirs["products"] if "products" in theirs else True
+        for key in ("eigenvalues", "nodes", "weights"):
+            if key in theirs:
+                close(mine[key], theirs[key], dtype)
+        if name in ("ggn", "exact"):
+            close(
+                [b["trace"] for b in mine["blocks"]], [b["trace"] for b in theirs["blocks"]], dtype
+            )
+        idle = [note for note in mine["notes"] if "nothing to do" in note]
+        assert bool(idle) == (name in ("train", "one")), name
+    assert shared["missing"][0].code == 2
+
+
+def test_fewer_samples_than_ranks(cli: Callable[..., Ran], net, tmp_path):
+    words = ("hvp", *net, "--samples", 2, "--vector", "random", "--dtype", "float64", "--json")
+    commands = {"h": (*words, "-o", "three.safetensors")}
+    first, *others = on_ranks(3, tmp_path, commands)["h"]
+    assert first.code == 0, first.stderr
+    assert [rank.stdout + rank.stderr for rank in others] == ["", ""]
+    assert "the data is 2 batches, so 1 of 3 processes have nothing to do" in first.stderr
+    assert cli(*words, "-o", "one.safetensors").code == 0
+    same_files("three.safetensors", "one.safetensors", "float64")
+
+
+# --- when something goes wrong on one of them -----------------------------------------------------
+
+FAILING = """
+import os
+from hesscli.errors import MismatchError
+from hesscli.hessian.operator import Products
+whole = Products.__call__
+def failing(self, vectors):
+    if os.environ["RANK"] == "1" and self.count == 2:
+        raise MismatchError("data: not here")
+    return whole(self, vectors)
+Products.__call__ = failing
+"""
+
+
+def test_an_error_on_one_rank_is_the_commands(net, tmp_path):
+    """The first says it and ends with its code; nothing is written, and the next command runs."""
+    commands: dict[str, tuple[object, ...]] = {
+        "bad": ("eigen", *net, "-o", "e.safetensors"),
+        "good": ("hvp", *net, "--vector", "gradient"),
+    }
+    found = on_ranks(2, tmp_path, commands, before=FAILING)
+    first, second = found["bad"]
+    assert first.code == 4
+    assert "error: data: not here" in first.stderr
+    assert first.stdout == second.stdout == second.stderr == ""
+    assert not (tmp_path / "e.safetensors").exists()
+    assert [rank.code for rank in found["good"]] == [0, 0]
+
+
+DYING = """
+import os, signal, sys
+from hesscli.hessian.operator import Products
+whole = Products.__call__
+def dying(self, vectors):
+    if os.environ["RANK"] == os.environ["DIES"] and self.count == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(self, vectors)
+Products.__call__ = dying
+from hesscli.cli import main
+main()
+"""
+
+
+def test_a_dead_rank_ends_the_job(net, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIES", "1")
+    process = torchrun(2, tmp_path, DYING, "eigen", *net, "-o", "e.safetensors")
+    printed, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert printed == b""
+    assert b"Signal 9" in said
+    assert b"this is a bug" not in said
+    assert not (tmp_path / "e.safetensors").exists()
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_what_the_other_rank_says(net, tmp_path, dies):
+    """Under a launcher that only sets the environment, the one that is left ends by itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"OMP_NUM_THREADS": "1", "DIES": str(dies)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", DYING, "eigen", *map(str, net), "-o", "e.safetensors"],
+            cwd=tmp_path,
+            env=os.environ | shared | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    found = [process.communicate(timeout=60) for process in processes]
+    assert processes[dies].returncode == -signal.SIGKILL
+    assert processes[1 - dies].returncode == 6
+    printed, said = found[1 - dies]
+    assert printed == ""
+    who = "" if dies else "rank 1: "
+    assert f"error: {who}another process has ended early (" in said
+    assert not (tmp_path / "e.safetensors").exists()
+
+
+def test_interrupted(net, tmp_path):
+    words = ("density", *net, "--probes", 100000, "--steps", 4, "--json")
+    process = torchrun(2, tmp_path, "from hesscli.cli import main; main()", *words)
+    assert process.stderr is not None
+    while b"note: loss" not in process.stderr.readline():
+        pass
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    printed, said = process.communicate(timeout=60)
+    document = json.loads(printed)
+    assert document["interrupted"] is True
+    assert document["probes"] > 1
+    assert said.count(b"error: interrupted") == 1
