@@ -11,16 +11,16 @@ from typing import IO
 
 import typer
 
-from hesscli.files.result_names import index_path, is_index
+from hesscli.job.metadata import header, hessian_metadata
 
-_LONGEST = 1 << 24  # bytes of a header or a pickle that are read
+_LONGEST = 1 << 24  # bytes of a pickle that are read
 _NOT_NAMES = ("storage", "cpu", "_metadata", "version")  # strings of every torch file
 
 
 def block_names(context: typer.Context, incomplete: str) -> list[str]:
     """The blocks of the Hessian file that the command names."""
     try:
-        metadata = _metadata(Path(_first(context, "hessian.safetensors")))
+        metadata = hessian_metadata(Path(_first(context, "hessian.safetensors")))
         blocks = json.loads(metadata["hesscli"])["blocks"]
         return _matching([block["name"] for block in blocks], incomplete)
     except Exception:  # whatever is wrong with the file
@@ -51,7 +51,7 @@ def _weights(model: Path) -> list[str]:
     import zipfile
 
     if not zipfile.is_zipfile(model):
-        return [name for name in _header(model) if name != "__metadata__"]
+        return [name for name in header(model) if name != "__metadata__"]
     with zipfile.ZipFile(model) as archive:
         (pickle,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         with archive.open(pickle) as file:
@@ -69,23 +69,3 @@ def _strings(pickle: IO[bytes]) -> list[str]:
             if text not in _NOT_NAMES and not text.isdigit() and ":" not in text:
                 names[text] = None
     return list(names)
-
-
-def _metadata(hessian: Path) -> dict[str, str]:
-    """The metadata of a Hessian, in one file or in several with an index."""
-    index = hessian if is_index(hessian) else index_path(hessian)
-    if hessian != index and hessian.exists():
-        return _header(hessian)["__metadata__"]
-    with index.open("rb") as file:
-        metadata: dict[str, str] = json.loads(file.read(_LONGEST))["metadata"]
-    return metadata
-
-
-def _header(path: Path) -> dict[str, dict[str, str]]:
-    """The header of a safetensors file."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > _LONGEST:
-            raise ValueError("not a safetensors header")
-        header: dict[str, dict[str, str]] = json.loads(file.read(length))
-    return header

@@ -11,7 +11,13 @@ import numpy as np
 from hesscli.errors import UsageError
 from hesscli.files.hessian_file import is_part_of
 from hesscli.files.hessian_writer import HessianWriter
-from hesscli.files.result_names import index_path, is_index, result_paths, shard_paths
+from hesscli.files.result_names import (
+    index_of_shard,
+    index_path,
+    is_index,
+    result_paths,
+    shard_paths,
+)
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -42,9 +48,13 @@ def may_write(path: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
         if any(one.exists() and found.samefile(one) for one in used):
             raise UsageError(f"{found}: is an input of this command", "-o other.safetensors")
         if not force and not (is_part_of(found, path) or _says_hesscli(found)):
-            raise UsageError(
-                f"{found}: exists, and is no result of hesscli; not replaced", "--force"
-            )
+            why = "is a part of a Hessian" if _is_part(found) else "hesscli did not write it"
+            raise UsageError(f"{found}: exists, and {why}; not replaced", "--force")
+
+
+def _is_part(path: Path) -> bool:
+    index = index_of_shard(path)
+    return index is not None and is_part_of(path, index.with_suffix("").with_suffix(""))
 
 
 def written(path: Path) -> tuple[Path, int]:
