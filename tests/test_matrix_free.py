@@ -319,6 +319,18 @@ def test_density_of_a_small_model_is_exact(cli, tmp_path):
 
 
 @pytest.mark.parametrize("blocks", ["diag", "elements", "full"])
+def test_density_is_exact_where_that_takes_no_more_products(cli):
+    truth = np.linalg.eigvalsh(dense(cli, *MLP))
+    size = len(truth)
+    steps = -(-size // 16)
+    ran = cli("density", *MLP, "--probes", 16, "--steps", steps, "--json", "--dtype", "float64")
+    assert ran.document["exact"] is True
+    assert size == ran.document["products"] <= 16 * steps
+    np.testing.assert_allclose(ran.document["nodes"], truth, atol=1e-6)
+    ran = cli("density", *MLP, "--probes", 1, "--steps", size // 16, "--json")
+    assert ran.document["exact"] is False
+
+
 def test_density_is_printed(cli, blocks):
     cli("compute", *MLP, "-q", "-b", blocks)
     text = cli("density").stdout

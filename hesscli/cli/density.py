@@ -60,8 +60,9 @@ def density(
       hesscli density hessian.safetensors
       hesscli density model.pt data.npz --plot density.png
 
-    Exact for a Hessian file and for up to 512 parameters. Elsewhere by stochastic Lanczos
-    quadrature: nodes with weights that add up to 1.
+    Exact for a Hessian file, and for a model where that takes no more products than the estimate:
+    up to N M parameters, 512 at least and 4096 at most. Elsewhere by stochastic Lanczos quadrature:
+    nodes with weights that add up to 1.
     """
     with failing(debug), sharing() as share:
         if share is not None and share.serve():

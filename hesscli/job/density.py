@@ -14,6 +14,7 @@ from hesscli.errors import UsageError
 from hesscli.job.document import Document
 from hesscli.job.figures import may_draw
 from hesscli.job.options import Listener, ProblemOptions
+from hesscli.job.starting import load_torch
 from hesscli.job.writing import may_write, write_tensors
 from hesscli.spectrum.density import Density
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "hesscli.density/1"
 BINS = 24
+LARGEST = 4096  # parameters of a model whose matrix is formed, if that takes no more products
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,15 @@ def density(
 def _of_model(
     problem: ProblemOptions, options: DensityOptions, listener: Listener, share: Share | None
 ) -> tuple[Document, Density, int]:
+    load_torch()
     from hesscli.job.operator import open_operator
     from hesscli.spectrum.dense import DENSE, dense
     from hesscli.spectrum.density import exact, lanczos_quadrature
 
     operator = open_operator(problem, listener, share)
-    if operator.size <= DENSE:
+    if operator.size <= max(DENSE, min(options.probes * options.steps, LARGEST)):
+        fewer = f"--probes {max(1, (operator.size - 1) // options.steps)}"
+        operator.needs(6 * operator.size, "the whole matrix", fewer)
         found = exact(dense(operator.products, operator.size, listener.progress)[0])
     else:
         steps = min(options.steps, operator.size)
