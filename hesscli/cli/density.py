@@ -13,6 +13,7 @@ from hesscli.cli.failing import failing
 from hesscli.cli.options import Debug, Json, Quiet, takes_hessian_or_problem
 from hesscli.cli.ranks import sharing
 from hesscli.job.options import ProblemOptions
+from hesscli.job.starting import load_torch
 
 if TYPE_CHECKING:
     from hesscli.cli.output import Document, Output
@@ -68,6 +69,8 @@ def density(
         if share is not None and share.serve():
             return
         from hesscli.cli.output import Output
+
+        load_torch()
         from hesscli.job.density import DensityOptions
         from hesscli.job.density import density as run
 

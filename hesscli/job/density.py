@@ -14,7 +14,6 @@ from hesscli.errors import UsageError
 from hesscli.job.document import Document
 from hesscli.job.figures import may_draw
 from hesscli.job.options import Listener, ProblemOptions
-from hesscli.job.starting import load_torch
 from hesscli.job.writing import may_write, write_tensors
 from hesscli.spectrum.density import Density
 
@@ -89,7 +88,6 @@ def density(
 def _of_model(
     problem: ProblemOptions, options: DensityOptions, listener: Listener, share: Share | None
 ) -> tuple[Document, Density, int]:
-    load_torch()
     from hesscli.job.operator import open_operator
     from hesscli.spectrum.dense import DENSE, dense
     from hesscli.spectrum.density import exact, lanczos_quadrature

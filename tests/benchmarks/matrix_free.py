@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.measure import Bench, FailedError, Measured, Run, Tool, command_of, last_line
@@ -65,7 +66,7 @@ class EigenBench(Bench):
                 tool.error = facts[tool.name]["error"]
                 tool.residual = facts[tool.name]["residual"]
 
-    def _pairs(self, tool: Tool) -> Any:
+    def _pairs(self, tool: Tool) -> Path:
         return self.folder / f"{tool.name}.pairs" if tool.name in self.task.peers else self.output
 
 
