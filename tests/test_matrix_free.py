@@ -318,6 +318,18 @@ def test_density_of_a_small_model_is_exact(cli, tmp_path):
     assert (tmp_path / "notes.json").read_text() == "{}"
 
 
+def test_density_is_exact_where_that_takes_no_more_products(cli):
+    truth = np.linalg.eigvalsh(dense(cli, *MLP))
+    size = len(truth)
+    steps = -(-size // 16)
+    ran = cli("density", *MLP, "--probes", 16, "--steps", steps, "--json", "--dtype", "float64")
+    assert ran.document["exact"] is True
+    assert size == ran.document["products"] <= 16 * steps
+    np.testing.assert_allclose(ran.document["nodes"], truth, atol=1e-6)
+    ran = cli("density", *MLP, "--probes", 1, "--steps", size // 16, "--json")
+    assert ran.document["exact"] is False
+
+
 @pytest.mark.parametrize("blocks", ["diag", "elements", "full"])
 def test_density_is_printed(cli, blocks):
     cli("compute", *MLP, "-q", "-b", blocks)
@@ -462,6 +474,18 @@ def test_the_operator_knows_its_options():
 def test_importing_hesscli_loads_no_torch():
     code = "import sys, hesscli, hesscli.cli; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+
+
+def test_products_load_neither_scipy_nor_sympy():
+    code = (
+        "import sys\nfrom hesscli.cli import main\n"
+        f"sys.argv = ['hesscli', 'eigen', *{[str(part) for part in MLP]}, '--top', '1', '-q']\n"
+        "try:\n    main()\nfinally:\n    print({'scipy', 'sympy'} & sys.modules.keys())"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], check=True, env=os.environ, capture_output=True, text=True
+    )
+    assert ran.stdout.splitlines()[-1] == "set()"
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------------------

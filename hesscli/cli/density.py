@@ -13,6 +13,7 @@ from hesscli.cli.failing import failing
 from hesscli.cli.options import Debug, Json, Quiet, takes_hessian_or_problem
 from hesscli.cli.ranks import sharing
 from hesscli.job.options import ProblemOptions
+from hesscli.job.starting import load_torch
 
 if TYPE_CHECKING:
     from hesscli.cli.output import Document, Output
@@ -60,13 +61,16 @@ def density(
       hesscli density hessian.safetensors
       hesscli density model.pt data.npz --plot density.png
 
-    Exact for a Hessian file and for up to 512 parameters. Elsewhere by stochastic Lanczos
-    quadrature: nodes with weights that add up to 1.
+    Exact for a Hessian file, and for a model where that takes no more products than the estimate:
+    up to N M parameters, 512 at least and 4096 at most. Elsewhere by stochastic Lanczos quadrature:
+    nodes with weights that add up to 1.
     """
     with failing(debug), sharing() as share:
         if share is not None and share.serve():
             return
         from hesscli.cli.output import Output
+
+        load_torch()
         from hesscli.job.density import DensityOptions
         from hesscli.job.density import density as run
 

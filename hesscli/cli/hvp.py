@@ -11,6 +11,7 @@ from hesscli.cli.failing import failing
 from hesscli.cli.options import Debug, Json, Quiet, takes_problem
 from hesscli.cli.ranks import sharing
 from hesscli.job.options import ProblemOptions
+from hesscli.job.starting import load_torch
 
 if TYPE_CHECKING:
     from hesscli.cli.output import Document, Output
@@ -64,6 +65,8 @@ def hvp(
         if share is not None and share.serve():
             return
         from hesscli.cli.output import Output
+
+        load_torch()
         from hesscli.job.hvp import HvpOptions
         from hesscli.job.hvp import hvp as run
 

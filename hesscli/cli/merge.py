@@ -9,6 +9,7 @@ import typer
 
 from hesscli.cli.failing import failing
 from hesscli.cli.options import Debug, Json, Quiet
+from hesscli.job.starting import load_torch
 
 
 def merge(
@@ -32,6 +33,8 @@ def merge(
     with failing(debug):
         from hesscli.cli.output import Output
         from hesscli.cli.summary import print_hessian
+
+        load_torch()
         from hesscli.job.compute import merge as run
         from hesscli.job.writing import written
 

@@ -11,6 +11,7 @@ from hesscli.cli.gates import bound, gate
 from hesscli.cli.options import Debug, Json, Quiet, takes_problem
 from hesscli.cli.ranks import sharing
 from hesscli.job.options import ProblemOptions
+from hesscli.job.starting import load_torch
 
 if TYPE_CHECKING:
     from hesscli.cli.output import Document, Output
@@ -56,6 +57,7 @@ def trace(
         from hesscli.cli.output import Output
 
         with Output(quiet=quiet, json=json) as out:
+            load_torch()
             from hesscli.job.trace import trace as run
 
             document = run(problem, rel_error, max_products, out, share)

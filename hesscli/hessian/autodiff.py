@@ -1,4 +1,4 @@
-"""Batched reverse passes, without what `torch.autograd.grad` imports for them."""
+"""Reverse passes from given seeds, without what `torch.autograd.grad` imports for them."""
 
 from __future__ import annotations
 
@@ -33,3 +33,16 @@ def batched_grad(
     found = _vmap(backward, 0, 0, allow_none_pass_through=True)(seeds)
     # Autograd's symbolic zeros cannot be written to; like None, they mean that nothing depends on the input.
     return tuple(None if x is None or x._is_zerotensor() else x for x in found)
+
+
+def seeded_grad(
+    output: Tensor, inputs: Sequence[Tensor], seed: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The same for one seed [*output.shape] -> [*input.shape] each, and as soon."""
+    try:
+        from torch.autograd.graph import _engine_run_backward
+    except ImportError:
+        return torch.autograd.grad(output, inputs, seed, retain_graph=True, allow_unused=True)
+    return _engine_run_backward(
+        (output,), (seed,), True, False, tuple(inputs), True, accumulate_grad=False
+    )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import MismatchError
-from hesscli.hessian.autodiff import batched_grad
+from hesscli.hessian.autodiff import batched_grad, seeded_grad
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Batch, Problem, is_missing_derivative, saved_bytes
@@ -271,8 +271,6 @@ class _pull:  # noqa: N801 - a function that remembers
 
     def _one(self, seed: Tensor) -> tuple[Tensor | None, ...]:
         try:
-            return torch.autograd.grad(
-                self.value, self.inputs, seed, retain_graph=True, allow_unused=True
-            )
+            return seeded_grad(self.value, self.inputs, seed)
         except (RuntimeError, NotImplementedError) as error:
             raise explained(error) from error

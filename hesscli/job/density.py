@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "hesscli.density/1"
 BINS = 24
+LARGEST = 4096  # parameters of a model whose matrix is formed, if that takes no more products
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ def _of_model(
     from hesscli.spectrum.density import exact, lanczos_quadrature
 
     operator = open_operator(problem, listener, share)
-    if operator.size <= DENSE:
+    if operator.size <= max(DENSE, min(options.probes * options.steps, LARGEST)):
+        fewer = f"--probes {max(1, (operator.size - 1) // options.steps)}"
+        operator.needs(6 * operator.size, "the whole matrix", fewer)
         found = exact(dense(operator.products, operator.size, listener.progress)[0])
     else:
         steps = min(options.steps, operator.size)

@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from hesscli.errors import NumericalError, ResourceError, UsageError
@@ -35,6 +34,9 @@ from hesscli.job.share import (
     shared_certificate,
 )
 from hesscli.job.sizes import size
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
 
 
 @dataclass
@@ -234,6 +236,8 @@ def operator(model: str | Path, data: str | Path, **options: Any) -> LinearOpera
     Raises:
         HesscliError: of any kind.
     """
+    from scipy.sparse.linalg import LinearOperator
+
     known = {field.name for field in fields(ProblemOptions)} - {"model", "data"}
     unknown = sorted(set(options) - known)
     if unknown:

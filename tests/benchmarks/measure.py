@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.tasks import GRADIENT, PACKAGES, Task
+from tests.benchmarks.tasks import EIGEN, GRADIENT, PACKAGES, PRODUCT, Task
 
 ROOT = Path(__file__).parents[2]
 OURS = "hesscli"
@@ -61,7 +61,13 @@ class Tool:
     chunk: int | None = None
     runs: list[Run] = field(default_factory=list)
     share: float = 1.0  # of the rows that it really computed
-    error: float | None = None  # relative distance from hesscli's result
+    error: float | None = None  # relative distance from hesscli's result, or from a reference
+    residual: float | None = None  # the greatest relative one of its eigenpairs, in float64
+    products: int | None = None  # that its eigenpairs took
+    gradients: list[float] = field(
+        default_factory=list
+    )  # that a product took, with its share of making
+    further: list[float] = field(default_factory=list)  # that a further product took
     failure: str | None = None
 
     def median(self, part: Callable[[Run], float]) -> float:
@@ -93,11 +99,17 @@ class Measured:
         return max(whole - statistics.median(self.imports), 1e-3)
 
     def seconds(self, tool: Tool) -> float:
-        """Whole process less a bare `import torch`."""
+        """Whole process less a bare `import torch`; of products, of one."""
+        if self.task.blocks == PRODUCT:
+            return tool.median(lambda run: run.inside)
         return self.less_import(tool.median(lambda run: run.whole))
 
     def ratio(self, tool: Tool) -> tuple[float, float, float]:
         """How many times as long as hesscli: of the medians; least and most in one round."""
+        if self.task.blocks == PRODUCT:
+            pairs = zip(self.ours.gradients, tool.gradients, strict=False)
+            each = [theirs / ours for ours, theirs in pairs]
+            return statistics.median(tool.gradients) / self.in_gradients(), min(each), max(each)
         rounds = [
             self.less_import(theirs.whole) / self.less_import(ours.whole)
             for ours, theirs in zip(self.ours.runs, tool.runs, strict=False)
@@ -105,6 +117,8 @@ class Measured:
         return self.seconds(tool) / self.seconds(self.ours), min(rounds), max(rounds)
 
     def in_gradients(self) -> float:
+        if self.task.blocks == PRODUCT:
+            return statistics.median(self.ours.gradients)
         return self.seconds(self.ours) / statistics.median(self.gradients)
 
     def gemm_efficiency(self, seconds: float) -> float:
@@ -113,7 +127,9 @@ class Measured:
         return flops / (seconds * statistics.median(self.gemm))
 
     def agrees(self, tool: Tool) -> bool:
-        return tool.error is None or tool.error < TOLERANCE or tool.name in self.task.wrong
+        if tool.error is None or tool.error < TOLERANCE or tool.name in self.task.wrong:
+            return True
+        return self.task.blocks == EIGEN and tool is not self.ours  # how far off is told
 
     @property
     def estimate_ratio(self) -> float | None:
@@ -129,10 +145,12 @@ class Measured:
         return self.ours in ran and all(self.agrees(tool) for tool in ran)
 
 
-def measure(task: Task, settings: Settings, say: Callable[[str], None]) -> Measured:
+def measure(
+    bench: type[Bench], task: Task, settings: Settings, say: Callable[[str], None]
+) -> Measured:
     """Runs a task's tools in turn, as often as the settings say."""
     with tempfile.TemporaryDirectory(prefix="hesscli-benchmark-") as folder:
-        return _Bench(task, settings, Path(folder), say).measure()
+        return bench(task, settings, Path(folder), say).measure()
 
 
 @dataclass(frozen=True)
@@ -145,7 +163,7 @@ class _Spent:
     text: str
 
 
-class _Bench:
+class Bench:
     def __init__(
         self, task: Task, settings: Settings, folder: Path, say: Callable[[str], None]
     ) -> None:
@@ -167,10 +185,7 @@ class _Bench:
             self._prepare(tool)
         for repeat in range(self.settings.repeats):
             self.say(f"{self.task.name}: round {repeat + 1} of {self.settings.repeats}")
-            self._import(measured)
-            self._ours(measured)
-            for tool in tools[1:]:
-                self._peer(tool, first=repeat == 0, slow=repeat > 0 and self._slow(tool))
+            self._round(measured, first=repeat == 0)
             if GRADIENT in peers:
                 measured.gradients.append(self._job("gradient", **self.problem)["seconds"])
             if self.task.blocks == "full":
@@ -180,11 +195,22 @@ class _Bench:
                 measured.writes.append(self._job("write", **plain)["seconds"])
         return measured
 
-    def _prepare(self, tool: Tool) -> None:
+    def _round(self, measured: Measured, first: bool) -> None:
+        self._import(measured)
+        self._ours(measured)
+        for tool in measured.tools[1:]:
+            self._peer(tool, first, slow=not first and self._slow(tool))
+
+    def _installed(self, tool: Tool) -> bool:
         package = PACKAGES.get(tool.name)
         if package and find_spec(package) is None:
             tool.failure = "not installed"
-        elif tool.name in ROW_BY_ROW:
+        return tool.failure is None
+
+    def _prepare(self, tool: Tool) -> None:
+        if not self._installed(tool):
+            return
+        if tool.name in ROW_BY_ROW:
             tool.chunk = 1
         elif tool.name in WHOLE:
             tool.chunk = None
@@ -242,8 +268,8 @@ class _Bench:
             "limit": self.settings.limit,
         }
         try:
-            spent = self._process(_command("run", arguments))
-            facts = _last_line(spent.text)
+            spent = self._process(command_of("run", arguments))
+            facts = last_line(spent.text)
             missing = facts["missing"]
             whole, inside = spent.seconds + missing, facts["seconds"] + missing
             tool.runs.append(Run(whole, inside, missing, spent.peak, spent.processor))
@@ -256,7 +282,7 @@ class _Bench:
         output.unlink(missing_ok=True)
 
     def _job(self, job: str, **arguments: Any) -> dict[str, Any]:
-        return _last_line(self._process(_command(job, arguments)).text)
+        return last_line(self._process(command_of(job, arguments)).text)
 
     def _process(self, command: Sequence[str]) -> _Spent:
         """Runs one process to its end.
@@ -285,11 +311,11 @@ class _Bench:
         return _Spent(seconds, usage.ru_utime + usage.ru_stime, peak, out.read_text())
 
 
-def _command(job: str, arguments: dict[str, Any]) -> list[str]:
+def command_of(job: str, arguments: dict[str, Any]) -> list[str]:
     return [sys.executable, "-m", "tests.benchmarks.job", job, json.dumps(arguments)]
 
 
-def _last_line(text: str) -> dict[str, Any]:
+def last_line(text: str) -> dict[str, Any]:
     return json.loads(text.splitlines()[-1])
 
 

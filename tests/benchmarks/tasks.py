@@ -9,6 +9,14 @@ from typing import Any
 GEMM = "gemm"  # a goal for the GEMM efficiency, not against a peer
 GRADIENT = "gradient"  # a goal in gradients: the smaller, the better
 
+# What is wanted instead of blocks.
+EIGEN = "eigen"  # the largest eigenvalues
+PRODUCT = "product"  # products with the Hessian
+
+PAIRS = 10  # eigenvalues
+PAIRS_TOLERANCE = 1e-3  # of ||Hv - lambda v|| / |lambda|
+PRODUCTS = 30  # that share the cost of linearising
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -38,8 +46,8 @@ class Task:
     model: str  # a builder in models.py
     sizes: Mapping[str, Any]
     toy: Mapping[str, Any]
-    blocks: str
-    peers: tuple[str, ...]  # functions in peers.py
+    blocks: str  # or EIGEN or PRODUCT: no matrix
+    peers: tuple[str, ...]  # functions in peers.py, or in spectra.py
     goals: tuple[Goal, ...] = ()
     wrong: frozenset[str] = frozenset()  # peers known to get this model wrong
 
@@ -81,6 +89,7 @@ def _cnn(samples: int, activation: str, *channels: int) -> dict[str, Any]:
 
 
 TOY_MLP = _mlp(16, 5, 4, 3)
+FREE_TOY = _mlp(32, 24, 20, 10)  # large enough for Lanczos
 TOY_CNN = _cnn(6, "ReLU", 2, 3)
 
 TASKS = (
@@ -174,6 +183,27 @@ TASKS = (
         "elements",
         (*ELEMENT_PEERS, GRADIENT),
         (Goal(GRADIENT, 60, 25),),
+    ),
+    # Without a matrix.
+    Task(
+        "eigen-mlp",
+        "10 largest eigenvalues to 1e-3, tanh MLP 256-512-256-10, P = 265482, B = 2048",
+        "mlp",
+        _mlp(2048, 256, 512, 256, 10),
+        FREE_TOY,
+        EIGEN,
+        ("curvlinops", "pyhessian", "hessian-eigenthings", "eigsh-operator"),
+        (Goal("curvlinops", 5, 5), Goal("pyhessian", 3, 3), Goal("hessian-eigenthings", 2.5, 2.5)),
+    ),
+    Task(
+        "product-mlp",
+        "a Hessian-vector product, one of 30, tanh MLP 256-512-256-10, P = 265482, B = 2048",
+        "mlp",
+        _mlp(2048, 256, 512, 256, 10),
+        FREE_TOY,
+        PRODUCT,
+        ("curvlinops", "pyhessian"),
+        (Goal(GRADIENT, 1.8, 1.2),),
     ),
     # Where hesscli has little or nothing to gain.
     Task(

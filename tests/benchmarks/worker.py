@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesscli.files.resources import available_memory
-from tests.benchmarks import models
+from tests.benchmarks import models, spectra
 from tests.benchmarks.models import Problem
 from tests.benchmarks.peers import PEERS, DiagonalPeer, RowPeer, Rows
 from tests.benchmarks.tasks import BY_NAME, PACKAGES
@@ -165,7 +165,8 @@ def _limit_memory() -> None:
 
 
 JOBS: dict[str, Callable[..., Result]] = {
-    job.__name__: job for job in (build, tune, run, gradient, gemm)
+    job.__name__: job
+    for job in (build, tune, run, gradient, gemm, spectra.eigen, spectra.judge, spectra.product)
 }
 
 
