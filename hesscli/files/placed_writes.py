@@ -13,6 +13,7 @@ import numpy as np
 
 _PAGE = 4096
 _BOUNCE = 8 << 20
+_LARGEST = 1 << 30  # bytes of one write
 _BOUNCING = Lock()
 _UNSUPPORTED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 
@@ -87,8 +88,9 @@ class PlacedFile:
     def _directly(self, offset: int, data: memoryview) -> bool:
         assert self.direct is not None
         aligned = np.frombuffer(data, np.uint8).ctypes.data % _PAGE == 0
-        for start in range(0, len(data), _BOUNCE):
-            part = data[start : start + _BOUNCE]
+        step = _LARGEST if aligned else _BOUNCE
+        for start in range(0, len(data), step):
+            part = data[start : start + step]
             try:
                 written = self._write_part(part, offset + start, aligned)
             except OSError as error:
