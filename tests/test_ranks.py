@@ -309,7 +309,10 @@ def test_what_the_other_rank_says(net, tmp_path, dies):
 
 
 def test_interrupted(net, tmp_path):
-    words = ("density", *net, "--probes", 100000, "--steps", 4, "--json")
+    model, data = net
+    wide = nn.Sequential(nn.Linear(20, 200), nn.Tanh(), nn.Linear(200, 6)).eval()  # 5406: not exact
+    torch.jit.trace(wide, torch.randn(11, 20)).save(model)
+    words = ("density", model, data, "--probes", 100000, "--steps", 4, "--json")
     process = torchrun(2, tmp_path, "from hesscli.cli import main; main()", *words)
     assert process.stderr is not None
     while b"note: loss" not in process.stderr.readline():

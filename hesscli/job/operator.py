@@ -156,7 +156,7 @@ def _made(
         )
     if options.method == FINITE_DIFFERENCE and options.curvature != "hessian":
         raise UsageError(f"{FINITE_DIFFERENCE} gives the Hessian alone", f"--method {HVP}")
-    double = problem.double() if options.check or options.method != HVP else None
+    double = problem.double() if options.check else None
     reference = double or problem
     methods: dict[str, Callable[[], Flat]] = {
         HVP: lambda: (
@@ -164,7 +164,7 @@ def _made(
             if isinstance(problem, SharedProblem)
             else Products(problem, options.curvature, available_memory() // 2, opened.sizes.chunk)
         ),
-        FINITE_DIFFERENCE: lambda: Differences(reference),
+        FINITE_DIFFERENCE: lambda: Differences(double or problem.double() or problem),
     }
     if options.method != "auto":
         methods = {options.method: methods[options.method]}
