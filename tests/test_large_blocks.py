@@ -276,6 +276,17 @@ def test_resume_gives_the_same_bytes(cli, net, small_bands, monkeypatch, mode, b
     assert not list(Path().glob(".*"))
 
 
+def test_resume_with_less_memory_cuts_as_the_first_run_did(cli, net, small_bands, monkeypatch):
+    assert cli("compute", *net, *COMMAND).code == 0
+    undisturbed = Path("h.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3, KeyboardInterrupt())
+        assert cli("compute", *net, *COMMAND).code == 130
+    monkeypatch.setattr(planning, "BAND", 500)
+    assert cli("compute", *net, *COMMAND, "--resume").code == 0
+    assert Path("h.safetensors").read_bytes() == undisturbed
+
+
 def test_resume_of_another_command_is_refused(cli, net, small_bands, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         interrupt_after(patch, 2, KeyboardInterrupt())

@@ -113,6 +113,7 @@ class _Run:
     def __init__(self, plan: Plan, team: Team, merging: bool = False) -> None:
         self.plan, self.options = plan, plan.options
         self.team, self.merging = team, merging
+        plan.bands = team.tell(self._begun() or plan.bands)
         self.groups = list(groups(plan))
         self.large = [LargeBlock(plan, block) for block in plan.blocks if plan.is_large(block)]
         self.parts = [(_part(group), plan.work(group)) for group in self.groups]
@@ -124,6 +125,16 @@ class _Run:
             self.certificate = certificate_of(
                 plan.reference, plan.problem.dtype, self.options.seed, self.options.curvature
             )
+
+    def _begun(self) -> dict[str, int] | None:
+        """How the file that this run goes on with was cut into bands; free memory may have changed since."""
+        output = self.options.output
+        goes_on = self.options.resume or self.merging or self.options.shard is not None
+        if output is None or not goes_on:
+            return None
+        heads = (read_journal(path).head for path in journals(output))
+        found = next((head["bands"] for head in heads if head is not None), None)
+        return found if found is not None and found.keys() == self.plan.bands.keys() else None
 
     def run(self) -> Document:
         """Computes, checks and writes every block."""
@@ -169,7 +180,11 @@ class _Run:
     def _journal(self, document: Document) -> Journal:
         """The journal, with what earlier runs of this very command, or its other shards, have finished."""
         options = {k: v for k, v in asdict(self.options).items() if k not in _ELSEWHERE}
-        head = {"document": documents.timeless(document), "options": options}
+        head = {
+            "document": documents.timeless(document),
+            "options": options,
+            "bands": self.plan.bands,
+        }
         names = [name for name, _ in self.parts]
         shard, output = self.options.shard, self.options.output
         writer = "-of-".join(map(str, shard)) if shard else str(self.team.rank or "")

@@ -55,7 +55,7 @@ class LargeBlock:
 
     def _cut(self) -> tuple[Layout, list[Span]]:
         layout = self.plan.routes[self.method].layout(self.block)
-        return layout, layout.cut(self.plan.band(self.block))
+        return layout, layout.cut(self.plan.bands[self.block.name])
 
     def contribute(
         self, writer: HessianWriter, journal: Journal, mine: Collection[str], progress: Progress

@@ -25,13 +25,15 @@ from hesscli.job.estimate import Estimate, estimate, gradient_seconds
 from hesscli.job.opening import Opened
 from hesscli.job.options import ComputeOptions, Listener
 from hesscli.job.sizes import size
+from hesscli.job.team import ranks_here
 from hesscli.spectrum.statistics import QUICK_LIMIT
 
 LARGE = 4096
 """Blocks of more rows than this are computed in bands, each written while the next one is computed."""
 
-BAND = 1 << 24  # numbers in a band of a matrix whose upper half fits the memory
-LONG_BAND = 1 << 26  # and in one of a matrix that does not: long runs for the disk
+BAND = 1 << 24  # numbers in a band
+LONG_BAND = 1 << 26  # and in one of a matrix of more rows than `LONG`, for longer runs on the disk
+LONG = 1 << 15
 _SHARE = 0.6  # of the free memory, unless a limit is given
 _PROCESS = 256 << 20  # bytes that activations and the like are counted for
 
@@ -60,7 +62,9 @@ class Plan:
         self.shapes = {name: tuple(p.shape) for name, p in self.problem.parameters.items()}
         self.blocks = partition(self.shapes, self.structure)
         self.bytes = output_bytes(self.blocks, self.diagonal, self.problem.dtype)
-        self.limit = options.memory or int(_SHARE * available_memory())
+        self.limit = options.memory or int(_SHARE * available_memory()) // ranks_here()
+        # Numbers per band of each large block. Whoever goes on with another's file cuts as that one did.
+        self.bands = {b.name: self._band(b) for b in self.blocks if self.is_large(b)}
         self.double: Problem | None = self.problem.double()
         self.routes: dict[str, Route] = {}
         self.choices: dict[str, list[Choice]] = {}
@@ -108,13 +112,10 @@ class Plan:
         held = block.size**2 // 2 + 4 * BAND
         return self._process() + held * self.problem.dtype.itemsize <= self.limit
 
-    def band(self, block: Block) -> int:
-        """Numbers per band of a large block."""
-        if self._fits(block):
-            return BAND
+    def _band(self, block: Block) -> int:
         # One is computed, one is written, and parts of it are turned.
-        room = (self.limit - self._process()) // self.problem.dtype.itemsize
-        return max(block.size, min(LONG_BAND, room // 3))
+        room = (self.limit - self._process()) // (3 * self.problem.dtype.itemsize)
+        return max(block.size, min(LONG_BAND if block.size > LONG else BAND, room))
 
     # What it takes
 
@@ -172,7 +173,9 @@ class Plan:
         whole = [b for b in self.blocks if not self.is_large(b)]
         needs = [output_bytes([b], self.diagonal, self.problem.dtype) for b in whole]
         for block in (b for b in self.blocks if self.is_large(b)):
-            held = block.size**2 // 2 + 4 * BAND if self._fits(block) else 3 * self.band(block)
+            held = (
+                block.size**2 // 2 + 4 * BAND if self._fits(block) else 3 * self.bands[block.name]
+            )
             needs.append(held * itemsize)
         return max(needs, default=0) + self._process()
 

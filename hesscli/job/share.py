@@ -108,10 +108,6 @@ class Share:
             with contextlib.suppress(ProcessLost):
                 self.team.tell(None)
                 kind = error = traceback = None  # all leave together
-        if isinstance(error, ProcessLost):
-            kind = error = traceback = (
-                None  # gloo's threads may abort a process that keeps its group
-            )
         self.team.__exit__(kind, error, traceback)
 
     def serve(self) -> bool:

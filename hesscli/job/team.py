@@ -20,9 +20,8 @@ from hesscli.errors import ResourceError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PATIENCE = timedelta(
-    days=30
-)  # a rank may wait long for a slower one; one that dies closes its connection
+# A rank may wait long for a slower one; one that dies closes its connection.
+_PATIENCE = timedelta(days=30)
 
 
 def rank() -> int:
@@ -65,7 +64,8 @@ class Team:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self.size > 1 and error is None:
+        # Also when another is lost: gloo's threads may abort a process that ends with its group.
+        if self.size > 1 and (error is None or isinstance(error, ProcessLost)):
             import torch.distributed as dist
 
             dist.destroy_process_group()
