@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from hesscli.spectrum.density import exact, lanczos_quadrature
 from hesscli.spectrum.eigen import WHICH
+from hesscli.spectrum.interrupts import deferred_interrupt
 from hesscli.spectrum.lanczos import Lanczos, NotFinite
 from hesscli.spectrum.trace import estimate
 
@@ -122,7 +125,7 @@ def test_interrupted():
     def report(products, residual, tolerance):
         calls.append(products)
         if products == 20:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     found, _ = search(SPECTRA["normal"], 6, "largest", report=report)
     assert found.interrupted
@@ -263,3 +266,35 @@ def test_exact_density_and_histogram():
         edges, mass = exact(flat).histogram(4)
         assert mass.sum() == pytest.approx(1)
         assert edges[0] < flat[0] < edges[-1]
+
+
+def test_ctrl_c_waits_for_the_step_to_end():
+    """Wherever it comes, what is known is whole: values, vectors and residuals belong together."""
+    size = 60
+    diagonal = torch.arange(1.0, size + 1, dtype=torch.float64)
+    for last in (1, 5, 20, 33):
+        products = 0
+
+        def multiply(v: torch.Tensor, last: int = last) -> torch.Tensor:
+            nonlocal products
+            products += 1
+            if products == last:
+                signal.raise_signal(signal.SIGINT)
+            return diagonal * v
+
+        lanczos = Lanczos(
+            multiply, size, 4, "largest", 1e-14, torch.Generator().manual_seed(0), diagonal
+        )
+        found = lanczos.run(1000)
+        assert found.interrupted
+        assert found.products == last
+        errors = diagonal * found.vectors - torch.from_numpy(found.values)[:, None] * found.vectors
+        assert np.allclose(errors.norm(dim=1).numpy(), found.residuals, atol=1e-10)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    with pytest.raises(KeyboardInterrupt), deferred_interrupt() as pressed:  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        assert pressed()
+        signal.raise_signal(signal.SIGINT)

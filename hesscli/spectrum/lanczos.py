@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hesscli.spectrum.eigen import WHICH
+from hesscli.spectrum.interrupts import deferred_interrupt
 
 Multiply = Callable[[Tensor], Tensor]
 Report = Callable[[int, float, float], None]
@@ -91,6 +92,7 @@ class Lanczos:
         self.pending = [self._random()]
         self.products = 0
         self.copies = False  # whether a chain has found any
+        self.interrupted: Callable[[], bool] = lambda: False
         self._solve()
 
     def run(self, max_products: int) -> Found:
@@ -98,19 +100,20 @@ class Lanczos:
 
         Ctrl-C ends the search too, with what is known by then.
         """
-        interrupted = False
-        try:
-            while self.count < self.size and self.products < max_products:
+        with deferred_interrupt() as self.interrupted:
+            while self._goes_on(max_products):
                 if self.count == self.capacity:
                     self._restart(self.top + (self.capacity - self.top) // 2)
                 self._step(self._most_wanted())
                 if self._settled() and not self._hidden(max_products) and self._settled():
                     break
-            found = self._found()
-            return self._confirmed(found) if self.products < max_products else found
-        except KeyboardInterrupt:
-            interrupted = True
-        return self._found(interrupted)
+            found = self._found(self.interrupted())
+            if found.interrupted or self.products >= max_products:
+                return found
+            return self._confirmed(found)
+
+    def _goes_on(self, max_products: int) -> bool:
+        return self.count < self.size and self.products < max_products and not self.interrupted()
 
     # One product
 
@@ -290,7 +293,7 @@ class Lanczos:
             return True  # what is pending is all that there is
         start = self.count
         self.pending.append(self._random())
-        while self.products < max_products:
+        while self.products < max_products and not self.interrupted():
             if self.count == self.capacity:
                 if not self.copies:
                     return False
@@ -313,7 +316,7 @@ class Lanczos:
         best = WHICH[self.which](values)[: (self.capacity - start) // 2]
         self._rotated(start, values[best], columns[:, best])
 
-    def _found(self, interrupted: bool = False) -> Found:
+    def _found(self, interrupted: bool) -> Found:
         best = self._wanted()
         vectors = self.basis.new_empty(len(best), self.size)
         self._rotate(self.columns[:, best], self.basis[: self.count], vectors)
