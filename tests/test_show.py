@@ -168,7 +168,7 @@ def test_errors(cli, tmp_path):
     assert "not a Hessian file" in cli("show", "other.safetensors").fails(3)
 
 
-@pytest.mark.parametrize("options", [("--verify",), ("--heatmap",)])
+@pytest.mark.parametrize("options", [(), ("--verify",), ("--heatmap",)])
 def test_what_was_altered_is_noticed(cli, computed, tmp_path, options):
     computed("diag")
     assert cli("show", *options).code == 0
@@ -177,6 +177,16 @@ def test_what_was_altered_is_noticed(cli, computed, tmp_path, options):
     (tmp_path / "hessian.safetensors").write_bytes(written)
     assert "is not what was written" in cli("show", *options).fails(3)
     assert "is not what was written" in cli("show", "--verify", "-q").fails(3)
+
+
+def test_a_large_file_is_compared_when_asked(cli, computed, tmp_path, monkeypatch):
+    monkeypatch.setattr("hesscli.job.show.QUICK", 100)
+    computed("diag")
+    written = bytearray((tmp_path / "hessian.safetensors").read_bytes())
+    written[-3] ^= 1
+    (tmp_path / "hessian.safetensors").write_bytes(written)
+    assert cli("show").code == 0
+    assert "is not what was written" in cli("show", "--verify").fails(3)
 
 
 def test_it_loads_no_torch(tmp_path: Path) -> None:

@@ -56,7 +56,9 @@ def show(
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", help="Compare all that is in the file with its checksums. Reads it whole."
+            "--verify",
+            help="Compare all that is in the file with its checksums, also if it has more than "
+            "64 MB. Reads it whole.",
         ),
     ] = False,
     force: Annotated[

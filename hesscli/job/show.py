@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 Document = dict[str, Any]
 
+QUICK = 64 << 20
+"""Bytes of tensors up to which they are always compared with their checksums: a few hundredths of a second."""
+
 PIXELS = 1200
 """Rows and columns of a figure, at most."""
 
@@ -43,7 +46,7 @@ def show(
         wide: with `mean_eig` and `condition` of every block. What the file lacks is computed for blocks
             that are small enough for it to be quick.
         pixels: draw |H| on so many rows and columns at most, once for each number here.
-        verify: compare every tensor with its checksum.
+        verify: compare every tensor with its checksum, also in a large file.
         listener: hears how much of a picture is done.
 
     Raises:
@@ -51,8 +54,12 @@ def show(
         UsageError: there is no such file, or no such block.
     """
     with opened(source, "show") as file:
-        for name in file.entries if verify else ():
-            file.verified(name)
+        count = sum(
+            end - start for start, end in (e["data_offsets"] for e in file.entries.values())
+        )
+        if verify or count <= QUICK:
+            for name in file.entries:
+                file.verified(name)
         document = file.document | {"hessian": source}
         document["blocks"] = chosen(file.document, block, source, "show")
         if block is not None or wide:
