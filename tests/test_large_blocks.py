@@ -287,6 +287,19 @@ def test_resume_with_less_memory_cuts_as_the_first_run_did(cli, net, small_bands
     assert Path("h.safetensors").read_bytes() == undisturbed
 
 
+@pytest.mark.parametrize("more", [(), ("--resume",)])
+def test_a_journal_alone_is_of_a_finished_file(cli, net, small_bands, monkeypatch, more):
+    """The run was killed after the file had its name and before its journal was gone."""
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "remove", lambda self: None)
+        assert cli("compute", *net, *COMMAND).code == 0
+    undisturbed = Path("h.safetensors").read_bytes()
+    assert Path(".h.safetensors.journal").exists()
+    assert cli("compute", *net, *COMMAND, *more).code == 0
+    assert Path("h.safetensors").read_bytes() == undisturbed
+    assert not list(Path().glob(".*"))
+
+
 def test_resume_of_another_command_is_refused(cli, net, small_bands, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         interrupt_after(patch, 2, KeyboardInterrupt())

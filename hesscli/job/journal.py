@@ -83,6 +83,8 @@ class Journal:
         """
         if self.path is None or self.output is None:
             return
+        if not partial_path(self.output).exists():
+            self.remove()  # of a file that was finished just before the end, or that somebody removed
         left = journals(self.output)
         if force and not wanted:
             for path in [self.path] if shared else left:
@@ -110,10 +112,6 @@ class Journal:
                 f"{self.output}: an interrupted run left {own or len(self.finished)} of "
                 f"{len(self.parts)} parts in {partial_path(self.output).name}; --force throws them away",
                 "--resume",
-            )
-        if self.finished and not partial_path(self.output).exists():
-            raise FileError(
-                f"{partial_path(self.output)}: is gone, only its journal is left", "--force"
             )
         self.begun = own > 0
 
