@@ -11,7 +11,7 @@ import typer
 from hesscli.cli.completion import block_names
 from hesscli.cli.failing import failing
 from hesscli.cli.gates import FailAbove, FailBelow, end_seen, gate_eigenvalues
-from hesscli.cli.options import Debug, Json, Quiet, takes_hessian_or_problem
+from hesscli.cli.options import Debug, Force, Json, Quiet, takes_hessian_or_problem
 from hesscli.cli.ranks import sharing
 from hesscli.errors import NumericalError, UsageError
 from hesscli.job.options import ProblemOptions
@@ -78,9 +78,7 @@ def eigen(
             help="Write eigenvalues [k] and eigenvectors [k, n] to safetensors.",
         ),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", "-f", help="Replace a file that hesscli did not write.")
-    ] = False,
+    force: Force = False,
     fail_above: FailAbove = None,
     fail_below: FailBelow = None,
     json: Json = False,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hesscli.cli.failing import failing
-from hesscli.cli.options import Debug, Json, Quiet, takes_problem
+from hesscli.cli.options import Debug, Force, Json, Quiet, takes_problem
 from hesscli.cli.ranks import sharing
 from hesscli.job.options import ProblemOptions
 from hesscli.job.starting import load_torch
@@ -44,9 +44,7 @@ def hvp(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write.")
     ] = Path("hvp.safetensors"),
-    force: Annotated[
-        bool, typer.Option("--force", "-f", help="Replace a file that hesscli did not write.")
-    ] = False,
+    force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -34,6 +34,9 @@ Method = StrEnum("Method", {name: name for name in METHODS})  # type: ignore[mis
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Force = Annotated[
+    bool, typer.Option("--force", "-f", help="Replace a file that hesscli did not write.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
 
 
