@@ -11,6 +11,7 @@ from torch import Tensor
 from hesscli.hessian.kronecker import add_kronecker_rows
 from hesscli.hessian.probes import Probed
 from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
+from hesscli.hessian.workers import share, workers
 
 WORKSPACE = 1 << 25  # numbers that one chunk of directions may make
 _CACHED = 1 << 21  # numbers of samples' gradients that stay in the cache until they are multiplied
@@ -149,9 +150,7 @@ class _Later:
             slice(start, min(start + step, probed.samples))
             for start in range(0, probed.samples, step)
         ]
-        if layers:
-            widest = min(step, probed.samples)
-            self.buffer = self.inputs[0].new_empty(widest, self.size)
+        self.buffers: list[Tensor] = []  # one of each worker
 
     @torch.no_grad()
     def add(
@@ -176,10 +175,13 @@ class _Later:
             for x, u in zip(self.layers, curvature, strict=True)
         ]
         shifts = self._shifts(tangents, count)
-        for part in self.parts:
-            left = at[part].T.contiguous()
-            buffer = self.buffer[: part.stop - part.start]
-            for row in range(count):
+        threads = workers(out.device, count)
+        while len(self.buffers) < threads:
+            self.buffers.append(out.new_empty(len(at[self.parts[0]]), self.size))
+
+        def add(worker: int, rows: Iterator[int]) -> None:
+            buffer = self.buffers[worker][: part.stop - part.start]
+            for row in rows:
                 column = 0
                 for index, layer in enumerate(self.layers):
                     u, shift = moved[index], shifts[index]
@@ -193,6 +195,10 @@ class _Later:
                     )
                     column += layer.size
                 out[row * width : (row + 1) * width].addmm_(left, buffer)
+
+        for part in self.parts:
+            left = at[part].T.contiguous()
+            share(range(count), threads, add)
 
     def _shifts(self, tangents: Sequence[Tensor | None], count: int) -> list[list[Tensor] | None]:
         """How the inputs of each later layer move along each direction: [B, T, m] each."""

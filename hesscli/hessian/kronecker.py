@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-_WORKSPACE = 1 << 20  # numbers in a product before it is put in its place; fits the cache
+from hesscli.hessian.workers import share, workers
+
+_WORKSPACE = 1 << 19  # numbers in a product before it is put in its place; fits the cache
 _WIDTH = 32  # columns of a that are multiplied together
 
 
@@ -28,20 +32,27 @@ def add_kronecker_rows(out: Tensor, s: Tensor, a: Tensor) -> None:
     pairs = [(a[:, q:stop, None] * a[:, None, q:]).flatten(1) for q, stop in edges]
     target = out.unflatten(1, (n, m)).unflatten(0, (rows, m))
     widest = max(pair.shape[1] for pair in pairs)
-    buffer = a.new_empty(max(_WORKSPACE, n * widest))
+    chunks: list[range] = []
     start = 0
     while start < rows:
-        left = n - start
-        count = min(rows - start, max(1, _WORKSPACE // (left * widest)))
-        part = s[start : start + count, :, start:].transpose(1, 2).reshape(-1, samples)
-        p, i = slice(start, start + count), slice(start, n)
-        for (q, stop), pair in zip(edges, pairs, strict=True):
-            flat = buffer[: part.shape[0] * pair.shape[1]].view(-1, pair.shape[1])
-            product = torch.mm(part, pair, out=flat).view(count, left, stop - q, m - q)
-            target[p, q:stop, i, q:] += product.permute(0, 2, 1, 3)
-            if stop < m:
-                target[p, stop:, i, q:stop] += product[..., stop - q :].permute(0, 3, 1, 2)
-        start += count
+        stop = min(rows, start + max(1, _WORKSPACE // ((n - start) * widest)))
+        chunks.append(range(start, stop))
+        start = stop
+    count = workers(out.device, len(chunks))
+    buffers = [a.new_empty(max(_WORKSPACE, n * widest)) for _ in range(count)]
+
+    def add(worker: int, mine: Iterator[range]) -> None:
+        for chunk in mine:
+            p, i = slice(chunk.start, chunk.stop), slice(chunk.start, n)
+            part = s[p, :, i].transpose(1, 2).reshape(-1, samples)
+            for (q, stop), pair in zip(edges, pairs, strict=True):
+                flat = buffers[worker][: part.shape[0] * pair.shape[1]].view(-1, pair.shape[1])
+                product = torch.mm(part, pair, out=flat).view(len(chunk), -1, stop - q, m - q)
+                target[p, q:stop, i, q:] += product.permute(0, 2, 1, 3)
+                if stop < m:
+                    target[p, stop:, i, q:stop] += product[..., stop - q :].permute(0, 3, 1, 2)
+
+    share(chunks, count, add)
 
 
 def mirror_(matrix: Tensor, tile: int = 512) -> None:

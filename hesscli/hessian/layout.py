@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 Span = tuple[int, int]  # first and last + 1
+Placed = tuple[slice, int, int, slice, int]  # see `Layout.placed`
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,22 @@ class Layout:
             at += piece.size
 
     def cut(self, most: int) -> list[Span]:
-        """Bands of about `most` entries (rows times the columns right of the diagonal), never through a group."""
+        """Bands of about `most` entries (rows times the columns right of the diagonal), never through a group.
+
+        Whole rows are written, so the last bands have no more than twice the rows of the first: little is left to
+        write when all is computed.
+        """
         bands: list[Span] = []
         for at, piece in self.starts():
             group = 0
             while group < piece.groups:
                 start = at + group * piece.width
-                rows = most // max(1, self.size - start)
+                rows = most // max(1, self.size - start, self.size // 2)
                 group = min(piece.groups, group + max(1, rows // piece.width))
                 bands.append((start, at + group * piece.width))
         return bands
 
-    def placed(self, start: int, stop: int) -> Iterator[tuple[slice, int, int, slice, int]]:
+    def placed(self, start: int, stop: int) -> Iterator[Placed]:
         """Where the rows from `start` to `stop`, at edges of groups, lie in the block.
 
         Yields:

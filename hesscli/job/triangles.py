@@ -15,9 +15,13 @@ import torch
 from torch import Tensor
 
 from hesscli.files.hessian_writer import HessianWriter
-from hesscli.hessian.layout import Layout, Span
+from hesscli.hessian.layout import Layout, Placed, Span
+from hesscli.job.beside import Beside
 
 _TURNED = 1 << 22  # numbers that are transposed at a time
+_PIECE = (
+    1 << 22
+)  # numbers in the rows that are written at a time; they stay in the cache until then
 _READ = 1 << 24  # numbers that are read back at a time
 _PAGE = 4096
 
@@ -105,19 +109,37 @@ class HeldTriangle(Triangle):
     ) -> None:
         super().__init__(name, layout, bands, writer, direction)
         self.uppers: list[Tensor] = []
-        longest = max(stop - start for start, stop in bands) * layout.size * self.dtype.itemsize
-        self.memory = mmap.mmap(-1, longest + _PAGE)  # page-aligned, as direct writes want it
+        pieces = (piece for band in bands for piece in self._pieces(*band))
+        longest = max(groups * (cut.stop - cut.start) for _, groups, _, cut, _ in pieces)
+        room = longest * layout.size * self.dtype.itemsize + _PAGE
+        # Page-aligned, as direct writes want it; two of them, so that one is filled while the other is written.
+        self.memory = [mmap.mmap(-1, room), mmap.mmap(-1, room)]
 
     def put(self, index: int, upper: Tensor) -> None:
         self.uppers.append(upper)
-        for place, rows in self._rows(index):
-            self._count(place, rows.numpy())
-            self.writer.write(self.name, rows.numpy(), place)
+        with Beside() as beside:
+            for place, rows in self._rows(index):
+                self._count(place, rows.numpy())
+                beside.run(self.writer.write, self.name, rows.numpy(), place)
+
+    def _pieces(self, start: int, stop: int) -> Iterator[Placed]:
+        """What `Layout.placed` says of these rows, no more than `_PIECE` numbers or one group at a time."""
+        for rows, groups, width, entries, place in self.layout.placed(start, stop):
+            length = entries.stop - entries.start
+            step = max(1, _PIECE // (length * self.layout.size))
+            for first in range(0, groups, step):
+                count = min(step, groups - first)
+                begin = rows.start + first * width
+                part = slice(begin, begin + count * width)
+                yield part, count, width, entries, place + first * length
 
     def _rows(self, index: int) -> Iterator[tuple[int, Tensor]]:
-        """The rows of a band in the block's order, with the first one's place."""
+        """The rows of a band in the block's order, with the first one's place.
+
+        They are overwritten by those that come two steps later.
+        """
         start, stop = self.bands[index]
-        for rows, groups, width, entries, place in self.layout.placed(start, stop):
+        for rows, groups, width, entries, place in self._pieces(start, stop):
             length = entries.stop - entries.start
             out = self._aligned(place, groups * length)
             grouped = out.unflatten(0, (groups, length))
@@ -137,13 +159,14 @@ class HeldTriangle(Triangle):
         """Room for rows that lies to a page as they will in the file."""
         shift = self.writer.offset(self.name, place) % _PAGE
         count = rows * self.layout.size
-        flat = torch.frombuffer(self.memory, dtype=self.dtype, count=count, offset=shift)
+        self.memory.reverse()
+        flat = torch.frombuffer(self.memory[0], dtype=self.dtype, count=count, offset=shift)
         return flat.view(rows, self.layout.size)
 
     def restore(self, index: int) -> None:
         start, stop = self.bands[index]
         upper = torch.empty(stop - start, self.layout.size - start, dtype=self.dtype)
-        for rows, groups, width, entries, place in self.layout.placed(start, stop):
+        for rows, groups, width, entries, place in self._pieces(start, stop):
             length = entries.stop - entries.start
             out = self._aligned(place, groups * length)
             self.writer.read(self.name, place, out.numpy())

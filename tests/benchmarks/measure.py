@@ -294,6 +294,7 @@ class Bench:
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         out, err = self.folder / "stdout", self.folder / "stderr"
         with out.open("wb") as stdout, err.open("wb") as stderr:
+            os.sync()  # what others wrote shall not be on its way to the disk
             started = time.perf_counter()
             child = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr

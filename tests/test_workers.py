@@ -1,0 +1,70 @@
+"""Pieces of work side by side: every piece once, and the same numbers as one after the other."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from hesscli.hessian.kronecker import add_kronecker_rows
+from hesscli.hessian.workers import share, workers
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_piece_is_done_once_by_threads_that_take_turns(two_threads):
+    done: list[int] = []
+    met = threading.Barrier(2, timeout=30)  # both are at work at once
+    seen: list[tuple[int, bool]] = []
+
+    def work(worker: int, items: Iterator[int]) -> None:
+        met.wait()
+        seen.append((torch.get_num_threads(), torch.is_grad_enabled()))
+        done.extend(items)
+
+    share(range(100), 2, work)
+    assert sorted(done) == list(range(100))
+    assert seen == [(1, False)] * 2
+    assert torch.get_num_threads() == 2
+
+
+def test_an_error_in_a_piece_is_raised_and_the_threads_are_given_back(two_threads):
+    def work(worker: int, items: Iterator[int]) -> None:
+        for item in items:
+            if item == 3:
+                raise ValueError("three")
+
+    with pytest.raises(ValueError, match="three"):
+        share(range(5), 2, work)
+    assert torch.get_num_threads() == 2
+
+
+def test_a_device_and_few_pieces_take_one_thread(two_threads):
+    assert workers(torch.device("cpu"), 2) == 2
+    assert workers(torch.device("cpu"), 1) == 1
+    assert workers(torch.device("cuda"), 100) == 1
+
+
+def test_rows_of_a_kronecker_sum_do_not_depend_on_the_threads(two_threads):
+    generator = torch.Generator().manual_seed(0)
+    s = torch.randn(40, 9, 40, generator=generator, dtype=torch.float64)
+    s = s + s.permute(2, 1, 0)
+    a = torch.randn(9, 70, generator=generator, dtype=torch.float64)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        out = torch.zeros(40 * 70, 40 * 70, dtype=torch.float64)
+        add_kronecker_rows(out, s, a)
+        found.append(out)
+    assert torch.equal(*found)
+    expected = torch.einsum("pbi,bq,bj->pqij", s, a, a).reshape(2800, 2800)
+    upper = torch.ones(40, 40).triu().repeat_interleave(70, 0).repeat_interleave(70, 1)
+    assert float(((found[0] - expected) * upper).abs().max()) < 1e-12 * float(expected.abs().max())
