@@ -1,21 +1,22 @@
 """Lanczos with full reorthogonalisation and thick restarts, for anything that can multiply a vector.
 
-The basis V and the pending vectors Q (all rows) satisfy the Krylov relation
+The basis V (rows) and the pending vector q satisfy the Krylov relation
 
-    H V^T = V^T T + Q^T B,        T = V H V^T,   V V^T = I,   Q V^T = 0,
+    H V^T = V^T T + q b^T + R,        T = V H V^T,   V V^T = I,   V q = 0,
 
-so a Ritz pair (theta, y) of T has the residual ||H x - theta x|| = ||B y|| at x = V^T y. A step multiplies one pending
-vector, which joins V, and what is new in the product becomes pending. When V is full it is rotated to its best Ritz
-vectors (a thick restart), which keeps the relation and costs no product.
+so a Ritz pair (theta, y) of T has the residual ||H x - theta x|| <= ||(b y, R y)|| at x = V^T y. A step multiplies the
+pending vector, which joins V, and what is new in the product becomes pending. When V is full it is rotated to its best
+Ritz vectors (a thick restart), which keeps the relation and costs no product.
 
 One starting vector sees every eigenvalue once, however often it occurs: the copies are orthogonal to all that the
-iteration ever builds. So when the wanted pairs have converged, a random vector joins the pending ones and grows a
-chain of its own in the complement. What it finds there either cannot be among the wanted, or becomes part of the basis,
-and the search goes on with both.
+iteration ever builds. So when the wanted pairs have converged, they alone are kept, what is left of their residuals is
+R, and a random vector starts a chain in their complement. What that finds either cannot be among the wanted, or joins
+them, and the search goes on.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,6 +34,8 @@ CHAIN = 12
 """Products that a random vector gets to find a first copy. One that stands out of the rest of the spectrum by a third
 stays hidden from twelve with a probability below 1 %. Once a copy was found, chains are followed to convergence."""
 
+_MARGIN = 0.5  # of the tolerance: the product that confirms the pairs may find their residuals a little larger
+_FEW = 4  # rows of the basis that are faster one by one
 _TILE = 1 << 16  # columns of the basis that are rotated at a time
 
 
@@ -46,14 +49,6 @@ class Found:
     converged: np.ndarray  # [k], bool
     products: int
     interrupted: bool = False
-
-
-@dataclass
-class _Pending:
-    """A vector that waits to be multiplied, and its row of B."""
-
-    vector: Tensor  # [n]
-    coupling: np.ndarray  # [capacity]
 
 
 class Lanczos:
@@ -88,8 +83,10 @@ class Lanczos:
         self.capacity = min(size, max(2 * self.top + 7, self.top + CHAIN))
         self.basis = torch.zeros(self.capacity, size, dtype=like.dtype, device=like.device)
         self.T = np.zeros((self.capacity, self.capacity))
+        self.R = np.zeros((self.capacity, self.capacity))  # R^T R of the Krylov relation
         self.count = 0
-        self.pending = [self._random()]
+        self.coupling = np.zeros(self.capacity)  # b
+        self.pending = self._random()
         self.products = 0
         self.copies = False  # whether a chain has found any
         self.interrupted: Callable[[], bool] = lambda: False
@@ -104,7 +101,7 @@ class Lanczos:
             while self._goes_on(max_products):
                 if self.count == self.capacity:
                     self._restart(self.top + (self.capacity - self.top) // 2)
-                self._step(self._most_wanted())
+                self._step()
                 if self._settled() and not self._hidden(max_products) and self._settled():
                     break
             found = self._found(self.interrupted())
@@ -117,85 +114,69 @@ class Lanczos:
 
     # One product
 
-    def _step(self, chosen: int) -> bool:
-        """Multiplies a pending vector; what is new in the product becomes the last pending one.
+    def _step(self) -> bool:
+        """Multiplies the pending vector; what is new in the product is the next one.
 
         Returns:
             whether anything was new.
         """
-        vector = self.pending[chosen].vector
+        vector, j = self.pending, self.count
         product = self.multiply(vector)
-        if not bool(torch.isfinite(product).all()):
+        size = float(torch.linalg.norm(product))
+        if not math.isfinite(size):
             raise NotFinite
-        taken = self.pending.pop(chosen)
         self.products += 1
-        j = self.count
         self.basis[j] = vector
         self.count += 1
-        self.T[j, :j] = self.T[:j, j] = taken.coupling[:j]
-        size = float(torch.linalg.norm(product))
-        product, c, others = self._orthogonal(product)
-        self.T[j, j] = c[j]
-        for pending, overlap in zip(self.pending, others, strict=True):
-            pending.coupling[j] = overlap
+        parts = self.coupling[: self.count].copy()
+        parts[j] = float(vector @ product)
+        product, left = self._orthogonal(self._without(product, parts))
+        parts += left
+        self.T[j, : self.count] = self.T[: self.count, j] = parts
         norm = float(torch.linalg.norm(product))
-        held = self.count + len(self.pending)
+        self.coupling[:] = 0
         least = 16 * torch.finfo(product.dtype).eps * max(size, self._scale())
-        new = norm > least and held < self.size
+        new = norm > least and self.count < self.size
         if new:
-            coupling = np.zeros(self.capacity)
-            coupling[j] = norm
-            self.pending.append(_Pending(product / norm, coupling))
-        elif not self.pending and self.count < self.size:  # an invariant subspace: on elsewhere
-            self.pending.append(self._random())
+            self.coupling[j] = norm
+            self.pending = product / norm
+        elif self.count < self.size:  # an invariant subspace: on elsewhere
+            self.pending = self._random()
         self._solve()
         self.report(self.products, self._worst(), self.tolerance)
         return new
 
-    def _orthogonal(self, v: Tensor) -> tuple[Tensor, np.ndarray, list[float]]:
-        """v without its parts in the basis and the pending vectors, and these parts."""
-        basis = self.basis[: self.count]
-        parts = torch.zeros(self.count, dtype=v.dtype, device=v.device)
-        others = [0.0] * len(self.pending)
-        for _ in range(2):  # once loses orthogonality, twice is enough
-            part = basis @ v
-            v = v - part @ basis
-            parts += part
-            for i, pending in enumerate(self.pending):
-                overlap = pending.vector @ v
-                v = v - overlap * pending.vector
-                others[i] += float(overlap)
-        return v, parts.double().cpu().numpy(), others
+    def _without(self, v: Tensor, parts: np.ndarray) -> Tensor:
+        """v without these parts along the basis, most of which are zero."""
+        rows = np.flatnonzero(parts)
+        if len(rows) > _FEW:
+            return v - torch.from_numpy(parts).to(v) @ self.basis[: self.count]
+        for row in rows:
+            v = v.sub(self.basis[row], alpha=float(parts[row]))
+        return v
 
-    def _random(self) -> _Pending:
-        """A random vector orthogonal to all others; nothing couples to it."""
-        if self.count == 0:
-            self.pending = []
+    def _orthogonal(self, v: Tensor) -> tuple[Tensor, np.ndarray]:
+        """v without its parts along the basis, and these parts."""
+        basis = self.basis[: self.count]
+        parts = basis @ v
+        return v - parts @ basis, parts.double().cpu().numpy()
+
+    def _random(self) -> Tensor:
+        """A random vector orthogonal to the basis."""
         v = torch.randn(self.size, generator=self.generator, dtype=torch.float64)
         v = v.to(self.basis.device, self.basis.dtype)
-        for _ in range(2):
+        for _ in range(3):  # once loses orthogonality
             v = self._orthogonal(v / torch.linalg.norm(v))[0]
-        return _Pending(v / torch.linalg.norm(v), np.zeros(self.capacity))
-
-    def _most_wanted(self) -> int:
-        """The pending vector with the greatest part in the residual of the wanted pair that has the greatest."""
-        if len(self.pending) == 1:
-            return 0
-        best = self._wanted()
-        worst = best[np.argmax(self._excess(best))]
-        B = np.stack([pending.coupling[: self.count] for pending in self.pending])
-        return int(np.argmax(np.abs(B @ self.columns[:, worst])))
+        return v / torch.linalg.norm(v)
 
     # The small problem
 
     def _solve(self) -> None:
         """Ritz values, their coordinates in the basis, and their residuals."""
-        T = self.T[: self.count, : self.count]
-        self.values, self.columns = np.linalg.eigh(T)
-        B = np.zeros((len(self.pending), self.count))
-        for row, pending in zip(B, self.pending, strict=True):
-            row[:] = pending.coupling[: self.count]
-        self.residuals = np.linalg.norm(B @ self.columns, axis=0)
+        mine = slice(self.count)
+        self.values, self.columns = _eigh(self.T[mine, mine])
+        left = np.einsum("ik,ij,jk->k", self.columns, self.R[mine, mine], self.columns)
+        self.residuals = np.hypot(self.coupling[mine] @ self.columns, np.sqrt(left.clip(0)))
 
     def _wanted(self) -> np.ndarray:
         return WHICH[self.which](self.values)[: self.top]
@@ -231,7 +212,8 @@ class Lanczos:
 
     def _settled(self) -> bool:
         """Whether all wanted pairs have converged."""
-        return self.count >= self.top and bool((self._excess(self._wanted()) <= 1).all())
+        excess = self._excess(self._wanted())
+        return self.count >= self.top and bool((excess <= _MARGIN).all())
 
     def _enters(self, values: np.ndarray) -> bool:
         """Whether one of these values belongs before the last of the wanted ones.
@@ -253,22 +235,28 @@ class Lanczos:
 
     # Restarts
 
-    def _restart(self, keep: int) -> None:
-        """Rotates the basis to its best Ritz vectors."""
-        best = WHICH[self.which](self.values)[:keep]
-        self._rotated(0, self.values[best], self.columns[:, best])
+    def _restart(self, keep: int, first: int = 0) -> None:
+        """Rotates the basis, from row `first` on, to its best Ritz vectors."""
+        mine = slice(first, self.count)
+        values, columns = _eigh(self.T[mine, mine])
+        Y = columns[:, WHICH[self.which](values)[:keep]]
+        S = np.zeros((self.count, first + Y.shape[1]))
+        S[:first, :first] = np.eye(first)
+        S[first:, first:] = Y
+        self._rotate(Y, self.basis[mine], self.basis[first : S.shape[1]])
+        for matrix in (self.T, self.R):
+            rotated = S.T @ matrix[: self.count, : self.count] @ S
+            matrix[:] = 0
+            matrix[: S.shape[1], : S.shape[1]] = rotated
+        coupling = self.coupling[: self.count] @ S
+        self.count = S.shape[1]
+        self._couple(coupling)
         self._solve()
 
-    def _rotated(self, first: int, values: np.ndarray, Y: np.ndarray) -> None:
-        """The basis from row `first` on becomes Y^T times itself, Ritz vectors with these values."""
-        keep = first + len(values)
-        self._rotate(Y, self.basis[first : self.count], self.basis[first:keep])
-        for pending in self.pending:
-            pending.coupling[first:keep] = pending.coupling[first : self.count] @ Y
-            pending.coupling[keep:] = 0
-        self.T[first:, :] = self.T[:, first:] = 0
-        self.T[np.arange(first, keep), np.arange(first, keep)] = values
-        self.count = keep
+    def _couple(self, coupling: np.ndarray) -> None:
+        """Sets b, zero beyond these entries."""
+        self.coupling[:] = 0
+        self.coupling[: len(coupling)] = coupling
 
     def _rotate(self, Y: np.ndarray, rows: Tensor, out: Tensor) -> None:
         """Y^T times the rows, in tiles: `out` may be some of them."""
@@ -286,35 +274,27 @@ class Lanczos:
         """
         if self.count == self.size:
             return False
-        room = self.capacity - (self.top if self.copies else self.capacity - CHAIN)
-        if self.capacity - self.count < room:
-            self._restart(self.capacity - room)
-        if self.count + len(self.pending) == self.size:
-            return True  # what is pending is all that there is
-        start = self.count
-        self.pending.append(self._random())
-        while self.products < max_products and not self.interrupted():
-            if self.count == self.capacity:
+        self._restart(self.top)
+        self.R += np.outer(self.coupling, self.coupling)  # converged, so nobody needs its direction
+        self._couple(np.zeros(0))
+        self.pending = self._random()
+        start, grew = self.count, True
+        while grew and self._goes_on(max_products):
+            if self.count == (self.capacity if self.copies else start + CHAIN):
                 if not self.copies:
                     return False
-                self._shorten(start)
-            grew = self._step(len(self.pending) - 1)
-            values, columns = np.linalg.eigh(self.T[start : self.count, start : self.count])
+                self._restart((self.capacity - start) // 2, start)
+            grew = self._step()
+            chain = slice(start, self.count)
+            values, columns = _eigh(self.T[chain, chain])
             if self._enters(values):
                 self.copies = True
                 return True
-            coupling = self.pending[-1].coupling[start : self.count] if grew else 0 * values
-            residuals = np.abs(coupling @ columns)
+            residuals = np.abs(self.coupling[chain] @ columns)
             ends = WHICH[self.which](values)[: 2 if self.which == "both" else 1]
-            if not grew or (residuals[ends] <= self._limit(values[ends])).all():
-                return False
+            if (residuals[ends] <= self._limit(values[ends])).all():
+                break
         return False
-
-    def _shorten(self, start: int) -> None:
-        """A thick restart of a chain alone."""
-        values, columns = np.linalg.eigh(self.T[start : self.count, start : self.count])
-        best = WHICH[self.which](values)[: (self.capacity - start) // 2]
-        self._rotated(start, values[best], columns[:, best])
 
     def _found(self, interrupted: bool) -> Found:
         best = self._wanted()
@@ -340,12 +320,20 @@ class Lanczos:
         self.products += 1
         expected = (c * torch.from_numpy(found.values).to(c)) @ found.vectors
         y = self.columns[:, best] @ signs.numpy()
-        for pending in self.pending:
-            expected += float(pending.coupling[: self.count] @ y) * pending.vector
+        expected += float(self.coupling[: self.count] @ y) * self.pending
         error = float(torch.linalg.norm((product - expected).double())) / len(best) ** 0.5
         residuals = found.residuals + error
         converged = residuals <= self._limit(found.values)
         return Found(found.values, found.vectors, residuals, converged, self.products)
+
+
+def _eigh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues, ascending, and eigenvectors, columns.
+
+    By PyTorch: the threads of NumPy's BLAS keep a core busy for 20 ms after their work, which slows the next product.
+    """
+    values, columns = torch.linalg.eigh(torch.from_numpy(matrix))
+    return values.numpy(), columns.numpy()
 
 
 class NotFinite(ArithmeticError):  # noqa: N818 - told apart by its kind
