@@ -22,6 +22,7 @@ from torch import nn
 
 import hesscli
 from hesscli.errors import UsageError
+from hesscli.job import batches
 
 SAMPLES = REPOSITORY / "sample_models"
 MLP = (SAMPLES / "digits_mlp.pt", SAMPLES / "digits.npz")
@@ -79,6 +80,16 @@ def test_float32_and_batches(cli):
     for batch in ("auto", 77, 1):
         ran = cli("eigen", *MLP, "--top", 5, "--json", "--batch-size", batch)
         np.testing.assert_allclose(ran.document["eigenvalues"], truth, rtol=1e-4)
+
+
+def test_each_thread_gets_batches(cli, two_threads, monkeypatch):
+    words = ("eigen", *MLP, "--top", "3", "--dtype", "float64", "--json")
+    monkeypatch.setattr(batches, "_WORTH", 1 << 10)
+    several = cli(*words).document
+    monkeypatch.setattr(batches, "_WORTH", 1 << 30)
+    whole = cli(*words).document
+    assert several["eigenvalues"] == pytest.approx(whole["eigenvalues"], rel=1e-12)
+    assert several["eigenvalues"] != whole["eigenvalues"]  # summed in another order
 
 
 def test_vectors_in_a_file(cli, tmp_path):

@@ -61,7 +61,7 @@ def gauss_newton(case: Case) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_hessian(case):
+def test_hessian(case, two_threads):
     whole = case.fixed_batch or case.loss == "output"
     problem = problem_of_case(case, batch_size=None if whole else 4)
     try:
@@ -85,6 +85,14 @@ def test_float32_and_single_products(name):
     assert products.count == 1
     assert relative_error(products(torch.stack([v, 2 * v]))[1], 2 * products(v)) < 1e-5
     assert products.count == 4
+
+
+def test_batches_side_by_side_add_up_in_their_order(two_threads):
+    problem = problem_of_case(BY_NAME["mlp-tanh"], batch_size=1)
+    found = [matrix(Products(problem, memory=1 << 30)) for _ in range(5)]
+    torch.set_num_threads(1)
+    alone = matrix(Products(problem, memory=1 << 30))
+    assert all(torch.equal(each, alone) for each in found)
 
 
 def test_graphs_that_do_not_fit_are_made_again():

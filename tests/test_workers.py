@@ -12,14 +12,6 @@ from hesscli.hessian.kronecker import add_kronecker_rows
 from hesscli.hessian.workers import share, workers
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_every_piece_is_done_once_by_threads_that_take_turns(two_threads):
     done: list[int] = []
     met = threading.Barrier(2, timeout=30)  # both are at work at once

@@ -15,7 +15,7 @@ as does a Pearlmutter pass written by hand, so there is no second way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Batch, Problem, is_missing_derivative, saved_bytes
 from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.routes.hvp import explained
+from hesscli.hessian.workers import share, workers
 
 CURVATURES = {"hessian": "hessian", "ggn": "ggn", "fisher": "empirical_fisher"}
 """`--curvature` option -> the name in table, JSON and metadata."""
@@ -138,9 +139,25 @@ class Products(Flat):
         if len(self.problem.batches) == 1:
             return self._linear(0)(vectors).detach()
         total = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
-        for index in range(len(self.problem.batches)):
+        threads = workers(vectors.device, self.keeps)
+        for first in range(0, self.keeps, threads):
+            for part in self._side_by_side(range(first, min(first + threads, self.keeps)), vectors):
+                total += part
+        for index in range(self.keeps, len(self.problem.batches)):
             total += self._linear(index)(vectors)
         return total.to(vectors.dtype)
+
+    def _side_by_side(self, indices: range, vectors: Tensor) -> list[Tensor]:
+        """The products of some batches that keep their graphs, in their order."""
+        linear = {index: self._linear(index) for index in indices}
+        found: dict[int, Tensor] = {}
+
+        def multiply(worker: int, mine: Iterator[int]) -> None:
+            for index in mine:
+                found[index] = linear[index](vectors)
+
+        share(indices, len(indices), multiply)
+        return [found[index] for index in indices]
 
     def _that_fit(self, memory: int) -> int:
         """How many of the batches, from the first on, keep their graphs."""

@@ -18,6 +18,9 @@ from hesscli.hessian.problem import Batch, Batches, Problem, saved_bytes
 from hesscli.job.options import ProblemOptions
 from hesscli.job.team import ranks_here
 
+_EACH = 2  # batches of each thread, where they are worked on side by side
+_WORTH = 1 << 21  # bytes that a batch's pass keeps at least, to be worth one
+
 
 @dataclass(frozen=True)
 class Source:
@@ -105,11 +108,13 @@ def split(
     rows: int | None,
     note: Callable[[str], None],
     parts: int = 1,
+    abreast: bool = False,
 ) -> tuple[Problem, Sizes]:
     """The problem with its data in batches, unless model or loss want it whole.
 
     Args:
         parts: how many processes share the batches; there is at least one for each, where that can be.
+        abreast: batches will be worked on side by side: a few for each thread, unless they would be small.
     """
     samples = source.samples
     few = source.whole() if options.unbatched else source.part(0, min(samples, 2))
@@ -135,6 +140,8 @@ def split(
     if parts > 1 and problem.device.type == "cpu":
         free //= ranks_here()
     sizes = choose_sizes(samples, saved, size, problem.dtype.itemsize, free)
+    if abreast and problem.device.type == "cpu":
+        sizes = replace(sizes, batch=min(sizes.batch, _for_threads(samples, saved)))
     batch, bounds = options.batch_size or sizes.batch, None
     if model.batch_size is not None:
         batch = model.batch_size
@@ -150,6 +157,13 @@ def split(
         batches = f"{count} batch" + ("es" if count > 1 else "")
         note(f"the data is {batches}, so {parts - count} of {parts} processes have nothing to do")
     return replace(problem, batches=_batches(source, bounds, parts)), Sizes(batch, sizes.chunk)
+
+
+def _for_threads(samples: int, saved: int) -> int:
+    """Samples per batch, so that each thread has some batches; `saved` bytes of a sample's forward pass are kept."""
+    threads = torch.get_num_threads()
+    count = min(_EACH * threads, samples * saved // _WORTH) if threads > 1 else 1
+    return -(-samples // max(1, count))
 
 
 def _even(samples: int, most: int, parts: int) -> tuple[int, list[int]]:

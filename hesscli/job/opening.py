@@ -45,6 +45,7 @@ def open_problem(
     rows: int | None = None,
     model: SavedModel | None = None,
     share: Share | None = None,
+    abreast: bool = False,
 ) -> Opened:
     """Loads model and data, settles the loss, and makes one pass over the data.
 
@@ -54,6 +55,7 @@ def open_problem(
         rows: the size of the largest block, if it is known to be smaller than all parameters together.
         model: one in memory, in place of the file that the options name.
         share: what other processes share the pass over the data through.
+        abreast: batches will be worked on side by side.
 
     Raises:
         HesscliError: of any kind; see `errors.py`.
@@ -128,7 +130,7 @@ def open_problem(
     if data.columns:
         source = _as_columns(problem, source, note)
     parts = 1 if share is None else share.team.size
-    problem, sizes = split(problem, source, options, model, rows, note, parts)
+    problem, sizes = split(problem, source, options, model, rows, note, parts, abreast)
     if dtype is torch.float64:
         problem = problem.widened()
         if problem.wide:

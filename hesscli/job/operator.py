@@ -133,7 +133,9 @@ def open_operator(
 
 def open_shared(options: ProblemOptions, listener: Listener, share: Share | None) -> Opened:
     """The problem, opened by all processes that have a share of the data."""
-    return open_problem(options, listener) if share is None else share.open(options, listener)
+    if share is not None:
+        return share.open(options, listener)
+    return open_problem(options, listener, abreast=True)
 
 
 def shared_problem(opened: Opened, share: Share | None, source: int = 0) -> Problem:

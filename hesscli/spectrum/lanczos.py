@@ -321,7 +321,9 @@ class Lanczos:
         expected = (c * torch.from_numpy(found.values).to(c)) @ found.vectors
         y = self.columns[:, best] @ signs.numpy()
         expected += float(self.coupling[: self.count] @ y) * self.pending
-        error = float(torch.linalg.norm((product - expected).double())) / len(best) ** 0.5
+        beyond = float((product - expected).double().square().sum())
+        left = float(y @ self.R[: self.count, : self.count] @ y)
+        error = (max(0.0, beyond - left) / len(best)) ** 0.5
         residuals = found.residuals + error
         converged = residuals <= self._limit(found.values)
         return Found(found.values, found.vectors, residuals, converged, self.products)
