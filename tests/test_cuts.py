@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from cases import BY_NAME, CASES, expected, labels, normal
@@ -132,6 +133,17 @@ def test_the_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     one = 32 * (16 * 32) ** 2 * 4
     monkeypatch.setattr(cuts, "BUDGET", 4 * one)
     shapes = analysis_of(problem).tape.shapes
-    chosen = plan(problem).values
-    assert chosen
-    assert sum(32 * (shapes[c].numel() // 32) ** 2 * 4 for c in chosen) <= 4 * one
+    chosen = plan(problem)
+    assert chosen.values
+    assert chosen.bytes == sum(32 * (shapes[c].numel() // 32) ** 2 * 4 for c in chosen.values)
+    assert chosen.bytes <= 4 * one
+
+
+def test_what_is_kept_at_the_cuts_is_in_the_plan(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.jit.script(stack(6, 32, 64)).save("net.pt")
+    np.savez("data.npz", x=normal(32, 16, 3).float().numpy(), y=labels(3, 32).numpy())
+    words = ("compute", "net.pt", "data.npz", "--dry-run", "--json")
+    with_cuts = cli(*words).document["total"]["memory"]
+    monkeypatch.setattr(cuts, "BUDGET", 0)
+    one = 32 * (16 * 32) ** 2 * 4
+    assert with_cuts - cli(*words).document["total"]["memory"] >= 5 * one

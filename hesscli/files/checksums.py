@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32  # seven times as fast as Python's own
 
 
 class Checksum:
@@ -29,7 +29,7 @@ class Checksum:
         """Counts rows of the tensor, contiguous, from number `first` on."""
         if rows.size:
             for number, row in enumerate(self.rows(rows), first):
-                self.value += (2 * number + 1) * zlib.crc32(row.view(np.uint8).data)
+                self.value += (2 * number + 1) * crc32(row.view(np.uint8).data)
             self.value %= 1 << 64
 
     def __str__(self) -> str:
@@ -39,4 +39,4 @@ class Checksum:
 def document_checksum(document: Mapping[str, Any]) -> str:
     """Of a JSON document: crc32 of its text."""
     text = json.dumps(document, allow_nan=False, separators=(",", ":"))
-    return f"{zlib.crc32(text.encode()):08x}"
+    return f"{crc32(text.encode()):08x}"

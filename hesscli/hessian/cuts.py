@@ -36,12 +36,14 @@ class CutPlan:
         places: how many calls have been made when a value is there.
         overhead: the work of every Sigma.
         directions: how many there are in all layers.
+        bytes: of every Sigma, which are kept.
     """
 
     values: tuple[int, ...]
     places: Mapping[int, int]
     overhead: Work
     directions: int
+    bytes: int = 0
 
     def after(self, z: int) -> int | None:
         """The first cut that z, and all that follows it, passes through."""
@@ -88,12 +90,13 @@ def plan_cuts(analysis: Analysis, costs: Costs, samples: int, itemsize: int) -> 
     candidates = [c for c in separators(tape, [use.z for use in uses]) if _in_front(analysis, c)]
     while candidates:
         chosen = _cheapest(candidates, places, size, demand, costs)
-        if sum(size(c) ** 2 for c in chosen) * samples * itemsize <= BUDGET:
+        taken = sum(size(c) ** 2 for c in chosen) * samples * itemsize
+        if taken <= BUDGET:
             following = [*chosen, None][1:]
             overhead = Work()
             for c, after in zip(chosen, following, strict=True):
                 overhead += costs.directions(c, size(c), after)
-            return CutPlan(tuple(chosen), places, overhead, total)
+            return CutPlan(tuple(chosen), places, overhead, total, taken)
         candidates.remove(max(chosen, key=size))
     return CutPlan((), places, Work(), total)
 

@@ -63,12 +63,13 @@ class Plan:
         self.blocks = partition(self.shapes, self.structure)
         self.bytes = output_bytes(self.blocks, self.diagonal, self.problem.dtype)
         self.limit = options.memory or int(_SHARE * available_memory()) // ranks_here()
-        # Numbers per band of each large block. Whoever goes on with another's file cuts as that one did.
-        self.bands = {b.name: self._band(b) for b in self.blocks if self.is_large(b)}
         self.double: Problem | None = self.problem.double()
         self.routes: dict[str, Route] = {}
         self.choices: dict[str, list[Choice]] = {}
+        self.cuts = 0  # bytes that are kept where a deep model is cut
         self._settle()
+        # Numbers per band of each large block. Whoever goes on with another's file cuts as that one did.
+        self.bands = {b.name: self._band(b) for b in self.blocks if self.is_large(b)}
 
     def _settle(self) -> None:
         chunk = self.opened.sizes.chunk
@@ -86,6 +87,7 @@ class Plan:
                 )
             except NotApplicable as reason:
                 raise self.inexact(block, method, reason) from None
+        self.cuts = planner.cuts.bytes if planner.cuts is not None else 0
         if planner.refused and method == "auto":
             self.note(f"no fast route: {planner.refused}; hvp takes one pass per parameter")
 
@@ -180,7 +182,7 @@ class Plan:
         return max(needs, default=0) + self._process()
 
     def _process(self) -> int:
-        return _PROCESS + 24 * sum(math.prod(shape) for shape in self.shapes.values())
+        return _PROCESS + self.cuts + 24 * sum(math.prod(shape) for shape in self.shapes.values())
 
     def fits(self) -> None:
         """Refuses what memory or disk cannot hold.
