@@ -13,7 +13,7 @@ Source: C. Bishop, Exact calculation of the Hessian matrix for the multilayer pe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -60,7 +60,9 @@ class Preactivation:
             if _layout(block, layers, others) != self.layout(block):
                 raise NotApplicable("the batches take different paths through the model")
             if not layers:
-                self._add_alone(batch, analysis, part)
+                for first, found in self._alone(batch, analysis, block, part.start, part.stop):
+                    at = first - part.start
+                    part.out[at : at + len(found)] += found[:, part.start :]
                 continue
             bias = None
             if len(layers) == 1 and layers[0].bias is None and not others:
@@ -83,7 +85,8 @@ class Preactivation:
                 continue
             layers, _ = split(analysis, block)
             if not layers:
-                self._add_alone(batch, analysis, block, sums[block.name])
+                for first, found in self._alone(batch, analysis, block, 0, block.size):
+                    sums[block.name][first : first + len(found)] += found.diagonal(offset=first)
                 continue
             (layer,) = layers
             bias = next((b for b in blocks if _is_bias_at(analysis, layer.z, b)), None)
@@ -120,11 +123,14 @@ class Preactivation:
                 sums[name].add_((product.T if use.transposed else product).reshape(-1))
         return [block for block in blocks if block.name not in mine]
 
-    def _add_alone(
-        self, batch: Batch, analysis: Analysis, to: Rows | Block, diagonal: Tensor | None = None
-    ) -> None:
-        """A parameter with no more entries than directions along z: u = A e_r for each entry r."""
-        block = to if isinstance(to, Block) else to.block
+    def _alone(
+        self, batch: Batch, analysis: Analysis, block: Block, start: int, stop: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Rows of a parameter with no more entries than directions along z: u = A e_r for each entry r.
+
+        Yields:
+            some rows [rows, block.size], with the first one's number.
+        """
         use = analysis.use(block.parameters[0])
         cut = self.cuts.after(batch, analysis, use, self.workspace)
         probed = Probed(self.problem, batch, analysis, [use.z], cut=cut)
@@ -134,18 +140,13 @@ class Preactivation:
             return
         a = probed.columns(use)
         chunk = max(1, min(64, self.workspace // (8 * delta.numel())))
-        start, stop = (0, block.size) if isinstance(to, Block) else (to.start, to.stop)
         for first in range(start, stop, chunk):
             entries = range(first, min(first + chunk, stop))
             seeds = use.spread(_directions_of(use, a, entries, probed.samples), delta.shape)
             (found,) = probed.along(delta, [probe], seeds)
             if found is None:
                 return
-            rows = _summed_pull(use, use.rows(found), a)
-            if isinstance(to, Rows):
-                to.out[first - start : first - start + len(entries)] += rows[:, start:]
-            elif diagonal is not None:
-                diagonal[first : first + len(entries)] += rows.diagonal(offset=first)
+            yield first, _summed_pull(use, use.rows(found), a)
 
     def _add_layers(
         self,
