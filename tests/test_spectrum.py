@@ -98,7 +98,7 @@ def test_tolerance(tolerance):
         assert (multiply(vector) - value * vector).norm() <= tolerance * abs(value) * 1.01
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(20))
 def test_copies_are_found_from_any_start(seed):
     values = SPECTRA["tenfold"]
     found, _ = search(values, 12, "largest", seed=seed)

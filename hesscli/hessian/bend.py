@@ -20,7 +20,7 @@ from hesscli.hessian.chain import UNARY, derivatives
 from hesscli.hessian.piecewise import curved
 from hesscli.hessian.probes import Probed
 from hesscli.hessian.routes.base import Rows
-from hesscli.hessian.samples import RESHAPES
+from hesscli.hessian.sample_rules import RESHAPES
 from hesscli.hessian.tape import Call, Tape
 from hesscli.hessian.uses import CONVOLUTION, LINEAR, SCALE, Use
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.probes import Analysis, Probed
-from hesscli.hessian.samples import ELEMENTWISE_UNARY, RESHAPES, SampleAxis
+from hesscli.hessian.sample_rules import ELEMENTWISE_UNARY, RESHAPES, SampleAxis
 from hesscli.hessian.tape import Call, Ref
 
 UNARY = ELEMENTWISE_UNARY - {"detach"}

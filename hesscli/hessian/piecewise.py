@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hesscli.hessian.samples import RESHAPES
+from hesscli.hessian.sample_rules import RESHAPES
 from hesscli.hessian.tape import Ref, Tape
 
 LINEAR = (

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hesscli.errors import MismatchError, NumericalError, ResourceError, UsageError
-from hesscli.files.data import Data, describe, load_data
+from hesscli.files.data import describe, load_data
 from hesscli.files.models import SavedModel, load_model
-from hesscli.hessian.blocks import select
-from hesscli.hessian.losses import ELEMENT_WEIGHTED, LOSSES, Loss, check_arguments
 from hesscli.hessian.operator import CURVATURES
 from hesscli.hessian.plan import Sizes
 from hesscli.hessian.problem import Problem, measure
 from hesscli.job.batches import Source, move, split
+from hesscli.job.loss import loss_of, printable
 from hesscli.job.options import EVERY, Listener, ProblemOptions
+from hesscli.job.parameters import chosen_parameters
 from hesscli.job.team import rank, ranks
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def open_problem(
     )
     for text in data.notes:
         note(text)
-    loss = _loss(options, data, lambda array: move(array, device, dtype), note)
+    loss = loss_of(options, data, lambda array: move(array, device, dtype), note)
     names = list(data.inputs)
     if (
         loss.name == "output"
@@ -106,7 +105,7 @@ def open_problem(
         note(f"the model returns the loss and takes the targets too: inputs are {', '.join(names)}")
     known = data.inputs | dict([data.targets] if data.targets else [])
     names, keywords = _keywords(options, model, names, known, note)
-    parameters, tied, frozen = _parameters(model.module, options.params)
+    parameters, tied, frozen = chosen_parameters(model.module, options.params)
     if frozen:
         note(f"skipped, frozen: {', '.join(frozen)} (name them with --params to include them)")
     source = Source(
@@ -156,7 +155,7 @@ def open_problem(
         },
         "loss": {
             "name": problem.loss.name,
-            "arguments": _printable(options.loss_arguments),
+            "arguments": printable(options.loss_arguments),
             "reduction": problem.loss.reduction,
             "denominator": problem.denominator,
             "value": value,
@@ -266,109 +265,5 @@ def _scales(
     return scales
 
 
-def _loss(
-    options: ProblemOptions,
-    data: Data,
-    moved: Callable[[Tensor], Tensor],
-    note: Callable[[str], None],
-) -> Loss:
-    """The loss that was named, or the one that fits the targets."""
-    name: Any = options.loss
-    function = None
-    if name == "auto":
-        if data.targets is None:
-            raise UsageError(
-                f"{options.data}: holds no targets, and the loss needs them",
-                "name them with --targets KEY, or use --loss output if the model returns its loss",
-            )
-        kind = str(data.targets[1].dtype).removeprefix("torch.")
-        name = "mse" if data.targets[1].is_floating_point() else "cross-entropy"
-        note(f"loss: {name}, inferred from {kind} targets")
-    elif callable(name):
-        name, function = getattr(name, "__name__", type(name).__name__), name
-    elif ":" in name:
-        function = _import_function(name)
-    elif name not in LOSSES and name != "output":
-        raise UsageError(
-            f"no loss is called {name!r}; there are: auto, {', '.join(LOSSES)}, output, PKG.MOD:FN"
-        )
-    if name != "output" and data.targets is None:
-        raise UsageError(
-            f"{options.data}: holds no targets, and {name} needs them", "--targets KEY"
-        )
-    arguments = dict(options.loss_arguments)
-    for key, value in arguments.items():
-        if isinstance(value, str) and value.startswith("@"):
-            if value[1:] not in data.arrays:
-                raise UsageError(
-                    f"{options.data}: holds no array {value[1:]!r} for the loss argument {key}; "
-                    f"it holds: {', '.join(data.arrays)}"
-                )
-            array = data.arrays[value[1:]]
-            if key == "weight" and name in ELEMENT_WEIGHTED and data.per_sample(array):
-                array = array[slice(*data.range)]  # as its targets are
-            arguments[key] = moved(array)
-    check_arguments(name, arguments)
-    return Loss(name, options.reduction, arguments, function)
-
-
-def _import_function(spec: str) -> Callable[..., Tensor]:
-    module_name, _, attribute = spec.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"the loss {spec} cannot be imported: {error}") from None
-    if not callable(function):
-        raise UsageError(f"the loss {spec} is a {type(function).__name__}, not a function")
-    return function
-
-
 def _takes_targets(model: SavedModel, names: list[str]) -> bool:
     return model.inputs is not None and model.inputs > len(names)
-
-
-def _parameters(
-    module: nn.Module, patterns: tuple[str, ...]
-) -> tuple[dict[str, Tensor], dict[str, list[str]], list[str]]:
-    """The parameters to differentiate by, the other names of tied ones, and the frozen ones left out."""
-    first: dict[tuple[Any, ...], str] = {}
-    unique: dict[str, Tensor] = {}
-    tied: dict[str, list[str]] = {}
-    for name, p in module.named_parameters(remove_duplicate=False):
-        if not p.is_floating_point():
-            continue
-        key = (p.data_ptr(), p.shape, p.stride()) if p.numel() else (name,)
-        if key in first:
-            tied.setdefault(first[key], []).append(name)
-        else:
-            first[key] = name
-            unique[name] = p
-    known = [*unique, *(other for others in tied.values() for other in others)]
-    # A tied parameter is selected by any of its names.
-    canonical = {other: name for name, others in tied.items() for other in others}
-    chosen = {canonical.get(name, name) for name in select(known, patterns)}
-    named = [p for p in patterns if not p.startswith("!")]
-    asked = {canonical.get(n, n) for n in select(known, named)} if named else set()
-    frozen = [n for n in unique if n in chosen and not unique[n].requires_grad and n not in asked]
-    parameters = {n: p for n, p in unique.items() if n in chosen and n not in frozen}
-    if not parameters:
-        if not chosen:
-            listed = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
-            raise UsageError(
-                f"no parameter matches {' '.join(patterns)}; the model has: {listed}",
-                f"--params '{known[0]}'",
-            )
-        raise UsageError(
-            f"every parameter is frozen (requires_grad=False): {', '.join(frozen[:10])}",
-            "--params '*'",
-        )
-    for name, parameter in unique.items():
-        parameter.requires_grad_(
-            name in parameters
-        )  # where no gradient is wanted, none is paid for
-    return parameters, {n: tied[n] for n in parameters if n in tied}, frozen
-
-
-def _printable(arguments: Mapping[str, object]) -> dict[str, object]:
-    plain = (bool, int, float, str, type(None))
-    return {k: v if isinstance(v, plain) else str(v) for k, v in arguments.items()}
