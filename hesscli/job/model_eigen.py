@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import NumericalError
+from hesscli.files.resources import release_memory
 from hesscli.job import document as documents
 from hesscli.job.document import Document
 from hesscli.job.operator import Operator, open_operator
@@ -100,6 +102,7 @@ def search(
         )
     else:
         operator.needs(3 * top + 8, f"--top {top}", "--top 1")
+        release_memory()  # of the check
         lanczos = Lanczos(
             operator.products,
             size,
@@ -132,6 +135,14 @@ def _descending(found: Found) -> Found:
     )
 
 
+def _worst(checks: Sequence[Document]) -> Document | None:
+    """What several checks found, as one."""
+    if not checks:
+        return None
+    worst = max(checks, key=lambda check: check["relative_error"])
+    return worst | {"directions": sum(check["directions"] for check in checks)}
+
+
 def _per_block(
     operator: Operator, options: EigenOptions, listener: Listener
 ) -> tuple[Found, list[str], list[Operator]]:
@@ -155,8 +166,7 @@ def _per_block(
             if found.interrupted:
                 break
         offset += length
-    errors = [each.check_error for each in operators if each.check_error is not None]
-    operator.check_error = max(errors, default=None)
+    operator.check = _worst([each.check for each in operators if each.check is not None])
     return (
         Found(
             np.concatenate([part.values for part in parts]),

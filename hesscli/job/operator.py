@@ -50,9 +50,8 @@ class Operator:
     products: Flat
     method: str
     gradient: Tensor  # [P]
-    certificate: Certificate | None
     share: Share | None = None  # of the data, where it lies on several processes
-    check_error: float | None = None
+    check: Document | None = None  # as in the JSON document
 
     @property
     def size(self) -> int:
@@ -70,9 +69,7 @@ class Operator:
             "schema": schema,
             "method": self.method,
             "gradient_norm": float(torch.linalg.norm(self.gradient.double())),
-            "check": documents.check_facts(
-                self.certificate, [{"check_error": self.check_error}], False
-            ),
+            "check": self.check,
             "size": self.size,
             "notes": list(self.opened.notes),
         }
@@ -185,10 +182,8 @@ def _made(
             else None
         )
         try:
-            made = Operator(
-                options, listener, opened, problem, make(), method, gradient, certificate, share
-            )
-            reason = _refused(made)
+            made = Operator(options, listener, opened, problem, make(), method, gradient, share)
+            reason = _refused(made, certificate)
         except NotApplicable as error:
             reason = str(error)
         if not reason:
@@ -202,9 +197,8 @@ def _made(
     )
 
 
-def _refused(made: Operator) -> str:
-    """Why a product is not to be trusted, or nothing."""
-    certificate = made.certificate
+def _refused(made: Operator, certificate: Certificate | None) -> str:
+    """Why a product is not to be trusted, or nothing; what the check found goes with it."""
     if certificate is None:
         probe = torch.ones(made.size, dtype=made.problem.dtype, device=made.problem.device)
         product = made.products(probe)
@@ -217,7 +211,7 @@ def _refused(made: Operator) -> str:
             f"{made.method} differs from {certificate.kind} by {error:.1e}, "
             f"more than {certificate.tolerance:.0e}"
         )
-    made.check_error = error
+    made.check = documents.check_facts(certificate, [{"check_error": error}], False)
     return ""
 
 

@@ -8,6 +8,7 @@ from dataclasses import fields
 import numpy as np
 
 from hesscli.hessian.check_curvature import certificate as certificate_of
+from hesscli.job import document as documents
 from hesscli.job.document import Document
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import ComputeOptions, Listener, ProblemOptions
@@ -107,8 +108,7 @@ def _exact(operator: Operator, max_products: int, listener: Listener) -> Estimat
         names = operator.products.names
         parts = np.array([found[name]["trace"] if name in found else np.nan for name in names])
         return Estimate(parts, 0 * parts, np.nan, np.nan, 0, False, True)
-    errors = [facts["check_error"] for facts in found.values() if facts["check_error"] is not None]
-    operator.certificate, operator.check_error = certificate, max(errors, default=None)
+    operator.check = documents.check_facts(certificate, list(found.values()), True)
     operator.method = " + ".join(sorted({facts["method"] for facts in found.values()}))
     parts = np.array([found[name]["trace"] for name in operator.products.names])
     return Estimate(parts, np.zeros(len(parts)), float(parts.sum()), 0.0, 0, True)
