@@ -95,7 +95,8 @@ def _quadrature(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights of one vector's spectral measure, by Lanczos with full reorthogonalisation."""
     steps = len(basis)
-    diagonal, off = [], []
+    diagonal: list[float] = []
+    off: list[float] = []
     v = start / torch.linalg.norm(start)
     scale = 0.0
     for j in range(steps):
@@ -103,8 +104,10 @@ def _quadrature(
         w = multiply(v)
         scale = max(scale, float(torch.linalg.norm(w)))
         diagonal.append(float(v @ w))
-        for _ in range(2):
-            w = w - (basis[: j + 1] @ w) @ basis[: j + 1]
+        w = w - diagonal[-1] * v
+        if j:
+            w -= off[-1] * basis[j - 1]
+        w -= (basis[: j + 1] @ w) @ basis[: j + 1]  # what rounding left of the basis
         report(j + 1)
         norm = float(torch.linalg.norm(w))
         if j + 1 == steps or norm <= 16 * torch.finfo(w.dtype).eps * scale:
