@@ -105,6 +105,20 @@ def test_copies_are_found_from_any_start(seed):
     np.testing.assert_allclose(found.values, np.sort(values)[::-1][:12], rtol=1e-4)
 
 
+@pytest.mark.parametrize("which", ["largest", "magnitude", "both"])
+@pytest.mark.parametrize("gap", [1e-7, 1e-5, 1e-3])
+def test_copies_in_clusters(which, gap):
+    """Pairs of next to equal eigenvalues, each several times, come out within a few hundred products."""
+    drawn = np.random.default_rng(1)
+    pairs = [c * (1 - gap * i) for c in drawn.uniform(1, 3, 3) for i in range(2)]
+    values = np.r_[np.repeat(pairs, 3), drawn.uniform(-0.5, 0.5, 600)]
+    found, _ = search(values, 10, which)
+    assert found.converged.all()
+    assert found.products < 500
+    truth = values[WHICH[which](values)][:10]
+    np.testing.assert_allclose(np.sort(found.values), np.sort(truth), rtol=2e-3, atol=1e-3)
+
+
 def test_the_same_seed_gives_the_same_bytes():
     one, two = (search(SPECTRA["normal"], 5, "largest")[0] for _ in range(2))
     assert torch.equal(one.vectors, two.vectors)

@@ -19,9 +19,7 @@ from hesscli.hessian.layout import Layout, Placed, Span
 from hesscli.job.beside import Beside
 
 _TURNED = 1 << 22  # numbers that are transposed at a time
-_PIECE = (
-    1 << 22
-)  # numbers in the rows that are written at a time; they stay in the cache until then
+_PIECE = 1 << 22  # numbers in the rows that are written at a time: the cache holds them until then
 _READ = 1 << 24  # numbers that are read back at a time
 _PAGE = 4096
 

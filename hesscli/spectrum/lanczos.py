@@ -211,9 +211,11 @@ class Lanczos:
         return float(self._excess(best).max(initial=0.0)) * self.tolerance
 
     def _settled(self) -> bool:
-        """Whether all wanted pairs have converged."""
-        excess = self._excess(self._wanted())
-        return self.count >= self.top and bool((excess <= _MARGIN).all())
+        """Whether all wanted pairs have converged, as far as more products can help: what is left in R stays."""
+        best = self._wanted()
+        reducible = np.abs(self.coupling[: self.count] @ self.columns[:, best])
+        limit = _MARGIN * self._limit(self.values[best])
+        return self.count >= self.top and bool((reducible <= limit).all())
 
     def _enters(self, values: np.ndarray) -> bool:
         """Whether one of these values belongs before the last of the wanted ones.
