@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shlex
 import signal
@@ -15,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, Case
-from conftest import REPOSITORY, read
+from conftest import fill_disk, read, torchrun
 from problems import blocks_of, compute_blocks, problem_of_case, routes_of
 from torch import nn
 
-from hesscli.files import placed_writes
 from hesscli.files.hessian_writer import HessianWriter
 from hesscli.hessian.layout import Layout, Piece
 from hesscli.hessian.routes.base import NotApplicable, Rows
@@ -333,17 +331,8 @@ def test_a_disk_that_fills_up(cli, net, small_bands, streamed, monkeypatch):
     assert cli("compute", *net, *COMMAND).code == 0
     undisturbed = Path("h.safetensors").read_bytes()
     Path("h.safetensors").unlink()
-    room = [60_000]
-    real = os.pwrite
-
-    def pwrite(descriptor, data, offset):
-        room[0] -= len(data)
-        if room[0] < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(descriptor, data, offset)
-
     with monkeypatch.context() as patch:
-        patch.setattr(placed_writes.os, "pwrite", pwrite)
+        fill_disk(patch, 60_000)
         ran = cli("compute", *net, *COMMAND)
     assert "No space left" in ran.fails(6)
     assert "parts are kept" in ran.stderr
@@ -495,16 +484,6 @@ def test_what_is_no_shard(cli, net, text):
     ran = cli("compute", *net, "--shard", text)
     assert ran.code == 2
     assert "--shard" in ran.stderr
-
-
-def torchrun(ranks: int, folder: Path, script: str, *words: object) -> subprocess.Popen[bytes]:
-    (folder / "run.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", "run.py", *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
 
 
 def test_two_ranks_write_the_bytes_of_one(net, tmp_path):

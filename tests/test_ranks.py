@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, Ran
+from conftest import Ran, torchrun
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -47,16 +47,6 @@ for name, words in json.loads(Path("commands.json").read_text()).items():
     Path(f"{at}.code").write_text(str(int(code)))
 leave(group, None, None, None)
 """
-
-
-def torchrun(ranks: int, folder: Path, script: str, *words: object) -> subprocess.Popen[bytes]:
-    (folder / "run.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", "run.py", *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import read
+from conftest import fill_disk, read
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from test_large_blocks import SLOW, interrupt_after, net, small_bands  # noqa: F401 - fixtures
@@ -424,16 +424,8 @@ def test_without_links(cli, net, undisturbed, monkeypatch):  # noqa: F811
 @pytest.mark.parametrize("room", [12_000, 40_000])
 def test_a_disk_that_fills_up(cli, net, undisturbed, monkeypatch, room):  # noqa: F811
     monkeypatch.setattr(planning.Plan, "holds", lambda self, block: False)
-    real, free = os.pwrite, [room]
-
-    def pwrite(descriptor, data, offset):
-        free[0] -= len(data)
-        if free[0] < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(descriptor, data, offset)
-
     with monkeypatch.context() as patch:
-        patch.setattr(placed_writes.os, "pwrite", pwrite)
+        fill_disk(patch, room)
         ran = cli("compute", *net, *COMMAND)
     assert "No space left" in ran.fails(6)
     assert not result()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hesscli.hessian.kronecker import add_kronecker_rows
-from hesscli.hessian.workers import share, workers
+from hesscli.hessian.workers import side_by_side, workers
 
 
 def test_every_piece_is_done_once_by_threads_that_take_turns(two_threads):
@@ -22,7 +22,7 @@ def test_every_piece_is_done_once_by_threads_that_take_turns(two_threads):
         seen.append((torch.get_num_threads(), torch.is_grad_enabled()))
         done.extend(items)
 
-    share(range(100), 2, work)
+    side_by_side(range(100), 2, work)
     assert sorted(done) == list(range(100))
     assert seen == [(1, False)] * 2
     assert torch.get_num_threads() == 2
@@ -35,7 +35,7 @@ def test_an_error_in_a_piece_is_raised_and_the_threads_are_given_back(two_thread
                 raise ValueError("three")
 
     with pytest.raises(ValueError, match="three"):
-        share(range(5), 2, work)
+        side_by_side(range(5), 2, work)
     assert torch.get_num_threads() == 2
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from hesscli.hessian.kronecker import add_kronecker_rows
 from hesscli.hessian.probes import Probed
 from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
-from hesscli.hessian.workers import share, workers
+from hesscli.hessian.workers import side_by_side, workers
 
 WORKSPACE = 1 << 25  # numbers that one chunk of directions may make
 _CACHED = 1 << 21  # numbers of samples' gradients that stay in the cache until they are multiplied
@@ -198,7 +198,7 @@ class _Later:
 
         for part in self.parts:
             left = at[part].T.contiguous()
-            share(range(count), threads, add)
+            side_by_side(range(count), threads, add)
 
     def _shifts(self, tangents: Sequence[Tensor | None], count: int) -> list[list[Tensor] | None]:
         """How the inputs of each later layer move along each direction: [B, T, m] each."""

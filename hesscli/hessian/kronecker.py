@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hesscli.hessian.workers import share, workers
+from hesscli.hessian.workers import side_by_side, workers
 
 _WORKSPACE = 1 << 19  # numbers in a product before it is put in its place; fits the cache
 _WIDTH = 32  # columns of a that are multiplied together
@@ -52,7 +52,7 @@ def add_kronecker_rows(out: Tensor, s: Tensor, a: Tensor) -> None:
                 if stop < m:
                     target[p, stop:, i, q:stop] += product[..., stop - q :].permute(0, 3, 1, 2)
 
-    share(chunks, count, add)
+    side_by_side(chunks, count, add)
 
 
 def mirror_(matrix: Tensor, tile: int = 512) -> None:

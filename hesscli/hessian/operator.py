@@ -29,7 +29,7 @@ from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Batch, Problem, is_missing_derivative, saved_bytes
 from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.routes.hvp import explained
-from hesscli.hessian.workers import share, workers
+from hesscli.hessian.workers import side_by_side, workers
 
 CURVATURES = {"hessian": "hessian", "ggn": "ggn", "fisher": "empirical_fisher"}
 """`--curvature` option -> the name in table, JSON and metadata."""
@@ -142,13 +142,13 @@ class Products(Flat):
         total = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
         threads = workers(vectors.device, self.keeps)
         for first in range(0, self.keeps, threads):
-            for part in self._side_by_side(range(first, min(first + threads, self.keeps)), vectors):
+            for part in self._of_batches(range(first, min(first + threads, self.keeps)), vectors):
                 total += part
         for index in range(self.keeps, len(self.problem.batches)):
             total += self._linear(index)(vectors)
         return total.to(vectors.dtype)
 
-    def _side_by_side(self, indices: range, vectors: Tensor) -> list[Tensor]:
+    def _of_batches(self, indices: range, vectors: Tensor) -> list[Tensor]:
         """The products of some batches that keep their graphs, in their order."""
         linear = {index: self._linear(index) for index in indices}
         found: dict[int, Tensor] = {}
@@ -157,7 +157,7 @@ class Products(Flat):
             for index in mine:
                 found[index] = linear[index](vectors)
 
-        share(indices, len(indices), multiply)
+        side_by_side(indices, len(indices), multiply)
         return [found[index] for index in indices]
 
     def _that_fit(self, memory: int) -> int:

@@ -22,7 +22,9 @@ def workers(device: torch.device, pieces: int) -> int:
     return threads if device.type == "cpu" and pieces >= threads else 1
 
 
-def share(items: Sequence[Item], count: int, work: Callable[[int, Iterator[Item]], None]) -> None:
+def side_by_side(
+    items: Sequence[Item], count: int, work: Callable[[int, Iterator[Item]], None]
+) -> None:
     """Calls `work(worker, items)` in `count` threads at once; each takes of the items what the others have left.
 
     What the items write must not overlap. No gradients are recorded.

@@ -108,13 +108,13 @@ def split(
     rows: int | None,
     note: Callable[[str], None],
     parts: int = 1,
-    abreast: bool = False,
+    side_by_side: bool = False,
 ) -> tuple[Problem, Sizes]:
     """The problem with its data in batches, unless model or loss want it whole.
 
     Args:
         parts: how many processes share the batches; there is at least one for each, where that can be.
-        abreast: batches will be worked on side by side: a few for each thread, unless they would be small.
+        side_by_side: batches will be worked on side by side: a few for each thread, unless they would be small.
     """
     samples = source.samples
     few = source.whole() if options.unbatched else source.part(0, min(samples, 2))
@@ -140,7 +140,7 @@ def split(
     if parts > 1 and problem.device.type == "cpu":
         free //= ranks_here()
     sizes = choose_sizes(samples, saved, size, problem.dtype.itemsize, free)
-    if abreast and problem.device.type == "cpu":
+    if side_by_side and problem.device.type == "cpu":
         sizes = replace(sizes, batch=min(sizes.batch, _for_threads(samples, saved)))
     batch, bounds = options.batch_size or sizes.batch, None
     if model.batch_size is not None:

@@ -44,7 +44,7 @@ def open_problem(
     rows: int | None = None,
     model: SavedModel | None = None,
     share: Share | None = None,
-    abreast: bool = False,
+    side_by_side: bool = False,
 ) -> Opened:
     """Loads model and data, settles the loss, and makes one pass over the data.
 
@@ -54,7 +54,7 @@ def open_problem(
         rows: the size of the largest block, if it is known to be smaller than all parameters together.
         model: one in memory, in place of the file that the options name.
         share: what other processes share the pass over the data through.
-        abreast: batches will be worked on side by side.
+        side_by_side: batches will be worked on side by side.
 
     Raises:
         HesscliError: of any kind; see `errors.py`.
@@ -129,7 +129,7 @@ def open_problem(
     if data.columns:
         source = _as_columns(problem, source, note)
     parts = 1 if share is None else share.team.size
-    problem, sizes = split(problem, source, options, model, rows, note, parts, abreast)
+    problem, sizes = split(problem, source, options, model, rows, note, parts, side_by_side)
     if dtype is torch.float64:
         problem = problem.widened()
         if problem.wide:

@@ -132,7 +132,7 @@ def open_shared(options: ProblemOptions, listener: Listener, share: Share | None
     """The problem, opened by all processes that have a share of the data."""
     if share is not None:
         return share.open(options, listener)
-    return open_problem(options, listener, abreast=True)
+    return open_problem(options, listener, side_by_side=True)
 
 
 def shared_problem(opened: Opened, share: Share | None, source: int = 0) -> Problem:

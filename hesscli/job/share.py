@@ -12,7 +12,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -97,12 +96,7 @@ class Share:
         self.team.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         """The others are told that this is the end; where they cannot be, they see this process end."""
         if self.team.rank == 0 and not self.asking:
             with contextlib.suppress(ProcessLost):

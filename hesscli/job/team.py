@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hesscli.errors import ResourceError
@@ -58,12 +57,7 @@ class Team:
                 dist.init_process_group(backend, timeout=_PATIENCE)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         # Also when another is lost: gloo's threads may abort a process that ends with its group.
         if self.size > 1 and (error is None or isinstance(error, ProcessLost)):
             import torch.distributed as dist

@@ -85,7 +85,7 @@ class Lanczos:
         self.T = np.zeros((self.capacity, self.capacity))
         self.R = np.zeros((self.capacity, self.capacity))  # R^T R of the Krylov relation
         self.count = 0
-        self.coupling = np.zeros(self.capacity)  # b
+        self.coupling = np.zeros(0)  # b
         self.pending = self._random()
         self.products = 0
         self.copies = False  # whether a chain has found any
@@ -128,13 +128,12 @@ class Lanczos:
         self.products += 1
         self.basis[j] = vector
         self.count += 1
-        parts = self.coupling[: self.count].copy()
-        parts[j] = float(vector @ product)
+        parts = np.append(self.coupling, float(vector @ product))
         product, left = self._orthogonal(self._without(product, parts))
         parts += left
         self.T[j, : self.count] = self.T[: self.count, j] = parts
         norm = float(torch.linalg.norm(product))
-        self.coupling[:] = 0
+        self.coupling = np.zeros(self.count)
         least = 16 * torch.finfo(product.dtype).eps * max(size, self._scale())
         new = norm > least and self.count < self.size
         if new:
@@ -176,7 +175,7 @@ class Lanczos:
         mine = slice(self.count)
         self.values, self.columns = _eigh(self.T[mine, mine])
         left = np.einsum("ik,ij,jk->k", self.columns, self.R[mine, mine], self.columns)
-        self.residuals = np.hypot(self.coupling[mine] @ self.columns, np.sqrt(left.clip(0)))
+        self.residuals = np.hypot(self.coupling @ self.columns, np.sqrt(left.clip(0)))
 
     def _wanted(self) -> np.ndarray:
         return WHICH[self.which](self.values)[: self.top]
@@ -213,7 +212,7 @@ class Lanczos:
     def _settled(self) -> bool:
         """Whether all wanted pairs have converged, as far as more products can help: what is left in R stays."""
         best = self._wanted()
-        reducible = np.abs(self.coupling[: self.count] @ self.columns[:, best])
+        reducible = np.abs(self.coupling @ self.columns[:, best])
         limit = _MARGIN * self._limit(self.values[best])
         return self.count >= self.top and bool((reducible <= limit).all())
 
@@ -250,15 +249,9 @@ class Lanczos:
             rotated = S.T @ matrix[: self.count, : self.count] @ S
             matrix[:] = 0
             matrix[: S.shape[1], : S.shape[1]] = rotated
-        coupling = self.coupling[: self.count] @ S
+        self.coupling = self.coupling @ S
         self.count = S.shape[1]
-        self._couple(coupling)
         self._solve()
-
-    def _couple(self, coupling: np.ndarray) -> None:
-        """Sets b, zero beyond these entries."""
-        self.coupling[:] = 0
-        self.coupling[: len(coupling)] = coupling
 
     def _rotate(self, Y: np.ndarray, rows: Tensor, out: Tensor) -> None:
         """Y^T times the rows, in tiles: `out` may be some of them."""
@@ -277,10 +270,11 @@ class Lanczos:
         if self.count == self.size:
             return False
         self._restart(self.top)
-        self.R += np.outer(self.coupling, self.coupling)  # converged, so nobody needs its direction
-        self._couple(np.zeros(0))
-        self.pending = self._random()
         start, grew = self.count, True
+        # These have converged: nobody needs the direction of what is left.
+        self.R[:start, :start] += np.outer(self.coupling, self.coupling)
+        self.coupling = np.zeros(start)
+        self.pending = self._random()
         while grew and self._goes_on(max_products):
             if self.count == (self.capacity if self.copies else start + CHAIN):
                 if not self.copies:
@@ -322,7 +316,7 @@ class Lanczos:
         self.products += 1
         expected = (c * torch.from_numpy(found.values).to(c)) @ found.vectors
         y = self.columns[:, best] @ signs.numpy()
-        expected += float(self.coupling[: self.count] @ y) * self.pending
+        expected += float(self.coupling @ y) * self.pending
         beyond = float((product - expected).double().square().sum())
         left = float(y @ self.R[: self.count, : self.count] @ y)
         error = (max(0.0, beyond - left) / len(best)) ** 0.5
