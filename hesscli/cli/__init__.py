@@ -23,6 +23,7 @@ from hesscli.cli.merge import merge
 from hesscli.cli.show import show
 from hesscli.cli.trace import trace
 from hesscli.errors import ExitCode
+from hesscli.job.starting import leave
 
 # What typer raises for a command line that it cannot read; it has no public name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -108,3 +109,12 @@ def main() -> None:
         sys.exit(app(standalone_mode=False))
     except _UsageError as error:
         sys.exit(report_usage(error))
+
+
+def run() -> None:
+    """The process of `hesscli`: runs the command line, and ends with it."""
+    try:
+        main()
+    except SystemExit as status:
+        leave(status.code)
+        raise
