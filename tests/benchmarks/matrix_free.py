@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
-from tests.benchmarks.measure import Bench, FailedError, Measured, Run, Tool, command_of, last_line
+from tests.benchmarks.measure import Bench, Measured, Run, Tool, command_of, last_line
 from tests.benchmarks.tasks import EIGEN, PAIRS, PAIRS_TOLERANCE, PRODUCT
 
 
@@ -19,38 +18,22 @@ class EigenBench(Bench):
     def _prepare(self, tool: Tool) -> None:
         self._installed(tool)
 
-    def _ours(self, measured: Measured) -> None:
-        tool = measured.ours
-        if tool.failure:
-            return
+    def _ours(self, tool: Tool, measured: Measured) -> None:
         command = [
             *(sys.executable, "-m", "hesscli", "eigen", *self.files.values()),
             *("--top", str(PAIRS), "--tol", str(PAIRS_TOLERANCE), "--json"),
         ]
-        try:
-            if not tool.runs:  # once more, for the judge
-                self._process([*command, "--output", str(self.output)])
-            spent = self._process(command)
-        except FailedError as reason:
-            tool.failure = str(reason)
-            return
+        if not tool.runs:  # once more, for the judge
+            self._process([*command, "--output", str(self.output)])
+        spent = self._process(command)
         document = json.loads(spent.text)
         tool.runs.append(Run(spent.seconds, document["seconds"], 0.0, spent.peak, spent.processor))
         tool.products = document["products"]
         measured.method = document["method"]
 
-    def _peer(self, tool: Tool, first: bool, slow: bool) -> None:
-        if tool.failure or slow:
-            return
-        self.say(f"{self.task.name}: {tool.name}")
-        output = str(self._pairs(tool))
-        try:
-            spent = self._process(
-                command_of("eigen", self.problem | {"peer": tool.name, "output": output})
-            )
-        except FailedError as reason:
-            tool.failure = str(reason)
-            return
+    def _peer(self, tool: Tool, first: bool) -> None:
+        arguments = self.problem | {"peer": tool.name, "output": str(self._pairs(tool))}
+        spent = self._process(command_of("eigen", arguments))
         facts = last_line(spent.text)
         tool.runs.append(Run(spent.seconds, facts["seconds"], 0.0, spent.peak, spent.processor))
         tool.products = facts["products"]
@@ -74,29 +57,21 @@ class ProductBench(Bench):
     def _prepare(self, tool: Tool) -> None:
         self._installed(tool)
 
-    def _ours(self, measured: Measured) -> None:
-        facts = self._product(measured.ours)
-        measured.gradients += [facts["gradient"]] if facts else []
+    def _ours(self, tool: Tool, measured: Measured) -> None:
+        measured.gradients.append(self._product(tool))
 
-    def _peer(self, tool: Tool, first: bool, slow: bool) -> None:
-        if not slow:
-            self._product(tool)
+    def _peer(self, tool: Tool, first: bool) -> None:
+        self._product(tool)
 
-    def _product(self, tool: Tool) -> dict[str, Any] | None:
-        if tool.failure:
-            return None
-        self.say(f"{self.task.name}: {tool.name}")
-        try:
-            spent = self._process(command_of("product", self.problem | {"peer": tool.name}))
-        except FailedError as reason:
-            tool.failure = str(reason)
-            return None
+    def _product(self, tool: Tool) -> float:
+        """Times products beside gradients; returns the seconds of one gradient."""
+        spent = self._process(command_of("product", self.problem | {"peer": tool.name}))
         facts = last_line(spent.text)
         tool.runs.append(Run(spent.seconds, facts["seconds"], 0.0, spent.peak, spent.processor))
         tool.gradients.append(facts["gradients"])
         tool.further.append(facts["further"])
         tool.error = max(facts["error"], tool.error or 0.0)
-        return facts
+        return facts["gradient"]
 
 
 BENCHES: dict[str, type[Bench]] = {EIGEN: EigenBench, PRODUCT: ProductBench}

@@ -197,9 +197,20 @@ class Bench:
 
     def _round(self, measured: Measured, first: bool) -> None:
         self._import(measured)
-        self._ours(measured)
+        self._try(measured.ours, lambda tool: self._ours(tool, measured))
         for tool in measured.tools[1:]:
-            self._peer(tool, first, slow=not first and self._slow(tool))
+            if first or not self._slow(tool):
+                self._try(tool, lambda tool: self._peer(tool, first))
+
+    def _try(self, tool: Tool, run: Callable[[Tool], None]) -> None:
+        """One run of a tool that did not fail before."""
+        if tool.failure:
+            return
+        self.say(f"{self.task.name}: {tool.name}")
+        try:
+            run(tool)
+        except FailedError as reason:
+            tool.failure = str(reason)
 
     def _installed(self, tool: Tool) -> bool:
         package = PACKAGES.get(tool.name)
@@ -234,32 +245,23 @@ class Bench:
         measured.imports.append(spent.seconds)
         measured.import_peak = max(measured.import_peak, spent.peak)
 
-    def _ours(self, measured: Measured) -> None:
-        tool = measured.ours
-        if tool.failure:
-            return
+    def _ours(self, tool: Tool, measured: Measured) -> None:
         command = [
             *(sys.executable, "-m", "hesscli", "compute", *self.files.values()),
             *("--blocks", self.task.blocks, "--output", str(self.output)),
             *("--stats", "none", "--threads", str(self.settings.threads), "--json"),
         ]
-        try:
-            if measured.estimate is None:
-                planned = json.loads(self._process([*command, "--dry-run"]).text)
-                measured.estimate = planned["total"]["estimated_seconds"]
-            spent = self._process(command)
-        except FailedError as reason:
-            tool.failure = str(reason)
-            return
+        if measured.estimate is None:
+            planned = json.loads(self._process([*command, "--dry-run"]).text)
+            measured.estimate = planned["total"]["estimated_seconds"]
+        self.output.unlink(missing_ok=True)  # freeing its pages would be part of the next run
+        spent = self._process(command)
         document = json.loads(spent.text)
         tool.runs.append(Run(spent.seconds, document["seconds"], 0.0, spent.peak, spent.processor))
         measured.method = document["method"]
         measured.bytes = self.output.stat().st_size
 
-    def _peer(self, tool: Tool, first: bool, slow: bool) -> None:
-        if tool.failure or slow:
-            return
-        self.say(f"{self.task.name}: {tool.name}")
+    def _peer(self, tool: Tool, first: bool) -> None:
         output = self.folder / f"{tool.name}.safetensors"
         arguments = self.problem | {
             "peer": tool.name,
@@ -277,9 +279,8 @@ class Bench:
             if first and self.output.exists():
                 files = {"ours": str(self.output), "theirs": str(output)}
                 tool.error = self._job("compare", **files)["error"]
-        except FailedError as reason:
-            tool.failure = str(reason)
-        output.unlink(missing_ok=True)
+        finally:
+            output.unlink(missing_ok=True)
 
     def _job(self, job: str, **arguments: Any) -> dict[str, Any]:
         return last_line(self._process(command_of(job, arguments)).text)
@@ -292,6 +293,7 @@ class Bench:
         """
         threads = str(self.settings.threads)
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # every tool starts from compiled code
         out, err = self.folder / "stdout", self.folder / "stderr"
         with out.open("wb") as stdout, err.open("wb") as stderr:
             os.sync()  # what others wrote shall not be on its way to the disk
