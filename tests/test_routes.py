@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -308,6 +309,27 @@ MIXING = [
         r=layer(4, 4, kind=nn.LSTM), b=layer(4, 4)),
     odd("time-major-unfolded-otherwise",
         lambda s, x: s.b(hidden(s, x.transpose(0, 1).reshape(16, 4))).reshape(4, 4, 4), CUBE, **SQ),
+    odd("rolled-flat", lambda s, x: s.b(hidden(s, x).roll(1)), ROWS, **TWO),
+    odd("index-of-rows-and-columns",
+        lambda s, x: s.b(hidden(s, x)[torch.tensor([[1], [0], [3], [2]]), torch.arange(4)]), SQUARE,
+        **SQ),
+    odd("index-of-many-rows",
+        lambda s, x: hidden(s, x)[torch.tensor([[1, 0, 2, 3]] * 4)][:, 0], CUBE, **SQ),
+    odd("mask-over-batch",
+        lambda s, x: s.b(hidden(s, x)[torch.eye(4, dtype=torch.bool)].unsqueeze(1).expand(4, 4)),
+        SQUARE, **SQ),
+    odd("table-of-samples", lambda s, x: s.b(hidden(s, x)[x.argsort(1)[:, 0]]), SQUARE, **SQ),
+    odd("scatter-over-batch",
+        lambda s, x: s.b(torch.zeros_like(x).scatter_add(0, x.argsort(0), hidden(s, x))), SQUARE, **SQ),
+    odd("repeated-over-batch", lambda s, x: s.b(hidden(s, x).repeat(2, 1)[1::2]), SQUARE, **SQ),
+    odd("repeated-in-front", lambda s, x: s.b(hidden(s, x).repeat(4, 1, 1)), SQUARE, **SQ),
+    odd("windows-over-batch", lambda s, x: s.b(hidden(s, x).unfold(0, 4, 1)[0]), SQUARE, **SQ),
+    odd("row-in-front",
+        lambda s, x: s.b(torch.cat([s.c, hidden(s, x)])[:5]), ROWS, c=numbers(1, 3), **TWO),
+    odd("variance-over-batch",
+        lambda s, x: (lambda h: s.b(h / torch.var_mean(h, 0)[0]))(hidden(s, x)), ROWS, **TWO),
+    odd("highest-over-batch", lambda s, x: s.b(hidden(s, x).median(0)[0] * x), ROWS, **TWO),
+    odd("product-over-batch", lambda s, x: s.b(hidden(s, x).cumprod(0)), ROWS, **TWO),
 ]  # fmt: skip
 
 
@@ -335,6 +357,26 @@ def in_place_column(s: Net, x: Tensor) -> Tensor:
     h = s.a(x)
     h[:, 0].mul_(2.0)
     return s.b(torch.tanh(h))
+
+
+def in_place_part(s: Net, x: Tensor) -> Tensor:
+    first, second = torch.unsafe_split(s.a(x), 2, 1)
+    turned = first.t()
+    first.mul_(2.0)
+    return s.b(torch.tanh(torch.cat([turned.t(), second.add_(1.0)], 1)))
+
+
+def class_token(s: Net, x: Tensor) -> Tensor:
+    tokens = torch.cat([s.token.expand(len(x), -1, -1), s.a(x)], 1) + s.place
+    weights = tokens @ tokens.transpose(1, 2)
+    return s.b(weights.softmax(-1) @ tokens)[:, 0]
+
+
+def with_state(s: Net, x: Tensor) -> Tensor:
+    state = x.new_zeros(len(x), 4)
+    for t in range(x.shape[1]):
+        state = s.r(x[:, t], state)
+    return s.b(state)
 
 
 def dense(s: Net, x: Tensor) -> Tensor:
@@ -511,6 +553,49 @@ INDEPENDENT = [
         v=layer(3, 3)),
     odd("attention-heads-square", attended, CUBE,
         a=layer(4, 2, kind=nn.MultiheadAttention, batch_first=True)),
+    odd("first-of-features", lambda s, x: s.b(hidden(s, x)[:, 0]), CUBE, **SQ),
+    odd("class-token", class_token, CUBE, token=numbers(1, 1, 4), place=numbers(1, 5, 4), **SQ),
+    odd("index-of-features", lambda s, x: s.b(hidden(s, x)[:, [2, 0, 1]]), ROWS, **TWO),
+    odd("index-of-pairs",
+        lambda s, x: s.b((lambda h: h @ h.mT)(hidden(s, x))[:, [0, 0, 1, 2], [1, 2, 2, 3]]), CUBE,
+        **SQ),
+    odd("index-apart",
+        lambda s, x: s.b(hidden(s, x)[:, [0, 1], :, [1, 0]].transpose(0, 1)), numbers(3, 2, 4, 4),
+        **SQ),
+    odd("mask-of-features",
+        lambda s, x: s.b(hidden(s, x)[:, torch.tensor([True, False, True, True])]), SQUARE,
+        a=layer(4, 4), b=layer(3, 2)),
+    odd("own-step", lambda s, x: s.b(hidden(s, x)[torch.arange(4), x[:, :, 0].argmax(1)]), CUBE,
+        **SQ),
+    odd("table", lambda s, x: s.b(torch.tanh(s.t[x.argsort(1)[:, 0]])), SQUARE, t=numbers(4, 4), **SQ),
+    odd("gather-by-data", lambda s, x: s.b(hidden(s, x).gather(1, x.argsort(1))), SQUARE, **SQ),
+    odd("one-hot",
+        lambda s, x: hidden(s, F.one_hot(x.argsort(1), 4).to(x.dtype)).mean(1), SQUARE, **SQ),
+    odd("scatter-of-features",
+        lambda s, x: s.b(torch.zeros_like(x).scatter_add(1, x.argsort(1), hidden(s, x))), SQUARE, **SQ),
+    odd("roll-of-features", lambda s, x: s.b(hidden(s, x).roll(1, 1)), ROWS, **TWO),
+    odd("highest-features", lambda s, x: s.b(hidden(s, x).topk(3, 1)[0]), SQUARE, a=layer(4, 4),
+        b=layer(3, 2)),
+    odd("highest-features-relu", lambda s, x: s.b(s.a(x).relu().topk(3, 1)[0]), SQUARE,
+        a=layer(4, 4), b=layer(3, 2), loss="cross-entropy"),
+    odd("repeat-of-features", lambda s, x: s.b(hidden(s, x).repeat(1, 2)), ROWS, a=layer(3, 3),
+        b=layer(6, 2)),
+    odd("variance-of-features",
+        lambda s, x: s.b((lambda h, v: h / v[0])(h := hidden(s, x), torch.var_mean(h, 1, keepdim=True))),
+        ROWS, **TWO),
+    odd("product-along-features",
+        lambda s, x: s.b(hidden(s, x).cumprod(1) + s.a(x).logcumsumexp(1)), ROWS, **TWO),
+    odd("lower-triangle", lambda s, x: s.b((hidden(s, x).tril() @ x).relu()), CUBE, **SQ),
+    odd("windows-of-features", lambda s, x: s.b(hidden(s, x).unfold(1, 3, 1)).mean(1), SQUARE,
+        a=layer(4, 4), b=layer(3, 2)),
+    odd("patches", lambda s, x: s.b(hidden(s, F.unfold(x, 2).mT)).mean(1), numbers(3, 1, 3, 4),
+        **SQ),
+    odd("bilinear", lambda s, x: s.b(torch.tanh(s.a(x, x.flip(1)))), ROWS,
+        a=layer(3, 3, 4, kind=nn.Bilinear), b=layer(4, 2)),
+    odd("gru", last_step, numbers(4, 3, 3), r=layer(3, 2, kind=nn.GRU), h=layer(2, 2)),
+    odd("gru-cell", with_state, numbers(5, 3, 3), r=layer(3, 4, kind=nn.GRUCell), b=layer(4, 2)),
+    odd("lstm-both-ways", lambda s, x: s.b(s.r(x)[0][:, -1]), numbers(4, 3, 3),
+        r=layer(3, 2, kind=nn.LSTM, batch_first=True, bidirectional=True), b=layer(4, 2)),
     # Convolutions
     odd("conv-uneven", lambda s, x: s.b(s.a(x).relu()).flatten(1), numbers(3, 2, 5, 6),
         a=layer(2, 3, (2, 3), kind=nn.Conv2d, padding=(1, 0), stride=(1, 2), dilation=(2, 1)),
@@ -535,11 +620,12 @@ INDEPENDENT = [
     odd("in-place-copy", in_place_copy, ROWS, **TWO),
     odd("in-place-base", in_place_base, ROWS, **TWO),
     odd("in-place-column", in_place_column, ROWS, **TWO),
+    odd("in-place-part", in_place_part, SQUARE, **SQ),
     odd("in-place-relu", lambda s, x: s.b(s.a(x).relu_()), ROWS, **TWO),
 ]  # fmt: skip
 
 
-def pose(model: Odd) -> tuple[Problem, Tensor]:
+def pose(model: Odd, traced: bool = False) -> tuple[Problem, Tensor]:
     module = model.make()
     with torch.no_grad():
         shape = module(*model.inputs).shape
@@ -550,12 +636,19 @@ def pose(model: Odd) -> tuple[Problem, Tensor]:
         target = normal(*shape, seed=9)
     truth = hessian(module, LOSSES[model.loss], model.inputs, target)
     assert truth.norm() > 1e-3
+    if traced:  # `x[:, 0]` takes all samples first, and `len(x)` is a number
+        with warnings.catch_warnings(action="ignore"):
+            module = torch.jit.trace(module, model.inputs, check_trace=False)
     return problem_of(module, model.inputs, target, model.loss), truth
 
 
+either = pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+
+
+@either
 @pytest.mark.parametrize("model", MIXING, ids=str)
-def test_samples_that_mix_are_refused(model):
-    problem, truth = pose(model)
+def test_samples_that_mix_are_refused(model, traced):
+    problem, truth = pose(model, traced)
     routes = routes_of(problem)
     for name in FAST:
         for structure in STRUCTURES:
@@ -567,9 +660,10 @@ def test_samples_that_mix_are_refused(model):
     assert (right, reasons) == (1, [])
 
 
+@either
 @pytest.mark.parametrize("model", INDEPENDENT, ids=str)
-def test_what_is_not_refused_is_right(model):
-    problem, truth = pose(model)
+def test_what_is_not_refused_is_right(model, traced):
+    problem, truth = pose(model, traced)
     routes = routes_of(problem)
     for structure in STRUCTURES:
         right, reasons = applies(routes["hvp"], truth, structure, 1e-10, model.name)
@@ -583,13 +677,18 @@ def test_what_is_not_refused_is_right(model):
 SEEN = {
     "square", "square-over-time", "one-sample", "one-step", "shared-wide", "weight-as-stored",
     "weight-transposed", "bias-later", "scale-over-axes", "numbers-alone", "residual", "dense",
-    "product-of-branches", "time-major-flat", "conv-uneven", "attention-square",
+    "product-of-branches", "time-major-flat", "conv-uneven", "attention-square", "first-of-features",
+    "class-token", "index-of-features", "index-of-pairs", "index-apart", "mask-of-features", "table",
+    "gather-by-data", "one-hot", "scatter-of-features", "roll-of-features", "highest-features",
+    "repeat-of-features", "variance-of-features", "lower-triangle", "windows-of-features", "patches",
+    "bilinear", "gru", "lstm-both-ways",
 }  # fmt: skip
 
 
+@either
 @pytest.mark.parametrize("model", [m for m in INDEPENDENT if m.name in SEEN], ids=str)
-def test_preactivation_sees_what_is_affine(model):
-    problem, truth = pose(model)
+def test_preactivation_sees_what_is_affine(model, traced):
+    problem, truth = pose(model, traced)
     right, _ = applies(routes_of(problem)["preactivation"], truth, "block_diagonal", 1e-10)
     assert right >= 1
     assert len({m.name for m in INDEPENDENT} & SEEN) == len(SEEN)

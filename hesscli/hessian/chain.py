@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.probes import Analysis, Probed
-from hesscli.hessian.sample_rules import ELEMENTWISE_UNARY, RESHAPES, SampleAxis
+from hesscli.hessian.sample_axis import SampleAxis
+from hesscli.hessian.sample_rules import ELEMENTWISE_UNARY, RESHAPES
 from hesscli.hessian.tape import Call, Ref
 
 UNARY = ELEMENTWISE_UNARY - {"detach"}

@@ -11,14 +11,17 @@ LINEAR = (
         "unsafe_split cat stack constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d "
         "replication_pad1d replication_pad2d replication_pad3d avg_pool2d avg_pool3d _adaptive_avg_pool2d "
         "_adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_linear1d "
-        "upsample_bicubic2d pixel_shuffle detach clone alias contiguous _to_copy lift_fresh add sub rsub".split()
+        "upsample_bicubic2d pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im repeat roll flip narrow unfold "
+        "tril triu cumsum index index_select gather scatter scatter_add detach clone alias contiguous _to_copy "
+        "lift_fresh add sub rsub new_zeros new_ones new_full zeros_like ones_like full_like".split()
     )
     | RESHAPES
 )
 PIECEWISE = frozenset(
     "relu relu6 leaky_relu hardtanh hardshrink softshrink threshold clamp clamp_min clamp_max abs sign round floor "
     "ceil max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d amax amin "
-    "maximum minimum fmax fmin where eq ne lt le gt ge masked_fill nan_to_num".split()
+    "maximum minimum fmax fmin max min median kthvalue cummax cummin aminmax sort topk argmax argmin trunc "
+    "where eq ne lt le gt ge masked_fill nan_to_num".split()
 )
 # Linear in each argument, so linear in a value that reaches one of them alone.
 MULTILINEAR = frozenset("mul mm mv addmm bmm baddbmm convolution _prelu_kernel".split())

@@ -22,7 +22,7 @@ from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.losses import LOSSES
 from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.routes.base import NotApplicable
-from hesscli.hessian.sample_rules import Axes
+from hesscli.hessian.sample_axis import Axes
 from hesscli.hessian.samples import sample_axes
 from hesscli.hessian.tape import Tape, record
 from hesscli.hessian.uses import Use, find_uses

@@ -8,6 +8,7 @@ control flow that depends on the data is exact, and nothing needs to be exportab
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +115,7 @@ def record(problem: Problem, batch: Batch) -> Tape:
     """
     names = {id(tensor): name for name, tensor in problem.parameters.items()}
     recorder = _Recorder()
-    with exact_derivatives(), recorder:
+    with exact_derivatives(), _unfused(), recorder:
         output = problem.output(batch)
     if recorder.refusal is not None:
         raise recorder.refusal
@@ -146,6 +147,17 @@ def record(problem: Problem, batch: Batch) -> Tape:
     )
 
 
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Recurrent layers as their steps, not as one kernel. What is replayed takes the fast kernels again."""
+    flags = torch.backends.mkldnn.set_flags
+    enabled, *_ = flags(_enabled=False, _fp32_precision=None)
+    try:
+        yield
+    finally:
+        flags(_enabled=enabled, _fp32_precision=None)
+
+
 class _Recorder(TorchDispatchMode):
     """Numbers every tensor that passes by, and keeps it alive so that its identity stays its own.
 
@@ -165,6 +177,7 @@ class _Recorder(TorchDispatchMode):
         self.numbers: dict[int, int] = {}
         self.tensors: dict[int, Tensor] = {}  # by identity
         self.memory: dict[int, set[int]] = {}  # storage -> identities
+        self.storages: dict[int, int] = {}  # identity -> storage
         self.stale: set[int] = set()
         self.refusal: NotApplicable | None = None
 
@@ -207,11 +220,11 @@ class _Recorder(TorchDispatchMode):
             func = _functional(func)
             self._went_stale(written[0])
         parts = result if isinstance(result, (tuple, list)) else (result,)
-        separate = func._schema.name.startswith(
-            "aten::unsafe_"
-        )  # parts by contract not used as views
         outputs = tuple(
-            self._number(part, separate) if isinstance(part, Tensor) else None for part in parts
+            self._number(part, self._storage(func, args, part))
+            if isinstance(part, Tensor)
+            else None
+            for part in parts
         )
         if (
             func is torch.ops.aten._convolution.default
@@ -219,28 +232,38 @@ class _Recorder(TorchDispatchMode):
             func, arguments = torch.ops.aten.convolution.default, arguments[:9]
         self.calls.append(Call(func, arguments, keywords, outputs))
 
-    def _number(self, tensor: Tensor, separate: bool = False) -> int:
+    def _storage(self, func: Any, args: tuple[Any, ...], made: Tensor) -> int:
+        """Which memory an operator's result shares: that of the tensor it is a view of, or its own."""
+        if id(made) in self.storages:
+            return self.storages[id(made)]
+        if func._schema.name.startswith("aten::unsafe_"):  # parts that by contract are no views
+            return -len(self.shapes) - 1
+        if (
+            any(a.alias_info is not None for a in func._schema.returns)
+            and id(args[0]) in self.storages
+        ):
+            return self.storages[id(args[0])]
+        return made.untyped_storage()._cdata
+
+    def _number(self, tensor: Tensor, storage: int) -> int:
         number = len(self.shapes)
         self.shapes.append(tensor.shape)
         self.numbers[id(tensor)] = number
         self.tensors[id(tensor)] = tensor
         self.stale.discard(id(tensor))
-        key = -number - 1 if separate else tensor.untyped_storage()._cdata
-        self.memory.setdefault(key, set()).add(id(tensor))
+        self.storages[id(tensor)] = storage
+        self.memory.setdefault(storage, set()).add(id(tensor))
         return number
 
     def _went_stale(self, written: Tensor) -> None:
-        for identities in self.memory.values():
-            if id(written) in identities:
-                self.stale |= identities
-        self.stale.discard(id(written))
+        self.stale |= self.memory[self.storages[id(written)]] - {id(written)}
 
     def _referenced(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             if id(value) in self.stale:
                 raise NotApplicable("the model reads through a view what it wrote in place")
             if id(value) not in self.numbers:
-                self.given[self._number(value)] = value
+                self.given[self._number(value, value.untyped_storage()._cdata)] = value
             return Ref(self.numbers[id(value)])
         if isinstance(value, (tuple, list)):
             return tuple(self._referenced(item) for item in value)

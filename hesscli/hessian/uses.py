@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesscli.hessian.sample_rules import Axes, SampleAxis
+from hesscli.hessian.sample_axis import Axes, SampleAxis
 from hesscli.hessian.tape import Call, Ref, Tape
 
 LINEAR, CONVOLUTION, SCALE, BIAS = "linear", "convolution", "scale", "bias"

@@ -125,6 +125,16 @@ TASKS = (
         (Goal(GEMM, 0.45, 0.75),),
     ),
     Task(
+        "full-gemm-1024",
+        "full, the same with B = 1024",
+        "mlp",
+        _mlp(1024, 96, 96, 32, 10),
+        TOY_MLP,
+        "full",
+        ("vmap-jvp-grad",),
+        (Goal(GEMM, 0.45, 0.75),),
+    ),
+    Task(
         "diag-cnn",
         "diag, ReLU CNN 12-24 channels on 8x8, P = 6586, B = 512",
         "cnn",

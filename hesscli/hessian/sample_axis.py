@@ -1,0 +1,84 @@
+"""Where the samples are in a tensor, and a call seen by that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hesscli.hessian.routes.base import NotApplicable
+from hesscli.hessian.tape import Call, Ref
+
+
+@dataclass(frozen=True)
+class SampleAxis:
+    """Where the samples are in a tensor: axis `axis` has length `outer * samples * inner`, the sample in the middle."""
+
+    axis: int
+    outer: int = 1
+    inner: int = 1
+
+
+Axes = Mapping[
+    int, SampleAxis | None
+]  # of every value; None: the value does not depend on the samples
+
+
+def mixes(call: Call) -> NotApplicable:
+    """What to raise where samples may mix."""
+    return NotApplicable(f"{call.name} may mix samples")
+
+
+@dataclass(frozen=True)
+class Context:
+    """A call, and what is known of its arguments."""
+
+    call: Call
+    axes: Axes
+    shapes: Mapping[int, Sequence[int]]
+    samples: int
+
+    def argument(self, index: int) -> Any:
+        return self.call.arguments[index] if index < len(self.call.arguments) else None
+
+    def named(self, name: str) -> Any:
+        """An argument by its name in the operator's schema, or its default; the place differs between overloads."""
+        for index, argument in enumerate(self.call.operator._schema.arguments):
+            if argument.name == name:
+                if index < len(self.call.arguments):
+                    return self.call.arguments[index]
+                return self.call.keywords.get(name, argument.default_value)
+        raise mixes(self.call)
+
+    def axis(self, index: int) -> SampleAxis | None:
+        ref = self.argument(index)
+        return self.axes[ref.value] if isinstance(ref, Ref) else None
+
+    def shape(self, index: int = 0) -> Sequence[int]:
+        return self.shapes[self.argument(index).value]
+
+    @property
+    def result(self) -> Sequence[int]:
+        return next(self.shapes[n] for n in self.call.outputs if n is not None)
+
+    def only(self, index: int = 0) -> SampleAxis:
+        """The axis of this argument, when no other argument depends on samples."""
+        mine = self.axis(index)
+        others = [
+            ref
+            for i, ref in enumerate(self.call.arguments)
+            if i != index and isinstance(ref, Ref) and self.axes[ref.value]
+        ]
+        if mine is None or others:
+            raise mixes(self.call)
+        return mine
+
+    def dims(self, value: Any, rank: int) -> set[int]:
+        values = value if isinstance(value, (tuple, list)) else [value]
+        if value is None or not values:  # over all of them
+            return set(range(rank))
+        return {int(v) % max(rank, 1) for v in values}
+
+
+Rule = Callable[[Context], SampleAxis | None]
+"""A call -> the sample axis of its results."""

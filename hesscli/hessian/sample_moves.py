@@ -1,0 +1,161 @@
+"""What operators that only move, select or repeat numbers do to the sample axis."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from hesscli.hessian.sample_axis import Context, SampleAxis, mixes
+
+
+def reshaped(c: Context) -> SampleAxis | None:
+    """Row-major order keeps the samples together: the axis that starts after as many elements has them."""
+    axis, old, new = c.only(), c.shape(), c.result
+    before = math.prod(old[: axis.axis]) * axis.outer
+    after = axis.inner * math.prod(old[axis.axis + 1 :])
+    count = 1
+    for i, length in enumerate(new):
+        outer = before // count
+        if before % count == 0 and length and length % (outer * c.samples) == 0:
+            inner = length // (outer * c.samples)
+            if after % inner == 0:
+                return SampleAxis(i, outer, inner)
+        count *= length
+    raise mixes(c.call)
+
+
+def transposed(c: Context) -> SampleAxis | None:
+    axis, rank = c.only(), len(c.shape())
+    order = list(range(rank))
+    if c.call.name == "permute":
+        order = [int(d) % rank for d in c.named("dims")]
+    else:
+        a, b = (
+            (0, rank - 1)
+            if c.call.name == "t"
+            else (c.named("dim0") % rank, c.named("dim1") % rank)
+        )
+        order[a], order[b] = order[b], order[a]
+    return replace(axis, axis=order.index(axis.axis))
+
+
+def expanded(c: Context) -> SampleAxis | None:
+    axis = c.only()
+    return replace(axis, axis=axis.axis + len(c.result) - len(c.shape()))
+
+
+def unsqueezed(c: Context) -> SampleAxis | None:
+    axis = c.only()
+    at = c.named("dim") % (len(c.shape()) + 1)
+    return replace(axis, axis=axis.axis + (at <= axis.axis))
+
+
+def squeezed(c: Context) -> SampleAxis | None:
+    axis, shape = c.only(), c.shape()
+    dims = (
+        c.dims(c.argument(1), len(shape)) if len(c.call.arguments) > 1 else set(range(len(shape)))
+    )
+    gone = {d for d in dims if shape[d] == 1}
+    if axis.axis in gone:
+        raise mixes(c.call)
+    return replace(axis, axis=axis.axis - sum(d < axis.axis for d in gone))
+
+
+def selected(c: Context) -> SampleAxis | None:
+    axis = c.only()
+    at = c.named("dim") % len(c.shape())
+    if at == axis.axis:
+        raise mixes(c.call)
+    return replace(axis, axis=axis.axis - (at < axis.axis))
+
+
+def along_another(c: Context) -> SampleAxis | None:
+    """Operators that work along one axis and leave the others alone."""
+    axis = c.only()
+    if c.named("dim") % len(c.shape()) == axis.axis:
+        raise mixes(c.call)
+    return axis
+
+
+def sliced(c: Context) -> SampleAxis | None:
+    """Along another axis, or all of it: `x[:, 0]`, traced, takes every sample first."""
+    return c.only() if list(c.result) == list(c.shape()) else along_another(c)
+
+
+def joined(c: Context) -> SampleAxis | None:
+    """Parts that do not depend on the samples, like a class token, may be among them."""
+    parts = c.call.arguments[0]
+    found = {axis for ref in parts if (axis := c.axes[ref.value])}
+    if len(found) != 1:
+        raise mixes(c.call)
+    axis = found.pop()
+    stacked = c.call.name == "stack"
+    rank = len(c.shapes[parts[0].value]) + stacked
+    at = c.named("dim") % rank
+    if stacked:
+        return replace(axis, axis=axis.axis + (at <= axis.axis))
+    if at == axis.axis:
+        raise mixes(c.call)
+    return axis
+
+
+def repeated(c: Context) -> SampleAxis | None:
+    axis, times = c.only(), c.named("repeats")
+    at = axis.axis + len(times) - len(c.shape())
+    if times[at] != 1:
+        raise mixes(c.call)
+    return replace(axis, axis=at)
+
+
+def windows(c: Context) -> SampleAxis | None:
+    """`Tensor.unfold`: the windows' own axis comes last."""
+    axis = c.only()
+    if c.named("dimension") % len(c.shape()) == axis.axis:
+        raise mixes(c.call)
+    return axis
+
+
+def by_position(c: Context) -> SampleAxis | None:
+    """`gather` and `scatter`: along one axis by an index; along the others each number stays in its place."""
+    found = {axis for n in c.call.reads if (axis := c.axes[n])}
+    ranks = {len(c.shapes[n]) for n in c.call.reads}
+    if len(found) != 1 or len(ranks) != 1 or ranks == {0}:
+        raise mixes(c.call)
+    axis = found.pop()
+    if c.named("dim") % ranks.pop() == axis.axis:
+        raise mixes(c.call)
+    return axis
+
+
+def indexed(c: Context) -> SampleAxis | None:
+    """`x[:, i, j]` by constant indices, or a constant by indices that depend on the samples: a table."""
+    indices = c.argument(1)
+    at = [place for place, index in enumerate(indices) if index is not None]
+    shapes = [c.shapes[indices[place].value] for place in at]
+    rank = max(map(len, shapes))
+    adjacent = at[-1] - at[0] + 1 == len(at)
+    first = at[0] if adjacent else 0  # where the axes of the indices go
+    if len(c.result) != len(c.shape()) - len(at) + rank:
+        raise mixes(c.call)  # a mask of several axes
+    taken = {
+        replace(axis, axis=first + axis.axis + rank - len(shape))
+        for place, shape in zip(at, shapes, strict=True)
+        if (axis := c.axes[indices[place].value])
+    }
+    mine = c.axis(0)
+    if mine is None and len(taken) == 1:
+        return taken.pop()
+    if mine is None or taken or mine.axis in at:
+        raise mixes(c.call)
+    before = sum(place < mine.axis for place in at)
+    behind = first < mine.axis or not adjacent
+    return replace(mine, axis=mine.axis - before + (rank if behind else 0))
+
+
+def padded(c: Context) -> SampleAxis | None:
+    axis, rank = c.only(), len(c.shape())
+    pads = c.argument(1)
+    from_end = rank - 1 - axis.axis
+    if any(pads[2 * from_end : 2 * from_end + 2]):
+        raise mixes(c.call)
+    return axis
