@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hesscli.hessian.kronecker import add_kronecker_rows
 from hesscli.hessian.probes import Probed
-from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
+from hesscli.hessian.uses import LINEAR, Use
 from hesscli.hessian.workers import side_by_side, workers
 
 WORKSPACE = 1 << 25  # numbers that one chunk of directions may make
@@ -246,28 +246,10 @@ def _directions(
     use: Use, delta: Tensor, neurons: range, chunk: int
 ) -> Iterator[tuple[int, range, Tensor]]:
     """Unit vectors of z, the same in every sample: (position, neurons, [directions, *z.shape])."""
+    samples = delta.numel() // (use.positions * use.n)
     for t in range(use.positions):
         for first in range(neurons.start, neurons.stop, chunk):
             part = range(first, min(first + chunk, neurons.stop))
-            seeds = delta.new_zeros(len(part), *delta.shape)
-            index = _position_index(use, delta.shape, t)
-            for row, neuron in enumerate(part):
-                place = list(index)
-                place[use.channels[0]] = neuron
-                seeds[row][tuple(place)] = 1
-            yield t, part, seeds
-
-
-def _position_index(use: Use, shape: Sequence[int], t: int) -> list[int | slice]:
-    """The index of position t in z, over all samples, as `Use.rows` counts positions."""
-    axis = use.axis
-    if use.kind == CONVOLUTION:
-        index: list[int | slice] = [slice(None), 0]
-        for length in reversed(shape[2:]):
-            t, place = divmod(t, length)
-            index.insert(2, place)
-        return index
-    outer, inner = divmod(t, axis.inner)
-    samples = shape[0] // (axis.outer * axis.inner)
-    start = outer * samples * axis.inner + inner
-    return [slice(start, start + samples * axis.inner, axis.inner), 0]
+            u = delta.new_zeros(len(part), samples, use.positions, use.n)
+            u[:, :, t, part.start : part.stop].diagonal(dim1=0, dim2=2).fill_(1)
+            yield t, part, use.spread(u, delta.shape)

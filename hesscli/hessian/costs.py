@@ -86,7 +86,8 @@ class Costs:
         """That many Hessian-vector products, through what depends on these parameters."""
         values = [self.tape.parameters[n] for n in parameters if n in self.tape.parameters]
         chunks = math.ceil(rows / self.chunk)
-        return self.after(*values).times(PASSES * rows, PASSES * chunks) + self.forward.times(3)
+        way = self.forward if self.tape.refusal else self.after(*values)
+        return way.times(PASSES * rows, PASSES * chunks) + self.forward.times(3)
 
     def seconds_before(self, rates: Rates) -> list[float]:
         """Seconds of a forward pass's first so many calls: none, one, two, ..."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.costs import Costs, Rates, Work
+from hesscli.hessian.costs import PASSES, Costs, Rates, Work
 from hesscli.hessian.cuts import CutPlan, plan_cuts
 from hesscli.hessian.probes import Analyses, Analysis
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.routes.gauss_newton import bend_of, block_uses
 from hesscli.hessian.routes.preactivation import chain_of, split
+from hesscli.hessian.tape import record
 from hesscli.hessian.uses import Use
 
 HVP, FINITE_DIFFERENCE = "hvp", "finite-difference"
@@ -65,11 +67,14 @@ class Planner:
         self.costs: Costs | None = None
         self.cuts: CutPlan | None = None
         self.refused = ""
+        batch = problem.batches[0]
         try:
-            self.analysis = analyses.of(problem.batches[0])
-            self.costs = Costs(self.analysis.tape, problem.dtype.itemsize, chunk)
+            self.analysis = analyses.of(batch)
         except NotApplicable as reason:
             self.refused = str(reason)
+        with suppress(NotApplicable):  # what nothing is proven of still has a cost
+            tape = self.analysis.tape if self.analysis is not None else record(problem, batch)
+            self.costs = Costs(tape, problem.dtype.itemsize, chunk)
 
     def choices(self, block: Block, diagonal: bool) -> list[Choice]:
         """The exact routes of a block, the cheapest first; `finite-difference` is always the last resort."""
@@ -155,7 +160,7 @@ class Planner:
 
     def _hvp_work(self, block: Block) -> Work:
         if self.costs is None:
-            return Work(calls=1e3 * block.size)
+            return Work(calls=PASSES * block.size)
         return self._all(self.costs.hvp(block.parameters, block.size))
 
     def _all(self, work: Work) -> Work:

@@ -76,6 +76,8 @@ def _analyse(problem: Problem, batch: Batch) -> Analysis:
     if not batch.inputs or not batch.inputs[0].dim():
         raise NotApplicable("the inputs have no sample axis")
     tape = record(problem, batch)
+    if tape.refusal:
+        raise NotApplicable(tape.refusal)
     if problem.loss.name in ("cross-entropy", "nll") and len(tape.shapes[tape.output]) < 2:
         raise NotApplicable("one sample without a sample axis")  # axis 0 holds its classes
     axes = sample_axes(tape, len(batch.inputs[0]))

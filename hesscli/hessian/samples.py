@@ -2,7 +2,7 @@
 
 If sample b of the output depends on nothing but sample b of the inputs, one direction can be taken in all samples
 at once, and the derivatives of all samples come out of one pass. The proof knows the operators that have a rule;
-anything else counts as mixing.
+anything else counts as mixing. One sample alone has nothing to mix with: any axis of any value may count as its.
 """
 
 from __future__ import annotations
@@ -29,17 +29,28 @@ def sample_axes(tape: Tape, samples: int) -> Axes:
     for number in tape.inputs:
         axes[number] = SampleAxis(0)
     for call in tape.calls:
-        read = [axes[n] for n in call.reads]
-        result = None if not any(read) else rule_of(call)(Context(call, axes, tape.shapes, samples))
+        depends = any(axes[n] for n in call.reads)
+        result = None
+        if depends and samples > 1:
+            result = rule_of(call)(Context(call, axes, tape.shapes, samples))
         for made in call.outputs:
-            if made is not None:
-                axes[made] = result
-                if result is not None:
-                    _verify(call, result, tape.shapes[made], samples)
+            if made is None:
+                continue
+            if depends and samples == 1:
+                result = _only_sample(call, tape.shapes[made])
+            axes[made] = result
+            if result is not None:
+                _verify(call, result, tape.shapes[made], samples)
     output = axes[tape.output]
     if output != SampleAxis(0):
         raise NotApplicable("the output has no sample axis in front")
     return axes
+
+
+def _only_sample(call: Call, shape: Sequence[int]) -> SampleAxis:
+    if not shape:
+        raise mixes(call)
+    return SampleAxis(0, outer=shape[0])
 
 
 def _verify(call: Call, axis: SampleAxis, shape: Sequence[int], samples: int) -> None:

@@ -51,12 +51,13 @@ class Tape:
     """The calls that lead from parameters and data to the model's output.
 
     Attributes:
-        calls: in the order of execution; only those that the output needs.
+        calls: in the order of execution; only those that the output needs, unless refused.
         given: the values that no call makes: parameters, buffers, data.
         shapes: the shape of every value.
         parameters: the number of each parameter that the output depends on.
         inputs: the numbers of the model's inputs.
         output: the number of its output.
+        refusal: why the calls, executed again, need not give what the pass gave; empty if they do.
     """
 
     calls: tuple[Call, ...]
@@ -65,6 +66,7 @@ class Tape:
     parameters: Mapping[str, int]
     inputs: tuple[int, ...]
     output: int
+    refusal: str = ""
 
     def dependent(self, values: Sequence[int]) -> set[int]:
         """The values that depend on any of these, themselves included."""
@@ -111,18 +113,18 @@ def record(problem: Problem, batch: Batch) -> Tape:
     """The tape of one forward pass.
 
     Raises:
-        NotApplicable: the pass writes into tensors in a way that a list of operators cannot express.
+        NotApplicable: the output is made of nothing that the pass computes.
     """
     names = {id(tensor): name for name, tensor in problem.parameters.items()}
     recorder = _Recorder()
     with exact_derivatives(), _unfused(), recorder:
         output = problem.output(batch)
-    if recorder.refusal is not None:
-        raise recorder.refusal
     if id(output) not in recorder.numbers:
         raise NotApplicable("the output does not depend on the data")
     number = recorder.numbers[id(output)]
     needed = {number}
+    if recorder.refusal:  # what writes into another's memory is not seen to be needed
+        needed.update(range(len(recorder.shapes)))
     calls = []
     for call in reversed(recorder.calls):
         outputs = tuple(n if n in needed else None for n in call.outputs)
@@ -144,6 +146,7 @@ def record(problem: Problem, batch: Batch) -> Tape:
         {name: parameters[name] for name in order},
         tuple(recorder.numbers[id(x)] for x in batch.inputs if id(x) in recorder.numbers),
         number,
+        recorder.refusal,
     )
 
 
@@ -179,7 +182,7 @@ class _Recorder(TorchDispatchMode):
         self.memory: dict[int, set[int]] = {}  # storage -> identities
         self.storages: dict[int, int] = {}  # identity -> storage
         self.stale: set[int] = set()
-        self.refusal: NotApplicable | None = None
+        self.refusal = ""
 
     def __torch_dispatch__(
         self,
@@ -189,36 +192,18 @@ class _Recorder(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self.refusal is not None:
-            return func(*args, **kwargs)
-        result: list[Any] = []
-        try:
-            self._note(func, args, kwargs, result)
-        except NotApplicable as reason:
-            # Raised when the pass is over: TorchScript's interpreter would make another error of it.
-            self.refusal = reason
-        return result[0] if result else func(*args, **kwargs)
-
-    def _note(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Any]
-    ) -> None:
-        """Executes an operator, puts its result into `results`, and records it."""
         if not torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args)):
-            raise NotApplicable("the model turns gradients off")
+            self._refuse("the model turns gradients off")
         arguments = self._referenced(args)
         keywords = {name: self._referenced(value) for name, value in kwargs.items()}
-        written = [
-            args[i]
-            for i, argument in enumerate(func._schema.arguments[: len(args)])
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
         result = func(*args, **kwargs)
-        results.append(result)
-        if any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments):
-            if len(written) != 1 or not isinstance(written[0], Tensor):
-                raise NotApplicable(f"{func._schema.name} writes into its arguments")
-            func = _functional(func)
-            self._went_stale(written[0])
+        writes = [
+            a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments
+        ]
+        recorded = func
+        if any(writes):
+            written = [arg for arg, writes in zip(args, writes, strict=False) if writes]
+            recorded = self._without_writing(func, written)
         parts = result if isinstance(result, (tuple, list)) else (result,)
         outputs = tuple(
             self._number(part, self._storage(func, args, part))
@@ -227,10 +212,26 @@ class _Recorder(TorchDispatchMode):
             for part in parts
         )
         if (
-            func is torch.ops.aten._convolution.default
-        ):  # what traces hold; the rest is cuDNN's business
-            func, arguments = torch.ops.aten.convolution.default, arguments[:9]
-        self.calls.append(Call(func, arguments, keywords, outputs))
+            recorded is torch.ops.aten._convolution.default
+        ):  # in traces; the rest is cuDNN's business
+            recorded, arguments = torch.ops.aten.convolution.default, arguments[:9]
+        self.calls.append(Call(recorded, arguments, keywords, outputs))
+        return result
+
+    def _refuse(self, reason: str) -> None:
+        """Keeps the first reason. What is recorded still tells how much work a pass is."""
+        self.refusal = self.refusal or reason
+
+    def _without_writing(self, func: Any, written: list[Any]) -> Any:
+        """The operator that gives what this one writes in place."""
+        twin = _functional(func)
+        if len(written) != 1 or not isinstance(written[0], Tensor):
+            self._refuse(f"{func._schema.name} writes into its arguments")
+        elif twin is None:
+            self._refuse(f"{func._schema.name.removeprefix('aten::')} writes in place")
+        else:
+            self.stale |= self.memory[self.storages[id(written[0])]] - {id(written[0])}
+        return twin or func
 
     def _storage(self, func: Any, args: tuple[Any, ...], made: Tensor) -> int:
         """Which memory an operator's result shares: that of the tensor it is a view of, or its own."""
@@ -255,13 +256,10 @@ class _Recorder(TorchDispatchMode):
         self.memory.setdefault(storage, set()).add(id(tensor))
         return number
 
-    def _went_stale(self, written: Tensor) -> None:
-        self.stale |= self.memory[self.storages[id(written)]] - {id(written)}
-
     def _referenced(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             if id(value) in self.stale:
-                raise NotApplicable("the model reads through a view what it wrote in place")
+                self._refuse("the model reads through a view what it wrote in place")
             if id(value) not in self.numbers:
                 self.given[self._number(value, value.untyped_storage()._cdata)] = value
             return Ref(self.numbers[id(value)])
@@ -279,7 +277,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _functional(operator: Any) -> Any:
-    """The operator that gives what this one writes in place."""
+    """The operator that gives what this one writes in place, if PyTorch has one."""
     name = operator._schema.name.removeprefix("aten::")
     twin = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") else None
     if name == "copy_":
@@ -287,9 +285,7 @@ def _functional(operator: Any) -> Any:
     overload = operator._schema.overload_name or "default"
     if twin is not None and overload in twin.overloads():
         return getattr(twin, overload)
-    if name == "transpose_":
-        return torch.ops.aten.transpose.int
-    raise NotApplicable(f"{name} writes in place")
+    return torch.ops.aten.transpose.int if name == "transpose_" else None
 
 
 def _refs(value: Any) -> Iterator[Ref]:

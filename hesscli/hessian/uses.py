@@ -84,7 +84,9 @@ class Use:
         if self.kind == SCALE:
             return self.rows(a.expand(known[self.z].shape))
         if self.kind == CONVOLUTION:
-            return _unfolded(a, self.kernel, *self.call.arguments[3:6])
+            patches = _unfolded(a, self.kernel, *self.call.arguments[3:6])
+            split = (self.axis.outer, -1, self.axis.inner, *patches.shape[1:])
+            return patches.reshape(split).transpose(0, 1).reshape(-1, self.positions, self.m)
         if self.call.name == "embedding":  # a product with the tokens' unit vectors
             a = torch.nn.functional.one_hot(a, self.m).to(known[self.z].dtype)
             return _canonical(a, self.rank, self.axis, (self.rank - 1,), self.positions)
@@ -258,7 +260,7 @@ def _unfolded(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """What a convolution's weight is applied to: [samples, positions, fan-in].
+    """What a convolution's weight is applied to: [images, positions, fan-in].
 
     A copy of a strided view, in rows of the image; `torch.nn.functional.unfold` gives the same several times slower.
     """
@@ -266,14 +268,14 @@ def _unfolded(
         a, [p for length in reversed(padding) for p in (length, length)]
     )
     padded = padded.contiguous()
-    samples, channels, *lengths = padded.shape
+    images, channels, *lengths = padded.shape
     strides = padded.stride()[2:]
     counts = [
         (length - d * (k - 1) - 1) // s + 1
         for length, k, s, d in zip(lengths, kernel, stride, dilation, strict=True)
     ]
     view = padded.as_strided(
-        (samples, channels, *kernel, *counts),
+        (images, channels, *kernel, *counts),
         (
             padded.stride(0),
             padded.stride(1),
@@ -281,4 +283,4 @@ def _unfolded(
             *(a_stride * s for a_stride, s in zip(strides, stride, strict=True)),
         ),
     )
-    return view.reshape(samples, -1, math.prod(counts)).transpose(1, 2)
+    return view.reshape(images, -1, math.prod(counts)).transpose(1, 2)

@@ -2,8 +2,9 @@
 
 If the output f is piecewise linear in z, d^2 L / dz^2 = V^T Lambda V per sample, with V = df/dz and Lambda the loss's
 Hessian at the output; one curved function right after z adds a diagonal (see `bend.py`). All V come out of one batched
-backward pass with C = dim f seeds. A linear layer's block is the Kronecker form sum_b (V^T Lambda V)_b (x) a_b a_b^T;
-elsewhere J = V A per sample, and the block is sum_b J^T Lambda J.
+backward pass with C = dim f seeds. A linear layer's block is the Kronecker form sum_b (V^T Lambda V)_b (x) a_b a_b^T,
+where a_b ends with a one if the bias belongs to the block; elsewhere J = V A per sample, and the block is
+sum_b J^T Lambda J.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.bend import Bend, add_bend, add_bend_diagonal, find_bend
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.kronecker import add_kronecker_rows, mirror_
-from hesscli.hessian.layout import Layout, Piece
+from hesscli.hessian.layout import Layout, Piece, starts_of
 from hesscli.hessian.piecewise import curved
 from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.routes.base import NotApplicable, Rows
-from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
+from hesscli.hessian.uses import BIAS, CONVOLUTION, LINEAR, Use
 
 WORKSPACE = 1 << 20  # numbers in the Jacobians of some samples; fits the cache
 
@@ -73,10 +74,6 @@ class Factors:
     curvature: Tensor
     d: Tensor | None
 
-    @property
-    def is_kronecker(self) -> bool:
-        return is_kronecker(self.uses)
-
     def jacobians(self) -> Iterator[tuple[Tensor, Tensor]]:
         """df/dtheta of some samples after the other, [samples, C, size], with their Lambda."""
         size = sum(use.size for use in self.uses)
@@ -104,9 +101,12 @@ class GaussNewton:
 
     def layout(self, block: Block) -> Layout:
         uses = self.uses(self.analyses.of(self.problem.batches[0]), block)
-        if is_kronecker(uses):
-            return Layout((Piece(uses[0].n, ((0, uses[0].m),)),))
-        return Layout.plain(block.size)
+        weight = kronecker_weight(uses)
+        if weight is None:
+            return Layout.plain(block.size)
+        places = dict(zip(block.parameters, starts_of(block.sizes), strict=True))
+        parts = [(places[use.parameter], use.size // use.n) for use in _weight_first(uses, weight)]
+        return Layout((Piece(weight.n, tuple(parts)),))
 
     def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
         factors = self.factors(batch, [part.block for part in rows])
@@ -156,9 +156,19 @@ class GaussNewton:
         mirror_(matrix)
 
 
-def is_kronecker(uses: Sequence[Use]) -> bool:
-    use = uses[0]
-    return len(uses) == 1 and use.kind == LINEAR and use.positions == 1 and not use.transposed
+def kronecker_weight(uses: Sequence[Use]) -> Use | None:
+    """The weight of a linear layer that is applied once per sample, if it and its bias are all that there is."""
+    weights = [use for use in uses if use.kind == LINEAR]
+    biases = [use for use in uses if use.kind == BIAS]
+    if len(weights) != 1 or len(biases) > 1 or len(uses) != len(weights) + len(biases):
+        return None
+    weight = weights[0]
+    together = all(bias.z == weight.z and bias.n == weight.n for bias in biases)
+    return weight if together and weight.positions == 1 and not weight.transposed else None
+
+
+def _weight_first(uses: Sequence[Use], weight: Use) -> list[Use]:
+    return [weight, *(use for use in uses if use is not weight)]
 
 
 def _gradients(probed: Probed, values: Sequence[int]) -> dict[int, Tensor | None]:
@@ -171,17 +181,21 @@ def _gradients(probed: Probed, values: Sequence[int]) -> dict[int, Tensor | None
 
 
 def _add(part: Rows, factors: Factors) -> None:
-    if factors.is_kronecker:
-        use, v, a = factors.uses[0], factors.v.squeeze(2), factors.inputs[0].squeeze(1)
+    weight = kronecker_weight(factors.uses)
+    if weight is not None:
+        columns = dict(zip((use.parameter for use in factors.uses), factors.inputs, strict=True))
+        ordered = _weight_first(factors.uses, weight)
+        a = torch.cat([columns[use.parameter] for use in ordered], -1).squeeze(1)
+        v, width = factors.v.squeeze(2), a.shape[1]
         curved_v = factors.curvature @ v  # [B, C, n]
-        step = max(1, (1 << 23) // (v.shape[0] * use.n))
-        last = part.stop // use.m
-        for first in range(part.start // use.m, last, step):
+        step = max(1, (1 << 23) // (v.shape[0] * weight.n))
+        last = part.stop // width
+        for first in range(part.start // width, last, step):
             s = v[:, :, first : min(first + step, last)].transpose(1, 2) @ curved_v[:, :, first:]
             if factors.d is not None:
                 s.diagonal(dim1=1, dim2=2).add_(factors.d[:, 0, first : first + s.shape[1]])
-            skipped = first * use.m - part.start
-            out = part.out[skipped : skipped + s.shape[1] * use.m, skipped:]
+            skipped = first * width - part.start
+            out = part.out[skipped : skipped + s.shape[1] * width, skipped:]
             add_kronecker_rows(out, s.transpose(0, 1), a)
         return
     for jacobian, curvature in factors.jacobians():
@@ -193,7 +207,7 @@ def _add(part: Rows, factors: Factors) -> None:
 
 
 def _add_diagonal(out: Tensor, factors: Factors) -> None:
-    if factors.is_kronecker:
+    if len(factors.uses) == 1 and kronecker_weight(factors.uses) is not None:
         v, a = factors.v.squeeze(2), factors.inputs[0].squeeze(1)
         out += ((v * (factors.curvature @ v)).sum(1).T @ a**2).reshape(-1)
     else:
