@@ -75,7 +75,8 @@ def add_layer(
         return
     a = layer.inputs(probed)
     inputs = [probed.probes[other.z] for other in layers]
-    inputs += [probed.duals[other.weight.a] for other in layers[1:] if other.weight.a is not None]
+    moving = [other.weight.moving for other in layers[1:]]
+    inputs += [probed.duals[a] for a in moving if a is not None]
     per_direction = 4 * delta.numel() * len(inputs)
     if not layer.plain:
         per_direction += probed.samples * layer.size
@@ -115,6 +116,7 @@ def add_layer_diagonal(
     if delta is None or not delta.requires_grad:
         return
     a = probed.columns(use)
+    entries = out.view(use.m, use.n).T if use.transposed else out.view(use.n, use.m)
     per_direction = 4 * delta.numel()
     if not layer.plain:
         per_direction += probed.samples * use.size
@@ -127,7 +129,7 @@ def add_layer_diagonal(
         s = use.rows(curvature)  # [directions, B, T, n]
         for row, p in enumerate(chunk):
             same = torch.einsum("bt,btq->bq", s[row, :, :, p], a)
-            out[p * use.m : (p + 1) * use.m] += (same * a[:, t]).sum(0)
+            entries[p] += (same * a[:, t]).sum(0)
             if bias_out is not None:
                 bias_out[p] += s[row, :, :, p].sum()
 
@@ -206,12 +208,12 @@ class _Later:
         shifts: list[list[Tensor] | None] = []
         for layer, delta in zip(self.layers, self.deltas, strict=True):
             use = layer.weight
-            tangent = None if use.a is None else next(found)
-            if tangent is None or delta is None:
+            tangent = None if use.moving is None else next(found)
+            if use.a is None or tangent is None or delta is None:
                 shifts.append(None)
                 continue
             shifts.append(
-                [use.columns({**self.probed.known, use.a: tangent[row]}) for row in range(count)]  # type: ignore[dict-item]
+                [use.columns({**self.probed.known, use.a: tangent[row]}) for row in range(count)]
             )
         return shifts
 

@@ -103,10 +103,21 @@ class Use:
             product = product.transpose(-1, -2)
         return product.flatten(-2)
 
+    def places(self, first: int) -> tuple[tuple[int, int], ...]:
+        """Where an output's entries lie in a block that the parameter starts at `first` of: see `Piece`."""
+        if self.transposed:
+            return tuple((first + q * self.n, 1) for q in range(self.m))
+        return ((first, self.size // self.n),)
+
+    @property
+    def moving(self) -> int | None:
+        """The operand a where it may depend on other parameters: tokens do not."""
+        return None if self.call.name == "embedding" else self.a
+
     @property
     def directions(self) -> int:
         """How many directions of z the parameter's own block takes."""
-        if self.kind in (LINEAR, CONVOLUTION) and not self.transposed:
+        if self.kind in (LINEAR, CONVOLUTION):
             return self.n * min(self.positions, self.m)
         return self.size
 

@@ -9,6 +9,7 @@ sum_b J^T Lambda J.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -105,8 +106,8 @@ class GaussNewton:
         if weight is None:
             return Layout.plain(block.size)
         places = dict(zip(block.parameters, starts_of(block.sizes), strict=True))
-        parts = [(places[use.parameter], use.size // use.n) for use in _weight_first(uses, weight)]
-        return Layout((Piece(weight.n, tuple(parts)),))
+        parts = [use.places(places[use.parameter]) for use in _weight_first(uses, weight)]
+        return Layout((Piece(weight.n, tuple(itertools.chain(*parts))),))
 
     def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
         factors = self.factors(batch, [part.block for part in rows])
@@ -164,7 +165,7 @@ def kronecker_weight(uses: Sequence[Use]) -> Use | None:
         return None
     weight = weights[0]
     together = all(bias.z == weight.z and bias.n == weight.n for bias in biases)
-    return weight if together and weight.positions == 1 and not weight.transposed else None
+    return weight if together and weight.positions == 1 else None
 
 
 def _weight_first(uses: Sequence[Use], weight: Use) -> list[Use]:
@@ -209,7 +210,8 @@ def _add(part: Rows, factors: Factors) -> None:
 def _add_diagonal(out: Tensor, factors: Factors) -> None:
     if len(factors.uses) == 1 and kronecker_weight(factors.uses) is not None:
         v, a = factors.v.squeeze(2), factors.inputs[0].squeeze(1)
-        out += ((v * (factors.curvature @ v)).sum(1).T @ a**2).reshape(-1)
+        product = (v * (factors.curvature @ v)).sum(1).T @ a**2
+        out += (product.T if factors.uses[0].transposed else product).reshape(-1)
     else:
         for jacobian, curvature in factors.jacobians():
             curved_jacobian = curvature @ jacobian

@@ -13,6 +13,7 @@ Source: C. Bishop, Exact calculation of the Hessian matrix for the multilayer pe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -175,7 +176,7 @@ class Preactivation:
             analysis,
             zs,
             leaves=block.parameters if others else (),
-            activations={x.weight.a for x in layers[1:] if x.weight.a is not None},
+            activations={x.weight.moving for x in layers[1:] if x.weight.moving is not None},
             cut=cut,
         )
         with_rows = [name for name in with_rows if name in probed.leaves]  # the rest are unused
@@ -225,10 +226,9 @@ def _layout(block: Block, layers: Sequence[Layer], others: Sequence[str]) -> Lay
         return Layout.plain(block.size)
     pieces = [Piece(sizes[name], ((places[name], 1),)) for name in others]
     for layer in layers:
-        parts = [(places[layer.weight.parameter], layer.weight.m)]
-        if layer.bias is not None:
-            parts.append((places[layer.bias.parameter], 1))
-        pieces.append(Piece(layer.weight.n, tuple(parts)))
+        uses = [use for use in (layer.weight, layer.bias) if use is not None]
+        parts = [use.places(places[use.parameter]) for use in uses]
+        pieces.append(Piece(layer.weight.n, tuple(itertools.chain(*parts))))
     return Layout(tuple(pieces))
 
 
@@ -246,7 +246,7 @@ def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
     order = {n: i for i, call in enumerate(analysis.tape.calls) for n in call.outputs}
     layers = []
     for use in uses.values():
-        if use.kind in (LINEAR, CONVOLUTION) and not use.transposed and use.positions < use.m:
+        if use.kind in (LINEAR, CONVOLUTION) and use.positions < use.m:
             layers.append(Layer(use, biases.get(use.z)))
     layers.sort(key=lambda layer: order[layer.z])
     if not layers:
