@@ -19,13 +19,15 @@ from problems import blocks_of, compute_blocks, problem_of_case, routes_of
 from torch import nn
 
 from hesscli.files.hessian_writer import HessianWriter
-from hesscli.hessian.layout import Layout, Piece
+from hesscli.hessian.layout import Layout, Part, Piece
 from hesscli.hessian.routes.base import NotApplicable, Rows
 from hesscli.job import journal, large, planning
 from hesscli.job.team import shares
 from hesscli.job.triangles import HeldTriangle, StreamedTriangle, spans
 
-LAYOUT = Layout((Piece(3, ((17, 1),)), Piece(4, ((0, 2), (8, 1))), Piece(5, ((12, 1),))))
+LAYOUT = Layout(
+    (Piece(3, (Part(17, 1),)), Piece(4, (Part(0, 2), Part(8, 1))), Piece(5, (Part(12, 1),)))
+)
 """Three rows that are last in the block; four neurons with two weights and a bias; five rows."""
 
 
@@ -38,11 +40,14 @@ def test_a_layout_is_a_permutation():
     places = LAYOUT.places(0, LAYOUT.size)
     assert places.tolist() == [17, 18, 19, 0, 1, 8, 2, 3, 9, 4, 5, 10, 6, 7, 11, *range(12, 17)]
     assert LAYOUT.places(6, 12).tolist() == [2, 3, 9, 4, 5, 10]
+    across = STORED_ACROSS.places(0, STORED_ACROSS.size)
+    assert across.tolist() == [6, 9, 12, 0, 7, 10, 13, 1, 8, 11, 14, 2, 3, 4, 5]
+    assert STORED_ACROSS.places(4, 12).tolist() == [7, 10, 13, 1, 8, 11, 14, 2]
 
 
 @pytest.mark.parametrize("most", [1, 7, 40, 100, 10**6])
 def test_bands_are_all_rows_once_and_cut_no_group(most):
-    layout = Layout((Piece(3, ((0, 1),)), Piece(4, ((3, 2), (11, 1)))))
+    layout = Layout((Piece(3, (Part(0, 1),)), Piece(4, (Part(3, 2), Part(11, 1)))))
     bands = layout.cut(most)
     assert [row for start, stop in bands for row in range(start, stop)] == list(range(15))
     assert all((start - 3) % 3 == 0 for start, _ in bands if start >= 3)
@@ -54,12 +59,22 @@ def test_spans():
     assert spans(torch.tensor([0, 1, 2, 5, 7, 8])) == [(0, 3), (5, 6), (7, 9)]
 
 
-TWO_LAYERS = Layout((Piece(2, ((13, 1),)), Piece(3, ((0, 2), (6, 1))), Piece(4, ((9, 1),))))
+TWO_LAYERS = Layout(
+    (Piece(2, (Part(13, 1),)), Piece(3, (Part(0, 2), Part(6, 1))), Piece(4, (Part(9, 1),)))
+)
+
+
+STORED_ACROSS = Layout((Piece(3, (Part(6, 3, across=True), Part(0, 1))), Piece(3, (Part(3, 1),))))
+"""Three neurons with three weights each, input after input, and a bias; three rows."""
 
 
 @pytest.mark.parametrize("kind", [HeldTriangle, StreamedTriangle])
 @pytest.mark.parametrize("most", [1, 30, 10**6])
-@pytest.mark.parametrize("layout", [TWO_LAYERS, Layout.plain(15)], ids=["layers", "plain"])
+@pytest.mark.parametrize(
+    "layout",
+    [TWO_LAYERS, STORED_ACROSS, Layout.plain(15)],
+    ids=["layers", "stored across", "plain"],
+)
 def test_a_triangle_is_the_matrix(kind, most, layout, tmp_path):
     n = layout.size
     truth = symmetric(n)  # in the block's order

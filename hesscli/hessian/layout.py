@@ -9,26 +9,101 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 Span = tuple[int, int]  # first and last + 1
-Placed = tuple[slice, int, int, slice, int]  # see `Layout.placed`
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some entries of every group, in the block: group after group, or entry after entry of all groups.
+
+    Attributes:
+        place: of the first one.
+        length: entries of each group.
+        across: entry after entry, as a weight stored as [inputs, outputs] has those of its outputs.
+    """
+
+    place: int
+    length: int
+    across: bool = False
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Rows of a layout, whole groups of one piece, and where one part of theirs lies in the block.
+
+    Attributes:
+        rows: counted from the first row that was asked for.
+        groups: how many they are.
+        width: rows of a group.
+        entries: which of each group are meant.
+        place: of the first one in the block.
+        steps: places from group to group, and from entry to entry.
+    """
+
+    rows: slice
+    groups: int
+    width: int
+    entries: slice
+    place: int
+    steps: tuple[int, int]
+
+    @property
+    def length(self) -> int:
+        """Entries of each group."""
+        return self.entries.stop - self.entries.start
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        """A view of these entries: [..., rows] in the layout's order -> [..., groups, length]."""
+        return values[..., self.rows].unflatten(-1, (self.groups, self.width))[..., self.entries]
+
+    def of_block(self, values: Tensor) -> Tensor:
+        """A view of these entries: [..., size] in the block's order -> [..., groups, length]."""
+        *lead, last = values.stride()
+        shape = (*values.shape[:-1], self.groups, self.length)
+        strides = (*lead, *(step * last for step in self.steps))
+        return values.as_strided(shape, strides, values.storage_offset() + self.place * last)
+
+    def runs(self, most: int) -> Iterator[Placed]:
+        """In pieces that lie in one run in the block, of at most so many entries, but never less than a group."""
+        for piece in self._in_runs():
+            step = max(1, most // piece.length)
+            for first in range(0, piece.groups, step):
+                count = min(step, piece.groups - first)
+                begin = piece.rows.start + first * piece.width
+                yield replace(
+                    piece,
+                    rows=slice(begin, begin + count * piece.width),
+                    groups=count,
+                    place=piece.place + first * piece.steps[0],
+                )
+
+    def _in_runs(self) -> Iterator[Placed]:
+        apart, step = self.steps
+        if apart == self.length:
+            yield self
+            return
+        for entry in range(self.length):
+            at = self.entries.start + entry
+            place = self.place + entry * step
+            yield replace(self, entries=slice(at, at + 1), place=place, steps=(apart, 1))
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows that belong together: `groups` times the parts, each (place in the block, entries per group)."""
+    """Rows that belong together: `groups` times the parts."""
 
     groups: int
-    parts: tuple[Span, ...]
+    parts: tuple[Part, ...]
 
     @property
     def width(self) -> int:
-        return sum(length for _, length in self.parts)
+        return sum(part.length for part in self.parts)
 
     @property
     def size(self) -> int:
@@ -44,7 +119,7 @@ class Layout:
     @classmethod
     def plain(cls, size: int) -> Layout:
         """The file's own order."""
-        return cls((Piece(size, ((0, 1),)),))
+        return cls((Piece(size, (Part(0, 1),)),))
 
     @cached_property
     def size(self) -> int:
@@ -53,7 +128,7 @@ class Layout:
     @property
     def is_plain(self) -> bool:
         """Whether the rows already lie as in the block."""
-        return all(len(piece.parts) == 1 and piece.parts[0][0] == at for at, piece in self.starts())
+        return all(piece.parts == (Part(at, piece.parts[0].length),) for at, piece in self.starts())
 
     def starts(self) -> Iterator[tuple[int, Piece]]:
         """Every piece with its first row."""
@@ -79,31 +154,24 @@ class Layout:
         return bands
 
     def placed(self, start: int, stop: int) -> Iterator[Placed]:
-        """Where the rows from `start` to `stop`, at edges of groups, lie in the block.
-
-        Yields:
-            the rows, counted from `start`; how many groups they are; how wide a group is; which entries of
-            each group are meant; and their place in the block, of `groups * entries` rows.
-        """
+        """Where the rows from `start` to `stop`, at edges of groups, lie in the block."""
         for at, piece in self.starts():
             first, last = max(start, at), min(stop, at + piece.size)
             if first >= last:
                 continue
             before, groups = (first - at) // piece.width, (last - first) // piece.width
-            within = 0
-            for place, length in piece.parts:
-                rows = slice(first - start, last - start)
-                entries = slice(within, within + length)
-                yield rows, groups, piece.width, entries, place + before * length
-                within += length
+            rows, within = slice(first - start, last - start), 0
+            for part in piece.parts:
+                steps = (1, piece.groups) if part.across else (part.length, 1)
+                entries = slice(within, within + part.length)
+                place = part.place + before * steps[0]
+                yield Placed(rows, groups, piece.width, entries, place, steps)
+                within += part.length
 
     def to_block(self, values: Tensor, out: Tensor, start: int, stop: int) -> None:
         """Copies the columns from `start` to `stop` to their places: [..., stop - start] -> [..., size]."""
-        for rows, groups, width, entries, place in self.placed(start, stop):
-            length = entries.stop - entries.start
-            source = values[..., rows].unflatten(-1, (groups, width))[..., entries]
-            target = out[..., place : place + groups * length]
-            target.unflatten(-1, (groups, length)).copy_(source)
+        for placed in self.placed(start, stop):
+            placed.of_block(out).copy_(placed.of_rows(values))
 
     def ordered(self, matrix: Tensor) -> Tensor:
         """A symmetric matrix [size, size], from the layout's order to the block's."""
@@ -117,19 +185,16 @@ class Layout:
     def from_block(self, values: Tensor) -> Tensor:
         """The inverse: [..., size] in the block's order -> [..., size] in the layout's."""
         out = values.new_empty(values.shape)
-        for rows, groups, width, entries, place in self.placed(0, self.size):
-            length = entries.stop - entries.start
-            source = values[..., place : place + groups * length].unflatten(-1, (groups, length))
-            out[..., rows].unflatten(-1, (groups, width))[..., entries] = source
+        for placed in self.placed(0, self.size):
+            placed.of_rows(out).copy_(placed.of_block(values))
         return out
 
     def places(self, start: int, stop: int) -> Tensor:
         """The place in the block of each row from `start` to `stop`."""
         found = torch.empty(stop - start, dtype=torch.long)
-        for rows, groups, width, entries, place in self.placed(start, stop):
-            length = entries.stop - entries.start
-            mine = torch.arange(place, place + groups * length).view(groups, length)
-            found[rows].view(groups, width)[:, entries] = mine
+        every = torch.arange(self.size)
+        for placed in self.placed(start, stop):
+            placed.of_rows(found).copy_(placed.of_block(every))
         return found
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hesscli.hessian.layout import Part
 from hesscli.hessian.sample_axis import Axes, SampleAxis
 from hesscli.hessian.tape import Call, Ref, Tape
 
@@ -103,11 +104,9 @@ class Use:
             product = product.transpose(-1, -2)
         return product.flatten(-2)
 
-    def places(self, first: int) -> tuple[tuple[int, int], ...]:
-        """Where an output's entries lie in a block that the parameter starts at `first` of: see `Piece`."""
-        if self.transposed:
-            return tuple((first + q * self.n, 1) for q in range(self.m))
-        return ((first, self.size // self.n),)
+    def part(self, first: int) -> Part:
+        """Where an output's entries lie in a block in which the parameter's start at `first`."""
+        return Part(first, self.size // self.n, across=self.transposed)
 
     @property
     def moving(self) -> int | None:

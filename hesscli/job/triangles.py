@@ -108,7 +108,7 @@ class HeldTriangle(Triangle):
         super().__init__(name, layout, bands, writer, direction)
         self.uppers: list[Tensor] = []
         pieces = (piece for band in bands for piece in self._pieces(*band))
-        longest = max(groups * (cut.stop - cut.start) for _, groups, _, cut, _ in pieces)
+        longest = max(piece.groups * piece.length for piece in pieces)
         room = longest * layout.size * self.dtype.itemsize + _PAGE
         # Page-aligned, as direct writes want it; two of them, so that one is filled while the other is written.
         self.memory = [mmap.mmap(-1, room), mmap.mmap(-1, room)]
@@ -121,15 +121,9 @@ class HeldTriangle(Triangle):
                 beside.run(self.writer.write, self.name, rows.numpy(), place)
 
     def _pieces(self, start: int, stop: int) -> Iterator[Placed]:
-        """What `Layout.placed` says of these rows, no more than `_PIECE` numbers or one group at a time."""
-        for rows, groups, width, entries, place in self.layout.placed(start, stop):
-            length = entries.stop - entries.start
-            step = max(1, _PIECE // (length * self.layout.size))
-            for first in range(0, groups, step):
-                count = min(step, groups - first)
-                begin = rows.start + first * width
-                part = slice(begin, begin + count * width)
-                yield part, count, width, entries, place + first * length
+        """These rows in runs of the block, no more than `_PIECE` numbers or one group at a time."""
+        for placed in self.layout.placed(start, stop):
+            yield from placed.runs(_PIECE // self.layout.size)
 
     def _rows(self, index: int) -> Iterator[tuple[int, Tensor]]:
         """The rows of a band in the block's order, with the first one's place.
@@ -137,17 +131,15 @@ class HeldTriangle(Triangle):
         They are overwritten by those that come two steps later.
         """
         start, stop = self.bands[index]
-        for rows, groups, width, entries, place in self._pieces(start, stop):
-            length = entries.stop - entries.start
-            out = self._aligned(place, groups * length)
-            grouped = out.unflatten(0, (groups, length))
+        for piece in self._pieces(start, stop):
+            out = self._aligned(piece.place, piece.groups * piece.length)
+            grouped = out.unflatten(0, (piece.groups, piece.length))
             for (first, last), upper in zip(self.bands[:index], self.uppers, strict=False):
-                columns = slice(start - first + rows.start, start - first + rows.stop)
-                turned = upper[:, columns].T.unflatten(0, (groups, width))[:, entries]
+                turned = piece.of_rows(upper[:, start - first :]).movedim(0, -1)
                 self.layout.to_block(turned, grouped, first, last)
-            own = self.uppers[index][rows].unflatten(0, (groups, width))[:, entries]
+            own = piece.of_rows(self.uppers[index].T).movedim(0, -1)
             self.layout.to_block(own, grouped, start, self.layout.size)
-            yield place, out
+            yield piece.place, out
 
     def _whole(self) -> Iterator[tuple[int, Tensor]]:
         for index in range(len(self.bands)):
@@ -164,14 +156,15 @@ class HeldTriangle(Triangle):
     def restore(self, index: int) -> None:
         start, stop = self.bands[index]
         upper = torch.empty(stop - start, self.layout.size - start, dtype=self.dtype)
-        for rows, groups, width, entries, place in self._pieces(start, stop):
-            length = entries.stop - entries.start
-            out = self._aligned(place, groups * length)
-            self.writer.read(self.name, place, out.numpy())
-            self.writer.count(self.name, out.numpy(), place)
-            self._count(place, out.numpy())
-            mine = self.layout.from_block(out)[:, start:].unflatten(0, (groups, length))
-            upper[rows].unflatten(0, (groups, width))[:, entries] = mine
+        for piece in self._pieces(start, stop):
+            out = self._aligned(piece.place, piece.groups * piece.length)
+            self.writer.read(self.name, piece.place, out.numpy())
+            self.writer.count(self.name, out.numpy(), piece.place)
+            self._count(piece.place, out.numpy())
+            mine = self.layout.from_block(out)[:, start:].T.unflatten(
+                1, (piece.groups, piece.length)
+            )
+            piece.of_rows(upper.T).copy_(mine)
         self.uppers.append(upper)
 
 

@@ -9,7 +9,6 @@ sum_b J^T Lambda J.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -106,8 +105,8 @@ class GaussNewton:
         if weight is None:
             return Layout.plain(block.size)
         places = dict(zip(block.parameters, starts_of(block.sizes), strict=True))
-        parts = [use.places(places[use.parameter]) for use in _weight_first(uses, weight)]
-        return Layout((Piece(weight.n, tuple(itertools.chain(*parts))),))
+        parts = [use.part(places[use.parameter]) for use in _weight_first(uses, weight)]
+        return Layout((Piece(weight.n, tuple(parts)),))
 
     def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
         factors = self.factors(batch, [part.block for part in rows])

@@ -13,7 +13,6 @@ Source: C. Bishop, Exact calculation of the Hessian matrix for the multilayer pe
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -25,7 +24,7 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.chain import Step, chain_diagonals, curved_outputs, find_chain
 from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.kronecker import mirror_
-from hesscli.hessian.layout import Layout, Piece, starts_of
+from hesscli.hessian.layout import Layout, Part, Piece, starts_of
 from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.routes.base import NotApplicable, Rows
@@ -224,11 +223,11 @@ def _layout(block: Block, layers: Sequence[Layer], others: Sequence[str]) -> Lay
     sizes = dict(zip(block.parameters, block.sizes, strict=True))
     if not layers:
         return Layout.plain(block.size)
-    pieces = [Piece(sizes[name], ((places[name], 1),)) for name in others]
+    pieces = [Piece(sizes[name], (Part(places[name], 1),)) for name in others]
     for layer in layers:
         uses = [use for use in (layer.weight, layer.bias) if use is not None]
-        parts = [use.places(places[use.parameter]) for use in uses]
-        pieces.append(Piece(layer.weight.n, tuple(itertools.chain(*parts))))
+        parts = tuple(use.part(places[use.parameter]) for use in uses)
+        pieces.append(Piece(layer.weight.n, parts))
     return Layout(tuple(pieces))
 
 
