@@ -461,6 +461,16 @@ INDEPENDENT = [
         numbers(5, 2, 3), w=numbers(2, 3, 4)),
     odd("weight-einsum", lambda s, x: torch.einsum("ni,ij,nj->n", hidden(s, x), s.w, x), ROWS,
         w=numbers(3, 3), **TWO),
+    odd("weight-by-einsum", lambda s, x: torch.einsum("nk,kj->nj", torch.einsum("ni,ji->nj", x, s.w).tanh(), s.v),
+        ROWS, w=numbers(4, 3), v=numbers(4, 2)),
+    odd("weight-by-einsum-over-time",
+        lambda s, x: torch.einsum("nti,ij->ntj", torch.einsum("nti,ji->ntj", x, s.w).relu(), s.v),
+        CUBE, w=numbers(3, 4), v=numbers(3, 2)),
+    odd("weight-by-einsum-of-heads",
+        lambda s, x: torch.einsum("nthk,hkj->ntj", torch.einsum("nti,ihk->nthk", x, s.w).tanh(), s.v),
+        numbers(3, 2, 5), w=numbers(5, 2, 3), v=numbers(2, 3, 4)),
+    odd("weight-by-einsum-in-other-order",
+        lambda s, x: torch.einsum("ni,hik->nhk", x, s.w).tanh().flatten(1), ROWS, w=numbers(2, 3, 3)),
     odd("addmm-scaled", lambda s, x: torch.tanh(torch.addmm(s.b, x, s.w, beta=0.5, alpha=2.0)), ROWS,
         b=numbers(2), w=numbers(3, 2)),
     odd("addmm-bias-row", lambda s, x: torch.tanh(torch.addmm(s.b, x, s.w)), ROWS, b=numbers(1, 2),
@@ -700,7 +710,8 @@ SEEN = {
     "repeat-of-features", "variance-of-features", "lower-triangle", "windows-of-features", "patches",
     "bilinear", "gru", "lstm-both-ways", "conv-of-frames", "conv-of-frames-in-front",
     "conv-of-frames-few-places", "conv-of-frames-in-front-few-places",
-    "attention-of-one-sample", "conv-of-one-sample",
+    "attention-of-one-sample", "conv-of-one-sample", "weight-by-einsum", "weight-by-einsum-over-time",
+    "weight-by-einsum-of-heads", "weight-permuted", "weight-viewed", "weight-viewed-otherwise",
 }  # fmt: skip
 
 
@@ -711,6 +722,23 @@ def test_preactivation_sees_what_is_affine(model, traced):
     right, _ = applies(routes_of(problem)["preactivation"], truth, "block_diagonal", 1e-10)
     assert right >= 1
     assert len({m.name for m in INDEPENDENT} & SEEN) == len(SEEN)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["square-over-time", "attention-heads-square", "class-token", "time-major-flat", "gru", "conv-uneven",
+     "weight-by-einsum-over-time", "scale-over-equal-axes"],
+)  # fmt: skip
+def test_a_last_batch_of_one_sample(name):
+    (model,) = [m for m in INDEPENDENT if m.name == name]
+    problem, truth = pose(model)
+    (batch,) = problem.batches
+    most = len(batch.inputs[0]) - 1
+    problem = problem_of(model.make(), model.inputs, batch.target, model.loss, batch_size=most)
+    assert [len(batch.inputs[0]) for batch in problem.batches] == [most, 1]
+    route = routes_of(problem)["preactivation"]
+    right, _ = applies(route, truth, "block_diagonal", 1e-10)
+    assert right >= 1
 
 
 def test_an_axis_of_classes_is_no_axis_of_samples():

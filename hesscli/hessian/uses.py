@@ -19,6 +19,7 @@ from hesscli.hessian.sample_axis import Axes, SampleAxis
 from hesscli.hessian.tape import Call, Ref, Tape
 
 LINEAR, CONVOLUTION, SCALE, BIAS = "linear", "convolution", "scale", "bias"
+_VIEWS = frozenset("t transpose permute view unsqueeze squeeze".split())
 _MOST_UNITS = 1 << 26  # numbers in the unit vectors of all tokens
 
 
@@ -91,7 +92,7 @@ class Use:
         if self.call.name == "embedding":  # a product with the tokens' unit vectors
             a = torch.nn.functional.one_hot(a, self.m).to(known[self.z].dtype)
             return _canonical(a, self.rank, self.axis, (self.rank - 1,), self.positions)
-        return _canonical(a, 2, self.axis, (1,), self.positions)
+        return _canonical(a, self.rank, self.axis, self.channels, self.positions)
 
     def pull(self, u: Tensor, columns: Tensor) -> Tensor:
         """Each sample's A^T u: [..., B, T, n] with columns [B, T, m] -> [..., B, size], as the parameter lies."""
@@ -144,8 +145,7 @@ def find_uses(tape: Tape, axes: Axes) -> tuple[dict[str, Use], dict[str, str]]:
 def _use(
     tape: Tape, axes: Axes, consumers: Mapping[int, Sequence[Call]], name: str, number: int
 ) -> Use | str:
-    turned, value = False, number
-    shape = list(tape.shapes[number])
+    value, view = number, torch.empty(tape.shapes[number], device="meta")
     while True:
         readers = consumers.get(value, [])
         if len(readers) != 1:
@@ -154,15 +154,12 @@ def _use(
         call = readers[0]
         if call.reads.count(value) != 1:
             return "used twice"
-        if call.name == "t":
-            turned = not turned
-            shape = shape[::-1]
-        elif call.name in ("view", "unsqueeze", "reshape") and axes[call.outputs[0]] is None:  # type: ignore[index]
-            shape = list(tape.shapes[call.outputs[0]])  # type: ignore[index]
-            if [d for d in shape if d != 1] != [d for d in tape.shapes[value] if d != 1]:
-                return f"not an affine use ({call.name})"
-        else:
+        if call.name not in _VIEWS or axes[call.outputs[0]] is not None:  # type: ignore[index]
             break
+        try:
+            view = call.operator(view, *call.arguments[1:], **call.keywords)
+        except RuntimeError:  # not a view of the parameter as it lies in the file
+            return f"not an affine use ({call.name})"
         value = call.outputs[0]  # type: ignore[assignment]
     z = call.outputs[0]
     if z is None or axes[z] is None:
@@ -170,9 +167,7 @@ def _use(
     place = next(
         (i for i, a in enumerate(call.arguments) if isinstance(a, Ref) and a.value == value), -1
     )
-    return _affine(tape, axes, call, place, name, shape, turned) or (
-        f"not an affine use ({call.name})"
-    )
+    return _affine(tape, axes, call, place, name, view) or f"not an affine use ({call.name})"
 
 
 def _affine(
@@ -181,13 +176,15 @@ def _affine(
     call: Call,
     place: int,
     name: str,
-    shape: Sequence[int],
-    turned: bool,
+    view: Tensor,
 ) -> Use | None:
-    z = call.outputs[0]
+    z, shape = call.outputs[0], view.shape
     assert z is not None
-    axis, z_shape = axes[z], tape.shapes[z]
-    assert axis is not None
+    found, z_shape = axes[z], tape.shapes[z]
+    assert found is not None
+    axis = found
+    if call.name == "bmm" and axis.axis == 0 and z_shape[0] == 1:  # one sample: see `sample_axes`
+        axis = SampleAxis(1, outer=z_shape[1])
 
     def use(
         kind: str,
@@ -199,7 +196,7 @@ def _affine(
     ) -> Use | None:
         if axis.axis in channels or not z_shape.numel() or not m:
             return None
-        if turned and kind != LINEAR:
+        if kind != LINEAR and not view.is_contiguous():
             return None  # its entries lie in another order than its outputs
         n = math.prod(z_shape[c] for c in channels)
         size = z_shape.numel() // n
@@ -211,12 +208,15 @@ def _affine(
 
     plain = not call.keywords  # no alpha, no beta
     arguments = call.arguments
-    if call.name in ("mm", "addmm") and plain and axis.axis == 0:
-        first = 1 if call.name == "addmm" else 0
-        if place == first + 1:
-            a = arguments[first].value
-            return use(LINEAR, a, (1,), shape[0], flip=not turned)
-        if place == 0 and first and len(shape) == 1 and shape[0] == z_shape[1]:
+    if call.name in ("mm", "addmm", "bmm") and plain:
+        first, rank = (1 if call.name == "addmm" else 0), len(z_shape)
+        alone = axis.axis == rank - 2 and (rank == 2 or z_shape[0] == 1)  # no batch of products
+        if place == first + 1 and alone:
+            by_output, by_input = view.mT.is_contiguous(), view.is_contiguous()
+            if by_output or by_input:
+                a = arguments[first].value
+                return use(LINEAR, a, (rank - 1,), shape[-2], flip=not by_output)
+        if place == 0 and first and alone and len(shape) == 1 and shape[0] == z_shape[1]:
             return use(BIAS, None, (1,), 1)
     if call.name == "convolution" and axis.axis == 0:
         if place == 2:
@@ -225,7 +225,8 @@ def _affine(
         if place == 1 and groups == 1 and not is_transposed:
             fan_in, kernel = math.prod(shape[1:]), tuple(shape[2:])
             return use(CONVOLUTION, arguments[0].value, (1,), fan_in, kernel)
-    if call.name == "embedding" and place == 0 and plain and len(shape) == 2:
+    table = len(shape) == 2 and view.is_contiguous()
+    if call.name == "embedding" and place == 0 and plain and table:
         vocabulary, options = shape[0], arguments[2:]  # padding, scaled by frequency, sparse
         small = vocabulary * z_shape.numel() // max(1, shape[1]) <= _MOST_UNITS
         if small and options[:1] in ((), (-1,)) and not any(options[1:]):
