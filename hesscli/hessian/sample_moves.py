@@ -70,9 +70,9 @@ def selected(c: Context) -> SampleAxis | None:
 
 
 def along_another(c: Context) -> SampleAxis | None:
-    """Operators that work along one axis and leave the others alone."""
+    """Operators that work along one axis and leave the others alone; `unfold` puts its windows' own axis last."""
     axis = c.only()
-    if c.named("dim") % len(c.shape()) == axis.axis:
+    if c.named("dimension" if c.call.name == "unfold" else "dim") % len(c.shape()) == axis.axis:
         raise mixes(c.call)
     return axis
 
@@ -107,19 +107,11 @@ def repeated(c: Context) -> SampleAxis | None:
     return replace(axis, axis=at)
 
 
-def windows(c: Context) -> SampleAxis | None:
-    """`Tensor.unfold`: the windows' own axis comes last."""
-    axis = c.only()
-    if c.named("dimension") % len(c.shape()) == axis.axis:
-        raise mixes(c.call)
-    return axis
-
-
 def by_position(c: Context) -> SampleAxis | None:
     """`gather` and `scatter`: along one axis by an index; along the others each number stays in its place."""
     found = {axis for n in c.call.reads if (axis := c.axes[n])}
     ranks = {len(c.shapes[n]) for n in c.call.reads}
-    if len(found) != 1 or len(ranks) != 1 or ranks == {0}:
+    if len(found) != 1 or len(ranks) != 1 or ranks == {0} or "reduce" in c.call.keywords:
         raise mixes(c.call)
     axis = found.pop()
     if c.named("dim") % ranks.pop() == axis.axis:
