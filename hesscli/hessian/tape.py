@@ -7,6 +7,7 @@ control flow that depends on the data is exact, and nothing needs to be exportab
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.routes.base import NotApplicable
+
+_CONVOLUTION_OF_TRACES = torch.ops.aten._convolution.default
 
 
 @dataclass(frozen=True)
@@ -202,8 +205,9 @@ class _Recorder(TorchDispatchMode):
         ]
         recorded = func
         if any(writes):
-            written = [arg for arg, writes in zip(args, writes, strict=False) if writes]
-            recorded = self._without_writing(func, written)
+            recorded = self._without_writing(func, list(itertools.compress(args, writes)))
+        if recorded is _CONVOLUTION_OF_TRACES:  # its further arguments are cuDNN's business
+            recorded, arguments = torch.ops.aten.convolution.default, arguments[:9]
         parts = result if isinstance(result, (tuple, list)) else (result,)
         outputs = tuple(
             self._number(part, self._storage(func, args, part))
@@ -211,10 +215,6 @@ class _Recorder(TorchDispatchMode):
             else None
             for part in parts
         )
-        if (
-            recorded is torch.ops.aten._convolution.default
-        ):  # in traces; the rest is cuDNN's business
-            recorded, arguments = torch.ops.aten.convolution.default, arguments[:9]
         self.calls.append(Call(recorded, arguments, keywords, outputs))
         return result
 
