@@ -48,10 +48,13 @@ def rotated(values: np.ndarray, dtype: torch.dtype = torch.float64):
     return (lambda v: reflect(d * reflect(v, mirrors), mirrors[::-1])), d
 
 
-def search(values, top, which, tolerance=1e-3, dtype=torch.float64, most=2000, seed=0, **options):
+def search(
+    values, top, which, tolerance=1e-3, dtype=torch.float64, most=2000, seed=0, guess=None, **options
+):
     multiply, like = rotated(np.asarray(values, float), dtype)
     generator = torch.Generator().manual_seed(seed)
-    search = Lanczos(multiply, len(values), top, which, tolerance, generator, like, **options)
+    guess = torch.zeros_like(like) if guess is None else guess
+    search = Lanczos(multiply, len(values), top, which, tolerance, generator, guess, **options)
     return search.run(most), multiply
 
 
@@ -117,6 +120,20 @@ def test_copies_in_clusters(which, gap):
     assert found.products < 500
     truth = values[WHICH[which](values)][:10]
     np.testing.assert_allclose(np.sort(found.values), np.sort(truth), rtol=2e-3, atol=1e-3)
+
+
+def test_a_good_guess_saves_products_and_a_bad_one_hides_nothing():
+    values = SPECTRA["outliers"]
+    alone, multiply = search(values, 6, "largest")
+    near = alone.vectors.sum(0) + 0.01 * torch.randn(len(values), dtype=torch.float64)
+    helped, _ = search(values, 6, "largest", guess=near)
+    assert helped.products < alone.products
+    worst, _ = search(values, 1, "smallest")
+    misled, _ = search(values, 6, "largest", guess=1e9 * worst.vectors[0])
+    infinite, _ = search(values, 6, "largest", guess=torch.full_like(near, torch.inf))
+    for found in (helped, misled, infinite):
+        assert found.converged.all()
+        np.testing.assert_allclose(found.values, alone.values, rtol=1e-5)
 
 
 def test_the_same_seed_gives_the_same_bytes():

@@ -16,7 +16,7 @@ there is no second way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +29,14 @@ from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Batch, Problem, is_missing_derivative, saved_bytes
 from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.routes.hvp import explained
-from hesscli.hessian.workers import side_by_side, workers
+from hesscli.hessian.workers import in_order, workers
 
 CURVATURES = {"hessian": "hessian", "ggn": "ggn", "fisher": "empirical_fisher"}
 """`--curvature` option -> the name in table, JSON and metadata."""
 
 _GRAPHS = 3  # a kept graph holds about this many times what a forward pass saves
 _ROWS = 32  # vectors that share one pass
+_TILE = 1 << 15  # columns of a product that are added to the sum at a time, while they are in the cache
 
 Linear = Callable[[Tensor], Tensor]  # [P] -> [P], or [k, P] -> [k, P]
 
@@ -140,25 +141,17 @@ class Products(Flat):
         if len(self.problem.batches) == 1:
             return self._linear(0)(vectors).detach()
         total = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
+
+        def add(part: Tensor) -> None:
+            for mine, more in zip(total.split(_TILE, -1), part.split(_TILE, -1), strict=True):
+                mine += more
+
+        linear = [self._linear(index) for index in range(self.keeps)]
         threads = workers(vectors.device, self.keeps)
-        for first in range(0, self.keeps, threads):
-            for part in self._of_batches(range(first, min(first + threads, self.keeps)), vectors):
-                total += part
+        in_order(linear, threads, lambda multiply: multiply(vectors), add)
         for index in range(self.keeps, len(self.problem.batches)):
-            total += self._linear(index)(vectors)
+            add(self._linear(index)(vectors))
         return total.to(vectors.dtype)
-
-    def _of_batches(self, indices: range, vectors: Tensor) -> list[Tensor]:
-        """The products of some batches that keep their graphs, in their order."""
-        linear = {index: self._linear(index) for index in indices}
-        found: dict[int, Tensor] = {}
-
-        def multiply(worker: int, mine: Iterator[int]) -> None:
-            for index in mine:
-                found[index] = linear[index](vectors)
-
-        side_by_side(indices, len(indices), multiply)
-        return [found[index] for index in indices]
 
     def _that_fit(self, memory: int) -> int:
         """How many of the batches, from the first on, keep their graphs."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Lock
 from typing import TypeVar
 
 import torch
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def workers(device: torch.device, pieces: int) -> int:
@@ -45,6 +47,31 @@ def side_by_side(
         list(_pool(count).map(run, range(count)))
     finally:
         torch.set_num_threads(before)
+
+
+def in_order(
+    items: Sequence[Item],
+    count: int,
+    work: Callable[[Item], Result],
+    take: Callable[[Result], None],
+) -> None:
+    """Calls `work(item)` in `count` threads at once; `take` gets the results one at a time, in the items' order.
+
+    So a sum of floating-point numbers has the same bits, however many threads there are.
+    """
+    lock, ready, taken = Lock(), dict[int, Result](), 0
+
+    def run(worker: int, places: Iterator[int]) -> None:
+        nonlocal taken
+        for place in places:
+            result = work(items[place])
+            with lock:
+                ready[place] = result
+                while taken in ready:
+                    take(ready.pop(taken))
+                    taken += 1
+
+    side_by_side(range(len(items)), count, run)
 
 
 @cache

@@ -110,7 +110,7 @@ def search(
             which,
             options.tolerance,
             operator.generator(),
-            operator.gradient,
+            operator.gradient,  # mostly among the largest: Gur-Ari, Roberts and Dyer, arXiv:1812.04754
             Convergence(listener).residual,
         )
         try:

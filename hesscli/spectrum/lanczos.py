@@ -34,7 +34,7 @@ CHAIN = 12
 """Products that a random vector gets to find a first copy. One that stands out of the rest of the spectrum by a third
 stays hidden from twelve with a probability below 1 %. Once a copy was found, chains are followed to convergence."""
 
-_MARGIN = 0.5  # of the tolerance: the product that confirms the pairs may find their residuals a little larger
+_LEAST = 0.1  # of the residual that is allowed: never asked for less
 _FEW = 4  # rows of the basis that are faster one by one
 _TILE = 1 << 16  # columns of the basis that are rotated at a time
 
@@ -62,7 +62,8 @@ class Lanczos:
         tolerance: a pair has converged when `||H v - lambda v|| <= tolerance |lambda|`; or when no more than the
             rounding of a product is left of it; or when it is zero to a tenth of the tolerance times the largest.
         generator: of the starting vectors.
-        like: a tensor of the dtype and on the device of the vectors.
+        guess: a vector [n] where the wanted ones may be, or zeros. The search starts between it and a random one, so
+            that none is missed; in its dtype and on its device.
         report: hears (products, worst relative residual of the wanted pairs, tolerance).
     """
 
@@ -74,19 +75,22 @@ class Lanczos:
         which: str,
         tolerance: float,
         generator: torch.Generator,
-        like: Tensor,
+        guess: Tensor,
         report: Report = lambda products, residual, tolerance: None,
     ) -> None:
         self.multiply, self.size, self.top, self.which = multiply, size, min(top, size), which
         self.tolerance, self.generator, self.report = tolerance, generator, report
         # 27 basis vectors for ten pairs: with what is pending and the product, about 30.
         self.capacity = min(size, max(2 * self.top + 7, self.top + CHAIN))
-        self.basis = torch.zeros(self.capacity, size, dtype=like.dtype, device=like.device)
+        self.basis = torch.zeros(self.capacity, size, dtype=guess.dtype, device=guess.device)
         self.T = np.zeros((self.capacity, self.capacity))
         self.R = np.zeros((self.capacity, self.capacity))  # R^T R of the Krylov relation
         self.count = 0
         self.coupling = np.zeros(0)  # b
+        length = torch.linalg.norm(guess)
         self.pending = self._random()
+        if 0 < float(length) < math.inf:
+            self.pending = self._unit(self.pending.add_(guess / length))
         self.products = 0
         self.copies = False  # whether a chain has found any
         self.interrupted: Callable[[], bool] = lambda: False
@@ -129,8 +133,8 @@ class Lanczos:
         self.basis[j] = vector
         self.count += 1
         parts = np.append(self.coupling, float(vector @ product))
-        product, left = self._orthogonal(self._without(product, parts))
-        parts += left
+        self._subtract(product, parts)
+        parts += self._orthogonalise(product)
         self.T[j, : self.count] = self.T[: self.count, j] = parts
         norm = float(torch.linalg.norm(product))
         self.coupling = np.zeros(self.count)
@@ -138,35 +142,39 @@ class Lanczos:
         new = norm > least and self.count < self.size
         if new:
             self.coupling[j] = norm
-            self.pending = product / norm
+            self.pending = product.div_(norm)
         elif self.count < self.size:  # an invariant subspace: on elsewhere
             self.pending = self._random()
         self._solve()
         self.report(self.products, self._worst(), self.tolerance)
         return new
 
-    def _without(self, v: Tensor, parts: np.ndarray) -> Tensor:
-        """v without these parts along the basis, most of which are zero."""
+    def _subtract(self, v: Tensor, parts: np.ndarray) -> None:
+        """Takes these parts along the basis, most of which are zero, from v."""
         rows = np.flatnonzero(parts)
         if len(rows) > _FEW:
-            return v - torch.from_numpy(parts).to(v) @ self.basis[: self.count]
-        for row in rows:
-            v = v.sub(self.basis[row], alpha=float(parts[row]))
-        return v
+            v.addmv_(self.basis[: self.count].T, torch.from_numpy(parts).to(v), alpha=-1)
+        else:
+            for row in rows:
+                v.sub_(self.basis[row], alpha=float(parts[row]))
 
-    def _orthogonal(self, v: Tensor) -> tuple[Tensor, np.ndarray]:
-        """v without its parts along the basis, and these parts."""
+    def _orthogonalise(self, v: Tensor) -> np.ndarray:
+        """Takes from v its parts along the basis, and returns them."""
         basis = self.basis[: self.count]
         parts = basis @ v
-        return v - parts @ basis, parts.double().cpu().numpy()
+        v.addmv_(basis.T, parts, alpha=-1)
+        return parts.double().cpu().numpy()
 
     def _random(self) -> Tensor:
         """A random vector orthogonal to the basis."""
         v = torch.randn(self.size, generator=self.generator, dtype=torch.float64)
-        v = v.to(self.basis.device, self.basis.dtype)
+        return self._unit(v.to(self.basis.device, self.basis.dtype))
+
+    def _unit(self, v: Tensor) -> Tensor:
+        """v made orthogonal to the basis, and of length one."""
         for _ in range(3):  # once loses orthogonality
-            v = self._orthogonal(v / torch.linalg.norm(v))[0]
-        return v / torch.linalg.norm(v)
+            self._orthogonalise(v.div_(torch.linalg.norm(v)))
+        return v.div_(torch.linalg.norm(v))
 
     # The small problem
 
@@ -210,11 +218,16 @@ class Lanczos:
         return float(self._excess(best).max(initial=0.0)) * self.tolerance
 
     def _settled(self) -> bool:
-        """Whether all wanted pairs have converged, as far as more products can help: what is left in R stays."""
+        """Whether all wanted pairs have converged, as far as more products can help: what is left in R stays.
+
+        They may have half of what they are still allowed, in squares: the rest is for the copies that may join them,
+        and for what the product that confirms them finds.
+        """
         best = self._wanted()
-        reducible = np.abs(self.coupling @ self.columns[:, best])
-        limit = _MARGIN * self._limit(self.values[best])
-        return self.count >= self.top and bool((reducible <= limit).all())
+        limit, reducible = self._limit(self.values[best]), self.coupling @ self.columns[:, best]
+        spent = self.residuals[best] ** 2 - reducible**2
+        most = np.maximum(limit**2 - spent, (_LEAST * limit) ** 2) / 2
+        return self.count >= self.top and bool((reducible**2 <= most).all())
 
     def _enters(self, values: np.ndarray) -> bool:
         """Whether one of these values belongs before the last of the wanted ones.
