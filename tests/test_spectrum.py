@@ -124,7 +124,7 @@ def test_copies_in_clusters(which, gap):
 
 def test_a_good_guess_saves_products_and_a_bad_one_hides_nothing():
     values = SPECTRA["outliers"]
-    alone, multiply = search(values, 6, "largest")
+    alone, _ = search(values, 6, "largest")
     near = alone.vectors.sum(0) + 0.01 * torch.randn(len(values), dtype=torch.float64)
     helped, _ = search(values, 6, "largest", guess=near)
     assert helped.products < alone.products
