@@ -49,7 +49,15 @@ def rotated(values: np.ndarray, dtype: torch.dtype = torch.float64):
 
 
 def search(
-    values, top, which, tolerance=1e-3, dtype=torch.float64, most=2000, seed=0, guess=None, **options
+    values,
+    top,
+    which,
+    tolerance=1e-3,
+    dtype=torch.float64,
+    most=2000,
+    seed=0,
+    guess=None,
+    **options,
 ):
     multiply, like = rotated(np.asarray(values, float), dtype)
     generator = torch.Generator().manual_seed(seed)

@@ -36,7 +36,7 @@ CURVATURES = {"hessian": "hessian", "ggn": "ggn", "fisher": "empirical_fisher"}
 
 _GRAPHS = 3  # a kept graph holds about this many times what a forward pass saves
 _ROWS = 32  # vectors that share one pass
-_TILE = 1 << 15  # columns of a product that are added to the sum at a time, while they are in the cache
+_TILE = 1 << 15  # columns of a product that are added to the sum at a time, in the cache
 
 Linear = Callable[[Tensor], Tensor]  # [P] -> [P], or [k, P] -> [k, P]
 
