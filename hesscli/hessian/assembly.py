@@ -3,50 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hesscli.hessian.kronecker import add_kronecker_rows
+from hesscli.hessian.layers import Layer
 from hesscli.hessian.probes import Probed
-from hesscli.hessian.uses import LINEAR, Use
+from hesscli.hessian.uses import Use
 from hesscli.hessian.workers import side_by_side, workers
 
 WORKSPACE = 1 << 25  # numbers that one chunk of directions may make
 _CACHED = 1 << 21  # numbers of samples' gradients that stay in the cache until they are multiplied
 _FEWEST = 128  # samples multiplied at once; a product over fewer runs far below the machine's rate
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The parameters that enter at one value z: a weight, and perhaps its bias, as a weight of the constant 1."""
-
-    weight: Use
-    bias: Use | None
-
-    @property
-    def z(self) -> int:
-        return self.weight.z
-
-    @property
-    def width(self) -> int:
-        """Parameters per neuron."""
-        return self.weight.m + (self.bias is not None)
-
-    @property
-    def size(self) -> int:
-        return self.weight.n * self.width
-
-    @property
-    def plain(self) -> bool:
-        """Whether z = a W^T at one place of each sample."""
-        return self.weight.kind == LINEAR and self.weight.positions == 1
-
-    def inputs(self, probed: Probed) -> Tensor:
-        """What each parameter of a neuron is multiplied by: [B, T, width]."""
-        a = probed.columns(self.weight)
-        return a if self.bias is None else torch.cat([a, torch.ones_like(a[..., :1])], -1)
 
 
 def add_layer(

@@ -19,12 +19,13 @@ from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.bend import Bend, add_bend, add_bend_diagonal, find_bend
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.kronecker import add_kronecker_rows, mirror_
-from hesscli.hessian.layout import Layout, Piece, starts_of
+from hesscli.hessian.layers import Layer, plain_layer
+from hesscli.hessian.layout import Layout, starts_of
 from hesscli.hessian.piecewise import curved
 from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.routes.base import NotApplicable, Rows
-from hesscli.hessian.uses import BIAS, CONVOLUTION, LINEAR, Use
+from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
 
 WORKSPACE = 1 << 20  # numbers in the Jacobians of some samples; fits the cache
 
@@ -61,30 +62,37 @@ class Factors:
     """What a block is made of.
 
     Attributes:
-        uses: its parameters', all at one z.
+        uses: its parameters'.
         inputs: of each use, [B, T, m].
-        v: df/dz, [B, C, T, n].
+        vs: df/dz at each use, [B, C, T, n].
         curvature: Lambda, [B, C, C].
-        d: what a curved function right after z adds, [B, T, n]; None where there is none.
+        d: what a curved function right after z, the same for all uses, adds, [B, T, n]; None where there is none.
     """
 
     uses: list[Use]
     inputs: list[Tensor]
-    v: Tensor
+    vs: list[Tensor]
     curvature: Tensor
-    d: Tensor | None
+    d: Tensor | None = None
 
     def jacobians(self) -> Iterator[tuple[Tensor, Tensor]]:
         """df/dtheta of some samples after the other, [samples, C, size], with their Lambda."""
-        size = sum(use.size for use in self.uses)
-        step = max(1, WORKSPACE // (self.v.shape[1] * size))
-        for first in range(0, len(self.v), step):
+        samples, classes, *_ = self.curvature.shape
+        step = max(1, WORKSPACE // (classes * sum(use.size for use in self.uses)))
+        for first in range(0, samples, step):
             mine = slice(first, first + step)
             parts = [
-                jacobian_of(use, self.v[mine], a[mine])
-                for use, a in zip(self.uses, self.inputs, strict=True)
+                _jacobian(use, v[mine], a[mine])
+                for use, v, a in zip(self.uses, self.vs, self.inputs, strict=True)
             ]
             yield parts[0] if len(parts) == 1 else torch.cat(parts, -1), self.curvature[mine]
+
+    def of(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """df/dz of a plain layer, [B, C, n], and its inputs, [B, width]."""
+        names = [use.parameter for use in self.uses]
+        places = [names.index(use.parameter) for use in layer.uses]
+        a = torch.cat([self.inputs[place] for place in places], -1)
+        return self.vs[places[0]].squeeze(2), a.squeeze(1)
 
 
 class GaussNewton:
@@ -100,13 +108,11 @@ class GaussNewton:
         return block_uses(analysis, block)
 
     def layout(self, block: Block) -> Layout:
-        uses = self.uses(self.analyses.of(self.problem.batches[0]), block)
-        weight = kronecker_weight(uses)
-        if weight is None:
+        layer = plain_layer(self.uses(self.analyses.of(self.problem.batches[0]), block))
+        if layer is None:
             return Layout.plain(block.size)
         places = dict(zip(block.parameters, starts_of(block.sizes), strict=True))
-        parts = [use.part(places[use.parameter]) for use in _weight_first(uses, weight)]
-        return Layout((Piece(weight.n, tuple(parts)),))
+        return Layout((layer.piece(places),))
 
     def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
         factors = self.factors(batch, [part.block for part in rows])
@@ -146,7 +152,7 @@ class GaussNewton:
             inputs = [probed.columns(use) for use in mine]
             v = mine[0].rows(jacobian).transpose(0, 1)
             d = None if bend is None else bend.diagonal(probed, slopes[bend.after], mine[0])
-            factors[name] = Factors(mine, inputs, v, curvature, d)
+            factors[name] = Factors(mine, inputs, [v] * len(mine), curvature, d)
         return factors
 
     def shrink(self) -> bool:
@@ -154,21 +160,6 @@ class GaussNewton:
 
     def finish(self, matrix: Tensor) -> None:
         mirror_(matrix)
-
-
-def kronecker_weight(uses: Sequence[Use]) -> Use | None:
-    """The weight of a linear layer that is applied once per sample, if it and its bias are all that there is."""
-    weights = [use for use in uses if use.kind == LINEAR]
-    biases = [use for use in uses if use.kind == BIAS]
-    if len(weights) != 1 or len(biases) > 1 or len(uses) != len(weights) + len(biases):
-        return None
-    weight = weights[0]
-    together = all(bias.z == weight.z and bias.n == weight.n for bias in biases)
-    return weight if together and weight.positions == 1 else None
-
-
-def _weight_first(uses: Sequence[Use], weight: Use) -> list[Use]:
-    return [weight, *(use for use in uses if use is not weight)]
 
 
 def _gradients(probed: Probed, values: Sequence[int]) -> dict[int, Tensor | None]:
@@ -181,14 +172,12 @@ def _gradients(probed: Probed, values: Sequence[int]) -> dict[int, Tensor | None
 
 
 def _add(part: Rows, factors: Factors) -> None:
-    weight = kronecker_weight(factors.uses)
-    if weight is not None:
-        columns = dict(zip((use.parameter for use in factors.uses), factors.inputs, strict=True))
-        ordered = _weight_first(factors.uses, weight)
-        a = torch.cat([columns[use.parameter] for use in ordered], -1).squeeze(1)
-        v, width = factors.v.squeeze(2), a.shape[1]
+    layer = plain_layer(factors.uses)
+    if layer is not None:
+        v, a = factors.of(layer)
+        width = layer.width
         curved_v = factors.curvature @ v  # [B, C, n]
-        step = max(1, (1 << 23) // (v.shape[0] * weight.n))
+        step = max(1, (1 << 23) // (v.shape[0] * layer.weight.n))
         last = part.stop // width
         for first in range(part.start // width, last, step):
             s = v[:, :, first : min(first + step, last)].transpose(1, 2) @ curved_v[:, :, first:]
@@ -207,10 +196,11 @@ def _add(part: Rows, factors: Factors) -> None:
 
 
 def _add_diagonal(out: Tensor, factors: Factors) -> None:
-    if len(factors.uses) == 1 and kronecker_weight(factors.uses) is not None:
-        v, a = factors.v.squeeze(2), factors.inputs[0].squeeze(1)
+    layer = plain_layer(factors.uses)
+    if layer is not None and layer.bias is None:
+        v, a = factors.of(layer)
         product = (v * (factors.curvature @ v)).sum(1).T @ a**2
-        out += (product.T if factors.uses[0].transposed else product).reshape(-1)
+        out += (product.T if layer.weight.transposed else product).reshape(-1)
     else:
         for jacobian, curvature in factors.jacobians():
             curved_jacobian = curvature @ jacobian
@@ -219,7 +209,7 @@ def _add_diagonal(out: Tensor, factors: Factors) -> None:
         add_bend_diagonal(out, factors.uses, factors.inputs, factors.d)
 
 
-def jacobian_of(use: Use, v: Tensor, columns: Tensor) -> Tensor:
+def _jacobian(use: Use, v: Tensor, columns: Tensor) -> Tensor:
     """df / d theta = V A of each sample: [B, C, T, n] and [B, T, m] -> [B, C, size]."""
     if use.kind not in (LINEAR, CONVOLUTION):
         return use.pull(v, columns.unsqueeze(1))

@@ -8,8 +8,8 @@ gradient, and Lambda = 1 / D. Elsewhere the rows are products with unit vectors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,26 +21,8 @@ from hesscli.hessian.operator import Products
 from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.routes.base import Rows
-from hesscli.hessian.routes.gauss_newton import WORKSPACE, Factors, GaussNewton, jacobian_of
+from hesscli.hessian.routes.gauss_newton import Factors, GaussNewton
 from hesscli.hessian.uses import Use
-
-
-@dataclass(frozen=True)
-class ManyFactors(Factors):
-    """Factors of a block whose parameters may enter at several values: `vs` has df/dz at each."""
-
-    vs: list[Tensor] = field(default_factory=list)  # [B, C, T, n] each
-
-    def jacobians(self) -> Iterator[tuple[Tensor, Tensor]]:
-        size = sum(use.size for use in self.uses)
-        step = max(1, WORKSPACE // (self.v.shape[1] * size))
-        for first in range(0, len(self.v), step):
-            mine = slice(first, first + step)
-            parts = [
-                jacobian_of(use, v[mine], a[mine])
-                for use, v, a in zip(self.uses, self.vs, self.inputs, strict=True)
-            ]
-            yield torch.cat(parts, -1), self.curvature[mine]
 
 
 class GeneralisedGaussNewton(GaussNewton):
@@ -71,7 +53,7 @@ class GeneralisedGaussNewton(GaussNewton):
                     jacobian = seeds.new_zeros(len(seeds), *probed.probes[use.z].shape)
                 vs.append(use.rows(jacobian).transpose(0, 1))
             inputs = [probed.columns(use) for use in mine]
-            found[name] = ManyFactors(mine, inputs, vs[0], curvature, None, vs)
+            found[name] = Factors(mine, inputs, vs, curvature)
         return found
 
 

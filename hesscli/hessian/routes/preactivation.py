@@ -18,12 +18,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hesscli.hessian.assembly import WORKSPACE, Layer, add_layer, add_layer_diagonal
+from hesscli.hessian.assembly import WORKSPACE, add_layer, add_layer_diagonal
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.chain import Step, chain_diagonals, curved_outputs, find_chain
 from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.kronecker import mirror_
+from hesscli.hessian.layers import Layer
 from hesscli.hessian.layout import Layout, Part, Piece, starts_of
 from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Batch, Problem
@@ -224,10 +225,7 @@ def _layout(block: Block, layers: Sequence[Layer], others: Sequence[str]) -> Lay
     if not layers:
         return Layout.plain(block.size)
     pieces = [Piece(sizes[name], (Part(places[name], 1),)) for name in others]
-    for layer in layers:
-        uses = [use for use in (layer.weight, layer.bias) if use is not None]
-        parts = tuple(use.part(places[use.parameter]) for use in uses)
-        pieces.append(Piece(layer.weight.n, parts))
+    pieces += [layer.piece(places) for layer in layers]
     return Layout(tuple(pieces))
 
 
@@ -252,7 +250,7 @@ def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
         if len(block.parameters) > 1:
             raise NotApplicable("parameters enter at several places")
         analysis.use(block.parameters[0])
-    taken = {u.parameter for layer in layers for u in (layer.weight, layer.bias) if u}
+    taken = {use.parameter for layer in layers for use in layer.uses}
     return layers, [name for name in block.parameters if name not in taken]
 
 
