@@ -22,7 +22,7 @@ from hesscli.hessian.probes import Probed
 from hesscli.hessian.routes.base import Rows
 from hesscli.hessian.sample_rules import RESHAPES
 from hesscli.hessian.tape import Call, Tape
-from hesscli.hessian.uses import CONVOLUTION, LINEAR, SCALE, Use
+from hesscli.hessian.uses import Use
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,13 @@ def _neurons(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Of each neuron: its places in the block, their inputs [B T, places], and d there [B T, 1]."""
     n, start = uses[0].n, 0
-    places, given = [], []
-    for use, a in zip(uses, inputs, strict=True):
+    places = []
+    for use in uses:
         of = torch.arange(start, start + use.size, device=d.device)
-        whole = use.kind in (LINEAR, CONVOLUTION)
-        places.append(of.view(use.m, n).T if whole and use.transposed else of.view(n, -1))
-        per_neuron = use.kind == SCALE
-        given.append(a.flatten(0, 1).T.unsqueeze(2) if per_neuron else a.flatten(0, 1))
+        places.append(of.view(use.m, n).T if use.transposed else of.view(n, use.m))
         start += use.size
     weights = d.flatten(0, 1)
     for p in range(n):
         index = torch.cat([of[p] for of in places])
-        x = torch.cat([a[p] if a.dim() == 3 else a for a in given], 1)
-        yield index, x, weights[:, p : p + 1]
+        given = [a[..., use.inputs_of(p)] for use, a in zip(uses, inputs, strict=True)]
+        yield index, torch.cat(given, -1).flatten(0, 1), weights[:, p : p + 1]

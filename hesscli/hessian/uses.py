@@ -40,6 +40,7 @@ class Use:
         positions: at how many places of one sample the parameter is applied.
         rank: the number of axes of z.
         kernel: a convolution's spatial extent.
+        groups: of outputs, each with inputs of its own.
         transposed: a linear weight stored as [m, n].
     """
 
@@ -55,6 +56,7 @@ class Use:
     positions: int
     rank: int
     kernel: tuple[int, ...] = ()
+    groups: int = 1
     transposed: bool = False
 
     def rows(self, u: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ class Use:
         return u.reshape(*u.shape[:lead], *shape)
 
     def columns(self, known: Mapping[int, Tensor]) -> Tensor:
-        """The inputs of the affine map: [samples, positions, m]; for a scale m = n, for a bias all ones."""
+        """The inputs of the affine map: [samples, positions, groups m]; for a bias all ones."""
         if self.a is None:
             samples = known[self.z].shape[self.axis.axis] // (self.axis.outer * self.axis.inner)
             return known[self.z].new_ones(samples, self.positions, 1)
@@ -88,22 +90,30 @@ class Use:
         if self.kind == CONVOLUTION:
             patches = _unfolded(a, self.kernel, *self.call.arguments[3:6])
             split = (self.axis.outer, -1, self.axis.inner, *patches.shape[1:])
-            return patches.reshape(split).transpose(0, 1).reshape(-1, self.positions, self.m)
+            whole = (-1, self.positions, self.groups * self.m)
+            return patches.reshape(split).transpose(0, 1).reshape(whole)
         if self.call.name == "embedding":  # a product with the tokens' unit vectors
             a = torch.nn.functional.one_hot(a, self.m).to(known[self.z].dtype)
             return _canonical(a, self.rank, self.axis, (self.rank - 1,), self.positions)
         return _canonical(a, self.rank, self.axis, self.channels, self.positions)
 
     def pull(self, u: Tensor, columns: Tensor) -> Tensor:
-        """Each sample's A^T u: [..., B, T, n] with columns [B, T, m] -> [..., B, size], as the parameter lies."""
+        """A^T u, the sum over positions: [..., T, n] with columns [..., T, groups m] -> [..., size], as it lies."""
         if self.kind == BIAS:
             return u.sum(-2)
         if self.kind == SCALE:
             return (u * columns).sum(-2)
-        product = u.transpose(-1, -2) @ columns  # [..., B, n, m]
+        if self.groups > 1:
+            u, columns = (x.unflatten(-1, (self.groups, -1)).movedim(-2, -3) for x in (u, columns))
+        product = u.transpose(-1, -2) @ columns  # [..., n, m]; or of each group
         if self.transposed:
             product = product.transpose(-1, -2)
-        return product.flatten(-2)
+        return product.flatten(-2 if self.groups == 1 else -3)
+
+    def inputs_of(self, output: int) -> slice:
+        """Which of the columns an output is made of."""
+        group = output * self.groups // self.n
+        return slice(group * self.m, (group + 1) * self.m)
 
     def part(self, first: int) -> Part:
         """Where an output's entries lie in a block in which the parameter's start at `first`."""
@@ -117,9 +127,12 @@ class Use:
     @property
     def directions(self) -> int:
         """How many directions of z the parameter's own block takes."""
-        if self.kind in (LINEAR, CONVOLUTION):
-            return self.n * min(self.positions, self.m)
-        return self.size
+        return self.n * min(self.positions, self.m) if self.is_layer else self.size
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is a weight whose outputs all have the same inputs."""
+        return self.kind in (LINEAR, CONVOLUTION) and self.groups == 1
 
     @property
     def size(self) -> int:
@@ -192,6 +205,7 @@ def _affine(
         channels: tuple[int, ...],
         m: int,
         kernel: tuple[int, ...] = (),
+        groups: int = 1,
         flip: bool = False,
     ) -> Use | None:
         if axis.axis in channels or not z_shape.numel() or not m:
@@ -201,9 +215,10 @@ def _affine(
         n = math.prod(z_shape[c] for c in channels)
         size = z_shape.numel() // n
         samples = z_shape[axis.axis] // (axis.outer * axis.inner)
-        rank = len(z_shape)
+        rank, positions = len(z_shape), size // samples
+        own = n if kind == SCALE else groups
         return Use(
-            name, kind, call, z, a, axis, channels, n, m, size // samples, rank, kernel, flip
+            *(name, kind, call, z, a, axis, channels, n, m, positions, rank, kernel, own, flip)
         )
 
     plain = not call.keywords  # no alpha, no beta
@@ -222,9 +237,9 @@ def _affine(
         if place == 2:
             return use(BIAS, None, (1,), 1)
         groups, is_transposed = arguments[8], arguments[6]
-        if place == 1 and groups == 1 and not is_transposed:
+        if place == 1 and not is_transposed:
             fan_in, kernel = math.prod(shape[1:]), tuple(shape[2:])
-            return use(CONVOLUTION, arguments[0].value, (1,), fan_in, kernel)
+            return use(CONVOLUTION, arguments[0].value, (1,), fan_in, kernel, groups)
     table = len(shape) == 2 and view.is_contiguous()
     if call.name == "embedding" and place == 0 and plain and table:
         vocabulary, options = shape[0], arguments[2:]  # padding, scaled by frequency, sparse

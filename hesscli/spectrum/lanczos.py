@@ -104,7 +104,7 @@ class Lanczos:
         with deferred_interrupt() as self.interrupted:
             while self._goes_on(max_products):
                 if self.count == self.capacity:
-                    self._restart(self.top + (self.capacity - self.top) // 2)
+                    self._restart(self.top + (self.capacity - self.top) // 3)
                 self._step()
                 if self._settled() and not self._hidden(max_products) and self._settled():
                     break

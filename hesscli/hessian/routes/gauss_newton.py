@@ -210,11 +210,12 @@ def _add_diagonal(out: Tensor, factors: Factors) -> None:
 
 
 def _jacobian(use: Use, v: Tensor, columns: Tensor) -> Tensor:
-    """df / d theta = V A of each sample: [B, C, T, n] and [B, T, m] -> [B, C, size]."""
+    """df / d theta = V A of each sample: [B, C, T, n] and [B, T, groups m] -> [B, C, size]."""
     if use.kind not in (LINEAR, CONVOLUTION):
         return use.pull(v, columns.unsqueeze(1))
-    samples, classes, positions, n = v.shape
-    # All outputs in one product: a broadcast one would copy the columns for each.
-    rows = v.transpose(2, 3).reshape(samples, classes * n, positions)
-    product = (rows @ columns).view(samples, classes, n, use.m)
+    # All classes in one product: a broadcast one would copy the columns for each.
+    rows = v.unflatten(3, (use.groups, -1)).permute(0, 3, 1, 4, 2)  # [B, groups, C, n / groups, T]
+    inputs = columns.unflatten(2, (use.groups, -1)).transpose(1, 2)  # [B, groups, T, m]
+    product = (rows.flatten(2, 3) @ inputs).view(*rows.shape[:-1], use.m)
+    product = product.transpose(1, 2).flatten(2, 3)  # [B, C, n, m]
     return (product.transpose(2, 3) if use.transposed else product).flatten(2)

@@ -29,7 +29,7 @@ from hesscli.hessian.layout import Layout, Part, Piece, starts_of
 from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.routes.base import NotApplicable, Rows
-from hesscli.hessian.uses import BIAS, CONVOLUTION, LINEAR, SCALE, Use
+from hesscli.hessian.uses import BIAS, CONVOLUTION, SCALE, Use
 
 
 class Preactivation:
@@ -147,7 +147,7 @@ class Preactivation:
             (found,) = probed.along(delta, [probe], seeds)
             if found is None:
                 return
-            yield first, _summed_pull(use, use.rows(found), a)
+            yield first, use.pull(use.rows(found).flatten(1, 2), a.flatten(0, 1))
 
     def _add_layers(
         self,
@@ -243,7 +243,7 @@ def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
     order = {n: i for i, call in enumerate(analysis.tape.calls) for n in call.outputs}
     layers = []
     for use in uses.values():
-        if use.kind in (LINEAR, CONVOLUTION) and use.positions < use.m:
+        if use.is_layer and use.positions < use.m:
             layers.append(Layer(use, biases.get(use.z)))
     layers.sort(key=lambda layer: order[layer.z])
     if not layers:
@@ -258,24 +258,11 @@ def _directions_of(use: Use, a: Tensor, entries: range, samples: int) -> Tensor:
     """A e_r for each of these entries r of the parameter: [entries, B, T, n]."""
     u = a.new_zeros(len(entries), samples, use.positions, use.n)
     for row, entry in enumerate(entries):
-        if use.kind in (LINEAR, CONVOLUTION):
-            p, q = divmod(entry, use.m)
-            if use.transposed:
-                q, p = divmod(entry, use.n)
-            u[row, :, :, p] = a[:, :, q]
-        else:
-            u[row, :, :, entry] = 1 if use.kind == BIAS else a[:, :, entry]
+        p, q = divmod(entry, use.m)
+        if use.transposed:
+            q, p = divmod(entry, use.n)
+        u[row, :, :, p] = a[:, :, use.inputs_of(p)][:, :, q]
     return u
-
-
-def _summed_pull(use: Use, u: Tensor, a: Tensor) -> Tensor:
-    """sum_b A_b^T u_b: [rows, B, T, n] -> [rows, size], without the samples' own shares."""
-    if use.kind == BIAS:
-        return u.sum((1, 2))
-    if use.kind == SCALE:
-        return (u * a).sum((1, 2))
-    product = u.flatten(1, 2).transpose(1, 2) @ a.flatten(0, 1)  # [rows, n, m]
-    return (product.transpose(1, 2) if use.transposed else product).flatten(1)
 
 
 def _add_rows(
