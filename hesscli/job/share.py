@@ -22,7 +22,6 @@ from hesscli.files.resources import available_memory
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Along, Certificate
 from hesscli.hessian.check_curvature import AlongOutput, OutputCertificate
-from hesscli.hessian.check_curvature import certificate as certificate_of
 from hesscli.hessian.operator import Flat, Products
 from hesscli.hessian.problem import Batches, Problem
 from hesscli.hessian.routes.base import NotApplicable
@@ -55,11 +54,11 @@ class Product:
 
 @dataclass(frozen=True)
 class Quotient:
-    """J^T M J v by differences of the output."""
+    """The product with a vector by differences: of gradients with their kinks held, or of the output."""
 
     block: Block
     step: float
-    fisher: bool
+    curvature: str
 
 
 @dataclass(frozen=True)
@@ -225,8 +224,11 @@ class Share:
         if isinstance(what, Gradient):
             return _gradient_at(problem, what.names, tensor)
         if isinstance(what, Quotient):
-            along = AlongOutput(problem, what.block, tensor, slice(None), tensor, 0.0, what.fisher)
-            return along.quotient(what.step)
+            whole = (problem, what.block, tensor, slice(None), tensor, 0.0)
+            if what.curvature == "hessian":
+                held = Along(*whole).held_quotient(what.step)
+                return torch.full_like(tensor, torch.nan) if held is None else held
+            return AlongOutput(*whole, what.curvature == "fisher").quotient(what.step)
         key = replace(question, shape=())
         if self.kept is None or self.kept[0] != key:
             self.kept = None  # its graphs give way
@@ -309,18 +311,35 @@ def shared_certificate(
 ) -> Certificate:
     """What checks a curvature over the data of all processes."""
     if curvature == "hessian":
-        return certificate_of(problem, dtype, seed, curvature)  # by the problem's gradients
-    return _SharedCertificate(problem, dtype, seed, curvature == "fisher")
+        return _SharedCertificate(problem, dtype, seed)
+    return _SharedOutputCertificate(problem, dtype, seed, curvature == "fisher")
 
 
-class _SharedCertificate(OutputCertificate):
+class _SharedCertificate(Certificate):
     def along(
         self, block: Block, v: Tensor, entries: slice | int, computed: Tensor, scale: float
     ) -> Along:
-        return _SharedAlong(self.problem, block, v, entries, computed, scale, self.fisher)
+        return _SharedAlong(self.problem, block, v, entries, computed, scale)
 
 
-class _SharedAlong(AlongOutput):
+class _SharedAlong(Along):
+    """Its gradients are the problem's, which are sums over all processes."""
+
+    def held_quotient(self, step: float) -> Tensor | None:
+        assert isinstance(self.problem, SharedProblem)
+        held = self.problem.ask(Quotient(self.block, step, "hessian"), self.direction)
+        return None if bool(held.isnan().any()) else held
+
+
+class _SharedOutputCertificate(OutputCertificate):
+    def along(
+        self, block: Block, v: Tensor, entries: slice | int, computed: Tensor, scale: float
+    ) -> Along:
+        return _SharedAlongOutput(self.problem, block, v, entries, computed, scale, self.fisher)
+
+
+class _SharedAlongOutput(AlongOutput):
     def quotient(self, step: float) -> Tensor:
         assert isinstance(self.problem, SharedProblem)
-        return self.problem.ask(Quotient(self.block, step, self.fisher), self.direction)
+        curvature = "fisher" if self.fisher else "ggn"
+        return self.problem.ask(Quotient(self.block, step, curvature), self.direction)

@@ -1,0 +1,158 @@
+"""Gradients with every kink held at one side, for differences that no step across a ReLU's corner disturbs.
+
+A step h in the parameters carries some of n ReLUs across their corner, about n h of them. Each makes the gradient
+jump by an amount that does not shrink with h, so where n is in the millions a difference quotient is wrong with every
+step that rounding leaves. The Hessian, which exists almost everywhere, knows nothing of the jumps: it is that of the
+smooth piece on which theta lies. There are all comparisons, signs, roundings and indices constant. Gradients near
+theta that keep those of theta, taken by the same calls of the same module, are those of that piece.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_STEPS = frozenset("sign sgn floor ceil round trunc heaviside".split())  # with values of floats
+Corner = tuple[float, bool]  # where it is, and whether it belongs to what lies below it
+_CORNERS: dict[str, Callable[..., list[Corner]]] = {
+    "relu": lambda: [(0.0, True)],
+    "leaky_relu": lambda *_: [(0.0, True)],
+    "_prelu_kernel": lambda *_: [(0.0, True)],
+    "threshold": lambda threshold, *_: [(threshold, True)],
+    "hardtanh": lambda low=-1.0, high=1.0: [(low, True), (high, False)],
+    "hardswish": lambda: [(-3.0, True), (3.0, False)],
+    "hardsigmoid": lambda: [(-3.0, True), (3.0, False)],
+    "hardshrink": lambda width=0.5: [(-width, False), (width, True)],
+    "softshrink": lambda width=0.5: [(-width, False), (width, True)],
+    "clamp": lambda low=None, high=None: _numbers((low, False), (high, True)),
+    "clamp_min": lambda low: _numbers((low, False)),
+    "clamp_max": lambda high: _numbers((high, True)),
+}
+"""Functions with kinks: the corners, ascending, from the arguments after the first. Their derivatives have the same."""
+
+
+_POOLS = {
+    "max_pool2d_with_indices": 2,
+    "max_pool3d_with_indices": 3,
+    "adaptive_max_pool2d": 2,
+    "adaptive_max_pool3d": 3,
+}
+"""Functions that return what they picked and where, counted over so many last axes."""
+
+
+class Kinks(TorchDispatchMode):
+    """On which side of each kink a pass is: noted in a first pass, and kept in those that are `held`.
+
+    with kinks: first pass
+    with kinks.held(): another one, of the same calls
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sides: list[Tensor] = []
+        self.lost = False  # whether a pass that was held had other calls
+        self._left: Iterator[Tensor] | None = None  # of the sides, while held
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in the tape: shielding it from the compiler imports that
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self._left = iter(self.sides)
+        try:
+            with self:
+                yield
+            self.lost |= next(self._left, None) is not None
+        finally:
+            self._left = None
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        corners = _CORNERS.get(name.removesuffix("_").removesuffix("_backward"))
+        if corners is not None:
+            place = 1 if name.endswith("_backward") else 0  # after the gradient
+            before, x, after = args[:place], args[place], args[place + 1 :]
+            result = self._of_piece(
+                lambda at: func(*before, at.clone(), *after, **kwargs),
+                corners(*after),
+                x,
+                place == 0,
+            )
+            return x.copy_(result) if name.endswith("_") else result
+        result = func(*args, **kwargs)
+        if not any(isinstance(a, Tensor) and a.is_floating_point() for a in args):
+            return result
+        if name in _POOLS:
+            where = self._constant(name, result[1])
+            flat = args[0].flatten(-_POOLS[name]).gather(-1, where.flatten(-_POOLS[name]))
+            return flat.view_as(where), where
+        if isinstance(result, (tuple, list)):
+            return type(result)(self._constant(name, part) for part in result)
+        return self._constant(name, result)
+
+    def _of_piece(
+        self, f: Callable[[Tensor], Tensor], corners: Sequence[Corner], x: Tensor, extended: bool
+    ) -> Tensor:
+        """f between the corners where x was in the first pass; beyond them, as there, or on in a straight line."""
+        first = self._first(x)
+        if first is x:
+            return f(x)
+        nearest = _within(corners, first, x)
+        value = f(nearest)
+        if not extended:
+            return value
+        slope = (f(first) - value) / (
+            first - nearest
+        )  # of a straight piece; where x has left it, the two differ
+        return torch.where(x == nearest, value, value + slope.nan_to_num(0, 0, 0) * (x - nearest))
+
+    def _constant(self, name: str, result: Any) -> Any:
+        """What a call gave in the first pass, if that is constant between kinks."""
+        if not isinstance(result, Tensor) or (result.is_floating_point() and name not in _STEPS):
+            return result
+        return self._first(result).clone()  # either may be written to
+
+    def _first(self, value: Tensor) -> Tensor:
+        """The same value in the first pass."""
+        if self._left is None:
+            self.sides.append(value.clone())
+            return value
+        first = next(self._left, None)
+        if first is None or first.shape != value.shape or first.dtype != value.dtype:
+            self.lost = True
+            return value
+        return first
+
+
+def _numbers(*corners: tuple[Any, bool]) -> list[Corner]:
+    """Those that there are, unless they are tensors."""
+    return [(at, below) for at, below in corners if isinstance(at, (int, float))]
+
+
+def _within(corners: Sequence[Corner], first: Tensor, x: Tensor) -> Tensor:
+    """x, brought back between the corners where `first` is."""
+    low = high = inf = torch.tensor(math.inf, dtype=x.dtype, device=x.device)
+    low = -low
+    for corner, below in corners:
+        at = torch.full_like(inf, corner)
+        beyond = first > at if below else first >= at
+        low = torch.where(beyond, torch.nextafter(at, inf) if below else at, low)
+    for corner, below in reversed(corners):
+        at = torch.full_like(inf, corner)
+        beyond = first > at if below else first >= at
+        high = torch.where(beyond, high, at if below else torch.nextafter(at, -inf))
+    return x.clamp(low, high)

@@ -1,0 +1,140 @@
+"""Differences of gradients with every kink held: right with steps that carry hundreds of units across one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import problem_of
+from torch import Tensor, nn
+
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.check import Along, Certificate
+from hesscli.hessian.operator import Products
+from hesscli.hessian.problem import Problem
+
+
+class Between(nn.Module):
+    """A function between two linear layers."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], inner: int = 24) -> None:
+        super().__init__()
+        self.a, self.function = nn.Linear(4, 24), function
+        self.b = nn.Linear(inner, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.function(3 * self.a(x)))
+
+
+KINKED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "relu": (F.relu, 24),
+    "relu-in-place": (lambda z: (z + 0).relu_(), 24),
+    "relu-twice": (lambda z: F.relu(F.relu(z) - 0.5), 24),
+    "leaky": (lambda z: F.leaky_relu(z, 0.3), 24),
+    "leaky-in-place": (lambda z: F.leaky_relu_(z + 0, 0.3), 24),
+    "prelu": (lambda z: F.prelu(z, torch.tensor([0.3], dtype=z.dtype)), 24),
+    "relu6": (lambda z: F.relu6(3 * z), 24),
+    "relu6-twice": (lambda z: F.relu6(F.relu6(3 * z)), 24),
+    "hardtanh-in-place": (lambda z: F.hardtanh_(z + 0, -0.5, 0.25), 24),
+    "threshold": (lambda z: F.threshold(z, 0.2, -1.0), 24),
+    "hardswish": (lambda z: F.hardswish(2 * z), 24),
+    "hardsigmoid": (lambda z: F.hardsigmoid(2 * z), 24),
+    "hardshrink": (lambda z: F.hardshrink(z, 0.3), 24),
+    "softshrink": (lambda z: F.softshrink(z, 0.3), 24),
+    "abs": (torch.abs, 24),
+    "clamp": (lambda z: z.clamp(-0.5, 0.5), 24),
+    "clamp-above": (lambda z: z.clamp_min(0.1), 24),
+    "where": (lambda z: torch.where(z > 0, z, z.square()), 24),
+    "maximum": (lambda z: torch.maximum(z[:, :12], z[:, 12:]), 12),
+    "max-pool": (lambda z: F.max_pool1d(z.unsqueeze(1), 3).squeeze(1), 8),
+    "adaptive-max-pool": (lambda z: F.adaptive_max_pool2d(z.view(-1, 1, 4, 6), 2).flatten(1), 4),
+    "amax": (lambda z: z.view(-1, 6, 4).amax(2), 6),
+    "sort": (lambda z: z.sort(1)[0] * torch.linspace(0, 1, 24, dtype=z.dtype), 24),
+    "top": (lambda z: z.topk(5, 1)[0], 5),
+    "median": (lambda z: z.view(-1, 8, 3).median(2)[0], 8),
+    "sign": (lambda z: z * z.sign(), 24),
+    "round": (lambda z: z * z.round(), 24),
+    "dead": (lambda z: F.relu(F.relu(-z.square()) + z * 0), 24),  # each unit lies at its corner
+}
+
+
+# Here units that cross do not go on in a straight line, but as they really do: that is off by a share of the step.
+CROSSING = {"hardswish", "abs", "where", "maximum", "amax", "sort", "top", "median"}
+
+
+def pose(function: Callable[[Tensor], Tensor], inner: int) -> Problem:
+    torch.manual_seed(0)
+    module = Between(function, inner).double()
+    x, y = torch.randn(300, 4, dtype=torch.float64), torch.randn(300, 2, dtype=torch.float64)
+    return problem_of(module, (x,), y, "mse", batch_size=120)
+
+
+def along_weight(problem: Problem) -> tuple[Along, Tensor]:
+    """A random direction in the first weight, and the product with it by double backward."""
+    weight = problem.parameters["a.weight"]
+    problem = Problem(**{**vars(problem), "parameters": {"a.weight": weight}})
+    v = torch.randn(weight.numel(), dtype=torch.float64)
+    product = Products(problem)(v)
+    block = Block("a.weight", ("a.weight",), (weight.numel(),))
+    return Along(problem, block, v, slice(None), product, float(product.norm())), product
+
+
+@pytest.mark.parametrize("name", KINKED)
+def test_a_long_step_meets_no_kink_that_is_held(name):
+    along, product = along_weight(pose(*KINKED[name]))
+    held, plain = along.held_quotient(1e-2), along.quotient(1e-2)
+    assert held is not None
+    error, size = float((held - product).norm()), float(product.norm())
+    if name == "dead":
+        assert error == size == 0
+        return
+    assert float((plain - product).norm()) > max(0.1 * size, 20 * error)
+    assert name in CROSSING or error <= 1e-6 * size
+
+
+def test_nothing_is_held_where_all_is_smooth():
+    assert along_weight(pose(torch.tanh, 24))[0].held_quotient(1e-2) is None
+
+
+def test_a_pass_with_other_calls_is_not_trusted():
+    calls = iter([F.relu, torch.tanh, F.relu] * 9)
+    along, _ = along_weight(pose(F.relu, 24))
+    along.problem.module.function = lambda z: next(calls)(z)
+    assert along.held_quotient(1e-2) is None
+
+
+class Deep(nn.Module):
+    """About a million ReLUs: some cross their corner with every step that rounding leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = F.relu6(self.second(F.relu(self.first(x))))
+        return self.last(z.mean((2, 3)))
+
+
+def test_a_million_kinks_are_no_reason_to_refuse_what_is_right():
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 1, 32, 32, generator=generator)
+    y = torch.randint(3, (32,), generator=generator)
+    problem = problem_of(Deep().double(), (x.double(),), y, "cross-entropy")
+    weight = problem.parameters["first.weight"]
+    alone = Problem(**{**vars(problem), "parameters": {"first.weight": weight}})
+    block = Block("first.weight", ("first.weight",), (weight.numel(),))
+    matrix = Products(alone).columns(0, weight.numel())
+    for dtype in (torch.float32, torch.float64):
+        certificate = Certificate(problem, dtype, 0)
+        assert certificate.passed(certificate.matrix(block, matrix))
+        assert not certificate.passed(certificate.matrix(block, 1.01 * matrix))
+        assert not certificate.passed(
+            certificate.matrix(block, matrix + 0.01 * matrix.diag().diag())
+        )
+    diagonal = matrix.diag()
+    assert certificate.passed(certificate.diagonal(block, diagonal))
+    assert not certificate.passed(certificate.diagonal(block, 1.01 * diagonal))
