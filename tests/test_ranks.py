@@ -314,3 +314,28 @@ def test_interrupted(net, tmp_path):
     assert document["interrupted"] is True
     assert document["probes"] > 1
     assert said.count(b"error: interrupted") == 1
+
+
+def test_kinks_are_held_by_all(tmp_path):
+    """Without its bias, the first layer is zero on the images' empty half: right at its kink, whatever the step."""
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU6()),
+        *(nn.Flatten(), nn.Linear(144, 3)),
+    ).eval()
+    nn.init.zeros_(module[0].bias)
+    x = torch.randn(15, 1, 8, 8)
+    x[:, :, :4] = 0
+    torch.jit.trace(module, x).save(tmp_path / "net.pt")
+    np.savez(tmp_path / "data.npz", x=x.numpy(), y=np.arange(15) % 3)
+    base = (tmp_path / "net.pt", tmp_path / "data.npz", "--json")
+    commands = {
+        "alone": ("compute", *base, "-o", tmp_path / "h.safetensors"),
+        "trace": ("trace", *base, "--max-products", 20),
+    }
+    found = {name: ranks[0] for name, ranks in on_ranks(2, tmp_path, commands).items()}
+    for command in found.values():
+        assert command.code in (0, 5), command.stderr  # of the estimate, which may not converge
+        assert command.document["check"]["relative_error"] < 1e-4
+    assert found["trace"].document["method"] == "hvp"
+    assert {b["method"] for b in found["alone"].document["blocks"]} == {"gauss-newton"}
