@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,7 @@ class Between(nn.Module):
         return self.b(self.function(3 * self.a(x)))
 
 
+TABLE = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
 KINKED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "relu": (F.relu, 24),
     "relu-in-place": (lambda z: (z + 0).relu_(), 24),
@@ -56,6 +59,7 @@ KINKED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "median": (lambda z: z.view(-1, 8, 3).median(2)[0], 8),
     "sign": (lambda z: z * z.sign(), 24),
     "round": (lambda z: z * z.round(), 24),
+    "table": (lambda z: z * TABLE[(2 * z).long().clamp(0, 2)], 24),
     "dead": (lambda z: F.relu(F.relu(-z.square()) + z * 0), 24),  # each unit lies at its corner
 }
 
@@ -138,3 +142,28 @@ def test_a_million_kinks_are_no_reason_to_refuse_what_is_right():
     diagonal = matrix.diag()
     assert certificate.passed(certificate.diagonal(block, diagonal))
     assert not certificate.passed(certificate.diagonal(block, 1.01 * diagonal))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
+@pytest.mark.parametrize("blocks", ["diag", "elements", "full"])
+def test_units_that_lie_at_their_corner(cli, tmp_path, blocks, curvature, dtype):
+    """Biases start at zero, and images have empty borders: there every step is one across a kink."""
+    torch.manual_seed(0)
+    first = nn.Conv2d(1, 3, 3, padding=1)
+    nn.init.zeros_(first.bias)
+    module = nn.Sequential(
+        *(first, nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 3, 2), nn.LeakyReLU(0.2)),
+        *(nn.Flatten(), nn.Linear(27, 3)),
+    )
+    x = torch.randn(12, 1, 8, 8)
+    x[:, :, :5] = 0
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.trace(module, x).save("net.pt")
+    np.savez("data.npz", x=x.numpy(), y=np.arange(12) % 3)
+    options = ("--blocks", blocks, "--curvature", curvature, "--dtype", dtype)
+    document = cli("compute", "net.pt", "data.npz", *options, "--json").document
+    assert document["check"]["relative_error"] < document["check"]["tolerance"]
+    assert {block["method"] for block in document["blocks"]} <= {
+        *("gauss-newton", "preactivation", "hvp"),
+    }

@@ -6,10 +6,10 @@ operator replaced, in float64 where the module can run in it. For a random direc
     error = || H_B v - (g_B(theta + h v) - g_B(theta - h v)) / 2h || / max of the two norms,
 
 and for a diagonal, where no product can be had, single entries against the same difference along e_i. A step may cross
-a kink (ReLU) or drown in rounding, so several are tried and the best counts; the second try keeps all kinks where they
-are at theta (see `kinks.py`). A block in float32 is held to less than
-what a difference from one side, (g_B(theta + h v) - g_B(theta)) / h, leaves out; so that comes first: all blocks share
-g(theta), and a small step seldom meets a kink.
+a kink (ReLU) or drown in rounding, so several are tried and the best counts; some of them keep every kink on the side
+where it is at theta (see `kinks.py`). A block in float32 is held to less than what a difference from one side,
+(g_B(theta + h v) - g_B(theta)) / h, leaves out; so that comes first: all blocks share g(theta), and a small step seldom
+meets a kink.
 """
 
 from __future__ import annotations
@@ -34,10 +34,7 @@ KIND = "differences of gradients"
 # much would hide what is wrong.
 _ROUNDING = {torch.float64: 1000 * 2**-52, torch.float32: 64 * 2**-23}
 _STEPS = {torch.float64: (1e-6, 1e-7, 1e-5, 1e-8, 1e-4), torch.float32: (1e-2, 3e-3, 3e-2)}
-_HELD = {
-    torch.float64: (1e-5, 1e-4, 1e-6),
-    torch.float32: (1e-2, 3e-3),
-}  # steps with the kinks held
+_HELD = {torch.float64: (1e-5, 1e-4, 1e-6), torch.float32: (1e-2, 3e-2)}  # with kinks held
 _ONE_SIDED = 1e-8  # leaves out about as much: far below the tolerance of float32, not of float64
 
 
@@ -166,26 +163,23 @@ class Certificate:
             difference, size = along.compare_one_sided(_ONE_SIDED, here)
             if difference <= self.tolerance * size:
                 return difference / size if size else 0.0
-        steps = _STEPS[self.problem.dtype]
-        errors: dict[float, float] = {}
-        differences: dict[float, float] = {}
-        held: list[float] = []
-        for step in steps:
-            differences[step], size = along.compare(step)
-            errors[step] = differences[step] / size if size else 0.0
-            if self.passed(errors[step]):
-                return errors[step]
-            if not held:
-                for step_held in _HELD[self.problem.dtype]:
-                    held.append(along.compare_held(step_held))
-                    if self.passed(held[-1]):
-                        return held[-1]
-        largest = max(steps)
+        first, *others = _STEPS[self.problem.dtype]
+        held = ((step, along.compare_held) for step in _HELD[self.problem.dtype])
+        tries = [(first, along.compare), *held, *((step, along.compare) for step in others)]
+        errors: list[float] = []
+        differences: dict[float, float] = {}  # the least with each step
+        for step, compare in tries:
+            difference, size = compare(step)
+            errors.append(difference / size if size else 0.0)
+            if self.passed(errors[-1]):
+                return errors[-1]
+            differences[step] = min(difference, differences.get(step, math.inf))
+        largest = max(differences)
         squares = sum(float(g.square().sum()) for g in self.gradient.values())
         noise = along.noise(largest, math.sqrt(squares))
         if differences[largest] <= noise:
             return self.tolerance * differences[largest] / noise
-        return min(*errors.values(), *held)
+        return min(errors)
 
 
 @dataclass
@@ -211,33 +205,28 @@ class Along:
         """The same with a difference from one side, `here` being g_B(theta)."""
         return self._distance((self.gradient(step) - here) / (step * self.typical()))
 
-    def compare_held(self, step: float) -> float:
-        """|computed - quotient| relative to the greater of the two, with every kink held where it is at theta.
-
-        Infinite where there are no kinks, or where they cannot be held.
-        """
+    def compare_held(self, step: float) -> tuple[float, float]:
+        """The same with every kink held where it is at theta: infinite where there is none, or where it cannot be."""
         quotient = self.held_quotient(step)
-        if quotient is None:
-            return math.inf
-        difference, size = self._distance(quotient)
-        return difference / size if size else 0.0
+        return (math.inf, 1.0) if quotient is None else self._distance(quotient)
 
     def held_quotient(self, step: float) -> Tensor | None:
         """The quotient of gradients that have all their kinks where they are at theta, batch by batch."""
-        total, found = torch.zeros_like(self.direction), len(self.problem.batches) == 0
+        total = torch.zeros_like(self.direction)
         for batch in self.problem.batches:
             one = replace(self, problem=replace(self.problem, batches=[batch]))
             kinks = Kinks()
             with kinks:
                 one.gradient(0.0)
-            found |= bool(kinks.sides)
+            if not kinks.sides:
+                return None
             with kinks.held():
                 total += one.gradient(step)
             with kinks.held():
                 total -= one.gradient(-step)
             if kinks.lost:
                 return None
-        return total / (2 * step * self.typical()) if found else None
+        return total / (2 * step * self.typical())
 
     def _distance(self, quotient: Tensor) -> tuple[float, float]:
         quotient = quotient[self.entries]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Along, Certificate
+from hesscli.hessian.kinks import Kinks
 from hesscli.hessian.problem import Batch, Problem
 
 
@@ -50,11 +52,8 @@ class AlongOutput(Along):
         leaves, h = self.leaves(), step * self.typical()
         total = torch.zeros_like(self.direction)
         for batch in self.problem.batches:
-            with torch.no_grad():
-                with self.moved(step):
-                    ahead = self.problem.output(batch)
-                with self.moved(-step):
-                    along = (ahead - self.problem.output(batch)) / (2 * h)
+            ahead, behind = self._outputs(batch, step)
+            along = (ahead - behind) / (2 * h)
             f = self.problem.output(batch)
             if not f.requires_grad:
                 continue
@@ -67,6 +66,21 @@ class AlongOutput(Along):
                 ]
             )
         return total
+
+    @torch.no_grad()
+    def _outputs(self, batch: Batch, step: float) -> tuple[Tensor, Tensor]:
+        """f(theta + step v) and f(theta - step v), where they can with every kink as it is at theta."""
+        kinks = Kinks()
+        with kinks:
+            self.problem.output(batch)
+        for mode in (kinks.held, nullcontext):
+            with self.moved(step), mode():
+                ahead = self.problem.output(batch)
+            with self.moved(-step), mode():
+                behind = self.problem.output(batch)
+            if not kinks.lost:
+                break
+        return ahead, behind
 
     def _middle(self, batch: Batch, f: Tensor, along: Tensor, step: float) -> Tensor:
         if self.fisher:

@@ -86,13 +86,14 @@ class Kinks(TorchDispatchMode):
         if corners is not None:
             place = 1 if name.endswith("_backward") else 0  # after the gradient
             before, x, after = args[:place], args[place], args[place + 1 :]
-            result = self._of_piece(
-                lambda at: func(*before, at.clone(), *after, **kwargs),
-                corners(*after),
-                x,
-                place == 0,
-            )
-            return x.copy_(result) if name.endswith("_") else result
+            if x.is_floating_point():
+                result = self._of_piece(
+                    lambda at: func(*before, at.clone(), *after, **kwargs),
+                    corners(*after),
+                    x,
+                    place == 0,
+                )
+                return x.copy_(result) if name.endswith("_") else result
         result = func(*args, **kwargs)
         if not any(isinstance(a, Tensor) and a.is_floating_point() for a in args):
             return result
@@ -108,16 +109,18 @@ class Kinks(TorchDispatchMode):
         self, f: Callable[[Tensor], Tensor], corners: Sequence[Corner], x: Tensor, extended: bool
     ) -> Tensor:
         """f between the corners where x was in the first pass; beyond them, as there, or on in a straight line."""
-        first = self._first(x)
-        if first is x:
+        if not corners:
             return f(x)
-        nearest = _within(corners, first, x)
+        side = self._first(_side(corners, x))
+        if self._left is None:
+            return f(x)
+        low, high = (bound[side.int()] for bound in _bounds(corners, x))
+        nearest = x.clamp(low, high)
         value = f(nearest)
         if not extended:
             return value
-        slope = (f(first) - value) / (
-            first - nearest
-        )  # of a straight piece; where x has left it, the two differ
+        inside = (low.where(low.isfinite(), high - 1) + high.where(high.isfinite(), low + 1)) / 2
+        slope = (f(inside) - value) / (inside - nearest)  # of a straight piece
         return torch.where(x == nearest, value, value + slope.nan_to_num(0, 0, 0) * (x - nearest))
 
     def _constant(self, name: str, result: Any) -> Any:
@@ -143,16 +146,17 @@ def _numbers(*corners: tuple[Any, bool]) -> list[Corner]:
     return [(at, below) for at, below in corners if isinstance(at, (int, float))]
 
 
-def _within(corners: Sequence[Corner], first: Tensor, x: Tensor) -> Tensor:
-    """x, brought back between the corners where `first` is."""
-    low = high = inf = torch.tensor(math.inf, dtype=x.dtype, device=x.device)
-    low = -low
-    for corner, below in corners:
-        at = torch.full_like(inf, corner)
-        beyond = first > at if below else first >= at
-        low = torch.where(beyond, torch.nextafter(at, inf) if below else at, low)
-    for corner, below in reversed(corners):
-        at = torch.full_like(inf, corner)
-        beyond = first > at if below else first >= at
-        high = torch.where(beyond, high, at if below else torch.nextafter(at, -inf))
-    return x.clamp(low, high)
+def _side(corners: Sequence[Corner], x: Tensor) -> Tensor:
+    """How many corners x lies beyond, in eight bits."""
+    beyond = [x > at if below else x >= at for at, below in corners]
+    return torch.stack(beyond).sum(0, dtype=torch.int8)
+
+
+def _bounds(corners: Sequence[Corner], like: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest number on each side, before the first corner and after each: [corners + 1]."""
+    ats = like.new_tensor([at for at, _ in corners])
+    below = torch.tensor([below for _, below in corners], device=like.device)
+    inf = like.new_tensor([math.inf])
+    lowest = torch.where(below, torch.nextafter(ats, inf), ats)
+    highest = torch.where(below, ats, torch.nextafter(ats, -inf))
+    return torch.cat([-inf, lowest]), torch.cat([highest, inf])
