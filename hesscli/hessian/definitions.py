@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from hesscli.hessian.watcher import Watcher
 
 
 def _normalise(x: Tensor, axes: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,23 +238,12 @@ def staying_wide() -> Iterator[None]:
         yield
 
 
-class Narrowings(TorchDispatchMode):
+class Narrowings(Watcher):
     """Sees whether a pass in float64 goes through anything narrower."""
 
     found = False
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # as in the tape: shielding it from the compiler imports that
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is torch.ops.aten._to_copy.default:
             self.found |= args[0].dtype is torch.float64 and kwargs.get("dtype") in _NARROW
         return func(*args, **kwargs)

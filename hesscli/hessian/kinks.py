@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from hesscli.hessian.watcher import Watcher
 
 _STEPS = frozenset("sign sgn floor ceil round trunc heaviside".split())  # with values of floats
 Corner = tuple[float, bool]  # where it is, and whether it belongs to what lies below it
@@ -46,7 +47,7 @@ _POOLS = {
 """Functions that return what they picked and where, counted over so many last axes."""
 
 
-class Kinks(TorchDispatchMode):
+class Kinks(Watcher):
     """On which side of each kink a pass is: noted in a first pass, and kept in those that are `held`.
 
     with kinks: first pass
@@ -59,10 +60,6 @@ class Kinks(TorchDispatchMode):
         self.lost = False  # whether a pass that was held had other calls
         self._left: Iterator[Tensor] | None = None  # of the sides, while held
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # as in the tape: shielding it from the compiler imports that
-
     @contextmanager
     def held(self) -> Iterator[None]:
         self._left = iter(self.sides)
@@ -73,14 +70,7 @@ class Kinks(TorchDispatchMode):
         finally:
             self._left = None
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = func.overloadpacket.__name__
         corners = _CORNERS.get(name.removesuffix("_").removesuffix("_backward"))
         if corners is not None:

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.routes.base import NotApplicable
+from hesscli.hessian.watcher import Watcher
 
 _CONVOLUTION_OF_TRACES = torch.ops.aten._convolution.default
 
@@ -164,16 +164,12 @@ def _unfused() -> Iterator[None]:
         flags(_enabled=enabled, _fp32_precision=None)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(Watcher):
     """Numbers every tensor that passes by, and keeps it alive so that its identity stays its own.
 
     An operator that writes in place is recorded as its functional twin. Tensors that share the memory it wrote to are
     then stale: reading one later would see the change, which the twin does not make.
     """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing here is compiled, and shielding it from the compiler imports that for 1.4 s
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,14 +183,7 @@ class _Recorder(TorchDispatchMode):
         self.stale: set[int] = set()
         self.refusal = ""
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args)):
             self._refuse("the model turns gradients off")
         arguments = self._referenced(args)

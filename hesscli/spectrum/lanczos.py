@@ -310,11 +310,8 @@ class Lanczos:
         vectors = self.basis.new_empty(len(best), self.size)
         self._rotate(self.columns[:, best], self.basis[: self.count], vectors)
         converged = self._excess(best) <= 1
-        values, residuals = (
-            self.values[best],
-            np.maximum(self.residuals[best], self._rounding() / 32),
-        )
-        return Found(values, vectors, residuals, converged, self.products, interrupted)
+        residuals = np.maximum(self.residuals[best], self._rounding() / 32)
+        return Found(self.values[best], vectors, residuals, converged, self.products, interrupted)
 
     def _confirmed(self, found: Found) -> Found:
         """The same with residuals that one more product has confirmed.
