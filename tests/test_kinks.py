@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Along, Certificate
+from hesscli.hessian.check_curvature import certificate
 from hesscli.hessian.operator import Products
 from hesscli.hessian.problem import Problem
 
@@ -167,3 +168,15 @@ def test_units_that_lie_at_their_corner(cli, tmp_path, blocks, curvature, dtype)
     assert {block["method"] for block in document["blocks"]} <= {
         *("gauss-newton", "preactivation", "hvp"),
     }
+
+
+def test_the_hessian_is_no_gauss_newton_matrix():
+    problem = pose(lambda z: torch.tanh(F.relu(z)), 24)
+    weight = problem.parameters["a.weight"]
+    alone = Problem(**{**vars(problem), "parameters": {"a.weight": weight}})
+    block = Block("a.weight", ("a.weight",), (weight.numel(),))
+    for curvature in ("hessian", "ggn"):
+        matrix = Products(alone, curvature).columns(0, weight.numel())
+        for claimed in ("hessian", "ggn"):
+            checked = certificate(problem, torch.float32, 0, claimed)
+            assert checked.passed(checked.matrix(block, matrix)) == (claimed == curvature)

@@ -67,6 +67,9 @@ class AlongOutput(Along):
             )
         return total
 
+    def held_quotient(self, step: float) -> None:
+        """None: `quotient` keeps the kinks already, and differences of gradients are the Hessian's."""
+
     @torch.no_grad()
     def _outputs(self, batch: Batch, step: float) -> tuple[Tensor, Tensor]:
         """f(theta + step v) and f(theta - step v), where they can with every kink as it is at theta."""

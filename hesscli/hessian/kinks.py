@@ -36,8 +36,6 @@ _CORNERS: dict[str, Callable[..., list[Corner]]] = {
     "clamp_max": lambda high: _numbers((high, True)),
 }
 """Functions with kinks: the corners, ascending, from the arguments after the first. Their derivatives have the same."""
-
-
 _POOLS = {
     "max_pool2d_with_indices": 2,
     "max_pool3d_with_indices": 3,
