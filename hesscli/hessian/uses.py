@@ -94,7 +94,6 @@ class Use:
             return patches.reshape(split).transpose(0, 1).reshape(whole)
         if self.call.name == "embedding":  # a product with the tokens' unit vectors
             a = torch.nn.functional.one_hot(a, self.m).to(known[self.z].dtype)
-            return _canonical(a, self.rank, self.axis, (self.rank - 1,), self.positions)
         return _canonical(a, self.rank, self.axis, self.channels, self.positions)
 
     def pull(self, u: Tensor, columns: Tensor) -> Tensor:
