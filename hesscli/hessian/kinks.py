@@ -115,12 +115,12 @@ class Kinks(Watcher):
         """What a call gave in the first pass, if that is constant between kinks."""
         if not isinstance(result, Tensor) or (result.is_floating_point() and name not in _STEPS):
             return result
-        return self._first(result).clone()  # either may be written to
+        return self._first(result).clone()  # what is noted stays, if the copy is written to
 
     def _first(self, value: Tensor) -> Tensor:
         """The same value in the first pass."""
         if self._left is None:
-            self.sides.append(value.clone())
+            self.sides.append(value)
             return value
         first = next(self._left, None)
         if first is None or first.shape != value.shape or first.dtype != value.dtype:
