@@ -52,6 +52,7 @@ def load_exported(
             if device.type != "cpu":
                 program = move_to_device_pass(program, device)
             module = program.module()
+        _reshape(module)
         tie(module, groups)
         positional, keywords = program.call_spec.in_spec.children()
     names = tuple(str(name) for name in keywords.context or ())
@@ -68,6 +69,15 @@ def load_exported(
         part.training = False
     arguments = tuple(str(name) for name in inputs)
     return Exported(module, positional.num_children, arguments, names, _batch_size(program))
+
+
+def _reshape(module: nn.Module) -> None:
+    """Lets every view be a copy: another device's operators lay their results out in other ways."""
+    assert isinstance(module, torch.fx.GraphModule)
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+    module.recompile()
 
 
 def _batch_size(program: torch.export.ExportedProgram) -> int | None:

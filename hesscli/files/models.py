@@ -24,6 +24,7 @@ from hesscli.files.libraries import arch_of
 from hesscli.files.mlp import MLP
 from hesscli.files.safetensors_files import load_safetensors
 from hesscli.files.shards import load_part, load_shards, weights_in
+from hesscli.files.script_devices import move_constants
 from hesscli.files.sniff import Kind, kind_of, unsupported
 from hesscli.files.storages import check_storages
 from hesscli.files.ties import shared, tie
@@ -158,6 +159,7 @@ def _torchscript(
 ) -> _Loaded:
     with reading(path, "torchscript"), quiet():
         module = torch.jit.load(path, map_location=device)
+        move_constants(module, device)
     if not hasattr(module, "forward"):
         raise FileError(
             f"{path}: a TorchScript file without a forward method",

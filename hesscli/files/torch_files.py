@@ -86,6 +86,7 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", r".*torch\.jit\.", DeprecationWarning)
             warnings.filterwarnings("ignore", "This version of file is deprecated")
             warnings.filterwarnings("ignore", "Detected pickle protocol")
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
             yield
     except Exception as error:
         if logged:

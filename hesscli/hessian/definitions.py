@@ -5,8 +5,10 @@ Inside `exact_derivatives()` these operators run as the formulas below, so that 
 - `weight_norm`: its double backward treats the saved norms as constants and is wrong by tens of percent.
 - `batch_norm`, `layer_norm`, `group_norm`, `instance_norm`: forward-over-reverse and batched double backward are
 wrong or missing.
-- `hardsigmoid`, `embedding_bag`: no second derivative. - fused attention: no second derivative;
-computed as softmax(Q K^T / sqrt(d)) V instead.
+- `hardsigmoid`, `embedding_bag`: no second derivative.
+- fused attention: no second derivative; computed as softmax(Q K^T / sqrt(d)) V instead.
+- `lstm`, `gru`, `rnn_tanh`, `rnn_relu` on a GPU: cuDNN's have no second derivative, and in eval mode no first; step by
+  step instead, by PyTorch's own decompositions.
 
 They are replaced in PyTorch's dispatcher, below every kind of model: eager modules, TorchScript and exported graphs
 reach the same operator. The TorchScript optimiser has derivatives of its own and is switched off.
@@ -157,6 +159,22 @@ def embedding_bag(
     return bags, bag, size.to(offsets.dtype), offsets
 
 
+def _step_by_step(operator: str) -> Callable[..., object]:
+    name, overload = operator.split(".")
+
+    def decomposed(*args: object) -> object:
+        packet = getattr(getattr(torch.ops.aten, name), overload)
+        return packet.py_kernels[torch._C.DispatchKey.CompositeImplicitAutograd](*args)
+
+    return decomposed
+
+
+STEP_BY_STEP = {
+    operator: _step_by_step(operator)
+    for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    for operator in (f"{name}.input", f"{name}.data")
+}
+_CPU, _GPUS = "AutogradCPU", ("AutogradCUDA", "AutogradMPS")
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 DEFINITIONS: dict[str, Callable[..., object]] = {
@@ -209,11 +227,20 @@ def _instance_norm_of_contiguous_gradients(
     return y
 
 
+def _weight_norm_of_all_digits(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """PyTorch's own, as it computes it where it has no kernel: CUDA's keeps seven digits of float64."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 @contextmanager
 def right_gradients() -> Iterator[None]:
-    """Forward passes in this context have first derivatives that are right: PyTorch's, without its error."""
+    """Forward passes in this context have first derivatives that are right: PyTorch's, without its errors."""
     with torch.library._scoped_library("aten", "IMPL") as library:
-        library.impl("instance_norm", _instance_norm_of_contiguous_gradients, "AutogradCPU")
+        library.impl("instance_norm", _instance_norm_of_contiguous_gradients, _CPU)
+        for key in _GPUS:
+            library.impl("_weight_norm", _weight_norm_of_all_digits, key)
+            for operator, definition in STEP_BY_STEP.items():
+                library.impl(operator, definition, key)
         yield
 
 
@@ -222,6 +249,8 @@ def _to_copy_that_stays_wide(
 ) -> Tensor:
     if x.dtype is torch.float64 and dtype in _NARROW:
         return x.clone()
+    if not x.is_floating_point() and dtype in _NARROW:  # positions, say, that meet what stays wide
+        dtype = torch.float64
     if x.requires_grad:  # to another device, say
         like = {name: options[name] for name in ("device", "layout") if options.get(name)}
         return torch.empty_like(x, dtype=dtype, **like).copy_(x)
@@ -233,7 +262,7 @@ def _to_copy_that_stays_wide(
 def staying_wide() -> Iterator[None]:
     """Forward passes in this context keep float64 where the model itself asks for less, as RMSNorms often do."""
     with torch.library._scoped_library("aten", "IMPL") as library:
-        for key in ("AutogradCPU", "AutogradCUDA"):
+        for key in (_CPU, *_GPUS):
             library.impl("_to_copy", _to_copy_that_stays_wide, key, with_keyset=True)
         yield
 
@@ -262,8 +291,9 @@ def exact_derivatives() -> Iterator[None]:
             sdpa_kernel(SDPBackend.MATH),
             torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
         ):
-            for operator, definition in DEFINITIONS.items():
-                for key in ("AutogradCPU", "AutogradCUDA", "AutogradMPS"):
+            for key in (_CPU, *_GPUS):
+                own = DEFINITIONS if key == _CPU else DEFINITIONS | STEP_BY_STEP
+                for operator, definition in own.items():
                     library.impl(operator, definition, key)
             yield
     finally:
