@@ -196,7 +196,7 @@ def test_unusual_parameters(cli, tmp_path, parameter, blocks):
 def test_the_documents_fields(cli, mlp, tmp_path):
     import hashlib
 
-    ran = cli("compute", *mlp, *CE, "--json")
+    ran = cli("compute", *mlp, *CE, "--device", "cpu", "--json")
     assert ran.code == 0, ran.stderr
     document, tensors = read(tmp_path / "hessian.safetensors")
     assert document["schema"] == "hesscli.hessian/1"

@@ -525,7 +525,7 @@ def test_batches_are_made_when_they_are_asked_for(cli, net, monkeypatch):
     np.savez("d.npz", x=X, y=Y)
     words = ("compute", "m.pt", "d.npz", "--batch-size", 2)
     assert cli(*words, "-o", "a").code == 0
-    monkeypatch.setattr(batches, "_free_memory", lambda _: 1000)
+    monkeypatch.setattr(batches, "free_memory", lambda _: 1000)
     ran = cli(*words, "-o", "b")
     assert ran.code == 0, ran.stderr
     (one, left), (two, right) = read(Path("a")), read(Path("b"))

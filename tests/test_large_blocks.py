@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,14 +69,14 @@ STORED_ACROSS = Layout((Piece(3, (Part(6, 3, across=True), Part(0, 1))), Piece(3
 """Three neurons with three weights each, input after input, and a bias; three rows."""
 
 
-@pytest.mark.parametrize("kind", [HeldTriangle, StreamedTriangle])
+@pytest.mark.parametrize("held", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda), None])
 @pytest.mark.parametrize("most", [1, 30, 10**6])
 @pytest.mark.parametrize(
     "layout",
     [TWO_LAYERS, STORED_ACROSS, Layout.plain(15)],
     ids=["layers", "stored across", "plain"],
 )
-def test_a_triangle_is_the_matrix(kind, most, layout, tmp_path):
+def test_a_triangle_is_the_matrix(held, most, layout, tmp_path):
     n = layout.size
     truth = symmetric(n)  # in the block's order
     places = layout.places(0, n)
@@ -87,9 +88,11 @@ def test_a_triangle_is_the_matrix(kind, most, layout, tmp_path):
     with HessianWriter(path, {"before": (3,), "h": (n, n)}, "float64", {}) as writer:
         bands = layout.cut(most)
         v = torch.arange(n, dtype=torch.float64)
+        device = torch.device(held or "cpu")
+        kind = partial(HeldTriangle, device=device) if held else StreamedTriangle
         triangle = kind("h", layout, bands, writer, v)
         for index, (start, stop) in enumerate(bands):
-            triangle.put(index, ordered[start:stop, start:].clone())
+            triangle.put(index, ordered[start:stop, start:].to(device, copy=True))
         assert torch.allclose(triangle @ (v + 1), truth @ (v + 1), rtol=1e-13)
         assert torch.allclose(triangle @ v, truth @ v, rtol=1e-13)
         triangle.finish()
@@ -167,7 +170,7 @@ def small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if no upper half fitted the memory."""
-    monkeypatch.setattr(planning.Plan, "holds", lambda self, block: False)
+    monkeypatch.setattr(planning.Plan, "held_on", lambda self, block: None)
 
 
 @pytest.mark.parametrize("blocks", ["full", "diag", "module"])
@@ -187,7 +190,7 @@ def test_bands_are_what_whole_blocks_are(cli, net, blocks, method, small_bands, 
     ran = cli(*command, "--json", "-o", "held.safetensors")
     assert ran.code == 0, ran.stderr
     with monkeypatch.context() as patch:
-        patch.setattr(planning.Plan, "holds", lambda self, block: False)
+        patch.setattr(planning.Plan, "held_on", lambda self, block: None)
         assert cli(*command, "-o", "streamed.safetensors").code == 0
     monkeypatch.setattr(planning, "LARGE", 4096)
     assert cli(*command, "-o", "whole.safetensors").code == 0
@@ -263,7 +266,7 @@ COMMAND = ("-b", "full", "--gradient", "-o", "h.safetensors")
 @pytest.mark.parametrize("bands", [1, 3, 5])
 def test_resume_gives_the_same_bytes(cli, net, small_bands, monkeypatch, mode, bands):
     if mode == "streamed":
-        monkeypatch.setattr(planning.Plan, "holds", lambda self, block: False)
+        monkeypatch.setattr(planning.Plan, "held_on", lambda self, block: None)
     assert cli("compute", *net, *COMMAND).code == 0
     undisturbed = Path("h.safetensors").read_bytes()
     Path("h.safetensors").unlink()

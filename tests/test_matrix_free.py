@@ -83,7 +83,7 @@ def test_float32_and_batches(cli):
 
 
 def test_each_thread_gets_batches(cli, two_threads, monkeypatch):
-    words = ("eigen", *MLP, "--top", "3", "--dtype", "float64", "--json")
+    words = ("eigen", *MLP, "--top", "3", "--dtype", "float64", "--device", "cpu", "--json")
     monkeypatch.setattr(batches, "_WORTH", 1 << 10)
     several = cli(*words).document
     monkeypatch.setattr(batches, "_WORTH", 1 << 30)

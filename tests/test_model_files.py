@@ -212,6 +212,31 @@ def test_torchscript(net, tmp_path, how, recwarn):
     assert (saved.notes, saved.batch_size, len(saved.sha256)) == ((), None, 64)
 
 
+class MadeOnAGpu(nn.Module):
+    """Its code names the device of the machine that it was saved on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(3, 3), AddsOnes())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x + torch.zeros(3, device=torch.device("cuda:1")))
+
+
+class AddsOnes(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() == 2:
+            x = x + torch.ones(3, device="cuda").to("cuda:0")
+        return x
+
+
+def test_torchscript_runs_on_another_device_than_it_was_made_on(tmp_path):
+    module = MadeOnAGpu()
+    torch.jit.script(module).save(str(tmp_path / "net.pt"))
+    saved = load_model(tmp_path / "net.pt")
+    torch.testing.assert_close(saved.module(X[:, :3]), module.inner[0](X[:, :3]) + 1)
+
+
 def test_train_mode(net, tmp_path):
     torch.jit.script(net).save(str(tmp_path / "script"))
     torch.jit.trace(net, X).save(str(tmp_path / "trace"))

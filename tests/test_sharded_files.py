@@ -173,7 +173,7 @@ def test_what_is_said(cli, net):  # noqa: F811
 
 
 def test_more_files_than_are_open_at_once(cli, net, small_bands, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(planning.Plan, "holds", lambda self, block: False)
+    monkeypatch.setattr(planning.Plan, "held_on", lambda self, block: None)
     command = ("compute", *net, "-b", "diag", *COMMAND[2:5], "--max-shard-size", "1")
     assert cli(*command).code == 0
     once = result()
@@ -345,7 +345,7 @@ def undisturbed(cli, net, small_bands) -> dict[str, bytes]:  # noqa: F811
 @pytest.mark.parametrize("bands", [1, 4, 6])
 def test_interrupted_and_resumed(cli, net, undisturbed, monkeypatch, mode, bands):  # noqa: F811
     if mode == "streamed":
-        monkeypatch.setattr(planning.Plan, "holds", lambda self, block: False)
+        monkeypatch.setattr(planning.Plan, "held_on", lambda self, block: None)
     with monkeypatch.context() as patch:
         interrupt_after(patch, bands, KeyboardInterrupt())
         ran = cli("compute", *net, *COMMAND)
@@ -423,7 +423,7 @@ def test_without_links(cli, net, undisturbed, monkeypatch):  # noqa: F811
 
 @pytest.mark.parametrize("room", [12_000, 40_000])
 def test_a_disk_that_fills_up(cli, net, undisturbed, monkeypatch, room):  # noqa: F811
-    monkeypatch.setattr(planning.Plan, "holds", lambda self, block: False)
+    monkeypatch.setattr(planning.Plan, "held_on", lambda self, block: None)
     with monkeypatch.context() as patch:
         fill_disk(patch, room)
         ran = cli("compute", *net, *COMMAND)

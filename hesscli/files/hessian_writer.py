@@ -27,7 +27,7 @@ Span = tuple[int, int]  # first and last + 1
 
 class HessianWriter:
     """Writes one result. Nothing appears under its name before `commit`; leaving without it leaves nothing,
-    unless `keep` was called. One thread at a time may use it.
+    unless `keep` was called. One thread at a time may use it, but rows may be counted while others are placed.
 
     Args:
         path: where the result goes, or None for a temporary file to `copy_to` a stream.
@@ -122,9 +122,17 @@ class HessianWriter:
         """
         array = np.ascontiguousarray(rows, self.dtype)
         self.count(name, array, first_row)
+        self.place(name, array, first_row)
+
+    def place(self, name: str, rows: np.ndarray, first_row: int = 0) -> None:
+        """Puts whole rows of a tensor, contiguous, in their place. They are counted elsewhere.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
         with self._on_disk():
             file = self.files.use(self.files.homes[name])
-            file.write(self.offset(name, first_row), array.reshape(-1).view(np.uint8).data)
+            file.write(self.offset(name, first_row), rows.reshape(-1).view(np.uint8).data)
 
     def count(self, name: str, rows: np.ndarray, first_row: int = 0) -> None:
         """Counts whole rows of a tensor, contiguous, in its checksum. Each must be counted once."""

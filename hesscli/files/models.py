@@ -23,8 +23,8 @@ from hesscli.files.exported import load_exported
 from hesscli.files.libraries import arch_of
 from hesscli.files.mlp import MLP
 from hesscli.files.safetensors_files import load_safetensors
-from hesscli.files.shards import load_part, load_shards, weights_in
 from hesscli.files.script_devices import move_constants
+from hesscli.files.shards import load_part, load_shards, weights_in
 from hesscli.files.sniff import Kind, kind_of, unsupported
 from hesscli.files.storages import check_storages
 from hesscli.files.ties import shared, tie

@@ -14,7 +14,8 @@ from hesscli.hessian.uses import Use
 from hesscli.hessian.workers import side_by_side, workers
 
 WORKSPACE = 1 << 25  # numbers that one chunk of directions may make
-_CACHED = 1 << 21  # numbers of samples' gradients that stay in the cache until they are multiplied
+_CACHED = 1 << 21  # numbers of samples' gradients that stay in a CPU's cache until they are multiplied
+_HELD = 1 << 27  # and that a GPU, which wants large products, holds
 _FEWEST = 128  # samples multiplied at once; a product over fewer runs far below the machine's rate
 
 
@@ -116,7 +117,8 @@ class _Later:
             None if delta is None else layer.weight.rows(delta.detach())
             for layer, delta in ((layer, deltas[layer.z]) for layer in layers)
         ]
-        step = max(_FEWEST, _CACHED // max(1, self.size))
+        together = _CACHED if probed.output.device.type == "cpu" else _HELD
+        step = max(_FEWEST, together // max(1, self.size))
         self.parts = [
             slice(start, min(start + step, probed.samples))
             for start in range(0, probed.samples, step)

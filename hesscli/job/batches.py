@@ -136,7 +136,7 @@ def split(
         1, len(few.inputs[0]) if few.inputs[0].dim() else 1
     )
     size = rows or sum(p.numel() for p in problem.parameters.values())
-    free = _free_memory(problem.device)
+    free = free_memory(problem.device)
     if parts > 1 and problem.device.type == "cpu":
         free //= ranks_here()
     sizes = choose_sizes(samples, saved, size, problem.dtype.itemsize, free)
@@ -179,14 +179,15 @@ def _batches(source: Source, bounds: Sequence[int], parts: int) -> Sequence[Batc
     def make(index: int) -> Batch:
         return source.part(bounds[index], bounds[index + 1])
 
-    small = source.bytes <= _free_memory(source.device) // 8
+    small = source.bytes <= free_memory(source.device) // 8
     if parts > 1:  # a process needs its own alone
         return Batches(len(bounds) - 1, cache(make) if small else make)
     lazy = Batches(len(bounds) - 1, make)
     return list(lazy) if small else lazy
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return available_memory()

@@ -63,7 +63,7 @@ class LargeBlock:
         """Computes and writes some of the bands; another process finishes the block."""
         try:
             layout, bands = self._cut()
-            matrix = self._triangle(StreamedTriangle, layout, bands, writer, None)
+            matrix = self._triangle(layout, bands, writer, None, None)
             with Beside() as beside:
                 for index, (start, stop) in enumerate(bands):
                     part = self._part(index)
@@ -141,8 +141,8 @@ class LargeBlock:
         """The matrix, written, and its symmetry error."""
         route = self.plan.routes[self.method]
         layout, bands = self._cut()
-        kind = HeldTriangle if self.plan.holds(self.block) else StreamedTriangle
-        matrix = self._triangle(kind, layout, bands, writer, certificate)
+        device = self.plan.held_on(self.block)
+        matrix = self._triangle(layout, bands, writer, certificate, device)
         gap = square = 0.0
         with Beside() as beside:
             for index, (start, stop) in enumerate(bands):
@@ -159,21 +159,24 @@ class LargeBlock:
 
     def _triangle(
         self,
-        kind: type[Triangle],
         layout: Layout,
         bands: list[Span],
         writer: HessianWriter,
         certificate: Certificate | None,
+        device: torch.device | None,
     ) -> Triangle:
+        """What takes the bands, and keeps them on the device, if there is one."""
         writer.forget(self.block.name)
         direction = torch.zeros(self.block.size)
         if certificate is not None:
             direction = certificate.direction(self.block)
         direction = direction.to("cpu", self.plan.problem.dtype)
-        return kind(self.block.name, layout, bands, writer, direction)
+        if device is None:
+            return StreamedTriangle(self.block.name, layout, bands, writer, direction)
+        return HeldTriangle(self.block.name, layout, bands, writer, direction, device)
 
     def _band(self, route: Route, start: int, stop: int) -> tuple[Tensor, Facts]:
-        """Rows `start` to `stop` of the upper triangle, on the host, their square symmetric."""
+        """Rows `start` to `stop` of the upper triangle, their square symmetric."""
         while True:
             try:
                 like = next(iter(route.problem.parameters.values())).detach()
@@ -195,7 +198,7 @@ class LargeBlock:
             mirror_(own)
         else:
             facts = {"gap": average_(own), "square": float(own.double().square().sum())}
-        return on_host(upper.to(self.plan.problem.dtype)), facts
+        return _done(upper.to(self.plan.problem.dtype)), facts
 
 
 def _put(
@@ -211,8 +214,8 @@ def _put(
     journal.add(part, facts, writer)
 
 
-def on_host(values: Tensor) -> Tensor:
-    """Values in the host's memory; from a GPU by way of pinned memory, several times as fast."""
+def _done(values: Tensor) -> Tensor:
+    """The values, computed to their end: a GPU may still have been at it."""
     if values.device.type == "cuda":
-        return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)
-    return values.cpu()
+        torch.cuda.current_stream(values.device).synchronize()
+    return values

@@ -19,7 +19,7 @@ from hesscli.job.batches import Source, move, split
 from hesscli.job.loss import loss_of, printable
 from hesscli.job.options import EVERY, Listener, ProblemOptions
 from hesscli.job.parameters import chosen_parameters
-from hesscli.job.team import rank, ranks
+from hesscli.job.team import rank_here, ranks
 
 if TYPE_CHECKING:
     from hesscli.job.share import Share
@@ -169,7 +169,7 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and ranks() > 1:  # one for each process
-        name = f"cuda:{rank() % max(1, torch.cuda.device_count())}"
+        name = f"cuda:{rank_here() % max(1, torch.cuda.device_count())}"
     try:
         device = torch.device(name)
     except RuntimeError:

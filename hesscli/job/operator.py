@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import NumericalError, ResourceError, UsageError
-from hesscli.files.resources import available_memory
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.hessian.check_curvature import certificate as certificate_of
@@ -23,6 +22,7 @@ from hesscli.hessian.planner import FINITE_DIFFERENCE, HVP
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import NotApplicable
 from hesscli.job import document as documents
+from hesscli.job.batches import free_memory
 from hesscli.job.document import Document
 from hesscli.job.opening import Opened, open_problem
 from hesscli.job.options import Listener, ProblemOptions
@@ -94,9 +94,7 @@ class Operator:
             ResourceError: with the option that makes it fewer.
         """
         needed = vectors * self.size * self.problem.dtype.itemsize
-        free = available_memory()
-        if self.problem.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.problem.device)[0]
+        free = free_memory(self.problem.device)
         if needed > free:
             raise ResourceError(
                 f"{what} holds {vectors} vectors of {self.size} numbers, {size(needed)}; "
@@ -161,7 +159,9 @@ def _made(
         HVP: lambda: (
             SharedProducts(problem, options.curvature)
             if isinstance(problem, SharedProblem)
-            else Products(problem, options.curvature, available_memory() // 2, opened.sizes.chunk)
+            else Products(
+                problem, options.curvature, free_memory(problem.device) // 2, opened.sizes.chunk
+            )
         ),
         FINITE_DIFFERENCE: lambda: Differences(double or problem.double() or problem),
     }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+
 from hesscli.errors import NumericalError, ResourceError
 from hesscli.files.resources import available_memory, disk_used, free_disk
 from hesscli.files.result_names import partial_paths
@@ -20,6 +22,7 @@ from hesscli.hessian.rates import measure_rates
 from hesscli.hessian.routes.all import routes
 from hesscli.hessian.routes.base import NotApplicable, Route
 from hesscli.job import document as documents
+from hesscli.job.batches import free_memory
 from hesscli.job.document import Document
 from hesscli.job.estimate import Estimate, estimate, gradient_seconds
 from hesscli.job.opening import Opened
@@ -106,13 +109,17 @@ class Plan:
     def is_large(self, block: Block) -> bool:
         return not self.diagonal and block.size > LARGE
 
-    def holds(self, block: Block) -> bool:
-        """Whether the upper half of a large block is held in memory until it is written; not where others write too."""
-        return self._fits(block) and not self.shared
+    def held_on(self, block: Block) -> torch.device | None:
+        """The device that holds the upper half of a large block until it is written; None where others write too."""
+        return None if self.shared else self._roomy(block)
 
-    def _fits(self, block: Block) -> bool:
-        held = block.size**2 // 2 + 4 * BAND
-        return self._process() + held * self.problem.dtype.itemsize <= self.limit
+    def _roomy(self, block: Block) -> torch.device | None:
+        """The device with room for the upper half of a block, the problem's rather than the host."""
+        device, itemsize = self.problem.device, self.problem.dtype.itemsize
+        if device.type == "cuda" and _upper(block) * itemsize <= _SHARE * free_memory(device):
+            return device
+        needed = self._process() + _upper(block) * itemsize
+        return torch.device("cpu") if needed <= self.limit else None
 
     def _band(self, block: Block) -> int:
         # One is computed, one is written, and parts of it are turned.
@@ -170,15 +177,15 @@ class Plan:
         return self.options.stats == "all" or (self.options.stats == "auto" and quick)
 
     def memory(self) -> int:
-        """Bytes that the work holds at most."""
+        """Bytes of the host's memory that the work holds at most."""
         itemsize = self.problem.dtype.itemsize
         whole = [b for b in self.blocks if not self.is_large(b)]
         needs = [output_bytes([b], self.diagonal, self.problem.dtype) for b in whole]
         for block in (b for b in self.blocks if self.is_large(b)):
-            held = (
-                block.size**2 // 2 + 4 * BAND if self._fits(block) else 3 * self.bands[block.name]
-            )
-            needs.append(held * itemsize)
+            device = self._roomy(block)
+            if device is None or device.type == "cpu":
+                held = _upper(block) if device else 3 * self.bands[block.name]
+                needs.append(held * itemsize)
         return max(needs, default=0) + self._process()
 
     def _process(self) -> int:
@@ -260,3 +267,8 @@ class Plan:
         if text not in self.opened.notes:
             self.opened.notes.append(text)
             self.listener.note(text)
+
+
+def _upper(block: Block) -> int:
+    """Numbers in the upper half of a block, and in what is computed and written of it."""
+    return block.size**2 // 2 + 4 * BAND

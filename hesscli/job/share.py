@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import HesscliError, MismatchError
-from hesscli.files.resources import available_memory
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Along, Certificate
 from hesscli.hessian.check_curvature import AlongOutput, OutputCertificate
 from hesscli.hessian.operator import Flat, Products
 from hesscli.hessian.problem import Batches, Problem
 from hesscli.hessian.routes.base import NotApplicable
+from hesscli.job.batches import free_memory
 from hesscli.job.opening import Opened, open_problem
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.team import ProcessLost, Team, ranks_here
@@ -118,7 +118,7 @@ class Share:
                 else:
                     dtype, device = question.dtype, self.opened[0].problem.device
                     tensor = torch.empty(question.shape, dtype=dtype, device=device)
-                    self._answered(question, self.team.send_(tensor))
+                    self._answered(question, self.team.send(tensor))
             except ProcessLost:
                 raise
             except _SAID:
@@ -146,7 +146,7 @@ class Share:
         """
         with self._asking():
             self.team.tell(question)
-            return self._answered(question, self.team.send_(tensor.contiguous()))
+            return self._answered(question, self.team.send(tensor.contiguous()))
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
@@ -202,7 +202,7 @@ class Share:
         except _SAID as error:
             failure = error
         self._agreed(failure)
-        return self.team.sum_(answer)
+        return self.team.sum(answer)
 
     def _agreed(self, said: Any) -> list[Any]:
         """What each process says; if one says an exception, all raise it."""
@@ -232,7 +232,7 @@ class Share:
         key = replace(question, shape=())
         if self.kept is None or self.kept[0] != key:
             self.kept = None  # its graphs give way
-            memory = available_memory() // (2 * ranks_here())
+            memory = free_memory(problem.device) // (2 * ranks_here())
             self.kept = key, Products(problem, what.curvature, memory, opened.sizes.chunk)
         return self.kept[1](tensor)
 

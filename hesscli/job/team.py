@@ -1,8 +1,8 @@
 """The processes that share one job: those that `torchrun` started, or this one alone.
 
 Each knows its rank and how many there are from the environment. They talk through torch.distributed: gloo for what is
-on the CPU, NCCL for what is on a GPU. Blocks go through the file and the journals beside it, with a word at the start
-and one at the end. Sums over data that lies on several processes are sent.
+on the CPU, NCCL for what is on a GPU, unless several share one. Blocks go through the file and the journals beside it,
+with a word at the start and one at the end. Sums over data that lies on several processes are sent.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ def ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
 
 
+def rank_here() -> int:
+    """This process's number among those on this machine."""
+    return int(os.environ.get("LOCAL_RANK", rank())) if ranks() > 1 else 0
+
+
 def ranks_here() -> int:
     """How many of them share this machine's memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks() > 1 else 1
@@ -46,14 +51,17 @@ class Team:
 
     def __init__(self) -> None:
         self.rank, self.size = rank(), ranks()
+        self.nccl = False
 
     def __enter__(self) -> Team:
         if self.size > 1:
             import torch
             import torch.distributed as dist
 
+            # NCCL wants a GPU for each.
+            self.nccl = dist.is_nccl_available() and ranks_here() <= torch.cuda.device_count()
             if not dist.is_initialized():
-                backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+                backend = "cpu:gloo,cuda:nccl" if self.nccl else "gloo"
                 dist.init_process_group(backend, timeout=_PATIENCE)
         return self
 
@@ -94,20 +102,22 @@ class Team:
             dist.all_gather_object(said, value)
         return said
 
-    def send_(self, tensor: Tensor) -> Tensor:
+    def send(self, tensor: Tensor) -> Tensor:
         """The first process's tensor, in place of that of all others.
 
         Raises:
             ProcessLost: one has ended.
         """
-        if self.size > 1:
-            import torch.distributed as dist
+        if self.size == 1:
+            return tensor
+        import torch.distributed as dist
 
-            with _together():
-                dist.broadcast(tensor, 0)
-        return tensor
+        sent = tensor if self.nccl else tensor.cpu()
+        with _together():
+            dist.broadcast(sent, 0)
+        return sent.to(tensor.device)
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, added up in float64; on the first process alone.
 
         Raises:
@@ -118,10 +128,11 @@ class Team:
         import torch
         import torch.distributed as dist
 
-        total = tensor.to(torch.float64, copy=True)
+        device = tensor.device if self.nccl else torch.device("cpu")
+        total = tensor.to(device, torch.float64, copy=True)
         with _together():
             dist.reduce(total, 0)
-        return total.to(tensor.dtype)
+        return total.to(tensor.device, tensor.dtype)
 
     def wait(self) -> None:
         """Until all processes are here.

@@ -17,8 +17,8 @@ from hesscli.hessian.symmetry import symmetrise_
 from hesscli.job import document as documents
 from hesscli.job import statistics
 from hesscli.job.document import Document
-from hesscli.job.large import on_host
 from hesscli.job.planning import Plan
+from hesscli.job.triangles import on_host
 
 
 def groups(plan: Plan) -> Iterator[list[Block]]:

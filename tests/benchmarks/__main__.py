@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import subprocess
 import sys
 from dataclasses import asdict
 from datetime import date
@@ -44,6 +45,7 @@ EXAMPLES = """examples:
   python -m tests.benchmarks elements-cnn --peer backpack    against one peer
   python -m tests.benchmarks eigen-mlp product-mlp    without a matrix
   python -m tests.benchmarks losing-conv losing-tied losing-vocabulary    where there is little to gain
+  python -m tests.benchmarks --device cuda full-mlp full-wide    on a GPU
   python -m tests.benchmarks --toy                     only that all agree; no times
 """
 
@@ -59,6 +61,7 @@ def main() -> int:
         repeats=1 if arguments.toy else arguments.repeats,
         toy=arguments.toy,
         threads=arguments.threads,
+        device=arguments.device,
         limit=arguments.limit,
         peers=tuple(arguments.peer),
     )
@@ -66,7 +69,7 @@ def main() -> int:
     console.print(", ".join(f"{key} {value}" for key, value in machine.items()), markup=False)
     talk = Console(stderr=True, highlight=False)
     results, sound = [], True
-    for task in [BY_NAME[name] for name in arguments.task] or TASKS:
+    for task in arguments.task:
         with talk.status(task.name) as status:
             try:
                 bench = BENCHES.get(task.blocks, Bench)
@@ -103,6 +106,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peer", action="append", default=[], help="only this peer; repeatable")
     parser.add_argument("--threads", type=int, default=cpu_count(), help="of every process")
     parser.add_argument(
+        "--device", default="cpu", help="cpu, or cuda for the tasks with a matrix (default: cpu)"
+    )
+    parser.add_argument(
         "--limit",
         type=float,
         default=60,
@@ -110,9 +116,11 @@ def _arguments() -> argparse.Namespace:
         help="of a peer's run; what it does row by row is extrapolated beyond (default: 60)",
     )
     arguments = parser.parse_args()
+    fit = [task.name for task in TASKS if arguments.device == "cpu" or task.blocks not in BENCHES]
     for task in arguments.task:
-        if task not in BY_NAME:
-            parser.error(f"no task is called {task}; there are {', '.join(BY_NAME)}")
+        if task not in fit:
+            parser.error(f"no task is called {task}; there are {', '.join(fit)}")
+    arguments.task = [BY_NAME[name] for name in arguments.task or fit]
     return arguments
 
 
@@ -121,6 +129,7 @@ def describe_machine(settings: Settings) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "processor": _processor(),
         "threads": settings.threads,
+        "device": _device(settings.device),
         "Python": platform.python_version(),
     }
     for distribution in DISTRIBUTIONS:
@@ -138,6 +147,14 @@ def _processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _device(name: str) -> str:
+    """A GPU by the name that its maker gives it."""
+    if name == "cpu":
+        return name
+    asked = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def as_json(measured: Measured) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.benchmarks.measure import Bench, Measured, Run, Tool, command_of, last_line
+from tests.benchmarks.measure import Bench, Measured, Run, Tool, last_line
 from tests.benchmarks.tasks import EIGEN, PAIRS, PAIRS_TOLERANCE, PRODUCT
 
 
@@ -33,7 +33,7 @@ class EigenBench(Bench):
 
     def _peer(self, tool: Tool, first: bool) -> None:
         arguments = self.problem | {"peer": tool.name, "output": str(self._pairs(tool))}
-        spent = self._process(command_of("eigen", arguments))
+        spent = self._process(self._command_of("eigen", arguments))
         facts = last_line(spent.text)
         tool.runs.append(Run(spent.seconds, facts["seconds"], 0.0, spent.peak, spent.processor))
         tool.products = facts["products"]
@@ -65,7 +65,7 @@ class ProductBench(Bench):
 
     def _product(self, tool: Tool) -> float:
         """Times products beside gradients; returns the seconds of one gradient."""
-        spent = self._process(command_of("product", self.problem | {"peer": tool.name}))
+        spent = self._process(self._command_of("product", self.problem | {"peer": tool.name}))
         facts = last_line(spent.text)
         tool.runs.append(Run(spent.seconds, facts["seconds"], 0.0, spent.peak, spent.processor))
         tool.gradients.append(facts["gradients"])

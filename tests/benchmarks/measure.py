@@ -40,6 +40,7 @@ class Settings:
     repeats: int = 5
     toy: bool = False
     threads: int = 1
+    device: str = "cpu"
     limit: float = 60.0  # seconds of a peer's run, beyond which rows are extrapolated
     peers: tuple[str, ...] = ()  # only these; empty: the task's
 
@@ -250,6 +251,7 @@ class Bench:
             *(sys.executable, "-m", "hesscli", "compute", *self.files.values()),
             *("--blocks", self.task.blocks, "--output", str(self.output)),
             *("--stats", "none", "--threads", str(self.settings.threads), "--json"),
+            *("--device", self.settings.device),
         ]
         if measured.estimate is None:
             planned = json.loads(self._process([*command, "--dry-run"]).text)
@@ -270,7 +272,7 @@ class Bench:
             "limit": self.settings.limit,
         }
         try:
-            spent = self._process(command_of("run", arguments))
+            spent = self._process(self._command_of("run", arguments))
             facts = last_line(spent.text)
             missing = facts["missing"]
             whole, inside = spent.seconds + missing, facts["seconds"] + missing
@@ -283,7 +285,11 @@ class Bench:
             output.unlink(missing_ok=True)
 
     def _job(self, job: str, **arguments: Any) -> dict[str, Any]:
-        return last_line(self._process(command_of(job, arguments)).text)
+        return last_line(self._process(self._command_of(job, arguments)).text)
+
+    def _command_of(self, job: str, arguments: dict[str, Any]) -> list[str]:
+        words = (self.settings.device, job, json.dumps(arguments))
+        return [sys.executable, "-m", "tests.benchmarks.job", *words]
 
     def _process(self, command: Sequence[str]) -> _Spent:
         """Runs one process to its end.
@@ -312,10 +318,6 @@ class Bench:
             raise FailedError(_reason(child.returncode, err.read_text(errors="replace"), limit))
         peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return _Spent(seconds, usage.ru_utime + usage.ru_stime, peak, out.read_text())
-
-
-def command_of(job: str, arguments: dict[str, Any]) -> list[str]:
-    return [sys.executable, "-m", "tests.benchmarks.job", job, json.dumps(arguments)]
 
 
 def last_line(text: str) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def load(task: str, toy: bool, model: Path, data: Path) -> Problem:
     blank = build(task, toy)
     blank.module.load_state_dict(torch.jit.load(model).state_dict())
     with np.load(data) as arrays:
-        inputs, target = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])
+        inputs, target = torch.tensor(arrays["x"]), torch.tensor(arrays["y"])
     return Problem(blank.module, inputs, target, blank.loss)
 
 

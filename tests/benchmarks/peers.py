@@ -120,7 +120,7 @@ def pyhessian(problem: Problem, names: Sequence[str]) -> Rows:
     from pyhessian.utils import hessian_vector_product
 
     data = (problem.inputs, problem.target)
-    computer = hessian(problem.module, problem.loss, data=data, cuda=False)
+    computer = hessian(problem.module, problem.loss, data=data, cuda=problem.inputs.is_cuda)
     if len(computer.params) != len(names):
         raise ValueError("PyHessian takes all parameters")
 

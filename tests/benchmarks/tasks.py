@@ -104,6 +104,15 @@ TASKS = (
         (Goal("vmap-jvp-grad", 8, 16), Goal("curvlinops", 50, 100)),
     ),
     Task(
+        "full-wide",
+        "full, tanh MLP 128-160-96-10, P = 37066, B = 2048",
+        "mlp",
+        _mlp(2048, 128, 160, 96, 10),
+        TOY_MLP,
+        "full",
+        ("vmap-jvp-grad",),
+    ),
+    Task(
         "full-residual",
         "full, residual + LayerNorm + GELU, P = 6814, B = 512",
         "residual",
