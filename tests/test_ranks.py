@@ -271,12 +271,15 @@ def test_a_dead_rank_ends_the_job(net, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dies", [0, 1])
 def test_what_the_other_rank_says(net, tmp_path, dies):
-    """Under a launcher that only sets the environment, the one that is left ends by itself."""
+    """Under a launcher that only sets the environment, the one that is left ends by itself.
+
+    It says how many share the machine, and with it a GPU, if there is one.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"OMP_NUM_THREADS": "1", "DIES": str(dies)}
+    shared |= {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "DIES": str(dies)}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", DYING, "eigen", *map(str, net), "-o", "e.safetensors"],
