@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import problem_of
+from oracles import relative_error
+from problems import blocks_of, compute_blocks, problem_of
 from torch import Tensor, nn
 
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Along, Certificate
 from hesscli.hessian.check_curvature import certificate
+from hesscli.hessian.differences import Differences
 from hesscli.hessian.operator import Products
 from hesscli.hessian.problem import Problem
+from hesscli.hessian.routes.finite_difference import FiniteDifference
 
 
 class Between(nn.Module):
@@ -180,3 +183,60 @@ def test_the_hessian_is_no_gauss_newton_matrix():
         for claimed in ("hessian", "ggn"):
             checked = certificate(problem, torch.float32, 0, claimed)
             assert checked.passed(checked.matrix(block, matrix)) == (claimed == curvature)
+
+
+class Distances(nn.Module):
+    """No second derivative, and ReLUs whose biases are zero, so that an image's empty border lies at every corner."""
+
+    def __init__(self, written_out: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3, padding=1)
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+        self.head = nn.Linear(3, 2)
+        self.centres = nn.Parameter(torch.tensor([[0.3, -0.2], [-1.0, 0.5]]))
+        self.written_out = written_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.head(F.relu(self.conv(x)).square().mean((2, 3)))
+        if not self.written_out:
+            return torch.cdist(z, self.centres)
+        return (z.unsqueeze(1) - self.centres).square().sum(2).sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_without_second_derivatives(dtype: torch.dtype) -> None:
+    x = torch.zeros(12, 1, 24, 24, dtype=torch.float64)
+    x[:, :, 6:18, 6:18] = torch.randn(12, 1, 12, 12, generator=torch.Generator().manual_seed(1))
+    y = torch.rand(12, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def posed(written_out: bool, dtype: torch.dtype) -> Problem:
+        torch.manual_seed(0)
+        return problem_of(Distances(written_out), (x,), y, "mse", batch_size=5, dtype=dtype)
+
+    truth = oracle(posed(True, torch.float64))
+    problem = posed(False, dtype)
+    tolerance = 1e-7 if dtype == torch.float64 else 1e-2
+    (block,) = blocks_of(problem, "full")
+    found = compute_blocks(FiniteDifference(problem), [block])["hessian"]
+    assert relative_error(found, truth) < tolerance
+    products = Differences(problem)
+    v = torch.linspace(-1, 1, products.size, dtype=torch.float64).flip(0).sin()
+    assert relative_error(products(v), truth @ v) < tolerance
+
+
+def oracle(problem: Problem) -> Tensor:
+    """[P, P] by `torch.autograd.functional.hessian`."""
+    names = list(problem.parameters)
+    leaves = [p.detach() for p in problem.parameters.values()]
+    sizes = [leaf.numel() for leaf in leaves]
+
+    def loss(theta: Tensor) -> Tensor:
+        parts = theta.split(sizes)
+        given = {n: p.view_as(leaf) for n, p, leaf in zip(names, parts, leaves, strict=True)}
+        total = theta.new_zeros(())
+        for batch in problem.batches:
+            output = torch.func.functional_call(problem.module, given, batch.inputs)
+            total = total + (output - batch.target).square().sum()
+        return total / problem.denominator
+
+    return torch.autograd.functional.hessian(loss, torch.cat([p.reshape(-1) for p in leaves]))

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 
 def batched_grad(
-    output: Tensor, inputs: Sequence[Tensor], seeds: Tensor
+    output: Tensor | GradientEdge, inputs: Sequence[Tensor], seeds: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The vector-Jacobian products of all seeds in one pass: seeds [k, *output.shape] -> [k, *input.shape] each.
 
@@ -36,7 +37,7 @@ def batched_grad(
 
 
 def seeded_grad(
-    output: Tensor, inputs: Sequence[Tensor], seed: Tensor
+    output: Tensor | GradientEdge, inputs: Sequence[Tensor], seed: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The same for one seed [*output.shape] -> [*input.shape] each, and as soon."""
     try:

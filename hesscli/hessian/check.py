@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.kinks import Kinks
+from hesscli.hessian.kinks import held_difference
 from hesscli.hessian.problem import Problem
 
 KIND = "differences of gradients"
@@ -213,19 +213,11 @@ class Along:
     def held_quotient(self, step: float) -> Tensor | None:
         """The quotient of gradients that have all their kinks where they are at theta, batch by batch."""
         total = torch.zeros_like(self.direction)
-        for batch in self.problem.batches:
-            one = replace(self, problem=replace(self.problem, batches=[batch]))
-            kinks = Kinks()
-            with kinks:
-                one.gradient(0.0)
-            if not kinks.sides:
+        for problem in self.problem.by_batch():
+            difference = held_difference(replace(self, problem=problem).gradient, step)
+            if difference is None:
                 return None
-            with kinks.held():
-                total += one.gradient(step)
-            with kinks.held():
-                total -= one.gradient(-step)
-            if kinks.lost:
-                return None
+            total += difference
         return total / (2 * step * self.typical())
 
     def _distance(self, quotient: Tensor) -> tuple[float, float]:

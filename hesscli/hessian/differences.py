@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from hesscli.hessian.operator import Flat
 from hesscli.hessian.problem import Problem
+from hesscli.hessian.quotients import Quotients
 
 
 class Differences(Flat):
     """H v by central differences of gradients, where PyTorch lacks a second derivative.
 
-    `(g(theta + h v) - g(theta - h v)) / 2h`, extrapolated from steps h and h/2; smaller ones where a kink lies between.
+    `(g(theta + h v) - g(theta - h v)) / 2h`, batch by batch, extrapolated (see `quotients.py`).
 
     Args:
         problem: in float64, if the model runs in it.
@@ -20,35 +23,29 @@ class Differences(Flat):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        double = problem.dtype == torch.float64
-        self.steps = (1e-4, 1e-5, 1e-6) if double else (3e-2, 3e-3)
-        self.agreement = 1e-6 if double else 1e-2
+        self.quotient = Quotients(problem.dtype, holds=problem.runs_here)
 
     def __call__(self, vectors: Tensor) -> Tensor:
         if vectors.dim() == 2:
             return torch.stack([self(v) for v in vectors])
         self.count += 1
         norm = float(torch.linalg.norm(vectors))
+        total = torch.zeros(self.size, dtype=self.problem.dtype, device=vectors.device)
         if not norm:
-            return torch.zeros_like(vectors)
+            return total.to(vectors.dtype)
         direction = vectors.to(self.problem.dtype) / norm
         scale = max(1.0, float(sum(leaf.detach().square().sum() for leaf in self.leaves)) ** 0.5)
-        for step in self.steps:
-            h = step * scale
-            coarse, fine = self._central(direction, h), self._central(direction, h / 2)
-            if torch.linalg.norm(fine - coarse) <= self.agreement * torch.linalg.norm(fine):
-                break
-        return ((4 * fine - coarse) * (norm / 3)).to(vectors.dtype)
+        for problem in self.problem.by_batch():
+            total += self.quotient(partial(self._gradient, problem, direction), scale)
+        return (total * norm).to(vectors.dtype)
 
-    def _central(self, direction: Tensor, h: float) -> Tensor:
-        return (self._gradient(direction, h) - self._gradient(direction, -h)) / (2 * h)
-
-    def _gradient(self, direction: Tensor, h: float) -> Tensor:
+    def _gradient(self, problem: Problem, direction: Tensor, h: float) -> Tensor:
+        """A part's gradient at theta + h v."""
         values = [leaf.detach().clone() for leaf in self.leaves]
         try:
             for leaf, part in zip(self.leaves, direction.split(self.sizes), strict=True):
                 leaf.data.add_(part.view_as(leaf), alpha=h)
-            return self.gradient()
+            return torch.cat([g.reshape(-1) for g in problem.gradient(self.names).values()])
         finally:
             for leaf, value in zip(self.leaves, values, strict=True):
                 leaf.data.copy_(value)

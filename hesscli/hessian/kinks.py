@@ -129,6 +129,25 @@ class Kinks(Watcher):
         return first
 
 
+def held_difference(gradient: Callable[[float], Tensor], h: float) -> Tensor | None:
+    """g(h) - g(-h) with every kink on the side where it is at 0; None where there is none, or where it cannot be held.
+
+    Args:
+        gradient: makes the same calls each time.
+        h: the step.
+    """
+    kinks = Kinks()
+    with kinks:
+        gradient(0.0)
+    if not kinks.sides:
+        return None
+    with kinks.held():
+        ahead = gradient(h)
+    with kinks.held():
+        behind = gradient(-h)
+    return None if kinks.lost else ahead - behind
+
+
 def _numbers(*corners: tuple[Any, bool]) -> list[Corner]:
     """Those that there are, unless they are tensors."""
     return [(at, below) for at, below in corners if isinstance(at, (int, float))]

@@ -17,10 +17,10 @@ there is no second way.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from hesscli.errors import MismatchError
 from hesscli.hessian.autodiff import batched_grad, seeded_grad
@@ -38,7 +38,8 @@ _GRAPHS = 3  # a kept graph holds about this many times what a forward pass save
 _ROWS = 32  # vectors that share one pass
 _TILE = 1 << 15  # columns of a product that are added to the sum at a time, in the cache
 
-Linear = Callable[[Tensor], Tensor]  # [P] -> [P], or [k, P] -> [k, P]
+Linear = Callable[[Tensor], Tensor]  # [*output.shape] -> the same, or of k of them
+Row = Sequence[Tensor]  # [P], or [k, P], parameter after parameter
 
 
 def demand(problem: Problem, curvature: str, analyses: Analyses) -> None:
@@ -124,7 +125,7 @@ class Products(Flat):
         self.curvature, self.rows = curvature, max(1, min(rows, _ROWS))
         if not proven:
             demand(problem, curvature, Analyses(problem))
-        self.kept: dict[int, Linear] = {}
+        self.kept: dict[int, Callable[[Tensor], Row]] = {}
         self.keeps = self._that_fit(memory)
 
     def __call__(self, vectors: Tensor) -> Tensor:
@@ -139,12 +140,14 @@ class Products(Flat):
 
     def _sum(self, vectors: Tensor) -> Tensor:
         if len(self.problem.batches) == 1:
-            return self._linear(0)(vectors).detach()
+            return torch.cat(list(self._linear(0)(vectors)), -1).detach()
         total = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
+        sums = total.split(self.sizes, -1)
 
-        def add(part: Tensor) -> None:
-            for mine, more in zip(total.split(_TILE, -1), part.split(_TILE, -1), strict=True):
-                mine += more
+        def add(row: Row) -> None:
+            for mine, more in zip(sums, row, strict=True):
+                for a, b in zip(mine.split(_TILE, -1), more.split(_TILE, -1), strict=True):
+                    a += b
 
         linear = [self._linear(index) for index in range(self.keeps)]
         threads = workers(vectors.device, self.keeps)
@@ -163,7 +166,7 @@ class Products(Flat):
             count += 1
         return max(count, len(self.problem.batches) == 1)  # one is needed at a time anyway
 
-    def _linear(self, index: int) -> Linear:
+    def _linear(self, index: int) -> Callable[[Tensor], Row]:
         if index in self.kept:
             return self.kept[index]
         batch = self.problem.batches[index]
@@ -176,29 +179,32 @@ class Products(Flat):
             self.kept[index] = made
         return made
 
-    def _hessian(self, batch: Batch) -> Linear:
+    def _hessian(self, batch: Batch) -> Callable[[Tensor], Row]:
         value = self.problem.value(batch)
         if not value.requires_grad:
-            return torch.zeros_like
+            return self._zeros
         grads = torch.autograd.grad(value, self.leaves, create_graph=True, allow_unused=True)
         return self._transposed(self._joined(grads))
 
-    def _output(self, batch: Batch) -> Linear:
+    def _output(self, batch: Batch) -> Callable[[Tensor], Row]:
         """v -> J^T M J v. J v is the derivative of J^T u, which is linear in u, along v."""
         output = self.problem.output(batch)
         if not output.requires_grad:
-            return torch.zeros_like
+            return self._zeros
         u = torch.zeros_like(output, requires_grad=True)
         pulled = torch.autograd.grad(output, self.leaves, u, create_graph=True, allow_unused=True)
         forward = _pull(self._joined(pulled), [u])
         middle = _middle(self.problem, batch, output.detach(), self.curvature)
         backward = self._transposed(output)
 
-        def multiply(vectors: Tensor) -> Tensor:
+        def multiply(vectors: Tensor) -> Row:
             (along,) = forward(vectors)
-            return torch.zeros_like(vectors) if along is None else backward(middle(along))
+            return self._zeros(vectors) if along is None else backward(middle(along))
 
         return multiply
+
+    def _zeros(self, vectors: Tensor) -> Row:
+        return torch.zeros_like(vectors).split(self.sizes, -1)
 
     def _joined(self, grads: Sequence[Tensor | None]) -> Tensor:
         return torch.cat(
@@ -208,23 +214,18 @@ class Products(Flat):
             ]
         )
 
-    def _transposed(self, value: Tensor) -> Linear:
-        """seed [*value.shape] -> (d value / d theta)^T seed [P], and the same for each of k seeds."""
-        if not value.requires_grad:
-            return lambda seeds: seeds.new_zeros(
-                *seeds.shape[: seeds.dim() - value.dim()], self.size
-            )
-        pull = _pull(value, self.leaves)
+    def _transposed(self, value: Tensor) -> Callable[[Tensor], Row]:
+        """seed [*value.shape] -> (d value / d theta)^T seed, and the same for each of k seeds."""
+        dim = value.dim()
+        pull = _pull(value, self.leaves) if value.requires_grad else None
 
-        def multiply(seeds: Tensor) -> Tensor:
-            batch = seeds.shape[: seeds.dim() - value.dim()]
-            return torch.cat(
-                [
-                    seeds.new_zeros(*batch, size) if part is None else part.reshape(*batch, size)
-                    for part, size in zip(pull(seeds), self.sizes, strict=True)
-                ],
-                -1,
-            )
+        def multiply(seeds: Tensor) -> Row:
+            batch = seeds.shape[: seeds.dim() - dim]
+            found = [None] * len(self.sizes) if pull is None else pull(seeds)
+            return [
+                seeds.new_zeros(*batch, size) if part is None else part.reshape(*batch, size)
+                for part, size in zip(found, self.sizes, strict=True)
+            ]
 
         return multiply
 
@@ -256,20 +257,21 @@ def _middle(problem: Problem, batch: Batch, output: Tensor, curvature: str) -> L
     return curve
 
 
-@dataclass
 class _pull:  # noqa: N801 - a function that remembers
     """seeds -> the vector-Jacobian products of a value; one seed, or a block of them with an axis in front."""
 
-    value: Tensor
-    inputs: Sequence[Tensor]
-    batched: bool = True  # until an operator turns out to have no batching rule
+    def __init__(self, value: Tensor, inputs: Sequence[Tensor]) -> None:
+        # Where its graph begins, not the value itself: P numbers for each batch.
+        self.edge, self.dim = get_gradient_edge(value), value.dim()
+        self.inputs = inputs
+        self.batched = True  # until an operator turns out to have no batching rule
 
     def __call__(self, seeds: Tensor) -> tuple[Tensor | None, ...]:
-        if seeds.dim() == self.value.dim():
+        if seeds.dim() == self.dim:
             return self._one(seeds)
         if self.batched and len(seeds) > 1:
             try:
-                return batched_grad(self.value, self.inputs, seeds)
+                return batched_grad(self.edge, self.inputs, seeds)
             except RuntimeError as error:
                 if is_missing_derivative(error) or isinstance(error, torch.OutOfMemoryError):
                     raise explained(error) from error
@@ -282,6 +284,6 @@ class _pull:  # noqa: N801 - a function that remembers
 
     def _one(self, seed: Tensor) -> tuple[Tensor | None, ...]:
         try:
-            return seeded_grad(self.value, self.inputs, seed)
+            return seeded_grad(self.edge, self.inputs, seed)
         except (RuntimeError, NotImplementedError) as error:
             raise explained(error) from error

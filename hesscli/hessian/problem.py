@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,8 @@ class Problem:
     train: bool = False
     wide: bool = False
 
+    runs_here: ClassVar[bool] = True  # whether this process makes all passes
+
     @property
     def dtype(self) -> torch.dtype:
         return next(iter(self.parameters.values())).dtype
@@ -139,6 +142,10 @@ class Problem:
                 if grad is not None:
                     total += grad
         return dict(zip(names, sums, strict=True))
+
+    def by_batch(self) -> Iterator[Problem]:
+        """The problem in parts that add up to it."""
+        return (replace(self, batches=[batch]) for batch in self.batches)
 
     def widened(self) -> Problem:
         """The problem in float64 throughout, if that is its dtype and the module computes parts of it in float32."""
@@ -320,15 +327,15 @@ def saved_bytes(problem: Problem, batch: Batch, forward: Callable[[Batch], Tenso
     own = {p.untyped_storage().data_ptr() for p in problem.module.parameters()}
     seen: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def note(tensor: Tensor) -> Any:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             size = (
                 tensor.numel() * tensor.itemsize
             )  # not the storage's: a batch is a view of all data
             seen[storage.data_ptr()] = max(size, seen.get(storage.data_ptr(), 0))
-        return tensor
+        # Keeps nothing: an operator's own output would keep the operator, and that the output, for ever.
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
         forward(batch)
     return sum(seen.values())

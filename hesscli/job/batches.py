@@ -20,6 +20,9 @@ from hesscli.job.team import ranks_here
 
 _EACH = 2  # batches of each thread, where they are worked on side by side
 _WORTH = 1 << 21  # bytes that a batch's pass keeps at least, to be worth one
+_ENOUGH = (
+    1 << 23
+)  # and at most, or half of the parameters' bytes: each batch makes a vector of their size
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,8 @@ def split(
         free //= ranks_here()
     sizes = choose_sizes(samples, saved, size, problem.dtype.itemsize, free)
     if side_by_side and problem.device.type == "cpu":
-        sizes = replace(sizes, batch=min(sizes.batch, _for_threads(samples, saved)))
+        enough = max(_ENOUGH, size * problem.dtype.itemsize // 2)
+        sizes = replace(sizes, batch=min(sizes.batch, _for_threads(samples, saved, enough)))
     batch, bounds = options.batch_size or sizes.batch, None
     if model.batch_size is not None:
         batch = model.batch_size
@@ -159,11 +163,15 @@ def split(
     return replace(problem, batches=_batches(source, bounds, parts)), Sizes(batch, sizes.chunk)
 
 
-def _for_threads(samples: int, saved: int) -> int:
-    """Samples per batch, so that each thread has some batches; `saved` bytes of a sample's forward pass are kept."""
+def _for_threads(samples: int, saved: int, enough: int) -> int:
+    """Samples per batch, so that each thread has some batches, and what all threads hold at once stays small.
+
+    `saved` bytes of a sample's forward pass are kept, and `enough` are of a batch's.
+    """
     threads = torch.get_num_threads()
-    count = min(_EACH * threads, samples * saved // _WORTH) if threads > 1 else 1
-    return -(-samples // max(1, count))
+    few = min(_EACH * threads, samples * saved // _WORTH) if threads > 1 else 1
+    many = -(-samples * saved // (enough * threads)) * threads
+    return -(-samples // max(1, few, many))
 
 
 def _even(samples: int, most: int, parts: int) -> tuple[int, list[int]]:

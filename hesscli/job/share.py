@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -266,6 +266,8 @@ class SharedProblem(Problem):
     share: Share | None = None
     source: int = 0
 
+    runs_here: ClassVar[bool] = False
+
     @classmethod
     def of(cls, problem: Problem, share: Share, source: int = 0) -> SharedProblem:
         plain = {f.name: getattr(problem, f.name) for f in fields(Problem)}
@@ -283,6 +285,9 @@ class SharedProblem(Problem):
         return {
             name: part.view_as(leaf) for name, part, leaf in zip(names, found, leaves, strict=True)
         }
+
+    def by_batch(self) -> Iterator[Problem]:
+        return iter((self,))
 
     def double(self) -> Problem | None:
         assert self.share is not None

@@ -306,8 +306,9 @@ class Lanczos:
         return False
 
     def _found(self, interrupted: bool) -> Found:
+        """The wanted pairs; they take the place of the basis."""
         best = self._wanted()
-        vectors = self.basis.new_empty(len(best), self.size)
+        vectors = self.basis[: len(best)]
         self._rotate(self.columns[:, best], self.basis[: self.count], vectors)
         converged = self._excess(best) <= 1
         residuals = np.maximum(self.residuals[best], self._rounding() / 32)

@@ -1,7 +1,6 @@
 """Central differences of gradients: for operators that PyTorch cannot differentiate twice.
 
-Column i of a block is `(g(theta + h e_i) - g(theta - h e_i)) / 2h`, extrapolated from steps h and h/2 (error h^4). A
-step that crosses a kink makes the two disagree; a smaller one is tried then.
+Column i of a block is `(g(theta + h e_i) - g(theta - h e_i)) / 2h`, extrapolated (see `quotients.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch import Tensor
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.layout import Layout
 from hesscli.hessian.problem import Batch, Problem, is_missing_derivative
+from hesscli.hessian.quotients import Quotients
 from hesscli.hessian.routes.base import NotApplicable, Rows
 
 
@@ -28,9 +28,7 @@ class FiniteDifference:
             problem: what is differentiated, in float64 if the model allows.
         """
         self.problem = problem
-        double = problem.dtype == torch.float64
-        self.steps = (1e-4, 1e-5, 1e-6, 1e-7) if double else (3e-2, 3e-3)
-        self.agreement = 1e-6 if double else 1e-2
+        self.quotient = Quotients(problem.dtype)
 
     def shrink(self) -> bool:
         return False
@@ -68,15 +66,7 @@ class FiniteDifference:
             finally:
                 element.copy_(value)
 
-        def central(step: float) -> Tensor:
-            return (gradient(step) - gradient(-step)) / (2 * step)
-
-        scale = max(1.0, float(value.abs()))
-        for step in self.steps:
-            coarse, fine = central(step * scale), central(step * scale / 2)
-            if torch.linalg.norm(fine - coarse) <= self.agreement * torch.linalg.norm(fine):
-                break
-        return (4 * fine - coarse) / 3
+        return self.quotient(gradient, max(1.0, float(value.abs())))
 
     def _gradient(self, batch: Batch, block: Block) -> Tensor:
         leaves = [self.problem.parameters[name] for name in block.parameters]
