@@ -328,7 +328,7 @@ class Lanczos:
         expected = (c * torch.from_numpy(found.values).to(c)) @ found.vectors
         y = self.columns[:, best] @ signs.numpy()
         expected += float(self.coupling @ y) * self.pending
-        beyond = float((product - expected).double().square().sum())
+        beyond = float(torch.linalg.vector_norm(product.sub_(expected), dtype=torch.float64)) ** 2
         left = float(y @ self.R[: self.count, : self.count] @ y)
         error = (max(0.0, beyond - left) / len(best)) ** 0.5
         residuals = found.residuals + error
