@@ -240,3 +240,34 @@ def oracle(problem: Problem) -> Tensor:
         return total / problem.denominator
 
     return torch.autograd.functional.hessian(loss, torch.cat([p.reshape(-1) for p in leaves]))
+
+
+def test_kinks_are_held_where_float32_has_them():
+    """A unit whose sum float32 rounds across its corner: the product in float32 is that of the piece it is on."""
+    torch.manual_seed(0)
+    module = Between(F.relu).float()
+    x, y = torch.randn(12, 4), torch.randn(12, 2)
+    for sample in range(
+        12
+    ):  # until float32's rounding of unit 5 is to the other side of its corner
+        with torch.no_grad():
+            z = x[sample].double() @ module.a.weight[5].double()
+            module.a.bias[5] = -z.float()
+            exact = float(z + module.a.bias[5].double())
+            rounded = float(module.a(x)[sample, 5])
+        if (exact > 0) != (rounded > 0):
+            break
+    else:
+        pytest.fail("float32 rounds nothing here")
+    narrow = problem_of(module, (x,), y, "mse", dtype=torch.float32)
+    wide = narrow.double()
+    assert wide is not None
+    (block,) = blocks_of(narrow, "full")
+    certificate = Certificate(wide, torch.float32, 0)
+    v = certificate.direction(block)
+    product = Products(narrow)(v.float()).double()
+    along = certificate.along(block, v, slice(None), product, float(product.norm()))
+    errors = [found / size for found, size in map(along.compare_narrow, (1e-5, 1e-4))]
+    errors += [found / size for found, size in map(along.compare_held, (1e-5, 1e-4))]
+    assert max(errors[:2]) < 1e-6
+    assert min(errors[2:]) > 1e-3

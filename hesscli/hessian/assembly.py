@@ -14,10 +14,8 @@ from hesscli.hessian.uses import Use
 from hesscli.hessian.workers import side_by_side, workers
 
 WORKSPACE = 1 << 25  # numbers that one chunk of directions may make
-_CACHED = (
-    1 << 21
-)  # numbers of samples' gradients that stay in a CPU's cache until they are multiplied
-_HELD = 1 << 27  # and that a GPU, which wants large products, holds
+_CACHED = 1 << 21  # numbers of samples' gradients that a CPU's cache keeps until multiplied
+_HELD = 1 << 26  # and that a GPU, which wants large products, holds
 _FEWEST = 128  # samples multiplied at once; a product over fewer runs far below the machine's rate
 
 

@@ -51,8 +51,9 @@ class AlongOutput(Along):
     def quotient(self, step: float) -> Tensor:
         leaves, h = self.leaves(), step * self.typical()
         total = torch.zeros_like(self.direction)
-        for batch in self.problem.batches:
-            ahead, behind = self._outputs(batch, step)
+        for problem in self.problem.by_batch():
+            (batch,) = problem.batches
+            ahead, behind = self._outputs(problem, step)
             along = (ahead - behind) / (2 * h)
             f = self.problem.output(batch)
             if not f.requires_grad:
@@ -67,15 +68,17 @@ class AlongOutput(Along):
             )
         return total
 
-    def held_quotient(self, step: float) -> None:
+    def held_quotient(self, step: float, narrow: bool = False) -> None:
         """None: `quotient` keeps the kinks already, and differences of gradients are the Hessian's."""
 
     @torch.no_grad()
-    def _outputs(self, batch: Batch, step: float) -> tuple[Tensor, Tensor]:
-        """f(theta + step v) and f(theta - step v), where they can with every kink as it is at theta."""
+    def _outputs(self, problem: Problem, step: float) -> tuple[Tensor, Tensor]:
+        """f(theta + step v) and f(theta - step v), where they can with every kink as it is at theta, for the result."""
+        at = problem.narrow or problem
+        (batch,) = problem.batches
         kinks = Kinks()
         with kinks:
-            self.problem.output(batch)
+            at.output(at.batches[0])
         for mode in (kinks.held, nullcontext):
             with self.moved(step), mode():
                 ahead = self.problem.output(batch)

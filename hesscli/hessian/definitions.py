@@ -227,9 +227,10 @@ def _instance_norm_of_contiguous_gradients(
     return y
 
 
-def _weight_norm_of_all_digits(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+def _weight_norm_of_all_digits(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     """PyTorch's own, as it computes it where it has no kernel: CUDA's keeps seven digits of float64."""
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    norm = torch.norm_except_dim(v, 2, dim)
+    return v * (g / norm), norm
 
 
 @contextmanager
@@ -238,7 +239,8 @@ def right_gradients() -> Iterator[None]:
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("instance_norm", _instance_norm_of_contiguous_gradients, _CPU)
         for key in _GPUS:
-            library.impl("_weight_norm", _weight_norm_of_all_digits, key)
+            library.impl("_weight_norm", lambda *x: _weight_norm_of_all_digits(*x)[0], key)
+            library.impl("_weight_norm_interface", _weight_norm_of_all_digits, key)
             for operator, definition in STEP_BY_STEP.items():
                 library.impl(operator, definition, key)
         yield

@@ -123,22 +123,27 @@ class Kinks(Watcher):
             self.sides.append(value)
             return value
         first = next(self._left, None)
+        if first is not None and first.is_floating_point() and value.is_floating_point():
+            first = first.to(value.dtype)
         if first is None or first.shape != value.shape or first.dtype != value.dtype:
             self.lost = True
             return value
         return first
 
 
-def held_difference(gradient: Callable[[float], Tensor], h: float) -> Tensor | None:
+def held_difference(
+    gradient: Callable[[float], Tensor], h: float, first: Callable[[], object] | None = None
+) -> Tensor | None:
     """g(h) - g(-h) with every kink on the side where it is at 0; None where there is none, or where it cannot be held.
 
     Args:
         gradient: makes the same calls each time.
         h: the step.
+        first: a pass with these calls at 0, whose sides count; by default the gradient's own.
     """
     kinks = Kinks()
     with kinks:
-        gradient(0.0)
+        first() if first is not None else gradient(0.0)
     if not kinks.sides:
         return None
     with kinks.held():

@@ -73,6 +73,7 @@ class Problem:
         output_key: which entry of a dict or tuple that the module returns is its output.
         train: the module is in train mode; its buffers are restored after each forward pass.
         wide: what the module itself computes in float32, whatever its dtype, is computed in float64.
+        narrow: the problem that this is a copy of, in another dtype.
     """
 
     module: nn.Module
@@ -83,6 +84,7 @@ class Problem:
     output_key: str | None = None
     train: bool = False
     wide: bool = False
+    narrow: Problem | None = None
 
     runs_here: ClassVar[bool] = True  # whether this process makes all passes
 
@@ -145,7 +147,9 @@ class Problem:
 
     def by_batch(self) -> Iterator[Problem]:
         """The problem in parts that add up to it."""
-        return (replace(self, batches=[batch]) for batch in self.batches)
+        for index, batch in enumerate(self.batches):
+            narrow = self.narrow and replace(self.narrow, batches=[self.narrow.batches[index]])
+            yield replace(self, batches=[batch], narrow=narrow)
 
     def widened(self) -> Problem:
         """The problem in float64 throughout, if that is its dtype and the module computes parts of it in float32."""
@@ -169,6 +173,7 @@ class Problem:
                 module=module,
                 parameters={name: named[name].requires_grad_() for name in self.parameters},
                 batches=_doubled(self.batches),
+                narrow=None if self.dtype == torch.float64 else self,
             )
             twin = twin.widened()
             with torch.no_grad():

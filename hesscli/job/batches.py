@@ -20,9 +20,7 @@ from hesscli.job.team import ranks_here
 
 _EACH = 2  # batches of each thread, where they are worked on side by side
 _WORTH = 1 << 21  # bytes that a batch's pass keeps at least, to be worth one
-_ENOUGH = (
-    1 << 23
-)  # and at most, or half of the parameters' bytes: each batch makes a vector of their size
+_ENOUGH = 1 << 23  # and at most, or half of the parameters' bytes: it makes a vector of theirs
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class Quotient:
     block: Block
     step: float
     curvature: str
+    narrow: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,8 @@ class Share:
         """The problem with this process's share of the batches."""
         rank, size, batches = self.team.rank, self.team.size, problem.batches
         first, stop = (len(batches) * place // size for place in (rank, rank + 1))
-        return replace(problem, batches=Batches(stop - first, lambda i: batches[first + i]))
+        mine = Batches(stop - first, lambda i: batches[first + i])
+        return replace(problem, batches=mine, narrow=problem.narrow and self.own(problem.narrow))
 
     def totals(self, total: float, denominator: float) -> tuple[float, float]:
         """The sums of both over all processes, the same bits on each."""
@@ -226,7 +228,7 @@ class Share:
         if isinstance(what, Quotient):
             whole = (problem, what.block, tensor, slice(None), tensor, 0.0)
             if what.curvature == "hessian":
-                held = Along(*whole).held_quotient(what.step)
+                held = Along(*whole).held_quotient(what.step, what.narrow)
                 return torch.full_like(tensor, torch.nan) if held is None else held
             return AlongOutput(*whole, what.curvature == "fisher").quotient(what.step)
         key = replace(question, shape=())
@@ -330,9 +332,9 @@ class _SharedCertificate(Certificate):
 class _SharedAlong(Along):
     """Its gradients are the problem's, which are sums over all processes."""
 
-    def held_quotient(self, step: float) -> Tensor | None:
+    def held_quotient(self, step: float, narrow: bool = False) -> Tensor | None:
         assert isinstance(self.problem, SharedProblem)
-        held = self.problem.ask(Quotient(self.block, step, "hessian"), self.direction)
+        held = self.problem.ask(Quotient(self.block, step, "hessian", narrow), self.direction)
         return None if bool(held.isnan().any()) else held
 
 

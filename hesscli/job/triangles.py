@@ -122,9 +122,8 @@ class HeldTriangle(Triangle):
         self.memory = [_pages(room, device), _pages(room, device)]
         self.scratch: Tensor | None = None
         self.stream: torch.cuda.Stream | None = None
-        if device.type != "cpu":
-            self.scratch = torch.empty(longest * layout.size, dtype=self.dtype, device=device)
         if device.type == "cuda":
+            self.scratch = torch.empty(longest * layout.size, dtype=self.dtype, device=device)
             self.stream = torch.cuda.Stream(device)
 
     def put(self, index: int, upper: Tensor) -> None:
