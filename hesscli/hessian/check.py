@@ -8,7 +8,7 @@ operator replaced, in float64 where the module can run in it. For a random direc
 and for a diagonal, where no product can be had, single entries against the same difference along e_i. A step may cross
 a kink (ReLU) or drown in rounding, so several are tried and the best counts; some of them keep every kink on the side
 where it is at theta (see `kinks.py`). Of millions of units float32 rounds a few across their corner, which a product
-that sums up to little shows in its third digit: kinks are also held where the block's own dtype has them.
+that sums up to little shows in its third digit: kinks are also held where the pass has them that the block is of.
 
 A block in float32 is held to less than what a difference from one side, (g_B(theta + h v) - g_B(theta)) / h, leaves
 out; so that comes first: all blocks share g(theta), and a small step seldom meets a kink.
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.blocks import Block
+from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.kinks import held_difference
 from hesscli.hessian.problem import Problem
 
@@ -214,15 +215,16 @@ class Along:
         return self._distance(self.held_quotient(step))
 
     def compare_narrow(self, step: float) -> tuple[float, float]:
-        """The same with every kink held where it is in the result's own dtype, whose rounding carries some across."""
+        """The same with every kink held where it is in the pass that the result is of, rounding included."""
         return self._distance(self.held_quotient(step, narrow=True))
 
     def held_quotient(self, step: float, narrow: bool = False) -> Tensor | None:
         """The quotient of gradients that have all their kinks where they are at theta, batch by batch."""
         total = torch.zeros_like(self.direction)
         for problem in self.problem.by_batch():
-            at = (problem.narrow if narrow else problem) or problem
-            first = partial(at.gradient, self.block.parameters)
+            first = None
+            if narrow and problem.narrow is not None:
+                first = partial(_pass_of_routes, problem.narrow, self.block.parameters)
             difference = held_difference(replace(self, problem=problem).gradient, step, first)
             if difference is None:
                 return None
@@ -273,3 +275,13 @@ class Along:
     def _parts(self, leaves: Sequence[Tensor]) -> Iterator[Tensor]:
         for part, leaf in zip(self.direction.split(self.block.sizes), leaves, strict=True):
             yield part.view_as(leaf)
+
+
+def _pass_of_routes(problem: Problem, names: Sequence[str]) -> None:
+    """A gradient of one batch by the operators that blocks are made of, which round in their own way."""
+    (batch,) = problem.batches
+    with exact_derivatives():
+        value = problem.value(batch)
+    if value.requires_grad:
+        leaves = [problem.parameters[name] for name in names]
+        torch.autograd.grad(value, leaves, allow_unused=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Along, Certificate
+from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.kinks import Kinks
 from hesscli.hessian.problem import Batch, Problem
 
@@ -74,10 +75,10 @@ class AlongOutput(Along):
     @torch.no_grad()
     def _outputs(self, problem: Problem, step: float) -> tuple[Tensor, Tensor]:
         """f(theta + step v) and f(theta - step v), where they can with every kink as it is at theta, for the result."""
-        at = problem.narrow or problem
         (batch,) = problem.batches
+        at = problem.narrow or problem
         kinks = Kinks()
-        with kinks:
+        with kinks, exact_derivatives():
             at.output(at.batches[0])
         for mode in (kinks.held, nullcontext):
             with self.moved(step), mode():
