@@ -11,7 +11,6 @@ from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
-_ARENA_MAX = -8  # M_ARENA_MAX of glibc's malloc.h
 
 
 def available_memory() -> int:
@@ -99,9 +98,3 @@ def release_memory() -> None:
     """Gives memory that was freed back to the system, where the C library would keep it (glibc)."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def share_memory() -> None:
-    """Lets all threads take from one pool what they free in turn, where each would have its own (glibc)."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)

@@ -7,8 +7,6 @@ import os
 import sys
 from contextlib import suppress
 
-from hesscli.files.resources import share_memory
-
 
 def load_torch() -> None:
     """Imports torch as something that is there to stay.
@@ -18,7 +16,6 @@ def load_torch() -> None:
     """
     if "torch" in sys.modules:
         return
-    share_memory()
     gc.disable()
     import torch  # noqa: F401
 
