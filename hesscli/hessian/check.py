@@ -166,11 +166,12 @@ class Certificate:
             difference, size = along.compare_one_sided(_ONE_SIDED, here)
             if difference <= self.tolerance * size:
                 return difference / size if size else 0.0
-        dtype = self.problem.dtype
-        first, *others = _STEPS[dtype]
-        narrow = [] if self.problem.narrow is None else [along.compare_narrow]
-        held = [(h, each) for each in (*narrow, along.compare_held) for h in _HELD[dtype]]
-        tries = [(first, along.compare), *held, *((step, along.compare) for step in others)]
+        dtype, narrow = self.problem.dtype, []
+        if self.problem.narrow is not None:
+            narrow = [(h, along.compare_narrow) for h in _HELD[dtype]]
+        held = [(h, along.compare_held) for h in _HELD[dtype]]
+        plain = [(h, along.compare) for h in _STEPS[dtype]]
+        tries = [*narrow[:1], *plain[:1], *narrow[1:], *held, *plain[1:]]
         errors: list[float] = []
         differences: dict[float, float] = {}  # the least with each step
         for step, compare in tries:
