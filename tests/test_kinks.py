@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import relative_error
+from oracles import hessian, relative_error
 from problems import blocks_of, compute_blocks, problem_of
 from torch import Tensor, nn
 
@@ -213,7 +213,8 @@ def test_without_second_derivatives(dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         return problem_of(Distances(written_out), (x,), y, "mse", batch_size=5, dtype=dtype)
 
-    truth = oracle(posed(True, torch.float64))
+    written_out = posed(True, torch.float64).module
+    truth = hessian(written_out, F.mse_loss, (x,), y)
     problem = posed(False, dtype)
     tolerance = 1e-7 if dtype == torch.float64 else 1e-2
     (block,) = blocks_of(problem, "full")
@@ -224,32 +225,13 @@ def test_without_second_derivatives(dtype: torch.dtype) -> None:
     assert relative_error(products(v), truth @ v) < tolerance
 
 
-def oracle(problem: Problem) -> Tensor:
-    """[P, P] by `torch.autograd.functional.hessian`."""
-    names = list(problem.parameters)
-    leaves = [p.detach() for p in problem.parameters.values()]
-    sizes = [leaf.numel() for leaf in leaves]
-
-    def loss(theta: Tensor) -> Tensor:
-        parts = theta.split(sizes)
-        given = {n: p.view_as(leaf) for n, p, leaf in zip(names, parts, leaves, strict=True)}
-        total = theta.new_zeros(())
-        for batch in problem.batches:
-            output = torch.func.functional_call(problem.module, given, batch.inputs)
-            total = total + (output - batch.target).square().sum()
-        return total / problem.denominator
-
-    return torch.autograd.functional.hessian(loss, torch.cat([p.reshape(-1) for p in leaves]))
-
-
 def test_kinks_are_held_where_float32_has_them():
     """A unit whose sum float32 rounds across its corner: the product in float32 is that of the piece it is on."""
     torch.manual_seed(0)
     module = Between(F.relu).float()
     x, y = torch.randn(12, 4), torch.randn(12, 2)
-    for sample in range(
-        12
-    ):  # until float32's rounding of unit 5 is to the other side of its corner
+    # Until float32's rounding of unit 5 is to the other side of its corner.
+    for sample in range(12):
         with torch.no_grad():
             z = x[sample].double() @ module.a.weight[5].double()
             module.a.bias[5] = -z.float()

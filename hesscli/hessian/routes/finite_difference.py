@@ -6,6 +6,7 @@ Column i of a block is `(g(theta + h e_i) - g(theta - h e_i)) / 2h`, extrapolate
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -69,24 +70,14 @@ class FiniteDifference:
         return self.quotient(gradient, max(1.0, float(value.abs())))
 
     def _gradient(self, batch: Batch, block: Block) -> Tensor:
-        leaves = [self.problem.parameters[name] for name in block.parameters]
+        one = replace(self.problem, batches=[batch])
         try:
-            value = self.problem.value(batch)
-            grads = (
-                torch.autograd.grad(value, leaves, allow_unused=True)
-                if value.requires_grad
-                else [None] * len(leaves)
-            )
+            grads = one.gradient(block.parameters)
         except (RuntimeError, NotImplementedError) as error:
             if is_missing_derivative(error):
                 raise NotApplicable("an operator has no first derivative in PyTorch") from error
             raise
-        return torch.cat(
-            [
-                (torch.zeros_like(leaf) if grad is None else grad).reshape(-1)
-                for leaf, grad in zip(leaves, grads, strict=True)
-            ]
-        )
+        return torch.cat([grad.reshape(-1) for grad in grads.values()])
 
 
 def _entries(block: Block) -> Iterator[tuple[int, str, int]]:
