@@ -24,10 +24,22 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 KINDS = ("script", "trace", "exported", "state_dict")
 SUFFIX = {"script": ".pt", "trace": ".pt", "exported": ".pt2", "state_dict": ".safetensors"}
 
+
+def of_classes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """PyTorch's loss with the classes along the last axis, if the targets fit that alone."""
+
+    def loss(z: Tensor, y: Tensor, **options: Any) -> Tensor:
+        if z.dim() == y.dim() + 1 == 3 and z.shape[1] == y.shape[1] != z.shape[2]:
+            return function(z.flatten(0, 1), y.flatten(), **options)
+        return function(z, y, **options)
+
+    return loss
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "mse": F.mse_loss,
-    "cross-entropy": F.cross_entropy,
-    "nll": F.nll_loss,
+    "cross-entropy": of_classes(F.cross_entropy),
+    "nll": of_classes(F.nll_loss),
     "bce-with-logits": F.binary_cross_entropy_with_logits,
     "bce": F.binary_cross_entropy,
     "huber": F.huber_loss,
@@ -690,6 +702,11 @@ CASES: list[Case] = [
         case("ce-probabilities-weight-smoothing", mlp, ROWS, **CE, target=probabilities(6, 3),
              weight=positive(3), label_smoothing=0.1),
         case("ce-sequence", lambda: channels_out(nn.Conv1d), SIGNALS, **CE),
+        case("ce-classes-last", lambda: mlp(inputs=5, outputs=4), SIGNALS, **CE,
+             target=labels(4, 5, 2)),
+        case("nll-classes-last",
+             lambda: chain(mlp(inputs=5, outputs=4), nn.LogSoftmax(-1)), SIGNALS, loss="nll",
+             target=labels(4, 5, 2), weight=positive(4), ignore_index=2),
         case("ce-segmentation", lambda: channels_out(nn.Conv2d), IMAGES, **CE),
         case("ce-segmentation-weight-ignore", lambda: channels_out(nn.Conv2d), IMAGES, **CE,
              weight=positive(3), ignore_index=1),

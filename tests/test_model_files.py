@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import read
+from oracles import hessian, relative_error
 from safetensors.torch import save_file
 from torch import nn
 
@@ -57,6 +60,18 @@ def net() -> Net:
     return net.eval()
 
 
+class Masked(nn.Module):
+    """A mask made as attention masks are, and numbers made float32 by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        keep = mask & (x < 1)
+        return self.layer(x.to(torch.float32) * keep).tanh()
+
+
 @pytest.fixture(scope="module")
 def exported(net: Net, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Exporting is slow, so each program is made once."""
@@ -67,6 +82,7 @@ def exported(net: Net, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         "fixed": torch.export.export(net, (X,)),
         "half": torch.export.export(Plain().half(), (torch.ones(2, 3).half(),)),
         "keywords": torch.export.export(net, (X,), {"shift": 1.0}),
+        "masked": torch.export.export(Masked(), (X, X > 0), dynamic_shapes=dynamic * 2),
     }
     paths = {}
     for name, program in programs.items():
@@ -343,6 +359,33 @@ def test_exported_models_are_tied_again(net, exported):
     (gradient,) = torch.autograd.grad(module(X).sum(), module.get_parameter("enc.weight"))
     (expected,) = torch.autograd.grad(net(X).sum(), net.enc.weight)
     torch.testing.assert_close(gradient, expected)
+
+
+def test_masks_of_exported_models(exported):
+    module = load_model(exported["masked"]).module
+    layer = module.layer
+    x, mask = X[:4] / 2, X[:4] > 0
+    expected = torch.tanh((x * mask * (x < 1)) @ layer.weight.T + layer.bias)
+    torch.testing.assert_close(module(x, mask), expected)
+
+
+def test_exported_models_in_float64(exported, cli, tmp_path):
+    """PyTorch's program says float32 where numbers are converted, and asserts it."""
+    x = torch.linspace(-1, 2, 16, dtype=torch.float64).reshape(4, 4)
+    np.savez(tmp_path / "d.npz", x=x, mask=x > 0, y=np.ones((4, 2)))
+    ran = cli(
+        "compute", exported["masked"], tmp_path / "d.npz", "--inputs", "x", "--inputs", "mask",
+        "-b", "full", "--dtype", "float64",
+    )  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    assert "what the model itself computes in float32 is computed in float64" in ran.notes
+    document, found = read(tmp_path / "hessian.safetensors")
+    assert document["check"]["dtype"] == "float64"
+    layer = nn.Linear(4, 2).double()
+    layer.load_state_dict(load_model(exported["masked"]).module.layer.state_dict())
+    inputs, target = x.where((x > 0) & (x < 1), 0), torch.ones(4, 2, dtype=torch.float64)
+    truth = hessian(nn.Sequential(layer, nn.Tanh()), F.mse_loss, (inputs,), target)
+    assert relative_error(found["hessian"], truth) < 1e-9
 
 
 def test_the_batch_size_of_an_exported_model(exported):

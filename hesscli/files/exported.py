@@ -52,7 +52,7 @@ def load_exported(
             if device.type != "cpu":
                 program = move_to_device_pass(program, device)
             module = program.module()
-        _reshape(module)
+        _loosen(module)
         tie(module, groups)
         positional, keywords = program.call_spec.in_spec.children()
     names = tuple(str(name) for name in keywords.context or ())
@@ -71,11 +71,17 @@ def load_exported(
     return Exported(module, positional.num_children, arguments, names, _batch_size(program))
 
 
-def _reshape(module: nn.Module) -> None:
-    """Lets every view be a copy: another device's operators lay their results out in other ways."""
+def _loosen(module: nn.Module) -> None:
+    """Lets the graph run in another dtype and on another device than those it was exported with.
+
+    What asserts the dtype of a tensor goes; and every view may be a copy, as the operators of another device lay their
+    results out in other ways.
+    """
     assert isinstance(module, torch.fx.GraphModule)
-    for node in module.graph.nodes:
-        if node.target is torch.ops.aten.view.default:
+    for node in list(module.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            module.graph.erase_node(node)
+        elif node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
     module.recompile()
 

@@ -18,6 +18,7 @@ from hesscli.files.torch_files import NeedsPickleError, load_weights_only_bytes
 
 # Calls that a graph is made of. Anything else under `torch.` could be `torch.load`.
 _TARGET = re.compile(r"torch\.ops\.\w+\.\w+(\.\w+)?|torch\.sym_\w+|_operator\.\w+|math\.\w+")
+_BITWISE = re.compile(r"torch\.ops\.aten\.__i?(and|or|xor|lshift|rshift)__\.\w+")  # attention masks
 _UNSAFE_TARGET = re.compile(
     r"__|_operator\.(call|attrgetter|methodcaller)"
     r"|torch\.ops\.(aten\.(from_file|save)|debugprims)\b"  # these open files by name
@@ -99,6 +100,8 @@ def _refuse_expressions(program: object) -> None:
 
 
 def _is_operator(target: str) -> bool:
+    if _BITWISE.fullmatch(target):
+        return True
     return bool(_TARGET.fullmatch(target)) and not _UNSAFE_TARGET.search(target)
 
 

@@ -145,6 +145,16 @@ def poisson_nll(
     return _mean_by_count(terms)
 
 
+def classes_last(output: Tensor, target: Tensor) -> bool:
+    """Whether the targets fit an output that has its classes along the last axis, as a language model's has, alone."""
+    second = output.shape[:1] + output.shape[2:]  # what PyTorch wants
+    return output.dim() > 2 and target.shape == output.shape[:-1] != second
+
+
+def _classes_second(output: Tensor, target: Tensor) -> Tensor:
+    return output.movedim(-1, 1) if classes_last(output, target) else output
+
+
 def _class_axis(output: Tensor) -> int:
     return 1 if output.dim() > 1 else 0
 
@@ -167,7 +177,8 @@ def _check_classes(output: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     if output.dim() == 0 or target.shape != wanted:
         raise MismatchError(
             f"class targets have shape {_shape(target)}, the model's output {_shape(output)}; "
-            f"wanted targets of shape {list(wanted)}",
+            f"wanted targets of shape {list(wanted)}"
+            + (f" or {_shape(output[..., 0])}" if output.dim() > 2 else ""),
             "--loss mse" if output.shape == target.shape else None,
         )
     if target.is_floating_point():
@@ -189,6 +200,7 @@ def _check_classes(output: Tensor, target: Tensor, ignore_index: int) -> Tensor:
 def nll(
     output: Tensor, target: Tensor, weight: Tensor | None = None, ignore_index: int = -100
 ) -> Total:
+    output = _classes_second(output, target)
     target = _check_classes(output, target, ignore_index)
     weight = _class_weight(output, weight)
     kept = target[target != ignore_index]
@@ -205,6 +217,7 @@ def cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Total:
+    output = _classes_second(output, target)
     axis = _class_axis(output)
     if output.dim() == 0 or output.shape[axis] < 2:
         raise MismatchError(
@@ -247,6 +260,8 @@ LOSSES: dict[str, Callable[..., Total]] = {
     "poisson-nll": poisson_nll,
     "kl-div": kl_div,
 }
+
+OF_CLASSES = frozenset({"cross-entropy", "nll"})  # whose targets are class numbers
 
 # A weight of these losses goes with elements, not with classes, and may be as long as the data.
 ELEMENT_WEIGHTED = {"mse", "l1", "huber", "bce", "bce-with-logits"}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.autodiff import batched_grad
-from hesscli.hessian.losses import LOSSES
+from hesscli.hessian.losses import LOSSES, OF_CLASSES
 from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.sample_axis import Axes
@@ -78,7 +78,7 @@ def _analyse(problem: Problem, batch: Batch) -> Analysis:
     tape = record(problem, batch)
     if tape.refusal:
         raise NotApplicable(tape.refusal)
-    if problem.loss.name in ("cross-entropy", "nll") and len(tape.shapes[tape.output]) < 2:
+    if problem.loss.name in OF_CLASSES and len(tape.shapes[tape.output]) < 2:
         raise NotApplicable("one sample without a sample axis")  # axis 0 holds its classes
     axes = sample_axes(tape, len(batch.inputs[0]))
     uses, reasons = find_uses(tape, axes)

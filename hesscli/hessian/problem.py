@@ -152,9 +152,13 @@ class Problem:
             yield replace(self, batches=[batch], narrow=narrow)
 
     def widened(self) -> Problem:
-        """The problem in float64 throughout, if that is its dtype and the module computes parts of it in float32."""
-        with torch.no_grad(), Narrowings() as narrowings:
-            self.output(self.batches[0])
+        """The problem in float64 throughout, where the module computes parts of it in float32, or cannot without."""
+        plain = replace(self, wide=False)
+        try:
+            with torch.no_grad(), Narrowings() as narrowings:
+                plain.output(plain.batches[0])
+        except MismatchError:  # float64 meets float32
+            return replace(self, wide=True)
         return replace(self, wide=narrowings.found)
 
     def double(self) -> Problem | None:

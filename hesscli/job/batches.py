@@ -12,7 +12,7 @@ from torch import Tensor
 from hesscli.errors import MismatchError
 from hesscli.files.models import SavedModel
 from hesscli.files.resources import available_memory
-from hesscli.hessian.losses import ELEMENT_WEIGHTED, LOSSES, Loss
+from hesscli.hessian.losses import ELEMENT_WEIGHTED, LOSSES, OF_CLASSES, Loss, classes_last
 from hesscli.hessian.plan import Sizes, choose_sizes
 from hesscli.hessian.problem import Batch, Batches, Problem, saved_bytes
 from hesscli.job.options import ProblemOptions
@@ -127,6 +127,11 @@ def split(
                 "export it with a dynamic batch axis (torch.export.Dim)",
             )
         few = source.part(0, model.batch_size)
+    if problem.loss.name in OF_CLASSES and few.target is not None and few.target.dim() > 1:
+        with torch.no_grad():
+            output = problem.output(few)
+        if classes_last(output, few.target):
+            note(f"classes: {output.shape[-1]}, along the last axis of the model's output")
     if problem.loss.name not in LOSSES:
         with torch.no_grad():
             _, count = problem.total(few)

@@ -12,6 +12,7 @@ from torch import Tensor
 from hesscli.errors import MismatchError, NumericalError, ResourceError, UsageError
 from hesscli.files.data import describe, load_data
 from hesscli.files.models import SavedModel, load_model
+from hesscli.hessian.losses import OF_CLASSES
 from hesscli.hessian.operator import CURVATURES
 from hesscli.hessian.plan import Sizes
 from hesscli.hessian.problem import Problem, measure
@@ -125,6 +126,7 @@ def open_problem(
         loss,
         output_key=options.output_key,
         train=options.train_mode,
+        wide=dtype is torch.float64,
     )
     if data.columns:
         source = _as_columns(problem, source, note)
@@ -232,7 +234,7 @@ def _as_columns(problem: Problem, source: Source, note: Callable[[str], None]) -
     """A table's targets as what the loss wants: whole numbers as classes, others as a column [N, 1] like the output."""
     if source.target is None:
         return source
-    if source.loss.name in ("cross-entropy", "nll"):
+    if source.loss.name in OF_CLASSES:
         classes = source.target.long()
         if source.target.is_floating_point() and bool((classes == source.target).all()):
             note("targets: whole numbers, taken as classes")
