@@ -139,7 +139,8 @@ MUST_APPLY = [
     )),
     *((c, "preactivation", "block_diagonal") for c in (
         "layer-norm", "batch-norm1d", "batch-norm2d", "scale", "mlp-over-time",
-        "attention-by-hand", "max-pool2d", "ce-segmentation", "embedding", "embedding-and-floats",
+        "attention-by-hand", "max-pool2d", "ce-segmentation", "embedding", "embedding-padding",
+        "embedding-and-floats", "ce-classes-last",
     )),
 ]  # fmt: skip
 
@@ -279,6 +280,11 @@ MIXING = [
     odd("topk-over-batch", lambda s, x: s.b(hidden(s, x).topk(4, 0)[0]), SQUARE, **SQ),
     odd("index-by-data", lambda s, x: s.b(hidden(s, x)[x[:, 0].argsort()]), ROWS, **TWO),
     odd("index", lambda s, x: s.b(hidden(s, x)[torch.tensor([1, 0, 3, 2, 4])]), ROWS, **TWO),
+    odd("index-backwards", lambda s, x: s.b(hidden(s, x)[torch.arange(4, -1, -1)]), ROWS, **TWO),
+    odd("index-of-others", lambda s, x: s.b(hidden(s, x)[torch.arange(4)[:, None], torch.arange(4)]
+        [torch.arange(4).roll(1)[:, None], torch.arange(4)]), SQUARE, **SQ),
+    odd("index-of-all", lambda s, x: s.b(hidden(s, x)[torch.arange(4)[None], torch.arange(4)[:, None]]),
+        SQUARE, **SQ),
     odd("index-select", lambda s, x: s.b(hidden(s, x).index_select(0, torch.tensor([1, 0, 3, 2, 4]))),
         ROWS, **TWO),
     odd("gather-over-batch",
@@ -577,6 +583,22 @@ INDEPENDENT = [
         a=layer(4, 4), b=layer(3, 2)),
     odd("own-step", lambda s, x: s.b(hidden(s, x)[torch.arange(4), x[:, :, 0].argmax(1)]), CUBE,
         **SQ),
+    odd("own-rows",
+        lambda s, x: s.b(hidden(s, x)[torch.arange(len(x))[:, None], torch.tensor([[2, 0, 1]])]),
+        CUBE, **SQ),
+    odd("own-rows-of-a-mask",
+        lambda s, x: s.b(hidden(s, x) * (x[..., 0] > 0)[torch.arange(4)[:, None, None], torch.arange(4)]),
+        CUBE, **SQ),
+    odd("with-nothing-before", lambda s, x: s.b(torch.cat([x.new_zeros(0), hidden(s, x)], 1)), ROWS,
+        **TWO),
+    odd("positions", lambda s, x: s.b(torch.tanh(s.a(x) + s.p(torch.arange(4)))), CUBE,
+        p=layer(6, 4, kind=nn.Embedding), **SQ),
+    odd("positions-of-each-sample",
+        lambda s, x: s.b(torch.tanh(s.p(torch.arange(4).expand(4, 4)) + s.a(x))), CUBE,
+        p=layer(4, 4, kind=nn.Embedding), **SQ),
+    odd("positions-and-types",
+        lambda s, x: s.b(torch.tanh(s.a(x) + s.t(torch.tensor([[0, 0, 1, 1]])) + s.p[:4])), CUBE,
+        t=layer(3, 4, 0, kind=nn.Embedding), p=numbers(4, 4), **SQ),
     odd("table", lambda s, x: s.b(torch.tanh(s.t[x.argsort(1)[:, 0]])), SQUARE, t=numbers(4, 4), **SQ),
     odd("gather-by-data", lambda s, x: s.b(hidden(s, x).gather(1, x.argsort(1))), SQUARE, **SQ),
     odd("one-hot",
@@ -718,8 +740,9 @@ SEEN = {
     "weight-transposed", "bias-later", "scale-over-axes", "numbers-alone", "residual", "dense",
     "product-of-branches", "time-major-flat", "conv-uneven", "attention-square", "first-of-features",
     "class-token", "index-of-features", "index-of-pairs", "index-apart", "mask-of-features", "table",
-    "gather-by-data", "one-hot", "scatter-of-features", "roll-of-features", "highest-features",
-    "repeat-of-features", "variance-of-features", "lower-triangle", "windows-of-features", "patches",
+    "own-step", "own-rows", "own-rows-of-a-mask", "with-nothing-before", "gather-by-data", "one-hot",
+    "scatter-of-features", "roll-of-features", "highest-features", "repeat-of-features",
+    "variance-of-features", "lower-triangle", "windows-of-features", "patches",
     "bilinear", "gru", "lstm-both-ways", "conv-of-frames", "conv-of-frames-in-front",
     "conv-of-frames-few-places", "conv-of-frames-in-front-few-places",
     "attention-of-one-sample", "conv-of-one-sample", "weight-by-einsum", "weight-by-einsum-over-time",
@@ -736,9 +759,20 @@ def test_preactivation_sees_what_is_affine(model, traced):
     assert len({m.name for m in INDEPENDENT} & SEEN) == len(SEEN)
 
 
+@either
+@pytest.mark.parametrize("name", ["positions", "positions-of-each-sample", "positions-and-types"])
+def test_preactivation_sees_the_rows_of_positions(name, traced):
+    (model,) = [m for m in INDEPENDENT if m.name == name]
+    problem, truth = pose(model, traced)
+    for structure in ("block_diagonal", "elements"):
+        right, reasons = applies(routes_of(problem)["preactivation"], truth, structure, 1e-10)
+        assert (right, reasons) == (len(blocks_of(problem, structure)), [])
+
+
 @pytest.mark.parametrize(
     "name",
-    ["square-over-time", "attention-heads-square", "class-token", "time-major-flat", "gru", "conv-uneven",
+    ["positions", "own-rows",
+     "square-over-time", "attention-heads-square", "class-token", "time-major-flat", "gru", "conv-uneven",
      "weight-by-einsum-over-time", "scale-over-equal-axes"],
 )  # fmt: skip
 def test_a_last_batch_of_one_sample(name):

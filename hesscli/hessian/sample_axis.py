@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hesscli.hessian.routes.base import NotApplicable
-from hesscli.hessian.tape import Call, Ref
+from hesscli.hessian.tape import Call, Ref, Tape
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,12 @@ class Context:
 
     call: Call
     axes: Axes
-    shapes: Mapping[int, Sequence[int]]
+    tape: Tape
     samples: int
+
+    @property
+    def shapes(self) -> Mapping[int, Sequence[int]]:
+        return self.tape.shapes
 
     def argument(self, index: int) -> Any:
         return self.call.arguments[index] if index < len(self.call.arguments) else None

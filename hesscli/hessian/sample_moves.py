@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
+
 from hesscli.hessian.sample_axis import Context, SampleAxis, mixes
 
 
@@ -90,8 +92,9 @@ def joined(c: Context) -> SampleAxis | None:
         raise mixes(c.call)
     axis = found.pop()
     stacked = c.call.name == "stack"
-    rank = len(c.shapes[parts[0].value]) + stacked
-    at = c.named("dim") % rank
+    at = c.named("dim") % len(
+        c.result
+    )  # a part may be an empty vector, of whatever rank the others are
     if stacked:
         return replace(axis, axis=axis.axis + (at <= axis.axis))
     if at == axis.axis:
@@ -120,7 +123,10 @@ def by_position(c: Context) -> SampleAxis | None:
 
 
 def indexed(c: Context) -> SampleAxis | None:
-    """`x[:, i, j]` by constant indices, or a constant by indices that depend on the samples: a table."""
+    """`x[:, i, j]` by constant indices, or a constant by indices that depend on the samples: a table.
+
+    Or each sample's own numbers: `mask[arange(B)[:, None], j]`, where j may depend on the samples too.
+    """
     indices = c.argument(1)
     at = [place for place, index in enumerate(indices) if index is not None]
     shapes = [c.shapes[indices[place].value] for place in at]
@@ -137,11 +143,29 @@ def indexed(c: Context) -> SampleAxis | None:
     mine = c.axis(0)
     if mine is None and len(taken) == 1:
         return taken.pop()
-    if mine is None or taken or mine.axis in at:
+    if mine is not None and mine.axis in at:
+        own = _counted(c, mine, indices[mine.axis].value)
+        result = SampleAxis(first + own + rank - len(c.shapes[indices[mine.axis].value]))
+        if taken - {result}:
+            raise mixes(c.call)
+        return result
+    if mine is None or taken:
         raise mixes(c.call)
     before = sum(place < mine.axis for place in at)
     behind = first < mine.axis or not adjacent
     return replace(mine, axis=mine.axis - before + (rank if behind else 0))
+
+
+def _counted(c: Context, mine: SampleAxis, index: int) -> int:
+    """The axis along which an index counts the samples, from the first to the last."""
+    if c.axes[index] is None and mine == SampleAxis(mine.axis):
+        numbers = c.tape.constant(index)
+        for axis, length in enumerate(numbers.shape):
+            moved = numbers.movedim(axis, -1)
+            count = torch.arange(length, device=numbers.device)
+            if length == c.samples and bool((moved == count).all()):
+                return axis
+    raise mixes(c.call)
 
 
 def padded(c: Context) -> SampleAxis | None:

@@ -32,7 +32,7 @@ def sample_axes(tape: Tape, samples: int) -> Axes:
         depends = any(axes[n] for n in call.reads)
         result = None
         if depends and samples > 1:
-            result = rule_of(call)(Context(call, axes, tape.shapes, samples))
+            result = rule_of(call)(Context(call, axes, tape, samples))
         for made in call.outputs:
             if made is None:
                 continue

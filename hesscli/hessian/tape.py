@@ -84,6 +84,15 @@ class Tape:
         count = next((i for i, call in enumerate(self.calls, 1) if value in call.outputs), 0)
         return self.calls[:count]
 
+    def constant(self, value: int) -> Tensor:
+        """A value that depends on nothing given anew: no input, no parameter."""
+        calls, needed = [], {value}
+        for call in reversed(self.calls):
+            if not needed.isdisjoint(call.outputs):
+                calls.append(call)
+                needed.update(call.reads)
+        return self.replay({}, calls=calls[::-1])[value]
+
     def replay(
         self,
         values: Mapping[int, Tensor],

@@ -31,7 +31,7 @@ class Use:
         parameter: its name.
         kind: linear (z = a W^T), convolution, scale (z = a * w) or bias (z = ... + b).
         call: the operator.
-        z: the number of the value that it gives.
+        z: the number of the value that it gives; of rows looked up for all samples alike, of the sum they go into.
         a: the number of the other operand; None for a bias.
         axis: the sample axis of z.
         channels: the axes of z that the parameter's outputs lie along.
@@ -94,6 +94,9 @@ class Use:
             return patches.reshape(split).transpose(0, 1).reshape(whole)
         if self.call.name == "embedding":  # a product with the tokens' unit vectors
             a = torch.nn.functional.one_hot(a, self.m).to(known[self.z].dtype)
+            if self.padding is not None:  # to PyTorch a constant
+                a[..., self.padding] = 0
+            a = a.expand(*known[self.z].shape[:-1], self.m)
         return _canonical(a, self.rank, self.axis, self.channels, self.positions)
 
     def pull(self, u: Tensor, columns: Tensor) -> Tensor:
@@ -117,6 +120,12 @@ class Use:
     def part(self, first: int) -> Part:
         """Where an output's entries lie in a block in which the parameter's start at `first`."""
         return Part(first, self.size // self.n, across=self.transposed)
+
+    @property
+    def padding(self) -> int | None:
+        """The token of an embedding that has no gradient."""
+        token = self.call.arguments[2] if len(self.call.arguments) > 2 else -1
+        return token if token >= 0 else None
 
     @property
     def moving(self) -> int | None:
@@ -158,6 +167,7 @@ def _use(
     tape: Tape, axes: Axes, consumers: Mapping[int, Sequence[Call]], name: str, number: int
 ) -> Use | str:
     value, view = number, torch.empty(tape.shapes[number], device="meta")
+    lookup: Call | None = None  # of the same rows for every sample, as those of positions are
     while True:
         readers = consumers.get(value, [])
         if len(readers) != 1:
@@ -166,7 +176,13 @@ def _use(
         call = readers[0]
         if call.reads.count(value) != 1:
             return "used twice"
-        if call.name not in _VIEWS or axes[call.outputs[0]] is not None:  # type: ignore[index]
+        if lookup or axes[call.outputs[0]] is not None:  # type: ignore[index]
+            break
+        if call.name == "embedding":
+            lookup, value = call, call.outputs[0]  # type: ignore[assignment]
+            continue
+        whole = tape.shapes[call.outputs[0]] == tape.shapes[value]  # type: ignore[index]
+        if call.name not in _VIEWS and not (call.name == "slice" and whole):
             break
         try:
             view = call.operator(view, *call.arguments[1:], **call.keywords)
@@ -176,10 +192,21 @@ def _use(
     z = call.outputs[0]
     if z is None or axes[z] is None:
         return f"not an affine use ({call.name})"
+    reason = f"not an affine use ({call.name})"
+    if lookup:
+        if not _adds_rows(tape, call, value):
+            return reason
+        call, value = lookup, lookup.arguments[0].value
     place = next(
         (i for i, a in enumerate(call.arguments) if isinstance(a, Ref) and a.value == value), -1
     )
-    return _affine(tape, axes, call, place, name, view) or f"not an affine use ({call.name})"
+    return _affine(tape, axes, call, place, z, name, view) or reason
+
+
+def _adds_rows(tape: Tape, call: Call, rows: int) -> bool:
+    """Whether a call adds rows of a table to others of the same length."""
+    length = tape.shapes[call.outputs[0]][-1]  # type: ignore[index]
+    return call.name == "add" and not call.keywords and tape.shapes[rows][-1] == length
 
 
 def _affine(
@@ -187,12 +214,11 @@ def _affine(
     axes: Axes,
     call: Call,
     place: int,
+    z: int,
     name: str,
     view: Tensor,
 ) -> Use | None:
-    z, shape = call.outputs[0], view.shape
-    assert z is not None
-    found, z_shape = axes[z], tape.shapes[z]
+    found, shape, z_shape = axes[z], view.shape, tape.shapes[z]
     assert found is not None
     axis = found
     if call.name == "bmm" and axis.axis == 0 and z_shape[0] == 1:  # one sample: see `sample_axes`
@@ -241,9 +267,9 @@ def _affine(
             return use(CONVOLUTION, arguments[0].value, (1,), fan_in, kernel, groups)
     table = len(shape) == 2 and view.is_contiguous()
     if call.name == "embedding" and place == 0 and plain and table:
-        vocabulary, options = shape[0], arguments[2:]  # padding, scaled by frequency, sparse
+        vocabulary, options = shape[0], arguments[3:]  # scaled by frequency, sparse
         small = vocabulary * z_shape.numel() // max(1, shape[1]) <= _MOST_UNITS
-        if small and options[:1] in ((), (-1,)) and not any(options[1:]):
+        if small and not any(options):
             return use(LINEAR, arguments[1].value, (len(z_shape) - 1,), vocabulary, flip=True)
     if call.name in ("mul", "add") and plain and len(arguments) == 2:
         # Broadcast against z: the parameter lies along the axes where it is longer than one.
