@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from conftest import Ran, read
 from oracles import hessian_by_differences, relative_error
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -132,6 +134,108 @@ def test_shards_and_tied_weights_in_bfloat16(cli: Callable[..., Ran], saved: Pat
     every = torch.ones_like(IDS)
     expected = hessian_by_differences(wrapped, mean, (IDS, every), IDS.roll(-1, 1), chosen)
     assert relative_error(found["hessian"], expected) < 1e-7
+
+
+def deit() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.DeiTConfig(
+        image_size=8, patch_size=4, hidden_size=4, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=5, num_labels=3, initializer_range=0.5,
+    )  # fmt: skip
+    return transformers.DeiTForImageClassification(config).eval()
+
+
+DEIT = ("--arch", "transformers:DeiTForImageClassification")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_files_with_the_names_of_older_versions(
+    cli: Callable[..., Ran], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """`save_pretrained` writes the names that the model had at first, whatever its modules are called today."""
+    model = deit().to(dtype)
+    model.save_pretrained("deit")
+    with safe_open(tmp_path / "deit" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) != set(model.state_dict())
+    x = torch.linspace(-1, 1, 2 * 3 * 64).reshape(2, 3, 8, 8)
+    np.savez("d.npz", x=x, y=Y[:2])
+    ran = cli("compute", "deit", "d.npz", *DEIT, "-b", "full", "-p", "classifier*", "-p", "*norm*",
+              "--dtype", "float64")  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    assert "names: as transformers maps them to those of this version" in ran.notes
+    narrow = "weights stored in bfloat16, computed in float32"
+    assert (narrow in ran.notes) == (dtype is torch.bfloat16)
+    document, found = read(tmp_path / "hessian.safetensors")
+    names = [p["name"] for p in document["parameters"]]
+    assert len(names) == 8
+
+    class Direct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x).logits
+
+    chosen = [f"model.{name}" for name in names]
+    expected = hessian_by_differences(Direct(), F.cross_entropy, (x.double(),), Y[:2], chosen)
+    assert relative_error(found["hessian"], expected) < 1e-7
+
+
+def test_what_older_names_lack(cli: Callable[..., Ran], tmp_path: Path) -> None:
+    deit().save_pretrained("deit")
+    np.savez("d.npz", x=np.zeros((2, 3, 8, 8), np.float32), y=Y[:2])
+    ran = cli("compute", "deit", "d.npz", *DEIT, "--arch-arg", "num_labels=4")
+    shape = "weights do not fit the architecture: of another shape: classifier.weight [3, 4] (the"
+    assert shape in ran.fails(4)
+    path = tmp_path / "deit" / "model.safetensors"
+    weights = load_file(path)
+    weights["spare"] = weights.pop("classifier.bias")
+    save_file(weights, path)
+    ran = cli("compute", "deit", "d.npz", *DEIT)
+    assert "architecture: missing: classifier.bias; unexpected: spare" in ran.fails(4)
+
+
+def test_a_language_model(cli: Callable[..., Ran], saved: Path) -> None:
+    """Positions, masks, a cache and tied words, with class scores along the last axis."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=11, n_embd=4, n_layer=1, n_head=2, n_positions=6, initializer_range=0.5,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained("gpt2")
+    np.savez("lm.npz", input_ids=IDS, attention_mask=MASK, y=IDS.roll(-1, 1))
+    arch = ("--arch", "transformers:GPT2LMHeadModel", "--dtype", "float64")
+    ran = cli("compute", "gpt2", "lm.npz", *arch, "-b", "elements")
+    assert ran.code == 0, ran.stderr
+    assert "classes: 11, along the last axis of the model's output" in ran.notes
+    some = (
+        "-p",
+        "*wpe*",
+        "-p",
+        "*c_fc*",
+        "-p",
+        "*c_attn*",
+        "--method",
+        "preactivation",
+        "-o",
+        "fast",
+    )
+    fast = cli("compute", "gpt2", "lm.npz", *arch, "-b", "elements", *some)
+    assert fast.code == 0, fast.stderr
+    document, found = read(saved / "hessian.safetensors")
+
+    def mean(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output.flatten(0, 1), target.flatten())
+
+    names = [p["name"] for p in document["parameters"]]
+    wrapped, chosen = Logits(model).double(), [f"model.{name}" for name in names]
+    truth = hessian_by_differences(wrapped, mean, (IDS, MASK), IDS.roll(-1, 1), chosen)
+    for name, part in read(saved / "fast")[1].items():
+        torch.testing.assert_close(part, found[name])
+    together = torch.cat([found[name].flatten() for name in names])
+    assert relative_error(together, truth.diagonal()) < 1e-7
 
 
 def test_the_hint_names_the_class(cli: Callable[..., Ran], saved: Path) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from hesscli.files.libraries import as_transformers_names
+
 # Where training scripts and their libraries put the weights; the first of these that is there counts.
 ENTRIES = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -71,7 +73,11 @@ def fitted(
                 listed = ", ".join(left[:_LISTED]) + (", ..." if len(left) > _LISTED else "")
                 notes.append(f"left out, without that prefix: {listed}")
             return candidate
-    return dict(weights)
+    named = as_transformers_names(module, weights)
+    if named is None:
+        return dict(weights)
+    notes.append("names: as transformers maps them to those of this version")
+    return named
 
 
 def _candidates(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,34 @@ def transformers_factory(name: str, model: str | os.PathLike[str]) -> Callable[.
         return built
 
     return build
+
+
+def as_transformers_names(
+    module: nn.Module, weights: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor] | None:
+    """The weights as the installed `transformers` names and cuts them; None where the module is not of it.
+
+    A file keeps the names that its model's classes had when they were first released. What the module lacks stays
+    lacking, and what nobody takes keeps its name.
+    """
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(module, transformers.PreTrainedModel):
+        return None
+    transformers.logging.disable_progress_bar()
+    wide = any(t.dtype is torch.float64 for t in weights.values())
+    model, found = type(module).from_pretrained(
+        None,
+        config=copy.deepcopy(module.config),
+        state_dict=dict(weights),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        dtype=torch.float64 if wide else torch.float32,
+    )
+    of_another_size = {name for name, *_ in found["mismatched_keys"]}
+    not_loaded = of_another_size | set(found["missing_keys"])
+    named = {name: t for name, t in model.state_dict().items() if name not in not_loaded}
+    left = of_another_size | set(found["unexpected_keys"])
+    return named | {name: weights[name] for name in left if name in weights}
 
 
 def configuration(folder: Path) -> Mapping[str, object]:

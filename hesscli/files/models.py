@@ -256,8 +256,8 @@ def _with_architecture(
         )
     if isinstance(module, MLP):
         notes.append(f"mlp: {module}, in this order")
-    weights = fitted(module, weights, notes)
     narrow = _narrow(weights.values())
+    weights = fitted(module, weights, notes)
     load_weights(path, module, weights)
     if narrow:
         notes.append(_narrow_note(narrow, module))
