@@ -7,6 +7,8 @@ Inside `exact_derivatives()` these operators run as the formulas below, so that 
 wrong or missing.
 - `hardsigmoid`, `embedding_bag`: no second derivative.
 - fused attention: no second derivative; computed as softmax(Q K^T / sqrt(d)) V instead.
+- `adaptive_avg_pool2d`, `adaptive_avg_pool3d` to one place: of channels-last memory, PyTorch's ends with `as_strided`,
+which nothing can be proven of.
 - `lstm`, `gru`, `rnn_tanh`, `rnn_relu` on a GPU: cuDNN's have no second derivative, and in eval mode no first; step by
   step instead, by PyTorch's own decompositions.
 
@@ -127,6 +129,18 @@ def hardsigmoid_(x: Tensor) -> Tensor:
     return x.add_(3).clamp_(0, 6).div_(6)
 
 
+def adaptive_avg_pool2d(x: Tensor, size: Sequence[int]) -> Tensor:
+    if any(length != 1 for length in size):
+        return torch.ops.aten._adaptive_avg_pool2d(x, size)
+    return x.mean((-1, -2), keepdim=True)
+
+
+def adaptive_avg_pool3d(x: Tensor, size: Sequence[int]) -> Tensor:
+    if any(length != 1 for length in size):
+        return torch.ops.aten._adaptive_avg_pool3d(x, size)
+    return x.mean((-1, -2, -3), keepdim=True)
+
+
 def embedding_bag(
     weight: Tensor,
     indices: Tensor,
@@ -186,6 +200,8 @@ DEFINITIONS: dict[str, Callable[..., object]] = {
     "_weight_norm_interface": weight_norm_interface,
     "hardsigmoid": hardsigmoid,
     "hardsigmoid_": hardsigmoid_,
+    "adaptive_avg_pool2d": adaptive_avg_pool2d,
+    "adaptive_avg_pool3d": adaptive_avg_pool3d,
     "_embedding_bag": embedding_bag,
 }
 
