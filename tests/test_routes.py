@@ -25,8 +25,11 @@ from problems import (
 )
 from torch import Tensor, nn
 
+from hesscli.hessian.positions import positions_as_samples
+from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import NotApplicable, Route
+from hesscli.hessian.uses import Use
 
 # How far the reference itself can be trusted: differences of gradients, and a float32 sixth.
 DIFFERENCES = 1e-8
@@ -599,6 +602,8 @@ INDEPENDENT = [
         numbers(4, 2, 3, 3, 3), c=layer(2, 3, 2, kind=nn.Conv3d), b=layer(3, 2)),
     odd("with-nothing-before", lambda s, x: s.b(torch.cat([x.new_zeros(0), hidden(s, x)], 1)), ROWS,
         **TWO),
+    odd("tokens-of-two-axes", lambda s, x: s.b(hidden(s, x)), numbers(4, 2, 2, 4), **SQ),
+    odd("tokens-moved", lambda s, x: s.b(hidden(s, x).transpose(1, 2)), numbers(4, 2, 2, 4), **SQ),
     odd("positions", lambda s, x: s.b(torch.tanh(s.a(x) + s.p(torch.arange(4)))), CUBE,
         p=layer(6, 4, kind=nn.Embedding), **SQ),
     odd("positions-of-each-sample",
@@ -794,6 +799,94 @@ def test_a_last_batch_of_one_sample(name):
     route = routes_of(problem)["preactivation"]
     right, _ = applies(route, truth, "block_diagonal", 1e-10)
     assert right >= 1
+
+
+# --- positions --------------------------------------------------------------------------------
+
+# No position sees another behind its layer: (model, the layer, whether all layers are so).
+APART = [
+    (odd("tokens", lambda s, x: s.b(hidden(s, x)), CUBE, **SQ), "a", True),
+    (odd("tokens-in-front", lambda s, x: s.b(hidden(s, x.transpose(0, 1))).transpose(0, 1), CUBE,
+        **SQ), "a", True),
+    (odd("tokens-in-a-row", lambda s, x: s.b(hidden(s, x)).flatten(1), CUBE, **SQ), "a", True),
+    (odd("tokens-by-their-sum",
+        lambda s, x: s.b(torch.tanh(s.a(x) + x.cumsum(1))), CUBE, **SQ), "a", True),
+    (odd("token-classes", lambda s, x: s.b(hidden(s, x)).mT, CUBE, loss="cross-entropy", **SQ),
+        "a", True),
+    (odd("queries", lambda s, x: s.o(torch.tanh(s.q(x) @ x.mT).softmax(2) @ s.v(x)), CUBE,
+        q=layer(4, 4), v=layer(4, 4), o=layer(4, 4)), "q", False),
+    (odd("pixels", lambda s, x: torch.tanh(s.c(x)), numbers(4, 2, 3, 3),
+        c=layer(2, 3, 2, kind=nn.Conv2d, padding=1)), "c", True),
+    (odd("pixel-classes", lambda s, x: s.d(torch.tanh(s.c(x))), numbers(4, 2, 3, 3),
+        c=layer(2, 3, 2, kind=nn.Conv2d), d=layer(3, 4, 1, kind=nn.Conv2d), loss="cross-entropy"),
+        "d", False),
+    (odd("one-sample-of-tokens", lambda s, x: s.b(hidden(s, x)), CUBE[:1], **SQ), "a", True),
+]  # fmt: skip
+
+# They do, on the way or in the loss.
+TOGETHER = [
+    (odd("tokens-averaged", lambda s, x: s.b(hidden(s, x).mean(1).tanh()), CUBE, **SQ), "a"),
+    (odd("tokens-transposed", lambda s, x: s.b(hidden(s, x).mT), CUBE, **SQ), "a"),
+    (odd("tokens-rolled", lambda s, x: (lambda h: s.b(h * h.roll(1, 1)))(hidden(s, x)), CUBE, **SQ),
+        "a"),
+    (odd("tokens-weighed", lambda s, x: s.b(s.a(x).softmax(1)), CUBE, **SQ), "a"),
+    (odd("tokens-as-classes", lambda s, x: s.b(hidden(s, x)), CUBE, loss="cross-entropy", **SQ),
+        "a"),
+    (odd("tokens-in-a-row-of-classes", lambda s, x: s.b(hidden(s, x)).flatten(1), CUBE,
+        loss="cross-entropy", **SQ), "a"),
+    (odd("tokens-by-the-last", lambda s, x: (lambda h: s.b(h * h[:, -1:]))(hidden(s, x)), CUBE,
+        **SQ), "a"),
+    (odd("keys", lambda s, x: torch.tanh(x @ s.k(x).mT).softmax(2) @ x, CUBE, k=layer(4, 4)), "k"),
+]  # fmt: skip
+
+
+def own_use(model: Odd, part: str) -> tuple[Problem, Tensor, Use]:
+    problem, truth = pose(model)
+    analysis = Analyses(problem).of(problem.batches[0])
+    name = f"{part}.weight"
+    return problem, truth, positions_as_samples(analysis, {name: analysis.uses[name]})[name]
+
+
+def all_right(problem: Problem, truth: Tensor, label: str) -> None:
+    for structure in STRUCTURES:
+        for name in FAST:
+            applies(routes_of(problem)[name], truth, structure, 1e-10, label)
+
+
+@pytest.mark.parametrize(("model", "part", "everywhere"), APART, ids=str)
+def test_positions_that_count_as_samples(model, part, everywhere):
+    problem, truth, use = own_use(model, part)
+    assert use.positions == 1
+    assert use.apart > 1
+    all_right(problem, truth, model.name)
+    right, _ = applies(routes_of(problem)["preactivation"], truth, "block_diagonal", 1e-10)
+    assert right >= 2
+    if everywhere:
+        right, _ = applies(routes_of(problem)["preactivation"], truth, "full", 1e-10)
+        assert right == 1
+
+
+@pytest.mark.parametrize(("model", "part"), TOGETHER, ids=str)
+def test_positions_that_see_each_other(model, part):
+    problem, truth, use = own_use(model, part)
+    assert use.positions > 1
+    assert use.apart == 1
+    all_right(problem, truth, model.name)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, x: torch.tanh(s.a(x).sum(2)[:, :, None] + s.b(x).sum(2)[:, None, :]),
+        lambda s, x: torch.tanh(s.a(x)) * torch.tanh(s.b(x)).mT,
+        lambda s, x: torch.tanh(s.a(x)) @ torch.tanh(s.b(x)).mT,
+        lambda s, x: torch.tanh(s.a(x)) + torch.tanh(s.b(x.roll(1, 1)) * s.a.weight[0]),
+    ],
+)
+def test_layers_whose_positions_do_not_correspond(function):
+    """The positions of each are apart, but those of one meet others of the other."""
+    problem, truth = pose(odd("branches", function, CUBE, **SQ))
+    all_right(problem, truth, "branches")
 
 
 def test_an_axis_of_classes_is_no_axis_of_samples():

@@ -49,7 +49,7 @@ def add_layer(
     inputs += [probed.duals[a] for a in moving if a is not None]
     per_direction = 4 * delta.numel() * len(inputs)
     if not layer.plain:
-        per_direction += probed.samples * layer.size
+        per_direction += len(a) * layer.size
     later = _Later(probed, layers[1:], deltas)
     own = (use.n - neurons.start) * layer.width  # columns
     for t, chunk, seeds in _directions(use, delta, neurons, max(1, workspace // per_direction)):
@@ -89,7 +89,7 @@ def add_layer_diagonal(
     entries = out.view(use.m, use.n).T if use.transposed else out.view(use.n, use.m)
     per_direction = 4 * delta.numel()
     if not layer.plain:
-        per_direction += probed.samples * use.size
+        per_direction += len(a) * use.size
     for t, chunk, seeds in _directions(
         use, delta, range(use.n), max(1, workspace // per_direction)
     ):
@@ -119,10 +119,8 @@ class _Later:
         ]
         together = _CACHED if probed.output.device.type == "cpu" else _HELD
         step = max(_FEWEST, together // max(1, self.size))
-        self.parts = [
-            slice(start, min(start + step, probed.samples))
-            for start in range(0, probed.samples, step)
-        ]
+        samples = len(self.inputs[0]) if layers else 0
+        self.parts = [slice(start, min(start + step, samples)) for start in range(0, samples, step)]
         self.buffers: list[Tensor] = []  # one of each worker
 
     @torch.no_grad()

@@ -108,7 +108,7 @@ class Costs:
 
     def own(self, use: Use, diagonal: bool, by_directions: bool) -> Work:
         """The assembly of a parameter's own block from its derivatives along z."""
-        b, t, n, m = self.samples, use.positions, use.n, use.m
+        b, t, n, m = self.samples * use.apart, use.positions, use.n, use.m
         if diagonal:
             return self._product(b * t * n * m * (n if t > 1 else 1))
         if use.kind == LINEAR and t == 1:
@@ -135,9 +135,9 @@ class Costs:
     def cross(self, use: Use, columns: int) -> Work:
         """The assembly of a layer's rows, over the columns of later layers."""
         count = use.n * use.positions
-        return self._moved(3 * count * self.samples * columns) + self._product(
-            count * self.samples * use.m * columns
-        )
+        samples = self.samples * use.apart
+        moved = self._moved(3 * count * samples * columns)
+        return moved + self._product(count * samples * use.m * columns)
 
     def class_passes(self, use: Use) -> Work:
         """The backward passes of all outputs, and the loss's Hessian there."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from hesscli.hessian.costs import CUT_PASSES, PASSES, Costs, Rates, Work
+from hesscli.hessian.positions import positions_as_samples
 from hesscli.hessian.probes import Analysis, Cut, Probed
 from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.tape import Tape
@@ -79,7 +80,8 @@ def plan_cuts(analysis: Analysis, costs: Costs, samples: int, itemsize: int) -> 
         samples: in all batches.
         itemsize: bytes of a number.
     """
-    tape, uses = analysis.tape, list(analysis.uses.values())
+    tape = analysis.tape
+    uses = [positions_as_samples(analysis, {n: use})[n] for n, use in analysis.uses.items()]
     places = {n: i + 1 for i, call in enumerate(tape.calls) for n in call.outputs if n is not None}
     demand = [(places[use.z], use.directions) for use in uses]
     total = sum(count for _, count in demand)

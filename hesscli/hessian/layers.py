@@ -39,8 +39,8 @@ class Layer:
 
     @property
     def plain(self) -> bool:
-        """Whether z = a W^T at one place of each sample."""
-        return self.weight.kind == LINEAR and self.weight.positions == 1
+        """Whether the weight is applied at one place of each sample."""
+        return self.weight.is_layer and self.weight.positions == 1
 
     def inputs(self, probed: Probed) -> Tensor:
         """What each parameter of a neuron is multiplied by: [B, T, width]."""

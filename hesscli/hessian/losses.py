@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -145,14 +145,17 @@ def poisson_nll(
     return _mean_by_count(terms)
 
 
-def classes_last(output: Tensor, target: Tensor) -> bool:
-    """Whether the targets fit an output that has its classes along the last axis, as a language model's has, alone."""
-    second = output.shape[:1] + output.shape[2:]  # what PyTorch wants
-    return output.dim() > 2 and target.shape == output.shape[:-1] != second
+def classes_last(output: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether an output of this shape has its classes along the last axis, as a language model's has.
+
+    PyTorch wants them along the second; so the targets' shape must fit the last axis alone.
+    """
+    second = (*output[:1], *output[2:])
+    return len(output) > 2 and tuple(target) == tuple(output[:-1]) != second
 
 
 def _classes_second(output: Tensor, target: Tensor) -> Tensor:
-    return output.movedim(-1, 1) if classes_last(output, target) else output
+    return output.movedim(-1, 1) if classes_last(output.shape, target.shape) else output
 
 
 def _class_axis(output: Tensor) -> int:
@@ -282,6 +285,12 @@ class Loss:
     arguments: Mapping[str, object] = field(default_factory=dict)
     function: Callable[..., Tensor] | None = None
     whole: bool = False
+
+    def class_axis(self, shape: Sequence[int], target: Tensor | None) -> int | None:
+        """The axis of an output of this shape that the loss couples; None where each number has a term of its own."""
+        if self.name not in OF_CLASSES or target is None:
+            return None
+        return len(shape) - 1 if classes_last(shape, target.shape) else 1
 
     @property
     def needs_target(self) -> bool:

@@ -11,7 +11,7 @@ derivative is symmetric) and d a_l / d z_k u (by w_l) in one reverse pass.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
@@ -36,6 +36,8 @@ class Analysis:
     axes: Axes
     uses: dict[str, Use]
     reasons: dict[str, str]  # why a parameter has no affine use
+    class_axis: int | None = None  # of the output, where the loss couples what lies along one
+    apart: dict[tuple[int, ...], bool] = field(default_factory=dict)  # kept by `positions.py`
 
     def use(self, parameter: str) -> Use:
         if parameter not in self.uses:
@@ -82,7 +84,9 @@ def _analyse(problem: Problem, batch: Batch) -> Analysis:
         raise NotApplicable("one sample without a sample axis")  # axis 0 holds its classes
     axes = sample_axes(tape, len(batch.inputs[0]))
     uses, reasons = find_uses(tape, axes)
-    return Analysis(tape, axes, uses, reasons)
+    return Analysis(
+        tape, axes, uses, reasons, problem.loss.class_axis(tape.shapes[tape.output], batch.target)
+    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ anything else counts as mixing. One sample alone has nothing to mix with: any ax
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.sample_axis import Axes, Context, SampleAxis, mixes
@@ -25,25 +25,33 @@ def sample_axes(tape: Tape, samples: int) -> Axes:
     Raises:
         NotApplicable: an operator mixes samples, or is not known not to.
     """
-    axes: dict[int, SampleAxis | None] = dict.fromkeys(tape.given)
-    for number in tape.inputs:
-        axes[number] = SampleAxis(0)
+    axes = follow(tape, dict.fromkeys(tape.inputs, SampleAxis(0)), samples)
+    if axes[tape.output] != SampleAxis(0):
+        raise NotApplicable("the output has no sample axis in front")
+    return axes
+
+
+def follow(tape: Tape, start: Mapping[int, SampleAxis], samples: int) -> Axes:
+    """The axis that so many samples lie along, of every value that depends on those where it is given.
+
+    Raises:
+        NotApplicable: an operator mixes samples, or is not known not to.
+    """
+    axes: dict[int, SampleAxis | None] = {**dict.fromkeys(tape.shapes), **start}
     for call in tape.calls:
-        depends = any(axes[n] for n in call.reads)
-        result = None
-        if depends and samples > 1:
-            result = rule_of(call)(Context(call, axes, tape, samples))
+        if not any(axes[n] for n in call.reads):
+            continue
+        result = rule_of(call)(Context(call, axes, tape, samples)) if samples > 1 else None
         for made in call.outputs:
             if made is None:
                 continue
-            if depends and samples == 1:
+            if samples == 1:
                 result = _only_sample(call, tape.shapes[made])
+            if made in start and start[made] != result:
+                raise mixes(call)
             axes[made] = result
             if result is not None:
                 _verify(call, result, tape.shapes[made], samples)
-    output = axes[tape.output]
-    if output != SampleAxis(0):
-        raise NotApplicable("the output has no sample axis in front")
     return axes
 
 

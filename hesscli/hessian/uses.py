@@ -38,6 +38,7 @@ class Use:
         n: outputs per position.
         m: inputs per output (fan-in); 1 for scale and bias.
         positions: at how many places of one sample the parameter is applied.
+        apart: at how many more, which count as samples.
         rank: the number of axes of z.
         kernel: a convolution's spatial extent.
         groups: of outputs, each with inputs of its own.
@@ -58,10 +59,17 @@ class Use:
     kernel: tuple[int, ...] = ()
     groups: int = 1
     transposed: bool = False
+    apart: int = 1
 
     def rows(self, u: Tensor) -> Tensor:
         """[..., *z.shape] -> [..., samples, positions, n]."""
-        return _canonical(u, self.rank, self.axis, self.channels, self.positions)
+        lead, axis = u.dim() - self.rank, self.axis
+        shape = u.shape[lead:]
+        samples = shape[axis.axis] // (axis.outer * axis.inner)
+        split = [*shape[: axis.axis], axis.outer, samples, axis.inner, *shape[axis.axis + 1 :]]
+        u = u.reshape(*u.shape[:lead], *split)
+        u = u.permute(*range(lead), *(lead + i for i in _order(self.rank, axis, self.channels)))
+        return u.reshape(*u.shape[:lead], samples * self.apart, self.positions, -1)
 
     def spread(self, u: Tensor, shape: Sequence[int]) -> Tensor:
         """The inverse of `rows`: [..., samples, positions, n] -> [..., *shape], the shape of z."""
@@ -69,7 +77,7 @@ class Use:
         split = [
             *shape[: axis.axis],
             axis.outer,
-            u.shape[lead],
+            u.shape[lead] // self.apart,
             axis.inner,
             *shape[axis.axis + 1 :],
         ]
@@ -83,7 +91,7 @@ class Use:
         """The inputs of the affine map: [samples, positions, groups m]; for a bias all ones."""
         if self.a is None:
             samples = known[self.z].shape[self.axis.axis] // (self.axis.outer * self.axis.inner)
-            return known[self.z].new_ones(samples, self.positions, 1)
+            return known[self.z].new_ones(samples * self.apart, self.positions, 1)
         a = known[self.a]
         if self.kind == SCALE:
             return self.rows(a.expand(known[self.z].shape))
@@ -97,7 +105,7 @@ class Use:
             if self.padding is not None:  # to PyTorch a constant
                 a[..., self.padding] = 0
             a = a.expand(*known[self.z].shape[:-1], self.m)
-        return _canonical(a, self.rank, self.axis, self.channels, self.positions)
+        return self.rows(a)
 
     def pull(self, u: Tensor, columns: Tensor) -> Tensor:
         """A^T u, the sum over positions: [..., T, n] with columns [..., T, groups m] -> [..., size], as it lies."""
@@ -282,19 +290,6 @@ def _affine(
             if isinstance(other, Ref):
                 return use(SCALE, other.value, channels, 1)
     return None
-
-
-def _canonical(
-    u: Tensor, rank: int, axis: SampleAxis, channels: tuple[int, ...], positions: int
-) -> Tensor:
-    """[..., *shape] of that rank -> [..., samples, positions, channels], all else becoming positions."""
-    lead = u.dim() - rank
-    shape = u.shape[lead:]
-    samples = shape[axis.axis] // (axis.outer * axis.inner)
-    split = [*shape[: axis.axis], axis.outer, samples, axis.inner, *shape[axis.axis + 1 :]]
-    u = u.reshape(*u.shape[:lead], *split)
-    u = u.permute(*range(lead), *(lead + i for i in _order(rank, axis, channels)))
-    return u.reshape(*u.shape[:lead], samples, positions, -1)
 
 
 def _order(rank: int, axis: SampleAxis, channels: tuple[int, ...]) -> list[int]:

@@ -130,7 +130,7 @@ def split(
     if problem.loss.name in OF_CLASSES and few.target is not None and few.target.dim() > 1:
         with torch.no_grad():
             output = problem.output(few)
-        if classes_last(output, few.target):
+        if classes_last(output.shape, few.target.shape):
             note(f"classes: {output.shape[-1]}, along the last axis of the model's output")
     if problem.loss.name not in LOSSES:
         with torch.no_grad():

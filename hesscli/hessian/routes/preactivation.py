@@ -26,6 +26,7 @@ from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.kronecker import mirror_
 from hesscli.hessian.layers import Layer
 from hesscli.hessian.layout import Layout, Part, Piece, starts_of
+from hesscli.hessian.positions import positions_as_samples
 from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.routes.base import NotApplicable, Rows
@@ -238,7 +239,9 @@ def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
     Raises:
         NotApplicable: with the reason.
     """
-    uses = {name: analysis.uses[name] for name in block.parameters if name in analysis.uses}
+    uses = positions_as_samples(
+        analysis, {name: analysis.uses[name] for name in block.parameters if name in analysis.uses}
+    )
     biases = {use.z: use for use in uses.values() if use.kind == BIAS}
     order = {n: i for i, call in enumerate(analysis.tape.calls) for n in call.outputs}
     layers = []
