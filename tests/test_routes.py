@@ -602,8 +602,6 @@ INDEPENDENT = [
         numbers(4, 2, 3, 3, 3), c=layer(2, 3, 2, kind=nn.Conv3d), b=layer(3, 2)),
     odd("with-nothing-before", lambda s, x: s.b(torch.cat([x.new_zeros(0), hidden(s, x)], 1)), ROWS,
         **TWO),
-    odd("tokens-of-two-axes", lambda s, x: s.b(hidden(s, x)), numbers(4, 2, 2, 4), **SQ),
-    odd("tokens-moved", lambda s, x: s.b(hidden(s, x).transpose(1, 2)), numbers(4, 2, 2, 4), **SQ),
     odd("positions", lambda s, x: s.b(torch.tanh(s.a(x) + s.p(torch.arange(4)))), CUBE,
         p=layer(6, 4, kind=nn.Embedding), **SQ),
     odd("positions-of-each-sample",
@@ -803,9 +801,16 @@ def test_a_last_batch_of_one_sample(name):
 
 # --- positions --------------------------------------------------------------------------------
 
+FRAMES = numbers(4, 2, 2, 4)
+
 # No position sees another behind its layer: (model, the layer, whether all layers are so).
 APART = [
     (odd("tokens", lambda s, x: s.b(hidden(s, x)), CUBE, **SQ), "a", True),
+    (odd("tokens-of-two-axes", lambda s, x: s.b(hidden(s, x)), FRAMES, **SQ), "a", True),
+    (odd("tokens-moved", lambda s, x: s.b(hidden(s, x).transpose(1, 2)), FRAMES, **SQ), "a", False),
+    (odd("tokens-apart-and-together",
+        lambda s, x: s.b(hidden(s, x).transpose(1, 2)).transpose(1, 2) + s.a(x), FRAMES, **SQ),
+        "b", False),
     (odd("tokens-in-front", lambda s, x: s.b(hidden(s, x.transpose(0, 1))).transpose(0, 1), CUBE,
         **SQ), "a", True),
     (odd("tokens-in-a-row", lambda s, x: s.b(hidden(s, x)).flatten(1), CUBE, **SQ), "a", True),

@@ -8,11 +8,12 @@ and one direction serves all positions at once. The proof is that of `samples.py
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from hesscli.hessian.probes import Analysis
 from hesscli.hessian.routes.base import NotApplicable
-from hesscli.hessian.sample_axis import SampleAxis
+from hesscli.hessian.sample_axis import Context, SampleAxis
+from hesscli.hessian.sample_rules import RESHAPES, rule_of
 from hesscli.hessian.samples import follow
 from hesscli.hessian.uses import Use
 
@@ -21,21 +22,21 @@ def positions_as_samples(analysis: Analysis, uses: Mapping[str, Use]) -> Mapping
     """The uses of a block with their positions as samples, if none sees another behind any of them; else as given."""
     zs = tuple(dict.fromkeys(use.z for use in uses.values()))
     if zs not in analysis.apart:
-        analysis.apart[zs] = _apart(analysis, {use.z: use for use in uses.values()})
+        analysis.apart[zs] = bool(zs) and _apart(analysis, list(uses.values()))
     if not analysis.apart[zs]:
         return uses
     return {n: replace(use, positions=1, apart=use.positions) for n, use in uses.items()}
 
 
-def _apart(analysis: Analysis, uses: Mapping[int, Use]) -> bool:
-    axes = [_position_axes(analysis, use) for use in uses.values()]
-    if len(uses) == 1:  # each axis by itself
-        starts = [({z: axis}, count) for z in uses for axis, count in axes[0]]
-    else:
-        if any(len(mine) != 1 for mine in axes) or len({count for ((_, count),) in axes}) != 1:
-            return False
-        starts = [({z: axis for z, ((axis, _),) in zip(uses, axes, strict=True)}, axes[0][0][1])]
-    return bool(starts) and all(_stays_apart(analysis, start, count) for start, count in starts)
+def _apart(analysis: Analysis, uses: Sequence[Use]) -> bool:
+    places = [_places(analysis, use) for use in uses]
+    counts = [place.counts for place in places]
+    if not counts[0] or any(mine != counts[0] for mine in counts):
+        return False
+    return all(
+        _stays_apart(analysis, {place.value: place.axes[index] for place in places}, count)
+        for index, count in enumerate(counts[0])
+    )
 
 
 def _stays_apart(analysis: Analysis, start: Mapping[int, SampleAxis], count: int) -> bool:
@@ -47,14 +48,44 @@ def _stays_apart(analysis: Analysis, start: Mapping[int, SampleAxis], count: int
     return end is None or end.axis != analysis.class_axis
 
 
-def _position_axes(analysis: Analysis, use: Use) -> Sequence[tuple[SampleAxis, int]]:
-    """Along which axes of z the positions lie, and how many along each."""
-    axis, shape = use.axis, analysis.tape.shapes[use.z]
+@dataclass(frozen=True)
+class _Places:
+    """Where the positions of a layer lie: along which axes of z, or of what z is reshaped to, and how many along each."""
+
+    value: int
+    axes: Sequence[SampleAxis]
+    counts: Sequence[int]
+
+
+def _places(analysis: Analysis, use: Use) -> _Places:
+    value, channels = _reshaped(analysis, use)
+    axis, shape = analysis.axes[value] if value != use.z else use.axis, analysis.tape.shapes[value]
+    assert axis is not None
     samples = shape[axis.axis] // (axis.outer * axis.inner)
     found = [
         (SampleAxis(axis.axis, 1, samples * axis.inner), axis.outer),
         (SampleAxis(axis.axis, axis.outer * samples, 1), axis.inner),
     ]
-    others = set(range(len(shape))) - {axis.axis, *use.channels}
+    others = set(range(len(shape))) - {axis.axis, *channels}
     found += [(SampleAxis(place), shape[place]) for place in sorted(others)]
-    return [(place, count) for place, count in found if count > 1]
+    kept = [(place, count) for place, count in found if count > 1]
+    return _Places(value, [place for place, _ in kept], [count for _, count in kept])
+
+
+def _reshaped(analysis: Analysis, use: Use) -> tuple[int, Sequence[int]]:
+    """z with its positions along axes of their own, if that is all that becomes of it, and the axes of its channels."""
+    tape, value, channels = analysis.tape, use.z, use.channels
+    while len(channels) == 1:
+        readers = [call for call in tape.calls if value in call.reads]
+        if len(readers) != 1 or readers[0].name not in RESHAPES:
+            break
+        axes = {**dict.fromkeys(tape.shapes), value: SampleAxis(*channels)}
+        try:
+            after = rule_of(readers[0])(Context(readers[0], axes, tape, use.n))
+        except NotApplicable:
+            break
+        (made,) = readers[0].outputs
+        if made is None or after is None or after != SampleAxis(after.axis):
+            break
+        value, channels = made, (after.axis,)
+    return value, channels
