@@ -485,6 +485,34 @@ def net(tmp_path) -> Path:
     return saved_net(tmp_path, nn.Linear(3, 2))
 
 
+def test_a_loss_in_a_file(cli, net, tmp_path, monkeypatch):
+    """From the current folder, as a module or as a file; the terms of each sample are told apart."""
+    (tmp_path / "own_losses.py").write_text(
+        "import torch\n\n\ndef log_cosh(output, target):\n"
+        "    print('not into stdout')\n"
+        "    return torch.log(torch.cosh(output - target)).mean(1)\n"
+    )
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    data, found = npz(tmp_path, x=X, y=Y), []
+    for spec in ("own_losses:log_cosh", "own_losses.py:log_cosh"):
+        ran = cli("compute", net, data, "--loss", spec, "-b", "full", "--dtype", "float64", "-f",
+                  "--method", "preactivation", "--json")  # fmt: skip
+        assert ran.code == 0, ran.stderr
+        assert ran.document["loss"]["name"] == spec
+        found.append(read(tmp_path / "hessian.safetensors")[1]["hessian"])
+    model = nn.Linear(3, 2).double()
+    model.load_state_dict(torch.jit.load(net).state_dict())
+    x, y = torch.as_tensor(X).double(), torch.as_tensor(Y).double()
+    truth = hessian(model, lambda z, y: torch.log(torch.cosh(z - y)).mean(), (x,), y)
+    for matrix in found:
+        torch.testing.assert_close(matrix, truth)
+    refused = cli("compute", net, data, "--loss", "own_losses.py:log_kosh")
+    assert "own_losses.py has no log_kosh; it has: log_cosh" in refused.fails(2)
+    assert "--loss own_losses.py:log_cosh" in refused.hint
+    assert "no such file" in cli("compute", net, data, "--loss", "none.py:f").fails(2)
+    assert "not a function" in cli("compute", net, data, "--loss", "own_losses:torch").fails(2)
+
+
 def test_usage_errors(cli, net, tmp_path):
     data = npz(tmp_path, x=X, y=Y)
     before = folder(tmp_path)

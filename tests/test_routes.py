@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -25,9 +25,10 @@ from problems import (
 )
 from torch import Tensor, nn
 
+from hesscli.hessian.losses import Loss
 from hesscli.hessian.positions import positions_as_samples
 from hesscli.hessian.probes import Analyses
-from hesscli.hessian.problem import Problem
+from hesscli.hessian.problem import Problem, measure
 from hesscli.hessian.routes.base import NotApplicable, Route
 from hesscli.hessian.uses import Use
 
@@ -892,6 +893,79 @@ def test_layers_whose_positions_do_not_correspond(function):
     """The positions of each are apart, but those of one meet others of the other."""
     problem, truth = pose(odd("branches", function, CUBE, **SQ))
     all_right(problem, truth, "branches")
+
+
+# --- losses of the user's own -----------------------------------------------------------------
+
+
+def focal(z: Tensor, y: Tensor) -> Tensor:
+    terms = F.cross_entropy(z, y, reduction="none")
+    return (1 - torch.exp(-terms)) ** 2 * terms
+
+
+def by_words(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none")
+
+
+OWN = {
+    "focal": (focal, (5, 2), torch.tensor([0, 1, 1, 0, 1])),
+    "picked": (lambda z, y: -z.log_softmax(1)[torch.arange(len(y)), y].exp(), (5, 2),
+        torch.tensor([0, 1, 1, 0, 1])),
+    "gathered": (lambda z, y: z.log_softmax(1).gather(1, y[:, None]).square(), (5, 2),
+        torch.tensor([0, 1, 1, 0, 1])),
+    "probabilities": (lambda z, y: F.binary_cross_entropy_with_logits(z, y, reduction="none"), (5, 2),
+        numbers(5, 2).sigmoid()),
+    "smooth": (lambda z, y: F.smooth_l1_loss(z, y, reduction="none").sum(1), (5, 2), numbers(5, 2)),
+    "cosh": (lambda z, y: torch.log(torch.cosh(z - y)).mean(1), (5, 2), numbers(5, 2)),
+    "words": (by_words, (4, 4, 4), torch.arange(16).reshape(4, 4) % 4),
+    "words-behind": (lambda z, y: F.cross_entropy(z.mT, y, reduction="none"), (4, 4, 4),
+        torch.arange(16).reshape(4, 4) % 4),
+}  # fmt: skip
+
+OF_ALL = {
+    "contrastive": lambda z, y: -torch.log_softmax(z @ z.T, 1).diagonal(),
+    "centred": lambda z, y: ((z - z.mean(0)) - y).square(),
+    "weighed": lambda z, y: z.softmax(0) * y,
+    "reduced": lambda z, y: F.mse_loss(z, y) * z,
+    "in-order": lambda z, y: (z.cumsum(0) - y).square(),
+}
+
+
+def posed_with(
+    function: Callable, shape: tuple[int, ...], target: Tensor
+) -> tuple[Problem, Tensor]:
+    model = odd("own", lambda s, x: s.b(hidden(s, x)), numbers(*shape[:-1], 3), a=layer(3, 4),
+                b=layer(4, shape[-1]))  # fmt: skip
+    module = model.make()
+    truth = hessian(module, lambda z, y: function(z, y).mean(), model.inputs, target)
+    problem = problem_of(module, model.inputs, numbers(*shape))
+    loss = Loss("own", function=function)
+    batch = replace(problem.batches[0], target=target)
+    return measure(replace(problem, batches=[batch], loss=loss, denominator=1.0))[0], truth
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_loss_with_terms_of_single_samples(name):
+    problem, truth = posed_with(*OWN[name])
+    all_right(problem, truth, name)
+    for structure in ("full", "block_diagonal"):
+        right, reasons = applies(routes_of(problem)["preactivation"], truth, structure, 1e-10)
+        assert (right, reasons) == (len(blocks_of(problem, structure)), [])
+    if "words" in name:
+        analysis = Analyses(problem).of(problem.batches[0])
+        use = positions_as_samples(analysis, {"b.weight": analysis.uses["b.weight"]})["b.weight"]
+        assert use.apart == 4
+
+
+@pytest.mark.parametrize("name", OF_ALL)
+def test_a_loss_with_terms_of_several_samples(name):
+    problem, truth = posed_with(OF_ALL[name], (5, 2), numbers(5, 2, seed=4))
+    routes = routes_of(problem)
+    for block in blocks_of(problem, "block_diagonal"):
+        with pytest.raises(NotApplicable, match="the loss own may mix samples"):
+            compute_blocks(routes["preactivation"], [block])
+    right, _ = applies(routes["hvp"], truth, "full", 1e-10)
+    assert right == 1
 
 
 def test_an_axis_of_classes_is_no_axis_of_samples():

@@ -169,7 +169,7 @@ def compute(
             from hesscli.job.compute import compute as run
             from hesscli.job.writing import written
 
-            document = run(options, out, dry_run)
+            document = run(options, out, dry_run, stdout=out.stdout.buffer)
             if dry_run:
                 print_plan(out, document)
             elif shard is not None:

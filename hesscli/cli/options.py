@@ -105,7 +105,7 @@ def problem_options(
             metavar="NAME",
             help="auto (integer targets: cross-entropy, float targets: mse), mse, cross-entropy, "
             "nll, bce-with-logits, bce, huber, smooth-l1, l1, poisson-nll, kl-div, output (the "
-            "model returns its loss) or PKG.MOD:FN.",
+            "model returns its loss), PKG.MOD:FN or FILE.py:FN.",
         ),
     ] = "auto",
     loss_arg: Annotated[

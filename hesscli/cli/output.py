@@ -56,14 +56,17 @@ class Output:
         self.quiet = quiet
         self.as_json = json
         self.as_markdown = markdown
+        self.stdout = sys.stdout
         self.stream: IO[str] = sys.stderr if data_on_stdout else sys.stdout
         self.bar: Progress | None = None
         self.timer: threading.Timer | None = None
 
     def __enter__(self) -> Output:
+        sys.stdout = sys.stderr  # what a model or a loss prints is no result
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        sys.stdout = self.stdout
         self._stop_bar()
         self.stream.flush()
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import importlib
-import importlib.util
 import inspect
 import os
-import sys
-from collections.abc import Iterator, Mapping
-from types import ModuleType
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from hesscli.errors import UsageError
+from hesscli.files.importing import importable, imported, module_of, told
 from hesscli.files.libraries import timm_factory, transformers_factory
 from hesscli.files.mlp import build_mlp
 
@@ -47,104 +42,17 @@ def build(
     if not colon or not source or not attribute:
         raise UsageError(f"--arch {arch}: expected {_FORMS}", f"--arch {_guess(arch)}")
     with importable():
-        module = _import(arch, source)
         factory: object
-        if source == "transformers":
-            factory = transformers_factory(attribute, model)
-        elif source == "timm":
-            factory = timm_factory(attribute)
-        else:
-            factory = _attribute(arch, module, attribute)
-        return _call(arch, factory, attribute, arch_args)
-
-
-@contextlib.contextmanager
-def importable() -> Iterator[None]:
-    """Makes the current folder importable, and keeps what imported code prints out of stdout.
-
-    A console script's path starts with its own folder, not the user's; and stdout is for data.
-    """
-    before = list(sys.path)
-    sys.path.insert(0, os.getcwd())
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        sys.path[:] = before
-
-
-def _import(arch: str, source: str) -> ModuleType:
-    is_file = source.endswith(".py")
-    if is_file and not os.path.isfile(source):
-        raise UsageError(
-            f"--arch {arch}: no such file: {source}",
-            "the path is relative to the current folder: --arch path/to/net.py:FACTORY",
-        )
-    try:
-        return _import_file(source) if is_file else importlib.import_module(source)
-    except ModuleNotFoundError as error:
-        missing = error.name or source
-        if not is_file and (source == missing or source.startswith(missing + ".")):
-            raise UsageError(
-                f"--arch {arch}: no module named {missing} here or among the installed packages",
-                f"name the file instead: --arch path/to/{source.split('.')[-1]}.py:FACTORY",
-            ) from error
-        raise UsageError(
-            f"--arch {arch}: {source} imports {missing}, which is not installed",
-            f"pip install {missing.split('.')[0]}",
-        ) from error
-    except (Exception, SystemExit) as error:  # a script without a main guard may exit
-        raise UsageError(
-            f"--arch {arch}: importing {source} raised {_told(error)}",
-            f"python {source}" if is_file else f"python -c 'import {source}'",
-        ) from error
-
-
-def _import_file(path: str) -> ModuleType:
-    folder = os.path.dirname(os.path.abspath(path))
-    sys.path.insert(0, folder)  # as for a script: its neighbours are importable
-    # A name of its own, so that a file called random.py hides nothing.
-    name = "hesscli_arch_" + os.path.basename(path).removesuffix(".py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and TorchScript look their module up
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _attribute(arch: str, module: ModuleType, dotted: str) -> object:
-    value: object = module
-    for name in dotted.split("."):
-        if not hasattr(value, name):
-            choices = _factories(module)
-            near = difflib.get_close_matches(name, choices, 1, 0.5) or choices[:1]
-            source = arch.rpartition(":")[0]
-            raise UsageError(
-                f"--arch {arch}: {source} has no {name}"
-                + (f"; it has: {', '.join(choices[:10])}" if choices else ""),
-                f"--arch {source}:{near[0] if near else 'FACTORY'}",
+        if source in ("transformers", "timm"):
+            module_of("--arch", arch, "FACTORY")  # says so if it is not installed
+            factory = (
+                transformers_factory(attribute, model)
+                if source == "transformers"
+                else timm_factory(attribute)
             )
-        value = getattr(value, name)
-    return value
-
-
-def _factories(module: ModuleType) -> list[str]:
-    """What the module itself defines that could make a model."""
-    return [
-        name
-        for name, value in vars(module).items()
-        if not name.startswith("_")
-        and (
-            isinstance(value, nn.Module)
-            or (callable(value) and getattr(value, "__module__", None) == module.__name__)
-        )
-    ]
+        else:
+            factory = imported("--arch", arch, "FACTORY")
+        return _call(arch, factory, attribute, arch_args)
 
 
 def _call(arch: str, factory: object, name: str, arguments: Mapping[str, object]) -> nn.Module:
@@ -166,7 +74,7 @@ def _call(arch: str, factory: object, name: str, arguments: Mapping[str, object]
     try:
         module = factory(**arguments)
     except (Exception, SystemExit) as error:
-        raise UsageError(f"--arch {arch}: {name} raised {_told(error)}", hint) from error
+        raise UsageError(f"--arch {arch}: {name} raised {told(error)}", hint) from error
     if not isinstance(module, nn.Module):
         raise UsageError(
             f"--arch {arch}: {name} returned a {type(module).__name__}; expected an nn.Module",
@@ -190,11 +98,6 @@ def _required(factory: object, given: Mapping[str, object]) -> list[str]:
         if p.kind in named and p.default is p.empty:
             parts.setdefault(p.name, f"{p.name}=VALUE")
     return list(parts.values())
-
-
-def _told(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _guess(arch: str) -> str:

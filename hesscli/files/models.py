@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from hesscli.errors import FileError, UsageError
-from hesscli.files.architectures import build, importable
+from hesscli.files.architectures import build
 from hesscli.files.checkpoints import fitted, unwrap, without_wrappers
 from hesscli.files.digest import sha256_of, sha256_of_all
 from hesscli.files.exported import load_exported
+from hesscli.files.importing import importable
 from hesscli.files.libraries import arch_of
 from hesscli.files.mlp import MLP
 from hesscli.files.safetensors_files import load_safetensors

@@ -305,12 +305,19 @@ class Loss:
             except (TypeError, ValueError) as error:
                 given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
                 raise UsageError(f"the loss {self.name} cannot take {given}: {error}") from None
+        terms = self.terms(output, target, arguments)
+        return terms.sum(), float(terms.numel())
+
+    def terms(
+        self, output: Tensor, target: Tensor | None, arguments: Mapping[str, object]
+    ) -> Tensor:
+        """What is summed, of a loss that is the user's own or the model's."""
         terms = output if self.function is None else self.function(output, target, **arguments)
         if not isinstance(terms, Tensor):
             raise MismatchError(
                 f"the loss {self.name} returned a {type(terms).__name__}, not a Tensor"
             )
-        return terms.sum(), float(terms.numel())
+        return terms
 
 
 def check_arguments(name: str, arguments: Mapping[str, object]) -> None:

@@ -45,12 +45,12 @@ def _stays_apart(analysis: Analysis, start: Mapping[int, SampleAxis], count: int
         end = follow(analysis.tape, start, count)[analysis.tape.output]
     except NotApplicable:
         return False
-    return end is None or end.axis != analysis.class_axis
+    return end is None or not analysis.loss_couples(end, count)
 
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the positions of a layer lie: along which axes of z, or of what z is reshaped to, and how many along each."""
+    """Along which axes of z, or of what z is reshaped to, the positions of a layer lie, and how many along each."""
 
     value: int
     axes: Sequence[SampleAxis]

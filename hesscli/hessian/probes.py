@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.autodiff import batched_grad
-from hesscli.hessian.losses import LOSSES, OF_CLASSES
+from hesscli.hessian.losses import OF_CLASSES
 from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.routes.base import NotApplicable
-from hesscli.hessian.sample_axis import Axes
-from hesscli.hessian.samples import sample_axes
-from hesscli.hessian.tape import Tape, record
+from hesscli.hessian.sample_axis import Axes, SampleAxis
+from hesscli.hessian.samples import follow, sample_axes
+from hesscli.hessian.tape import Tape, record, record_terms
 from hesscli.hessian.uses import Use, find_uses
 
 
@@ -36,8 +36,19 @@ class Analysis:
     axes: Axes
     uses: dict[str, Use]
     reasons: dict[str, str]  # why a parameter has no affine use
-    class_axis: int | None = None  # of the output, where the loss couples what lies along one
+    class_axis: int | None = None  # of the output, where the loss couples what lies along it
+    terms: Tape | None = None  # of a loss of the user's own
     apart: dict[tuple[int, ...], bool] = field(default_factory=dict)  # kept by `positions.py`
+
+    def loss_couples(self, axis: SampleAxis, count: int) -> bool:
+        """Whether the loss has terms of more than one of the places, so many, along an axis of the output."""
+        if self.terms is None:
+            return axis.axis == self.class_axis
+        try:
+            follow(self.terms, dict.fromkeys(self.terms.inputs, axis), count)
+        except NotApplicable:
+            return True
+        return False
 
     def use(self, parameter: str) -> Use:
         if parameter not in self.uses:
@@ -73,20 +84,28 @@ class Analyses:
 
 
 def _analyse(problem: Problem, batch: Batch) -> Analysis:
-    if (problem.loss.name not in LOSSES and problem.loss.name != "output") or problem.loss.whole:
-        raise NotApplicable(f"the loss {problem.loss.name} may mix samples")
+    loss = problem.loss
+    if loss.whole:
+        raise NotApplicable(f"the loss {loss.name} is one number for all data")
     if not batch.inputs or not batch.inputs[0].dim():
         raise NotApplicable("the inputs have no sample axis")
     tape = record(problem, batch)
     if tape.refusal:
         raise NotApplicable(tape.refusal)
-    if problem.loss.name in OF_CLASSES and len(tape.shapes[tape.output]) < 2:
+    if loss.name in OF_CLASSES and len(tape.shapes[tape.output]) < 2:
         raise NotApplicable("one sample without a sample axis")  # axis 0 holds its classes
     axes = sample_axes(tape, len(batch.inputs[0]))
     uses, reasons = find_uses(tape, axes)
-    return Analysis(
-        tape, axes, uses, reasons, problem.loss.class_axis(tape.shapes[tape.output], batch.target)
-    )
+    terms = None
+    if loss.function is not None:
+        terms = record_terms(problem, batch)
+        if terms.refusal:
+            raise NotApplicable(f"{terms.refusal} in the loss {loss.name}")
+    classes = loss.class_axis(tape.shapes[tape.output], batch.target)
+    analysis = Analysis(tape, axes, uses, reasons, classes, terms)
+    if analysis.loss_couples(SampleAxis(0), len(batch.inputs[0])):
+        raise NotApplicable(f"the loss {loss.name} may mix samples")
+    return analysis
 
 
 @dataclass(frozen=True)

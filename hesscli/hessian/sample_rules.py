@@ -37,6 +37,11 @@ FIRST_AXIS = frozenset(
     "im2col col2im reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
     "replication_pad3d native_batch_norm".split()
 )
+# Losses, which give a term for each number unless they are told to reduce.
+LOSSES = frozenset(
+    "mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss".split()
+)
+LIKELIHOODS = frozenset("nll_loss_forward nll_loss2d_forward".split())
 # A fresh tensor in the likeness of another, whose numbers it does not take.
 CONSTANT = frozenset("new_zeros new_ones new_full".split())
 RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias flatten unflatten".split())
@@ -134,6 +139,20 @@ def _trilinear(c: Context) -> SampleAxis | None:
     return axis
 
 
+def _terms(c: Context) -> SampleAxis | None:
+    if c.named("reduction") != 0:
+        raise mixes(c.call)
+    return _elementwise(c)
+
+
+def _likelihood(c: Context) -> SampleAxis | None:
+    """One of the classes along the second axis, which goes."""
+    axis = c.only()
+    if c.named("reduction") != 0 or axis.axis == 1:
+        raise mixes(c.call)
+    return replace(axis, axis=axis.axis - (axis.axis > 1))
+
+
 def _constant(c: Context) -> SampleAxis | None:
     return None
 
@@ -143,6 +162,8 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(ALONG, _along),
     **dict.fromkeys(FIRST_AXIS, _first),
     **dict.fromkeys(CONSTANT, _constant),
+    **dict.fromkeys(LOSSES, _terms),
+    **dict.fromkeys(LIKELIHOODS, _likelihood),
     **dict.fromkeys(RESHAPES, moves.reshaped),
     **dict.fromkeys(("t", "transpose", "permute"), moves.transposed),
     **dict.fromkeys(("mm", "mv", "addmm"), _matrix),

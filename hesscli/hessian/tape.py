@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -127,10 +128,31 @@ def record(problem: Problem, batch: Batch) -> Tape:
     Raises:
         NotApplicable: the output is made of nothing that the pass computes.
     """
-    names = {id(tensor): name for name, tensor in problem.parameters.items()}
+    return _recorded(lambda: problem.output(batch), batch.inputs, problem.parameters)
+
+
+def record_terms(problem: Problem, batch: Batch) -> Tape:
+    """The tape of the terms that a loss of the user's own makes of the model's output, its only input.
+
+    Raises:
+        NotApplicable: they are made of nothing that the loss computes.
+    """
+    with torch.no_grad():
+        output = problem.output(batch)
+    return _recorded(
+        lambda: problem.loss.terms(output, batch.target, batch.loss_arguments), (output,)
+    )
+
+
+def _recorded(
+    function: Callable[[], Tensor],
+    inputs: Sequence[Tensor],
+    parameters: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Tape:
+    names = {id(tensor): name for name, tensor in parameters.items()}
     recorder = _Recorder()
     with exact_derivatives(), _unfused(), recorder:
-        output = problem.output(batch)
+        output = function()
     if id(output) not in recorder.numbers:
         raise NotApplicable("the output does not depend on the data")
     number = recorder.numbers[id(output)]
@@ -143,20 +165,19 @@ def record(problem: Problem, batch: Batch) -> Tape:
         if any(n is not None for n in outputs):
             calls.append(Call(call.operator, call.arguments, call.keywords, outputs))
             needed.update(call.reads)
-    parameters = {}
-    given = {}
+    found, given = {}, {}
     for n, tensor in recorder.given.items():
         if n in needed:
             given[n] = tensor.detach()
             if id(tensor) in names:
-                parameters[names[id(tensor)]] = n
-    order = [name for name in problem.parameters if name in parameters]
+                found[names[id(tensor)]] = n
+    order = [name for name in parameters if name in found]
     return Tape(
         tuple(reversed(calls)),
         given,
         {n: recorder.shapes[n] for n in needed},
-        {name: parameters[name] for name in order},
-        tuple(recorder.numbers[id(x)] for x in batch.inputs if id(x) in recorder.numbers),
+        {name: found[name] for name in order},
+        tuple(recorder.numbers[id(x)] for x in inputs if recorder.numbers.get(id(x)) in needed),
         number,
         recorder.refusal,
     )

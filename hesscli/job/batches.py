@@ -137,7 +137,10 @@ def split(
             _, count = problem.total(few)
         if count == 1 and samples > 1:
             problem = replace(problem, loss=replace(problem.loss, whole=True))
-            note("the loss is one number for all data, so the data is not split into batches")
+            note(
+                "the loss is one number for all data, so the data is not split into batches; "
+                "a loss that returns a term for each sample would be, and faster"
+            )
     saved = saved_bytes(problem, few, problem.output) // max(
         1, len(few.inputs[0]) if few.inputs[0].dim() else 1
     )

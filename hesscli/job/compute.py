@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -48,10 +48,12 @@ def compute(
     listener: Listener,
     dry_run: bool = False,
     model: SavedModel | None = None,
+    stdout: BinaryIO | None = None,
 ) -> Document:
     """Computes the Hessian that the options ask for and writes it; with `dry_run`, only says what that takes.
 
-    A `model` in memory is taken in place of the file that the options name.
+    A `model` in memory is taken in place of the file that the options name. Without an output file the bytes go to
+    `stdout`.
 
     Where `torchrun` started several processes, each computes its share, and the first finishes the file.
 
@@ -74,7 +76,7 @@ def compute(
             document = plan.dry_run()
         else:
             plan.fits()
-            document = _Run(plan, team).run()
+            document = _Run(plan, team, stdout=stdout).run()
         document["seconds"] = time.perf_counter() - started
         document["output"] = _called(options.output, dry_run)
         return document
@@ -110,9 +112,11 @@ def _called(output: Path | None, dry_run: bool = False) -> str:
 class _Run:
     """A plan carried out."""
 
-    def __init__(self, plan: Plan, team: Team, merging: bool = False) -> None:
+    def __init__(
+        self, plan: Plan, team: Team, merging: bool = False, stdout: BinaryIO | None = None
+    ) -> None:
         self.plan, self.options = plan, plan.options
-        self.team, self.merging = team, merging
+        self.team, self.merging, self.stdout = team, merging, stdout
         plan.bands = team.tell(self._begun() or plan.bands)
         self.groups = list(groups(plan))
         self.large = [LargeBlock(plan, block) for block in plan.blocks if plan.is_large(block)]
@@ -161,8 +165,8 @@ class _Run:
             except BaseException as error:
                 raise self._left(error, writer, journal) from None
             journal.remove()
-            if self.options.output is None:
-                writer.copy_to(sys.stdout.buffer)
+            if self.options.output is None and self.stdout is not None:
+                writer.copy_to(self.stdout)
         return document
 
     def _writer(self, document: Document, journal: Journal, shared: bool = False) -> HessianWriter:

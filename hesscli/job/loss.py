@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from hesscli.errors import UsageError
 from hesscli.files.data import Data
+from hesscli.files.importing import importable, imported
 from hesscli.hessian.losses import ELEMENT_WEIGHTED, LOSSES, Loss, check_arguments
 from hesscli.job.options import ProblemOptions
 
@@ -38,7 +38,7 @@ def loss_of(
         function = _import_function(name)
     elif name not in LOSSES and name != "output":
         raise UsageError(
-            f"no loss is called {name!r}; there are: auto, {', '.join(LOSSES)}, output, PKG.MOD:FN"
+            f"no loss is called {name!r}; there are: auto, {', '.join(LOSSES)}, output, PKG.MOD:FN, FILE.py:FN"
         )
     if name != "output" and data.targets is None:
         raise UsageError(
@@ -61,11 +61,8 @@ def loss_of(
 
 
 def _import_function(spec: str) -> Callable[..., Tensor]:
-    module_name, _, attribute = spec.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"the loss {spec} cannot be imported: {error}") from None
+    with importable():
+        function = imported("--loss", spec, "FN")
     if not callable(function):
         raise UsageError(f"the loss {spec} is a {type(function).__name__}, not a function")
     return function
