@@ -513,6 +513,22 @@ def test_a_loss_in_a_file(cli, net, tmp_path, monkeypatch):
     assert "not a function" in cli("compute", net, data, "--loss", "own_losses:torch").fails(2)
 
 
+def test_no_memory_left(cli, net, tmp_path):
+    """The CPU's allocator has no error of its own."""
+    (tmp_path / "large.py").write_text(
+        "import torch\n\n\ndef loss(output, target):\n    return torch.empty(1 << 60)\n\n\n"
+        "class Net(torch.nn.Linear):\n    def forward(self, x):\n        return loss(x, x)\n"
+    )
+    data = npz(tmp_path, x=X, y=Y)
+    ran = cli("compute", net, data, "--loss", "large.py:loss")
+    assert "out of memory: " in ran.fails(6)
+    assert ran.hint.endswith("--loss large.py:loss --batch-size 1")
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "large.pt")
+    arch = ("--arch", "large.py:Net", "--arch-arg", "in_features=3", "--arch-arg", "out_features=2")
+    assert "out of memory: " in cli("compute", "large.pt", data, *arch).fails(6)
+    assert not (tmp_path / "hessian.safetensors").exists()
+
+
 def test_usage_errors(cli, net, tmp_path):
     data = npz(tmp_path, x=X, y=Y)
     before = folder(tmp_path)

@@ -826,11 +826,20 @@ APART = [
     (odd("pixel-classes", lambda s, x: s.d(torch.tanh(s.c(x))), numbers(4, 2, 3, 3),
         c=layer(2, 3, 2, kind=nn.Conv2d), d=layer(3, 4, 1, kind=nn.Conv2d), loss="cross-entropy"),
         "d", False),
+    (odd("points", lambda s, x: s.d(torch.tanh(s.c(x))), numbers(4, 2, 4),
+        c=layer(2, 3, 1, kind=nn.Conv1d), d=layer(3, 4, 1, kind=nn.Conv1d)), "c", True),
+    (odd("points-of-groups", lambda s, x: s.d(torch.tanh(s.c(x))), numbers(4, 2, 2, 2),
+        c=layer(2, 4, 2, kind=nn.Conv2d, padding=1), d=layer(4, 2, 1, kind=nn.Conv2d, groups=2)),
+        "c", False),
     (odd("one-sample-of-tokens", lambda s, x: s.b(hidden(s, x)), CUBE[:1], **SQ), "a", True),
 ]  # fmt: skip
 
 # They do, on the way or in the loss.
 TOGETHER = [
+    (odd("points-padded", lambda s, x: s.d(torch.tanh(s.c(x))), numbers(4, 2, 4),
+        c=layer(2, 3, 1, kind=nn.Conv1d), d=layer(3, 4, 1, kind=nn.Conv1d, padding=1)), "c"),
+    (odd("points-skipped", lambda s, x: s.d(torch.tanh(s.c(x))), numbers(4, 2, 4),
+        c=layer(2, 3, 1, kind=nn.Conv1d), d=layer(3, 4, 1, kind=nn.Conv1d, stride=2)), "c"),
     (odd("tokens-averaged", lambda s, x: s.b(hidden(s, x).mean(1).tanh()), CUBE, **SQ), "a"),
     (odd("tokens-transposed", lambda s, x: s.b(hidden(s, x).mT), CUBE, **SQ), "a"),
     (odd("tokens-rolled", lambda s, x: (lambda h: s.b(h * h.roll(1, 1)))(hidden(s, x)), CUBE, **SQ),

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from hesscli.errors import ExitCode, HesscliError
+from hesscli.errors import ExitCode, HesscliError, is_out_of_memory
 from hesscli.job.team import rank
 
 _SHORT = {"--blocks": "-b", "--loss": "-l", "--device": "-d", "--arch": "-a"}
@@ -76,8 +76,11 @@ def _report(error: BaseException, debug: bool) -> int:
         say("error", f"{error.filename or 'standard output'}: {error.strerror}")
         silence(sys.stdout)
         return ExitCode.RESOURCES
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        say("error", ": ".join(["out of memory", *str(error).splitlines()[:1]]))
+    if is_out_of_memory(error):
+        said = (
+            str(error).splitlines()[0].rpartition("DefaultCPUAllocator: ")[2] if str(error) else ""
+        )
+        say("error", f"out of memory: {said}" if said else "out of memory")
         say("hint", _pasteable("--batch-size 1"))
         return ExitCode.RESOURCES
     if not debug:

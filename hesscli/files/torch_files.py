@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import torch
 
-from hesscli.errors import FileError, HesscliError, ResourceError
+from hesscli.errors import FileError, HesscliError, ResourceError, is_out_of_memory
 from hesscli.files.sniff import DESCRIPTIONS, Kind
 
 _EXPORT_LOGGERS = (
@@ -52,8 +52,7 @@ def reading(path: str | os.PathLike[str], kind: Kind) -> Iterator[None]:
     except (HesscliError, NeedsPickleError):
         raise
     except Exception as error:
-        text = str(error)
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+        if is_out_of_memory(error) or "allocate memory" in str(error):
             raise ResourceError(f"{path}: not enough memory to load it") from error
         reason = _reason(error, kind)
         raise FileError(

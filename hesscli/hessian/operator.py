@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from hesscli.errors import MismatchError
+from hesscli.errors import MismatchError, is_out_of_memory
 from hesscli.hessian.autodiff import batched_grad, seeded_grad
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.probes import Analyses
@@ -273,7 +273,7 @@ class _pull:  # noqa: N801 - a function that remembers
             try:
                 return batched_grad(self.edge, self.inputs, seeds)
             except RuntimeError as error:
-                if is_missing_derivative(error) or isinstance(error, torch.OutOfMemoryError):
+                if is_missing_derivative(error) or is_out_of_memory(error):
                     raise explained(error) from error
                 self.batched = False
         rows = [self._one(seed) for seed in seeds]

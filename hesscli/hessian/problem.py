@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hesscli.errors import MismatchError
+from hesscli.errors import MismatchError, is_out_of_memory
 from hesscli.hessian.definitions import Narrowings, right_gradients, staying_wide
 from hesscli.hessian.losses import Loss
 
@@ -114,7 +114,7 @@ class Problem:
                 result = self.module(*batch.inputs[:place], **named)
             except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
                 shapes = ", ".join(f"{_dtype(x)} {list(x.shape)}" for x in batch.inputs)
-                if is_missing_derivative(error) or isinstance(error, torch.OutOfMemoryError):
+                if is_missing_derivative(error) or is_out_of_memory(error):
                     raise
                 raise MismatchError(
                     f"the model does not accept the inputs {shapes}: {_reason(error)}",

@@ -87,11 +87,19 @@ def _first(c: Context) -> SampleAxis | None:
     least = {"native_batch_norm": 2, "pixel_shuffle": 4, "im2col": 4}.get(c.call.name, 3)
     if c.call.name == "convolution":
         least = len(c.shape(1))
+        if axis.axis > 1 and _pointwise(c):
+            return axis
     if axis.axis != 0 or rank < least:
         raise mixes(c.call)
     if c.call.name == "native_batch_norm" and c.argument(5):
         raise NotApplicable("batch_norm in train mode mixes samples")
     return axis
+
+
+def _pointwise(c: Context) -> bool:
+    """Whether a convolution sees one place at a time."""
+    kernel, stride, padding = c.shape(1)[2:], c.argument(3), c.argument(4)
+    return set(kernel) | set(stride) == {1} and not any(padding) and not any(c.argument(7))
 
 
 def _matrix(c: Context) -> SampleAxis | None:

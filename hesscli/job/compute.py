@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
 from torch import Tensor
 
 from hesscli.errors import (
@@ -19,6 +18,7 @@ from hesscli.errors import (
     NumericalError,
     ResourceError,
     UsageError,
+    is_out_of_memory,
 )
 from hesscli.files.hessian_writer import HessianWriter
 from hesscli.files.models import SavedModel
@@ -292,7 +292,7 @@ class _Run:
 
     def _left(self, error: BaseException, writer: HessianWriter, journal: Journal) -> BaseException:
         """The error to end with: where going on later makes sense, what is finished is kept, and said."""
-        out_of_room = isinstance(error, (ResourceError, MemoryError, torch.OutOfMemoryError))
+        out_of_room = isinstance(error, ResourceError) or is_out_of_memory(error)
         if not out_of_room and not isinstance(error, (KeyboardInterrupt, SystemExit)):
             if not self.plan.shared:
                 journal.remove()

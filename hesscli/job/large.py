@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from hesscli.errors import NumericalError
+from hesscli.errors import NumericalError, is_out_of_memory
 from hesscli.files.hessian_writer import HessianWriter
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
@@ -187,8 +187,8 @@ class LargeBlock:
                 for batch in route.problem.batches:
                     route.add(batch, [rows])
                 break
-            except torch.OutOfMemoryError:
-                if not route.shrink():
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or not route.shrink():
                     raise
             # Outside the handler, which holds on to the failed pass.
             torch.cuda.empty_cache()

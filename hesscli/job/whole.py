@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.errors import NumericalError
+from hesscli.errors import NumericalError, is_out_of_memory
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.hessian.plan import group
@@ -74,8 +74,8 @@ class WholeBlocks:
         while True:
             try:
                 return self._added(route, blocks)
-            except torch.OutOfMemoryError:
-                if not route.shrink():
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or not route.shrink():
                     raise
             # Outside the handler, which holds on to the failed pass.
             torch.cuda.empty_cache()

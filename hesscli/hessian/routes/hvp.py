@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from hesscli.errors import is_out_of_memory
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.definitions import exact_derivatives
@@ -108,7 +109,7 @@ class HessianVectorProducts:
             try:
                 return list(batched_grad(gradient, leaves, seeds))
             except RuntimeError as error:
-                if is_missing_derivative(error) or isinstance(error, torch.OutOfMemoryError):
+                if is_missing_derivative(error) or is_out_of_memory(error):
                     raise explained(error) from error
                 self.row_by_row = str(error).splitlines()[0]
         try:
