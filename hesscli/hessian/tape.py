@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -41,11 +42,11 @@ class Call:
     keywords: Mapping[str, Any]
     outputs: tuple[int | None, ...]
 
-    @property
+    @cached_property
     def name(self) -> str:
         return str(self.operator._schema.name).removeprefix("aten::")
 
-    @property
+    @cached_property
     def reads(self) -> list[int]:
         return [ref.value for ref in _refs((self.arguments, *self.keywords.values()))]
 
