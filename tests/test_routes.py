@@ -831,6 +831,12 @@ APART = [
     (odd("points-of-groups", lambda s, x: s.d(torch.tanh(s.c(x))), numbers(4, 2, 2, 2),
         c=layer(2, 4, 2, kind=nn.Conv2d, padding=1), d=layer(4, 2, 1, kind=nn.Conv2d, groups=2)),
         "c", False),
+    (odd("first-token", lambda s, x: s.b(torch.tanh(s.c(hidden(s, x)[:, 0]))), CUBE,
+        c=layer(4, 4), **SQ), "a", False),
+    (odd("last-token", lambda s, x: s.b(hidden(s, x)[:, -1:].exp()).sum(1).softmax(1), CUBE, **SQ),
+        "a", False),
+    (odd("first-token-twice", lambda s, x: (lambda h: s.b(h[:, 0] * h[:, 0].exp()))(hidden(s, x)),
+        CUBE, **SQ), "a", False),
     (odd("one-sample-of-tokens", lambda s, x: s.b(hidden(s, x)), CUBE[:1], **SQ), "a", True),
 ]  # fmt: skip
 
@@ -840,6 +846,10 @@ TOGETHER = [
         c=layer(2, 3, 1, kind=nn.Conv1d), d=layer(3, 4, 1, kind=nn.Conv1d, padding=1)), "c"),
     (odd("points-skipped", lambda s, x: s.d(torch.tanh(s.c(x))), numbers(4, 2, 4),
         c=layer(2, 3, 1, kind=nn.Conv1d), d=layer(3, 4, 1, kind=nn.Conv1d, stride=2)), "c"),
+    (odd("first-and-last", lambda s, x: (lambda h: s.b(h[:, 0] * h[:, -1]))(hidden(s, x)), CUBE,
+        **SQ), "a"),
+    (odd("first-and-all", lambda s, x: (lambda h: s.b(h * h[:, :1]))(hidden(s, x)), CUBE, **SQ), "a"),
+    (odd("first-two", lambda s, x: s.b(hidden(s, x)[:, :2].sum(1).exp()), CUBE, **SQ), "a"),
     (odd("tokens-averaged", lambda s, x: s.b(hidden(s, x).mean(1).tanh()), CUBE, **SQ), "a"),
     (odd("tokens-transposed", lambda s, x: s.b(hidden(s, x).mT), CUBE, **SQ), "a"),
     (odd("tokens-rolled", lambda s, x: (lambda h: s.b(h * h.roll(1, 1)))(hidden(s, x)), CUBE, **SQ),

@@ -42,7 +42,7 @@ def _apart(analysis: Analysis, uses: Sequence[Use]) -> bool:
 def _stays_apart(analysis: Analysis, start: Mapping[int, SampleAxis], count: int) -> bool:
     """Whether places along these axes, so many, meet neither on the way to the output nor in the loss."""
     try:
-        end = follow(analysis.tape, start, count)[analysis.tape.output]
+        end = follow(analysis.tape, start, count, picking=True)[analysis.tape.output]
     except NotApplicable:
         return False
     return end is None or not analysis.loss_couples(end, count)

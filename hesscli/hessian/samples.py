@@ -31,15 +31,33 @@ def sample_axes(tape: Tape, samples: int) -> Axes:
     return axes
 
 
-def follow(tape: Tape, start: Mapping[int, SampleAxis], samples: int) -> Axes:
+def follow(
+    tape: Tape, start: Mapping[int, SampleAxis], samples: int, picking: bool = False
+) -> Axes:
     """The axis that so many samples lie along, of every value that depends on those where it is given.
+
+    Args:
+        tape: a recorded pass.
+        start: the values and axes to follow from.
+        samples: how many lie along each.
+        picking: one of them may be picked and go on alone, without an axis; so does what is made of it.
 
     Raises:
         NotApplicable: an operator mixes samples, or is not known not to.
     """
     axes: dict[int, SampleAxis | None] = {**dict.fromkeys(tape.shapes), **start}
+    alone: dict[int, int] = {}  # values made of one of them, and of which
     for call in tape.calls:
-        if not any(axes[n] for n in call.reads):
+        picked = {alone[n] for n in call.reads if n in alone}
+        depends = any(axes[n] for n in call.reads)
+        if depends and picking and (place := _pick(Context(call, axes, tape, samples))) is not None:
+            picked, depends = picked | {place}, False
+        if picked:
+            if depends or len(picked) > 1 or not start.keys().isdisjoint(call.outputs):
+                raise mixes(call)
+            alone.update(dict.fromkeys((n for n in call.outputs if n is not None), *picked))
+            continue
+        if not depends:
             continue
         result = rule_of(call)(Context(call, axes, tape, samples)) if samples > 1 else None
         for made in call.outputs:
@@ -53,6 +71,18 @@ def follow(tape: Tape, start: Mapping[int, SampleAxis], samples: int) -> Axes:
             if result is not None:
                 _verify(call, result, tape.shapes[made], samples)
     return axes
+
+
+def _pick(c: Context) -> int | None:
+    """Which of the samples a call takes alone, if it does: `x[:, 0]` or `x[:, -1:]`."""
+    if c.call.name not in ("select", "slice") or (axis := c.axis(0)) is None:
+        return None
+    shape = c.shape()
+    if axis != SampleAxis(axis.axis) or c.named("dim") % len(shape) != axis.axis:
+        return None
+    if c.call.name == "select":
+        return int(c.named("index")) % c.samples
+    return int(c.named("start") or 0) % c.samples if c.result[axis.axis] == 1 else None
 
 
 def _only_sample(call: Call, shape: Sequence[int]) -> SampleAxis:
