@@ -201,6 +201,15 @@ def test_losses(net, loss):
     assert found.metadata["loss"]["inferred"] is False
 
 
+def test_a_function_is_not_the_loss_of_its_name(net):
+    def mse(output, target):
+        return nn.functional.cross_entropy(output, target, reduction="none")
+
+    found = hesscli.compute(net, (X, Y), loss=mse, blocks="full")
+    np.testing.assert_allclose(found.matrix(), truth(net), rtol=1e-9, atol=1e-11)
+    assert found.metadata["loss"]["name"] == "test_python:mse"
+
+
 def test_nothing_of_the_user_changes(net):
     net.last.weight.grad = torch.ones(2, 4, dtype=torch.float64)
     state = {name: value.clone() for name, value in net.state_dict().items()}

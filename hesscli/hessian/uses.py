@@ -197,13 +197,10 @@ def _use(
         except RuntimeError:  # not a view of the parameter as it lies in the file
             return f"not an affine use ({call.name})"
         value = call.outputs[0]  # type: ignore[assignment]
-    z = call.outputs[0]
-    if z is None or axes[z] is None:
-        return f"not an affine use ({call.name})"
-    reason = f"not an affine use ({call.name})"
+    z, reason = call.outputs[0], f"not an affine use ({call.name})"
+    if z is None or axes[z] is None or (lookup and not _adds_rows(tape, call, value)):
+        return reason
     if lookup:
-        if not _adds_rows(tape, call, value):
-            return reason
         call, value = lookup, lookup.arguments[0].value
     place = next(
         (i for i, a in enumerate(call.arguments) if isinstance(a, Ref) and a.value == value), -1

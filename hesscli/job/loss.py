@@ -34,6 +34,8 @@ def loss_of(
         note(f"loss: {name}, inferred from {kind} targets")
     elif callable(name):
         name, function = getattr(name, "__name__", type(name).__name__), name
+        if name in LOSSES or name == "output":  # it is not that one
+            name = f"{function.__module__}:{name}"
     elif ":" in name:
         function = _import_function(name)
     elif name not in LOSSES and name != "output":
