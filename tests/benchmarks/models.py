@@ -33,8 +33,9 @@ def build(task: str, toy: bool) -> Problem:
     module, inputs = BUILDERS[described.model](**(described.toy if toy else described.sizes))
     module.eval()
     with torch.no_grad():
-        classes = module(inputs[:2]).shape[-1]
-    return Problem(module, inputs, torch.randint(classes, (len(inputs),)), nn.CrossEntropyLoss())
+        _, classes, *places = module(inputs[:2]).shape
+    target = torch.randint(classes, (len(inputs), *places))
+    return Problem(module, inputs, target, nn.CrossEntropyLoss())
 
 
 def save(problem: Problem, model: Path, data: Path) -> None:
@@ -60,6 +61,22 @@ def mlp(samples: int, widths: tuple[int, ...]) -> Built:
     for fan_in, fan_out in itertools.pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
     return nn.Sequential(*layers[:-1]), torch.randn(samples, widths[0])
+
+
+class ByPlace(nn.Module):
+    """Class scores at every place of a sequence, [B, places, classes], as PyTorch's loss wants them."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).mT
+
+
+def points(samples: int, places: int, widths: tuple[int, ...]) -> Built:
+    body, _ = mlp(1, widths)
+    return ByPlace(body), torch.randn(samples, places, widths[0])
 
 
 def cnn(samples: int, channels: tuple[int, int], activation: str) -> Built:
@@ -126,10 +143,13 @@ class Attention(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Classifies sequences of tokens by their mean."""
+    """Classifies sequences of tokens by their mean, or each of them."""
 
-    def __init__(self, vocabulary: int, length: int, width: int, layers: int) -> None:
+    def __init__(
+        self, vocabulary: int, length: int, width: int, layers: int, each: bool = False
+    ) -> None:
         super().__init__()
+        self.each = each
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(0.1 * torch.randn(length, width))
         self.layers = nn.Sequential(
@@ -146,12 +166,18 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layers(self.tokens(x) + self.positions)
-        return self.head(self.norm(x).mean(1))
+        x = self.norm(x)
+        return self.head(x if self.each else x.mean(1))
 
 
 def transformer(samples: int, vocabulary: int, length: int, width: int, layers: int) -> Built:
     inputs = torch.randint(vocabulary, (samples, length))
     return Transformer(vocabulary, length, width, layers), inputs
+
+
+def words(samples: int, vocabulary: int, length: int, width: int, layers: int) -> Built:
+    inputs = torch.randint(vocabulary, (samples, length))
+    return ByPlace(Transformer(vocabulary, length, width, layers, each=True)), inputs
 
 
 class Tied(nn.Module):
@@ -178,5 +204,7 @@ BUILDERS: dict[str, Callable[..., Built]] = {
     "cnn": cnn,
     "residual": residual,
     "transformer": transformer,
+    "points": points,
+    "words": words,
     "tied": tied,
 }

@@ -31,7 +31,8 @@ def build(task: str, toy: bool, model: str, data: str) -> Result:
     problem = models.build(task, toy)
     models.save(problem, Path(model), Path(data))
     count = sum(p.numel() for p in problem.module.parameters())
-    return {"parameters": count, "samples": len(problem.inputs)}
+    # Where each place of a sample has a class, each is one of the Jacobians that a matrix is made of.
+    return {"parameters": count, "samples": problem.target.numel()}
 
 
 def tune(task: str, toy: bool, peer: str, model: str, data: str) -> Result:
