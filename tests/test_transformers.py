@@ -196,6 +196,19 @@ def test_what_older_names_lack(cli: Callable[..., Ran], tmp_path: Path) -> None:
     assert "architecture: missing: classifier.bias; unexpected: spare" in ran.fails(4)
 
 
+def test_names_that_cannot_be_mapped(
+    cli: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError("quantised in a way of its own")
+
+    deit().save_pretrained("deit")
+    np.savez("d.npz", x=np.zeros((2, 3, 8, 8), np.float32), y=Y[:2])
+    monkeypatch.setattr(transformers.DeiTForImageClassification, "from_pretrained", fails)
+    ran = cli("compute", "deit", "d.npz", *DEIT)
+    assert "weights do not fit the architecture: missing: deit." in ran.fails(4)
+
+
 def test_a_language_model(cli: Callable[..., Ran], saved: Path) -> None:
     """Positions, masks, a cache and tied words, with class scores along the last axis."""
     torch.manual_seed(0)

@@ -77,9 +77,7 @@ def _report(error: BaseException, debug: bool) -> int:
         silence(sys.stdout)
         return ExitCode.RESOURCES
     if is_out_of_memory(error):
-        said = (
-            str(error).splitlines()[0].rpartition("DefaultCPUAllocator: ")[2] if str(error) else ""
-        )
+        said = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
         say("error", f"out of memory: {said}" if said else "out of memory")
         say("hint", _pasteable("--batch-size 1"))
         return ExitCode.RESOURCES

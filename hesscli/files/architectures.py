@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hesscli.errors import UsageError
-from hesscli.files.importing import importable, imported, module_of, told
+from hesscli.files.importing import attribute_of, importable, module_of, told
 from hesscli.files.libraries import timm_factory, transformers_factory
 from hesscli.files.mlp import build_mlp
 
@@ -42,16 +42,14 @@ def build(
     if not colon or not source or not attribute:
         raise UsageError(f"--arch {arch}: expected {_FORMS}", f"--arch {_guess(arch)}")
     with importable():
+        module = module_of("--arch", arch, "FACTORY")
         factory: object
-        if source in ("transformers", "timm"):
-            module_of("--arch", arch, "FACTORY")  # says so if it is not installed
-            factory = (
-                transformers_factory(attribute, model)
-                if source == "transformers"
-                else timm_factory(attribute)
-            )
+        if source == "transformers":
+            factory = transformers_factory(attribute, model)
+        elif source == "timm":
+            factory = timm_factory(attribute)
         else:
-            factory = imported("--arch", arch, "FACTORY")
+            factory = attribute_of("--arch", arch, module, "FACTORY")
         return _call(arch, factory, attribute, arch_args)
 
 

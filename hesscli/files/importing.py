@@ -42,7 +42,7 @@ def imported(option: str, spec: str, wanted: str) -> object:
     Raises:
         UsageError: it is not there, or its module cannot be imported.
     """
-    return _attribute(option, spec, module_of(option, spec, wanted), wanted)
+    return attribute_of(option, spec, module_of(option, spec, wanted), wanted)
 
 
 def module_of(option: str, spec: str, wanted: str) -> ModuleType:
@@ -92,7 +92,8 @@ def _import_file(path: str) -> ModuleType:
     return module
 
 
-def _attribute(option: str, spec: str, module: ModuleType, wanted: str) -> object:
+def attribute_of(option: str, spec: str, module: ModuleType, wanted: str) -> object:
+    """What `spec` names in its module; the same arguments, the same errors."""
     source, _, dotted = spec.rpartition(":")
     value: object = module
     for name in dotted.split("."):

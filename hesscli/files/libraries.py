@@ -56,7 +56,7 @@ def transformers_factory(name: str, model: str | os.PathLike[str]) -> Callable[.
 def as_transformers_names(
     module: nn.Module, weights: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor] | None:
-    """The weights as the installed `transformers` names and cuts them; None where the module is not of it.
+    """The weights as the installed `transformers` names and cuts them; None where it does not know them.
 
     A file keeps the names that its model's classes had when they were first released. What the module lacks stays
     lacking, and what nobody takes keeps its name.
@@ -66,14 +66,17 @@ def as_transformers_names(
         return None
     transformers.logging.disable_progress_bar()
     wide = any(t.dtype is torch.float64 for t in weights.values())
-    model, found = type(module).from_pretrained(
-        None,
-        config=copy.deepcopy(module.config),
-        state_dict=dict(weights),
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        dtype=torch.float64 if wide else torch.float32,
-    )
+    try:
+        model, found = type(module).from_pretrained(
+            None,
+            config=copy.deepcopy(module.config),
+            state_dict=dict(weights),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            dtype=torch.float64 if wide else torch.float32,
+        )
+    except Exception:  # a quantised model, say; who loads the weights tells what does not fit
+        return None
     of_another_size = {name for name, *_ in found["mismatched_keys"]}
     not_loaded = of_another_size | set(found["missing_keys"])
     named = {name: t for name, t in model.state_dict().items() if name not in not_loaded}

@@ -92,9 +92,8 @@ def joined(c: Context) -> SampleAxis | None:
         raise mixes(c.call)
     axis = found.pop()
     stacked = c.call.name == "stack"
-    at = c.named("dim") % len(
-        c.result
-    )  # a part may be an empty vector, of whatever rank the others are
+    rank = len(c.result)  # a part may be an empty vector, of whatever rank the others are
+    at = c.named("dim") % rank
     if stacked:
         return replace(axis, axis=axis.axis + (at <= axis.axis))
     if at == axis.axis:
@@ -159,7 +158,7 @@ def indexed(c: Context) -> SampleAxis | None:
 def _counted(c: Context, mine: SampleAxis, index: int) -> int:
     """The axis along which an index counts the samples, from the first to the last."""
     if c.axes[index] is None and mine == SampleAxis(mine.axis):
-        numbers = c.tape.constant(index)
+        numbers = c.tape.recorded(index)
         for axis, length in enumerate(numbers.shape):
             moved = numbers.movedim(axis, -1)
             count = torch.arange(length, device=numbers.device)

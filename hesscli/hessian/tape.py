@@ -86,8 +86,8 @@ class Tape:
         count = next((i for i, call in enumerate(self.calls, 1) if value in call.outputs), 0)
         return self.calls[:count]
 
-    def constant(self, value: int) -> Tensor:
-        """A value that depends on nothing given anew: no input, no parameter."""
+    def recorded(self, value: int) -> Tensor:
+        """A value as it was recorded, by the calls that lead to it."""
         calls, needed = [], {value}
         for call in reversed(self.calls):
             if not needed.isdisjoint(call.outputs):

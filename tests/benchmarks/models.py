@@ -170,14 +170,16 @@ class Transformer(nn.Module):
         return self.head(x if self.each else x.mean(1))
 
 
-def transformer(samples: int, vocabulary: int, length: int, width: int, layers: int) -> Built:
+def transformer(
+    samples: int, vocabulary: int, length: int, each: bool = False, **sizes: int
+) -> Built:
     inputs = torch.randint(vocabulary, (samples, length))
-    return Transformer(vocabulary, length, width, layers), inputs
+    return Transformer(vocabulary, length, each=each, **sizes), inputs
 
 
-def words(samples: int, vocabulary: int, length: int, width: int, layers: int) -> Built:
-    inputs = torch.randint(vocabulary, (samples, length))
-    return ByPlace(Transformer(vocabulary, length, width, layers, each=True)), inputs
+def words(**sizes: int) -> Built:
+    body, inputs = transformer(each=True, **sizes)
+    return ByPlace(body), inputs
 
 
 class Tied(nn.Module):

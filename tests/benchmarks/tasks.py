@@ -92,6 +92,21 @@ TOY_MLP = _mlp(16, 5, 4, 3)
 FREE_TOY = _mlp(32, 24, 20, 10)  # large enough for Lanczos
 TOY_CNN = _cnn(6, "ReLU", 2, 3)
 
+TRANSFORMER: dict[str, Any] = {
+    "samples": 64,
+    "vocabulary": 32,
+    "length": 16,
+    "width": 32,
+    "layers": 2,
+}
+TOY_TRANSFORMER: dict[str, Any] = {
+    "samples": 4,
+    "vocabulary": 5,
+    "length": 3,
+    "width": 4,
+    "layers": 1,
+}
+
 TASKS = (
     Task(
         "full-mlp",
@@ -167,8 +182,8 @@ TASKS = (
         "diag-transformer",
         "diag, 2-layer GELU transformer, d = 32, T = 16, B = 64",
         "transformer",
-        {"samples": 64, "vocabulary": 32, "length": 16, "width": 32, "layers": 2},
-        {"samples": 4, "vocabulary": 5, "length": 3, "width": 4, "layers": 1},
+        TRANSFORMER,
+        TOY_TRANSFORMER,
         "diag",
         BLOCK_PEERS,
         (Goal("is-grads-batched", 1.5, 4),),
@@ -186,8 +201,8 @@ TASKS = (
         "diag-words",
         "diag, 2-layer GELU transformer as diag-transformer, with scores of ten classes for each token",
         "words",
-        {"samples": 64, "vocabulary": 32, "length": 16, "width": 32, "layers": 2},
-        {"samples": 4, "vocabulary": 5, "length": 3, "width": 4, "layers": 1},
+        TRANSFORMER,
+        TOY_TRANSFORMER,
         "diag",
         BLOCK_PEERS,
     ),
