@@ -44,6 +44,8 @@ def test_a_layout_is_a_permutation():
     across = STORED_ACROSS.places(0, STORED_ACROSS.size)
     assert across.tolist() == [6, 9, 12, 0, 7, 10, 13, 1, 8, 11, 14, 2, 3, 4, 5]
     assert STORED_ACROSS.places(4, 12).tolist() == [7, 10, 13, 1, 8, 11, 14, 2]
+    in_runs = STORED_IN_RUNS.places(0, STORED_IN_RUNS.size)
+    assert in_runs.tolist() == [2, 3, 6, 7, 10, 11, 0, 4, 5, 8, 9, 12, 13, 1, 14]
 
 
 @pytest.mark.parametrize("most", [1, 7, 40, 100, 10**6])
@@ -65,16 +67,19 @@ TWO_LAYERS = Layout(
 )
 
 
-STORED_ACROSS = Layout((Piece(3, (Part(6, 3, across=True), Part(0, 1))), Piece(3, (Part(3, 1),))))
+STORED_ACROSS = Layout((Piece(3, (Part(6, 3, runs=3), Part(0, 1))), Piece(3, (Part(3, 1),))))
 """Three neurons with three weights each, input after input, and a bias; three rows."""
+
+STORED_IN_RUNS = Layout((Piece(2, (Part(2, 6, runs=3), Part(0, 1))), Piece(1, (Part(14, 1),))))
+"""Two outputs of a transposed convolution, of three inputs with a kernel of two, and a bias; a row."""
 
 
 @pytest.mark.parametrize("held", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda), None])
 @pytest.mark.parametrize("most", [1, 30, 10**6])
 @pytest.mark.parametrize(
     "layout",
-    [TWO_LAYERS, STORED_ACROSS, Layout.plain(15)],
-    ids=["layers", "stored across", "plain"],
+    [TWO_LAYERS, STORED_ACROSS, STORED_IN_RUNS, Layout.plain(15)],
+    ids=["layers", "stored across", "stored in runs", "plain"],
 )
 def test_a_triangle_is_the_matrix(held, most, layout, tmp_path):
     n = layout.size

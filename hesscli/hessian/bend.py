@@ -99,7 +99,7 @@ def _neurons(
     places = []
     for use in uses:
         of = torch.arange(start, start + use.size, device=d.device)
-        places.append(of.view(use.m, n).T if use.transposed else of.view(n, use.m))
+        places.append(use.by_output(of).flatten(1))
         start += use.size
     weights = d.flatten(0, 1)
     for p in range(n):

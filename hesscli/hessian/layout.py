@@ -20,17 +20,18 @@ Span = tuple[int, int]  # first and last + 1
 
 @dataclass(frozen=True)
 class Part:
-    """Some entries of every group, in the block: group after group, or entry after entry of all groups.
+    """Some entries of every group, in the block: the first run of every group, then the second of every group ...
 
     Attributes:
         place: of the first one.
         length: entries of each group.
-        across: entry after entry, as a weight stored as [inputs, outputs] has those of its outputs.
+        runs: how many runs those are in: one, if they lie together; as many as inputs, for a weight stored as [inputs,
+            outputs, ...] whose groups are its outputs.
     """
 
     place: int
     length: int
-    across: bool = False
+    runs: int = 1
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Placed:
         width: rows of a group.
         entries: which of each group are meant.
         place: of the first one in the block.
-        steps: places from group to group, and from entry to entry.
+        runs: how many runs the entries of a group are in there.
+        step: places from run to run.
     """
 
     rows: slice
@@ -51,27 +53,34 @@ class Placed:
     width: int
     entries: slice
     place: int
-    steps: tuple[int, int]
+    runs: int
+    step: int
 
     @property
     def length(self) -> int:
         """Entries of each group."""
         return self.entries.stop - self.entries.start
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Groups, runs of each, entries of a run."""
+        return self.groups, self.runs, self.length // self.runs
+
     def of_rows(self, values: Tensor) -> Tensor:
-        """A view of these entries: [..., rows] in the layout's order -> [..., groups, length]."""
-        return values[..., self.rows].unflatten(-1, (self.groups, self.width))[..., self.entries]
+        """A view of these entries: [..., rows] in the layout's order -> [..., *shape]."""
+        groups = values[..., self.rows].unflatten(-1, (self.groups, self.width))
+        return groups[..., self.entries].unflatten(-1, self.shape[1:])
 
     def of_block(self, values: Tensor) -> Tensor:
-        """A view of these entries: [..., size] in the block's order -> [..., groups, length]."""
+        """A view of these entries: [..., size] in the block's order -> [..., *shape]."""
         *lead, last = values.stride()
-        shape = (*values.shape[:-1], self.groups, self.length)
-        strides = (*lead, *(step * last for step in self.steps))
-        return values.as_strided(shape, strides, values.storage_offset() + self.place * last)
+        strides = (*lead, self.shape[2] * last, self.step * last, last)
+        start = values.storage_offset() + self.place * last
+        return values.as_strided((*values.shape[:-1], *self.shape), strides, start)
 
-    def runs(self, most: int) -> Iterator[Placed]:
-        """In pieces that lie in one run in the block, of at most so many entries, but never less than a group."""
-        for piece in self._in_runs():
+    def together(self, most: int) -> Iterator[Placed]:
+        """In pieces that lie together in the block, of at most so many entries, but never less than a group's run."""
+        for piece in self._by_run():
             step = max(1, most // piece.length)
             for first in range(0, piece.groups, step):
                 count = min(step, piece.groups - first)
@@ -80,18 +89,15 @@ class Placed:
                     piece,
                     rows=slice(begin, begin + count * piece.width),
                     groups=count,
-                    place=piece.place + first * piece.steps[0],
+                    place=piece.place + first * piece.length,
                 )
 
-    def _in_runs(self) -> Iterator[Placed]:
-        apart, step = self.steps
-        if apart == self.length:
-            yield self
-            return
-        for entry in range(self.length):
-            at = self.entries.start + entry
-            place = self.place + entry * step
-            yield replace(self, entries=slice(at, at + 1), place=place, steps=(apart, 1))
+    def _by_run(self) -> Iterator[Placed]:
+        length = self.shape[2]
+        for run in range(self.runs):
+            at = self.entries.start + run * length
+            place = self.place + run * self.step
+            yield replace(self, entries=slice(at, at + length), place=place, runs=1)
 
 
 @dataclass(frozen=True)
@@ -162,10 +168,10 @@ class Layout:
             before, groups = (first - at) // piece.width, (last - first) // piece.width
             rows, within = slice(first - start, last - start), 0
             for part in piece.parts:
-                steps = (1, piece.groups) if part.across else (part.length, 1)
+                length = part.length // part.runs
                 entries = slice(within, within + part.length)
-                place = part.place + before * steps[0]
-                yield Placed(rows, groups, piece.width, entries, place, steps)
+                place, step = part.place + before * length, piece.groups * length
+                yield Placed(rows, groups, piece.width, entries, place, part.runs, step)
                 within += part.length
 
     def to_block(self, values: Tensor, out: Tensor, start: int, stop: int) -> None:

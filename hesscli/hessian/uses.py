@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.layout import Part
+from hesscli.hessian.patches import convolved
 from hesscli.hessian.sample_axis import Axes, SampleAxis
 from hesscli.hessian.tape import Call, Ref, Tape
 
@@ -42,7 +43,7 @@ class Use:
         rank: the number of axes of z.
         kernel: a convolution's spatial extent.
         groups: of outputs, each with inputs of its own.
-        transposed: a linear weight stored as [m, n].
+        runs: how many runs of the parameter an output's entries lie in; 1 where they lie together.
     """
 
     parameter: str
@@ -58,7 +59,7 @@ class Use:
     rank: int
     kernel: tuple[int, ...] = ()
     groups: int = 1
-    transposed: bool = False
+    runs: int = 1
     apart: int = 1
 
     def rows(self, u: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ class Use:
         if self.kind == SCALE:
             return self.rows(a.expand(known[self.z].shape))
         if self.kind == CONVOLUTION:
-            patches = _unfolded(a, self.kernel, *self.call.arguments[3:6])
+            patches = convolved(a, self.kernel, *self.call.arguments[3:8])
             split = (self.axis.outer, -1, self.axis.inner, *patches.shape[1:])
             whole = (-1, self.positions, self.groups * self.m)
             return patches.reshape(split).transpose(0, 1).reshape(whole)
@@ -116,9 +117,15 @@ class Use:
         if self.groups > 1:
             u, columns = (x.unflatten(-1, (self.groups, -1)).movedim(-2, -3) for x in (u, columns))
         product = u.transpose(-1, -2) @ columns  # [..., n, m]; or of each group
-        if self.transposed:
-            product = product.transpose(-1, -2)
-        return product.flatten(-2 if self.groups == 1 else -3)
+        return self.stored(product if self.groups == 1 else product.flatten(-3, -2))
+
+    def stored(self, values: Tensor) -> Tensor:
+        """Of each output and input, [..., n, m], as the parameter lies: [..., size]."""
+        return values.unflatten(-1, (self.runs, -1)).transpose(-3, -2).flatten(-3)
+
+    def by_output(self, values: Tensor) -> Tensor:
+        """The inverse, as a view: [..., size] -> [..., n, runs, m / runs]."""
+        return values.unflatten(-1, (self.runs, self.n, -1)).transpose(-3, -2)
 
     def inputs_of(self, output: int) -> slice:
         """Which of the columns an output is made of."""
@@ -127,7 +134,7 @@ class Use:
 
     def part(self, first: int) -> Part:
         """Where an output's entries lie in a block in which the parameter's start at `first`."""
-        return Part(first, self.size // self.n, across=self.transposed)
+        return Part(first, self.size // self.n, self.runs)
 
     @property
     def padding(self) -> int | None:
@@ -236,7 +243,7 @@ def _affine(
         m: int,
         kernel: tuple[int, ...] = (),
         groups: int = 1,
-        flip: bool = False,
+        runs: int = 1,
     ) -> Use | None:
         if axis.axis in channels or not z_shape.numel() or not m:
             return None
@@ -248,7 +255,7 @@ def _affine(
         rank, positions = len(z_shape), size // samples
         own = n if kind == SCALE else groups
         return Use(
-            *(name, kind, call, z, a, axis, channels, n, m, positions, rank, kernel, own, flip)
+            *(name, kind, call, z, a, axis, channels, n, m, positions, rank, kernel, own, runs)
         )
 
     plain = not call.keywords  # no alpha, no beta
@@ -259,23 +266,25 @@ def _affine(
         if place == first + 1 and alone:
             by_output, by_input = view.mT.is_contiguous(), view.is_contiguous()
             if by_output or by_input:
-                a = arguments[first].value
-                return use(LINEAR, a, (rank - 1,), shape[-2], flip=not by_output)
+                a, runs = arguments[first].value, 1 if by_output else shape[-2]
+                return use(LINEAR, a, (rank - 1,), shape[-2], runs=runs)
         if place == 0 and first and alone and len(shape) == 1 and shape[0] == z_shape[1]:
             return use(BIAS, None, (1,), 1)
     if call.name == "convolution" and axis.axis == 0:
         if place == 2:
             return use(BIAS, None, (1,), 1)
-        groups, is_transposed = arguments[8], arguments[6]
-        if place == 1 and not is_transposed:
-            fan_in, kernel = math.prod(shape[1:]), tuple(shape[2:])
-            return use(CONVOLUTION, arguments[0].value, (1,), fan_in, kernel, groups)
+        transposed, groups, kernel = arguments[6], arguments[8], tuple(shape[2:])
+        entangled = transposed and groups > 1 and shape[1] > 1  # runs of each group
+        if place == 1 and not entangled:
+            fan_in = shape.numel() // z_shape[1]
+            runs = shape[0] if transposed and groups == 1 else 1
+            return use(CONVOLUTION, arguments[0].value, (1,), fan_in, kernel, groups, runs)
     table = len(shape) == 2 and view.is_contiguous()
     if call.name == "embedding" and place == 0 and plain and table:
         vocabulary, options = shape[0], arguments[3:]  # scaled by frequency, sparse
         small = vocabulary * z_shape.numel() // max(1, shape[1]) <= _MOST_UNITS
         if small and not any(options):
-            return use(LINEAR, arguments[1].value, (len(z_shape) - 1,), vocabulary, flip=True)
+            return use(LINEAR, arguments[1].value, (len(z_shape) - 1,), vocabulary, runs=vocabulary)
     if call.name in ("mul", "add") and plain and len(arguments) == 2:
         # Broadcast against z: the parameter lies along the axes where it is longer than one.
         lengths = [1] * (len(z_shape) - len(shape)) + list(shape)
@@ -294,36 +303,3 @@ def _order(rank: int, axis: SampleAxis, channels: tuple[int, ...]) -> list[int]:
     last = [c + 2 * (c > axis.axis) for c in channels]
     first = axis.axis + 1
     return [first, *(i for i in range(rank + 2) if i != first and i not in last), *last]
-
-
-def _unfolded(
-    a: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """What a convolution's weight is applied to: [images, positions, fan-in].
-
-    A copy of a strided view, in rows of the image; `torch.nn.functional.unfold` gives the same several times slower.
-    """
-    padded = torch.nn.functional.pad(
-        a, [p for length in reversed(padding) for p in (length, length)]
-    )
-    padded = padded.contiguous()
-    images, channels, *lengths = padded.shape
-    strides = padded.stride()[2:]
-    counts = [
-        (length - d * (k - 1) - 1) // s + 1
-        for length, k, s, d in zip(lengths, kernel, stride, dilation, strict=True)
-    ]
-    view = padded.as_strided(
-        (images, channels, *kernel, *counts),
-        (
-            padded.stride(0),
-            padded.stride(1),
-            *(a_stride * d for a_stride, d in zip(strides, dilation, strict=True)),
-            *(a_stride * s for a_stride, s in zip(strides, stride, strict=True)),
-        ),
-    )
-    return view.reshape(images, -1, math.prod(counts)).transpose(1, 2)

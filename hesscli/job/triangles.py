@@ -140,9 +140,9 @@ class HeldTriangle(Triangle):
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def _pieces(self, start: int, stop: int) -> Iterator[Placed]:
-        """These rows in runs of the block, no more than `_PIECE` numbers or one group at a time."""
+        """These rows in pieces that lie together in the block, no more than `_PIECE` numbers or one group at a time."""
         for placed in self.layout.placed(start, stop):
-            yield from placed.runs(_PIECE // self.layout.size)
+            yield from placed.together(_PIECE // self.layout.size)
 
     def _rows(self, index: int) -> Iterator[tuple[int, Tensor]]:
         """The rows of a band in the block's order, on the host, with the first one's place.
@@ -153,7 +153,7 @@ class HeldTriangle(Triangle):
         for piece in self._pieces(start, stop):
             rows = self._aligned(piece.place, piece.groups * piece.length)
             out = rows if self.scratch is None else self.scratch[: rows.numel()].view(rows.shape)
-            grouped = out.unflatten(0, (piece.groups, piece.length))
+            grouped = out.unflatten(0, piece.shape)
             for (first, last), upper in zip(self.bands[:index], self.uppers, strict=False):
                 turned = piece.of_rows(upper[:, start - first :]).movedim(0, -1)
                 self.layout.to_block(turned, grouped, first, last)
@@ -186,7 +186,7 @@ class HeldTriangle(Triangle):
                 self.writer.count(self.name, rows.numpy(), piece.place)
                 self._count(piece.place, rows.numpy())
                 mine = self.layout.from_block(rows.to(self.device))[:, start:].T
-                piece.of_rows(upper.T).copy_(mine.unflatten(1, (piece.groups, piece.length)))
+                piece.of_rows(upper.T).copy_(mine.unflatten(1, piece.shape))
             self.uppers.append(upper)
             if self.stream is not None:
                 self.stream.synchronize()

@@ -200,7 +200,7 @@ def _add_diagonal(out: Tensor, factors: Factors) -> None:
     if layer is not None and layer.bias is None:
         v, a = factors.of(layer)
         product = (v * (factors.curvature @ v)).sum(1).T @ a**2
-        out += (product.T if layer.weight.transposed else product).reshape(-1)
+        out += layer.weight.stored(product)
     else:
         for jacobian, curvature in factors.jacobians():
             curved_jacobian = curvature @ jacobian
@@ -217,5 +217,4 @@ def _jacobian(use: Use, v: Tensor, columns: Tensor) -> Tensor:
     rows = v.unflatten(3, (use.groups, -1)).permute(0, 3, 1, 4, 2)  # [B, groups, C, n / groups, T]
     inputs = columns.unflatten(2, (use.groups, -1)).transpose(1, 2)  # [B, groups, T, m]
     product = (rows.flatten(2, 3) @ inputs).view(*rows.shape[:-1], use.m)
-    product = product.transpose(1, 2).flatten(2, 3)  # [B, C, n, m]
-    return (product.transpose(2, 3) if use.transposed else product).flatten(2)
+    return use.stored(product.transpose(1, 2).flatten(2, 3))  # of [B, C, n, m]

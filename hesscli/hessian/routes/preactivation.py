@@ -30,7 +30,7 @@ from hesscli.hessian.positions import positions_as_samples
 from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.routes.base import NotApplicable, Rows
-from hesscli.hessian.uses import BIAS, CONVOLUTION, SCALE, Use
+from hesscli.hessian.uses import BIAS, CONVOLUTION, Use
 
 
 class Preactivation:
@@ -117,12 +117,11 @@ class Preactivation:
             found = chain_diagonals(probed, output, steps, {use.z for use in mine.values()})
             for name, use in mine.items():
                 d = found[use.z]  # [B, n]
-                if use.kind == BIAS:
-                    sums[name].add_(d.sum(0))
-                    continue
                 a = probed.columns(use)[:, 0]
-                product = (d * a**2).sum(0) if use.kind == SCALE else (d.T @ a**2)
-                sums[name].add_((product.T if use.transposed else product).reshape(-1))
+                if use.is_layer:
+                    sums[name].add_(use.stored(d.T @ a**2))
+                else:
+                    sums[name].add_((d * a**2).sum(0))
         return [block for block in blocks if block.name not in mine]
 
     def _alone(
@@ -259,12 +258,11 @@ def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
 
 def _directions_of(use: Use, a: Tensor, entries: range, samples: int) -> Tensor:
     """A e_r for each of these entries r of the parameter: [entries, B, T, n]."""
-    u = a.new_zeros(len(entries), samples, use.positions, use.n)
+    u, length = a.new_zeros(len(entries), samples, use.positions, use.n), use.m // use.runs
     for row, entry in enumerate(entries):
-        p, q = divmod(entry, use.m)
-        if use.transposed:
-            q, p = divmod(entry, use.n)
-        u[row, :, :, p] = a[:, :, use.inputs_of(p)][:, :, q]
+        run, rest = divmod(entry, use.n * length)
+        p, within = divmod(rest, length)
+        u[row, :, :, p] = a[:, :, use.inputs_of(p)][:, :, run * length + within]
     return u
 
 
