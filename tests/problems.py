@@ -77,7 +77,7 @@ def shapes_of(problem: Problem) -> dict[str, tuple[int, ...]]:
 
 
 def routes_of(problem: Problem, chunk: int = 7) -> dict[str, Route]:
-    return routes(problem, problem.double(), chunk)[0]
+    return routes(problem, lambda: problem.double() or problem, chunk)[0]
 
 
 def blocks_of(problem: Problem, structure: str) -> list[Block]:

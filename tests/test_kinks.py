@@ -218,7 +218,7 @@ def test_without_second_derivatives(dtype: torch.dtype) -> None:
     problem = posed(False, dtype)
     tolerance = 1e-7 if dtype == torch.float64 else 1e-2
     (block,) = blocks_of(problem, "full")
-    found = compute_blocks(FiniteDifference(problem), [block])["hessian"]
+    found = compute_blocks(FiniteDifference(lambda: problem), [block])["hessian"]
     assert relative_error(found, truth) < tolerance
     products = Differences(problem)
     v = torch.linspace(-1, 1, products.size, dtype=torch.float64).flip(0).sin()

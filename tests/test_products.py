@@ -222,7 +222,7 @@ def test_blocks(name, method, curvature):
     whole = matrix(Products(problem, curvature))
     if curvature == "ggn":
         assert relative_error(whole, gauss_newton(BY_NAME[name])) < 1e-10
-    made, _ = routes(problem, None, 7, curvature)
+    made, _ = routes(problem, lambda: problem, 7, curvature)
     done = 0
     for structure in STRUCTURES:
         for block in partition(shapes_of(problem), structure):

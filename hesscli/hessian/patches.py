@@ -44,7 +44,7 @@ def _unfolded(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """A copy of a strided view, in rows of the image; `torch.nn.functional.unfold` gives the same several times slower."""
+    """As `torch.nn.functional.unfold`, several times faster: a copy of a strided view, in rows of the image."""
     padded = torch.nn.functional.pad(
         a, [p for length in reversed(padding) for p in (length, length)]
     )

@@ -151,15 +151,22 @@ class Problem:
             narrow = self.narrow and replace(self.narrow, batches=[self.narrow.batches[index]])
             yield replace(self, batches=[batch], narrow=narrow)
 
-    def widened(self) -> Problem:
-        """The problem in float64 throughout, where the module computes parts of it in float32, or cannot without."""
-        plain = replace(self, wide=False)
-        try:
-            with torch.no_grad(), Narrowings() as narrowings:
-                plain.output(plain.batches[0])
-        except MismatchError:  # float64 meets float32
-            return replace(self, wide=True)
-        return replace(self, wide=narrowings.found)
+    def widened(self) -> tuple[Problem, Tensor]:
+        """The problem in float64 throughout, where the module computes parts of it in float32, or cannot without.
+
+        Returns:
+            it, and its output for the first batch.
+        """
+        plain, wide = replace(self, wide=False), replace(self, wide=True)
+        with torch.no_grad():
+            try:
+                with Narrowings() as narrowings:
+                    output = plain.output(plain.batches[0])
+                if not narrowings.found:
+                    return plain, output
+            except MismatchError:  # float64 meets float32
+                pass
+            return wide, wide.output(wide.batches[0])
 
     def double(self) -> Problem | None:
         """A copy in float64, or None where the module cannot run in it (a dtype baked into a trace, say)."""
@@ -179,9 +186,7 @@ class Problem:
                 batches=_doubled(self.batches),
                 narrow=None if self.dtype == torch.float64 else self,
             )
-            twin = twin.widened()
-            with torch.no_grad():
-                its = twin.output(twin.batches[0])
+            twin, its = twin.widened()
         except (
             Exception
         ):  # TorchScript and exported graphs fail in many ways; each means "not in float64"

@@ -133,7 +133,7 @@ def open_problem(
     parts = 1 if share is None else share.team.size
     problem, sizes = split(problem, source, options, model, rows, note, parts, side_by_side)
     if dtype is torch.float64:
-        problem = problem.widened()
+        problem, _ = problem.widened()
         if problem.wide:
             note("what the model itself computes in float32 is computed in float64")
     if share is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
@@ -66,7 +67,6 @@ class Plan:
         self.blocks = partition(self.shapes, self.structure)
         self.bytes = output_bytes(self.blocks, self.diagonal, self.problem.dtype)
         self.limit = options.memory or int(_SHARE * available_memory()) // ranks_here()
-        self.double: Problem | None = self.problem.double()
         self.routes: dict[str, Route] = {}
         self.choices: dict[str, list[Choice]] = {}
         self.cuts = 0  # bytes that are kept where a deep model is cut
@@ -77,7 +77,7 @@ class Plan:
     def _settle(self) -> None:
         chunk = self.opened.sizes.chunk
         curvature = self.options.curvature
-        self.routes, analyses = routes(self.problem, self.double, chunk, curvature)
+        self.routes, analyses = routes(self.problem, lambda: self.reference, chunk, curvature)
         demand(self.problem, curvature, analyses)
         planner = planner_of(self.problem, analyses, chunk, curvature)
         method = self.options.method
@@ -99,10 +99,10 @@ class Plan:
         every = [choice for ranked in self.choices.values() for choice in ranked]
         return total([choice for choice in every if choice.method == HVP], Rates())
 
-    @property
+    @cached_property
     def reference(self) -> Problem:
-        """Where the certificate takes its gradients: in float64 if the model runs in it."""
-        return self.double or self.problem
+        """Where gradients are taken that are compared with each other: in float64 if the model runs in it."""
+        return self.problem.double() or self.problem
 
     # Large blocks
 
@@ -156,15 +156,14 @@ class Plan:
         return document
 
     def _estimate(self, chosen: Sequence[Choice]) -> Estimate:
-        dtype, reference = self.problem.dtype, self.reference
-        count = 0
+        dtype, count = self.problem.dtype, 0
         if self.options.check:
-            count = gradients(len(self.blocks), self.diagonal, dtype, reference.dtype)
+            count = gradients(len(self.blocks), self.diagonal, dtype, self.reference.dtype)
         return estimate(
             chosen,
             measure_rates(self.problem),
             gradients=count,
-            gradient=gradient_seconds(reference) if count else 0.0,
+            gradient=gradient_seconds(self.reference) if count else 0.0,
             decomposed=[]
             if self.diagonal
             else [b.size for b in self.blocks if self._decomposed(b)],

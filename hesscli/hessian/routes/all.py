@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
@@ -14,13 +16,13 @@ from hesscli.hessian.routes.preactivation import Preactivation
 
 
 def routes(
-    problem: Problem, double: Problem | None, chunk: int, curvature: str = "hessian"
+    problem: Problem, reference: Callable[[], Problem], chunk: int, curvature: str = "hessian"
 ) -> tuple[dict[str, Route], Analyses]:
     """Every route of a problem, by name.
 
     Args:
         problem: what is differentiated.
-        double: the same in float64, if the model runs in it; differences are taken there.
+        reference: makes the same in float64, if the model runs in it; differences are taken there.
         chunk: rows per batched pass.
         curvature: "hessian", "ggn" or "fisher".
     """
@@ -32,6 +34,6 @@ def routes(
         Preactivation(problem, analyses, Cuts(problem, chunk)),
         GaussNewton(problem, analyses),
         HessianVectorProducts(problem, chunk),
-        FiniteDifference(double or problem),
+        FiniteDifference(reference),
     ]
     return {route.name: route for route in made}, analyses

@@ -52,7 +52,10 @@ class Route(Protocol):
     """
 
     name: str
-    problem: Problem
+
+    @property
+    def problem(self) -> Problem: ...
+
     symmetric: bool
 
     def layout(self, block: Block) -> Layout: ...

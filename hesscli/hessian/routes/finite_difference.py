@@ -5,8 +5,9 @@ Column i of a block is `(g(theta + h e_i) - g(theta - h e_i)) / 2h`, extrapolate
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -23,13 +24,20 @@ class FiniteDifference:
     name = "finite-difference"
     symmetric = False
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, reference: Callable[[], Problem]) -> None:
         """
         Args:
-            problem: what is differentiated, in float64 if the model allows.
+            reference: makes what is differentiated, in float64 if the model allows.
         """
-        self.problem = problem
-        self.quotient = Quotients(problem.dtype)
+        self._reference = reference
+
+    @cached_property
+    def problem(self) -> Problem:
+        return self._reference()
+
+    @cached_property
+    def quotient(self) -> Quotients:
+        return Quotients(self.problem.dtype)
 
     def shrink(self) -> bool:
         return False
