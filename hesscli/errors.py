@@ -25,6 +25,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
+class Terminated(SystemExit):
+    """Told to end (SIGTERM), by a batch system say; the code is what the shell expects."""
+
+
 class HesscliError(Exception):
     """An error for the user: what was found, what was wanted, and a hint that can be pasted."""
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from hesscli.errors import ExitCode, HesscliError, is_out_of_memory
+from hesscli.errors import ExitCode, HesscliError, Terminated, is_out_of_memory
 from hesscli.job.team import rank
 
 _SHORT = {"--blocks": "-b", "--loss": "-l", "--device": "-d", "--arch": "-a"}
@@ -38,7 +38,7 @@ def failing(debug: bool = False) -> Iterator[None]:
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
     """Being told to end, by a batch system say, leaves as little behind as Ctrl-C does."""
-    raise SystemExit(128 + number)
+    raise Terminated(128 + number)
 
 
 def report_usage(error: Any) -> int:

@@ -14,12 +14,14 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hesscli.errors import MismatchError, UsageError
+from hesscli.hessian.guests import guest
 
 Total = tuple[Tensor, float]
 
@@ -311,13 +313,33 @@ class Loss:
     def terms(
         self, output: Tensor, target: Tensor | None, arguments: Mapping[str, object]
     ) -> Tensor:
-        """What is summed, of a loss that is the user's own or the model's."""
-        terms = output if self.function is None else self.function(output, target, **arguments)
+        """What is summed, of a loss that is the user's own or the model's.
+
+        Raises:
+            MismatchError: the user's own fails, or does not return a tensor that depends on the output.
+        """
+        if self.function is None:
+            return output
+        with guest(partial(self._failed, output, target)):
+            terms = self.function(output, target, **arguments)
         if not isinstance(terms, Tensor):
             raise MismatchError(
                 f"the loss {self.name} returned a {type(terms).__name__}, not a Tensor"
             )
+        if torch.is_grad_enabled() and output.requires_grad and not terms.requires_grad:
+            raise MismatchError(
+                f"the loss {self.name} has no gradient: it detaches, rounds, or turns gradients off"
+            )
         return terms
+
+    def _failed(
+        self, output: Tensor, target: Tensor | None, reason: str, error: BaseException
+    ) -> MismatchError:
+        given = [f"output {list(output.shape)}"]
+        given += [] if target is None else [f"target {list(target.shape)}"]
+        return MismatchError(
+            f"the loss {self.name} does not accept {' and '.join(given)}: {reason}"
+        )
 
 
 def check_arguments(name: str, arguments: Mapping[str, object]) -> None:

@@ -25,8 +25,9 @@ from torch.autograd.graph import get_gradient_edge
 from hesscli.errors import MismatchError, is_out_of_memory
 from hesscli.hessian.autodiff import batched_grad, seeded_grad
 from hesscli.hessian.definitions import exact_derivatives
+from hesscli.hessian.guests import is_missing_derivative
 from hesscli.hessian.probes import Analyses
-from hesscli.hessian.problem import Batch, Problem, is_missing_derivative, saved_bytes
+from hesscli.hessian.problem import Batch, Problem, saved_bytes
 from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.routes.hvp import explained
 from hesscli.hessian.workers import in_order, workers

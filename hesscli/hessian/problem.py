@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from hesscli.errors import MismatchError, is_out_of_memory
+from hesscli.errors import MismatchError
 from hesscli.hessian.definitions import Narrowings, right_gradients, staying_wide
+from hesscli.hessian.guests import guest
 from hesscli.hessian.losses import Loss
 
 
@@ -107,19 +108,11 @@ class Problem:
             _buffers_kept(self.module) if self.train else nullcontext(),
             staying_wide() if self.wide else nullcontext(),
             torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
+            guest(partial(_not_accepted, batch)),
         ):
-            try:
-                place = len(batch.inputs) - len(batch.keywords)
-                named = dict(zip(batch.keywords, batch.inputs[place:], strict=True))
-                result = self.module(*batch.inputs[:place], **named)
-            except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-                shapes = ", ".join(f"{_dtype(x)} {list(x.shape)}" for x in batch.inputs)
-                if is_missing_derivative(error) or is_out_of_memory(error):
-                    raise
-                raise MismatchError(
-                    f"the model does not accept the inputs {shapes}: {_reason(error)}",
-                    _type_hint(str(error), batch),
-                ) from error
+            place = len(batch.inputs) - len(batch.keywords)
+            named = dict(zip(batch.keywords, batch.inputs[place:], strict=True))
+            result = self.module(*batch.inputs[:place], **named)
         return pick_output(result, self.output_key, prefer_loss=not self.loss.needs_target)
 
     def total(self, batch: Batch) -> tuple[Tensor, float]:
@@ -274,22 +267,10 @@ def pick_output(result: object, key: str | None, prefer_loss: bool = False) -> T
     )
 
 
-def is_missing_derivative(error: BaseException) -> bool:
-    """Whether autograd said that an operator cannot be differentiated (twice)."""
-    text = str(error)
-    return isinstance(error, NotImplementedError) or bool(
-        re.search(
-            r"derivative for .* is not implemented|once_differentiable|double backwards", text
-        )
-    )
-
-
-def _reason(error: BaseException) -> str:
-    """The last line of an error that says something; TorchScript puts its own traceback before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = [line for line in lines if re.match(r"(\w+Error|RuntimeError): ", line)]
-    return (said or lines or [type(error).__name__])[-1 if said else 0].removeprefix(
-        "RuntimeError: "
+def _not_accepted(batch: Batch, reason: str, error: BaseException) -> MismatchError:
+    shapes = ", ".join(f"{_dtype(x)} {list(x.shape)}" for x in batch.inputs)
+    return MismatchError(
+        f"the model does not accept the inputs {shapes}: {reason}", _type_hint(str(error), batch)
     )
 
 

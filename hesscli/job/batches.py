@@ -20,6 +20,10 @@ from hesscli.job.team import ranks_here
 
 _EACH = 2  # batches of each thread, where they are worked on side by side
 _WORTH = 1 << 21  # bytes that a batch's pass keeps at least, to be worth one
+_FEWEST, _TRIED = (
+    4,
+    32,
+)  # samples passed together and apart, to see whether they matter to each other
 _ENOUGH = 1 << 23  # and at most, or half of the parameters' bytes: it makes a vector of theirs
 
 
@@ -76,16 +80,18 @@ class Source:
         return part.whole()
 
     def _arguments(self, start: int, stop: int) -> Mapping[str, object]:
-        arguments, weight = self.loss.arguments, self.loss.arguments.get("weight")
-        if (
-            self.loss.name in ELEMENT_WEIGHTED
-            and isinstance(weight, Tensor)
-            and self.target is not None
-            and weight.dim() == self.target.dim() > 0
-            and len(weight) == self.samples
-        ):
-            return {**arguments, "weight": weight[start:stop]}  # per element, not per class
-        return arguments
+        return {
+            name: value[start:stop] if self._goes_along(name, value) else value  # type: ignore[index]
+            for name, value in self.loss.arguments.items()
+        }
+
+    def _goes_along(self, name: str, value: object) -> bool:
+        """Whether a loss argument has an entry for each sample: weights per element, or an array for one's own loss."""
+        if not isinstance(value, Tensor) or not value.dim() or len(value) != self.samples:
+            return False
+        weighted = name == "weight" and self.loss.name in ELEMENT_WEIGHTED  # or per class
+        of_target = self.target is not None and value.dim() == self.target.dim()
+        return self.loss.function is not None or (weighted and of_target)
 
     def _scaled(self, place: int, array: Tensor) -> Tensor:
         return array.to(self.dtype) * self.scales[place] if place in self.scales else array
@@ -152,14 +158,19 @@ def split(
     if side_by_side and problem.device.type == "cpu":
         enough = max(_ENOUGH, size * problem.dtype.itemsize // 2)
         sizes = replace(sizes, batch=min(sizes.batch, _for_threads(samples, saved, enough)))
-    batch, bounds = options.batch_size or sizes.batch, None
-    if model.batch_size is not None:
+    batch, bounds = min(options.batch_size or sizes.batch, samples), None
+    whole = options.unbatched or problem.loss.whole or options.train_mode
+    if model.batch_size is not None and not whole:
         batch = model.batch_size
-    if options.unbatched or problem.loss.whole or options.train_mode:
+    elif not whole and (batch < samples or parts > 1):
+        coupled = _coupled(problem, source, batch)
+        if coupled is not None:
+            note(f"{coupled} sees several samples at once, so all the data is one batch")
+        whole = coupled is not None
+        if not whole and parts > 1:
+            batch, bounds = _even(samples, batch, parts)
+    if whole:
         batch = samples  # train-mode batch norm couples the samples of a batch
-    elif model.batch_size is None and parts > 1:
-        batch, bounds = _even(samples, batch, parts)
-    batch = min(batch, samples)
     if bounds is None:
         bounds = [*range(0, samples, batch), samples]
     count = len(bounds) - 1
@@ -167,6 +178,38 @@ def split(
         batches = f"{count} batch" + ("es" if count > 1 else "")
         note(f"the data is {batches}, so {parts - count} of {parts} processes have nothing to do")
     return replace(problem, batches=_batches(source, bounds, parts)), Sizes(batch, sizes.chunk)
+
+
+def _coupled(problem: Problem, source: Source, batch: int) -> str | None:
+    """What makes something else of samples together than of the same ones apart: the model, the loss, or nothing."""
+    count = min(source.samples, max(_FEWEST, min(batch, _TRIED)))
+    together = source.part(0, count)
+    apart = [source.part(0, count // 2), source.part(count // 2, count)]
+    with torch.no_grad():
+        output = problem.output(together)
+        try:
+            outputs = [problem.output(part) for part in apart]
+        except MismatchError:  # a trace that holds the number of samples it was made with
+            return None
+        if not _same(output, outputs):
+            return "the model"
+        if problem.loss.function is None:
+            return None
+
+        def terms(output: Tensor, of: Batch) -> Tensor:
+            return problem.loss.terms(output, of.target, of.loss_arguments)
+
+        parts = [terms(output, of) for output, of in zip(outputs, apart, strict=True)]
+        return None if _same(terms(output, together), parts) else f"the loss {problem.loss.name}"
+
+
+def _same(together: Tensor, apart: Sequence[Tensor]) -> bool:
+    joined = torch.cat([part.reshape(-1) for part in apart])
+    if joined.numel() != together.numel():
+        return False
+    rounding = 1e-7 if together.dtype is torch.float64 else 1e-4
+    size = float(together.abs().nan_to_num(0, 0, 0).max()) if together.numel() else 0.0
+    return torch.allclose(together.reshape(-1), joined, rounding, rounding * size, equal_nan=True)
 
 
 def _for_threads(samples: int, saved: int, enough: int) -> int:

@@ -55,7 +55,8 @@ def loss_of(
                     f"it holds: {', '.join(data.arrays)}"
                 )
             array = data.arrays[value[1:]]
-            if key == "weight" and name in ELEMENT_WEIGHTED and data.per_sample(array):
+            weighted = key == "weight" and name in ELEMENT_WEIGHTED
+            if (weighted or function is not None) and data.per_sample(array):
                 array = array[slice(*data.range)]  # as its targets are
             arguments[key] = moved(array)
     check_arguments(name, arguments)

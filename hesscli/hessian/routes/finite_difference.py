@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.blocks import Block
+from hesscli.hessian.guests import is_missing_derivative
 from hesscli.hessian.layout import Layout
-from hesscli.hessian.problem import Batch, Problem, is_missing_derivative
+from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.quotients import Quotients
 from hesscli.hessian.routes.base import NotApplicable, Rows
 

@@ -17,8 +17,9 @@ from hesscli.errors import is_out_of_memory
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.definitions import exact_derivatives
+from hesscli.hessian.guests import is_missing_derivative
 from hesscli.hessian.layout import Layout
-from hesscli.hessian.problem import Batch, Problem, is_missing_derivative
+from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.routes.base import NotApplicable, Rows
 
 

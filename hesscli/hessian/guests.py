@@ -1,0 +1,51 @@
+"""Calls into code that is not ours: models, and losses of the user's own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from hesscli.errors import HesscliError, Terminated, is_out_of_memory
+
+_MISSING = re.compile(r"derivative for .* is not implemented|once_differentiable|double backwards")
+
+
+@contextmanager
+def guest(explained: Callable[[str, BaseException], HesscliError]) -> Iterator[None]:
+    """Inside, any error becomes what `explained` makes of its last line that says something, and of itself.
+
+    What callers deal with goes through: derivatives that are missing, memory that ran out, and being told to end.
+    """
+    try:
+        yield
+    except (HesscliError, Terminated):
+        raise
+    except (Exception, SystemExit) as error:
+        if is_out_of_memory(error) or _MISSING.search(str(error)):
+            raise
+        stop = _told_to_end(error)
+        raise stop or explained(_reason(error), error) from error
+
+
+def is_missing_derivative(error: BaseException) -> bool:
+    """Whether autograd said that an operator cannot be differentiated (twice)."""
+    return isinstance(error, NotImplementedError) or bool(_MISSING.search(str(error)))
+
+
+def _told_to_end(error: BaseException) -> BaseException | None:
+    """Ctrl-C or SIGTERM, if TorchScript made an error of its own of it."""
+    found = re.search(r"^\s*(KeyboardInterrupt|Terminated): *(\d*)", str(error), re.MULTILINE)
+    if found is None:
+        return None
+    return Terminated(int(found[2] or 1)) if found[1] == "Terminated" else KeyboardInterrupt()
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of an error that says something; TorchScript puts its own traceback before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if re.match(r"(builtins\.)?\w+(Error|Exception): ", line)]
+    reason = said[-1].removeprefix("builtins.") if said else " ".join(lines[:1])
+    if not said and not isinstance(error, (RuntimeError, TypeError, ValueError, AssertionError)):
+        reason = f"{type(error).__name__}: {reason}"  # a key alone, say
+    return reason.removeprefix("RuntimeError: ") or type(error).__name__
