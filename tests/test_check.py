@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from cases import BY_NAME, CASES, expected, save
@@ -274,3 +275,32 @@ def test_the_parameters_are_left_as_they_were():
     Certificate(problem, torch.float64, 0).matrix(block, expected(BY_NAME["mlp-tanh"]).clone())
     for name, p in problem.parameters.items():
         assert torch.equal(p, before[name])
+
+
+class KeyBias(nn.Module):
+    """Attention, whose softmax takes no notice of the keys' bias: its block is zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        weights = torch.softmax(self.q(x) @ self.k(x).mT / 2, -1)
+        return (weights @ self.v(x)).mean(1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("blocks", ["diag", "elements"])
+@pytest.mark.parametrize("method", ["auto", "hvp"])
+def test_a_block_of_zero_passes_alone(cli, tmp_path, monkeypatch, dtype, blocks, method):
+    torch.manual_seed(0)
+    torch.jit.script(KeyBias()).save("net.pt")
+    np.savez("data.npz", x=np.random.default_rng(0).normal(size=(6, 5, 4)), y=np.ones((6, 2)))
+    command = ("compute", "net.pt", "data.npz", "-p", "k.bias", "--dtype", dtype, "-b", blocks)
+    ran = cli(*command, "--method", method, "--json")
+    assert ran.code == 0, ran.stderr
+    assert abs(ran.document["blocks"][0]["trace"]) < 1e-6
+    assert not any("instead" in note for note in ran.notes)
+    for name in ("hvp", "preactivation"):
+        break_route(monkeypatch, name, lambda block, values: values.add_(1e-3))
+    cli(*command, "--method", "hvp").fails(5)

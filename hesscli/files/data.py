@@ -46,11 +46,11 @@ class Data:
         return self.range[1] - self.range[0]
 
     def per_sample(self, array: torch.Tensor) -> bool:
-        """Whether an array of the file has an entry for each target, as opposed to each class."""
-        if self.targets is None:
+        """Whether an array of the file has an entry for each sample, as opposed to each class."""
+        if self.targets is None or not array.dim():
             return False
         whole = self.arrays[self.targets[0]]
-        return array.dim() == whole.dim() > 0 and len(array) == len(whole)
+        return whole.dim() > 0 and len(array) == len(whole)
 
 
 def load_data(

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from hesscli.errors import is_out_of_memory
+from hesscli.hessian.guests import is_missing_derivative
+
 
 def batched_grad(
     output: Tensor | GradientEdge, inputs: Sequence[Tensor], seeds: Tensor
@@ -17,6 +20,7 @@ def batched_grad(
     The same as `torch.autograd.grad(output, inputs, seeds, is_grads_batched=True, retain_graph=True,
     allow_unused=True)`, whose check of the seeds' shape imports PyTorch's symbolic shapes, and with them sympy: 0.4
     s, more than many a Hessian takes. Where the internals that it stands on have moved, that is what is called.
+    Where an operator cannot be batched, seeds go one by one.
     """
     try:
         from torch._vmap_internals import _vmap
@@ -31,7 +35,13 @@ def batched_grad(
             (output,), (seed,), True, False, tuple(inputs), True, accumulate_grad=False
         )
 
-    found = _vmap(backward, 0, 0, allow_none_pass_through=True)(seeds)
+    try:
+        found = _vmap(backward, 0, 0, allow_none_pass_through=True)(seeds)
+    except RuntimeError as error:
+        if is_missing_derivative(error) or is_out_of_memory(error):
+            raise
+        rows = [seeded_grad(output, inputs, seed) for seed in seeds]
+        found = [None if row[0] is None else torch.stack(row) for row in zip(*rows, strict=True)]
     # Autograd's symbolic zeros cannot be written to; like None, they mean that nothing depends on the input.
     return tuple(None if x is None or x._is_zerotensor() else x for x in found)
 

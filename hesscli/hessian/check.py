@@ -87,6 +87,11 @@ class Certificate:
         """g(theta)"""
         return self.problem.gradient(list(self.problem.parameters))
 
+    @cached_property
+    def gradient_norm(self) -> float:
+        """|g(theta)| over all parameters of the module: what rounding goes by, whichever were chosen."""
+        return self.problem.gradient_norm()
+
     def _generator(self, block: Block) -> torch.Generator:
         """Each block has its own numbers, whichever are checked before it."""
         return torch.Generator().manual_seed(self.seed ^ zlib.crc32(block.name.encode()))
@@ -171,21 +176,31 @@ class Certificate:
             narrow = [(h, along.compare_narrow) for h in _HELD[dtype]]
         held = [(h, along.compare_held) for h in _HELD[dtype]]
         plain = [(h, along.compare) for h in _STEPS[dtype]]
-        tries = [*narrow[:1], *plain[:1], *narrow[1:], *held, *plain[1:]]
+        largest = plain.pop(_STEPS[dtype].index(max(_STEPS[dtype])))
         errors: list[float] = []
-        differences: dict[float, float] = {}  # the least with each step
-        for step, compare in tries:
-            difference, size = compare(step)
-            errors.append(difference / size if size else 0.0)
-            if self.passed(errors[-1]):
-                return errors[-1]
-            differences[step] = min(difference, differences.get(step, math.inf))
-        largest = max(differences)
-        squares = sum(float(g.square().sum()) for g in self.gradient.values())
-        noise = along.noise(largest, math.sqrt(squares))
-        if differences[largest] <= noise:
-            return self.tolerance * differences[largest] / noise
+        for tries in ([*narrow[:1], plain[0], largest], [*narrow[1:], *held, *plain[1:]]):
+            least = math.inf  # difference with the largest step
+            for step, compare in tries:
+                difference, size = compare(step)
+                errors.append(difference / size if size else 0.0)
+                if self.passed(errors[-1]):
+                    return errors[-1]
+                if step == largest[0]:
+                    least = min(least, difference)
+            noise = self._noise(along, largest[0])
+            if least <= noise:
+                return self.tolerance * least / noise
         return min(errors)
+
+    def _noise(self, along: Along, step: float) -> float:
+        """What rounding can make of a difference from the quotient; of the block too, if that is zero but for noise."""
+        noise = along.noise(step, self.gradient_norm)
+        if self.dtype == self.problem.dtype:
+            return noise
+        quotient = along.quotient(step)[along.entries]
+        if float(torch.linalg.norm(quotient)) > noise:
+            return noise
+        return noise + _ROUNDING[self.dtype] * self.gradient_norm / along.typical()
 
 
 @dataclass

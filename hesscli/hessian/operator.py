@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from hesscli.errors import MismatchError, is_out_of_memory
+from hesscli.errors import MismatchError
 from hesscli.hessian.autodiff import batched_grad, seeded_grad
 from hesscli.hessian.definitions import exact_derivatives
-from hesscli.hessian.guests import is_missing_derivative
 from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Batch, Problem, saved_bytes
 from hesscli.hessian.routes.base import NotApplicable
@@ -265,26 +264,10 @@ class _pull:  # noqa: N801 - a function that remembers
         # Where its graph begins, not the value itself: P numbers for each batch.
         self.edge, self.dim = get_gradient_edge(value), value.dim()
         self.inputs = inputs
-        self.batched = True  # until an operator turns out to have no batching rule
 
     def __call__(self, seeds: Tensor) -> tuple[Tensor | None, ...]:
-        if seeds.dim() == self.dim:
-            return self._one(seeds)
-        if self.batched and len(seeds) > 1:
-            try:
-                return batched_grad(self.edge, self.inputs, seeds)
-            except RuntimeError as error:
-                if is_missing_derivative(error) or is_out_of_memory(error):
-                    raise explained(error) from error
-                self.batched = False
-        rows = [self._one(seed) for seed in seeds]
-        return tuple(
-            None if parts[0] is None else torch.stack([p for p in parts if p is not None])
-            for parts in zip(*rows, strict=True)
-        )
-
-    def _one(self, seed: Tensor) -> tuple[Tensor | None, ...]:
+        grad = seeded_grad if seeds.dim() == self.dim else batched_grad
         try:
-            return seeded_grad(self.edge, self.inputs, seed)
+            return grad(self.edge, self.inputs, seeds)
         except (RuntimeError, NotImplementedError) as error:
             raise explained(error) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -137,6 +138,18 @@ class Problem:
                 if grad is not None:
                     total += grad
         return dict(zip(names, sums, strict=True))
+
+    def gradient_norm(self) -> float:
+        """|dL/dtheta| over all parameters of the module, also those that were not chosen."""
+        every = {n: p for n, p in self.module.named_parameters() if p.is_floating_point()}
+        constant = [p for p in every.values() if not p.requires_grad]
+        for parameter in constant:
+            parameter.requires_grad_(True)
+        try:
+            return _norm(replace(self, parameters=every).gradient(list(every)))
+        finally:
+            for parameter in constant:
+                parameter.requires_grad_(False)
 
     def by_batch(self) -> Iterator[Problem]:
         """The problem in parts that add up to it."""
@@ -279,6 +292,10 @@ def _type_hint(error: str, batch: Batch) -> str | None:
     if "'indices'" in error or "embedding" in error:
         return "store indices as int64: x.astype(np.int64)"
     return "--scale 1/255" if any(x.dtype is torch.uint8 for x in batch.inputs) else None
+
+
+def _norm(tensors: Mapping[str, Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.square().sum()) for tensor in tensors.values()))
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -55,7 +55,8 @@ def loss_of(
                     f"it holds: {', '.join(data.arrays)}"
                 )
             array = data.arrays[value[1:]]
-            weighted = key == "weight" and name in ELEMENT_WEIGHTED
+            of_elements = data.targets is not None and array.dim() == data.targets[1].dim()
+            weighted = key == "weight" and name in ELEMENT_WEIGHTED and of_elements
             if (weighted or function is not None) and data.per_sample(array):
                 array = array[slice(*data.range)]  # as its targets are
             arguments[key] = moved(array)

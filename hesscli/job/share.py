@@ -288,6 +288,11 @@ class SharedProblem(Problem):
             name: part.view_as(leaf) for name, part, leaf in zip(names, found, leaves, strict=True)
         }
 
+    def gradient_norm(self) -> float:
+        """|dL/dtheta| over the chosen parameters: the others' are not shared."""
+        parts = self.gradient(list(self.parameters)).values()
+        return float(torch.cat([part.reshape(-1) for part in parts]).norm())
+
     def by_batch(self) -> Iterator[Problem]:
         return iter((self,))
 

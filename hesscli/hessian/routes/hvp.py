@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hesscli.errors import is_out_of_memory
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.definitions import exact_derivatives
@@ -35,7 +34,6 @@ class HessianVectorProducts:
         """
         self.problem = problem
         self.chunk = chunk
-        self.row_by_row: str | None = None  # why rows are not batched, once that is known
 
     def shrink(self) -> bool:
         self.chunk //= 2
@@ -106,23 +104,10 @@ class HessianVectorProducts:
     def _products(
         self, gradient: Tensor, seeds: Tensor, leaves: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        if self.row_by_row is None:
-            try:
-                return list(batched_grad(gradient, leaves, seeds))
-            except RuntimeError as error:
-                if is_missing_derivative(error) or is_out_of_memory(error):
-                    raise explained(error) from error
-                self.row_by_row = str(error).splitlines()[0]
         try:
-            rows = [
-                torch.autograd.grad(gradient, leaves, seed, retain_graph=True, allow_unused=True)
-                for seed in seeds
-            ]
+            return list(batched_grad(gradient, leaves, seeds))
         except RuntimeError as error:
             raise explained(error) from error
-        return [
-            None if parts[0] is None else torch.stack(parts) for parts in zip(*rows, strict=True)
-        ]
 
 
 def explained(error: Exception) -> Exception:

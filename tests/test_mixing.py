@@ -1,0 +1,176 @@
+"""Models and losses that see several samples at once: one result, however the data could be split."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+X = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float64)
+Y = X @ np.array([[1.0, 0.5], [0.0, 2.0], [-1.0, 0.0]])
+
+LOSSES = """
+def centred(output, target):
+    return ((output - output.mean(0) - target) ** 2).sum(1)
+
+def broadcast(output, target):
+    return (output - target[:, 0]) ** 2 if output.shape[1] == 1 else (output - target) ** 2
+
+def apart(output, target):
+    return (output - target).abs() ** 3
+
+def weighted(output, target, w):
+    return w * ((output - target) ** 2).sum(1)
+
+def broken(output, target):
+    raise ValueError("no idea")
+
+def leaves(output, target):
+    raise SystemExit(0)
+
+def detached(output, target):
+    return ((output.detach() - target) ** 2).sum(1)
+"""
+
+
+class Centred(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        return self.b(h - h.mean(0))
+
+
+class OfSamples(nn.Module):
+    """Attention over the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return torch.softmax(x @ x.mT, 1) @ torch.tanh(self.a(x))
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.n = nn.BatchNorm1d(4, track_running_stats=False)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.n(self.a(x))))
+
+
+def saved(net, **arrays):
+    torch.manual_seed(0)
+    torch.jit.script(net().double().eval()).save("net.pt")
+    np.savez("data.npz", **{"x": X, "y": Y, **arrays})
+    with open("losses.py", "w") as file:
+        file.write(LOSSES)
+
+
+@pytest.mark.parametrize("command", [("compute", "-b", "full"), ("eigen", "--top", "1")])
+@pytest.mark.parametrize("net", [Centred, OfSamples, Normed])
+def test_a_model_that_mixes_samples_is_never_split(cli, tmp_path, net, command):
+    saved(net)
+    name, *words = command
+    found = []
+    for size in ("40", "1", "7"):
+        ran = cli(name, "net.pt", "data.npz", *words, "--batch-size", size, "--json")
+        found.append((ran.document["loss"]["value"], ran.document.get("eigenvalues")))
+        assert (
+            "the model sees several samples at once, so all the data is one batch" in ran.notes
+        ) == (size != "40")
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("loss", ["centred", "broadcast"])
+def test_a_loss_that_mixes_samples_is_never_split(cli, tmp_path, loss):
+    saved(lambda: nn.Linear(3, 1 if loss == "broadcast" else 2))
+    values = set()
+    for size in ("40", "1", "7"):
+        ran = cli(
+            "compute",
+            "net.pt",
+            "data.npz",
+            "-l",
+            f"losses.py:{loss}",
+            "--batch-size",
+            size,
+            "--json",
+        )
+        values.add(ran.document["loss"]["value"])
+    assert len(values) == 1
+
+
+def test_what_does_not_mix_is_split(cli, tmp_path):
+    saved(lambda: nn.Linear(3, 2))
+    ran = cli("compute", "net.pt", "data.npz", "-l", "losses.py:apart", "--batch-size", "7")
+    assert ran.code == 0
+    assert not any("one batch" in note for note in ran.notes)
+
+
+def test_arrays_go_along_with_the_samples(cli, tmp_path):
+    w = np.linspace(0, 1, 40)
+    saved(lambda: nn.Linear(3, 2), w=w)
+    command = ("compute", "net.pt", "data.npz", "-l", "losses.py:weighted", "--loss-arg", "w=@w")
+    for size in ("40", "7"):
+        ran = cli(*command, "--samples", "10:30", "--batch-size", size, "-b", "full", "--json")
+        # The Hessian of sum_n w_n |A x_n + b - y_n|^2 / 20: the trace is that of 2 outputs, w_n (|x_n|^2 + 1) each.
+        part = slice(10, 30)
+        trace = 4 * (w[part] * ((X[part] ** 2).sum(1) + 1)).sum() / 20
+        assert ran.document["total"]["trace"] == pytest.approx(trace)
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        ("broken", "no idea"),
+        ("leaves", "SystemExit"),
+        ("detached", "no gradient"),
+        ("weighted", "'w'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["compute", "eigen"])
+def test_losses_that_fail(cli, tmp_path, command, loss, said):
+    saved(lambda: nn.Linear(3, 2))
+    assert said in cli(command, "net.pt", "data.npz", "-l", f"losses.py:{loss}").fails(4)
+
+
+FAILING = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, how="key"):
+        super().__init__()
+        self.a, self.how = nn.Linear(3, 2), how
+
+    def forward(self, x):
+        if self.how == "key":
+            return {}["logit"]
+        if self.how == "exit":
+            raise SystemExit(3)
+        raise NotImplementedError("later")
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("key", "KeyError: 'logit'"), ("exit", "SystemExit: 3"), ("", "later")]
+)
+def test_models_that_fail(cli, tmp_path, how, said):
+    saved(lambda: nn.Linear(3, 2))
+    (tmp_path / "nets.py").write_text(FAILING)
+    torch.save({"a.weight": torch.ones(2, 3), "a.bias": torch.ones(2)}, "weights.pt")
+    ran = cli(
+        "compute", "weights.pt", "data.npz", "--arch", "nets.py:Net", "--arch-arg", f"how={how}"
+    )
+    assert said in ran.fails(4)
+
+
+def test_torchscript_that_fails(cli, tmp_path):
+    saved(lambda: nn.BatchNorm2d(3))
+    assert "expected 4D input (got 2D input)" in cli("compute", "net.pt", "data.npz").fails(4)
