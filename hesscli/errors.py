@@ -29,6 +29,10 @@ class Terminated(SystemExit):
     """Told to end (SIGTERM), by a batch system say; the code is what the shell expects."""
 
 
+signalled: list[BaseException] = []
+"""What signals have raised in this run: TorchScript makes a nameless error of that."""
+
+
 class HesscliError(Exception):
     """An error for the user: what was found, what was wanted, and a hint that can be pasted."""
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+
+from hesscli.hessian.watcher import Watcher
 
 X = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float64)
 Y = X @ np.array([[1.0, 0.5], [0.0, 2.0], [-1.0, 0.0]])
@@ -169,6 +173,23 @@ def test_models_that_fail(cli, tmp_path, how, said):
         "compute", "weights.pt", "data.npz", "--arch", "nets.py:Net", "--arch-arg", f"how={how}"
     )
     assert said in ran.fails(4)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", [1, 4])  # the pass that it comes in
+def test_signals_inside_torchscript(cli, tmp_path, sent, first):
+    saved(lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh()))
+    passes = iter(range(1, 1000))
+
+    class Sent(Watcher):
+        def call(self, func, args, kwargs):
+            if func is torch.ops.aten.tanh.default and next(passes) == first:
+                signal.raise_signal(sent)
+            return func(*args, **kwargs)
+
+    with Sent():
+        assert cli("compute", "net.pt", "data.npz").code == 128 + sent
+    assert not (tmp_path / "hessian.safetensors").exists()
 
 
 def test_torchscript_that_fails(cli, tmp_path):

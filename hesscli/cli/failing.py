@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from hesscli.errors import ExitCode, HesscliError, Terminated, is_out_of_memory
+from hesscli.errors import ExitCode, HesscliError, Terminated, is_out_of_memory, signalled
 from hesscli.job.team import rank
 
 _SHORT = {"--blocks": "-b", "--loss": "-l", "--device": "-d", "--arch": "-a"}
@@ -27,18 +27,30 @@ def failing(debug: bool = False) -> Iterator[None]:
     Raises:
         typer.Exit: with the exit code.
     """
+    signalled.clear()
     signal.signal(signal.SIGTERM, _terminated)
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # not if it is ignored, in the background say
+        signal.signal(signal.SIGINT, _interrupted)
     try:
         yield
     except (typer.Exit, typer.BadParameter, SystemExit):
         raise
     except BaseException as error:
         raise typer.Exit(_report(error, debug)) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
     """Being told to end, by a batch system say, leaves as little behind as Ctrl-C does."""
-    raise Terminated(128 + number)
+    signalled.append(Terminated(128 + number))
+    raise signalled[-1]
+
+
+def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
+    signalled.append(KeyboardInterrupt())
+    raise signalled[-1]
 
 
 def report_usage(error: Any) -> int:

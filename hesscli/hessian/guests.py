@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from hesscli.errors import HesscliError, Terminated, is_out_of_memory
+from hesscli.errors import HesscliError, Terminated, is_out_of_memory, signalled
 
 _MISSING = re.compile(r"derivative for .* is not implemented|once_differentiable|double backwards")
 
@@ -24,21 +24,14 @@ def guest(explained: Callable[[str, BaseException], HesscliError]) -> Iterator[N
     except (Exception, SystemExit) as error:
         if is_out_of_memory(error) or _MISSING.search(str(error)):
             raise
-        stop = _told_to_end(error)
-        raise stop or explained(_reason(error), error) from error
+        if signalled:  # inside TorchScript
+            raise signalled[-1] from None
+        raise explained(_reason(error), error) from error
 
 
 def is_missing_derivative(error: BaseException) -> bool:
     """Whether autograd said that an operator cannot be differentiated (twice)."""
     return isinstance(error, NotImplementedError) or bool(_MISSING.search(str(error)))
-
-
-def _told_to_end(error: BaseException) -> BaseException | None:
-    """Ctrl-C or SIGTERM, if TorchScript made an error of its own of it."""
-    found = re.search(r"^\s*(KeyboardInterrupt|Terminated): *(\d*)", str(error), re.MULTILINE)
-    if found is None:
-        return None
-    return Terminated(int(found[2] or 1)) if found[1] == "Terminated" else KeyboardInterrupt()
 
 
 def _reason(error: BaseException) -> str:
