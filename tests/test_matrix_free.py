@@ -472,6 +472,8 @@ def test_scipy_takes_the_operator(cli):
     np.testing.assert_allclose(H.T @ v, matrix @ v, atol=1e-9)
     values = eigsh(H, 3, which="LA")[0][::-1]
     np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix)[::-1][:3], rtol=1e-9)
+    with pytest.raises(hesscli.HesscliError, match="complex"):
+        H @ np.full(H.shape[0], 1j)
     part = hesscli.operator(str(MLP[0]), str(MLP[1]), params="fc2.*", dtype="float64")
     np.testing.assert_allclose(part @ np.eye(170), matrix[1040:, 1040:], atol=1e-9)
     assert hesscli.operator(*MLP).dtype == np.float32

@@ -280,6 +280,40 @@ def test_compute_errors(net):
         hesscli.compute(net, (X, Y))
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("blocks", "foo", "diag, module, full, elements"),
+        ("method", "foo", "hvp"),
+        ("curvature", "foo", "hessian, ggn, fisher"),
+        ("reduction", "SUM", "mean, sum"),
+        ("stats", "foo", "basic, auto, all, none"),
+        ("dtype", "double", "auto, float32, float64"),
+        ("dtype", torch.float16, "auto, float32, float64"),
+        ("batch_size", -1, "from 1 on"),
+        ("batch_size", 2.5, "from 1 on"),
+        ("threads", 0, "from 1 on"),
+        ("seed", "a", "a whole number"),
+        ("samples", 3, "(from, up to)"),
+        ("loss", None, "a function"),
+    ],
+)
+def test_wrong_options(net, option, value, wanted):
+    with pytest.raises(hesscli.HesscliError) as caught:
+        hesscli.compute(net, (X, Y), **{option: value})
+    assert caught.value.message.startswith(f"{option} is ")
+    assert wanted in caught.value.message
+    assert caught.value.exit_code == 2
+
+
+def test_options_in_the_words_of_python(net):
+    found = hesscli.compute(
+        net, (X, Y), params="last.*", dtype=torch.float32, device=torch.device("cpu")
+    )
+    assert list(found.parameters) == ["last.weight", "last.bias"]
+    assert found.metadata["dtype"] == "float32"
+
+
 def test_it_listens(net):
     class Ear:
         notes: list[str] = []  # noqa: RUF012

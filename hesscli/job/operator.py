@@ -219,7 +219,8 @@ def operator(model: str | Path, data: str | Path, **options: Any) -> LinearOpera
     """The curvature of a saved model's loss as a `scipy.sparse.linalg.LinearOperator`, [P, P] and symmetric.
 
     Rows and columns are the parameters in `named_parameters` order, each flattened row-major, restricted by
-    `params=["fc1.*"]`. One product was checked against differences of gradients (`check=False` skips that).
+    `params=["fc1.*"]`. One product was checked against differences of gradients (`check=False` skips that). Vectors are
+    real.
 
         H = hesscli.operator("model.pt", "data.npz", curvature="ggn")
         scipy.sparse.linalg.eigsh(H, k=3)
@@ -240,15 +241,12 @@ def operator(model: str | Path, data: str | Path, **options: Any) -> LinearOpera
         raise UsageError(
             f"no option is called {unknown[0]!r}; there are: {', '.join(sorted(known))}"
         )
-    for name in ("inputs", "params"):
-        if isinstance(options.get(name), str):
-            options[name] = (options[name],)
-        elif name in options:
-            options[name] = tuple(options[name])
     opened = open_operator(ProblemOptions(Path(model), Path(data), **options), Silent())
     products, problem = opened.products, opened.problem
 
     def multiply(rows: np.ndarray) -> np.ndarray:
+        if np.iscomplexobj(rows):
+            raise UsageError("a complex vector; the curvature multiplies real ones")
         vectors = torch.from_numpy(np.array(rows)).to(problem.device, problem.dtype)
         return products(vectors).cpu().numpy()
 
