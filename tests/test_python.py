@@ -306,6 +306,43 @@ def test_wrong_options(net, option, value, wanted):
     assert caught.value.exit_code == 2
 
 
+def test_a_device_that_is_not_there(net):
+    with pytest.raises(hesscli.HesscliError, match="no device cuda:99") as caught:
+        hesscli.compute(net, (X, Y), device="cuda:99")
+    assert caught.value.exit_code == 6
+    assert hesscli.compute(net, (X, Y), device="auto").metadata["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.Linear(3, 1, device="meta"), "weight is on the meta device"),
+        (nn.LazyLinear(1), "weight has no shape before the module was called"),
+    ],
+)
+def test_modules_without_values(module, reason):
+    with pytest.raises(hesscli.HesscliError, match=f"Linear: {reason}"):
+        hesscli.compute(module, (X, X[:, :1]))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_any_mode_of_the_caller(net, tmp_path, mode):
+    whole = truth(net)
+    with mode():
+        twin = Net().double()
+        twin.load_state_dict(net.state_dict())
+        for module in (net, twin):
+            found = hesscli.compute(module, (X.clone(), Y), blocks="full", framework="torch")
+            torch.testing.assert_close(found.matrix(), whole, rtol=1e-9, atol=1e-11)
+    case = BY_NAME["mlp-tanh"]
+    files = save(case, "script", tmp_path)
+    outside = hesscli.operator(*files, loss=case.loss)
+    with mode():
+        inside = hesscli.operator(*files, loss=case.loss)
+        for H in (outside, inside):
+            np.testing.assert_allclose(H @ np.eye(len(expected(case))), expected(case), atol=1e-9)
+
+
 def test_options_in_the_words_of_python(net):
     found = hesscli.compute(
         net, (X, Y), params="last.*", dtype=torch.float32, device=torch.device("cpu")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import NumericalError, ResourceError, UsageError
+from hesscli.hessian.autodiff import differentiable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.hessian.check_curvature import certificate as certificate_of
@@ -241,14 +242,16 @@ def operator(model: str | Path, data: str | Path, **options: Any) -> LinearOpera
         raise UsageError(
             f"no option is called {unknown[0]!r}; there are: {', '.join(sorted(known))}"
         )
-    opened = open_operator(ProblemOptions(Path(model), Path(data), **options), Silent())
+    with differentiable():
+        opened = open_operator(ProblemOptions(Path(model), Path(data), **options), Silent())
     products, problem = opened.products, opened.problem
 
     def multiply(rows: np.ndarray) -> np.ndarray:
         if np.iscomplexobj(rows):
             raise UsageError("a complex vector; the curvature multiplies real ones")
-        vectors = torch.from_numpy(np.array(rows)).to(problem.device, problem.dtype)
-        return products(vectors).cpu().numpy()
+        with differentiable():
+            vectors = torch.from_numpy(np.array(rows)).to(problem.device, problem.dtype)
+            return products(vectors).cpu().numpy()
 
     class Curvature(LinearOperator):  # type: ignore[misc]
         def _matvec(self, x: np.ndarray) -> np.ndarray:
