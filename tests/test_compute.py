@@ -610,9 +610,31 @@ def test_arguments_that_do_not_fit(cli, net, tmp_path):
     data = npz(tmp_path, x=X, y=Y, w=np.ones(5, "f4"))
     cli("compute", net, data, "-l", "bce-with-logits", "--loss-arg", "pos_weight=@w").fails(4)
     cli("compute", net, data, "-l", "mse", "--loss-arg", "weight=@w").fails(4)
+    cli("compute", net, data, "-l", "mse", "--loss-arg", "weight=[1,2,3]").fails(4)
+    ran = cli("compute", net, data, "-l", "mse", "--loss-arg", "weight=wide")
+    assert "weight is 'wide'" in ran.fails(2)
     ran = cli("compute", net, data, "-l", "huber", "--loss-arg", "delta=wide")
     assert ran.code in (2, 4), ran.stderr
     assert ran.fails(ran.code)
+
+
+@pytest.mark.parametrize(
+    ("loss", "argument", "numbers"),
+    [
+        ("bce-with-logits", "pos_weight", "5"),
+        ("huber", "weight", "2"),
+        ("mse", "weight", "[1, 2.5]"),
+    ],
+)
+def test_numbers_as_weights(cli, net, tmp_path, loss, argument, numbers):
+    data = npz(tmp_path, x=X, y=Y, w=np.broadcast_to(np.float32(json.loads(numbers)), (2,)))
+    found = []
+    for value in ("@w", numbers):
+        ran = cli("compute", net, data, "-l", loss, "--loss-arg", f"{argument}={value}")
+        assert ran.code == 0, ran.stderr
+        found.append(read(tmp_path / "hessian.safetensors")[1])
+    for name, block in found[0].items():
+        np.testing.assert_array_equal(found[1][name], block)
 
 
 def test_numbers_that_are_not_finite(cli, tmp_path):

@@ -201,6 +201,22 @@ def test_losses(net, loss):
     assert found.metadata["loss"]["inferred"] is False
 
 
+@pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray])
+def test_arrays_as_loss_arguments(net, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("hesscli.job.journal.INTERVAL", 0)  # as a run of more than a second
+    weight, targets = torch.rand(12, 2, dtype=torch.float64), torch.rand(12, 2)
+    data = {"x": X, "y": targets, "w": weight}
+    options = {"loss": "mse", "batch_size": 5, "output": tmp_path / "h"}
+    named = hesscli.compute(net, data, loss_arguments={"weight": "@w"}, **options)
+    block = np.array(named.block("last.bias"))
+    given = hesscli.compute(net, data, loss_arguments={"weight": kind(weight)}, **options)
+    np.testing.assert_array_equal(given.block("last.bias"), block)
+    (text,) = given.metadata["loss"]["arguments"].values()
+    assert text.startswith("float64 [12, 2] ")
+    other = hesscli.compute(net, data, loss_arguments={"weight": kind(2 * weight)}, **options)
+    assert other.metadata["loss"]["arguments"]["weight"] != text
+
+
 def test_a_function_is_not_the_loss_of_its_name(net):
     def mse(output, target):
         return nn.functional.cross_entropy(output, target, reduction="none")

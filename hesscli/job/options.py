@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -120,8 +120,8 @@ class ComputeOptions(ProblemOptions):
 
 
 def command_of(options: ComputeOptions) -> dict[str, Any]:
-    """The options as JSON."""
-    found = asdict(options)
+    """The options as JSON, but for arrays in memory."""
+    found = dict(vars(options))
     as_text = {"model", "data", "output"} | ({"loss"} if callable(options.loss) else set())
     return {key: str(value) if key in as_text else value for key, value in found.items()}
 
