@@ -637,6 +637,40 @@ def test_numbers_as_weights(cli, net, tmp_path, loss, argument, numbers):
         np.testing.assert_array_equal(found[1][name], block)
 
 
+class Named(nn.Module):
+    """A module and a parameter of one's own, under a name."""
+
+    def __init__(self, module: str, own: str) -> None:
+        super().__init__()
+        self.add_module(module, nn.Linear(3, 2))
+        self.register_parameter(own, nn.Parameter(torch.ones(2)))
+        self.module, self.own = module, own
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.get_submodule(self.module)(x) * self.get_parameter(self.own)
+
+
+@pytest.mark.parametrize(
+    ("module", "own", "words", "taken"),
+    [
+        ("gradient", "weight", ("compute", "--gradient"), "gradient.weight"),
+        ("gradient", "weight", ("hvp", "--vector", "random", "--gradient"), "gradient.weight"),
+        ("layer", "__metadata__", ("compute",), "__metadata__"),
+        ("layer", "__metadata__", ("hvp", "--vector", "random"), "__metadata__"),
+        ("__metadata__", "weight", ("compute", "--blocks", "module"), "__metadata__"),
+    ],
+)
+def test_names_that_the_file_needs(cli, tmp_path, module, own, words, taken):
+    torch.jit.trace(Named(module, own), torch.from_numpy(X)).save(tmp_path / "net.pt")
+    data = npz(tmp_path, x=X, y=Y)
+    ran = cli(words[0], tmp_path / "net.pt", data, *words[1:])
+    assert ran.fails(2).startswith(f"{taken}: a file keeps this name for ")
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".safetensors"]
+    again = shlex.split(ran.hint)[1:]
+    assert again[-1] == f"!{taken}*"
+    assert cli(*again).code == 0
+
+
 def test_numbers_that_are_not_finite(cli, tmp_path):
     model = saved_net(tmp_path, nn.Linear(3, 2))
     for bad in (np.nan, np.inf):

@@ -37,7 +37,7 @@ from hesscli.job.options import ComputeOptions, Listener, command_of, options_of
 from hesscli.job.planning import Plan
 from hesscli.job.team import Team, missing, shares
 from hesscli.job.whole import WholeBlocks, groups
-from hesscli.job.writing import may_write, written
+from hesscli.job.writing import demand_names, may_write, written
 from hesscli.spectrum.eigen import DENSE_LIMIT, extremes
 
 # What changes nothing in the file.
@@ -73,6 +73,7 @@ def compute(
             several = "processes cannot write" if shared else "files cannot go"
             raise UsageError(f"-: several {several} to a pipe", "-o hessian.safetensors")
         plan = Plan(options, open_problem(options, listener, model=model), listener, shared)
+        demand_names((block.name for block in plan.blocks), plan.shapes, options.gradient)
         if dry_run:
             document = plan.dry_run()
         else:
