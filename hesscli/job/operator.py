@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.errors import NumericalError, ResourceError, UsageError
+from hesscli.errors import MismatchError, NumericalError, ResourceError, UsageError
 from hesscli.hessian.autodiff import differentiable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
@@ -119,6 +119,8 @@ def open_operator(
     """
     opened = open_shared(options, listener, share)
     problem = shared_problem(opened, share)
+    if not any(p.numel() for p in problem.parameters.values()):
+        raise MismatchError(f"no numbers in the parameters: {', '.join(problem.parameters)}")
     grads = problem.gradient(list(problem.parameters))
     gradient = torch.cat([g.reshape(-1) for g in grads.values()])
     norm = float(torch.linalg.norm(gradient.double()))
