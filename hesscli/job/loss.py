@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import UsageError
-from hesscli.files.data import Data, describe
+from hesscli.files.data import Data, check_finite, describe
 from hesscli.files.digest import sha256_of
 from hesscli.files.importing import importable, imported
 from hesscli.hessian.losses import ELEMENT_WEIGHTED, LOSSES, TENSORS, Loss, check_arguments
@@ -56,6 +56,7 @@ def loss_of(
         if array is not None:
             if key == "weight" and name in ELEMENT_WEIGHTED and data.per_sample(array):
                 array = array[slice(*data.range)]  # as its targets are
+            check_finite(options.data, value[1:] if isinstance(value, str) else key, array)
             arguments[key] = moved(array)
     return Loss(name, options.reduction, arguments, function)
 
