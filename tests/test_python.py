@@ -309,8 +309,12 @@ def test_compute_errors(net):
         ("batch_size", -1, "from 1 on"),
         ("batch_size", 2.5, "from 1 on"),
         ("threads", 0, "from 1 on"),
+        ("memory", "4 GB", "from 1 on"),
+        ("max_shard_size", "1 GB", "from 1 on"),
+        ("scale", 0.5, "a dict"),
         ("seed", "a", "a whole number"),
         ("samples", 3, "(from, up to)"),
+        ("samples", (-3, None), "(from, up to)"),
         ("loss", None, "a function"),
     ],
 )

@@ -95,8 +95,8 @@ def compute(
         framework: "numpy" or "torch", whose arrays the object returns.
         device: as `hesscli compute --device`; by default, or with "auto", that of the module.
         listener: hears notes and progress; the notes are in `metadata["notes"]` too.
-        options: the other options of `hesscli compute`, by the names in `ComputeOptions`, such as `params=("fc.*",)`,
-            `dtype="float64"`, `stats="all"`, `gradient=True`.
+        options: the other options of `hesscli compute`, by the names in `ComputeOptions`, such as `params="fc.*"`,
+            `dtype="float64"`, `stats="all"`, `loss_arguments={"weight": w}`; w may be an array or a tensor.
 
     Raises:
         HesscliError: as the command; `hesscli.errors` has the kinds. `hint` speaks of the command line.

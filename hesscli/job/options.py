@@ -46,7 +46,8 @@ def _is_whole(value: object) -> bool:
 def _is_range(value: object) -> bool:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         return False
-    return _is_whole(value[0]) and (value[1] is None or _is_whole(value[1]))
+    given = value[:1] if value[1] is None else value
+    return all(_is_whole(place) and place >= 0 for place in given)
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,13 @@ class ProblemOptions:
         for name, choices in _CHOICES.items():
             if name in vars(self) and getattr(self, name) not in choices:
                 raise _wrong(name, getattr(self, name), ", ".join(choices))
-        for name in ("batch_size", "threads"):
-            number = getattr(self, name)
+        for name in ("batch_size", "threads", "max_shard_size", "memory"):
+            number = vars(self).get(name)
             if number is not None and not (_is_whole(number) and number > 0):
                 raise _wrong(name, number, "None, or a whole number from 1 on")
+        for name in ("loss_arguments", "arch_arguments", "scale"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise _wrong(name, getattr(self, name), "a dict")
         if not _is_whole(self.seed):
             raise _wrong("seed", self.seed, "a whole number")
         if not (isinstance(self.loss, str) or callable(self.loss)):
