@@ -610,9 +610,68 @@ def test_arguments_that_do_not_fit(cli, net, tmp_path):
     data = npz(tmp_path, x=X, y=Y, w=np.ones(5, "f4"))
     cli("compute", net, data, "-l", "bce-with-logits", "--loss-arg", "pos_weight=@w").fails(4)
     cli("compute", net, data, "-l", "mse", "--loss-arg", "weight=@w").fails(4)
+    cli("compute", net, data, "-l", "mse", "--loss-arg", "weight=[1,2,3]").fails(4)
+    data = npz(tmp_path, x=X, y=Y, w=np.float32(np.nan))
+    ran = cli("compute", net, data, "-l", "mse", "--loss-arg", "weight=@w")
+    assert "array w (float32 []) holds NaN" in ran.fails(5)
+    ran = cli("compute", net, data, "-l", "mse", "--loss-arg", "weight=wide")
+    assert "weight is 'wide'" in ran.fails(2)
     ran = cli("compute", net, data, "-l", "huber", "--loss-arg", "delta=wide")
     assert ran.code in (2, 4), ran.stderr
     assert ran.fails(ran.code)
+
+
+@pytest.mark.parametrize(
+    ("loss", "argument", "numbers"),
+    [
+        ("bce-with-logits", "pos_weight", "5"),
+        ("huber", "weight", "2"),
+        ("mse", "weight", "[1, 2.5]"),
+    ],
+)
+def test_numbers_as_weights(cli, net, tmp_path, loss, argument, numbers):
+    data = npz(tmp_path, x=X, y=Y, w=np.broadcast_to(np.float32(json.loads(numbers)), (2,)))
+    found = []
+    for value in ("@w", numbers):
+        ran = cli("compute", net, data, "-l", loss, "--loss-arg", f"{argument}={value}")
+        assert ran.code == 0, ran.stderr
+        found.append(read(tmp_path / "hessian.safetensors")[1])
+    for name, block in found[0].items():
+        np.testing.assert_array_equal(found[1][name], block)
+
+
+class Named(nn.Module):
+    """A module and a parameter of one's own, under a name."""
+
+    def __init__(self, module: str, own: str) -> None:
+        super().__init__()
+        self.add_module(module, nn.Linear(3, 2))
+        self.register_parameter(own, nn.Parameter(torch.ones(2)))
+        self.module, self.own = module, own
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.get_submodule(self.module)(x) * self.get_parameter(self.own)
+
+
+@pytest.mark.parametrize(
+    ("module", "own", "words", "taken"),
+    [
+        ("gradient", "weight", ("compute", "--gradient"), "gradient.weight"),
+        ("gradient", "weight", ("hvp", "--vector", "random", "--gradient"), "gradient.weight"),
+        ("layer", "__metadata__", ("compute",), "__metadata__"),
+        ("layer", "__metadata__", ("hvp", "--vector", "random"), "__metadata__"),
+        ("__metadata__", "weight", ("compute", "--blocks", "module"), "__metadata__"),
+    ],
+)
+def test_names_that_the_file_needs(cli, tmp_path, module, own, words, taken):
+    torch.jit.trace(Named(module, own), torch.from_numpy(X)).save(tmp_path / "net.pt")
+    data = npz(tmp_path, x=X, y=Y)
+    ran = cli(words[0], tmp_path / "net.pt", data, *words[1:])
+    assert ran.fails(2).startswith(f"{taken}: a file keeps this name for ")
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".safetensors"]
+    again = shlex.split(ran.hint)[1:]
+    assert again[-1] == f"!{taken}*"
+    assert cli(*again).code == 0
 
 
 def test_numbers_that_are_not_finite(cli, tmp_path):

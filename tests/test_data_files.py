@@ -167,13 +167,25 @@ def test_single_numbers(tmp_path):
     assert data.samples == 1
 
 
+@pytest.mark.parametrize("name", ["", "Unnamed: 0"])
+def test_the_index_of_a_table_is_left_out(tmp_path, name):
+    (tmp_path / "d.csv").write_text(f"{name},a,y\n0,1,2\n1,3,4\n")
+    data = load_data(tmp_path / "d.csv")
+    assert data.inputs["columns"].tolist() == [[1], [3]]
+    assert f"column {name!r} left out: an index, by its name" in data.notes
+    taken = load_data(tmp_path / "d.csv", inputs=(name, "a"))
+    assert taken.inputs["columns"].tolist() == [[0, 1], [1, 3]]
+
+
 # --- values and types -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["x", "class_weights"])
+@pytest.mark.parametrize("name", ["x", "y"])
 def test_values_that_are_not_finite(tmp_path, value, name):
-    arrays = {"x": X.copy(), "y": Y, "class_weights": np.ones((2, 2), np.float16)}
+    arrays = {"x": X.copy(), "y": np.ones((3, 2), np.float16), "unused": np.array([value])}
+    np.savez(tmp_path / "d.npz", **arrays)
+    load_data(tmp_path / "d.npz")
     arrays[name][1, 0] = value
     np.savez(tmp_path / "d.npz", **arrays)
     error = refused(NumericalError, tmp_path / "d.npz")

@@ -457,6 +457,63 @@ def test_per_fedavg(cli, tmp_path, other):
     np.testing.assert_allclose(flat, truth.numpy(), rtol=1e-9, atol=1e-12)
 
 
+# --- parameters of no axis, and of no numbers -----------------------------------------------------
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.layer = nn.Linear(3, 2)
+        self.none = nn.Parameter(torch.zeros(0, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.layer(x) + self.none.sum()
+
+
+@pytest.fixture
+def odd(tmp_path) -> tuple[Path, Path]:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(5, n, generator=generator).numpy() for n in (3, 2))
+    torch.manual_seed(0)
+    return saved(tmp_path, Odd(), x=x, y=y)
+
+
+def test_a_scalar_and_an_empty_parameter(cli, odd):
+    matrix = dense(cli, *odd)
+    ran = cli("hvp", *odd, "--vector", "random", "--gradient", "--dtype", "float64", "--json")
+    assert ran.code == 0, ran.stderr
+    found = load_file("hvp.safetensors")
+    assert {name: found[name].shape for name in ("scale", "none")} == {"scale": (), "none": (0, 3)}
+    v = torch.randn(9, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
+    names = [part["name"] for part in ran.document["parameters"]]
+    product = np.concatenate([found[name].reshape(-1) for name in names])
+    np.testing.assert_allclose(product, matrix @ v, atol=1e-12)
+    assert cli("hvp", *odd, "--per-fedavg", "0.1").code == 0
+    ran = cli("eigen", *odd, "--per-block", "--json")
+    assert ran.code == 0, ran.stderr
+    assert ran.document["blocks"].count("scale") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("eigen",), ("eigen", "--per-block"), ("trace",), ("density",), ("hvp", "--vector", "random")],
+)
+def test_no_numbers(cli, odd, words):
+    ran = cli(words[0], *odd, *words[1:], "--params", "none")
+    assert "no numbers in the parameters: none" in ran.fails(4)
+
+
+@pytest.mark.parametrize("blocks", ["diag", "elements"])
+def test_a_file_with_an_empty_block(cli, odd, blocks):
+    assert cli("compute", *odd, "--gradient", "-b", blocks).code == 0
+    assert cli("show").code == 0
+    assert cli("diff", "hessian.safetensors", "hessian.safetensors").code == 0
+    loaded = hesscli.load("hessian.safetensors")
+    loaded.verify()
+    assert loaded.gradient("none").shape == (0, 3)
+
+
 # --- the operator in Python -----------------------------------------------------------------------
 
 
@@ -472,6 +529,8 @@ def test_scipy_takes_the_operator(cli):
     np.testing.assert_allclose(H.T @ v, matrix @ v, atol=1e-9)
     values = eigsh(H, 3, which="LA")[0][::-1]
     np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix)[::-1][:3], rtol=1e-9)
+    with pytest.raises(hesscli.HesscliError, match="complex"):
+        H @ np.full(H.shape[0], 1j)
     part = hesscli.operator(str(MLP[0]), str(MLP[1]), params="fc2.*", dtype="float64")
     np.testing.assert_allclose(part @ np.eye(170), matrix[1040:, 1040:], atol=1e-9)
     assert hesscli.operator(*MLP).dtype == np.float32

@@ -201,6 +201,22 @@ def test_losses(net, loss):
     assert found.metadata["loss"]["inferred"] is False
 
 
+@pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray])
+def test_arrays_as_loss_arguments(net, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("hesscli.job.journal.INTERVAL", 0)  # as a run of more than a second
+    weight, targets = torch.rand(12, 2, dtype=torch.float64), torch.rand(12, 2)
+    data = {"x": X, "y": targets, "w": weight}
+    options = {"loss": "mse", "batch_size": 5, "output": tmp_path / "h"}
+    named = hesscli.compute(net, data, loss_arguments={"weight": "@w"}, **options)
+    block = np.array(named.block("last.bias"))
+    given = hesscli.compute(net, data, loss_arguments={"weight": kind(weight)}, **options)
+    np.testing.assert_array_equal(given.block("last.bias"), block)
+    (text,) = given.metadata["loss"]["arguments"].values()
+    assert text.startswith("float64 [12, 2] ")
+    other = hesscli.compute(net, data, loss_arguments={"weight": kind(2 * weight)}, **options)
+    assert other.metadata["loss"]["arguments"]["weight"] != text
+
+
 def test_a_function_is_not_the_loss_of_its_name(net):
     def mse(output, target):
         return nn.functional.cross_entropy(output, target, reduction="none")
@@ -278,6 +294,81 @@ def test_compute_errors(net):
     net.cache = net(X)
     with pytest.raises(hesscli.HesscliError, match="Net: cannot be copied"):
         hesscli.compute(net, (X, Y))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("blocks", "foo", "diag, module, full, elements"),
+        ("method", "foo", "hvp"),
+        ("curvature", "foo", "hessian, ggn, fisher"),
+        ("reduction", "SUM", "mean, sum"),
+        ("stats", "foo", "basic, auto, all, none"),
+        ("dtype", "double", "auto, float32, float64"),
+        ("dtype", torch.float16, "auto, float32, float64"),
+        ("batch_size", -1, "from 1 on"),
+        ("batch_size", 2.5, "from 1 on"),
+        ("threads", 0, "from 1 on"),
+        ("memory", "4 GB", "from 1 on"),
+        ("max_shard_size", "1 GB", "from 1 on"),
+        ("scale", 0.5, "a dict"),
+        ("seed", "a", "a whole number"),
+        ("samples", 3, "(from, up to)"),
+        ("samples", (-3, None), "(from, up to)"),
+        ("loss", None, "a function"),
+    ],
+)
+def test_wrong_options(net, option, value, wanted):
+    with pytest.raises(hesscli.HesscliError) as caught:
+        hesscli.compute(net, (X, Y), **{option: value})
+    assert caught.value.message.startswith(f"{option} is ")
+    assert wanted in caught.value.message
+    assert caught.value.exit_code == 2
+
+
+def test_a_device_that_is_not_there(net):
+    with pytest.raises(hesscli.HesscliError, match="no device cuda:99") as caught:
+        hesscli.compute(net, (X, Y), device="cuda:99")
+    assert caught.value.exit_code == 6
+    assert hesscli.compute(net, (X, Y), device="auto").metadata["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.Linear(3, 1, device="meta"), "weight is on the meta device"),
+        (nn.LazyLinear(1), "weight has no shape before the module was called"),
+    ],
+)
+def test_modules_without_values(module, reason):
+    with pytest.raises(hesscli.HesscliError, match=f"Linear: {reason}"):
+        hesscli.compute(module, (X, X[:, :1]))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_any_mode_of_the_caller(net, tmp_path, mode):
+    whole = truth(net)
+    with mode():
+        twin = Net().double()
+        twin.load_state_dict(net.state_dict())
+        for module in (net, twin):
+            found = hesscli.compute(module, (X.clone(), Y), blocks="full", framework="torch")
+            torch.testing.assert_close(found.matrix(), whole, rtol=1e-9, atol=1e-11)
+    case = BY_NAME["mlp-tanh"]
+    files = save(case, "script", tmp_path)
+    outside = hesscli.operator(*files, loss=case.loss)
+    with mode():
+        inside = hesscli.operator(*files, loss=case.loss)
+        for H in (outside, inside):
+            np.testing.assert_allclose(H @ np.eye(len(expected(case))), expected(case), atol=1e-9)
+
+
+def test_options_in_the_words_of_python(net):
+    found = hesscli.compute(
+        net, (X, Y), params="last.*", dtype=torch.float32, device=torch.device("cpu")
+    )
+    assert list(found.parameters) == ["last.weight", "last.bias"]
+    assert found.metadata["dtype"] == "float32"
 
 
 def test_it_listens(net):

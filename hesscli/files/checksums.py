@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,9 @@ class Checksum:
 
     def rows(self, array: np.ndarray) -> np.ndarray:
         """A tensor, or some of its rows, as [rows, entries]."""
-        return array.reshape(len(array), -1) if len(self.shape) > 1 else array.reshape(1, -1)
+        if len(self.shape) < 2:
+            return array.reshape(1, -1)
+        return array.reshape(len(array), math.prod(self.shape[1:]))
 
     def add(self, rows: np.ndarray, first: int = 0) -> None:
         """Counts rows of the tensor, contiguous, from number `first` on."""

@@ -15,6 +15,7 @@ from hesscli.files.digest import sha256_of_all
 
 INPUT_NAMES = ("x", "X", "input", "inputs", "data", "images", "features")
 _STEP = 1 << 24  # numbers looked at together
+_INDEX = ("", "Unnamed: 0", "__index_level_0__")  # what the index is called in tables of pandas
 TARGET_NAMES = ("y", "Y", "target", "targets", "label", "labels")
 
 
@@ -77,7 +78,7 @@ def load_data(
         UsageError: no such file, array or samples, or the names do not tell which is which.
         FileError: the file is damaged, unsupported or unsafe.
         MismatchError: no samples, or not as many inputs as targets.
-        NumericalError: an array holds NaN or infinity.
+        NumericalError: inputs or targets hold NaN or infinity.
         ResourceError: what must be in memory does not fit into it.
     """
     found = load_arrays(path)
@@ -116,8 +117,8 @@ def load_data(
     _check_samples(path, whole, unbatched)
     data = _selected(path, whole, unbatched, samples)
     used = data.inputs | dict([data.targets] if data.targets else [])
-    for name, array in (used if found.columns else arrays | used).items():
-        _check_finite(path, name, array)
+    for name, array in used.items():
+        check_finite(path, name, array)
     return data
 
 
@@ -163,7 +164,10 @@ def _columns(
     if target is None and len(arrays) > 1 and not inputs:
         last = shlex.quote(list(arrays)[-1])
         raise _unclear(path, arrays, "the names do not tell the targets", f"--targets {last}")
-    chosen = list(inputs) or [name for name in arrays if name != target]
+    chosen = list(inputs) or [name for name in arrays if name not in (target, *_INDEX)]
+    if not inputs:
+        index = (name for name in arrays if name in _INDEX and name != target)
+        notes += [f"column {name!r} left out: an index, by its name" for name in index]
     if not chosen:
         raise _unclear(path, arrays, "there is no column but the targets")
     if any(arrays[name].dim() > 1 for name in chosen):
@@ -265,8 +269,12 @@ def _check_samples(path: str | os.PathLike[str], data: Data, unbatched: bool) ->
             )
 
 
-def _check_finite(path: str | os.PathLike[str], name: str, array: torch.Tensor) -> None:
-    """Looks at the array in parts, so that one larger than the memory passes through it."""
+def check_finite(path: str | os.PathLike[str], name: str, array: torch.Tensor) -> None:
+    """Looks at the array in parts, so that one larger than the memory passes through it.
+
+    Raises:
+        NumericalError: it holds NaN or infinity.
+    """
     if not (array.is_floating_point() or array.is_complex()):
         return
     count, where = 0, None

@@ -1,8 +1,9 @@
-"""Reverse passes from given seeds, without what `torch.autograd.grad` imports for them."""
+"""Reverse passes: in any mode of the caller, and without what `torch.autograd.grad` imports for given seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -10,6 +11,13 @@ from torch.autograd.graph import GradientEdge
 
 from hesscli.errors import is_out_of_memory
 from hesscli.hessian.guests import is_missing_derivative
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Derivatives are taken, also where the caller is in `torch.no_grad` or `torch.inference_mode`."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def batched_grad(

@@ -271,6 +271,8 @@ OF_CLASSES = frozenset({"cross-entropy", "nll"})  # whose targets are class numb
 # A weight of these losses goes with elements, not with classes, and may be as long as the data.
 ELEMENT_WEIGHTED = {"mse", "l1", "huber", "bce", "bce-with-logits"}
 
+TENSORS = frozenset({"weight", "pos_weight"})  # the arguments of `LOSSES` that are tensors
+
 
 @dataclass(frozen=True)
 class Loss:

@@ -93,7 +93,7 @@ class Flat:
         """[..., P] by parameter, in the parameters' shapes."""
         parts = vectors.split(self.sizes, -1)
         return {
-            name: part.reshape(*vectors.shape[:-1], *leaf.shape)
+            name: part.reshape((*vectors.shape[:-1], *leaf.shape))
             for name, part, leaf in zip(self.names, parts, self.leaves, strict=True)
         }
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,12 +31,13 @@ from hesscli.job.beside import Beside
 from hesscli.job.document import Document
 from hesscli.job.journal import Journal, journals, read_journal
 from hesscli.job.large import LargeBlock
+from hesscli.job.loss import described
 from hesscli.job.opening import open_problem
 from hesscli.job.options import ComputeOptions, Listener, command_of, options_of
 from hesscli.job.planning import Plan
 from hesscli.job.team import Team, missing, shares
 from hesscli.job.whole import WholeBlocks, groups
-from hesscli.job.writing import may_write, written
+from hesscli.job.writing import demand_names, may_write, written
 from hesscli.spectrum.eigen import DENSE_LIMIT, extremes
 
 # What changes nothing in the file.
@@ -72,6 +73,7 @@ def compute(
             several = "processes cannot write" if shared else "files cannot go"
             raise UsageError(f"-: several {several} to a pipe", "-o hessian.safetensors")
         plan = Plan(options, open_problem(options, listener, model=model), listener, shared)
+        demand_names((block.name for block in plan.blocks), plan.shapes, options.gradient)
         if dry_run:
             document = plan.dry_run()
         else:
@@ -183,16 +185,16 @@ class _Run:
 
     def _journal(self, document: Document) -> Journal:
         """The journal, with what earlier runs of this very command, or its other shards, have finished."""
-        options = {k: v for k, v in asdict(self.options).items() if k not in _ELSEWHERE}
+        command = json.loads(json.dumps(command_of(self.options), default=described))
         head = {
             "document": documents.timeless(document),
-            "options": options,
+            "options": {k: v for k, v in command.items() if k not in _ELSEWHERE},
             "bands": self.plan.bands,
         }
         names = [name for name, _ in self.parts]
         shard, output = self.options.shard, self.options.output
         writer = "-of-".join(map(str, shard)) if shard else str(self.team.rank or "")
-        journal = Journal(output, head, command_of(self.options), names, writer)
+        journal = Journal(output, head, command, names, writer)
         if self.team.rank == 0:
             journal.resume(
                 self.options.resume or self.merging, self.options.force, shard is not None

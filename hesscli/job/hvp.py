@@ -16,7 +16,7 @@ from hesscli.job.document import Document
 from hesscli.job.operator import Operator, open_operator, open_shared, shared_problem
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.share import Share
-from hesscli.job.writing import may_write, write_tensors
+from hesscli.job.writing import demand_names, may_write, write_tensors
 
 SCHEMA = "hesscli.hvp/1"
 
@@ -58,6 +58,7 @@ def hvp(
         read.append(Path(str(options.vector)))
     may_write(options.output, options.force, read)
     operator = open_operator(problem, listener, share)
+    demand_names(operator.products.names, operator.products.names, options.gradient)
     facts: Document = {"vector": options.vector, "per_fedavg": options.per_fedavg}
     if options.per_fedavg is not None:
         vectors, query = _adapted_gradient(operator, options, listener)

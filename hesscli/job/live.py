@@ -9,6 +9,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from hesscli.errors import HesscliError, MismatchError, UsageError
 from hesscli.files.hessian_file import read_hessian
 from hesscli.files.models import SavedModel, live_model
+from hesscli.hessian.autodiff import differentiable
 from hesscli.job.compute import compute as run
 from hesscli.job.loaded import Framework, Hessian, converter
 from hesscli.job.options import ComputeOptions, Listener
@@ -47,7 +49,7 @@ def compute(
     blocks: str = ...,
     output: PathLike | None = ...,
     framework: Literal["numpy"] = ...,
-    device: str | None = ...,
+    device: str | torch.device | None = ...,
     listener: Listener | None = ...,
     **options: Any,
 ) -> Hessian[np.ndarray]: ...
@@ -60,7 +62,7 @@ def compute(
     blocks: str = ...,
     output: PathLike | None = ...,
     framework: Literal["torch"],
-    device: str | None = ...,
+    device: str | torch.device | None = ...,
     listener: Listener | None = ...,
     **options: Any,
 ) -> Hessian[Tensor]: ...
@@ -72,7 +74,7 @@ def compute(
     blocks: str = "diag",
     output: PathLike | None = None,
     framework: Framework = "numpy",
-    device: str | None = None,
+    device: str | torch.device | None = None,
     listener: Listener | None = None,
     **options: Any,
 ) -> Hessian[Any]:
@@ -91,10 +93,10 @@ def compute(
         blocks: "diag", "module", "full" or "elements".
         output: the file to write; a temporary one, which goes with the object, if None.
         framework: "numpy" or "torch", whose arrays the object returns.
-        device: as `hesscli compute --device`; by default that of the module.
+        device: as `hesscli compute --device`; by default, or with "auto", that of the module.
         listener: hears notes and progress; the notes are in `metadata["notes"]` too.
-        options: the other options of `hesscli compute`, by the names in `ComputeOptions`, such as `params=("fc.*",)`,
-            `dtype="float64"`, `stats="all"`, `gradient=True`.
+        options: the other options of `hesscli compute`, by the names in `ComputeOptions`, such as `params="fc.*"`,
+            `dtype="float64"`, `stats="all"`, `loss_arguments={"weight": w}`; w may be an array or a tensor.
 
     Raises:
         HesscliError: as the command; `hesscli.errors` has the kinds. `hint` speaks of the command line.
@@ -106,21 +108,20 @@ def compute(
     owner = _Folder(folder)
     path = folder / "hessian.safetensors" if output is None else Path(output)
     data_path, named = _data_file(data, folder)
-    with _settings_kept(), _called(data_path, named):
-        if isinstance(model, nn.Module):
-            saved = live_model(
-                _copied(model), train_mode=options.get("train_mode", False), device=device
-            )
-            device = device or str(next(saved.module.parameters()).device)
+    with differentiable(), _settings_kept(), _called(data_path, named):
         asked = ComputeOptions(
             model=Path(type(model).__name__ if isinstance(model, nn.Module) else model),
             data=data_path,
             loss=loss,
             blocks=blocks,
             output=path,
-            device=device or "auto",
+            device=str(device or "auto"),
             **options,
         )
+        if isinstance(model, nn.Module):
+            wanted = None if asked.device == "auto" else asked.device
+            saved = live_model(_copied(model), train_mode=asked.train_mode, device=wanted)
+            asked = replace(asked, device=str(next(saved.module.parameters()).device))
         run(asked, listener or _Silent(), model=saved)
     if data_path != named:
         data_path.unlink()

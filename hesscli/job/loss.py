@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from hesscli.errors import UsageError
-from hesscli.files.data import Data
+from hesscli.files.data import Data, check_finite, describe
+from hesscli.files.digest import sha256_of
 from hesscli.files.importing import importable, imported
-from hesscli.hessian.losses import ELEMENT_WEIGHTED, LOSSES, Loss, check_arguments
+from hesscli.hessian.losses import ELEMENT_WEIGHTED, LOSSES, TENSORS, Loss, check_arguments
 from hesscli.job.options import ProblemOptions
 
 
@@ -47,21 +50,41 @@ def loss_of(
             f"{options.data}: holds no targets, and {name} needs them", "--targets KEY"
         )
     arguments = dict(options.loss_arguments)
+    check_arguments(name, arguments)
     for key, value in arguments.items():
-        if isinstance(value, str) and value.startswith("@"):
-            if value[1:] not in data.arrays:
-                raise UsageError(
-                    f"{options.data}: holds no array {value[1:]!r} for the loss argument {key}; "
-                    f"it holds: {', '.join(data.arrays)}"
-                )
-            array = data.arrays[value[1:]]
+        array = _array(options, data, key, value, name in LOSSES)
+        if array is not None:
             of_elements = data.targets is not None and array.dim() == data.targets[1].dim()
             weighted = key == "weight" and name in ELEMENT_WEIGHTED and of_elements
             if (weighted or function is not None) and data.per_sample(array):
                 array = array[slice(*data.range)]  # as its targets are
+            check_finite(options.data, value[1:] if isinstance(value, str) else key, array)
             arguments[key] = moved(array)
-    check_arguments(name, arguments)
     return Loss(name, options.reduction, arguments, function)
+
+
+def _array(
+    options: ProblemOptions, data: Data, key: str, value: object, weighs: bool
+) -> Tensor | None:
+    """A loss argument that is an array: of the data file, one in memory, or the numbers of a loss's weight."""
+    if isinstance(value, str) and value.startswith("@"):
+        if value[1:] not in data.arrays:
+            raise UsageError(
+                f"{options.data}: holds no array {value[1:]!r} for the loss argument {key}; "
+                f"it holds: {', '.join(data.arrays)}"
+            )
+        return data.arrays[value[1:]]
+    if isinstance(value, (Tensor, np.ndarray)):
+        return torch.as_tensor(value).detach()
+    if not weighs or key not in TENSORS or value is None:
+        return None
+    try:
+        return torch.tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise UsageError(
+            f"the loss argument {key} is {value!r}; wanted numbers, or an array",
+            f"--loss-arg {key}=@KEY",
+        ) from None
 
 
 def _import_function(spec: str) -> Callable[..., Tensor]:
@@ -73,5 +96,14 @@ def _import_function(spec: str) -> Callable[..., Tensor]:
 
 
 def printable(arguments: Mapping[str, object]) -> dict[str, object]:
+    """The arguments as JSON has them."""
     plain = (bool, int, float, str, type(None))
-    return {k: v if isinstance(v, plain) else str(v) for k, v in arguments.items()}
+    return {k: v if isinstance(v, plain) else described(v) for k, v in arguments.items()}
+
+
+def described(value: object) -> str:
+    """What stands for a value that JSON does not have: of an array, its type, shape and SHA-256."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        array = torch.as_tensor(value)
+        return f"{describe(array)} {sha256_of({'': array})}"
+    return str(value)

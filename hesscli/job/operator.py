@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.errors import NumericalError, ResourceError, UsageError
+from hesscli.errors import MismatchError, NumericalError, ResourceError, UsageError
+from hesscli.hessian.autodiff import differentiable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.hessian.check_curvature import certificate as certificate_of
@@ -118,6 +119,8 @@ def open_operator(
     """
     opened = open_shared(options, listener, share)
     problem = shared_problem(opened, share)
+    if not any(p.numel() for p in problem.parameters.values()):
+        raise MismatchError(f"no numbers in the parameters: {', '.join(problem.parameters)}")
     grads = problem.gradient(list(problem.parameters))
     gradient = torch.cat([g.reshape(-1) for g in grads.values()])
     norm = float(torch.linalg.norm(gradient.double()))
@@ -219,7 +222,8 @@ def operator(model: str | Path, data: str | Path, **options: Any) -> LinearOpera
     """The curvature of a saved model's loss as a `scipy.sparse.linalg.LinearOperator`, [P, P] and symmetric.
 
     Rows and columns are the parameters in `named_parameters` order, each flattened row-major, restricted by
-    `params=["fc1.*"]`. One product was checked against differences of gradients (`check=False` skips that).
+    `params=["fc1.*"]`. One product was checked against differences of gradients (`check=False` skips that). Vectors are
+    real.
 
         H = hesscli.operator("model.pt", "data.npz", curvature="ggn")
         scipy.sparse.linalg.eigsh(H, k=3)
@@ -240,17 +244,16 @@ def operator(model: str | Path, data: str | Path, **options: Any) -> LinearOpera
         raise UsageError(
             f"no option is called {unknown[0]!r}; there are: {', '.join(sorted(known))}"
         )
-    for name in ("inputs", "params"):
-        if isinstance(options.get(name), str):
-            options[name] = (options[name],)
-        elif name in options:
-            options[name] = tuple(options[name])
-    opened = open_operator(ProblemOptions(Path(model), Path(data), **options), Silent())
+    with differentiable():
+        opened = open_operator(ProblemOptions(Path(model), Path(data), **options), Silent())
     products, problem = opened.products, opened.problem
 
     def multiply(rows: np.ndarray) -> np.ndarray:
-        vectors = torch.from_numpy(np.array(rows)).to(problem.device, problem.dtype)
-        return products(vectors).cpu().numpy()
+        if np.iscomplexobj(rows):
+            raise UsageError("a complex vector; the curvature multiplies real ones")
+        with differentiable():
+            vectors = torch.from_numpy(np.array(rows)).to(problem.device, problem.dtype)
+            return products(vectors).cpu().numpy()
 
     class Curvature(LinearOperator):  # type: ignore[misc]
         def _matvec(self, x: np.ndarray) -> np.ndarray:

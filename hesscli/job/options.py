@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+from hesscli.errors import UsageError
+from hesscli.hessian.blocks import STRUCTURES
+
+EVERY = "*"  # every input
+METHODS = ("auto", "preactivation", "gauss-newton", "hvp", "finite-difference")
+STATS = ("basic", "auto", "all", "none")
+CURVATURES = ("hessian", "ggn", "fisher")
+_CHOICES = {
+    "reduction": ("mean", "sum"),
+    "dtype": ("auto", "float32", "float64"),
+    "method": METHODS,
+    "curvature": CURVATURES,
+    "blocks": tuple(STRUCTURES),
+    "stats": STATS,
+}
+"""Option -> what it may be."""
 
 
 class Listener(Protocol):
@@ -18,9 +35,30 @@ class Listener(Protocol):
         """How far the work has come."""
 
 
+def _wrong(name: str, value: object, wanted: str) -> UsageError:
+    return UsageError(f"{name} is {value!r}; wanted: {wanted}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_range(value: object) -> bool:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        return False
+    given = value[:1] if value[1] is None else value
+    return all(_is_whole(place) and place >= 0 for place in given)
+
+
 @dataclass(frozen=True)
 class ProblemOptions:
-    """A model, its data and its loss: the options of every command that takes MODEL DATA."""
+    """A model, its data and its loss: the options of every command that takes MODEL DATA.
+
+    A name alone stands for a tuple of one, and torch's own dtype or device for its name.
+
+    Raises:
+        UsageError: an option is none of what it may be; with all that it may be.
+    """
 
     model: Path
     data: Path
@@ -48,6 +86,29 @@ class ProblemOptions:
     tf32: bool = False
     curvature: str = "hessian"
 
+    def __post_init__(self) -> None:
+        for name in ("inputs", "params"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        object.__setattr__(self, "device", str(self.device))
+        for name, choices in _CHOICES.items():
+            if name in vars(self) and getattr(self, name) not in choices:
+                raise _wrong(name, getattr(self, name), ", ".join(choices))
+        for name in ("batch_size", "threads", "max_shard_size", "memory"):
+            number = vars(self).get(name)
+            if number is not None and not (_is_whole(number) and number > 0):
+                raise _wrong(name, number, "None, or a whole number from 1 on")
+        for name in ("loss_arguments", "arch_arguments", "scale"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise _wrong(name, getattr(self, name), "a dict")
+        if not _is_whole(self.seed):
+            raise _wrong("seed", self.seed, "a whole number")
+        if not (isinstance(self.loss, str) or callable(self.loss)):
+            raise _wrong("loss", self.loss, "a name, or a function of output and targets")
+        if self.samples is not None and not _is_range(self.samples):
+            raise _wrong("samples", self.samples, "None, or (from, up to)")
+
 
 @dataclass(frozen=True)
 class ComputeOptions(ProblemOptions):
@@ -63,8 +124,8 @@ class ComputeOptions(ProblemOptions):
 
 
 def command_of(options: ComputeOptions) -> dict[str, Any]:
-    """The options as JSON."""
-    found = asdict(options)
+    """The options as JSON, but for arrays in memory."""
+    found = dict(vars(options))
     as_text = {"model", "data", "output"} | ({"loss"} if callable(options.loss) else set())
     return {key: str(value) if key in as_text else value for key, value in found.items()}
 
@@ -76,9 +137,3 @@ def options_of(command: Mapping[str, Any], output: Path) -> ComputeOptions:
     }
     found |= {"model": Path(found["model"]), "data": Path(found["data"]), "output": output}
     return ComputeOptions(**(found | {"shard": None, "resume": True, "force": False}))
-
-
-EVERY = "*"  # every input
-METHODS = ("auto", "preactivation", "gauss-newton", "hvp", "finite-difference")
-STATS = ("basic", "auto", "all", "none")
-CURVATURES = ("hessian", "ggn", "fisher")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,23 @@ def _says_hesscli(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return b"hesscli" in file.read(1 << 20)
+
+
+def demand_names(results: Iterable[str], parameters: Iterable[str], gradient: bool) -> None:
+    """Refuses names that a file cannot hold: of the results and, if wanted, of the gradient by each parameter.
+
+    Raises:
+        UsageError: two are the same, or one is what safetensors keeps for itself.
+    """
+    taken = {"__metadata__": "the metadata"}
+    if gradient:
+        taken |= {f"gradient.{name}": f"the gradient by {name}" for name in parameters}
+    for name in results:
+        if name in taken:
+            raise UsageError(
+                f"{name}: a file keeps this name for {taken[name]}",
+                f"--params {shlex.quote(f'!{name}*')}",
+            )
 
 
 def write_tensors(
