@@ -202,7 +202,7 @@ def test_an_unreadable_file(tmp_path):
     path.chmod(0)
     if os.access(path, os.R_OK):
         pytest.skip("root reads everything")
-    assert "Permission denied" in refused(FileError, path).message
+    assert "permission denied" in refused(UsageError, path).message
 
 
 # --- TorchScript ------------------------------------------------------------------------------

@@ -76,6 +76,9 @@ def _report(error: BaseException, debug: bool) -> int:
         say("error", f"{error.filename or 'standard output'}: {error.strerror}")
         silence(sys.stdout)
         return ExitCode.RESOURCES
+    if isinstance(error, PermissionError) and error.filename:
+        say("error", f"{error.filename}: permission denied")
+        return ExitCode.USAGE
     if is_out_of_memory(error):
         said = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
         say("error", f"out of memory: {said}" if said else "out of memory")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hesscli.errors import FileError
+from hesscli.errors import FileError, UsageError
 from hesscli.files.safetensors_header import Header, is_regular, read_header
 
 SHARD_SCHEMA = "hesscli.shard/1"
@@ -55,6 +55,7 @@ def read_index(path: Path) -> Index:
 
     Raises:
         FileNotFoundError: there is none.
+        UsageError: it may not be read.
         FileError: it is none, or damaged.
     """
     try:
@@ -70,7 +71,7 @@ def read_index(path: Path) -> Index:
     except FileNotFoundError:
         raise
     except PermissionError:
-        raise FileError(f"{path}: permission denied") from None
+        raise UsageError(f"{path}: permission denied") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise FileError(
             f"{path}: not the index of a Hessian in several files, or one that was cut short"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hesscli.errors import FileError
+from hesscli.errors import FileError, UsageError
 
 AGAIN = "compute it again, or copy the file again"
 
@@ -32,6 +32,7 @@ def read_header(path: Path, shown: str) -> Header:
 
     Raises:
         FileNotFoundError: there is none.
+        UsageError: it may not be read.
         FileError: it is not a safetensors file, or truncated.
     """
     from safetensors import SafetensorError, safe_open
@@ -39,15 +40,15 @@ def read_header(path: Path, shown: str) -> Header:
     try:
         if not is_regular(path):
             raise FileError(f"{shown}: not a regular file")
-        with safe_open(path, "np") as file:  # checks lengths and offsets
+        # Opened here first: safe_open calls a file that may not be read a missing one.
+        with path.open("rb") as raw, safe_open(path, "np") as file:  # checks lengths and offsets
             metadata = file.metadata() or {}
-        with path.open("rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
             entries = json.loads(raw.read(length))
     except FileNotFoundError:
         raise
     except PermissionError:
-        raise FileError(f"{shown}: permission denied") from None
+        raise UsageError(f"{shown}: permission denied") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise FileError(
             f"{shown}: not a Hessian file, or one that was cut short ({str(error).splitlines()[0]})"

@@ -84,8 +84,8 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
     """What the file holds. Its name plays no part. A pipe or a device is never opened.
 
     Raises:
-        UsageError: there is no such file.
-        FileError: the file may not be opened.
+        UsageError: there is no such file, or it may not be read.
+        FileError: the file cannot be opened.
     """
     try:
         status = os.stat(path)
@@ -99,6 +99,8 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
             return _kind_of_content(file)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"{path}: no such file") from error
+    except PermissionError as error:
+        raise UsageError(f"{path}: permission denied") from error
     except OSError as error:
         raise FileError(f"{path}: cannot be opened: {error.strerror or error}") from error
 

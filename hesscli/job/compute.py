@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -95,7 +96,7 @@ def merge(output: Path, listener: Listener) -> Document:
     if command is None:
         raise UsageError(
             f"{output}: no shards of it are here",
-            f"hesscli compute model.pt data.npz -o {output} --shard 1/4",
+            f"hesscli compute model.pt data.npz -o {shlex.quote(str(output))} --shard 1/4",
         )
     options = options_of(command, output)
     plan = Plan(options, open_problem(options, listener), listener, shared=True)

@@ -1,0 +1,87 @@
+"""What is refused before anything is computed, and hints that work when they are pasted."""
+
+from __future__ import annotations
+
+import os
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from hessian_files import symmetric, write
+from torch import nn
+
+from hesscli.job import compute as jobs
+from hesscli.job import operator
+
+NET = ("net.pt", "d.npz")
+
+
+@pytest.fixture(autouse=True)
+def _files(tmp_path):
+    torch.manual_seed(0)
+    torch.jit.script(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))).save(str(tmp_path / "net.pt"))
+    x = np.random.default_rng(0).standard_normal((4, 3)).astype("float32")
+    np.savez(tmp_path / "d.npz", x=x, y=x[:, :2])
+    write(tmp_path / "hessian.safetensors", {"p": symmetric(3)})
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Nothing is opened to be computed."""
+
+    def fail(*_args, **_keywords):
+        raise AssertionError("too late")
+
+    for module in (jobs, operator):
+        monkeypatch.setattr(module, "open_problem", fail)
+    monkeypatch.setattr("hesscli.job.eigen.opened", fail)
+
+
+WRITING = [
+    ("compute", *NET, "-o", "out.safetensors"),
+    ("hvp", *NET, "--vector", "random", "-o", "out.safetensors"),
+    ("eigen", "-o", "out.safetensors"),
+    ("eigen", *NET, "-o", "out.safetensors"),
+    ("density", "-o", "out.json"),
+    ("density", *NET, "-o", "out.safetensors"),
+    ("density", "--plot", "out.png"),
+    ("show", "--plot", "out.png"),
+]
+
+
+@pytest.mark.parametrize("command", WRITING, ids=" ".join)
+def test_a_folder_that_may_not_be_written_to(cli, idle, monkeypatch, command):
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK and may(path, mode))
+    assert "the folder . may not be written to" in cli(*command).fails(2)
+
+
+@pytest.mark.parametrize("command", [c for c in WRITING if c[0] not in ("compute", "show")])
+def test_only_compute_writes_to_standard_output(cli, idle, command):
+    if "--plot" not in command:
+        assert "only compute writes to standard output" in cli(*command[:-1], "-").fails(2)
+
+
+def test_a_density_in_a_format_that_there_is_not(cli, idle):
+    assert "neither .safetensors nor .json" in cli("density", "-o", "d.txt").fails(2)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("compute", "{}", "d.npz"), ("compute", "net.pt", "{}"), ("show", "{}"), ("merge", "{}")],
+)
+def test_a_file_that_may_not_be_read(cli, monkeypatch, tmp_path, command):
+    (tmp_path / "locked").mkdir()
+    real = os.stat
+
+    def stat(path, *args, **keywords):
+        if "locked/" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **keywords)
+
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr("pathlib.Path.open", stat)
+    ran = cli(*(word.format("locked/h.safetensors") for word in command))
+    assert ran.fails(2).startswith("locked/")
+    assert "permission denied" in ran.stderr
