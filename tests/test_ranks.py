@@ -150,7 +150,7 @@ def test_two_ranks(cli: Callable[..., Ran], net, tmp_path, dtype):
         "eigen": ("eigen", *base, "--top", 3, "--tol", 1e-8 if dtype == "float64" else 1e-5),
         "ends": ("eigen", *base, "--per-block", "--tol", 1e-8 if dtype == "float64" else 1e-5),
         "dense": ("eigen", *base, "--top", 4, "--params", "0.bias", "--which", "both"),
-        "ggn": ("trace", *base, "--curvature", "ggn", "--method", "hvp", "--max-products", 20),
+        "ggn": ("trace", *base, "--curvature", "ggn", "--method", "hvp", "--rel-error", 1),
         "exact": ("trace", *base),
         "density": ("density", *base, "--probes", 2, "--steps", 6, "--curvature", "fisher"),
         "batches": ("hvp", *base, "--vector", "random", "--gradient", "--batch-size", 2),

@@ -107,7 +107,8 @@ def eigen(
             return
         from hesscli.cli.output import Output
 
-        end_seen("both" if per_block else which.value, fail_above, fail_below)
+        ends, count = ("both", 2) if per_block else (which.value, top)
+        end_seen(ends, count, fail_above, fail_below)
         with Output(quiet=quiet, json=json) as out:
             if problem is None:
                 from hesscli.job.eigen import eigen as run

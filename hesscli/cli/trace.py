@@ -10,6 +10,7 @@ from hesscli.cli.failing import failing
 from hesscli.cli.gates import bound, gate
 from hesscli.cli.options import Debug, Json, Quiet, takes_problem
 from hesscli.cli.ranks import sharing
+from hesscli.errors import NumericalError
 from hesscli.job.options import ProblemOptions
 from hesscli.job.starting import load_torch
 
@@ -61,14 +62,15 @@ def trace(
             from hesscli.job.trace import trace as run
 
             document = run(problem, rel_error, max_products, out, share)
-            if not (document["converged"] or document["interrupted"]):
-                out.note(
-                    f"the standard error is more than {rel_error:.3g} of the total after "
-                    f"{max_products} products; --max-products {4 * max_products} would halve it"
-                )
             print_traces(out, document)
             if document["interrupted"]:
                 raise KeyboardInterrupt
+            if not document["converged"]:
+                raise NumericalError(
+                    f"not converged: the standard error is more than {rel_error:.3g} of the total "
+                    f"after {max_products} products",
+                    f"--max-products {4 * max_products}",
+                )
         gate([("the trace", document["total"]["trace"])], fail_above)
 
 
