@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from hessian_files import symmetric, write
 from torch import nn
 
@@ -85,3 +89,60 @@ def test_a_file_that_may_not_be_read(cli, monkeypatch, tmp_path, command):
     ran = cli(*(word.format("locked/h.safetensors") for word in command))
     assert ran.fails(2).startswith("locked/")
     assert "permission denied" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--batch-size", "²"),
+        ("--batch-size", "0"),
+        ("--batch-size", "9" * 5000),
+        ("--samples", "9" * 5000),
+        ("--samples", "1:²"),
+        ("--samples", ":2:"),
+        ("--samples", ""),
+        ("--seed", "99999999999999999999"),
+        ("--threads", "99999999999"),
+        ("--scale", "1e99999999"),
+        ("--scale", "1/-inf"),
+        ("--scale", "nan"),
+        ("--scale", "1/"),
+        ("--shard", "1/" + "9" * 5000),
+        ("--loss-arg", "label_smoothing={[]:1}"),
+    ],
+    ids=lambda words: " ".join(words)[:30],
+)
+def test_values_that_options_do_not_have(cli, words):
+    assert cli("compute", *NET, "--dry-run", *words).code == 2
+
+
+def test_values_that_options_have(cli):
+    for words in (("2",), (":",), ("1:",), (":3",), ("1:3",)):
+        assert cli("compute", *NET, "--dry-run", "--samples", *words).code == 0
+    words = ("--seed", 2**64 - 1, "--scale", "1e-3 / 2", "--batch-size", 10**17)
+    assert cli("compute", *NET, "--dry-run", *words).code == 0
+
+
+@pytest.mark.parametrize("alpha", ["nan", "inf"])
+def test_a_step_is_finite(cli, alpha):
+    assert cli("hvp", *NET, "--per-fedavg", alpha).code == 2
+
+
+def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", line.replace("hesscli", f"{shlex.quote(sys.executable)} -m hesscli")],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_closed_standard_input(tmp_path):
+    done = shell("hesscli show - <&-", tmp_path)
+    assert done.returncode == 2
+    assert "standard input is closed" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--help", "--version", "--schema eigen"])
+def test_a_reader_that_has_gone(tmp_path, option):
+    done = shell(f"(sleep 1; hesscli {option}; echo $? > rc) | true", tmp_path)
+    assert (done.stderr, (tmp_path / "rc").read_text()) == ("", "0\n")

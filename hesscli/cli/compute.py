@@ -12,7 +12,7 @@ import typer
 
 from hesscli.cli.failing import failing
 from hesscli.cli.gates import bound, gate
-from hesscli.cli.options import Debug, Json, Quiet, takes_problem
+from hesscli.cli.options import Debug, Json, Quiet, takes_problem, whole
 from hesscli.errors import UsageError
 from hesscli.job.options import STATS, ComputeOptions, ProblemOptions
 from hesscli.job.sizes import parse_size
@@ -38,10 +38,10 @@ def _size(text: str, option: str) -> int:
 
 
 def _shard(text: str) -> tuple[int, int]:
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+    number, count = map(whole, text.partition("/")[::2])
+    if not number or not count or number > count:
         raise typer.BadParameter(f"{text!r} is not I/N with I from 1 to N", param_hint="--shard")
-    return int(number), int(count)
+    return number, count
 
 
 @takes_problem

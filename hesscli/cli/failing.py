@@ -33,7 +33,7 @@ def failing(debug: bool = False) -> Iterator[None]:
     except (typer.Exit, typer.BadParameter, SystemExit):
         raise
     except BaseException as error:
-        raise typer.Exit(_report(error, debug)) from None
+        raise typer.Exit(report(error, debug)) from None
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
@@ -51,7 +51,8 @@ def report_usage(error: Any) -> int:
     return ExitCode.USAGE
 
 
-def _report(error: BaseException, debug: bool) -> int:
+def report(error: BaseException, debug: bool = False) -> int:
+    """Says what went wrong; returns the exit code."""
     from hesscli.cli.output import say, silence
 
     if debug:
