@@ -269,6 +269,14 @@ def test_exact_trace(cli, model, curvature):
     assert "exact" in cli("trace", *model, "--curvature", curvature).stdout
 
 
+@pytest.mark.parametrize("method", ["preactivation", "gauss-newton"])
+def test_a_trace_by_a_route_that_makes_no_products(cli, method):
+    ran = cli("trace", *MLP, "--method", method, "--json", "--max-products", 2)
+    assert (ran.code, ran.document["method"], ran.document["exact"]) == (0, method, True)
+    expected = cli("trace", *MLP, "--json").document["total"]["trace"]
+    assert ran.document["total"]["trace"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_estimated_trace(cli):
     matrix = dense(cli, *MLP)
     estimate = ("--method", "hvp", "--json", "--max-products", 400)

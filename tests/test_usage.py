@@ -146,3 +146,13 @@ def test_closed_standard_input(tmp_path):
 def test_a_reader_that_has_gone(tmp_path, option):
     done = shell(f"(sleep 1; hesscli {option}; echo $? > rc) | true", tmp_path)
     assert (done.stderr, (tmp_path / "rc").read_text()) == ("", "0\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("diff", "-", "hessian.safetensors"), ("diff", "hessian.safetensors", "-"), ("merge", "-")],
+)
+def test_what_does_not_read_standard_input(cli, words):
+    ran = cli(*words)
+    assert "standard input" in ran.fails(2)
+    assert "hint: " not in ran.stderr

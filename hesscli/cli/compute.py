@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -173,7 +174,8 @@ def compute(
             if dry_run:
                 print_plan(out, document)
             elif shard is not None:
-                out.note(f"shard {shard} is done; when all are: hesscli merge {output}")
+                out.wants_text(document)
+                out.note(f"shard {shard} is done; when all are: hesscli merge {quote(output)}")
             elif first:
                 print_hessian(out, document)
                 if options.output is not None:

@@ -88,6 +88,8 @@ def read_hessian(path: Path, shown: str | None = None) -> HessianFile:
     try:
         found: Header | Index = read_index(path) if is_index(path) else read_header(path, shown)
     except FileNotFoundError:
+        if shown == "-":
+            raise UsageError("-: only show, eigen and density read standard input") from None
         raise UsageError(
             f"{shown}: no such file",
             f"hesscli compute model.pt data.npz -o {shlex.quote(shown)}",

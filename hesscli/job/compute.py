@@ -78,6 +78,9 @@ def compute(
         else:
             plan.fits()
             document = _Run(plan, team, stdout=stdout).run()
+        if options.shard is not None and not dry_run:
+            del document["blocks"]  # no numbers of theirs are known
+            document["shard"] = list(options.shard)
         document["seconds"] = time.perf_counter() - started
         document["output"] = _called(options.output, dry_run)
         return document
@@ -90,6 +93,8 @@ def merge(output: Path, listener: Listener) -> Document:
         UsageError: there are none, or some are missing.
     """
     started = time.perf_counter()
+    if output == Path("-"):
+        raise UsageError("-: shards are in files, and none come from standard input")
     found = journals(output)
     lines = [read_journal(path) for path in found]
     command = next((line.command for line in lines if line.head is not None), None)
