@@ -15,8 +15,10 @@ from conftest import REPOSITORY
 from hessian_files import symmetric, write
 from torch import nn
 
+from hesscli.errors import UsageError
 from hesscli.job import compute as jobs
 from hesscli.job import operator
+from hesscli.job.parameters import chosen_parameters
 
 NET = ("net.pt", "d.npz")
 
@@ -156,3 +158,46 @@ def test_what_does_not_read_standard_input(cli, words):
     ran = cli(*words)
     assert "standard input" in ran.fails(2)
     assert "hint: " not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("eigen net.pt d.npz --block 0.weight", "eigen net.pt d.npz --params 0.weight"),
+        ("eigen net.pt d.npz --block=0.weight", "eigen net.pt d.npz --params 0.weight"),
+        (
+            "hvp net.pt d.npz --vector random --per-fedavg 1",
+            "hvp net.pt d.npz --vector random",
+        ),
+        ("hvp net.pt d.npz", "hvp net.pt d.npz --vector gradient"),
+        ("hvp net.pt d.npz --vector random --query d.npz", "hvp net.pt d.npz --query d.npz --per-fedavg 0.01"),
+        ("hvp net.pt d.npz --vector d.npz", "hvp net.pt d.npz --vector gradient"),
+        ("trace net.pt d.npz -p 'zz*' -p'!0.*'", "trace net.pt d.npz --params 1.weight"),
+        ("trace -p 'zz*' -- net.pt d.npz", "trace --params 0.weight -- net.pt d.npz"),
+        ("trace weights.pt d.npz", "trace weights.pt d.npz --arch mypkg.nets:make_mlp"),
+        ("hvp net.pt two.npz --vector random", "hvp net.pt two.npz --vector random --inputs KEY --targets KEY"),
+        ("trace d.npz net.pt", "the model comes first: hesscli trace MODEL DATA"),
+        ("compute net.pt d.npz -o 'a b/h'", "mkdir -p 'a b'"),
+        ("show --plot 'a b.pn'", "show --plot 'a b.png'"),
+        ("show --plot 'a dir.png'", "show --plot 'a dir.png/hessian.png'"),
+        ("show 'a b'", "compute model.pt data.npz -o 'a b'"),
+    ],
+)  # fmt: skip
+def test_hints(cli, tmp_path, words, hint):
+    (tmp_path / "a dir.png").mkdir()
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "weights.pt")
+    np.savez(tmp_path / "two.npz", a=np.ones((4, 3)), b=np.ones((4, 2)), c=np.ones((4, 3)))
+    ran = cli(*shlex.split(words))
+    assert ran.code in (2, 3, 4), ran.stderr
+    assert ran.hint.removeprefix("hesscli ") == hint
+    if "net.pt d.npz" in hint:
+        assert cli(*shlex.split(hint)).code == 0
+
+
+def test_a_name_that_reads_as_a_pattern():
+    module = nn.Module()
+    module.register_parameter("w[0]", nn.Parameter(torch.ones(2)))
+    with pytest.raises(UsageError) as refused:
+        chosen_parameters(module, ("zz*",))
+    assert refused.value.hint == "--params 'w[[]0]'"
+    assert list(chosen_parameters(module, ("w[[]0]",))[0]) == ["w[0]"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -119,7 +121,11 @@ def eigen(
                 print_eigenpairs(out, document)
             else:
                 if block is not None:
-                    raise UsageError("--block goes with a Hessian file", f"--params {block}")
+                    raise UsageError(
+                        "--block goes with a Hessian file",
+                        f"--params {shlex.quote(glob.escape(block))}",
+                        instead_of=("--block",),
+                    )
                 document = of_model(
                     out, problem, top, which, tol, max_products, per_block, output, force, share
                 )

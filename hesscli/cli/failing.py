@@ -16,7 +16,12 @@ import typer
 from hesscli.errors import ExitCode, HesscliError, is_out_of_memory
 from hesscli.job.team import rank
 
-_SHORT = {"--blocks": "-b", "--loss": "-l", "--device": "-d", "--arch": "-a"}
+_OTHER = {
+    "--blocks": "-b", "--loss": "-l", "--device": "-d", "--arch": "-a", "--params": "-p",
+    "-o": "--output",
+}  # fmt: skip
+"""Another name of an option."""
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -64,7 +69,7 @@ def report(error: BaseException, debug: bool = False) -> int:
             return error.exit_code  # the first process says the same
         say("error", f"rank {rank()}: {error.message}" if rank() else error.message)
         if error.hint:
-            say("hint", _pasteable(error.hint))
+            say("hint", _pasteable(error.hint, error.instead_of))
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         if rank() == 0:
@@ -93,20 +98,31 @@ def report(error: BaseException, debug: bool = False) -> int:
     return ExitCode.BUG
 
 
-def _pasteable(hint: str) -> str:
+def _pasteable(hint: str, instead_of: tuple[str, ...] = ()) -> str:
     """A hint that is an option, or the rest of a pipe, is appended to this very command.
 
-    An option that the command has already gives way to it.
+    An option that the command has already gives way to it, and so do those that it stands `instead_of`.
     """
     if not hint.startswith(("-", "| ")):
-        return hint
-    flag = hint.split()[0]
-    names = {flag, _SHORT.get(flag, flag)}
+        # The rooms behind know no other command.
+        return hint.replace("hesscli compute MODEL", f"hesscli {sys.argv[1]} MODEL")
+    flag, _, value = hint.partition(" ")
+    replaced = {*instead_of, *([flag] if value else [])}
+    replaced |= {_OTHER[name] for name in replaced if name in _OTHER}
     kept: list[str] = []
     words = iter(sys.argv[1:])
     for word in words:
-        if word in names and len(hint.split()) > 1:
+        if word == "--":
+            break
+        if word in replaced:
             next(words, None)  # its value
-        else:
+        elif word.partition("=")[0] not in replaced and (
+            word.startswith("--") or word[:2] not in replaced
+        ):
             kept.append(word)
-    return f"{shlex.join(['hesscli', *kept])} {hint}"
+    files = list(words)
+    command = shlex.join(["hesscli", *kept])
+    if not files:
+        return f"{command} {hint}"
+    last = shlex.join(["--", *files])
+    return f"{command} {last} {hint}" if flag == "|" else f"{command} {hint} {last}"
