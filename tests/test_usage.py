@@ -63,6 +63,13 @@ def test_a_folder_that_may_not_be_written_to(cli, idle, monkeypatch, command):
     assert "the folder . may not be written to" in cli(*command).fails(2)
 
 
+def test_a_merge_where_nothing_may_be_written(cli, monkeypatch):
+    assert cli("compute", *NET, "--shard", "1/1", "-o", "out.safetensors").code == 0
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK and may(path, mode))
+    assert "the folder . may not be written to" in cli("merge", "out.safetensors").fails(2)
+
+
 @pytest.mark.parametrize("command", [c for c in WRITING if c[0] not in ("compute", "show")])
 def test_only_compute_writes_to_standard_output(cli, idle, command):
     if "--plot" not in command:

@@ -104,6 +104,7 @@ def merge(output: Path, listener: Listener) -> Document:
             f"hesscli compute model.pt data.npz -o {shlex.quote(str(output))} --shard 1/4",
         )
     options = options_of(command, output)
+    may_write(output, True, (options.model, options.data))
     plan = Plan(options, open_problem(options, listener), listener, shared=True)
     document = _Run(plan, Team(), merging=True).run()
     return document | {"seconds": time.perf_counter() - started, "output": _called(output)}

@@ -42,7 +42,10 @@ def may_write(path: Path, force: bool, inputs: Sequence[Path] = (), option: str 
         return f"{option} {shlex.quote(str(other))}"
 
     if path == Path("-"):
-        raise UsageError("-: only compute writes to standard output", instead(Path("out" + suffix)))
+        raise UsageError(
+            "-: is no file's name, and only compute writes to standard output",
+            instead(Path(f"out{suffix}")),
+        )
     folder = path.parent
     if not folder.is_dir():
         raise UsageError(f"{path}: no such folder", f"mkdir -p {shlex.quote(str(folder))}")
