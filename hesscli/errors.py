@@ -34,14 +34,23 @@ signalled: list[BaseException] = []
 
 
 class HesscliError(Exception):
-    """An error for the user: what was found, what was wanted, and a hint that can be pasted."""
+    """An error for the user: what was found, what was wanted, and a hint that can be pasted.
+
+    Args:
+        message: what was found, and what was wanted.
+        hint: a command; or an option, which goes to the command that failed.
+        instead_of: options with a value that the command must do without then.
+    """
 
     exit_code = ExitCode.BUG
 
-    def __init__(self, message: str, hint: str | None = None) -> None:
+    def __init__(
+        self, message: str, hint: str | None = None, instead_of: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.instead_of = instead_of
 
 
 class CheckError(HesscliError):

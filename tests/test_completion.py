@@ -22,6 +22,10 @@ def folder(tmp_path: Path) -> Path:
     write(tmp_path / "other", {"odd name": symmetric(2)})
     torch.save(WEIGHTS, tmp_path / "weights.pt")
     torch.save(torch.nn.Linear(2, 1).state_dict(), tmp_path / "linear.pt")
+    torch.save({"step": 3, "model": WEIGHTS}, tmp_path / "checkpoint.pt")
+    torch.save({"a\x1b[31m\n": torch.ones(1), "b": torch.ones(1)}, tmp_path / "steering.pt")
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2, affine=False))
+    torch.jit.script(net).save(tmp_path / "script.pt")
     save_file(WEIGHTS, tmp_path / "weights.safetensors")
     (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04 not a zip")
     return tmp_path
@@ -66,6 +70,9 @@ def offered(folder: Path, line: str) -> list[str]:
         ("hesscli compute weights.safetensors d.npz -p fc1", ["fc1.weight", "fc1.bias"]),
         ("hesscli compute weights.pt d.npz --params !fc1.b", ["!fc1.bias"]),
         ("hesscli compute linear.pt d.npz --params ", ["weight", "bias"]),
+        ("hesscli compute checkpoint.pt d.npz --params ", list(WEIGHTS)),
+        ("hesscli compute steering.pt d.npz --params ", ["b"]),
+        ("hesscli compute script.pt d.npz --params ", ["0.weight", "0.bias"]),
         ("hesscli compute broken.pt d.npz --params ", []),
         ("hesscli compute none.pt d.npz --params ", []),
     ],

@@ -127,7 +127,7 @@ def test_names_that_do_not_tell(tmp_path, monkeypatch, names, options, words):
     listed = ", ".join(f"{name} (float32 [3, 2])" for name in names.split())
     assert error.exit_code == 2
     assert error.message == f"d.npz: {words}; it holds {listed}"
-    assert error.hint == "hesscli compute MODEL d.npz --inputs KEY --targets KEY"
+    assert error.hint == "--inputs KEY --targets KEY"
 
 
 def test_an_array_named_twice(tmp_path):

@@ -92,6 +92,15 @@ def test_a_bound_on_the_other_end_is_refused(cli, tmp_path, option, which, hint)
     assert ran.hint.endswith(f"--which {hint}")
 
 
+def test_one_of_both_ends_is_the_largest_alone(cli, tmp_path):
+    write(tmp_path / "hessian.safetensors", {"p": symmetric(5)})
+    both = ("eigen", "--which", "both", "--fail-below", 0, "--top")
+    ran = cli(*both, 1)
+    assert "--top 1 finds the largest alone" in ran.fails(2)
+    assert ran.hint.endswith("--top 2")
+    assert cli(*both, 2).code == 1
+
+
 def test_trace(cli, tmp_path):
     model, data = save(BY_NAME["mlp-tanh"], "script", tmp_path)
     command = ("trace", model, data, *BY_NAME["mlp-tanh"].arguments(), "--json")

@@ -184,6 +184,7 @@ def test_not_converged(cli, tmp_path):
     ran = cli("eigen", *MLP, "--max-products", 12, "-o", "e.safetensors", "--json")
     assert ran.code == 5
     assert ran.document["converged"] is False
+    assert ran.document["output"] is None
     assert len(ran.document["residuals"]) == 10
     assert "not converged after 12 products" in ran.stderr
     assert "--max-products 48" in ran.hint
@@ -268,6 +269,14 @@ def test_exact_trace(cli, model, curvature):
     assert "exact" in cli("trace", *model, "--curvature", curvature).stdout
 
 
+@pytest.mark.parametrize("method", ["preactivation", "gauss-newton"])
+def test_a_trace_by_a_route_that_makes_no_products(cli, method):
+    ran = cli("trace", *MLP, "--method", method, "--json", "--max-products", 2)
+    assert (ran.code, ran.document["method"], ran.document["exact"]) == (0, method, True)
+    expected = cli("trace", *MLP, "--json").document["total"]["trace"]
+    assert ran.document["total"]["trace"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_estimated_trace(cli):
     matrix = dense(cli, *MLP)
     estimate = ("--method", "hvp", "--json", "--max-products", 400)
@@ -285,10 +294,14 @@ def test_estimated_trace(cli):
     assert "+- " in cli("trace", *MLP, "--method", "hvp", "--rel-error", 0.1).stdout
 
 
-def test_trace_that_stays_rough_is_said(cli):
-    ran = cli("trace", *MLP, "--method", "hvp", "--max-products", 20)
-    assert ran.code == 0
+def test_a_trace_that_stays_rough_passes_no_gate(cli):
+    rough = ("trace", *MLP, "--method", "hvp", "--max-products", 20)
+    assert cli(*rough).code == 0
+    ran = cli(*rough, "--fail-above", 1e9)
+    assert ran.code == 5
+    assert "+- " in ran.stdout
     assert "the standard error is more than 0.01 of the total after 20 products" in ran.stderr
+    assert ran.hint.endswith("--max-products 80")
 
 
 # --- density --------------------------------------------------------------------------------------

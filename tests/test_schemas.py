@@ -83,6 +83,14 @@ def test_compute_and_show_and_the_file(cli, tmp_path, case, blocks):
         check("eigen", cli("eigen", "--which", which, "--top", 3, "--json").document)
 
 
+def test_a_shard(cli, tmp_path):
+    model, data = save(BY_NAME["mlp-tanh"], "script", tmp_path)
+    ran = cli("compute", model, data, *BY_NAME["mlp-tanh"].arguments(), "--shard", "1/2", "--json")
+    check("compute", ran.document)
+    assert ran.document["shard"] == [1, 2]
+    assert ran.notes[-1].endswith("hesscli merge hessian.safetensors")
+
+
 def test_diff(cli, tmp_path):
     model, data = save(BY_NAME["mlp-tanh"], "script", tmp_path)
     command = ("compute", model, data, *BY_NAME["mlp-tanh"].arguments(), "-q", "-o")

@@ -254,7 +254,9 @@ def test_a_language_model(cli: Callable[..., Ran], saved: Path) -> None:
 def test_the_hint_names_the_class(cli: Callable[..., Ran], saved: Path) -> None:
     ran = cli("compute", "bert", "d.npz")
     assert "bert: a state dict holds weights but no architecture" in ran.fails(3)
-    assert ran.hint == "hesscli compute bert DATA --arch transformers:BertForSequenceClassification"
+    assert (
+        ran.hint == "hesscli compute bert d.npz --arch transformers:BertForSequenceClassification"
+    )
     ran = cli("compute", "bert", "d.npz", "--arch", "transformers:NoSuchModel")
     assert "transformers has no model of this name" in ran.fails(2)
     assert "--arch transformers:BertForSequenceClassification" in ran.hint

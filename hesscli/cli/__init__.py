@@ -17,7 +17,7 @@ from hesscli.cli.compute import compute
 from hesscli.cli.density import density
 from hesscli.cli.diff import diff
 from hesscli.cli.eigen import eigen
-from hesscli.cli.failing import report_usage
+from hesscli.cli.failing import report, report_usage
 from hesscli.cli.hvp import hvp
 from hesscli.cli.merge import merge
 from hesscli.cli.show import show
@@ -109,6 +109,12 @@ def main() -> None:
         sys.exit(app(standalone_mode=False))
     except _UsageError as error:
         sys.exit(report_usage(error))
+    except OSError as error:  # of printing --help, say: commands report their own
+        sys.exit(report(error))
+    except SystemExit as status:
+        if isinstance(status.__context__, BrokenPipeError):  # the same, made a code by typer
+            sys.exit(report(status.__context__))
+        raise
 
 
 def run() -> None:

@@ -6,15 +6,18 @@ A completion never fails and never loads torch: what cannot be read is not offer
 from __future__ import annotations
 
 import json
+import pickle
+from collections import OrderedDict
+from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import typer
 
 from hesscli.job.metadata import header, hessian_metadata
 
 _LONGEST = 1 << 24  # bytes of a pickle that are read
-_NOT_NAMES = ("storage", "cpu", "_metadata", "version")  # strings of every torch file
 
 
 def block_names(context: typer.Context, incomplete: str) -> list[str]:
@@ -44,7 +47,8 @@ def _first(context: typer.Context, default: str) -> str:
 
 
 def _matching(names: list[str], incomplete: str) -> list[str]:
-    return [name for name in names if name.startswith(incomplete)]
+    # Names come from files, and must not steer the terminal.
+    return [name for name in names if name.startswith(incomplete) and name.isprintable()]
 
 
 def _weights(model: Path) -> list[str]:
@@ -53,19 +57,56 @@ def _weights(model: Path) -> list[str]:
     if not zipfile.is_zipfile(model):
         return [name for name in header(model) if name != "__metadata__"]
     with zipfile.ZipFile(model) as archive:
-        (pickle,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        with archive.open(pickle) as file:
-            return _strings(file)
+        names = archive.namelist()
+        (data,) = [name for name in names if name.endswith("/data.pkl")]
+        with archive.open(data) as file:
+            content = _Inert(BytesIO(file.read(_LONGEST))).load()
+    script = any(name.endswith("/constants.pkl") for name in names)
+    return list(_of_script(content, "") if script else _of_weights(content))
 
 
-def _strings(pickle: IO[bytes]) -> list[str]:
-    """The text in a pickle that may name weights; nothing in it is run."""
-    import pickletools
+class _Object:
+    """What stands for any object of a pickle; its attributes are what was stored."""
 
-    names: dict[str, None] = {}
-    for opcode, argument, _ in pickletools.genops(pickle.read(_LONGEST)):
-        if opcode.name in ("BINUNICODE", "SHORT_BINUNICODE"):
-            text = str(argument)
-            if text not in _NOT_NAMES and not text.isdigit() and ":" not in text:
-                names[text] = None
-    return list(names)
+    def __init__(self, *_stored: object) -> None:
+        pass
+
+
+class _Tensor(_Object):
+    def __init__(self, *stored: object) -> None:
+        self.trained = stored[4:5] == (True,)  # storage, offset, shape, strides, requires_grad
+
+
+class _Inert(pickle.Unpickler):
+    """Reads a pickle without running anything in it: no class or function is what it says."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        return _Tensor if name.startswith("_rebuild_") else _Object
+
+    def persistent_load(self, _storage: object) -> None:
+        return None
+
+
+def _of_script(module: _Object, prefix: str) -> Iterator[str]:
+    """The parameters of a TorchScript module. Its buffers are tensors too, but not trained."""
+    for name, value in vars(module).items():
+        if isinstance(value, _Tensor):
+            if value.trained:
+                yield prefix + name
+        elif isinstance(value, _Object):
+            yield from _of_script(value, f"{prefix}{name}.")
+
+
+def _of_weights(content: Any) -> Iterator[str]:
+    """The weights in a state dict, or in those of a checkpoint."""
+    if not isinstance(content, dict):
+        return
+    found = [name for name, value in content.items() if isinstance(value, _Tensor)]
+    if found:
+        yield from found
+        return
+    for part in content.values():
+        if isinstance(part, dict):
+            yield from (name for name, value in part.items() if isinstance(value, _Tensor))

@@ -6,13 +6,14 @@ import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
 
 from hesscli.cli.failing import failing
 from hesscli.cli.gates import bound, gate
-from hesscli.cli.options import Debug, Json, Quiet, takes_problem
+from hesscli.cli.options import Debug, Json, Quiet, takes_problem, whole
 from hesscli.errors import UsageError
 from hesscli.job.options import STATS, ComputeOptions, ProblemOptions
 from hesscli.job.sizes import parse_size
@@ -38,10 +39,10 @@ def _size(text: str, option: str) -> int:
 
 
 def _shard(text: str) -> tuple[int, int]:
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+    number, count = map(whole, text.partition("/")[::2])
+    if not number or not count or number > count:
         raise typer.BadParameter(f"{text!r} is not I/N with I from 1 to N", param_hint="--shard")
-    return int(number), int(count)
+    return number, count
 
 
 @takes_problem
@@ -173,7 +174,8 @@ def compute(
             if dry_run:
                 print_plan(out, document)
             elif shard is not None:
-                out.note(f"shard {shard} is done; when all are: hesscli merge {output}")
+                out.wants_text(document)
+                out.note(f"shard {shard} is done; when all are: hesscli merge {quote(output)}")
             elif first:
                 print_hessian(out, document)
                 if options.output is not None:

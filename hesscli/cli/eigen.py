@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -107,7 +109,8 @@ def eigen(
             return
         from hesscli.cli.output import Output
 
-        end_seen("both" if per_block else which.value, fail_above, fail_below)
+        ends, count = ("both", 2) if per_block else (which.value, top)
+        end_seen(ends, count, fail_above, fail_below)
         with Output(quiet=quiet, json=json) as out:
             if problem is None:
                 from hesscli.job.eigen import eigen as run
@@ -118,7 +121,11 @@ def eigen(
                 print_eigenpairs(out, document)
             else:
                 if block is not None:
-                    raise UsageError("--block goes with a Hessian file", f"--params {block}")
+                    raise UsageError(
+                        "--block goes with a Hessian file",
+                        f"--params {shlex.quote(glob.escape(block))}",
+                        instead_of=("--block",),
+                    )
                 document = of_model(
                     out, problem, top, which, tol, max_products, per_block, output, force, share
                 )

@@ -16,7 +16,12 @@ import typer
 from hesscli.errors import ExitCode, HesscliError, Terminated, is_out_of_memory, signalled
 from hesscli.job.team import rank
 
-_SHORT = {"--blocks": "-b", "--loss": "-l", "--device": "-d", "--arch": "-a"}
+_OTHER = {
+    "--blocks": "-b", "--loss": "-l", "--device": "-d", "--arch": "-a", "--params": "-p",
+    "-o": "--output",
+}  # fmt: skip
+"""Another name of an option."""
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -37,7 +42,7 @@ def failing(debug: bool = False) -> Iterator[None]:
     except (typer.Exit, typer.BadParameter, SystemExit):
         raise
     except BaseException as error:
-        raise typer.Exit(_report(error, debug)) from None
+        raise typer.Exit(report(error, debug)) from None
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -63,7 +68,8 @@ def report_usage(error: Any) -> int:
     return ExitCode.USAGE
 
 
-def _report(error: BaseException, debug: bool) -> int:
+def report(error: BaseException, debug: bool = False) -> int:
+    """Says what went wrong; returns the exit code."""
     from hesscli.cli.output import say, silence
 
     if debug:
@@ -75,7 +81,7 @@ def _report(error: BaseException, debug: bool) -> int:
             return error.exit_code  # the first process says the same
         say("error", f"rank {rank()}: {error.message}" if rank() else error.message)
         if error.hint:
-            say("hint", _pasteable(error.hint))
+            say("hint", _pasteable(error.hint, error.instead_of))
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         if rank() == 0:
@@ -88,6 +94,9 @@ def _report(error: BaseException, debug: bool) -> int:
         say("error", f"{error.filename or 'standard output'}: {error.strerror}")
         silence(sys.stdout)
         return ExitCode.RESOURCES
+    if isinstance(error, PermissionError) and error.filename:
+        say("error", f"{error.filename}: permission denied")
+        return ExitCode.FILE
     if is_out_of_memory(error):
         said = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
         say("error", f"out of memory: {said}" if said else "out of memory")
@@ -101,20 +110,31 @@ def _report(error: BaseException, debug: bool) -> int:
     return ExitCode.BUG
 
 
-def _pasteable(hint: str) -> str:
+def _pasteable(hint: str, instead_of: tuple[str, ...] = ()) -> str:
     """A hint that is an option, or the rest of a pipe, is appended to this very command.
 
-    An option that the command has already gives way to it.
+    An option that the command has already gives way to it, and so do those that it stands `instead_of`.
     """
     if not hint.startswith(("-", "| ")):
-        return hint
-    flag = hint.split()[0]
-    names = {flag, _SHORT.get(flag, flag)}
+        # The rooms behind know no other command.
+        return hint.replace("hesscli compute MODEL", f"hesscli {sys.argv[1]} MODEL")
+    flag, _, value = hint.partition(" ")
+    replaced = {*instead_of, *([flag] if value else [])}
+    replaced |= {_OTHER[name] for name in replaced if name in _OTHER}
     kept: list[str] = []
     words = iter(sys.argv[1:])
     for word in words:
-        if word in names and len(hint.split()) > 1:
+        if word == "--":
+            break
+        if word in replaced:
             next(words, None)  # its value
-        else:
+        elif word.partition("=")[0] not in replaced and (
+            word.startswith("--") or word[:2] not in replaced
+        ):
             kept.append(word)
-    return f"{shlex.join(['hesscli', *kept])} {hint}"
+    files = list(words)
+    command = shlex.join(["hesscli", *kept])
+    if not files:
+        return f"{command} {hint}"
+    last = shlex.join(["--", *files])
+    return f"{command} {last} {hint}" if flag == "|" else f"{command} {hint} {last}"

@@ -71,8 +71,14 @@ def gate(
         raise CheckError(max(broken)[1])
 
 
-def end_seen(which: str, above: float | None, below: float | None) -> None:
-    """Refuses a bound on the end of the spectrum that `--which` leaves out: it would never be broken.
+def end_seen(which: str, top: int, above: float | None, below: float | None) -> None:
+    """Refuses a bound on the end of the spectrum that is left out: it would never be broken.
+
+    Args:
+        which: `--which`.
+        top: how many eigenvalues are asked for; of one, `both` is the largest alone.
+        above: the bound on the largest eigenvalue.
+        below: the bound on the smallest.
 
     Raises:
         UsageError: with the way out.
@@ -86,6 +92,11 @@ def end_seen(which: str, above: float | None, below: float | None) -> None:
                 f"{option} bounds the {end} eigenvalue, and --which {which} need not find it",
                 f"--which {end}",
             )
+    if below is not None and which == "both" and top < 2:
+        raise UsageError(
+            "--fail-below bounds the smallest eigenvalue, and --top 1 finds the largest alone",
+            "--top 2",
+        )
 
 
 def gate_eigenvalues(document: Mapping[str, Any], above: float | None, below: float | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,12 @@ from hesscli.job.starting import load_torch
 
 if TYPE_CHECKING:
     from hesscli.cli.output import Document, Output
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no step")
+    return value
 
 
 @takes_problem
@@ -32,6 +39,7 @@ def hvp(
         float | None,
         typer.Option(
             metavar="ALPHA",
+            callback=_finite,
             help="Write (I - ALPHA H) g' instead, g' being the gradient after a step of ALPHA.",
         ),
     ] = None,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import re
 from collections.abc import Callable
 from enum import StrEnum
-from fractions import Fraction
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -51,23 +51,32 @@ def key_values(pairs: list[str], option: str) -> dict[str, object]:
     return found
 
 
+def whole(text: str) -> int | None:
+    """The digits as a number; None where they are none, or more than any count has."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
+
+
 def sample_range(text: str) -> tuple[int, int | None]:
     """`N`, `A:B`, `A:` or `:B` as from, up to; up to None is up to the last."""
-    if match := re.fullmatch(r"(?P<first>\d*):(?P<last>\d*)|(?P<count>\d+)", text):
-        last = match["last"] or match["count"]
-        return int(match["first"] or 0), int(last) if last else None
+    first, _, last = text.rpartition(":")
+    if text and all(whole(part or "0") is not None for part in (first, last)):
+        return whole(first) or 0, whole(last)
     raise typer.BadParameter(f"{text!r} is not of the form N or A:B", param_hint="--samples")
 
 
 def factor(text: str) -> tuple[str, float]:
     """`FACTOR` or `KEY=FACTOR`, a number or a fraction, as the input's name and the number."""
     key, _, number = text.rpartition("=")
+    above, slash, below = number.replace(" ", "").partition("/")
     try:
-        value = float(Fraction(number.replace(" ", "")))
-    except (ValueError, ZeroDivisionError, OverflowError):
+        divisor = float(below if slash else 1)
+        value = float(above) / divisor
+    except (ValueError, ZeroDivisionError):
+        value = divisor = math.nan
+    if not (math.isfinite(value) and math.isfinite(divisor)):
         raise typer.BadParameter(
             f"{number!r} is not a number or a fraction like 1/255", param_hint="--scale"
-        ) from None
+        )
     return key or EVERY, value
 
 
@@ -78,7 +87,7 @@ def parse_value(text: str) -> object:
         return words[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
@@ -192,7 +201,8 @@ def problem_options(
         ),
     ] = 0,
     threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="CPU threads.", show_default="all")
+        int | None,
+        typer.Option(metavar="N", min=1, max=4096, help="CPU threads.", show_default="all"),
     ] = None,
     allow_pickle: Annotated[
         bool,
@@ -225,10 +235,12 @@ def problem_options(
     ] = Curvature.hessian,  # type: ignore[attr-defined]
 ) -> ProblemOptions:
     """The options of a problem, from what the command line says."""
-    if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size) > 0):
+    if batch_size != "auto" and not whole(batch_size):
         raise typer.BadParameter(
             f"{batch_size!r} is not auto or a number", param_hint="--batch-size"
         )
+    if not -(2**63) <= seed < 2**64:
+        raise typer.BadParameter("is more than 64 bits hold", param_hint="--seed")
     return ProblemOptions(
         model=model,
         data=data,
@@ -246,7 +258,7 @@ def problem_options(
         params=tuple(params),
         device=device,
         dtype=dtype.value,
-        batch_size=None if batch_size == "auto" else int(batch_size),
+        batch_size=whole(batch_size),
         seed=seed,
         threads=threads,
         allow_pickle=allow_pickle,

@@ -10,6 +10,7 @@ from hesscli.cli.failing import failing
 from hesscli.cli.gates import bound, gate
 from hesscli.cli.options import Debug, Json, Quiet, takes_problem
 from hesscli.cli.ranks import sharing
+from hesscli.errors import NumericalError
 from hesscli.job.options import ProblemOptions
 from hesscli.job.starting import load_torch
 
@@ -69,6 +70,11 @@ def trace(
             print_traces(out, document)
             if document["interrupted"]:
                 raise KeyboardInterrupt
+        if fail_above is not None and not document["converged"]:
+            raise NumericalError(
+                "not converged: --fail-above bounds no estimate as rough as this",
+                f"--max-products {4 * max_products}",
+            )
         gate([("the trace", document["total"]["trace"])], fail_above)
 
 

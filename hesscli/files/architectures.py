@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shlex
 from collections.abc import Mapping
 
 import torch
@@ -59,16 +60,18 @@ def _call(arch: str, factory: object, name: str, arguments: Mapping[str, object]
             raise UsageError(
                 f"--arch {arch}: {name} is a ready module and takes no --arch-arg "
                 f"({', '.join(arguments)})",
-                f"--arch {arch}",
+                f"--arch {shlex.quote(arch)}",
+                instead_of=("--arch-arg",),
             )
         return factory
     if not callable(factory):
         raise UsageError(
             f"--arch {arch}: {name} is a {type(factory).__name__}; "
             "expected a class, a function or an nn.Module",
-            f"--arch {arch.rpartition(':')[0]}:FACTORY",
+            f"--arch {shlex.quote(arch.rpartition(':')[0])}:FACTORY",
         )
-    hint = " ".join([f"--arch {arch}", *(f"--arch-arg {a}" for a in _required(factory, arguments))])
+    missing = (f"--arch-arg {a}" for a in _required(factory, arguments))
+    hint = " ".join([f"--arch {shlex.quote(arch)}", *missing])
     try:
         module = factory(**arguments)
     except (Exception, SystemExit) as error:

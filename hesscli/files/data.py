@@ -242,7 +242,7 @@ def _unclear(
     listed = ", ".join(f"{name} ({describe(array)})" for name, array in arrays.items())
     return UsageError(
         f"{path}: {problem}; it holds {listed}",
-        hint or f"hesscli compute MODEL {shlex.quote(str(path))} --inputs KEY --targets KEY",
+        hint or "--inputs KEY --targets KEY",
     )
 
 

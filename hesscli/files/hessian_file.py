@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -79,7 +80,7 @@ def read_hessian(path: Path, shown: str | None = None) -> HessianFile:
 
     Raises:
         UsageError: there is no such file.
-        FileError: it is not a Hessian file, or truncated.
+        FileError: it is not a Hessian file, truncated, or may not be read.
     """
     if not os.path.exists(path) and os.path.exists(index_path(path)):
         path = index_path(path)
@@ -87,9 +88,11 @@ def read_hessian(path: Path, shown: str | None = None) -> HessianFile:
     try:
         found: Header | Index = read_index(path) if is_index(path) else read_header(path, shown)
     except FileNotFoundError:
+        if shown == "-":
+            raise UsageError("-: only show, eigen and density read standard input") from None
         raise UsageError(
             f"{shown}: no such file",
-            f"hesscli compute model.pt data.npz -o {shown}",
+            f"hesscli compute model.pt data.npz -o {shlex.quote(shown)}",
         ) from None
     document = _document(path, shown, found.metadata)
     headers = (found,) if isinstance(found, Header) else found.headers(document)
@@ -107,14 +110,14 @@ def _document(path: Path, shown: str, metadata: dict[str, str]) -> dict[str, Any
         what = "the index of safetensors files" if is_index(path) else "a safetensors file"
         raise FileError(
             f"{shown}: {what}, but not one that hesscli wrote",
-            f"hesscli compute {shown} data.npz --arch mypkg.nets:make_model",
+            f"hesscli compute {shlex.quote(shown)} data.npz --arch mypkg.nets:make_model",
         ) from None
     if schema == SHARD_SCHEMA:
         index = index_of_shard(path)
         raise FileError(
             f"{shown}: holds a part of a Hessian ({document.get('number')} of "
             f"{document.get('count')}); the index opens it",
-            f"hesscli show {index}" if index else None,
+            f"hesscli show {shlex.quote(str(index))}" if index else None,
         )
     if schema != SCHEMA:
         raise FileError(f"{shown}: written in the format {schema}; this hesscli reads {SCHEMA}")

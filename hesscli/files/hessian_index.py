@@ -55,7 +55,7 @@ def read_index(path: Path) -> Index:
 
     Raises:
         FileNotFoundError: there is none.
-        FileError: it is none, or damaged.
+        FileError: it is none, damaged, or may not be read.
     """
     try:
         if not is_regular(path):

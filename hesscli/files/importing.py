@@ -7,6 +7,7 @@ import difflib
 import importlib
 import importlib.util
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -70,7 +71,7 @@ def module_of(option: str, spec: str, wanted: str) -> ModuleType:
     except (Exception, SystemExit) as error:  # a script without a main guard may exit
         raise UsageError(
             f"{option} {spec}: importing {source} raised {told(error)}",
-            f"python {source}" if is_file else f"python -c 'import {source}'",
+            f"python {shlex.quote(source)}" if is_file else f"python -c 'import {source}'",
         ) from error
 
 

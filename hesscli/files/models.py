@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -100,7 +99,7 @@ def load_model(
         if kind != "exported":
             check_storages(path)
     notes: list[str] = []
-    pickle_hint = f"hesscli compute {shlex.quote(str(path))} DATA --allow-pickle"
+    pickle_hint = "--allow-pickle"
     batch_size = None
     if kind == "torchscript":
         if not allow_pickle:
@@ -278,7 +277,7 @@ def _without_architecture(path: str | os.PathLike[str]) -> FileError:
         arch = arch_of(Path(path))
     return FileError(
         f"{path}: a state dict holds weights but no architecture",
-        f"hesscli compute {shlex.quote(str(path))} DATA {arch}",
+        arch,
     )
 
 

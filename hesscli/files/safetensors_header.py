@@ -32,16 +32,16 @@ def read_header(path: Path, shown: str) -> Header:
 
     Raises:
         FileNotFoundError: there is none.
-        FileError: it is not a safetensors file, or truncated.
+        FileError: it is not a safetensors file, truncated, or may not be read.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         if not is_regular(path):
             raise FileError(f"{shown}: not a regular file")
-        with safe_open(path, "np") as file:  # checks lengths and offsets
+        # Opened here first: safe_open calls a file that may not be read a missing one.
+        with path.open("rb") as raw, safe_open(path, "np") as file:  # checks lengths and offsets
             metadata = file.metadata() or {}
-        with path.open("rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
             entries = json.loads(raw.read(length))
     except FileNotFoundError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,6 +80,9 @@ def compute(
         else:
             plan.fits()
             document = _Run(plan, team, stdout=stdout).run()
+        if options.shard is not None and not dry_run:
+            del document["blocks"]  # no numbers of theirs are known
+            document["shard"] = list(options.shard)
         document["seconds"] = time.perf_counter() - started
         document["output"] = _called(options.output, dry_run)
         return document
@@ -91,15 +95,18 @@ def merge(output: Path, listener: Listener) -> Document:
         UsageError: there are none, or some are missing.
     """
     started = time.perf_counter()
+    if output == Path("-"):
+        raise UsageError("-: shards are in files, and none come from standard input")
     found = journals(output)
     lines = [read_journal(path) for path in found]
     command = next((line.command for line in lines if line.head is not None), None)
     if command is None:
         raise UsageError(
             f"{output}: no shards of it are here",
-            f"hesscli compute model.pt data.npz -o {output} --shard 1/4",
+            f"hesscli compute model.pt data.npz -o {shlex.quote(str(output))} --shard 1/4",
         )
     options = options_of(command, output)
+    may_write(output, True, (options.model, options.data))
     plan = Plan(options, open_problem(options, listener), listener, shared=True)
     document = _Run(plan, Team(), merging=True).run()
     return document | {"seconds": time.perf_counter() - started, "output": _called(output)}

@@ -53,6 +53,10 @@ def density(
     inputs = (Path(hessian),) if problem is None else (problem.model, problem.data)
     if options.output is not None:
         may_write(options.output, options.force, inputs)
+        if options.output.suffix not in (".safetensors", ".json"):
+            raise UsageError(
+                f"{options.output}: neither .safetensors nor .json", "-o density.safetensors"
+            )
     if options.plot is not None:
         may_draw(options.plot, options.force, inputs)
     if problem is None:
@@ -130,8 +134,6 @@ def _write(path: Path, document: Document, found: Density) -> None:
         finally:
             temporary.unlink(missing_ok=True)
         return
-    if path.suffix != ".safetensors":
-        raise UsageError(f"{path}: neither .safetensors nor .json", "-o density.safetensors")
     tensors = {
         "nodes": found.nodes,
         "weights": found.weights,

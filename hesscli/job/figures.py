@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +23,10 @@ def may_draw(path: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
     """
     if path.suffix.lower() not in PICTURES:
         raise UsageError(
-            f"{path}: a picture is {', '.join(PICTURES)}", f"--plot {path.with_suffix('.png')}"
+            f"{path}: a picture is {', '.join(PICTURES)}",
+            f"--plot {shlex.quote(str(path.with_suffix('.png')))}",
         )
-    may_write(path, force, inputs)
+    may_write(path, force, inputs, "--plot")
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError(f"{path}: matplotlib is not installed", "pip install 'hesscli[plot]'")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,9 +48,15 @@ def hvp(
     """
     started = time.perf_counter()
     if (options.vector is None) == (options.per_fedavg is None):
-        raise UsageError("wants either --vector or --per-fedavg", "--vector gradient")
+        raise UsageError(
+            "wants either --vector or --per-fedavg",
+            f"--vector {shlex.quote(options.vector or 'gradient')}",
+            instead_of=("--per-fedavg", "--query"),
+        )
     if options.query is not None and options.per_fedavg is None:
-        raise UsageError("--query goes with --per-fedavg", "--per-fedavg 0.01")
+        raise UsageError(
+            "--query goes with --per-fedavg", "--per-fedavg 0.01", instead_of=("--vector",)
+        )
     if options.per_fedavg is not None and problem.curvature != "hessian":
         raise UsageError("Per-FedAvg is defined with the Hessian", "--curvature hessian")
     read = [problem.model, problem.data]
@@ -135,9 +143,10 @@ def _vectors(operator: Operator, source: str) -> Tensor:
     for name, parameter in problem.parameters.items():
         if name not in tensors:
             listed = ", ".join(list(tensors)[:10])
+            held = [glob.escape(n) for n in problem.parameters if n in tensors]
             raise MismatchError(
                 f"{source}: holds no tensor {name!r}; it holds: {listed}",
-                f"--params '{next((n for n in problem.parameters if n in tensors), name)}'",
+                f"--params {shlex.quote(held[0])}" if held else "--vector gradient",
             )
         part = tensors[name].to(problem.device, problem.dtype)
         shape = parameter.shape

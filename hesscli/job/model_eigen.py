@@ -73,11 +73,12 @@ def model_eigen(
         "interrupted": found.interrupted,
         "products": sum(each.products.count for each in operators),
     }
-    if options.output is not None and document["converged"]:
+    output = options.output if document["converged"] else None
+    if output is not None:
         tensors = {"eigenvalues": found.values, "eigenvectors": found.vectors.cpu().numpy()}
-        write_tensors(options.output, tensors, "float64", documents.timeless(document))
+        write_tensors(output, tensors, "float64", documents.timeless(document))
     document["seconds"] = time.perf_counter() - started
-    document["output"] = str(options.output) if options.output else None
+    document["output"] = None if output is None else str(output)
     return document
 
 

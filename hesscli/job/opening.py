@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -219,7 +220,7 @@ def _keywords(
             raise MismatchError(
                 f"{options.model}: takes {', '.join(model.keywords)} by name, "
                 f"the inputs are {', '.join(names)}",
-                " ".join(f"--inputs {name}" for name in model.arguments),
+                " ".join(f"--inputs {shlex.quote(name)}" for name in model.arguments),
             )
     if model.keywords:
         return [n for n in names if n not in model.keywords] + [*model.keywords], model.keywords

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import shlex
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,10 +38,12 @@ def chosen_parameters(
     parameters = {n: p for n, p in unique.items() if n in chosen and n not in frozen}
     if not parameters:
         if not chosen:
+            excluded = tuple(p for p in patterns if p.startswith("!"))
+            likely = (select(known, excluded) or known)[0]
             listed = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
             raise UsageError(
                 f"no parameter matches {' '.join(patterns)}; the model has: {listed}",
-                f"--params '{known[0]}'",
+                f"--params {shlex.quote(glob.escape(likely))}",
             )
         raise UsageError(
             f"every parameter is frozen (requires_grad=False): {', '.join(frozen[:10])}",

@@ -31,10 +31,9 @@ def opened(source: str, command: str) -> Iterator[HessianFile]:
     if source != "-":
         yield read_hessian(Path(source))
         return
-    if sys.stdin.isatty():
-        raise UsageError(
-            "-: standard input is a terminal", f"hesscli {command} hessian.safetensors"
-        )
+    if sys.stdin is None or sys.stdin.isatty():  # None: closed, as `<&-` does
+        what = "closed" if sys.stdin is None else "a terminal"
+        raise UsageError(f"-: standard input is {what}", f"hesscli {command} hessian.safetensors")
     with tempfile.NamedTemporaryFile(prefix="hesscli.", suffix=".safetensors") as copy:
         shutil.copyfileobj(sys.stdin.buffer, copy)
         copy.flush()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 
 from hesscli.hessian.check_curvature import certificate as certificate_of
+from hesscli.hessian.planner import FINITE_DIFFERENCE, HVP
 from hesscli.job import document as documents
 from hesscli.job.document import Document
 from hesscli.job.operator import Operator, open_operator
@@ -48,8 +49,11 @@ def trace(
         HesscliError: of any kind.
     """
     started = time.perf_counter()
-    operator = open_operator(problem, listener, share)
-    found = _exact(operator, max_products, listener)
+    # The other routes make no products: with them there is the exact diagonal or nothing.
+    forced = problem.method not in ("auto", HVP, FINITE_DIFFERENCE)
+    of_products = replace(problem, method="auto") if forced else problem
+    operator = open_operator(of_products, listener, share)
+    found = _exact(operator, problem, None if forced else max_products, listener)
     if found is None:
         found = _estimated(operator, relative_error, max_products, listener)
     names, sizes = operator.products.names, operator.products.sizes
@@ -82,16 +86,19 @@ def trace(
     }
 
 
-def _exact(operator: Operator, max_products: int, listener: Listener) -> Estimate | None:
-    """The traces of the exact diagonal, if that is affordable."""
-    shared = {f.name: getattr(operator.options, f.name) for f in fields(ProblemOptions)}
+def _exact(
+    operator: Operator, problem: ProblemOptions, max_products: int | None, listener: Listener
+) -> Estimate | None:
+    """The traces of the exact diagonal, if that is affordable; without `max_products` it always is."""
+    shared = {f.name: getattr(problem, f.name) for f in fields(ProblemOptions)}
     options = ComputeOptions(**shared, blocks="elements", stats="basic", output=None)
     plan = Plan(options, operator.opened, listener)
-    most = min(AFFORDABLE, max_products) / max(1, operator.size)
-    if operator.share is not None:  # this process does it alone; products are shared
-        most /= operator.share.team.size
-    if plan.work(plan.blocks) > most * plan.by_rows():
-        return None
+    if max_products is not None:
+        most = min(AFFORDABLE, max_products) / max(1, operator.size)
+        if operator.share is not None:  # this process does it alone; products are shared
+            most /= operator.share.team.size
+        if plan.work(plan.blocks) > most * plan.by_rows():
+            return None
     certificate = None
     if options.check:
         certificate = certificate_of(

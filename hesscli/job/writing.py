@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,31 +24,46 @@ from hesscli.files.result_names import (
 PICTURES = (".png", ".svg", ".pdf")
 
 
-def may_write(path: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
-    """Refuses to write over anything but an earlier result.
+def may_write(path: Path, force: bool, inputs: Sequence[Path] = (), option: str = "-o") -> None:
+    """Refuses to write over anything but an earlier result, or where nothing can be written.
 
     Args:
         path: where the output goes.
         force: replace any file.
         inputs: the files that the command reads; they are never replaced.
+        option: which one named the path, for hints.
 
     Raises:
         UsageError: with the way out.
     """
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: no such folder", f"mkdir -p {path.parent}")
+    suffix = path.suffix if path.suffix.lower() in PICTURES else ".safetensors"
+
+    def instead(other: Path) -> str:
+        return f"{option} {shlex.quote(str(other))}"
+
+    if path == Path("-"):
+        raise UsageError(
+            "-: is no file's name, and only compute writes to standard output",
+            instead(Path(f"out{suffix}")),
+        )
+    folder = path.parent
+    if not folder.is_dir():
+        raise UsageError(f"{path}: no such folder", f"mkdir -p {shlex.quote(str(folder))}")
     if path.is_dir():
-        raise UsageError(f"{path}: is a folder", f"-o {path / 'hessian.safetensors'}")
+        raise UsageError(f"{path}: is a folder", instead(path / f"hessian{suffix}"))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{path}: the folder {folder} may not be written to")
     if is_index(path):
         name = path.name.removesuffix(".index.json")
-        raise UsageError(f"{path}: is the name of an index", f"-o {path.with_name(name)}")
+        raise UsageError(f"{path}: is the name of an index", instead(path.with_name(name)))
     used = [path if path.exists() else index_path(path) for path in inputs]
     # Also what a result of this name has, or would have, in several files.
     for found in result_paths(path):
+        other = instead(path.with_name(f"other{suffix}"))
         if not found.is_file():
-            raise UsageError(f"{found}: is not a regular file; not replaced", "-o -")
+            raise UsageError(f"{found}: is not a regular file; not replaced", other)
         if any(one.exists() and found.samefile(one) for one in used):
-            raise UsageError(f"{found}: is an input of this command", "-o other.safetensors")
+            raise UsageError(f"{found}: is an input of this command", other)
         if not force and not (is_part_of(found, path) or _says_hesscli(found)):
             why = "is a part of a Hessian" if _is_part(found) else "hesscli did not write it"
             raise UsageError(f"{found}: exists, and {why}; not replaced", "--force")

@@ -1,0 +1,210 @@
+"""What is refused before anything is computed, and hints that work when they are pasted."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from hessian_files import symmetric, write
+from torch import nn
+
+from hesscli.errors import UsageError
+from hesscli.job import compute as jobs
+from hesscli.job import operator
+from hesscli.job.parameters import chosen_parameters
+
+NET = ("net.pt", "d.npz")
+
+
+@pytest.fixture(autouse=True)
+def _files(tmp_path):
+    torch.manual_seed(0)
+    torch.jit.script(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))).save(str(tmp_path / "net.pt"))
+    x = np.random.default_rng(0).standard_normal((4, 3)).astype("float32")
+    np.savez(tmp_path / "d.npz", x=x, y=x[:, :2])
+    write(tmp_path / "hessian.safetensors", {"p": symmetric(3)})
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Nothing is opened to be computed."""
+
+    def fail(*_args, **_keywords):
+        raise AssertionError("too late")
+
+    for module in (jobs, operator):
+        monkeypatch.setattr(module, "open_problem", fail)
+    monkeypatch.setattr("hesscli.job.eigen.opened", fail)
+
+
+WRITING = [
+    ("compute", *NET, "-o", "out.safetensors"),
+    ("hvp", *NET, "--vector", "random", "-o", "out.safetensors"),
+    ("eigen", "-o", "out.safetensors"),
+    ("eigen", *NET, "-o", "out.safetensors"),
+    ("density", "-o", "out.json"),
+    ("density", *NET, "-o", "out.safetensors"),
+    ("density", "--plot", "out.png"),
+    ("show", "--plot", "out.png"),
+]
+
+
+@pytest.mark.parametrize("command", WRITING, ids=" ".join)
+def test_a_folder_that_may_not_be_written_to(cli, idle, monkeypatch, command):
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK and may(path, mode))
+    assert "the folder . may not be written to" in cli(*command).fails(2)
+
+
+def test_a_merge_where_nothing_may_be_written(cli, monkeypatch):
+    assert cli("compute", *NET, "--shard", "1/1", "-o", "out.safetensors").code == 0
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK and may(path, mode))
+    assert "the folder . may not be written to" in cli("merge", "out.safetensors").fails(2)
+
+
+@pytest.mark.parametrize("command", [c for c in WRITING if c[0] not in ("compute", "show")])
+def test_only_compute_writes_to_standard_output(cli, idle, command):
+    if "--plot" not in command:
+        assert "only compute writes to standard output" in cli(*command[:-1], "-").fails(2)
+
+
+def test_a_density_in_a_format_that_there_is_not(cli, idle):
+    assert "neither .safetensors nor .json" in cli("density", "-o", "d.txt").fails(2)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("compute", "{}", "d.npz"), ("compute", "net.pt", "{}"), ("show", "{}"), ("merge", "{}")],
+)
+def test_a_file_that_may_not_be_read(cli, monkeypatch, tmp_path, command):
+    (tmp_path / "locked").mkdir()
+    real = os.stat
+
+    def stat(path, *args, **keywords):
+        if "locked/" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **keywords)
+
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr("pathlib.Path.open", stat)
+    ran = cli(*(word.format("locked/h.safetensors") for word in command))
+    assert ran.fails(3).startswith("locked/")
+    assert "permission denied" in ran.stderr.lower()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--batch-size", "²"),
+        ("--batch-size", "0"),
+        ("--batch-size", "9" * 5000),
+        ("--samples", "9" * 5000),
+        ("--samples", "1:²"),
+        ("--samples", ":2:"),
+        ("--samples", ""),
+        ("--seed", "99999999999999999999"),
+        ("--threads", "99999999999"),
+        ("--scale", "1e99999999"),
+        ("--scale", "1/-inf"),
+        ("--scale", "nan"),
+        ("--scale", "1/"),
+        ("--shard", "1/" + "9" * 5000),
+        ("--loss-arg", "label_smoothing={[]:1}"),
+    ],
+    ids=lambda words: " ".join(words)[:30],
+)
+def test_values_that_options_do_not_have(cli, words):
+    assert cli("compute", *NET, "--dry-run", *words).code == 2
+
+
+def test_values_that_options_have(cli):
+    for words in (("2",), (":",), ("1:",), (":3",), ("1:3",)):
+        assert cli("compute", *NET, "--dry-run", "--samples", *words).code == 0
+    words = ("--seed", 2**64 - 1, "--scale", "1e-3 / 2", "--batch-size", 10**17)
+    assert cli("compute", *NET, "--dry-run", *words).code == 0
+
+
+@pytest.mark.parametrize("alpha", ["nan", "inf"])
+def test_a_step_is_finite(cli, alpha):
+    assert cli("hvp", *NET, "--per-fedavg", alpha).code == 2
+
+
+def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", line.replace("hesscli", f"{shlex.quote(sys.executable)} -m hesscli")],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_closed_standard_input(tmp_path):
+    done = shell("hesscli show - <&-", tmp_path)
+    assert done.returncode == 2
+    assert "standard input is closed" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--help", "--version", "--schema eigen"])
+def test_a_reader_that_has_gone(tmp_path, option):
+    done = shell(f"(sleep 1; hesscli {option}; echo $? > rc) | true", tmp_path)
+    assert (done.stderr, (tmp_path / "rc").read_text()) == ("", "0\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("diff", "-", "hessian.safetensors"), ("diff", "hessian.safetensors", "-"), ("merge", "-")],
+)
+def test_what_does_not_read_standard_input(cli, words):
+    ran = cli(*words)
+    assert "standard input" in ran.fails(2)
+    assert "hint: " not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("eigen net.pt d.npz --block 0.weight", "eigen net.pt d.npz --params 0.weight"),
+        ("eigen net.pt d.npz --block=0.weight", "eigen net.pt d.npz --params 0.weight"),
+        (
+            "hvp net.pt d.npz --vector random --per-fedavg 1",
+            "hvp net.pt d.npz --vector random",
+        ),
+        ("hvp net.pt d.npz", "hvp net.pt d.npz --vector gradient"),
+        ("hvp net.pt d.npz --vector random --query d.npz", "hvp net.pt d.npz --query d.npz --per-fedavg 0.01"),
+        ("hvp net.pt d.npz --vector d.npz", "hvp net.pt d.npz --vector gradient"),
+        ("trace net.pt d.npz -p 'zz*' -p'!0.*'", "trace net.pt d.npz --params 1.weight"),
+        ("trace -p 'zz*' -- net.pt d.npz", "trace --params 0.weight -- net.pt d.npz"),
+        ("trace weights.pt d.npz", "trace weights.pt d.npz --arch mypkg.nets:make_mlp"),
+        ("hvp net.pt two.npz --vector random", "hvp net.pt two.npz --vector random --inputs KEY --targets KEY"),
+        ("trace d.npz net.pt", "the model comes first: hesscli trace MODEL DATA"),
+        ("compute net.pt d.npz -o 'a b/h'", "mkdir -p 'a b'"),
+        ("show --plot 'a b.pn'", "show --plot 'a b.png'"),
+        ("show --plot 'a dir.png'", "show --plot 'a dir.png/hessian.png'"),
+        ("show 'a b'", "compute model.pt data.npz -o 'a b'"),
+    ],
+)  # fmt: skip
+def test_hints(cli, tmp_path, words, hint):
+    (tmp_path / "a dir.png").mkdir()
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "weights.pt")
+    np.savez(tmp_path / "two.npz", a=np.ones((4, 3)), b=np.ones((4, 2)), c=np.ones((4, 3)))
+    ran = cli(*shlex.split(words))
+    assert ran.code in (2, 3, 4), ran.stderr
+    assert ran.hint.removeprefix("hesscli ") == hint
+    if "net.pt d.npz" in hint:
+        assert cli(*shlex.split(hint)).code == 0
+
+
+def test_a_name_that_reads_as_a_pattern():
+    module = nn.Module()
+    module.register_parameter("w[0]", nn.Parameter(torch.ones(2)))
+    with pytest.raises(UsageError) as refused:
+        chosen_parameters(module, ("zz*",))
+    assert refused.value.hint == "--params 'w[[]0]'"
+    assert list(chosen_parameters(module, ("w[[]0]",))[0]) == ["w[0]"]
