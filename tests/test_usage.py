@@ -201,6 +201,15 @@ def test_hints(cli, tmp_path, words, hint):
         assert cli(*shlex.split(hint)).code == 0
 
 
+def test_patterns_that_match_nothing(cli):
+    words = ("-p", "0.*", "-p", "zz*", "-p", "!1.bias", "-p", "!yy")
+    ran = cli("compute", *NET, "--dry-run", *words)
+    assert [note for note in ran.notes if "matches" in note] == [
+        "no parameter matches zz*",
+        "no parameter matches !yy",
+    ]
+
+
 def test_a_name_that_reads_as_a_pattern():
     module = nn.Module()
     module.register_parameter("w[0]", nn.Parameter(torch.ones(2)))

@@ -20,7 +20,7 @@ from hesscli.hessian.problem import Problem, measure
 from hesscli.job.batches import Source, move, split
 from hesscli.job.loss import loss_of, printable
 from hesscli.job.options import EVERY, Listener, ProblemOptions
-from hesscli.job.parameters import chosen_parameters
+from hesscli.job.parameters import chosen_parameters, unmatched
 from hesscli.job.team import rank_here, ranks
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ def open_problem(
     known = data.inputs | dict([data.targets] if data.targets else [])
     names, keywords = _keywords(options, model, names, known, note)
     parameters, tied, frozen = chosen_parameters(model.module, options.params)
+    for pattern in unmatched(model.module, options.params):
+        note(f"no parameter matches {pattern}")
     if frozen:
         note(f"skipped, frozen: {', '.join(frozen)} (name them with --params to include them)")
     source = Source(

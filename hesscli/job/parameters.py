@@ -54,3 +54,9 @@ def chosen_parameters(
             name in parameters
         )  # where no gradient is wanted, none is paid for
     return parameters, {n: tied[n] for n in parameters if n in tied}, frozen
+
+
+def unmatched(module: nn.Module, patterns: tuple[str, ...]) -> list[str]:
+    """The patterns that no parameter's name matches."""
+    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    return [pattern for pattern in patterns if not select(names, (pattern.removeprefix("!"),))]
