@@ -13,6 +13,7 @@ from oracles import hessian, relative_error
 from problems import blocks_of, compute_blocks, problem_of
 from torch import Tensor, nn
 
+import hesscli
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Along, Certificate
 from hesscli.hessian.check_curvature import certificate
@@ -253,3 +254,72 @@ def test_kinks_are_held_where_float32_has_them():
     errors += [found / size for found, size in map(along.compare_held, (1e-5, 1e-4))]
     assert max(errors[:2]) < 1e-6
     assert min(errors[2:]) > 1e-3
+
+
+class QNetwork(nn.Module):
+    """The squared error against a target of its own, which is a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    def forward(self, x, after):
+        return (self.q(x).sum(1) - 0.9 * self.q(after).max(1).values.detach()) ** 2
+
+
+class QNetworkWithoutGradients(QNetwork):
+    def forward(self, x, after):
+        with torch.no_grad():
+            target = 0.9 * self.q(after).max(1).values
+        return (self.q(x).sum(1) - target) ** 2
+
+
+class StraightThrough(QNetwork):
+    """Weights and activations of few bits, with the derivatives of those of all bits."""
+
+    def forward(self, x, after):
+        first, _, last = self.q
+        weight = first.weight + ((first.weight * 8).round() / 8 - first.weight).detach()
+        h = torch.tanh(F.linear(x, weight, first.bias))
+        h = h + ((h * 4).round() / 4).sub(h).data
+        return (last(h) - after[:, :2]).square().sum(1)
+
+
+@pytest.mark.parametrize("method", ["auto", "finite-difference"])
+@pytest.mark.parametrize("blocks", ["diag", "elements"])
+@pytest.mark.parametrize("net", [QNetwork, QNetworkWithoutGradients, StraightThrough])
+def test_what_a_model_detaches_is_a_constant(net, blocks, method):
+    torch.manual_seed(0)
+    model = net().double()
+    x, after = torch.randn(2, 9, 3, dtype=torch.float64)
+    found = hesscli.compute(
+        model,
+        {"x": x, "after": after},
+        inputs=("x", "after"),
+        loss="output",
+        blocks=blocks,
+        method=method,
+        framework="torch",
+    )
+    assert {b["method"] for b in found.metadata["blocks"]}.isdisjoint(
+        {"finite-difference"} if method == "auto" else ()
+    )
+    names = [name for name, _ in model.named_parameters()]
+    leaves = tuple(p.detach() for p in model.parameters())
+
+    def loss(*values):
+        output = torch.func.functional_call(
+            model, dict(zip(names, values, strict=True)), (x, after)
+        )
+        return output.mean()
+
+    truth = torch.autograd.functional.hessian(loss, leaves)
+    for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+        own = truth[index][index].reshape(leaf.numel(), -1)
+        block = found.block(name)
+        torch.testing.assert_close(
+            block if blocks == "diag" else block.reshape(-1),
+            own if blocks == "diag" else own.diagonal(),
+            rtol=1e-8,
+            atol=1e-9,
+        )

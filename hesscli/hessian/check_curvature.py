@@ -72,7 +72,6 @@ class AlongOutput(Along):
     def held_quotient(self, step: float, narrow: bool = False) -> None:
         """None: `quotient` keeps the kinks already, and differences of gradients are the Hessian's."""
 
-    @torch.no_grad()
     def _outputs(self, problem: Problem, step: float) -> tuple[Tensor, Tensor]:
         """f(theta + step v) and f(theta - step v), where they can with every kink as it is at theta, for the result."""
         (batch,) = problem.batches
@@ -82,9 +81,9 @@ class AlongOutput(Along):
             at.output(at.batches[0])
         for mode in (kinks.held, nullcontext):
             with self.moved(step), mode():
-                ahead = self.problem.output(batch)
+                ahead = self.problem.output(batch).detach()
             with self.moved(-step), mode():
-                behind = self.problem.output(batch)
+                behind = self.problem.output(batch).detach()
             if not kinks.lost:
                 break
         return ahead, behind

@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+import torch
 
 from hesscli.errors import HesscliError, Terminated, is_out_of_memory, signalled
 
 _MISSING = re.compile(r"derivative for .* is not implemented|once_differentiable|double backwards")
+
+
+class _Inside(threading.local):
+    """Whether this thread runs a guest, and if so, whether that was called with gradients on."""
+
+    with_gradients: bool | None = None
+
+
+_inside = _Inside()
+
+
+def is_guest() -> bool:
+    """Whether code that is not ours is at work."""
+    return _inside.with_gradients is not None
+
+
+def turned_gradients_off() -> bool:
+    """Whether code that is not ours is at work, and has turned gradients off."""
+    return bool(_inside.with_gradients) and not torch.is_grad_enabled()
 
 
 @contextmanager
@@ -17,6 +39,7 @@ def guest(explained: Callable[[str, BaseException], HesscliError]) -> Iterator[N
 
     What callers deal with goes through: derivatives that are missing, memory that ran out, and being told to end.
     """
+    before, _inside.with_gradients = _inside.with_gradients, torch.is_grad_enabled()
     try:
         yield
     except (HesscliError, Terminated):
@@ -27,6 +50,8 @@ def guest(explained: Callable[[str, BaseException], HesscliError]) -> Iterator[N
         if signalled:  # inside TorchScript
             raise signalled[-1] from None
         raise explained(_reason(error), error) from error
+    finally:
+        _inside.with_gradients = before
 
 
 def is_missing_derivative(error: BaseException) -> bool:

@@ -5,6 +5,9 @@ jump by an amount that does not shrink with h, so where n is in the millions a d
 step that rounding leaves. The Hessian, which exists almost everywhere, knows nothing of the jumps: it is that of the
 smooth piece on which theta lies. There are all comparisons, signs, roundings and indices constant. Gradients near
 theta that keep those of theta, taken by the same calls of the same module, are those of that piece.
+
+What a model detaches, or computes with gradients off, is a constant to autograd though it moves with theta: the target
+of a Q-network, a straight-through estimator. It is held as well; inside TorchScript, only the latter can be seen.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from hesscli.hessian.guests import is_guest, turned_gradients_off
 from hesscli.hessian.watcher import Watcher
 
 _STEPS = frozenset("sign sgn floor ceil round trunc heaviside".split())  # with values of floats
@@ -45,6 +50,27 @@ _POOLS = {
 """Functions that return what they picked and where, counted over so many last axes."""
 
 
+_DETACHED = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+
+
+class _Detached(TorchFunctionMode):
+    """Sees what a model detaches; below, autograd's own copies of what it saves look the same."""
+
+    def __init__(self, held: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.held = held
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return self.held(result) if func in _DETACHED and is_guest() else result
+
+
 class Kinks(Watcher):
     """On which side of each kink a pass is: noted in a first pass, and kept in those that are `held`.
 
@@ -57,6 +83,15 @@ class Kinks(Watcher):
         self.sides: list[Tensor] = []
         self.lost = False  # whether a pass that was held had other calls
         self._left: Iterator[Tensor] | None = None  # of the sides, while held
+        self._detached = _Detached(lambda result: self._first(result.clone()))
+
+    def __enter__(self) -> Kinks:
+        self._detached.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._detached.__exit__(*error)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -85,6 +120,9 @@ class Kinks(Watcher):
         result = func(*args, **kwargs)
         if not any(isinstance(a, Tensor) and a.is_floating_point() for a in args):
             return result
+        own = all(made.alias_info is None for made in func._schema.returns)  # no view
+        if own and turned_gradients_off() and isinstance(result, Tensor):
+            return self._first(result).clone()  # may be written to
         if name in _POOLS:
             where = self._constant(name, result[1])
             flat = args[0].flatten(-_POOLS[name]).gather(-1, where.flatten(-_POOLS[name]))
