@@ -7,8 +7,10 @@ import signal
 import numpy as np
 import pytest
 import torch
+from oracles import hessian
 from torch import nn
 
+import hesscli
 from hesscli.hessian.watcher import Watcher
 
 X = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float64)
@@ -195,3 +197,28 @@ def test_signals_inside_torchscript(cli, tmp_path, sent, first):
 def test_torchscript_that_fails(cli, tmp_path):
     saved(lambda: nn.BatchNorm2d(3))
     assert "expected 4D input (got 2D input)" in cli("compute", "net.pt", "data.npz").fails(4)
+
+
+class OfGraph(nn.Module):
+    """Two layers of a graph network, whose nodes see their neighbours."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+        torch.manual_seed(1)
+        self.register_buffer("edges", (torch.rand(40, 40) > 0.9).to_sparse())
+
+    def forward(self, x):
+        edges = self.edges.to(x.dtype)
+        return edges @ self.b(torch.tanh(edges @ self.a(x)))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_sparse_graph():
+    torch.manual_seed(0)
+    model = OfGraph().double()
+    found = hesscli.compute(model, (X, Y), blocks="full", framework="torch", batch_size=7)
+    target = torch.tensor(Y)
+    truth = hessian(model, nn.functional.mse_loss, (torch.tensor(X),), target)
+    torch.testing.assert_close(found.matrix(), truth)
+    assert any("sparse" in note for note in found.metadata["notes"])

@@ -43,5 +43,14 @@ def sha256_of(tensors: Mapping[str, object]) -> str:
     for name, t in sorted(tensors.items()):
         if isinstance(t, torch.Tensor):
             digest.update(f"{name} {t.dtype} {list(t.shape)};".encode())
-            digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            for part in _parts(t.detach().cpu()):
+                digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The numbers that make a tensor: of a sparse one, where they are and what they are."""
+    if tensor.layout is torch.strided:
+        return [tensor]
+    sparse = tensor.to_sparse_coo().coalesce()
+    return [sparse.indices(), sparse.values()]

@@ -340,6 +340,8 @@ def saved_bytes(problem: Problem, batch: Batch, forward: Callable[[Batch], Tenso
     seen: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Any:
+        if tensor.layout is not torch.strided:
+            return
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             size = (

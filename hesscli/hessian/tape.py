@@ -264,7 +264,14 @@ class _Recorder(Watcher):
             and id(args[0]) in self.storages
         ):
             return self.storages[id(args[0])]
-        return made.untyped_storage()._cdata
+        return self._memory(made)
+
+    def _memory(self, tensor: Tensor) -> int:
+        """Its storage; a number of its own for a sparse tensor, which is not followed."""
+        if tensor.layout is not torch.strided:
+            self._refuse("sparse tensors may mix samples")
+            return -len(self.shapes) - 1
+        return tensor.untyped_storage()._cdata
 
     def _number(self, tensor: Tensor, storage: int) -> int:
         number = len(self.shapes)
@@ -281,7 +288,7 @@ class _Recorder(Watcher):
             if id(value) in self.stale:
                 self._refuse("the model reads through a view what it wrote in place")
             if id(value) not in self.numbers:
-                self.given[self._number(value, value.untyped_storage()._cdata)] = value
+                self.given[self._number(value, self._memory(value))] = value
             return Ref(self.numbers[id(value)])
         if isinstance(value, (tuple, list)):
             return tuple(self._referenced(item) for item in value)

@@ -17,10 +17,11 @@ from hesscli.hessian.losses import OF_CLASSES
 from hesscli.hessian.operator import CURVATURES
 from hesscli.hessian.plan import Sizes
 from hesscli.hessian.problem import Problem, measure
-from hesscli.job.batches import Source, move, split
+from hesscli.job.batches import split
 from hesscli.job.loss import loss_of, printable
 from hesscli.job.options import EVERY, Listener, ProblemOptions
 from hesscli.job.parameters import chosen_parameters, unmatched
+from hesscli.job.source import Source, move
 from hesscli.job.team import rank_here, ranks
 
 if TYPE_CHECKING:

@@ -1,0 +1,92 @@
+"""What batches are cut from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.losses import ELEMENT_WEIGHTED, Loss
+from hesscli.hessian.problem import Batch
+
+
+@dataclass(frozen=True)
+class Source:
+    """What batches are cut from: arrays on the CPU that may lie in a file larger than the memory.
+
+    Args:
+        inputs: in the order of the model's.
+        target: what the loss compares with.
+        samples: the length of their first axis; 1 if they are one sample without that axis.
+        loss: whose arguments go with each batch, weights per element cut like the target.
+        scales: what inputs are multiplied by, by their place.
+        keywords: the names of the last inputs, if they are passed by name.
+        device, dtype: of the batches.
+    """
+
+    inputs: tuple[Tensor, ...]
+    target: Tensor | None
+    samples: int
+    loss: Loss
+    scales: Mapping[int, float]
+    keywords: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """What all batches take together."""
+        arrays = [*self.inputs, *([] if self.target is None else [self.target])]
+        return sum(
+            array.numel() * max(array.itemsize, self.dtype.itemsize if _floats(array) else 0)
+            for array in arrays
+        ) + sum(self.inputs[place].numel() * self.dtype.itemsize for place in self.scales)
+
+    def whole(self) -> Batch:
+        inputs = tuple(
+            self._scaled(place, move(array, self.device, self.dtype))
+            for place, array in enumerate(self.inputs)
+        )
+        target = None if self.target is None else move(self.target, self.device, self.dtype)
+        return Batch(inputs, target, self.loss.arguments, self.keywords)
+
+    def part(self, start: int, stop: int) -> Batch:
+        if start == 0 and stop == self.samples:
+            return self.whole()
+        part = replace(
+            self,
+            inputs=tuple(array[start:stop] for array in self.inputs),
+            target=None if self.target is None else self.target[start:stop],
+            samples=stop - start,
+            loss=replace(self.loss, arguments=self._arguments(start, stop)),
+        )
+        return part.whole()
+
+    def _arguments(self, start: int, stop: int) -> Mapping[str, object]:
+        return {
+            name: value[start:stop] if self._goes_along(name, value) else value  # type: ignore[index]
+            for name, value in self.loss.arguments.items()
+        }
+
+    def _goes_along(self, name: str, value: object) -> bool:
+        """Whether a loss argument has an entry for each sample: weights per element, or an array for one's own loss."""
+        if not isinstance(value, Tensor) or not value.dim() or len(value) != self.samples:
+            return False
+        weighted = name == "weight" and self.loss.name in ELEMENT_WEIGHTED  # or per class
+        of_target = self.target is not None and value.dim() == self.target.dim()
+        return self.loss.function is not None or (weighted and of_target)
+
+    def _scaled(self, place: int, array: Tensor) -> Tensor:
+        return array.to(self.dtype) * self.scales[place] if place in self.scales else array
+
+
+def move(array: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The array on the device, in memory of its own, floating-point numbers in the dtype."""
+    wanted = dtype if _floats(array) else array.dtype
+    return torch.empty(array.shape, dtype=wanted, device=device).copy_(array)
+
+
+def _floats(array: Tensor) -> bool:
+    return array.is_floating_point()

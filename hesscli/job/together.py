@@ -1,0 +1,66 @@
+"""Whether samples can be taken apart: whether a model, or a loss, makes the same of some without the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hesscli.errors import MismatchError
+from hesscli.hessian.problem import Batch, Problem
+from hesscli.job.source import Source
+
+_FEWEST, _TRIED = 4, 32  # samples passed together and apart
+
+
+def takes(problem: Problem, few: Batch, source: Source) -> bool:
+    """Whether the model takes a few samples; if not, it takes all at once, as the nodes of a graph.
+
+    Raises:
+        MismatchError: it takes neither.
+    """
+    with torch.no_grad():
+        try:
+            problem.output(few)
+        except MismatchError as error:
+            if len(few.inputs[0]) == source.samples:
+                raise
+            try:
+                problem.output(source.whole())
+            except MismatchError:
+                raise error from None
+            return False
+    return True
+
+
+def coupled(problem: Problem, source: Source, batch: int) -> str | None:
+    """What makes something else of samples together than of the same ones apart: the model, the loss, or nothing."""
+    count = min(source.samples, max(_FEWEST, min(batch, _TRIED)))
+    together = source.part(0, count)
+    apart = [source.part(0, count // 2), source.part(count // 2, count)]
+    with torch.no_grad():
+        output = problem.output(together)
+        try:
+            outputs = [problem.output(part) for part in apart]
+        except MismatchError:  # a trace that holds the number of samples it was made with
+            return None
+        if not _same(output, outputs):
+            return "the model"
+        if problem.loss.function is None:
+            return None
+
+        def terms(output: Tensor, of: Batch) -> Tensor:
+            return problem.loss.terms(output, of.target, of.loss_arguments)
+
+        parts = [terms(output, of) for output, of in zip(outputs, apart, strict=True)]
+        return None if _same(terms(output, together), parts) else f"the loss {problem.loss.name}"
+
+
+def _same(together: Tensor, apart: Sequence[Tensor]) -> bool:
+    joined = torch.cat([part.reshape(-1) for part in apart])
+    if joined.numel() != together.numel():
+        return False
+    rounding = 1e-7 if together.dtype is torch.float64 else 1e-4
+    size = float(together.abs().nan_to_num(0, 0, 0).max()) if together.numel() else 0.0
+    return torch.allclose(together.reshape(-1), joined, rounding, rounding * size, equal_nan=True)
