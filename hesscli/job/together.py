@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import MismatchError
+from hesscli.files.resources import available_memory
 from hesscli.hessian.problem import Batch, Problem
 from hesscli.job.source import Source
 
@@ -24,7 +25,8 @@ def takes(problem: Problem, few: Batch, source: Source) -> bool:
         try:
             problem.output(few)
         except MismatchError as error:
-            if len(few.inputs[0]) == source.samples:
+            tried = len(few.inputs[0]) == source.samples
+            if tried or source.bytes > available_memory() // 8:
                 raise
             try:
                 problem.output(source.whole())
