@@ -702,6 +702,12 @@ INDEPENDENT = [
     odd("conv-square", lambda s, x: s.b(torch.tanh(s.a(x))).flatten(1), numbers(3, 3, 3, 3),
         a=layer(3, 3, 2, kind=nn.Conv2d), b=layer(3, 3, 2, kind=nn.Conv2d)),
     odd("pool-of-one-channel", lambda s, x: F.max_pool2d(s.a(x), 2).flatten(1), CUBE, **SQ),
+    odd("cosine", lambda s, x: F.cosine_similarity(torch.tanh(s.a(x)), s.b(torch.tanh(s.a(x)))), ROWS,
+        a=layer(3, 4), b=layer(4, 4)),
+    odd("cosine-of-pairs", lambda s, x: F.cosine_similarity(s.a(x)[:, None], s.b.weight, dim=-1), ROWS,
+        a=layer(3, 4), b=layer(4, 5)),
+    odd("own-likelihood", lambda s, x: F.cross_entropy(s.b(torch.tanh(s.a(x))), (x[:, 0] > 0).long(), reduction="none"),
+        ROWS, a=layer(3, 4), b=layer(4, 2)),
     # Written in place
     odd("in-place-buffer", in_place_buffer, ROWS, **TWO),
     odd("in-place-copy", in_place_copy, ROWS, **TWO),

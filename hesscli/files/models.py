@@ -135,6 +135,7 @@ def load_model(
     if next(module.parameters(), None) is None:
         raise _without_parameters(path, saved.kind)
     _widen(module, notes)
+    _densify(module)
     module.to(device)
     if saved.kind != "exported":
         module.train(train_mode)
@@ -315,6 +316,13 @@ def _narrow(tensors: Iterable[torch.Tensor]) -> set[torch.dtype]:
     return {t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize < 4}
 
 
+def _densify(module: nn.Module) -> None:
+    """Gradients of embeddings as ordinary tensors: the same numbers."""
+    for part in module.modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+            part.sparse = False
+
+
 def _widen(module: nn.Module, notes: list[str]) -> None:
     """float16 and bfloat16 leave no digits for second derivatives."""
     narrow = _narrow(module.parameters())
@@ -363,6 +371,7 @@ def live_model(
     notes: list[str] = []
     digest = sha256_of(module.state_dict())
     _widen(module, notes)
+    _densify(module)
     if device is not None:
         _move(module, device)
     module.train(train_mode)

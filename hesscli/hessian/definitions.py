@@ -6,6 +6,7 @@ Inside `exact_derivatives()` these operators run as the formulas below, so that 
 - `batch_norm`, `layer_norm`, `group_norm`, `instance_norm`: forward-over-reverse and batched double backward are
 wrong or missing.
 - `hardsigmoid`, `embedding_bag`: no second derivative.
+- `cosine_similarity`: bounds its norms with gradients off, of which nothing can be proven.
 - fused attention: no second derivative; computed as softmax(Q K^T / sqrt(d)) V instead.
 - `adaptive_avg_pool2d`, `adaptive_avg_pool3d` to one place: of channels-last memory, PyTorch's ends with `as_strided`,
 which nothing can be proven of.
@@ -129,6 +130,14 @@ def hardsigmoid_(x: Tensor) -> Tensor:
     return x.add_(3).clamp_(0, 6).div_(6)
 
 
+def cosine_similarity(x: Tensor, y: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    def normed(z: Tensor) -> Tensor:
+        return z / torch.linalg.vector_norm(z, dim=dim, keepdim=True).clamp(min=eps)
+
+    x, y = torch.broadcast_tensors(x, y)
+    return (normed(x) * normed(y)).sum(dim)
+
+
 def adaptive_avg_pool2d(x: Tensor, size: Sequence[int]) -> Tensor:
     if any(length != 1 for length in size):
         return torch.ops.aten._adaptive_avg_pool2d(x, size)
@@ -200,6 +209,7 @@ DEFINITIONS: dict[str, Callable[..., object]] = {
     "_weight_norm_interface": weight_norm_interface,
     "hardsigmoid": hardsigmoid,
     "hardsigmoid_": hardsigmoid_,
+    "cosine_similarity": cosine_similarity,
     "adaptive_avg_pool2d": adaptive_avg_pool2d,
     "adaptive_avg_pool3d": adaptive_avg_pool3d,
     "_embedding_bag": embedding_bag,

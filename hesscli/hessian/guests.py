@@ -11,6 +11,7 @@ import torch
 
 from hesscli.errors import HesscliError, Terminated, is_out_of_memory, signalled
 
+Explain = Callable[[str, BaseException], HesscliError]
 _MISSING = re.compile(r"derivative for .* is not implemented|once_differentiable|double backwards")
 
 
@@ -34,12 +35,22 @@ def turned_gradients_off() -> bool:
 
 
 @contextmanager
-def guest(explained: Callable[[str, BaseException], HesscliError]) -> Iterator[None]:
+def guest(explained: Explain) -> Iterator[None]:
+    """Inside runs code that is not ours, and its errors are made those of `explaining`."""
+    before, _inside.with_gradients = _inside.with_gradients, torch.is_grad_enabled()
+    try:
+        with explaining(explained):
+            yield
+    finally:
+        _inside.with_gradients = before
+
+
+@contextmanager
+def explaining(explained: Explain) -> Iterator[None]:
     """Inside, any error becomes what `explained` makes of its last line that says something, and of itself.
 
     What callers deal with goes through: derivatives that are missing, memory that ran out, and being told to end.
     """
-    before, _inside.with_gradients = _inside.with_gradients, torch.is_grad_enabled()
     try:
         yield
     except (HesscliError, Terminated):
@@ -50,8 +61,6 @@ def guest(explained: Callable[[str, BaseException], HesscliError]) -> Iterator[N
         if signalled:  # inside TorchScript
             raise signalled[-1] from None
         raise explained(_reason(error), error) from error
-    finally:
-        _inside.with_gradients = before
 
 
 def is_missing_derivative(error: BaseException) -> bool:

@@ -151,7 +151,9 @@ class Kinks(Watcher):
 
     def _constant(self, name: str, result: Any) -> Any:
         """What a call gave in the first pass, if that is constant between kinks."""
-        if not isinstance(result, Tensor) or (result.is_floating_point() and name not in _STEPS):
+        if not isinstance(result, Tensor) or result.is_complex() or result.dtype is torch.uint8:
+            return result  # bytes are what a kernel keeps for its backward pass
+        if result.is_floating_point() and name not in _STEPS:
             return result
         return self._first(result).clone()  # what is noted stays, if the copy is written to
 

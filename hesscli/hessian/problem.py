@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from hesscli.errors import MismatchError
 from hesscli.hessian.definitions import Narrowings, right_gradients, staying_wide
-from hesscli.hessian.guests import guest
+from hesscli.hessian.guests import explaining, guest
 from hesscli.hessian.losses import Loss
+
+_UNSEEN = 256  # times the inputs: what a pass is taken to keep that cannot be looked into
 
 
 @dataclass(
@@ -104,6 +106,17 @@ class Problem:
         Raises:
             MismatchError: the model does not accept the data, or returns no tensor.
         """
+        try:
+            result = self._called(batch)
+        except MismatchError as error:
+            if torch.is_grad_enabled() or "does not require grad" not in error.message:
+                raise
+            with torch.enable_grad():  # for a model that differentiates by itself
+                result = self._called(batch)
+        output = pick_output(result, self.output_key, prefer_loss=not self.loss.needs_target)
+        return output if torch.is_grad_enabled() else output.detach()
+
+    def _called(self, batch: Batch) -> object:
         # TorchScript's optimiser would put derivatives of its own into the graph that it caches.
         with (
             _buffers_kept(self.module) if self.train else nullcontext(),
@@ -113,8 +126,7 @@ class Problem:
         ):
             place = len(batch.inputs) - len(batch.keywords)
             named = dict(zip(batch.keywords, batch.inputs[place:], strict=True))
-            result = self.module(*batch.inputs[:place], **named)
-        return pick_output(result, self.output_key, prefer_loss=not self.loss.needs_target)
+            return self.module(*batch.inputs[:place], **named)
 
     def total(self, batch: Batch) -> tuple[Tensor, float]:
         """The batch's sum of loss terms, and its share of the denominator of the mean."""
@@ -133,7 +145,8 @@ class Problem:
                 value = self.value(batch)
             if not value.requires_grad:
                 continue
-            grads = torch.autograd.grad(value, leaves, allow_unused=True)
+            with explaining(_no_gradient):
+                grads = torch.autograd.grad(value, leaves, allow_unused=True)
             for total, grad in zip(sums, grads, strict=True):
                 if grad is not None:
                     total += grad
@@ -294,6 +307,10 @@ def _type_hint(error: str, batch: Batch) -> str | None:
     return "--scale 1/255" if any(x.dtype is torch.uint8 for x in batch.inputs) else None
 
 
+def _no_gradient(reason: str, error: BaseException) -> MismatchError:
+    return MismatchError(f"the gradient of the model cannot be taken: {reason}")
+
+
 def _norm(tensors: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum(float(tensor.square().sum()) for tensor in tensors.values()))
 
@@ -341,15 +358,21 @@ def saved_bytes(problem: Problem, batch: Batch, forward: Callable[[Batch], Tenso
 
     def note(tensor: Tensor) -> Any:
         if tensor.layout is not torch.strided:
-            return
+            return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             size = (
                 tensor.numel() * tensor.itemsize
             )  # not the storage's: a batch is a view of all data
             seen[storage.data_ptr()] = max(size, seen.get(storage.data_ptr(), 0))
-        # Keeps nothing: an operator's own output would keep the operator, and that the output, for ever.
+        # Not itself: an operator's own output would keep the operator, and that the output, for ever.
+        return tensor.detach()
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
-        forward(batch)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
+            forward(batch)
+    except MismatchError as error:
+        if "saved tensor hooks" not in error.message:
+            raise
+        return _UNSEEN * sum(x.numel() * x.itemsize for x in batch.inputs)  # of `torch.func`
     return sum(seen.values())

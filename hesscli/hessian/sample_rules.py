@@ -155,10 +155,13 @@ def _terms(c: Context) -> SampleAxis | None:
 
 def _likelihood(c: Context) -> SampleAxis | None:
     """One of the classes along the second axis, which goes."""
-    axis = c.only()
-    if c.named("reduction") != 0 or axis.axis == 1:
+    axis, target = c.axis(0), c.axis(1)
+    if axis is None or c.named("reduction") != 0 or axis.axis == 1:
         raise mixes(c.call)
-    return replace(axis, axis=axis.axis - (axis.axis > 1))
+    made = replace(axis, axis=axis.axis - (axis.axis > 1))
+    if target not in (None, made):
+        raise mixes(c.call)
+    return made
 
 
 def _constant(c: Context) -> SampleAxis | None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.definitions import exact_derivatives
+from hesscli.hessian.guests import is_missing_derivative
 from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.watcher import Watcher
@@ -152,8 +153,13 @@ def _recorded(
 ) -> Tape:
     names = {id(tensor): name for name, tensor in parameters.items()}
     recorder = _Recorder()
-    with exact_derivatives(), _unfused(), recorder:
-        output = function()
+    try:
+        with exact_derivatives(), _unfused(), recorder:
+            output = function()
+    except (RuntimeError, NotImplementedError) as error:
+        if not is_missing_derivative(error):
+            raise
+        raise NotApplicable(str(error).splitlines()[0]) from error
     if id(output) not in recorder.numbers:
         raise NotApplicable("the output does not depend on the data")
     number = recorder.numbers[id(output)]
@@ -224,6 +230,8 @@ class _Recorder(Watcher):
             a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments
         ]
         recorded = func
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self._refuse(f"{func._schema.name.removeprefix('aten::')} draws random numbers")
         if any(writes):
             recorded = self._without_writing(func, list(itertools.compress(args, writes)))
         if recorded is _CONVOLUTION_OF_TRACES:  # its further arguments are cuDNN's business

@@ -109,6 +109,9 @@ def open_problem(
     known = data.inputs | dict([data.targets] if data.targets else [])
     names, keywords = _keywords(options, model, names, known, note)
     parameters, tied, frozen = chosen_parameters(model.module, options.params)
+    skipped = [name for name, p in model.module.named_parameters() if p.is_complex()]
+    if skipped:
+        note(f"skipped, complex: {', '.join(skipped)}")
     for pattern in unmatched(model.module, options.params):
         note(f"no parameter matches {pattern}")
     if frozen:

@@ -1,0 +1,121 @@
+"""Models that do what few do: differentiate inside, compute with complex numbers, draw random ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles import hessian
+from torch import Tensor, nn
+
+import hesscli
+
+X = torch.randn(9, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = X.sin().sum(1, keepdim=True)
+
+
+class Residual(nn.Module):
+    """A physics-informed network: u'' + u of a network u, by derivatives that it takes itself."""
+
+    def __init__(self, functional: bool = False):
+        super().__init__()
+        self.u = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1))
+        self.functional = functional
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.functional:
+            jacobian = torch.func.jacrev(torch.func.jacrev(lambda z: self.u(z).squeeze(-1)))
+            return torch.func.vmap(jacobian)(x).diagonal(0, 1, 2).sum(1, keepdim=True) + self.u(x)
+        x = x.detach().requires_grad_()
+        u = self.u(x)
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        bends = [torch.autograd.grad(s.sum(), x, create_graph=True)[0][:, i]
+                 for i, s in enumerate(slope.unbind(1))]  # fmt: skip
+        return u + sum(bends).unsqueeze(1)
+
+
+class Fourier(nn.Module):
+    """A layer that multiplies frequencies, and distances, which have no second derivative."""
+
+    def __init__(self, distances: bool = True):
+        super().__init__()
+        self.w, self.o = nn.Parameter(torch.randn(2, 2)), nn.Linear(2, 1)
+        self.distances = distances
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.fft.irfft(torch.fft.rfft(x) * torch.view_as_complex(self.w), n=2)
+        far = torch.cdist(torch.tanh(self.o(h)), torch.ones(1, 1, dtype=x.dtype))
+        return far if self.distances else ((torch.tanh(self.o(h)) - 1) ** 2).sqrt()
+
+
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_a_model_that_differentiates(functional, batch_size):
+    torch.manual_seed(0)
+    model = Residual(functional).double()
+    found = hesscli.compute(model, (X, Y), blocks="full", framework="torch", batch_size=batch_size)
+    truth = hessian(model, nn.functional.mse_loss, (X,), Y)
+    torch.testing.assert_close(found.matrix(), truth, rtol=1e-9, atol=1e-12)
+
+
+def test_complex_numbers_are_no_kinks():
+    torch.manual_seed(0)
+    model = Fourier().double()
+    found = hesscli.compute(model, (X, Y), blocks="full", framework="torch")
+    assert found.metadata["blocks"][0]["method"] == "finite-difference"
+    model.distances = False
+    truth = hessian(model, nn.functional.mse_loss, (X,), Y)
+    torch.testing.assert_close(found.matrix(), truth, rtol=1e-7, atol=1e-8)
+
+
+def test_complex_parameters_are_said():
+    model = nn.Linear(2, 1).double()
+    model.register_parameter("phase", nn.Parameter(torch.ones(2, dtype=torch.cfloat)))
+    found = hesscli.compute(model, (X, Y))
+    assert "skipped, complex: phase" in found.metadata["notes"]
+
+
+class Noisy(nn.Module):
+    """The same numbers in every pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = torch.Generator().manual_seed(0)
+        h = torch.tanh(self.a(x))
+        return self.b(h + torch.empty_like(h).normal_(generator=numbers))
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_random_numbers_are_not_replayed(check):
+    torch.manual_seed(0)
+    model = Noisy().double()
+    found = hesscli.compute(
+        model, (X, Y), blocks="full", framework="torch", check=check, batch_size=9
+    )
+    truth = hessian(model, nn.functional.mse_loss, (X,), Y)
+    torch.testing.assert_close(found.matrix(), truth)
+
+
+class Bags(nn.Module):
+    def __init__(self, mode: str, sparse: bool = False):
+        super().__init__()
+        self.e = nn.EmbeddingBag(5, 3, mode=mode, sparse=sparse)
+        self.o = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(torch.tanh(self.e(x)))
+
+
+@pytest.mark.parametrize(("mode", "sparse"), [("max", False), ("sum", True)])
+def test_embeddings_that_autograd_has_less_of(mode, sparse):
+    torch.manual_seed(0)
+    model = Bags(mode, sparse).double()
+    words = torch.randint(0, 5, (9, 4))
+    found = hesscli.compute(model, (words, Y), params="o.*", blocks="full", framework="torch")
+    h = torch.tanh(model.e(words)).detach()
+    h = torch.cat([h, torch.ones(9, 1, dtype=torch.float64)], 1)
+    torch.testing.assert_close(found.matrix(), 2 * h.T @ h / 9)
+    everything = hesscli.compute(model, (words, Y))
+    assert everything.metadata["check"]["relative_error"] < 1e-6
