@@ -24,7 +24,8 @@ from torch import Tensor
 from hesscli.errors import HesscliError, MismatchError, UsageError
 from hesscli.hessian.blocks import partition, select
 from hesscli.hessian.losses import LOSSES, check_arguments
-from hesscli.hessian.problem import measure, pick_output
+from hesscli.hessian.outputs import pick_output
+from hesscli.hessian.problem import measure
 from hesscli.hessian.routes.base import NotApplicable
 
 # --- batches ----------------------------------------------------------------------------------

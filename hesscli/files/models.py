@@ -13,18 +13,11 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from hesscli.errors import (
-    FileError,
-    MismatchError,
-    ResourceError,
-    UsageError,
-    is_out_of_memory,
-)
+from hesscli.errors import FileError, UsageError
 from hesscli.files.architectures import build
 from hesscli.files.checkpoints import fitted, unwrap, without_wrappers
-from hesscli.files.digest import sha256_of, sha256_of_all
+from hesscli.files.digest import sha256_of_all
 from hesscli.files.exported import load_exported
 from hesscli.files.importing import importable
 from hesscli.files.libraries import arch_of
@@ -125,17 +118,16 @@ def load_model(
         content = unwrap(content, notes)
         if isinstance(content, nn.Module):
             tie(content, shared(content.named_parameters(remove_duplicate=False)))
-            saved = _Loaded(content, "pickle", *_arguments(content))
+            saved = _Loaded(content, "pickle", *arguments_of(content))
         else:
             module = _with_architecture(path, content, arch, arch_args, notes)
-            saved = _Loaded(module, "state_dict", *_arguments(module))
+            saved = _Loaded(module, "state_dict", *arguments_of(module))
     module = saved.module
     if arch is not None and saved.kind != "state_dict":
         notes.append(f"--arch {arch} has no effect: {path} holds its own architecture")
     if next(module.parameters(), None) is None:
-        raise _without_parameters(path, saved.kind)
-    _widen(module, notes)
-    _densify(module)
+        raise without_parameters(path, saved.kind)
+    prepare(module, notes)
     module.to(device)
     if saved.kind != "exported":
         module.train(train_mode)
@@ -177,7 +169,7 @@ def _torchscript(
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("traced_inputs.pkl") for name in archive.namelist()):
                 notes.append("train mode has no effect: a traced model keeps the mode it had")
-    return _Loaded(module, "torchscript", *_arguments(module))
+    return _Loaded(module, "torchscript", *arguments_of(module))
 
 
 def _weights_of_several(
@@ -294,7 +286,7 @@ def _state_dict(path: str | os.PathLike[str], content: object) -> dict[str, torc
     return weights
 
 
-def _arguments(module: nn.Module) -> tuple[tuple[int | None, int | None], tuple[str, ...]]:
+def arguments_of(module: nn.Module) -> tuple[tuple[int | None, int | None], tuple[str, ...]]:
     """The fewest and the most inputs that forward takes by position, and what it calls them."""
     if isinstance(module, torch.jit.ScriptModule):
         schema: Any = module.forward.schema  # type: ignore[attr-defined]
@@ -316,15 +308,14 @@ def _narrow(tensors: Iterable[torch.Tensor]) -> set[torch.dtype]:
     return {t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize < 4}
 
 
-def _densify(module: nn.Module) -> None:
-    """Gradients of embeddings as ordinary tensors: the same numbers."""
+def prepare(module: nn.Module, notes: list[str]) -> None:
+    """Brings a module to numbers that can be differentiated twice.
+
+    float16 and bfloat16 leave no digits for that, and sparse gradients, the same numbers, no derivatives.
+    """
     for part in module.modules():
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
             part.sparse = False
-
-
-def _widen(module: nn.Module, notes: list[str]) -> None:
-    """float16 and bfloat16 leave no digits for second derivatives."""
     narrow = _narrow(module.parameters())
     if not narrow and not _narrow(module.buffers()):
         return
@@ -341,7 +332,7 @@ def _narrow_note(narrow: set[torch.dtype], module: nn.Module) -> str:
     return f"weights stored in {names}, computed in {'float64' if wide else 'float32'}"
 
 
-def _without_parameters(path: str | os.PathLike[str], kind: str) -> FileError:
+def without_parameters(path: str | os.PathLike[str], kind: str) -> FileError:
     if kind == "torchscript":
         return FileError(
             f"{path}: a TorchScript model without parameters; frozen and quantised models "
@@ -352,52 +343,3 @@ def _without_parameters(path: str | os.PathLike[str], kind: str) -> FileError:
         f"{path}: a model without parameters has no Hessian",
         "register the weights as torch.nn.Parameter",
     )
-
-
-def live_model(
-    module: nn.Module, *, train_mode: bool = False, device: str | None = None
-) -> SavedModel:
-    """A module in memory in the form of a loaded one. It is changed as one from a file is: pass a copy.
-
-    Raises:
-        FileError: it has no parameters.
-        MismatchError: they have no values yet.
-        ResourceError: there is no such device.
-    """
-    name = type(module).__name__
-    if next(module.parameters(), None) is None:
-        raise _without_parameters(name, "module")
-    _demand_values(name, module)
-    notes: list[str] = []
-    digest = sha256_of(module.state_dict())
-    _widen(module, notes)
-    _densify(module)
-    if device is not None:
-        _move(module, device)
-    module.train(train_mode)
-    (required, most), arguments = _arguments(module)
-    return SavedModel(
-        module, "module", digest, tuple(notes), None, most, required, arguments=arguments
-    )
-
-
-def _demand_values(name: str, module: nn.Module) -> None:
-    for key, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if is_lazy(tensor):
-            raise MismatchError(
-                f"{name}: {key} has no shape before the module was called", "model(x)"
-            )
-        if tensor.is_meta:
-            raise MismatchError(
-                f"{name}: {key} is on the meta device, where tensors have no values",
-                "model.to_empty(device='cpu').load_state_dict(weights)",
-            )
-
-
-def _move(module: nn.Module, device: str) -> None:
-    try:
-        module.to(device)
-    except (AssertionError, RuntimeError) as error:  # which of them depends on torch's build
-        if is_out_of_memory(error):
-            raise
-        raise ResourceError(f"this machine has no device {device}", "--device cpu") from error

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from hesscli.errors import HesscliError, MismatchError, UsageError
 from hesscli.files.hessian_file import read_hessian
-from hesscli.files.models import SavedModel, live_model
+from hesscli.files.live_models import live_model
+from hesscli.files.models import SavedModel
 from hesscli.hessian.autodiff import differentiable
 from hesscli.job.compute import compute as run
 from hesscli.job.loaded import Framework, Hessian, converter

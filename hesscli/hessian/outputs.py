@@ -1,0 +1,45 @@
+"""Which tensor of what a model returns is its output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from hesscli.errors import MismatchError
+
+
+def pick_output(result: object, key: str | None, prefer_loss: bool = False) -> Tensor:
+    """The output tensor in what a module returned: the tensor itself, or the entry that `key` names.
+
+    Without a key, a lone tensor in a tuple or dict is taken, and `logits` (or `loss`, where the model returns its
+    own loss) of a dict or object.
+
+    Raises:
+        MismatchError: nothing or too much to choose from.
+    """
+    if isinstance(result, Tensor) and key is None:
+        return result
+    entries: dict[str, object] = {}
+    if isinstance(result, Mapping):
+        entries = {str(name): value for name, value in result.items()}
+    elif isinstance(result, (tuple, list)):
+        fields = getattr(result, "_fields", None) or range(len(result))
+        entries = {str(name): value for name, value in zip(fields, result, strict=True)}
+        if key is not None and key.lstrip("-").isdigit() and -len(result) <= int(key) < len(result):
+            entries[key] = result[int(key)]
+    found = ", ".join(entries) or type(result).__name__
+    if key is not None:
+        if isinstance(entries.get(key), Tensor):
+            return entries[key]  # type: ignore[return-value]
+        raise MismatchError(f"the model's output has no tensor {key!r}; it holds: {found}")
+    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    preferred = "loss" if prefer_loss else "logits"
+    if len(tensors) == 1:
+        return next(iter(tensors.values()))
+    if preferred in tensors:
+        return tensors[preferred]
+    first = next(iter(tensors), "0")
+    raise MismatchError(
+        f"the model returns more than one tensor or none: {found}", f"--output-key {first}"
+    )
