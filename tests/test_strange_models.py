@@ -119,3 +119,39 @@ def test_embeddings_that_autograd_has_less_of(mode, sparse):
     torch.testing.assert_close(found.matrix(), 2 * h.T @ h / 9)
     everything = hesscli.compute(model, (words, Y))
     assert everything.metadata["check"]["relative_error"] < 1e-6
+
+
+class Filled(nn.Module):
+    """Writes into memory that is float32 whatever the weights are."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 1), nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros(x.shape[0], 1, dtype=torch.float32)
+        out[:, :1] = torch.tanh(self.a(x)) * self.b(x)
+        return out
+
+
+class Product(Filled):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.eye(2, dtype=torch.float32) @ self.a.weight.T * x.sum()
+
+
+@pytest.mark.parametrize("net", [Filled, Product])
+def test_float64_that_a_model_does_not_have(net):
+    torch.manual_seed(0)
+    model = net()
+    with pytest.raises(hesscli.HesscliError) as refused:
+        hesscli.compute(model, (X, Y), loss="mse" if net is Filled else "output", dtype="float64")
+    assert refused.value.exit_code == 4
+    assert refused.value.hint == "--dtype float32"
+    if net is Filled:
+        found = hesscli.compute(model, (X.float(), Y.float()), blocks="full", framework="torch")
+        assert found.metadata["check"]["dtype"] == "float32"
+        written = nn.Module.__new__(Filled)
+        written.__dict__ = model.double().__dict__
+        written.forward = lambda x: torch.tanh(model.a(x)) * model.b(x)
+        truth = hessian(written, nn.functional.mse_loss, (X,), Y)
+        torch.testing.assert_close(found.matrix().double(), truth, rtol=1e-3, atol=1e-4)

@@ -296,14 +296,31 @@ def staying_wide() -> Iterator[None]:
 
 
 class Narrowings(Watcher):
-    """Sees whether a pass in float64 goes through anything narrower."""
+    """Sees whether a pass in float64 goes through anything narrower.
 
-    found = False
+    Attributes:
+        found: by a conversion, which `staying_wide` leaves out.
+        stuck: the operator that meets a narrower constant of the model, and gives what that has.
+    """
+
+    found, stuck = False, ""
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
         if func is torch.ops.aten._to_copy.default:
             self.found |= args[0].dtype is torch.float64 and kwargs.get("dtype") in _NARROW
-        return func(*args, **kwargs)
+        elif _is_narrow(result) and any(map(_is_wide_variable, args)):
+            self.stuck = func.overloadpacket.__name__
+        return result
+
+
+def _is_narrow(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dtype in (*_NARROW, torch.complex64)
+
+
+def _is_wide_variable(x: object) -> bool:
+    wide = isinstance(x, Tensor) and x.dtype in (torch.float64, torch.complex128)
+    return wide and x.requires_grad  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -176,17 +177,27 @@ class Problem:
 
         Returns:
             it, and its output for the first batch.
+
+        Raises:
+            MismatchError: it has constants in float32, which the parameters meet.
         """
-        plain, wide = replace(self, wide=False), replace(self, wide=True)
-        with torch.no_grad():
+        for wide in (False, True):
+            problem = replace(self, wide=wide)
             try:
-                with Narrowings() as narrowings:
-                    output = plain.output(plain.batches[0])
-                if not narrowings.found:
-                    return plain, output
+                with torch.enable_grad(), Narrowings() as narrowings:
+                    output = problem.output(problem.batches[0]).detach()
             except MismatchError:  # float64 meets float32
-                pass
-            return wide, wide.output(wide.batches[0])
+                if wide:
+                    raise
+                continue
+            if wide or not (narrowings.found or narrowings.stuck):
+                break
+        if narrowings.stuck:
+            raise MismatchError(
+                f"the model computes in float32 ({narrowings.stuck}), whatever the dtype of its weights",
+                "--dtype float32",
+            )
+        return problem, output
 
     def double(self) -> Problem | None:
         """A copy in float64, or None where the module cannot run in it (a dtype baked into a trace, say)."""
@@ -269,6 +280,9 @@ def _type_hint(error: str, batch: Batch) -> str | None:
     """What to do about integers that the model does not take as they are."""
     if "'indices'" in error or "embedding" in error:
         return "store indices as int64: x.astype(np.int64)"
+    wide = any(x.dtype is torch.float64 for x in batch.inputs)
+    if wide and re.search(r"same (dtype|scalar type)|self\.dtype to be equal", error):
+        return "--dtype float32"
     return "--scale 1/255" if any(x.dtype is torch.uint8 for x in batch.inputs) else None
 
 
