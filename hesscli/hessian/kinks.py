@@ -7,7 +7,8 @@ smooth piece on which theta lies. There are all comparisons, signs, roundings an
 theta that keep those of theta, taken by the same calls of the same module, are those of that piece.
 
 What a model detaches, or computes with gradients off, is a constant to autograd though it moves with theta: the target
-of a Q-network, a straight-through estimator. It is held as well; inside TorchScript, only the latter can be seen.
+of a Q-network, a straight-through estimator, a padding word that is tied to the output. It is held as well; inside
+TorchScript, what is detached cannot be seen.
 """
 
 from __future__ import annotations
@@ -120,6 +121,8 @@ class Kinks(Watcher):
         result = func(*args, **kwargs)
         if not any(isinstance(a, Tensor) and a.is_floating_point() for a in args):
             return result
+        if name == "embedding" and len(args) > 2 and args[2] >= 0:  # its padding is a constant
+            return torch.where((args[1] == args[2]).unsqueeze(-1), self._first(result), result)
         own = all(made.alias_info is None for made in func._schema.returns)  # no view
         if own and turned_gradients_off() and isinstance(result, Tensor):
             return self._first(result).clone()  # may be written to
