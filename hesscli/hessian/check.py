@@ -187,20 +187,19 @@ class Certificate:
                     return errors[-1]
                 if step == largest[0]:
                     least = min(least, difference)
-            noise = self._noise(along, largest[0])
+            noise = self._noise(along, largest[0], least)
             if least <= noise:
                 return self.tolerance * least / noise
         return min(errors)
 
-    def _noise(self, along: Along, step: float) -> float:
+    def _noise(self, along: Along, step: float, difference: float) -> float:
         """What rounding can make of a difference from the quotient; of the block too, if that is zero but for noise."""
         noise = along.noise(step, self.gradient_norm)
-        if self.dtype == self.problem.dtype:
-            return noise
+        of_block = _ROUNDING[self.dtype] * self.gradient_norm / along.typical()
+        if self.dtype == self.problem.dtype or difference > noise + of_block:
+            return noise  # of zero or not, two gradients would change nothing
         quotient = along.quotient(step)[along.entries]
-        if float(torch.linalg.norm(quotient)) > noise:
-            return noise
-        return noise + _ROUNDING[self.dtype] * self.gradient_norm / along.typical()
+        return noise if float(torch.linalg.norm(quotient)) > noise else noise + of_block
 
 
 @dataclass
