@@ -296,6 +296,13 @@ class Loss:
             return None
         return len(shape) - 1 if classes_last(shape, target.shape) else 1
 
+    def goes_along(self, argument: str, value: Tensor, target: Tensor | None) -> bool:
+        """Whether an argument, as long as there are samples, has an entry for each of them, and not for each class."""
+        if self.function is not None:
+            return True
+        of_elements = argument == "weight" and self.name in ELEMENT_WEIGHTED
+        return of_elements and target is not None and value.dim() == target.dim()
+
     @property
     def needs_target(self) -> bool:
         return self.name != "output"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hesscli.errors import UsageError
 from hesscli.files.data import Data, check_finite, describe
 from hesscli.files.digest import sha256_of
 from hesscli.files.importing import importable, imported
-from hesscli.hessian.losses import ELEMENT_WEIGHTED, LOSSES, TENSORS, Loss, check_arguments
+from hesscli.hessian.losses import LOSSES, TENSORS, Loss, check_arguments
 from hesscli.job.options import ProblemOptions
 
 
@@ -49,18 +50,18 @@ def loss_of(
         raise UsageError(
             f"{options.data}: holds no targets, and {name} needs them", "--targets KEY"
         )
-    arguments = dict(options.loss_arguments)
-    check_arguments(name, arguments)
-    for key, value in arguments.items():
+    loss = Loss(name, options.reduction, dict(options.loss_arguments), function)
+    check_arguments(name, loss.arguments)
+    target = None if data.targets is None else data.targets[1]
+    arguments = dict(loss.arguments)
+    for key, value in loss.arguments.items():
         array = _array(options, data, key, value, name in LOSSES)
         if array is not None:
-            of_elements = data.targets is not None and array.dim() == data.targets[1].dim()
-            weighted = key == "weight" and name in ELEMENT_WEIGHTED and of_elements
-            if (weighted or function is not None) and data.per_sample(array):
+            if data.per_sample(array) and loss.goes_along(key, array, target):
                 array = array[slice(*data.range)]  # as its targets are
             check_finite(options.data, value[1:] if isinstance(value, str) else key, array)
             arguments[key] = moved(array)
-    return Loss(name, options.reduction, arguments, function)
+    return replace(loss, arguments=arguments)
 
 
 def _array(

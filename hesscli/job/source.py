@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hesscli.hessian.losses import ELEMENT_WEIGHTED, Loss
+from hesscli.hessian.losses import Loss
 from hesscli.hessian.problem import Batch
 
 
@@ -71,12 +71,10 @@ class Source:
         }
 
     def _goes_along(self, name: str, value: object) -> bool:
-        """Whether a loss argument has an entry for each sample: weights per element, or an array for one's own loss."""
+        """Whether a loss argument is cut like the samples."""
         if not isinstance(value, Tensor) or not value.dim() or len(value) != self.samples:
             return False
-        weighted = name == "weight" and self.loss.name in ELEMENT_WEIGHTED  # or per class
-        of_target = self.target is not None and value.dim() == self.target.dim()
-        return self.loss.function is not None or (weighted and of_target)
+        return self.loss.goes_along(name, value, self.target)
 
     def _scaled(self, place: int, array: Tensor) -> Tensor:
         return array.to(self.dtype) * self.scales[place] if place in self.scales else array
