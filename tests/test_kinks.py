@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import pytest
@@ -278,22 +279,54 @@ class StraightThrough(QNetwork):
     """Weights and activations of few bits, with the derivatives of those of all bits."""
 
     def forward(self, x, after):
-        first, _, last = self.q
+        first, last = self.q[0], self.q[2]
         weight = first.weight + ((first.weight * 8).round() / 8 - first.weight).detach()
         h = torch.tanh(F.linear(x, weight, first.bias))
-        h = h + ((h * 4).round() / 4).sub(h).data
-        return (last(h) - after[:, :2]).square().sum(1)
+        h = h + self.constant(((h * 4).round() / 4).sub(h))
+        return (F.linear(h, last.weight, last.bias) - after[:, :2]).square().sum(1)
+
+    def constant(self, x):
+        return x.detach()
+
+
+class StraightThroughData(StraightThrough):
+    def constant(self, x):
+        return x.data
+
+
+def as_module(model, inputs, path):
+    return model
+
+
+def as_script(model, inputs, path):
+    torch.jit.script(model).save(path)
+    return path
+
+
+def as_program(model, inputs, path):
+    torch.export.save(torch.export.export(model, inputs), path)
+    return path
 
 
 @pytest.mark.parametrize("method", ["auto", "finite-difference"])
 @pytest.mark.parametrize("blocks", ["diag", "elements"])
-@pytest.mark.parametrize("net", [QNetwork, QNetworkWithoutGradients, StraightThrough])
-def test_what_a_model_detaches_is_a_constant(net, blocks, method):
+@pytest.mark.parametrize(
+    ("net", "saved"),
+    [
+        *product(
+            [QNetwork, QNetworkWithoutGradients, StraightThrough],
+            [as_module, as_script, as_program],
+        ),
+        (StraightThroughData, as_module),
+        (StraightThroughData, as_script),
+    ],
+)
+def test_what_a_model_detaches_is_a_constant(net, blocks, method, saved, tmp_path):
     torch.manual_seed(0)
     model = net().double()
     x, after = torch.randn(2, 9, 3, dtype=torch.float64)
     found = hesscli.compute(
-        model,
+        saved(model, (x, after), tmp_path / "model.pt2"),
         {"x": x, "after": after},
         inputs=("x", "after"),
         loss="output",

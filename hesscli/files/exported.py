@@ -14,6 +14,11 @@ from hesscli.files.exported_code import refuse_code
 from hesscli.files.ties import shared, tie
 from hesscli.files.torch_files import NeedsPickleError, pickled_objects, quiet, reading
 
+_LOOSE = {
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten.detach.default: torch.detach,
+}
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -75,15 +80,17 @@ def _loosen(module: nn.Module) -> None:
     """Lets the graph run in another dtype and on another device than those it was exported with.
 
     What asserts the dtype of a tensor goes; and every view may be a copy, as the operators of another device lay their
-    results out in other ways.
+    results out in other ways. What it detaches is detached in Python, where a `TorchFunctionMode` sees it.
     """
-    assert isinstance(module, torch.fx.GraphModule)
-    for node in list(module.graph.nodes):
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            module.graph.erase_node(node)
-        elif node.target is torch.ops.aten.view.default:
-            node.target = torch.ops.aten.reshape.default
-    module.recompile()
+    for part in module.modules():
+        if not isinstance(part, torch.fx.GraphModule):
+            continue
+        for node in list(part.graph.nodes):
+            if node.target is torch.ops.aten._assert_tensor_metadata.default:
+                part.graph.erase_node(node)
+            elif node.target in _LOOSE:
+                node.target = _LOOSE[node.target]
+        part.recompile()
 
 
 def _batch_size(program: torch.export.ExportedProgram) -> int | None:

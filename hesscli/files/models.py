@@ -23,7 +23,7 @@ from hesscli.files.importing import importable
 from hesscli.files.libraries import arch_of
 from hesscli.files.mlp import MLP
 from hesscli.files.safetensors_files import load_safetensors
-from hesscli.files.script_devices import move_constants
+from hesscli.files.script_code import adapt
 from hesscli.files.shards import load_part, load_shards, weights_in
 from hesscli.files.sniff import Kind, kind_of, unsupported
 from hesscli.files.storages import check_storages
@@ -159,12 +159,12 @@ def _torchscript(
 ) -> _Loaded:
     with reading(path, "torchscript"), quiet():
         module = torch.jit.load(path, map_location=device)
-        move_constants(module, device)
     if not hasattr(module, "forward"):
         raise FileError(
             f"{path}: a TorchScript file without a forward method",
             "save the model itself: torch.jit.script(model).save('net.pt')",
         )
+    adapt(module, device)
     if train_mode:
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("traced_inputs.pkl") for name in archive.namelist()):

@@ -7,8 +7,7 @@ smooth piece on which theta lies. There are all comparisons, signs, roundings an
 theta that keep those of theta, taken by the same calls of the same module, are those of that piece.
 
 What a model detaches, or computes with gradients off, is a constant to autograd though it moves with theta: the target
-of a Q-network, a straight-through estimator, a padding word that is tied to the output. It is held as well; inside
-TorchScript, what is detached cannot be seen.
+of a Q-network, a straight-through estimator, a padding word that is tied to the output. It is held as well.
 """
 
 from __future__ import annotations
