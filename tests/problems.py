@@ -13,7 +13,7 @@ from hesscli.hessian.blocks import Block, partition
 from hesscli.hessian.losses import ELEMENT_WEIGHTED, Loss
 from hesscli.hessian.problem import Batch, Problem, measure
 from hesscli.hessian.routes.all import routes
-from hesscli.hessian.routes.base import Route, Rows
+from hesscli.hessian.routes.base import Route, Rows, fitting
 from hesscli.hessian.symmetry import symmetrise_
 
 STRUCTURES = ("full", "module", "block_diagonal", "elements")
@@ -91,12 +91,10 @@ def compute_blocks(
     like = next(iter(route.problem.parameters.values())).detach()
     if diagonal:
         sums = {block.name: like.new_zeros(block.size) for block in blocks}
-        for batch in route.problem.batches:
-            route.add_diagonal(batch, blocks, sums)
+        fitting(route, lambda: [route.add_diagonal(b, blocks, sums) for b in route.problem.batches])
         return sums
     rows = [Rows.whole(block, like) for block in blocks]
-    for batch in route.problem.batches:
-        route.add(batch, rows)
+    fitting(route, lambda: [route.add(batch, rows) for batch in route.problem.batches])
     return {part.block.name: finished(route, part) for part in rows}
 
 

@@ -155,3 +155,92 @@ def test_float64_that_a_model_does_not_have(net):
         written.forward = lambda x: torch.tanh(model.a(x)) * model.b(x)
         truth = hessian(written, nn.functional.mse_loss, (X,), Y)
         torch.testing.assert_close(found.matrix().double(), truth, rtol=1e-3, atol=1e-4)
+
+
+class FakeQuantized(nn.Module):
+    """Weights and activations of a few bits, as quantization-aware training has them.
+
+    Attributes:
+        written: with the straight-through estimator written out: rounded is a constant more than not rounded.
+    """
+
+    written = False
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 6), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        per_row = torch.full((6,), 0.1), torch.zeros(6, dtype=torch.int32), 0, -5, 5
+        weight = self.rounded(torch.fake_quantize_per_channel_affine, self.a.weight, *per_row)
+        h = torch.tanh(nn.functional.linear(x, weight, self.a.bias))
+        return self.b(self.rounded(torch.fake_quantize_per_tensor_affine, h, 0.06, 0, -8, 8))
+
+    def rounded(self, quantize, x, scale, zero, *axis_and_limits):
+        y = quantize(x, scale, zero, *axis_and_limits)
+        if not self.written:
+            return y
+        size = scale.unsqueeze(1) if isinstance(scale, Tensor) else scale
+        inside = x.detach().abs() <= size * (axis_and_limits[-1] + 0.5)
+        return x * inside + (y - x * inside).detach()
+
+
+@pytest.mark.parametrize("method", ["auto", "finite-difference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_quantization_is_straight_through(dtype, method):
+    torch.manual_seed(0)
+    model = FakeQuantized()
+    found = hesscli.compute(
+        model.to(dtype), (X.to(dtype), Y.to(dtype)), blocks="full", framework="torch", method=method
+    )
+    model.written = True
+    with torch.no_grad():
+        assert (model.a.weight.abs() > 0.55).any()  # some are cut off
+    truth = hessian(model.double(), nn.functional.mse_loss, (X,), Y)
+    tolerance = 1e-8 if dtype is torch.float64 else 1e-4 if method == "auto" else 1e-2
+    torch.testing.assert_close(
+        found.matrix().double(), truth, rtol=tolerance, atol=tolerance * float(truth.abs().max())
+    )
+
+
+class Learnable(FakeQuantized):
+    """Its rounding has a first derivative, in float32, and no second."""
+
+    def rounded(self, quantize, x, scale, zero, *axis_and_limits):
+        return torch._fake_quantize_learnable_per_tensor_affine(
+            x, torch.ones(1), torch.zeros(1), -5, 5, 1.0
+        )
+
+
+def test_a_derivative_that_nothing_has():
+    with pytest.raises(
+        hesscli.HesscliError, match="gradient of the model cannot be taken"
+    ) as refused:
+        hesscli.compute(Learnable(), (X.float(), Y.float()), blocks="full")
+    assert refused.value.exit_code == 4
+
+
+class Counting(nn.Module):
+    """Keeps a range of what it has seen, as observers do, also in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(2, 1)
+        self.register_buffer("range", torch.tensor(0.5, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.range.mul_(0.9).add_(0.1 * x.abs().max())
+        return torch.tanh(self.a(x) / self.range)
+
+
+def test_every_pass_begins_with_the_buffers_as_saved():
+    torch.manual_seed(0)
+    model = Counting().double()
+    found = hesscli.compute(model, (X, Y), blocks="full", framework="torch")
+    scale = 0.9 * 0.5 + 0.1 * X.abs().max()
+    again = nn.Sequential(nn.Linear(2, 1), nn.Tanh()).double()
+    again[0].load_state_dict({name: p / scale for name, p in model.a.state_dict().items()})
+    truth = hessian(again, nn.functional.mse_loss, (X,), Y)  # by what is `scale` times smaller
+    torch.testing.assert_close(found.matrix(), truth / scale**2)
+    assert float(model.range) == 0.5

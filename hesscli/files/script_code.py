@@ -1,4 +1,4 @@
-"""What the code of a TorchScript file names: devices of the machine it was made on, and calls that Python cannot see."""
+"""What the code of a TorchScript file names: devices of the machine it was made on, and calls hidden from Python."""
 
 from __future__ import annotations
 

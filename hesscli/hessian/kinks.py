@@ -48,7 +48,13 @@ _POOLS = {
     "adaptive_max_pool3d": 3,
 }
 """Functions that return what they picked and where, counted over so many last axes."""
-
+_STRAIGHT_THROUGH = frozenset(
+    f"fake_quantize_{kind}"
+    for kind in ("per_tensor_affine_cachemask", "per_channel_affine_cachemask")
+) | frozenset(
+    ["_fake_quantize_per_tensor_affine_cachemask_tensor_qparams", "_fused_moving_avg_obs_fq_helper"]
+)
+"""Functions that return what they rounded, and where their derivative is that of the identity; elsewhere it is zero."""
 
 _DETACHED = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 
@@ -129,6 +135,10 @@ class Kinks(Watcher):
             where = self._constant(name, result[1])
             flat = args[0].flatten(-_POOLS[name]).gather(-1, where.flatten(-_POOLS[name]))
             return flat.view_as(where), where
+        if name in _STRAIGHT_THROUGH:
+            rounded, mask = result
+            mask = self._constant(name, mask)
+            return args[0] * mask + self._first(rounded - args[0] * mask), mask
         if isinstance(result, (tuple, list)):
             return type(result)(self._constant(name, part) for part in result)
         return self._constant(name, result)

@@ -27,8 +27,7 @@ from hesscli.hessian.autodiff import batched_grad, seeded_grad
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Batch, Problem, saved_bytes
-from hesscli.hessian.routes.base import NotApplicable
-from hesscli.hessian.routes.hvp import explained
+from hesscli.hessian.routes.base import NotApplicable, explained
 from hesscli.hessian.workers import in_order, workers
 
 CURVATURES = {"hessian": "hessian", "ggn": "ggn", "fisher": "empirical_fisher"}

@@ -77,7 +77,6 @@ class Problem:
         loss: what is differentiated.
         denominator: see above; `measure` finds it.
         output_key: which entry of a dict or tuple that the module returns is its output.
-        train: the module is in train mode; its buffers are restored after each forward pass.
         wide: what the module itself computes in float32, whatever its dtype, is computed in float64.
         narrow: the problem that this is a copy of, in another dtype.
     """
@@ -88,7 +87,6 @@ class Problem:
     loss: Loss
     denominator: float = 1.0
     output_key: str | None = None
-    train: bool = False
     wide: bool = False
     narrow: Problem | None = None
 
@@ -121,7 +119,7 @@ class Problem:
     def _called(self, batch: Batch) -> object:
         # TorchScript's optimiser would put derivatives of its own into the graph that it caches.
         with (
-            _buffers_kept(self.module) if self.train else nullcontext(),
+            _buffers_kept(self.module),
             staying_wide() if self.wide else nullcontext(),
             torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
             guest(partial(_not_accepted, batch)),
@@ -322,12 +320,19 @@ def _double(batch: Batch) -> Batch:
 
 @contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    kept = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    """Every pass begins with the buffers as saved: running statistics, the ranges that an observer has seen.
+
+    A buffer that was written to is replaced, not written to again: autograd may have saved it.
+    """
+    kept = {id(b): (b, b._version, b.detach().clone()) for b in module.buffers()}
     try:
         yield
     finally:
-        for buffer, value in kept:
-            buffer.data.copy_(value)  # through .data: autograd may still hold the buffer
+        written = {key: value for key, (b, version, value) in kept.items() if b._version != version}
+        for part in module.modules() if written else ():
+            for name, buffer in part._buffers.items():
+                if id(buffer) in written:
+                    part._buffers[name] = written[id(buffer)]
 
 
 def saved_bytes(problem: Problem, batch: Batch, forward: Callable[[Batch], Tensor]) -> int:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from hesscli.errors import NumericalError, is_out_of_memory
+from hesscli.errors import NumericalError
 from hesscli.files.hessian_writer import HessianWriter
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.hessian.costs import Rates
 from hesscli.hessian.kronecker import mirror_
 from hesscli.hessian.layout import Layout, Span
-from hesscli.hessian.routes.base import NotApplicable, Route, Rows
+from hesscli.hessian.routes.base import NotApplicable, Route, Rows, fitting
 from hesscli.hessian.symmetry import average_
 from hesscli.job import document as documents
 from hesscli.job.beside import Beside
@@ -177,21 +177,16 @@ class LargeBlock:
 
     def _band(self, route: Route, start: int, stop: int) -> tuple[Tensor, Facts]:
         """Rows `start` to `stop` of the upper triangle, their square symmetric."""
-        while True:
-            try:
-                like = next(iter(route.problem.parameters.values())).detach()
-                upper = torch.zeros(
-                    stop - start, self.block.size - start, dtype=like.dtype, device=like.device
-                )
-                rows = Rows(self.block, start, stop, upper)
-                for batch in route.problem.batches:
-                    route.add(batch, [rows])
-                break
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or not route.shrink():
-                    raise
-            # Outside the handler, which holds on to the failed pass.
-            torch.cuda.empty_cache()
+
+        def summed() -> Tensor:
+            like = next(iter(route.problem.parameters.values())).detach()
+            upper = like.new_zeros(stop - start, self.block.size - start)
+            rows = Rows(self.block, start, stop, upper)
+            for batch in route.problem.batches:
+                route.add(batch, [rows])
+            return upper
+
+        upper = fitting(route, summed)
         own = upper[:, : stop - start]
         facts = {"gap": 0.0, "square": 0.0}
         if route.symmetric:

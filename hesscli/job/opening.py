@@ -132,7 +132,6 @@ def open_problem(
         (),
         loss,
         output_key=options.output_key,
-        train=options.train_mode,
         wide=dtype is torch.float64,
     )
     if data.columns:

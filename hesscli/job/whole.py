@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.errors import NumericalError, is_out_of_memory
+from hesscli.errors import NumericalError
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.hessian.plan import group
-from hesscli.hessian.routes.base import NotApplicable, Route, Rows
+from hesscli.hessian.routes.base import NotApplicable, Route, Rows, fitting
 from hesscli.hessian.symmetry import symmetrise_
 from hesscli.job import document as documents
 from hesscli.job import statistics
@@ -53,7 +53,7 @@ class WholeBlocks:
         """Blocks with their values, and the place of the route that gave them among their choices."""
         route = self.plan.routes[self.plan.choices[blocks[0].name][place].method]
         try:
-            sums = self._sums(route, blocks)
+            sums = fitting(route, lambda: self._sums(route, blocks))
         except NotApplicable as reason:
             if len(blocks) > 1:  # perhaps only some of them cannot be done
                 for block in blocks:
@@ -70,17 +70,7 @@ class WholeBlocks:
             yield block, values, place
 
     def _sums(self, route: Route, blocks: Sequence[Block]) -> dict[str, Tensor]:
-        """The blocks' sums over batches; with smaller chunks where a device's memory runs out."""
-        while True:
-            try:
-                return self._added(route, blocks)
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or not route.shrink():
-                    raise
-            # Outside the handler, which holds on to the failed pass.
-            torch.cuda.empty_cache()
-
-    def _added(self, route: Route, blocks: Sequence[Block]) -> dict[str, Tensor]:
+        """The blocks' sums over batches."""
         like = next(iter(route.problem.parameters.values())).detach()
         if self.plan.diagonal:
             sums = {block.name: like.new_zeros(block.size) for block in blocks}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from hesscli.errors import is_out_of_memory
 from hesscli.hessian.blocks import Block
+from hesscli.hessian.guests import is_missing_derivative
 from hesscli.hessian.layout import Layout
 from hesscli.hessian.problem import Batch, Problem
+
+Result = TypeVar("Result")
 
 
 class NotApplicable(Exception):  # noqa: N818 - an answer, not an error
@@ -69,3 +74,28 @@ class Route(Protocol):
     def finish(self, matrix: Tensor) -> None: ...
 
     def shrink(self) -> bool: ...
+
+
+def fitting(route: Route, work: Callable[[], Result]) -> Result:
+    """What the work of a route gives; it is done again in smaller chunks where a device's memory runs out.
+
+    Raises:
+        NotApplicable: as the work does; and where an operator lacks a derivative that it takes.
+    """
+    while True:
+        try:
+            return work()
+        except (RuntimeError, NotImplementedError) as error:
+            if not is_out_of_memory(error) or not route.shrink():
+                raise explained(error) from error
+        # Outside the handler, which holds on to the failed pass.
+        torch.cuda.empty_cache()
+
+
+def explained(error: Exception) -> Exception:
+    """NotApplicable where an operator lacks its second derivative, else the error itself."""
+    if not is_missing_derivative(error):
+        return error
+    operator = re.search(r"derivative for '?(?:aten::)?(\w+?)(?:_backward)?\b", str(error))
+    name = operator[1].strip("_") if operator else "an operator"
+    return NotApplicable(f"{name} has no second derivative in PyTorch")

@@ -7,7 +7,6 @@ makes it one row at a time.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -16,10 +15,9 @@ from torch import Tensor
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.definitions import exact_derivatives
-from hesscli.hessian.guests import is_missing_derivative
 from hesscli.hessian.layout import Layout
 from hesscli.hessian.problem import Batch, Problem
-from hesscli.hessian.routes.base import NotApplicable, Rows
+from hesscli.hessian.routes.base import Rows
 
 
 class HessianVectorProducts:
@@ -64,16 +62,13 @@ class HessianVectorProducts:
         """dL/dtheta of the blocks' parameters, with its graph; empty where L has none."""
         parameters = self.problem.parameters
         names = list(dict.fromkeys(name for block in blocks for name in block.parameters))
-        try:
-            with exact_derivatives():
-                value = self.problem.value(batch)
-                if not value.requires_grad:
-                    return {}
-                grads = torch.autograd.grad(
-                    value, [parameters[n] for n in names], create_graph=True, allow_unused=True
-                )
-        except (RuntimeError, NotImplementedError) as error:
-            raise explained(error) from error
+        with exact_derivatives():
+            value = self.problem.value(batch)
+            if not value.requires_grad:
+                return {}
+            grads = torch.autograd.grad(
+                value, [parameters[n] for n in names], create_graph=True, allow_unused=True
+            )
         return dict(zip(names, grads, strict=True))
 
     def _rows(
@@ -91,7 +86,7 @@ class HessianVectorProducts:
                     count = min(self.chunk, last - first)
                     seeds = flat.new_zeros(count, size)
                     seeds[:, first : first + count].fill_diagonal_(1)
-                    parts = self._products(flat, seeds, leaves)
+                    parts = batched_grad(flat, leaves, seeds)
                     columns = [
                         seeds.new_zeros(len(seeds), leaf.numel())
                         if part is None
@@ -100,20 +95,3 @@ class HessianVectorProducts:
                     ]
                     yield offset + first, columns[0] if len(columns) == 1 else torch.cat(columns, 1)
             offset += size
-
-    def _products(
-        self, gradient: Tensor, seeds: Tensor, leaves: Sequence[Tensor]
-    ) -> list[Tensor | None]:
-        try:
-            return list(batched_grad(gradient, leaves, seeds))
-        except RuntimeError as error:
-            raise explained(error) from error
-
-
-def explained(error: Exception) -> Exception:
-    """NotApplicable where an operator lacks its second derivative, else the error itself."""
-    if not is_missing_derivative(error):
-        return error
-    operator = re.search(r"derivative for '?(?:aten::)?(\w+?)(?:_backward)?\b", str(error))
-    name = operator[1].strip("_") if operator else "an operator"
-    return NotApplicable(f"{name} has no second derivative in PyTorch")
