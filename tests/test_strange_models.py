@@ -244,3 +244,118 @@ def test_every_pass_begins_with_the_buffers_as_saved():
     truth = hessian(again, nn.functional.mse_loss, (X,), Y)  # by what is `scale` times smaller
     torch.testing.assert_close(found.matrix(), truth / scale**2)
     assert float(model.range) == 0.5
+
+
+class Scaled(nn.Module):
+    """Units scaled by a constant; subclasses say where it comes from."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 3), nn.Linear(3, 1)
+        self.register_buffer("scale", torch.tensor([2.0, 4.0, 6.0], dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)) * self.scale)
+
+
+class Halved(Scaled):
+    """Written to in place, where it is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale.mul_(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.mul_(0.5)
+        return self.b(torch.tanh(self.a(x)) * self.scale)
+
+
+class Inline(Scaled):
+    """Made in the code: TorchScript fills it where no dispatcher sees it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.tensor([2.0, 6.0, 4.0], dtype=torch.float64)
+        return self.b(torch.tanh(self.a(x)) * scale[torch.tensor([0, 2, 1])])
+
+
+class Assigned(Scaled):
+    """Put together by slices, which decomposed graphs do by copies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x)) * self.scale
+        out = torch.zeros(9, 3, dtype=torch.float64)
+        out[:, :2] = h[:, :2]
+        out[:, 2] = h[:, 2]
+        return self.b(out)
+
+
+def scripted(model, path):
+    torch.jit.script(model).save(path)
+    return path
+
+
+def decomposed(model, path):
+    torch.export.save(torch.export.export(model, (X,)).run_decompositions(), path)
+    return path
+
+
+@pytest.mark.parametrize("blocks", ["full", "diag"])
+@pytest.mark.parametrize(
+    ("net", "saved"),
+    [
+        (Halved, lambda model, path: model),
+        (Halved, scripted),
+        (Inline, scripted),
+        (Inline, decomposed),
+        (Assigned, scripted),
+        (Assigned, decomposed),
+    ],
+)
+def test_constants_of_all_origins(net, saved, blocks, tmp_path):
+    torch.manual_seed(0)
+    model, same = net().double(), Scaled().double()
+    same.load_state_dict({**model.state_dict(), "scale": same.scale})
+    found = hesscli.compute(
+        saved(model, tmp_path / "model.pt2"), (X, Y), blocks=blocks, framework="torch"
+    )
+    assert not [note for note in found.metadata["notes"] if "instead" in note]
+    truth = hessian(same, nn.functional.mse_loss, (X,), Y)
+    if blocks == "full":
+        torch.testing.assert_close(found.matrix(), truth)
+    else:
+        torch.testing.assert_close(found.block("a.weight"), truth[:6, :6])
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
+@pytest.mark.parametrize("blocks", ["full", "module", "diag", "elements"])
+def test_a_parameter_that_nothing_depends_on(blocks, curvature):
+    model = Scaled().double()
+    model.spare = nn.Linear(2, 2).double()
+    found = hesscli.compute(
+        model, (X, Y), blocks=blocks, curvature=curvature, framework="torch"
+    ).matrix()
+    without = hesscli.compute(
+        model, (X, Y), blocks=blocks, curvature=curvature, params="[ab].*", framework="torch"
+    ).matrix()
+    torch.testing.assert_close(found[:13, :13], without)
+    assert not found[13:].any()
+    assert not found[:, 13:].any()
+
+
+class Wide(Scaled):
+    """Goes on in float64, whatever its weights are in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)).double().pow(2).to(x.dtype)).double()
+
+
+@pytest.mark.parametrize("blocks", ["full", "module", "diag", "elements"])
+def test_a_float32_model_with_a_part_in_float64(blocks):
+    torch.manual_seed(0)
+    model = Wide()
+    found = hesscli.compute(
+        model, (X.float(), Y.float()), blocks=blocks, framework="torch"
+    ).matrix()
+    truth = hessian(model.double(), nn.functional.mse_loss, (X,), Y)
+    same = found != 0
+    torch.testing.assert_close(found.double()[same], truth[same], rtol=1e-4, atol=1e-5)

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from hesscli.errors import FileError
@@ -14,9 +14,16 @@ from hesscli.files.exported_code import refuse_code
 from hesscli.files.ties import shared, tie
 from hesscli.files.torch_files import NeedsPickleError, pickled_objects, quiet, reading
 
+
+def _copied(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """`aten::copy`, which has no derivative."""
+    return source.to(to).expand_as(to).clone()
+
+
 _LOOSE = {
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,
     torch.ops.aten.detach.default: torch.detach,
+    torch.ops.aten.copy.default: _copied,
 }
 
 
@@ -80,7 +87,8 @@ def _loosen(module: nn.Module) -> None:
     """Lets the graph run in another dtype and on another device than those it was exported with.
 
     What asserts the dtype of a tensor goes; and every view may be a copy, as the operators of another device lay their
-    results out in other ways. What it detaches is detached in Python, where a `TorchFunctionMode` sees it.
+    results out in other ways. What it detaches is detached in Python, where a `TorchFunctionMode` sees it; and what it
+    copies has a derivative.
     """
     for part in module.modules():
         if not isinstance(part, torch.fx.GraphModule):

@@ -46,17 +46,18 @@ def guest(explained: Explain) -> Iterator[None]:
 
 
 @contextmanager
-def explaining(explained: Explain) -> Iterator[None]:
+def explaining(explained: Explain, needed: bool = False) -> Iterator[None]:
     """Inside, any error becomes what `explained` makes of its last line that says something, and of itself.
 
-    What callers deal with goes through: derivatives that are missing, memory that ran out, and being told to end.
+    What callers deal with goes through: memory that ran out, being told to end, and derivatives that are missing,
+    unless they are `needed`.
     """
     try:
         yield
     except (HesscliError, Terminated):
         raise
     except (Exception, SystemExit) as error:
-        if is_out_of_memory(error) or _MISSING.search(str(error)):
+        if is_out_of_memory(error) or (_MISSING.search(str(error)) and not needed):
             raise
         if signalled:  # inside TorchScript
             raise signalled[-1] from None

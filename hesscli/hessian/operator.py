@@ -192,7 +192,10 @@ class Products(Flat):
             return self._zeros
         u = torch.zeros_like(output, requires_grad=True)
         pulled = torch.autograd.grad(output, self.leaves, u, create_graph=True, allow_unused=True)
-        forward = _pull(self._joined(pulled), [u])
+        joined = self._joined(pulled)
+        if not joined.requires_grad:
+            return self._zeros
+        forward = _pull(joined, [u])
         middle = _middle(self.problem, batch, output.detach(), self.curvature)
         backward = self._transposed(output)
 

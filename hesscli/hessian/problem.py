@@ -145,7 +145,7 @@ class Problem:
                 value = self.value(batch)
             if not value.requires_grad:
                 continue
-            with explaining(_no_gradient):
+            with explaining(_no_gradient, needed=True):
                 grads = torch.autograd.grad(value, leaves, allow_unused=True)
             for total, grad in zip(sums, grads, strict=True):
                 if grad is not None:

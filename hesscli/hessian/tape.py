@@ -24,6 +24,7 @@ from hesscli.hessian.problem import Batch, Problem
 from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.watcher import Watcher
 
+_BLANK = frozenset("empty empty_like empty_strided new_empty new_empty_strided".split())
 _CONVOLUTION_OF_TRACES = torch.ops.aten._convolution.default
 
 
@@ -58,7 +59,7 @@ class Tape:
 
     Attributes:
         calls: in the order of execution; only those that the output needs, unless refused.
-        given: the values that no call makes: parameters, buffers, data.
+        given: the values that no call makes: parameters, buffers, data, and TorchScript's constants.
         shapes: the shape of every value.
         parameters: the number of each parameter that the output depends on.
         inputs: the numbers of the model's inputs.
@@ -225,10 +226,15 @@ class _Recorder(Watcher):
             self._refuse("the model turns gradients off")
         arguments = self._referenced(args)
         keywords = {name: self._referenced(value) for name, value in kwargs.items()}
-        result = func(*args, **kwargs)
         writes = [
             a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments
         ]
+        for target in _tensors(list(itertools.compress(args, writes))):
+            self._keep_given(target)
+        result = func(*args, **kwargs)
+        if func.overloadpacket.__name__ in _BLANK:  # TorchScript fills these where nothing sees it
+            self.given[self._number(result, self._memory(result))] = result
+            return result
         recorded = func
         if torch.Tag.nondeterministic_seeded in func.tags:
             self._refuse(f"{func._schema.name.removeprefix('aten::')} draws random numbers")
@@ -237,6 +243,8 @@ class _Recorder(Watcher):
         if recorded is _CONVOLUTION_OF_TRACES:  # its further arguments are cuDNN's business
             recorded, arguments = torch.ops.aten.convolution.default, arguments[:9]
         parts = result if isinstance(result, (tuple, list)) else (result,)
+        if any(_widened(part, x) for part in parts for x in _tensors(args) if x.requires_grad):
+            self._refuse(f"{func.overloadpacket.__name__} goes on in float64")
         outputs = tuple(
             self._number(part, self._storage(func, args, part))
             if isinstance(part, Tensor)
@@ -245,6 +253,15 @@ class _Recorder(Watcher):
         )
         self.calls.append(Call(recorded, arguments, keywords, outputs))
         return result
+
+    def _keep_given(self, target: Tensor) -> None:
+        """Copies what no call makes before it is written to: a replay begins with what was there."""
+        if id(target) not in self.storages:
+            return
+        for key in self.memory[self.storages[id(target)]]:
+            number = self.numbers[key]
+            if self.given.get(number) is self.tensors[key]:
+                self.given[number] = self.tensors[key].detach().clone()
 
     def _refuse(self, reason: str) -> None:
         """Keeps the first reason. What is recorded still tells how much work a pass is."""
@@ -309,6 +326,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _tensors(item)
+
+
+def _widened(made: Any, x: Tensor) -> bool:
+    wide = isinstance(made, Tensor) and made.dtype is torch.float64
+    return wide and x.dtype is torch.float32
 
 
 def _functional(operator: Any) -> Any:
