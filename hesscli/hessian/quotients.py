@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -46,8 +47,9 @@ class Quotients:
     def _extrapolated(
         self, difference: Difference, gradient: Gradient, scale: float
     ) -> tuple[Tensor | None, bool]:
-        """The derivative with the first step that agrees with its half, or with the last; and whether these agree."""
-        value = None
+        """The derivative with the first step that agrees with its half, or else with the one that differs least from
+        it; and whether they agree."""
+        best, least = None, math.inf
         for step in self.steps:
             h = step * scale
             coarse = difference(gradient, h)
@@ -55,10 +57,12 @@ class Quotients:
             if coarse is None or fine is None:
                 return None, False
             value = (8 * fine - coarse) / (6 * h)
-            gap = torch.linalg.norm(2 * fine - coarse)
-            if gap <= self.agreement * torch.linalg.norm(2 * fine):
+            gap = float(torch.linalg.norm(2 * fine - coarse))
+            if gap <= self.agreement * float(torch.linalg.norm(2 * fine)):
                 return value, True
-        return value, False
+            if best is None or gap / h < least:
+                best, least = value, gap / h
+        return best, False
 
 
 def _difference(gradient: Gradient, h: float) -> Tensor:
