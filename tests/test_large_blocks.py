@@ -297,6 +297,27 @@ def test_resume_gives_the_same_bytes(cli, net, small_bands, monkeypatch, mode, b
     assert not list(Path().glob(".*"))
 
 
+def test_resume_of_what_only_lacked_its_name(cli, net, monkeypatch):
+    command = ("compute", *net, "-b", "diag", "-o", "h.safetensors")
+    assert cli(*command).code == 0
+    undisturbed = Path("h.safetensors").read_bytes()
+    Path("h.safetensors").unlink()
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HessianWriter, "commit", interrupted)
+        ran = cli(*command)
+    assert "are kept" in ran.fails(130)
+    # Another command does not write over what is kept.
+    other = cli("hvp", *net, "--vector", "random", "-o", "h.safetensors")
+    assert "interrupted compute" in other.fails(2)
+    assert cli(*shlex.split(other.hint)[1:]).code == 0
+    assert cli(*shlex.split(ran.hint)[1:]).code == 0
+    assert Path("h.safetensors").read_bytes() == undisturbed
+
+
 def test_resume_with_less_memory_cuts_as_the_first_run_did(cli, net, small_bands, monkeypatch):
     assert cli("compute", *net, *COMMAND).code == 0
     undisturbed = Path("h.safetensors").read_bytes()

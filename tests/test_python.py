@@ -249,6 +249,18 @@ def test_nothing_of_the_user_changes(net):
     assert torch.equal(y, Y)
 
 
+def test_an_operator_changes_no_settings(net, tmp_path):
+    torch.jit.script(net.eval()).save(tmp_path / "net.pt")
+    np.savez(tmp_path / "d.npz", x=X.numpy(), y=Y.numpy())
+    random, threads = torch.get_rng_state(), torch.get_num_threads()
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    H = hesscli.operator(tmp_path / "net.pt", tmp_path / "d.npz", threads=threads + 1, tf32=True)
+    H @ np.ones(H.shape[1])
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.get_num_threads() == threads
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == tf32
+
+
 def test_the_temporary_file_goes_with_the_object(net):
     found = hesscli.compute(net, (X, Y))
     path = found.path

@@ -345,6 +345,7 @@ def test_files_cut_off_anywhere(refuses, tmp_path, kind):
     ("text", "words"),
     [
         ("a,b,y\n1,2\n", "line 2 has 2 fields, the first line has 3"),
+        ('a,b,y\n1,"2\n",3\n1,2\n', "line 4 has 2 fields, the first line has 3"),
         ("a,a,y\n1,2,3\n", "two columns are called 'a'"),
         ('a,b,y\n1,"2,3\n', "cannot be read"),
         ("a,b,y\n", "a text file; expected data"),

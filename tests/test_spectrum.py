@@ -10,10 +10,12 @@ import torch
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
+from hesscli.spectrum.dense import dense
 from hesscli.spectrum.density import exact, lanczos_quadrature
 from hesscli.spectrum.eigen import WHICH
+from hesscli.spectrum.finite import NotFinite
 from hesscli.spectrum.interrupts import deferred_interrupt
-from hesscli.spectrum.lanczos import Lanczos, NotFinite
+from hesscli.spectrum.lanczos import Lanczos
 from hesscli.spectrum.trace import estimate
 
 DRAWN = np.random.default_rng(0)
@@ -184,6 +186,10 @@ def test_not_finite():
     search = Lanczos(lambda v: v * torch.nan, 600, 2, "largest", 1e-3, generator, like)
     with pytest.raises(NotFinite):
         search.run(50)
+    with pytest.raises(NotFinite):
+        lanczos_quadrature(lambda v: v * torch.nan, 600, 2, 5, generator, like)
+    with pytest.raises(NotFinite):
+        dense(lambda start, stop: torch.full((stop - start, 3), torch.nan), 3)
 
 
 # --- trace ----------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def failing(debug: bool = False) -> Iterator[None]:
         typer.Exit: with the exit code.
     """
     signalled.clear()
-    signal.signal(signal.SIGTERM, _terminated)
+    terminating = signal.signal(signal.SIGTERM, _terminated)
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # not if it is ignored, in the background say
         signal.signal(signal.SIGINT, _interrupted)
@@ -45,6 +45,7 @@ def failing(debug: bool = False) -> Iterator[None]:
         raise typer.Exit(report(error, debug)) from None
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGTERM, terminating)
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
@@ -94,8 +95,8 @@ def report(error: BaseException, debug: bool = False) -> int:
         say("error", f"{error.filename or 'standard output'}: {error.strerror}")
         silence(sys.stdout)
         return ExitCode.RESOURCES
-    if isinstance(error, PermissionError) and error.filename:
-        say("error", f"{error.filename}: permission denied")
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        say("error", f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}")
         return ExitCode.FILE
     if is_out_of_memory(error):
         said = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]

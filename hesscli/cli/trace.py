@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -90,11 +91,17 @@ def print_traces(out: Output, document: Document) -> None:
             facts["name"],
             shape_text(facts["shape"]),
             str(facts["size"]),
-            f"{facts['trace']:.4g}",
-            "exact" if facts["standard_error"] == 0 else f"+- {number(facts['standard_error'])}",
+            f"{facts['trace']:.4g}" if math.isfinite(facts["trace"]) else "-",
+            _error(facts["standard_error"]),
             number(facts["mean"]),
         ]
         for facts in (*document["blocks"], {"name": "total", "shape": [], **document["total"]})
     ]
     out.facts(products_headline(document))
     out.table(["block", "shape", "size", "trace", "error", "mean"], rows)
+
+
+def _error(standard_error: float) -> str:
+    if standard_error == 0:
+        return "exact"
+    return f"+- {standard_error:.3g}" if math.isfinite(standard_error) else "-"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
+import shlex
 from array import array
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -32,7 +32,8 @@ def load_csv(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | str]:
         first = file.readline()
         file.seek(0)
         delimiter = max(_DELIMITERS, key=first.count)
-        lines = _lines(csv.reader(file, delimiter=delimiter, strict=True))
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        lines = ((reader.line_num, fields) for fields in reader if fields)  # no empty lines
         number, fields = next(lines, (0, []))
         names = [field.strip(_SPACES) for field in fields]
         columns: list[_Column]
@@ -52,12 +53,6 @@ def load_csv(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | str]:
             for column, field in zip(columns, fields, strict=True):
                 column.add(number, field.strip(_SPACES))
     return {name: column.finish() for name, column in zip(names, columns, strict=True)}
-
-
-def _lines(reader: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
-    for number, fields in enumerate(reader, 1):
-        if fields:  # not an empty line
-            yield number, fields
 
 
 class _Column:
@@ -103,5 +98,5 @@ def _number(field: str) -> float | None:
 def _ragged(path: str | os.PathLike[str], line: int, found: int, wanted: int) -> HesscliError:
     return FileError(
         f"{path}: line {line} has {found} fields, the first line has {wanted}",
-        f"look at it: sed -n {line}p {path}",
+        f"look at it: sed -n {line}p {shlex.quote(str(path))}",
     )

@@ -88,7 +88,9 @@ def load_data(
         if name not in arrays and name.endswith(".npy") and os.path.exists(name):
             other = load_arrays(name)
             files += other.files
-            arrays |= dict.fromkeys([name], next(iter(other.numbers.values())))
+            if not other.numbers:
+                raise _unclear(path, arrays, f"{name}: {next(iter(other.skipped.values()))}")
+            arrays[name] = next(iter(other.numbers.values()))
     if not arrays:
         raise FileError(
             f"{path}: holds no numeric arrays" + (f" ({notes[0]})" if notes else ""),

@@ -87,3 +87,15 @@ def split(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
         current.append(name)
         room -= size
     return [*files, current] if current or not files else files
+
+
+def journal_path(path: Path, writer: str = "") -> Path:
+    """Where a journal of an unfinished file lies; each of several processes that write it has its own."""
+    return path.with_name(f".{path.name}.journal{writer and '.'}{writer}")
+
+
+def journals(path: Path) -> list[Path]:
+    """All journals of an unfinished file."""
+    first = journal_path(path)
+    others = path.parent.glob(f"{glob.escape(first.name)}.*")
+    return [*([first] if first.exists() else []), *sorted(others)]

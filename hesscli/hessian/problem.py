@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hesscli.errors import MismatchError
+from hesscli.errors import MismatchError, is_out_of_memory
 from hesscli.hessian.definitions import Narrowings, right_gradients, staying_wide
 from hesscli.hessian.guests import explaining, guest
 from hesscli.hessian.losses import Loss
@@ -200,9 +200,8 @@ class Problem:
     def double(self) -> Problem | None:
         """A copy in float64, or None where the module cannot run in it (a dtype baked into a trace, say)."""
         try:
-            with (
-                torch.no_grad()
-            ):  # leaves no graph in attributes that hooks compute, which could not be copied
+            # Leaves no graph in attributes that hooks compute, which could not be copied.
+            with torch.no_grad():
                 mine = self.output(self.batches[0])
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of what is deprecated inside exported graphs
@@ -216,10 +215,10 @@ class Problem:
                 narrow=None if self.dtype == torch.float64 else self,
             )
             twin, its = twin.widened()
-        except (
-            Exception
-        ):  # TorchScript and exported graphs fail in many ways; each means "not in float64"
-            return None
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return None  # TorchScript and exported graphs fail in many ways; each means "not in float64"
         tolerance = 1e-2 if self.dtype == torch.float32 else 1e-8
         same = its.dtype == torch.float64 and torch.allclose(
             mine.double(),
@@ -345,9 +344,8 @@ def saved_bytes(problem: Problem, batch: Batch, forward: Callable[[Batch], Tenso
             return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            size = (
-                tensor.numel() * tensor.itemsize
-            )  # not the storage's: a batch is a view of all data
+            # Not the storage's: a batch is a view of all data.
+            size = tensor.numel() * tensor.itemsize
             seen[storage.data_ptr()] = max(size, seen.get(storage.data_ptr(), 0))
         # Not itself: an operator's own output would keep the operator, and that the output, for ever.
         return tensor.detach()

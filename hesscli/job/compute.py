@@ -23,6 +23,7 @@ from hesscli.errors import (
 )
 from hesscli.files.hessian_writer import HessianWriter
 from hesscli.files.models import SavedModel
+from hesscli.files.result_names import journals
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.hessian.check_curvature import certificate as certificate_of
@@ -30,7 +31,7 @@ from hesscli.job import document as documents
 from hesscli.job import statistics
 from hesscli.job.beside import Beside
 from hesscli.job.document import Document
-from hesscli.job.journal import Journal, journals, read_journal
+from hesscli.job.journal import Journal, read_journal
 from hesscli.job.large import LargeBlock
 from hesscli.job.loss import described
 from hesscli.job.opening import open_problem
@@ -67,7 +68,7 @@ def compute(
     """
     started = time.perf_counter()
     if options.output is not None and not dry_run:
-        may_write(options.output, options.force, (options.model, options.data))
+        may_write(options.output, options.force, (options.model, options.data), resumable=True)
     with Team() as team:
         shared = options.shard is not None or team.size > 1
         if options.output is None and (shared or options.max_shard_size is not None):
@@ -106,7 +107,7 @@ def merge(output: Path, listener: Listener) -> Document:
             f"hesscli compute model.pt data.npz -o {shlex.quote(str(output))} --shard 1/4",
         )
     options = options_of(command, output)
-    may_write(output, True, (options.model, options.data))
+    may_write(output, True, (options.model, options.data), resumable=True)
     plan = Plan(options, open_problem(options, listener), listener, shared=True)
     document = _Run(plan, Team(), merging=True).run()
     return document | {"seconds": time.perf_counter() - started, "output": _called(output)}
@@ -257,10 +258,14 @@ class _Run:
             finished[facts["name"]] = facts
         for facts in finished.values():
             names = next(b.parameters for b in self.plan.blocks if b.name == facts["name"])
-            if facts.pop("zero") and not any(bool(gradient[name].any()) for name in names):
+            if facts["zero"] and not any(bool(gradient[name].any()) for name in names):
                 facts["unused"] = True
                 self.plan.note(f"{facts['name']}: unused, its block is zero")
-        return [finished[block.name] for block in self.plan.blocks]
+        # Copies: the journal keeps these, and is not on the disk yet.
+        every = [dict(finished[block.name]) for block in self.plan.blocks]
+        for facts in every:
+            del facts["zero"]
+        return every
 
     def _group(
         self, group: Sequence[Block], writer: HessianWriter, journal: Journal, beside: Beside

@@ -100,19 +100,21 @@ def _of_model(
     if operator.size <= max(DENSE, min(options.probes * options.steps, LARGEST)):
         fewer = f"--probes {max(1, (operator.size - 1) // options.steps)}"
         operator.needs(6 * operator.size, "the whole matrix", fewer)
-        found = exact(dense(operator.products, operator.size, listener.progress)[0])
+        with operator.finite():
+            found = exact(dense(operator.products.columns, operator.size, listener.progress)[0])
     else:
         steps = min(options.steps, operator.size)
         operator.needs(steps + 4, f"--steps {steps}", f"--steps {max(1, steps // 2)}")
-        found = lanczos_quadrature(
-            operator.products,
-            operator.size,
-            options.probes,
-            steps,
-            operator.generator(),
-            operator.gradient,
-            listener.progress,
-        )
+        with operator.finite():
+            found = lanczos_quadrature(
+                operator.products,
+                operator.size,
+                options.probes,
+                steps,
+                operator.generator(),
+                operator.gradient,
+                listener.progress,
+            )
     return operator.document(SCHEMA), found, operator.products.count
 
 

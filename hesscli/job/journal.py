@@ -6,7 +6,6 @@ continued from there, and gives the same bytes as one that was not.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import time
@@ -17,7 +16,7 @@ from typing import Any
 
 from hesscli.errors import FileError, UsageError
 from hesscli.files.hessian_writer import HessianWriter
-from hesscli.files.result_names import partial_path
+from hesscli.files.result_names import journal_path, journals, partial_path
 from hesscli.files.tensor_file import sync_folder
 
 SCHEMA = "hesscli.journal/1"
@@ -25,18 +24,6 @@ INTERVAL = 1.0
 """Seconds between two waits for the disk. What is finished in less is computed again after a crash."""
 
 Facts = dict[str, Any]
-
-
-def journal_path(path: Path, writer: str = "") -> Path:
-    """Where a journal of an unfinished file lies; each of several processes that write it has its own."""
-    return path.with_name(f".{path.name}.journal{writer and '.'}{writer}")
-
-
-def journals(path: Path) -> list[Path]:
-    """All journals of an unfinished file."""
-    first = journal_path(path)
-    others = path.parent.glob(f"{glob.escape(first.name)}.*")
-    return [*([first] if first.exists() else []), *sorted(others)]
 
 
 class Journal:

@@ -26,6 +26,7 @@ from hesscli.hessian.autodiff import differentiable
 from hesscli.job.compute import compute as run
 from hesscli.job.loaded import Framework, Hessian, converter
 from hesscli.job.options import ComputeOptions, Listener
+from hesscli.job.settings import settings_kept
 
 PathLike = str | os.PathLike[str]
 Arrays = Tensor | np.ndarray
@@ -109,7 +110,7 @@ def compute(
     owner = _Folder(folder)
     path = folder / "hessian.safetensors" if output is None else Path(output)
     data_path, named = _data_file(data, folder)
-    with differentiable(), _settings_kept(), _called(data_path, named):
+    with differentiable(), settings_kept(), _called(data_path, named):
         asked = ComputeOptions(
             model=Path(type(model).__name__ if isinstance(model, nn.Module) else model),
             data=data_path,
@@ -176,16 +177,3 @@ def _called(path: Path, named: Path) -> Iterator[None]:
             raise
         hint = error.hint and error.hint.replace(str(path), str(named))
         raise type(error)(error.message.replace(str(path), str(named)), hint) from error
-
-
-@contextmanager
-def _settings_kept() -> Iterator[None]:
-    """Puts back what the job sets for the whole process."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, torch.get_num_threads()
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = before[:2]
-            torch.set_num_threads(before[2])

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.errors import NumericalError
 from hesscli.files.resources import release_memory
 from hesscli.job import document as documents
 from hesscli.job.document import Document
@@ -22,7 +21,7 @@ from hesscli.job.share import Share
 from hesscli.job.writing import may_write, write_tensors
 from hesscli.spectrum.dense import DENSE, dense
 from hesscli.spectrum.eigen import WHICH
-from hesscli.spectrum.lanczos import Found, Lanczos, NotFinite
+from hesscli.spectrum.lanczos import Found, Lanczos
 
 SCHEMA = "hesscli.eigen/1"
 
@@ -86,11 +85,18 @@ def search(
     operator: Operator, top: int, which: str, options: EigenOptions, listener: Listener
 ) -> Found:
     """The first pairs: densely where that is little work, else by Lanczos; largest first if from both ends."""
+    with operator.finite():
+        return _search(operator, top, which, options, listener)
+
+
+def _search(
+    operator: Operator, top: int, which: str, options: EigenOptions, listener: Listener
+) -> Found:
     size = operator.size
     if size <= DENSE or 3 * top >= size:
         operator.needs(3 * size, "the whole matrix", f"--top {max(1, size // 4)}")
         try:
-            values, columns, errors = dense(operator.products, size, listener.progress)
+            values, columns, errors = dense(operator.products.columns, size, listener.progress)
         except KeyboardInterrupt:
             return Found(np.zeros(0), torch.zeros(0, size), np.zeros(0), np.zeros(0, bool), 0, True)
         best = WHICH[which](values)[:top]
@@ -114,13 +120,7 @@ def search(
             operator.gradient,  # mostly among the largest: Gur-Ari, Roberts and Dyer, arXiv:1812.04754
             Convergence(listener).residual,
         )
-        try:
-            found = lanczos.run(options.max_products)
-        except NotFinite:
-            raise NumericalError(
-                "a product is not finite (NaN or inf)",
-                "--dtype float64" if operator.problem.dtype == torch.float32 else None,
-            ) from None
+        found = lanczos.run(options.max_products)
     return _descending(found) if which == "both" else found
 
 

@@ -21,6 +21,7 @@ from hesscli.job.batches import split
 from hesscli.job.loss import loss_of, printable
 from hesscli.job.options import EVERY, Listener, ProblemOptions
 from hesscli.job.parameters import chosen_parameters, unmatched
+from hesscli.job.settings import settle
 from hesscli.job.source import Source, move
 from hesscli.job.team import rank_here, ranks
 
@@ -68,13 +69,8 @@ def open_problem(
         notes.append(text)
         listener.note(text)
 
-    torch.manual_seed(options.seed)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    settle(options)
     device = _device(options.device)
-    # cuDNN's convolutions would use it by default, at three digits.
-    torch.backends.cuda.matmul.allow_tf32 = options.tf32
-    torch.backends.cudnn.allow_tf32 = options.tf32
     model = model or load_model(
         options.model,
         arch=options.arch,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from hesscli.job.batches import free_memory
 from hesscli.job.document import Document
 from hesscli.job.opening import Opened, open_problem
 from hesscli.job.options import Listener, ProblemOptions
+from hesscli.job.settings import settings_kept, settle
 from hesscli.job.share import (
     Share,
     SharedProblem,
@@ -35,9 +37,12 @@ from hesscli.job.share import (
     shared_certificate,
 )
 from hesscli.job.sizes import size
+from hesscli.spectrum.finite import NotFinite
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
+
+_NOT_FINITE = "a product is not finite (NaN or inf)"
 
 
 @dataclass
@@ -63,6 +68,15 @@ class Operator:
 
     def block(self) -> Block:
         return Block("hessian", tuple(self.products.names), tuple(self.products.sizes))
+
+    @contextmanager
+    def finite(self) -> Iterator[None]:
+        """Inside, a product that is not finite is an error that says so."""
+        try:
+            yield
+        except NotFinite:
+            hint = "--dtype float64" if self.problem.dtype == torch.float32 else None
+            raise NumericalError(_NOT_FINITE, hint) from None
 
     def document(self, schema: str) -> Document:
         """What every command says of the model, the data and the curvature."""
@@ -205,11 +219,11 @@ def _refused(made: Operator, certificate: Certificate | None) -> str:
     if certificate is None:
         probe = torch.ones(made.size, dtype=made.problem.dtype, device=made.problem.device)
         product = made.products(probe)
-        return "" if bool(torch.isfinite(product).all()) else "a product is not finite (NaN or inf)"
+        return "" if bool(torch.isfinite(product).all()) else _NOT_FINITE
     error = certificate.product(made.block(), lambda v: made.products(v.to(made.problem.dtype)))
     if not certificate.passed(error):
         if not math.isfinite(error):
-            return "a product is not finite (NaN or inf)"
+            return _NOT_FINITE
         return (
             f"{made.method} differs from {certificate.kind} by {error:.1e}, "
             f"more than {certificate.tolerance:.0e}"
@@ -244,14 +258,16 @@ def operator(model: str | Path, data: str | Path, **options: Any) -> LinearOpera
         raise UsageError(
             f"no option is called {unknown[0]!r}; there are: {', '.join(sorted(known))}"
         )
-    with differentiable():
-        opened = open_operator(ProblemOptions(Path(model), Path(data), **options), Silent())
+    asked = ProblemOptions(Path(model), Path(data), **options)
+    with differentiable(), settings_kept():
+        opened = open_operator(asked, Silent())
     products, problem = opened.products, opened.problem
 
     def multiply(rows: np.ndarray) -> np.ndarray:
         if np.iscomplexobj(rows):
             raise UsageError("a complex vector; the curvature multiplies real ones")
-        with differentiable():
+        with differentiable(), settings_kept():
+            settle(asked)
             vectors = torch.from_numpy(np.array(rows)).to(problem.device, problem.dtype)
             return products(vectors).cpu().numpy()
 

@@ -17,6 +17,7 @@ from hesscli.files.result_names import (
     index_of_shard,
     index_path,
     is_index,
+    journals,
     result_paths,
     shard_paths,
 )
@@ -24,7 +25,13 @@ from hesscli.files.result_names import (
 PICTURES = (".png", ".svg", ".pdf")
 
 
-def may_write(path: Path, force: bool, inputs: Sequence[Path] = (), option: str = "-o") -> None:
+def may_write(
+    path: Path,
+    force: bool,
+    inputs: Sequence[Path] = (),
+    option: str = "-o",
+    resumable: bool = False,
+) -> None:
     """Refuses to write over anything but an earlier result, or where nothing can be written.
 
     Args:
@@ -32,6 +39,7 @@ def may_write(path: Path, force: bool, inputs: Sequence[Path] = (), option: str 
         force: replace any file.
         inputs: the files that the command reads; they are never replaced.
         option: which one named the path, for hints.
+        resumable: the command goes on with what an interrupted one has left there.
 
     Raises:
         UsageError: with the way out.
@@ -56,6 +64,11 @@ def may_write(path: Path, force: bool, inputs: Sequence[Path] = (), option: str 
     if is_index(path):
         name = path.name.removesuffix(".index.json")
         raise UsageError(f"{path}: is the name of an index", instead(path.with_name(name)))
+    if not resumable and not force and journals(path):
+        raise UsageError(
+            f"{path}: holds the finished parts of an interrupted compute",
+            instead(path.with_name(f"other{suffix}")),
+        )
     used = [path if path.exists() else index_path(path) for path in inputs]
     # Also what a result of this name has, or would have, in several files.
     for found in result_paths(path):

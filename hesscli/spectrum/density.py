@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hesscli.spectrum.finite import finite
+
 
 @dataclass(frozen=True)
 class Density:
@@ -101,7 +103,7 @@ def _quadrature(
     scale = 0.0
     for j in range(steps):
         basis[j] = v
-        w = multiply(v)
+        w = finite(multiply(v))
         scale = max(scale, float(torch.linalg.norm(w)))
         diagonal.append(float(v @ w))
         w = w - diagonal[-1] * v

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from hesscli.spectrum.eigen import WHICH
+from hesscli.spectrum.finite import NotFinite
 from hesscli.spectrum.interrupts import deferred_interrupt
 
 Multiply = Callable[[Tensor], Tensor]
@@ -343,7 +344,3 @@ def _eigh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     values, columns = torch.linalg.eigh(torch.from_numpy(matrix))
     return values.numpy(), columns.numpy()
-
-
-class NotFinite(ArithmeticError):  # noqa: N818 - told apart by its kind
-    """A product holds NaN or infinity."""

@@ -1,0 +1,20 @@
+"""Products that are numbers: LAPACK and Lanczos go astray with others, or without end."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class NotFinite(ArithmeticError):  # noqa: N818 - told apart by its kind
+    """A product holds NaN or infinity."""
+
+
+def finite(product: Tensor) -> Tensor:
+    """The product itself.
+
+    Raises:
+        NotFinite: it holds NaN or infinity.
+    """
+    if not bool(product.isfinite().all()):
+        raise NotFinite
+    return product
