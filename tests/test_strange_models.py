@@ -359,3 +359,43 @@ def test_a_float32_model_with_a_part_in_float64(blocks):
     truth = hessian(model.double(), nn.functional.mse_loss, (X,), Y)
     same = found != 0
     torch.testing.assert_close(found.double()[same], truth[same], rtol=1e-4, atol=1e-5)
+
+
+class Sharing(nn.Module):
+    """A constant that is a parameter's memory: a forgotten `clone`."""
+
+    def __init__(self, buffer: bool):
+        super().__init__()
+        self.a, self.o = nn.Linear(2, 4), nn.Linear(4, 1)
+        if buffer:
+            self.register_buffer("k", self.a.weight.data)
+        else:
+            self.k = self.a.weight.data
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(torch.tanh(self.a(x)) * (x @ self.k.t()))
+
+
+def exported(model, path):
+    torch.export.save(torch.export.export(model, (X,)), path)
+    return path
+
+
+@pytest.mark.parametrize("buffer", [True, False])
+@pytest.mark.parametrize("saved", [scripted, exported])
+@pytest.mark.parametrize("method", ["auto", "finite-difference"])
+def test_a_constant_in_a_parameters_memory(saved, buffer, method, tmp_path):
+    torch.manual_seed(0)
+    model = Sharing(buffer).double()
+    model.k = model.a.weight.data
+    found = hesscli.compute(
+        saved(model, tmp_path / "model.pt2"),
+        (X, Y),
+        blocks="full",
+        framework="torch",
+        method=method,
+    )
+    assert not [note for note in found.metadata["notes"] if "instead" in note]
+    model.k = model.a.weight.detach().clone()
+    truth = hessian(model, nn.functional.mse_loss, (X,), Y)
+    torch.testing.assert_close(found.matrix(), truth, rtol=1e-6, atol=1e-8)

@@ -49,7 +49,7 @@ def load_exported(
         pickle_hint: the hint when the file would run code; None to let it.
 
     Raises:
-        FileError: damaged, of another version, or with keyword inputs.
+        FileError: damaged, of another version, or with inputs that are no tensors.
     """
     with reading(path, "exported"):
         if pickle_hint is not None:
@@ -76,6 +76,11 @@ def load_exported(
             "data file holds",
             "pass tensors alone: torch.export.export(model, (x, mask))",
         )
+    # A buffer may be a parameter's memory, which is moved to see what follows.
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.requires_grad:
+                part._buffers[name] = buffer.detach().clone()
     # `.eval()` raises on these modules: the mode is part of the graph. The flag may still be read.
     for part in module.modules():
         part.training = False

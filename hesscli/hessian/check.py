@@ -30,7 +30,7 @@ from torch import Tensor
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.kinks import held_difference
-from hesscli.hessian.problem import Problem
+from hesscli.hessian.problem import Problem, placed
 
 KIND = "differences of gradients"
 # Relative error of a gradient next to zero. A normalisation on the way multiplies what rounding makes; in float32 that
@@ -278,14 +278,9 @@ class Along:
         """The parameters at theta + step v, the step relative to them."""
         step *= self.typical()
         leaves = self.leaves()
-        values = [leaf.detach().clone() for leaf in leaves]
-        try:
-            for leaf, part in zip(leaves, self._parts(leaves), strict=True):
-                leaf.data.add_(part, alpha=step)
+        parts = zip(leaves, self._parts(leaves), strict=True)
+        with placed(leaves, [leaf.detach().add(part, alpha=step) for leaf, part in parts]):
             yield
-        finally:
-            for leaf, value in zip(leaves, values, strict=True):
-                leaf.data.copy_(value)
 
     def _parts(self, leaves: Sequence[Tensor]) -> Iterator[Tensor]:
         for part, leaf in zip(self.direction.split(self.block.sizes), leaves, strict=True):

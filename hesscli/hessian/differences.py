@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.operator import Flat
-from hesscli.hessian.problem import Problem
+from hesscli.hessian.problem import Problem, placed
 from hesscli.hessian.quotients import Quotients
 
 
@@ -41,11 +41,7 @@ class Differences(Flat):
 
     def _gradient(self, problem: Problem, direction: Tensor, h: float) -> Tensor:
         """A part's gradient at theta + h v."""
-        values = [leaf.detach().clone() for leaf in self.leaves]
-        try:
-            for leaf, part in zip(self.leaves, direction.split(self.sizes), strict=True):
-                leaf.data.add_(part.view_as(leaf), alpha=h)
+        parts = zip(self.leaves, direction.split(self.sizes), strict=True)
+        moved = [leaf.detach().add(part.view_as(leaf), alpha=h) for leaf, part in parts]
+        with placed(self.leaves, moved):
             return torch.cat([g.reshape(-1) for g in problem.gradient(self.names).values()])
-        finally:
-            for leaf, value in zip(self.leaves, values, strict=True):
-                leaf.data.copy_(value)

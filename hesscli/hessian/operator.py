@@ -84,10 +84,6 @@ class Flat:
         units[torch.arange(stop - start), torch.arange(start, stop)] = 1
         return self(units)
 
-    def gradient(self) -> Tensor:
-        """dL / d theta, flattened."""
-        return torch.cat([g.reshape(-1) for g in self.problem.gradient(self.names).values()])
-
     def split(self, vectors: Tensor) -> dict[str, Tensor]:
         """[..., P] by parameter, in the parameters' shapes."""
         parts = vectors.split(self.sizes, -1)

@@ -19,7 +19,6 @@ from hesscli.hessian.uses import Use
 
 HVP, FINITE_DIFFERENCE = "hvp", "finite-difference"
 PREACTIVATION, GAUSS_NEWTON = "preactivation", "gauss-newton"
-METHODS = (PREACTIVATION, GAUSS_NEWTON, HVP, FINITE_DIFFERENCE)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -315,6 +315,19 @@ def _double(batch: Batch) -> Batch:
         {name: cast(value) for name, value in batch.loss_arguments.items()},
         batch.keywords,
     )
+
+
+@contextmanager
+def placed(leaves: Sequence[Tensor], values: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, the leaves have these values, in memory of their own: what shares theirs is a constant, and stays."""
+    before = [leaf.data for leaf in leaves]
+    try:
+        for leaf, value in zip(leaves, values, strict=True):
+            leaf.data = value.view_as(leaf)
+        yield
+    finally:
+        for leaf, value in zip(leaves, before, strict=True):
+            leaf.data = value
 
 
 @contextmanager

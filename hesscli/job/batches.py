@@ -29,7 +29,6 @@ def split(
     source: Source,
     options: ProblemOptions,
     model: SavedModel,
-    rows: int | None,
     note: Callable[[str], None],
     parts: int = 1,
     side_by_side: bool = False,
@@ -71,7 +70,7 @@ def split(
     saved = saved_bytes(problem, few, problem.output) // max(
         1, len(few.inputs[0]) if few.inputs[0].dim() else 1
     )
-    size = rows or sum(p.numel() for p in problem.parameters.values())
+    size = sum(p.numel() for p in problem.parameters.values())
     free = free_memory(problem.device)
     if parts > 1 and problem.device.type == "cpu":
         free //= ranks_here()

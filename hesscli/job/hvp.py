@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hesscli.errors import MismatchError, NumericalError, UsageError
 from hesscli.files.arrays import load_arrays
+from hesscli.hessian.problem import placed
 from hesscli.job import document as documents
 from hesscli.job.document import Document
 from hesscli.job.operator import Operator, open_operator, open_shared, shared_problem
@@ -178,13 +179,9 @@ def _adapted_gradient(
         if list(opened.problem.parameters) != list(problem.parameters):
             raise MismatchError(f"{options.query}: the model has other parameters with it")
         problem, facts = shared_problem(opened, operator.share, 1), opened.facts["data"]
-    kept = [parameter.detach().clone() for parameter in problem.parameters.values()]
     steps = operator.products.split(operator.gradient)
-    try:
-        for name, parameter in problem.parameters.items():
-            parameter.data.sub_(steps[name], alpha=options.per_fedavg)
-        gradient = problem.gradient(list(problem.parameters))
-    finally:
-        for parameter, value in zip(problem.parameters.values(), kept, strict=True):
-            parameter.data.copy_(value)
+    leaves = problem.parameters
+    adapted = [leaf.detach().sub(steps[n], alpha=options.per_fedavg) for n, leaf in leaves.items()]
+    with placed(list(leaves.values()), adapted):
+        gradient = problem.gradient(list(leaves))
     return torch.cat([g.reshape(-1) for g in gradient.values()]), facts

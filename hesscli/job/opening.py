@@ -34,7 +34,6 @@ class Opened:
     """A problem, and what is worth saying about where it came from."""
 
     problem: Problem
-    value: float  # L(theta)
     sizes: Sizes
     tied: dict[str, list[str]]  # first name -> the other names of the same tensor
     frozen: list[str]  # parameters left out because they do not require a gradient
@@ -45,7 +44,6 @@ class Opened:
 def open_problem(
     options: ProblemOptions,
     listener: Listener,
-    rows: int | None = None,
     model: SavedModel | None = None,
     share: Share | None = None,
     side_by_side: bool = False,
@@ -55,7 +53,6 @@ def open_problem(
     Args:
         options: what was asked for.
         listener: hears the notes.
-        rows: the size of the largest block, if it is known to be smaller than all parameters together.
         model: one in memory, in place of the file that the options name.
         share: what other processes share the pass over the data through.
         side_by_side: batches will be worked on side by side.
@@ -133,7 +130,7 @@ def open_problem(
     if data.columns:
         source = _as_columns(problem, source, note)
     parts = 1 if share is None else share.team.size
-    problem, sizes = split(problem, source, options, model, rows, note, parts, side_by_side)
+    problem, sizes = split(problem, source, options, model, note, parts, side_by_side)
     if dtype is torch.float64:
         problem, _ = problem.widened()
         if problem.wide:
@@ -166,7 +163,7 @@ def open_problem(
             "inferred": options.loss == "auto",
         },
     }
-    return Opened(problem, value, sizes, tied, frozen, facts, notes)
+    return Opened(problem, sizes, tied, frozen, facts, notes)
 
 
 def _device(name: str) -> torch.device:

@@ -22,7 +22,7 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Along, Certificate
 from hesscli.hessian.check_curvature import AlongOutput, OutputCertificate
 from hesscli.hessian.operator import Flat, Products
-from hesscli.hessian.problem import Batches, Problem
+from hesscli.hessian.problem import Batches, Problem, placed
 from hesscli.hessian.routes.base import NotApplicable
 from hesscli.job.batches import free_memory
 from hesscli.job.opening import Opened, open_problem
@@ -245,14 +245,8 @@ _SAID = (HesscliError, NotApplicable, MemoryError, torch.OutOfMemoryError)
 
 def _gradient_at(problem: Problem, names: Sequence[str], theta: Tensor) -> Tensor:
     leaves = list(problem.parameters.values())
-    values = [leaf.detach().clone() for leaf in leaves]
-    try:
-        for leaf, part in zip(leaves, theta.split([p.numel() for p in leaves]), strict=True):
-            leaf.data.copy_(part.view_as(leaf))
+    with placed(leaves, theta.split([leaf.numel() for leaf in leaves])):
         gradient = problem.gradient(names)
-    finally:
-        for leaf, value in zip(leaves, values, strict=True):
-            leaf.data.copy_(value)
     return torch.cat([part.reshape(-1) for part in gradient.values()])
 
 

@@ -9,16 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.guests import is_missing_derivative
 from hesscli.hessian.layout import Layout
-from hesscli.hessian.problem import Batch, Problem
+from hesscli.hessian.problem import Batch, Problem, placed
 from hesscli.hessian.quotients import Quotients
-from hesscli.hessian.routes.base import NotApplicable, Rows
+from hesscli.hessian.routes.base import Rows
 
 
 class FiniteDifference:
@@ -65,28 +63,17 @@ class FiniteDifference:
                 sums[block.name][row] += self._column(batch, block, name, index)[row]
 
     def _column(self, batch: Batch, block: Block, name: str, index: int) -> Tensor:
-        parameter = self.problem.parameters[name].data
-        element = parameter[tuple(int(i) for i in np.unravel_index(index, parameter.shape))]
-        value = element.clone()
+        leaf = self.problem.parameters[name]
+        one = replace(self.problem, batches=[batch])
 
         def gradient(step: float) -> Tensor:
-            element.copy_(value + step)
-            try:
-                return self._gradient(batch, block)
-            finally:
-                element.copy_(value)
+            moved = leaf.detach().clone(memory_format=torch.contiguous_format)
+            moved.view(-1)[index] += step
+            with placed([leaf], [moved]):
+                grads = one.gradient(block.parameters)
+            return torch.cat([grad.reshape(-1) for grad in grads.values()])
 
-        return self.quotient(gradient, max(1.0, float(value.abs())))
-
-    def _gradient(self, batch: Batch, block: Block) -> Tensor:
-        one = replace(self.problem, batches=[batch])
-        try:
-            grads = one.gradient(block.parameters)
-        except (RuntimeError, NotImplementedError) as error:
-            if is_missing_derivative(error):
-                raise NotApplicable("an operator has no first derivative in PyTorch") from error
-            raise
-        return torch.cat([grad.reshape(-1) for grad in grads.values()])
+        return self.quotient(gradient, max(1.0, float(leaf.detach().reshape(-1)[index].abs())))
 
 
 def _entries(block: Block) -> Iterator[tuple[int, str, int]]:
