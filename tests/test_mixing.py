@@ -222,3 +222,23 @@ def test_a_sparse_graph():
     truth = hessian(model, nn.functional.mse_loss, (torch.tensor(X),), target)
     torch.testing.assert_close(found.matrix(), truth)
     assert any("sparse" in note for note in found.metadata["notes"])
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_a_model_of_one_batch_size_that_mixes_samples_is_said_to(cli, tmp_path, mixes):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 2)
+
+        def forward(self, x):
+            h = torch.tanh(self.a(x))
+            return h - h.mean(0, keepdim=True) if mixes else h
+
+    x = torch.randn(12, 3)
+    torch.export.save(torch.export.export(Net(), (x[:4],)), tmp_path / "m.pt2")
+    np.savez(tmp_path / "d.npz", x=x.numpy(), y=torch.randn(12, 2).numpy())
+    ran = cli("compute", "m.pt2", "d.npz")
+    assert ran.code == 0
+    said = "the model sees several samples at once: 4 at a time, as it was exported"
+    assert (said in ran.stderr) == mixes

@@ -349,6 +349,26 @@ class Wide(Scaled):
         return self.b(torch.tanh(self.a(x)).double().pow(2).to(x.dtype)).double()
 
 
+class Narrow(Scaled):
+    """Has a layer in half the digits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x)).bfloat16()
+        weight, bias = self.b.weight.bfloat16(), self.b.bias.bfloat16()
+        return nn.functional.linear(h, weight, bias).to(x.dtype)
+
+
+def test_a_float32_model_with_a_part_in_bfloat16():
+    torch.manual_seed(0)
+    model = Narrow()
+    data = X.float(), Y.float()
+    elements = hesscli.compute(model, data, blocks="elements", framework="torch", check=False)
+    full = hesscli.compute(model, data, blocks="full", framework="torch", check=False)
+    torch.testing.assert_close(
+        elements.matrix().diagonal(), full.matrix().diagonal(), rtol=0.05, atol=0.05
+    )
+
+
 @pytest.mark.parametrize("blocks", ["full", "module", "diag", "elements"])
 def test_a_float32_model_with_a_part_in_float64(blocks):
     torch.manual_seed(0)

@@ -243,8 +243,8 @@ class _Recorder(Watcher):
         if recorded is _CONVOLUTION_OF_TRACES:  # its further arguments are cuDNN's business
             recorded, arguments = torch.ops.aten.convolution.default, arguments[:9]
         parts = result if isinstance(result, (tuple, list)) else (result,)
-        if any(_widened(part, x) for part in parts for x in _tensors(args) if x.requires_grad):
-            self._refuse(f"{func.overloadpacket.__name__} goes on in float64")
+        if any(_converted(part, x) for part in parts for x in _tensors(args) if x.requires_grad):
+            self._refuse(f"{func.overloadpacket.__name__} goes on in another dtype than float32")
         outputs = tuple(
             self._number(part, self._storage(func, args, part))
             if isinstance(part, Tensor)
@@ -328,9 +328,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _widened(made: Any, x: Tensor) -> bool:
-    wide = isinstance(made, Tensor) and made.dtype is torch.float64
-    return wide and x.dtype is torch.float32
+def _converted(made: Any, x: Tensor) -> bool:
+    """Whether what is made of float32 is in float64, or in half precision."""
+    real = isinstance(made, Tensor) and made.is_floating_point()
+    return real and x.dtype is torch.float32 is not made.dtype
 
 
 def _functional(operator: Any) -> Any:

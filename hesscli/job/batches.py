@@ -17,7 +17,7 @@ from hesscli.hessian.problem import Batch, Batches, Problem, saved_bytes
 from hesscli.job.options import ProblemOptions
 from hesscli.job.source import Source
 from hesscli.job.team import ranks_here
-from hesscli.job.together import coupled, takes
+from hesscli.job.together import coupled, coupled_in_place, takes
 
 _EACH = 2  # batches of each thread, where they are worked on side by side
 _WORTH = 1 << 21  # bytes that a batch's pass keeps at least, to be worth one
@@ -82,6 +82,9 @@ def split(
     whole = whole or problem.loss.whole
     if model.batch_size is not None and not whole:
         batch = model.batch_size
+        seeing = coupled_in_place(problem, source, batch)
+        if seeing is not None:
+            note(f"{seeing} sees several samples at once: {batch} at a time, as it was exported")
     elif not whole and (batch < samples or parts > 1):
         seeing = coupled(problem, source, batch)
         if seeing is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -57,6 +58,25 @@ def coupled(problem: Problem, source: Source, batch: int) -> str | None:
 
         parts = [terms(output, of) for output, of in zip(outputs, apart, strict=True)]
         return None if _same(terms(output, together), parts) else f"the loss {problem.loss.name}"
+
+
+def coupled_in_place(problem: Problem, source: Source, batch: int) -> str | None:
+    """The same of a model that takes batches of one size alone: whether a sample's output depends on the others'."""
+    half = batch // 2
+    if not half or source.samples < 2 * batch:
+        return None
+    first, other = source.part(0, batch), source.part(batch, 2 * batch)
+    mixed = replace(
+        first,
+        inputs=tuple(
+            torch.cat([a[:half], b[half:]]) for a, b in zip(first.inputs, other.inputs, strict=True)
+        ),
+    )
+    with torch.no_grad():
+        alone, beside_others = problem.output(first), problem.output(mixed)
+    if not alone.dim() or len(alone) != batch:
+        return None
+    return None if _same(alone[:half], [beside_others[:half]]) else "the model"
 
 
 def _same(together: Tensor, apart: Sequence[Tensor]) -> bool:
