@@ -76,14 +76,12 @@ def load_exported(
             "data file holds",
             "pass tensors alone: torch.export.export(model, (x, mask))",
         )
-    # A buffer may be a parameter's memory, which is moved to see what follows.
     for part in module.modules():
-        for name, buffer in part._buffers.items():
-            if buffer is not None and buffer.requires_grad:
-                part._buffers[name] = buffer.detach().clone()
-    # `.eval()` raises on these modules: the mode is part of the graph. The flag may still be read.
-    for part in module.modules():
+        # `.eval()` raises on these modules: the mode is part of the graph. The flag may still be read.
         part.training = False
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.requires_grad:  # a parameter's memory, which is moved
+                part._buffers[name] = buffer.detach().clone()
     arguments = tuple(str(name) for name in inputs)
     return Exported(module, positional.num_children, arguments, names, _batch_size(program))
 
