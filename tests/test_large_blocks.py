@@ -297,7 +297,21 @@ def test_resume_gives_the_same_bytes(cli, net, small_bands, monkeypatch, mode, b
     assert not list(Path().glob(".*"))
 
 
-def test_resume_of_what_only_lacked_its_name(cli, net, monkeypatch):
+def changed(path):
+    """One bit of the last tensor, which lies before the space at the end."""
+    content = bytearray(path.read_bytes())
+    place = max(i for i, byte in enumerate(content) if byte)
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def cut_off(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damaged", [None, changed, cut_off])
+def test_resume_of_what_only_lacked_its_name(cli, net, monkeypatch, damaged):
+    """What is in the file is compared with what was written, and computed again where it differs."""
     command = ("compute", *net, "-b", "diag", "-o", "h.safetensors")
     assert cli(*command).code == 0
     undisturbed = Path("h.safetensors").read_bytes()
@@ -314,6 +328,8 @@ def test_resume_of_what_only_lacked_its_name(cli, net, monkeypatch):
     other = cli("hvp", *net, "--vector", "random", "-o", "h.safetensors")
     assert "interrupted compute" in other.fails(2)
     assert cli(*shlex.split(other.hint)[1:]).code == 0
+    if damaged is not None:
+        damaged(Path(".h.safetensors.partial"))
     assert cli(*shlex.split(ran.hint)[1:]).code == 0
     assert Path("h.safetensors").read_bytes() == undisturbed
 

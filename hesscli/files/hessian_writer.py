@@ -142,10 +142,13 @@ class HessianWriter:
         """Begins a tensor's checksum anew: all its rows will be written or counted."""
         self.sums[name] = Checksum(self._shape(name))
 
-    def believe(self, checksums: Mapping[str, str]) -> None:
-        """Takes over the checksums of tensors that an earlier run wrote."""
-        for name, text in checksums.items():
-            self.sums[name] = Checksum(self._shape(name), int(text, 16))
+    def holds(self, checksums: Mapping[str, str]) -> bool:
+        """Whether tensors that an earlier run wrote are as it wrote them; then their checksums are taken over."""
+        found = {name: Checksum.of(self.mapped(name)) for name in checksums}
+        if any(str(checksum) != checksums[name] for name, checksum in found.items()):
+            return False
+        self.sums |= found
+        return True
 
     def mapped(self, name: str) -> np.ndarray:
         """A tensor that was written, read-only and read from the disk as it is used."""
