@@ -394,3 +394,24 @@ def test_it_listens(net):
 
     hesscli.compute(net, (X, Y), listener=Ear())
     assert any("cross-entropy, inferred" in note for note in Ear.notes)
+
+
+def test_a_loss_that_holds_numbers_in_float32():
+    """It cannot run in float64, so its gradients are compared in float32."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 4), torch.randn(9, 3), torch.randint(0, 4, (9,))
+    weight = torch.tensor([1.0, 2, 3, 4])
+    found = hesscli.compute(
+        model, (x, y), loss=nn.CrossEntropyLoss(weight=weight), blocks="full", framework="torch"
+    )
+    assert found.metadata["check"]["dtype"] == "float32"
+    same = hesscli.compute(
+        model,
+        (x, y),
+        loss="cross-entropy",
+        loss_arguments={"weight": weight},
+        blocks="full",
+        framework="torch",
+    )
+    assert same.metadata["check"]["dtype"] == "float64"
+    torch.testing.assert_close(found.matrix(), same.matrix(), rtol=1e-4, atol=1e-6)

@@ -198,7 +198,7 @@ class Problem:
         return problem, output
 
     def double(self) -> Problem | None:
-        """A copy in float64, or None where the module cannot run in it (a dtype baked into a trace, say)."""
+        """A copy in float64, or None where module or loss cannot run in it (a dtype baked into a trace, say)."""
         try:
             # Leaves no graph in attributes that hooks compute, which could not be copied.
             with torch.no_grad():
@@ -215,6 +215,9 @@ class Problem:
                 narrow=None if self.dtype == torch.float64 else self,
             )
             twin, its = twin.widened()
+            batch = twin.batches[0]
+            with torch.no_grad():  # a loss of the user's own may hold constants in float32
+                twin.loss.total(its, batch.target, batch.loss_arguments)
         except Exception as error:
             if is_out_of_memory(error):
                 raise

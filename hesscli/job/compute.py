@@ -68,7 +68,7 @@ def compute(
     """
     started = time.perf_counter()
     if options.output is not None and not dry_run:
-        may_write(options.output, options.force, (options.model, options.data), resumable=True)
+        may_write(options.output, options.force, options.files, resumable=True)
     with Team() as team:
         shared = options.shard is not None or team.size > 1
         if options.output is None and (shared or options.max_shard_size is not None):
@@ -107,7 +107,7 @@ def merge(output: Path, listener: Listener) -> Document:
             f"hesscli compute model.pt data.npz -o {shlex.quote(str(output))} --shard 1/4",
         )
     options = options_of(command, output)
-    may_write(output, True, (options.model, options.data), resumable=True)
+    may_write(output, True, options.files, resumable=True)
     plan = Plan(options, open_problem(options, listener), listener, shared=True)
     document = _Run(plan, Team(), merging=True).run()
     return document | {"seconds": time.perf_counter() - started, "output": _called(output)}

@@ -50,7 +50,7 @@ def density(
         HesscliError: of any kind.
     """
     started = time.perf_counter()
-    inputs = (Path(hessian),) if problem is None else (problem.model, problem.data)
+    inputs = (Path(hessian),) if problem is None else problem.files
     if options.output is not None:
         may_write(options.output, options.force, inputs)
         if options.output.suffix not in (".safetensors", ".json"):

@@ -60,7 +60,7 @@ def hvp(
         )
     if options.per_fedavg is not None and problem.curvature != "hessian":
         raise UsageError("Per-FedAvg is defined with the Hessian", "--curvature hessian")
-    read = [problem.model, problem.data]
+    read = [*problem.files]
     if options.query is not None:
         read.append(options.query)
     if options.vector not in (None, "gradient", "random"):

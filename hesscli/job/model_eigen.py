@@ -53,7 +53,7 @@ def model_eigen(
     """
     started = time.perf_counter()
     if options.output is not None:
-        may_write(options.output, options.force, (problem.model, problem.data))
+        may_write(options.output, options.force, problem.files)
     operator = open_operator(problem, listener, share)
     if options.per_block:
         found, blocks, operators = _per_block(operator, options, listener)

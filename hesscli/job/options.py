@@ -86,6 +86,13 @@ class ProblemOptions:
     tf32: bool = False
     curvature: str = "hessian"
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that these options name: those of the model and the data, of arrays and of code."""
+        code = [text.rpartition(":")[0] for text in (self.arch, self.loss) if isinstance(text, str)]
+        named = [*self.inputs, *([self.targets] if self.targets else []), *code]
+        return (self.model, self.data, *(Path(name) for name in named if Path(name).is_file()))
+
     def __post_init__(self) -> None:
         for name in ("inputs", "params"):
             given = getattr(self, name)

@@ -75,11 +75,17 @@ def may_write(
         other = instead(path.with_name(f"other{suffix}"))
         if not found.is_file():
             raise UsageError(f"{found}: is not a regular file; not replaced", other)
-        if any(one.exists() and found.samefile(one) for one in used):
+        ours = is_part_of(found, path)
+        if any(one.exists() and _is_of(found, one, ours) for one in used):
             raise UsageError(f"{found}: is an input of this command", other)
-        if not force and not (is_part_of(found, path) or _says_hesscli(found)):
+        if not force and not (ours or _says_hesscli(found)):
             why = "is a part of a Hessian" if _is_part(found) else "hesscli did not write it"
             raise UsageError(f"{found}: exists, and {why}; not replaced", "--force")
+
+
+def _is_of(path: Path, source: Path, ours: bool) -> bool:
+    """Whether a file is an input, or lies in a folder that is one and is no earlier result."""
+    return path.samefile(source) or (source.is_dir() and path.parent.samefile(source) and not ours)
 
 
 def _is_part(path: Path) -> bool:
