@@ -440,6 +440,27 @@ def test_vectors_that_do_not_fit(cli):
     ).fails(2)
 
 
+def test_no_vectors(cli):
+    shape = {"fc1.weight": np.zeros((0, 16, 64))}
+    save_file(shape, "v.safetensors")
+    ran = cli("hvp", *MLP, "--vector", "v.safetensors", "--params", "fc1.weight")
+    assert "stack no vectors" in ran.fails(4)
+
+
+def test_products_are_vectors(cli, tmp_path):
+    """H (H v), from one file to the next."""
+    matrix = dense(cli, *MLP)
+    options = ("--dtype", "float64", "--vector")
+    assert cli("hvp", *MLP, *options, "gradient", "-o", "a.safetensors").code == 0
+    assert cli("hvp", *MLP, *options, "a.safetensors", "-o", "b.safetensors").code == 0
+    names = [name for name, _ in torch.jit.load(MLP[0]).named_parameters()]
+    first, second = (
+        np.concatenate([read(tmp_path / file)[1][name].numpy().reshape(-1) for name in names])
+        for file in ("a.safetensors", "b.safetensors")
+    )
+    np.testing.assert_allclose(second, matrix @ first, atol=1e-9)
+
+
 @pytest.mark.parametrize("other", [False, True])
 def test_per_fedavg(cli, tmp_path, other):
     """(I - a H(theta)) grad L'(theta - a grad L(theta)), by autograd on a twin."""

@@ -158,7 +158,9 @@ def _vectors(operator: Operator, source: str) -> Tensor:
             )
         stacked = part.shape != shape
         counts.add(len(part) if stacked else None)
-        parts.append(part.reshape(len(part), -1) if stacked else part.reshape(-1))
+        parts.append(part.reshape(len(part), parameter.numel()) if stacked else part.reshape(-1))
+    if 0 in counts:
+        raise MismatchError(f"{source}: its tensors stack no vectors")
     if len(counts) > 1:
         raise MismatchError(f"{source}: its tensors do not stack the same number of vectors")
     vectors = torch.cat(parts, -1)
