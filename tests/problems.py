@@ -9,9 +9,10 @@ import torch
 from cases import Case
 from torch import Tensor, nn
 
+from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block, partition
 from hesscli.hessian.losses import ELEMENT_WEIGHTED, Loss
-from hesscli.hessian.problem import Batch, Problem, measure
+from hesscli.hessian.problem import Problem, measure
 from hesscli.hessian.routes.all import routes
 from hesscli.hessian.routes.base import Route, Rows, fitting
 from hesscli.hessian.symmetry import symmetrise_

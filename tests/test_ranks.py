@@ -22,7 +22,8 @@ from conftest import Ran, torchrun
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from hesscli.hessian.problem import Batch, Problem
+from hesscli.hessian.batch import Batch
+from hesscli.hessian.problem import Problem
 from hesscli.job.batches import _even
 from hesscli.job.share import Share
 

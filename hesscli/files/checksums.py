@@ -20,9 +20,9 @@ class Checksum:
     everything with the same first index; a tensor of one axis or none is one row.
     """
 
-    def __init__(self, shape: Sequence[int], value: int = 0) -> None:
+    def __init__(self, shape: Sequence[int]) -> None:
         self.shape = tuple(shape)
-        self.value = value
+        self.value = 0
 
     @classmethod
     def of(cls, array: np.ndarray) -> Checksum:

@@ -23,7 +23,6 @@ from hesscli.files.importing import importable
 from hesscli.files.libraries import arch_of
 from hesscli.files.mlp import MLP
 from hesscli.files.safetensors_files import load_safetensors
-from hesscli.files.script_code import adapt
 from hesscli.files.shards import load_part, load_shards, weights_in
 from hesscli.files.sniff import Kind, kind_of, unsupported
 from hesscli.files.storages import check_storages
@@ -36,6 +35,7 @@ from hesscli.files.torch_files import (
     reading,
 )
 from hesscli.files.torchscript_code import refuse_files
+from hesscli.files.torchscript_graph import adapt
 from hesscli.files.weights import load_weights
 from hesscli.files.zip_files import check_zip, stored
 

@@ -69,9 +69,9 @@ def _mapped(path: str | os.PathLike[str], entry: dict[str, Any], start: int) -> 
 
 
 def _refuse_hessian(path: str | os.PathLike[str], file: Any) -> None:
-    if '"hesscli.hvp/' in (file.metadata() or {}).get("hesscli", ""):
-        return  # products, which are keyed and shaped as the parameters
-    if "hesscli" in (file.metadata() or {}):
+    document = (file.metadata() or {}).get("hesscli")
+    # Products are keyed and shaped as the parameters.
+    if document is not None and '"hesscli.hvp/' not in document:
         opens = index_of_shard(Path(path)) or Path(path)
         raise FileError(
             f"{path}: a Hessian that hesscli wrote; expected a model or data",

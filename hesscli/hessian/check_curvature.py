@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Along, Certificate
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.kinks import Kinks
-from hesscli.hessian.problem import Batch, Problem
+from hesscli.hessian.problem import Problem
 
 
 def certificate(problem: Problem, dtype: torch.dtype, seed: int, curvature: str) -> Certificate:

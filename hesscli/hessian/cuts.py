@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from hesscli.hessian.batch import Batch
 from hesscli.hessian.costs import CUT_PASSES, PASSES, Costs, Rates, Work
 from hesscli.hessian.positions import positions_as_samples
 from hesscli.hessian.probes import Analysis, Cut, Probed
-from hesscli.hessian.problem import Batch, Problem
+from hesscli.hessian.problem import Problem
 from hesscli.hessian.tape import Tape
 from hesscli.hessian.uses import Use
 

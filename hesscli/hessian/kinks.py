@@ -48,12 +48,12 @@ _POOLS = {
     "adaptive_max_pool3d": 3,
 }
 """Functions that return what they picked and where, counted over so many last axes."""
-_STRAIGHT_THROUGH = frozenset(
-    f"fake_quantize_{kind}"
-    for kind in ("per_tensor_affine_cachemask", "per_channel_affine_cachemask")
-) | frozenset(
-    ["_fake_quantize_per_tensor_affine_cachemask_tensor_qparams", "_fused_moving_avg_obs_fq_helper"]
-)
+_STRAIGHT_THROUGH = {
+    "fake_quantize_per_tensor_affine_cachemask",
+    "fake_quantize_per_channel_affine_cachemask",
+    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+    "_fused_moving_avg_obs_fq_helper",
+}
 """Functions that return what they rounded, and where their derivative is that of the identity; elsewhere it is zero."""
 
 _DETACHED = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]

@@ -11,10 +11,10 @@ from hesscli.hessian.costs import PASSES, Costs, Rates, Work
 from hesscli.hessian.cuts import CutPlan, plan_cuts
 from hesscli.hessian.probes import Analyses, Analysis
 from hesscli.hessian.problem import Problem
+from hesscli.hessian.recorder import record
 from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.routes.gauss_newton import bend_of, block_uses
 from hesscli.hessian.routes.preactivation import chain_of, split
-from hesscli.hessian.tape import record
 from hesscli.hessian.uses import Use
 
 HVP, FINITE_DIFFERENCE = "hvp", "finite-difference"

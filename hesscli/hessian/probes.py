@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.autodiff import batched_grad
+from hesscli.hessian.batch import Batch
 from hesscli.hessian.losses import OF_CLASSES
-from hesscli.hessian.problem import Batch, Problem
+from hesscli.hessian.problem import Problem
+from hesscli.hessian.recorder import record, record_terms
 from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.sample_axis import Axes, SampleAxis
 from hesscli.hessian.samples import follow, sample_axes
-from hesscli.hessian.tape import Tape, record, record_terms
+from hesscli.hessian.tape import Tape
 from hesscli.hessian.uses import Use, find_uses
 
 

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,51 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from hesscli.errors import MismatchError, is_out_of_memory
+from hesscli.hessian.batch import Batch, doubled
 from hesscli.hessian.definitions import Narrowings, right_gradients, staying_wide
 from hesscli.hessian.guests import explaining, guest
 from hesscli.hessian.losses import Loss
 from hesscli.hessian.outputs import pick_output
 
 _UNSEEN = 256  # times the inputs: what a pass is taken to keep that cannot be looked into
-
-
-@dataclass(
-    frozen=True, eq=False
-)  # two batches are never the same: what is kept of one goes with it
-class Batch:
-    """Some samples.
-
-    Args:
-        inputs: passed to the module, the first of them by position.
-        target: what the loss compares with.
-        loss_arguments: of the loss.
-        keywords: the names of the last inputs, which are passed by name.
-    """
-
-    inputs: tuple[Tensor, ...]
-    target: Tensor | None
-    loss_arguments: Mapping[str, object] = field(default_factory=dict)
-    keywords: tuple[str, ...] = ()
-
-
-class Batches(Sequence[Batch]):
-    """Batches that are made anew each time they are asked for: the data need not fit into memory.
-
-    Args:
-        count: how many.
-        make: makes the one with this index.
-    """
-
-    def __init__(self, count: int, make: Callable[[int], Batch]) -> None:
-        self._count, self._make = count, make
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Batch:  # type: ignore[override]  # no slices
-        if not 0 <= index < self._count:
-            raise IndexError(index)
-        return self._make(index)
 
 
 @dataclass(frozen=True)
@@ -211,7 +173,7 @@ class Problem:
                 self,
                 module=module,
                 parameters={name: named[name].requires_grad_() for name in self.parameters},
-                batches=_doubled(self.batches),
+                batches=doubled(self.batches),
                 narrow=None if self.dtype == torch.float64 else self,
             )
             twin, its = twin.widened()
@@ -300,24 +262,6 @@ def _dtype(tensor: Tensor) -> str:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
-
-
-def _doubled(batches: Sequence[Batch]) -> Sequence[Batch]:
-    if isinstance(batches, Batches):
-        return Batches(len(batches), lambda index: _double(batches[index]))
-    return [_double(batch) for batch in batches]
-
-
-def _double(batch: Batch) -> Batch:
-    def cast(value: object) -> object:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return Batch(
-        tuple(cast(x) for x in batch.inputs),  # type: ignore[misc]
-        cast(batch.target),  # type: ignore[arg-type]
-        {name: cast(value) for name, value in batch.loss_arguments.items()},
-        batch.keywords,
-    )
 
 
 @contextmanager

@@ -11,9 +11,10 @@ import torch
 from hesscli.errors import MismatchError
 from hesscli.files.models import SavedModel
 from hesscli.files.resources import available_memory
+from hesscli.hessian.batch import Batch, Batches
 from hesscli.hessian.losses import LOSSES, OF_CLASSES, classes_last
 from hesscli.hessian.plan import Sizes, choose_sizes
-from hesscli.hessian.problem import Batch, Batches, Problem, saved_bytes
+from hesscli.hessian.problem import Problem, saved_bytes
 from hesscli.job.options import ProblemOptions
 from hesscli.job.source import Source
 from hesscli.job.team import ranks_here

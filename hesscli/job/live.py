@@ -26,7 +26,7 @@ from hesscli.hessian.autodiff import differentiable
 from hesscli.job.compute import compute as run
 from hesscli.job.loaded import Framework, Hessian, converter
 from hesscli.job.options import ComputeOptions, Listener
-from hesscli.job.settings import settings_kept
+from hesscli.job.settings import random_kept, settings_kept
 
 PathLike = str | os.PathLike[str]
 Arrays = Tensor | np.ndarray
@@ -110,7 +110,7 @@ def compute(
     owner = _Folder(folder)
     path = folder / "hessian.safetensors" if output is None else Path(output)
     data_path, named = _data_file(data, folder)
-    with differentiable(), settings_kept(), _called(data_path, named):
+    with differentiable(), random_kept(), settings_kept(), _called(data_path, named):
         asked = ComputeOptions(
             model=Path(type(model).__name__ if isinstance(model, nn.Module) else model),
             data=data_path,

@@ -66,6 +66,7 @@ def open_problem(
         notes.append(text)
         listener.note(text)
 
+    torch.manual_seed(options.seed)
     settle(options)
     device = _device(options.device)
     model = model or load_model(

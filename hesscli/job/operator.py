@@ -28,7 +28,7 @@ from hesscli.job.batches import free_memory
 from hesscli.job.document import Document
 from hesscli.job.opening import Opened, open_problem
 from hesscli.job.options import Listener, ProblemOptions
-from hesscli.job.settings import settings_kept, settle
+from hesscli.job.settings import random_kept, settings_kept, settle
 from hesscli.job.share import (
     Share,
     SharedProblem,
@@ -259,7 +259,7 @@ def operator(model: str | Path, data: str | Path, **options: Any) -> LinearOpera
             f"no option is called {unknown[0]!r}; there are: {', '.join(sorted(known))}"
         )
     asked = ProblemOptions(Path(model), Path(data), **options)
-    with differentiable(), settings_kept():
+    with differentiable(), random_kept(), settings_kept():
         opened = open_operator(asked, Silent())
     products, problem = opened.products, opened.problem
 

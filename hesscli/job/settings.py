@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -11,8 +11,7 @@ from hesscli.job.options import ProblemOptions
 
 
 def settle(options: ProblemOptions) -> None:
-    """Sets the seed, the number of threads and the precision."""
-    torch.manual_seed(options.seed)
+    """Sets the number of threads and the precision."""
     if options.threads:
         torch.set_num_threads(options.threads)
     # cuDNN's convolutions would use it by default, at three digits.
@@ -22,12 +21,16 @@ def settle(options: ProblemOptions) -> None:
 
 @contextmanager
 def settings_kept() -> Iterator[None]:
-    """Puts back what the job sets: precisions, the number of threads, and the state of the random numbers."""
+    """Puts back what `settle` sets."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, torch.get_num_threads()
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = before[:2]
-            torch.set_num_threads(before[2])
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before[:2]
+        torch.set_num_threads(before[2])
+
+
+def random_kept() -> AbstractContextManager[None]:
+    """Puts back the state of the random numbers."""
+    return torch.random.fork_rng(range(torch.cuda.device_count()))

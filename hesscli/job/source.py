@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hesscli.hessian.batch import Batch
 from hesscli.hessian.losses import Loss
-from hesscli.hessian.problem import Batch
 
 
 @dataclass(frozen=True)

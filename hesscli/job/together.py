@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hesscli.errors import MismatchError
 from hesscli.files.resources import available_memory
-from hesscli.hessian.problem import Batch, Problem
+from hesscli.hessian.batch import Batch
+from hesscli.hessian.problem import Problem
 from hesscli.job.source import Source
 
 _FEWEST, _TRIED = 4, 32  # samples passed together and apart

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import is_out_of_memory
+from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.guests import is_missing_derivative
 from hesscli.hessian.layout import Layout
-from hesscli.hessian.problem import Batch, Problem
+from hesscli.hessian.problem import Problem
 
 Result = TypeVar("Result")
 

@@ -12,9 +12,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.layout import Layout
-from hesscli.hessian.problem import Batch, Problem, placed
+from hesscli.hessian.problem import Problem, placed
 from hesscli.hessian.quotients import Quotients
 from hesscli.hessian.routes.base import Rows
 

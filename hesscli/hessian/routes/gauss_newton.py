@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.autodiff import batched_grad
+from hesscli.hessian.batch import Batch
 from hesscli.hessian.bend import Bend, add_bend, add_bend_diagonal, find_bend
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.kronecker import add_kronecker_rows, mirror_
@@ -23,7 +24,7 @@ from hesscli.hessian.layers import Layer, plain_layer
 from hesscli.hessian.layout import Layout, starts_of
 from hesscli.hessian.piecewise import curved
 from hesscli.hessian.probes import Analyses, Analysis, Probed
-from hesscli.hessian.problem import Batch, Problem
+from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import NotApplicable, Rows
 from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.autodiff import batched_grad
+from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.layout import Layout
 from hesscli.hessian.operator import Products
 from hesscli.hessian.probes import Analyses, Analysis, Probed
-from hesscli.hessian.problem import Batch, Problem
+from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import Rows
 from hesscli.hessian.routes.gauss_newton import Factors, GaussNewton
 from hesscli.hessian.uses import Use

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.autodiff import batched_grad
+from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.layout import Layout
-from hesscli.hessian.problem import Batch, Problem
+from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import Rows
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hesscli.hessian.assembly import WORKSPACE, add_layer, add_layer_diagonal
 from hesscli.hessian.autodiff import batched_grad
+from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.chain import Step, chain_diagonals, curved_outputs, find_chain
 from hesscli.hessian.cuts import Cuts
@@ -28,7 +29,7 @@ from hesscli.hessian.layers import Layer
 from hesscli.hessian.layout import Layout, Part, Piece, starts_of
 from hesscli.hessian.positions import positions_as_samples
 from hesscli.hessian.probes import Analyses, Analysis, Probed
-from hesscli.hessian.problem import Batch, Problem
+from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import NotApplicable, Rows
 from hesscli.hessian.uses import BIAS, CONVOLUTION, Use
 

@@ -1,0 +1,65 @@
+"""Samples that go through a model together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+# Two batches are never the same: what is kept of one goes with it.
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some samples.
+
+    Args:
+        inputs: passed to the module, the first of them by position.
+        target: what the loss compares with.
+        loss_arguments: of the loss.
+        keywords: the names of the last inputs, which are passed by name.
+    """
+
+    inputs: tuple[Tensor, ...]
+    target: Tensor | None
+    loss_arguments: Mapping[str, object] = field(default_factory=dict)
+    keywords: tuple[str, ...] = ()
+
+
+class Batches(Sequence[Batch]):
+    """Batches that are made anew each time they are asked for: the data need not fit into memory.
+
+    Args:
+        count: how many.
+        make: makes the one with this index.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], Batch]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Batch:  # type: ignore[override]  # no slices
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self._make(index)
+
+
+def doubled(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """The same in float64."""
+    if isinstance(batches, Batches):
+        return Batches(len(batches), lambda index: _double(batches[index]))
+    return [_double(batch) for batch in batches]
+
+
+def _double(batch: Batch) -> Batch:
+    def cast(value: object) -> object:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return Batch(
+        tuple(cast(x) for x in batch.inputs),  # type: ignore[misc]
+        cast(batch.target),  # type: ignore[arg-type]
+        {name: cast(value) for name, value in batch.loss_arguments.items()},
+        batch.keywords,
+    )

@@ -1,0 +1,244 @@
+"""Records a forward pass of a model, or the terms of a loss, on a tape."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.batch import Batch
+from hesscli.hessian.definitions import exact_derivatives
+from hesscli.hessian.guests import is_missing_derivative
+from hesscli.hessian.problem import Problem
+from hesscli.hessian.routes.base import NotApplicable
+from hesscli.hessian.tape import Call, Ref, Tape
+from hesscli.hessian.watcher import Watcher
+
+_BLANK = frozenset("empty empty_like empty_strided new_empty new_empty_strided".split())
+_CONVOLUTION_OF_TRACES = torch.ops.aten._convolution.default
+
+
+def record(problem: Problem, batch: Batch) -> Tape:
+    """The tape of one forward pass.
+
+    Raises:
+        NotApplicable: the output is made of nothing that the pass computes.
+    """
+    return _recorded(lambda: problem.output(batch), batch.inputs, problem.parameters)
+
+
+def record_terms(problem: Problem, batch: Batch) -> Tape:
+    """The tape of the terms that a loss of the user's own makes of the model's output, its only input.
+
+    Raises:
+        NotApplicable: they are made of nothing that the loss computes.
+    """
+    with torch.no_grad():
+        output = problem.output(batch)
+    return _recorded(
+        lambda: problem.loss.terms(output, batch.target, batch.loss_arguments), (output,)
+    )
+
+
+def _recorded(
+    function: Callable[[], Tensor],
+    inputs: Sequence[Tensor],
+    parameters: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Tape:
+    names = {id(tensor): name for name, tensor in parameters.items()}
+    recorder = _Recorder()
+    try:
+        with exact_derivatives(), _unfused(), recorder:
+            output = function()
+    except (RuntimeError, NotImplementedError) as error:
+        if not is_missing_derivative(error):
+            raise
+        raise NotApplicable(str(error).splitlines()[0]) from error
+    if id(output) not in recorder.numbers:
+        raise NotApplicable("the output does not depend on the data")
+    number = recorder.numbers[id(output)]
+    needed = {number}
+    if recorder.refusal:  # what writes into another's memory is not seen to be needed
+        needed.update(range(len(recorder.shapes)))
+    calls = []
+    for call in reversed(recorder.calls):
+        outputs = tuple(n if n in needed else None for n in call.outputs)
+        if any(n is not None for n in outputs):
+            calls.append(Call(call.operator, call.arguments, call.keywords, outputs))
+            needed.update(call.reads)
+    found, given = {}, {}
+    for n, tensor in recorder.given.items():
+        if n in needed:
+            given[n] = tensor.detach()
+            if id(tensor) in names:
+                found[names[id(tensor)]] = n
+    order = [name for name in parameters if name in found]
+    return Tape(
+        tuple(reversed(calls)),
+        given,
+        {n: recorder.shapes[n] for n in needed},
+        {name: found[name] for name in order},
+        tuple(recorder.numbers[id(x)] for x in inputs if recorder.numbers.get(id(x)) in needed),
+        number,
+        recorder.refusal,
+    )
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Recurrent layers as their steps, not as one kernel. What is replayed takes the fast kernels again."""
+    flags = torch.backends.mkldnn.set_flags
+    enabled, *_ = flags(_enabled=False, _fp32_precision=None)
+    try:
+        yield
+    finally:
+        flags(_enabled=enabled, _fp32_precision=None)
+
+
+class _Recorder(Watcher):
+    """Numbers every tensor that passes by, and keeps it alive so that its identity stays its own.
+
+    An operator that writes in place is recorded as its functional twin. Tensors that share the memory it wrote to are
+    then stale: reading one later would see the change, which the twin does not make.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.given: dict[int, Tensor] = {}
+        self.shapes: list[torch.Size] = []
+        self.numbers: dict[int, int] = {}
+        self.tensors: dict[int, Tensor] = {}  # by identity
+        self.memory: dict[int, set[int]] = {}  # storage -> identities
+        self.storages: dict[int, int] = {}  # identity -> storage
+        self.stale: set[int] = set()
+        self.refusal = ""
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args)):
+            self._refuse("the model turns gradients off")
+        arguments = self._referenced(args)
+        keywords = {name: self._referenced(value) for name, value in kwargs.items()}
+        writes = [
+            a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments
+        ]
+        for target in _tensors(list(itertools.compress(args, writes))):
+            self._keep_given(target)
+        result = func(*args, **kwargs)
+        if func.overloadpacket.__name__ in _BLANK:  # TorchScript fills these where nothing sees it
+            self.given[self._number(result, self._memory(result))] = result
+            return result
+        recorded = func
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self._refuse(f"{func._schema.name.removeprefix('aten::')} draws random numbers")
+        if any(writes):
+            recorded = self._without_writing(func, list(itertools.compress(args, writes)))
+        if recorded is _CONVOLUTION_OF_TRACES:  # its further arguments are cuDNN's business
+            recorded, arguments = torch.ops.aten.convolution.default, arguments[:9]
+        parts = result if isinstance(result, (tuple, list)) else (result,)
+        if any(_converted(part, x) for part in parts for x in _tensors(args) if x.requires_grad):
+            self._refuse(f"{func.overloadpacket.__name__} goes on in another dtype than float32")
+        outputs = tuple(
+            self._number(part, self._storage(func, args, part))
+            if isinstance(part, Tensor)
+            else None
+            for part in parts
+        )
+        self.calls.append(Call(recorded, arguments, keywords, outputs))
+        return result
+
+    def _keep_given(self, target: Tensor) -> None:
+        """Copies what no call makes before it is written to: a replay begins with what was there."""
+        if id(target) not in self.storages:
+            return
+        for key in self.memory[self.storages[id(target)]]:
+            number = self.numbers[key]
+            if self.given.get(number) is self.tensors[key]:
+                self.given[number] = self.tensors[key].detach().clone()
+
+    def _refuse(self, reason: str) -> None:
+        """Keeps the first reason. What is recorded still tells how much work a pass is."""
+        self.refusal = self.refusal or reason
+
+    def _without_writing(self, func: Any, written: list[Any]) -> Any:
+        """The operator that gives what this one writes in place."""
+        twin = _functional(func)
+        if len(written) != 1 or not isinstance(written[0], Tensor):
+            self._refuse(f"{func._schema.name} writes into its arguments")
+        elif twin is None:
+            self._refuse(f"{func._schema.name.removeprefix('aten::')} writes in place")
+        else:
+            self.stale |= self.memory[self.storages[id(written[0])]] - {id(written[0])}
+        return twin or func
+
+    def _storage(self, func: Any, args: tuple[Any, ...], made: Tensor) -> int:
+        """Which memory an operator's result shares: that of the tensor it is a view of, or its own."""
+        if id(made) in self.storages:
+            return self.storages[id(made)]
+        if func._schema.name.startswith("aten::unsafe_"):  # parts that by contract are no views
+            return -len(self.shapes) - 1
+        if (
+            any(a.alias_info is not None for a in func._schema.returns)
+            and id(args[0]) in self.storages
+        ):
+            return self.storages[id(args[0])]
+        return self._memory(made)
+
+    def _memory(self, tensor: Tensor) -> int:
+        """Its storage; a number of its own for a sparse tensor, which is not followed."""
+        if tensor.layout is not torch.strided:
+            self._refuse("sparse tensors may mix samples")
+            return -len(self.shapes) - 1
+        return tensor.untyped_storage()._cdata
+
+    def _number(self, tensor: Tensor, storage: int) -> int:
+        number = len(self.shapes)
+        self.shapes.append(tensor.shape)
+        self.numbers[id(tensor)] = number
+        self.tensors[id(tensor)] = tensor
+        self.stale.discard(id(tensor))
+        self.storages[id(tensor)] = storage
+        self.memory.setdefault(storage, set()).add(id(tensor))
+        return number
+
+    def _referenced(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) in self.stale:
+                self._refuse("the model reads through a view what it wrote in place")
+            if id(value) not in self.numbers:
+                self.given[self._number(value, self._memory(value))] = value
+            return Ref(self.numbers[id(value)])
+        if isinstance(value, (tuple, list)):
+            return tuple(self._referenced(item) for item in value)
+        return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _converted(made: Any, x: Tensor) -> bool:
+    """Whether what is made of float32 is in float64, or in half precision."""
+    real = isinstance(made, Tensor) and made.is_floating_point()
+    return real and x.dtype is torch.float32 is not made.dtype
+
+
+def _functional(operator: Any) -> Any:
+    """The operator that gives what this one writes in place, if PyTorch has one."""
+    name = operator._schema.name.removeprefix("aten::")
+    twin = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") else None
+    if name == "copy_":
+        twin = None  # `copy` has no derivative
+    overload = operator._schema.overload_name or "default"
+    if twin is not None and overload in twin.overloads():
+        return getattr(twin, overload)
+    return torch.ops.aten.transpose.int if name == "transpose_" else None
