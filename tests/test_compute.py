@@ -267,6 +267,23 @@ def test_the_same_command_gives_the_same_bytes(cli, mlp, tmp_path):
     assert (tmp_path / "three").read_bytes() == (tmp_path / "two").read_bytes()
 
 
+def test_no_path_gets_into_the_file(cli, tmp_path):
+    X = np.random.default_rng(0).normal(size=(8, 3)).astype("f4")
+    np.save(tmp_path / "x.npy", X)
+    torch.jit.script(nn.Linear(3, 1)).save(str(tmp_path / "m.pt"))
+    written = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        np.save(tmp_path / folder / "y.npy", X[:, :1])
+        (tmp_path / folder / "l.py").write_text("def f(output, y): return (output - y)**2")
+        named = ["--targets", f"{folder}/y.npy", "--loss", f"./{folder}/l.py:f"]
+        assert cli("compute", "m.pt", "x.npy", *named, "-o", "h").code == 0
+        written.append((tmp_path / "h").read_bytes())
+    assert written[0] == written[1]
+    document, _ = read(tmp_path / "h")
+    assert (document["data"]["targets"], document["loss"]["name"]) == ("y.npy", "l.py:f")
+
+
 # --- parameters -------------------------------------------------------------------------------
 
 

@@ -621,6 +621,10 @@ class Net(nn.Module):
         self.fc = nn.Linear(width, 2)
         self.act = act
 
+    def later(self):
+        from neighbour_of_test import number
+        return number
+
 def make(**options):
     return Net(**options)
 
@@ -640,10 +644,11 @@ def nets(tmp_path, monkeypatch):
     (tmp_path / "code").mkdir()
     for name in ("nets_of_test.py", "code/nets_of_file.py"):
         (tmp_path / name).write_text(NETS.replace("import helper", ""))
-    (tmp_path / "code" / "neighbour_of_test.py").write_text("")
+    (tmp_path / "code" / "neighbour_of_test.py").write_text("number = 3")
     (tmp_path / "code" / "needy.py").write_text("import neighbour_of_test, no_such_thing\n")
     (tmp_path / "leaving_of_test.py").write_text("raise SystemExit('bye')\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
     sys.modules.pop("nets_of_test", None)
 
@@ -656,7 +661,9 @@ def test_factories(nets, source, capsys):
     assert build(f"{source}:make", {"width": 5, "act": "relu"}, {}).act == "relu"
     assert isinstance(build(f"{source}:ready", {}, {}), nn.Linear)
     assert capsys.readouterr().out == ""  # stdout is for data
-    assert sys.path == path
+    assert sys.path[: len(path)] == path
+    if source.startswith("code"):
+        assert build(f"{source}:Net", {"width": 4}, {}).later() == 3
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def load_data(
     Args:
         path: the file.
         inputs: the arrays that go into the model, in its order; inferred from the names if empty. A name may also
-            be that of another `.npy` file.
+            be the path of another `.npy` file: its array is called as the file is, without the folder.
         targets: the array the loss compares with; inferred if None. The file may hold none.
         unbatched: whether the arrays are one sample, without an axis for samples.
         samples: from which to which; all of them if None.
@@ -84,13 +84,18 @@ def load_data(
     found = load_arrays(path)
     arrays, files = dict(found.numbers), list(found.files)
     notes = [f"array {name} skipped: {why}" for name, why in found.skipped.items()]
+    called: dict[str, str] = {}
     for name in (*inputs, *([targets] if targets else [])):
         if name not in arrays and name.endswith(".npy") and os.path.exists(name):
             other = load_arrays(name)
             files += other.files
             if not other.numbers:
                 raise _unclear(path, arrays, f"{name}: {next(iter(other.skipped.values()))}")
-            arrays[name] = next(iter(other.numbers.values()))
+            file = os.path.basename(name)
+            called[name] = name if file in arrays else file
+            arrays[called[name]] = next(iter(other.numbers.values()))
+    inputs = [called.get(name, name) for name in inputs]
+    targets = called.get(targets, targets) if targets else None
     if not arrays:
         raise FileError(
             f"{path}: holds no numeric arrays" + (f" ({notes[0]})" if notes else ""),

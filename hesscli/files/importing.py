@@ -21,7 +21,8 @@ from hesscli.errors import UsageError
 def importable() -> Iterator[None]:
     """Makes the current folder importable, and keeps what imported code prints out of stdout.
 
-    A console script's path starts with its own folder, not the user's; and stdout is for data.
+    A console script's path starts with its own folder, not the user's; and stdout is for data. Afterwards the folders
+    come last, where they hide nothing, for what the code imports when it runs.
     """
     before = list(sys.path)
     sys.path.insert(0, os.getcwd())
@@ -29,7 +30,7 @@ def importable() -> Iterator[None]:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
-        sys.path[:] = before
+        sys.path[:] = [*before, *(folder for folder in sys.path if folder not in before)]
 
 
 def imported(option: str, spec: str, wanted: str) -> object:

@@ -41,6 +41,8 @@ _CORNERS: dict[str, Callable[..., list[Corner]]] = {
     "clamp_max": lambda high: _numbers((high, True)),
 }
 """Functions with kinks: the corners, ascending, from the arguments after the first. Their derivatives have the same."""
+_EQUAL = {"eq", "ne"}
+"""Comparisons that are left at once, with a number: a norm at zero. What is beyond is not a side but all there is."""
 _POOLS = {
     "max_pool2d_with_indices": 2,
     "max_pool3d_with_indices": 3,
@@ -141,7 +143,10 @@ class Kinks(Watcher):
             return args[0] * mask + self._first(rounded - args[0] * mask), mask
         if isinstance(result, (tuple, list)):
             return type(result)(self._constant(name, part) for part in result)
-        return self._constant(name, result)
+        constant = self._constant(name, result)
+        if name in _EQUAL and not isinstance(args[1], Tensor) and not constant.equal(result):
+            self.lost = True
+        return constant
 
     def _of_piece(
         self, f: Callable[[Tensor], Tensor], corners: Sequence[Corner], x: Tensor, extended: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -42,6 +43,7 @@ def loss_of(
             name = f"{function.__module__}:{name}"
     elif ":" in name:
         function = _import_function(name)
+        name = os.path.basename(name)  # no paths in files
     elif name not in LOSSES and name != "output":
         raise UsageError(
             f"no loss is called {name!r}; there are: auto, {', '.join(LOSSES)}, output, PKG.MOD:FN, FILE.py:FN"

@@ -42,8 +42,6 @@ from hesscli.spectrum.finite import NotFinite
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
-_NOT_FINITE = "a product is not finite (NaN or inf)"
-
 
 @dataclass
 class Operator:
@@ -75,8 +73,7 @@ class Operator:
         try:
             yield
         except NotFinite:
-            hint = "--dtype float64" if self.problem.dtype == torch.float32 else None
-            raise NumericalError(_NOT_FINITE, hint) from None
+            raise _not_finite(self.problem) from None
 
     def document(self, schema: str) -> Document:
         """What every command says of the model, the data and the curvature."""
@@ -214,16 +211,29 @@ def _made(
     )
 
 
+def _not_finite(problem: Problem) -> NumericalError:
+    """Differences would not do better: the loss may have no second derivative here."""
+    return NumericalError(
+        "a product is not finite (NaN or inf)",
+        "--dtype float64" if problem.dtype == torch.float32 else None,
+    )
+
+
 def _refused(made: Operator, certificate: Certificate | None) -> str:
-    """Why a product is not to be trusted, or nothing; what the check found goes with it."""
+    """Why a product is not to be trusted, or nothing; what the check found goes with it.
+
+    Raises:
+        NumericalError: it is not finite.
+    """
     if certificate is None:
         probe = torch.ones(made.size, dtype=made.problem.dtype, device=made.problem.device)
-        product = made.products(probe)
-        return "" if bool(torch.isfinite(product).all()) else _NOT_FINITE
+        if not bool(torch.isfinite(made.products(probe)).all()):
+            raise _not_finite(made.problem)
+        return ""
     error = certificate.product(made.block(), lambda v: made.products(v.to(made.problem.dtype)))
     if not certificate.passed(error):
         if not math.isfinite(error):
-            return _NOT_FINITE
+            raise _not_finite(made.problem)
         return (
             f"{made.method} differs from {certificate.kind} by {error:.1e}, "
             f"more than {certificate.tolerance:.0e}"

@@ -116,6 +116,10 @@ class Preactivation:
             probed = Probed(self.problem, batch, analysis, curved_outputs(steps))
             output = analysis.tape.output
             found = chain_diagonals(probed, output, steps, {use.z for use in mine.values()})
+            if not all(bool(torch.isfinite(d).all()) for d in found.values()):
+                return list(
+                    blocks
+                )  # phi'' is infinite where a ReLU before it is off: backward passes mask that
             for name, use in mine.items():
                 d = found[use.z]  # [B, n]
                 a = probed.columns(use)[:, 0]

@@ -1,0 +1,72 @@
+"""Losses that have no second derivative where the parameters are, and one whose only looks like that."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from oracles import hessian
+from torch import Tensor, nn
+
+import hesscli
+
+X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = X.sin().sum(1, keepdim=True)
+
+NET = """
+import torch
+
+class Length(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.l = torch.nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.l(x).norm(dim=1, keepdim=True)
+"""
+
+
+@pytest.fixture
+def length(tmp_path):
+    """The length of a vector that is zero in all samples: its gradient jumps, though PyTorch says it is zero."""
+    (tmp_path / "net.py").write_text(NET)
+    torch.save({"l.weight": torch.zeros(2, 3), "l.bias": torch.zeros(2)}, tmp_path / "w.pt")
+    np.savez(tmp_path / "d.npz", x=X.numpy(), y=Y.numpy())
+    return ["w.pt", "d.npz", "--arch", "net.py:Length"]
+
+
+@pytest.mark.parametrize("method", ["auto", "finite-difference"])
+@pytest.mark.parametrize(
+    "command",
+    ["compute", "compute -b full", "compute -b elements", "eigen", "trace", "density",
+     "hvp --vector random"],
+)  # fmt: skip
+def test_a_length_of_zero(length, command, method, cli, tmp_path):
+    name, *options = command.split()
+    said = cli(name, *length, *options, "--method", method).fails(5)
+    assert "not finite" in said or "differs from" in said
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_length_of_zero_without_a_check(length, cli):
+    assert "not finite" in cli("eigen", *length, "--no-check").fails(5)
+
+
+class Power(nn.Module):
+    """Its derivatives of a unit that is off are zero, though those of the power there are infinite."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x)) ** 1.5)
+
+
+@pytest.mark.parametrize("blocks", ["full", "diag", "elements"])
+def test_a_power_of_units_that_are_off(blocks):
+    torch.manual_seed(0)
+    model = Power().double()
+    found = hesscli.compute(model, (X, Y), blocks=blocks, framework="torch")
+    truth = hessian(model, nn.functional.mse_loss, (X,), Y)
+    torch.testing.assert_close(found.matrix().diagonal(), truth.diagonal(), rtol=1e-9, atol=1e-12)
