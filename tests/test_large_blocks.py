@@ -533,6 +533,47 @@ def test_a_shard_of_another_command_is_refused(cli, net, small_bands):
     assert cli("compute", *net, *COMMAND, "--shard", "1/2").code == 0
     ran = cli("compute", *net, *COMMAND, "--shard", "2/2", "--reduction", "sum")
     assert "loss.reduction" in ran.fails(2)
+    assert cli(*shlex.split(ran.hint)[1:]).code == 0  # --force
+
+
+def test_what_cannot_be_resumed_is_thrown_away(cli, net, small_bands, monkeypatch):
+    """Left by another command, or not to be read."""
+    for damaged in (False, True):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 1, KeyboardInterrupt())
+            cli("compute", *net, *COMMAND, "-f").fails(130)
+        if damaged:
+            Path(".h.safetensors.journal").write_text("garbage\n")
+        ran = cli("compute", *net, *COMMAND, "--seed", "3", "--resume")
+        assert ("cannot be read" if damaged else "options.seed") in ran.fails(3 if damaged else 2)
+        if damaged:
+            assert ran.hint == "rm .h.safetensors.journal"
+        assert cli("compute", *net, *COMMAND, "--seed", "3", "--resume", "--force").code == 0
+        assert not list(Path().glob(".*"))
+
+
+def test_what_cannot_be_merged_is_kept(cli, net, small_bands):
+    for number in (1, 2):
+        assert cli("compute", *net, *COMMAND, "--shard", f"{number}/2").code == 0
+    kept = set(Path().glob(".*"))
+    Path(".h.safetensors.partial").rename("aside")
+    assert "no such file" in cli("merge", "h.safetensors").fails(2)
+    Path("aside").rename(".h.safetensors.partial")
+    data = Path(net[1]).read_bytes()
+    with np.load(net[1]) as arrays:
+        changed = {name: array[::-1] for name, array in arrays.items()}
+    np.savez(net[1], **changed)
+    ran = cli("merge", "h.safetensors")
+    assert "model and data must be as they were" in ran.fails(2)
+    assert "--force" not in ran.hint
+    Path(net[1]).write_bytes(data)
+    assert set(Path().glob(".*")) == kept
+    assert cli("merge", "h.safetensors").code == 0
+
+
+def test_a_share_of_nothing_leaves_nothing(cli, net):
+    assert cli("compute", *net, "-b", "full", "--shard", "2/2").code == 0
+    assert not list(Path().glob(".*"))
 
 
 def test_nothing_to_merge(cli, tmp_path):

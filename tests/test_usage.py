@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import REPOSITORY
 from hessian_files import symmetric, write
@@ -188,16 +190,20 @@ def test_what_does_not_read_standard_input(cli, words):
         ("show --plot 'a b.pn'", "show --plot 'a b.png'"),
         ("show --plot 'a dir.png'", "show --plot 'a dir.png/hessian.png'"),
         ("show 'a b'", "compute model.pt data.npz -o 'a b'"),
+        ("compute net.pt d.npz -o /dev/null", "compute net.pt d.npz -o hessian.safetensors"),
+        ("density -o net.pt", "density -o density.safetensors"),
+        ("compute weights.pt d.npz -a nets.py:Net --arch-arg k=3", "compute weights.pt d.npz --arch nets.py:Net"),
     ],
 )  # fmt: skip
 def test_hints(cli, tmp_path, words, hint):
     (tmp_path / "a dir.png").mkdir()
     torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "nets.py").write_text(CODE)
     np.savez(tmp_path / "two.npz", a=np.ones((4, 3)), b=np.ones((4, 2)), c=np.ones((4, 3)))
     ran = cli(*shlex.split(words))
     assert ran.code in (2, 3, 4), ran.stderr
     assert ran.hint.removeprefix("hesscli ") == hint
-    if "net.pt d.npz" in hint:
+    if "net.pt d.npz" in hint or "nets.py" in hint:
         assert cli(*shlex.split(hint)).code == 0
 
 
@@ -227,7 +233,48 @@ def mul(output, target): return output.square().sum(1)
 """
 
 
-@pytest.mark.parametrize("output", ["y.npy", "nets.py", "folder/x.npy", "folder/earlier"])
+def test_less_memory_than_anything_takes(cli):
+    ran = cli("compute", *NET, "--memory", "100MB", "-b", "elements")
+    assert "needs" in ran.fails(6)
+    assert cli(*shlex.split(ran.hint)[1:]).code == 0
+
+
+def test_a_link_is_written_through(cli, tmp_path):
+    (tmp_path / "disk").mkdir()
+    for link, command in {
+        "hessian.safetensors": ("compute", *NET),
+        "hvp.safetensors": ("hvp", *NET, "--vector", "random"),
+        "pairs": ("eigen", *NET, "-o", "pairs"),
+        "of_file": ("eigen", "-o", "of_file"),
+        "density.json": ("density", *NET, "-o", "density.json"),
+        "density.png": ("density", *NET, "--plot", "density.png"),
+    }.items():
+        path = tmp_path / link
+        path.unlink(missing_ok=True)
+        path.symlink_to(f"disk/{link}")
+        ran = cli(*command)
+        assert ran.code == 0, ran.stderr
+        assert path.is_symlink()
+        assert path.stat().st_size
+
+
+def test_targets_that_are_words(cli, tmp_path):
+    (tmp_path / "t.csv").write_text("a,b,c,y\n1,2,3,cat\n4,5,6,dog\n")
+    said = cli("compute", "net.pt", "t.csv").fails(3)
+    assert said == "t.csv: the targets y are not numbers ('cat' in line 2)"
+
+
+def test_a_matrix_that_is_no_hessian_is_not_called_one(cli):
+    assert cli("compute", *NET, "--curvature", "ggn", "-o", "g").code == 0
+    for command in ("eigen", "density", "show"):
+        ran = cli(command, "g")
+        assert "matrix   ggn, " in ran.stdout
+        assert cli(command, "g", "--json").document["curvature"] == "ggn"
+
+
+@pytest.mark.parametrize(
+    "output", ["y.npy", "nets.py", "folder/x.npy", "folder/earlier", "w-00001-of-00001.safetensors"]
+)
 def test_no_input_is_replaced(cli, tmp_path, output):
     (tmp_path / "nets.py").write_text(CODE)
     (tmp_path / "folder").mkdir()
@@ -240,6 +287,15 @@ def test_no_input_is_replaced(cli, tmp_path, output):
         assert cli(*command).code == 0
         assert cli(*command).code == 0
         return
+    if output.startswith("w-"):
+        weights = torch.nn.Linear(3, 2).state_dict()
+        safetensors.torch.save_file(weights, output)
+        Path("w.safetensors.index.json").write_text(
+            json.dumps({"weight_map": dict.fromkeys(weights, output)})
+        )
+        command = tuple(
+            "w.safetensors.index.json" if word == "net.pt" else word for word in command
+        )
     before = Path(output).read_bytes()
     assert "is an input of this command" in cli(*command).fails(2)
     assert Path(output).read_bytes() == before

@@ -87,7 +87,7 @@ def density(
 
 def print_density(out: Output, document: Document) -> None:
     """A histogram with the share of each bin, as bars whose length is the share's logarithm."""
-    from hesscli.cli.summary import products_headline
+    from hesscli.cli.summary import matrix, products_headline
 
     if not out.wants_text(document):
         return
@@ -101,7 +101,7 @@ def print_density(out: Output, document: Document) -> None:
         facts = products_headline(document)
     else:
         source = "standard input" if document["hessian"] == "-" else document["hessian"]
-        facts = {"hessian": f"{source} ({document['structure']}, {size} x {size})"}
+        facts = matrix(document, f"{source} ({document['structure']}, {size} x {size})")
     out.facts(facts | {"density": how})
     edges, mass = document["histogram"]["edges"], document["histogram"]["mass"]
     shown = [share for share in mass if share > 0]

@@ -218,11 +218,10 @@ def print_extremes(out: Output, document: Document) -> None:
 
 def headline(document: Document) -> dict[str, str]:
     """What stands above eigenvalues."""
-    from hesscli.cli.summary import products_headline
+    from hesscli.cli.summary import matrix, products_headline
 
     if "model" in document:
         return products_headline(document)
     source = "standard input" if document["hessian"] == "-" else document["hessian"]
     part = f"block {document['block']}" if document["block"] else document["structure"]
-    matrix = f"{part}, {document['size']} x {document['size']}"
-    return {"hessian": f"{source} ({matrix})"}
+    return matrix(document, f"{source} ({part}, {document['size']} x {document['size']})")

@@ -87,9 +87,9 @@ def show(
         from hesscli.job.show import show as run
 
         if plot is not None:
-            from hesscli.job.figures import may_draw
+            from hesscli.job.figures import drawable
 
-            may_draw(plot, force, () if hessian == "-" else (Path(hessian),))
+            plot = drawable(plot, force, () if hessian == "-" else (Path(hessian),))
         heatmap = heatmap and not (json or quiet)
         if heatmap:
             from hesscli.cli.heatmap import draw, room

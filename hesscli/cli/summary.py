@@ -77,11 +77,9 @@ def headline(document: Document) -> dict[str, str]:
         "model": f"{_named(document['model'])} x {_named(data)}",
         "loss": f"{loss['name']} ({', '.join(terms)}) = {number(loss['value'])}",
     }
-    curvature = document.get("curvature", "hessian")
-    label = "hessian" if curvature == "hessian" else "matrix"
-    facts[label] = f"{document['structure']}, {document['dtype']} on {document['device']}"
-    if label == "matrix":
-        facts[label] = f"{curvature.replace('_', ' ')}, {facts[label]}"
+    shape = f"{document['structure']}, {document['dtype']} on {document['device']}"
+    ((label, text),) = matrix(document, shape).items()
+    facts[label] = text
     if "gradient_norm" not in document:
         return facts
     facts["loss"] += f", gradient norm {number(document['gradient_norm'])}"
@@ -93,6 +91,14 @@ def headline(document: Document) -> dict[str, str]:
     if "seconds" in document:
         facts["check"] += f", {seconds(document['seconds'])}"
     return facts
+
+
+def matrix(document: Document, text: str) -> dict[str, str]:
+    """The line that says which matrix it is, and the text of it."""
+    curvature = document.get("curvature", "hessian")
+    if curvature == "hessian":
+        return {"hessian": text}
+    return {"matrix": f"{curvature.replace('_', ' ')}, {text}"}
 
 
 def products_headline(document: Document) -> dict[str, str]:

@@ -75,7 +75,9 @@ def _call(arch: str, factory: object, name: str, arguments: Mapping[str, object]
     try:
         module = factory(**arguments)
     except (Exception, SystemExit) as error:
-        raise UsageError(f"--arch {arch}: {name} raised {told(error)}", hint) from error
+        raise UsageError(
+            f"--arch {arch}: {name} raised {told(error)}", hint, instead_of=("--arch-arg",)
+        ) from error
     if not isinstance(module, nn.Module):
         raise UsageError(
             f"--arch {arch}: {name} returned a {type(module).__name__}; expected an nn.Module",

@@ -108,6 +108,12 @@ def load_data(
     if len(set(inputs)) < len(inputs):
         raise UsageError(f"--inputs names an array twice: {', '.join(inputs)}")
     if found.columns:
+        text = [name for name in found.skipped if name in TARGET_NAMES]
+        if text and not (inputs or targets or any(name in arrays for name in TARGET_NAMES)):
+            raise FileError(
+                f"{path}: the targets {text[0]} are {found.skipped[text[0]]}",
+                "classes are whole numbers from 0 on: table.y = table.y.astype('category').cat.codes",
+            )
         names, target = _columns(path, arrays, inputs, targets, arguments, notes)
     else:
         names = list(inputs) or _infer_inputs(path, arrays, targets, arguments, notes)
@@ -272,7 +278,7 @@ def _check_samples(path: str | os.PathLike[str], data: Data, unbatched: bool) ->
             raise MismatchError(
                 f"{path}: {first} {list(reference.shape)} and {what} {list(array.shape)} "
                 "differ in the number of samples, their first axis",
-                "--unbatched",
+                "--unbatched" if len(data.inputs) > 1 else None,
             )
 
 

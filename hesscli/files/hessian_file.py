@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,13 @@ class HessianFile:
     def entries(self) -> dict[str, dict[str, Any]]:
         """Each tensor's type and shape, by its key."""
         return {name: entry for header in self.headers for name, entry in header.entries.items()}
+
+    def demand(self, *keys: str) -> None:
+        """
+        Raises:
+            FileError: the document lacks one of these.
+        """
+        _demand(self.document, self.shown, keys)
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor by its key, read-only and read from the disk as it is used."""
@@ -101,7 +109,7 @@ def _document(path: Path, shown: str, metadata: dict[str, str]) -> dict[str, Any
     try:
         document: dict[str, Any] = json.loads(metadata["hesscli"])
         schema = document["schema"]
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         what = "the index of safetensors files" if is_index(path) else "a safetensors file"
         raise FileError(
             f"{shown}: {what}, but not one that hesscli wrote",
@@ -116,11 +124,17 @@ def _document(path: Path, shown: str, metadata: dict[str, str]) -> dict[str, Any
         )
     if schema != SCHEMA:
         raise FileError(f"{shown}: written in the format {schema}; this hesscli reads {SCHEMA}")
+    _demand(document, shown, ("structure", "blocks"))
     if "checksum" in document and document["checksum"] != document_checksum(
         {key: value for key, value in document.items() if key != "checksum"}
     ):
         raise FileError(f"{shown}: its metadata is not what was written", AGAIN)
     return document
+
+
+def _demand(document: dict[str, Any], shown: str, keys: Sequence[str]) -> None:
+    if missing := [key for key in keys if key not in document]:
+        raise FileError(f"{shown}: its metadata lacks {', '.join(missing)}", AGAIN)
 
 
 def is_part_of(path: Path, result: Path) -> bool:
@@ -138,5 +152,5 @@ def _schema(path: Path) -> str | None:
         found = read_index(path) if is_index(path) else read_header(path, "")
         document = json.loads(found.metadata["hesscli"])
         return str(document.get("schema", "")) if isinstance(document, dict) else ""
-    except (FileError, OSError, ValueError, KeyError):
+    except (FileError, OSError, ValueError, KeyError, RecursionError):
         return None

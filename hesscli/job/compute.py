@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 from torch import Tensor
 
 from hesscli.errors import (
+    FileError,
     HesscliError,
     InterruptedRun,
     NumericalError,
@@ -39,7 +42,7 @@ from hesscli.job.options import ComputeOptions, Listener, command_of, options_of
 from hesscli.job.planning import Plan
 from hesscli.job.team import Team, missing, shares
 from hesscli.job.whole import WholeBlocks, groups
-from hesscli.job.writing import demand_names, may_write, written
+from hesscli.job.writing import demand_names, writable, written
 from hesscli.spectrum.eigen import DENSE_LIMIT, extremes
 
 # What changes nothing in the file.
@@ -68,7 +71,8 @@ def compute(
     """
     started = time.perf_counter()
     if options.output is not None and not dry_run:
-        may_write(options.output, options.force, options.files, resumable=True)
+        output = writable(options.output, options.force, options.files, resumable=True)
+        options = replace(options, output=output)
     with Team() as team:
         shared = options.shard is not None or team.size > 1
         if options.output is None and (shared or options.max_shard_size is not None):
@@ -98,6 +102,7 @@ def merge(output: Path, listener: Listener) -> Document:
     started = time.perf_counter()
     if output == Path("-"):
         raise UsageError("-: shards are in files, and none come from standard input")
+    output = Path(os.path.realpath(output)) if output.is_symlink() else output
     found = journals(output)
     lines = [read_journal(path) for path in found]
     command = next((line.command for line in lines if line.head is not None), None)
@@ -107,7 +112,7 @@ def merge(output: Path, listener: Listener) -> Document:
             f"hesscli compute model.pt data.npz -o {shlex.quote(str(output))} --shard 1/4",
         )
     options = options_of(command, output)
-    may_write(output, True, options.files, resumable=True)
+    writable(output, True, options.files, resumable=True)
     plan = Plan(options, open_problem(options, listener), listener, shared=True)
     document = _Run(plan, Team(), merging=True).run()
     return document | {"seconds": time.perf_counter() - started, "output": _called(output)}
@@ -146,9 +151,14 @@ class _Run:
         goes_on = self.options.resume or self.merging or self.options.shard is not None
         if output is None or not goes_on:
             return None
-        heads = (read_journal(path).head for path in journals(output))
-        found = next((head["bands"] for head in heads if head is not None), None)
-        return found if found is not None and found.keys() == self.plan.bands.keys() else None
+        for path in journals(output):
+            with contextlib.suppress(
+                FileError
+            ):  # said, or thrown away, where the journal is opened
+                head = read_journal(path).head
+                if head is not None and head["bands"].keys() == self.plan.bands.keys():
+                    return dict(head["bands"])
+        return None
 
     def run(self) -> Document:
         """Computes, checks and writes every block."""
@@ -204,9 +214,7 @@ class _Run:
         writer = "-of-".join(map(str, shard)) if shard else str(self.team.rank or "")
         journal = Journal(output, head, command, names, writer)
         if self.team.rank == 0:
-            journal.resume(
-                self.options.resume or self.merging, self.options.force, shard is not None
-            )
+            journal.resume(self.options.resume, self.options.force, shard is not None, self.merging)
         if self.merging and (left := missing(names, journal.finished)):
             raise UsageError(
                 f"{output}: {len(left)} of {len(names)} parts are missing, {left[0]} for one",
@@ -221,6 +229,8 @@ class _Run:
         if self.options.shard is not None:
             number, count = self.options.shard
             mine = shares(self.parts, count)[number - 1]
+            if not mine:
+                return
         else:
             left = set(missing([name for name, _ in self.parts], journal.finished))
             unfinished = [part for part in self.parts if part[0] in left]

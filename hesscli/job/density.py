@@ -12,9 +12,9 @@ import numpy as np
 
 from hesscli.errors import UsageError
 from hesscli.job.document import Document
-from hesscli.job.figures import may_draw
+from hesscli.job.figures import drawable
 from hesscli.job.options import Listener, ProblemOptions
-from hesscli.job.writing import may_write, write_tensors
+from hesscli.job.writing import replacing, writable, write_tensors
 from hesscli.spectrum.density import Density
 
 if TYPE_CHECKING:
@@ -51,14 +51,13 @@ def density(
     """
     started = time.perf_counter()
     inputs = (Path(hessian),) if problem is None else problem.files
-    if options.output is not None:
-        may_write(options.output, options.force, inputs)
-        if options.output.suffix not in (".safetensors", ".json"):
-            raise UsageError(
-                f"{options.output}: neither .safetensors nor .json", "-o density.safetensors"
-            )
-    if options.plot is not None:
-        may_draw(options.plot, options.force, inputs)
+    output, plot = options.output, options.plot
+    if output is not None:
+        if output.suffix not in (".safetensors", ".json") and output != Path("-"):
+            raise UsageError(f"{output}: neither .safetensors nor .json", "-o density.safetensors")
+        output = writable(output, options.force, inputs)
+    if plot is not None:
+        plot = drawable(plot, options.force, inputs)
     if problem is None:
         from hesscli.job.eigen import file_spectrum
 
@@ -80,12 +79,12 @@ def density(
         "weights": found.weights.tolist(),
         "histogram": {"edges": edges.tolist(), "mass": mass.tolist()},
     }
-    if options.output is not None and not found.interrupted:
-        _write(options.output, document, found)
-    if options.plot is not None and not found.interrupted:
+    if output is not None and not found.interrupted:
+        _write(output, document, found)
+    if plot is not None and not found.interrupted:
         from hesscli.job.plot import plot_density
 
-        plot_density(options.plot, document, found)
+        plot_density(plot, document, found)
     return document | {"seconds": time.perf_counter() - started}, found
 
 
@@ -129,12 +128,8 @@ def _write(path: Path, document: Document, found: Density) -> None:
         text = json.dumps(
             kept | {"nodes": document["nodes"], "weights": document["weights"]}, indent=2
         )
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
+        with replacing(path) as temporary:
             temporary.write_text(text + "\n")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
         return
     tensors = {
         "nodes": found.nodes,

@@ -13,7 +13,7 @@ from hesscli.files.hessian_file import HessianFile
 from hesscli.files.resources import available_memory
 from hesscli.job.sizes import size
 from hesscli.job.stored import chosen, opened, values_of
-from hesscli.job.writing import may_write, write_tensors
+from hesscli.job.writing import writable, write_tensors
 from hesscli.spectrum.eigen import top_eigenpairs
 
 SCHEMA = "hesscli.eigen/1"
@@ -36,7 +36,7 @@ def eigen(
         the JSON document.
     """
     if output is not None:
-        may_write(output, force, () if source == "-" else (Path(source),))
+        output = writable(output, force, () if source == "-" else (Path(source),))
     with opened(source, "eigen") as file:
         document = file.document
         blocks = chosen(document, block, source, "eigen")
@@ -46,6 +46,7 @@ def eigen(
         "schema": SCHEMA,
         "hessian": source,
         "structure": document["structure"],
+        "curvature": document.get("curvature", "hessian"),
         "which": which,
         "eigenvalues": pairs.values.tolist(),
         "residuals": pairs.residuals.tolist(),

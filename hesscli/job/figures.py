@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hesscli.errors import UsageError
-from hesscli.job.writing import PICTURES, may_write
+from hesscli.job.writing import PICTURES, replacing, writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def may_draw(path: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
+def drawable(path: Path, force: bool, inputs: Sequence[Path] = ()) -> Path:
     """Refuses a figure that cannot be drawn, which is better known before the work than after it.
+
+    Returns:
+        the file to draw it to, as of `writable`.
 
     Raises:
         UsageError: a format that there is not, a file that hesscli did not draw, or no matplotlib.
@@ -26,9 +29,10 @@ def may_draw(path: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
             f"{path}: a picture is {', '.join(PICTURES)}",
             f"--plot {shlex.quote(str(path.with_suffix('.png')))}",
         )
-    may_write(path, force, inputs, "--plot")
+    file = writable(path, force, inputs, "--plot")
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError(f"{path}: matplotlib is not installed", "pip install 'hesscli[plot]'")
+    return file
 
 
 def save(figure: Figure, path: Path, dots_per_inch: int) -> None:
@@ -40,10 +44,6 @@ def save(figure: Figure, path: Path, dots_per_inch: int) -> None:
         ".svg": {"Creator": "hesscli", "Date": None},
         ".pdf": {"Creator": "hesscli", "CreationDate": None},
     }
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        with rc_context({"svg.hashsalt": "hesscli"}):  # names inside the file, the same each time
-            figure.savefig(temporary, dpi=dots_per_inch, metadata=metadata[path.suffix.lower()])
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # The salt makes names inside the file, the same each time.
+    with replacing(path) as temporary, rc_context({"svg.hashsalt": "hesscli"}):
+        figure.savefig(temporary, dpi=dots_per_inch, metadata=metadata[path.suffix.lower()])

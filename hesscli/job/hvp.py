@@ -19,7 +19,7 @@ from hesscli.job.document import Document
 from hesscli.job.operator import Operator, open_operator, open_shared, shared_problem
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.share import Share
-from hesscli.job.writing import demand_names, may_write, write_tensors
+from hesscli.job.writing import demand_names, writable, write_tensors
 
 SCHEMA = "hesscli.hvp/1"
 
@@ -65,7 +65,7 @@ def hvp(
         read.append(options.query)
     if options.vector not in (None, "gradient", "random"):
         read.append(Path(str(options.vector)))
-    may_write(options.output, options.force, read)
+    output = writable(options.output, options.force, read)
     operator = open_operator(problem, listener, share)
     demand_names(operator.products.names, operator.products.names, options.gradient)
     facts: Document = {"vector": options.vector, "per_fedavg": options.per_fedavg}
@@ -94,7 +94,7 @@ def hvp(
         kept["query"] = {key: v for key, v in document["query"].items() if key != "path"}
     if options.vector not in (None, "gradient", "random"):
         kept["vector"] = "file"
-    write_tensors(options.output, arrays, dtype, kept)
+    write_tensors(output, arrays, dtype, kept)
     return document | {
         "seconds": time.perf_counter() - started,
         "output": str(options.output),

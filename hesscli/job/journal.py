@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hesscli.errors import FileError, UsageError
+from hesscli.errors import FileError, HesscliError, UsageError
 from hesscli.files.hessian_writer import HessianWriter
 from hesscli.files.result_names import journal_path, journals, partial_path
 from hesscli.files.tensor_file import sync_folder
@@ -56,13 +57,16 @@ class Journal:
         self.begun = False
         self.last = time.monotonic()
 
-    def resume(self, wanted: bool, force: bool, shared: bool = False) -> None:
+    def resume(
+        self, wanted: bool, force: bool, shared: bool = False, merging: bool = False
+    ) -> None:
         """Takes over what earlier runs, or other processes, have finished.
 
         Args:
             wanted: it is to be continued.
-            force: it may be thrown away.
+            force: it may be thrown away; if it is to be continued, where it cannot be.
             shared: what others have finished is no left-over.
+            merging: nothing is computed, so nothing is thrown away.
 
         Raises:
             UsageError: something was left, and neither is the case; or another command left it.
@@ -70,7 +74,10 @@ class Journal:
         """
         if self.path is None or self.output is None:
             return
-        if not partial_path(self.output).exists():
+        partial = partial_path(self.output)
+        if not partial.exists():
+            if merging:
+                raise UsageError(f"{partial}: no such file; what the shards computed was in it")
             self.remove()  # of a file that was finished just before the end, or that somebody removed
         left = journals(self.output)
         if force and not wanted:
@@ -79,28 +86,40 @@ class Journal:
             left = journals(self.output)
         own = 0
         for path in left:
-            lines = read_journal(path)
-            if lines.head is None or not lines.finished:
-                if not shared:
-                    path.unlink(missing_ok=True)
+            try:
+                lines = read_journal(path)
+                if lines.head is None or not lines.finished:
+                    if not shared:
+                        path.unlink(missing_ok=True)
+                    continue
+                if (wanted or shared) and self.head != lines.head:
+                    raise self._of_another(path, lines.head, merging)
+            except HesscliError:
+                if not force:
+                    raise
+                path.unlink(missing_ok=True)
                 continue
             if path == self.path:
                 own = len(lines.finished)
-            different = [key for key in self.head if self.head[key] != lines.head.get(key)]
-            if different and (wanted or shared):
-                raise UsageError(
-                    f"{path}: another command began it: {_differences(self.head, lines.head)} differ",
-                    "--force",
-                )
             self.start = lines.start
             self.finished |= lines.finished
         if not wanted and (own if shared else self.finished):
             raise UsageError(
                 f"{self.output}: an interrupted run left {own or len(self.finished)} of "
-                f"{len(self.parts)} parts in {partial_path(self.output).name}; --force throws them away",
+                f"{len(self.parts)} parts in {partial.name}; --force throws them away",
                 "--resume",
             )
         self.begun = own > 0
+
+    def _of_another(self, path: Path, head: Facts, merging: bool) -> UsageError:
+        """That another command began it: other options, or files that have changed since."""
+        differ = f"{path}: another command began it: {_differences(self.head, head)} differ"
+        if not merging:
+            return UsageError(differ, "--force")
+        return UsageError(
+            f"{differ}; model and data must be as they were",
+            f"to compute them again: rm {shlex.quote(str(path))}",
+        )
 
     def join(self, start: int, finished: Mapping[str, Facts]) -> None:
         """Takes over what the first of several processes knows."""
@@ -172,7 +191,9 @@ def read_journal(path: Path) -> Lines:
         finished = {facts.pop("part"): facts for facts in others}
         return Lines(first["head"], first["command"], first["start"], finished)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileError(f"{path}: cannot be read: {error}", "--force") from None
+        raise FileError(
+            f"{path}: cannot be read: {error}", f"rm {shlex.quote(str(path))}"
+        ) from None
 
 
 def _differences(left: Facts, right: Facts, prefix: str = "") -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.progress import Convergence
 from hesscli.job.share import Share
-from hesscli.job.writing import may_write, write_tensors
+from hesscli.job.writing import writable, write_tensors
 from hesscli.spectrum.dense import DENSE, dense
 from hesscli.spectrum.eigen import WHICH
 from hesscli.spectrum.lanczos import Found, Lanczos
@@ -53,7 +53,8 @@ def model_eigen(
     """
     started = time.perf_counter()
     if options.output is not None:
-        may_write(options.output, options.force, problem.files)
+        file = writable(options.output, options.force, problem.files)
+        options = replace(options, output=file)
     operator = open_operator(problem, listener, share)
     if options.per_block:
         found, blocks, operators = _per_block(operator, options, listener)

@@ -207,17 +207,26 @@ class Plan:
                 raise ResourceError(
                     f"{self.structure} needs {size(needed)} {kind} (its largest block is "
                     f"{largest} x {largest}), {size(free)} {where}",
-                    self._smaller(free),
+                    self._smaller(free) if kind == "of disk" else self._with_less(needed, free),
                 )
+
+    def _with_less(self, needed: int, free: int) -> str:
+        """The option with which the memory is enough: more of it, where no blocks take as little."""
+        if self.options.memory is None or self._process() + self.bytes_of("elements") <= free:
+            return self._smaller(free)
+        return f"--memory {math.ceil(needed / 1e6)}MB"
 
     def _smaller(self, free: int) -> str:
         for option in ("module", "diag", "elements"):
-            diagonal = option == "elements"
-            blocks = partition(self.shapes, STRUCTURES[option])
-            needed = output_bytes(blocks, diagonal, self.problem.dtype)
+            needed = self.bytes_of(option)
             if needed < self.bytes and needed < free:
                 break
-        return f"--blocks {option}"
+        return f"--blocks {option}" if needed < self.bytes else "-o elsewhere.safetensors"
+
+    def bytes_of(self, option: str) -> int:
+        """Bytes of the output with this `--blocks`."""
+        blocks = partition(self.shapes, STRUCTURES[option])
+        return output_bytes(blocks, option == "elements", self.problem.dtype)
 
     # What is said
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hesscli.errors import UsageError
+from hesscli.errors import ResourceError, UsageError
 from hesscli.files.hessian_file import is_part_of
 from hesscli.files.hessian_writer import HessianWriter
 from hesscli.files.result_names import (
@@ -25,13 +26,13 @@ from hesscli.files.result_names import (
 PICTURES = (".png", ".svg", ".pdf")
 
 
-def may_write(
+def writable(
     path: Path,
     force: bool,
     inputs: Sequence[Path] = (),
     option: str = "-o",
     resumable: bool = False,
-) -> None:
+) -> Path:
     """Refuses to write over anything but an earlier result, or where nothing can be written.
 
     Args:
@@ -41,9 +42,14 @@ def may_write(
         option: which one named the path, for hints.
         resumable: the command goes on with what an interrupted one has left there.
 
+    Returns:
+        the path; or the file that it is a symbolic link to, which stays one.
+
     Raises:
         UsageError: with the way out.
     """
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     suffix = path.suffix if path.suffix.lower() in PICTURES else ".safetensors"
 
     def instead(other: Path) -> str:
@@ -74,23 +80,46 @@ def may_write(
     for found in result_paths(path):
         other = instead(path.with_name(f"other{suffix}"))
         if not found.is_file():
-            raise UsageError(f"{found}: is not a regular file; not replaced", other)
+            away = instead(Path(f"hessian{suffix}"))
+            raise UsageError(f"{found}: is not a regular file; not replaced", away)
         ours = is_part_of(found, path)
         if any(one.exists() and _is_of(found, one, ours) for one in used):
             raise UsageError(f"{found}: is an input of this command", other)
         if not force and not (ours or _says_hesscli(found)):
             why = "is a part of a Hessian" if _is_part(found) else "hesscli did not write it"
             raise UsageError(f"{found}: exists, and {why}; not replaced", "--force")
+    return path
 
 
 def _is_of(path: Path, source: Path, ours: bool) -> bool:
-    """Whether a file is an input, or lies in a folder that is one and is no earlier result."""
-    return path.samefile(source) or (source.is_dir() and path.parent.samefile(source) and not ours)
+    """Whether a file is an input, or no earlier result and in a folder, or of an index, that is one."""
+    if path.samefile(source) or ours:
+        return path.samefile(source)
+    index = index_of_shard(path)
+    listed = index is not None and index.exists() and index.samefile(source)
+    return listed or (source.is_dir() and path.parent.samefile(source))
 
 
 def _is_part(path: Path) -> bool:
     index = index_of_shard(path)
     return index is not None and is_part_of(path, index.with_suffix("").with_suffix(""))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name for what is written inside, which then takes the path's place; nothing is left of what fails.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise ResourceError(f"{path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def written(path: Path) -> tuple[Path, int]:
