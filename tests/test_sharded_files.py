@@ -311,12 +311,13 @@ def test_files_of_others_stay(cli, net, name, words):  # noqa: F811
         assert after[str(name)] != before[str(name)]
 
 
-def test_results_that_are_read_are_not_replaced(cli, both):
+def test_results_that_are_read_are_not_replaced(cli, net, both):  # noqa: F811
     before = result()
     assert "input" in cli("eigen", "h.safetensors", "-o", "h.safetensors").fails(2)
     assert "input" in cli("eigen", INDEX, "-o", "h.safetensors", "--force").fails(2)
     shard = "h-00001-of-00004.safetensors"
     assert "is an input" in cli("eigen", INDEX, "-o", shard).fails(2)
+    assert "is a part of a Hessian" in cli("compute", *net, "-o", shard).fails(2)
     assert result() == before
 
 
