@@ -240,5 +240,5 @@ def test_a_model_of_one_batch_size_that_mixes_samples_is_said_to(cli, tmp_path, 
     np.savez(tmp_path / "d.npz", x=x.numpy(), y=torch.randn(12, 2).numpy())
     ran = cli("compute", "m.pt2", "d.npz")
     assert ran.code == 0
-    said = "the model sees several samples at once: 4 at a time, as it was exported"
+    said = "the model sees several samples at once: 4 at a time, as it accepts them"
     assert (said in ran.stderr) == mixes

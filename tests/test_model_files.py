@@ -223,9 +223,8 @@ def test_torchscript(net, tmp_path, how, recwarn):
     assert [p.requires_grad for p in saved.module.parameters()] == [False, True, True, True]
     torch.testing.assert_close(saved.module(X), expected)
     assert not saved.module.training
-    counts = (1, 2) if how == "script" else (1, 1)
-    assert (saved.required_inputs, saved.inputs) == counts
-    assert (saved.notes, saved.batch_size, len(saved.sha256)) == ((), None, 64)
+    assert saved.inputs == (2 if how == "script" else 1)
+    assert (saved.notes, saved.batch_sizes, len(saved.sha256)) == ((), (1, None), 64)
 
 
 class MadeOnAGpu(nn.Module):
@@ -348,7 +347,7 @@ def test_exported(net, exported, caplog):
     assert [name for name, _ in saved.module.named_parameters()] == NAMES
     assert [p.requires_grad for p in saved.module.parameters()] == [False, True, True, True]
     torch.testing.assert_close(saved.module(X[:5]), net(X[:5]))
-    assert (saved.batch_size, saved.inputs, saved.required_inputs) == (None, 1, 1)
+    assert (saved.batch_sizes, saved.inputs) == ((1, None), 1)
     assert not saved.module.training
     assert not caplog.records
 
@@ -389,7 +388,7 @@ def test_exported_models_in_float64(exported, cli, tmp_path):
 
 
 def test_the_batch_size_of_an_exported_model(exported):
-    assert load_model(exported["fixed"]).batch_size == 7
+    assert load_model(exported["fixed"]).batch_sizes == (7, 7)
 
 
 def test_exported_models_keep_their_mode(exported):
@@ -397,10 +396,10 @@ def test_exported_models_keep_their_mode(exported):
     assert note == "train mode has no effect: an exported model keeps the mode it had"
 
 
-def test_inputs_that_are_no_tensors_are_refused(exported):
-    error = refused(FileError, exported["keywords"])
-    assert "exported with inputs that are no tensors (shift)" in error.message
-    assert "torch.export.export(model, (x, mask))" in error.hint
+def test_constants_that_a_program_was_exported_with(net, exported):
+    saved = load_model(exported["keywords"])
+    torch.testing.assert_close(saved.module(X), net(X, shift=1.0))
+    assert (saved.inputs, saved.arguments, saved.keywords) == (1, ("x",), ())
 
 
 def test_half_precision_is_widened(exported, tmp_path):
@@ -473,7 +472,7 @@ def test_a_state_dict_needs_an_architecture(tmp_path, monkeypatch, form):
     assert error.hint == "--arch mypkg.nets:make_mlp"
     saved = load_model("net.pt", arch=f"{__name__}:Plain")
     assert saved.kind == "state_dict"
-    assert (saved.required_inputs, saved.inputs) == (1, 1)
+    assert saved.inputs == 1
 
 
 def test_ties_of_the_architecture(net, tmp_path):
@@ -483,7 +482,7 @@ def test_ties_of_the_architecture(net, tmp_path):
     saved = load_model(path, arch=f"{__name__}:Net")
     torch.testing.assert_close(saved.module(X), net(X))
     assert saved.module.dec.weight is saved.module.enc.weight
-    assert (saved.required_inputs, saved.inputs) == (1, 2)
+    assert saved.inputs == 2
     save_file({**weights, "dec.weight": torch.zeros(4, 4)}, path)
     error = refused(MismatchError, path, arch=f"{__name__}:Net")
     assert "enc.weight and dec.weight differ, but the architecture ties them" in error.message

@@ -32,7 +32,6 @@ def failing(debug: bool = False) -> Iterator[None]:
     Raises:
         typer.Exit: with the exit code.
     """
-    signalled.clear()
     terminating = signal.signal(signal.SIGTERM, _terminated)
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # not if it is ignored, in the background say
@@ -46,6 +45,7 @@ def failing(debug: bool = False) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, before)
         signal.signal(signal.SIGTERM, terminating)
+        signalled.clear()
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:

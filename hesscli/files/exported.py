@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.export.graph_signature import ConstantArgument, InputKind, TensorArgument
 from torch.export.passes import move_to_device_pass
 
 from hesscli.errors import FileError
@@ -27,6 +31,9 @@ _LOOSE = {
 }
 
 
+_UNLIMITED = 1 << 31  # samples
+
+
 @dataclass(frozen=True)
 class Exported:
     """A program as a module, and what its signature tells."""
@@ -35,7 +42,9 @@ class Exported:
     inputs: int
     arguments: tuple[str, ...]  # what the graph calls its inputs
     keywords: tuple[str, ...]  # the inputs that are passed by name
-    batch_size: int | None  # the only one it accepts; None if it accepts any
+    batch_sizes: tuple[
+        int, int | None
+    ]  # the fewest samples that it accepts, and the most, if limited
 
 
 def load_exported(
@@ -49,7 +58,7 @@ def load_exported(
         pickle_hint: the hint when the file would run code; None to let it.
 
     Raises:
-        FileError: damaged, of another version, or with inputs that are no tensors.
+        FileError: damaged, of another version, or with numbers among its inputs that vary.
     """
     with reading(path, "exported"):
         if pickle_hint is not None:
@@ -66,24 +75,61 @@ def load_exported(
             module = program.module()
         _loosen(module)
         tie(module, groups)
-        positional, keywords = program.call_spec.in_spec.children()
-    names = tuple(str(name) for name in keywords.context or ())
-    inputs = tuple(program.graph_signature.user_inputs)
-    constant = [n for n, given in zip(names, inputs[-len(names) :], strict=False) if n != given]
-    if constant:
+        given = [
+            spec.arg
+            for spec in program.graph_signature.input_specs
+            if spec.kind is InputKind.USER_INPUT
+        ]
+    if unknown := [a.name for a in given if not isinstance(a, (TensorArgument, ConstantArgument))]:
         raise FileError(
-            f"{path}: exported with inputs that are no tensors ({', '.join(constant)}), which no "
-            "data file holds",
-            "pass tensors alone: torch.export.export(model, (x, mask))",
+            f"{path}: exported with a number as an input that varies ({', '.join(unknown)}), which no data file holds",
+            "pass a tensor, or a constant: torch.export.export(model, (x, 3))",
         )
+    positional, keywords = program.call_spec.in_spec.children()
+    names = tuple(str(name) for name in keywords.context or ())
+    tensors = [argument.name for argument in given if isinstance(argument, TensorArgument)]
+    count = positional.num_children
+    if len(tensors) < len(given) or len(given) > count + len(names):
+        module.register_forward_pre_hook(
+            _AsExported(program.call_spec.in_spec, given), prepend=True, with_kwargs=True
+        )
+        count, names = len(tensors), ()
     for part in module.modules():
         # `.eval()` raises on these modules: the mode is part of the graph. The flag may still be read.
         part.training = False
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.requires_grad:  # a parameter's memory, which is moved
                 part._buffers[name] = buffer.detach().clone()
-    arguments = tuple(str(name) for name in inputs)
-    return Exported(module, positional.num_children, arguments, names, _batch_size(program))
+    return Exported(module, count, tuple(tensors), names, _batch_sizes(program))
+
+
+class _AsExported:
+    """Puts tensors, in the order in which the graph has them, where they were when it was exported: in a dict, say;
+    and constants beside them.
+
+    Args:
+        spec: of the arguments by position and by name.
+        given: what stands for each of their leaves.
+    """
+
+    def __init__(
+        self, spec: pytree.TreeSpec, given: Sequence[TensorArgument | ConstantArgument]
+    ) -> None:
+        self.spec, self.given = spec, given
+
+    def __call__(
+        self, module: nn.Module, tensors: tuple[Tensor, ...], named: dict[str, Tensor]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        names = [argument.name for argument in self.given if isinstance(argument, TensorArgument)]
+        if named or len(tensors) != len(names):
+            raise TypeError(f"takes {', '.join(names)}; {len(tensors) + len(named)} were given")
+        left = iter(tensors)
+        leaves = [
+            argument.value if isinstance(argument, ConstantArgument) else next(left)
+            for argument in self.given
+        ]
+        positional, keywords = pytree.tree_unflatten(leaves, self.spec)
+        return positional, keywords
 
 
 def _loosen(module: nn.Module) -> None:
@@ -104,7 +150,7 @@ def _loosen(module: nn.Module) -> None:
         part.recompile()
 
 
-def _batch_size(program: torch.export.ExportedProgram) -> int | None:
+def _batch_sizes(program: torch.export.ExportedProgram) -> tuple[int, int | None]:
     names = set(program.graph_signature.user_inputs)
     sizes = [
         node.meta["val"].shape[0]
@@ -115,4 +161,12 @@ def _batch_size(program: torch.export.ExportedProgram) -> int | None:
         and node.meta["val"].dim()
     ]
     fixed = [size for size in sizes if isinstance(size, int)]
-    return fixed[0] if fixed else None
+    if fixed:
+        return fixed[0], fixed[0]
+    for size in sizes:
+        limits = program.range_constraints.get(size.node.expr)
+        if limits is not None:
+            # Two is what torch.export says where nothing was; one is accepted then.
+            fewest = int(limits.lower) if limits.lower > 2 else 1
+            return fewest, int(limits.upper) if limits.upper < _UNLIMITED else None
+    return 1, None

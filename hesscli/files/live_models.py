@@ -30,10 +30,7 @@ def live_model(
     if device is not None:
         _move(module, device)
     module.train(train_mode)
-    (required, most), arguments = arguments_of(module)
-    return SavedModel(
-        module, "module", digest, tuple(notes), None, most, required, arguments=arguments
-    )
+    return SavedModel(module, "module", digest, tuple(notes), (1, None), *arguments_of(module))
 
 
 def _demand_values(name: str, module: nn.Module) -> None:

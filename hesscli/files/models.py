@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from inspect import Parameter, signature
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -51,11 +51,13 @@ class SavedModel:
     kind: Literal["torchscript", "state_dict", "exported", "pickle", "module"]
     sha256: str
     notes: tuple[str, ...]  # what the user should know, one line each
-    batch_size: int | None = None  # the only one an exported model accepts; None if any
+    batch_sizes: tuple[int, int | None] = (
+        1,
+        None,
+    )  # the fewest samples it accepts, and the most, if limited
     inputs: int | None = None  # the most inputs that forward takes by position, if limited
-    required_inputs: int | None = None  # those without a default
     arguments: tuple[str, ...] = ()  # what forward calls its inputs
-    keywords: tuple[str, ...] = ()  # those that an exported model takes by name only
+    keywords: tuple[str, ...] = ()  # those that it takes by name only
 
 
 def load_model(
@@ -93,18 +95,18 @@ def load_model(
             check_storages(path)
     notes: list[str] = []
     pickle_hint = "--allow-pickle"
-    batch_size = None
+    batch_sizes: tuple[int, int | None] = (1, None)
     if kind == "torchscript":
         if not allow_pickle:
             refuse_files(path, pickle_hint)
         saved = _torchscript(path, device, train_mode, notes)
     elif kind == "exported":
         program = load_exported(path, device, None if allow_pickle else pickle_hint)
-        batch_size = program.batch_size
+        batch_sizes = program.batch_sizes
         saved = _Loaded(
             program.module,
             "exported",
-            (program.inputs, program.inputs),
+            program.inputs,
             program.arguments,
             program.keywords,
         )
@@ -131,15 +133,13 @@ def load_model(
     module.to(device)
     if saved.kind != "exported":
         module.train(train_mode)
-    required, most = saved.positional
     return SavedModel(
         module,
         saved.kind,
         sha256_of_all(files),
         tuple(notes),
-        batch_size,
-        most,
-        required,
+        batch_sizes,
+        saved.inputs,
         saved.arguments,
         saved.keywords,
     )
@@ -149,9 +149,9 @@ def load_model(
 class _Loaded:
     module: nn.Module
     kind: Literal["torchscript", "state_dict", "exported", "pickle"]
-    positional: tuple[int | None, int | None]  # fewest and most inputs by position
+    inputs: int | None
     arguments: tuple[str, ...]
-    keywords: tuple[str, ...] = ()
+    keywords: tuple[str, ...]
 
 
 def _torchscript(
@@ -258,7 +258,7 @@ def _with_architecture(
         notes.append(f"mlp: {module}, in this order")
     narrow = _narrow(weights.values())
     weights = fitted(module, weights, notes)
-    load_weights(path, module, weights)
+    load_weights(path, module, weights, content if isinstance(content, Mapping) else {})
     if narrow:
         notes.append(_narrow_note(narrow, module))
     return module
@@ -286,22 +286,24 @@ def _state_dict(path: str | os.PathLike[str], content: object) -> dict[str, torc
     return weights
 
 
-def arguments_of(module: nn.Module) -> tuple[tuple[int | None, int | None], tuple[str, ...]]:
-    """The fewest and the most inputs that forward takes by position, and what it calls them."""
+def arguments_of(module: nn.Module) -> tuple[int | None, tuple[str, ...], tuple[str, ...]]:
+    """The most inputs that forward takes by position, if limited; what it calls its inputs; and those by name only."""
     if isinstance(module, torch.jit.ScriptModule):
-        schema: Any = module.forward.schema  # type: ignore[attr-defined]
-        arguments = [a for a in schema.arguments[1:] if not a.kwarg_only]
-        fewest = sum(not a.has_default_value() for a in arguments)
-        return (fewest, len(arguments)), tuple(a.name for a in arguments)
+        arguments = module.forward.schema.arguments[1:]  # type: ignore[attr-defined]
+        keywords = tuple(a.name for a in arguments if a.kwarg_only)
+        return len(arguments) - len(keywords), tuple(a.name for a in arguments), keywords
     try:
         parameters = signature(module.forward).parameters.values()
     except (TypeError, ValueError):
-        return (None, None), ()
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = sum(p.default is Parameter.empty for p in named)
+        return None, (), ()
+    by_name = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    positional = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
     unlimited = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    most = None if unlimited else len(named)
-    return (required, most), tuple(p.name for p in named if p.kind is not p.POSITIONAL_ONLY)
+    return (
+        None if unlimited else positional,
+        tuple(p.name for p in parameters if p.kind in by_name),
+        tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
+    )
 
 
 def _narrow(tensors: Iterable[torch.Tensor]) -> set[torch.dtype]:

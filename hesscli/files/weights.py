@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -11,12 +12,22 @@ from torch import nn
 from hesscli.errors import MismatchError
 
 _LISTED = 10
+_EXTRA = "_extra_state"
 
 
 def load_weights(
-    path: str | os.PathLike[str], module: nn.Module, weights: Mapping[str, torch.Tensor]
+    path: str | os.PathLike[str],
+    module: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    others: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
     """Loads the weights of the file into the module, at their full precision.
+
+    Args:
+        path: the file.
+        module: where they go.
+        weights: by their names in the module.
+        others: what else the file holds; of that the module gets what it asks for by `get_extra_state`.
 
     Raises:
         MismatchError: names or shapes differ; each is listed.
@@ -38,8 +49,10 @@ def load_weights(
             and not isinstance(tensor, nn.UninitializedParameter)
         ):
             tensor.data = tensor.data.double()
+    asked = [name for name in module.state_dict() if name.rpartition(".")[2] == _EXTRA]
+    extra = {name: others[name] for name in asked if name in others}
     try:
-        module.load_state_dict(content)
+        module.load_state_dict({**content, **extra})
     except RuntimeError as error:
         differences = _differences(expected, content)
         raise MismatchError(

@@ -18,7 +18,7 @@ from hesscli.hessian.problem import Problem, saved_bytes
 from hesscli.job.options import ProblemOptions
 from hesscli.job.source import Source
 from hesscli.job.team import ranks_here
-from hesscli.job.together import coupled, coupled_in_place, takes
+from hesscli.job.together import coupled, coupled_in_place, taken
 
 _EACH = 2  # batches of each thread, where they are worked on side by side
 _WORTH = 1 << 21  # bytes that a batch's pass keeps at least, to be worth one
@@ -39,21 +39,12 @@ def split(
     Args:
         parts: how many processes share the batches; there is at least one for each, where that can be.
         side_by_side: batches will be worked on side by side: a few for each thread, unless they would be small.
+
+    Raises:
+        MismatchError: the data cannot be cut into batches that the model accepts.
     """
     samples = source.samples
-    few = source.whole() if options.unbatched else source.part(0, min(samples, 2))
-    whole = options.unbatched or options.train_mode  # batch norm couples the samples of a batch
-    if model.batch_size is not None and not options.unbatched:
-        if samples % model.batch_size:
-            raise MismatchError(
-                f"the exported model accepts batches of exactly {model.batch_size} samples, "
-                f"the data has {samples}",
-                "export it with a dynamic batch axis (torch.export.Dim)",
-            )
-        few = source.part(0, model.batch_size)
-    elif not whole and not takes(problem, few, source):
-        few, whole = source.whole(), True
-        note(f"the model takes all {samples} samples at once, so all the data is one batch")
+    few, fewest, most = _accepted(problem, source, options, model, note)
     if problem.loss.name in OF_CLASSES and few.target is not None and few.target.dim() > 1:
         with torch.no_grad():
             output = problem.output(few)
@@ -68,6 +59,64 @@ def split(
                 "the loss is one number for all data, so the data is not split into batches; "
                 "a loss that returns a term for each sample would be, and faster"
             )
+            fewest = most = samples
+    sizes = _sizes(problem, few, samples, parts, side_by_side)
+    batch, bounds = min(options.batch_size or sizes.batch, samples), None
+    if fewest > 1 or most is not None:
+        bounds = _within(samples, batch, fewest, most or samples, parts)
+        batch = bounds[1]
+        seeing = coupled_in_place(problem, source, batch)
+        if seeing is not None:
+            note(f"{seeing} sees several samples at once: {batch} at a time, as it accepts them")
+    elif batch < samples or parts > 1:
+        seeing = coupled(problem, source, batch)
+        if seeing is not None:
+            note(f"{seeing} sees several samples at once, so all the data is one batch")
+            batch = samples
+        elif parts > 1:
+            batch, bounds = _even(samples, batch, parts)
+    if bounds is None:
+        bounds = [*range(0, samples, batch), samples]
+    count = len(bounds) - 1
+    if count < parts:
+        batches = f"{count} batch" + ("es" if count > 1 else "")
+        note(f"the data is {batches}, so {parts - count} of {parts} processes have nothing to do")
+    return replace(problem, batches=_batches(source, bounds, parts)), Sizes(batch, sizes.chunk)
+
+
+def _accepted(
+    problem: Problem,
+    source: Source,
+    options: ProblemOptions,
+    model: SavedModel,
+    note: Callable[[str], None],
+) -> tuple[Batch, int, int | None]:
+    """A few samples that the model takes; and the fewest and the most, if limited, that it takes at once.
+
+    What does not take two may have been traced with another number, `--batch-size`; or takes all at once, as the nodes
+    of a graph.
+    """
+    samples, (fewest, most) = source.samples, model.batch_sizes
+    if options.unbatched:
+        return source.whole(), samples, samples
+    if (fewest, most) != (1, None):
+        count = max(2, fewest) if most is None else min(max(2, fewest), most)
+        _within(samples, count, fewest, most or samples, 1)  # before a pass of other samples fails
+        return source.part(0, count), fewest, most
+    if options.train_mode:  # batch norm couples the samples of a batch
+        return source.part(0, min(samples, 2)), samples, samples
+    asked = min(options.batch_size or samples, samples)
+    few = taken(problem, source, list(dict.fromkeys([min(samples, 2), asked, samples])))
+    count = len(few.inputs[0]) if few.inputs[0].dim() else 1
+    if count <= 2:
+        return few, 1, None
+    if count == samples:
+        note(f"the model takes all {samples} samples at once, so all the data is one batch")
+    return few, count, count
+
+
+def _sizes(problem: Problem, few: Batch, samples: int, parts: int, side_by_side: bool) -> Sizes:
+    """How much goes through at once, by what a few samples take."""
     saved = saved_bytes(problem, few, problem.output) // max(
         1, len(few.inputs[0]) if few.inputs[0].dim() else 1
     )
@@ -79,29 +128,7 @@ def split(
     if side_by_side and problem.device.type == "cpu":
         enough = max(_ENOUGH, size * problem.dtype.itemsize // 2)
         sizes = replace(sizes, batch=min(sizes.batch, _for_threads(samples, saved, enough)))
-    batch, bounds = min(options.batch_size or sizes.batch, samples), None
-    whole = whole or problem.loss.whole
-    if model.batch_size is not None and not whole:
-        batch = model.batch_size
-        seeing = coupled_in_place(problem, source, batch)
-        if seeing is not None:
-            note(f"{seeing} sees several samples at once: {batch} at a time, as it was exported")
-    elif not whole and (batch < samples or parts > 1):
-        seeing = coupled(problem, source, batch)
-        if seeing is not None:
-            note(f"{seeing} sees several samples at once, so all the data is one batch")
-        whole = seeing is not None
-        if not whole and parts > 1:
-            batch, bounds = _even(samples, batch, parts)
-    if whole:
-        batch = samples
-    if bounds is None:
-        bounds = [*range(0, samples, batch), samples]
-    count = len(bounds) - 1
-    if count < parts:
-        batches = f"{count} batch" + ("es" if count > 1 else "")
-        note(f"the data is {batches}, so {parts - count} of {parts} processes have nothing to do")
-    return replace(problem, batches=_batches(source, bounds, parts)), Sizes(batch, sizes.chunk)
+    return sizes
 
 
 def _for_threads(samples: int, saved: int, enough: int) -> int:
@@ -113,6 +140,24 @@ def _for_threads(samples: int, saved: int, enough: int) -> int:
     few = min(_EACH * threads, samples * saved // _WORTH) if threads > 1 else 1
     many = -(-samples * saved // (enough * threads)) * threads
     return -(-samples // max(1, few, many))
+
+
+def _within(samples: int, batch: int, fewest: int, most: int, parts: int) -> list[int]:
+    """Where batches begin and end: as equal as can be, and of no more samples than wanted where the model accepts that.
+
+    Raises:
+        MismatchError: there are none that it accepts.
+    """
+    for count in range(min(samples, max(parts, -(-samples // min(batch, most)))), 0, -1):
+        if samples // count >= fewest and -(-samples // count) <= most:
+            return [index * samples // count for index in range(count + 1)]
+    accepted = f"exactly {most}" if fewest == most else f"{fewest} to {most}"
+    raise MismatchError(
+        f"the model accepts batches of {accepted} samples, the data has {samples}",
+        f"--samples {samples - samples % most}"
+        if samples > most
+        else "export it with a dynamic batch axis (torch.export.Dim)",
+    )
 
 
 def _even(samples: int, most: int, parts: int) -> tuple[int, list[int]]:

@@ -208,26 +208,31 @@ def _keywords(
 ) -> tuple[list[str], tuple[str, ...]]:
     """The inputs in the order in which they are passed, and the last ones that are passed by name.
 
-    By name go those that an exported model takes in no other way; and all, if each is called as one of forward's
-    parameters is, and their order is another.
+    By name go those that the model takes in no other way; and all, if each is called as one of forward's parameters
+    is, and their order is another.
 
     Raises:
-        MismatchError: one that the model takes by name is not among them.
+        MismatchError: one that an exported model takes by name is not among them.
     """
-    for name in model.keywords:
+    exported, keywords = model.kind == "exported", model.keywords
+    for name in keywords if exported else ():
         if name not in known:
             raise MismatchError(
-                f"{options.model}: takes {', '.join(model.keywords)} by name, "
+                f"{options.model}: takes {', '.join(keywords)} by name, "
                 f"the inputs are {', '.join(names)}",
                 " ".join(f"--inputs {shlex.quote(name)}" for name in model.arguments),
             )
-    if model.keywords:
-        return [n for n in names if n not in model.keywords] + [*model.keywords], model.keywords
-    in_order = tuple(names) == model.arguments[: len(names)]
-    if model.kind == "exported" or in_order or not set(names) <= set(model.arguments):
-        return names, ()
+    if not exported:
+        keywords = tuple(name for name in names if name in keywords)
+    others = [name for name in names if name not in keywords]
+    positional = [name for name in model.arguments if name not in model.keywords]
+    if others == positional[: len(others)] or not set(others) <= set(positional):
+        return [*others, *keywords], keywords
     note(f"inputs are passed by name: {', '.join(names)}")
-    return names, tuple(names)
+    if exported:  # which has an order alone
+        named = [name for name in positional if name in others]
+        return [*named, *keywords], keywords
+    return [*others, *keywords], (*others, *keywords)
 
 
 def _as_columns(problem: Problem, source: Source, note: Callable[[str], None]) -> Source:

@@ -17,25 +17,25 @@ from hesscli.job.source import Source
 _FEWEST, _TRIED = 4, 32  # samples passed together and apart
 
 
-def takes(problem: Problem, few: Batch, source: Source) -> bool:
-    """Whether the model takes a few samples; if not, it takes all at once, as the nodes of a graph.
+def taken(problem: Problem, source: Source, counts: Sequence[int]) -> Batch:
+    """The first so many samples that the model takes, of these numbers of samples in turn.
 
     Raises:
-        MismatchError: it takes neither.
+        MismatchError: it takes none of them; why it does not take the first.
     """
+    refused: MismatchError | None = None
     with torch.no_grad():
-        try:
-            problem.output(few)
-        except MismatchError as error:
-            tried = len(few.inputs[0]) == source.samples
-            if tried or source.bytes > available_memory() // 8:
-                raise
+        for count in counts:
+            if refused and source.bytes * count // source.samples > available_memory() // 8:
+                break
+            batch = source.part(0, count)
             try:
-                problem.output(source.whole())
-            except MismatchError:
-                raise error from None
-            return False
-    return True
+                problem.output(batch)
+                return batch
+            except MismatchError as error:
+                refused = refused or error
+    assert refused is not None
+    raise refused
 
 
 def coupled(problem: Problem, source: Source, batch: int) -> str | None:
@@ -62,7 +62,7 @@ def coupled(problem: Problem, source: Source, batch: int) -> str | None:
 
 
 def coupled_in_place(problem: Problem, source: Source, batch: int) -> str | None:
-    """The same of a model that takes batches of one size alone: whether a sample's output depends on the others'."""
+    """The same of a model that does not take any number of samples: whether an output depends on the others' inputs."""
     half = batch // 2
     if not half or source.samples < 2 * batch:
         return None

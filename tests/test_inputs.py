@@ -1,0 +1,187 @@
+"""How models take their inputs: by name only, in a dict, beside constants, or no more than so many samples at once."""
+
+from __future__ import annotations
+
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from conftest import read
+from oracles import hessian, relative_error
+from torch import Tensor, nn
+from torch.export import Dim
+
+import hesscli
+from hesscli.job.opening import open_problem
+from hesscli.job.options import ProblemOptions
+from hesscli.job.share import Silent
+
+GENERATOR = torch.Generator().manual_seed(0)
+X, Z, Y = (torch.randn(12, n, generator=GENERATOR, dtype=torch.float64) for n in (3, 4, 2))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)) * z)
+
+
+class ByName(Net):
+    def forward(self, x: Tensor, *, z: Tensor | None = None, unused: float = 1.0) -> Tensor:
+        return super().forward(x, torch.ones(4, dtype=x.dtype) if z is None else z)
+
+
+class Nested(Net):
+    """Takes a dict, and what is no tensor."""
+
+    def forward(self, flag: bool, both: dict[str, Tensor], *, how: str = "no") -> Tensor:
+        found = super().forward(both["x"], both["z"])
+        return found.sin() if flag and how == "sin" else found
+
+
+class Remembers(Net):
+    """Saves more than tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = 1.0
+
+    def get_extra_state(self) -> dict[str, float]:
+        return {"scale": self.scale}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        self.scale = state["scale"]
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.scale * super().forward(x, z)
+
+
+class Alone(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, torch.ones(4, dtype=x.dtype))
+
+
+class Four(Alone):
+    """Was traced with four samples, and takes no other number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).view(4, 2)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def data(tmp_path):
+    np.savez(tmp_path / "d.npz", x=X.numpy(), z=Z.numpy(), y=Y.numpy())
+    return "d.npz"
+
+
+def truth(model: nn.Module, *inputs: Tensor) -> Tensor:
+    return hessian(model, nn.functional.mse_loss, inputs, Y)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_inputs_by_name_only(named):
+    model = ByName().double()
+    arrays = {"x": X, "y": Y} | ({"z": Z} if named else {})
+    inputs = ("z", "x") if named else ("x",)
+    found = hesscli.compute(model, arrays, inputs=inputs, blocks="full", framework="torch")
+    model.forward = lambda x: ByName.forward(model, x, z=Z if named else None)
+    assert relative_error(found.matrix(), truth(model, X)) < 1e-9
+
+
+def test_a_program_that_takes_a_dict_and_constants(cli, data, tmp_path):
+    model, batch = Nested().double(), Dim("batch")
+    program = torch.export.export(
+        model, (True, {"x": X, "z": Z}), {"how": "sin"},
+        dynamic_shapes={"flag": None, "both": {"x": {0: batch}, "z": {0: batch}}, "how": None},
+    )  # fmt: skip
+    torch.export.save(program, tmp_path / "m.pt2")
+    ran = cli("compute", "m.pt2", data, "-b", "full", "--inputs", "x", "--inputs", "z")
+    assert ran.code == 0, ran.stderr
+    _, tensors = read(tmp_path / "hessian.safetensors")
+    model.forward = lambda x, z: Nested.forward(model, True, {"x": x, "z": z}, how="sin")
+    assert relative_error(tensors["hessian"], truth(model, X, Z)) < 1e-9
+    said = cli("compute", "m.pt2", data, "--inputs", "x").fails(4)
+    assert said.endswith("takes both_x, both_z; 1 were given")
+
+
+def test_inputs_in_the_order_of_a_program_by_their_names(cli, data, tmp_path):
+    model, batch = Net().double(), Dim("batch")
+    shapes = {"x": {0: batch}, "z": {0: batch}}
+    torch.export.save(torch.export.export(model, (X, Z), dynamic_shapes=shapes), tmp_path / "m.pt2")
+    ran = cli("compute", "m.pt2", data, "-b", "full", "--inputs", "z", "--inputs", "x")
+    assert ran.code == 0, ran.stderr
+    assert "inputs are passed by name: z, x" in ran.notes
+
+
+def test_a_number_that_varies(cli, data, tmp_path):
+    class Scaled(Alone):
+        def forward(self, x: Tensor, n: int) -> Tensor:
+            return super().forward(x) * n
+
+    shapes = {"x": {0: Dim("batch")}, "n": Dim.DYNAMIC}
+    program = torch.export.export(Scaled().double(), (X, 3), dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "m.pt2")
+    assert "a number as an input that varies (n)" in cli("compute", "m.pt2", data).fails(3)
+
+
+def test_a_state_of_more_than_tensors(cli, data, tmp_path):
+    model = Remembers().double()
+    model.scale = 2.0
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    words = ("--inputs", "x", "--inputs", "z", "-b", "full", "--arch", f"{__name__}:Remembers")
+    ran = cli("compute", "m.pt", data, *words)
+    assert ran.code == 0, ran.stderr
+    _, tensors = read(tmp_path / "hessian.safetensors")
+    assert relative_error(tensors["hessian"], truth(model, X, Z)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("limits", "asked", "batches"),
+    [
+        ({"max": 8}, None, 2),
+        ({"max": 8}, 3, 4),
+        ({"min": 4, "max": 6}, None, 2),
+        ({"min": 4, "max": 6}, 2, 3),
+        ({"min": 5}, None, 1),
+        ({"min": 5}, 5, 2),
+        ({"min": 1}, 1, 12),
+        ({}, 1, 12),
+    ],
+)
+def test_batches_that_a_program_accepts(cli, data, tmp_path, limits, asked, batches):
+    model, shapes = Alone().double(), ({0: Dim("batch", **limits)},)
+    program = torch.export.export(model, (X[:5],), dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "m.pt2")
+    words = [] if asked is None else ["--batch-size", asked]
+    ran = cli("compute", "m.pt2", data, "-b", "full", *words)
+    assert ran.code == 0, ran.stderr
+    _, tensors = read(tmp_path / "hessian.safetensors")
+    assert relative_error(tensors["hessian"], truth(model, X)) < 1e-9
+    options = ProblemOptions(tmp_path / "m.pt2", tmp_path / data, batch_size=asked)
+    assert len(open_problem(options, Silent()).problem.batches) == batches
+
+
+def test_batches_that_no_program_accepts(cli, data, tmp_path):
+    torch.export.save(torch.export.export(Alone().double(), (X[:5],)), tmp_path / "m.pt2")
+    ran = cli("compute", "m.pt2", data)
+    assert "accepts batches of exactly 5 samples, the data has 12" in ran.fails(4)
+    assert cli(*shlex.split(ran.hint)[1:]).code == 0
+
+
+def test_a_trace_of_so_many_samples(cli, data, tmp_path):
+    model = Four().double()
+    torch.jit.trace(model, (X[:4],)).save(str(tmp_path / "m.pt"))
+    assert "shape '[4, 2]' is invalid" in cli("compute", "m.pt", data).fails(4)
+    assert cli("compute", "m.pt", data, "--batch-size", 4, "-b", "full").code == 0
+    _, tensors = read(tmp_path / "hessian.safetensors")
+    model.forward = lambda x: Alone.forward(model, x)
+    assert relative_error(tensors["hessian"], truth(model, X)) < 1e-9
