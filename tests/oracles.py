@@ -41,7 +41,8 @@ def hessian(
 
     def objective(theta: Tensor) -> Tensor:
         parts = zip(chosen.items(), theta.split(sizes), strict=True)
-        values = {name: part.view(value.shape) for (name, value), part in parts}
+        # Times one: a copy in every derivative, as at an odd place a pair is no complex number.
+        values = {name: (part * 1).view(value.shape) for (name, value), part in parts}
         return loss(torch.func.functional_call(module, values, inputs), target)
 
     theta = torch.cat([value.reshape(-1) for value in chosen.values()])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from oracles import hessian
 from torch import Tensor, nn
 
 import hesscli
+from hesscli.hessian.precision import in_precision_
 
 X = torch.randn(9, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = X.sin().sum(1, keepdim=True)
@@ -419,3 +421,48 @@ def test_a_constant_in_a_parameters_memory(saved, buffer, method, tmp_path):
     model.k = model.a.weight.detach().clone()
     truth = hessian(model, nn.functional.mse_loss, (X,), Y)
     torch.testing.assert_close(found.matrix(), truth, rtol=1e-6, atol=1e-8)
+
+
+class Waves(Scaled):
+    """Goes on in complex numbers, times a constant of them, to their lengths."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("k", torch.randn(3, 2, dtype=torch.cfloat))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))[:, :3].to(self.k.dtype)
+        return (h @ self.k).abs().sum(1, keepdim=True)
+
+
+class Pairs(nn.Module):
+    """Its second parameter is pairs of numbers, and begins at an odd place."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.w = nn.Parameter(torch.randn(1)), nn.Parameter(torch.randn(2, 1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = torch.view_as_complex(self.w)
+        return (torch.tanh(self.a * x).to(w.dtype) @ w).abs()
+
+
+@pytest.mark.parametrize("net", [Waves, Pairs])
+@pytest.mark.parametrize("blocks", ["full", "elements"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_complex_numbers(net, blocks, dtype, tmp_path):
+    torch.manual_seed(0)
+    model = net()
+    torch.export.save(torch.export.export(model, (X.float(),)), tmp_path / "model.pt2")
+    found = hesscli.compute(
+        tmp_path / "model.pt2", (X, Y), blocks=blocks, framework="torch", dtype=dtype
+    ).matrix()
+    truth = hessian(in_precision_(model, torch.float64), nn.functional.mse_loss, (X,), Y)
+    if blocks == "elements":
+        truth = truth.diagonal().diag()
+    tolerance = 1e-9 if dtype == "float64" else 1e-4
+    torch.testing.assert_close(found.double(), truth, rtol=tolerance, atol=tolerance)
+    np.savez(tmp_path / "d.npz", x=X, y=Y)
+    operator = hesscli.operator(tmp_path / "model.pt2", tmp_path / "d.npz", dtype=dtype)
+    columns = torch.from_numpy(operator @ np.eye(len(truth))).double()
+    torch.testing.assert_close(columns.diagonal(), truth.diagonal(), rtol=tolerance, atol=tolerance)

@@ -323,7 +323,8 @@ def prepare(module: nn.Module, notes: list[str]) -> None:
         return
     # To the widest that is there, so that nothing else is rounded.
     wide = any(p.dtype is torch.float64 for p in module.parameters())
-    module.to(torch.float64 if wide else torch.float32)
+    widest = torch.float64 if wide else torch.float32
+    module._apply(lambda t: t.to(widest) if t.is_floating_point() else t)
     if narrow:
         notes.append(_narrow_note(narrow, module))
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from hesscli.hessian.precision import in_precision
 
 
 # Two batches are never the same: what is kept of one goes with it.
@@ -55,7 +58,7 @@ def doubled(batches: Sequence[Batch]) -> Sequence[Batch]:
 
 def _double(batch: Batch) -> Batch:
     def cast(value: object) -> object:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        return in_precision(value, torch.float64) if isinstance(value, Tensor) else value
 
     return Batch(
         tuple(cast(x) for x in batch.inputs),  # type: ignore[misc]

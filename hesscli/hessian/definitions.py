@@ -198,7 +198,8 @@ STEP_BY_STEP = {
     for operator in (f"{name}.input", f"{name}.data")
 }
 _CPU, _GPUS = "AutogradCPU", ("AutogradCUDA", "AutogradMPS")
-_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+_NARROW = (torch.float32, torch.float16, torch.bfloat16, torch.complex64)
+_WIDE = (torch.float64, torch.complex128)
 
 DEFINITIONS: dict[str, Callable[..., object]] = {
     "native_layer_norm": layer_norm,
@@ -275,10 +276,11 @@ def right_gradients() -> Iterator[None]:
 def _to_copy_that_stays_wide(
     keys: torch._C.DispatchKeySet, x: Tensor, *, dtype: torch.dtype | None = None, **options: Any
 ) -> Tensor:
-    if x.dtype is torch.float64 and dtype in _NARROW:
-        return x.clone()
-    if not x.is_floating_point() and dtype in _NARROW:  # positions, say, that meet what stays wide
-        dtype = torch.float64
+    if dtype in _NARROW and (x.dtype in _WIDE or not (x.is_floating_point() or x.is_complex())):
+        # Integers too: positions, say, that meet what stays wide.
+        dtype = torch.complex128 if dtype.is_complex else torch.float64
+        if x.dtype is dtype:
+            return x.clone()
     if x.requires_grad:  # to another device, say
         like = {name: options[name] for name in ("device", "layout") if options.get(name)}
         return torch.empty_like(x, dtype=dtype, **like).copy_(x)
@@ -308,19 +310,18 @@ class Narrowings(Watcher):
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
         if func is torch.ops.aten._to_copy.default:
-            self.found |= args[0].dtype is torch.float64 and kwargs.get("dtype") in _NARROW
+            self.found |= args[0].dtype in _WIDE and kwargs.get("dtype") in _NARROW
         elif _is_narrow(result) and any(map(_is_wide_variable, args)):
             self.stuck = func.overloadpacket.__name__
         return result
 
 
 def _is_narrow(x: object) -> bool:
-    return isinstance(x, Tensor) and x.dtype in (*_NARROW, torch.complex64)
+    return isinstance(x, Tensor) and x.dtype in _NARROW
 
 
 def _is_wide_variable(x: object) -> bool:
-    wide = isinstance(x, Tensor) and x.dtype in (torch.float64, torch.complex128)
-    return wide and x.requires_grad  # type: ignore[attr-defined]
+    return isinstance(x, Tensor) and x.dtype in _WIDE and x.requires_grad
 
 
 @contextmanager

@@ -206,12 +206,15 @@ class Products(Flat):
         return torch.zeros_like(vectors).split(self.sizes, -1)
 
     def _joined(self, grads: Sequence[Tensor | None]) -> Tensor:
-        return torch.cat(
-            [
-                (torch.zeros_like(leaf) if g is None else g).reshape(-1)
-                for g, leaf in zip(grads, self.leaves, strict=True)
-            ]
-        )
+        parts, start = [], 0
+        for g, leaf in zip(grads, self.leaves, strict=True):
+            if g is not None and g.requires_grad and start % 2:
+                g.register_hook(
+                    torch.clone
+                )  # its seed begins at an odd place, where pairs are no complex numbers
+            parts.append((torch.zeros_like(leaf) if g is None else g).reshape(-1))
+            start += leaf.numel()
+        return torch.cat(parts)
 
     def _transposed(self, value: Tensor) -> Callable[[Tensor], Row]:
         """seed [*value.shape] -> (d value / d theta)^T seed, and the same for each of k seeds."""

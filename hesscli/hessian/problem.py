@@ -21,6 +21,7 @@ from hesscli.hessian.definitions import Narrowings, right_gradients, staying_wid
 from hesscli.hessian.guests import explaining, guest
 from hesscli.hessian.losses import Loss
 from hesscli.hessian.outputs import pick_output
+from hesscli.hessian.precision import in_precision_
 
 _UNSEEN = 256  # times the inputs: what a pass is taken to keep that cannot be looked into
 
@@ -167,7 +168,8 @@ class Problem:
                 mine = self.output(self.batches[0])
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of what is deprecated inside exported graphs
-                    module = copy.deepcopy(self.module).double()  # TorchScript would record it
+                    copied = copy.deepcopy(self.module)  # TorchScript would record it
+                    module = in_precision_(copied, torch.float64)
             named = dict(module.named_parameters(remove_duplicate=False))
             twin = replace(
                 self,

@@ -16,6 +16,7 @@ from hesscli.files.models import SavedModel, load_model
 from hesscli.hessian.losses import OF_CLASSES
 from hesscli.hessian.operator import CURVATURES
 from hesscli.hessian.plan import Sizes
+from hesscli.hessian.precision import in_precision_
 from hesscli.hessian.problem import Problem, measure
 from hesscli.job.batches import split
 from hesscli.job.loss import loss_of, printable
@@ -195,7 +196,7 @@ def _cast(model: SavedModel, name: str) -> torch.dtype:
     if wanted is None:
         wanted = torch.float64 if torch.float64 in floating else torch.float32
     if floating != {wanted}:
-        model.module.to(wanted)
+        in_precision_(model.module, wanted)
     return wanted
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.losses import Loss
+from hesscli.hessian.precision import in_precision
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ class Source:
 
 
 def move(array: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The array on the device, in memory of its own, floating-point numbers in the dtype."""
-    wanted = dtype if _floats(array) else array.dtype
+    """The array on the device, in memory of its own, real and complex numbers with the digits of the dtype."""
+    wanted = in_precision(array[:0] if array.dim() else array, dtype).dtype
     return torch.empty(array.shape, dtype=wanted, device=device).copy_(array)
 
 

@@ -114,6 +114,8 @@ class Preactivation:
         steps, mine = chain_of(analysis, uses)
         if mine:
             probed = Probed(self.problem, batch, analysis, curved_outputs(steps))
+            if any(probed.known[step.before].is_complex() for step in steps):
+                return list(blocks)  # the recursion is that of real numbers
             output = analysis.tape.output
             found = chain_diagonals(probed, output, steps, {use.z for use in mine.values()})
             if not all(bool(torch.isfinite(d).all()) for d in found.values()):
