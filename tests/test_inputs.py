@@ -72,6 +72,14 @@ class Four(Alone):
         return super().forward(x).view(4, 2)
 
 
+class Overwrites(Alone):
+    """Centres its input where it lies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 0.5
+        return super().forward(x)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -95,6 +103,25 @@ def test_inputs_by_name_only(named):
     found = hesscli.compute(model, arrays, inputs=inputs, blocks="full", framework="torch")
     model.forward = lambda x: ByName.forward(model, x, z=Z if named else None)
     assert relative_error(found.matrix(), truth(model, X)) < 1e-9
+
+
+@pytest.mark.parametrize("blocks", ["full", "elements"])
+@pytest.mark.parametrize("scripted", [False, True])
+def test_an_input_that_is_written_to(blocks, scripted, tmp_path):
+    model, arrays = Overwrites().double(), {"x": X.clone(), "y": Y}
+    saved = model
+    if scripted:
+        saved = tmp_path / "m.pt"
+        torch.jit.trace(model, (X.clone(),)).save(str(saved))
+    made = hesscli.compute(saved, arrays, blocks=blocks, framework="torch", batch_size=5)
+    assert not [note for note in made.metadata["notes"] if "no fast route" in note]
+    found = made.matrix()
+    assert torch.equal(arrays["x"], X)
+    model.forward = lambda x: Alone.forward(model, x - 0.5)
+    expected = truth(model, X)
+    if blocks == "elements":
+        found, expected = found.diagonal(), expected.diagonal()
+    assert relative_error(found, expected) < 1e-9
 
 
 def test_a_program_that_takes_a_dict_and_constants(cli, data, tmp_path):

@@ -7,6 +7,9 @@ import pytest
 import torch
 from oracles import hessian
 from torch import Tensor, nn
+from torch._higher_order_ops.map import map as map_rows
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
 
 import hesscli
 from hesscli.hessian.precision import in_precision_
@@ -381,6 +384,63 @@ def test_a_float32_model_with_a_part_in_float64(blocks):
     truth = hessian(model.double(), nn.functional.mse_loss, (X,), Y)
     same = found != 0
     torch.testing.assert_close(found.double()[same], truth[same], rtol=1e-4, atol=1e-5)
+
+
+class Branching(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cond(x.sum() > 0, torch.tanh, lambda h: 2 * torch.sin(h), (self.a(x),))
+        return self.b(h)
+
+
+class OfRows(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(map_rows(lambda h, w: torch.tanh(h * w), self.a(x), self.b.weight[0]))
+
+
+class Scanning(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        def step(carried, row):
+            carried = torch.tanh(carried + row)
+            return carried, carried * 1
+
+        h = self.a(x)
+        last, states = scan(step, torch.zeros_like(h[0]), h)
+        return self.b(states) + self.b(last)
+
+
+class Looping(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(
+            while_loop(
+                lambda i, h: i < 3,
+                lambda i, h: (i + 1, torch.tanh(h)),
+                (torch.tensor(0), self.a(x)),
+            )[1]
+        )
+
+
+@pytest.mark.parametrize("net", [Branching, OfRows, Scanning, Looping])
+def test_control_flow_of_programs(net, tmp_path):
+    torch.manual_seed(0)
+    model = net().double()
+    torch.export.save(torch.export.export(model, (X,)), tmp_path / "model.pt2")
+    found = hesscli.compute(tmp_path / "model.pt2", (X, Y), blocks="full", framework="torch")
+    a, b = model.a, model.b
+    model.forward = {
+        Branching: lambda x: b(torch.tanh(a(x)) if x.sum() > 0 else 2 * a(x).sin()),
+        OfRows: lambda x: b(torch.tanh(a(x) * b.weight[0])),
+        Scanning: lambda x: b(states := _states(a(x))) + b(states[-1]),
+        Looping: lambda x: b(a(x).tanh().tanh().tanh()),
+    }[net]
+    truth = hessian(model, nn.functional.mse_loss, (X,), Y)
+    torch.testing.assert_close(found.matrix(), truth, rtol=1e-9, atol=1e-12)
+
+
+def _states(rows: Tensor) -> Tensor:
+    states = [torch.zeros_like(rows[0])]
+    for row in rows:
+        states.append(torch.tanh(states[-1] + row))
+    return torch.stack(states[1:])
 
 
 class Sharing(nn.Module):

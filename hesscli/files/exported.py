@@ -14,6 +14,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, TensorArgu
 from torch.export.passes import move_to_device_pass
 
 from hesscli.errors import FileError
+from hesscli.files.control_flow import IN_PYTHON
 from hesscli.files.exported_code import refuse_code
 from hesscli.files.ties import shared, tie
 from hesscli.files.torch_files import NeedsPickleError, pickled_objects, quiet, reading
@@ -136,8 +137,8 @@ def _loosen(module: nn.Module) -> None:
     """Lets the graph run in another dtype and on another device than those it was exported with.
 
     What asserts the dtype of a tensor goes; and every view may be a copy, as the operators of another device lay their
-    results out in other ways. What it detaches is detached in Python, where a `TorchFunctionMode` sees it; and what it
-    copies has a derivative.
+    results out in other ways. What it detaches is detached in Python, where a `TorchFunctionMode` sees it; what it
+    copies has a derivative; and branches and loops are Python's.
     """
     for part in module.modules():
         if not isinstance(part, torch.fx.GraphModule):
@@ -147,6 +148,8 @@ def _loosen(module: nn.Module) -> None:
                 part.graph.erase_node(node)
             elif node.target in _LOOSE:
                 node.target = _LOOSE[node.target]
+            elif isinstance(node.target, torch._ops.HigherOrderOperator):
+                node.target = IN_PYTHON.get(node.target.name(), node.target)
         part.recompile()
 
 

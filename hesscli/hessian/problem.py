@@ -41,6 +41,7 @@ class Problem:
         denominator: see above; `measure` finds it.
         output_key: which entry of a dict or tuple that the module returns is its output.
         wide: what the module itself computes in float32, whatever its dtype, is computed in float64.
+        writes: the module writes into its inputs, so every pass has copies of them.
         narrow: the problem that this is a copy of, in another dtype.
     """
 
@@ -51,6 +52,7 @@ class Problem:
     denominator: float = 1.0
     output_key: str | None = None
     wide: bool = False
+    writes: bool = False
     narrow: Problem | None = None
 
     runs_here: ClassVar[bool] = True  # whether this process makes all passes
@@ -87,9 +89,10 @@ class Problem:
             torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
             guest(partial(_not_accepted, batch)),
         ):
-            place = len(batch.inputs) - len(batch.keywords)
-            named = dict(zip(batch.keywords, batch.inputs[place:], strict=True))
-            return self.module(*batch.inputs[:place], **named)
+            inputs = [x.clone() for x in batch.inputs] if self.writes else batch.inputs
+            place = len(inputs) - len(batch.keywords)
+            named = dict(zip(batch.keywords, inputs[place:], strict=True))
+            return self.module(*inputs[:place], **named)
 
     def total(self, batch: Batch) -> tuple[Tensor, float]:
         """The batch's sum of loss terms, and its share of the denominator of the mean."""

@@ -60,7 +60,10 @@ def split(
                 "a loss that returns a term for each sample would be, and faster"
             )
             fewest = most = samples
+    as_given = [x._version for x in few.inputs]
     sizes = _sizes(problem, few, samples, parts, side_by_side)
+    if [x._version for x in few.inputs] != as_given:
+        problem = replace(problem, writes=True)
     batch, bounds = min(options.batch_size or sizes.batch, samples), None
     if fewest > 1 or most is not None:
         bounds = _within(samples, batch, fewest, most or samples, parts)
