@@ -408,6 +408,11 @@ class Scanning(Scaled):
         return self.b(states) + self.b(last)
 
 
+class Vectorized(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.vmap(lambda h: torch.tanh(h) * h.sum())(self.a(x)))
+
+
 class Looping(Scaled):
     def forward(self, x: Tensor) -> Tensor:
         return self.b(
@@ -419,7 +424,7 @@ class Looping(Scaled):
         )
 
 
-@pytest.mark.parametrize("net", [Branching, OfRows, Scanning, Looping])
+@pytest.mark.parametrize("net", [Branching, OfRows, Scanning, Looping, Vectorized])
 def test_control_flow_of_programs(net, tmp_path):
     torch.manual_seed(0)
     model = net().double()
@@ -431,6 +436,7 @@ def test_control_flow_of_programs(net, tmp_path):
         OfRows: lambda x: b(torch.tanh(a(x) * b.weight[0])),
         Scanning: lambda x: b(states := _states(a(x))) + b(states[-1]),
         Looping: lambda x: b(a(x).tanh().tanh().tanh()),
+        Vectorized: lambda x: b(a(x).tanh() * a(x).sum(1, keepdim=True)),
     }[net]
     truth = hessian(model, nn.functional.mse_loss, (X,), Y)
     torch.testing.assert_close(found.matrix(), truth, rtol=1e-9, atol=1e-12)

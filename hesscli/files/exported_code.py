@@ -17,7 +17,11 @@ from collections.abc import Iterator
 from hesscli.files.torch_files import NeedsPickleError, load_weights_only_bytes
 
 # Calls that a graph is made of. Anything else under `torch.` could be `torch.load`.
-_TARGET = re.compile(r"torch\.ops\.\w+\.\w+(\.\w+)?|torch\.sym_\w+|_operator\.\w+|math\.\w+")
+_TARGET = re.compile(
+    r"torch\.ops\.\w+\.\w+(\.\w+)?|torch\.sym_\w+|_operator\.\w+|math\.\w+"
+    r"|torch\._functorch\.predispatch\.(_add_batch_dim|_remove_batch_dim"  # what vmap leaves
+    r"|_vmap_increment_nesting|_vmap_decrement_nesting|lazy_load_decompositions)"
+)
 _BITWISE = re.compile(r"torch\.ops\.aten\.__i?(and|or|xor|lshift|rshift)__\.\w+")  # attention masks
 _UNSAFE_TARGET = re.compile(
     r"__|_operator\.(call|attrgetter|methodcaller)"
