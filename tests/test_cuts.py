@@ -10,11 +10,11 @@ from problems import blocks_and_truth, compute_blocks, problem_of, problem_of_ca
 from torch import Tensor, nn
 
 from hesscli.hessian import cuts
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.costs import Costs, Work
 from hesscli.hessian.cuts import CutPlan, plan_cuts, separators
 from hesscli.hessian.probes import Analyses, Analysis
 from hesscli.hessian.problem import Problem
-from hesscli.hessian.routes.base import NotApplicable
 
 
 class Residual(nn.Module):

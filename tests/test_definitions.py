@@ -12,7 +12,7 @@ from problems import blocks_of, compute_blocks, problem_of, problem_of_case, rou
 from torch import Tensor, nn
 
 from hesscli.hessian import definitions
-from hesscli.hessian.routes.base import NotApplicable
+from hesscli.hessian.applicability import NotApplicable
 
 RECURRENT = [case for case in CASES if "recurrent" in case.tags and "cell" not in case.name]
 

@@ -20,8 +20,9 @@ from problems import blocks_of, compute_blocks, problem_of_case, routes_of
 from torch import nn
 
 from hesscli.files.hessian_writer import HessianWriter
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.layout import Layout, Part, Piece
-from hesscli.hessian.routes.base import NotApplicable, Rows
+from hesscli.hessian.routes.base import Rows
 from hesscli.job import journal, large, planning
 from hesscli.job.team import shares
 from hesscli.job.triangles import HeldTriangle, StreamedTriangle, spans

@@ -8,11 +8,11 @@ from cases import labels, normal
 from problems import blocks_and_truth, blocks_of, compute_blocks, problem_of, routes_of
 from torch import nn
 
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.costs import Rates, Work
 from hesscli.hessian.planner import Choice, Planner
 from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
-from hesscli.hessian.routes.base import NotApplicable
 
 
 def planner_of(problem: Problem) -> Planner:

@@ -22,11 +22,11 @@ from problems import (
 from torch import Tensor
 
 from hesscli.errors import HesscliError, MismatchError, UsageError
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import partition, select
 from hesscli.hessian.losses import LOSSES, check_arguments
 from hesscli.hessian.outputs import pick_output
 from hesscli.hessian.problem import measure
-from hesscli.hessian.routes.base import NotApplicable
 
 # --- batches ----------------------------------------------------------------------------------
 

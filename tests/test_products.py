@@ -11,13 +11,13 @@ from problems import STRUCTURES, compute_blocks, part_of, problem_of, problem_of
 from torch import Tensor, nn
 
 from hesscli.errors import MismatchError
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import partition
 from hesscli.hessian.check_curvature import certificate as certificate_of
 from hesscli.hessian.differences import Differences
 from hesscli.hessian.operator import Products
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.all import routes
-from hesscli.hessian.routes.base import NotApplicable
 
 GAUSS_NEWTON = [
     "linear", "softmax", "mlp-over-time", "conv2d", "max-pool2d", "batch-norm2d", "layer-norm", "weight-norm",

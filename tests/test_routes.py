@@ -25,11 +25,12 @@ from problems import (
 )
 from torch import Tensor, nn
 
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.losses import Loss
 from hesscli.hessian.positions import positions_as_samples
 from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem, measure
-from hesscli.hessian.routes.base import NotApplicable, Route
+from hesscli.hessian.routes.base import Route
 from hesscli.hessian.uses import Use
 
 # How far the reference itself can be trusted: differences of gradients, and a float32 sixth.

@@ -76,7 +76,7 @@ def density(
 
         with Output(quiet=quiet, json=json) as out:
             options = DensityOptions(probes, steps, output, plot, force)
-            document, _ = run(hessian, problem, options, out, share)
+            document = run(hessian, problem, options, out, share)
             print_density(out, document)
             if document["interrupted"]:
                 raise KeyboardInterrupt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.costs import Rates, Work
 from hesscli.hessian.planner import (
@@ -14,7 +15,6 @@ from hesscli.hessian.planner import (
 )
 from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
-from hesscli.hessian.routes.base import NotApplicable
 
 
 def planner_of(problem: Problem, analyses: Analyses, chunk: int, curvature: str) -> Planner:

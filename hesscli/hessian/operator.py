@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from hesscli.errors import MismatchError
+from hesscli.hessian.applicability import NotApplicable, explained
 from hesscli.hessian.autodiff import batched_grad, seeded_grad
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem, saved_bytes
-from hesscli.hessian.routes.base import NotApplicable, explained
 from hesscli.hessian.workers import in_order, workers
 
 CURVATURES = {"hessian": "hessian", "ggn": "ggn", "fisher": "empirical_fisher"}

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.costs import PASSES, Costs, Rates, Work
 from hesscli.hessian.cuts import CutPlan, plan_cuts
 from hesscli.hessian.probes import Analyses, Analysis
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.recorder import record
-from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.routes.gauss_newton import bend_of, block_uses
 from hesscli.hessian.routes.preactivation import chain_of, split
 from hesscli.hessian.uses import Use

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.probes import Analysis
-from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.sample_axis import Context, SampleAxis
 from hesscli.hessian.sample_rules import RESHAPES, rule_of
 from hesscli.hessian.samples import follow

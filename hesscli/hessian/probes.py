@@ -18,12 +18,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.losses import OF_CLASSES
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.recorder import record, record_terms
-from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.sample_axis import Axes, SampleAxis
 from hesscli.hessian.samples import follow, sample_axes
 from hesscli.hessian.tape import Tape

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.guests import is_missing_derivative
 from hesscli.hessian.problem import Problem
-from hesscli.hessian.routes.base import NotApplicable
 from hesscli.hessian.tape import Call, Ref, Tape
 from hesscli.hessian.watcher import Watcher
 

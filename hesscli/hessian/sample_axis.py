@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hesscli.hessian.routes.base import NotApplicable
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.tape import Call, Ref, Tape
 
 

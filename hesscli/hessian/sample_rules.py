@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hesscli.hessian import sample_moves as moves
-from hesscli.hessian.routes.base import NotApplicable
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.sample_axis import Context, Rule, SampleAxis, mixes
 from hesscli.hessian.tape import Call, Ref
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from hesscli.hessian.routes.base import NotApplicable
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.sample_axis import Axes, Context, SampleAxis, mixes
 from hesscli.hessian.sample_rules import rule_of
 from hesscli.hessian.tape import Call, Tape

@@ -1,5 +1,6 @@
 """The hall: model + data + options -> plan -> blocks -> file. The only place where the rooms meet."""
 
-from hesscli.job.options import ComputeOptions, ProblemOptions
+from typing import Any
 
-__all__ = ["ComputeOptions", "ProblemOptions"]
+Document = dict[str, Any]
+"""What `--json` prints."""

@@ -30,10 +30,9 @@ from hesscli.files.result_names import journals
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.hessian.check_curvature import certificate as certificate_of
+from hesscli.job import Document, statistics
 from hesscli.job import document as documents
-from hesscli.job import statistics
 from hesscli.job.beside import Beside
-from hesscli.job.document import Document
 from hesscli.job.journal import Journal, read_journal
 from hesscli.job.large import LargeBlock
 from hesscli.job.loss import described

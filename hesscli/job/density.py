@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hesscli.errors import UsageError
-from hesscli.job.document import Document
+from hesscli.job import Document
 from hesscli.job.figures import drawable
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.writing import replacing, writable, write_tensors
@@ -40,11 +40,11 @@ def density(
     options: DensityOptions,
     listener: Listener,
     share: Share | None = None,
-) -> tuple[Document, Density]:
+) -> Document:
     """The density of a Hessian file, or of a model's curvature where `problem` is given.
 
     Returns:
-        the JSON document and the point masses.
+        the JSON document.
 
     Raises:
         HesscliError: of any kind.
@@ -85,7 +85,7 @@ def density(
         from hesscli.job.plot import plot_density
 
         plot_density(plot, document, found)
-    return document | {"seconds": time.perf_counter() - started}, found
+    return document | {"seconds": time.perf_counter() - started}
 
 
 def _of_model(

@@ -5,16 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from hesscli.errors import UsageError
 from hesscli.files.hessian_file import HessianFile, read_hessian
+from hesscli.job import Document
 from hesscli.job.stored import values_of
 from hesscli.spectrum.difference import difference
 
 SCHEMA = "hesscli.diff/1"
-
-Document = dict[str, Any]
 
 
 def diff(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +11,8 @@ import hesscli
 from hesscli.files.hessian_file import SCHEMA
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
+from hesscli.job import Document
 from hesscli.job.opening import Opened
-
-Document = dict[str, Any]
 
 
 def skeleton(opened: Opened, structure: str) -> Document:

@@ -14,8 +14,8 @@ from torch import Tensor
 from hesscli.errors import MismatchError, NumericalError, UsageError
 from hesscli.files.arrays import load_arrays
 from hesscli.hessian.problem import placed
+from hesscli.job import Document
 from hesscli.job import document as documents
-from hesscli.job.document import Document
 from hesscli.job.operator import Operator, open_operator, open_shared, shared_problem
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.share import Share

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from hesscli.errors import NumericalError
 from hesscli.files.hessian_writer import HessianWriter
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.hessian.costs import Rates
 from hesscli.hessian.kronecker import mirror_
 from hesscli.hessian.layout import Layout, Span
-from hesscli.hessian.routes.base import NotApplicable, Route, Rows, fitting
+from hesscli.hessian.routes.base import Route, Rows, fitting
 from hesscli.hessian.symmetry import average_
+from hesscli.job import Document
 from hesscli.job import document as documents
 from hesscli.job.beside import Beside
-from hesscli.job.document import Document
 from hesscli.job.journal import Facts, Journal
 from hesscli.job.planning import Plan
 from hesscli.job.triangles import HeldTriangle, StreamedTriangle, Triangle

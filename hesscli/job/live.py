@@ -25,21 +25,13 @@ from hesscli.files.models import SavedModel
 from hesscli.hessian.autodiff import differentiable
 from hesscli.job.compute import compute as run
 from hesscli.job.loaded import Framework, Hessian, converter
-from hesscli.job.options import ComputeOptions, Listener
+from hesscli.job.options import ComputeOptions, Listener, Silent
 from hesscli.job.settings import random_kept, settings_kept
 
 PathLike = str | os.PathLike[str]
 Arrays = Tensor | np.ndarray
 Data = PathLike | Mapping[str, Arrays] | Sequence[Arrays] | Arrays
 LossFunction = Callable[[Tensor, Tensor], Tensor]
-
-
-class _Silent:
-    """Nobody listens: notes are in the document."""
-
-    def note(self, text: str) -> None: ...
-
-    def progress(self, done: int, total: int, doing: str) -> None: ...
 
 
 @overload
@@ -124,7 +116,7 @@ def compute(
             wanted = None if asked.device == "auto" else asked.device
             saved = live_model(_copied(model), train_mode=asked.train_mode, device=wanted)
             asked = replace(asked, device=str(next(saved.module.parameters()).device))
-        run(asked, listener or _Silent(), model=saved)
+        run(asked, listener or Silent(), model=saved)
     if data_path != named:
         data_path.unlink()
     return Hessian(read_hessian(path), convert, owner)

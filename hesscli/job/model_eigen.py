@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hesscli.files.resources import release_memory
+from hesscli.job import Document
 from hesscli.job import document as documents
-from hesscli.job.document import Document
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.progress import Convergence

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from hesscli.errors import MismatchError, NumericalError, ResourceError, UsageError
-from hesscli.files.data import describe, load_data
+from hesscli.files.data import load_data
 from hesscli.files.models import SavedModel, load_model
-from hesscli.hessian.losses import OF_CLASSES
 from hesscli.hessian.operator import CURVATURES
 from hesscli.hessian.plan import Sizes
 from hesscli.hessian.precision import in_precision_
 from hesscli.hessian.problem import Problem, measure
 from hesscli.job.batches import split
 from hesscli.job.loss import loss_of, printable
-from hesscli.job.options import EVERY, Listener, ProblemOptions
+from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.parameters import chosen_parameters, unmatched
+from hesscli.job.passing import as_columns, ordered, scales, takes_targets
 from hesscli.job.settings import settle
 from hesscli.job.source import Source, move
 from hesscli.job.team import rank_here, ranks
@@ -97,12 +94,12 @@ def open_problem(
         loss.name == "output"
         and not options.inputs
         and data.targets
-        and _takes_targets(model, names)
+        and takes_targets(model, names)
     ):
         names.append(data.targets[0])
         note(f"the model returns the loss and takes the targets too: inputs are {', '.join(names)}")
     known = data.inputs | dict([data.targets] if data.targets else [])
-    names, keywords = _keywords(options, model, names, known, note)
+    names, keywords = ordered(options, model, names, known, note)
     parameters, tied, frozen = chosen_parameters(model.module, options.params)
     skipped = [name for name, p in model.module.named_parameters() if p.is_complex()]
     if skipped:
@@ -116,7 +113,7 @@ def open_problem(
         data.targets[1] if data.targets and loss.needs_target else None,
         data.samples,
         loss,
-        _scales(options.scale, {name: known[name] for name in names}, note),
+        scales(options.scale, {name: known[name] for name in names}, note),
         keywords,
         device,
         dtype,
@@ -130,7 +127,7 @@ def open_problem(
         wide=dtype is torch.float64,
     )
     if data.columns:
-        source = _as_columns(problem, source, note)
+        source = as_columns(problem, source, note)
     parts = 1 if share is None else share.team.size
     problem, sizes = split(problem, source, options, model, note, parts, side_by_side)
     if dtype is torch.float64:
@@ -198,80 +195,3 @@ def _cast(model: SavedModel, name: str) -> torch.dtype:
     if floating != {wanted}:
         in_precision_(model.module, wanted)
     return wanted
-
-
-def _keywords(
-    options: ProblemOptions,
-    model: SavedModel,
-    names: list[str],
-    known: Mapping[str, Tensor],
-    note: Callable[[str], None],
-) -> tuple[list[str], tuple[str, ...]]:
-    """The inputs in the order in which they are passed, and the last ones that are passed by name.
-
-    By name go those that the model takes in no other way; and all, if each is called as one of forward's parameters
-    is, and their order is another.
-
-    Raises:
-        MismatchError: one that an exported model takes by name is not among them.
-    """
-    exported, keywords = model.kind == "exported", model.keywords
-    for name in keywords if exported else ():
-        if name not in known:
-            raise MismatchError(
-                f"{options.model}: takes {', '.join(keywords)} by name, "
-                f"the inputs are {', '.join(names)}",
-                " ".join(f"--inputs {shlex.quote(name)}" for name in model.arguments),
-            )
-    if not exported:
-        keywords = tuple(name for name in names if name in keywords)
-    others = [name for name in names if name not in keywords]
-    positional = [name for name in model.arguments if name not in model.keywords]
-    if others == positional[: len(others)] or not set(others) <= set(positional):
-        return [*others, *keywords], keywords
-    note(f"inputs are passed by name: {', '.join(names)}")
-    if exported:  # which has an order alone
-        named = [name for name in positional if name in others]
-        return [*named, *keywords], keywords
-    return [*others, *keywords], (*others, *keywords)
-
-
-def _as_columns(problem: Problem, source: Source, note: Callable[[str], None]) -> Source:
-    """A table's targets as what the loss wants: whole numbers as classes, others as a column [N, 1] like the output."""
-    if source.target is None:
-        return source
-    if source.loss.name in OF_CLASSES:
-        classes = source.target.long()
-        if source.target.is_floating_point() and bool((classes == source.target).all()):
-            note("targets: whole numbers, taken as classes")
-            return replace(source, target=classes)
-        return source
-    count = min(source.samples, 2)
-    with torch.no_grad():
-        output = problem.output(source.part(0, count))
-    if output.shape != (count, 1) or source.target.dim() != 1:
-        return source
-    note("targets: taken as a column [N, 1], as the model's output is")
-    return replace(source, target=source.target.unsqueeze(1))
-
-
-def _scales(
-    asked: Mapping[str, float], inputs: Mapping[str, Tensor], note: Callable[[str], None]
-) -> dict[int, float]:
-    """What each input is multiplied by, by its place."""
-    for name in asked:
-        if name not in inputs and name != EVERY:
-            raise UsageError(
-                f"--scale {name}: no input is called so; there are: {', '.join(inputs)}"
-            )
-    scales: dict[int, float] = {}
-    for place, (name, array) in enumerate(inputs.items()):
-        factor = asked.get(name, asked.get(EVERY))
-        if factor is not None:
-            scales[place] = factor
-            note(f"scaled: {name} ({describe(array)}) is multiplied by {factor:.9g}")
-    return scales
-
-
-def _takes_targets(model: SavedModel, names: list[str]) -> bool:
-    return model.inputs is not None and model.inputs > len(names)

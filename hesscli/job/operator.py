@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import MismatchError, NumericalError, ResourceError, UsageError
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.autodiff import differentiable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
@@ -22,18 +23,16 @@ from hesscli.hessian.differences import Differences
 from hesscli.hessian.operator import Flat, Products
 from hesscli.hessian.planner import FINITE_DIFFERENCE, HVP
 from hesscli.hessian.problem import Problem
-from hesscli.hessian.routes.base import NotApplicable
+from hesscli.job import Document
 from hesscli.job import document as documents
 from hesscli.job.batches import free_memory
-from hesscli.job.document import Document
 from hesscli.job.opening import Opened, open_problem
-from hesscli.job.options import Listener, ProblemOptions
+from hesscli.job.options import Listener, ProblemOptions, Silent
 from hesscli.job.settings import random_kept, settings_kept, settle
 from hesscli.job.share import (
     Share,
     SharedProblem,
     SharedProducts,
-    Silent,
     shared_certificate,
 )
 from hesscli.job.sizes import size

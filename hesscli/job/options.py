@@ -35,6 +35,14 @@ class Listener(Protocol):
         """How far the work has come."""
 
 
+class Silent:
+    """Nobody listens."""
+
+    def note(self, text: str) -> None: ...
+
+    def progress(self, done: int, total: int, doing: str) -> None: ...
+
+
 def _wrong(name: str, value: object, wanted: str) -> UsageError:
     return UsageError(f"{name} is {value!r}; wanted: {wanted}")
 

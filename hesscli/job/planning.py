@@ -11,6 +11,7 @@ import torch
 from hesscli.errors import NumericalError, ResourceError
 from hesscli.files.resources import available_memory, disk_used, free_disk
 from hesscli.files.result_names import partial_paths
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import STRUCTURES, Block, partition
 from hesscli.hessian.check import gradients
 from hesscli.hessian.costs import Rates
@@ -21,10 +22,10 @@ from hesscli.hessian.planner import FINITE_DIFFERENCE, HVP, Choice, total
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.rates import measure_rates
 from hesscli.hessian.routes.all import routes
-from hesscli.hessian.routes.base import NotApplicable, Route
+from hesscli.hessian.routes.base import Route
+from hesscli.job import Document
 from hesscli.job import document as documents
 from hesscli.job.batches import free_memory
-from hesscli.job.document import Document
 from hesscli.job.estimate import Estimate, estimate, gradient_seconds
 from hesscli.job.opening import Opened
 from hesscli.job.options import ComputeOptions, Listener

@@ -18,25 +18,17 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import HesscliError, MismatchError
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.batch import Batches
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Along, Certificate
 from hesscli.hessian.check_curvature import AlongOutput, OutputCertificate
 from hesscli.hessian.operator import Flat, Products
 from hesscli.hessian.problem import Problem, placed
-from hesscli.hessian.routes.base import NotApplicable
 from hesscli.job.batches import free_memory
 from hesscli.job.opening import Opened, open_problem
-from hesscli.job.options import Listener, ProblemOptions
+from hesscli.job.options import Listener, ProblemOptions, Silent
 from hesscli.job.team import ProcessLost, Team, ranks_here
-
-
-class Silent:
-    """Nobody listens."""
-
-    def note(self, text: str) -> None: ...
-
-    def progress(self, done: int, total: int, doing: str) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hesscli.files.hessian_file import HessianFile
+from hesscli.job import Document
 from hesscli.job.stored import chosen, opened, values_of
 
 if TYPE_CHECKING:
     from hesscli.job.picture import Picture
 
-Document = dict[str, Any]
 
 QUICK = 64 << 20
 """Bytes of tensors up to which they are always compared with their checksums: a few hundredths of a second."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from typing import Any
 
 import numpy as np
 
+from hesscli.job import Document
 from hesscli.spectrum.statistics import Statistics, of_diagonal, of_matrix
-
-Document = dict[str, Any]
 
 
 def of_block(array: np.ndarray, diagonal: bool, level: str) -> Document:

@@ -9,15 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hesscli.errors import UsageError
 from hesscli.files.hessian_file import HessianFile, read_hessian
+from hesscli.job import Document
 
 if TYPE_CHECKING:
     import numpy as np
-
-Document = dict[str, Any]
 
 
 @contextmanager

@@ -9,8 +9,8 @@ import numpy as np
 
 from hesscli.hessian.check_curvature import certificate as certificate_of
 from hesscli.hessian.planner import FINITE_DIFFERENCE, HVP
+from hesscli.job import Document
 from hesscli.job import document as documents
-from hesscli.job.document import Document
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import ComputeOptions, Listener, ProblemOptions
 from hesscli.job.planning import Plan

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import NumericalError
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.hessian.plan import group
-from hesscli.hessian.routes.base import NotApplicable, Route, Rows, fitting
+from hesscli.hessian.routes.base import Route, Rows, fitting
 from hesscli.hessian.symmetry import symmetrise_
+from hesscli.job import Document, statistics
 from hesscli.job import document as documents
-from hesscli.job import statistics
-from hesscli.job.document import Document
 from hesscli.job.planning import Plan
 from hesscli.job.triangles import on_host
 

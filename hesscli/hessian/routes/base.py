@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -11,17 +10,13 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import is_out_of_memory
+from hesscli.hessian.applicability import explained
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.guests import is_missing_derivative
 from hesscli.hessian.layout import Layout
 from hesscli.hessian.problem import Problem
 
 Result = TypeVar("Result")
-
-
-class NotApplicable(Exception):  # noqa: N818 - an answer, not an error
-    """This route cannot give the exact result; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +86,3 @@ def fitting(route: Route, work: Callable[[], Result]) -> Result:
                 raise explained(error) from error
         # Outside the handler, which holds on to the failed pass.
         torch.cuda.empty_cache()
-
-
-def explained(error: Exception) -> Exception:
-    """NotApplicable where an operator lacks its second derivative, else the error itself."""
-    if not is_missing_derivative(error):
-        return error
-    operator = re.search(r"derivative for '?(?:aten::)?(\w+?)(?:_backward)?\b", str(error))
-    name = operator[1].strip("_") if operator else "an operator"
-    return NotApplicable(f"{name} has no second derivative in PyTorch")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.bend import Bend, add_bend, add_bend_diagonal, find_bend
@@ -25,7 +26,7 @@ from hesscli.hessian.layout import Layout, starts_of
 from hesscli.hessian.piecewise import curved
 from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Problem
-from hesscli.hessian.routes.base import NotApplicable, Rows
+from hesscli.hessian.routes.base import Rows
 from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
 
 WORKSPACE = 1 << 20  # numbers in the Jacobians of some samples; fits the cache

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.assembly import WORKSPACE, add_layer, add_layer_diagonal
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.batch import Batch
@@ -30,7 +31,7 @@ from hesscli.hessian.layout import Layout, Part, Piece, starts_of
 from hesscli.hessian.positions import positions_as_samples
 from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Problem
-from hesscli.hessian.routes.base import NotApplicable, Rows
+from hesscli.hessian.routes.base import Rows
 from hesscli.hessian.uses import BIAS, CONVOLUTION, Use
 
 

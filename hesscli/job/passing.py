@@ -1,0 +1,95 @@
+"""How the data is passed to the model: in which order, by which names, scaled, and as what."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hesscli.errors import MismatchError, UsageError
+from hesscli.files.data import describe
+from hesscli.files.models import SavedModel
+from hesscli.hessian.losses import OF_CLASSES
+from hesscli.hessian.problem import Problem
+from hesscli.job.options import EVERY, ProblemOptions
+from hesscli.job.source import Source
+
+
+def ordered(
+    options: ProblemOptions,
+    model: SavedModel,
+    names: list[str],
+    known: Mapping[str, Tensor],
+    note: Callable[[str], None],
+) -> tuple[list[str], tuple[str, ...]]:
+    """The inputs in the order in which they are passed, and the last ones that are passed by name.
+
+    By name go those that the model takes in no other way; and all, if each is called as one of forward's parameters
+    is, and their order is another.
+
+    Raises:
+        MismatchError: one that an exported model takes by name is not among them.
+    """
+    exported, keywords = model.kind == "exported", model.keywords
+    for name in keywords if exported else ():
+        if name not in known:
+            raise MismatchError(
+                f"{options.model}: takes {', '.join(keywords)} by name, "
+                f"the inputs are {', '.join(names)}",
+                " ".join(f"--inputs {shlex.quote(name)}" for name in model.arguments),
+            )
+    if not exported:
+        keywords = tuple(name for name in names if name in keywords)
+    others = [name for name in names if name not in keywords]
+    positional = [name for name in model.arguments if name not in model.keywords]
+    if others == positional[: len(others)] or not set(others) <= set(positional):
+        return [*others, *keywords], keywords
+    note(f"inputs are passed by name: {', '.join(names)}")
+    if exported:  # which has an order alone
+        named = [name for name in positional if name in others]
+        return [*named, *keywords], keywords
+    return [*others, *keywords], (*others, *keywords)
+
+
+def as_columns(problem: Problem, source: Source, note: Callable[[str], None]) -> Source:
+    """A table's targets as what the loss wants: whole numbers as classes, others as a column [N, 1] like the output."""
+    if source.target is None:
+        return source
+    if source.loss.name in OF_CLASSES:
+        classes = source.target.long()
+        if source.target.is_floating_point() and bool((classes == source.target).all()):
+            note("targets: whole numbers, taken as classes")
+            return replace(source, target=classes)
+        return source
+    count = min(source.samples, 2)
+    with torch.no_grad():
+        output = problem.output(source.part(0, count))
+    if output.shape != (count, 1) or source.target.dim() != 1:
+        return source
+    note("targets: taken as a column [N, 1], as the model's output is")
+    return replace(source, target=source.target.unsqueeze(1))
+
+
+def scales(
+    asked: Mapping[str, float], inputs: Mapping[str, Tensor], note: Callable[[str], None]
+) -> dict[int, float]:
+    """What each input is multiplied by, by its place."""
+    for name in asked:
+        if name not in inputs and name != EVERY:
+            raise UsageError(
+                f"--scale {name}: no input is called so; there are: {', '.join(inputs)}"
+            )
+    found: dict[int, float] = {}
+    for place, (name, array) in enumerate(inputs.items()):
+        factor = asked.get(name, asked.get(EVERY))
+        if factor is not None:
+            found[place] = factor
+            note(f"scaled: {name} ({describe(array)}) is multiplied by {factor:.9g}")
+    return found
+
+
+def takes_targets(model: SavedModel, names: list[str]) -> bool:
+    return model.inputs is not None and model.inputs > len(names)
