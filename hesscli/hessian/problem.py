@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -282,21 +283,33 @@ def placed(leaves: Sequence[Tensor], values: Iterable[Tensor]) -> Iterator[None]
             leaf.data = value
 
 
+_Saved = tuple[Tensor, int, Tensor]  # a buffer, its version, and a copy of it
+_SAVED: WeakKeyDictionary[nn.Module, dict[int, _Saved]] = WeakKeyDictionary()
+
+
 @contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
     """Every pass begins with the buffers as saved: running statistics, the ranges that an observer has seen.
 
     A buffer that was written to is replaced, not written to again: autograd may have saved it.
     """
-    kept = {id(b): (b, b._version, b.detach().clone()) for b in module.buffers()}
+    if module not in _SAVED:
+        _SAVED[module] = {id(b): (b, b._version, b.detach().clone()) for b in module.buffers()}
+    saved = _SAVED[module]
     try:
         yield
     finally:
-        written = {key: value for key, (b, version, value) in kept.items() if b._version != version}
+        written = {
+            key: value for key, (b, version, value) in saved.items() if b._version != version
+        }
+        fresh = {key: value.clone() for key, value in written.items()}
         for part in module.modules() if written else ():
             for name, buffer in part._buffers.items():
-                if id(buffer) in written:
-                    part._buffers[name] = written[id(buffer)]
+                if id(buffer) in fresh:
+                    part._buffers[name] = fresh[id(buffer)]
+        for key, buffer in fresh.items():
+            del saved[key]
+            saved[id(buffer)] = buffer, buffer._version, written[key]
 
 
 def saved_bytes(problem: Problem, batch: Batch, forward: Callable[[Batch], Tensor]) -> int:
