@@ -378,3 +378,109 @@ def test_padding_that_is_tied_to_the_output():
     found = hesscli.compute(model, (x, y), blocks="full", framework="torch")
     torch.testing.assert_close(found.matrix(), hessian(model, F.cross_entropy, (x,), y))
     assert not any("instead" in note for note in found.metadata["notes"])
+
+
+class Rounded(torch.autograd.Function):
+    """A straight-through estimator."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.round(4 * x) / 4
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Binary(torch.autograd.Function):
+    """Another, whose derivative is zero outside of -1 to 1."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * (x.abs() < 1)
+
+
+class Shifted(torch.autograd.Function):
+    """More than one input, and one that is no tensor."""
+
+    @staticmethod
+    def forward(ctx, x, shift, steps):
+        return torch.round(steps * x) / steps + torch.round(shift)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, gradient.sum().view(1), None
+
+
+class Reversed(torch.autograd.Function):
+    """The identity, whose gradient is turned around."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+class Forgetful(torch.autograd.Function):
+    """Right once: what it saves for its derivative is a constant to the second one."""
+
+    @staticmethod
+    def forward(ctx, x):
+        s = torch.sigmoid(x)
+        ctx.save_for_backward(x, s)
+        return x * s
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, s = ctx.saved_tensors
+        return gradient * s * (1 + x * (1 - s))
+
+
+class Quantized(nn.Module):
+    def __init__(self, function, of_weights):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.shift = nn.Parameter(torch.tensor([0.3]))
+        self.function, self.of_weights = function, of_weights
+
+    def through(self, x):
+        arguments = (self.shift, 4) if self.function is Shifted else ()
+        return self.function.apply(x, *arguments)
+
+    def forward(self, x):
+        if self.of_weights:
+            return self.b(torch.tanh(F.linear(x, self.through(self.a.weight), self.a.bias)))
+        return self.b(self.through(torch.tanh(self.a(x))))
+
+
+def quantized(function, of_weights) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 3, dtype=torch.float64), torch.randn(12, 2, dtype=torch.float64)
+    return Quantized(function, of_weights).double(), x, y
+
+
+@pytest.mark.parametrize("of_weights", [True, False])
+@pytest.mark.parametrize("function", [Rounded, Binary, Shifted, Reversed])
+@pytest.mark.parametrize("method", ["auto", "finite-difference"])
+def test_derivatives_that_a_model_defines_itself(function, of_weights, method):
+    model, x, y = quantized(function, of_weights)
+    found = hesscli.compute(model, (x, y), blocks="full", framework="torch", method=method)
+    assert not [note for note in found.metadata["notes"] if "instead" in note]
+    assert relative_error(found.matrix(), hessian(model, F.mse_loss, (x,), y)) < 1e-6
+
+
+def test_a_second_derivative_that_a_model_gets_wrong():
+    model, x, y = quantized(Forgetful, False)
+    found = hesscli.compute(model, (x, y), blocks="full", framework="torch")
+    assert [note for note in found.metadata["notes"] if "finite-difference instead" in note]
+    model.through = F.silu
+    assert relative_error(found.matrix(), hessian(model, F.mse_loss, (x,), y)) < 1e-6

@@ -7,20 +7,22 @@ smooth piece on which theta lies. There are all comparisons, signs, roundings an
 theta that keep those of theta, taken by the same calls of the same module, are those of that piece.
 
 What a model detaches, or computes with gradients off, is a constant to autograd though it moves with theta: the target
-of a Q-network, a straight-through estimator, a padding word that is tied to the output. It is held as well.
+of a Q-network, a straight-through estimator, a padding word that is tied to the output. It is held as well. And what a
+`torch.autograd.Function` computes moves as its own derivative says (see `custom_functions.py`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from hesscli.hessian.custom_functions import applied_by, by_own_derivative
 from hesscli.hessian.guests import is_guest, turned_gradients_off
 from hesscli.hessian.watcher import Watcher
 
@@ -91,15 +93,19 @@ class Kinks(Watcher):
         self.sides: list[Tensor] = []
         self.lost = False  # whether a pass that was held had other calls
         self._left: Iterator[Tensor] | None = None  # of the sides, while held
-        self._detached = _Detached(lambda result: self._first(result.clone()))
+        self._detached = _Detached(self._of_detached)
+        self._functions = ExitStack()
+        self._inside = False  # a Function, whose calls are its own business
 
     def __enter__(self) -> Kinks:
+        self._functions.enter_context(applied_by(self._applied))
         self._detached.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._detached.__exit__(*error)
+        self._functions.close()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -111,7 +117,29 @@ class Kinks(Watcher):
         finally:
             self._left = None
 
+    def _of_detached(self, result: Tensor) -> Tensor:
+        return result if self._inside else self._first(result.clone())
+
+    def _applied(self, apply: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
+        """What a Function of the model's own gives, where it is not smooth as its derivative has it."""
+        if self._inside or not is_guest() or not torch.is_grad_enabled():
+            return apply()
+        self._inside = True
+        try:
+            inputs = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+            before = [x.detach().clone() for x in inputs]  # it may write to them
+            result = apply()
+            if not inputs or not isinstance(result, Tensor) or not result.requires_grad:
+                return result
+            before = [self._first(x) for x in before]
+            made = self._first(result.detach().clone())
+            return by_own_derivative(result, inputs, before, made)
+        finally:
+            self._inside = False
+
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._inside:
+            return func(*args, **kwargs)
         name = func.overloadpacket.__name__
         corners = _CORNERS.get(name.removesuffix("_").removesuffix("_backward"))
         if corners is not None:
