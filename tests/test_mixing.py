@@ -224,7 +224,7 @@ def test_a_sparse_graph():
     assert any("sparse" in note for note in found.metadata["notes"])
 
 
-@pytest.mark.parametrize("mixes", [True, False])
+@pytest.mark.parametrize("mixes", ["the model", "the loss l.py:loss", ""])
 def test_a_model_of_one_batch_size_that_mixes_samples_is_said_to(cli, tmp_path, mixes):
     class Net(nn.Module):
         def __init__(self):
@@ -233,12 +233,18 @@ def test_a_model_of_one_batch_size_that_mixes_samples_is_said_to(cli, tmp_path, 
 
         def forward(self, x):
             h = torch.tanh(self.a(x))
-            return h - h.mean(0, keepdim=True) if mixes else h
+            return h - h.mean(0, keepdim=True) if mixes == "the model" else h
+
+    (tmp_path / "l.py").write_text(
+        "def loss(f, y): return ((f - y)**2).sum(1)\n" if mixes != "the loss l.py:loss" else
+        "def loss(f, y): return ((f - y - (f - y).mean(0))**2).sum(1)\n"
+    )  # fmt: skip
 
     x = torch.randn(12, 3)
     torch.export.save(torch.export.export(Net(), (x[:4],)), tmp_path / "m.pt2")
     np.savez(tmp_path / "d.npz", x=x.numpy(), y=torch.randn(12, 2).numpy())
-    ran = cli("compute", "m.pt2", "d.npz")
+    ran = cli("compute", "m.pt2", "d.npz", "--loss", "l.py:loss")
     assert ran.code == 0
-    said = "the model sees several samples at once: 4 at a time, as it accepts them"
-    assert (said in ran.stderr) == mixes
+    said = [note for note in ran.notes if "sees several samples at once" in note]
+    how = " sees several samples at once: 4 at a time, as the model accepts them"
+    assert said == ([mixes + how] if mixes else [])

@@ -70,7 +70,9 @@ def split(
         batch = bounds[1]
         seeing = coupled_in_place(problem, source, batch)
         if seeing is not None:
-            note(f"{seeing} sees several samples at once: {batch} at a time, as it accepts them")
+            note(
+                f"{seeing} sees several samples at once: {batch} at a time, as the model accepts them"
+            )
     elif batch < samples or parts > 1:
         seeing = coupled(problem, source, batch)
         if seeing is not None:

@@ -51,14 +51,7 @@ def coupled(problem: Problem, source: Source, batch: int) -> str | None:
             return None
         if not _same(output, outputs):
             return "the model"
-        if problem.loss.function is None:
-            return None
-
-        def terms(output: Tensor, of: Batch) -> Tensor:
-            return problem.loss.terms(output, of.target, of.loss_arguments)
-
-        parts = [terms(output, of) for output, of in zip(outputs, apart, strict=True)]
-        return None if _same(terms(output, together), parts) else f"the loss {problem.loss.name}"
+        return _loss_coupled(problem, output, together, outputs, apart)
 
 
 def coupled_in_place(problem: Problem, source: Source, batch: int) -> str | None:
@@ -75,9 +68,30 @@ def coupled_in_place(problem: Problem, source: Source, batch: int) -> str | None
     )
     with torch.no_grad():
         alone, beside_others = problem.output(first), problem.output(mixed)
-    if not alone.dim() or len(alone) != batch:
+        if not alone.dim() or len(alone) != batch:
+            return None
+        if not _same(alone[:half], [beside_others[:half]]):
+            return "the model"
+        apart = [source.part(0, half), source.part(half, batch)]
+        return _loss_coupled(problem, alone, first, [alone[:half], alone[half:]], apart)
+
+
+def _loss_coupled(
+    problem: Problem,
+    output: Tensor,
+    together: Batch,
+    outputs: Sequence[Tensor],
+    apart: Sequence[Batch],
+) -> str | None:
+    """The loss, if it makes something else of outputs together than of the same ones apart."""
+    if problem.loss.function is None:
         return None
-    return None if _same(alone[:half], [beside_others[:half]]) else "the model"
+
+    def terms(output: Tensor, of: Batch) -> Tensor:
+        return problem.loss.terms(output, of.target, of.loss_arguments)
+
+    parts = [terms(output, of) for output, of in zip(outputs, apart, strict=True)]
+    return None if _same(terms(output, together), parts) else f"the loss {problem.loss.name}"
 
 
 def _same(together: Tensor, apart: Sequence[Tensor]) -> bool:
