@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block, partition
-from hesscli.hessian.losses import ELEMENT_WEIGHTED, Loss
+from hesscli.hessian.loss import Loss
+from hesscli.hessian.losses import ELEMENT_WEIGHTED
 from hesscli.hessian.problem import Problem, measure
 from hesscli.hessian.routes.all import routes
 from hesscli.hessian.routes.base import Route, Rows, fitting

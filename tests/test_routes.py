@@ -26,7 +26,7 @@ from problems import (
 from torch import Tensor, nn
 
 from hesscli.hessian.applicability import NotApplicable
-from hesscli.hessian.losses import Loss
+from hesscli.hessian.loss import Loss
 from hesscli.hessian.positions import positions_as_samples
 from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem, measure
@@ -1031,7 +1031,7 @@ def test_a_loss_that_may_mix_samples_is_refused(name):
     else:
         from dataclasses import replace
 
-        from hesscli.hessian.losses import Loss
+        from hesscli.hessian.loss import Loss
 
         plain = Net(lambda s, x: s.b(hidden(s, x)), **{k: v() for k, v in TWO.items()})
         problem = problem_of(plain, (ROWS,), numbers(5, 2), "mse")

@@ -202,10 +202,10 @@ def _infer_inputs(
 ) -> list[str]:
     free = [name for name in arrays if name != targets]
     named = [name for name in free if name in INPUT_NAMES]
-    if len(named) == 1:
-        return [_noted("inputs", named[0], arrays, "from its name", notes)]
     others = [name for name in free if targets is not None or name not in TARGET_NAMES]
     called = [name for name in arguments if name in others]
+    if len(named) == 1 and (len(called) < 2 or named[0] not in called):
+        return [_noted("inputs", named[0], arrays, "from its name", notes)]
     if called:
         listed = ", ".join(f"{name} ({describe(arrays[name])})" for name in called)
         notes.append(f"inputs: {listed}, inferred from what the model calls its inputs")

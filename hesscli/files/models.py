@@ -58,6 +58,7 @@ class SavedModel:
     inputs: int | None = None  # the most inputs that forward takes by position, if limited
     arguments: tuple[str, ...] = ()  # what forward calls its inputs
     keywords: tuple[str, ...] = ()  # those that it takes by name only
+    optional: tuple[str, ...] = ()  # those that it can do without
 
 
 def load_model(
@@ -142,6 +143,7 @@ def load_model(
         saved.inputs,
         saved.arguments,
         saved.keywords,
+        saved.optional,
     )
 
 
@@ -152,6 +154,7 @@ class _Loaded:
     inputs: int | None
     arguments: tuple[str, ...]
     keywords: tuple[str, ...]
+    optional: tuple[str, ...] = ()
 
 
 def _torchscript(
@@ -286,16 +289,20 @@ def _state_dict(path: str | os.PathLike[str], content: object) -> dict[str, torc
     return weights
 
 
-def arguments_of(module: nn.Module) -> tuple[int | None, tuple[str, ...], tuple[str, ...]]:
-    """The most inputs that forward takes by position, if limited; what it calls its inputs; and those by name only."""
+def arguments_of(
+    module: nn.Module,
+) -> tuple[int | None, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """The most inputs that forward takes by position, if limited; what it calls all; those by name only; and those
+    that have a default."""
     if isinstance(module, torch.jit.ScriptModule):
         arguments = module.forward.schema.arguments[1:]  # type: ignore[attr-defined]
         keywords = tuple(a.name for a in arguments if a.kwarg_only)
-        return len(arguments) - len(keywords), tuple(a.name for a in arguments), keywords
+        optional = tuple(a.name for a in arguments if a.has_default_value())
+        return len(arguments) - len(keywords), tuple(a.name for a in arguments), keywords, optional
     try:
         parameters = signature(module.forward).parameters.values()
     except (TypeError, ValueError):
-        return None, (), ()
+        return None, (), (), ()
     by_name = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     positional = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
     unlimited = any(p.kind is p.VAR_POSITIONAL for p in parameters)
@@ -303,6 +310,7 @@ def arguments_of(module: nn.Module) -> tuple[int | None, tuple[str, ...], tuple[
         None if unlimited else positional,
         tuple(p.name for p in parameters if p.kind in by_name),
         tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
+        tuple(p.name for p in parameters if p.default is not Parameter.empty),
     )
 
 

@@ -28,6 +28,10 @@ class Batch:
     loss_arguments: Mapping[str, object] = field(default_factory=dict)
     keywords: tuple[str, ...] = ()
 
+    def __len__(self) -> int:
+        """How many samples; one where there is no axis for them."""
+        return len(self.inputs[0]) if self.inputs[0].dim() else 1
+
 
 class Batches(Sequence[Batch]):
     """Batches that are made anew each time they are asked for: the data need not fit into memory.

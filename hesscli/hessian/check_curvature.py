@@ -13,7 +13,7 @@ from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Along, Certificate
 from hesscli.hessian.definitions import exact_derivatives
-from hesscli.hessian.kinks import Kinks
+from hesscli.hessian.kinks import Kinks, held_difference
 from hesscli.hessian.problem import Problem
 
 
@@ -56,7 +56,7 @@ class AlongOutput(Along):
         for problem in self.problem.by_batch():
             (batch,) = problem.batches
             ahead, behind = self._outputs(problem, step)
-            along = (ahead - behind) / (2 * h)
+            along = ((ahead - behind) / (2 * h)).where(ahead.isfinite() & behind.isfinite(), 0)
             f = self.problem.output(batch)
             if not f.requires_grad:
                 continue
@@ -97,8 +97,14 @@ class AlongOutput(Along):
         size = float(torch.linalg.norm(along))
         if not size:
             return torch.zeros_like(f)
-        t = step * max(float(torch.linalg.norm(f)), 1e-2 * math.sqrt(f.numel())) / size
-        return (self._slope(batch, f + t * along) - self._slope(batch, f - t * along)) / (2 * t)
+        length = float(torch.linalg.norm(f.where(f.isfinite(), 0)))
+        t = step * max(length, 1e-2 * math.sqrt(f.numel())) / size
+
+        def slope(t: float) -> Tensor:
+            return self._slope(batch, f + t * along)
+
+        difference = held_difference(slope, t)  # what the loss detaches, too
+        return (slope(t) - slope(-t) if difference is None else difference) / (2 * t)
 
     def _slope(self, batch: Batch, f: Tensor) -> Tensor:
         """dl / df."""

@@ -13,15 +13,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hesscli.errors import MismatchError, UsageError
-from hesscli.hessian.guests import guest
 
 Total = tuple[Tensor, float]
 
@@ -80,6 +78,8 @@ def l1(output: Tensor, target: Tensor, weight: Tensor | None = None) -> Total:
 
 def _quadratic_then_linear(error: Tensor, width: float) -> Tensor:
     """`error^2 / 2` up to `width`, and the tangent line beyond."""
+    if math.isinf(width):
+        return 0.5 * error**2
     size = error.abs()
     return torch.where(size < width, 0.5 * error**2, width * (size - 0.5 * width))
 
@@ -157,7 +157,9 @@ def classes_last(output: Sequence[int], target: Sequence[int]) -> bool:
 
 
 def _classes_second(output: Tensor, target: Tensor) -> Tensor:
-    return output.movedim(-1, 1) if classes_last(output.shape, target.shape) else output
+    # Contiguous, as PyTorch's own derivative wants it.
+    last = classes_last(output.shape, target.shape)
+    return output.movedim(-1, 1).contiguous() if last else output
 
 
 def _class_axis(output: Tensor) -> int:
@@ -239,6 +241,10 @@ def cross_entropy(
     per_class[axis] = classes
 
     if target.is_floating_point() and target.shape == output.shape:  # class probabilities
+        if ignore_index >= 0:
+            raise MismatchError(
+                "ignore_index goes with class numbers; the targets are probabilities"
+            )
         p = target.to(output.dtype) * (1 - label_smoothing) + label_smoothing / classes
         if weight is not None:
             p = p * weight.reshape(per_class)
@@ -246,7 +252,7 @@ def cross_entropy(
 
     total, denominator = nll(log_p, target, weight, ignore_index)
     if label_smoothing:
-        kept = (target != ignore_index).unsqueeze(axis)
+        kept = (target.long() != ignore_index).unsqueeze(axis)
         smooth = log_p if weight is None else log_p * weight.reshape(per_class)
         uniform = -torch.where(kept, smooth, torch.zeros_like(smooth)).sum()
         total = (1 - label_smoothing) * total + label_smoothing / classes * uniform
@@ -274,94 +280,38 @@ ELEMENT_WEIGHTED = {"mse", "l1", "huber", "bce", "bce-with-logits"}
 TENSORS = frozenset({"weight", "pos_weight"})  # the arguments of `LOSSES` that are tensors
 
 
-@dataclass(frozen=True)
-class Loss:
-    """A loss with its arguments: `total(output, target) -> (sum over the batch, divisor of the mean)`.
-
-    `function` is one of `LOSSES`, the user's own `(output, target, **arguments) -> Tensor`, or None where the
-    model's output is the loss itself. Of the last two, a result with one axis per sample is summed and its
-    mean divides by its number of elements; a single number is taken to be the loss of all data, reduced already
-    (`whole` then says that the data must not be split into batches).
-    """
-
-    name: str
-    reduction: str = "mean"
-    arguments: Mapping[str, object] = field(default_factory=dict)
-    function: Callable[..., Tensor] | None = None
-    whole: bool = False
-
-    def class_axis(self, shape: Sequence[int], target: Tensor | None) -> int | None:
-        """The axis of an output of this shape that the loss couples; None where each number has a term of its own."""
-        if self.name not in OF_CLASSES or target is None:
-            return None
-        return len(shape) - 1 if classes_last(shape, target.shape) else 1
-
-    def goes_along(self, argument: str, value: Tensor, target: Tensor | None) -> bool:
-        """Whether an argument, as long as there are samples, has an entry for each of them, and not for each class."""
-        if self.function is not None:
-            return True
-        of_elements = argument == "weight" and self.name in ELEMENT_WEIGHTED
-        return of_elements and target is not None and value.dim() == target.dim()
-
-    @property
-    def needs_target(self) -> bool:
-        return self.name != "output"
-
-    def total(
-        self, output: Tensor, target: Tensor | None, arguments: Mapping[str, object]
-    ) -> Total:
-        if self.name in LOSSES:
-            try:
-                return LOSSES[self.name](output, target, **arguments)
-            except (TypeError, ValueError) as error:
-                given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-                raise UsageError(f"the loss {self.name} cannot take {given}: {error}") from None
-        terms = self.terms(output, target, arguments)
-        return terms.sum(), float(terms.numel())
-
-    def terms(
-        self, output: Tensor, target: Tensor | None, arguments: Mapping[str, object]
-    ) -> Tensor:
-        """What is summed, of a loss that is the user's own or the model's.
-
-        Raises:
-            MismatchError: the user's own fails, or does not return a tensor that depends on the output.
-        """
-        if self.function is None:
-            return output
-        with guest(partial(self._failed, output, target)):
-            terms = self.function(output, target, **arguments)
-        if not isinstance(terms, Tensor):
-            raise MismatchError(
-                f"the loss {self.name} returned a {type(terms).__name__}, not a Tensor"
-            )
-        if torch.is_grad_enabled() and output.requires_grad and not terms.requires_grad:
-            raise MismatchError(
-                f"the loss {self.name} has no gradient: it detaches, rounds, or turns gradients off"
-            )
-        return terms
-
-    def _failed(
-        self, output: Tensor, target: Tensor | None, reason: str, error: BaseException
-    ) -> MismatchError:
-        given = [f"output {list(output.shape)}"]
-        given += [] if target is None else [f"target {list(target.shape)}"]
-        return MismatchError(
-            f"the loss {self.name} does not accept {' and '.join(given)}: {reason}"
-        )
-
-
 def check_arguments(name: str, arguments: Mapping[str, object]) -> None:
-    """Refuse keyword arguments that the named loss does not have.
+    """Refuse keyword arguments that the named loss does not have, and values that they cannot have.
 
     Raises:
-        UsageError: with the names it has.
+        UsageError: with what there is.
     """
     if name not in LOSSES:
         return
-    known = list(inspect.signature(LOSSES[name]).parameters)[2:]
-    for argument in arguments:
+    known = dict([*inspect.signature(LOSSES[name]).parameters.items()][2:])
+    for argument, value in arguments.items():
         if argument not in known:
             raise UsageError(
                 f"the loss {name} has no argument {argument!r}; it has: {', '.join(known) or 'none'}"
             )
+        kind = type(known[argument].default)
+        if kind in _WANTED and not _is_a(value, kind):
+            raise UsageError(
+                f"the loss {name}: {argument} is {value!r}, wanted {_WANTED[kind]}",
+                f"--loss-arg {argument}={_example(known[argument].default)}",
+            )
+
+
+_WANTED = {bool: "true or false", int: "a whole number", float: "a number"}
+
+
+def _example(default: object) -> str:
+    return str(not default).lower() if isinstance(default, bool) else str(default)
+
+
+def _is_a(value: object, kind: type) -> bool:
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, Real)
+    return isinstance(value, Integral) and abs(int(value)) < 1 << 63

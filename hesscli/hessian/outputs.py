@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -28,6 +29,8 @@ def pick_output(result: object, key: str | None, prefer_loss: bool = False) -> T
         entries = {str(name): value for name, value in zip(fields, result, strict=True)}
         if key is not None and key.lstrip("-").isdigit() and -len(result) <= int(key) < len(result):
             entries[key] = result[int(key)]
+    elif dataclasses.is_dataclass(result):
+        entries = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     found = ", ".join(entries) or type(result).__name__
     if key is not None:
         if isinstance(entries.get(key), Tensor):
@@ -39,7 +42,8 @@ def pick_output(result: object, key: str | None, prefer_loss: bool = False) -> T
         return next(iter(tensors.values()))
     if preferred in tensors:
         return tensors[preferred]
-    first = next(iter(tensors), "0")
+    first = next(iter(tensors), None)
     raise MismatchError(
-        f"the model returns more than one tensor or none: {found}", f"--output-key {first}"
+        f"the model returns more than one tensor or none: {found}",
+        first and f"--output-key {first}",
     )

@@ -11,16 +11,16 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from hesscli.errors import MismatchError, is_out_of_memory
 from hesscli.hessian.batch import Batch, doubled
+from hesscli.hessian.buffers import buffers_kept
 from hesscli.hessian.definitions import Narrowings, right_gradients, staying_wide
 from hesscli.hessian.guests import explaining, guest
-from hesscli.hessian.losses import Loss
+from hesscli.hessian.loss import Loss
 from hesscli.hessian.outputs import pick_output
 from hesscli.hessian.precision import in_precision_
 
@@ -85,7 +85,7 @@ class Problem:
     def _called(self, batch: Batch) -> object:
         # TorchScript's optimiser would put derivatives of its own into the graph that it caches.
         with (
-            _buffers_kept(self.module),
+            buffers_kept(self.module),
             staying_wide() if self.wide else nullcontext(),
             torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
             guest(partial(_not_accepted, batch)),
@@ -147,10 +147,13 @@ class Problem:
             MismatchError: it has constants in float32, which the parameters meet.
         """
         for wide in (False, True):
-            problem = replace(self, wide=wide)
+            problem = replace(self, wide=wide, loss=replace(self.loss, wide=wide))
+            batch = problem.batches[0]
             try:
                 with torch.enable_grad(), Narrowings() as narrowings:
-                    output = problem.output(problem.batches[0]).detach()
+                    output = problem.output(batch)
+                    if problem.loss.function is not None:
+                        problem.loss.terms(output, batch.target, batch.loss_arguments)
             except MismatchError:  # float64 meets float32
                 if wide:
                     raise
@@ -162,7 +165,7 @@ class Problem:
                 f"the model computes in float32 ({narrowings.stuck}), whatever the dtype of its weights",
                 "--dtype float32",
             )
-        return problem, output
+        return problem, output.detach()
 
     def double(self) -> Problem | None:
         """A copy in float64, or None where module or loss cannot run in it (a dtype baked into a trace, say)."""
@@ -180,6 +183,7 @@ class Problem:
                 module=module,
                 parameters={name: named[name].requires_grad_() for name in self.parameters},
                 batches=doubled(self.batches),
+                loss=self.loss.doubled(),
                 narrow=None if self.dtype == torch.float64 else self,
             )
             twin, its = twin.widened()
@@ -226,7 +230,15 @@ def measure(
                     "(dropout left on?), so it has no Hessian",
                     "save it after model.eval(); a traced or exported model keeps the mode it was saved in",
                 )
+            again = output.clone()  # a loss may write to it
             batch_total, share = problem.loss.total(output, batch.target, batch.loss_arguments)
+            if index == 0 and problem.loss.function is not None:
+                again, _ = problem.loss.total(again, batch.target, batch.loss_arguments)
+                if not _equal(batch_total, again):
+                    raise MismatchError(
+                        f"the loss {problem.loss.name} gives the same output two values: it draws random "
+                        "numbers, or counts its calls, so it has no Hessian"
+                    )
             total += float(batch_total)
             denominator += share
     total, denominator = summed(total, denominator)
@@ -281,35 +293,6 @@ def placed(leaves: Sequence[Tensor], values: Iterable[Tensor]) -> Iterator[None]
     finally:
         for leaf, value in zip(leaves, before, strict=True):
             leaf.data = value
-
-
-_Saved = tuple[Tensor, int, Tensor]  # a buffer, its version, and a copy of it
-_SAVED: WeakKeyDictionary[nn.Module, dict[int, _Saved]] = WeakKeyDictionary()
-
-
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Every pass begins with the buffers as saved: running statistics, the ranges that an observer has seen.
-
-    A buffer that was written to is replaced, not written to again: autograd may have saved it.
-    """
-    if module not in _SAVED:
-        _SAVED[module] = {id(b): (b, b._version, b.detach().clone()) for b in module.buffers()}
-    saved = _SAVED[module]
-    try:
-        yield
-    finally:
-        written = {
-            key: value for key, (b, version, value) in saved.items() if b._version != version
-        }
-        fresh = {key: value.clone() for key, value in written.items()}
-        for part in module.modules() if written else ():
-            for name, buffer in part._buffers.items():
-                if id(buffer) in fresh:
-                    part._buffers[name] = fresh[id(buffer)]
-        for key, buffer in fresh.items():
-            del saved[key]
-            saved[id(buffer)] = buffer, buffer._version, written[key]
 
 
 def saved_bytes(problem: Problem, batch: Batch, forward: Callable[[Batch], Tensor]) -> int:

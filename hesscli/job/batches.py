@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from hesscli.errors import MismatchError
 from hesscli.files.models import SavedModel
@@ -44,25 +45,34 @@ def split(
         MismatchError: the data cannot be cut into batches that the model accepts.
     """
     samples = source.samples
-    few, fewest, most = _accepted(problem, source, options, model, note)
-    if problem.loss.name in OF_CLASSES and few.target is not None and few.target.dim() > 1:
+    some, fewest, most = _accepted(problem, source, options, model, note)
+    if problem.loss.name in OF_CLASSES and some.target is not None and some.target.dim() > 1:
         with torch.no_grad():
-            output = problem.output(few)
-        if classes_last(output.shape, few.target.shape):
+            output = problem.output(some)
+        if classes_last(output.shape, some.target.shape):
             note(f"classes: {output.shape[-1]}, along the last axis of the model's output")
     if problem.loss.name not in LOSSES:
+        tried, terms = _terms(problem, source, some)
         with torch.no_grad():
-            _, count = problem.total(few)
-        if count == 1 and samples > 1:
+            output = problem.output(tried)
+        if problem.loss.reads_others(output, tried.target, tried.loss_arguments):
+            note(
+                f"the loss {problem.loss.name} depends on parameters besides the model's output: "
+                "they are constants here"
+            )
+        if len(tried) > len(some):
+            note(f"the loss takes all {samples} samples at once, so all the data is one batch")
+            fewest = most = samples
+        if terms.numel() == 1 and samples > 1 and (not terms.dim() or len(tried) > 1):
             problem = replace(problem, loss=replace(problem.loss, whole=True))
             note(
                 "the loss is one number for all data, so the data is not split into batches; "
                 "a loss that returns a term for each sample would be, and faster"
             )
             fewest = most = samples
-    as_given = [x._version for x in few.inputs]
-    sizes = _sizes(problem, few, samples, parts, side_by_side)
-    if [x._version for x in few.inputs] != as_given:
+    as_given = [x._version for x in some.inputs]
+    sizes = _sizes(problem, some, samples, parts, side_by_side)
+    if [x._version for x in some.inputs] != as_given:
         problem = replace(problem, writes=True)
     batch, bounds = min(options.batch_size or sizes.batch, samples), None
     if fewest > 1 or most is not None:
@@ -81,7 +91,7 @@ def split(
         elif parts > 1:
             batch, bounds = _even(samples, batch, parts)
     if bounds is None:
-        bounds = [*range(0, samples, batch), samples]
+        bounds = _within(samples, batch, 1, batch, 1)
     count = len(bounds) - 1
     if count < parts:
         batches = f"{count} batch" + ("es" if count > 1 else "")
@@ -104,27 +114,43 @@ def _accepted(
     samples, (fewest, most) = source.samples, model.batch_sizes
     if options.unbatched:
         return source.whole(), samples, samples
+    count = few(source, options, model)
     if (fewest, most) != (1, None):
-        count = max(2, fewest) if most is None else min(max(2, fewest), most)
         _within(samples, count, fewest, most or samples, 1)  # before a pass of other samples fails
         return source.part(0, count), fewest, most
     if options.train_mode:  # batch norm couples the samples of a batch
-        return source.part(0, min(samples, 2)), samples, samples
+        return source.part(0, count), samples, samples
     asked = min(options.batch_size or samples, samples)
-    few = taken(problem, source, list(dict.fromkeys([min(samples, 2), asked, samples])))
-    count = len(few.inputs[0]) if few.inputs[0].dim() else 1
-    if count <= 2:
-        return few, 1, None
-    if count == samples:
+    batch, _ = taken(problem.output, source, list(dict.fromkeys([count, asked, samples])))
+    if len(batch) == count:
+        return batch, 1, None
+    if len(batch) == samples:
         note(f"the model takes all {samples} samples at once, so all the data is one batch")
-    return few, count, count
+    return batch, len(batch), len(batch)
+
+
+def few(source: Source, options: ProblemOptions, model: SavedModel) -> int:
+    """How many samples are enough to see what the model makes of them."""
+    if options.unbatched:
+        return source.samples
+    fewest, most = model.batch_sizes
+    return min(source.samples, max(2, fewest), most or source.samples)
+
+
+def _terms(problem: Problem, source: Source, few: Batch) -> tuple[Batch, Tensor]:
+    """A few samples that the loss takes, or all there are, and its terms."""
+
+    def terms(batch: Batch) -> Tensor:
+        return problem.loss.terms(problem.output(batch), batch.target, batch.loss_arguments)
+
+    if source.samples == 1:
+        return few, terms(few).detach()
+    return taken(terms, source, list(dict.fromkeys([len(few), source.samples])))
 
 
 def _sizes(problem: Problem, few: Batch, samples: int, parts: int, side_by_side: bool) -> Sizes:
     """How much goes through at once, by what a few samples take."""
-    saved = saved_bytes(problem, few, problem.output) // max(
-        1, len(few.inputs[0]) if few.inputs[0].dim() else 1
-    )
+    saved = saved_bytes(problem, few, problem.output) // max(1, len(few))
     size = sum(p.numel() for p in problem.parameters.values())
     free = free_memory(problem.device)
     if parts > 1 and problem.device.type == "cpu":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -9,20 +12,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hesscli.errors import UsageError
+from hesscli.errors import MismatchError, UsageError
 from hesscli.files.data import Data, check_finite, describe
 from hesscli.files.digest import sha256_of
 from hesscli.files.importing import importable, imported
-from hesscli.hessian.losses import LOSSES, TENSORS, Loss, check_arguments
+from hesscli.hessian.loss import Loss
+from hesscli.hessian.losses import ELEMENT_WEIGHTED, LOSSES, TENSORS, check_arguments
+from hesscli.hessian.precision import in_precision_
 from hesscli.job.options import ProblemOptions
+from hesscli.job.source import move
 
 
 def loss_of(
     options: ProblemOptions,
     data: Data,
-    moved: Callable[[Tensor], Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
     note: Callable[[str], None],
 ) -> Loss:
     """The loss that was named, or the one that fits the targets."""
@@ -45,13 +52,18 @@ def loss_of(
         function = _import_function(name)
         name = os.path.basename(name)  # no paths in files
     elif name not in LOSSES and name != "output":
+        plain = name.replace("_", "-").removesuffix("-loss")
+        near = difflib.get_close_matches(plain, LOSSES, 1)
         raise UsageError(
-            f"no loss is called {name!r}; there are: auto, {', '.join(LOSSES)}, output, PKG.MOD:FN, FILE.py:FN"
+            f"no loss is called {name!r}; there are: auto, {', '.join(LOSSES)}, output, PKG.MOD:FN, FILE.py:FN",
+            f"--loss {near[0]}" if near else None,
         )
     if name != "output" and data.targets is None:
         raise UsageError(
             f"{options.data}: holds no targets, and {name} needs them", "--targets KEY"
         )
+    if isinstance(function, nn.Module):  # a copy: the user's stays as it is
+        function = in_precision_(copy.deepcopy(function), dtype).to(device)
     loss = Loss(name, options.reduction, dict(options.loss_arguments), function)
     check_arguments(name, loss.arguments)
     target = None if data.targets is None else data.targets[1]
@@ -59,10 +71,13 @@ def loss_of(
     for key, value in loss.arguments.items():
         array = _array(options, data, key, value, name in LOSSES)
         if array is not None:
-            if data.per_sample(array) and loss.goes_along(key, array, target):
+            along = data.per_sample(array) and loss.goes_along(key, array, target)
+            if along and not options.unbatched:
                 array = array[slice(*data.range)]  # as its targets are
+            if name in ELEMENT_WEIGHTED and target is not None:
+                _demand_fit(key, array, target)
             check_finite(options.data, value[1:] if isinstance(value, str) else key, array)
-            arguments[key] = moved(array)
+            arguments[key] = move(array, device, dtype)
     return replace(loss, arguments=arguments)
 
 
@@ -90,18 +105,36 @@ def _array(
         ) from None
 
 
+def _demand_fit(key: str, array: Tensor, target: Tensor) -> None:
+    """Refuses a weight of elements that does not fit all of them, though it may fit those of a batch."""
+    count = target.shape[0] if target.dim() else 1
+    apart = array.dim() == target.dim() and array.dim() > 0 and len(array) not in (1, count)
+    if apart or array.dim() > target.dim() + 1:
+        raise MismatchError(
+            f"the loss argument {key} has shape {list(array.shape)}, "
+            f"which does not fit targets of shape {list(target.shape)}"
+        )
+
+
 def _import_function(spec: str) -> Callable[..., Tensor]:
     with importable():
         function = imported("--loss", spec, "FN")
-    if not callable(function):
-        raise UsageError(f"the loss {spec} is a {type(function).__name__}, not a function")
+    if isinstance(function, type) or not callable(function):
+        kind = "class" if isinstance(function, type) else type(function).__name__
+        raise UsageError(f"the loss {spec} is a {kind}, not a function of output and targets")
     return function
 
 
 def printable(arguments: Mapping[str, object]) -> dict[str, object]:
     """The arguments as JSON has them."""
     plain = (bool, int, float, str, type(None))
-    return {k: v if isinstance(v, plain) else described(v) for k, v in arguments.items()}
+    return {
+        k: v if isinstance(v, plain) and _finite(v) else described(v) for k, v in arguments.items()
+    }
+
+
+def _finite(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def described(value: object) -> str:

@@ -14,13 +14,13 @@ from hesscli.hessian.operator import CURVATURES
 from hesscli.hessian.plan import Sizes
 from hesscli.hessian.precision import in_precision_
 from hesscli.hessian.problem import Problem, measure
-from hesscli.job.batches import split
+from hesscli.job.batches import few, split
 from hesscli.job.loss import loss_of, printable
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.parameters import chosen_parameters, unmatched
-from hesscli.job.passing import as_columns, ordered, scales, takes_targets
+from hesscli.job.passing import as_columns, ordered, scales, target_of
 from hesscli.job.settings import settle
-from hesscli.job.source import Source, move
+from hesscli.job.source import Source
 from hesscli.job.team import rank_here, ranks
 
 if TYPE_CHECKING:
@@ -88,17 +88,16 @@ def open_problem(
     )
     for text in data.notes:
         note(text)
-    loss = loss_of(options, data, lambda array: move(array, device, dtype), note)
+    loss = loss_of(options, data, device, dtype, note)
     names = list(data.inputs)
-    if (
-        loss.name == "output"
-        and not options.inputs
-        and data.targets
-        and takes_targets(model, names)
-    ):
-        names.append(data.targets[0])
-        note(f"the model returns the loss and takes the targets too: inputs are {', '.join(names)}")
     known = data.inputs | dict([data.targets] if data.targets else [])
+    if loss.name == "output" and not options.inputs and data.targets:
+        name = target_of(model, names, data.targets[0])
+        if name is not None:
+            names.append(name)
+            known[name] = data.targets[1]
+            listed = ", ".join(names)
+            note(f"the model returns the loss and takes the targets too: inputs are {listed}")
     names, keywords = ordered(options, model, names, known, note)
     parameters, tied, frozen = chosen_parameters(model.module, options.params)
     skipped = [name for name, p in model.module.named_parameters() if p.is_complex()]
@@ -127,7 +126,7 @@ def open_problem(
         wide=dtype is torch.float64,
     )
     if data.columns:
-        source = as_columns(problem, source, note)
+        source = as_columns(problem, source, few(source, options, model), note)
     parts = 1 if share is None else share.team.size
     problem, sizes = split(problem, source, options, model, note, parts, side_by_side)
     if dtype is torch.float64:

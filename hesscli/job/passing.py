@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from hesscli.errors import MismatchError, UsageError
-from hesscli.files.data import describe
+from hesscli.files.data import TARGET_NAMES, describe
 from hesscli.files.models import SavedModel
-from hesscli.hessian.losses import OF_CLASSES
+from hesscli.hessian.losses import LOSSES, OF_CLASSES
 from hesscli.hessian.problem import Problem
 from hesscli.job.options import EVERY, ProblemOptions
 from hesscli.job.source import Source
@@ -54,8 +54,12 @@ def ordered(
     return [*others, *keywords], (*others, *keywords)
 
 
-def as_columns(problem: Problem, source: Source, note: Callable[[str], None]) -> Source:
-    """A table's targets as what the loss wants: whole numbers as classes, others as a column [N, 1] like the output."""
+def as_columns(problem: Problem, source: Source, count: int, note: Callable[[str], None]) -> Source:
+    """A table's targets as what the loss wants: whole numbers as classes, others as a column [N, 1] like the output.
+
+    Args:
+        count: how many samples the model takes.
+    """
     if source.target is None:
         return source
     if source.loss.name in OF_CLASSES:
@@ -64,13 +68,19 @@ def as_columns(problem: Problem, source: Source, note: Callable[[str], None]) ->
             note("targets: whole numbers, taken as classes")
             return replace(source, target=classes)
         return source
-    count = min(source.samples, 2)
     with torch.no_grad():
         output = problem.output(source.part(0, count))
     if output.shape != (count, 1) or source.target.dim() != 1:
         return source
     note("targets: taken as a column [N, 1], as the model's output is")
-    return replace(source, target=source.target.unsqueeze(1))
+    arguments = {
+        name: value.unsqueeze(1) if source.goes_along(name, value) else value  # type: ignore[attr-defined]
+        for name, value in source.loss.arguments.items()
+    }
+    loss = source.loss
+    if loss.name in LOSSES:
+        loss = replace(loss, arguments=arguments)
+    return replace(source, target=source.target.unsqueeze(1), loss=loss)
 
 
 def scales(
@@ -91,5 +101,16 @@ def scales(
     return found
 
 
-def takes_targets(model: SavedModel, names: list[str]) -> bool:
-    return model.inputs is not None and model.inputs > len(names)
+def target_of(model: SavedModel, names: Sequence[str], target: str) -> str | None:
+    """What a model that returns its own loss calls the targets, beside inputs of these names; None if it takes none."""
+    if set(names) <= set(model.arguments):
+        left = [name for name in model.arguments if name not in names]
+        for wanted in (target, *TARGET_NAMES):
+            if wanted in left:
+                return wanted
+        return next((name for name in left if name not in model.optional), None)
+    if model.inputs is None or model.inputs <= len(names):
+        return None
+    following = [name for name in model.arguments if name not in model.keywords][len(names) :]
+    optional = following and following[0] in model.optional and following[0] not in TARGET_NAMES
+    return None if optional else target

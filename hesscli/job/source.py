@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.batch import Batch
-from hesscli.hessian.losses import Loss
+from hesscli.hessian.loss import Loss
 from hesscli.hessian.precision import in_precision
 
 
@@ -67,11 +67,11 @@ class Source:
 
     def _arguments(self, start: int, stop: int) -> Mapping[str, object]:
         return {
-            name: value[start:stop] if self._goes_along(name, value) else value  # type: ignore[index]
+            name: value[start:stop] if self.goes_along(name, value) else value  # type: ignore[index]
             for name, value in self.loss.arguments.items()
         }
 
-    def _goes_along(self, name: str, value: object) -> bool:
+    def goes_along(self, name: str, value: object) -> bool:
         """Whether a loss argument is cut like the samples."""
         if not isinstance(value, Tensor) or not value.dim() or len(value) != self.samples:
             return False

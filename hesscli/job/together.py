@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,14 +11,17 @@ from torch import Tensor
 from hesscli.errors import MismatchError
 from hesscli.files.resources import available_memory
 from hesscli.hessian.batch import Batch
+from hesscli.hessian.losses import OF_CLASSES
 from hesscli.hessian.problem import Problem
 from hesscli.job.source import Source
 
 _FEWEST, _TRIED = 4, 32  # samples passed together and apart
 
 
-def taken(problem: Problem, source: Source, counts: Sequence[int]) -> Batch:
-    """The first so many samples that the model takes, of these numbers of samples in turn.
+def taken(
+    function: Callable[[Batch], Tensor], source: Source, counts: Sequence[int]
+) -> tuple[Batch, Tensor]:
+    """The first so many samples that a function takes, of these numbers of samples in turn, and what it gives.
 
     Raises:
         MismatchError: it takes none of them; why it does not take the first.
@@ -30,8 +33,7 @@ def taken(problem: Problem, source: Source, counts: Sequence[int]) -> Batch:
                 break
             batch = source.part(0, count)
             try:
-                problem.output(batch)
-                return batch
+                return batch, function(batch)
             except MismatchError as error:
                 refused = refused or error
     assert refused is not None
@@ -85,7 +87,10 @@ def _loss_coupled(
 ) -> str | None:
     """The loss, if it makes something else of outputs together than of the same ones apart."""
     if problem.loss.function is None:
-        return None
+        of_all = (
+            problem.loss.name in OF_CLASSES and output.dim() == 1
+        )  # to PyTorch one distribution
+        return f"the loss {problem.loss.name}" if of_all else None
 
     def terms(output: Tensor, of: Batch) -> Tensor:
         return problem.loss.terms(output, of.target, of.loss_arguments)
