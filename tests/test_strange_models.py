@@ -251,6 +251,28 @@ def test_every_pass_begins_with_the_buffers_as_saved():
     assert float(model.range) == 0.5
 
 
+class Moving(nn.Module):
+    """Replaces its buffer in every pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(2, 1)
+        self.register_buffer("mean", torch.tensor([0.5], dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, self.mean = self.mean, 0.9 * self.mean
+        return torch.tanh(self.a(x)) * mean
+
+
+def test_every_pass_begins_with_the_buffers_as_they_were():
+    torch.manual_seed(0)
+    model = Moving().double()
+    found = hesscli.compute(model, (X, Y), blocks="full", framework="torch", batch_size=4)
+    model.forward = lambda x: torch.tanh(model.a(x)) * 0.5
+    truth = hessian(model, nn.functional.mse_loss, (X,), Y)
+    torch.testing.assert_close(found.matrix(), truth, rtol=1e-9, atol=1e-12)
+
+
 class Scaled(nn.Module):
     """Units scaled by a constant; subclasses say where it comes from."""
 

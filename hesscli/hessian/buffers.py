@@ -8,8 +8,10 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-_Saved = tuple[Tensor, int, Tensor]  # a buffer, its version, and a copy of it
-_SAVED: WeakKeyDictionary[nn.Module, dict[int, _Saved]] = WeakKeyDictionary()
+Place = tuple[int, str]  # which module, and the buffer's name in it
+Saved = tuple[Tensor, int, Tensor]  # a buffer, its version, and a copy of it
+
+_SAVED: WeakKeyDictionary[nn.Module, dict[Place, Saved]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -19,19 +21,36 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
     A buffer that was written to is replaced, not written to again: autograd may have saved it.
     """
     if module not in _SAVED:
-        _SAVED[module] = {id(b): (b, b._version, b.detach().clone()) for b in module.buffers()}
+        _SAVED[module] = _saved(module)
     saved = _SAVED[module]
     try:
         yield
     finally:
-        written = {
-            key: value for key, (b, version, value) in saved.items() if b._version != version
-        }
-        fresh = {key: value.clone() for key, value in written.items()}
-        for part in module.modules() if written else ():
-            for name, buffer in part._buffers.items():
-                if id(buffer) in fresh:
-                    part._buffers[name] = fresh[id(buffer)]
-        for key, buffer in fresh.items():
-            del saved[key]
-            saved[id(buffer)] = buffer, buffer._version, written[key]
+        fresh: dict[int, Tensor] = {}  # a buffer may have several names
+        for place, current in list(_buffers(module)):
+            part, name = place
+            if (id(part), name) not in saved:
+                continue
+            buffer, version, copy = saved[id(part), name]
+            if buffer._version != version:
+                new = fresh.setdefault(id(buffer), copy.clone())
+                saved[id(part), name] = new, new._version, copy
+                part._buffers[name] = new
+            elif current is not buffer:
+                part._buffers[name] = buffer
+
+
+def _saved(module: nn.Module) -> dict[Place, Saved]:
+    copies: dict[int, Tensor] = {}
+    found = {}
+    for (part, name), buffer in _buffers(module):
+        copy = copies.setdefault(id(buffer), buffer.detach().clone())
+        found[id(part), name] = buffer, buffer._version, copy
+    return found
+
+
+def _buffers(module: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], Tensor]]:
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                yield (part, name), buffer

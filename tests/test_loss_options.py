@@ -1,0 +1,336 @@
+"""Losses with all that users do to them: arguments of every kind, and losses of their own that do more than compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import read
+from oracles import hessian, relative_error
+from torch import Tensor, nn
+
+import hesscli
+
+G = torch.Generator().manual_seed(0)
+X, Y = (torch.randn(8, n, generator=G, dtype=torch.float64) for n in (3, 4))
+CLASSES = torch.tensor([0, 1, 1, 0, 1, 2, 3, 2])
+W = torch.tensor([1.0, 2, 3, 4], dtype=torch.float64)
+
+
+def net(outputs: int = 4) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, outputs)).double()
+
+
+def computed(model, data, **options):
+    options.setdefault("blocks", "full")
+    return hesscli.compute(model, data, framework="torch", **options)
+
+
+def close(found, truth, tolerance=1e-9):
+    assert relative_error(found.matrix().double(), truth) < tolerance
+
+
+# --- built-in ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "argument", "value", "wanted"),
+    [
+        ("poisson-nll", "log_input", "no", "true or false"),
+        ("poisson-nll", "full", torch.ones(2), "true or false"),
+        ("kl-div", "log_target", 1, "true or false"),
+        ("huber", "delta", torch.ones(4), "a number"),
+        ("smooth-l1", "beta", "@b", "a number"),
+        ("cross-entropy", "label_smoothing", True, "a number"),
+        ("cross-entropy", "ignore_index", 2**70, "a whole number"),
+        ("cross-entropy", "ignore_index", 1.5, "a whole number"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(loss, argument, value, wanted):
+    with pytest.raises(hesscli.HesscliError, match=f"{argument} is .*, wanted {wanted}") as refused:
+        computed(net(), (X, Y), loss=loss, loss_arguments={argument: value})
+    assert refused.value.exit_code == 2
+
+
+def test_arguments_of_one_sample():
+    found = computed(net(), (X[0], Y[0]), loss="mse", loss_arguments={"weight": W}, unbatched=True)
+    close(found, hessian(net(), lambda f, y: F.mse_loss(f, y, weight=W), (X[0],), Y[0]))
+
+
+def test_classes_in_eight_bits():
+    y = torch.tensor([156, 3, 7, 156] * 2, dtype=torch.uint8)  # -100, to who counts in eight bits
+    arguments = {"label_smoothing": 0.2}
+    found = computed(net(200), (X, y), loss="cross-entropy", loss_arguments=arguments)
+    close(found, hessian(net(200), lambda f, y: F.cross_entropy(f, y, **arguments), (X,), y.long()))
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_one_distribution_over_all_samples(batch_size):
+    model, p = nn.Sequential(net(1), nn.Flatten(0)), Y[:, 0].softmax(0)
+    found = computed(model, (X, p), loss="cross-entropy", batch_size=batch_size)
+    close(found, hessian(model, F.cross_entropy, (X,), p))
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_a_weight_that_fits_a_batch_alone(batch_size):
+    arguments = {"weight": torch.ones(4, 4)}
+    with pytest.raises(hesscli.HesscliError, match=r"weight has shape .*does not fit targets"):
+        computed(net(), (X, Y), loss="mse", loss_arguments=arguments, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_a_pos_weight_of_each_sample(batch_size):
+    model, y, p = nn.Sequential(net(1), nn.Flatten(0)), Y[:, 0].sigmoid(), Y[:, 1].exp()
+    found = computed(
+        model,
+        (X, y),
+        loss="bce-with-logits",
+        loss_arguments={"pos_weight": p},
+        batch_size=batch_size,
+    )
+    bce = F.binary_cross_entropy_with_logits
+    close(found, hessian(model, lambda f, y: bce(f, y, pos_weight=p), (X,), y))
+
+
+def test_huber_without_end(cli):
+    found = computed(net(), (X, Y), loss="huber", loss_arguments={"delta": float("inf")})
+    close(found, hessian(net(), lambda f, y: F.mse_loss(f, y) / 2, (X,), Y))
+
+
+def test_log_probabilities_with_classes_last():
+    model = nn.Sequential(net(), nn.LogSoftmax(-1))
+    x, y = X.repeat(4, 1).view(4, 2, 4, 3), CLASSES.repeat(4).view(4, 2, 4)
+    found = computed(model, (x, y), loss="nll")
+    close(found, hessian(model, lambda f, y: F.nll_loss(f.movedim(-1, 1).contiguous(), y), (x,), y))
+
+
+def test_ignored_classes_of_probabilities():
+    arguments = {"ignore_index": 1}
+    with pytest.raises(hesscli.HesscliError, match="the targets are probabilities"):
+        computed(net(), (X, Y.softmax(1)), loss="cross-entropy", loss_arguments=arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("cross_entropy", "cross-entropy"), ("mse_loss", "mse")]
+)
+def test_other_names_of_losses(cli, tmp_path, name, near):
+    torch.jit.script(net()).save(str(tmp_path / "m.pt"))
+    np.savez(tmp_path / "d.npz", x=X, y=Y)
+    ran = cli("compute", "m.pt", "d.npz", "--loss", name)
+    assert "no loss is called" in ran.fails(2)
+    assert ran.hint.endswith(f"--loss {near}")
+
+
+def test_a_column_of_weights(cli, tmp_path):
+    torch.jit.script(net(1)).save(str(tmp_path / "m.pt"))
+    table = torch.cat([X, Y[:, :1].exp(), Y[:, 1:2]], 1).tolist()
+    lines = ["a,b,c,w,y", *(",".join(map(repr, row)) for row in table)]
+    (tmp_path / "d.csv").write_text("\n".join(lines))
+    inputs = [word for name in "abc" for word in ("--inputs", name)]
+    ran = cli(
+        "compute",
+        "m.pt",
+        "d.csv",
+        *inputs,
+        "--loss",
+        "mse",
+        "--loss-arg",
+        "weight=@w",
+        "-b",
+        "full",
+    )
+    assert ran.code == 0, ran.stderr
+    _, tensors = read(tmp_path / "hessian.safetensors")
+    truth = hessian(net(1), lambda f, y: F.mse_loss(f, y, weight=Y[:, :1].exp()), (X,), Y[:, 1:2])
+    assert relative_error(tensors["hessian"], truth) < 1e-9
+
+
+# --- of the user's own ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16])
+def test_a_loss_in_fewer_digits(dtype, narrow):
+    def loss(f, y):
+        return F.cross_entropy(f.to(narrow), y, reduction="none")
+
+    found = computed(net().float(), (X, CLASSES), loss=loss, dtype=dtype)
+    close(found, hessian(net(), F.cross_entropy, (X,), CLASSES), 1e-6)
+
+
+def test_a_loss_that_depends_on_the_weights():
+    model = net()
+
+    def loss(f, y):
+        return F.mse_loss(f, y) + 0.1 * sum(p.square().sum() for p in model.parameters())
+
+    found = computed(model, (X, Y), loss=loss)
+    assert [
+        n
+        for n in found.metadata["notes"]
+        if "depends on parameters besides the model's output" in n
+    ]
+    close(found, hessian(net(), F.mse_loss, (X,), Y))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_loss_with_buffers(dtype):
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("weight", torch.tensor([1.0, 2, 3, 4]))
+
+        def forward(self, f, y):
+            result = F.cross_entropy(f, y, weight=self.weight, reduction="none")
+            self.weight = 1.5 * self.weight
+            return result
+
+    loss = Weighted()
+    found = computed(net().float(), (X, CLASSES), loss=loss, dtype=dtype)
+    truth = hessian(
+        net(), lambda f, y: F.cross_entropy(f, y, weight=W, reduction="none").mean(), (X,), CLASSES
+    )
+    close(found, truth, 1e-6 if dtype == "float32" else 1e-9)
+    assert loss.weight.tolist() == [1.0, 2, 3, 4]
+
+
+def test_a_loss_that_counts_its_calls():
+    class Warming:
+        calls = 0
+
+        def __call__(self, f, y):
+            self.calls += 1
+            return ((f - y) ** 4).sum(1) * min(1, self.calls / 100)
+
+    with pytest.raises(hesscli.HesscliError, match="the same output two values"):
+        computed(net(), (X, Y), loss=Warming())
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
+def test_a_loss_that_writes_to_the_output(curvature):
+    found = computed(
+        net(), (X, Y), loss=lambda f, y: f.sub_(y).square().sum(1), curvature=curvature
+    )
+    plain = computed(net(), (X, Y), loss=lambda f, y: (f - y).square().sum(1), curvature=curvature)
+    close(found, plain.matrix())
+
+
+@pytest.mark.parametrize("blocks", ["full", "elements"])
+def test_losses_that_want_all_samples(blocks):
+    w = Y[:, 0].exp()
+    for loss in (
+        lambda f, y: w * F.cross_entropy(f, y, reduction="none"),
+        lambda f, y: f.view(-1, 4, 4).var(1).sum(1),
+    ):
+        found = computed(net(), (X, CLASSES), loss=loss, blocks=blocks, batch_size=4)
+        truth = hessian(net(), lambda f, y, loss=loss: loss(f, y).mean(), (X,), CLASSES)
+        assert relative_error(found.matrix().diagonal(), truth.diagonal()) < 1e-9
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "fisher"])
+def test_a_loss_with_a_detached_factor(curvature):
+    def focal(f, y):
+        p = f.softmax(1).gather(1, y[:, None])[:, 0]
+        return (1 - p).detach() ** 2 * F.cross_entropy(f, y, reduction="none")
+
+    found = computed(net(), (X, CLASSES), loss=focal, curvature=curvature)
+    assert not [note for note in found.metadata["notes"] if "instead" in note]
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
+def test_outputs_that_are_masked(curvature):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x):
+            return self.net(x).masked_fill(torch.arange(4) == 3, float("-inf"))
+
+    y = CLASSES.clamp(max=2)
+    found = computed(Masked(), (X, y), curvature=curvature)
+    without = net()
+    without[2] = nn.Linear(4, 3).double()
+    with torch.no_grad():
+        without[2].weight.copy_(net()[2].weight[:3])
+        without[2].bias.copy_(net()[2].bias[:3])
+    plain = computed(without, (X, y), curvature=curvature).matrix()
+    kept = [i for i in range(36) if not (28 <= i < 32 or i == 35)]
+    assert relative_error(found.matrix()[kept][:, kept], plain) < 1e-9
+
+
+# --- of the model's own, and what it calls its inputs ------------------------------------------
+
+
+class Masking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net(3)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return ((self.net(x if mask is None else x * mask) - x) ** 2).mean(1)
+
+
+class TargetFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net(3)
+
+    def forward(self, target: Tensor, x: Tensor) -> Tensor:
+        return ((self.net(x) - target) ** 2).mean(1)
+
+
+def own(f, y):
+    return f.mean()
+
+
+def test_what_a_model_can_do_without_are_not_the_targets():
+    found = computed(Masking(), (X, Y[:, :3]), loss="output")
+    close(found, hessian(Masking(), own, (X,), None))
+
+
+def test_targets_by_what_the_model_calls_them():
+    found = computed(TargetFirst(), (X, Y[:, :3]), loss="output")
+    close(found, hessian(TargetFirst(), own, (Y[:, :3], X), None))
+
+
+def test_inputs_by_what_the_model_calls_them():
+    mask = (Y[:, :3] > 0).double()
+    found = computed(Masking(), {"x": X, "mask": mask, "y": Y}, loss="output")
+    close(found, hessian(Masking(), own, (X, mask), None))
+
+
+def test_a_dataclass_as_output():
+    @dataclass
+    class Output:
+        loss: Tensor
+        logits: Tensor
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x):
+            f = self.net(x)
+            return Output(f.square().mean(), f)
+
+    close(computed(Net(), (X, CLASSES)), hessian(net(), F.cross_entropy, (X,), CLASSES))
+
+
+@pytest.mark.parametrize("batch_size", [None, 7])
+def test_a_model_that_squeezes(batch_size):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net(1)
+
+        def forward(self, x):
+            return self.net(x).squeeze()
+
+    found = computed(Net(), (X, Y[:, 0]), batch_size=batch_size)
+    close(found, hessian(Net(), F.mse_loss, (X,), Y[:, 0]))
