@@ -231,6 +231,22 @@ def test_losses_that_want_all_samples(blocks):
         assert relative_error(found.matrix().diagonal(), truth.diagonal()) < 1e-9
 
 
+@pytest.mark.parametrize("batch_size", [None, 3])
+@pytest.mark.parametrize("of_classes", [True, False])
+def test_as_many_classes_as_samples(of_classes, batch_size):
+    w = torch.linspace(0.1, 8, 8, dtype=torch.float64) ** 2
+    y = CLASSES.flip(0)
+
+    def loss(f, y, w):
+        return F.cross_entropy(f, y, reduction="none") * (w[y] if of_classes else w)
+
+    data = {"x": X, "y": y, "w": w}
+    found = computed(net(8), data, loss=loss, loss_arguments={"w": "@w"}, batch_size=batch_size)
+    close(found, hessian(net(8), lambda f, y: loss(f, y, w).mean(), (X,), y))
+    said = [note for note in found.metadata["notes"] if "the same for all samples: w" in note]
+    assert bool(said) == of_classes
+
+
 @pytest.mark.parametrize("curvature", ["ggn", "fisher"])
 def test_a_loss_with_a_detached_factor(curvature):
     def focal(f, y):

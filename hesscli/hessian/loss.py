@@ -41,6 +41,9 @@ class Loss:
     arguments: Mapping[str, object] = field(default_factory=dict)
     function: Callable[..., Tensor] | None = None
     whole: bool = False
+    fixed: frozenset[str] = (
+        frozenset()
+    )  # arguments that are the same for all samples, though as long
     wide: bool = False  # what the user's own computes in less than float64 is computed in that
 
     def class_axis(self, shape: Sequence[int], target: Tensor | None) -> int | None:
@@ -52,7 +55,7 @@ class Loss:
     def goes_along(self, argument: str, value: Tensor, target: Tensor | None) -> bool:
         """Whether an argument, as long as there are samples, has an entry for each of them, and not for each class."""
         if self.function is not None:
-            return True
+            return argument not in self.fixed
         of_elements = argument in TENSORS and self.name in ELEMENT_WEIGHTED
         return of_elements and target is not None and value.dim() == target.dim()
 

@@ -52,6 +52,13 @@ def split(
         if classes_last(output.shape, some.target.shape):
             note(f"classes: {output.shape[-1]}, along the last axis of the model's output")
     if problem.loss.name not in LOSSES:
+        fixed = _fixed(problem, source, some)
+        if fixed:
+            note(
+                f"loss arguments as long as the data, but the same for all samples: {', '.join(fixed)}"
+            )
+            source = replace(source, loss=replace(source.loss, fixed=frozenset(fixed)))
+            some = source.part(0, len(some))
         tried, terms = _terms(problem, source, some)
         with torch.no_grad():
             output = problem.output(tried)
@@ -135,6 +142,28 @@ def few(source: Source, options: ProblemOptions, model: SavedModel) -> int:
         return source.samples
     fewest, most = model.batch_sizes
     return min(source.samples, max(2, fewest), most or source.samples)
+
+
+def _fixed(problem: Problem, source: Source, few: Batch) -> list[str]:
+    """Arguments of a loss of the user's own that have as many entries as there are samples, but not one for each.
+
+    A few samples accept them whole, as they do the weights of as many classes.
+    """
+    if source.samples <= len(few):
+        return []
+    fixed = []
+    with torch.no_grad():
+        output = problem.output(few)
+        for name, value in source.loss.arguments.items():
+            if source.goes_along(name, value):
+                try:
+                    whole = {**few.loss_arguments, name: value}
+                    terms = problem.loss.terms(output, few.target, whole)
+                except MismatchError:
+                    continue
+                if terms.dim() and len(terms) == len(few):
+                    fixed.append(name)
+    return fixed
 
 
 def _terms(problem: Problem, source: Source, few: Batch) -> tuple[Batch, Tensor]:
