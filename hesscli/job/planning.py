@@ -253,7 +253,7 @@ class Plan:
         if place + 1 == len(choices):
             raise NumericalError(
                 f"{said}, more than {tolerance:.0e}; nothing was written",
-                self.more_digits() or "--no-check",
+                self.more_digits() or self._other_way(choices[place].method),
             )
         self.note(f"{said}; {choices[place + 1].method} instead")
 
@@ -261,11 +261,17 @@ class Plan:
         return "--dtype float64" if self.problem.dtype.itemsize == 4 else None
 
     def inexact(self, block: Block, method: str, reason: Exception) -> NumericalError:
-        hint = FINITE_DIFFERENCE if self.options.method == "hvp" else "auto"
         return NumericalError(
-            f"{block.name}: {method} is not exact here: {reason}",
-            None if method == FINITE_DIFFERENCE else f"--method {hint}",
+            f"{block.name}: {method} is not exact here: {reason}", self._other_way(method)
         )
+
+    def _other_way(self, method: str) -> str | None:
+        """The option with which another route may do, after this one did not."""
+        if self.options.curvature != "hessian":
+            return "--method auto" if self.options.method != "auto" else "--curvature hessian"
+        if method == FINITE_DIFFERENCE:
+            return None
+        return f"--method {FINITE_DIFFERENCE if method == HVP else 'auto'}"
 
     def recall(self, notes: Sequence[str]) -> None:
         """Takes over what an earlier run had to say."""
