@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import torch
-from torch import Tensor
 
 from hesscli.errors import MismatchError
 from hesscli.files.models import SavedModel
@@ -17,6 +17,7 @@ from hesscli.hessian.losses import LOSSES, OF_CLASSES, classes_last
 from hesscli.hessian.plan import Sizes, choose_sizes
 from hesscli.hessian.problem import Problem, saved_bytes
 from hesscli.job.options import ProblemOptions
+from hesscli.job.own_loss import seen
 from hesscli.job.source import Source
 from hesscli.job.team import ranks_here
 from hesscli.job.together import coupled, coupled_in_place, taken
@@ -52,58 +53,33 @@ def split(
         if classes_last(output.shape, some.target.shape):
             note(f"classes: {output.shape[-1]}, along the last axis of the model's output")
     if problem.loss.name not in LOSSES:
-        fixed = _fixed(problem, source, some)
-        if fixed:
-            note(
-                f"loss arguments as long as the data, but the same for all samples: {', '.join(fixed)}"
-            )
-            source = replace(source, loss=replace(source.loss, fixed=frozenset(fixed)))
-            some = source.part(0, len(some))
-        tried, terms = _terms(problem, source, some)
-        with torch.no_grad():
-            output = problem.output(tried)
-        if problem.loss.reads_others(output, tried.target, tried.loss_arguments):
-            note(
-                f"the loss {problem.loss.name} depends on parameters besides the model's output: "
-                "they are constants here"
-            )
-        if len(tried) > len(some):
-            note(f"the loss takes all {samples} samples at once, so all the data is one batch")
-            fewest = most = samples
-        if terms.numel() == 1 and samples > 1 and (not terms.dim() or len(tried) > 1):
-            problem = replace(problem, loss=replace(problem.loss, whole=True))
-            note(
-                "the loss is one number for all data, so the data is not split into batches; "
-                "a loss that returns a term for each sample would be, and faster"
-            )
+        problem, source, whole = seen(problem, source, some, note)
+        if whole:
             fewest = most = samples
     as_given = [x._version for x in some.inputs]
     sizes = _sizes(problem, some, samples, parts, side_by_side)
     if [x._version for x in some.inputs] != as_given:
         problem = replace(problem, writes=True)
-    batch, bounds = min(options.batch_size or sizes.batch, samples), None
+    batch = min(options.batch_size or sizes.batch, samples)
     if fewest > 1 or most is not None:
         bounds = _within(samples, batch, fewest, most or samples, parts)
-        batch = bounds[1]
-        seeing = coupled_in_place(problem, source, batch)
-        if seeing is not None:
-            note(
-                f"{seeing} sees several samples at once: {batch} at a time, as the model accepts them"
-            )
-    elif batch < samples or parts > 1:
-        seeing = coupled(problem, source, batch)
-        if seeing is not None:
-            note(f"{seeing} sees several samples at once, so all the data is one batch")
-            batch = samples
-        elif parts > 1:
-            batch, bounds = _even(samples, batch, parts)
-    if bounds is None:
+        if (seeing := coupled_in_place(problem, source, bounds[1])) is not None:
+            how = f"{bounds[1]} at a time, as the model accepts them"
+            note(f"{seeing} sees several samples at once: {how}")
+    elif (batch < samples or parts > 1) and (seeing := coupled(problem, source, batch)) is not None:
+        note(f"{seeing} sees several samples at once, so all the data is one batch")
+        bounds = [0, samples]
+    elif parts > 1:
+        bounds = _even(samples, batch, parts)
+    else:
         bounds = _within(samples, batch, 1, batch, 1)
     count = len(bounds) - 1
     if count < parts:
-        batches = f"{count} batch" + ("es" if count > 1 else "")
-        note(f"the data is {batches}, so {parts - count} of {parts} processes have nothing to do")
-    return replace(problem, batches=_batches(source, bounds, parts)), Sizes(batch, sizes.chunk)
+        listed = f"{count} batch" + ("es" if count > 1 else "")
+        note(f"the data is {listed}, so {parts - count} of {parts} processes have nothing to do")
+    batches = _batches(source, bounds, parts)
+    largest = max(stop - start for start, stop in pairwise(bounds))
+    return replace(problem, batches=batches), Sizes(largest, sizes.chunk)
 
 
 def _accepted(
@@ -142,39 +118,6 @@ def few(source: Source, options: ProblemOptions, model: SavedModel) -> int:
         return source.samples
     fewest, most = model.batch_sizes
     return min(source.samples, max(2, fewest), most or source.samples)
-
-
-def _fixed(problem: Problem, source: Source, few: Batch) -> list[str]:
-    """Arguments of a loss of the user's own that have as many entries as there are samples, but not one for each.
-
-    A few samples accept them whole, as they do the weights of as many classes.
-    """
-    if source.samples <= len(few):
-        return []
-    fixed = []
-    with torch.no_grad():
-        output = problem.output(few)
-        for name, value in source.loss.arguments.items():
-            if source.goes_along(name, value):
-                try:
-                    whole = {**few.loss_arguments, name: value}
-                    terms = problem.loss.terms(output, few.target, whole)
-                except MismatchError:
-                    continue
-                if terms.dim() and len(terms) == len(few):
-                    fixed.append(name)
-    return fixed
-
-
-def _terms(problem: Problem, source: Source, few: Batch) -> tuple[Batch, Tensor]:
-    """A few samples that the loss takes, or all there are, and its terms."""
-
-    def terms(batch: Batch) -> Tensor:
-        return problem.loss.terms(problem.output(batch), batch.target, batch.loss_arguments)
-
-    if source.samples == 1:
-        return few, terms(few).detach()
-    return taken(terms, source, list(dict.fromkeys([len(few), source.samples])))
 
 
 def _sizes(problem: Problem, few: Batch, samples: int, parts: int, side_by_side: bool) -> Sizes:
@@ -220,11 +163,10 @@ def _within(samples: int, batch: int, fewest: int, most: int, parts: int) -> lis
     )
 
 
-def _even(samples: int, most: int, parts: int) -> tuple[int, list[int]]:
-    """As few batches as can be, so many for each of the processes, and as equal as can be: the largest, all bounds."""
+def _even(samples: int, most: int, parts: int) -> list[int]:
+    """Where batches begin and end: as few as can be, so many for each of the processes, and as equal as can be."""
     count = min(samples, -(-samples // (most * parts)) * parts)
-    bounds = [index * samples // count for index in range(count + 1)]
-    return -(-samples // count), bounds
+    return [index * samples // count for index in range(count + 1)]
 
 
 def _batches(source: Source, bounds: Sequence[int], parts: int) -> Sequence[Batch]:

@@ -1,0 +1,83 @@
+"""What a loss of the user's own does, seen on a few samples: which of its arguments go along with them, what else it
+depends on, and whether it wants all samples at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hesscli.errors import MismatchError
+from hesscli.hessian.batch import Batch
+from hesscli.hessian.problem import Problem
+from hesscli.job.source import Source
+from hesscli.job.together import taken
+
+
+def seen(
+    problem: Problem, source: Source, some: Batch, note: Callable[[str], None]
+) -> tuple[Problem, Source, bool]:
+    """The problem and its source with what there is to know of the loss, and whether it wants all samples at once.
+
+    Args:
+        some: a few samples that the model takes.
+    """
+    fixed = _fixed(problem, source, some)
+    if fixed:
+        listed = ", ".join(fixed)
+        note(f"loss arguments as long as the data, but the same for all samples: {listed}")
+        source = replace(source, loss=replace(source.loss, fixed=frozenset(fixed)))
+    tried, terms = _terms(problem, source, len(some))
+    with torch.no_grad():
+        output = problem.output(tried)
+    if problem.loss.reads_others(output, tried.target, tried.loss_arguments):
+        note(
+            f"the loss {problem.loss.name} depends on parameters besides the model's output: "
+            "they are constants here"
+        )
+    wants_all = len(tried) > len(some)
+    if wants_all:
+        note(f"the loss takes all {source.samples} samples at once, so all the data is one batch")
+    if terms.numel() == 1 and source.samples > 1 and (not terms.dim() or len(tried) > 1):
+        problem = replace(problem, loss=replace(problem.loss, whole=True))
+        note(
+            "the loss is one number for all data, so the data is not split into batches; "
+            "a loss that returns a term for each sample would be, and faster"
+        )
+    return problem, source, wants_all or problem.loss.whole
+
+
+def _fixed(problem: Problem, source: Source, some: Batch) -> list[str]:
+    """Arguments that have as many entries as there are samples, but not one for each.
+
+    A few samples accept them whole, as they do the weights of as many classes.
+    """
+    if source.samples <= len(some):
+        return []
+    fixed = []
+    with torch.no_grad():
+        output = problem.output(some)
+        for name, value in source.loss.arguments.items():
+            if source.goes_along(name, value):
+                whole = {**some.loss_arguments, name: value}
+                try:
+                    terms = problem.loss.terms(output, some.target, whole)
+                except MismatchError:
+                    continue
+                if terms.dim() and len(terms) == len(some):
+                    fixed.append(name)
+    return fixed
+
+
+def _terms(problem: Problem, source: Source, count: int) -> tuple[Batch, Tensor]:
+    """So many samples, or all there are if the loss does not take them, and its terms."""
+
+    def terms(batch: Batch) -> Tensor:
+        return problem.loss.terms(problem.output(batch), batch.target, batch.loss_arguments)
+
+    if source.samples == 1:
+        with torch.no_grad():
+            return source.whole(), terms(source.whole())
+    return taken(terms, source, list(dict.fromkeys([count, source.samples])))
