@@ -396,15 +396,21 @@ def test_it_listens(net):
     assert any("cross-entropy, inferred" in note for note in Ear.notes)
 
 
-def test_a_loss_that_holds_numbers_in_float32():
-    """It cannot run in float64, so its gradients are compared in float32."""
+@pytest.mark.parametrize("module", [True, False])
+def test_a_loss_that_holds_numbers_in_float32(module):
+    """A module is brought to float64; a function cannot be, so its gradients are compared in float32."""
     torch.manual_seed(0)
     model, x, y = nn.Linear(3, 4), torch.randn(9, 3), torch.randint(0, 4, (9,))
     weight = torch.tensor([1.0, 2, 3, 4])
+    loss = nn.CrossEntropyLoss(weight=weight)
     found = hesscli.compute(
-        model, (x, y), loss=nn.CrossEntropyLoss(weight=weight), blocks="full", framework="torch"
+        model,
+        (x, y),
+        loss=loss if module else lambda f, y: loss(f, y),
+        blocks="full",
+        framework="torch",
     )
-    assert found.metadata["check"]["dtype"] == "float32"
+    assert found.metadata["check"]["dtype"] == ("float64" if module else "float32")
     same = hesscli.compute(
         model,
         (x, y),
