@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.files.resources import release_at_once, release_memory
+from hesscli.files.resources import release_memory
 from hesscli.job import Document
 from hesscli.job import document as documents
 from hesscli.job.operator import Operator, open_operator
@@ -24,7 +24,6 @@ from hesscli.spectrum.eigen import WHICH
 from hesscli.spectrum.lanczos import Found, Lanczos
 
 SCHEMA = "hesscli.eigen/1"
-_LONG = 1 << 23  # bytes of a vector
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def model_eigen(
     if options.output is not None:
         file = writable(options.output, options.force, problem.files)
         options = replace(options, output=file)
-    operator = open_operator(problem, listener, share)
+    operator = open_operator(problem, listener, share, lean=True)
     if options.per_block:
         found, blocks, operators = _per_block(operator, options, listener)
     else:
@@ -112,9 +111,6 @@ def _search(
     else:
         operator.needs(3 * top + 8, f"--top {top}", "--top 1")
         release_memory()  # of the check
-        vector = size * operator.problem.dtype.itemsize
-        if vector >= _LONG:
-            release_at_once(vector // 4)
         lanczos = Lanczos(
             operator.products,
             size,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import MismatchError, NumericalError, ResourceError, UsageError
+from hesscli.files.resources import release_at_once
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.autodiff import differentiable
 from hesscli.hessian.blocks import Block
@@ -37,6 +38,8 @@ from hesscli.job.share import (
 )
 from hesscli.job.sizes import size
 from hesscli.spectrum.finite import NotFinite
+
+_LONG = 1 << 23  # bytes of a vector
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -115,7 +118,7 @@ class Operator:
 
 
 def open_operator(
-    options: ProblemOptions, listener: Listener, share: Share | None = None
+    options: ProblemOptions, listener: Listener, share: Share | None = None, lean: bool = False
 ) -> Operator:
     """Opens model and data, linearises, and checks a product along a random direction.
 
@@ -123,6 +126,7 @@ def open_operator(
         options: what was asked for.
         listener: hears the notes.
         share: of the data, if other processes have one too.
+        lean: many vectors will be held; where they are long, this process keeps no memory that was freed.
 
     Raises:
         HesscliError: of any kind.
@@ -133,6 +137,8 @@ def open_operator(
         raise MismatchError(f"no numbers in the parameters: {', '.join(problem.parameters)}")
     grads = problem.gradient(list(problem.parameters))
     gradient = torch.cat([g.reshape(-1) for g in grads.values()])
+    if lean and gradient.nbytes >= _LONG:
+        release_at_once(gradient.nbytes // 6)
     norm = float(torch.linalg.norm(gradient.double()))
     if not math.isfinite(norm):
         raise NumericalError(f"the gradient's norm is {norm}; the Hessian would mean nothing")
