@@ -535,6 +535,51 @@ class Pairs(nn.Module):
         return (torch.tanh(self.a * x).to(w.dtype) @ w).abs()
 
 
+class Spectral(Waves):
+    """Real parameters times complex numbers: a filter of frequencies."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        waves = torch.fft.fft(torch.tanh(self.a(x))) * self.gain
+        return torch.fft.ifft(waves * self.k[:, 0]).abs().sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+@pytest.mark.parametrize("blocks", ["diag", "module", "elements", "full"])
+def test_real_parameters_of_complex_numbers(blocks, curvature):
+    torch.manual_seed(0)
+    model = in_precision_(Spectral(), torch.float64)
+    options = {"blocks": blocks, "curvature": curvature, "framework": "torch"}
+    found = hesscli.compute(model, (X, Y), **options).matrix()
+    assert torch.isfinite(found).all()
+    if curvature == "hessian":
+        truth = hessian(model, nn.functional.mse_loss, (X,), Y)
+        torch.testing.assert_close(found.diagonal(), truth.diagonal(), rtol=1e-9, atol=1e-12)
+
+
+class Triangular(nn.Module):
+    """Of a parameter's factors, one is used."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ torch.linalg.qr(self.w)[1]).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("blocks", ["diag", "elements"])
+def test_an_operator_of_which_the_first_result_is_unused(blocks):
+    torch.manual_seed(0)
+    model = Triangular().double()
+    found = hesscli.compute(model, (X, Y), blocks=blocks, framework="torch").matrix()
+    truth = hessian(model, nn.functional.mse_loss, (X,), Y)
+    torch.testing.assert_close(found.diagonal(), truth.diagonal(), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("net", [Waves, Pairs])
 @pytest.mark.parametrize("blocks", ["full", "elements"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -85,6 +85,7 @@ def _recorded(
         {name: found[name] for name in order},
         tuple(recorder.numbers[id(x)] for x in inputs if recorder.numbers.get(id(x)) in needed),
         number,
+        frozenset(recorder.complex & needed),
         recorder.refusal,
     )
 
@@ -112,6 +113,7 @@ class _Recorder(Watcher):
         self.calls: list[Call] = []
         self.given: dict[int, Tensor] = {}
         self.shapes: list[torch.Size] = []
+        self.complex: set[int] = set()
         self.numbers: dict[int, int] = {}
         self.tensors: dict[int, Tensor] = {}  # by identity
         self.memory: dict[int, set[int]] = {}  # storage -> identities
@@ -199,6 +201,8 @@ class _Recorder(Watcher):
     def _number(self, tensor: Tensor, storage: int) -> int:
         number = len(self.shapes)
         self.shapes.append(tensor.shape)
+        if tensor.is_complex():
+            self.complex.add(number)
         self.numbers[id(tensor)] = number
         self.tensors[id(tensor)] = tensor
         self.stale.discard(id(tensor))

@@ -52,6 +52,7 @@ class Tape:
         parameters: the number of each parameter that the output depends on.
         inputs: the numbers of the model's inputs.
         output: the number of its output.
+        complex: the values that are complex numbers.
         refusal: why the calls, executed again, need not give what the pass gave; empty if they do.
     """
 
@@ -61,6 +62,7 @@ class Tape:
     parameters: Mapping[str, int]
     inputs: tuple[int, ...]
     output: int
+    complex: frozenset[int] = frozenset()
     refusal: str = ""
 
     def dependent(self, values: Sequence[int]) -> set[int]:

@@ -191,12 +191,13 @@ def _use(
         call = readers[0]
         if call.reads.count(value) != 1:
             return "used twice"
-        if lookup or axes[call.outputs[0]] is not None:  # type: ignore[index]
+        made = next(output for output in call.outputs if output is not None)
+        if lookup or axes[made] is not None:
             break
         if call.name == "embedding":
             lookup, value = call, call.outputs[0]  # type: ignore[assignment]
             continue
-        whole = tape.shapes[call.outputs[0]] == tape.shapes[value]  # type: ignore[index]
+        whole = tape.shapes[made] == tape.shapes[value]
         if call.name not in _VIEWS and not (call.name == "slice" and whole):
             break
         try:
@@ -205,6 +206,8 @@ def _use(
             return f"not an affine use ({call.name})"
         value = call.outputs[0]  # type: ignore[assignment]
     z, reason = call.outputs[0], f"not an affine use ({call.name})"
+    if not tape.complex.isdisjoint([value, *call.reads, *([] if z is None else [z])]):
+        return "complex numbers"
     if z is None or axes[z] is None or (lookup and not _adds_rows(tape, call, value)):
         return reason
     if lookup:
