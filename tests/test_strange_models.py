@@ -560,6 +560,35 @@ def test_real_parameters_of_complex_numbers(blocks, curvature):
         torch.testing.assert_close(found.diagonal(), truth.diagonal(), rtol=1e-9, atol=1e-12)
 
 
+class Lengths(Waves):
+    """Lengths of complex numbers, which are curved, right behind a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.a(x) * self.k[:, 0] + 1).abs().sum(1, keepdim=True)
+
+
+class Repeated(nn.Module):
+    """One number of each sample meets three parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.p = nn.Linear(2, 1), nn.Parameter(torch.arange(3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.a(x)) + self.p
+
+
+@pytest.mark.parametrize("net", [Lengths, Repeated])
+@pytest.mark.parametrize("blocks", ["diag", "full", "elements"])
+def test_no_route_is_wrong(net, blocks):
+    torch.manual_seed(0)
+    model = in_precision_(net(), torch.float64)
+    y = Y if net is Lengths else Y + X[:, :1] * torch.arange(3)
+    found = hesscli.compute(model, (X, y), blocks=blocks, framework="torch", check=False).matrix()
+    truth = hessian(model, nn.functional.mse_loss, (X,), y)
+    torch.testing.assert_close(found.diagonal(), truth.diagonal(), rtol=1e-9, atol=1e-12)
+
+
 class Triangular(nn.Module):
     """Of a parameter's factors, one is used."""
 

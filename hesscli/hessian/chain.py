@@ -66,6 +66,7 @@ def find_chain(analysis: Analysis, zs: Collection[int]) -> tuple[list[Step], set
             or len(before) != 1
             or readers[before[0]] != 1
             or not _known(call, before[0])
+            or (call.name in _AFFINE and tape.shapes[before[0]] != tape.shapes[value])  # repeats it
         ):
             break
         steps.append(Step(call, before[0], value))

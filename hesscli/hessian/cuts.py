@@ -105,8 +105,10 @@ def plan_cuts(analysis: Analysis, costs: Costs, samples: int, itemsize: int) -> 
 
 
 def _in_front(analysis: Analysis, value: int) -> bool:
-    """Whether the numbers of one sample lie together."""
+    """Whether the numbers of one sample lie together, and are real."""
     axis = analysis.axes[value]
+    if value in analysis.tape.complex:
+        return False
     return axis is not None and axis.axis == 0 and axis.outer == 1
 
 

@@ -32,7 +32,9 @@ def curved(tape: Tape, value: int) -> str | None:
     reached = tape.dependent([value])
     for call in tape.calls:
         hits = [n for n in call.reads if n in reached]
-        if not hits or call.name in LINEAR or call.name in PIECEWISE:
+        if not hits or call.name in LINEAR:
+            continue
+        if call.name in PIECEWISE and tape.complex.isdisjoint(hits):  # |z| is a root
             continue
         if call.name in MULTILINEAR and len(hits) == 1:
             continue
