@@ -380,6 +380,25 @@ def test_padding_that_is_tied_to_the_output():
     assert not any("instead" in note for note in found.metadata["notes"])
 
 
+@pytest.mark.parametrize("blocks", ["full", "diag", "elements"])
+@pytest.mark.parametrize(
+    "unit",
+    [F.elu, F.selu, F.relu, lambda z: F.celu(z, 0.5), lambda z: F.elu_(z + 0, 2.0)],
+    ids=["elu", "selu", "relu", "celu", "elu-in-place"],
+)
+def test_units_at_their_corner(unit, blocks):
+    """No bias, and an input of zeros: there they are what autograd takes them for."""
+    torch.manual_seed(0)
+    model = Between(unit).double()
+    nn.init.zeros_(model.a.bias)
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    x[0] = 0
+    found = hesscli.compute(model, (x, y), blocks=blocks, framework="torch")
+    assert not [note for note in found.metadata["notes"] if "instead" in note]
+    truth = hessian(model, F.mse_loss, (x,), y)
+    assert relative_error(found.matrix().diagonal(), truth.diagonal()) < 1e-9
+
+
 class Rounded(torch.autograd.Function):
     """A straight-through estimator."""
 

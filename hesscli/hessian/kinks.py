@@ -43,6 +43,21 @@ _CORNERS: dict[str, Callable[..., list[Corner]]] = {
     "clamp_max": lambda high: _numbers((high, True)),
 }
 """Functions with kinks: the corners, ascending, from the arguments after the first. Their derivatives have the same."""
+_ELU: dict[str, Callable[..., list[Tensor]]] = {
+    "elu": lambda x, alpha=1, scale=1, inner=1: [
+        x,
+        alpha * scale * torch.expm1(inner * x),
+        alpha * scale * inner * x,
+        scale * x,
+    ],
+    "elu_backward": lambda gradient, alpha, scale, inner, is_result, x: [
+        x,
+        gradient * inner * (x + alpha * scale if is_result else alpha * scale * (inner * x).exp()),
+        gradient * inner * alpha * scale,
+        gradient * scale,
+    ],
+}
+"""ELU, CELU, SELU: what decides, and what they are below zero, at zero (a straight line to autograd), and above."""
 _EQUAL = {"eq", "ne"}
 """Comparisons that are left at once, with a number: a norm at zero. What is beyond is not a side but all there is."""
 _POOLS = {
@@ -153,6 +168,12 @@ class Kinks(Watcher):
                     place == 0,
                 )
                 return x.copy_(result) if name.endswith("_") else result
+        if name.removesuffix("_") in _ELU:
+            x, below, at, above = _ELU[name.removesuffix("_")](*args, **kwargs)
+            side = self._first(x.sign().to(torch.int8))
+            if self._left is not None:
+                result = torch.where(side < 0, below, torch.where(side > 0, above, at))
+                return args[0].copy_(result) if name.endswith("_") else result
         result = func(*args, **kwargs)
         if not any(isinstance(a, Tensor) and a.is_floating_point() for a in args):
             return result
