@@ -985,3 +985,18 @@ def test_models_that_compute_in_float32_by_themselves(cli, how, dtype, blocks):
     else:
         values = found["hessian"]
     assert relative_error(values, truth) < (1e-9 if dtype == "float64" else 1e-4)
+
+
+@pytest.mark.parametrize("options", [(), ("-b", "elements"), ("-b", "full"), ("--no-check",)])
+def test_numbers_whose_squares_leave_float32(cli, tmp_path, options, monkeypatch):
+    torch.manual_seed(0)
+    torch.jit.script(nn.Linear(3, 1)).save(str(tmp_path / "m.pt"))
+    x = np.random.default_rng(0).normal(size=(20, 3)).astype("f4") * 3e10
+    np.savez(tmp_path / "d.npz", x=x, y=x[:, :1])
+    ran = cli("compute", "m.pt", "d.npz", "--json", *options)
+    assert ran.code == 0, ran.stderr
+    blocks = ran.document["blocks"]
+    assert all(np.isfinite(facts["fro_norm"]) for facts in blocks)
+    own = 2 * x.astype("f8").T @ x.astype("f8") / 20
+    if not options:
+        assert blocks[0]["fro_norm"] == pytest.approx(np.linalg.norm(own), rel=1e-5)

@@ -399,6 +399,50 @@ def test_units_at_their_corner(unit, blocks):
     assert relative_error(found.matrix().diagonal(), truth.diagonal()) < 1e-9
 
 
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda z: z.max(2)[0],
+        lambda z: z.min(-1)[0],
+        lambda z: z.median(2)[0],
+        lambda z: z.kthvalue(2, 2)[0],
+        lambda z: z.topk(1, 2)[0].squeeze(2),
+        lambda z: z.sort(2)[0][..., 1],
+        lambda z: z.cummax(2)[0][..., 1],
+    ],
+    ids=["max", "min", "median", "kthvalue", "topk", "sort", "cummax"],
+)
+def test_ties(pick):
+    """No bias, and an input of zeros: autograd goes on with the one that was picked."""
+    torch.manual_seed(0)
+    model = Between(lambda z: torch.tanh(pick(z.view(-1, 8, 3))), 8).double()
+    nn.init.zeros_(model.a.bias)
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    x[0] = 0
+    found = hesscli.compute(model, (x, y), blocks="full", framework="torch")
+    assert not [note for note in found.metadata["notes"] if "instead" in note]
+    assert relative_error(found.matrix(), hessian(model, F.mse_loss, (x,), y)) < 1e-9
+
+
+def test_a_parameter_that_is_read_as_a_number():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.t = nn.Linear(4, 2), nn.Parameter(torch.tensor(0.7))
+
+        def forward(self, x):
+            return torch.tanh(self.a(x) / self.t.item()) * self.t
+
+    torch.manual_seed(0)
+    model = Net().double()
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    found = hesscli.compute(model, (x, y), blocks="full", framework="torch")
+    assert not [note for note in found.metadata["notes"] if "instead" in note]
+    t = float(model.t)
+    model.forward = lambda x: torch.tanh(model.a(x) / t) * model.t
+    assert relative_error(found.matrix(), hessian(model, F.mse_loss, (x,), y)) < 1e-9
+
+
 class Rounded(torch.autograd.Function):
     """A straight-through estimator."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracles import hessian
+from oracles import hessian, hessian_by_differences
 from torch import Tensor, nn
 from torch._higher_order_ops.map import map as map_rows
 from torch._higher_order_ops.scan import scan
@@ -587,6 +587,19 @@ def test_no_route_is_wrong(net, blocks):
     found = hesscli.compute(model, (X, y), blocks=blocks, framework="torch", check=False).matrix()
     truth = hessian(model, nn.functional.mse_loss, (X,), y)
     torch.testing.assert_close(found.diagonal(), truth.diagonal(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dim", [None, 0, 1])
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_weight_norm_along_any_axis(dim, curvature):
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 3), dim=dim)
+    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(3, 1)).double()
+    found = hesscli.compute(model, (X, Y), blocks="full", framework="torch", curvature=curvature)
+    assert not [note for note in found.metadata["notes"] if "instead" in note]
+    if curvature == "hessian":
+        truth = hessian_by_differences(model, nn.functional.mse_loss, (X,), Y)
+        torch.testing.assert_close(found.matrix(), truth, rtol=1e-6, atol=1e-7)
 
 
 class Triangular(nn.Module):

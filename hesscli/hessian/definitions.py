@@ -113,7 +113,10 @@ def batch_norm(
 
 
 def weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
-    axes = [axis for axis in range(v.dim()) if axis != dim % v.dim()]
+    if dim == -1:  # the norm of the whole tensor
+        norm = (v * v).sum().sqrt()
+        return v * (g / norm), norm
+    axes = [axis for axis in range(v.dim()) if axis != dim]
     norm = (v * v).sum(axes, keepdim=True).sqrt()
     return v * (g / norm), norm
 

@@ -67,6 +67,19 @@ _POOLS = {
     "adaptive_max_pool3d": 3,
 }
 """Functions that return what they picked and where, counted over so many last axes."""
+_PICKING = {
+    "max",
+    "min",
+    "median",
+    "nanmedian",
+    "kthvalue",
+    "mode",
+    "sort",
+    "topk",
+    "cummax",
+    "cummin",
+}
+"""Functions that return what they picked along an axis, and where."""
 _STRAIGHT_THROUGH = {
     "fake_quantize_per_tensor_affine_cachemask",
     "fake_quantize_per_channel_affine_cachemask",
@@ -177,6 +190,10 @@ class Kinks(Watcher):
         result = func(*args, **kwargs)
         if not any(isinstance(a, Tensor) and a.is_floating_point() for a in args):
             return result
+        if name == "_local_scalar_dense" and is_guest():  # `item`: a number, so a constant
+            return self._first(torch.tensor(result, dtype=torch.float64)).item()
+        if name in _PICKING and isinstance(result, (tuple, list)):
+            return self._picked(func, args, kwargs, result[1])
         if name == "embedding" and len(args) > 2 and args[2] >= 0:  # its padding is a constant
             return torch.where((args[1] == args[2]).unsqueeze(-1), self._first(result), result)
         own = all(made.alias_info is None for made in func._schema.returns)  # no view
@@ -196,6 +213,18 @@ class Kinks(Watcher):
         if name in _EQUAL and not isinstance(args[1], Tensor) and not constant.equal(result):
             self.lost = True
         return constant
+
+    def _picked(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], where: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What a function picks along an axis: what is where it was in the first pass, and where."""
+        names = [argument.name for argument in func._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        dim, x = given.get("dim", -1), args[0]
+        where = self._constant(func.overloadpacket.__name__, where)
+        if not x.dim() or where.dim() == x.dim():
+            return (x.gather(dim, where) if x.dim() else x.clone()), where
+        return x.gather(dim, where.unsqueeze(dim)).squeeze(dim), where
 
     def _of_piece(
         self, f: Callable[[Tensor], Tensor], corners: Sequence[Corner], x: Tensor, extended: bool

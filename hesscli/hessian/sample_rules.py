@@ -14,7 +14,7 @@ ELEMENTWISE_UNARY = frozenset(
     "threshold clamp clamp_min clamp_max abs neg exp expm1 log log1p log2 log10 sqrt rsqrt square pow sin cos tan "
     "asin acos atan sinh cosh asinh acosh atanh erf erfc reciprocal sign log_sigmoid_forward selu logit "
     "detach clone alias contiguous _to_copy lift_fresh zeros_like ones_like full_like nan_to_num round floor ceil "
-    "logical_not bitwise_not isnan positive relu6 trunc frac sinc lgamma digamma erfinv tril triu".split()
+    "logical_not bitwise_not isnan positive relu6 trunc frac sinc lgamma digamma erfinv".split()
 )
 ELEMENTWISE = frozenset(
     "add sub mul div rsub where maximum minimum fmax fmin atan2 eq ne lt le gt ge logical_and logical_or "
@@ -78,6 +78,13 @@ def _along(c: Context) -> SampleAxis | None:
     if axis.axis in c.dims(
         c.named("dims" if c.call.name in ("flip", "roll") else "dim"), len(c.shape())
     ):
+        raise mixes(c.call)
+    return axis
+
+
+def _triangle(c: Context) -> SampleAxis | None:
+    axis = c.only()
+    if axis.axis >= len(c.shape()) - 2:  # what becomes of a number depends on its row
         raise mixes(c.call)
     return axis
 
@@ -180,6 +187,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("mm", "mv", "addmm"), _matrix),
     **dict.fromkeys(("bmm", "baddbmm"), _batched_matrix),
     "_trilinear": _trilinear,
+    **dict.fromkeys(("tril", "triu"), _triangle),
     "embedding": _embedding,
     **dict.fromkeys(("cat", "stack"), moves.joined),
     **dict.fromkeys(("slice", "narrow"), moves.sliced),

@@ -73,7 +73,11 @@ class Triangle:
         # Not by BLAS: its sums depend on how a row lies in memory, and its threads disturb the computing ones.
         mine = slice(first_row, first_row + len(rows))
         self._diagonal[mine] = rows[:, mine].diagonal()
-        self._squares[mine] = np.einsum("ij,ij->i", rows, rows)
+        with np.errstate(over="ignore"):
+            squares = np.einsum("ij,ij->i", rows, rows)
+        if not np.isfinite(squares).all():  # beyond float32
+            squares = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
+        self._squares[mine] = squares
         self._products[mine] = np.einsum("ij,j->i", rows, self.direction.numpy())
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,7 +70,11 @@ def _of_spectrum(values: np.ndarray, dtype: np.dtype) -> tuple[float, float, flo
 
 
 def _norm(array: np.ndarray) -> float:
-    """The root of the sum of squares: short runs in their own precision, their sum in float64."""
+    """The root of the sum of squares: short runs in their own precision, their sum in float64; where squares leave the
+    range of that precision, all in float64."""
     flat = array.reshape(-1)
-    runs = (flat[first : first + _RUN] for first in range(0, flat.size, _RUN))
-    return sum(float(np.vdot(run, run)) for run in runs) ** 0.5
+    runs = [flat[first : first + _RUN] for first in range(0, flat.size, _RUN)]
+    total = sum(float(np.vdot(run, run)) for run in runs)
+    if not math.isfinite(total):
+        total = sum(float(np.vdot(run, run)) for run in (run.astype(np.float64) for run in runs))
+    return total**0.5
