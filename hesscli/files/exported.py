@@ -43,9 +43,7 @@ class Exported:
     inputs: int
     arguments: tuple[str, ...]  # what the graph calls its inputs
     keywords: tuple[str, ...]  # the inputs that are passed by name
-    batch_sizes: tuple[
-        int, int | None
-    ]  # the fewest samples that it accepts, and the most, if limited
+    batch_sizes: tuple[int, int | None]  # the fewest samples that it takes, and the most
 
 
 def load_exported(

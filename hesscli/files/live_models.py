@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hesscli.errors import MismatchError, ResourceError, is_out_of_memory
+from hesscli.files.call_signature import arguments_of
 from hesscli.files.digest import sha256_of
-from hesscli.files.models import SavedModel, arguments_of, prepare, without_parameters
+from hesscli.files.models import SavedModel, prepare, without_parameters
 
 
 def live_model(

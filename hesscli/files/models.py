@@ -6,7 +6,6 @@ import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from inspect import Parameter, signature
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -16,6 +15,7 @@ from torch import nn
 
 from hesscli.errors import FileError, UsageError
 from hesscli.files.architectures import build
+from hesscli.files.call_signature import arguments_of
 from hesscli.files.checkpoints import fitted, unwrap, without_wrappers
 from hesscli.files.digest import sha256_of_all
 from hesscli.files.exported import load_exported
@@ -51,10 +51,7 @@ class SavedModel:
     kind: Literal["torchscript", "state_dict", "exported", "pickle", "module"]
     sha256: str
     notes: tuple[str, ...]  # what the user should know, one line each
-    batch_sizes: tuple[int, int | None] = (
-        1,
-        None,
-    )  # the fewest samples it accepts, and the most, if limited
+    batch_sizes: tuple[int, int | None] = (1, None)  # the fewest samples it takes, and the most
     inputs: int | None = None  # the most inputs that forward takes by position, if limited
     arguments: tuple[str, ...] = ()  # what forward calls its inputs
     keywords: tuple[str, ...] = ()  # those that it takes by name only
@@ -287,31 +284,6 @@ def _state_dict(path: str | os.PathLike[str], content: object) -> dict[str, torc
         what = f"its keys are {keys}" if keys else "it is empty"
         raise FileError(f"{path}: no weights at its top level; {what}", hint)
     return weights
-
-
-def arguments_of(
-    module: nn.Module,
-) -> tuple[int | None, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """The most inputs that forward takes by position, if limited; what it calls all; those by name only; and those
-    that have a default."""
-    if isinstance(module, torch.jit.ScriptModule):
-        arguments = module.forward.schema.arguments[1:]  # type: ignore[attr-defined]
-        keywords = tuple(a.name for a in arguments if a.kwarg_only)
-        optional = tuple(a.name for a in arguments if a.has_default_value())
-        return len(arguments) - len(keywords), tuple(a.name for a in arguments), keywords, optional
-    try:
-        parameters = signature(module.forward).parameters.values()
-    except (TypeError, ValueError):
-        return None, (), (), ()
-    by_name = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-    positional = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
-    unlimited = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    return (
-        None if unlimited else positional,
-        tuple(p.name for p in parameters if p.kind in by_name),
-        tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
-        tuple(p.name for p in parameters if p.default is not Parameter.empty),
-    )
 
 
 def _narrow(tensors: Iterable[torch.Tensor]) -> set[torch.dtype]:

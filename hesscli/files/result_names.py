@@ -14,6 +14,11 @@ from pathlib import Path
 _NUMBERS = r"-\d{5,}-of-\d{5,}"
 
 
+def followed(path: Path) -> Path:
+    """The file that a symbolic link leads to, be it there yet or not; any other path as it is."""
+    return path.resolve() if path.is_symlink() else path
+
+
 def partial_path(path: Path) -> Path:
     """What a file is called until it is finished; a result, in whatever files, is being written while it is there."""
     return path.with_name(f".{path.name}.partial")

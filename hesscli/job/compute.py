@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from hesscli.errors import (
 )
 from hesscli.files.hessian_writer import HessianWriter
 from hesscli.files.models import SavedModel
-from hesscli.files.result_names import journals
+from hesscli.files.result_names import followed, journals
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.hessian.check_curvature import certificate as certificate_of
@@ -101,7 +100,7 @@ def merge(output: Path, listener: Listener) -> Document:
     started = time.perf_counter()
     if output == Path("-"):
         raise UsageError("-: shards are in files, and none come from standard input")
-    output = Path(os.path.realpath(output)) if output.is_symlink() else output
+    output = followed(output)
     found = journals(output)
     lines = [read_journal(path) for path in found]
     command = next((line.command for line in lines if line.head is not None), None)

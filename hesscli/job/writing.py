@@ -15,6 +15,7 @@ from hesscli.errors import ResourceError, UsageError
 from hesscli.files.hessian_file import is_part_of
 from hesscli.files.hessian_writer import HessianWriter
 from hesscli.files.result_names import (
+    followed,
     index_of_shard,
     index_path,
     is_index,
@@ -48,8 +49,7 @@ def writable(
     Raises:
         UsageError: with the way out.
     """
-    if path.is_symlink():
-        path = Path(os.path.realpath(path))
+    path = followed(path)
     suffix = path.suffix if path.suffix.lower() in PICTURES else ".safetensors"
 
     def instead(other: Path) -> str:
