@@ -27,13 +27,14 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         fresh: dict[int, Tensor] = {}  # a buffer may have several names
-        for place, current in list(_buffers(module)):
-            part, name = place
+        for (part, name), current in list(_buffers(module)):
             if (id(part), name) not in saved:
                 continue
             buffer, version, copy = saved[id(part), name]
             if buffer._version != version:
-                new = fresh.setdefault(id(buffer), copy.clone())
+                if id(buffer) not in fresh:
+                    fresh[id(buffer)] = copy.clone()
+                new = fresh[id(buffer)]
                 saved[id(part), name] = new, new._version, copy
                 part._buffers[name] = new
             elif current is not buffer:
@@ -44,8 +45,9 @@ def _saved(module: nn.Module) -> dict[Place, Saved]:
     copies: dict[int, Tensor] = {}
     found = {}
     for (part, name), buffer in _buffers(module):
-        copy = copies.setdefault(id(buffer), buffer.detach().clone())
-        found[id(part), name] = buffer, buffer._version, copy
+        if id(buffer) not in copies:
+            copies[id(buffer)] = buffer.detach().clone()
+        found[id(part), name] = buffer, buffer._version, copies[id(buffer)]
     return found
 
 

@@ -43,21 +43,28 @@ _CORNERS: dict[str, Callable[..., list[Corner]]] = {
     "clamp_max": lambda high: _numbers((high, True)),
 }
 """Functions with kinks: the corners, ascending, from the arguments after the first. Their derivatives have the same."""
-_ELU: dict[str, Callable[..., list[Tensor]]] = {
-    "elu": lambda x, alpha=1, scale=1, inner=1: [
-        x,
-        alpha * scale * torch.expm1(inner * x),
-        alpha * scale * inner * x,
-        scale * x,
-    ],
-    "elu_backward": lambda gradient, alpha, scale, inner, is_result, x: [
-        x,
-        gradient * inner * (x + alpha * scale if is_result else alpha * scale * (inner * x).exp()),
-        gradient * inner * alpha * scale,
-        gradient * scale,
-    ],
+_ELU: dict[str, tuple[int, Callable[..., list[Tensor]]]] = {
+    "elu": (
+        0,
+        lambda x, alpha=1, scale=1, inner=1: [
+            alpha * scale * torch.expm1(inner * x),
+            alpha * scale * inner * x,
+            scale * x,
+        ],
+    ),
+    "elu_backward": (
+        5,
+        lambda gradient, alpha, scale, inner, is_result, x: [
+            gradient
+            * inner
+            * (x + alpha * scale if is_result else alpha * scale * (inner * x).exp()),
+            gradient * inner * alpha * scale,
+            gradient * scale,
+        ],
+    ),
 }
-"""ELU, CELU, SELU: what decides, and what they are below zero, at zero (a straight line to autograd), and above."""
+"""ELU, CELU, SELU: which argument decides, and what they are below zero, at zero (a straight line to autograd), and
+above."""
 _EQUAL = {"eq", "ne"}
 """Comparisons that are left at once, with a number: a norm at zero. What is beyond is not a side but all there is."""
 _POOLS = {
@@ -67,18 +74,7 @@ _POOLS = {
     "adaptive_max_pool3d": 3,
 }
 """Functions that return what they picked and where, counted over so many last axes."""
-_PICKING = {
-    "max",
-    "min",
-    "median",
-    "nanmedian",
-    "kthvalue",
-    "mode",
-    "sort",
-    "topk",
-    "cummax",
-    "cummin",
-}
+_PICKING = frozenset("max min median nanmedian kthvalue mode sort topk cummax cummin".split())
 """Functions that return what they picked along an axis, and where."""
 _STRAIGHT_THROUGH = {
     "fake_quantize_per_tensor_affine_cachemask",
@@ -182,9 +178,10 @@ class Kinks(Watcher):
                 )
                 return x.copy_(result) if name.endswith("_") else result
         if name.removesuffix("_") in _ELU:
-            x, below, at, above = _ELU[name.removesuffix("_")](*args, **kwargs)
-            side = self._first(x.sign().to(torch.int8))
+            place, pieces = _ELU[name.removesuffix("_")]
+            side = self._first(args[place].sign().to(torch.int8))
             if self._left is not None:
+                below, at, above = pieces(*args, **kwargs)
                 result = torch.where(side < 0, below, torch.where(side > 0, above, at))
                 return args[0].copy_(result) if name.endswith("_") else result
         result = func(*args, **kwargs)
@@ -210,8 +207,8 @@ class Kinks(Watcher):
         if isinstance(result, (tuple, list)):
             return type(result)(self._constant(name, part) for part in result)
         constant = self._constant(name, result)
-        if name in _EQUAL and not isinstance(args[1], Tensor) and not constant.equal(result):
-            self.lost = True
+        if self._left is not None and name in _EQUAL and not isinstance(args[1], Tensor):
+            self.lost |= not constant.equal(result)
         return constant
 
     def _picked(

@@ -34,6 +34,9 @@ class Loss:
     model's output is the loss itself. Of the last two, a result with one axis per sample is summed and its
     mean divides by its number of elements; a single number is taken to be the loss of all data, reduced already
     (`whole` then says that the data must not be split into batches).
+
+    `fixed` names arguments that are the same for all samples, though as long as the data. `wide`: what the user's own
+    computes in less than float64 is computed in that.
     """
 
     name: str
@@ -41,10 +44,8 @@ class Loss:
     arguments: Mapping[str, object] = field(default_factory=dict)
     function: Callable[..., Tensor] | None = None
     whole: bool = False
-    fixed: frozenset[str] = (
-        frozenset()
-    )  # arguments that are the same for all samples, though as long
-    wide: bool = False  # what the user's own computes in less than float64 is computed in that
+    fixed: frozenset[str] = frozenset()
+    wide: bool = False
 
     def class_axis(self, shape: Sequence[int], target: Tensor | None) -> int | None:
         """The axis of an output of this shape that the loss couples; None where each number has a term of its own."""

@@ -77,7 +77,5 @@ def _terms(problem: Problem, source: Source, count: int) -> tuple[Batch, Tensor]
     def terms(batch: Batch) -> Tensor:
         return problem.loss.terms(problem.output(batch), batch.target, batch.loss_arguments)
 
-    if source.samples == 1:
-        with torch.no_grad():
-            return source.whole(), terms(source.whole())
-    return taken(terms, source, list(dict.fromkeys([count, source.samples])))
+    counts = [min(count, source.samples), source.samples]  # fewer where there is no axis for them
+    return taken(terms, source, list(dict.fromkeys(counts)))
