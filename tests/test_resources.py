@@ -1,5 +1,8 @@
 """How much memory there is to use."""
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +43,30 @@ def test_no_cgroup_and_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "membership").write_text("0::/a\n")
     (tmp_path / "memory.max").write_text("max\n")
     assert resources.available_memory() == pytest.approx(free, rel=0.2)
+
+
+_FREED = """
+import os
+from pathlib import Path
+from hesscli.files import resources
+import torch
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+resources.{policy}
+before = resident()
+piece = torch.ones(16 << 20)
+del piece
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+@pytest.mark.parametrize(
+    ("policy", "kept"), [("keep_freed_memory()", 64), ("release_at_once(1 << 20)", 0)]
+)
+def test_freed_memory_is_kept_for_the_next_tensor_or_goes_back_at_once(policy, kept):
+    code = _FREED.format(policy=policy)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == pytest.approx(kept, abs=8)

@@ -17,7 +17,7 @@ from hesscli.cli.options import Debug, Json, Quiet, takes_problem, whole
 from hesscli.errors import UsageError
 from hesscli.job.options import STATS, ComputeOptions, ProblemOptions
 from hesscli.job.sizes import parse_size
-from hesscli.job.starting import load_torch
+from hesscli.job.starting import start
 from hesscli.job.team import rank
 
 
@@ -166,7 +166,7 @@ def compute(
             json=json and first,
             data_on_stdout=output == "-" and not dry_run,
         ) as out:
-            load_torch()
+            start()
             from hesscli.job.compute import compute as run
             from hesscli.job.writing import written
 

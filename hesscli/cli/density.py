@@ -13,7 +13,7 @@ from hesscli.cli.failing import failing
 from hesscli.cli.options import Debug, Json, Quiet, takes_hessian_or_problem
 from hesscli.cli.ranks import sharing
 from hesscli.job.options import ProblemOptions
-from hesscli.job.starting import load_torch
+from hesscli.job.starting import start
 
 if TYPE_CHECKING:
     from hesscli.cli.output import Document, Output
@@ -70,7 +70,7 @@ def density(
             return
         from hesscli.cli.output import Output
 
-        load_torch()
+        start()
         from hesscli.job.density import DensityOptions
         from hesscli.job.density import density as run
 

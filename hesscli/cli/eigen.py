@@ -17,7 +17,7 @@ from hesscli.cli.options import Debug, Force, Json, Quiet, takes_hessian_or_prob
 from hesscli.cli.ranks import sharing
 from hesscli.errors import NumericalError, UsageError
 from hesscli.job.options import ProblemOptions
-from hesscli.job.starting import load_torch
+from hesscli.job.starting import start
 
 if TYPE_CHECKING:
     from hesscli.cli.output import Document, Output
@@ -147,7 +147,7 @@ def of_model(
     share: Share | None,
 ) -> Document:
     """Runs and prints; then fails where it must."""
-    load_torch()
+    start()
     from hesscli.job.model_eigen import EigenOptions, model_eigen
 
     options = EigenOptions(top, which.value, tol, max_products, per_block, output, force)

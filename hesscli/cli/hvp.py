@@ -12,7 +12,7 @@ from hesscli.cli.failing import failing
 from hesscli.cli.options import Debug, Force, Json, Quiet, takes_problem
 from hesscli.cli.ranks import sharing
 from hesscli.job.options import ProblemOptions
-from hesscli.job.starting import load_torch
+from hesscli.job.starting import start
 
 if TYPE_CHECKING:
     from hesscli.cli.output import Document, Output
@@ -72,7 +72,7 @@ def hvp(
             return
         from hesscli.cli.output import Output
 
-        load_torch()
+        start()
         from hesscli.job.hvp import HvpOptions
         from hesscli.job.hvp import hvp as run
 

@@ -9,7 +9,7 @@ import typer
 
 from hesscli.cli.failing import failing
 from hesscli.cli.options import Debug, Json, Quiet
-from hesscli.job.starting import load_torch
+from hesscli.job.starting import start
 
 
 def merge(
@@ -34,7 +34,7 @@ def merge(
         from hesscli.cli.output import Output
         from hesscli.cli.summary import print_hessian
 
-        load_torch()
+        start()
         from hesscli.job.compute import merge as run
         from hesscli.job.writing import written
 

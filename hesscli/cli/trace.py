@@ -13,7 +13,7 @@ from hesscli.cli.options import Debug, Json, Quiet, takes_problem
 from hesscli.cli.ranks import sharing
 from hesscli.errors import NumericalError
 from hesscli.job.options import ProblemOptions
-from hesscli.job.starting import load_torch
+from hesscli.job.starting import start
 
 if TYPE_CHECKING:
     from hesscli.cli.output import Document, Output
@@ -59,7 +59,7 @@ def trace(
         from hesscli.cli.output import Output
 
         with Output(quiet=quiet, json=json) as out:
-            load_torch()
+            start()
             from hesscli.job.trace import trace as run
 
             document = run(problem, rel_error, max_products, out, share)
