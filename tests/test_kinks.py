@@ -399,6 +399,46 @@ def test_units_at_their_corner(unit, blocks):
     assert relative_error(found.matrix().diagonal(), truth.diagonal()) < 1e-9
 
 
+class Slopes(nn.Module):
+    """PReLU as what its first derivative at zero takes it for; PyTorch's second there is that of the other side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((24,), 0.25))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.where(z > 0, z, self.weight * z)
+
+
+@pytest.mark.parametrize("blocks", ["full", "diag", "elements"])
+@pytest.mark.parametrize(
+    ("unit", "same", "corner"),
+    [
+        (lambda: nn.PReLU(24), Slopes, 0.0),
+        (lambda: F.hardsigmoid, lambda: lambda z: F.relu6(z + 3) / 6, 3.0),
+        (lambda: F.hardsigmoid, lambda: lambda z: F.relu6(z + 3) / 6, -3.0),
+        (lambda: F.hardswish, lambda: F.hardswish, 3.0),
+        (lambda: nn.RReLU().eval(), lambda: lambda z: F.leaky_relu(z, 11 / 48), 0.0),
+    ],
+    ids=["prelu", "hardsigmoid-above", "hardsigmoid-below", "hardswish", "rrelu"],
+)
+def test_units_at_their_corner_whose_second_derivative_is_not_pytorchs(unit, same, corner, blocks):
+    class Net(Between):
+        def forward(self, x):
+            return self.b(torch.tanh(self.function(self.a(x) + corner)))
+
+    torch.manual_seed(0)
+    model = Net(unit()).double().eval()
+    nn.init.zeros_(model.a.bias)
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    x[0] = 0
+    found = hesscli.compute(model, (x, y), blocks=blocks, framework="torch")
+    truth_of = Net(same()).double()
+    truth_of.load_state_dict(model.state_dict())
+    truth = hessian(truth_of, F.mse_loss, (x,), y)
+    assert relative_error(found.matrix().diagonal(), truth.diagonal()) < 1e-9
+
+
 @pytest.mark.parametrize(
     "pick",
     [

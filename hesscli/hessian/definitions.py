@@ -6,6 +6,7 @@ Inside `exact_derivatives()` these operators run as the formulas below, so that 
 - `batch_norm`, `layer_norm`, `group_norm`, `instance_norm`: forward-over-reverse and batched double backward are
 wrong or missing.
 - `hardsigmoid`, `embedding_bag`: no second derivative.
+- `prelu`: at zero its first derivative is that of one side, its second that of the other.
 - `cosine_similarity`: bounds its norms with gradients off, of which nothing can be proven.
 - fused attention: no second derivative; computed as softmax(Q K^T / sqrt(d)) V instead.
 - `adaptive_avg_pool2d`, `adaptive_avg_pool3d` to one place: of channels-last memory, PyTorch's ends with `as_strided`,
@@ -126,11 +127,15 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def hardsigmoid(x: Tensor) -> Tensor:
-    return (x + 3).clamp(0, 6) / 6
+    return torch.nn.functional.hardtanh(x, -3, 3) / 6 + 0.5  # flat at +-3, as PyTorch's
 
 
 def hardsigmoid_(x: Tensor) -> Tensor:
-    return x.add_(3).clamp_(0, 6).div_(6)
+    return torch.nn.functional.hardtanh_(x, -3, 3).div_(6).add_(0.5)
+
+
+def prelu(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.where(x > 0, x, weight * x)
 
 
 def cosine_similarity(x: Tensor, y: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
@@ -213,6 +218,7 @@ DEFINITIONS: dict[str, Callable[..., object]] = {
     "_weight_norm_interface": weight_norm_interface,
     "hardsigmoid": hardsigmoid,
     "hardsigmoid_": hardsigmoid_,
+    "_prelu_kernel": prelu,
     "cosine_similarity": cosine_similarity,
     "adaptive_avg_pool2d": adaptive_avg_pool2d,
     "adaptive_avg_pool3d": adaptive_avg_pool3d,

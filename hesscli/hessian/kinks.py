@@ -31,7 +31,7 @@ Corner = tuple[float, bool]  # where it is, and whether it belongs to what lies 
 _CORNERS: dict[str, Callable[..., list[Corner]]] = {
     "relu": lambda: [(0.0, True)],
     "leaky_relu": lambda *_: [(0.0, True)],
-    "_prelu_kernel": lambda *_: [(0.0, True)],
+    "rrelu_with_noise": lambda *_: [(0.0, True)],
     "threshold": lambda threshold, *_: [(threshold, True)],
     "hardtanh": lambda low=-1.0, high=1.0: [(low, True), (high, False)],
     "hardswish": lambda: [(-3.0, True), (3.0, False)],
@@ -43,28 +43,44 @@ _CORNERS: dict[str, Callable[..., list[Corner]]] = {
     "clamp_max": lambda high: _numbers((high, True)),
 }
 """Functions with kinks: the corners, ascending, from the arguments after the first. Their derivatives have the same."""
-_ELU: dict[str, tuple[int, Callable[..., list[Tensor]]]] = {
+
+
+def _one_of(side: Tensor, below: Tensor, at: Tensor, above: Tensor) -> Tensor:
+    return torch.where(side < 0, below, torch.where(side > 0, above, at))
+
+
+_CURVED: dict[str, tuple[int, Callable[..., Any]]] = {
     "elu": (
         0,
-        lambda x, alpha=1, scale=1, inner=1: [
+        lambda side, x, alpha=1, scale=1, inner=1: _one_of(
+            side,
             alpha * scale * torch.expm1(inner * x),
-            alpha * scale * inner * x,
+            alpha * scale * inner * x,  # to autograd
             scale * x,
-        ],
+        ),
     ),
     "elu_backward": (
         5,
-        lambda gradient, alpha, scale, inner, is_result, x: [
+        lambda side, gradient, alpha, scale, inner, is_result, x: _one_of(
+            side,
             gradient
             * inner
             * (x + alpha * scale if is_result else alpha * scale * (inner * x).exp()),
             gradient * inner * alpha * scale,
             gradient * scale,
-        ],
+        ),
+    ),
+    "_prelu_kernel": (0, lambda side, x, slope: torch.where(side > 0, x, slope * x)),
+    "_prelu_kernel_backward": (
+        1,
+        lambda side, gradient, x, slope: (
+            torch.where(side > 0, gradient, slope * gradient),
+            torch.where(side > 0, 0, x * gradient),
+        ),
     ),
 }
-"""ELU, CELU, SELU: which argument decides, and what they are below zero, at zero (a straight line to autograd), and
-above."""
+"""Functions with a corner at zero whose pieces are no straight lines in all arguments, CELU and SELU among them: which
+argument decides, and what the function is on the side of that argument's sign."""
 _EQUAL = {"eq", "ne"}
 """Comparisons that are left at once, with a number: a norm at zero. What is beyond is not a side but all there is."""
 _POOLS = {
@@ -177,12 +193,11 @@ class Kinks(Watcher):
                     place == 0,
                 )
                 return x.copy_(result) if name.endswith("_") else result
-        if name.removesuffix("_") in _ELU:
-            place, pieces = _ELU[name.removesuffix("_")]
+        if name.removesuffix("_") in _CURVED:
+            place, piece = _CURVED[name.removesuffix("_")]
             side = self._first(args[place].sign().to(torch.int8))
             if self._left is not None:
-                below, at, above = pieces(*args, **kwargs)
-                result = torch.where(side < 0, below, torch.where(side > 0, above, at))
+                result = piece(side, *args, **kwargs)
                 return args[0].copy_(result) if name.endswith("_") else result
         result = func(*args, **kwargs)
         if not any(isinstance(a, Tensor) and a.is_floating_point() for a in args):
