@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from cases import BY_NAME, CASES, expected, labels, normal
-from problems import blocks_and_truth, compute_blocks, problem_of, problem_of_case, routes_of
+from problems import (
+    blocks_and_truth,
+    blocks_of,
+    compute_blocks,
+    problem_of,
+    problem_of_case,
+    routes_of,
+)
 from torch import Tensor, nn
 
 from hesscli.hessian import cuts
 from hesscli.hessian.applicability import NotApplicable
+from hesscli.hessian.batch import Batch, Batches
 from hesscli.hessian.costs import Costs, Work
 from hesscli.hessian.cuts import CutPlan, plan_cuts, separators
 from hesscli.hessian.probes import Analyses, Analysis
@@ -74,7 +85,7 @@ def compare(problem: Problem, whole: Tensor, structure: str, limit: float) -> in
             analysis = route.analyses.of(batch)  # type: ignore[attr-defined]
         except NotApplicable:
             return 0
-        route.cuts.plans[id(analysis)] = cut_everywhere(analysis)  # type: ignore[attr-defined]
+        route.cuts.plans[batch] = cut_everywhere(analysis)  # type: ignore[attr-defined]
     for block, truth in blocks_and_truth(problem, whole, structure):
         try:
             found = compute_blocks(route, [block], structure == "elements")[block.name]
@@ -105,6 +116,24 @@ def test_deep_residual_layers() -> None:
     whole = compute_blocks(routes_of(problem)["hvp"], [_everything(problem)])["hessian"]
     assert compare(problem, whole, "block_diagonal", 1e-10) == len(problem.parameters)
     assert compare(problem, whole, "elements", 1e-10) == len(problem.parameters)
+
+
+def test_batches_that_are_made_anew_have_cuts_of_their_own(monkeypatch) -> None:
+    """As of data that does not fit into the memory: what was kept of one must not be taken for another's."""
+    monkeypatch.setattr(cuts, "_LEAST", 0.0)
+    monkeypatch.setattr(cuts, "_GAIN", math.inf)
+    kept = sequences(stack(3, 8, 16), samples=32, length=8)
+    (whole,) = kept.batches
+    anew = Batches(
+        8, lambda i: Batch((whole.inputs[0][4 * i : 4 * i + 4],), whole.target[4 * i : 4 * i + 4])
+    )
+    problem = replace(kept, batches=anew)
+    route, blocks = routes_of(problem)["preactivation"], blocks_of(problem, "block_diagonal")
+    for block in blocks:
+        found = compute_blocks(route, [block])[block.name]
+        truth = compute_blocks(routes_of(problem)["hvp"], [block])[block.name]
+        assert float((found - truth).norm()) <= 1e-10 * float(truth.norm()), block.name
+    assert not route.cuts.made  # nor is anything kept of batches that are gone
 
 
 def _everything(problem: Problem):

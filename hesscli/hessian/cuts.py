@@ -13,6 +13,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -181,36 +183,39 @@ class Cuts:
 
     def __init__(self, problem: Problem, chunk: int) -> None:
         self.problem, self.chunk = problem, chunk
-        self.plans: dict[int, CutPlan] = {}
-        self.made: dict[tuple[int, int], Cut] = {}
+        # Kept as long as the batch is, which may be made anew for every pass.
+        self.plans: WeakKeyDictionary[Batch, CutPlan] = WeakKeyDictionary()
+        self.made: WeakKeyDictionary[Batch, dict[int, Cut]] = WeakKeyDictionary()
 
-    def plan(self, analysis: Analysis) -> CutPlan:
-        key = id(analysis)  # kept by `Analyses`
-        if key not in self.plans:
+    @cached_property
+    def samples(self) -> int:
+        return sum(map(len, self.problem.batches))
+
+    def plan(self, batch: Batch, analysis: Analysis) -> CutPlan:
+        if batch not in self.plans:
             itemsize = self.problem.dtype.itemsize
             costs = Costs(analysis.tape, itemsize, self.chunk)
-            samples = sum(len(batch.inputs[0]) for batch in self.problem.batches)
-            self.plans[key] = plan_cuts(analysis, costs, samples, itemsize)
-        return self.plans[key]
+            self.plans[batch] = plan_cuts(analysis, costs, self.samples, itemsize)
+        return self.plans[batch]
 
     def after(self, batch: Batch, analysis: Analysis, use: Use, workspace: int) -> Cut | None:
         """The next cut behind a use."""
-        return self._at(batch, analysis, self.plan(analysis).after(use.z), workspace)
+        return self._at(batch, analysis, self.plan(batch, analysis).after(use.z), workspace)
 
     def _at(
         self, batch: Batch, analysis: Analysis, value: int | None, workspace: int
     ) -> Cut | None:
         if value is None:
             return None
-        key = (id(analysis), value)
-        if key not in self.made:
-            values = self.plan(analysis).values
+        made = self.made.setdefault(batch, {})
+        if value not in made:
+            values = self.plan(batch, analysis).values
             following = values[values.index(value) + 1 :]
             after = self._at(batch, analysis, following[0] if following else None, workspace)
-            self.made[key] = _curvature(
+            made[value] = _curvature(
                 Probed(self.problem, batch, analysis, [value], cut=after), value, workspace
             )
-        return self.made[key]
+        return made[value]
 
 
 def _curvature(probed: Probed, value: int, workspace: int) -> Cut:
