@@ -66,7 +66,7 @@ def density(
     nodes with weights that add up to 1.
     """
     with failing(debug), sharing() as share:
-        if share is not None and share.serve():
+        if share.serve():
             return
         from hesscli.cli.output import Output
 

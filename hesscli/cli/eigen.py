@@ -21,7 +21,7 @@ from hesscli.job.starting import start
 
 if TYPE_CHECKING:
     from hesscli.cli.output import Document, Output
-    from hesscli.job.share import Share
+    from hesscli.job.alone import Alone
 
 
 class Which(StrEnum):
@@ -105,7 +105,7 @@ def eigen(
     vectors of memory for each eigenvalue. An eigenvalue comes out as often as it occurs.
     """
     with failing(debug), sharing() as share:
-        if share is not None and share.serve():
+        if share.serve():
             return
         from hesscli.cli.output import Output
 
@@ -144,7 +144,7 @@ def of_model(
     per_block: bool,
     output: Path | None,
     force: bool,
-    share: Share | None,
+    share: Alone,
 ) -> Document:
     """Runs and prints; then fails where it must."""
     start()

@@ -68,7 +68,7 @@ def hvp(
     gradient at theta - ALPHA gradient(theta).
     """
     with failing(debug), sharing() as share:
-        if share is not None and share.serve():
+        if share.serve():
             return
         from hesscli.cli.output import Output
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
+from hesscli.job.alone import Alone
 from hesscli.job.team import ranks
-
-if TYPE_CHECKING:
-    from hesscli.job.share import Share
 
 
 @contextmanager
-def sharing() -> Iterator[Share | None]:
-    """This process's share; None where it is alone."""
+def sharing() -> Iterator[Alone]:
+    """This process's share of the data."""
     if ranks() == 1:
-        yield None
+        yield Alone()
         return
     from hesscli.job.share import Share
 

@@ -54,7 +54,7 @@ def trace(
     that HAWQ-V2 quantizes by.
     """
     with failing(debug), sharing() as share:
-        if share is not None and share.serve():
+        if share.serve():
             return
         from hesscli.cli.output import Output
 

@@ -10,13 +10,11 @@ from itertools import pairwise
 import torch
 
 from hesscli.errors import MismatchError
-from hesscli.files.models import SavedModel
 from hesscli.files.resources import available_memory
 from hesscli.hessian.batch import Batch, Batches
 from hesscli.hessian.losses import LOSSES, OF_CLASSES, classes_last
 from hesscli.hessian.plan import Sizes, choose_sizes
 from hesscli.hessian.problem import Problem, saved_bytes
-from hesscli.job.options import ProblemOptions
 from hesscli.job.own_loss import seen
 from hesscli.job.source import Source
 from hesscli.job.team import ranks_here
@@ -30,8 +28,7 @@ _ENOUGH = 1 << 23  # and at most, or half of the parameters' bytes: it makes a v
 def split(
     problem: Problem,
     source: Source,
-    options: ProblemOptions,
-    model: SavedModel,
+    batch_size: int | None,
     note: Callable[[str], None],
     parts: int = 1,
     side_by_side: bool = False,
@@ -46,7 +43,7 @@ def split(
         MismatchError: the data cannot be cut into batches that the model accepts.
     """
     samples = source.samples
-    some, fewest, most = _accepted(problem, source, options, model, note)
+    some, fewest, most = _accepted(problem, source, batch_size, note)
     if problem.loss.name in OF_CLASSES and some.target is not None and some.target.dim() > 1:
         with torch.no_grad():
             output = problem.output(some)
@@ -60,7 +57,7 @@ def split(
     sizes = _sizes(problem, some, samples, parts, side_by_side)
     if [x._version for x in some.inputs] != as_given:
         problem = replace(problem, writes=True)
-    batch = min(options.batch_size or sizes.batch, samples)
+    batch = min(batch_size or sizes.batch, samples)
     if fewest > 1 or most is not None:
         bounds = _within(samples, batch, fewest, most or samples, parts)
         if (seeing := coupled_in_place(problem, source, bounds[1])) is not None:
@@ -69,10 +66,8 @@ def split(
     elif (batch < samples or parts > 1) and (seeing := coupled(problem, source, batch)) is not None:
         note(f"{seeing} sees several samples at once, so all the data is one batch")
         bounds = [0, samples]
-    elif parts > 1:
-        bounds = _even(samples, batch, parts)
     else:
-        bounds = _within(samples, batch, 1, batch, 1)
+        bounds = _even(samples, batch, parts)
     count = len(bounds) - 1
     if count < parts:
         listed = f"{count} batch" + ("es" if count > 1 else "")
@@ -83,41 +78,24 @@ def split(
 
 
 def _accepted(
-    problem: Problem,
-    source: Source,
-    options: ProblemOptions,
-    model: SavedModel,
-    note: Callable[[str], None],
+    problem: Problem, source: Source, batch_size: int | None, note: Callable[[str], None]
 ) -> tuple[Batch, int, int | None]:
     """A few samples that the model takes; and the fewest and the most, if limited, that it takes at once.
 
     What does not take two may have been traced with another number, `--batch-size`; or takes all at once, as the nodes
     of a graph.
     """
-    samples, (fewest, most) = source.samples, model.batch_sizes
-    if options.unbatched:
-        return source.whole(), samples, samples
-    count = few(source, options, model)
+    samples, count, fewest, most = source.samples, source.few, source.fewest, source.most
     if (fewest, most) != (1, None):
         _within(samples, count, fewest, most or samples, 1)  # before a pass of other samples fails
         return source.part(0, count), fewest, most
-    if options.train_mode:  # batch norm couples the samples of a batch
-        return source.part(0, count), samples, samples
-    asked = min(options.batch_size or samples, samples)
+    asked = min(batch_size or samples, samples)
     batch, _ = taken(problem.output, source, list(dict.fromkeys([count, asked, samples])))
     if len(batch) == count:
         return batch, 1, None
     if len(batch) == samples:
         note(f"the model takes all {samples} samples at once, so all the data is one batch")
     return batch, len(batch), len(batch)
-
-
-def few(source: Source, options: ProblemOptions, model: SavedModel) -> int:
-    """How many samples are enough to see what the model makes of them."""
-    if options.unbatched:
-        return source.samples
-    fewest, most = model.batch_sizes
-    return min(source.samples, max(2, fewest), most or source.samples)
 
 
 def _sizes(problem: Problem, few: Batch, samples: int, parts: int, side_by_side: bool) -> Sizes:

@@ -18,7 +18,7 @@ from hesscli.job.writing import replacing, writable, write_tensors
 from hesscli.spectrum.density import Density
 
 if TYPE_CHECKING:
-    from hesscli.job.share import Share
+    from hesscli.job.alone import Alone
 
 SCHEMA = "hesscli.density/1"
 BINS = 24
@@ -39,7 +39,7 @@ def density(
     problem: ProblemOptions | None,
     options: DensityOptions,
     listener: Listener,
-    share: Share | None = None,
+    share: Alone,
 ) -> Document:
     """The density of a Hessian file, or of a model's curvature where `problem` is given.
 
@@ -89,7 +89,7 @@ def density(
 
 
 def _of_model(
-    problem: ProblemOptions, options: DensityOptions, listener: Listener, share: Share | None
+    problem: ProblemOptions, options: DensityOptions, listener: Listener, share: Alone
 ) -> tuple[Document, Density, int]:
     from hesscli.job.operator import open_operator
     from hesscli.spectrum.dense import DENSE, dense

@@ -16,9 +16,9 @@ from hesscli.files.arrays import load_arrays
 from hesscli.hessian.problem import placed
 from hesscli.job import Document
 from hesscli.job import document as documents
-from hesscli.job.operator import Operator, open_operator, open_shared, shared_problem
+from hesscli.job.alone import Alone
+from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions
-from hesscli.job.share import Share
 from hesscli.job.writing import demand_names, writable, write_tensors
 
 SCHEMA = "hesscli.hvp/1"
@@ -38,7 +38,7 @@ def hvp(
     problem: ProblemOptions,
     options: HvpOptions,
     listener: Listener,
-    share: Share | None = None,
+    share: Alone,
 ) -> Document:
     """Writes H v, or (I - alpha H(theta)) g', keyed and shaped as the parameters.
 
@@ -177,10 +177,10 @@ def _adapted_gradient(
     problem, facts = operator.problem, None
     if options.query is not None:
         other = replace(operator.options, data=options.query)
-        opened = open_shared(other, listener, operator.share)
+        opened = operator.share.open(other, listener)
         if list(opened.problem.parameters) != list(problem.parameters):
             raise MismatchError(f"{options.query}: the model has other parameters with it")
-        problem, facts = shared_problem(opened, operator.share, 1), opened.facts["data"]
+        problem, facts = operator.share.problem(opened, 1), opened.facts["data"]
     steps = operator.products.split(operator.gradient)
     leaves = problem.parameters
     adapted = [leaf.detach().sub(steps[n], alpha=options.per_fedavg) for n, leaf in leaves.items()]

@@ -14,10 +14,10 @@ from torch import Tensor
 from hesscli.files.resources import release_memory
 from hesscli.job import Document
 from hesscli.job import document as documents
+from hesscli.job.alone import Alone
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.progress import Convergence
-from hesscli.job.share import Share
 from hesscli.job.writing import writable, write_tensors
 from hesscli.spectrum.dense import DENSE, dense
 from hesscli.spectrum.eigen import WHICH
@@ -41,7 +41,7 @@ def model_eigen(
     problem: ProblemOptions,
     options: EigenOptions,
     listener: Listener,
-    share: Share | None = None,
+    share: Alone,
 ) -> Document:
     """The first eigenvalues of a model's curvature; or the extremes of each parameter's own block.
 

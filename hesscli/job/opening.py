@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,7 +14,8 @@ from hesscli.hessian.operator import CURVATURES
 from hesscli.hessian.plan import Sizes
 from hesscli.hessian.precision import in_precision_
 from hesscli.hessian.problem import Problem, measure
-from hesscli.job.batches import few, split
+from hesscli.job.alone import Alone
+from hesscli.job.batches import split
 from hesscli.job.loss import loss_of, printable
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.parameters import chosen_parameters, unmatched
@@ -23,8 +24,7 @@ from hesscli.job.settings import settle
 from hesscli.job.source import Source
 from hesscli.job.team import rank_here, ranks
 
-if TYPE_CHECKING:
-    from hesscli.job.share import Share
+_ALONE = Alone()
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def open_problem(
     options: ProblemOptions,
     listener: Listener,
     model: SavedModel | None = None,
-    share: Share | None = None,
+    share: Alone = _ALONE,
     side_by_side: bool = False,
 ) -> Opened:
     """Loads model and data, settles the loss, and makes one pass over the data.
@@ -107,6 +107,10 @@ def open_problem(
         note(f"no parameter matches {pattern}")
     if frozen:
         note(f"skipped, frozen: {', '.join(frozen)} (name them with --params to include them)")
+    fewest, most = model.batch_sizes
+    # In train mode batch norm couples the samples of a batch.
+    if options.unbatched or (options.train_mode and (fewest, most) == (1, None)):
+        fewest = most = data.samples
     source = Source(
         tuple(known[name] for name in names),
         data.targets[1] if data.targets and loss.needs_target else None,
@@ -116,6 +120,8 @@ def open_problem(
         keywords,
         device,
         dtype,
+        fewest,
+        most,
     )
     problem = Problem(
         model.module,
@@ -126,18 +132,14 @@ def open_problem(
         wide=dtype is torch.float64,
     )
     if data.columns:
-        source = as_columns(problem, source, few(source, options, model), note)
-    parts = 1 if share is None else share.team.size
-    problem, sizes = split(problem, source, options, model, note, parts, side_by_side)
+        source = as_columns(problem, source, note)
+    problem, sizes = split(problem, source, options.batch_size, note, share.size, side_by_side)
     if dtype is torch.float64:
         problem, _ = problem.widened()
         if problem.wide:
             note("what the model itself computes in float32 is computed in float64")
-    if share is None:
-        problem, value = measure(problem)
-    else:
-        measured, value = measure(share.own(problem), share.totals)
-        problem = replace(problem, denominator=measured.denominator)
+    measured, value = measure(share.own(problem), share.totals)
+    problem = replace(problem, denominator=measured.denominator)
     if not torch.isfinite(torch.tensor(value)):
         raise NumericalError(f"the loss is {value}; its derivatives would mean nothing")
     facts = {

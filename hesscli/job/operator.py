@@ -19,23 +19,17 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.autodiff import differentiable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
-from hesscli.hessian.check_curvature import certificate as certificate_of
 from hesscli.hessian.differences import Differences
-from hesscli.hessian.operator import Flat, Products
+from hesscli.hessian.operator import Flat
 from hesscli.hessian.planner import FINITE_DIFFERENCE, HVP
 from hesscli.hessian.problem import Problem
 from hesscli.job import Document
 from hesscli.job import document as documents
+from hesscli.job.alone import Alone
 from hesscli.job.batches import free_memory
-from hesscli.job.opening import Opened, open_problem
+from hesscli.job.opening import Opened
 from hesscli.job.options import Listener, ProblemOptions, Silent
 from hesscli.job.settings import random_kept, settings_kept, settle
-from hesscli.job.share import (
-    Share,
-    SharedProblem,
-    SharedProducts,
-    shared_certificate,
-)
 from hesscli.job.sizes import size
 from hesscli.spectrum.finite import NotFinite
 
@@ -56,7 +50,7 @@ class Operator:
     products: Flat
     method: str
     gradient: Tensor  # [P]
-    share: Share | None = None  # of the data, where it lies on several processes
+    share: Alone  # of the data
     check: Document | None = None  # as in the JSON document
 
     @property
@@ -118,21 +112,21 @@ class Operator:
 
 
 def open_operator(
-    options: ProblemOptions, listener: Listener, share: Share | None = None, lean: bool = False
+    options: ProblemOptions, listener: Listener, share: Alone, lean: bool = False
 ) -> Operator:
     """Opens model and data, linearises, and checks a product along a random direction.
 
     Args:
         options: what was asked for.
         listener: hears the notes.
-        share: of the data, if other processes have one too.
+        share: of the data.
         lean: many vectors will be held; where they are long, this process keeps no memory that was freed.
 
     Raises:
         HesscliError: of any kind.
     """
-    opened = open_shared(options, listener, share)
-    problem = shared_problem(opened, share)
+    opened = share.open(options, listener)
+    problem = share.problem(opened)
     if not any(p.numel() for p in problem.parameters.values()):
         raise MismatchError(f"no numbers in the parameters: {', '.join(problem.parameters)}")
     grads = problem.gradient(list(problem.parameters))
@@ -145,26 +139,14 @@ def open_operator(
     return _made(options, listener, opened, gradient, share)
 
 
-def open_shared(options: ProblemOptions, listener: Listener, share: Share | None) -> Opened:
-    """The problem, opened by all processes that have a share of the data."""
-    if share is not None:
-        return share.open(options, listener)
-    return open_problem(options, listener, side_by_side=True)
-
-
-def shared_problem(opened: Opened, share: Share | None, source: int = 0) -> Problem:
-    """An opened problem as one whose gradients are sums over all processes."""
-    return opened.problem if share is None else SharedProblem.of(opened.problem, share, source)
-
-
 def _made(
     options: ProblemOptions,
     listener: Listener,
     opened: Opened,
     gradient: Tensor,
-    share: Share | None,
+    share: Alone,
 ) -> Operator:
-    problem = shared_problem(opened, share)
+    problem = share.problem(opened)
     if options.method not in ("auto", HVP, FINITE_DIFFERENCE):
         raise UsageError(
             f"products are made by {HVP} or {FINITE_DIFFERENCE}, not by {options.method}",
@@ -175,20 +157,13 @@ def _made(
     double = problem.double() if options.check else None
     reference = double or problem
     methods: dict[str, Callable[[], Flat]] = {
-        HVP: lambda: (
-            SharedProducts(problem, options.curvature)
-            if isinstance(problem, SharedProblem)
-            else Products(
-                problem, options.curvature, free_memory(problem.device) // 2, opened.sizes.chunk
-            )
-        ),
+        HVP: lambda: share.products(problem, options.curvature, opened.sizes.chunk),
         FINITE_DIFFERENCE: lambda: Differences(double or problem.double() or problem),
     }
     if options.method != "auto":
         methods = {options.method: methods[options.method]}
     elif options.curvature != "hessian":
         del methods[FINITE_DIFFERENCE]
-    certify = certificate_of if share is None else shared_certificate
     reason = ""
     for method, make in methods.items():
         if reason:
@@ -196,7 +171,7 @@ def _made(
             opened.notes.append(note)
             listener.note(note)
         certificate = (
-            certify(reference, problem.dtype, options.seed, options.curvature)
+            share.certificate(reference, problem.dtype, options.seed, options.curvature)
             if options.check
             else None
         )
@@ -275,7 +250,7 @@ def operator(model: str | Path, data: str | Path, **options: Any) -> LinearOpera
         )
     asked = ProblemOptions(Path(model), Path(data), **options)
     with differentiable(), random_kept(), settings_kept():
-        opened = open_operator(asked, Silent())
+        opened = open_operator(asked, Silent(), Alone())
     products, problem = opened.products, opened.problem
 
     def multiply(rows: np.ndarray) -> np.ndarray:

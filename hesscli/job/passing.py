@@ -54,12 +54,8 @@ def ordered(
     return [*others, *keywords], (*others, *keywords)
 
 
-def as_columns(problem: Problem, source: Source, count: int, note: Callable[[str], None]) -> Source:
-    """A table's targets as what the loss wants: whole numbers as classes, others as a column [N, 1] like the output.
-
-    Args:
-        count: how many samples the model takes.
-    """
+def as_columns(problem: Problem, source: Source, note: Callable[[str], None]) -> Source:
+    """A table's targets as what the loss wants: whole numbers as classes, others as a column [N, 1] like the output."""
     if source.target is None:
         return source
     if source.loss.name in OF_CLASSES:
@@ -69,8 +65,8 @@ def as_columns(problem: Problem, source: Source, count: int, note: Callable[[str
             return replace(source, target=classes)
         return source
     with torch.no_grad():
-        output = problem.output(source.part(0, count))
-    if output.shape != (count, 1) or source.target.dim() != 1:
+        output = problem.output(source.part(0, source.few))
+    if output.shape != (source.few, 1) or source.target.dim() != 1:
         return source
     note("targets: taken as a column [N, 1], as the model's output is")
     arguments = {

@@ -25,6 +25,7 @@ from hesscli.hessian.check import Along, Certificate
 from hesscli.hessian.check_curvature import AlongOutput, OutputCertificate
 from hesscli.hessian.operator import Flat, Products
 from hesscli.hessian.problem import Problem, placed
+from hesscli.job.alone import Alone
 from hesscli.job.batches import free_memory
 from hesscli.job.opening import Opened, open_problem
 from hesscli.job.options import Listener, ProblemOptions, Silent
@@ -74,11 +75,12 @@ class Question:
     shape: tuple[int, ...]
 
 
-class Share:
+class Share(Alone):
     """One process's share of the data, and its place among the others."""
 
     def __init__(self) -> None:
         self.team = Team()
+        self.size = self.team.size
         self.opened: list[Opened] = []
         self.twins: dict[int, Problem | None] = {}  # in float64
         self.kept: tuple[object, Products] | None = None  # those of the last question
@@ -155,10 +157,23 @@ class Share:
             raise
         self.asking = False
 
+    def problem(self, opened: Opened, source: int = 0) -> SharedProblem:
+        return SharedProblem.of(opened.problem, self, source)
+
+    def products(self, problem: Problem, curvature: str, rows: int) -> Flat:
+        assert isinstance(problem, SharedProblem)
+        return SharedProducts(problem, curvature)
+
+    def certificate(
+        self, problem: Problem, dtype: torch.dtype, seed: int, curvature: str
+    ) -> Certificate:
+        if curvature == "hessian":
+            return _SharedCertificate(problem, dtype, seed)
+        return _SharedOutputCertificate(problem, dtype, seed, curvature == "fisher")
+
     # What each process does
 
     def own(self, problem: Problem) -> Problem:
-        """The problem with this process's share of the batches."""
         rank, size, batches = self.team.rank, self.team.size, problem.batches
         first, stop = (len(batches) * place // size for place in (rank, rank + 1))
         mine = Batches(stop - first, lambda i: batches[first + i])
@@ -303,15 +318,6 @@ class SharedProducts(Flat):
         assert isinstance(self.problem, SharedProblem)
         self.count += 1 if vectors.dim() == 1 else len(vectors)
         return self.problem.ask(Product(self.curvature), vectors)
-
-
-def shared_certificate(
-    problem: Problem, dtype: torch.dtype, seed: int, curvature: str
-) -> Certificate:
-    """What checks a curvature over the data of all processes."""
-    if curvature == "hessian":
-        return _SharedCertificate(problem, dtype, seed)
-    return _SharedOutputCertificate(problem, dtype, seed, curvature == "fisher")
 
 
 class _SharedCertificate(Certificate):

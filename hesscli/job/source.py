@@ -25,6 +25,7 @@ class Source:
         scales: what inputs are multiplied by, by their place.
         keywords: the names of the last inputs, if they are passed by name.
         device, dtype: of the batches.
+        fewest, most: samples that the model accepts at once; None: any number.
     """
 
     inputs: tuple[Tensor, ...]
@@ -35,6 +36,13 @@ class Source:
     keywords: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
+    fewest: int = 1
+    most: int | None = None
+
+    @property
+    def few(self) -> int:
+        """How many samples are enough to see what the model makes of them."""
+        return min(self.samples, max(2, self.fewest), self.most or self.samples)
 
     @property
     def bytes(self) -> int:

@@ -11,11 +11,11 @@ from hesscli.hessian.check_curvature import certificate as certificate_of
 from hesscli.hessian.planner import FINITE_DIFFERENCE, HVP
 from hesscli.job import Document
 from hesscli.job import document as documents
+from hesscli.job.alone import Alone
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import ComputeOptions, Listener, ProblemOptions
 from hesscli.job.planning import Plan
 from hesscli.job.progress import Convergence
-from hesscli.job.share import Share
 from hesscli.job.whole import WholeBlocks, groups
 from hesscli.spectrum.dense import DENSE
 from hesscli.spectrum.trace import Estimate, estimate
@@ -31,7 +31,7 @@ def trace(
     relative_error: float,
     max_products: int,
     listener: Listener,
-    share: Share | None = None,
+    share: Alone,
 ) -> Document:
     """The traces of a model's curvature.
 
@@ -95,8 +95,7 @@ def _exact(
     plan = Plan(options, operator.opened, listener)
     if max_products is not None:
         most = min(AFFORDABLE, max_products) / max(1, operator.size)
-        if operator.share is not None:  # this process does it alone; products are shared
-            most /= operator.share.team.size
+        most /= operator.share.size  # this process does it alone; products are shared
         if plan.work(plan.blocks) > most * plan.by_rows():
             return None
     certificate = None

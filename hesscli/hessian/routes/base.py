@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,10 +13,12 @@ from hesscli.errors import is_out_of_memory
 from hesscli.hessian.applicability import explained
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
+from hesscli.hessian.kronecker import mirror_
 from hesscli.hessian.layout import Layout
 from hesscli.hessian.problem import Problem
 
 Result = TypeVar("Result")
+RowsOf = Callable[[Block, int, int], Iterator[tuple[int, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -39,37 +41,81 @@ class Rows:
         return cls(block, 0, block.size, out)
 
 
-class Route(Protocol):
+class Route:
     """A way to compute blocks.
 
-    `add(batch, rows)` adds the batch's share of rows of each block's Hessian, d^2 loss / d theta^2, to their `out`;
-    `add_diagonal(batch, blocks, sums)` the diagonals' to `sums[block.name]`, [n]. A route that is `symmetric` by
-    construction may fill the upper triangle alone; `finish` then completes a matrix when all batches are in. `layout`
-    is the order of a block's rows, and where they may be cut. `shrink` makes it take less memory at a time, and says
-    whether that was possible.
+    Args:
+        problem: what is differentiated.
 
     Raises:
         NotApplicable: this route would be wrong or impossible here; nothing that was added is to be used.
     """
 
     name: str
+    symmetric = False
+    """Whether rows may be filled right of the diagonal alone: they are mirrored when all batches are in."""
 
-    @property
-    def problem(self) -> Problem: ...
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
 
-    symmetric: bool
+    def layout(self, block: Block) -> Layout:
+        """The order of a block's rows, and where they may be cut."""
+        return Layout.plain(block.size)
 
-    def layout(self, block: Block) -> Layout: ...
-
-    def add(self, batch: Batch, rows: Sequence[Rows]) -> None: ...
+    def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
+        """Adds the batch's share of rows of each block's Hessian, d^2 loss / d theta^2, to their `out`."""
+        raise NotImplementedError
 
     def add_diagonal(
         self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]
-    ) -> None: ...
+    ) -> None:
+        """The diagonals' share, to `sums[block.name]`, [n]."""
+        raise NotImplementedError
 
-    def finish(self, matrix: Tensor) -> None: ...
+    def finish(self, matrix: Tensor) -> None:
+        """Completes a matrix when all batches are in."""
+        if self.symmetric:
+            mirror_(matrix)
 
-    def shrink(self) -> bool: ...
+    def shrink(self) -> bool:
+        """Takes less memory at a time from now on; says whether that was possible."""
+        return False
+
+
+class ByRows(Route):
+    """A route that computes row after row.
+
+    Args:
+        problem: what is differentiated.
+        chunk: how many rows share one pass.
+    """
+
+    def __init__(self, problem: Problem, chunk: int) -> None:
+        super().__init__(problem)
+        self.chunk = chunk
+
+    def shrink(self) -> bool:
+        self.chunk //= 2
+        return self.chunk >= 1
+
+    def rows(self, batch: Batch, blocks: Sequence[Block]) -> RowsOf:
+        """What gives rows of these blocks: block, start, stop -> (first row, [rows, n]) of those that are not zero."""
+        raise NotImplementedError
+
+    def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
+        rows_of = self.rows(batch, [part.block for part in rows])
+        for part in rows:
+            for first, found in rows_of(part.block, part.start, part.stop):
+                mine = slice(first - part.start, first - part.start + len(found))
+                part.out[mine] += found[:, part.start :]
+
+    def add_diagonal(
+        self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]
+    ) -> None:
+        rows_of = self.rows(batch, blocks)
+        for block in blocks:
+            for first, found in rows_of(block, 0, block.size):
+                sums[block.name][first : first + len(found)] += found.diagonal(offset=first)
 
 
 def fitting(route: Route, work: Callable[[], Result]) -> Result:

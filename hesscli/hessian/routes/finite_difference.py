@@ -14,15 +14,13 @@ from torch import Tensor
 
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.layout import Layout
 from hesscli.hessian.problem import Problem, placed
 from hesscli.hessian.quotients import Quotients
-from hesscli.hessian.routes.base import Rows
+from hesscli.hessian.routes.base import Route, Rows
 
 
-class FiniteDifference:
+class FiniteDifference(Route):
     name = "finite-difference"
-    symmetric = False
 
     def __init__(self, reference: Callable[[], Problem]) -> None:
         """
@@ -32,18 +30,12 @@ class FiniteDifference:
         self._reference = reference
 
     @cached_property
-    def problem(self) -> Problem:
+    def problem(self) -> Problem:  # type: ignore[override]
         return self._reference()
 
     @cached_property
     def quotient(self) -> Quotients:
         return Quotients(self.problem.dtype)
-
-    def shrink(self) -> bool:
-        return False
-
-    def layout(self, block: Block) -> Layout:
-        return Layout.plain(block.size)
 
     def finish(self, matrix: Tensor) -> None:
         # What has no gradient of its own is a constant to PyTorch, though the loss may depend on it (a padding row).

@@ -20,13 +20,13 @@ from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.bend import Bend, add_bend, add_bend_diagonal, find_bend
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.kronecker import add_kronecker_rows, mirror_
+from hesscli.hessian.kronecker import add_kronecker_rows
 from hesscli.hessian.layers import Layer, plain_layer
 from hesscli.hessian.layout import Layout, starts_of
 from hesscli.hessian.piecewise import curved
 from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Problem
-from hesscli.hessian.routes.base import Rows
+from hesscli.hessian.routes.base import Route, Rows
 from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
 
 WORKSPACE = 1 << 20  # numbers in the Jacobians of some samples; fits the cache
@@ -97,17 +97,24 @@ class Factors:
         return self.vs[places[0]].squeeze(2), a.squeeze(1)
 
 
-class GaussNewton:
+class GaussNewton(Route):
     name = "gauss-newton"
     symmetric = True
 
     def __init__(self, problem: Problem, analyses: Analyses) -> None:
-        self.problem = problem
+        super().__init__(problem)
         self.analyses = analyses
 
     def uses(self, analysis: Analysis, block: Block) -> list[Use]:
         """The uses of a block's parameters."""
         return block_uses(analysis, block)
+
+    def bend(self, analysis: Analysis, use: Use) -> Bend | None:
+        return bend_of(analysis, use)
+
+    def at_output(self, probed: Probed) -> tuple[Tensor, Tensor]:
+        """Directions of the output [C, *output.shape], and each sample's curvature along them [B, C, C]."""
+        return probed.output_seeds(), probed.output_hessian().contiguous()
 
     def layout(self, block: Block) -> Layout:
         layer = plain_layer(self.uses(self.analyses.of(self.problem.batches[0]), block))
@@ -135,33 +142,30 @@ class GaussNewton:
     def factors(self, batch: Batch, blocks: Sequence[Block]) -> dict[str, Factors | None]:
         """Each block's factors; None where the output does not depend on it."""
         analysis = self.analyses.of(batch)
-        uses = {block.name: block_uses(analysis, block) for block in blocks}
-        bends = {name: bend_of(analysis, mine[0]) for name, mine in uses.items()}
-        zs = list(dict.fromkeys(mine[0].z for mine in uses.values()))
+        uses = {block.name: self.uses(analysis, block) for block in blocks}
+        bends = {name: self.bend(analysis, mine[0]) for name, mine in uses.items()}
+        zs = list(dict.fromkeys(use.z for mine in uses.values() for use in mine))
         ys = list(dict.fromkeys(bend.after for bend in bends.values() if bend is not None))
         probed = Probed(self.problem, batch, analysis, {*zs, *ys})
         slopes = _gradients(probed, ys)
         probes = [probed.probes[z] for z in zs]
-        jacobians = batched_grad(probed.output, probes, probed.output_seeds())
-        of = dict(zip(zs, jacobians, strict=True))
-        curvature = probed.output_hessian().contiguous()
+        seeds, curvature = self.at_output(probed)
+        of = dict(zip(zs, batched_grad(probed.output, probes, seeds), strict=True))
         factors: dict[str, Factors | None] = {}
         for name, mine in uses.items():
-            jacobian, bend = of[mine[0].z], bends[name]
-            if jacobian is None:
+            if all(of[use.z] is None for use in mine):
                 factors[name] = None
                 continue
+            vs, bend = [], bends[name]
+            for use in mine:
+                jacobian = of[use.z]
+                if jacobian is None:
+                    jacobian = seeds.new_zeros(len(seeds), *probed.probes[use.z].shape)
+                vs.append(use.rows(jacobian).transpose(0, 1))
             inputs = [probed.columns(use) for use in mine]
-            v = mine[0].rows(jacobian).transpose(0, 1)
             d = None if bend is None else bend.diagonal(probed, slopes[bend.after], mine[0])
-            factors[name] = Factors(mine, inputs, [v] * len(mine), curvature, d)
+            factors[name] = Factors(mine, inputs, vs, curvature, d)
         return factors
-
-    def shrink(self) -> bool:
-        return False
-
-    def finish(self, matrix: Tensor) -> None:
-        mirror_(matrix)
 
 
 def _gradients(probed: Probed, values: Sequence[int]) -> dict[int, Tensor | None]:

@@ -8,6 +8,7 @@ makes it one row at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,48 +17,14 @@ from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.definitions import exact_derivatives
-from hesscli.hessian.layout import Layout
-from hesscli.hessian.problem import Problem
-from hesscli.hessian.routes.base import Rows
+from hesscli.hessian.routes.base import ByRows, RowsOf
 
 
-class HessianVectorProducts:
+class HessianVectorProducts(ByRows):
     name = "hvp"
-    symmetric = False
 
-    def __init__(self, problem: Problem, chunk: int) -> None:
-        """
-        Args:
-            problem: what is differentiated.
-            chunk: how many rows share one backward pass.
-        """
-        self.problem = problem
-        self.chunk = chunk
-
-    def shrink(self) -> bool:
-        self.chunk //= 2
-        return self.chunk >= 1
-
-    def finish(self, matrix: Tensor) -> None:
-        pass
-
-    def layout(self, block: Block) -> Layout:
-        return Layout.plain(block.size)
-
-    def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
-        gradient = self._gradient(batch, [part.block for part in rows])
-        for part in rows:
-            for first, found in self._rows(part.block, gradient, part.start, part.stop):
-                mine = slice(first - part.start, first - part.start + len(found))
-                part.out[mine] += found[:, part.start :]
-
-    def add_diagonal(
-        self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]
-    ) -> None:
-        gradient = self._gradient(batch, blocks)
-        for block in blocks:
-            for first, found in self._rows(block, gradient, 0, block.size):
-                sums[block.name][first : first + len(found)] += found.diagonal(offset=first)
+    def rows(self, batch: Batch, blocks: Sequence[Block]) -> RowsOf:
+        return partial(self._rows, self._gradient(batch, blocks))
 
     def _gradient(self, batch: Batch, blocks: Sequence[Block]) -> Mapping[str, Tensor | None]:
         """dL/dtheta of the blocks' parameters, with its graph; empty where L has none."""
@@ -73,7 +40,7 @@ class HessianVectorProducts:
         return dict(zip(names, grads, strict=True))
 
     def _rows(
-        self, block: Block, gradient: Mapping[str, Tensor | None], start: int, stop: int
+        self, gradient: Mapping[str, Tensor | None], block: Block, start: int, stop: int
     ) -> Iterator[tuple[int, Tensor]]:
         """The block's rows from `start` to `stop` that can differ from zero, in chunks: (first row, [rows, n])."""
         leaves = [self.problem.parameters[name] for name in block.parameters]

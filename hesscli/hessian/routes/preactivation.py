@@ -25,22 +25,21 @@ from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.chain import Step, chain_diagonals, curved_outputs, find_chain
 from hesscli.hessian.cuts import Cuts
-from hesscli.hessian.kronecker import mirror_
 from hesscli.hessian.layers import Layer
 from hesscli.hessian.layout import Layout, Part, Piece, starts_of
 from hesscli.hessian.positions import positions_as_samples
 from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Problem
-from hesscli.hessian.routes.base import Rows
+from hesscli.hessian.routes.base import Route, Rows
 from hesscli.hessian.uses import BIAS, CONVOLUTION, Use
 
 
-class Preactivation:
+class Preactivation(Route):
     name = "preactivation"
     symmetric = True
 
     def __init__(self, problem: Problem, analyses: Analyses, cuts: Cuts) -> None:
-        self.problem = problem
+        super().__init__(problem)
         self.analyses = analyses
         self.cuts = cuts
         self.workspace = WORKSPACE
@@ -103,9 +102,6 @@ class Preactivation:
             )
             bias_out = None if bias is None else sums[bias.name]
             add_layer_diagonal(probed, layer, delta, sums[block.name], bias_out, self.workspace)
-
-    def finish(self, matrix: Tensor) -> None:
-        mirror_(matrix)
 
     def _add_chain(
         self, batch: Batch, analysis: Analysis, blocks: Sequence[Block], sums: Mapping[str, Tensor]

@@ -1,0 +1,57 @@
+"""Data that lies on this process alone. Importing this loads no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from hesscli.hessian.check import Certificate
+    from hesscli.hessian.operator import Flat
+    from hesscli.hessian.problem import Problem
+    from hesscli.job.opening import Opened
+    from hesscli.job.options import Listener, ProblemOptions
+
+
+class Alone:
+    """This process, which has all of the data; `Share` is one of several."""
+
+    size = 1
+
+    def serve(self) -> bool:
+        """Whether another process asks, and this one answered until it was done."""
+        return False
+
+    def open(self, options: ProblemOptions, listener: Listener) -> Opened:
+        """The problem with all the data."""
+        from hesscli.job.opening import open_problem
+
+        return open_problem(options, listener, share=self, side_by_side=True)
+
+    def own(self, problem: Problem) -> Problem:
+        """The problem with this process's share of the batches."""
+        return problem
+
+    def totals(self, total: float, denominator: float) -> tuple[float, float]:
+        """The sums of both over all processes."""
+        return total, denominator
+
+    def problem(self, opened: Opened, source: int = 0) -> Problem:
+        """An opened problem whose gradients are sums over all processes."""
+        return opened.problem
+
+    def products(self, problem: Problem, curvature: str, rows: int) -> Flat:
+        """Products that are sums over all processes."""
+        from hesscli.hessian.operator import Products
+        from hesscli.job.batches import free_memory
+
+        return Products(problem, curvature, free_memory(problem.device) // 2, rows)
+
+    def certificate(
+        self, problem: Problem, dtype: torch.dtype, seed: int, curvature: str
+    ) -> Certificate:
+        """What checks a curvature over the data of all processes."""
+        from hesscli.hessian.check_curvature import certificate
+
+        return certificate(problem, dtype, seed, curvature)
