@@ -467,7 +467,7 @@ def test_sizes(text, bytes_):
     assert parse_size(text) == bytes_
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "4XB", "-1GB", "nan", "1e400"])
+@pytest.mark.parametrize("text", ["", "GiB", "4XB", "-1GB", "nan", "1e400", "abc", "0.2"])
 def test_what_is_no_size(cli, net, text):
     ran = cli("compute", *net, "--memory", text)
     assert "--memory" in ran.stderr

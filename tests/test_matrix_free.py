@@ -180,6 +180,17 @@ def test_one_parameter_and_a_zero_hessian(cli, tmp_path):
     assert cli("trace", *flat, "--loss", "l1", "--json").document["total"]["trace"] == 0
 
 
+@pytest.mark.parametrize(
+    "command", [("eigen", "--tol", 0), ("trace", "--method", "hvp", "--rel-error", 0)]
+)
+def test_a_tolerance_of_zero_is_what_rounding_leaves_or_all_products(cli, command):
+    name, *options = command
+    document = cli(name, *MLP, *options, "--max-products", 200, "--json").document
+    assert document["converged"] == (name == "eigen")
+    assert document["products"] <= 200
+
+
+
 def test_not_converged(cli, tmp_path):
     ran = cli("eigen", *MLP, "--max-products", 12, "-o", "e.safetensors", "--json")
     assert ran.code == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 from hesscli.job.options import Listener
 
@@ -20,6 +21,7 @@ class Convergence:
         self.first: float | None = None
 
     def residual(self, products: int, worst: float, tolerance: float) -> None:
+        tolerance = max(tolerance, sys.float_info.min)
         if self.first is None or worst > self.first:
             self.first = max(worst, tolerance)
         way = math.log(self.first / tolerance) or 1.0

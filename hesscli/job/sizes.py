@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
+_UNITS = {"": 1, "B": 1} | {
+    letter + end: base**power
+    for power, letter in enumerate("KMGT", 1)
+    for end, base in (("", 1000), ("B", 1000), ("IB", 1024))
+}
+_SIZE = re.compile(rf"(\d+\.?\d*|\.\d+)\s*({'|'.join(_UNITS)})", re.IGNORECASE)
+
 
 def size(count: float) -> str:
     """Bytes in three digits: `4.31 MB`."""
@@ -16,14 +25,10 @@ def parse_size(text: str) -> int:
     """`4GiB`, `500MB`, `4096` as bytes.
 
     Raises:
-        ValueError: it is none of that.
+        ValueError: it is none of that, or less than a byte.
     """
-    units = {"": 1, "B": 1}
-    for power, letter in enumerate("KMGT", 1):
-        units |= {letter: 1000**power, f"{letter}B": 1000**power, f"{letter}IB": 1024**power}
-    digits = text.strip().rstrip("KMGTiIBkmgtb ")
-    unit = text.strip()[len(digits) :].strip().upper()
-    count = float(digits) * units[unit] if unit in units else -1.0
-    if not 0 < count < float("inf"):
+    found = _SIZE.fullmatch(text.strip())
+    count = float(found[1]) * _UNITS[found[2].upper()] if found else 0.0
+    if count < 1:
         raise ValueError(f"{text!r} is not a size like 4GiB or 500MB")
     return int(count)

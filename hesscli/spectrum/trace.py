@@ -128,7 +128,8 @@ def estimate(
             report(products, relative(), relative_error)
             if relative() <= relative_error:
                 return samples.estimate(products, True)
-            foreseen = count * (relative() / relative_error) ** 2
+            still = relative() / relative_error if relative_error else math.inf
+            foreseen = count * still * still
             left = max_products - products
             if basis is None and rows and min(foreseen, left) > _WORTH * SKETCH:
                 basis = torch.linalg.qr(torch.stack(rows).T)[0].T
