@@ -26,7 +26,14 @@ def test_at_most_one_is_ahead() -> None:
     with Beside(enabled=True) as beside:
         beside.run(wait)
         assert started.wait(10)  # it runs while this thread goes on
+        second = threading.Thread(target=beside.run, args=(started.clear,))
+        second.start()
+        second.join(0.2)
+        assert second.is_alive()  # it waits for the first
+        assert started.is_set()
         release.set()
+        second.join(10)
+    assert not started.is_set()
 
 
 @pytest.mark.parametrize("enabled", [False, True])

@@ -190,7 +190,6 @@ def test_a_tolerance_of_zero_is_what_rounding_leaves_or_all_products(cli, comman
     assert document["products"] <= 200
 
 
-
 def test_not_converged(cli, tmp_path):
     ran = cli("eigen", *MLP, "--max-products", 12, "-o", "e.safetensors", "--json")
     assert ran.code == 5

@@ -19,9 +19,7 @@ CIVIDIS = (
     (155, 148, 118), (188, 174, 108), (222, 201, 88), (254, 232, 56),
 )  # fmt: skip
 OF_256 = (17, 60, 243, 102, 247, 144, 185, 227)  # the like in 256 colours: ever lighter
-SHADES = (
-    " \N{LIGHT SHADE}\N{MEDIUM SHADE}\N{DARK SHADE}\N{FULL BLOCK}"  # of which the first is zero
-)
+SHADES = " \N{LIGHT SHADE}\N{MEDIUM SHADE}\N{DARK SHADE}\N{FULL BLOCK}"  # the first is zero
 ASCII = " .:-=+*#%@"
 UPPER, LOWER = "\N{UPPER HALF BLOCK}", "\N{LOWER HALF BLOCK}"
 RESET = "\033[0m"

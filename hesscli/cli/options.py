@@ -322,9 +322,10 @@ _DATA = inspect.Parameter(
 
 
 def _refuse_problem_options(arguments: dict[str, Any]) -> None:
-    """
+    """Refuses what only a model and data have, where a Hessian file is given.
+
     Raises:
-        UsageError: an option of a problem was given along with a Hessian file.
+        typer.BadParameter: the first such option.
     """
     for name, parameter in inspect.signature(problem_options).parameters.items():
         if parameter.default is not parameter.empty and arguments[name] != parameter.default:

@@ -38,7 +38,8 @@ class HessianFile:
         return {name: entry for header in self.headers for name, entry in header.entries.items()}
 
     def demand(self, *keys: str) -> None:
-        """
+        """Makes sure that the document has what will be read of it.
+
         Raises:
             FileError: the document lacks one of these.
         """

@@ -186,12 +186,10 @@ class Curvature:
     """
 
     start: Tensor
-    pairs: list[tuple[Tensor, Tensor]] = field(
-        default_factory=list
-    )  # L [B or 1, r, n], R [B, r, n]
-    weighted: list[tuple[Tensor, Tensor]] = field(
-        default_factory=list
-    )  # V [B or 1, r, n], w [B, r]
+    # L [B or 1, r, n], R [B, r, n]
+    pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    # V [B or 1, r, n], w [B, r]
+    weighted: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     d: Tensor | None = None  # [B, n]
 
     def __post_init__(self) -> None:

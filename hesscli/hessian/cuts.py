@@ -27,8 +27,8 @@ from hesscli.hessian.tape import Tape
 from hesscli.hessian.uses import Use
 
 BUDGET = 1 << 29  # bytes of all Sigma, which are kept
-_GAIN = 0.8  # of the time without; less is not worth the memory,
-_LEAST = 0.05  # nor is anything that takes no more seconds
+_GAIN = 0.8  # cuts must bring the time below this share of the time without
+_LEAST = 0.05  # seconds; what takes less without cuts has none
 
 
 @dataclass(frozen=True)

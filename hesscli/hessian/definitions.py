@@ -4,13 +4,13 @@ Inside `exact_derivatives()` these operators run as the formulas below, so that 
 
 - `weight_norm`: its double backward treats the saved norms as constants and is wrong by tens of percent.
 - `batch_norm`, `layer_norm`, `group_norm`, `instance_norm`: forward-over-reverse and batched double backward are
-wrong or missing.
+  wrong or missing.
 - `hardsigmoid`, `embedding_bag`: no second derivative.
 - `prelu`: at zero its first derivative is that of one side, its second that of the other.
-- `cosine_similarity`: bounds its norms with gradients off, of which nothing can be proven.
+- `cosine_similarity`: bounds its norms with gradients off, about which nothing can be proven.
 - fused attention: no second derivative; computed as softmax(Q K^T / sqrt(d)) V instead.
 - `adaptive_avg_pool2d`, `adaptive_avg_pool3d` to one place: of channels-last memory, PyTorch's ends with `as_strided`,
-which nothing can be proven of.
+  about which nothing can be proven.
 - `lstm`, `gru`, `rnn_tanh`, `rnn_relu` on a GPU: cuDNN's have no second derivative, and in eval mode no first; step by
   step instead, by PyTorch's own decompositions.
 

@@ -82,7 +82,8 @@ _CURVED: dict[str, tuple[int, Callable[..., Any]]] = {
 """Functions with a corner at zero whose pieces are no straight lines in all arguments, CELU and SELU among them: which
 argument decides, and what the function is on the side of that argument's sign."""
 _EQUAL = {"eq", "ne"}
-"""Comparisons that are left at once, with a number: a norm at zero. What is beyond is not a side but all there is."""
+"""Comparisons with a number that hold at one point only, such as a norm of zero. Off that point there is no side to
+hold: a pass whose answer differs is lost."""
 _POOLS = {
     "max_pool2d_with_indices": 2,
     "max_pool3d_with_indices": 3,

@@ -212,9 +212,8 @@ def nll(
     weight = _class_weight(output, weight)
     kept = target[target != ignore_index]
     denominator = float(kept.numel() if weight is None else weight[kept].sum())
-    return F.nll_loss(output, target, weight, ignore_index=ignore_index, reduction="sum"), (
-        denominator
-    )
+    total = F.nll_loss(output, target, weight, ignore_index=ignore_index, reduction="sum")
+    return total, denominator
 
 
 def cross_entropy(

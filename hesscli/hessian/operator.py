@@ -209,9 +209,8 @@ class Products(Flat):
         parts, start = [], 0
         for g, leaf in zip(grads, self.leaves, strict=True):
             if g is not None and g.requires_grad and start % 2:
-                g.register_hook(
-                    torch.clone
-                )  # its seed begins at an odd place, where pairs are no complex numbers
+                # Its seed begins at an odd place, where pairs are no complex numbers.
+                g.register_hook(torch.clone)
             parts.append((torch.zeros_like(leaf) if g is None else g).reshape(-1))
             start += leaf.numel()
         return torch.cat(parts)

@@ -69,7 +69,8 @@ class Analyses:
         self.made: WeakKeyDictionary[Batch, Analysis | NotApplicable] = WeakKeyDictionary()
 
     def of(self, batch: Batch) -> Analysis:
-        """
+        """What is proven of a batch.
+
         Raises:
             NotApplicable: samples mix, or cannot be shown not to.
         """

@@ -35,7 +35,8 @@ class Problem:
     gradients and Hessians of the batches simply add up.
 
     Args:
-        module: called as `module(*inputs)`; every floating tensor in it has the same dtype as the data.
+        module: called with a batch's inputs, the last ones by name where it names them; every floating tensor in it has
+            the same dtype as the data.
         parameters: the tensors to differentiate by, under their names, in `named_parameters` order.
         batches: the data, on the module's device.
         loss: what is differentiated.

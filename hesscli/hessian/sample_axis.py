@@ -19,9 +19,8 @@ class SampleAxis:
     inner: int = 1
 
 
-Axes = Mapping[
-    int, SampleAxis | None
-]  # of every value; None: the value does not depend on the samples
+Axes = Mapping[int, SampleAxis | None]
+"""Of every value; None: it does not depend on the samples."""
 
 
 def mixes(call: Call) -> NotApplicable:

@@ -39,7 +39,7 @@ class Use:
         n: outputs per position.
         m: inputs per output (fan-in); 1 for scale and bias.
         positions: at how many places of one sample the parameter is applied.
-        apart: at how many more, which count as samples.
+        apart: at how many further places, each of which counts as a sample.
         rank: the number of axes of z.
         kernel: a convolution's spatial extent.
         groups: of outputs, each with inputs of its own.
@@ -258,7 +258,20 @@ def _affine(
         rank, positions = len(z_shape), size // samples
         own = n if kind == SCALE else groups
         return Use(
-            *(name, kind, call, z, a, axis, channels, n, m, positions, rank, kernel, own, runs)
+            parameter=name,
+            kind=kind,
+            call=call,
+            z=z,
+            a=a,
+            axis=axis,
+            channels=channels,
+            n=n,
+            m=m,
+            positions=positions,
+            rank=rank,
+            kernel=kernel,
+            groups=own,
+            runs=runs,
         )
 
     plain = not call.keywords  # no alpha, no beta

@@ -20,9 +20,9 @@ from hesscli.job.source import Source
 from hesscli.job.team import ranks_here
 from hesscli.job.together import coupled, coupled_in_place, taken
 
-_EACH = 2  # batches of each thread, where they are worked on side by side
-_WORTH = 1 << 21  # bytes that a batch's pass keeps at least, to be worth one
-_ENOUGH = 1 << 23  # and at most, or half of the parameters' bytes: it makes a vector of theirs
+_EACH = 2  # batches per thread, where they are worked on side by side
+_WORTH = 1 << 21  # bytes that a batch's pass keeps at least
+_ENOUGH = 1 << 23  # and at most; or half of the parameters' bytes, if that is more
 
 
 def split(
@@ -36,6 +36,10 @@ def split(
     """The problem with its data in batches, unless model or loss want it whole.
 
     Args:
+        problem: the problem, without its batches.
+        source: its data.
+        batch_size: samples per batch, if asked for.
+        note: hears what is made of the data.
         parts: how many processes share the batches; there is at least one for each, where that can be.
         side_by_side: batches will be worked on side by side: a few for each thread, unless they would be small.
 
@@ -82,8 +86,8 @@ def _accepted(
 ) -> tuple[Batch, int, int | None]:
     """A few samples that the model takes; and the fewest and the most, if limited, that it takes at once.
 
-    What does not take two may have been traced with another number, `--batch-size`; or takes all at once, as the nodes
-    of a graph.
+    A model that refuses two samples may have been traced with another number (`--batch-size`), or wants all at once, as
+    a graph network wants its nodes.
     """
     samples, count, fewest, most = source.samples, source.few, source.fewest, source.most
     if (fewest, most) != (1, None):

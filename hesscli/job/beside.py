@@ -10,8 +10,8 @@ from typing import Any
 class Beside:
     """Runs calls one after the other, at most one at a time and one ahead.
 
-    Two blocks are then held at once, the one that is written and the one that is computed. On a CPU, where they would
-    share one memory, it is not `enabled` and every call is made on the spot.
+    Two blocks are then held at once, the one that is written and the one that is computed. Where the memory has no room
+    for both it is not `enabled`, and every call is made on the spot.
     """
 
     def __init__(self, enabled: bool = True) -> None:

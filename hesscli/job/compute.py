@@ -41,7 +41,7 @@ from hesscli.job.planning import Plan
 from hesscli.job.team import Team, missing, shares
 from hesscli.job.whole import WholeBlocks, groups
 from hesscli.job.writing import demand_names, writable, written
-from hesscli.spectrum.eigen import DENSE_LIMIT, extremes
+from hesscli.spectrum.eigen import extremes
 
 # What changes nothing in the file.
 _ELSEWHERE = {"model", "data", "output", "force", "resume", "shard", "memory", "device"}
@@ -150,9 +150,7 @@ class _Run:
         if output is None or not goes_on:
             return None
         for path in journals(output):
-            with contextlib.suppress(
-                FileError
-            ):  # said, or thrown away, where the journal is opened
+            with contextlib.suppress(FileError):  # told, or ignored, where the journal is opened
                 head = read_journal(path).head
                 if head is not None and head["bands"].keys() == self.plan.bands.keys():
                     return dict(head["bands"])
@@ -258,21 +256,19 @@ class _Run:
             for group in self.groups:
                 for facts in self._group(group, writer, journal, beside):
                     finished[facts["name"]] = facts
-        for block in self.large:
-            facts = block.compute(writer, journal, self.certificate, self._progress)
+        for large in self.large:
+            facts = large.compute(writer, journal, self.certificate, self._progress)
             if self.options.stats == "all":
-                low, high = extremes(writer.mapped(facts["name"]), DENSE_LIMIT)
+                low, high = extremes(writer.mapped(facts["name"]))
                 facts |= {"eig_max": high, "eig_min": low}
             finished[facts["name"]] = facts
-        for facts in finished.values():
-            names = next(b.parameters for b in self.plan.blocks if b.name == facts["name"])
-            if facts["zero"] and not any(bool(gradient[name].any()) for name in names):
+        every = []
+        for block in self.plan.blocks:
+            facts = dict(finished[block.name])  # the journal's own is not on the disk yet
+            if facts.pop("zero") and not any(bool(gradient[n].any()) for n in block.parameters):
                 facts["unused"] = True
-                self.plan.note(f"{facts['name']}: unused, its block is zero")
-        # Copies: the journal keeps these, and is not on the disk yet.
-        every = [dict(finished[block.name]) for block in self.plan.blocks]
-        for facts in every:
-            del facts["zero"]
+                self.plan.note(f"{block.name}: unused, its block is zero")
+            every.append(facts)
         return every
 
     def _group(

@@ -41,7 +41,8 @@ def estimate(
     decomposed: Sequence[int],
     size: int,
 ) -> Estimate:
-    """
+    """What a plan takes, in seconds.
+
     Args:
         choices: the route of each block.
         rates: of this machine.

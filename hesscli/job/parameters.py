@@ -50,9 +50,7 @@ def chosen_parameters(
             "--params '*'",
         )
     for name, parameter in unique.items():
-        parameter.requires_grad_(
-            name in parameters
-        )  # where no gradient is wanted, none is paid for
+        parameter.requires_grad_(name in parameters)  # unwanted gradients are not paid for
     return parameters, {n: tied[n] for n in parameters if n in tied}, frozen
 
 

@@ -87,9 +87,8 @@ def _loss_coupled(
 ) -> str | None:
     """The loss, if it makes something else of outputs together than of the same ones apart."""
     if problem.loss.function is None:
-        of_all = (
-            problem.loss.name in OF_CLASSES and output.dim() == 1
-        )  # to PyTorch one distribution
+        # To PyTorch one distribution.
+        of_all = problem.loss.name in OF_CLASSES and output.dim() == 1
         return f"the loss {problem.loss.name}" if of_all else None
 
     def terms(output: Tensor, of: Batch) -> Tensor:

@@ -1,1 +1,1 @@
-"""Eigenvalues, trace and norm of a symmetric matrix. Knows no model."""
+"""Eigenvalues, trace, spectral density and norm of a symmetric matrix, and how two differ. Knows no model."""

@@ -85,12 +85,8 @@ def top_eigenpairs(
     return Eigenpairs(np.array(values), rows, np.array(residuals), names)
 
 
-def extremes(matrix: np.ndarray, dense_limit: int) -> tuple[float, float]:
-    """The smallest and the largest eigenvalue of a symmetric matrix [n, n]."""
-    n = matrix.shape[0]
-    if n <= dense_limit:
-        values = np.linalg.eigvalsh(matrix.astype(np.float64))  # scipy's takes 0.2 s to import
-        return float(values[0]), float(values[-1])
+def extremes(matrix: np.ndarray) -> tuple[float, float]:
+    """The smallest and the largest eigenvalue of a large symmetric matrix [n, n], by Lanczos."""
     return float(_lanczos(matrix, 1, "SA")[0][0]), float(_lanczos(matrix, 1, "LA")[0][0])
 
 

@@ -35,7 +35,7 @@ CHAIN = 12
 """Products that a random vector gets to find a first copy. One that stands out of the rest of the spectrum by a third
 stays hidden from twelve with a probability below 1 %. Once a copy was found, chains are followed to convergence."""
 
-_LEAST = 0.1  # of the residual that is allowed: never asked for less
+_LEAST = 0.1  # share of the allowed residual below which none is asked for
 _FEW = 4  # rows of the basis that are faster one by one
 _TILE = 1 << 16  # columns of the basis that are rotated at a time
 

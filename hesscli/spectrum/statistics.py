@@ -37,7 +37,7 @@ def of_matrix(matrix: np.ndarray, level: str = "auto") -> Statistics:
     if n == 0 or level == "basic" or (level == "auto" and n > QUICK_LIMIT):
         return Statistics(trace, norm)
     if n > DENSE_LIMIT:
-        low, high = extremes(matrix, 0)
+        low, high = extremes(matrix)
         return Statistics(trace, norm, high, low)
     values = np.linalg.eigvalsh(matrix.astype(np.float64))  # scipy's takes 0.2 s to import
     return Statistics(trace, norm, *_of_spectrum(values, matrix.dtype))

@@ -116,9 +116,8 @@ class Preactivation(Route):
             output = analysis.tape.output
             found = chain_diagonals(probed, output, steps, {use.z for use in mine.values()})
             if not all(bool(torch.isfinite(d).all()) for d in found.values()):
-                return list(
-                    blocks
-                )  # phi'' is infinite where a ReLU before it is off: backward passes mask that
+                # phi'' is infinite where a ReLU before it is off: backward passes mask that.
+                return list(blocks)
             for name, use in mine.items():
                 d = found[use.z]  # [B, n]
                 a = probed.columns(use)[:, 0]
