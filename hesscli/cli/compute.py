@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from shlex import quote
@@ -147,7 +146,7 @@ def compute(
         if fail_above is not None and shard is not None:
             raise UsageError("--fail-above needs the whole Hessian, and a shard is a part of it")
         options = ComputeOptions(
-            **{name: getattr(problem, name) for name in asdict(problem)},
+            **vars(problem),
             blocks=blocks.value,
             gradient=gradient,
             stats=stats.value if fail_above is None else "all",

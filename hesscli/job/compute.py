@@ -27,8 +27,6 @@ from hesscli.files.hessian_writer import HessianWriter
 from hesscli.files.models import SavedModel
 from hesscli.files.result_names import followed, journals
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.check import Certificate
-from hesscli.hessian.check_curvature import certificate as certificate_of
 from hesscli.job import Document, statistics
 from hesscli.job import document as documents
 from hesscli.job.beside import Beside
@@ -137,11 +135,6 @@ class _Run:
         self.parts += [part for block in self.large for part in block.parts()]
         self.rows = sum(block.size for block in plan.blocks)
         self.done = 0
-        self.certificate: Certificate | None = None
-        if self.options.check:
-            self.certificate = certificate_of(
-                plan.reference, plan.problem.dtype, self.options.seed, self.options.curvature
-            )
 
     def _begun(self) -> dict[str, int] | None:
         """How the file that this run goes on with was cut into bands; free memory may have changed since."""
@@ -257,7 +250,7 @@ class _Run:
                 for facts in self._group(group, writer, journal, beside):
                     finished[facts["name"]] = facts
         for large in self.large:
-            facts = large.compute(writer, journal, self.certificate, self._progress)
+            facts = large.compute(writer, journal, self._progress)
             if self.options.stats == "all":
                 low, high = extremes(writer.mapped(facts["name"]))
                 facts |= {"eig_max": high, "eig_min": low}
@@ -283,7 +276,7 @@ class _Run:
                 self._progress(facts["size"], facts["name"])
             return list(known["blocks"])
         found = []
-        for facts, array in WholeBlocks(self.plan, self.certificate).compute(group):
+        for facts, array in WholeBlocks(self.plan).compute(group):
             beside.run(writer.write, facts["name"], array)
             found.append(facts | {"zero": not array.any()})
             self._progress(facts["size"], facts["name"])
@@ -336,7 +329,7 @@ class _Run:
             "total": statistics.total(blocks),
             "method": " + ".join(sorted({facts["method"] for facts in blocks})),
             "symmetry_error": max(errors, default=None),
-            "check": documents.check_facts(self.certificate, blocks, self.plan.diagonal),
+            "check": documents.check_facts(self.plan.certificate, blocks, self.plan.diagonal),
             "notes": list(self.plan.opened.notes),
         }
 

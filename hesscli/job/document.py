@@ -67,7 +67,9 @@ def check_facts(
 
 def timeless(document: Document) -> Document:
     """The document as it goes into the file: the same command gives the same bytes, so no times and no paths."""
-    kept = dict(document)
-    for part in ("model", "data"):
-        kept[part] = {key: value for key, value in document[part].items() if key != "path"}
-    return kept
+    files = {
+        part: dict(document[part]) for part in ("model", "data", "query") if document.get(part)
+    }
+    for facts in files.values():
+        facts.pop("path", None)
+    return document | files

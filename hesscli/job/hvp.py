@@ -90,8 +90,6 @@ def hvp(
     dtype = str(operator.problem.dtype).removeprefix("torch.")
     arrays = {name: part.cpu().numpy() for name, part in tensors.items()}
     kept = documents.timeless(document)
-    if document.get("query"):
-        kept["query"] = {key: v for key, v in document["query"].items() if key != "path"}
     if options.vector not in (None, "gradient", "random"):
         kept["vector"] = "file"
     write_tensors(output, arrays, dtype, kept)

@@ -11,7 +11,6 @@ from hesscli.errors import NumericalError
 from hesscli.files.hessian_writer import HessianWriter
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.check import Certificate
 from hesscli.hessian.costs import Rates
 from hesscli.hessian.kronecker import mirror_
 from hesscli.hessian.layout import Layout, Span
@@ -64,7 +63,7 @@ class LargeBlock:
         """Computes and writes some of the bands; another process finishes the block."""
         try:
             layout, bands = self._cut()
-            matrix = self._triangle(layout, bands, writer, None, None)
+            matrix = self._triangle(layout, bands, writer, None, torch.zeros(self.block.size))
             with Beside() as beside:
                 for index, (start, stop) in enumerate(bands):
                     part = self._part(index)
@@ -75,19 +74,12 @@ class LargeBlock:
         except NotApplicable:
             pass  # the process that finishes the block finds out too, and takes the next route
 
-    def compute(
-        self,
-        writer: HessianWriter,
-        journal: Journal,
-        certificate: Certificate | None,
-        progress: Progress,
-    ) -> Document:
+    def compute(self, writer: HessianWriter, journal: Journal, progress: Progress) -> Document:
         """Computes, writes and checks the block; by the next route, where one cannot or does not pass.
 
         Args:
             writer: of the file.
             journal: knows the bands that are in the file already.
-            certificate: checks the block, if anything does.
             progress: is told how many rows more are done.
 
         Returns:
@@ -96,6 +88,7 @@ class LargeBlock:
         Raises:
             NumericalError: no route is exact.
         """
+        certificate = self.plan.certificate
         while True:
             failed = f"{self.block.name}, {self.method}, not exact"
             if failed in journal.finished:
@@ -103,7 +96,7 @@ class LargeBlock:
                 self.place += 1
                 continue
             try:
-                matrix, symmetry = self._bands(writer, journal, certificate, progress)
+                matrix, symmetry = self._bands(writer, journal, progress)
             except NotApplicable as reason:
                 self.plan.next_route(self.block, self.place, reason)
                 self.place += 1
@@ -133,17 +126,16 @@ class LargeBlock:
         }
 
     def _bands(
-        self,
-        writer: HessianWriter,
-        journal: Journal,
-        certificate: Certificate | None,
-        progress: Progress,
+        self, writer: HessianWriter, journal: Journal, progress: Progress
     ) -> tuple[Triangle, float]:
         """The matrix, written, and its symmetry error."""
         route = self.plan.routes[self.method]
         layout, bands = self._cut()
-        device = self.plan.held_on(self.block)
-        matrix = self._triangle(layout, bands, writer, certificate, device)
+        device, certificate = self.plan.held_on(self.block), self.plan.certificate
+        direction = torch.zeros(self.block.size)
+        if certificate is not None:
+            direction = certificate.direction(self.block)
+        matrix = self._triangle(layout, bands, writer, device, direction)
         gap = square = 0.0
         with Beside() as beside:
             for index, (start, stop) in enumerate(bands):
@@ -163,14 +155,11 @@ class LargeBlock:
         layout: Layout,
         bands: list[Span],
         writer: HessianWriter,
-        certificate: Certificate | None,
         device: torch.device | None,
+        direction: Tensor,
     ) -> Triangle:
-        """What takes the bands, and keeps them on the device, if there is one."""
+        """What takes the bands, multiplies the direction, and keeps them on the device, if there is one."""
         writer.forget(self.block.name)
-        direction = torch.zeros(self.block.size)
-        if certificate is not None:
-            direction = certificate.direction(self.block)
         direction = direction.to("cpu", self.plan.problem.dtype)
         if device is None:
             return StreamedTriangle(self.block.name, layout, bands, writer, direction)

@@ -13,7 +13,8 @@ from hesscli.files.resources import available_memory, disk_used, free_disk
 from hesscli.files.result_names import partial_paths
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import STRUCTURES, Block, partition
-from hesscli.hessian.check import gradients
+from hesscli.hessian.check import Certificate, gradients
+from hesscli.hessian.check_curvature import certificate as certificate_of
 from hesscli.hessian.costs import Rates
 from hesscli.hessian.curvature_planner import planner_of
 from hesscli.hessian.operator import demand
@@ -104,6 +105,14 @@ class Plan:
     def reference(self) -> Problem:
         """Where gradients are taken that are compared with each other: in float64 if the model runs in it."""
         return self.problem.double() or self.problem
+
+    @cached_property
+    def certificate(self) -> Certificate | None:
+        """What checks the blocks, if that is asked for."""
+        if not self.options.check:
+            return None
+        options, dtype = self.options, self.problem.dtype
+        return certificate_of(self.reference, dtype, options.seed, options.curvature)
 
     # Large blocks
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 
-from hesscli.hessian.check_curvature import certificate as certificate_of
 from hesscli.hessian.planner import FINITE_DIFFERENCE, HVP
 from hesscli.job import Document
 from hesscli.job import document as documents
@@ -90,20 +89,14 @@ def _exact(
     operator: Operator, problem: ProblemOptions, max_products: int | None, listener: Listener
 ) -> Estimate | None:
     """The traces of the exact diagonal, if that is affordable; without `max_products` it always is."""
-    shared = {f.name: getattr(problem, f.name) for f in fields(ProblemOptions)}
-    options = ComputeOptions(**shared, blocks="elements", stats="basic", output=None)
+    options = ComputeOptions(**vars(problem), blocks="elements", stats="basic", output=None)
     plan = Plan(options, operator.opened, listener)
     if max_products is not None:
         most = min(AFFORDABLE, max_products) / max(1, operator.size)
         most /= operator.share.size  # this process does it alone; products are shared
         if plan.work(plan.blocks) > most * plan.by_rows():
             return None
-    certificate = None
-    if options.check:
-        certificate = certificate_of(
-            plan.reference, plan.problem.dtype, options.seed, options.curvature
-        )
-    work = WholeBlocks(plan, certificate)
+    work = WholeBlocks(plan)
     found: dict[str, Document] = {}
     try:
         for group in groups(plan):
@@ -114,7 +107,7 @@ def _exact(
         names = operator.products.names
         parts = np.array([found[name]["trace"] if name in found else np.nan for name in names])
         return Estimate(parts, 0 * parts, np.nan, np.nan, 0, False, True)
-    operator.check = documents.check_facts(certificate, list(found.values()), True)
+    operator.check = documents.check_facts(plan.certificate, list(found.values()), True)
     operator.method = " + ".join(sorted({facts["method"] for facts in found.values()}))
     parts = np.array([found[name]["trace"] for name in operator.products.names])
     return Estimate(parts, np.zeros(len(parts)), float(parts.sum()), 0.0, 0, True)

@@ -11,7 +11,6 @@ from torch import Tensor
 from hesscli.errors import NumericalError
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.check import Certificate
 from hesscli.hessian.plan import group
 from hesscli.hessian.routes.base import Route, Rows, fitting
 from hesscli.hessian.symmetry import symmetrise_
@@ -34,11 +33,10 @@ class WholeBlocks:
 
     Args:
         plan: they are part of.
-        certificate: checks them, if anything does.
     """
 
-    def __init__(self, plan: Plan, certificate: Certificate | None) -> None:
-        self.plan, self.certificate = plan, certificate
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
 
     def compute(self, blocks: Sequence[Block]) -> Iterator[tuple[Document, np.ndarray]]:
         """Every block's facts and values.
@@ -84,7 +82,7 @@ class WholeBlocks:
 
     def _finish(self, block: Block, values: Tensor, place: int) -> tuple[Document, np.ndarray]:
         """Makes a block symmetric and certifies it, or takes the next route."""
-        plan, certificate = self.plan, self.certificate
+        plan, certificate = self.plan, self.plan.certificate
         method = plan.choices[block.name][place].method
         symmetry = None
         if not plan.diagonal:
