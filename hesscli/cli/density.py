@@ -87,7 +87,8 @@ def density(
 
 def print_density(out: Output, document: Document) -> None:
     """A histogram with the share of each bin, as bars whose length is the share's logarithm."""
-    from hesscli.cli.summary import matrix, products_headline
+    from hesscli.cli.output import encodable
+    from hesscli.cli.summary import matrix, products_headline, source
 
     if not out.wants_text(document):
         return
@@ -100,8 +101,7 @@ def print_density(out: Output, document: Document) -> None:
     if "model" in document:
         facts = products_headline(document)
     else:
-        source = "standard input" if document["hessian"] == "-" else document["hessian"]
-        facts = matrix(document, f"{source} ({document['structure']}, {size} x {size})")
+        facts = matrix(document, f"{source(document)} ({document['structure']}, {size} x {size})")
     out.facts(facts | {"density": how})
     edges, mass = document["histogram"]["edges"], document["histogram"]["mass"]
     shown = [share for share in mass if share > 0]
@@ -112,7 +112,7 @@ def print_density(out: Output, document: Document) -> None:
     columns = shutil.get_terminal_size().columns if out.stream.isatty() else 80
     room = max(10, min(columns, 100) - 2 * width - 18)
     floor = math.floor(math.log10(min(shown)) - 1e-9)
-    plain = not _shows(out, _EIGHTHS)
+    plain = not encodable(_EIGHTHS, out.stream)
     out.line(f"{'eigenvalues'.ljust(2 * width + 4)}  {'share'.rjust(8)}  log scale")
     for i, share in enumerate(mass):
         length = (
@@ -140,11 +140,3 @@ def _bar(length: float, plain: bool) -> str:
         return "#" * round(length)
     eighths = round(8 * length)
     return (_EIGHTHS[8] * (eighths // 8) + _EIGHTHS[eighths % 8]).rstrip()
-
-
-def _shows(out: Output, text: str) -> bool:
-    try:
-        text.encode(getattr(out.stream, "encoding", None) or "utf-8")
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True

@@ -16,7 +16,7 @@ from hesscli.cli.gates import FailAbove, FailBelow, end_seen, gate_eigenvalues
 from hesscli.cli.options import Debug, Force, Json, Quiet, takes_hessian_or_problem
 from hesscli.cli.ranks import sharing
 from hesscli.errors import NumericalError, UsageError
-from hesscli.job.options import ProblemOptions
+from hesscli.job.options import EigenOptions, ProblemOptions
 from hesscli.job.starting import start
 
 if TYPE_CHECKING:
@@ -126,44 +126,33 @@ def eigen(
                         f"--params {shlex.quote(glob.escape(block))}",
                         instead_of=("--block",),
                     )
-                document = of_model(
-                    out, problem, top, which, tol, max_products, per_block, output, force, share
+                options = EigenOptions(
+                    top, which.value, tol, max_products, per_block, output, force
                 )
+                document = of_model(out, problem, options, share)
             if output is not None:
                 out.wrote(str(output), output.stat().st_size)
         gate_eigenvalues(document, fail_above, fail_below)
 
 
-def of_model(
-    out: Output,
-    problem: ProblemOptions,
-    top: int,
-    which: Which,
-    tol: float,
-    max_products: int,
-    per_block: bool,
-    output: Path | None,
-    force: bool,
-    share: Alone,
-) -> Document:
+def of_model(out: Output, problem: ProblemOptions, options: EigenOptions, share: Alone) -> Document:
     """Runs and prints; then fails where it must."""
     start()
-    from hesscli.job.model_eigen import EigenOptions, model_eigen
+    from hesscli.job.model_eigen import model_eigen
 
-    options = EigenOptions(top, which.value, tol, max_products, per_block, output, force)
     document = model_eigen(problem, options, out, share)
-    (print_extremes if per_block else print_eigenpairs)(out, document)
+    (print_extremes if options.per_block else print_eigenpairs)(out, document)
     if document["interrupted"]:
         raise KeyboardInterrupt
-    if not document["converged"] and document["products"] < max_products:
+    if not document["converged"] and document["products"] < options.max_products:
         raise NumericalError(
             f"not converged: rounding in {document['dtype']} keeps residuals above the tolerance",
             "--dtype float64" if document["dtype"] == "float32" else "--tol 1e-10",
         )
     if not document["converged"]:
         raise NumericalError(
-            f"not converged after {max_products} products: see the residuals",
-            f"--max-products {4 * max_products}",
+            f"not converged after {options.max_products} products: see the residuals",
+            f"--max-products {4 * options.max_products}",
         )
     return document
 
@@ -218,10 +207,9 @@ def print_extremes(out: Output, document: Document) -> None:
 
 def headline(document: Document) -> dict[str, str]:
     """What stands above eigenvalues."""
-    from hesscli.cli.summary import matrix, products_headline
+    from hesscli.cli.summary import matrix, products_headline, source
 
     if "model" in document:
         return products_headline(document)
-    source = "standard input" if document["hessian"] == "-" else document["hessian"]
     part = f"block {document['block']}" if document["block"] else document["structure"]
-    return matrix(document, f"{source} ({part}, {document['size']} x {document['size']})")
+    return matrix(document, f"{source(document)} ({part}, {document['size']} x {document['size']})")

@@ -93,6 +93,11 @@ def headline(document: Document) -> dict[str, str]:
     return facts
 
 
+def source(document: Document) -> str:
+    """The Hessian file that was read."""
+    return "standard input" if document["hessian"] == "-" else document["hessian"]
+
+
 def matrix(document: Document, text: str) -> dict[str, str]:
     """The line that says which matrix it is, and the text of it."""
     curvature = document.get("curvature", "hessian")

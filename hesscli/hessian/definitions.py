@@ -70,6 +70,25 @@ def group_norm(
     return y, mean.reshape(samples, groups), rstd.reshape(samples, groups)
 
 
+def _normalise_channels(
+    x: Tensor,
+    axes: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: tuple[Tensor | None, Tensor | None],
+    own: bool,
+    eps: float,
+) -> Tensor:
+    """By statistics of their own over these axes, or by the running ones, which are left as they are."""
+    per_channel = [1, -1] + [1] * (x.dim() - 2)
+    mean, variance = running
+    if own or mean is None or variance is None:
+        y, _, _ = _normalise(x, axes, eps)
+    else:
+        y = (x - mean.reshape(per_channel)) * torch.rsqrt(variance.reshape(per_channel) + eps)
+    return _scale_and_shift(y, weight, bias, per_channel)
+
+
 def instance_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -81,14 +100,8 @@ def instance_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> Tensor:
-    per_channel = [1, -1] + [1] * (x.dim() - 2)
-    if use_input_stats or running_mean is None or running_var is None:
-        y, _, _ = _normalise(x, list(range(2, x.dim())), eps)
-    else:
-        y = (x - running_mean.reshape(per_channel)) * torch.rsqrt(
-            running_var.reshape(per_channel) + eps
-        )
-    return _scale_and_shift(y, weight, bias, per_channel)
+    axes, running = list(range(2, x.dim())), (running_mean, running_var)
+    return _normalise_channels(x, axes, weight, bias, running, use_input_stats, eps)
 
 
 def batch_norm(
@@ -102,15 +115,8 @@ def batch_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> Tensor:
-    per_channel = [1, -1] + [1] * (x.dim() - 2)
-    if training or running_mean is None or running_var is None:
-        # The running statistics are left as they are: no derivative depends on them.
-        y, _, _ = _normalise(x, [axis for axis in range(x.dim()) if axis != 1], eps)
-    else:
-        y = (x - running_mean.reshape(per_channel)) * torch.rsqrt(
-            running_var.reshape(per_channel) + eps
-        )
-    return _scale_and_shift(y, weight, bias, per_channel)
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    return _normalise_channels(x, axes, weight, bias, (running_mean, running_var), training, eps)
 
 
 def weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
@@ -146,16 +152,13 @@ def cosine_similarity(x: Tensor, y: Tensor, dim: int = 1, eps: float = 1e-8) -> 
     return (normed(x) * normed(y)).sum(dim)
 
 
-def adaptive_avg_pool2d(x: Tensor, size: Sequence[int]) -> Tensor:
-    if any(length != 1 for length in size):
-        return torch.ops.aten._adaptive_avg_pool2d(x, size)
-    return x.mean((-1, -2), keepdim=True)
+def _adaptive_avg_pool(axes: int, elsewhere: str) -> Callable[..., Tensor]:
+    def pool(x: Tensor, size: Sequence[int]) -> Tensor:
+        if all(length == 1 for length in size):
+            return x.mean(list(range(-axes, 0)), keepdim=True)
+        return getattr(torch.ops.aten, elsewhere)(x, size)
 
-
-def adaptive_avg_pool3d(x: Tensor, size: Sequence[int]) -> Tensor:
-    if any(length != 1 for length in size):
-        return torch.ops.aten._adaptive_avg_pool3d(x, size)
-    return x.mean((-1, -2, -3), keepdim=True)
+    return pool
 
 
 def embedding_bag(
@@ -220,8 +223,8 @@ DEFINITIONS: dict[str, Callable[..., object]] = {
     "hardsigmoid_": hardsigmoid_,
     "_prelu_kernel": prelu,
     "cosine_similarity": cosine_similarity,
-    "adaptive_avg_pool2d": adaptive_avg_pool2d,
-    "adaptive_avg_pool3d": adaptive_avg_pool3d,
+    "adaptive_avg_pool2d": _adaptive_avg_pool(2, "_adaptive_avg_pool2d"),
+    "adaptive_avg_pool3d": _adaptive_avg_pool(3, "_adaptive_avg_pool3d"),
     "_embedding_bag": embedding_bag,
 }
 

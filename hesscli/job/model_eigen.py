@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from hesscli.job import Document
 from hesscli.job import document as documents
 from hesscli.job.alone import Alone
 from hesscli.job.operator import Operator, open_operator
-from hesscli.job.options import Listener, ProblemOptions
+from hesscli.job.options import EigenOptions, Listener, ProblemOptions
 from hesscli.job.progress import Convergence
 from hesscli.job.writing import writable, write_tensors
 from hesscli.spectrum.dense import DENSE, dense
@@ -24,17 +23,6 @@ from hesscli.spectrum.eigen import WHICH
 from hesscli.spectrum.lanczos import Found, Lanczos
 
 SCHEMA = "hesscli.eigen/1"
-
-
-@dataclass(frozen=True)
-class EigenOptions:
-    top: int = 10
-    which: str = "largest"
-    tolerance: float = 1e-3
-    max_products: int = 1000
-    per_block: bool = False
-    output: Path | None = None
-    force: bool = False
 
 
 def model_eigen(

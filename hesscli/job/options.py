@@ -138,6 +138,17 @@ class ComputeOptions(ProblemOptions):
     shard: tuple[int, int] | None = None  # (I, N): only the I-th of N shares of the work, from 1
 
 
+@dataclass(frozen=True)
+class EigenOptions:
+    top: int
+    which: str
+    tolerance: float
+    max_products: int
+    per_block: bool
+    output: Path | None
+    force: bool
+
+
 def command_of(options: ComputeOptions) -> dict[str, Any]:
     """The options as JSON, but for arrays in memory."""
     found = dict(vars(options))
