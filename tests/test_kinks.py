@@ -15,8 +15,9 @@ from problems import blocks_of, compute_blocks, problem_of
 from torch import Tensor, nn
 
 import hesscli
+from hesscli.hessian.along import Along
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.check import Along, Certificate
+from hesscli.hessian.check import Certificate, Comparison
 from hesscli.hessian.check_curvature import certificate
 from hesscli.hessian.differences import Differences
 from hesscli.hessian.operator import Products
@@ -88,7 +89,7 @@ def along_weight(problem: Problem) -> tuple[Along, Tensor]:
     v = torch.randn(weight.numel(), dtype=torch.float64)
     product = Products(problem)(v)
     block = Block("a.weight", ("a.weight",), (weight.numel(),))
-    return Along(problem, block, v, slice(None), product, float(product.norm())), product
+    return Along(problem, block, v), product
 
 
 @pytest.mark.parametrize("name", KINKED)
@@ -250,9 +251,10 @@ def test_kinks_are_held_where_float32_has_them():
     certificate = Certificate(wide, torch.float32, 0)
     v = certificate.direction(block)
     product = Products(narrow)(v.float()).double()
-    along = certificate.along(block, v, slice(None), product, float(product.norm()))
-    errors = [found / size for found, size in map(along.compare_narrow, (1e-5, 1e-4))]
-    errors += [found / size for found, size in map(along.compare_held, (1e-5, 1e-4))]
+    along = certificate.along(block, v)
+    comparison = Comparison(along, slice(None), product, float(product.norm()))
+    errors = [found / size for found, size in map(comparison.narrow, (1e-5, 1e-4))]
+    errors += [found / size for found, size in map(comparison.held, (1e-5, 1e-4))]
     assert max(errors[:2]) < 1e-6
     assert min(errors[2:]) > 1e-3
 

@@ -18,19 +18,17 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from hesscli.hessian.along import Along
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.definitions import exact_derivatives
-from hesscli.hessian.kinks import held_difference
-from hesscli.hessian.problem import Problem, placed
+from hesscli.hessian.problem import Problem
 
 KIND = "differences of gradients"
 # Relative error of a gradient next to zero. A normalisation on the way multiplies what rounding makes; in float32 that
@@ -121,19 +119,17 @@ class Certificate:
 
     def _product_error(self, block: Block, product: Tensor, v: Tensor) -> float:
         size = float(torch.linalg.norm(product))
-        return self._best(self.along(block, v, slice(None), product, size))
+        return self._best(Comparison(self.along(block, v), slice(None), product, size))
 
-    def along(
-        self, block: Block, v: Tensor, entries: slice | int, computed: Tensor, scale: float
-    ) -> Along:
-        return Along(self.problem, block, v, entries, computed, scale)
+    def along(self, block: Block, v: Tensor) -> Along:
+        return Along(self.problem, block, v)
 
     def _constants(self, block: Block, product: Tensor, v: Tensor) -> Tensor:
         """Entries that PyTorch treats as constants though the loss depends on them: an embedding's padding row.
 
         They have no gradient, here or a step away, and their rows of the Hessian are zero.
         """
-        along = Along(self.problem, block, v, slice(None), v, 0.0)
+        along = Along(self.problem, block, v)
         here, there = along.gradient(0.0), along.gradient(_STEPS[self.problem.dtype][-1])
         return (here == 0) & (there == 0) & (product == 0)
 
@@ -155,27 +151,28 @@ class Certificate:
         e = torch.zeros(block.size, dtype=self.problem.dtype, device=self.problem.device)
         e[index] = 1
         value = diagonal[index].to(self.problem.dtype)
-        return self._best(self.along(block, e, index, value, scale))
+        return self._best(Comparison(self.along(block, e), index, value, scale))
 
     def passed(self, error: float) -> bool:
         return error <= self.tolerance
 
-    def _best(self, along: Along) -> float:
+    def _best(self, comparison: Comparison) -> float:
         """The least error of all steps; or, for a block lost in rounding, its share of what rounding explains.
 
         No block is asked to be better than the noise of the difference quotient with the largest step, where that is
         least: a bias before a normalisation has a Hessian of zero, and 1e-18 is as good.
         """
         if self.one_sided:
-            here = torch.cat([self.gradient[name].reshape(-1) for name in along.block.parameters])
-            difference, size = along.compare_one_sided(_ONE_SIDED, here)
+            names = comparison.along.block.parameters
+            here = torch.cat([self.gradient[name].reshape(-1) for name in names])
+            difference, size = comparison.one_sided(_ONE_SIDED, here)
             if difference <= self.tolerance * size:
                 return difference / size if size else 0.0
         dtype, narrow = self.problem.dtype, []
         if self.problem.narrow is not None:
-            narrow = [(h, along.compare_narrow) for h in _HELD[dtype]]
-        held = [(h, along.compare_held) for h in _HELD[dtype]]
-        plain = [(h, along.compare) for h in _STEPS[dtype]]
+            narrow = [(h, comparison.narrow) for h in _HELD[dtype]]
+        held = [(h, comparison.held) for h in _HELD[dtype]]
+        plain = [(h, comparison.plain) for h in _STEPS[dtype]]
         largest = plain.pop(_STEPS[dtype].index(max(_STEPS[dtype])))
         errors: list[float] = []
         for tries in ([*narrow[:1], plain[0], largest], [*narrow[1:], *held, *plain[1:]]):
@@ -187,64 +184,48 @@ class Certificate:
                     return errors[-1]
                 if step == largest[0]:
                     least = min(least, difference)
-            noise = self._noise(along, largest[0], least)
+            noise = self._noise(comparison, largest[0], least)
             if least <= noise:
                 return self.tolerance * least / noise
         return min(errors)
 
-    def _noise(self, along: Along, step: float, difference: float) -> float:
+    def _noise(self, comparison: Comparison, step: float, difference: float) -> float:
         """What rounding can make of a difference from the quotient; of the block too, if that is zero but for noise."""
-        noise = along.noise(step, self.gradient_norm)
-        of_block = _ROUNDING[self.dtype] * self.gradient_norm / along.typical()
+        typical = comparison.along.typical()
+        noise = _ROUNDING[self.problem.dtype] * self.gradient_norm / (step * typical)
+        of_block = _ROUNDING[self.dtype] * self.gradient_norm / typical
         if self.dtype == self.problem.dtype or difference > noise + of_block:
             return noise  # of zero or not, two gradients would change nothing
-        quotient = along.quotient(step)[along.entries]
+        quotient = comparison.along.quotient(step)[comparison.entries]
         return noise if float(torch.linalg.norm(quotient)) > noise else noise + of_block
 
 
 @dataclass
-class Along:
-    """One direction in one block: what was computed there, and its difference quotient."""
+class Comparison:
+    """Entries of what was computed along a direction, against difference quotients there.
 
-    problem: Problem
-    block: Block
-    direction: Tensor
+    Every comparison gives |computed - quotient|, and the greater size of the two or of `scale`.
+    """
+
+    along: Along
     entries: slice | int
     computed: Tensor
     scale: float
 
-    def compare(self, step: float) -> tuple[float, float]:
-        """|computed - quotient|, and the greater size of the two."""
-        return self._distance(self.quotient(step))
+    def plain(self, step: float) -> tuple[float, float]:
+        return self._distance(self.along.quotient(step))
 
-    def quotient(self, step: float) -> Tensor:
-        """(g_B(theta + h v) - g_B(theta - h v)) / 2h"""
-        return (self.gradient(step) - self.gradient(-step)) / (2 * step * self.typical())
+    def one_sided(self, step: float, here: Tensor) -> tuple[float, float]:
+        """With a difference from one side, `here` being g_B(theta)."""
+        return self._distance(self.along.one_sided_quotient(step, here))
 
-    def compare_one_sided(self, step: float, here: Tensor) -> tuple[float, float]:
-        """The same with a difference from one side, `here` being g_B(theta)."""
-        return self._distance((self.gradient(step) - here) / (step * self.typical()))
+    def held(self, step: float) -> tuple[float, float]:
+        """With every kink held where it is at theta: infinite where there is none, or where it cannot be."""
+        return self._distance(self.along.held_quotient(step))
 
-    def compare_held(self, step: float) -> tuple[float, float]:
-        """The same with every kink held where it is at theta: infinite where there is none, or where it cannot be."""
-        return self._distance(self.held_quotient(step))
-
-    def compare_narrow(self, step: float) -> tuple[float, float]:
-        """The same with every kink held where it is in the pass that the result is of, rounding included."""
-        return self._distance(self.held_quotient(step, narrow=True))
-
-    def held_quotient(self, step: float, narrow: bool = False) -> Tensor | None:
-        """The quotient of gradients that have all their kinks where they are at theta, batch by batch."""
-        total = torch.zeros_like(self.direction)
-        for problem in self.problem.by_batch():
-            first = None
-            if narrow and problem.narrow is not None:
-                first = partial(_pass_of_routes, problem.narrow, self.block.parameters)
-            difference = held_difference(replace(self, problem=problem).gradient, step, first)
-            if difference is None:
-                return None
-            total += difference
-        return total / (2 * step * self.typical())
+    def narrow(self, step: float) -> tuple[float, float]:
+        """With every kink held where it is in the pass that the result is of, rounding included."""
+        return self._distance(self.along.held_quotient(step, narrow=True))
 
     def _distance(self, quotient: Tensor | None) -> tuple[float, float]:
         if quotient is None:
@@ -252,46 +233,4 @@ class Along:
         quotient = quotient[self.entries]
         difference = float(torch.linalg.norm(self.computed - quotient))
         size = max(self.scale, float(torch.linalg.norm(quotient)))
-        return (difference if difference < float("inf") else float("inf")), size
-
-    def noise(self, step: float, gradient_norm: float) -> float:
-        """What rounding of the gradients can make of the quotient."""
-        return _ROUNDING[self.problem.dtype] * gradient_norm / (step * self.typical())
-
-    def typical(self) -> float:
-        """The size of the parameters relative to the direction's, so that a step is relative to them."""
-        size = math.sqrt(sum(float(p.detach().square().sum()) for p in self.leaves()))
-        least = 1e-2 * math.sqrt(self.block.size)
-        return max(size, least) / float(torch.linalg.norm(self.direction))
-
-    def leaves(self) -> list[Tensor]:
-        return [self.problem.parameters[name] for name in self.block.parameters]
-
-    def gradient(self, step: float) -> Tensor:
-        """g_B(theta + step v), the step relative to the parameters."""
-        with self.moved(step):
-            grads = self.problem.gradient(self.block.parameters)
-        return torch.cat([grad.reshape(-1) for grad in grads.values()])
-
-    @contextmanager
-    def moved(self, step: float) -> Iterator[None]:
-        """The parameters at theta + step v, the step relative to them."""
-        step *= self.typical()
-        leaves = self.leaves()
-        parts = zip(leaves, self._parts(leaves), strict=True)
-        with placed(leaves, [leaf.detach().add(part, alpha=step) for leaf, part in parts]):
-            yield
-
-    def _parts(self, leaves: Sequence[Tensor]) -> Iterator[Tensor]:
-        for part, leaf in zip(self.direction.split(self.block.sizes), leaves, strict=True):
-            yield part.view_as(leaf)
-
-
-def _pass_of_routes(problem: Problem, names: Sequence[str]) -> None:
-    """A gradient of one batch by the operators that blocks are made of, which round in their own way."""
-    (batch,) = problem.batches
-    with exact_derivatives():
-        value = problem.value(batch)
-    if value.requires_grad:
-        leaves = [problem.parameters[name] for name in names]
-        torch.autograd.grad(value, leaves, allow_unused=True)
+        return (difference if difference < math.inf else math.inf), size

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hesscli.hessian.along import Along
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.check import Along, Certificate
+from hesscli.hessian.check import Certificate
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.kinks import Kinks, held_difference
 from hesscli.hessian.problem import Problem
@@ -36,10 +37,8 @@ class OutputCertificate(Certificate):
         super().__post_init__()
         self.one_sided = False
 
-    def along(
-        self, block: Block, v: Tensor, entries: slice | int, computed: Tensor, scale: float
-    ) -> Along:
-        return AlongOutput(self.problem, block, v, entries, computed, scale, self.fisher)
+    def along(self, block: Block, v: Tensor) -> Along:
+        return AlongOutput(self.problem, block, v, self.fisher)
 
 
 @dataclass
@@ -48,7 +47,7 @@ class AlongOutput(Along):
     M by differences of the loss's gradient there (or, for Fisher, from that gradient), J^T by a plain backward pass.
     """
 
-    fisher: bool = False
+    fisher: bool
 
     def quotient(self, step: float) -> Tensor:
         leaves, h = self.leaves(), step * self.typical()

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import HesscliError, MismatchError
+from hesscli.hessian.along import Along
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.batch import Batches
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.check import Along, Certificate
+from hesscli.hessian.check import Certificate
 from hesscli.hessian.check_curvature import AlongOutput, OutputCertificate
 from hesscli.hessian.operator import Flat, Products
 from hesscli.hessian.problem import Problem, placed
@@ -234,11 +235,11 @@ class Share(Alone):
         if isinstance(what, Gradient):
             return _gradient_at(problem, what.names, tensor)
         if isinstance(what, Quotient):
-            whole = (problem, what.block, tensor, slice(None), tensor, 0.0)
             if what.curvature == "hessian":
-                held = Along(*whole).held_quotient(what.step, what.narrow)
+                held = Along(problem, what.block, tensor).held_quotient(what.step, what.narrow)
                 return torch.full_like(tensor, torch.nan) if held is None else held
-            return AlongOutput(*whole, what.curvature == "fisher").quotient(what.step)
+            fisher = what.curvature == "fisher"
+            return AlongOutput(problem, what.block, tensor, fisher).quotient(what.step)
         key = replace(question, shape=())
         if self.kept is None or self.kept[0] != key:
             self.kept = None  # its graphs give way
@@ -321,10 +322,8 @@ class SharedProducts(Flat):
 
 
 class _SharedCertificate(Certificate):
-    def along(
-        self, block: Block, v: Tensor, entries: slice | int, computed: Tensor, scale: float
-    ) -> Along:
-        return _SharedAlong(self.problem, block, v, entries, computed, scale)
+    def along(self, block: Block, v: Tensor) -> Along:
+        return _SharedAlong(self.problem, block, v)
 
 
 class _SharedAlong(Along):
@@ -337,10 +336,8 @@ class _SharedAlong(Along):
 
 
 class _SharedOutputCertificate(OutputCertificate):
-    def along(
-        self, block: Block, v: Tensor, entries: slice | int, computed: Tensor, scale: float
-    ) -> Along:
-        return _SharedAlongOutput(self.problem, block, v, entries, computed, scale, self.fisher)
+    def along(self, block: Block, v: Tensor) -> Along:
+        return _SharedAlongOutput(self.problem, block, v, self.fisher)
 
 
 class _SharedAlongOutput(AlongOutput):

@@ -1,0 +1,93 @@
+"""Difference quotients of plain gradients along a direction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.definitions import exact_derivatives
+from hesscli.hessian.kinks import held_difference
+from hesscli.hessian.problem import Problem, placed
+
+
+@dataclass
+class Along:
+    """One direction v in one block: what differences say of the block's product with it."""
+
+    problem: Problem
+    block: Block
+    direction: Tensor  # [n]
+
+    def quotient(self, step: float) -> Tensor:
+        """(g_B(theta + h v) - g_B(theta - h v)) / 2h"""
+        return (self.gradient(step) - self.gradient(-step)) / (2 * step * self.typical())
+
+    def one_sided_quotient(self, step: float, here: Tensor) -> Tensor:
+        """(g_B(theta + h v) - g_B(theta)) / h, `here` being g_B(theta)."""
+        return (self.gradient(step) - here) / (step * self.typical())
+
+    def held_quotient(self, step: float, narrow: bool = False) -> Tensor | None:
+        """The quotient of gradients that have all their kinks where they are at theta, batch by batch.
+
+        Args:
+            step: h.
+            narrow: where they are in the pass that the block is of, rounding included.
+
+        Returns:
+            None where there is no kink, or one that cannot be held.
+        """
+        total = torch.zeros_like(self.direction)
+        for problem in self.problem.by_batch():
+            first = None
+            if narrow and problem.narrow is not None:
+                first = partial(_pass_of_routes, problem.narrow, self.block.parameters)
+            difference = held_difference(replace(self, problem=problem).gradient, step, first)
+            if difference is None:
+                return None
+            total += difference
+        return total / (2 * step * self.typical())
+
+    def typical(self) -> float:
+        """The size of the parameters relative to the direction's, so that a step is relative to them."""
+        size = math.sqrt(sum(float(p.detach().square().sum()) for p in self.leaves()))
+        least = 1e-2 * math.sqrt(self.block.size)
+        return max(size, least) / float(torch.linalg.norm(self.direction))
+
+    def leaves(self) -> list[Tensor]:
+        return [self.problem.parameters[name] for name in self.block.parameters]
+
+    def gradient(self, step: float) -> Tensor:
+        """g_B(theta + step v), the step relative to the parameters."""
+        with self.moved(step):
+            grads = self.problem.gradient(self.block.parameters)
+        return torch.cat([grad.reshape(-1) for grad in grads.values()])
+
+    @contextmanager
+    def moved(self, step: float) -> Iterator[None]:
+        """The parameters at theta + step v, the step relative to them."""
+        step *= self.typical()
+        leaves = self.leaves()
+        parts = zip(leaves, self._parts(leaves), strict=True)
+        with placed(leaves, [leaf.detach().add(part, alpha=step) for leaf, part in parts]):
+            yield
+
+    def _parts(self, leaves: Sequence[Tensor]) -> Iterator[Tensor]:
+        for part, leaf in zip(self.direction.split(self.block.sizes), leaves, strict=True):
+            yield part.view_as(leaf)
+
+
+def _pass_of_routes(problem: Problem, names: Sequence[str]) -> None:
+    """A gradient of one batch by the operators that blocks are made of, which round in their own way."""
+    (batch,) = problem.batches
+    with exact_derivatives():
+        value = problem.value(batch)
+    if value.requires_grad:
+        leaves = [problem.parameters[name] for name in names]
+        torch.autograd.grad(value, leaves, allow_unused=True)
