@@ -15,10 +15,10 @@ from torch import nn
 
 from hesscli.errors import FileError, UsageError
 from hesscli.files.architectures import build
-from hesscli.files.call_signature import arguments_of
+from hesscli.files.call_signature import CallSignature, signature_of
 from hesscli.files.checkpoints import fitted, unwrap, without_wrappers
 from hesscli.files.digest import sha256_of_all
-from hesscli.files.exported import load_exported
+from hesscli.files.exported import Exported, load_exported
 from hesscli.files.importing import importable
 from hesscli.files.libraries import arch_of
 from hesscli.files.mlp import MLP
@@ -42,20 +42,19 @@ from hesscli.files.zip_files import check_zip, stored
 _NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
 _CPU = torch.device("cpu")
 
+Form = Literal["torchscript", "state_dict", "exported", "pickle", "module"]
+
 
 @dataclass(frozen=True)
 class SavedModel:
     """A model as it was saved, ready to be called."""
 
     module: nn.Module  # on the device; in eval mode unless train mode was asked for
-    kind: Literal["torchscript", "state_dict", "exported", "pickle", "module"]
+    kind: Form
     sha256: str
     notes: tuple[str, ...]  # what the user should know, one line each
+    signature: CallSignature
     batch_sizes: tuple[int, int | None] = (1, None)  # the fewest samples it takes, and the most
-    inputs: int | None = None  # the most inputs that forward takes by position, if limited
-    arguments: tuple[str, ...] = ()  # what forward calls its inputs
-    keywords: tuple[str, ...] = ()  # those that it takes by name only
-    optional: tuple[str, ...] = ()  # those that it can do without
 
 
 def load_model(
@@ -93,21 +92,15 @@ def load_model(
             check_storages(path)
     notes: list[str] = []
     pickle_hint = "--allow-pickle"
-    batch_sizes: tuple[int, int | None] = (1, None)
+    program: Exported | None = None
+    form: Form
     if kind == "torchscript":
         if not allow_pickle:
             refuse_files(path, pickle_hint)
-        saved = _torchscript(path, device, train_mode, notes)
+        module, form = _torchscript(path, device, train_mode, notes), "torchscript"
     elif kind == "exported":
         program = load_exported(path, device, None if allow_pickle else pickle_hint)
-        batch_sizes = program.batch_sizes
-        saved = _Loaded(
-            program.module,
-            "exported",
-            program.inputs,
-            program.arguments,
-            program.keywords,
-        )
+        module, form = program.module, "exported"
         if train_mode:
             notes.append("train mode has no effect: an exported model keeps the mode it had")
     else:
@@ -118,45 +111,31 @@ def load_model(
         content = unwrap(content, notes)
         if isinstance(content, nn.Module):
             tie(content, shared(content.named_parameters(remove_duplicate=False)))
-            saved = _Loaded(content, "pickle", *arguments_of(content))
+            module, form = content, "pickle"
         else:
             module = _with_architecture(path, content, arch, arch_args, notes)
-            saved = _Loaded(module, "state_dict", *arguments_of(module))
-    module = saved.module
-    if arch is not None and saved.kind != "state_dict":
+            form = "state_dict"
+    if arch is not None and form != "state_dict":
         notes.append(f"--arch {arch} has no effect: {path} holds its own architecture")
     if next(module.parameters(), None) is None:
-        raise without_parameters(path, saved.kind)
+        raise without_parameters(path, form)
     prepare(module, notes)
     module.to(device)
-    if saved.kind != "exported":
+    if program is None:
         module.train(train_mode)
     return SavedModel(
         module,
-        saved.kind,
+        form,
         sha256_of_all(files),
         tuple(notes),
-        batch_sizes,
-        saved.inputs,
-        saved.arguments,
-        saved.keywords,
-        saved.optional,
+        program.signature if program else signature_of(module),
+        program.batch_sizes if program else (1, None),
     )
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    module: nn.Module
-    kind: Literal["torchscript", "state_dict", "exported", "pickle"]
-    inputs: int | None
-    arguments: tuple[str, ...]
-    keywords: tuple[str, ...]
-    optional: tuple[str, ...] = ()
 
 
 def _torchscript(
     path: str | os.PathLike[str], device: torch.device, train_mode: bool, notes: list[str]
-) -> _Loaded:
+) -> nn.Module:
     with reading(path, "torchscript"), quiet():
         module = torch.jit.load(path, map_location=device)
     if not hasattr(module, "forward"):
@@ -169,7 +148,7 @@ def _torchscript(
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("traced_inputs.pkl") for name in archive.namelist()):
                 notes.append("train mode has no effect: a traced model keeps the mode it had")
-    return _Loaded(module, "torchscript", *arguments_of(module))
+    return module
 
 
 def _weights_of_several(
