@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -27,17 +28,11 @@ from hesscli.files.shards import load_part, load_shards, weights_in
 from hesscli.files.sniff import Kind, kind_of, unsupported
 from hesscli.files.storages import check_storages
 from hesscli.files.ties import shared, tie
-from hesscli.files.torch_files import (
-    NeedsPickleError,
-    load_weights_only,
-    pickled_objects,
-    quiet,
-    reading,
-)
+from hesscli.files.torch_files import NeedsPickleError, quiet, read_torch_file, reading
 from hesscli.files.torchscript_code import refuse_files
 from hesscli.files.torchscript_graph import adapt
 from hesscli.files.weights import load_weights
-from hesscli.files.zip_files import check_zip, stored
+from hesscli.files.zip_files import check_zip
 
 _NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
 _CPU = torch.device("cpu")
@@ -86,20 +81,19 @@ def load_model(
     """
     kind = kind_of(path)
     files: tuple[Path, ...] = (Path(path),)
-    if kind in ("torchscript", "exported", "torch_zip"):
-        check_zip(path)
-        if kind != "exported":
-            check_storages(path)
     notes: list[str] = []
-    pickle_hint = "--allow-pickle"
+    pickle_hint = None if allow_pickle else "--allow-pickle"
     program: Exported | None = None
     form: Form
     if kind == "torchscript":
-        if not allow_pickle:
+        check_zip(path)
+        check_storages(path)
+        if pickle_hint is not None:
             refuse_files(path, pickle_hint)
         module, form = _torchscript(path, device, train_mode, notes), "torchscript"
     elif kind == "exported":
-        program = load_exported(path, device, None if allow_pickle else pickle_hint)
+        check_zip(path)
+        program = load_exported(path, device, pickle_hint)
         module, form = program.module, "exported"
         if train_mode:
             notes.append("train mode has no effect: an exported model keeps the mode it had")
@@ -107,7 +101,7 @@ def load_model(
         if kind in ("transformers", "weights_index"):
             content, files = _weights_of_several(path, kind)
         else:
-            content = _tensors_or_module(path, kind, allow_pickle, pickle_hint)
+            content = _tensors_or_module(path, kind, pickle_hint)
         content = unwrap(content, notes)
         if isinstance(content, nn.Module):
             tie(content, shared(content.named_parameters(remove_duplicate=False)))
@@ -167,9 +161,7 @@ def _weights_of_several(
     return content, (*files, *([config] if config.is_file() else []))
 
 
-def _tensors_or_module(
-    path: str | os.PathLike[str], kind: Kind, allow_pickle: bool, pickle_hint: str
-) -> object:
+def _tensors_or_module(path: str | os.PathLike[str], kind: Kind, pickle_hint: str | None) -> object:
     if kind == "safetensors":
         return load_safetensors(path)
     if kind not in ("torch_zip", "torch_legacy"):
@@ -179,12 +171,8 @@ def _tensors_or_module(
             "a TorchScript, state dict, safetensors or .pt2 model",
             _hint(kind),
         )
-    try:
-        with reading(path, kind):
-            return load_weights_only(path, mapped=kind == "torch_zip" and stored(path))
-    except NeedsPickleError as error:
-        if not allow_pickle:
-            raise pickled_objects(path, error.name, pickle_hint) from error
+    with suppress(NeedsPickleError):
+        return read_torch_file(path, kind, pickle_hint)
     return _unpickle(path, kind)
 
 
