@@ -19,6 +19,7 @@ from torch import nn
 from hesscli.cli.options import parse_value
 from hesscli.errors import FileError, HesscliError, MismatchError, UsageError
 from hesscli.files.architectures import build
+from hesscli.files.call_signature import CallSignature
 from hesscli.files.models import load_model
 from hesscli.files.sniff import kind_of
 
@@ -223,7 +224,7 @@ def test_torchscript(net, tmp_path, how, recwarn):
     assert [p.requires_grad for p in saved.module.parameters()] == [False, True, True, True]
     torch.testing.assert_close(saved.module(X), expected)
     assert not saved.module.training
-    assert saved.inputs == (2 if how == "script" else 1)
+    assert saved.signature.most == (2 if how == "script" else 1)
     assert (saved.notes, saved.batch_sizes, len(saved.sha256)) == ((), (1, None), 64)
 
 
@@ -347,7 +348,7 @@ def test_exported(net, exported, caplog):
     assert [name for name, _ in saved.module.named_parameters()] == NAMES
     assert [p.requires_grad for p in saved.module.parameters()] == [False, True, True, True]
     torch.testing.assert_close(saved.module(X[:5]), net(X[:5]))
-    assert (saved.batch_sizes, saved.inputs) == ((1, None), 1)
+    assert (saved.batch_sizes, saved.signature.most) == ((1, None), 1)
     assert not saved.module.training
     assert not caplog.records
 
@@ -399,7 +400,7 @@ def test_exported_models_keep_their_mode(exported):
 def test_constants_that_a_program_was_exported_with(net, exported):
     saved = load_model(exported["keywords"])
     torch.testing.assert_close(saved.module(X), net(X, shift=1.0))
-    assert (saved.inputs, saved.arguments, saved.keywords) == (1, ("x",), ())
+    assert saved.signature == CallSignature(1, ("x",))
 
 
 def test_half_precision_is_widened(exported, tmp_path):
@@ -472,7 +473,7 @@ def test_a_state_dict_needs_an_architecture(tmp_path, monkeypatch, form):
     assert error.hint == "--arch mypkg.nets:make_mlp"
     saved = load_model("net.pt", arch=f"{__name__}:Plain")
     assert saved.kind == "state_dict"
-    assert saved.inputs == 1
+    assert saved.signature.most == 1
 
 
 def test_ties_of_the_architecture(net, tmp_path):
@@ -482,7 +483,7 @@ def test_ties_of_the_architecture(net, tmp_path):
     saved = load_model(path, arch=f"{__name__}:Net")
     torch.testing.assert_close(saved.module(X), net(X))
     assert saved.module.dec.weight is saved.module.enc.weight
-    assert saved.inputs == 2
+    assert saved.signature.most == 2
     save_file({**weights, "dec.weight": torch.zeros(4, 4)}, path)
     error = refused(MismatchError, path, arch=f"{__name__}:Net")
     assert "enc.weight and dec.weight differ, but the architecture ties them" in error.message

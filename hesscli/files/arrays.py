@@ -16,14 +16,7 @@ from hesscli.files.csv_files import load_csv
 from hesscli.files.npy import load_npy, load_npz
 from hesscli.files.safetensors_files import map_safetensors
 from hesscli.files.sniff import Kind, kind_of, unsupported
-from hesscli.files.storages import check_storages
-from hesscli.files.torch_files import (
-    NeedsPickleError,
-    load_weights_only,
-    pickled_objects,
-    reading,
-)
-from hesscli.files.zip_files import check_zip, stored
+from hesscli.files.torch_files import read_torch_file
 
 _SAVE = "np.savez('data.npz', x=x, y=y)"
 _SAVE_TORCH = "torch.save({'x': x, 'y': y}, 'data.pt')"
@@ -107,16 +100,7 @@ def _unreadable(path: str | os.PathLike[str], kind: Kind) -> FileError | UsageEr
 
 
 def _torch(path: str | os.PathLike[str], kind: Kind) -> dict[str, torch.Tensor | str]:
-    mapped = kind == "torch_zip"
-    if mapped:
-        check_zip(path)
-        check_storages(path)
-        mapped = stored(path)
-    try:
-        with reading(path, kind):
-            content = load_weights_only(path, mapped)
-    except NeedsPickleError as error:
-        raise pickled_objects(path, error.name, _SAVE_TORCH) from error
+    content = read_torch_file(path, kind, _SAVE_TORCH)
     if isinstance(content, Mapping):
         return _tensors({str(name): value for name, value in content.items()})
     if isinstance(content, (tuple, list)) and len(content) == 2:

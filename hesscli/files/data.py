@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -84,13 +84,14 @@ def load_data(
     found = load_arrays(path)
     arrays, files = dict(found.numbers), list(found.files)
     notes = [f"array {name} skipped: {why}" for name, why in found.skipped.items()]
+    choice = _Choice(path, arrays, arguments, notes)
     called: dict[str, str] = {}
     for name in (*inputs, *([targets] if targets else [])):
         if name not in arrays and name.endswith(".npy") and os.path.exists(name):
             other = load_arrays(name)
             files += other.files
             if not other.numbers:
-                raise _unclear(path, arrays, f"{name}: {next(iter(other.skipped.values()))}")
+                raise choice.unclear(f"{name}: {next(iter(other.skipped.values()))}")
             file = os.path.basename(name)
             called[name] = name if file in arrays else file
             arrays[called[name]] = next(iter(other.numbers.values()))
@@ -104,7 +105,7 @@ def load_data(
     for name in (*inputs, *([targets] if targets else [])):
         if name not in arrays:
             why = f": {found.skipped[name]}" if name in found.skipped else ""
-            raise _unclear(path, arrays, f"no array is called {name}{why}")
+            raise choice.unclear(f"no array is called {name}{why}")
     if len(set(inputs)) < len(inputs):
         raise UsageError(f"--inputs names an array twice: {', '.join(inputs)}")
     if found.columns:
@@ -114,10 +115,9 @@ def load_data(
                 f"{path}: the targets {text[0]} are {found.skipped[text[0]]}",
                 "classes are whole numbers from 0 on: table.y = table.y.astype('category').cat.codes",
             )
-        names, target = _columns(path, arrays, inputs, targets, arguments, notes)
+        names, target = choice.of_columns(inputs, targets)
     else:
-        names = list(inputs) or _infer_inputs(path, arrays, targets, arguments, notes)
-        target = targets or _infer_targets(path, arrays, names, notes)
+        names, target = choice.of_arrays(inputs, targets)
     whole = Data(
         arrays,
         {name: arrays[name] for name in names},
@@ -161,102 +161,86 @@ def _selected(
     )
 
 
-def _columns(
-    path: str | os.PathLike[str],
-    arrays: dict[str, torch.Tensor],
-    inputs: Sequence[str],
-    targets: str | None,
-    arguments: Sequence[str],
-    notes: list[str],
-) -> tuple[list[str], str | None]:
-    """Inputs and targets of a table: columns of single numbers are put side by side, as one input."""
-    known = [name for name in arrays if name in TARGET_NAMES and name not in inputs]
-    target = targets or (known[0] if len(known) == 1 else None)
-    if target is not None and targets is None:
-        _noted("targets", target, arrays, "from its name", notes)
-    if target is None and len(arrays) > 1 and not inputs:
-        last = shlex.quote(list(arrays)[-1])
-        raise _unclear(path, arrays, "the names do not tell the targets", f"--targets {last}")
-    chosen = list(inputs) or [name for name in arrays if name not in (target, *_INDEX)]
-    if not inputs:
-        index = (name for name in arrays if name in _INDEX and name != target)
-        notes += [f"column {name!r} left out: an index, by its name" for name in index]
-    if not chosen:
-        raise _unclear(path, arrays, "there is no column but the targets")
-    if any(arrays[name].dim() > 1 for name in chosen):
-        return list(inputs) or _infer_inputs(path, arrays, target, arguments, notes), target
-    name = "columns" if target != "columns" else "inputs"
-    arrays[name] = torch.stack([arrays[name].double() for name in chosen], 1)
-    listed = ", ".join(chosen[:10]) + (", ..." if len(chosen) > 10 else "")
-    plural = "column" if len(chosen) == 1 else "columns"
-    notes.append(f"inputs: the {plural} {listed} ({describe(arrays[name])})")
-    return [name], target
+@dataclass(frozen=True)
+class _Choice:
+    """Which arrays of a file are inputs and targets."""
 
+    path: str | os.PathLike[str]
+    arrays: dict[str, torch.Tensor]  # gain the columns of a table, side by side
+    arguments: Sequence[str]  # what the model calls its inputs
+    notes: list[str]  # gain what was inferred
 
-def _infer_inputs(
-    path: str | os.PathLike[str],
-    arrays: Mapping[str, torch.Tensor],
-    targets: str | None,
-    arguments: Sequence[str],
-    notes: list[str],
-) -> list[str]:
-    free = [name for name in arrays if name != targets]
-    named = [name for name in free if name in INPUT_NAMES]
-    others = [name for name in free if targets is not None or name not in TARGET_NAMES]
-    called = [name for name in arguments if name in others]
-    if len(named) == 1 and (len(called) < 2 or named[0] not in called):
-        return [_noted("inputs", named[0], arrays, "from its name", notes)]
-    if called:
-        listed = ", ".join(f"{name} ({describe(arrays[name])})" for name in called)
-        notes.append(f"inputs: {listed}, inferred from what the model calls its inputs")
-        return called
-    if len(named) > 1:
-        raise _unclear(path, arrays, f"{' and '.join(named)} may all be the inputs")
-    if len(arrays) == 2 and len(others) == 1:
-        return [_noted("inputs", others[0], arrays, "as the only other array", notes)]
-    raise _unclear(path, arrays, "the names do not tell the inputs")
+    def of_arrays(self, inputs: Sequence[str], targets: str | None) -> tuple[list[str], str | None]:
+        """Inputs and targets: those that were asked for, the others by their names."""
+        names = list(inputs) or self._inputs(targets)
+        return names, targets or self._targets(names)
 
+    def of_columns(
+        self, inputs: Sequence[str], targets: str | None
+    ) -> tuple[list[str], str | None]:
+        """The same of a table: columns of single numbers are put side by side, as one input."""
+        known = [name for name in self.arrays if name in TARGET_NAMES and name not in inputs]
+        target = targets or (known[0] if len(known) == 1 else None)
+        if target is not None and targets is None:
+            self._noted("targets", target, "from its name")
+        if target is None and len(self.arrays) > 1 and not inputs:
+            last = shlex.quote(list(self.arrays)[-1])
+            raise self.unclear("the names do not tell the targets", f"--targets {last}")
+        chosen = list(inputs) or [name for name in self.arrays if name not in (target, *_INDEX)]
+        if not inputs:
+            index = (name for name in self.arrays if name in _INDEX and name != target)
+            self.notes.extend(f"column {name!r} left out: an index, by its name" for name in index)
+        if not chosen:
+            raise self.unclear("there is no column but the targets")
+        if any(self.arrays[name].dim() > 1 for name in chosen):
+            return list(inputs) or self._inputs(target), target
+        name = "columns" if target != "columns" else "inputs"
+        self.arrays[name] = torch.stack([self.arrays[name].double() for name in chosen], 1)
+        listed = ", ".join(chosen[:10]) + (", ..." if len(chosen) > 10 else "")
+        plural = "column" if len(chosen) == 1 else "columns"
+        self.notes.append(f"inputs: the {plural} {listed} ({describe(self.arrays[name])})")
+        return [name], target
 
-def _infer_targets(
-    path: str | os.PathLike[str],
-    arrays: Mapping[str, torch.Tensor],
-    inputs: Sequence[str],
-    notes: list[str],
-) -> str | None:
-    free = [name for name in arrays if name not in inputs]
-    named = [name for name in free if name in TARGET_NAMES]
-    if len(named) == 1:
-        return _noted("targets", named[0], arrays, "from its name", notes)
-    if len(named) > 1:
-        raise _unclear(path, arrays, f"{' and '.join(named)} may all be the targets")
-    if len(arrays) == 2 and len(free) == 1:
-        return _noted("targets", free[0], arrays, "as the only other array", notes)
-    return None  # a model that returns its loss needs none
+    def _inputs(self, targets: str | None) -> list[str]:
+        free = [name for name in self.arrays if name != targets]
+        named = [name for name in free if name in INPUT_NAMES]
+        others = [name for name in free if targets is not None or name not in TARGET_NAMES]
+        called = [name for name in self.arguments if name in others]
+        if len(named) == 1 and (len(called) < 2 or named[0] not in called):
+            return [self._noted("inputs", named[0], "from its name")]
+        if called:
+            listed = ", ".join(f"{name} ({describe(self.arrays[name])})" for name in called)
+            self.notes.append(f"inputs: {listed}, inferred from what the model calls its inputs")
+            return called
+        if len(named) > 1:
+            raise self.unclear(f"{' and '.join(named)} may all be the inputs")
+        if len(self.arrays) == 2 and len(others) == 1:
+            return [self._noted("inputs", others[0], "as the only other array")]
+        raise self.unclear("the names do not tell the inputs")
 
+    def _targets(self, inputs: Sequence[str]) -> str | None:
+        free = [name for name in self.arrays if name not in inputs]
+        named = [name for name in free if name in TARGET_NAMES]
+        if len(named) == 1:
+            return self._noted("targets", named[0], "from its name")
+        if len(named) > 1:
+            raise self.unclear(f"{' and '.join(named)} may all be the targets")
+        if len(self.arrays) == 2 and len(free) == 1:
+            return self._noted("targets", free[0], "as the only other array")
+        return None  # a model that returns its loss needs none
 
-def _noted(
-    role: str, name: str, arrays: Mapping[str, torch.Tensor], how: str, notes: list[str]
-) -> str:
-    notes.append(f"{role}: {name} ({describe(arrays[name])}), inferred {how}")
-    return name
+    def _noted(self, role: str, name: str, how: str) -> str:
+        self.notes.append(f"{role}: {name} ({describe(self.arrays[name])}), inferred {how}")
+        return name
+
+    def unclear(self, problem: str, hint: str = "--inputs KEY --targets KEY") -> UsageError:
+        listed = ", ".join(f"{name} ({describe(array)})" for name, array in self.arrays.items())
+        return UsageError(f"{self.path}: {problem}; it holds {listed}", hint)
 
 
 def describe(array: torch.Tensor) -> str:
     """dtype and shape, as in `float32 [1, 3]`."""
     return f"{str(array.dtype).removeprefix('torch.')} {list(array.shape)}"
-
-
-def _unclear(
-    path: str | os.PathLike[str],
-    arrays: Mapping[str, torch.Tensor],
-    problem: str,
-    hint: str | None = None,
-) -> UsageError:
-    listed = ", ".join(f"{name} ({describe(array)})" for name, array in arrays.items())
-    return UsageError(
-        f"{path}: {problem}; it holds {listed}",
-        hint or "--inputs KEY --targets KEY",
-    )
 
 
 def _check_samples(path: str | os.PathLike[str], data: Data, unbatched: bool) -> None:

@@ -14,6 +14,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, TensorArgu
 from torch.export.passes import move_to_device_pass
 
 from hesscli.errors import FileError
+from hesscli.files.call_signature import CallSignature
 from hesscli.files.control_flow import IN_PYTHON
 from hesscli.files.exported_code import refuse_code
 from hesscli.files.ties import shared, tie
@@ -40,9 +41,7 @@ class Exported:
     """A program as a module, and what its signature tells."""
 
     module: nn.Module
-    inputs: int
-    arguments: tuple[str, ...]  # what the graph calls its inputs
-    keywords: tuple[str, ...]  # the inputs that are passed by name
+    signature: CallSignature  # with the names that the graph gives its inputs
     batch_sizes: tuple[int, int | None]  # the fewest samples that it takes, and the most
 
 
@@ -99,7 +98,8 @@ def load_exported(
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.requires_grad:  # a parameter's memory, which is moved
                 part._buffers[name] = buffer.detach().clone()
-    return Exported(module, count, tuple(tensors), names, _batch_sizes(program))
+    signature = CallSignature(count, tuple(tensors), keywords=names)
+    return Exported(module, signature, _batch_sizes(program))
 
 
 class _AsExported:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hesscli.errors import MismatchError, ResourceError, is_out_of_memory
-from hesscli.files.call_signature import arguments_of
+from hesscli.files.call_signature import signature_of
 from hesscli.files.digest import sha256_of
 from hesscli.files.models import SavedModel, prepare, without_parameters
 
@@ -31,7 +31,7 @@ def live_model(
     if device is not None:
         _move(module, device)
     module.train(train_mode)
-    return SavedModel(module, "module", digest, tuple(notes), (1, None), *arguments_of(module))
+    return SavedModel(module, "module", digest, tuple(notes), signature_of(module))
 
 
 def _demand_values(name: str, module: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -15,10 +16,10 @@ from torch import nn
 
 from hesscli.errors import FileError, UsageError
 from hesscli.files.architectures import build
-from hesscli.files.call_signature import arguments_of
+from hesscli.files.call_signature import CallSignature, signature_of
 from hesscli.files.checkpoints import fitted, unwrap, without_wrappers
 from hesscli.files.digest import sha256_of_all
-from hesscli.files.exported import load_exported
+from hesscli.files.exported import Exported, load_exported
 from hesscli.files.importing import importable
 from hesscli.files.libraries import arch_of
 from hesscli.files.mlp import MLP
@@ -27,20 +28,16 @@ from hesscli.files.shards import load_part, load_shards, weights_in
 from hesscli.files.sniff import Kind, kind_of, unsupported
 from hesscli.files.storages import check_storages
 from hesscli.files.ties import shared, tie
-from hesscli.files.torch_files import (
-    NeedsPickleError,
-    load_weights_only,
-    pickled_objects,
-    quiet,
-    reading,
-)
+from hesscli.files.torch_files import NeedsPickleError, quiet, read_torch_file, reading
 from hesscli.files.torchscript_code import refuse_files
 from hesscli.files.torchscript_graph import adapt
 from hesscli.files.weights import load_weights
-from hesscli.files.zip_files import check_zip, stored
+from hesscli.files.zip_files import check_zip
 
 _NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
 _CPU = torch.device("cpu")
+
+Form = Literal["torchscript", "state_dict", "exported", "pickle", "module"]
 
 
 @dataclass(frozen=True)
@@ -48,14 +45,11 @@ class SavedModel:
     """A model as it was saved, ready to be called."""
 
     module: nn.Module  # on the device; in eval mode unless train mode was asked for
-    kind: Literal["torchscript", "state_dict", "exported", "pickle", "module"]
+    kind: Form
     sha256: str
     notes: tuple[str, ...]  # what the user should know, one line each
+    signature: CallSignature
     batch_sizes: tuple[int, int | None] = (1, None)  # the fewest samples it takes, and the most
-    inputs: int | None = None  # the most inputs that forward takes by position, if limited
-    arguments: tuple[str, ...] = ()  # what forward calls its inputs
-    keywords: tuple[str, ...] = ()  # those that it takes by name only
-    optional: tuple[str, ...] = ()  # those that it can do without
 
 
 def load_model(
@@ -87,76 +81,55 @@ def load_model(
     """
     kind = kind_of(path)
     files: tuple[Path, ...] = (Path(path),)
-    if kind in ("torchscript", "exported", "torch_zip"):
-        check_zip(path)
-        if kind != "exported":
-            check_storages(path)
     notes: list[str] = []
-    pickle_hint = "--allow-pickle"
-    batch_sizes: tuple[int, int | None] = (1, None)
+    pickle_hint = None if allow_pickle else "--allow-pickle"
+    program: Exported | None = None
+    form: Form
     if kind == "torchscript":
-        if not allow_pickle:
+        check_zip(path)
+        check_storages(path)
+        if pickle_hint is not None:
             refuse_files(path, pickle_hint)
-        saved = _torchscript(path, device, train_mode, notes)
+        module, form = _torchscript(path, device, train_mode, notes), "torchscript"
     elif kind == "exported":
-        program = load_exported(path, device, None if allow_pickle else pickle_hint)
-        batch_sizes = program.batch_sizes
-        saved = _Loaded(
-            program.module,
-            "exported",
-            program.inputs,
-            program.arguments,
-            program.keywords,
-        )
+        check_zip(path)
+        program = load_exported(path, device, pickle_hint)
+        module, form = program.module, "exported"
         if train_mode:
             notes.append("train mode has no effect: an exported model keeps the mode it had")
     else:
         if kind in ("transformers", "weights_index"):
             content, files = _weights_of_several(path, kind)
         else:
-            content = _tensors_or_module(path, kind, allow_pickle, pickle_hint)
+            content = _tensors_or_module(path, kind, pickle_hint)
         content = unwrap(content, notes)
         if isinstance(content, nn.Module):
             tie(content, shared(content.named_parameters(remove_duplicate=False)))
-            saved = _Loaded(content, "pickle", *arguments_of(content))
+            module, form = content, "pickle"
         else:
             module = _with_architecture(path, content, arch, arch_args, notes)
-            saved = _Loaded(module, "state_dict", *arguments_of(module))
-    module = saved.module
-    if arch is not None and saved.kind != "state_dict":
+            form = "state_dict"
+    if arch is not None and form != "state_dict":
         notes.append(f"--arch {arch} has no effect: {path} holds its own architecture")
     if next(module.parameters(), None) is None:
-        raise without_parameters(path, saved.kind)
+        raise without_parameters(path, form)
     prepare(module, notes)
     module.to(device)
-    if saved.kind != "exported":
+    if program is None:
         module.train(train_mode)
     return SavedModel(
         module,
-        saved.kind,
+        form,
         sha256_of_all(files),
         tuple(notes),
-        batch_sizes,
-        saved.inputs,
-        saved.arguments,
-        saved.keywords,
-        saved.optional,
+        program.signature if program else signature_of(module),
+        program.batch_sizes if program else (1, None),
     )
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    module: nn.Module
-    kind: Literal["torchscript", "state_dict", "exported", "pickle"]
-    inputs: int | None
-    arguments: tuple[str, ...]
-    keywords: tuple[str, ...]
-    optional: tuple[str, ...] = ()
 
 
 def _torchscript(
     path: str | os.PathLike[str], device: torch.device, train_mode: bool, notes: list[str]
-) -> _Loaded:
+) -> nn.Module:
     with reading(path, "torchscript"), quiet():
         module = torch.jit.load(path, map_location=device)
     if not hasattr(module, "forward"):
@@ -169,7 +142,7 @@ def _torchscript(
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("traced_inputs.pkl") for name in archive.namelist()):
                 notes.append("train mode has no effect: a traced model keeps the mode it had")
-    return _Loaded(module, "torchscript", *arguments_of(module))
+    return module
 
 
 def _weights_of_several(
@@ -188,9 +161,7 @@ def _weights_of_several(
     return content, (*files, *([config] if config.is_file() else []))
 
 
-def _tensors_or_module(
-    path: str | os.PathLike[str], kind: Kind, allow_pickle: bool, pickle_hint: str
-) -> object:
+def _tensors_or_module(path: str | os.PathLike[str], kind: Kind, pickle_hint: str | None) -> object:
     if kind == "safetensors":
         return load_safetensors(path)
     if kind not in ("torch_zip", "torch_legacy"):
@@ -200,12 +171,8 @@ def _tensors_or_module(
             "a TorchScript, state dict, safetensors or .pt2 model",
             _hint(kind),
         )
-    try:
-        with reading(path, kind):
-            return load_weights_only(path, mapped=kind == "torch_zip" and stored(path))
-    except NeedsPickleError as error:
-        if not allow_pickle:
-            raise pickled_objects(path, error.name, pickle_hint) from error
+    with suppress(NeedsPickleError):
+        return read_torch_file(path, kind, pickle_hint)
     return _unpickle(path, kind)
 
 

@@ -11,14 +11,7 @@ import torch
 from hesscli.errors import FileError
 from hesscli.files.safetensors_files import load_safetensors
 from hesscli.files.sniff import kind_of, unsupported
-from hesscli.files.storages import check_storages
-from hesscli.files.torch_files import (
-    NeedsPickleError,
-    load_weights_only,
-    pickled_objects,
-    reading,
-)
-from hesscli.files.zip_files import check_zip
+from hesscli.files.torch_files import read_torch_file, reading
 
 _SAVE = "model.save_pretrained('folder')"
 _NAMES = (
@@ -85,14 +78,7 @@ def load_part(path: Path) -> dict[str, torch.Tensor]:
         return load_safetensors(path)
     if kind not in ("torch_zip", "torch_legacy"):
         raise unsupported(path, kind, "weights in safetensors or a torch.save file", _SAVE)
-    if kind == "torch_zip":
-        check_zip(path)
-        check_storages(path)
-    try:
-        with reading(path, kind):
-            content = load_weights_only(path)
-    except NeedsPickleError as error:
-        raise pickled_objects(path, error.name, _SAVE) from error
+    content = read_torch_file(path, kind, _SAVE)
     if not isinstance(content, dict):
         raise FileError(f"{path}: holds a {type(content).__name__}; expected a state dict", _SAVE)
     return {str(name): t for name, t in content.items() if isinstance(t, torch.Tensor)}

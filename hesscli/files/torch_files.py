@@ -17,6 +17,8 @@ import torch
 
 from hesscli.errors import FileError, HesscliError, ResourceError, is_out_of_memory
 from hesscli.files.sniff import DESCRIPTIONS, Kind
+from hesscli.files.storages import check_storages
+from hesscli.files.zip_files import check_zip, stored
 
 _EXPORT_LOGGERS = (
     "torch.export",
@@ -96,16 +98,45 @@ def quiet() -> Iterator[None]:
             logging.getLogger(name).removeFilter(swallow)
 
 
-def load_weights_only(source: str | os.PathLike[str] | BinaryIO, mapped: bool = False) -> object:
-    """`torch.load` of tensors and plain containers, on the CPU. Never runs code of the file.
+def read_torch_file(path: str | os.PathLike[str], kind: Kind, hint: str | None) -> object:
+    """The tensors and plain containers of a file of `torch.save`, on the CPU, mapped if nothing is compressed.
+
+    Never runs code of the file.
 
     Args:
-        source: the file.
-        mapped: whether its tensors stay in the file until they are used; only for zip files without compression.
+        path: the file.
+        kind: "torch_zip" or "torch_legacy".
+        hint: what to do about Python objects in it; None to leave them to the caller.
 
     Raises:
-        NeedsPickleError: there is more than that in the file.
+        FileError: damaged, or with Python objects in it.
+        NeedsPickleError: these objects, without a hint.
+        ResourceError: the memory did not suffice.
     """
+    mapped = kind == "torch_zip"
+    if mapped:
+        check_zip(path)
+        check_storages(path)
+        mapped = stored(path)
+    try:
+        with reading(path, kind):
+            return _load_weights_only(path, mapped)
+    except NeedsPickleError as error:
+        if hint is None:
+            raise
+        raise pickled_objects(path, error.name, hint) from error
+
+
+def load_weights_only_bytes(content: bytes) -> object:
+    """The same of a file inside another file, which was checked.
+
+    Raises:
+        NeedsPickleError: there are Python objects in it.
+    """
+    return _load_weights_only(io.BytesIO(content))
+
+
+def _load_weights_only(source: str | os.PathLike[str] | BinaryIO, mapped: bool = False) -> object:
     try:
         with quiet():
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
@@ -116,11 +147,6 @@ def load_weights_only(source: str | os.PathLike[str] | BinaryIO, mapped: bool = 
         if isinstance(source, (str, os.PathLike)):
             _refuse_half_names(source)
         raise NeedsPickleError(name) from error
-
-
-def load_weights_only_bytes(content: bytes) -> object:
-    """`load_weights_only` of a file inside another file."""
-    return load_weights_only(io.BytesIO(content))
 
 
 def pickled_objects(path: str | os.PathLike[str], name: str, hint: str) -> FileError:

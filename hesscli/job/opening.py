@@ -84,7 +84,7 @@ def open_problem(
         targets=options.targets,
         unbatched=options.unbatched,
         samples=options.samples,
-        arguments=model.arguments,
+        arguments=model.signature.names,
     )
     for text in data.notes:
         note(text)
@@ -92,7 +92,7 @@ def open_problem(
     names = list(data.inputs)
     known = data.inputs | dict([data.targets] if data.targets else [])
     if loss.name == "output" and not options.inputs and data.targets:
-        name = target_of(model, names, data.targets[0])
+        name = target_of(model.signature, names, data.targets[0])
         if name is not None:
             names.append(name)
             known[name] = data.targets[1]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import MismatchError, UsageError
+from hesscli.files.call_signature import CallSignature
 from hesscli.files.data import TARGET_NAMES, describe
 from hesscli.files.models import SavedModel
 from hesscli.hessian.losses import LOSSES, OF_CLASSES
@@ -33,18 +34,19 @@ def ordered(
     Raises:
         MismatchError: one that an exported model takes by name is not among them.
     """
-    exported, keywords = model.kind == "exported", model.keywords
+    exported, signature = model.kind == "exported", model.signature
+    keywords = signature.keywords
     for name in keywords if exported else ():
         if name not in known:
             raise MismatchError(
                 f"{options.model}: takes {', '.join(keywords)} by name, "
                 f"the inputs are {', '.join(names)}",
-                " ".join(f"--inputs {shlex.quote(name)}" for name in model.arguments),
+                " ".join(f"--inputs {shlex.quote(name)}" for name in signature.names),
             )
     if not exported:
         keywords = tuple(name for name in names if name in keywords)
     others = [name for name in names if name not in keywords]
-    positional = [name for name in model.arguments if name not in model.keywords]
+    positional = signature.positional
     if others == positional[: len(others)] or not set(others) <= set(positional):
         return [*others, *keywords], keywords
     note(f"inputs are passed by name: {', '.join(names)}")
@@ -97,16 +99,16 @@ def scales(
     return found
 
 
-def target_of(model: SavedModel, names: Sequence[str], target: str) -> str | None:
+def target_of(signature: CallSignature, names: Sequence[str], target: str) -> str | None:
     """What a model that returns its own loss calls the targets, beside inputs of these names; None if it takes none."""
-    if set(names) <= set(model.arguments):
-        left = [name for name in model.arguments if name not in names]
+    if set(names) <= set(signature.names):
+        left = [name for name in signature.names if name not in names]
         for wanted in (target, *TARGET_NAMES):
             if wanted in left:
                 return wanted
-        return next((name for name in left if name not in model.optional), None)
-    if model.inputs is None or model.inputs <= len(names):
+        return next((name for name in left if name not in signature.optional), None)
+    if signature.most is None or signature.most <= len(names):
         return None
-    following = [name for name in model.arguments if name not in model.keywords][len(names) :]
-    optional = following and following[0] in model.optional and following[0] not in TARGET_NAMES
+    following = signature.positional[len(names) :]
+    optional = following and following[0] in signature.optional and following[0] not in TARGET_NAMES
     return None if optional else target
