@@ -7,8 +7,9 @@ import signal
 import numpy as np
 import pytest
 import torch
-from oracles import hessian
+from oracles import hessian, relative_error
 from torch import nn
+from torch.nn import functional as F
 
 import hesscli
 from hesscli.hessian.watcher import Watcher
@@ -92,6 +93,83 @@ def test_a_model_that_mixes_samples_is_never_split(cli, tmp_path, net, command):
             "the model sees several samples at once, so all the data is one batch" in ran.notes
         ) == (size != "40")
     assert found[0] == found[1] == found[2]
+
+
+class Gate(nn.Module):
+    """What it mixes comes through a gate that is closed, not to derivatives."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.gate = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x, group):
+        h = torch.tanh(self.a(x))
+        return self.b(h + self.gate * h.square().mean(0))
+
+
+class Groups(nn.Module):
+    """Scores less their mean in each group, wherever its members are."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x, group):
+        z = self.b(torch.tanh(self.a(x)))
+        size = torch.zeros(100, dtype=z.dtype).index_add(0, group, torch.ones_like(z[:, 0]))
+        mean = torch.zeros(100, 2, dtype=z.dtype).index_add(0, group, z) / size.unsqueeze(1)
+        return z - mean[group]
+
+
+@pytest.mark.parametrize("by", ["compute", "operator"])
+@pytest.mark.parametrize(
+    ("net", "group"),
+    [
+        (Gate, np.zeros(96, int)),
+        (Groups, np.arange(96) // 8),  # which no half divides
+        (Groups, np.arange(96) % 48),  # far apart
+    ],
+    ids=["gate", "groups", "far-apart"],
+)
+def test_samples_that_mix_far_apart_or_hidden(tmp_path, net, group, by):
+    torch.manual_seed(0)
+    model = net().double()
+    x, y = torch.randn(96, 3, dtype=torch.float64), torch.randn(96, 2, dtype=torch.float64)
+    group = torch.from_numpy(group)
+    truth = hessian(model, F.mse_loss, (x, group), y)
+    options = {"inputs": ("x", "group"), "batch_size": 36}
+    if by == "compute":
+        data = {"x": x, "group": group, "y": y}
+        found = hesscli.compute(model, data, blocks="full", framework="torch", **options).matrix()
+    else:
+        torch.jit.script(model.eval()).save("net.pt")
+        np.savez("data.npz", x=x, group=group, y=y)
+        found = torch.from_numpy(
+            hesscli.operator("net.pt", "data.npz", **options) @ np.eye(len(truth))
+        )
+    assert relative_error(found, truth) < 1e-9
+
+
+def test_a_loss_of_groups_that_no_half_divides():
+    def listwise(output, target, group):
+        same = group[:, None] == group[None]
+        z = output.squeeze(1)
+        return (torch.where(same, z[None], -1e9).logsumexp(1) - z) * target
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    x, y, group = (
+        torch.randn(96, 3, dtype=torch.float64),
+        torch.rand(96).double(),
+        torch.arange(96) // 8,
+    )
+    found = hesscli.compute(
+        model, {"x": x, "y": y}, loss=listwise, loss_arguments={"group": group},
+        blocks="full", framework="torch", batch_size=36,
+    )  # fmt: skip
+    truth = hessian(model, lambda f, y: listwise(f, y, group).mean(), (x,), y)
+    assert relative_error(found.matrix(), truth) < 1e-9
 
 
 @pytest.mark.parametrize("loss", ["centred", "broadcast"])

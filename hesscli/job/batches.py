@@ -58,7 +58,8 @@ def split(
         if whole:
             fewest = most = samples
     as_given = [x._version for x in some.inputs]
-    sizes = _sizes(problem, some, samples, parts, side_by_side)
+    saved = saved_bytes(problem, some, problem.output) // max(1, len(some))
+    sizes = _sizes(problem, saved, samples, parts, side_by_side)
     if [x._version for x in some.inputs] != as_given:
         problem = replace(problem, writes=True)
     batch = min(batch_size or sizes.batch, samples)
@@ -67,11 +68,13 @@ def split(
         if (seeing := coupled_in_place(problem, source, bounds[1])) is not None:
             how = f"{bounds[1]} at a time, as the model accepts them"
             note(f"{seeing} sees several samples at once: {how}")
-    elif (batch < samples or parts > 1) and (seeing := coupled(problem, source, batch)) is not None:
-        note(f"{seeing} sees several samples at once, so all the data is one batch")
-        bounds = [0, samples]
     else:
         bounds = _even(samples, batch, parts)
+        each = max(1, saved, 2 * source.bytes // samples)
+        room = free_memory(problem.device) // (2 * ranks_here() * each)
+        if len(bounds) > 2 and (seeing := coupled(problem, source, bounds, room, note)) is not None:
+            note(f"{seeing} sees several samples at once, so all the data is one batch")
+            bounds = [0, samples]
     count = len(bounds) - 1
     if count < parts:
         listed = f"{count} batch" + ("es" if count > 1 else "")
@@ -102,9 +105,8 @@ def _accepted(
     return batch, len(batch), len(batch)
 
 
-def _sizes(problem: Problem, few: Batch, samples: int, parts: int, side_by_side: bool) -> Sizes:
-    """How much goes through at once, by what a few samples take."""
-    saved = saved_bytes(problem, few, problem.output) // max(1, len(few))
+def _sizes(problem: Problem, saved: int, samples: int, parts: int, side_by_side: bool) -> Sizes:
+    """How much goes through at once, where `saved` bytes of a sample's forward pass are kept."""
     size = sum(p.numel() for p in problem.parameters.values())
     free = free_memory(problem.device)
     if parts > 1 and problem.device.type == "cpu":

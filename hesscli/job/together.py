@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from hesscli.errors import MismatchError
 from hesscli.files.resources import available_memory
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.losses import OF_CLASSES
-from hesscli.hessian.problem import Problem
+from hesscli.hessian.probes import Analyses
+from hesscli.hessian.problem import Problem, placed
 from hesscli.job.source import Source
 
 _FEWEST, _TRIED = 4, 32  # samples passed together and apart
@@ -40,20 +43,72 @@ def taken(
     raise refused
 
 
-def coupled(problem: Problem, source: Source, batch: int) -> str | None:
-    """What makes something else of samples together than of the same ones apart: the model, the loss, or nothing."""
-    count = min(source.samples, max(_FEWEST, min(batch, _TRIED)))
+def coupled(
+    problem: Problem,
+    source: Source,
+    bounds: Sequence[int],
+    room: int,
+    note: Callable[[str], None],
+) -> str | None:
+    """What makes something else of all samples than of these batches: the model, the loss, or nothing.
+
+    It is tried. A few samples will do where a tape proves that none reaches another in the model: what that cannot see
+    are constants that go by a sample's place. Else it takes all samples, at theta and a little away from there: a gate
+    that is zero hides what is behind it, though not from a derivative.
+
+    Args:
+        problem: the problem, without its batches.
+        source: its data.
+        bounds: where the batches begin and end.
+        room: how many samples there is memory for at once; if not for all, so many are tried.
+        note: hears of that.
+    """
+    leaves = list(problem.parameters.values())
+    if problem.loss.function is None and _proven(problem, source):
+        count = min(source.samples, max(_FEWEST, min(bounds[1], _TRIED)))
+        tried, places = [0, count // 2, count], [leaves]
+    else:
+        count = min(source.samples, max(_FEWEST, room))
+        tried, places = [*(b for b in bounds if b < count), count], [leaves, _near(leaves)]
+        if len(tried) == 2:
+            tried.insert(1, count // 2)
+        if count < source.samples:
+            note(
+                f"whether samples mix was tried with {count} of them; --unbatched takes all at once"
+            )
     together = source.part(0, count)
-    apart = [source.part(0, count // 2), source.part(count // 2, count)]
-    with torch.no_grad():
-        output = problem.output(together)
-        try:
-            outputs = [problem.output(part) for part in apart]
-        except MismatchError:  # a trace that holds the number of samples it was made with
-            return None
-        if not _same(output, outputs):
-            return "the model"
-        return _loss_coupled(problem, output, together, outputs, apart)
+    for values in places:
+        with torch.no_grad(), placed(leaves, [value.detach() for value in values]):
+            output = problem.output(together)
+            apart = [source.part(start, stop) for start, stop in pairwise(tried)]
+            try:
+                outputs = [problem.output(part) for part in apart]
+            except MismatchError:  # it wants more samples, or those it was traced with
+                return "the model"
+            if not _same(output, outputs):
+                return "the model"
+            if (loss := _loss_coupled(problem, output, together, outputs, apart)) is not None:
+                return loss
+    return None
+
+
+def _proven(problem: Problem, source: Source) -> bool:
+    """Whether each of the first few samples goes its own way through the model."""
+    try:
+        Analyses(problem).of(source.part(0, min(source.samples, _FEWEST)))
+    except NotApplicable:
+        return False
+    return True
+
+
+def _near(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Parameters, moved by about a hundredth of their size."""
+    generator, near = torch.Generator().manual_seed(0), []
+    for leaf in leaves:
+        noise = torch.randn(leaf.shape, generator=generator).to(leaf)
+        size = float(torch.linalg.vector_norm(leaf.detach())) / max(1, leaf.numel()) ** 0.5
+        near.append(leaf.detach() + 1e-2 * (size or 1.0) * noise)
+    return near
 
 
 def coupled_in_place(problem: Problem, source: Source, batch: int) -> str | None:
