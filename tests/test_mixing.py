@@ -126,16 +126,16 @@ class Groups(nn.Module):
 @pytest.mark.parametrize(
     ("net", "group"),
     [
-        (Gate, np.zeros(96, int)),
-        (Groups, np.arange(96) // 8),  # which no half divides
-        (Groups, np.arange(96) % 48),  # far apart
+        (Gate, np.zeros(100, int)),
+        (Groups, np.arange(100) // 8),  # which no half divides
+        (Groups, np.arange(100) % 50),  # far apart
     ],
     ids=["gate", "groups", "far-apart"],
 )
 def test_samples_that_mix_far_apart_or_hidden(tmp_path, net, group, by):
     torch.manual_seed(0)
     model = net().double()
-    x, y = torch.randn(96, 3, dtype=torch.float64), torch.randn(96, 2, dtype=torch.float64)
+    x, y = torch.randn(100, 3, dtype=torch.float64), torch.randn(100, 2, dtype=torch.float64)
     group = torch.from_numpy(group)
     truth = hessian(model, F.mse_loss, (x, group), y)
     options = {"inputs": ("x", "group"), "batch_size": 36}
@@ -160,9 +160,9 @@ def test_a_loss_of_groups_that_no_half_divides():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     x, y, group = (
-        torch.randn(96, 3, dtype=torch.float64),
-        torch.rand(96).double(),
-        torch.arange(96) // 8,
+        torch.randn(100, 3, dtype=torch.float64),
+        torch.rand(100).double(),
+        torch.arange(100) // 8,
     )
     found = hesscli.compute(
         model, {"x": x, "y": y}, loss=listwise, loss_arguments={"group": group},
