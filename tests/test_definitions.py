@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import CASES, Case, expected, normal
-from oracles import relative_error
+from cases import CASES, Case, expected, labels, normal
+from oracles import hessian, relative_error
 from problems import blocks_of, compute_blocks, problem_of, problem_of_case, routes_of
 from torch import Tensor, nn
 
+import hesscli
 from hesscli.hessian import definitions
 from hesscli.hessian.applicability import NotApplicable
 
@@ -81,3 +82,136 @@ def test_integers_stay_with_what_is_wide() -> None:
     angles = torch.arange(3, dtype=torch.float64).unsqueeze(1) @ rate
     torch.testing.assert_close(problem.output(problem.batches[0]), x * angles.sin().sum())
     torch.testing.assert_close(output, x * angles.sin().sum())
+
+
+PADS = [(1, 2, 2, 1), (2, -1, 0, 1), (-1, 2, -1, 1), (-1, -1, 1, 2), (0, 0, 0, 0)]
+
+
+@pytest.mark.parametrize("pad", PADS, ids=str)
+def test_padding_in_a_circle(pad: tuple[int, ...]) -> None:
+    x = normal(2, 3, 4, 5)
+    assert torch.equal(definitions.pad_circular(x, pad), torch.ops.aten._pad_circular(x, pad))
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_sums_of_exponentials(dim: int) -> None:
+    x = normal(6, 7)
+    x[0] = x[:, 0] = x[3, 4] = -torch.inf
+    torch.testing.assert_close(definitions.logcumsumexp(x, dim), torch.logcumsumexp(x, dim))
+
+
+class Scan(nn.Module):
+    """A minimal GRU, in parallel over time; or step by step, which needs no definition."""
+
+    def __init__(self, parallel: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.parallel = nn.Linear(2, 4), nn.Linear(2, 3), parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, h = self.a(x).chunk(2, -1)
+        decay = -nn.functional.softplus(gate).cumsum(1)
+        y = nn.functional.logsigmoid(gate) + h - decay
+        if self.parallel:
+            sums = y.logcumsumexp(1)
+        else:
+            sums = torch.stack([y[:, : i + 1].logsumexp(1) for i in range(y.shape[1])], 1)
+        return self.b((decay + sums).exp()[:, -1])
+
+
+class Sinc(nn.Module):
+    def __init__(self, by_pytorch: bool) -> None:
+        super().__init__()
+        self.a, self.by_pytorch = nn.Linear(3, 4, bias=False), by_pytorch
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.a(x)
+        if self.by_pytorch:
+            return torch.sinc(z)
+        return (
+            (torch.linspace(0, 1, 2001, dtype=x.dtype) * torch.pi * z.unsqueeze(-1)).cos().mean(-1)
+        )
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", "elements"])
+@pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
+def test_a_parallel_scan(structure: str, curvature: str) -> None:
+    torch.manual_seed(0)
+    model, by_hand = Scan(True).double(), Scan(False).double()
+    by_hand.load_state_dict(model.state_dict())
+    data = (normal(5, 6, 2), labels(3, 5))
+    options = {"blocks": structure, "curvature": curvature, "framework": "torch"}
+    found, truth = (hesscli.compute(net, data, **options) for net in (model, by_hand))
+    assert relative_error(found.matrix().diagonal(), truth.matrix().diagonal()) < 1e-9
+
+
+def test_sinc_at_zero() -> None:
+    """The integral of cos(pi z t) over t from 0 to 1, here as a mean."""
+    torch.manual_seed(0)
+    model, by_hand = Sinc(True).double(), Sinc(False).double()
+    by_hand.load_state_dict(model.state_dict())
+    x, y = normal(5, 3), normal(5, 4)
+    x[0] = 0
+    found = hesscli.compute(model, (x, y), blocks="full", framework="torch")
+    assert relative_error(found.matrix(), hessian(by_hand, nn.functional.mse_loss, (x,), y)) < 1e-2
+
+
+class Masked(nn.Module):
+    """Attention whose mask is added to its scores: it has samples as they have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(torch.tanh(self.attend(h, h, h, key_padding_mask=mask)[0]).mean(1))
+
+
+def circular() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(1, 3, 3, padding=1, padding_mode="circular"), nn.Tanh()),
+        *(nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular"), nn.Tanh()),
+        *(nn.Flatten(), nn.Linear(32, 2)),
+    )
+
+
+@pytest.mark.parametrize("name", ["masked", "circular"])
+def test_samples_that_are_seen_to_go_their_own_way(name: str) -> None:
+    torch.manual_seed(0)
+    model = (Masked() if name == "masked" else circular()).double().eval()
+    inputs = {"x": normal(6, 5, 3) if name == "masked" else normal(6, 1, 4, 4)}
+    if name == "masked":
+        inputs["mask"] = torch.arange(30).view(6, 5) % 7 > 4
+    y = labels(2, 6)
+    data, options = inputs | {"y": y}, {"inputs": tuple(inputs), "framework": "torch"}
+    found = hesscli.compute(model, data, blocks="diag", **options)
+    assert "hvp" not in {block["method"] for block in found.metadata["blocks"]}
+    truth = hessian(model, nn.functional.cross_entropy, tuple(inputs.values()), y)
+    assert relative_error(found.matrix().diagonal(), truth.diagonal()) < 1e-9
+    fisher = hesscli.compute(model, data, blocks="full", curvature="fisher", **options).matrix()
+    rows = []
+    for i in range(6):
+        output = model(*(array[i : i + 1] for array in inputs.values()))
+        loss = nn.functional.cross_entropy(output, y[i : i + 1])
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        rows.append(torch.cat([g.reshape(-1) for g in grads]))
+    assert relative_error(fisher, torch.stack(rows).T @ torch.stack(rows) / 6) < 1e-9
+
+
+def test_an_operator_that_cannot_be_differentiated_twice_has_differences() -> None:
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.a(x))
+            pairs = torch.tensor([0, 0, 1, 1]).expand(len(x), 4)
+            ones = torch.ones(len(x), 2, dtype=x.dtype)
+            return self.b(ones.scatter_reduce(1, pairs, h, "prod"))
+
+    torch.manual_seed(1)
+    data = (normal(12, 3), normal(12, 2, seed=1))
+    found = hesscli.compute(Products().double(), data, blocks="full", framework="torch")
+    assert found.metadata["method"] == "finite-difference"

@@ -6,8 +6,10 @@ Inside `exact_derivatives()` these operators run as the formulas below, so that 
 - `batch_norm`, `layer_norm`, `group_norm`, `instance_norm`: forward-over-reverse and batched double backward are
   wrong or missing.
 - `hardsigmoid`, `embedding_bag`: no second derivative.
+- `logcumsumexp`, `sinc`: their second derivatives are NaN where a gradient, or x, is zero.
 - `prelu`: at zero its first derivative is that of one side, its second that of the other.
 - `cosine_similarity`: bounds its norms with gradients off, about which nothing can be proven.
+- `pad` in a circle: writes into memory that is not yet filled, about which nothing can be proven.
 - fused attention: no second derivative; computed as softmax(Q K^T / sqrt(d)) V instead.
 - `adaptive_avg_pool2d`, `adaptive_avg_pool3d` to one place: of channels-last memory, PyTorch's ends with `as_strided`,
   about which nothing can be proven.
@@ -144,6 +146,36 @@ def prelu(x: Tensor, weight: Tensor) -> Tensor:
     return torch.where(x > 0, x, weight * x)
 
 
+def logcumsumexp(x: Tensor, dim: int) -> Tensor:
+    if not x.dim():
+        return x.clone()
+    reach = 1  # each entry has summed up so many
+    while reach < x.shape[dim]:
+        first, later = x.split([reach, x.shape[dim] - reach], dim)
+        earlier = x.narrow(dim, 0, x.shape[dim] - reach)
+        nothing = earlier == -torch.inf
+        sums = torch.logaddexp(later.masked_fill(nothing, 0), earlier.masked_fill(nothing, 0))
+        x = torch.cat([first, torch.where(nothing, later, sums)], dim)
+        reach *= 2
+    return x
+
+
+def pad_circular(x: Tensor, pad: Sequence[int]) -> Tensor:
+    for place in range(len(pad) // 2):
+        axis, (before, after) = x.dim() - 1 - place, pad[2 * place : 2 * place + 2]
+        start, stop = max(-before, 0), x.shape[axis] - max(-after, 0)
+        x = x.narrow(axis, start, stop - start)
+        ends = [x.narrow(axis, stop - start - max(before, 0), max(before, 0))]
+        x = torch.cat([*ends, x, x.narrow(axis, 0, max(after, 0))], axis)
+    return x
+
+
+def sinc(x: Tensor) -> Tensor:
+    zero, z = x == 0, torch.pi * x
+    other = z.masked_fill(zero, 1)
+    return torch.where(zero, 1 - z * z / 6, other.sin() / other)
+
+
 def cosine_similarity(x: Tensor, y: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     def normed(z: Tensor) -> Tensor:
         return z / torch.linalg.vector_norm(z, dim=dim, keepdim=True).clamp(min=eps)
@@ -222,6 +254,9 @@ DEFINITIONS: dict[str, Callable[..., object]] = {
     "hardsigmoid": hardsigmoid,
     "hardsigmoid_": hardsigmoid_,
     "_prelu_kernel": prelu,
+    "logcumsumexp": logcumsumexp,
+    "sinc": sinc,
+    "_pad_circular": pad_circular,
     "cosine_similarity": cosine_similarity,
     "adaptive_avg_pool2d": _adaptive_avg_pool(2, "_adaptive_avg_pool2d"),
     "adaptive_avg_pool3d": _adaptive_avg_pool(3, "_adaptive_avg_pool3d"),

@@ -12,7 +12,9 @@ import torch
 from hesscli.errors import HesscliError, Terminated, is_out_of_memory, signalled
 
 Explain = Callable[[str, BaseException], HesscliError]
-_MISSING = re.compile(r"derivative for .* is not implemented|once_differentiable|double backwards")
+_MISSING = re.compile(
+    r"derivative for .* is not implemented|once_differentiable|[Dd]ouble backward"
+)
 
 
 class _Inside(threading.local):

@@ -111,30 +111,36 @@ def _pointwise(c: Context) -> bool:
 
 def _matrix(c: Context) -> SampleAxis | None:
     """mm, mv and addmm: samples may lie along the rows of the first or the columns of the second matrix."""
-    shift = 1 if c.call.name in ("addmm", "addmv", "baddbmm") else 0
+    shift = 1 if c.call.name in ("addmm", "addmv") else 0
     left, right = c.axis(shift), c.axis(shift + 1)
-    if shift and c.axis(0) is not None:
-        raise mixes(c.call)
     if left is not None and right is None and left.axis == 0:
-        return left
+        return _added(c, left) if shift else left
     if right is not None and left is None and right.axis == 1:
-        return right
+        return _added(c, right) if shift else right
     raise mixes(c.call)
+
+
+def _added(c: Context, axis: SampleAxis) -> SampleAxis:
+    """What is added to a product has its samples where the product has them, or none."""
+    added = c.axis(0)
+    if added is not None and (added != axis or len(c.shape(0)) != len(c.result)):
+        raise mixes(c.call)
+    return axis
 
 
 def _batched_matrix(c: Context) -> SampleAxis | None:
     shift = 1 if c.call.name == "baddbmm" else 0
     left, right = c.axis(shift), c.axis(shift + 1)
-    if shift and c.axis(0) is not None:
-        raise mixes(c.call)
     known = [axis for axis in (left, right) if axis is not None]
     if all(axis.axis == 0 for axis in known) and len(set(known)) == 1:
-        return known[0]
-    if left is not None and right is None and left.axis == 1:
-        return left
-    if right is not None and left is None and right.axis == 2:
-        return right
-    raise mixes(c.call)
+        axis = known[0]
+    elif left is not None and right is None and left.axis == 1:
+        axis = left
+    elif right is not None and left is None and right.axis == 2:
+        axis = right
+    else:
+        raise mixes(c.call)
+    return _added(c, axis) if shift else axis
 
 
 def _embedding(c: Context) -> SampleAxis | None:
