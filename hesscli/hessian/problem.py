@@ -280,7 +280,12 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+    """Whether two passes give the same; LAPACK's last digits may go by where its memory lies."""
+    if a.shape != b.shape:
+        return False
+    a, b = torch.nan_to_num(a), torch.nan_to_num(b)
+    rounding = 16 * torch.finfo(a.dtype).eps if a.is_floating_point() or a.is_complex() else 0.0
+    return float((a - b).abs().max()) <= rounding * float(a.abs().max()) if a.numel() else True
 
 
 @contextmanager
