@@ -18,7 +18,7 @@ import hesscli
 from hesscli.hessian.along import Along
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate, Comparison
-from hesscli.hessian.check_curvature import certificate
+from hesscli.hessian.check_curvature import certificate_of
 from hesscli.hessian.differences import Differences
 from hesscli.hessian.operator import Products
 from hesscli.hessian.problem import Problem
@@ -184,7 +184,7 @@ def test_the_hessian_is_no_gauss_newton_matrix():
     for curvature in ("hessian", "ggn"):
         matrix = Products(alone, curvature).columns(0, weight.numel())
         for claimed in ("hessian", "ggn"):
-            checked = certificate(problem, torch.float32, 0, claimed)
+            checked = certificate_of(problem, torch.float32, 0, claimed)
             assert checked.passed(checked.matrix(block, matrix)) == (claimed == curvature)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hesscli.errors import MismatchError
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import partition
-from hesscli.hessian.check_curvature import certificate as certificate_of
+from hesscli.hessian.check_curvature import certificate_of
 from hesscli.hessian.differences import Differences
 from hesscli.hessian.operator import Products
 from hesscli.hessian.problem import Problem

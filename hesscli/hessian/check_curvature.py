@@ -18,7 +18,7 @@ from hesscli.hessian.kinks import Kinks, held_difference
 from hesscli.hessian.problem import Problem
 
 
-def certificate(problem: Problem, dtype: torch.dtype, seed: int, curvature: str) -> Certificate:
+def certificate_of(problem: Problem, dtype: torch.dtype, seed: int, curvature: str) -> Certificate:
     """What checks a curvature: "hessian", "ggn" or "fisher"."""
     if curvature == "hessian":
         return Certificate(problem, dtype, seed)

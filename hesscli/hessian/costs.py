@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hesscli.hessian.chain import Step
-from hesscli.hessian.piecewise import LINEAR as _VIEWS_AND_SUMS
+from hesscli.hessian.piecewise import LINEAR_OPERATORS
 from hesscli.hessian.tape import Call, Ref, Tape
 from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
 
@@ -170,7 +170,7 @@ class Costs:
         total = Work()
         for call in calls:
             size = sum(self.tape.shapes[n].numel() for n in call.outputs if n is not None)
-            moved = 0 if call.name in _VIEWS_AND_SUMS else 2 * size * self.itemsize
+            moved = 0 if call.name in LINEAR_OPERATORS else 2 * size * self.itemsize
             total += Work(self._flops(call, size), moved, 1)
         return total
 

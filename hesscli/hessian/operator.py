@@ -192,7 +192,7 @@ class Products(Flat):
         joined = self._joined(pulled)
         if not joined.requires_grad:
             return self._zeros
-        forward = _pull(joined, [u])
+        forward = _Pull(joined, [u])
         middle = _middle(self.problem, batch, output.detach(), self.curvature)
         backward = self._transposed(output)
 
@@ -218,7 +218,7 @@ class Products(Flat):
     def _transposed(self, value: Tensor) -> Callable[[Tensor], Row]:
         """seed [*value.shape] -> (d value / d theta)^T seed, and the same for each of k seeds."""
         dim = value.dim()
-        pull = _pull(value, self.leaves) if value.requires_grad else None
+        pull = _Pull(value, self.leaves) if value.requires_grad else None
 
         def multiply(seeds: Tensor) -> Row:
             batch = seeds.shape[: seeds.dim() - dim]
@@ -249,7 +249,7 @@ def _middle(problem: Problem, batch: Batch, output: Tensor, curvature: str) -> L
     (delta,) = torch.autograd.grad(total / problem.denominator, f, create_graph=True)
     if not delta.requires_grad:
         return torch.zeros_like
-    pull = _pull(delta, [f])
+    pull = _Pull(delta, [f])
 
     def curve(u: Tensor) -> Tensor:
         (part,) = pull(u)
@@ -258,7 +258,7 @@ def _middle(problem: Problem, batch: Batch, output: Tensor, curvature: str) -> L
     return curve
 
 
-class _pull:  # noqa: N801 - a function that remembers
+class _Pull:
     """seeds -> the vector-Jacobian products of a value; one seed, or a block of them with an axis in front."""
 
     def __init__(self, value: Tensor, inputs: Sequence[Tensor]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hesscli.hessian.sample_rules import RESHAPES
 from hesscli.hessian.tape import Ref, Tape
 
-LINEAR = (
+LINEAR_OPERATORS = (
     frozenset(
         "neg sum mean t transpose permute expand unsqueeze squeeze select slice unbind split split_with_sizes "
         "unsafe_split cat stack constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d "
@@ -24,7 +24,7 @@ PIECEWISE = frozenset(
     "where eq ne lt le gt ge masked_fill nan_to_num".split()
 )
 # Linear in each argument, so linear in a value that reaches one of them alone.
-MULTILINEAR = frozenset("mul mm mv addmm bmm baddbmm convolution _prelu_kernel".split())
+MULTILINEAR = frozenset("mul mm mv addmm bmm baddbmm convolution".split())
 
 
 def curved(tape: Tape, value: int) -> str | None:
@@ -32,7 +32,7 @@ def curved(tape: Tape, value: int) -> str | None:
     reached = tape.dependent([value])
     for call in tape.calls:
         hits = [n for n in call.reads if n in reached]
-        if not hits or call.name in LINEAR:
+        if not hits or call.name in LINEAR_OPERATORS:
             continue
         if call.name in PIECEWISE and tape.complex.isdisjoint(hits):  # |z| is a root
             continue

@@ -18,7 +18,7 @@ ELEMENTWISE_UNARY = frozenset(
 )
 ELEMENTWISE = frozenset(
     "add sub mul div rsub where maximum minimum fmax fmin atan2 eq ne lt le gt ge logical_and logical_or "
-    "bitwise_and bitwise_or masked_fill lerp addcmul addcdiv xlogy logaddexp _prelu_kernel copy pow "
+    "bitwise_and bitwise_or masked_fill lerp addcmul addcdiv xlogy logaddexp copy pow "
     "fmod remainder hypot".split()
 )
 REDUCTION = frozenset(
@@ -38,7 +38,7 @@ FIRST_AXIS = frozenset(
     "replication_pad3d native_batch_norm".split()
 )
 # Losses, which give a term for each number unless they are told to reduce.
-LOSSES = frozenset(
+LOSS_OPERATORS = frozenset(
     "mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss".split()
 )
 LIKELIHOODS = frozenset("nll_loss_forward nll_loss2d_forward".split())
@@ -186,7 +186,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(ALONG, _along),
     **dict.fromkeys(FIRST_AXIS, _first),
     **dict.fromkeys(CONSTANT, _constant),
-    **dict.fromkeys(LOSSES, _terms),
+    **dict.fromkeys(LOSS_OPERATORS, _terms),
     **dict.fromkeys(LIKELIHOODS, _likelihood),
     **dict.fromkeys(RESHAPES, moves.reshaped),
     **dict.fromkeys(("t", "transpose", "permute"), moves.transposed),

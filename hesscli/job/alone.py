@@ -52,6 +52,6 @@ class Alone:
         self, problem: Problem, dtype: torch.dtype, seed: int, curvature: str
     ) -> Certificate:
         """What checks a curvature over the data of all processes."""
-        from hesscli.hessian.check_curvature import certificate
+        from hesscli.hessian.check_curvature import certificate_of
 
-        return certificate(problem, dtype, seed, curvature)
+        return certificate_of(problem, dtype, seed, curvature)

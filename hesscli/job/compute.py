@@ -27,8 +27,7 @@ from hesscli.files.hessian_writer import HessianWriter
 from hesscli.files.models import SavedModel
 from hesscli.files.result_names import followed, journals
 from hesscli.hessian.blocks import Block
-from hesscli.job import Document, statistics
-from hesscli.job import document as documents
+from hesscli.job import Document, documents, statistics
 from hesscli.job.beside import Beside
 from hesscli.job.journal import Journal, read_journal
 from hesscli.job.large import LargeBlock

@@ -14,8 +14,7 @@ from torch import Tensor
 from hesscli.errors import MismatchError, NumericalError, UsageError
 from hesscli.files.arrays import load_arrays
 from hesscli.hessian.problem import placed
-from hesscli.job import Document
-from hesscli.job import document as documents
+from hesscli.job import Document, documents
 from hesscli.job.alone import Alone
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions

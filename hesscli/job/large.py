@@ -16,8 +16,7 @@ from hesscli.hessian.kronecker import mirror_
 from hesscli.hessian.layout import Layout, Span
 from hesscli.hessian.routes.base import Route, Rows, fitting
 from hesscli.hessian.symmetry import average_
-from hesscli.job import Document
-from hesscli.job import document as documents
+from hesscli.job import Document, documents
 from hesscli.job.beside import Beside
 from hesscli.job.journal import Facts, Journal
 from hesscli.job.planning import Plan

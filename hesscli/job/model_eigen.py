@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from hesscli.files.resources import release_memory
-from hesscli.job import Document
-from hesscli.job import document as documents
+from hesscli.job import Document, documents
 from hesscli.job.alone import Alone
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import EigenOptions, Listener, ProblemOptions

@@ -23,8 +23,7 @@ from hesscli.hessian.differences import Differences
 from hesscli.hessian.operator import Flat
 from hesscli.hessian.planner import FINITE_DIFFERENCE, HVP
 from hesscli.hessian.problem import Problem
-from hesscli.job import Document
-from hesscli.job import document as documents
+from hesscli.job import Document, documents
 from hesscli.job.alone import Alone
 from hesscli.job.batches import free_memory
 from hesscli.job.opening import Opened

@@ -14,7 +14,7 @@ from hesscli.files.result_names import partial_paths
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import STRUCTURES, Block, partition
 from hesscli.hessian.check import Certificate, gradients
-from hesscli.hessian.check_curvature import certificate as certificate_of
+from hesscli.hessian.check_curvature import certificate_of
 from hesscli.hessian.costs import Rates
 from hesscli.hessian.curvature_planner import planner_of
 from hesscli.hessian.operator import demand
@@ -24,8 +24,7 @@ from hesscli.hessian.problem import Problem
 from hesscli.hessian.rates import measure_rates
 from hesscli.hessian.routes.all import routes
 from hesscli.hessian.routes.base import Route
-from hesscli.job import Document
-from hesscli.job import document as documents
+from hesscli.job import Document, documents
 from hesscli.job.batches import free_memory
 from hesscli.job.estimate import Estimate, estimate, gradient_seconds
 from hesscli.job.opening import Opened

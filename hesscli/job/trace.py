@@ -8,8 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from hesscli.hessian.planner import FINITE_DIFFERENCE, HVP
-from hesscli.job import Document
-from hesscli.job import document as documents
+from hesscli.job import Document, documents
 from hesscli.job.alone import Alone
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import ComputeOptions, Listener, ProblemOptions

@@ -14,8 +14,7 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.plan import group
 from hesscli.hessian.routes.base import Route, Rows, fitting
 from hesscli.hessian.symmetry import symmetrise_
-from hesscli.job import Document, statistics
-from hesscli.job import document as documents
+from hesscli.job import Document, documents, statistics
 from hesscli.job.planning import Plan
 from hesscli.job.triangles import on_host
 
