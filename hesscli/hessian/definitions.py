@@ -24,12 +24,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from hesscli.hessian.watcher import Watcher
 
 
 def _normalise(x: Tensor, axes: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,9 +237,7 @@ STEP_BY_STEP = {
     for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
     for operator in (f"{name}.input", f"{name}.data")
 }
-_CPU, _GPUS = "AutogradCPU", ("AutogradCUDA", "AutogradMPS")
-_NARROW = (torch.float32, torch.float16, torch.bfloat16, torch.complex64)
-_WIDE = (torch.float64, torch.complex128)
+CPU, GPUS = "AutogradCPU", ("AutogradCUDA", "AutogradMPS")  # keys of the dispatcher
 
 DEFINITIONS: dict[str, Callable[..., object]] = {
     "native_layer_norm": layer_norm,
@@ -311,64 +306,13 @@ def _weight_norm_of_all_digits(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tens
 def right_gradients() -> Iterator[None]:
     """Forward passes in this context have first derivatives that are right: PyTorch's, without its errors."""
     with torch.library._scoped_library("aten", "IMPL") as library:
-        library.impl("instance_norm", _instance_norm_of_contiguous_gradients, _CPU)
-        for key in _GPUS:
+        library.impl("instance_norm", _instance_norm_of_contiguous_gradients, CPU)
+        for key in GPUS:
             library.impl("_weight_norm", lambda *x: _weight_norm_of_all_digits(*x)[0], key)
             library.impl("_weight_norm_interface", _weight_norm_of_all_digits, key)
             for operator, definition in STEP_BY_STEP.items():
                 library.impl(operator, definition, key)
         yield
-
-
-def _to_copy_that_stays_wide(
-    keys: torch._C.DispatchKeySet, x: Tensor, *, dtype: torch.dtype | None = None, **options: Any
-) -> Tensor:
-    if dtype in _NARROW and (x.dtype in _WIDE or not (x.is_floating_point() or x.is_complex())):
-        # Integers too: positions, say, that meet what stays wide.
-        dtype = torch.complex128 if dtype.is_complex else torch.float64
-        if x.dtype is dtype:
-            return x.clone()
-    if x.requires_grad:  # to another device, say
-        like = {name: options[name] for name in ("device", "layout") if options.get(name)}
-        return torch.empty_like(x, dtype=dtype, **like).copy_(x)
-    below = keys & torch._C._after_autograd_keyset
-    return torch.ops.aten._to_copy.default.redispatch(below, x, dtype=dtype, **options)
-
-
-@contextmanager
-def staying_wide() -> Iterator[None]:
-    """Forward passes in this context keep float64 where the model itself asks for less, as RMSNorms often do."""
-    with torch.library._scoped_library("aten", "IMPL") as library:
-        for key in (_CPU, *_GPUS):
-            library.impl("_to_copy", _to_copy_that_stays_wide, key, with_keyset=True)
-        yield
-
-
-class Narrowings(Watcher):
-    """Sees whether a pass in float64 goes through anything narrower.
-
-    Attributes:
-        found: by a conversion, which `staying_wide` leaves out.
-        stuck: the operator that meets a narrower constant of the model, and gives what that has.
-    """
-
-    found, stuck = False, ""
-
-    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = func(*args, **kwargs)
-        if func is torch.ops.aten._to_copy.default:
-            self.found |= args[0].dtype in _WIDE and kwargs.get("dtype") in _NARROW
-        elif _is_narrow(result) and any(map(_is_wide_variable, args)):
-            self.stuck = func.overloadpacket.__name__
-        return result
-
-
-def _is_narrow(x: object) -> bool:
-    return isinstance(x, Tensor) and x.dtype in _NARROW
-
-
-def _is_wide_variable(x: object) -> bool:
-    return isinstance(x, Tensor) and x.dtype in _WIDE and x.requires_grad
 
 
 @contextmanager
@@ -384,8 +328,8 @@ def exact_derivatives() -> Iterator[None]:
             sdpa_kernel(SDPBackend.MATH),
             torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
         ):
-            for key in (_CPU, *_GPUS):
-                own = DEFINITIONS if key == _CPU else DEFINITIONS | STEP_BY_STEP
+            for key in (CPU, *GPUS):
+                own = DEFINITIONS if key == CPU else DEFINITIONS | STEP_BY_STEP
                 for operator, definition in own.items():
                     library.impl(operator, definition, key)
             yield

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from hesscli.errors import MismatchError, UsageError
 from hesscli.hessian.buffers import buffers_kept
-from hesscli.hessian.definitions import staying_wide
 from hesscli.hessian.guests import guest
 from hesscli.hessian.losses import (
     ELEMENT_WEIGHTED,
@@ -23,7 +22,7 @@ from hesscli.hessian.losses import (
     Total,
     classes_last,
 )
-from hesscli.hessian.precision import in_precision_
+from hesscli.hessian.precision import in_precision_, staying_wide
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,78 @@
 
 from __future__ import annotations
 
-from torch import Tensor, dtype, nn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesscli.hessian.definitions import CPU, GPUS
+from hesscli.hessian.watcher import Watcher
+
+_NARROW = (torch.float32, torch.float16, torch.bfloat16, torch.complex64)
+_WIDE = (torch.float64, torch.complex128)
 
 
-def in_precision(tensor: Tensor, precision: dtype) -> Tensor:
+def in_precision(tensor: Tensor, precision: torch.dtype) -> Tensor:
     """Real numbers in a floating dtype, complex ones in the complex dtype of as many digits; others as they are."""
     if tensor.is_complex():
         return tensor.to(precision.to_complex())
     return tensor.to(precision) if tensor.is_floating_point() else tensor
 
 
-def in_precision_(module: nn.Module, precision: dtype) -> nn.Module:
+def in_precision_(module: nn.Module, precision: torch.dtype) -> nn.Module:
     """The module, its parameters and buffers changed to that. `module.to` would drop imaginary parts."""
     return module._apply(lambda tensor: in_precision(tensor, precision))
+
+
+def _to_copy_that_stays_wide(
+    keys: torch._C.DispatchKeySet, x: Tensor, *, dtype: torch.dtype | None = None, **options: Any
+) -> Tensor:
+    if dtype in _NARROW and (x.dtype in _WIDE or not (x.is_floating_point() or x.is_complex())):
+        # Integers too: positions, say, that meet what stays wide.
+        dtype = torch.complex128 if dtype.is_complex else torch.float64
+        if x.dtype is dtype:
+            return x.clone()
+    if x.requires_grad:  # to another device, say
+        like = {name: options[name] for name in ("device", "layout") if options.get(name)}
+        return torch.empty_like(x, dtype=dtype, **like).copy_(x)
+    below = keys & torch._C._after_autograd_keyset
+    return torch.ops.aten._to_copy.default.redispatch(below, x, dtype=dtype, **options)
+
+
+@contextmanager
+def staying_wide() -> Iterator[None]:
+    """Forward passes in this context keep float64 where the model itself asks for less, as RMSNorms often do."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        for key in (CPU, *GPUS):
+            library.impl("_to_copy", _to_copy_that_stays_wide, key, with_keyset=True)
+        yield
+
+
+class Narrowings(Watcher):
+    """Sees whether a pass in float64 goes through anything narrower.
+
+    Attributes:
+        found: by a conversion, which `staying_wide` leaves out.
+        stuck: the operator that meets a narrower constant of the model, and gives what that has.
+    """
+
+    found, stuck = False, ""
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
+        if func is torch.ops.aten._to_copy.default:
+            self.found |= args[0].dtype in _WIDE and kwargs.get("dtype") in _NARROW
+        elif _is_narrow(result) and any(map(_is_wide_variable, args)):
+            self.stuck = func.overloadpacket.__name__
+        return result
+
+
+def _is_narrow(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dtype in _NARROW
+
+
+def _is_wide_variable(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dtype in _WIDE and x.requires_grad

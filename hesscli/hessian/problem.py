@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from hesscli.errors import MismatchError, is_out_of_memory
 from hesscli.hessian.batch import Batch, doubled
 from hesscli.hessian.buffers import buffers_kept
-from hesscli.hessian.definitions import Narrowings, right_gradients, staying_wide
+from hesscli.hessian.definitions import right_gradients
 from hesscli.hessian.guests import explaining, guest
 from hesscli.hessian.loss import Loss
 from hesscli.hessian.outputs import pick_output
-from hesscli.hessian.precision import in_precision_
+from hesscli.hessian.precision import Narrowings, in_precision_, staying_wide
 
 _UNSEEN = 256  # times the inputs: what a pass is taken to keep that cannot be looked into
 
