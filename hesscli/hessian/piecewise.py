@@ -11,7 +11,9 @@ LINEAR_OPERATORS = (
         "unsafe_split cat stack constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d "
         "replication_pad1d replication_pad2d replication_pad3d avg_pool2d avg_pool3d _adaptive_avg_pool2d "
         "_adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_linear1d "
-        "upsample_bicubic2d pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im repeat roll flip narrow unfold "
+        "upsample_bicubic2d upsample_trilinear3d upsample_nearest3d _upsample_nearest_exact1d "
+        "_upsample_nearest_exact2d _upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
+        "pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im repeat roll flip narrow unfold "
         "tril triu cumsum index index_select gather scatter scatter_add detach clone alias contiguous _to_copy "
         "lift_fresh add sub rsub new_zeros new_ones new_full zeros_like ones_like full_like".split()
     )

@@ -14,12 +14,14 @@ ELEMENTWISE_UNARY = frozenset(
     "threshold clamp clamp_min clamp_max abs neg exp expm1 log log1p log2 log10 sqrt rsqrt square pow sin cos tan "
     "asin acos atan sinh cosh asinh acosh atanh erf erfc reciprocal sign log_sigmoid_forward selu logit "
     "detach clone alias contiguous _to_copy lift_fresh zeros_like ones_like full_like nan_to_num round floor ceil "
-    "logical_not bitwise_not isnan positive relu6 trunc frac sinc lgamma digamma erfinv".split()
+    "logical_not bitwise_not isnan positive relu6 trunc frac sinc lgamma digamma erfinv "
+    "exp2 signbit i0 special_entr special_erfcx special_log_ndtr special_ndtri special_i0e special_i1 "
+    "special_i1e".split()
 )
 ELEMENTWISE = frozenset(
     "add sub mul div rsub where maximum minimum fmax fmin atan2 eq ne lt le gt ge logical_and logical_or "
     "bitwise_and bitwise_or masked_fill lerp addcmul addcdiv xlogy logaddexp copy pow "
-    "fmod remainder hypot".split()
+    "fmod remainder hypot copysign logaddexp2 special_xlog1py special_zeta".split()
 )
 REDUCTION = frozenset(
     "sum mean amax amin prod var std logsumexp max min argmax argmin norm linalg_vector_norm any all "
@@ -33,9 +35,19 @@ ALONG = frozenset(
 FIRST_AXIS = frozenset(
     "convolution max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d _adaptive_avg_pool2d "
     "_adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d "
-    "upsample_bilinear2d upsample_linear1d upsample_bicubic2d pixel_shuffle pixel_unshuffle channel_shuffle "
+    "upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "
+    "upsample_bilinear2d upsample_linear1d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa "
+    "_upsample_bicubic2d_aa affine_grid_generator pixel_shuffle pixel_unshuffle channel_shuffle "
     "im2col col2im reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
     "replication_pad3d native_batch_norm".split()
+)
+# Of each matrix of a batch, or of the batch's pairs.
+MATRIX = frozenset(
+    "tril triu linalg_cholesky_ex linalg_inv_ex linalg_qr linalg_matrix_exp linalg_lu_factor_ex _linalg_det "
+    "_linalg_slogdet _linalg_eigh _linalg_svd".split()
+)
+PAIRS = frozenset(
+    "_linalg_solve_ex linalg_solve_triangular cholesky_solve grid_sampler_2d grid_sampler_3d".split()
 )
 # Losses, which give a term for each number unless they are told to reduce.
 LOSS_OPERATORS = frozenset(
@@ -82,9 +94,23 @@ def _along(c: Context) -> SampleAxis | None:
     return axis
 
 
-def _triangle(c: Context) -> SampleAxis | None:
+def _of_matrix(c: Context) -> SampleAxis | None:
     axis = c.only()
     if axis.axis >= len(c.shape()) - 2:  # what becomes of a number depends on its row
+        raise mixes(c.call)
+    return axis
+
+
+def _of_pair(c: Context) -> SampleAxis | None:
+    """Both are batches with samples along their first axis, or only one; with matrices, the second may have vectors."""
+    first, second = c.axis(0), c.axis(1)
+    known = {axis for axis in (first, second) if axis is not None}
+    ranks = [len(c.shape(i)) for i, axis in enumerate((first, second)) if axis is not None]
+    vectors = c.call.name == "_linalg_solve_ex" and ranks == [3, 2]
+    if len(known) != 1 or (min(ranks) < 3 and not vectors):
+        raise mixes(c.call)
+    axis = known.pop()
+    if axis.axis != 0:
         raise mixes(c.call)
     return axis
 
@@ -193,7 +219,8 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("mm", "mv", "addmm"), _matrix),
     **dict.fromkeys(("bmm", "baddbmm"), _batched_matrix),
     "_trilinear": _trilinear,
-    **dict.fromkeys(("tril", "triu"), _triangle),
+    **dict.fromkeys(MATRIX, _of_matrix),
+    **dict.fromkeys(PAIRS, _of_pair),
     "embedding": _embedding,
     **dict.fromkeys(("cat", "stack"), moves.joined),
     **dict.fromkeys(("slice", "narrow"), moves.sliced),

@@ -1,0 +1,98 @@
+"""Operators that keep the samples apart, and that mix them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import labels, normal
+from oracles import hessian, relative_error
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hesscli
+
+
+def square(z: Tensor) -> Tensor:
+    return z.view(-1, 3, 3)
+
+
+def positive_definite(z: Tensor) -> Tensor:
+    return square(z) @ square(z).mT + torch.eye(3, dtype=z.dtype)
+
+
+OF_SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "cholesky": lambda z: torch.linalg.cholesky(positive_definite(z)),
+    "inverse": lambda z: torch.linalg.inv(positive_definite(z)),
+    "solve": lambda z: torch.linalg.solve(positive_definite(z), square(z)),
+    "solve-vectors": lambda z: torch.linalg.solve(positive_definite(z), z[:, :3]),
+    "solve-one-for-all": lambda z: torch.linalg.solve(positive_definite(torch.ones(9, dtype=z.dtype)), square(z)),
+    "triangular": lambda z: torch.linalg.solve_triangular(positive_definite(z).tril(), square(z), upper=False),
+    "cholesky-solve": lambda z: torch.cholesky_solve(square(z), torch.linalg.cholesky(positive_definite(z))),
+    "determinant": lambda z: torch.linalg.det(positive_definite(z)),
+    "log-determinant": lambda z: torch.linalg.slogdet(positive_definite(z))[1],
+    "eigenvalues": lambda z: torch.linalg.eigh(positive_definite(z))[0],
+    "singular-values": lambda z: torch.linalg.svd(square(z))[1],
+    "qr": lambda z: torch.linalg.qr(positive_definite(z))[1],
+    "exponential": lambda z: torch.matrix_exp(0.3 * square(z)),
+    "grid": lambda z: F.grid_sample(
+        z[:, :4].view(-1, 1, 2, 2), z[:, 4:8].reshape(-1, 1, 2, 2).tanh(), align_corners=False
+    ),
+    "affine-grid": lambda z: F.affine_grid(z[:, :6].view(-1, 2, 3), [len(z), 1, 2, 2], False),
+    "trilinear": lambda z: F.interpolate(
+        z[:, :8].view(-1, 1, 2, 2, 2), scale_factor=2, mode="trilinear"
+    ),
+    "nearest-exact": lambda z: F.interpolate(
+        z[:, :4].view(-1, 1, 2, 2), scale_factor=2, mode="nearest-exact"
+    ),
+    "antialiased": lambda z: F.interpolate(
+        z[:, :8].view(-1, 1, 2, 4), size=(2, 2), mode="bilinear", antialias=True
+    ),
+    "copysign": lambda z: torch.copysign(z[:, :4], z[:, 4:8]),
+    "logaddexp2": lambda z: torch.logaddexp2(z[:, :4], z[:, 4:8]),
+    "log-normal": torch.special.log_ndtr,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_SAMPLES)
+def test_functions_of_each_sample_alone(name: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 9), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = OF_SAMPLES[name](self.a(x)).reshape(len(x), -1)
+            by_place = z * torch.arange(1.0, 1 + z.shape[1], dtype=z.dtype)
+            return self.b(torch.tanh(torch.stack([z.sum(1), by_place.sum(1)], 1)))
+
+    torch.manual_seed(0)
+    model = Net().double()
+    x, y = normal(6, 3), labels(2, 6)
+    found = hesscli.compute(
+        model, (x, y), blocks="full", method="preactivation", framework="torch"
+    )  # fmt: skip
+    assert relative_error(found.matrix(), hessian(model, F.cross_entropy, (x,), y)) < 1e-9
+
+
+@pytest.mark.parametrize("mixed", [
+    lambda z: torch.linalg.solve(z[:6, :6] + 9 * torch.eye(6, dtype=z.dtype), z),
+    lambda z: torch.linalg.cholesky(z @ z.T + torch.eye(6, dtype=z.dtype)),
+    lambda z: torch.linalg.inv(z[:, :6] + 9 * torch.eye(6, dtype=z.dtype)),
+])  # fmt: skip
+def test_matrices_of_samples_mix_them(mixed: Callable[[Tensor], Tensor]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return mixed(self.a(x))
+
+    torch.manual_seed(0)
+    with pytest.raises(hesscli.HesscliError, match="may mix samples"):
+        hesscli.compute(
+            Net().double(), (normal(6, 3), normal(6, *mixed(torch.ones(6, 9).double()).shape[1:])),
+            loss="mse", method="preactivation",
+        )  # fmt: skip
