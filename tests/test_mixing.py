@@ -132,7 +132,8 @@ class Groups(nn.Module):
     ],
     ids=["gate", "groups", "far-apart"],
 )
-def test_samples_that_mix_far_apart_or_hidden(tmp_path, net, group, by):
+def test_samples_that_mix_far_apart_or_hidden(tmp_path, monkeypatch, net, group, by):
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = net().double()
     x, y = torch.randn(100, 3, dtype=torch.float64), torch.randn(100, 2, dtype=torch.float64)
