@@ -161,9 +161,9 @@ def pad_circular(x: Tensor, pad: Sequence[int]) -> Tensor:
     for place in range(len(pad) // 2):
         axis, (before, after) = x.dim() - 1 - place, pad[2 * place : 2 * place + 2]
         start, stop = max(-before, 0), x.shape[axis] - max(-after, 0)
-        x = x.narrow(axis, start, stop - start)
-        ends = [x.narrow(axis, stop - start - max(before, 0), max(before, 0))]
-        x = torch.cat([*ends, x, x.narrow(axis, 0, max(after, 0))], axis)
+        before, after, size = max(before, 0), max(after, 0), stop - start
+        x = x.narrow(axis, start, size)
+        x = torch.cat([x.narrow(axis, size - before, before), x, x.narrow(axis, 0, after)], axis)
     return x
 
 

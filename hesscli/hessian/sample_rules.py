@@ -28,7 +28,7 @@ REDUCTION = frozenset(
     "var_mean std_mean aminmax median kthvalue".split()
 )
 ALONG = frozenset(
-    "_softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin sort topk "
+    "_softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod cummax cummin sort topk "
     "flip roll".split()
 )
 # Samples along the first axis, and no way for an output sample to see another.

@@ -27,7 +27,7 @@ from hesscli.files.hessian_writer import HessianWriter
 from hesscli.files.models import SavedModel
 from hesscli.files.result_names import followed, journals
 from hesscli.hessian.blocks import Block
-from hesscli.job import Document, documents, statistics
+from hesscli.job import Document, documents, statistics, timeless
 from hesscli.job.beside import Beside
 from hesscli.job.journal import Journal, read_journal
 from hesscli.job.large import LargeBlock
@@ -169,7 +169,7 @@ class _Run:
                     writer.write(f"gradient.{name}", g.cpu().numpy())
             try:
                 document |= self._results(self._blocks(writer, journal, gradient))
-                document |= writer.commit(documents.timeless(document))
+                document |= writer.commit(timeless(document))
             except BaseException as error:
                 raise self._left(error, writer, journal) from None
             journal.remove()
@@ -193,7 +193,7 @@ class _Run:
         """The journal, with what earlier runs of this very command, or its other shards, have finished."""
         command = json.loads(json.dumps(command_of(self.options), default=described))
         head = {
-            "document": documents.timeless(document),
+            "document": timeless(document),
             "options": {k: v for k, v in command.items() if k not in _ELSEWHERE},
             "bands": self.plan.bands,
         }

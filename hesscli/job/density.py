@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hesscli.errors import UsageError
-from hesscli.job import Document
+from hesscli.job import Document, timeless
 from hesscli.job.figures import drawable
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.writing import replacing, writable, write_tensors
@@ -120,10 +120,8 @@ def _of_model(
 def _write(path: Path, document: Document, found: Density) -> None:
     """The numbers: as JSON where the name says so, else as safetensors."""
     left = ("schema", "hessian", "nodes", "weights")
-    kept = {"schema": SCHEMA, **{key: document[key] for key in document if key not in left}}
-    for part in ("model", "data"):
-        if part in kept:
-            kept[part] = {key: value for key, value in document[part].items() if key != "path"}
+    facts = {key: document[key] for key in document if key not in left}
+    kept = {"schema": SCHEMA, **timeless(facts)}
     if path.suffix == ".json":
         text = json.dumps(
             kept | {"nodes": document["nodes"], "weights": document["weights"]}, indent=2

@@ -63,13 +63,3 @@ def check_facts(
         "relative_error": max(errors, default=0.0),
         "tolerance": certificate.tolerance,
     }
-
-
-def timeless(document: Document) -> Document:
-    """The document as it goes into the file: the same command gives the same bytes, so no times and no paths."""
-    files = {
-        part: dict(document[part]) for part in ("model", "data", "query") if document.get(part)
-    }
-    for facts in files.values():
-        facts.pop("path", None)
-    return document | files

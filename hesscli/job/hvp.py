@@ -14,7 +14,7 @@ from torch import Tensor
 from hesscli.errors import MismatchError, NumericalError, UsageError
 from hesscli.files.arrays import load_arrays
 from hesscli.hessian.problem import placed
-from hesscli.job import Document, documents
+from hesscli.job import Document, timeless
 from hesscli.job.alone import Alone
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions
@@ -88,7 +88,7 @@ def hvp(
         tensors |= {f"gradient.{name}": part for name, part in parts.items()}
     dtype = str(operator.problem.dtype).removeprefix("torch.")
     arrays = {name: part.cpu().numpy() for name, part in tensors.items()}
-    kept = documents.timeless(document)
+    kept = timeless(document)
     if options.vector not in (None, "gradient", "random"):
         kept["vector"] = "file"
     write_tensors(output, arrays, dtype, kept)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hesscli.files.resources import release_memory
-from hesscli.job import Document, documents
+from hesscli.job import Document, timeless
 from hesscli.job.alone import Alone
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import EigenOptions, Listener, ProblemOptions
@@ -63,7 +63,7 @@ def model_eigen(
     output = options.output if document["converged"] else None
     if output is not None:
         tensors = {"eigenvalues": found.values, "eigenvectors": found.vectors.cpu().numpy()}
-        write_tensors(output, tensors, "float64", documents.timeless(document))
+        write_tensors(output, tensors, "float64", timeless(document))
     document["seconds"] = time.perf_counter() - started
     document["output"] = None if output is None else str(output)
     return document

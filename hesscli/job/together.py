@@ -77,10 +77,10 @@ def coupled(
                 f"whether samples mix was tried with {count} of them; --unbatched takes all at once"
             )
     together = source.part(0, count)
+    apart = [source.part(start, stop) for start, stop in pairwise(tried)]
     for values in places:
         with torch.no_grad(), placed(leaves, [value.detach() for value in values]):
             output = problem.output(together)
-            apart = [source.part(start, stop) for start, stop in pairwise(tried)]
             try:
                 outputs = [problem.output(part) for part in apart]
             except MismatchError:  # it wants more samples, or those it was traced with
