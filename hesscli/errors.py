@@ -69,6 +69,10 @@ class MismatchError(HesscliError):
     exit_code = ExitCode.MISMATCH
 
 
+class DeviceMismatchError(MismatchError):
+    """The model makes tensors on another device than the one that it was brought to."""
+
+
 class NumericalError(HesscliError):
     exit_code = ExitCode.NUMERICAL
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cases import BY_NAME, Case, expected, save
@@ -11,9 +12,11 @@ from oracles import relative_error
 from problems import blocks_of, compute_blocks, problem_of, routes_of
 from torch import nn
 
+from hesscli.errors import DeviceMismatchError
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.hvp import HessianVectorProducts
 from hesscli.hessian.routes.preactivation import Preactivation
+from hesscli.job import opening
 from hesscli.job.compute import compute
 from hesscli.job.options import ComputeOptions
 
@@ -87,3 +90,60 @@ def test_smaller_chunks_give_the_same_numbers() -> None:
             route.workspace = 1  # one direction at a time
         torch.testing.assert_close(compute_blocks(route, [whole])["hessian"], before)
     assert not HessianVectorProducts(problem, 1).shrink()
+
+
+class Inline(nn.Module):
+    """Makes a tensor without asking where."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + torch.tensor([1.0, 2.0])
+
+
+def save_inline(folder: Path) -> tuple[Path, Path]:
+    model, data = folder / "net.pt", folder / "data.npz"
+    torch.jit.script(Inline()).save(model)
+    np.savez(data, x=np.ones((4, 3), np.float32), y=np.zeros((4, 2), np.float32))
+    return model, data
+
+
+@pytest.mark.cuda
+def test_a_model_that_makes_tensors_on_the_cpu_stays_there(cli, tmp_path: Path) -> None:
+    model, data = save_inline(tmp_path)
+    done = cli("compute", model, data, "--json")
+    assert done.code == 0, done.stderr
+    assert done.document["device"] == "cpu"
+    assert "the model makes tensors on the CPU, so all is done there" in done.notes
+    assert len(done.notes) == len(set(done.notes))
+    asked = cli("compute", model, data, "--device", "cuda")
+    assert "the model makes tensors on another device" in asked.fails(4)
+    assert "--device cpu" in asked.hint
+
+
+def test_where_the_model_makes_its_tensors_is_tried_once(
+    cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same without a GPU: the first pass fails as it would on one."""
+    model, data = save_inline(tmp_path)
+    load, call, loads = opening.load_model, Problem._called, []
+
+    def loaded(*words: object, **options: object) -> object:
+        loads.append(words)
+        return load(*words, **options)  # type: ignore[arg-type]
+
+    def called(self: Problem, batch: object) -> object:
+        if len(loads) == 1:
+            raise DeviceMismatchError("the model makes tensors on another device", "--device cpu")
+        return call(self, batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(opening, "load_model", loaded)
+    monkeypatch.setattr(Problem, "_called", called)
+    done = cli("compute", model, data, "--json")
+    assert done.code == 0, done.stderr
+    assert done.notes.count("the model makes tensors on the CPU, so all is done there") == 1
+    assert len(done.notes) == len(set(done.notes))
+    loads.clear()
+    assert "another device" in cli("compute", model, data, "--device", "cpu").fails(4)

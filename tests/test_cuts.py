@@ -26,6 +26,7 @@ from hesscli.hessian.costs import Costs, Work
 from hesscli.hessian.cuts import CutPlan, plan_cuts, separators
 from hesscli.hessian.probes import Analyses, Analysis
 from hesscli.hessian.problem import Problem
+from hesscli.hessian.rates import Rates
 
 
 class Residual(nn.Module):
@@ -64,7 +65,7 @@ def analysis_of(problem: Problem) -> Analysis:
 def plan(problem: Problem) -> CutPlan:
     analysis = analysis_of(problem)
     samples = sum(len(batch.inputs[0]) for batch in problem.batches)
-    return plan_cuts(analysis, Costs(analysis.tape, 4, 64), samples, 4)
+    return plan_cuts(analysis, Costs(analysis.tape, 4, 64, Rates()), samples, 4)
 
 
 def cut_everywhere(analysis: Analysis) -> CutPlan:

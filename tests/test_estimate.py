@@ -9,10 +9,11 @@ from problems import blocks_of, problem_of
 from torch import nn
 
 from hesscli.hessian.check import Certificate, gradients
-from hesscli.hessian.costs import Rates, Work
+from hesscli.hessian.costs import Work
 from hesscli.hessian.planner import Choice, Planner, total
 from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
+from hesscli.hessian.rates import Rates
 from hesscli.job.estimate import START, estimate
 
 RATES = Rates(flops=1e9, memory=1e9, call=1e-3)

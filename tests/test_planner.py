@@ -9,10 +9,11 @@ from problems import blocks_and_truth, blocks_of, compute_blocks, problem_of, ro
 from torch import nn
 
 from hesscli.hessian.applicability import NotApplicable
-from hesscli.hessian.costs import Rates, Work
+from hesscli.hessian.costs import Work
 from hesscli.hessian.planner import Choice, Planner
 from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
+from hesscli.hessian.rates import Rates
 
 
 def planner_of(problem: Problem) -> Planner:

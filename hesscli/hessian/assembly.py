@@ -7,15 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from hesscli.hessian.amounts import amounts
 from hesscli.hessian.kronecker import add_kronecker_rows
 from hesscli.hessian.layers import Layer
 from hesscli.hessian.probes import Probed
 from hesscli.hessian.uses import Use
 from hesscli.hessian.workers import side_by_side, workers
 
-WORKSPACE = 1 << 25  # numbers that one chunk of directions may make
-_CACHED = 1 << 21  # numbers of samples' gradients that a CPU's cache keeps until multiplied
-_HELD = 1 << 26  # and that a GPU, which wants large products, holds
 _FEWEST = 128  # samples multiplied at once; a product over fewer runs far below the machine's rate
 
 
@@ -117,7 +115,7 @@ class _Later:
             None if delta is None else layer.weight.rows(delta.detach())
             for layer, delta in ((layer, deltas[layer.z]) for layer in layers)
         ]
-        together = _CACHED if probed.output.device.type == "cpu" else _HELD
+        together = amounts(probed.output.device).gradients
         step = max(_FEWEST, together // max(1, self.size))
         samples = len(self.inputs[0]) if layers else 0
         self.parts = [slice(start, min(start + step, samples)) for start in range(0, samples, step)]

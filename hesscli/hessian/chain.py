@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hesscli.hessian.amounts import amounts
 from hesscli.hessian.probes import Analysis, Probed
 from hesscli.hessian.sample_axis import SampleAxis
 from hesscli.hessian.sample_rules import ELEMENTWISE_UNARY, RESHAPES
@@ -33,7 +34,6 @@ UNARY = ELEMENTWISE_UNARY - {"detach"}
 _PRODUCTS = ("mm", "addmm")
 _AFFINE = frozenset(["mul", "add", "sub", "div"])
 _MOST_ROWS = 3  # times n: to multiply out S, and start anew from it, costs about as much as to push that many
-_WORKSPACE = 1 << 26  # numbers that the curvature of some samples may take
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def chain_diagonals(
     # From the last linear layer on, the diagonal is all that is needed, and all that is kept.
     last = max((i for i, s in enumerate(steps) if s.call.name in _PRODUCTS), default=0)
     widest = max([start.shape[1], *(probed.known[s.before][0].numel() for s in steps)])
-    count = max(1, _WORKSPACE // (widest * widest))
+    count = max(1, amounts(start.device).chain // (widest * widest))
     found: dict[int, list[Tensor]] = {z: [] for z in zs}
     with torch.no_grad():
         for first in range(0, probed.samples, count):

@@ -13,17 +13,9 @@ from dataclasses import dataclass
 
 from hesscli.hessian.chain import Step
 from hesscli.hessian.piecewise import LINEAR_OPERATORS
+from hesscli.hessian.rates import Rates
 from hesscli.hessian.tape import Call, Ref, Tape
 from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
-
-
-@dataclass(frozen=True)
-class Rates:
-    """How fast the machine is. The defaults only rank the routes; `--dry-run` measures."""
-
-    flops: float = 5e10  # per second, in matrix products
-    memory: float = 5e9  # bytes per second, in elementwise operations
-    call: float = 1.5e-5  # seconds per operator
 
 
 @dataclass(frozen=True)
@@ -67,10 +59,11 @@ class Costs:
         tape: the batch's calls.
         itemsize: bytes of a number.
         chunk: directions that share a batched pass.
+        rates: that seconds are reckoned by.
     """
 
-    def __init__(self, tape: Tape, itemsize: int, chunk: int) -> None:
-        self.tape, self.itemsize, self.chunk = tape, itemsize, chunk
+    def __init__(self, tape: Tape, itemsize: int, chunk: int, rates: Rates) -> None:
+        self.tape, self.itemsize, self.chunk, self.rates = tape, itemsize, chunk, rates
         self.samples = tape.shapes[tape.output][0] if tape.shapes[tape.output] else 1
         self.classes = max(1, tape.shapes[tape.output].numel() // max(1, self.samples))
         self.loss = Work(bytes=_LOSS * tape.shapes[tape.output].numel() * itemsize, calls=_LOSS)

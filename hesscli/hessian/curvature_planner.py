@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.costs import Rates, Work
+from hesscli.hessian.costs import Work
 from hesscli.hessian.planner import (
     FINITE_DIFFERENCE,
     GAUSS_NEWTON,
@@ -37,7 +37,7 @@ class CurvaturePlanner(Planner):
             found = [self._jacobians(block, diagonal), rows]
         except NotApplicable as reason:
             return [Choice(HVP, str(reason), rows.work)]
-        return sorted(found, key=lambda choice: choice.work.seconds(Rates()))
+        return sorted(found, key=lambda choice: choice.work.seconds(self.rates))
 
     def forced(self, block: Block, diagonal: bool, method: str) -> list[Choice]:
         if method in (PREACTIVATION, FINITE_DIFFERENCE):

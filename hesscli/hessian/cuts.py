@@ -18,11 +18,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from hesscli.hessian.amounts import amounts
 from hesscli.hessian.batch import Batch
-from hesscli.hessian.costs import CUT_PASSES, PASSES, Costs, Rates, Work
+from hesscli.hessian.costs import CUT_PASSES, PASSES, Costs, Work
 from hesscli.hessian.positions import positions_as_samples
 from hesscli.hessian.probes import Analysis, Cut, Probed
 from hesscli.hessian.problem import Problem
+from hesscli.hessian.rates import usual_rates
 from hesscli.hessian.tape import Tape
 from hesscli.hessian.uses import Use
 
@@ -132,7 +134,7 @@ def _cheapest(
     costs: Costs,
 ) -> list[int]:
     """By dynamic programming from the first candidate to the last, and the loss."""
-    rates = Rates()
+    rates = costs.rates
     # Of one forward pass, of as many as are batched.
     made = costs.seconds_before(replace(rates, call=rates.call / costs.chunk))
 
@@ -194,7 +196,8 @@ class Cuts:
     def plan(self, batch: Batch, analysis: Analysis) -> CutPlan:
         if batch not in self.plans:
             itemsize = self.problem.dtype.itemsize
-            costs = Costs(analysis.tape, itemsize, self.chunk)
+            rates = usual_rates(self.problem.device)
+            costs = Costs(analysis.tape, itemsize, self.chunk, rates)
             self.plans[batch] = plan_cuts(analysis, costs, self.samples, itemsize)
         return self.plans[batch]
 
@@ -224,7 +227,7 @@ def _curvature(probed: Probed, value: int, workspace: int) -> Cut:
     (delta,) = torch.autograd.grad(probed.value, [probe], create_graph=True)
     samples, size = probed.samples, delta.numel() // probed.samples
     sigma = delta.new_zeros(samples, size, size)
-    chunk = max(1, min(128, workspace // (8 * delta.numel())))
+    chunk = max(1, min(amounts(delta.device).rows, workspace // (8 * delta.numel())))
     if delta.requires_grad:
         for first in range(0, size, chunk):
             count = min(chunk, size - first)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hesscli.hessian.amounts import amounts
 from hesscli.hessian.workers import side_by_side, workers
 
-_WORKSPACE = 1 << 19  # numbers in a product before it is put in its place; fits the cache
 _WIDTH = 32  # columns of a that are multiplied together
 
 
@@ -32,14 +32,15 @@ def add_kronecker_rows(out: Tensor, s: Tensor, a: Tensor) -> None:
     pairs = [(a[:, q:stop, None] * a[:, None, q:]).flatten(1) for q, stop in edges]
     target = out.unflatten(1, (n, m)).unflatten(0, (rows, m))
     widest = max(pair.shape[1] for pair in pairs)
+    most = amounts(out.device).product
     chunks: list[range] = []
     start = 0
     while start < rows:
-        stop = min(rows, start + max(1, _WORKSPACE // ((n - start) * widest)))
+        stop = min(rows, start + max(1, most // ((n - start) * widest)))
         chunks.append(range(start, stop))
         start = stop
     count = workers(out.device, len(chunks))
-    buffers = [a.new_empty(max(_WORKSPACE, n * widest)) for _ in range(count)]
+    buffers = [a.new_empty(max(most, n * widest)) for _ in range(count)]
 
     def add(worker: int, mine: Iterator[range]) -> None:
         for chunk in mine:
@@ -55,9 +56,9 @@ def add_kronecker_rows(out: Tensor, s: Tensor, a: Tensor) -> None:
     side_by_side(chunks, count, add)
 
 
-def mirror_(matrix: Tensor, tile: int = 512) -> None:
+def mirror_(matrix: Tensor) -> None:
     """Copies the upper triangle of a matrix onto the lower, in place."""
-    n = matrix.shape[0]
+    n, tile = len(matrix), amounts(matrix.device).tile
     for i in range(0, n, tile):
         for j in range(i, n, tile):
             upper = matrix[i : i + tile, j : j + tile]

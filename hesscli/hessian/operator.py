@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from hesscli.errors import MismatchError
+from hesscli.hessian.amounts import amounts
 from hesscli.hessian.applicability import NotApplicable, explained
 from hesscli.hessian.autodiff import batched_grad, seeded_grad
 from hesscli.hessian.batch import Batch
@@ -35,7 +36,6 @@ CURVATURES = {"hessian": "hessian", "ggn": "ggn", "fisher": "empirical_fisher"}
 """`--curvature` option -> the name in table, JSON and metadata."""
 
 _GRAPHS = 3  # a kept graph holds about this many times what a forward pass saves
-_ROWS = 32  # vectors that share one pass
 _TILE = 1 << 15  # columns of a product that are added to the sum at a time, in the cache
 
 Linear = Callable[[Tensor], Tensor]  # [*output.shape] -> the same, or of k of them
@@ -101,7 +101,7 @@ class Products(Flat):
         problem: what is differentiated.
         curvature: one of `CURVATURES`.
         memory: bytes that graphs may take.
-        rows: how many vectors may share one pass.
+        rows: how many vectors may share one pass; no more than the device gains from.
         proven: `demand` was asked already.
 
     Raises:
@@ -114,11 +114,12 @@ class Products(Flat):
         problem: Problem,
         curvature: str = "hessian",
         memory: int = 0,
-        rows: int = _ROWS,
+        rows: int | None = None,
         proven: bool = False,
     ) -> None:
         super().__init__(problem)
-        self.curvature, self.rows = curvature, max(1, min(rows, _ROWS))
+        usual = amounts(problem.device).vectors
+        self.curvature, self.rows = curvature, max(1, min(rows or usual, usual))
         if not proven:
             demand(problem, curvature, Analyses(problem))
         self.kept: dict[int, Callable[[Tensor], Row]] = {}

@@ -7,14 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from hesscli.hessian.amounts import Amounts
 from hesscli.hessian.blocks import Block
 
-_WORKSPACE = 1 << 30
-"""Bytes that activations may take. Fixed, not a share of what is free now, so that the same command sums in the same
-order and gives the same bytes."""
-
-_MAX_CHUNK = 128  # rows; more gains nothing measurable
-_PREFERRED_CHUNK = 4
+PREFERRED_ROWS = 4  # per chunk; more of them gain less than larger batches do
 _SMALL = 1 << 22  # numbers that are always kept together
 _GRAPHS = 4  # a double backward pass keeps about this many times what a forward pass saves
 
@@ -26,7 +22,13 @@ class Sizes:
 
 
 def choose_sizes(
-    samples: int, saved_per_sample: int, largest_block: int, itemsize: int, memory: int
+    samples: int,
+    saved_per_sample: int,
+    largest_block: int,
+    itemsize: int,
+    memory: int,
+    usual: Amounts,
+    rows: int = PREFERRED_ROWS,
 ) -> Sizes:
     """Samples per batch and rows per chunk that keep within the workspace.
 
@@ -36,12 +38,14 @@ def choose_sizes(
         largest_block: n of the largest block; a chunk of its rows is held next to the activations.
         itemsize: bytes of one number.
         memory: bytes free now.
+        usual: the device's amounts.
+        rows: per chunk that batches leave room for.
     """
-    workspace = min(_WORKSPACE, memory // 4)
+    workspace = min(usual.activations, memory // 4)
     per_sample = max(1, _GRAPHS * saved_per_sample)
-    batch = max(1, min(samples, workspace // (per_sample * _PREFERRED_CHUNK)))
+    batch = max(1, min(samples, workspace // (per_sample * rows)))
     per_row = per_sample * batch + 3 * largest_block * itemsize
-    return Sizes(batch, max(1, min(_MAX_CHUNK, workspace // per_row)))
+    return Sizes(batch, max(1, min(usual.rows, workspace // per_row)))
 
 
 def group(blocks: Sequence[Block], diagonal: bool) -> list[list[Block]]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.costs import PASSES, Costs, Rates, Work
+from hesscli.hessian.costs import PASSES, Costs, Work
 from hesscli.hessian.cuts import CutPlan, plan_cuts
 from hesscli.hessian.probes import Analyses, Analysis
 from hesscli.hessian.problem import Problem
+from hesscli.hessian.rates import Rates, usual_rates
 from hesscli.hessian.recorder import record
 from hesscli.hessian.routes.gauss_newton import bend_of, block_uses
 from hesscli.hessian.routes.preactivation import chain_of, split
@@ -61,7 +62,7 @@ class Planner:
     """
 
     def __init__(self, problem: Problem, analyses: Analyses, chunk: int) -> None:
-        self.problem = problem
+        self.problem, self.rates = problem, usual_rates(problem.device)
         self.analysis: Analysis | None = None
         self.costs: Costs | None = None
         self.cuts: CutPlan | None = None
@@ -73,7 +74,7 @@ class Planner:
             self.refused = str(reason)
         with suppress(NotApplicable):  # what nothing is proven of still has a cost
             tape = self.analysis.tape if self.analysis is not None else record(problem, batch)
-            self.costs = Costs(tape, problem.dtype.itemsize, chunk)
+            self.costs = Costs(tape, problem.dtype.itemsize, chunk, self.rates)
 
     def choices(self, block: Block, diagonal: bool) -> list[Choice]:
         """The exact routes of a block, the cheapest first; `finite-difference` is always the last resort."""
@@ -84,8 +85,7 @@ class Planner:
             except NotApplicable as reason:
                 reasons.append(str(reason))
         found.append(Choice(HVP, "" if found else reasons[0], self._hvp_work(block)))
-        rates = Rates()
-        found.sort(key=lambda choice: choice.work.seconds(rates))
+        found.sort(key=lambda choice: choice.work.seconds(self.rates))
         return [*found, Choice(FINITE_DIFFERENCE, "", self._hvp_work(block).times(4))]
 
     def forced(self, block: Block, diagonal: bool, method: str) -> list[Choice]:

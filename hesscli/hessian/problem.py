@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hesscli.errors import MismatchError, is_out_of_memory
+from hesscli.errors import DeviceMismatchError, MismatchError, is_out_of_memory
 from hesscli.hessian.batch import Batch, doubled
 from hesscli.hessian.buffers import buffers_kept
 from hesscli.hessian.definitions import right_gradients
@@ -250,7 +250,14 @@ def measure(
     return replace(problem, denominator=denominator), total / denominator
 
 
+_OTHER_DEVICE = re.compile(r"the same device|the expected device|torch\.cuda\.\w+Tensor")
+
+
 def _not_accepted(batch: Batch, reason: str, error: BaseException) -> MismatchError:
+    if _OTHER_DEVICE.search(str(error)):
+        return DeviceMismatchError(
+            f"the model makes tensors on another device: {reason}", "--device cpu"
+        )
     shapes = ", ".join(f"{_dtype(x)} {list(x.shape)}" for x in batch.inputs)
     return MismatchError(
         f"the model does not accept the inputs {shapes}: {reason}", _type_hint(str(error), batch)

@@ -1,34 +1,52 @@
-"""How fast this machine is, measured in a moment: for the seconds that `--dry-run` prints."""
+"""How fast a machine is: what is usual, to rank routes by, or measured in a moment, for the seconds of `--dry-run`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from hesscli.hessian.costs import Rates
-from hesscli.hessian.problem import Problem
-
-_SIZE = 768
+_CALLS = 32
+_EACH = 8  # times an addition: what an operator costs in a backward pass that is recorded
 
 
-def measure_rates(problem: Problem) -> Rates:
+@dataclass(frozen=True)
+class Rates:
+    """The defaults are a CPU's."""
+
+    flops: float = 5e10  # per second, in matrix products
+    memory: float = 5e9  # bytes per second, in elementwise operations
+    call: float = 1.5e-5  # seconds per operator
+
+
+def usual_rates(device: torch.device) -> Rates:
+    """Those that routes are ranked by, the same on all machines of a kind, so that the same command takes the same."""
+    return Rates(1e13, 5e11, 1.5e-5) if device.type == "cuda" else Rates()
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Rates from a short matrix product, a short elementwise pass, and the time of one operator."""
-    device, dtype = problem.device, problem.dtype
-    a = torch.rand(_SIZE, _SIZE, device=device, dtype=dtype)
-    big = torch.rand(1 << 21, device=device, dtype=dtype)
+    size, count = (4096, 1 << 26) if device.type == "cuda" else (768, 1 << 21)
+    a = torch.rand(size, size, device=device, dtype=dtype)
+    big = torch.rand(count, device=device, dtype=dtype)
     small = torch.rand(16, device=device, dtype=dtype)
-    product = _seconds(lambda: a @ a, device)
-    moved = _seconds(lambda: torch.tanh(big), device)
-    call = _seconds(lambda: small + small, device)
-    return Rates(2 * _SIZE**3 / product, 2 * big.numel() * dtype.itemsize / moved, 8 * call)
+
+    def calls() -> None:
+        for _ in range(_CALLS):
+            small + small
+
+    product = seconds(lambda: a @ a, device)
+    moved = seconds(lambda: torch.tanh(big), device)
+    call = seconds(calls, device) / _CALLS
+    return Rates(2 * size**3 / product, 2 * count * dtype.itemsize / moved, _EACH * call)
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The least of a few repetitions."""
+def seconds(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """The least of a few repetitions, to the end of what a GPU still has to do."""
     best = float("inf")
-    for _ in range(5):
+    for _ in range(repeats):
         started = time.perf_counter()
         run()
         if device.type == "cuda":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_TILE = 1024
+from hesscli.hessian.amounts import amounts
 
 
 def symmetrise_(matrix: Tensor) -> float:
@@ -21,12 +21,12 @@ def symmetrise_(matrix: Tensor) -> float:
 
 def average_(matrix: Tensor) -> float:
     """Replaces H by (H + H^T) / 2; returns ||H - H^T||_F^2 of what it was before."""
-    n = matrix.shape[0]
+    n, tile = len(matrix), amounts(matrix.device).tile
     difference = torch.zeros((), dtype=torch.float64, device=matrix.device)
-    for i in range(0, n, _TILE):
-        for j in range(i, n, _TILE):
-            upper = matrix[i : i + _TILE, j : j + _TILE]
-            lower = matrix[j : j + _TILE, i : i + _TILE]
+    for i in range(0, n, tile):
+        for j in range(i, n, tile):
+            upper = matrix[i : i + tile, j : j + tile]
+            lower = matrix[j : j + tile, i : i + tile]
             gap = upper - lower.T
             weight = 1 if i == j else 2
             difference += weight * gap.double().square().sum()

@@ -5,13 +5,12 @@ The rates of this machine and the time of one gradient are measured; the rest is
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hesscli.hessian.costs import Rates
 from hesscli.hessian.planner import Choice, total
 from hesscli.hessian.problem import Problem
+from hesscli.hessian.rates import Rates, seconds
 
 START = 0.2  # seconds: what happens once, whatever the model
 WRITING = 1e9  # bytes per second
@@ -62,10 +61,4 @@ def estimate(
 
 def gradient_seconds(problem: Problem) -> float:
     """One gradient, the faster of two: the first one is slower."""
-    return min(_timed(problem) for _ in range(2))
-
-
-def _timed(problem: Problem) -> float:
-    started = time.perf_counter()
-    problem.gradient(list(problem.parameters))
-    return time.perf_counter() - started
+    return seconds(lambda: problem.gradient(list(problem.parameters)), problem.device, repeats=2)

@@ -11,7 +11,6 @@ from hesscli.errors import NumericalError
 from hesscli.files.hessian_writer import HessianWriter
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.costs import Rates
 from hesscli.hessian.kronecker import mirror_
 from hesscli.hessian.layout import Layout, Span
 from hesscli.hessian.routes.base import Route, Rows, fitting
@@ -44,7 +43,7 @@ class LargeBlock:
             return []
         n = layout.size
         area = [(stop - start) * (n - (start + stop) / 2) for start, stop in bands]
-        whole = self.plan.choices[self.block.name][self.place].work.seconds(Rates())
+        whole = self.plan.choices[self.block.name][self.place].work.seconds(self.plan.rates)
         return [
             (self._part(index), whole * share / (n * n / 2)) for index, share in enumerate(area)
         ]

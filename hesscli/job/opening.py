@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from hesscli.errors import MismatchError, NumericalError, ResourceError, UsageError
+from hesscli.errors import (
+    DeviceMismatchError,
+    MismatchError,
+    NumericalError,
+    ResourceError,
+    UsageError,
+)
 from hesscli.files.data import load_data
 from hesscli.files.models import SavedModel, load_model
 from hesscli.hessian.operator import CURVATURES
@@ -61,12 +68,31 @@ def open_problem(
     notes: list[str] = []
 
     def note(text: str) -> None:
-        notes.append(text)
-        listener.note(text)
+        if text not in notes:
+            notes.append(text)
+            listener.note(text)
 
+    device = _device(options.device)
+    try:
+        return _opened(options, device, model, share, side_by_side, notes, note)
+    except DeviceMismatchError:
+        if options.device != "auto":
+            raise
+    note("the model makes tensors on the CPU, so all is done there")
+    return _opened(options, torch.device("cpu"), model, share, side_by_side, notes, note)
+
+
+def _opened(
+    options: ProblemOptions,
+    device: torch.device,
+    model: SavedModel | None,
+    share: Alone,
+    side_by_side: bool,
+    notes: list[str],
+    note: Callable[[str], None],
+) -> Opened:
     torch.manual_seed(options.seed)
     settle(options)
-    device = _device(options.device)
     model = model or load_model(
         options.model,
         arch=options.arch,

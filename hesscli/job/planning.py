@@ -15,13 +15,12 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import STRUCTURES, Block, partition
 from hesscli.hessian.check import Certificate, gradients
 from hesscli.hessian.check_curvature import certificate_of
-from hesscli.hessian.costs import Rates
 from hesscli.hessian.curvature_planner import planner_of
 from hesscli.hessian.operator import demand
 from hesscli.hessian.plan import output_bytes
 from hesscli.hessian.planner import FINITE_DIFFERENCE, HVP, Choice, total
 from hesscli.hessian.problem import Problem
-from hesscli.hessian.rates import measure_rates
+from hesscli.hessian.rates import measure_rates, usual_rates
 from hesscli.hessian.routes.all import routes
 from hesscli.hessian.routes.base import Route
 from hesscli.job import Document, documents
@@ -62,6 +61,7 @@ class Plan:
         self.shared = shared
         self.options, self.opened, self.listener = options, opened, listener
         self.problem = opened.problem
+        self.rates = usual_rates(self.problem.device)
         self.structure = STRUCTURES[options.blocks]
         self.diagonal = self.structure == "elements"
         self.shapes = {name: tuple(p.shape) for name, p in self.problem.parameters.items()}
@@ -98,7 +98,7 @@ class Plan:
     def by_rows(self) -> float:
         """Seconds of the whole as products with unit vectors, one per row, by the measure of `work`."""
         every = [choice for ranked in self.choices.values() for choice in ranked]
-        return total([choice for choice in every if choice.method == HVP], Rates())
+        return total([choice for choice in every if choice.method == HVP], self.rates)
 
     @cached_property
     def reference(self) -> Problem:
@@ -140,7 +140,7 @@ class Plan:
     def work(self, blocks: Sequence[Block]) -> float:
         """Seconds that some blocks take on a machine of no particular speed, to compare parts by."""
         chosen = [self.choices[block.name][0] for block in blocks]
-        return total(chosen, Rates())
+        return total(chosen, self.rates)
 
     def dry_run(self) -> Document:
         """The document that says what the command would take."""
@@ -170,7 +170,7 @@ class Plan:
             count = gradients(len(self.blocks), self.diagonal, dtype, self.reference.dtype)
         return estimate(
             chosen,
-            measure_rates(self.problem),
+            measure_rates(self.problem.device, dtype),
             gradients=count,
             gradient=gradient_seconds(self.reference) if count else 0.0,
             decomposed=[]

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from hesscli.files.hessian_writer import HessianWriter
+from hesscli.hessian.amounts import amounts
 from hesscli.hessian.layout import Layout, Placed, Span
+from hesscli.hessian.workers import side_by_side
 from hesscli.job.beside import Beside
 
 _TURNED = 1 << 22  # numbers that are transposed at a time
-_PIECE = 1 << 22  # numbers in the rows that are written at a time: the cache holds them until then
 _READ = 1 << 24  # numbers that are read back at a time
 _PAGE = 4096
 
@@ -69,16 +70,29 @@ class Triangle:
         """The matrix, some whole rows at a time, with the first one's number."""
         raise NotImplementedError
 
-    def _count(self, first_row: int, rows: np.ndarray) -> None:
+    def _count(self, first: int, rows: np.ndarray, threads: int = 1) -> None:
+        """Takes from some rows, the first of which has this number, all that is to be known of them."""
+        step = -(-len(rows) // threads)
+
+        def count(worker: int, starts: Iterator[int]) -> None:
+            for start in starts:
+                self._count_part(first + start, rows[start : start + step])
+
+        side_by_side(range(0, len(rows), step), threads, count)
+
+    def _count_part(self, first: int, rows: np.ndarray) -> None:
         # Not by BLAS: its sums depend on how a row lies in memory, and its threads disturb the computing ones.
-        mine = slice(first_row, first_row + len(rows))
+        mine = slice(first, first + len(rows))
         self._diagonal[mine] = rows[:, mine].diagonal()
         with np.errstate(over="ignore"):
             squares = np.einsum("ij,ij->i", rows, rows)
-        if not np.isfinite(squares).all():  # beyond float32
-            squares = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
+        beyond = ~np.isfinite(squares)  # float32
         self._squares[mine] = squares
+        if beyond.any():
+            part = rows[beyond]
+            self._squares[mine][beyond] = np.einsum("ij,ij->i", part, part, dtype=np.float64)
         self._products[mine] = np.einsum("ij,j->i", rows, self.direction.numpy())
+        self.writer.count(self.name, rows, first)
 
     @property
     def trace(self) -> float:
@@ -133,20 +147,24 @@ class HeldTriangle(Triangle):
     def put(self, index: int, upper: Tensor) -> None:
         with self._aside():
             self.uppers.append(on_host(upper) if self.device.type == "cpu" else upper)
+            threads = self._threads()
             with Beside() as beside:
                 for place, rows in self._rows(index):
-                    self._count(place, rows.numpy())
-                    self.writer.count(self.name, rows.numpy(), place)
+                    self._count(place, rows.numpy(), threads)
                     beside.run(self.writer.place, self.name, rows.numpy(), place)
 
     def _aside(self) -> AbstractContextManager[object]:
         """On a GPU, does not wait for the next band, which is computed meanwhile."""
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
+    def _threads(self) -> int:
+        """How many have nothing else to do: on a CPU the next band is computed meanwhile."""
+        return torch.get_num_threads() if self.device.type == "cuda" else 1
+
     def _pieces(self, start: int, stop: int) -> Iterator[Placed]:
-        """These rows in pieces that lie together in the block, no more than `_PIECE` numbers or one group at a time."""
+        """These rows in pieces that lie together in the block, no more than so many numbers or one group at a time."""
         for placed in self.layout.placed(start, stop):
-            yield from placed.together(_PIECE // self.layout.size)
+            yield from placed.together(amounts(self.device).piece // self.layout.size)
 
     def _rows(self, index: int) -> Iterator[tuple[int, Tensor]]:
         """The rows of a band in the block's order, on the host, with the first one's place.
@@ -184,11 +202,11 @@ class HeldTriangle(Triangle):
         shape = stop - start, self.layout.size - start
         with self._aside():
             upper = torch.empty(shape, dtype=self.dtype, device=self.device)
+            threads = self._threads()
             for piece in self._pieces(start, stop):
                 rows = self._aligned(piece.place, piece.groups * piece.length)
                 self.writer.read(self.name, piece.place, rows.numpy())
-                self.writer.count(self.name, rows.numpy(), piece.place)
-                self._count(piece.place, rows.numpy())
+                self._count(piece.place, rows.numpy(), threads)
                 mine = self.layout.from_block(rows.to(self.device))[:, start:].T
                 piece.of_rows(upper.T).copy_(mine.unflatten(1, piece.shape))
             self.uppers.append(upper)
@@ -232,8 +250,7 @@ class StreamedTriangle(Triangle):
     def finish(self) -> None:
         if not self.counted:
             for first, rows in self._whole():
-                self._count(first, rows.numpy())
-                self.writer.count(self.name, rows.numpy(), first)
+                self._count(first, rows.numpy(), torch.get_num_threads())
             self.counted = True
 
     def _whole(self) -> Iterator[tuple[int, Tensor]]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hesscli.hessian.amounts import amounts
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.batch import Batch
@@ -28,8 +29,6 @@ from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import Route, Rows
 from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
-
-WORKSPACE = 1 << 20  # numbers in the Jacobians of some samples; fits the cache
 
 
 def block_uses(analysis: Analysis, block: Block) -> list[Use]:
@@ -80,7 +79,8 @@ class Factors:
     def jacobians(self) -> Iterator[tuple[Tensor, Tensor]]:
         """df/dtheta of some samples after the other, [samples, C, size], with their Lambda."""
         samples, classes, *_ = self.curvature.shape
-        step = max(1, WORKSPACE // (classes * sum(use.size for use in self.uses)))
+        most = amounts(self.curvature.device).jacobians
+        step = max(1, most // (classes * sum(use.size for use in self.uses)))
         for first in range(0, samples, step):
             mine = slice(first, first + step)
             parts = [
@@ -183,7 +183,7 @@ def _add(part: Rows, factors: Factors) -> None:
         v, a = factors.of(layer)
         width = layer.width
         curved_v = factors.curvature @ v  # [B, C, n]
-        step = max(1, (1 << 23) // (v.shape[0] * layer.weight.n))
+        step = max(1, amounts(v.device).curvature // (v.shape[0] * layer.weight.n))
         last = part.stop // width
         for first in range(part.start // width, last, step):
             s = v[:, :, first : min(first + step, last)].transpose(1, 2) @ curved_v[:, :, first:]

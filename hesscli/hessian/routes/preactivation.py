@@ -18,8 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from hesscli.hessian.amounts import amounts
 from hesscli.hessian.applicability import NotApplicable
-from hesscli.hessian.assembly import WORKSPACE, add_layer, add_layer_diagonal
+from hesscli.hessian.assembly import add_layer, add_layer_diagonal
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
@@ -42,7 +43,8 @@ class Preactivation(Route):
         super().__init__(problem)
         self.analyses = analyses
         self.cuts = cuts
-        self.workspace = WORKSPACE
+        self.most = amounts(problem.device)
+        self.workspace = self.most.directions
 
     def shrink(self) -> bool:
         self.workspace //= 2
@@ -143,7 +145,7 @@ class Preactivation(Route):
         if not delta.requires_grad:
             return
         a = probed.columns(use)
-        chunk = max(1, min(64, self.workspace // (8 * delta.numel())))
+        chunk = max(1, min(self.most.rows // 2, self.workspace // (8 * delta.numel())))
         for first in range(start, stop, chunk):
             entries = range(first, min(first + chunk, stop))
             seeds = use.spread(_directions_of(use, a, entries, probed.samples), delta.shape)
@@ -283,7 +285,8 @@ def _add_rows(
     leaves = [probed.leaves[n] for n in names]
     places = dict(zip(part.block.parameters, starts_of(part.block.sizes), strict=True))
     size = gradient.numel()
-    chunk = max(1, min(128, workspace // (8 * probed.output.numel() + part.block.size)))
+    usual = amounts(gradient.device).rows
+    chunk = max(1, min(usual, workspace // (8 * probed.output.numel() + part.block.size)))
     last = min(size, part.stop - at)
     for first in range(max(0, part.start - at), last, chunk):
         count = min(chunk, last - first)

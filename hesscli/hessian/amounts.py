@@ -1,0 +1,67 @@
+"""How much is worked on at a time: what a CPU's cache keeps, or what it takes to keep a GPU busy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """For one device: numbers, where nothing else is said. The defaults are a CPU's.
+
+    They are fixed, not shares of what is free now, so that the same command sums in the same order and gives the same
+    bytes.
+
+    Attributes:
+        activations: bytes that those of a batch may take.
+        rows: that share a pass at most; more gain nothing measurable.
+        vectors: that share a product at most.
+        directions: that one chunk of directions may make.
+        gradients: of some samples, until they are multiplied.
+        jacobians: of some samples.
+        curvature: at the pre-activations of some neurons, of all samples.
+        chain: the curvature along a chain, of some samples.
+        product: of matrices, before it is put in its place.
+        tile: rows and columns that are mirrored together.
+        piece: of a large matrix's rows that are on their way to the disk.
+    """
+
+    activations: int = 1 << 30
+    rows: int = 128
+    vectors: int = 32
+    directions: int = 1 << 25
+    gradients: int = 1 << 21
+    jacobians: int = 1 << 20
+    curvature: int = 1 << 23
+    chain: int = 1 << 26
+    product: int = 1 << 19
+    tile: int = 512
+    piece: int = 1 << 22
+
+
+def amounts(device: torch.device) -> Amounts:
+    """Those of a device."""
+    return _of_gpu(device) if device.type == "cuda" else Amounts()
+
+
+@cache
+def _of_gpu(device: torch.device) -> Amounts:
+    """Shares of a GPU's memory: each operator costs the same to start, however little it does."""
+    memory = torch.cuda.get_device_properties(device).total_memory
+    many = memory >> 8  # 80 GB: 1.2 GB of float32
+    return Amounts(
+        activations=memory >> 3,
+        rows=1024,
+        vectors=256,
+        directions=many,
+        gradients=min(1 << 26, many),
+        jacobians=many,
+        curvature=many,
+        chain=many,
+        product=min(1 << 25, many),
+        tile=4096,
+        piece=1 << 24,
+    )
