@@ -14,6 +14,7 @@ from hesscli.spectrum.dense import dense
 from hesscli.spectrum.density import exact, lanczos_quadrature
 from hesscli.spectrum.eigen import WHICH
 from hesscli.spectrum.finite import NotFinite
+from hesscli.spectrum.hiding import Hiding
 from hesscli.spectrum.interrupts import deferred_interrupt
 from hesscli.spectrum.lanczos import Lanczos
 from hesscli.spectrum.trace import estimate
@@ -116,6 +117,43 @@ def test_copies_are_found_from_any_start(seed):
     values = SPECTRA["tenfold"]
     found, _ = search(values, 12, "largest", seed=seed)
     np.testing.assert_allclose(found.values, np.sort(values)[::-1][:12], rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_last_copy_does_not_hide_behind_the_next_values(dtype):
+    """Its part of a random vector is smaller than that of the twenty below, which converge first."""
+    bulk = np.random.default_rng(2).uniform(0, 3.8, 400)
+    values = np.r_[np.repeat([4.8, 4.5, 4.0], 2), np.repeat(3.95, 20), bulk]
+    lasts = [search(values, 6, "largest", dtype=dtype, seed=s)[0].values[-1] for s in range(20)]
+    assert (np.array(lasts) < 3.98).sum() <= 1  # one in a hundred, but for bad luck
+
+
+def test_what_hides_from_a_chain():
+    """The bound of <u, v> is the value itself where u is exact, through steps and restarts."""
+    drawn = np.random.default_rng(3)
+    W = np.linalg.qr(drawn.standard_normal((40, 40)))[0]
+    H = W * np.r_[drawn.uniform(-1, 1, 39), 1.1] @ W.T
+    u, v = W[:, -1], drawn.standard_normal(40)
+    v /= np.linalg.norm(v)
+    hiding, basis, pending = Hiding(1.1, 40), np.zeros((0, 40)), v
+    for _ in range(3):
+        for _ in range(6):
+            basis = np.vstack([basis, pending])
+            product = H @ pending
+            for _ in range(2):
+                product = product - basis.T @ (basis @ product)
+            pending = product / np.linalg.norm(product)
+            hiding.step()
+        T, coupling = basis @ H @ basis.T, basis @ H @ pending
+        h = basis @ u
+        w = pending @ u
+        np.testing.assert_allclose(hiding.start @ np.r_[h, w], u @ v, rtol=1e-8)
+        bound = hiding.probability(T, coupling)
+        assert bound >= abs(u @ v) * np.sqrt(2 * 40 / np.pi) * (1 - 1e-8)
+        Y = np.linalg.eigh(T)[1][:, -4:]
+        hiding.restart(T, coupling, Y)
+        basis = Y.T @ basis
+    assert bound < 40 * abs(u @ v)
 
 
 @pytest.mark.parametrize("which", ["largest", "magnitude", "both"])

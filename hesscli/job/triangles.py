@@ -19,7 +19,6 @@ from torch import Tensor
 from hesscli.files.hessian_writer import HessianWriter
 from hesscli.hessian.amounts import amounts
 from hesscli.hessian.layout import Layout, Placed, Span
-from hesscli.hessian.workers import side_by_side
 from hesscli.job.beside import Beside
 
 _TURNED = 1 << 22  # numbers that are transposed at a time
@@ -53,7 +52,7 @@ class Triangle:
         self.writer, self.direction = writer, direction
         self.dtype = direction.dtype
         # Row by row, so that they are the same in whichever order and company the rows come.
-        self._diagonal, self._squares, self._products = np.zeros((3, layout.size))
+        self._facts = np.zeros((3, layout.size))  # its diagonal entry, its squares, its product
 
     def put(self, index: int, upper: Tensor) -> None:
         """Takes band `index`, [rows, size - start], computed to its end, its square symmetric, after all before it."""
@@ -70,44 +69,32 @@ class Triangle:
         """The matrix, some whole rows at a time, with the first one's number."""
         raise NotImplementedError
 
-    def _count(self, first: int, rows: np.ndarray, threads: int = 1) -> None:
-        """Takes from some rows, the first of which has this number, all that is to be known of them."""
-        step = -(-len(rows) // threads)
-
-        def count(worker: int, starts: Iterator[int]) -> None:
-            for start in starts:
-                self._count_part(first + start, rows[start : start + step])
-
-        side_by_side(range(0, len(rows), step), threads, count)
-
-    def _count_part(self, first: int, rows: np.ndarray) -> None:
-        # Not by BLAS: its sums depend on how a row lies in memory, and its threads disturb the computing ones.
+    def _measure(self, first: int, rows: Tensor) -> None:
+        """Takes from some rows what is to be known of them; the first has this number."""
         mine = slice(first, first + len(rows))
-        self._diagonal[mine] = rows[:, mine].diagonal()
+        # Not by BLAS: its sums depend on how a row lies in memory, and its threads disturb the computing ones.
+        values = rows.numpy()
         with np.errstate(over="ignore"):
-            squares = np.einsum("ij,ij->i", rows, rows)
-        beyond = ~np.isfinite(squares)  # float32
-        self._squares[mine] = squares
-        if beyond.any():
-            part = rows[beyond]
-            self._squares[mine][beyond] = np.einsum("ij,ij->i", part, part, dtype=np.float64)
-        self._products[mine] = np.einsum("ij,j->i", rows, self.direction.numpy())
-        self.writer.count(self.name, rows, first)
+            squares = np.einsum("ij,ij->i", values, values)
+        if not np.isfinite(squares).all():  # beyond float32
+            squares = np.einsum("ij,ij->i", values, values, dtype=np.float64)
+        along = np.einsum("ij,j->i", values, self.direction.numpy())
+        self._facts[:, mine] = values[:, mine].diagonal(), squares, along
 
     @property
     def trace(self) -> float:
-        return float(self._diagonal.sum())
+        return float(self._facts[0].sum())
 
     @property
     def squares(self) -> float:
         """The square of the Frobenius norm."""
-        return float(self._squares.sum())
+        return float(self._facts[1].sum())
 
     def __matmul__(self, v: Tensor) -> Tensor:
         x = v.cpu()
         if torch.equal(x, self.direction):
             self.finish()
-            return torch.from_numpy(self._products).to(v.device, v.dtype)
+            return torch.from_numpy(self._facts[2]).to(v.device, v.dtype)
         out = torch.empty_like(x)
         for first, rows in self._whole():
             out[first : first + len(rows)] = rows @ x
@@ -142,34 +129,40 @@ class HeldTriangle(Triangle):
         self.stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self.scratch = torch.empty(longest * layout.size, dtype=self.dtype, device=device)
+            self.direction_there = direction.to(device, torch.float64)
             self.stream = torch.cuda.Stream(device)
 
     def put(self, index: int, upper: Tensor) -> None:
         with self._aside():
             self.uppers.append(on_host(upper) if self.device.type == "cpu" else upper)
-            threads = self._threads()
-            with Beside() as beside:
-                for place, rows in self._rows(index):
-                    self._count(place, rows.numpy(), threads)
-                    beside.run(self.writer.place, self.name, rows.numpy(), place)
+            # On a CPU the next band is computed meanwhile, by all threads.
+            with Beside() as placing, Beside(enabled=self.device.type != "cpu") as counting:
+                for place, rows, there in self._rows(index):
+                    counting.run(self.writer.count, self.name, rows.numpy(), place)
+                    placing.run(self.writer.place, self.name, rows.numpy(), place)
+                    self._measure(place, there)
 
     def _aside(self) -> AbstractContextManager[object]:
         """On a GPU, does not wait for the next band, which is computed meanwhile."""
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
-    def _threads(self) -> int:
-        """How many have nothing else to do: on a CPU the next band is computed meanwhile."""
-        return torch.get_num_threads() if self.device.type == "cuda" else 1
+    def _measure(self, first: int, rows: Tensor) -> None:
+        if rows.device.type != "cuda":
+            super()._measure(first, rows)
+            return
+        mine, wide = slice(first, first + len(rows)), rows.double()
+        found = [wide[:, mine].diagonal(), wide.square().sum(1), wide @ self.direction_there]
+        self._facts[:, mine] = torch.stack(found).cpu().numpy()
 
     def _pieces(self, start: int, stop: int) -> Iterator[Placed]:
         """These rows in pieces that lie together in the block, no more than so many numbers or one group at a time."""
         for placed in self.layout.placed(start, stop):
             yield from placed.together(amounts(self.device).piece // self.layout.size)
 
-    def _rows(self, index: int) -> Iterator[tuple[int, Tensor]]:
-        """The rows of a band in the block's order, on the host, with the first one's place.
+    def _rows(self, index: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The rows of a band in the block's order: the first one's place, they on the host, and on the device.
 
-        They are overwritten by those that come two steps later.
+        They are overwritten by those that come two steps later; on a GPU, by the next.
         """
         start, stop = self.bands[index]
         for piece in self._pieces(start, stop):
@@ -183,11 +176,12 @@ class HeldTriangle(Triangle):
             self.layout.to_block(own, grouped, start, self.layout.size)
             if out is not rows:
                 rows.copy_(out)
-            yield piece.place, rows
+            yield piece.place, rows, out
 
     def _whole(self) -> Iterator[tuple[int, Tensor]]:
         for index in range(len(self.bands)):
-            yield from self._rows(index)
+            for place, rows, _ in self._rows(index):
+                yield place, rows
 
     def _aligned(self, place: int, rows: int) -> Tensor:
         """Room for rows that lies to a page as they will in the file."""
@@ -202,12 +196,13 @@ class HeldTriangle(Triangle):
         shape = stop - start, self.layout.size - start
         with self._aside():
             upper = torch.empty(shape, dtype=self.dtype, device=self.device)
-            threads = self._threads()
             for piece in self._pieces(start, stop):
                 rows = self._aligned(piece.place, piece.groups * piece.length)
                 self.writer.read(self.name, piece.place, rows.numpy())
-                self._count(piece.place, rows.numpy(), threads)
-                mine = self.layout.from_block(rows.to(self.device))[:, start:].T
+                self.writer.count(self.name, rows.numpy(), piece.place)
+                there = rows.to(self.device)
+                self._measure(piece.place, there)
+                mine = self.layout.from_block(there)[:, start:].T
                 piece.of_rows(upper.T).copy_(mine.unflatten(1, piece.shape))
             self.uppers.append(upper)
             if self.stream is not None:
@@ -250,7 +245,8 @@ class StreamedTriangle(Triangle):
     def finish(self) -> None:
         if not self.counted:
             for first, rows in self._whole():
-                self._count(first, rows.numpy(), torch.get_num_threads())
+                self._measure(first, rows)
+                self.writer.count(self.name, rows.numpy(), first)
             self.counted = True
 
     def _whole(self) -> Iterator[tuple[int, Tensor]]:

@@ -17,7 +17,7 @@ them, and the search goes on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hesscli.spectrum.eigen import WHICH
 from hesscli.spectrum.finite import NotFinite
+from hesscli.spectrum.hiding import Hiding
 from hesscli.spectrum.interrupts import deferred_interrupt
 
 Multiply = Callable[[Tensor], Tensor]
@@ -33,8 +34,9 @@ Report = Callable[[int, float, float], None]
 
 CHAIN = 12
 """Products that a random vector gets to find a first copy. One that stands out of the rest of the spectrum by a third
-stays hidden from twelve with a probability below 1 %. Once a copy was found, chains are followed to convergence."""
+stays hidden from twelve with a probability below 1 %. Once a copy was found, chains go on until that is so for any."""
 
+_UNLIKELY = 0.01
 _LEAST = 0.1  # share of the allowed residual below which none is asked for
 _FEW = 4  # rows of the basis that are faster one by one
 _TILE = 1 << 16  # columns of the basis that are rotated at a time
@@ -230,31 +232,31 @@ class Lanczos:
         most = np.maximum(limit**2 - spent, (_LEAST * limit) ** 2) / 2
         return self.count >= self.top and bool((reducible**2 <= most).all())
 
-    def _enters(self, values: np.ndarray) -> bool:
-        """Whether one of these values belongs before the last of the wanted ones.
+    def _bounds(self) -> tuple[float, float]:
+        """What lies below the first or above the second belongs before the last of the wanted values.
 
         One that only equals the last may stay away: it would change nothing.
         """
         found = np.sort(self.values[self._wanted()])
         lower = self.top // 2
         last = {
-            "largest": (None, found[0]),
-            "smallest": (found[-1], None),
+            "largest": (-np.inf, found[0]),
+            "smallest": (found[-1], np.inf),
             "magnitude": (-np.abs(found).min(), np.abs(found).min()),
-            "both": (found[lower - 1] if lower else None, found[lower]),
-        }
-        low, high = last[self.which]
-        above = high is not None and values > high + self._limit(high)
-        below = low is not None and values < low - self._limit(low)
-        return bool(np.any(above) or np.any(below))
+            "both": (found[lower - 1] if lower else -np.inf, found[lower]),
+        }[self.which]
+        low, high = (self._limit(value) if math.isfinite(value) else 0.0 for value in last)
+        return float(last[0] - low), float(last[1] + high)
 
     # Restarts
 
-    def _restart(self, keep: int, first: int = 0) -> None:
+    def _restart(self, keep: int, first: int = 0, hiding: Sequence[Hiding] = ()) -> None:
         """Rotates the basis, from row `first` on, to its best Ritz vectors."""
         mine = slice(first, self.count)
         values, columns = _eigh(self.T[mine, mine])
         Y = columns[:, WHICH[self.which](values)[:keep]]
+        for each in hiding:
+            each.restart(self.T[mine, mine], self.coupling[mine], Y)
         S = np.zeros((self.count, first + Y.shape[1]))
         S[:first, :first] = np.eye(first)
         S[first:, first:] = Y
@@ -279,32 +281,52 @@ class Lanczos:
     def _hidden(self, max_products: int) -> bool:
         """Whether a random vector's chain in the complement finds what belongs among the wanted.
 
-        Once there were copies, the chain goes on until what it finds at the end of the spectrum has converged.
+        If not, nothing of it is kept, so that the residuals of the wanted pairs stay what they are.
         """
         if self.count == self.size:
             return False
+        self.copies = self.copies or self._repeated()
         self._restart(self.top)
-        start, grew = self.count, True
+        start = self.count
         # These have converged: nobody needs the direction of what is left.
         self.R[:start, :start] += np.outer(self.coupling, self.coupling)
         self.coupling = np.zeros(start)
         self.pending = self._random()
+        if self._chain_finds(start, max_products):
+            return True
+        self.count, self.coupling = start, np.zeros(start)
+        self._solve()
+        return False
+
+    def _chain_finds(self, start: int, max_products: int) -> bool:
+        """The chain, from row `start` of the basis on; it ends when a copy would have shown, or after `CHAIN` products
+        if there were none so far."""
+        low, high = self._bounds()
+        hiding = [Hiding(value, self.size - start) for value in (low, high) if np.isfinite(value)]
+        grew = True
         while grew and self._goes_on(max_products):
             if self.count == (self.capacity if self.copies else start + CHAIN):
                 if not self.copies:
                     return False
-                self._restart((self.capacity - start) // 2, start)
+                self._restart((self.capacity - start) // 2, start, hiding)
             grew = self._step()
+            for each in hiding:
+                each.step()
             chain = slice(start, self.count)
-            values, columns = _eigh(self.T[chain, chain])
-            if self._enters(values):
+            T, coupling = self.T[chain, chain], self.coupling[chain]
+            values, _ = _eigh(T)
+            if values[0] < low or values[-1] > high:
                 self.copies = True
                 return True
-            residuals = np.abs(self.coupling[chain] @ columns)
-            ends = WHICH[self.which](values)[: 2 if self.which == "both" else 1]
-            if (residuals[ends] <= self._limit(values[ends])).all():
+            if all(each.probability(T, coupling) < _UNLIKELY for each in hiding):
                 break
         return False
+
+    def _repeated(self) -> bool:
+        """Whether some of the wanted values are the same, as far as can be told: rounding brings copies in, too."""
+        values = np.sort(self.values[self._wanted()])
+        same = np.maximum(self._rounding(), self.tolerance**2 * np.abs(values[1:]))
+        return bool((np.diff(values) <= same).any())
 
     def _found(self, interrupted: bool) -> Found:
         """The wanted pairs; they take the place of the basis."""

@@ -105,7 +105,7 @@ def estimate(
 
     def by_part(a: Tensor, b: Tensor) -> np.ndarray:
         terms = (a * b).double()
-        return np.array([float(part.sum()) for part in terms.split(list(sizes))])
+        return torch.stack([part.sum() for part in terms.split(list(sizes))]).cpu().numpy()
 
     def relative() -> float:
         now = samples.estimate(products, False)
@@ -114,10 +114,12 @@ def estimate(
     basis: Tensor | None = None
     rows: list[Tensor] = []
     try:
+        following = signs()
         while products < max_products:
-            z = signs()
+            z = following
             rest = z if basis is None else z - (basis @ z) @ basis
             product = times(rest)
+            following = signs()  # while a GPU is still at the product
             samples.values.append(by_part(z, product))
             if basis is None:
                 rows.append(product)
