@@ -70,10 +70,14 @@ def test_functions_of_each_sample_alone(name: str) -> None:
     torch.manual_seed(0)
     model = Net().double()
     x, y = normal(6, 3), labels(2, 6)
+    try:
+        truth = hessian(model, F.cross_entropy, (x,), y)
+    except RuntimeError as error:
+        pytest.skip(f"with this PyTorch: {error}")  # grid_sample before 2.12
     found = hesscli.compute(
         model, (x, y), blocks="full", method="preactivation", framework="torch"
     )  # fmt: skip
-    assert relative_error(found.matrix(), hessian(model, F.cross_entropy, (x,), y)) < 1e-9
+    assert relative_error(found.matrix(), truth) < 1e-9
 
 
 @pytest.mark.parametrize("mixed", [

@@ -450,7 +450,10 @@ class Looping(Scaled):
 def test_control_flow_of_programs(net, tmp_path):
     torch.manual_seed(0)
     model = net().double()
-    torch.export.save(torch.export.export(model, (X,)), tmp_path / "model.pt2")
+    try:
+        torch.export.save(torch.export.export(model, (X,)), tmp_path / "model.pt2")
+    except torch._export.serde.serialize.SerializeError:
+        pytest.skip("this PyTorch cannot save it")  # vmap before 2.12
     found = hesscli.compute(tmp_path / "model.pt2", (X, Y), blocks="full", framework="torch")
     a, b = model.a, model.b
     model.forward = {
