@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from hesscli.errors import MismatchError
+from hesscli.errors import DeviceMismatchError, MismatchError
 from hesscli.files.resources import available_memory
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.batch import Batch
@@ -28,6 +28,7 @@ def taken(
 
     Raises:
         MismatchError: it takes none of them; why it does not take the first.
+        DeviceMismatchError: what it makes lies on another device.
     """
     refused: MismatchError | None = None
     with torch.no_grad():
@@ -37,6 +38,8 @@ def taken(
             batch = source.part(0, count)
             try:
                 return batch, function(batch)
+            except DeviceMismatchError:
+                raise
             except MismatchError as error:
                 refused = refused or error
     assert refused is not None

@@ -69,17 +69,17 @@ class Triangle:
         """The matrix, some whole rows at a time, with the first one's number."""
         raise NotImplementedError
 
-    def _measure(self, first: int, rows: Tensor) -> None:
+    def _measure(self, first: int, rows: np.ndarray) -> None:
         """Takes from some rows what is to be known of them; the first has this number."""
         mine = slice(first, first + len(rows))
         # Not by BLAS: its sums depend on how a row lies in memory, and its threads disturb the computing ones.
-        values = rows.numpy()
         with np.errstate(over="ignore"):
-            squares = np.einsum("ij,ij->i", values, values)
-        if not np.isfinite(squares).all():  # beyond float32
-            squares = np.einsum("ij,ij->i", values, values, dtype=np.float64)
-        along = np.einsum("ij,j->i", values, self.direction.numpy())
-        self._facts[:, mine] = values[:, mine].diagonal(), squares, along
+            squares = np.einsum("ij,ij->i", rows, rows).astype(np.float64)
+        if (beyond := ~np.isfinite(squares)).any():  # float32
+            part = rows[beyond]
+            squares[beyond] = np.einsum("ij,ij->i", part, part, dtype=np.float64)
+        along = np.einsum("ij,j->i", rows, self.direction.numpy())
+        self._facts[:, mine] = rows[:, mine].diagonal(), squares, along
 
     @property
     def trace(self) -> float:
@@ -129,40 +129,31 @@ class HeldTriangle(Triangle):
         self.stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self.scratch = torch.empty(longest * layout.size, dtype=self.dtype, device=device)
-            self.direction_there = direction.to(device, torch.float64)
             self.stream = torch.cuda.Stream(device)
 
     def put(self, index: int, upper: Tensor) -> None:
         with self._aside():
             self.uppers.append(on_host(upper) if self.device.type == "cpu" else upper)
-            # On a CPU the next band is computed meanwhile, by all threads.
-            with Beside() as placing, Beside(enabled=self.device.type != "cpu") as counting:
-                for place, rows, there in self._rows(index):
+            idle = self.device.type != "cpu"  # else all threads compute the next band meanwhile
+            with Beside() as placing, Beside(idle) as counting, Beside(idle) as measuring:
+                for place, rows in self._rows(index):
+                    measuring.run(self._measure, place, rows.numpy())
                     counting.run(self.writer.count, self.name, rows.numpy(), place)
                     placing.run(self.writer.place, self.name, rows.numpy(), place)
-                    self._measure(place, there)
 
     def _aside(self) -> AbstractContextManager[object]:
         """On a GPU, does not wait for the next band, which is computed meanwhile."""
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
-
-    def _measure(self, first: int, rows: Tensor) -> None:
-        if rows.device.type != "cuda":
-            super()._measure(first, rows)
-            return
-        mine, wide = slice(first, first + len(rows)), rows.double()
-        found = [wide[:, mine].diagonal(), wide.square().sum(1), wide @ self.direction_there]
-        self._facts[:, mine] = torch.stack(found).cpu().numpy()
 
     def _pieces(self, start: int, stop: int) -> Iterator[Placed]:
         """These rows in pieces that lie together in the block, no more than so many numbers or one group at a time."""
         for placed in self.layout.placed(start, stop):
             yield from placed.together(amounts(self.device).piece // self.layout.size)
 
-    def _rows(self, index: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The rows of a band in the block's order: the first one's place, they on the host, and on the device.
+    def _rows(self, index: int) -> Iterator[tuple[int, Tensor]]:
+        """The rows of a band in the block's order, on the host, with the first one's place.
 
-        They are overwritten by those that come two steps later; on a GPU, by the next.
+        They are overwritten by those that come two steps later.
         """
         start, stop = self.bands[index]
         for piece in self._pieces(start, stop):
@@ -176,12 +167,11 @@ class HeldTriangle(Triangle):
             self.layout.to_block(own, grouped, start, self.layout.size)
             if out is not rows:
                 rows.copy_(out)
-            yield piece.place, rows, out
+            yield piece.place, rows
 
     def _whole(self) -> Iterator[tuple[int, Tensor]]:
         for index in range(len(self.bands)):
-            for place, rows, _ in self._rows(index):
-                yield place, rows
+            yield from self._rows(index)
 
     def _aligned(self, place: int, rows: int) -> Tensor:
         """Room for rows that lies to a page as they will in the file."""
@@ -200,9 +190,8 @@ class HeldTriangle(Triangle):
                 rows = self._aligned(piece.place, piece.groups * piece.length)
                 self.writer.read(self.name, piece.place, rows.numpy())
                 self.writer.count(self.name, rows.numpy(), piece.place)
-                there = rows.to(self.device)
-                self._measure(piece.place, there)
-                mine = self.layout.from_block(there)[:, start:].T
+                self._measure(piece.place, rows.numpy())
+                mine = self.layout.from_block(rows.to(self.device))[:, start:].T
                 piece.of_rows(upper.T).copy_(mine.unflatten(1, piece.shape))
             self.uppers.append(upper)
             if self.stream is not None:
@@ -245,7 +234,7 @@ class StreamedTriangle(Triangle):
     def finish(self) -> None:
         if not self.counted:
             for first, rows in self._whole():
-                self._measure(first, rows)
+                self._measure(first, rows.numpy())
                 self.writer.count(self.name, rows.numpy(), first)
             self.counted = True
 
