@@ -563,6 +563,43 @@ def test_real_parameters_of_complex_numbers(blocks, curvature):
         torch.testing.assert_close(found.diagonal(), truth.diagonal(), rtol=1e-9, atol=1e-12)
 
 
+class Odd(Pairs):
+    """Its pairs begin at an even place, but every second row of unit vectors does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(2, 1))
+        self.c = nn.Parameter(torch.randn(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = torch.view_as_complex(self.w)
+        return (torch.tanh(x @ self.a).to(w.dtype) @ w.T).abs() @ torch.ones(
+            2, 1, dtype=x.dtype
+        ) + self.c
+
+
+@pytest.mark.parametrize("blocks", ["diag", "elements", "full"])
+def test_pairs_in_a_model_of_an_odd_number_of_parameters(blocks):
+    torch.manual_seed(0)
+    model = Odd().double()
+    found = hesscli.compute(
+        model, (X, Y), blocks=blocks, curvature="ggn", framework="torch"
+    ).matrix()
+    parameters = dict(model.named_parameters())
+
+    def output(flat: Tensor) -> Tensor:
+        parts = flat.split([p.numel() for p in parameters.values()])
+        values = {n: v.view_as(p) for (n, p), v in zip(parameters.items(), parts, strict=True)}
+        return torch.func.functional_call(model, values, (X,)).flatten()
+
+    flat = torch.cat([p.detach().flatten() for p in parameters.values()])
+    J = torch.autograd.functional.jacobian(output, flat)
+    truth = 2 * J.T @ J / len(J)
+    if blocks == "full":
+        torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.diagonal(), truth.diagonal(), rtol=1e-9, atol=1e-12)
+
+
 class Lengths(Waves):
     """Lengths of complex numbers, which are curved, right behind a layer."""
 

@@ -209,8 +209,8 @@ class Products(Flat):
     def _joined(self, grads: Sequence[Tensor | None]) -> Tensor:
         parts, start = [], 0
         for g, leaf in zip(grads, self.leaves, strict=True):
-            if g is not None and g.requires_grad and start % 2:
-                # Its seed begins at an odd place, where pairs are no complex numbers.
+            if g is not None and g.requires_grad and (start % 2 or self.size % 2):
+                # Its seed, or that of another row, begins at an odd place, where pairs are no complex numbers.
                 g.register_hook(torch.clone)
             parts.append((torch.zeros_like(leaf) if g is None else g).reshape(-1))
             start += leaf.numel()

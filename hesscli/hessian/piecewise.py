@@ -15,6 +15,7 @@ LINEAR_OPERATORS = (
         "_upsample_nearest_exact2d _upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
         "pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im repeat roll flip narrow unfold "
         "tril triu cumsum index index_select gather scatter scatter_add detach clone alias contiguous _to_copy "
+        "_fft_r2c _fft_c2r _fft_c2c real imag view_as_real view_as_complex complex _conj conj_physical resolve_conj "
         "lift_fresh add sub rsub new_zeros new_ones new_full zeros_like ones_like full_like".split()
     )
     | RESHAPES

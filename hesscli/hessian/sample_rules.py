@@ -21,7 +21,7 @@ ELEMENTWISE_UNARY = frozenset(
 ELEMENTWISE = frozenset(
     "add sub mul div rsub where maximum minimum fmax fmin atan2 eq ne lt le gt ge logical_and logical_or "
     "bitwise_and bitwise_or masked_fill lerp addcmul addcdiv xlogy logaddexp copy pow "
-    "fmod remainder hypot copysign logaddexp2 special_xlog1py special_zeta".split()
+    "fmod remainder hypot copysign logaddexp2 special_xlog1py special_zeta complex polar".split()
 )
 REDUCTION = frozenset(
     "sum mean amax amin prod var std logsumexp max min argmax argmin norm linalg_vector_norm any all "
@@ -29,7 +29,11 @@ REDUCTION = frozenset(
 )
 ALONG = frozenset(
     "_softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod cummax cummin sort topk "
-    "flip roll".split()
+    "flip roll _fft_r2c _fft_c2r _fft_c2c".split()
+)
+# Between real and complex numbers: an axis that comes or goes is the last.
+COMPLEX = frozenset(
+    "real imag angle view_as_real view_as_complex _conj conj_physical resolve_conj".split()
 )
 # Samples along the first axis, and no way for an output sample to see another.
 FIRST_AXIS = frozenset(
@@ -237,7 +241,7 @@ _RULES: dict[str, Rule] = {
     "squeeze": moves.squeezed,
     "constant_pad_nd": moves.padded,
     **dict.fromkeys(ELEMENTWISE, _elementwise),
-    **dict.fromkeys(ELEMENTWISE_UNARY - ELEMENTWISE, _unary),
+    **dict.fromkeys((ELEMENTWISE_UNARY | COMPLEX) - ELEMENTWISE, _unary),
 }
 
 
