@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from hesscli.hessian import kronecker
+from hesscli.hessian.amounts import Amounts
 from hesscli.hessian.kronecker import add_kronecker_rows
 from hesscli.hessian.workers import side_by_side, workers
 
@@ -60,3 +62,29 @@ def test_rows_of_a_kronecker_sum_do_not_depend_on_the_threads(two_threads):
     expected = torch.einsum("pbi,bq,bj->pqij", s, a, a).reshape(2800, 2800)
     upper = torch.ones(40, 40).triu().repeat_interleave(70, 0).repeat_interleave(70, 1)
     assert float(((found[0] - expected) * upper).abs().max()) < 1e-12 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("pairs", [1, 128 * 70 * 40, 300 * 70 * 40])
+def test_many_samples_of_a_kronecker_sum_take_no_more_memory(monkeypatch, pairs):
+    """Some samples and some columns at a time: no more products of two inputs are held than may be."""
+    monkeypatch.setattr(kronecker, "amounts", lambda device: Amounts(pairs=pairs))
+    held: list[int] = []
+    real = kronecker._add_products
+
+    def watched(target, s, a, edges, most):
+        q, width = edges[0][0], a.shape[1]
+        held.append(len(a) * (edges[-1][1] - q) * (width - q))
+        real(target, s, a, edges, most)
+
+    monkeypatch.setattr(kronecker, "_add_products", watched)
+    generator = torch.Generator().manual_seed(0)
+    s = torch.randn(6, 500, 6, generator=generator, dtype=torch.float64)
+    s = s + s.permute(2, 1, 0)
+    a = torch.randn(500, 70, generator=generator, dtype=torch.float64)
+    out = torch.zeros(420, 420, dtype=torch.float64)
+    add_kronecker_rows(out, s, a)
+    least = 128 * 24 * 70  # a group of columns of the fewest samples
+    assert max(held) <= max(pairs, least)
+    expected = torch.einsum("pbi,bq,bj->pqij", s, a, a).reshape(420, 420)
+    upper = torch.ones(6, 6).triu().repeat_interleave(70, 0).repeat_interleave(70, 1)
+    assert float(((out - expected) * upper).abs().max()) < 1e-12 * float(expected.abs().max())

@@ -24,6 +24,7 @@ class Amounts:
         jacobians: of some samples.
         curvature: at the pre-activations of some neurons, of all samples.
         chain: the curvature along a chain, of some samples.
+        pairs: of a layer's inputs, multiplied with each other, of some samples.
         product: of matrices, before it is put in its place.
         tile: rows and columns that are mirrored together.
         piece: of a large matrix's rows that are on their way to the disk.
@@ -37,6 +38,7 @@ class Amounts:
     jacobians: int = 1 << 20
     curvature: int = 1 << 23
     chain: int = 1 << 26
+    pairs: int = 1 << 26
     product: int = 1 << 19
     tile: int = 512
     piece: int = 1 << 22
@@ -61,6 +63,7 @@ def _of_gpu(device: torch.device) -> Amounts:
         jacobians=many,
         curvature=many,
         chain=many,
+        pairs=many,
         product=min(1 << 25, many),
         tile=4096,
         piece=1 << 24,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from hesscli.hessian.amounts import amounts
+from hesscli.hessian.layout import Span
 from hesscli.hessian.workers import side_by_side, workers
 
 _WIDTH = 32  # columns of a that are multiplied together
+_FEWEST = 128  # samples multiplied at once; a product over fewer runs far below the machine's rate
 
 
 def add_kronecker_rows(out: Tensor, s: Tensor, a: Tensor) -> None:
@@ -25,21 +27,40 @@ def add_kronecker_rows(out: Tensor, s: Tensor, a: Tensor) -> None:
         s: [rows, B, n].
         a: [B, m].
     """
-    rows, samples, n = s.shape
+    rows, _, n = s.shape
     m = a.shape[1]
     groups = -(-m // _WIDTH)
     edges = [(g * m // groups, (g + 1) * m // groups) for g in range(groups)]
-    pairs = [(a[:, q:stop, None] * a[:, None, q:]).flatten(1) for q, stop in edges]
+    usual = amounts(out.device)
+    step = max(_FEWEST, usual.pairs // (m * max(stop - q for q, stop in edges)))
     target = out.unflatten(1, (n, m)).unflatten(0, (rows, m))
+    for b in range(0, len(a), step):
+        mine = slice(b, b + step)
+        for together in _together(edges, len(a[mine]) * m, usual.pairs):
+            _add_products(target, s[:, mine], a[mine], together, usual.product)
+
+
+def _together(edges: Sequence[Span], column: int, most: int) -> Iterator[list[Span]]:
+    """Groups of columns of a, as many at a time as have no more than so many numbers with all others; at least one."""
+    while edges:
+        count = max(1, sum(column * (stop - edges[0][0]) <= most for _, stop in edges))
+        yield list(edges[:count])
+        edges = edges[count:]
+
+
+def _add_products(target: Tensor, s: Tensor, a: Tensor, edges: Sequence[Span], most: int) -> None:
+    """The share of some samples, and of these columns of a: target [rows, m, n, m]."""
+    rows, samples, n = s.shape
+    m = a.shape[1]
+    pairs = [(a[:, q:stop, None] * a[:, None, q:]).flatten(1) for q, stop in edges]
     widest = max(pair.shape[1] for pair in pairs)
-    most = amounts(out.device).product
     chunks: list[range] = []
     start = 0
     while start < rows:
         stop = min(rows, start + max(1, most // ((n - start) * widest)))
         chunks.append(range(start, stop))
         start = stop
-    count = workers(out.device, len(chunks))
+    count = workers(target.device, len(chunks))
     buffers = [a.new_empty(max(most, n * widest)) for _ in range(count)]
 
     def add(worker: int, mine: Iterator[range]) -> None:

@@ -25,6 +25,7 @@ from tests.benchmarks.peers import PEERS, DiagonalPeer, RowPeer, Rows
 from tests.benchmarks.tasks import BY_NAME, PACKAGES
 
 Result = dict[str, Any]
+MORE = (512, 1024, 2048)  # rows at a time, which only a GPU gains from
 
 
 def build(task: str, toy: bool, model: str, data: str) -> Result:
@@ -45,7 +46,8 @@ def tune(task: str, toy: bool, peer: str, model: str, data: str) -> Result:
     if not competitor.chunks:
         return {"chunk": _largest(rows, size)}
     seconds: dict[int, float] = {}  # of one row
-    for chunk in sorted({min(chunk, size) for chunk in competitor.chunks}):
+    chunks = (*competitor.chunks, *(MORE if torch.get_default_device().type == "cuda" else ()))
+    for chunk in sorted({min(chunk, size) for chunk in chunks}):
         try:
             times = [_timed(lambda c=chunk: rows(0, c)) for _ in range(3)]
         except RuntimeError:  # out of memory
