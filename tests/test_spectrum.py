@@ -213,10 +213,58 @@ def test_interrupted():
 
 
 def test_memory_is_bounded():
-    multiply, like = rotated(SPECTRA["normal"])
-    search = Lanczos(multiply, 900, 10, "largest", 1e-3, torch.Generator().manual_seed(0), like)
-    search.run(500)
+    values = np.r_[5.0, 4.0, 3.0, np.zeros(400_000)]
+    multiply, like = rotated(values, torch.float32)
+    search = Lanczos(
+        multiply, len(values), 10, "largest", 1e-3, torch.Generator().manual_seed(0), like
+    )
+    search.run(30)
     assert len(search.basis) + 2 <= 30  # what is pending, and a product
+    multiply, like = rotated(SPECTRA["normal"])
+    small = Lanczos(multiply, 900, 10, "largest", 1e-3, torch.Generator().manual_seed(0), like)
+    small.run(500)
+    assert small.basis.numel() <= 1 << 23
+
+
+TINY = np.random.default_rng(0)
+OUTLIERS = np.r_[1000, 300, 50, 50, 10, 10]
+SMALL = {
+    "bulk": (np.r_[OUTLIERS, TINY.uniform(-0.001, 0.001, 800), -0.06, -0.05, -0.05], "both", 6),
+    "positive-bulk": (np.r_[OUTLIERS, TINY.uniform(0, 0.04, 800), -0.06, -0.05, -0.05], "both", 6),
+    "wide-bulk": (np.r_[OUTLIERS, TINY.uniform(-0.1, 0.1, 800)], "largest", 12),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_values_far_below_the_largest(name):
+    """A thousandth of a tenth of it is no zero: such values converge, or are said not to."""
+    values, which, top = SMALL[name]
+    truth = np.sort(values[WHICH[which](values)][:top])
+    done = 0
+    for seed in range(4):
+        found, multiply = search(values, top, which, seed=seed)
+        if found.converged.all():
+            done += 1
+            np.testing.assert_allclose(np.sort(found.values), truth, rtol=2e-2)
+            true = [
+                float((multiply(x) - v * x).norm())
+                for v, x in zip(found.values, found.vectors, strict=True)
+            ]
+            assert (np.array(true) <= 1e-3 * np.abs(found.values)).all()
+    assert done >= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rank", [2, 5, 50])
+def test_the_smallest_of_a_matrix_of_low_rank_are_zero(rank, dtype):
+    values = np.r_[np.linspace(1, 5, rank), np.zeros(700)]
+    found, _ = search(values, 3, "smallest", dtype=dtype)
+    assert found.converged.all()
+    assert found.products < 100
+    np.testing.assert_allclose(found.values, 0, atol=1e-3)
+    gram = (found.vectors @ found.vectors.T).double()
+    atol = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(gram, torch.eye(3, dtype=torch.float64), atol=atol, rtol=0)
 
 
 def test_not_finite():
@@ -345,7 +393,7 @@ def test_exact_density_and_histogram():
     edges, mass = found.histogram(2)
     assert edges.tolist() == [1, 2, 3]
     assert mass.tolist() == [0.5, 0.5]
-    for flat in (np.zeros(5), np.full(5, -2.0)):
+    for flat in (np.zeros(5), np.full(5, -2.0), 3 * (1 + np.arange(5) * 1e-15)):
         edges, mass = exact(flat).histogram(4)
         assert mass.sum() == pytest.approx(1)
         assert edges[0] < flat[0] < edges[-1]

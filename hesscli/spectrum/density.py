@@ -18,6 +18,9 @@ from torch import Tensor
 from hesscli.spectrum.finite import finite
 
 
+_SAME = 1e-6  # relative distance of values that only rounding tells apart
+
+
 @dataclass(frozen=True)
 class Density:
     """Point masses on the real line."""
@@ -33,7 +36,7 @@ class Density:
         if not len(self.nodes):
             return np.zeros(1), np.zeros(0)
         low, high = float(self.nodes[0]), float(self.nodes[-1])
-        if low == high:
+        if high - low <= _SAME * max(abs(low), abs(high)):
             low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
         mass, edges = np.histogram(self.nodes, bins, (low, high), weights=self.weights)
         return edges, mass

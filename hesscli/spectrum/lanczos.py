@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,7 +37,10 @@ CHAIN = 12
 stays hidden from twelve with a probability below 1 %. Once a copy was found, chains go on until that is so for any."""
 
 _UNLIKELY = 0.01
+_MOST, _ROOM = 80, 1 << 23  # basis vectors, and numbers in them, that are worth having anyway
+_ZERO = 0.03  # times the tolerance and the largest value: what is no more counts as zero
 _LEAST = 0.1  # share of the allowed residual below which none is asked for
+_CANCELLED = 1e-3  # of a product is so little that it is orthogonalised once more
 _FEW = 4  # rows of the basis that are faster one by one
 _TILE = 1 << 16  # columns of the basis that are rotated at a time
 
@@ -63,7 +66,8 @@ class Lanczos:
         top: how many pairs.
         which: one of `WHICH`.
         tolerance: a pair has converged when `||H v - lambda v|| <= tolerance |lambda|`; or when no more than the
-            rounding of a product is left of it; or when it is zero to a tenth of the tolerance times the largest.
+            rounding of a product is left of it; or when value and residual are zero to 3 % of the tolerance
+            times the largest value that was met.
         generator: of the starting vectors.
         guess: a vector [n] where the wanted ones may be, or zeros. The search starts between it and a random one, so
             that none is missed; in its dtype and on its device.
@@ -83,8 +87,10 @@ class Lanczos:
     ) -> None:
         self.multiply, self.size, self.top, self.which = multiply, size, min(top, size), which
         self.tolerance, self.generator, self.report = tolerance, generator, report
-        # 27 basis vectors for ten pairs: with what is pending and the product, about 30.
-        self.capacity = min(size, max(2 * self.top + 7, self.top + CHAIN))
+        # 27 basis vectors for ten pairs: with what is pending and the product, about 30. More where they are short:
+        # restarts forget, which costs products at a crowded end.
+        roomy = min(_MOST, _ROOM // max(1, size))
+        self.capacity = min(size, max(2 * self.top + 7, self.top + CHAIN, roomy))
         self.basis = torch.zeros(self.capacity, size, dtype=guess.dtype, device=guess.device)
         self.T = np.zeros((self.capacity, self.capacity))
         self.R = np.zeros((self.capacity, self.capacity))  # R^T R of the Krylov relation
@@ -95,7 +101,8 @@ class Lanczos:
         if 0 < float(length) < math.inf:
             self.pending = self._unit(self.pending.add_(guess / length))
         self.products = 0
-        self.copies = False  # whether a chain has found any
+        self.copies = False  # whether there were any
+        self.largest = 0.0  # of all Ritz values so far, those that were let go too
         self.interrupted: Callable[[], bool] = lambda: False
         self._solve()
 
@@ -114,7 +121,7 @@ class Lanczos:
             found = self._found(self.interrupted())
             if found.interrupted or self.products >= max_products:
                 return found
-            return self._confirmed(found)
+            return self._confirmed(found, max_products)
 
     def _goes_on(self, max_products: int) -> bool:
         return self.count < self.size and self.products < max_products and not self.interrupted()
@@ -138,10 +145,13 @@ class Lanczos:
         parts = np.append(self.coupling, float(vector @ product))
         self._subtract(product, parts)
         parts += self._orthogonalise(product)
-        self.T[j, : self.count] = self.T[: self.count, j] = parts
         norm = float(torch.linalg.norm(product))
+        if norm < _CANCELLED * size:  # what is left is rounding of what was taken away
+            parts += self._orthogonalise(product)
+            norm = float(torch.linalg.norm(product))
+        self.T[j, : self.count] = self.T[: self.count, j] = parts
         self.coupling = np.zeros(self.count)
-        least = 16 * torch.finfo(product.dtype).eps * max(size, self._scale())
+        least = 16 * torch.finfo(product.dtype).eps * max(size, self.largest)
         new = norm > least and self.count < self.size
         if new:
             self.coupling[j] = norm
@@ -187,25 +197,21 @@ class Lanczos:
         self.values, self.columns = _eigh(self.T[mine, mine])
         left = np.einsum("ik,ij,jk->k", self.columns, self.R[mine, mine], self.columns)
         self.residuals = np.hypot(self.coupling @ self.columns, np.sqrt(left.clip(0)))
+        self.largest = max(self.largest, float(np.abs(self.values).max(initial=0.0)))
 
     def _wanted(self) -> np.ndarray:
         return WHICH[self.which](self.values)[: self.top]
 
-    def _scale(self) -> float:
-        return float(np.abs(self.values).max(initial=0.0))
-
     def _rounding(self) -> float:
         """What a product's rounding leaves of a residual."""
-        return 32 * torch.finfo(self.basis.dtype).eps * self._scale()
+        return 32 * torch.finfo(self.basis.dtype).eps * self.largest
 
     def _limit(self, values: np.ndarray | float) -> np.ndarray:
-        """The residuals with which these have converged.
-
-        What is next to zero has no relative error to reach: it may have what keeps it there.
-        """
+        """The residuals with which these have converged. Zero has no relative error to reach."""
         sizes = np.abs(values)
-        zero = 0.1 * self.tolerance * self._scale() - sizes
-        return np.maximum(np.maximum(self.tolerance * sizes, zero), self._rounding())
+        zero = _ZERO * self.tolerance * self.largest
+        relative = np.where(sizes <= zero, zero, self.tolerance * sizes)
+        return np.maximum(relative, self._rounding())
 
     def _excess(self, places: np.ndarray) -> np.ndarray:
         """Residuals as multiples of what they may be."""
@@ -337,13 +343,28 @@ class Lanczos:
         residuals = np.maximum(self.residuals[best], self._rounding() / 32)
         return Found(self.values[best], vectors, residuals, converged, self.products, interrupted)
 
-    def _confirmed(self, found: Found) -> Found:
-        """The same with residuals that one more product has confirmed.
+    def _confirmed(self, found: Found, max_products: int) -> Found:
+        """The same with residuals that more products have confirmed.
 
-        H x is formed for a random combination of the eigenvectors. What it has beyond the Krylov relation is the error
+        Where there were copies, what is left of pairs that were kept apart overlaps, and H x is formed for each x. Else
+        it is formed for a random combination of the eigenvectors: what it has beyond the Krylov relation is the error
         of that relation (of each pair, about the root of their number less), and is added to every residual.
         """
         best = self._wanted()
+        if self.copies and self.products + len(best) <= max_products:
+            rests = [
+                self.multiply(x) - v * x for x, v in zip(found.vectors, found.values, strict=True)
+            ]
+            self.products += len(best)
+            residuals = np.array(
+                [float(torch.linalg.vector_norm(r, dtype=torch.float64)) for r in rests]
+            )
+            return replace(
+                found,
+                residuals=residuals,
+                converged=residuals <= self._limit(found.values),
+                products=self.products,
+            )
         signs = torch.randint(0, 2, (len(best),), generator=self.generator).double() * 2 - 1
         c = signs.to(found.vectors)
         product = self.multiply(c @ found.vectors)
