@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.map import map as map_rows
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
+from torch.nn.utils.prune import l1_unstructured
 
 import hesscli
 from hesscli.hessian.precision import in_precision_
@@ -681,3 +682,110 @@ def test_complex_numbers(net, blocks, dtype, tmp_path):
     operator = hesscli.operator(tmp_path / "model.pt2", tmp_path / "d.npz", dtype=dtype)
     columns = torch.from_numpy(operator @ np.eye(len(truth))).double()
     torch.testing.assert_close(columns.diagonal(), truth.diagonal(), rtol=tolerance, atol=tolerance)
+
+
+class Target(nn.Module):
+    """As in self-distillation: one of two layers is a constant for the other, and for itself."""
+
+    def __init__(self, constant):
+        super().__init__()
+        self.a, self.t = nn.Linear(2, 1), nn.Linear(2, 1)
+        self.constant = constant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.a(x)) * self.constant(self.t(x))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"blocks": "full"},
+        {"blocks": "module"},
+        {"blocks": "full", "params": "t.*"},
+        {"blocks": "elements", "params": "t.*"},
+        {"blocks": "diag", "method": "preactivation"},
+        {"blocks": "diag", "params": "t.*", "method": "gauss-newton"},
+        {"blocks": "diag", "params": "t.*", "curvature": "ggn"},
+        {"blocks": "diag", "params": "t.*", "curvature": "fisher"},
+    ],
+)
+@pytest.mark.parametrize(
+    "constant",
+    [
+        torch.detach,
+        lambda z: (z > 0).to(z.dtype),
+        lambda z: z.argmax(1, keepdim=True),
+        torch.ones_like,
+    ],
+    ids=["detached", "compared", "index", "likeness"],
+)
+def test_a_layer_behind_which_nothing_has_a_derivative(constant, options):
+    torch.manual_seed(0)
+    model = Target(constant).double()
+    found = hesscli.compute(model, (X, Y), loss="mse", framework="torch", **options)
+    truth = hessian(model, nn.functional.mse_loss, (X,), Y)
+    names = [name for name, _ in model.named_parameters()]
+    assert not truth[3:].any()
+    if options["blocks"] == "full" and "params" not in options:
+        torch.testing.assert_close(found.matrix(), truth)
+    for block in found.metadata["blocks"]:
+        if block["name"].startswith("t"):
+            assert not found.block(block["name"]).any()
+            assert block["unused"]
+    assert names == ["a.weight", "a.bias", "t.weight", "t.bias"]
+
+
+class Score(nn.Module):
+    """The gradient of an energy by its input; autograd keeps what `exp` gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        energy = self.b(torch.exp(-self.a(x).square()).sqrt())
+        return torch.autograd.grad(energy.sum(), x, create_graph=True)[0]
+
+
+class Tangent(Score):
+    def forward(self, x: Tensor) -> Tensor:
+        net = nn.Sequential(self.a, nn.Tanh(), self.b)
+        return torch.func.jvp(net, (x,), (torch.ones_like(x),))[1].expand(-1, 2)
+
+
+@pytest.mark.parametrize("net", [Score, Tangent])
+@pytest.mark.parametrize("blocks", ["full", "diag"])
+@pytest.mark.parametrize("batch_size", [1, 4, None])
+def test_models_that_differentiate_themselves(net, blocks, batch_size):
+    torch.manual_seed(0)
+    model, y = net().double(), torch.randn(len(X), 2, dtype=torch.float64)
+    found = hesscli.compute(
+        model, (X, y), loss="mse", blocks=blocks, batch_size=batch_size, check=False,
+        framework="torch",
+    )  # fmt: skip
+    truth = hessian(model, nn.functional.mse_loss, (X,), y)
+    if blocks == "full":
+        torch.testing.assert_close(found.matrix(), truth)
+    else:
+        torch.testing.assert_close(found.block("a.weight"), truth[:6, :6])
+        torch.testing.assert_close(found.block("a.bias"), truth[6:9, 6:9])
+
+
+class Keeping(Scaled):
+    """Keeps what it computed, as hooks do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.hidden = torch.tanh(self.a(x))
+        return self.b(self.hidden * self.scale)
+
+
+def test_modules_that_keep_what_they_computed():
+    torch.manual_seed(0)
+    pruned, keeping = Scaled().double(), Keeping().double()
+    l1_unstructured(pruned.a, "weight", 0.4)
+    keeping(X)
+    for model in (pruned, keeping):
+        found = hesscli.compute(model, (X, Y), loss="mse", blocks="full", framework="torch")
+        truth = hessian(model, nn.functional.mse_loss, (X,), Y)
+        torch.testing.assert_close(found.matrix(), truth)

@@ -124,6 +124,9 @@ class _Recorder(Watcher):
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args)):
             self._refuse("the model turns gradients off")
+        if torch._C._current_graph_task_id() != -1:
+            # What autograd saved of the pass looks like what the model detaches.
+            self._refuse("the model differentiates itself")
         arguments = self._referenced(args)
         keywords = {name: self._referenced(value) for name, value in kwargs.items()}
         writes = [

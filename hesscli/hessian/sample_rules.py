@@ -21,7 +21,8 @@ ELEMENTWISE_UNARY = frozenset(
 ELEMENTWISE = frozenset(
     "add sub mul div rsub where maximum minimum fmax fmin atan2 eq ne lt le gt ge logical_and logical_or "
     "bitwise_and bitwise_or masked_fill lerp addcmul addcdiv xlogy logaddexp copy pow "
-    "fmod remainder hypot copysign logaddexp2 special_xlog1py special_zeta complex polar".split()
+    "fmod remainder hypot copysign logaddexp2 special_xlog1py special_zeta complex polar "
+    "tanh_backward sigmoid_backward".split()
 )
 REDUCTION = frozenset(
     "sum mean amax amin prod var std logsumexp max min argmax argmin norm linalg_vector_norm any all "

@@ -130,8 +130,13 @@ class _Folder:
 
 
 def _copied(module: nn.Module) -> nn.Module:
+    # What modules compute and keep, as pruning does, is no leaf, and has no copy of its own.
+    attributes = (value for part in module.modules() for value in vars(part).values())
+    kept = {
+        id(x): x.detach().clone() for x in attributes if isinstance(x, Tensor) and not x.is_leaf
+    }
     try:
-        return copy.deepcopy(module)
+        return copy.deepcopy(module, kept)
     except Exception as error:  # a module may hold anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MismatchError(

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from hesscli.spectrum.finite import finite
 
-
 _SAME = 1e-6  # relative distance of values that only rounding tells apart
 
 
