@@ -286,7 +286,8 @@ def _add_rows(
     places = dict(zip(part.block.parameters, starts_of(part.block.sizes), strict=True))
     size = gradient.numel()
     usual = amounts(gradient.device).rows
-    chunk = max(1, min(usual, workspace // (8 * probed.output.numel() + part.block.size)))
+    activations = sum(x.numel() for x in probed.known.values())
+    chunk = max(1, min(usual, workspace // (activations + part.block.size)))
     last = min(size, part.stop - at)
     for first in range(max(0, part.start - at), last, chunk):
         count = min(chunk, last - first)
