@@ -170,9 +170,8 @@ class Probed:
         end = tape.output if cut is None else cut.value
         self.known = tape.replay(given, probed, tape.until(end))
         self.output = self.known[end]
-        for (
-            probe
-        ) in self.probes.values():  # zero, so that there is a derivative by each, if only that
+        for probe in self.probes.values():
+            # Nothing, but so there is a derivative by each, even where what follows is a constant.
             self.output = self.output + probe.flatten()[:0].abs().sum()
         self.samples = tape.shapes[tape.output][0]
         self.weight = None if cut is None else cut.gradient.clone().requires_grad_()

@@ -131,10 +131,9 @@ class _Folder:
 
 def _copied(module: nn.Module) -> nn.Module:
     # What modules compute and keep, as pruning does, is no leaf, and has no copy of its own.
-    attributes = (value for part in module.modules() for value in vars(part).values())
-    kept = {
-        id(x): x.detach().clone() for x in attributes if isinstance(x, Tensor) and not x.is_leaf
-    }
+    parts = list(module.modules())
+    attributes = [x for part in parts for x in vars(part).values() if isinstance(x, Tensor)]
+    kept = {id(x): x.detach().clone() for x in [*attributes, *module.buffers()] if not x.is_leaf}
     try:
         return copy.deepcopy(module, kept)
     except Exception as error:  # a module may hold anything

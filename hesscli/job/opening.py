@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,32 +64,42 @@ def open_problem(
     Raises:
         HesscliError: of any kind; see `errors.py`.
     """
-    notes: list[str] = []
-
-    def note(text: str) -> None:
-        if text not in notes:
-            notes.append(text)
-            listener.note(text)
-
-    device = _device(options.device)
+    device, note = _device(options.device), _Notes(listener)
     try:
-        return _opened(options, device, model, share, side_by_side, notes, note)
+        return _opened(options, device, note, model, share, side_by_side)
     except DeviceMismatchError:
         if options.device != "auto":
             raise
     note("the model makes tensors on the CPU, so all is done there")
-    return _opened(options, torch.device("cpu"), model, share, side_by_side, notes, note)
+    return _opened(options, torch.device("cpu"), note, model, share, side_by_side)
+
+
+class _Notes:
+    """What the listener has heard, each once."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+        self.texts: list[str] = []
+
+    def __call__(self, text: str) -> None:
+        if text not in self.texts:
+            self.texts.append(text)
+            self.listener.note(text)
 
 
 def _opened(
     options: ProblemOptions,
     device: torch.device,
+    note: _Notes,
     model: SavedModel | None,
     share: Alone,
     side_by_side: bool,
-    notes: list[str],
-    note: Callable[[str], None],
 ) -> Opened:
+    """The same on one device.
+
+    Raises:
+        DeviceMismatchError: the model makes tensors on another.
+    """
     torch.manual_seed(options.seed)
     settle(options)
     model = model or load_model(
@@ -189,7 +198,7 @@ def _opened(
             "inferred": options.loss == "auto",
         },
     }
-    return Opened(problem, sizes, tied, frozen, facts, notes)
+    return Opened(problem, sizes, tied, frozen, facts, note.texts)
 
 
 def _device(name: str) -> torch.device:
