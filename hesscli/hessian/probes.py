@@ -170,9 +170,11 @@ class Probed:
         end = tape.output if cut is None else cut.value
         self.known = tape.replay(given, probed, tape.until(end))
         self.output = self.known[end]
-        for probe in self.probes.values():
-            # Nothing, but so there is a derivative by each, even where what follows is a constant.
-            self.output = self.output + probe.flatten()[:0].abs().sum()
+        if (
+            not self.output.requires_grad
+        ):  # what follows is a constant: there are derivatives, of zero
+            nothing = sum(probe.flatten()[:0].abs().sum() for probe in self.probes.values())
+            self.output = self.output + nothing
         self.samples = tape.shapes[tape.output][0]
         self.weight = None if cut is None else cut.gradient.clone().requires_grad_()
         self.duals = {a: torch.zeros_like(self.known[a]).requires_grad_() for a in activations}
