@@ -303,7 +303,7 @@ def test_compute_errors(net):
         hesscli.compute(net, (X, Y, Y))
     with pytest.raises(hesscli.HesscliError, match="ReLU: a model without parameters"):
         hesscli.compute(nn.ReLU(), (X, X))
-    net.cache = net(X)
+    net.cache = [net(X)]
     with pytest.raises(hesscli.HesscliError, match="Net: cannot be copied"):
         hesscli.compute(net, (X, Y))
 
