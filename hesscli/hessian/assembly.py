@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.amounts import amounts
-from hesscli.hessian.kronecker import add_kronecker_rows
+from hesscli.hessian.kronecker import FEWEST, add_kronecker_rows
 from hesscli.hessian.layers import Layer
 from hesscli.hessian.probes import Probed
 from hesscli.hessian.uses import Use
 from hesscli.hessian.workers import side_by_side, workers
-
-_FEWEST = 128  # samples multiplied at once; a product over fewer runs far below the machine's rate
 
 
 def add_layer(
@@ -116,7 +114,7 @@ class _Later:
             for layer, delta in ((layer, deltas[layer.z]) for layer in layers)
         ]
         together = amounts(probed.output.device).gradients
-        step = max(_FEWEST, together // max(1, self.size))
+        step = max(FEWEST, together // max(1, self.size))
         samples = len(self.inputs[0]) if layers else 0
         self.parts = [slice(start, min(start + step, samples)) for start in range(0, samples, step)]
         self.buffers: list[Tensor] = []  # one of each worker

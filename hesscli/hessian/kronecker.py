@@ -12,7 +12,7 @@ from hesscli.hessian.layout import Span
 from hesscli.hessian.workers import side_by_side, workers
 
 _WIDTH = 32  # columns of a that are multiplied together
-_FEWEST = 128  # samples multiplied at once; a product over fewer runs far below the machine's rate
+FEWEST = 128  # samples multiplied at once; a product over fewer runs far below the machine's rate
 
 
 def add_kronecker_rows(out: Tensor, s: Tensor, a: Tensor) -> None:
@@ -32,7 +32,7 @@ def add_kronecker_rows(out: Tensor, s: Tensor, a: Tensor) -> None:
     groups = -(-m // _WIDTH)
     edges = [(g * m // groups, (g + 1) * m // groups) for g in range(groups)]
     usual = amounts(out.device)
-    step = max(_FEWEST, usual.pairs // (m * max(stop - q for q, stop in edges)))
+    step = max(FEWEST, usual.pairs // (m * max(stop - q for q, stop in edges)))
     target = out.unflatten(1, (n, m)).unflatten(0, (rows, m))
     for b in range(0, len(a), step):
         mine = slice(b, b + step)

@@ -28,7 +28,7 @@ def choose_sizes(
     itemsize: int,
     memory: int,
     usual: Amounts,
-    rows: int = PREFERRED_ROWS,
+    rows: int,
 ) -> Sizes:
     """Samples per batch and rows per chunk that keep within the workspace.
 

@@ -131,9 +131,9 @@ class _Folder:
 
 def _copied(module: nn.Module) -> nn.Module:
     # What modules compute and keep, as pruning does, is no leaf, and has no copy of its own.
-    parts = list(module.modules())
-    attributes = [x for part in parts for x in vars(part).values() if isinstance(x, Tensor)]
-    kept = {id(x): x.detach().clone() for x in [*attributes, *module.buffers()] if not x.is_leaf}
+    attributes = [x for part in module.modules() for x in vars(part).values()]
+    tensors = [x for x in [*attributes, *module.buffers()] if isinstance(x, Tensor)]
+    kept = {id(x): x.detach().clone() for x in tensors if not x.is_leaf}
     try:
         return copy.deepcopy(module, kept)
     except Exception as error:  # a module may hold anything

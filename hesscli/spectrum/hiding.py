@@ -32,20 +32,24 @@ class Hiding:
         """The pending vector joins the basis, and there is a new one."""
         self.start = np.append(self.start, 0.0)
 
-    def restart(self, T: np.ndarray, coupling: np.ndarray, Y: np.ndarray) -> None:
+    def restart(
+        self, ritz: np.ndarray, columns: np.ndarray, coupling: np.ndarray, Y: np.ndarray
+    ) -> None:
         """The basis becomes Y^T times itself; what u has along the rest is known from the pending vector."""
         *start, pending = self.start
         rest = np.asarray(start) - Y @ (Y.T @ start)
-        self.start = np.append(Y.T @ start, pending + rest @ self._coordinates(T, coupling))
+        known = rest @ self._coordinates(ritz, columns, coupling)
+        self.start = np.append(Y.T @ start, pending + known)
 
-    def probability(self, T: np.ndarray, coupling: np.ndarray) -> float:
-        """That v has so little of u that it does not show."""
-        h = self._coordinates(T, coupling)
+    def probability(self, ritz: np.ndarray, columns: np.ndarray, coupling: np.ndarray) -> float:
+        """That v has so little of u that it does not show; with the eigenvalues and eigenvectors of T."""
+        h = self._coordinates(ritz, columns, coupling)
         along = abs(float(self.start[:-1] @ h + self.start[-1])) / math.sqrt(float(h @ h) + 1)
         return math.sqrt(2 * self.size / math.pi) * along
 
-    def _coordinates(self, T: np.ndarray, coupling: np.ndarray) -> np.ndarray:
+    def _coordinates(
+        self, ritz: np.ndarray, columns: np.ndarray, coupling: np.ndarray
+    ) -> np.ndarray:
         """h where w is one."""
-        ritz, Y = np.linalg.eigh(T)
         gaps = self.value - ritz
-        return Y @ (Y.T @ coupling / np.where(gaps == 0, np.finfo(float).tiny, gaps))
+        return columns @ (columns.T @ coupling / np.where(gaps == 0, np.finfo(float).tiny, gaps))

@@ -262,7 +262,7 @@ class Lanczos:
         values, columns = _eigh(self.T[mine, mine])
         Y = columns[:, WHICH[self.which](values)[:keep]]
         for each in hiding:
-            each.restart(self.T[mine, mine], self.coupling[mine], Y)
+            each.restart(values, columns, self.coupling[mine], Y)
         S = np.zeros((self.count, first + Y.shape[1]))
         S[:first, :first] = np.eye(first)
         S[first:, first:] = Y
@@ -319,12 +319,12 @@ class Lanczos:
             for each in hiding:
                 each.step()
             chain = slice(start, self.count)
-            T, coupling = self.T[chain, chain], self.coupling[chain]
-            values, _ = _eigh(T)
+            values, columns = _eigh(self.T[chain, chain])
             if values[0] < low or values[-1] > high:
                 self.copies = True
                 return True
-            if all(each.probability(T, coupling) < _UNLIKELY for each in hiding):
+            coupling = self.coupling[chain]
+            if all(h.probability(values, columns, coupling) < _UNLIKELY for h in hiding):
                 break
         return False
 
