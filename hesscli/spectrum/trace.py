@@ -1,13 +1,9 @@
 """The trace of a symmetric operator, whole and by parts, estimated with its standard error.
 
 For a random vector z of signs, E[z_b . (H z)_b] is the trace of H over the coordinates b (Hutchinson). Its variance is
-2 ||H||^2 less the diagonal, and most of that comes from a few large eigenvalues. So when many samples are foreseen,
-the first products Y = H Z serve as a sketch: Q = orth(Y) spans about the leading eigenvectors, and with P = Q^T Q
-
-    tr_b(H) = tr_b(H P) + tr_b(H (I - P))
-
-has an exact first term, for as many more products as Q has rows, and a second with far less variance (Hutch++, for
-every part at once).
+2 ||H||^2 less the diagonal, and often a few large eigenvalues make most of it. They also skew the samples: most are too
+small, and so is the error that these show. So the first samples serve as a sketch, by which the leading directions are
+taken out and their trace is had exactly: where they skew the samples, and where it saves products.
 """
 
 from __future__ import annotations
@@ -20,8 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SKETCH = 16  # vectors, and the least number of samples that a standard error is taken from
-_WORTH = 6  # a sketch is made where this many times its products are foreseen
+from hesscli.spectrum.sketch import Sketch
+
+SKETCH = 16  # samples: the least that a standard error is taken from, and what a sketch is made of
+_SKEWED = 0.5  # if one more direction taken out leaves less than this much of the variance, it skews the samples
+_NOTHING = 1e-9  # of the variance: rounding
 
 
 @dataclass(frozen=True)
@@ -37,35 +36,30 @@ class Estimate:
     interrupted: bool = False
 
 
-class _Samples:
-    """Sums of samples, one for each part and one for the whole."""
+def _estimate(
+    samples: Sequence[np.ndarray], parts: int, products: int, converged: bool, interrupted: bool
+) -> Estimate:
+    """Of samples [b], each of the traces of all parts."""
+    if not samples:
+        unknown = np.full(parts, np.nan)
+        return Estimate(unknown, unknown, math.nan, math.nan, products, False, interrupted)
 
-    def __init__(self, parts: int) -> None:
-        self.values: list[np.ndarray] = []
-        self.offset = np.zeros(parts)
+    def error(values: np.ndarray) -> np.ndarray:
+        if len(values) < 2:
+            return np.full(values.shape[1:], np.nan)
+        return np.asarray(values.std(0, ddof=1) / math.sqrt(len(values)))
 
-    def estimate(self, products: int, converged: bool, interrupted: bool = False) -> Estimate:
-        parts = np.array(self.values).reshape(-1, len(self.offset)) + self.offset
-        count = len(parts)
-        totals = parts.sum(1)
-        if not count:
-            unknown = np.full(len(self.offset), np.nan)
-            return Estimate(unknown, unknown, math.nan, math.nan, products, False, interrupted)
-
-        def error(samples: np.ndarray) -> np.ndarray:
-            if count < 2:
-                return np.full(samples.shape[1:], np.nan)
-            return np.asarray(samples.std(0, ddof=1) / math.sqrt(count))
-
-        return Estimate(
-            parts.mean(0),
-            error(parts),
-            float(totals.mean()),
-            float(error(totals)),
-            products,
-            converged,
-            interrupted,
-        )
+    values = np.array(samples)
+    totals = values.sum(1)
+    return Estimate(
+        values.mean(0),
+        error(values),
+        float(totals.mean()),
+        float(error(totals)),
+        products,
+        converged,
+        interrupted,
+    )
 
 
 def estimate(
@@ -91,8 +85,11 @@ def estimate(
         report: hears (products, relative standard error, relative_error).
     """
     size = sum(sizes)
-    samples = _Samples(len(sizes))
     products = 0
+    samples: list[np.ndarray] = []
+    known = np.zeros(len(sizes))  # the exact part of each sample
+    basis = torch.empty(0, size, dtype=like.dtype, device=like.device)
+    first: list[Tensor] = []  # products
 
     def signs() -> Tensor:
         bits = torch.randint(0, 2, (size,), generator=generator, dtype=torch.int8)
@@ -107,49 +104,56 @@ def estimate(
         terms = (a * b).double()
         return torch.stack([part.sum() for part in terms.split(list(sizes))]).cpu().numpy()
 
-    def relative() -> float:
-        now = samples.estimate(products, False)
-        return now.error / abs(now.total) if now.total else (math.inf if now.error else 0.0)
+    def now(converged: bool = False, interrupted: bool = False) -> Estimate:
+        return _estimate(samples, len(sizes), products, converged, interrupted)
 
-    basis: Tensor | None = None
-    rows: list[Tensor] = []
+    def relative() -> float:
+        found = now()
+        return found.error / abs(found.total) if found.total else (math.inf if found.error else 0.0)
+
     try:
         following = signs()
         while products < max_products:
             z = following
-            rest = z if basis is None else z - (basis @ z) @ basis
-            product = times(rest)
+            product = times(z - (basis @ z) @ basis)
             following = signs()  # while a GPU is still at the product
-            samples.values.append(by_part(z, product))
-            if basis is None:
-                rows.append(product)
-            count = len(samples.values)
-            if count < SKETCH:
+            samples.append(known + by_part(z, product))
+            if products <= SKETCH:
+                first.append(product)
+            if len(samples) < SKETCH:
                 report(products, 1.0, relative_error)
                 continue
             report(products, relative(), relative_error)
+            if products == SKETCH:
+                still = relative() / relative_error if relative_error else math.inf
+                basis = _leading(first, SKETCH * still * still, max_products - products)
+                first = []
+                if len(basis):
+                    known = np.sum([by_part(q, times(q)) for q in basis], axis=0)
+                    samples = []
+                    continue
             if relative() <= relative_error:
-                return samples.estimate(products, True)
-            still = relative() / relative_error if relative_error else math.inf
-            foreseen = count * still * still
-            left = max_products - products
-            if basis is None and rows and min(foreseen, left) > _WORTH * SKETCH:
-                basis = torch.linalg.qr(torch.stack(rows).T)[0].T
-                samples = _sketched(times, basis, by_part, len(sizes))
-            rows = []  # the sketch is made of the first products or not at all
+                return now(converged=True)
     except KeyboardInterrupt:
-        return samples.estimate(products, False, True)
-    return samples.estimate(products, False)
+        return now(interrupted=True)
+    return now()
 
 
-def _sketched(
-    times: Callable[[Tensor], Tensor],
-    basis: Tensor,
-    by_part: Callable[[Tensor, Tensor], np.ndarray],
-    parts: int,
-) -> _Samples:
-    """No samples yet, and the exact part tr_b(H P) = sum over q of q_b . (H q)_b."""
-    samples = _Samples(parts)
-    for q in basis:
-        samples.offset = samples.offset + by_part(q, times(q))
-    return samples
+def _leading(products: list[Tensor], foreseen: float, most: int) -> Tensor:
+    """The directions to leave out of further samples: the fewest products from here, of which there are so many.
+
+    Args:
+        products: of the first samples.
+        foreseen: samples, if nothing is left out.
+        most: products that may follow.
+    """
+    sketch = Sketch(torch.stack(products))
+    left = sketch.left()
+    counts = np.arange(len(left))
+    costs = counts + np.maximum(SKETCH, left * foreseen)
+    costs[0] = foreseen - SKETCH  # which have been made
+    skewed = left[1:] + _NOTHING < _SKEWED * (left[:-1] + _NOTHING)
+    least = int(np.append(skewed, False).argmin())
+    costs[:least] = math.inf
+    costs[counts + SKETCH > most] = math.inf
+    return sketch.directions(int(costs.argmin()))
