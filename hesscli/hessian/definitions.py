@@ -201,25 +201,30 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ends = (
-        offsets[1:]
-        if include_last_offset
-        else torch.cat([offsets[1:], offsets.new_tensor([indices.numel()])])
-    )
-    bag = torch.bucketize(torch.arange(indices.numel(), device=indices.device), ends, right=True)
+    count = len(offsets) - include_last_offset
+    starts, places = offsets[:count], torch.arange(len(indices), device=offsets.device)
+    bag = torch.bucketize(places, starts, right=True) - 1
+    kept = (indices != padding_idx).unsqueeze(1)
     rows = torch.nn.functional.embedding(indices, weight)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.unsqueeze(1)
-    kept = indices != padding_idx
-    rows = rows * kept.unsqueeze(1).to(rows.dtype)
-    one_hot = torch.nn.functional.one_hot(bag, ends.numel()).to(rows.dtype)
-    size = (one_hot * kept.unsqueeze(1).to(rows.dtype)).sum(0)
-    if mode == 2:
+    even = count > 0 and torch.equal(starts, places[:: max(1, len(indices) // count)][:count])
+
+    def summed(x: Tensor) -> Tensor:
+        """Over each bag."""
+        if even:  # a bag for each row of a matrix
+            return x.unflatten(0, (count, -1)).sum(1)
+        return x.new_zeros(count, x.shape[1]).index_add(0, bag, x)
+
+    size = summed(kept.to(rows.dtype))
+    if mode != 2:
+        bags = summed(rows * kept.to(rows.dtype)) / (size.clamp(min=1) if mode == 1 else 1)
+    elif even:
+        largest = rows.masked_fill(~kept, -torch.inf).unflatten(0, (count, -1)).max(1).values
+        bags = largest.masked_fill(size == 0, 0)
+    else:
         raise NotImplementedError("derivative for aten::_embedding_bag (max) is not implemented")
-    bags = one_hot.T @ rows
-    if mode == 1:
-        bags = bags / size.clamp(min=1).unsqueeze(1)
-    return bags, bag, size.to(offsets.dtype), offsets
+    return bags, bag, size.squeeze(1).to(offsets.dtype), offsets
 
 
 def _step_by_step(operator: str) -> Callable[..., object]:

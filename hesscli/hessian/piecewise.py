@@ -16,7 +16,8 @@ LINEAR_OPERATORS = (
         "pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im repeat roll flip narrow unfold "
         "tril triu cumsum index index_select gather scatter scatter_add detach clone alias contiguous _to_copy "
         "_fft_r2c _fft_c2r _fft_c2c real imag view_as_real view_as_complex complex _conj conj_physical resolve_conj "
-        "lift_fresh add sub rsub new_zeros new_ones new_full zeros_like ones_like full_like".split()
+        "index_put index_add index_copy index_fill slice_scatter select_scatter diagonal_scatter diagonal diag_embed "
+        "fill zero lift_fresh add sub rsub new_zeros new_ones new_full zeros_like ones_like full_like".split()
     )
     | RESHAPES
 )
@@ -24,7 +25,7 @@ PIECEWISE = frozenset(
     "relu relu6 leaky_relu hardtanh hardshrink softshrink threshold clamp clamp_min clamp_max abs sign round floor "
     "ceil max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d amax amin "
     "maximum minimum fmax fmin max min median kthvalue cummax cummin aminmax sort topk argmax argmin trunc "
-    "where eq ne lt le gt ge masked_fill nan_to_num".split()
+    "scatter_reduce where eq ne lt le gt ge masked_fill nan_to_num".split()
 )
 # Linear in each argument, so linear in a value that reaches one of them alone.
 MULTILINEAR = frozenset("mul mm mv addmm bmm baddbmm convolution".split())

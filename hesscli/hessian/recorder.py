@@ -18,6 +18,7 @@ from hesscli.hessian.guests import is_missing_derivative
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.tape import Call, Ref, Tape
 from hesscli.hessian.watcher import Watcher
+from hesscli.hessian.writes import fills_a_mask, functional, put_back
 
 _BLANK = frozenset("empty empty_like empty_strided new_empty new_empty_strided".split())
 _CONVOLUTION_OF_TRACES = torch.ops.aten._convolution.default
@@ -61,7 +62,7 @@ def _recorded(
         raise NotApplicable(str(error).splitlines()[0]) from error
     if id(output) not in recorder.numbers:
         raise NotApplicable("the output does not depend on the data")
-    number = recorder.numbers[id(output)]
+    number = recorder._referenced(output).value
     needed = {number}
     if recorder.refusal:  # what writes into another's memory is not seen to be needed
         needed.update(range(len(recorder.shapes)))
@@ -83,7 +84,7 @@ def _recorded(
         given,
         {n: recorder.shapes[n] for n in needed},
         {name: found[name] for name in order},
-        tuple(recorder.numbers[id(x)] for x in inputs if recorder.numbers.get(id(x)) in needed),
+        tuple(recorder.first[id(x)] for x in inputs if recorder.first.get(id(x)) in needed),
         number,
         frozenset(recorder.complex & needed),
         recorder.refusal,
@@ -104,8 +105,9 @@ def _unfused() -> Iterator[None]:
 class _Recorder(Watcher):
     """Numbers every tensor that passes by, and keeps it alive so that its identity stays its own.
 
-    An operator that writes in place is recorded as its functional twin. Tensors that share the memory it wrote to are
-    then stale: reading one later would see the change, which the twin does not make.
+    An operator that writes in place is recorded as its functional twin, and what it wrote to through a view is put
+    together anew. Other tensors that share the memory are then stale: views are taken again when they are read, and
+    anything else would show a change that the twin does not make.
     """
 
     def __init__(self) -> None:
@@ -114,11 +116,15 @@ class _Recorder(Watcher):
         self.given: dict[int, Tensor] = {}
         self.shapes: list[torch.Size] = []
         self.complex: set[int] = set()
-        self.numbers: dict[int, int] = {}
+        self.numbers: dict[int, int] = {}  # of what a tensor, by identity, is now
+        self.first: dict[int, int] = {}  # and of what it was at first
         self.tensors: dict[int, Tensor] = {}  # by identity
         self.memory: dict[int, set[int]] = {}  # storage -> identities
         self.storages: dict[int, int] = {}  # identity -> storage
         self.stale: set[int] = set()
+        self.views: dict[
+            int, tuple[int, Call]
+        ] = {}  # identity of a view -> that of the whole, and how it was taken
         self.refusal = ""
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -142,7 +148,9 @@ class _Recorder(Watcher):
         if torch.Tag.nondeterministic_seeded in func.tags:
             self._refuse(f"{func._schema.name.removeprefix('aten::')} draws random numbers")
         if any(writes):
-            recorded = self._without_writing(func, list(itertools.compress(args, writes)))
+            recorded, arguments = self._without_writing(
+                func, args, arguments, list(itertools.compress(args, writes))
+            )
         if recorded is _CONVOLUTION_OF_TRACES:  # its further arguments are cuDNN's business
             recorded, arguments = torch.ops.aten.convolution.default, arguments[:9]
         parts = result if isinstance(result, (tuple, list)) else (result,)
@@ -155,6 +163,10 @@ class _Recorder(Watcher):
             for part in parts
         )
         self.calls.append(Call(recorded, arguments, keywords, outputs))
+        if any(writes):
+            self._put_back(result)
+        elif isinstance(result, Tensor) and func._schema.returns[0].alias_info is not None:
+            self.views.setdefault(id(result), (id(args[0]), self.calls[-1]))
         return result
 
     def _keep_given(self, target: Tensor) -> None:
@@ -170,16 +182,55 @@ class _Recorder(Watcher):
         """Keeps the first reason. What is recorded still tells how much work a pass is."""
         self.refusal = self.refusal or reason
 
-    def _without_writing(self, func: Any, written: list[Any]) -> Any:
-        """The operator that gives what this one writes in place."""
-        twin = _functional(func)
+    def _without_writing(
+        self, func: Any, args: tuple[Any, ...], arguments: tuple[Any, ...], written: list[Any]
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """The operator that gives what this one writes in place, and its arguments."""
+        twin = functional(func)
         if len(written) != 1 or not isinstance(written[0], Tensor):
             self._refuse(f"{func._schema.name} writes into its arguments")
-        elif twin is None:
+            return func, arguments
+        self.stale |= self.memory[self.storages[id(written[0])]] - {id(written[0])}
+        if func is torch.ops.aten.copy_.default:
+            return self._copied(written[0], args[1], arguments[1])
+        if fills_a_mask(func, args):
+            return torch.ops.aten.masked_fill.Tensor, (arguments[0], *arguments[1], arguments[2])
+        if twin is None:
             self._refuse(f"{func._schema.name.removeprefix('aten::')} writes in place")
-        else:
-            self.stale |= self.memory[self.storages[id(written[0])]] - {id(written[0])}
-        return twin or func
+        return twin or func, arguments
+
+    def _copied(self, target: Tensor, source: Tensor, ref: Ref) -> tuple[Any, tuple[Any, ...]]:
+        """A copy in another's shape, and of its dtype."""
+        if source.dtype is not target.dtype:
+            number = len(self.shapes)
+            self.shapes.append(source.shape)
+            if target.is_complex():
+                self.complex.add(number)
+            convert = torch.ops.aten._to_copy.default
+            self.calls.append(Call(convert, (ref,), {"dtype": target.dtype}, (number,)))
+            ref = Ref(number)
+        return torch.ops.aten.expand.default, (ref, tuple(target.shape))
+
+    def _put_back(self, part: Any) -> None:
+        """What was written to through a view, as far as it is known what the view is of."""
+        while id(part) in self.views:
+            key, view = self.views[id(part)]
+            whole, was = self.tensors[key], Ref(self.numbers[key])
+            made = put_back(view, was, Ref(self.numbers[id(part)]), whole.shape)
+            if made is None:
+                return
+            self.calls.append(Call(*made, {}, (self._number(whole, self.storages[key]),)))
+            part = whole
+
+    def _taken_again(self, view: Tensor) -> None:
+        """A view of what has been written to since it was taken."""
+        if id(view) not in self.views:
+            self._refuse("the model reads through a view what it wrote in place")
+            return
+        key, call = self.views[id(view)]
+        whole = self._referenced(self.tensors[key])
+        made = (self._number(view, self.storages[id(view)]),)
+        self.calls.append(Call(call.operator, (whole, *call.arguments[1:]), call.keywords, made))
 
     def _storage(self, func: Any, args: tuple[Any, ...], made: Tensor) -> int:
         """Which memory an operator's result shares: that of the tensor it is a view of, or its own."""
@@ -207,6 +258,7 @@ class _Recorder(Watcher):
         if tensor.is_complex():
             self.complex.add(number)
         self.numbers[id(tensor)] = number
+        self.first.setdefault(id(tensor), number)
         self.tensors[id(tensor)] = tensor
         self.stale.discard(id(tensor))
         self.storages[id(tensor)] = storage
@@ -216,7 +268,7 @@ class _Recorder(Watcher):
     def _referenced(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             if id(value) in self.stale:
-                self._refuse("the model reads through a view what it wrote in place")
+                self._taken_again(value)
             if id(value) not in self.numbers:
                 self.given[self._number(value, self._memory(value))] = value
             return Ref(self.numbers[id(value)])
@@ -237,15 +289,3 @@ def _converted(made: Any, x: Tensor) -> bool:
     """Whether what is made of float32 is in float64, or in half precision."""
     real = isinstance(made, Tensor) and made.is_floating_point()
     return real and x.dtype is torch.float32 is not made.dtype
-
-
-def _functional(operator: Any) -> Any:
-    """The operator that gives what this one writes in place, if PyTorch has one."""
-    name = operator._schema.name.removeprefix("aten::")
-    twin = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") else None
-    if name == "copy_":
-        twin = None  # `copy` has no derivative
-    overload = operator._schema.overload_name or "default"
-    if twin is not None and overload in twin.overloads():
-        return getattr(twin, overload)
-    return torch.ops.aten.transpose.int if name == "transpose_" else None

@@ -71,6 +71,22 @@ def selected(c: Context) -> SampleAxis | None:
     return replace(axis, axis=axis.axis - (at < axis.axis))
 
 
+def diagonals(c: Context) -> SampleAxis | None:
+    """`diagonal` makes the last axis of two; `diag_embed` makes two of the last."""
+    axis, names = c.only(), ("dim1", "dim2")
+    if c.call.name == "diagonal":
+        dims = c.dims([c.named(name) for name in names], len(c.shape()))
+        if axis.axis in dims:
+            raise mixes(c.call)
+        return replace(axis, axis=axis.axis - sum(d < axis.axis for d in dims))
+    rank = len(c.result)
+    dims = c.dims([c.named(name) for name in names], rank)
+    if axis.axis == rank - 2:
+        raise mixes(c.call)
+    others = [d for d in range(rank) if d not in dims]
+    return replace(axis, axis=others[axis.axis])
+
+
 def along_another(c: Context) -> SampleAxis | None:
     """Operators that work along one axis and leave the others alone; `unfold` puts its windows' own axis last."""
     axis = c.only()
@@ -121,38 +137,49 @@ def by_position(c: Context) -> SampleAxis | None:
     return axis
 
 
+class Indices:
+    """Where the axes of a tensor are in what its second argument, a list of indices, takes of it."""
+
+    def __init__(self, c: Context) -> None:
+        indices = c.argument(1)
+        self.at = [place for place, index in enumerate(indices) if index is not None]
+        self.rank = max(len(c.shapes[indices[place].value]) for place in self.at)
+        self.adjacent = self.at[-1] - self.at[0] + 1 == len(self.at)
+        self.first = self.at[0] if self.adjacent else 0  # where the axes of the indices go
+
+    def moved(self, axis: int) -> int:
+        """The place of an axis that no index is for."""
+        before = sum(place < axis for place in self.at)
+        behind = self.first < axis or not self.adjacent
+        return axis - before + (self.rank if behind else 0)
+
+
 def indexed(c: Context) -> SampleAxis | None:
     """`x[:, i, j]` by constant indices, or a constant by indices that depend on the samples: a table.
 
     Or each sample's own numbers: `mask[arange(B)[:, None], j]`, where j may depend on the samples too.
     """
-    indices = c.argument(1)
-    at = [place for place, index in enumerate(indices) if index is not None]
-    shapes = [c.shapes[indices[place].value] for place in at]
-    rank = max(map(len, shapes))
-    adjacent = at[-1] - at[0] + 1 == len(at)
-    first = at[0] if adjacent else 0  # where the axes of the indices go
-    if len(c.result) != len(c.shape()) - len(at) + rank:
+    indices, places = c.argument(1), Indices(c)
+    if len(c.result) != len(c.shape()) - len(places.at) + places.rank:
         raise mixes(c.call)  # a mask of several axes
+    shapes = {place: c.shapes[indices[place].value] for place in places.at}
     taken = {
-        replace(axis, axis=first + axis.axis + rank - len(shape))
-        for place, shape in zip(at, shapes, strict=True)
+        replace(axis, axis=places.first + axis.axis + places.rank - len(shape))
+        for place, shape in shapes.items()
         if (axis := c.axes[indices[place].value])
     }
     mine = c.axis(0)
     if mine is None and len(taken) == 1:
         return taken.pop()
-    if mine is not None and mine.axis in at:
+    if mine is not None and mine.axis in places.at:
         own = _counted(c, mine, indices[mine.axis].value)
-        result = SampleAxis(first + own + rank - len(c.shapes[indices[mine.axis].value]))
+        result = SampleAxis(places.first + own + places.rank - len(shapes[mine.axis]))
         if taken - {result}:
             raise mixes(c.call)
         return result
     if mine is None or taken:
         raise mixes(c.call)
-    before = sum(place < mine.axis for place in at)
-    behind = first < mine.axis or not adjacent
-    return replace(mine, axis=mine.axis - before + (rank if behind else 0))
+    return replace(mine, axis=places.moved(mine.axis))
 
 
 def _counted(c: Context, mine: SampleAxis, index: int) -> int:

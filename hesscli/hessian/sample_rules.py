@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hesscli.hessian import sample_moves as moves
+from hesscli.hessian import sample_writes as writes
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.sample_axis import Context, Rule, SampleAxis, mixes
 from hesscli.hessian.tape import Call, Ref
@@ -60,7 +61,7 @@ LOSS_OPERATORS = frozenset(
 )
 LIKELIHOODS = frozenset("nll_loss_forward nll_loss2d_forward".split())
 # A fresh tensor in the likeness of another, whose numbers it does not take.
-CONSTANT = frozenset("new_zeros new_ones new_full".split())
+CONSTANT = frozenset("new_zeros new_ones new_full zero".split())
 RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias flatten unflatten".split())
 
 
@@ -212,6 +213,12 @@ def _constant(c: Context) -> SampleAxis | None:
     return None
 
 
+def _filled(c: Context) -> SampleAxis | None:
+    if c.axis(1) is not None:
+        raise mixes(c.call)
+    return None
+
+
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(REDUCTION, _reduction),
     **dict.fromkeys(ALONG, _along),
@@ -236,6 +243,14 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("select", "unbind"), moves.selected),
     **dict.fromkeys(("gather", "scatter", "scatter_add"), moves.by_position),
     "index": moves.indexed,
+    "index_put": writes.put,
+    **dict.fromkeys(("index_add", "index_copy", "index_fill"), writes.by_index),
+    "scatter_reduce": writes.reduced_by_position,
+    "slice_scatter": writes.into_slice,
+    "select_scatter": writes.into_selection,
+    "diagonal_scatter": writes.into_diagonal,
+    **dict.fromkeys(("diagonal", "diag_embed"), moves.diagonals),
+    "fill": _filled,
     "repeat": moves.repeated,
     "expand": moves.expanded,
     "unsqueeze": moves.unsqueezed,
