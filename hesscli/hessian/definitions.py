@@ -208,19 +208,20 @@ def embedding_bag(
     rows = torch.nn.functional.embedding(indices, weight)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.unsqueeze(1)
-    even = count > 0 and torch.equal(starts, places[:: max(1, len(indices) // count)][:count])
+    length, rest = divmod(len(indices), max(1, count))
+    even = not rest and torch.equal(starts, length * torch.arange(count, device=starts.device))
 
     def summed(x: Tensor) -> Tensor:
         """Over each bag."""
         if even:  # a bag for each row of a matrix
-            return x.unflatten(0, (count, -1)).sum(1)
+            return x.unflatten(0, (count, length)).sum(1)
         return x.new_zeros(count, x.shape[1]).index_add(0, bag, x)
 
     size = summed(kept.to(rows.dtype))
     if mode != 2:
         bags = summed(rows * kept.to(rows.dtype)) / (size.clamp(min=1) if mode == 1 else 1)
     elif even:
-        largest = rows.masked_fill(~kept, -torch.inf).unflatten(0, (count, -1)).max(1).values
+        largest = rows.masked_fill(~kept, -torch.inf).unflatten(0, (count, length)).max(1).values
         bags = largest.masked_fill(size == 0, 0)
     else:
         raise NotImplementedError("derivative for aten::_embedding_bag (max) is not implemented")

@@ -38,7 +38,10 @@ def curved(tape: Tape, value: int) -> str | None:
         hits = [n for n in call.reads if n in reached]
         if not hits or call.name in LINEAR_OPERATORS:
             continue
-        if call.name in PIECEWISE and tape.complex.isdisjoint(hits):  # |z| is a root
+        product = "prod" in call.arguments  # of `scatter_reduce`
+        if (
+            call.name in PIECEWISE and not product and tape.complex.isdisjoint(hits)
+        ):  # |z| is a root
             continue
         if call.name in MULTILINEAR and len(hits) == 1:
             continue

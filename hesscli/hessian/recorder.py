@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -202,13 +203,8 @@ class _Recorder(Watcher):
     def _copied(self, target: Tensor, source: Tensor, ref: Ref) -> tuple[Any, tuple[Any, ...]]:
         """A copy in another's shape, and of its dtype."""
         if source.dtype is not target.dtype:
-            number = len(self.shapes)
-            self.shapes.append(source.shape)
-            if target.is_complex():
-                self.complex.add(number)
-            convert = torch.ops.aten._to_copy.default
-            self.calls.append(Call(convert, (ref,), {"dtype": target.dtype}, (number,)))
-            ref = Ref(number)
+            convert, dtype = torch.ops.aten._to_copy.default, {"dtype": target.dtype}
+            ref = self._made(target, convert, (ref,), source.shape, dtype)
         return torch.ops.aten.expand.default, (ref, tuple(target.shape))
 
     def _put_back(self, part: Any) -> None:
@@ -216,11 +212,36 @@ class _Recorder(Watcher):
         while id(part) in self.views:
             key, view = self.views[id(part)]
             whole, was = self.tensors[key], Ref(self.numbers[key])
-            made = put_back(view, was, Ref(self.numbers[id(part)]), whole.shape)
+            now, shape = Ref(self.numbers[id(part)]), whole.shape
+            made = put_back(
+                view, was, now, shape, partial(self._made, whole), partial(self._constant, whole)
+            )
             if made is None:
                 return
             self.calls.append(Call(*made, {}, (self._number(whole, self.storages[key]),)))
             part = whole
+
+    def _made(
+        self,
+        like: Tensor,
+        operator: Any,
+        arguments: tuple[Any, ...],
+        shape: Sequence[int],
+        keywords: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Ref:
+        """The result of an operator that the pass itself does not call; of another tensor's kind of numbers."""
+        number = len(self.shapes)
+        self.shapes.append(torch.Size(shape))
+        if like.is_complex():
+            self.complex.add(number)
+        self.calls.append(Call(operator, arguments, keywords, (number,)))
+        return Ref(number)
+
+    def _constant(self, like: Tensor, numbers: list[int]) -> Ref:
+        """A vector of numbers, on another tensor's device."""
+        vector = torch.tensor(numbers, device=like.device)
+        self.given[self._number(vector, self._memory(vector))] = vector
+        return Ref(self.numbers[id(vector)])
 
     def _taken_again(self, view: Tensor) -> None:
         """A view of what has been written to since it was taken."""
