@@ -304,6 +304,20 @@ def test_estimated_trace(cli):
     assert "+- " in cli("trace", *MLP, "--method", "hvp", "--rel-error", 0.1).stdout
 
 
+def test_a_trace_that_an_estimate_does_not_reach_is_exact_where_that_costs_no_more(cli, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 10)).double()
+    files = saved(
+        tmp_path, model, x=np.random.default_rng(0).random((30, 20)), y=np.zeros((30, 10))
+    )
+    rough = ("trace", *files, "--method", "hvp", "--json", "--rel-error")
+    found = cli(*rough, 1e-6).document
+    assert (found["exact"], found["converged"]) == (True, True)
+    assert found["total"]["trace"] == pytest.approx(np.trace(dense(cli, *files)), rel=1e-10)
+    assert cli(*rough, 1e-6, "--max-products", 600).document["exact"] is False
+    assert cli(*rough, 0.1).document["exact"] is False
+
+
 def test_a_trace_that_stays_rough_passes_no_gate(cli):
     rough = ("trace", *MLP, "--method", "hvp", "--max-products", 20)
     assert cli(*rough).code == 0
@@ -499,6 +513,21 @@ def test_per_fedavg(cli, tmp_path, other):
     names = [name for name, _ in model.named_parameters()]
     flat = np.concatenate([found[name].reshape(-1) for name in names])
     np.testing.assert_allclose(flat, truth.numpy(), rtol=1e-9, atol=1e-12)
+
+
+def test_a_query_has_the_loss_of_the_data(cli, tmp_path):
+    """One-hot targets alone would look like those of a regression."""
+    torch.manual_seed(0)
+    x, classes = np.random.default_rng(0).random((6, 3)), np.array([0, 1, 2, 1, 0, 2])
+    files = saved(tmp_path, nn.Linear(3, 3).double(), x=x, y=classes)
+    np.savez("query.npz", x=x, y=np.eye(3)[classes])
+    np.savez("same.npz", x=x, y=classes)
+    norms = []
+    for query in ("query.npz", "same.npz"):
+        ran = cli("hvp", *files, "--per-fedavg", 0.1, "--query", query, "--json")
+        assert ran.code == 0, ran.stderr
+        norms.append(np.linalg.norm(load_file(tmp_path / "hvp.safetensors")["weight"]))
+    assert norms[0] == pytest.approx(norms[1])
 
 
 # --- parameters of no axis, and of no numbers -----------------------------------------------------

@@ -152,6 +152,36 @@ def test_samples_that_mix_far_apart_or_hidden(tmp_path, monkeypatch, net, group,
     assert relative_error(found, truth) < 1e-9
 
 
+class Branch(nn.Module):
+    """Takes its inputs for pixels where some of them are bright."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        if bool(x.max() > 1):
+            x = x / 255
+        return self.b(torch.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize("by", ["module", "script"])
+def test_a_branch_that_goes_by_late_samples(tmp_path, monkeypatch, by):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = Branch().double().eval()
+    x, y = torch.rand(100, 3, dtype=torch.float64), torch.randn(100, 2, dtype=torch.float64)
+    x[90:] *= 255
+    truth = hessian(model, F.mse_loss, (x,), y)
+    if by == "script":
+        torch.jit.script(model).save("net.pt")
+        model = "net.pt"
+    found = hesscli.compute(
+        model, {"x": x, "y": y}, blocks="full", framework="torch", batch_size=36
+    )
+    assert relative_error(found.matrix(), truth) < 1e-9
+
+
 def test_a_loss_of_groups_that_no_half_divides():
     def listwise(output, target, group):
         same = group[:, None] == group[None]

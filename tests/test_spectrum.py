@@ -440,6 +440,15 @@ def test_density(name):
     assert distance <= bound + 1e-9 * max(1.0, width)
 
 
+@pytest.mark.parametrize("scale", [1e20, 1e-24])
+def test_density_where_squares_leave_float32(scale):
+    values = np.linspace(1, 2, 100)
+    diagonal = torch.from_numpy(scale * values).float()
+    generator = torch.Generator().manual_seed(1)
+    found = lanczos_quadrature(lambda v: diagonal * v, 100, 8, 40, generator, diagonal)
+    assert wasserstein_distance(found.nodes / scale, values, found.weights) < 0.05
+
+
 def test_density_sharpens_with_steps():
     values = SPECTRA["normal"]
     far, near = (

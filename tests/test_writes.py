@@ -96,6 +96,13 @@ def operators_on_columns(h, x):
 
 
 @seen
+def squares(h, x):
+    h = h * 1
+    h[:, 3].pow_(2)
+    return h
+
+
+@seen
 def through_a_transpose(h, x):
     out = torch.zeros(6, len(h), dtype=h.dtype)
     out.T[:, :3] = h[:, :3]
@@ -279,6 +286,22 @@ def test_samples_that_meet_in_a_write_are_refused(function, traced):
             torch.testing.assert_close(found[block.name], part, rtol=1e-10, atol=1e-12)
 
 
+def test_a_product_by_position_is_curved():
+    """Of one sample too, which no rule of samples is asked about."""
+    place = torch.tensor([[0, 0, 1, 2, 3, 3]])
+    function = lambda h, x: torch.ones_like(h).scatter_reduce(1, place, h, "prod")  # noqa: E731
+    module, x, target = Features(function).double(), normal(1, 4, seed=2), normal(1, 3, seed=3)
+    truth = hessian(module, LOSSES["mse"], (x,), target)
+    routes = routes_of(problem_of(module, (x,), target))
+    for block, part in blocks_and_truth(routes["hvp"].problem, truth, "block_diagonal"):
+        for name in FAST:
+            try:
+                found = compute_blocks(routes[name], [block])[block.name]
+            except NotApplicable:
+                continue
+            torch.testing.assert_close(found, part, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("padding", [None, 2])
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
@@ -305,7 +328,7 @@ def test_bags_of_words(mode, padding, weighted):
 def test_bags_of_different_lengths():
     torch.manual_seed(0)
     words = torch.tensor([0, 2, 1, 3, 3, 4])
-    for starts, last in (([0, 2, 2, 3], False), ([0, 1, 3, 6], True)):
+    for starts, last in (([0, 2, 2, 3], False), ([0, 1, 3, 6], True), ([0, 1, 2, 3], False)):
         bag = nn.EmbeddingBag(5, 4, mode="mean", include_last_offset=last)
         module = Net(
             lambda s, x, starts=starts: s.b(torch.tanh(s.e(words, torch.tensor(starts)))),

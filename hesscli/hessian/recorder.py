@@ -22,6 +22,7 @@ from hesscli.hessian.watcher import Watcher
 from hesscli.hessian.writes import fills_a_mask, functional, put_back
 
 _BLANK = frozenset("empty empty_like empty_strided new_empty new_empty_strided".split())
+_TELLING = frozenset("_local_scalar_dense equal is_nonzero nonzero".split())
 _CONVOLUTION_OF_TRACES = torch.ops.aten._convolution.default
 
 
@@ -88,8 +89,22 @@ def _recorded(
         tuple(recorder.first[id(x)] for x in inputs if recorder.first.get(id(x)) in needed),
         number,
         frozenset(recorder.complex & needed),
+        _decided(
+            recorder.calls, [recorder.first[id(x)] for x in inputs if id(x) in recorder.first]
+        ),
         recorder.refusal,
     )
+
+
+def _decided(calls: Sequence[Call], inputs: Sequence[int]) -> bool:
+    """Whether Python, or TorchScript, was told a number that depends on the inputs."""
+    reached = set(inputs)
+    for call in calls:
+        if not reached.isdisjoint(call.reads):
+            if call.name in _TELLING:
+                return True
+            reached.update(n for n in call.outputs if n is not None)
+    return False
 
 
 @contextmanager

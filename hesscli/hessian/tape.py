@@ -53,6 +53,7 @@ class Tape:
         inputs: the numbers of the model's inputs.
         output: the number of its output.
         complex: the values that are complex numbers.
+        decided: whether the pass went the way it did because of numbers that it made of the inputs.
         refusal: why the calls, executed again, need not give what the pass gave; empty if they do.
     """
 
@@ -63,6 +64,7 @@ class Tape:
     inputs: tuple[int, ...]
     output: int
     complex: frozenset[int] = frozenset()
+    decided: bool = False
     refusal: str = ""
 
     def dependent(self, values: Sequence[int]) -> set[int]:

@@ -174,6 +174,8 @@ def _adapted_gradient(
     problem, facts = operator.problem, None
     if options.query is not None:
         other = replace(operator.options, data=options.query)
+        if other.loss == "auto":  # that of the data, whatever the query's targets look like
+            other = replace(other, loss=problem.loss.name)
         opened = operator.share.open(other, listener)
         if list(opened.problem.parameters) != list(problem.parameters):
             raise MismatchError(f"{options.query}: the model has other parameters with it")

@@ -56,8 +56,9 @@ def coupled(
     """What makes something else of all samples than of these batches: the model, the loss, or nothing.
 
     It is tried. A few samples will do where a tape proves that none reaches another in the model: what that cannot see
-    are constants that go by a sample's place. Else it takes all samples, at theta and a little away from there: a gate
-    that is zero hides what is behind it, though not from a derivative.
+    are constants that go by a sample's place. Else, or where the model decides by what it computes of its inputs, it
+    takes all samples, at theta and a little away from there: a gate that is zero hides what is behind it, though not
+    from a derivative.
 
     Args:
         problem: the problem, without its batches.
@@ -96,12 +97,12 @@ def coupled(
 
 
 def _proven(problem: Problem, source: Source) -> bool:
-    """Whether each of the first few samples goes its own way through the model."""
+    """Whether each of the first few samples goes its own way through the model, and others go the same way."""
     try:
-        Analyses(problem).of(source.part(0, min(source.samples, _FEWEST)))
+        analysis = Analyses(problem).of(source.part(0, min(source.samples, _FEWEST)))
     except NotApplicable:
         return False
-    return True
+    return not analysis.tape.decided
 
 
 def _near(leaves: Sequence[Tensor]) -> list[Tensor]:

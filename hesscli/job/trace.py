@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from hesscli.spectrum.trace import Estimate, estimate
 SCHEMA = "hesscli.trace/1"
 
 AFFORDABLE = DENSE
-"""The exact diagonal is taken where it is planned to cost no more than this many products."""
+"""The exact diagonal is taken at once where it is planned to cost no more than this many products."""
 
 
 def trace(
@@ -51,9 +52,21 @@ def trace(
     forced = problem.method not in ("auto", HVP, FINITE_DIFFERENCE)
     of_products = replace(problem, method="auto") if forced else problem
     operator = open_operator(of_products, listener, share)
-    found = _exact(operator, problem, None if forced else max_products, listener)
-    if found is None:
-        found = _estimated(operator, relative_error, max_products, listener)
+    plan = Plan(
+        ComputeOptions(**vars(problem), blocks="elements", stats="basic", output=None),
+        operator.opened,
+        listener,
+    )
+    exact_products = _exact_products(plan, operator)
+    if forced or exact_products <= min(AFFORDABLE, max_products):
+        found = _exact(plan, operator, listener)
+    else:
+        within = exact_products <= max_products
+        most = math.ceil(exact_products) if within else max_products
+        found = _estimated(operator, relative_error, most, listener)
+        if within and not (found.converged or found.interrupted):  # as many again, and it is exact
+            exact = _exact(plan, operator, listener)
+            found = replace(found, interrupted=True) if exact.interrupted else exact
     names, sizes = operator.products.names, operator.products.sizes
     blocks: list[Document] = [
         {
@@ -84,17 +97,17 @@ def trace(
     }
 
 
-def _exact(
-    operator: Operator, problem: ProblemOptions, max_products: int | None, listener: Listener
-) -> Estimate | None:
-    """The traces of the exact diagonal, if that is affordable; without `max_products` it always is."""
-    options = ComputeOptions(**vars(problem), blocks="elements", stats="basic", output=None)
-    plan = Plan(options, operator.opened, listener)
-    if max_products is not None:
-        most = min(AFFORDABLE, max_products) / max(1, operator.size)
-        most /= operator.share.size  # this process does it alone; products are shared
-        if plan.work(plan.blocks) > most * plan.by_rows():
-            return None
+def _exact_products(plan: Plan, operator: Operator) -> float:
+    """How many products the exact diagonal is planned to cost."""
+    by_rows = plan.by_rows()
+    share = plan.work(plan.blocks) / by_rows if by_rows else 0.0
+    return (
+        share * operator.size * operator.share.size
+    )  # this process does it alone; products are shared
+
+
+def _exact(plan: Plan, operator: Operator, listener: Listener) -> Estimate:
+    """The traces of the exact diagonal."""
     work = WholeBlocks(plan)
     found: dict[str, Document] = {}
     try:

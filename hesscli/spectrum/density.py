@@ -101,19 +101,19 @@ def _quadrature(
     steps = len(basis)
     diagonal: list[float] = []
     off: list[float] = []
-    v = start / torch.linalg.norm(start)
+    v = start / _norm(start)
     scale = 0.0
     for j in range(steps):
         basis[j] = v
         w = finite(multiply(v))
-        scale = max(scale, float(torch.linalg.norm(w)))
+        scale = max(scale, _norm(w))
         diagonal.append(float(v @ w))
         w = w - diagonal[-1] * v
         if j:
             w -= off[-1] * basis[j - 1]
         w -= (basis[: j + 1] @ w) @ basis[: j + 1]  # what rounding left of the basis
         report(j + 1)
-        norm = float(torch.linalg.norm(w))
+        norm = _norm(w)
         if j + 1 == steps or norm <= 16 * torch.finfo(w.dtype).eps * scale:
             break
         off.append(norm)
@@ -121,3 +121,8 @@ def _quadrature(
     T = np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1)
     values, columns = np.linalg.eigh(T)
     return values, columns[0] ** 2
+
+
+def _norm(v: Tensor) -> float:
+    """Its squares may be beyond float32."""
+    return float(torch.linalg.vector_norm(v, dtype=torch.float64))
