@@ -160,6 +160,15 @@ def test_a_reader_that_has_gone(tmp_path, option):
     assert (done.stderr, (tmp_path / "rc").read_text()) == ("", "0\n")
 
 
+@pytest.mark.parametrize(("bound", "code"), [("1e-9", 1), ("1e9", 0)])
+def test_a_gate_holds_where_the_reader_has_gone(tmp_path, bound, code):
+    samples = REPOSITORY / "sample_models"
+    files = f"{samples / 'digits_mlp.pt'} {samples / 'digits.npz'}"
+    command = f"hesscli trace {files} -q --json --fail-above {bound}"
+    shell(f"(sleep 1; {command}; echo $? > rc) | true", tmp_path)
+    assert (tmp_path / "rc").read_text() == f"{code}\n"
+
+
 @pytest.mark.parametrize(
     "words",
     [("diff", "-", "hessian.safetensors"), ("diff", "hessian.safetensors", "-"), ("merge", "-")],

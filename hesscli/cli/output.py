@@ -14,6 +14,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -68,7 +69,7 @@ class Output:
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         sys.stdout = self.stdout
         self._stop_bar()
-        self.stream.flush()
+        self._flush()
 
     # Talk
 
@@ -93,14 +94,14 @@ class Output:
         self.bar.update(self.bar.task_ids[0], completed=done, total=total, description=doing)
 
     def wrote(self, path: str | Path, count: int) -> None:
-        self.stream.flush()  # the table comes first, also where both streams are one
+        self._flush()  # the table comes first, also where both streams are one
         if not self.quiet:
             say("wrote", f"{path} ({size(count)})")
 
     # Results
 
     def json(self, document: Document) -> None:
-        self.stream.write(json_library.dumps(_finite(document), indent=2, allow_nan=False) + "\n")
+        self.line(json_library.dumps(_finite(document), indent=2, allow_nan=False))
 
     # The parts of a result
 
@@ -112,7 +113,20 @@ class Output:
         return not (self.as_json or self.quiet)
 
     def line(self, text: str) -> None:
-        self.stream.write(text + "\n")
+        with self._for_a_reader():
+            self.stream.write(text + "\n")
+
+    def _flush(self) -> None:
+        with self._for_a_reader():
+            self.stream.flush()
+
+    @contextmanager
+    def _for_a_reader(self) -> Iterator[None]:
+        """Who has gone stops nothing: what is to be written to files, or checked against bounds, still is."""
+        try:
+            yield
+        except BrokenPipeError:
+            silence(self.stream)
 
     def fitted(self, text: str, columns: int) -> str:
         """A name within so many columns, shortened in the middle if it must be."""
