@@ -94,6 +94,8 @@ def test_a_bound_on_the_other_end_is_refused(cli, tmp_path, option, which, hint)
 
 def test_one_of_both_ends_is_the_largest_alone(cli, tmp_path):
     write(tmp_path / "hessian.safetensors", {"p": symmetric(5)})
+    ran = cli("eigen", "--fail-above", 1, "--fail-below", 0)
+    assert ran.hint.endswith("--which both")
     both = ("eigen", "--which", "both", "--fail-below", 0, "--top")
     ran = cli(*both, 1)
     assert "--top 1 finds the largest alone" in ran.fails(2)

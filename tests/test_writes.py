@@ -166,6 +166,15 @@ def entries_by_mask(h, x):
 
 
 @seen
+def into_a_tensor_made_of_numbers(h, x):
+    out = torch.tensor([[1.0] * 6] * 5, dtype=h.dtype)
+    first = out[:, 0]
+    out[:, 1:] = h[:, :-1]
+    out.mul_(2)
+    return out + first[:, None] * h
+
+
+@seen
 def index_operators(h, x):
     index = torch.tensor([1, 3])
     h = h.index_copy(1, index, h[:, :2] * h[:, 2:4]).index_fill(1, torch.tensor([0]), 2.0)
@@ -259,6 +268,8 @@ either = pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"
 @either
 @pytest.mark.parametrize("function", SEEN, ids=lambda f: f.__name__)
 def test_fast_routes_see_through_writes(function, traced):
+    if traced and function is into_a_tensor_made_of_numbers:
+        pytest.skip("a trace keeps the tensor, and what was written to it")
     problem, truth = posed(function, traced)
     routes = routes_of(problem)
     for structure in STRUCTURES:

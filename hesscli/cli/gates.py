@@ -90,7 +90,7 @@ def end_seen(which: str, top: int, above: float | None, below: float | None) -> 
         if given is not None and which not in (end, "both"):
             raise UsageError(
                 f"{option} bounds the {end} eigenvalue, and --which {which} need not find it",
-                f"--which {end}",
+                f"--which {end if above is None or below is None else 'both'}",
             )
     if below is not None and which == "both" and top < 2:
         raise UsageError(

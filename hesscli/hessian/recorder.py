@@ -138,9 +138,8 @@ class _Recorder(Watcher):
         self.memory: dict[int, set[int]] = {}  # storage -> identities
         self.storages: dict[int, int] = {}  # identity -> storage
         self.stale: set[int] = set()
-        self.views: dict[
-            int, tuple[int, Call]
-        ] = {}  # identity of a view -> that of the whole, and how it was taken
+        # Identity of a view -> that of the whole, and how it was taken.
+        self.views: dict[int, tuple[int, Call]] = {}
         self.refusal = ""
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -181,8 +180,8 @@ class _Recorder(Watcher):
         self.calls.append(Call(recorded, arguments, keywords, outputs))
         if any(writes):
             self._put_back(result)
-        elif isinstance(result, Tensor) and func._schema.returns[0].alias_info is not None:
-            self.views.setdefault(id(result), (id(args[0]), self.calls[-1]))
+        elif _is_view(func, args, result):
+            self.views[id(result)] = (id(args[0]), self.calls[-1])
         return result
 
     def _keep_given(self, target: Tensor) -> None:
@@ -190,7 +189,7 @@ class _Recorder(Watcher):
         if id(target) not in self.storages:
             return
         for key in self.memory[self.storages[id(target)]]:
-            number = self.numbers[key]
+            number = self.first[key]
             if self.given.get(number) is self.tensors[key]:
                 self.given[number] = self.tensors[key].detach().clone()
 
@@ -319,6 +318,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _tensors(item)
+
+
+def _is_view(func: Any, args: tuple[Any, ...], result: Any) -> bool:
+    alone = isinstance(result, Tensor) and result is not args[0]
+    return alone and func._schema.returns[0].alias_info is not None
 
 
 def _converted(made: Any, x: Tensor) -> bool:
