@@ -21,6 +21,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import nn
 
 import hesscli
+from hesscli.cli.density import lengths
 from hesscli.errors import UsageError
 from hesscli.job import batches
 
@@ -387,6 +388,11 @@ def test_density_is_printed(cli, blocks):
     assert max(map(len, text.splitlines())) <= 80
     shares = [line.split()[3] for line in lines]
     assert sum(float(s) for s in shares if s != "-") == pytest.approx(1, abs=0.05)
+
+
+def test_shares_that_are_rounding_do_not_set_the_scale():
+    assert lengths([1.0, 0.1, 0.01, 0.0], 100) == pytest.approx([1, 2 / 3, 1 / 3, 0])
+    assert lengths([0.1, 0.01, 1e-17], 100) == pytest.approx([3 / 4, 2 / 4, 0])
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])

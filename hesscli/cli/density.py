@@ -104,25 +104,28 @@ def print_density(out: Output, document: Document) -> None:
         facts = matrix(document, f"{source(document)} ({document['structure']}, {size} x {size})")
     out.facts(facts | {"density": how})
     edges, mass = document["histogram"]["edges"], document["histogram"]["mass"]
-    shown = [share for share in mass if share > 0]
-    if not shown:
+    if not any(mass):
         return
     digits = [_edge(edge, edges) for edge in edges]
     width = max(map(len, digits))
     columns = shutil.get_terminal_size().columns if out.stream.isatty() else 80
     room = max(10, min(columns, 100) - 2 * width - 18)
-    floor = math.floor(math.log10(min(shown)) - 1e-9)
     plain = not encodable(_EIGHTHS, out.stream)
     out.line(f"{'eigenvalues'.ljust(2 * width + 4)}  {'share'.rjust(8)}  log scale")
-    for i, share in enumerate(mass):
-        length = (
-            room * (math.log10(share) - floor) / -floor
-            if share > 0 and floor
-            else (room if share > 0 else 0)
-        )
+    for i, (share, length) in enumerate(zip(mass, lengths(mass, size), strict=True)):
         text = f"{share:.2g}" if share > 0 else "-"
         span = f"{digits[i].rjust(width)} to {digits[i + 1].rjust(width)}"
-        out.line(f"{span}  {text.rjust(8)}  {_bar(length, plain)}".rstrip())
+        out.line(f"{span}  {text.rjust(8)}  {_bar(room * length, plain)}".rstrip())
+
+
+def lengths(shares: list[float], size: int) -> list[float]:
+    """Of bars on a log scale that ends at one, and begins where all shares of a tenth of an eigenvalue are seen.
+
+    What is less is rounding, or chance.
+    """
+    least = max(min(share for share in shares if share > 0), 0.1 / size)
+    floor = math.floor(math.log10(least) - 1e-9)
+    return [max(0.0, 1 - math.log10(share) / floor) if share > 0 else 0.0 for share in shares]
 
 
 def _edge(edge: float, edges: list[float]) -> str:
