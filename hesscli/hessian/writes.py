@@ -74,7 +74,8 @@ def put_back(
             places = [further[1] % length]
             part = made(_aten.unsqueeze.default, (part, dim), (*shape[:dim], 1, *shape[dim + 1 :]))
         else:
-            places = list(range(length)[slice(*further[1:])])
+            start, stop, step = (*further[1:], None, None, None)[:3]  # defaults are left out
+            places = list(range(length)[start:stop:step])
         if len(places) < length:
             return _aten.index_copy.default, (whole, dim, constant(places), part)
         return _aten.reshape.default, (part, tuple(shape))
