@@ -38,10 +38,9 @@ def curved(tape: Tape, value: int) -> str | None:
         hits = [n for n in call.reads if n in reached]
         if not hits or call.name in LINEAR_OPERATORS:
             continue
-        product = "prod" in call.arguments  # of `scatter_reduce`
-        if (
-            call.name in PIECEWISE and not product and tape.complex.isdisjoint(hits)
-        ):  # |z| is a root
+        # |z| is a root, and `scatter_reduce` may be a product.
+        straight = tape.complex.isdisjoint(hits) and "prod" not in call.arguments
+        if call.name in PIECEWISE and straight:
             continue
         if call.name in MULTILINEAR and len(hits) == 1:
             continue
