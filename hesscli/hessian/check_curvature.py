@@ -13,7 +13,7 @@ from hesscli.hessian.along import Along
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
-from hesscli.hessian.definitions import exact_derivatives
+from hesscli.hessian.definitions import exact_derivatives, right_gradients
 from hesscli.hessian.kinks import Kinks, held_difference
 from hesscli.hessian.problem import Problem
 
@@ -108,5 +108,6 @@ class AlongOutput(Along):
     def _slope(self, batch: Batch, f: Tensor) -> Tensor:
         """dl / df."""
         f = f.detach().requires_grad_()
-        total, _ = self.problem.loss.total(f, batch.target, batch.loss_arguments)
+        with right_gradients():
+            total, _ = self.problem.loss.total(f, batch.target, batch.loss_arguments)
         return torch.autograd.grad(total, f)[0] if total.requires_grad else torch.zeros_like(f)

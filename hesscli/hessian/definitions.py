@@ -6,6 +6,8 @@ Inside `exact_derivatives()` these operators run as the formulas below, so that 
 - `batch_norm`, `layer_norm`, `group_norm`, `instance_norm`: forward-over-reverse and batched double backward are
   wrong or missing.
 - `hardsigmoid`, `embedding_bag`: no second derivative.
+- `log_softmax`, `logsigmoid`, `binary_cross_entropy_with_logits`: they take 1 - p of a p that may have been rounded
+  to 1, where all their derivatives then are 0.
 - `logcumsumexp`, `sinc`: their second derivatives are NaN where a gradient, or x, is zero.
 - `prelu`: at zero its first derivative is that of one side, its second that of the other.
 - `cosine_similarity`: bounds its norms with gradients off, about which nothing can be proven.
@@ -26,6 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -132,11 +135,11 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def hardsigmoid(x: Tensor) -> Tensor:
-    return torch.nn.functional.hardtanh(x, -3, 3) / 6 + 0.5  # flat at +-3, as PyTorch's
+    return F.hardtanh(x, -3, 3) / 6 + 0.5  # flat at +-3, as PyTorch's
 
 
 def hardsigmoid_(x: Tensor) -> Tensor:
-    return torch.nn.functional.hardtanh_(x, -3, 3).div_(6).add_(0.5)
+    return F.hardtanh_(x, -3, 3).div_(6).add_(0.5)
 
 
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
@@ -173,6 +176,36 @@ def sinc(x: Tensor) -> Tensor:
     return torch.where(zero, 1 - z * z / 6, other.sin() / other)
 
 
+def log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
+    """log p_k = x_k - x_m - log(1 + sum_{j != m} exp(x_j - x_m)), where x_m is the largest."""
+    if half_to_float:
+        x = x.float()
+    m = x.detach().argmax(dim, keepdim=True)
+    largest = torch.zeros_like(x, dtype=torch.bool).scatter(dim, m, True)
+    # x_m - x_m is 0 for any x, and left out: it would leave 1 - 1 in the derivatives, in which 1 - p_m drowns.
+    below = x.masked_fill(largest, -torch.inf) - x.gather(dim, m)
+    return below.masked_fill(largest, 0) - below.exp().sum(dim, keepdim=True).log1p()
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    positive = x > 0
+    return torch.where(positive, 0, x) - F.softplus(torch.where(positive, -x, x))
+
+
+def binary_cross_entropy_with_logits(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: int = 1,
+) -> Tensor:
+    positive = target if pos_weight is None else pos_weight * target
+    terms = -(positive * log_sigmoid(x) + (1 - target) * log_sigmoid(-x))
+    if weight is not None:
+        terms = terms * weight
+    return terms.mean() if reduction == 1 else terms.sum() if reduction == 2 else terms
+
+
 def cosine_similarity(x: Tensor, y: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     def normed(z: Tensor) -> Tensor:
         return z / torch.linalg.vector_norm(z, dim=dim, keepdim=True).clamp(min=eps)
@@ -205,7 +238,7 @@ def embedding_bag(
     starts, places = offsets[:count], torch.arange(len(indices), device=offsets.device)
     bag = torch.bucketize(places, starts, right=True) - 1
     kept = (indices != padding_idx).unsqueeze(1)
-    rows = torch.nn.functional.embedding(indices, weight)
+    rows = F.embedding(indices, weight)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.unsqueeze(1)
     length, rest = divmod(len(indices), max(1, count))
@@ -245,6 +278,12 @@ STEP_BY_STEP = {
 }
 CPU, GPUS = "AutogradCPU", ("AutogradCUDA", "AutogradMPS")  # keys of the dispatcher
 
+OF_ALL_DIGITS: dict[str, Callable[..., object]] = {  # as PyTorch's gradients are not either
+    "_log_softmax": log_softmax,
+    "log_sigmoid_forward": lambda x: (log_sigmoid(x), x.new_empty(0)),
+    "binary_cross_entropy_with_logits": binary_cross_entropy_with_logits,
+}
+
 DEFINITIONS: dict[str, Callable[..., object]] = {
     "native_layer_norm": layer_norm,
     "native_group_norm": group_norm,
@@ -255,6 +294,7 @@ DEFINITIONS: dict[str, Callable[..., object]] = {
     "hardsigmoid": hardsigmoid,
     "hardsigmoid_": hardsigmoid_,
     "_prelu_kernel": prelu,
+    **OF_ALL_DIGITS,
     "logcumsumexp": logcumsumexp,
     "sinc": sinc,
     "_pad_circular": pad_circular,
@@ -313,6 +353,9 @@ def right_gradients() -> Iterator[None]:
     """Forward passes in this context have first derivatives that are right: PyTorch's, without its errors."""
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("instance_norm", _instance_norm_of_contiguous_gradients, CPU)
+        for key in (CPU, *GPUS):
+            for operator, definition in OF_ALL_DIGITS.items():
+                library.impl(operator, definition, key)
         for key in GPUS:
             library.impl("_weight_norm", lambda *x: _weight_norm_of_all_digits(*x)[0], key)
             library.impl("_weight_norm_interface", _weight_norm_of_all_digits, key)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hesscli.errors import MismatchError, UsageError
+from hesscli.hessian.definitions import log_sigmoid, log_softmax
 
 Total = tuple[Tensor, float]
 
@@ -124,8 +125,8 @@ def bce_with_logits(
 ) -> Total:
     target = _same_shape(output, target)
     positive, _ = _weighted(target, pos_weight, "pos_weight")
-    terms = -(positive * F.logsigmoid(output) + (1 - target) * F.logsigmoid(-output))
-    return _mean_by_count(terms, weight)
+    terms = positive * log_sigmoid(output) + (1 - target) * log_sigmoid(-output)
+    return _mean_by_count(-terms, weight)
 
 
 def kl_div(output: Tensor, target: Tensor, log_target: bool = False) -> Total:
@@ -231,7 +232,7 @@ def cross_entropy(
             f"{_shape(output)}",
             "--loss bce-with-logits",
         )
-    log_p = F.log_softmax(output, axis)
+    log_p = log_softmax(output, axis)
     if not 0 <= label_smoothing <= 1:
         raise UsageError(f"cross-entropy: label_smoothing is {label_smoothing}, wanted 0 to 1")
     classes = output.shape[axis]

@@ -184,10 +184,7 @@ class Probed:
         """The loss; at a cut, what has the same derivative by everything before it."""
         if self.weight is not None:
             return (self.weight * self.output).sum()
-        total, _ = self.problem.loss.total(
-            self.output, self.batch.target, self.batch.loss_arguments
-        )
-        return total / self.problem.denominator
+        return self.problem.total_of(self.output, self.batch) / self.problem.denominator
 
     @cached_property
     def phi(self) -> Tensor:
@@ -223,7 +220,7 @@ class Probed:
     def output_hessian(self) -> Tensor:
         """The loss's own Hessian at the output, per sample: [samples, C, C], by differentiation."""
         f = self.output.detach().requires_grad_()
-        total, _ = self.problem.loss.total(f, self.batch.target, self.batch.loss_arguments)
+        total = self.problem.total_of(f, self.batch)
         size = f.numel() // self.samples
         zero = f.new_zeros(self.samples, size, size)
         if not total.requires_grad:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hesscli.errors import DeviceMismatchError, MismatchError, is_out_of_memory
 from hesscli.hessian.batch import Batch, doubled
 from hesscli.hessian.buffers import buffers_kept
-from hesscli.hessian.definitions import right_gradients
+from hesscli.hessian.definitions import exact_derivatives, right_gradients
 from hesscli.hessian.guests import explaining, guest
 from hesscli.hessian.loss import Loss
 from hesscli.hessian.outputs import pick_output
@@ -99,6 +99,11 @@ class Problem:
     def total(self, batch: Batch) -> tuple[Tensor, float]:
         """The batch's sum of loss terms, and its share of the denominator of the mean."""
         return self.loss.total(self.output(batch), batch.target, batch.loss_arguments)
+
+    def total_of(self, output: Tensor, batch: Batch) -> Tensor:
+        """The batch's sum of loss terms as a function of its output, to be differentiated twice."""
+        with exact_derivatives():
+            return self.loss.total(output, batch.target, batch.loss_arguments)[0]
 
     def value(self, batch: Batch) -> Tensor:
         """The batch's share of L(theta)."""

@@ -37,8 +37,7 @@ class EmpiricalFisher(GeneralisedGaussNewton):
     def at_output(self, probed: Probed) -> tuple[Tensor, Tensor]:
         """The gradient of each sample's own loss terms, and 1 / D."""
         f = probed.output.detach().requires_grad_()
-        batch = probed.batch
-        total, _ = self.problem.loss.total(f, batch.target, batch.loss_arguments)
+        total = self.problem.total_of(f, probed.batch)
         delta = torch.autograd.grad(total, f)[0] if total.requires_grad else torch.zeros_like(f)
         curvature = f.new_full((probed.samples, 1, 1), 1 / self.problem.denominator)
         return delta.unsqueeze(0), curvature.detach()
