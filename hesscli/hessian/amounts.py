@@ -20,6 +20,7 @@ class Amounts:
         rows: that share a pass at most; more gain nothing measurable.
         vectors: that share a product at most.
         directions: that one chunk of directions may make.
+        output: of the loss's Hessian at the output, that share a pass.
         gradients: of some samples, until they are multiplied.
         jacobians: of some samples.
         curvature: at the pre-activations of some neurons, of all samples.
@@ -34,6 +35,7 @@ class Amounts:
     rows: int = 128
     vectors: int = 32
     directions: int = 1 << 25
+    output: int = 1 << 20
     gradients: int = 1 << 21
     jacobians: int = 1 << 20
     curvature: int = 1 << 23
@@ -59,6 +61,7 @@ def _of_gpu(device: torch.device) -> Amounts:
         rows=1024,
         vectors=256,
         directions=many,
+        output=many,
         gradients=min(1 << 26, many),
         jacobians=many,
         curvature=many,

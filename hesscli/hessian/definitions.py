@@ -176,15 +176,13 @@ def sinc(x: Tensor) -> Tensor:
     return torch.where(zero, 1 - z * z / 6, other.sin() / other)
 
 
-def log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
-    """log p_k = x_k - x_m - log(1 + sum_{j != m} exp(x_j - x_m)), where x_m is the largest."""
-    if half_to_float:
-        x = x.float()
-    m = x.detach().argmax(dim, keepdim=True)
-    largest = torch.zeros_like(x, dtype=torch.bool).scatter(dim, m, True)
-    # x_m - x_m is 0 for any x, and left out: it would leave 1 - 1 in the derivatives, in which 1 - p_m drowns.
-    below = x.masked_fill(largest, -torch.inf) - x.gather(dim, m)
-    return below.masked_fill(largest, 0) - below.exp().sum(dim, keepdim=True).log1p()
+def log_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """That of x - x_m, where x_m is the largest, and which is the same.
+
+    Its derivatives sum up to zero, and what is subtracted makes the m-th the sum of the others.
+    """
+    x = x if dtype is None else x.to(dtype)
+    return torch._log_softmax(x - x.gather(dim, x.detach().argmax(dim, keepdim=True)), dim, False)
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
@@ -279,7 +277,7 @@ STEP_BY_STEP = {
 CPU, GPUS = "AutogradCPU", ("AutogradCUDA", "AutogradMPS")  # keys of the dispatcher
 
 OF_ALL_DIGITS: dict[str, Callable[..., object]] = {  # as PyTorch's gradients are not either
-    "_log_softmax": log_softmax,
+    "log_softmax.int": log_softmax,
     "log_sigmoid_forward": lambda x: (log_sigmoid(x), x.new_empty(0)),
     "binary_cross_entropy_with_logits": binary_cross_entropy_with_logits,
 }

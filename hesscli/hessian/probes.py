@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from hesscli.hessian.amounts import amounts
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.batch import Batch
@@ -222,16 +223,20 @@ class Probed:
         f = self.output.detach().requires_grad_()
         total = self.problem.total_of(f, self.batch)
         size = f.numel() // self.samples
-        zero = f.new_zeros(self.samples, size, size)
+        by_sample = f.new_zeros(self.samples, size, size)
         if not total.requires_grad:
-            return zero
+            return by_sample
         (gradient,) = torch.autograd.grad(total / self.problem.denominator, f, create_graph=True)
         if not gradient.requires_grad:
-            return zero
-        (columns,) = batched_grad(gradient, [f], self.output_seeds())
-        return (
-            zero if columns is None else columns.reshape(size, self.samples, size).transpose(0, 1)
-        )
+            return by_sample
+        count = max(1, amounts(f.device).output // max(1, f.numel()))
+        columns = by_sample.transpose(0, 1).split(count)
+        for part, seeds in zip(columns, self.output_seeds().split(count), strict=True):
+            (found,) = batched_grad(gradient, [f], seeds)
+            if found is None:
+                break
+            part.copy_(found.reshape(part.shape))
+        return by_sample
 
     def output_seeds(self) -> Tensor:
         """The unit vectors of the output, the same in every sample: [C, *output.shape]."""

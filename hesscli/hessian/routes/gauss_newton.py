@@ -114,7 +114,7 @@ class GaussNewton(Route):
 
     def at_output(self, probed: Probed) -> tuple[Tensor, Tensor]:
         """Directions of the output [C, *output.shape], and each sample's curvature along them [B, C, C]."""
-        return probed.output_seeds(), probed.output_hessian().contiguous()
+        return probed.output_seeds(), probed.output_hessian()
 
     def layout(self, block: Block) -> Layout:
         layer = plain_layer(self.uses(self.analyses.of(self.problem.batches[0]), block))
