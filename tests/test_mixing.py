@@ -182,6 +182,41 @@ def test_a_branch_that_goes_by_late_samples(tmp_path, monkeypatch, by):
     assert relative_error(found.matrix(), truth) < 1e-9
 
 
+class ByPlace(nn.Module):
+    """A weight of each sample, which is one: the parameters say of which by its place in the batch alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.weights = nn.Linear(3, 2), nn.Parameter(torch.ones(100))
+
+    def forward(self, x):
+        return self.a(x) * self.weights[: len(x)].unsqueeze(1)
+
+
+class Distinct(Branch):
+    def forward(self, x):
+        scale = 1.0 if len(torch.unique(x[:, 0])) > 90 else 0.5
+        return self.b(torch.tanh(self.a(scale * x)))
+
+
+class Near(Branch):
+    def forward(self, x):
+        scale = 0.5 if torch.allclose(x[:, :1], x[:1, :1].expand(len(x), 1)) else 1.0
+        return self.b(torch.tanh(self.a(scale * x)))
+
+
+@pytest.mark.parametrize("net", [ByPlace, Distinct, Near])
+def test_what_goes_by_the_place_or_the_number_of_samples(net):
+    torch.manual_seed(0)
+    model = net().double()
+    x, y = torch.randn(100, 3, dtype=torch.float64), torch.randn(100, 2, dtype=torch.float64)
+    if net is Near:
+        x[:72, 0] = 0.5
+    truth = hessian(model, F.mse_loss, (x,), y)
+    found = hesscli.compute(model, (x, y), blocks="full", framework="torch", batch_size=36)
+    assert relative_error(found.matrix(), truth) < 1e-9
+
+
 def test_a_loss_of_groups_that_no_half_divides():
     def listwise(output, target, group):
         same = group[:, None] == group[None]

@@ -82,9 +82,8 @@ def factor(text: str) -> tuple[str, float]:
 
 def parse_value(text: str) -> object:
     """The V of `K=V` as a Python literal; as it stands when it is none, so no quotes are needed."""
-    words: dict[str, object] = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     try:
         return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):

@@ -96,7 +96,8 @@ class AlongOutput(Along):
         size = float(torch.linalg.norm(along))
         if not size:
             return torch.zeros_like(f)
-        length = float(torch.linalg.norm(f.where(f.isfinite(), 0)))
+        moving = f.isfinite() & (along != 0)  # and not what masks a class, be it -inf or -1e9
+        length = float(torch.linalg.norm(f.where(moving, 0)))
         t = step * max(length, 1e-2 * math.sqrt(f.numel())) / size
 
         def slope(t: float) -> Tensor:

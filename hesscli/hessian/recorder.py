@@ -22,7 +22,10 @@ from hesscli.hessian.watcher import Watcher
 from hesscli.hessian.writes import fills_a_mask, functional, put_back
 
 _BLANK = frozenset("empty empty_like empty_strided new_empty new_empty_strided".split())
-_TELLING = frozenset("_local_scalar_dense equal is_nonzero nonzero".split())
+_TELLING = frozenset(
+    "_local_scalar_dense equal allclose is_nonzero nonzero masked_select "
+    "_unique2 unique_dim unique_consecutive".split()
+)
 _CONVOLUTION_OF_TRACES = torch.ops.aten._convolution.default
 
 

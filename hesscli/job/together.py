@@ -56,9 +56,9 @@ def coupled(
     """What makes something else of all samples than of these batches: the model, the loss, or nothing.
 
     It is tried. A few samples will do where a tape proves that none reaches another in the model: what that cannot see
-    are constants that go by a sample's place. Else, or where the model decides by what it computes of its inputs, it
-    takes all samples, at theta and a little away from there: a gate that is zero hides what is behind it, though not
-    from a derivative.
+    are numbers that go by a sample's place. Else, or where the model decides by what it computes of its inputs, it
+    takes all samples. Both at theta and a little away from there: a gate that is zero, or weights of samples that are
+    all one, hide what is behind them, though not from a derivative.
 
     Args:
         problem: the problem, without its batches.
@@ -70,10 +70,10 @@ def coupled(
     leaves = list(problem.parameters.values())
     if problem.loss.function is None and _proven(problem, source):
         count = min(source.samples, max(_FEWEST, min(bounds[1], _TRIED)))
-        tried, places = [0, count // 2, count], [leaves]
+        tried = [0, count // 2, count]
     else:
         count = min(source.samples, max(_FEWEST, room))
-        tried, places = [*(b for b in bounds if b < count), count], [leaves, _near(leaves)]
+        tried = [*(b for b in bounds if b < count), count]
         if len(tried) == 2:
             tried.insert(1, count // 2)
         if count < source.samples:
@@ -82,7 +82,7 @@ def coupled(
             )
     together = source.part(0, count)
     apart = [source.part(start, stop) for start, stop in pairwise(tried)]
-    for values in places:
+    for values in (leaves, _near(leaves)):
         with torch.no_grad(), placed(leaves, [value.detach() for value in values]):
             output = problem.output(together)
             try:
