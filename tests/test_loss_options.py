@@ -125,6 +125,15 @@ def test_other_names_of_losses(cli, tmp_path, name, near):
     assert ran.hint.endswith(f"--loss {near}")
 
 
+def test_a_word_is_a_word(cli, tmp_path):
+    torch.jit.script(net()).save(str(tmp_path / "m.pt"))
+    np.savez(tmp_path / "d.npz", x=X, y=Y)
+    asked = ("compute", "m.pt", "d.npz", "--loss", "torch.nn.functional:mse_loss", "--json")
+    ran = cli(*asked, "--loss-arg", "reduction=none")
+    assert ran.code == 0, ran.stderr
+    assert ran.document["loss"]["arguments"] == {"reduction": "none"}
+
+
 def test_a_column_of_weights(cli, tmp_path):
     torch.jit.script(net(1)).save(str(tmp_path / "m.pt"))
     table = torch.cat([X, Y[:, :1].exp(), Y[:, 1:2]], 1).tolist()
@@ -257,15 +266,16 @@ def test_a_loss_with_a_detached_factor(curvature):
     assert not [note for note in found.metadata["notes"] if "instead" in note]
 
 
+@pytest.mark.parametrize("fill", [float("-inf"), -1e9])
 @pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
-def test_outputs_that_are_masked(curvature):
+def test_outputs_that_are_masked(curvature, fill):
     class Masked(nn.Module):
         def __init__(self):
             super().__init__()
             self.net = net()
 
         def forward(self, x):
-            return self.net(x).masked_fill(torch.arange(4) == 3, float("-inf"))
+            return self.net(x).masked_fill(torch.arange(4) == 3, fill)
 
     y = CLASSES.clamp(max=2)
     found = computed(Masked(), (X, y), curvature=curvature)

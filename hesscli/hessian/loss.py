@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from hesscli.errors import MismatchError, UsageError
 from hesscli.hessian.buffers import buffers_kept
+from hesscli.hessian.copies import copied
 from hesscli.hessian.guests import guest
 from hesscli.hessian.losses import (
     ELEMENT_WEIGHTED,
@@ -72,7 +72,7 @@ class Loss:
         """The same in float64."""
         if not isinstance(self.function, nn.Module):
             return self
-        return replace(self, function=in_precision_(copy.deepcopy(self.function), torch.float64))
+        return replace(self, function=in_precision_(copied(self.function), torch.float64))
 
     @property
     def needs_target(self) -> bool:

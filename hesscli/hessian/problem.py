@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 import warnings
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from hesscli.errors import DeviceMismatchError, MismatchError, is_out_of_memory
 from hesscli.hessian.batch import Batch, doubled
 from hesscli.hessian.buffers import buffers_kept
+from hesscli.hessian.copies import copied
 from hesscli.hessian.definitions import exact_derivatives, right_gradients
 from hesscli.hessian.guests import explaining, guest
 from hesscli.hessian.loss import Loss
@@ -173,6 +173,16 @@ class Problem:
             )
         return problem, output.detach()
 
+    def _reached_by(self, copy: Problem) -> bool:
+        """Whether a copy computes with parameters of this: a global names them, or a weak reference."""
+        with torch.enable_grad():
+            output = copy.output(copy.batches[0])
+        mine = [p for p in self.parameters.values() if p.requires_grad]
+        if not (mine and output.requires_grad):
+            return False
+        found = torch.autograd.grad(output.sum(), mine, allow_unused=True)
+        return any(part is not None for part in found)
+
     def double(self) -> Problem | None:
         """A copy in float64, or None where module or loss cannot run in it (a dtype baked into a trace, say)."""
         try:
@@ -181,8 +191,8 @@ class Problem:
                 mine = self.output(self.batches[0])
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of what is deprecated inside exported graphs
-                    copied = copy.deepcopy(self.module)  # TorchScript would record it
-                    module = in_precision_(copied, torch.float64)
+                    module = copied(self.module)  # TorchScript would record it
+                    module = in_precision_(module, torch.float64)
             named = dict(module.named_parameters(remove_duplicate=False))
             twin = replace(
                 self,
@@ -194,6 +204,8 @@ class Problem:
             )
             twin, its = twin.widened()
             batch = twin.batches[0]
+            if self._reached_by(twin):
+                return None
             with torch.no_grad():  # a loss of the user's own may hold constants in float32
                 twin.loss.total(its, batch.target, batch.loss_arguments)
         except Exception as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import tempfile
@@ -23,6 +22,7 @@ from hesscli.files.hessian_file import read_hessian
 from hesscli.files.live_models import live_model
 from hesscli.files.models import SavedModel
 from hesscli.hessian.autodiff import differentiable
+from hesscli.hessian.copies import copied
 from hesscli.job.compute import compute as run
 from hesscli.job.loaded import Framework, Hessian, converter
 from hesscli.job.options import ComputeOptions, Listener, Silent
@@ -135,7 +135,7 @@ def _copied(module: nn.Module) -> nn.Module:
     tensors = [x for x in [*attributes, *module.buffers()] if isinstance(x, Tensor)]
     kept = {id(x): x.detach().clone() for x in tensors if not x.is_leaf}
     try:
-        return copy.deepcopy(module, kept)
+        return copied(module, kept)
     except Exception as error:  # a module may hold anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MismatchError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import math
 import os
@@ -18,6 +17,7 @@ from hesscli.errors import MismatchError, UsageError
 from hesscli.files.data import Data, check_finite, describe
 from hesscli.files.digest import sha256_of
 from hesscli.files.importing import importable, imported
+from hesscli.hessian.copies import copied
 from hesscli.hessian.loss import Loss
 from hesscli.hessian.losses import ELEMENT_WEIGHTED, LOSSES, TENSORS, check_arguments
 from hesscli.hessian.precision import in_precision_
@@ -63,7 +63,7 @@ def loss_of(
             f"{options.data}: holds no targets, and {name} needs them", "--targets KEY"
         )
     if isinstance(function, nn.Module):  # a copy: the user's stays as it is
-        function = in_precision_(copy.deepcopy(function), dtype).to(device)
+        function = in_precision_(copied(function), dtype).to(device)
     loss = Loss(name, options.reduction, dict(options.loss_arguments), function)
     check_arguments(name, loss.arguments)
     target = None if data.targets is None else data.targets[1]

@@ -1,0 +1,160 @@
+"""Modules whose functions name the module, or its parameters: a copy of one computes with its own."""
+
+from __future__ import annotations
+
+import weakref
+from types import MethodType
+
+import numpy as np
+import pytest
+import torch
+from oracles import hessian, relative_error
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hesscli
+from hesscli.hessian.copies import copied
+
+X, Y = (
+    torch.randn(7, 3, generator=torch.Generator().manual_seed(seed)).double() for seed in (0, 1)
+)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 3)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.act(self.a(x)))
+
+
+class Lambda(Scaled):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = lambda z: torch.tanh(z * self.scale)
+
+
+class Default(Scaled):
+    def __init__(self) -> None:
+        super().__init__()
+
+        def act(z: Tensor, *, scale: Tensor = self.scale) -> Tensor:
+            return torch.tanh(z * scale)
+
+        self.act = act
+
+
+class Hook(Scaled):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.Tanh()
+        self.a.register_forward_hook(lambda module, inputs, z: z * self.scale)
+
+
+class Bound(Scaled):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.Tanh()
+        scale = self.scale
+
+        def forward(layer: nn.Linear, x: Tensor) -> Tensor:
+            return F.linear(x, layer.weight, layer.bias) * scale
+
+        self.a.forward = MethodType(forward, self.a)
+
+
+class Derivative(Scaled):
+    """Of what `torch.func` made of one of its methods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = torch.func.vmap(torch.func.jacrev(self.energy))
+
+    def energy(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x) * self.scale)).square().sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.slope(x)
+
+
+def made(kind: type[Scaled]) -> Scaled:
+    torch.manual_seed(0)
+    return kind().double()
+
+
+KINDS = [Lambda, Default, Hook, Bound, Derivative]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_computes_with_its_own(kind: type[Scaled]) -> None:
+    model = made(kind)
+    copy = copied(model)
+    before = model(X)
+    with torch.no_grad():
+        copy.scale.zero_()
+    assert not torch.equal(copy(X), before)
+    assert torch.equal(model(X), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_module_in_memory(kind: type[Scaled]) -> None:
+    plain = made(
+        kind if kind is Derivative else Lambda
+    )  # the same, whose parameters can be swapped
+    truth = hessian(plain, F.mse_loss, (X,), Y)
+    found = hesscli.compute(made(kind), (X, Y), blocks="full", framework="torch")
+    assert relative_error(found.matrix(), truth) < 1e-9
+    assert not [note for note in found.metadata["notes"] if "instead" in note or "unused" in note]
+
+
+ARCH = """
+import weakref
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 3)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 4))
+        {act}
+
+    def forward(self, x):
+        return self.b(self.act(self.a(x)))
+"""
+ACTS = {
+    "lambda": "self.act = lambda z: torch.tanh(z * self.scale)",
+    "weak": "of = weakref.ref(self); self.act = lambda z: torch.tanh(z * of().scale)",
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_the_check_is_of_the_model(cli, tmp_path, act: str) -> None:
+    """Which is in float32, and checked by a copy in float64: or by itself, where the copy would name the original."""
+    model = made(Lambda)
+    truth = hessian(model, F.mse_loss, (X,), Y)
+    (tmp_path / "net.py").write_text(ARCH.format(act=ACTS[act]))
+    torch.save(model.float().state_dict(), tmp_path / "net.pt")
+    np.savez(tmp_path / "data.npz", x=X.float(), y=Y.float())
+    ran = cli("compute", "net.pt", "data.npz", "--arch", "net.py:Net", "-b", "full", "-o", "h.st")
+    assert ran.code == 0, ran.stderr
+    assert "instead" not in ran.notes
+    found = torch.from_numpy(hesscli.load(tmp_path / "h.st").matrix())
+    assert relative_error(found.double(), truth) < 1e-4
+
+
+def test_what_cannot_be_copied_is_shared() -> None:
+    numbers = (i for i in range(3))
+    function = copied(lambda: numbers)
+    assert function() is numbers
+
+
+def test_a_function_that_names_itself() -> None:
+    def factorial(n: int) -> int:
+        return n * factorial(n - 1) if n else 1
+
+    assert copied(factorial) is not factorial
+    assert copied(factorial)(5) == 120
+    assert copied(weakref.ref) is weakref.ref
