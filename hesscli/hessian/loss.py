@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from hesscli.errors import MismatchError, UsageError
-from hesscli.hessian.buffers import buffers_kept
 from hesscli.hessian.copies import copied
 from hesscli.hessian.guests import guest
 from hesscli.hessian.losses import (
@@ -23,6 +22,7 @@ from hesscli.hessian.losses import (
     classes_last,
 )
 from hesscli.hessian.precision import in_precision_, staying_wide
+from hesscli.hessian.state import state_kept
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Loss:
             output = output.clone()
         with (
             staying_wide() if self.wide else nullcontext(),
-            buffers_kept(self.function) if isinstance(self.function, nn.Module) else nullcontext(),
+            state_kept(self.function) if isinstance(self.function, nn.Module) else nullcontext(),
             guest(partial(self._failed, output, target)),
         ):
             terms = self.function(output, target, **arguments)

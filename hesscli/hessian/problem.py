@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from hesscli.errors import DeviceMismatchError, MismatchError, is_out_of_memory
 from hesscli.hessian.batch import Batch, doubled
-from hesscli.hessian.buffers import buffers_kept
 from hesscli.hessian.copies import copied
 from hesscli.hessian.definitions import exact_derivatives, right_gradients
 from hesscli.hessian.guests import explaining, guest
 from hesscli.hessian.loss import Loss
 from hesscli.hessian.outputs import pick_output
 from hesscli.hessian.precision import Narrowings, in_precision_, staying_wide
+from hesscli.hessian.state import state_kept
 
 _UNSEEN = 256  # times the inputs: what a pass is taken to keep that cannot be looked into
 
@@ -86,7 +86,7 @@ class Problem:
     def _called(self, batch: Batch) -> object:
         # TorchScript's optimiser would put derivatives of its own into the graph that it caches.
         with (
-            buffers_kept(self.module),
+            state_kept(self.module),
             staying_wide() if self.wide else nullcontext(),
             torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
             guest(partial(_not_accepted, batch)),

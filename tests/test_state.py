@@ -1,0 +1,101 @@
+"""Models that keep something from pass to pass: every pass is the first."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from oracles import hessian, relative_error
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hesscli
+
+X, Y = (
+    torch.randn(6, size, generator=torch.Generator().manual_seed(size)).double() for size in (3, 2)
+)
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w, self.out = nn.Parameter(torch.randn(3, 3)), nn.Linear(3, 2)
+
+    def square(self) -> Tensor:
+        return self.w @ self.w.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(x @ self.square()))
+
+
+class Attribute(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: Tensor | None = None
+
+    def square(self) -> Tensor:
+        if self.kept is None:
+            self.kept = super().square()
+        return self.kept
+
+
+class Made(Plain):
+    def square(self) -> Tensor:
+        if not hasattr(self, "kept"):
+            self.kept = super().square()
+        return self.kept
+
+
+class Property(Plain):
+    @functools.cached_property
+    def kept(self) -> Tensor:
+        return super().square()
+
+    def square(self) -> Tensor:
+        return self.kept
+
+
+class Buffer(Attribute):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.kept
+        self.register_buffer("kept", None)
+
+
+class MadeBuffer(Made):
+    def square(self) -> Tensor:
+        if not hasattr(self, "kept"):
+            self.register_buffer("kept", Plain.square(self))
+        return self.kept
+
+
+class Steps(Plain):
+    """Its first pass alone is as the others are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        return super().forward(x) * self.steps
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+@pytest.mark.parametrize("kind", [Attribute, Made, Property, Buffer, MadeBuffer, Steps])
+def test_every_pass_is_the_first(kind: type[Plain], curvature: str) -> None:
+    options = {"blocks": "full", "framework": "torch", "curvature": curvature}
+    found = hesscli.compute(kind().double(), (X, Y), **options)
+    truth = hesscli.compute(Plain().double(), (X, Y), **options)
+    assert relative_error(found.matrix(), truth.matrix()) < 1e-12
+    assert found.metadata["notes"] == truth.metadata["notes"]
+    if curvature == "hessian":
+        assert relative_error(found.matrix(), hessian(Plain().double(), F.mse_loss, (X,), Y)) < 1e-9
+
+
+def test_the_module_is_as_it_was() -> None:
+    model = Attribute().double()
+    hesscli.compute(model, (X, Y))
+    assert model.kept is None
