@@ -205,7 +205,17 @@ class Near(Branch):
         return self.b(torch.tanh(self.a(scale * x)))
 
 
-@pytest.mark.parametrize("net", [ByPlace, Distinct, Near])
+class Renormalised(Branch):
+    """Batch renormalisation: the values of running statistics, the derivatives of those of the batch."""
+
+    def forward(self, x):
+        h = self.a(x)
+        mean, size = h.mean(0), h.std(0)
+        batch = (h - mean) / size
+        return self.b(torch.tanh(batch * (size / 1.5).detach() + ((mean - 0.1) / 1.5).detach()))
+
+
+@pytest.mark.parametrize("net", [ByPlace, Distinct, Near, Renormalised])
 def test_what_goes_by_the_place_or_the_number_of_samples(net):
     torch.manual_seed(0)
     model = net().double()

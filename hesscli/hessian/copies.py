@@ -24,7 +24,7 @@ def copied(value: T, memo: dict[int, Any] | None = None) -> T:
 
 @contextmanager
 def _functions_copied() -> Iterator[None]:
-    before = {kind: _DISPATCH[kind] for kind in (FunctionType, MethodType)}
+    before: dict[type, Any] = {kind: _DISPATCH[kind] for kind in (FunctionType, MethodType)}
     _DISPATCH.update({FunctionType: _function, MethodType: _method})
     try:
         yield
