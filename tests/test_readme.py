@@ -37,7 +37,7 @@ def same(shown: str, printed: str) -> bool:
         shown, printed = (re.sub(pattern, constant, text) for text in (shown, printed))
     left, right = (NUMBER.split(re.sub(r" +", " ", text)) for text in (shown, printed))
     return len(left) == len(right) and all(
-        math.isclose(float(a), float(b), rel_tol=1e-2, abs_tol=1e-6) if i % 2 else a == b
+        math.isclose(float(a), float(b), rel_tol=1e-2, abs_tol=1e-5) if i % 2 else a == b
         for i, (a, b) in enumerate(zip(left, right, strict=True))
     )
 

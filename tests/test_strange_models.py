@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch._higher_order_ops.map import map as map_rows
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.utils.prune import l1_unstructured
+from torch.utils.checkpoint import checkpoint
 
 import hesscli
 from hesscli.hessian.precision import in_precision_
@@ -789,3 +792,49 @@ def test_modules_that_keep_what_they_computed():
         found = hesscli.compute(model, (X, Y), loss="mse", blocks="full", framework="torch")
         truth = hessian(model, nn.functional.mse_loss, (X,), Y)
         torch.testing.assert_close(found.matrix(), truth)
+
+
+class Checkpointed(nn.Module):
+    """Whose parameters are behind a reentrant checkpoint: only `backward()` enters one."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        dummy = torch.ones(1, dtype=x.dtype, requires_grad=True)
+        h = checkpoint(lambda x, _: self.body(x), x, dummy, use_reentrant=True)
+        return self.head(torch.tanh(h))
+
+
+@pytest.mark.parametrize("command", ["compute", "trace"])
+def test_a_reentrant_checkpoint_is_refused(cli, tmp_path, command):
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\nfrom torch.utils.checkpoint import checkpoint\n\n"
+        + inspect.getsource(Checkpointed)
+    )
+    torch.save(Checkpointed().state_dict(), tmp_path / "net.pt")
+    np.savez(tmp_path / "data.npz", x=np.ones((4, 3), "f"), y=np.ones((4, 2), "f"))
+    ran = cli(command, "net.pt", "data.npz", "--arch", "net.py:Checkpointed")
+    assert "body.weight: its gradient comes by backward() alone" in ran.fails(4)
+    assert "use_reentrant=False" in ran.hint
+
+
+class Dead(nn.Module):
+    """Every unit of which is below zero: used, though nothing depends on it here."""
+
+    def __init__(self):
+        super().__init__()
+        self.dead, self.spare, self.out = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+        with torch.no_grad():
+            self.dead.bias.fill_(-100)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.dead(x)))
+
+
+def test_what_is_zero_is_not_unused():
+    found = hesscli.compute(Dead(), (torch.ones(4, 3), torch.ones(4, 2)))
+    unused = {name for name, facts in found.blocks.items() if facts.get("unused")}
+    assert unused == {"spare.weight", "spare.bias"}
+    assert not found.block("dead.weight").any()

@@ -7,12 +7,10 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
-
-from torch import Tensor
 
 from hesscli.errors import (
     FileError,
@@ -155,6 +153,7 @@ class _Run:
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
         if not math.isfinite(norm):
             raise NumericalError(f"the gradient's norm is {norm}; the Hessian would mean nothing")
+        unused = plan.problem.unused([name for name, g in gradient.items() if not bool(g.any())])
         document = documents.skeleton(plan.opened, plan.structure) | {"gradient_norm": norm}
         document["blocks"] = [documents.block_facts(plan.opened, block) for block in plan.blocks]
         journal = self._journal(document)
@@ -168,7 +167,7 @@ class _Run:
                 for name, g in gradient.items():
                     writer.write(f"gradient.{name}", g.cpu().numpy())
             try:
-                document |= self._results(self._blocks(writer, journal, gradient))
+                document |= self._results(self._blocks(writer, journal, unused))
                 document |= writer.commit(timeless(document))
             except BaseException as error:
                 raise self._left(error, writer, journal) from None
@@ -238,9 +237,7 @@ class _Run:
             except BaseException as error:
                 raise self._left(error, writer, journal) from None
 
-    def _blocks(
-        self, writer: HessianWriter, journal: Journal, gradient: Mapping[str, Tensor]
-    ) -> list[Document]:
+    def _blocks(self, writer: HessianWriter, journal: Journal, unused: set[str]) -> list[Document]:
         """Every block's facts, in model order; its values are in the file then."""
         self.plan.listener.progress(0, self.rows, "")
         finished: dict[str, Document] = {}
@@ -257,7 +254,7 @@ class _Run:
         every = []
         for block in self.plan.blocks:
             facts = dict(finished[block.name])  # the journal's own is not on the disk yet
-            if facts.pop("zero") and not any(bool(gradient[n].any()) for n in block.parameters):
+            if facts.pop("zero") and unused.issuperset(block.parameters):
                 facts["unused"] = True
                 self.plan.note(f"{block.name}: unused, its block is zero")
             every.append(facts)

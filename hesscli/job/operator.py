@@ -129,6 +129,7 @@ def open_operator(
     if not any(p.numel() for p in problem.parameters.values()):
         raise MismatchError(f"no numbers in the parameters: {', '.join(problem.parameters)}")
     grads = problem.gradient(list(problem.parameters))
+    problem.unused([name for name, g in grads.items() if not bool(g.any())])
     gradient = torch.cat([g.reshape(-1) for g in grads.values()])
     if lean and gradient.nbytes >= _LONG:
         release_at_once(gradient.nbytes // 6)

@@ -190,7 +190,8 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 
 
 def _same(together: Tensor, apart: Sequence[Tensor]) -> bool:
-    joined = torch.cat([part.reshape(-1) for part in apart])
+    together = together.detach()
+    joined = torch.cat([part.detach().reshape(-1) for part in apart])
     if joined.numel() != together.numel():
         return False
     rounding = 1e-7 if together.dtype is torch.float64 else 1e-4
