@@ -108,6 +108,16 @@ def test_log_probabilities_with_classes_last():
     close(found, hessian(model, lambda f, y: F.nll_loss(f.movedim(-1, 1).contiguous(), y), (x,), y))
 
 
+def test_classes_along_either_axis():
+    """As many positions as classes: PyTorch's axis, and a note."""
+    scores = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4)).double()
+    words = torch.arange(20).reshape(5, 4) % 4
+    found = computed(scores, (words, words))
+    assert any("along the second axis" in note for note in found.metadata["notes"])
+    truth = F.cross_entropy(scores(words), words)
+    assert found.metadata["loss"]["value"] == pytest.approx(truth.item())
+
+
 def test_ignored_classes_of_probabilities():
     arguments = {"ignore_index": 1}
     with pytest.raises(hesscli.HesscliError, match="the targets are probabilities"):

@@ -561,6 +561,22 @@ def test_a_pickled_module_needs_permission(tmp_path, monkeypatch, new):
     assert load_model("my net.pt", allow_pickle=True, train_mode=True).module.training
 
 
+class Nested(Plain):
+    class Config:
+        width = 4
+
+    def __init__(self):
+        super().__init__()
+        self.config = self.Config()
+
+
+def test_a_class_within_a_class(tmp_path):
+    """Which a pickle names as what getattr gives."""
+    torch.save(Nested(), tmp_path / "net.pt")
+    assert "Nested" in refused(FileError, tmp_path / "net.pt").message
+    assert load_model(tmp_path / "net.pt", allow_pickle=True).module.config.width == 4
+
+
 def test_no_code_runs_without_permission(tmp_path):
     class Trap:
         def __reduce__(self):
@@ -692,8 +708,8 @@ def test_architectures_that_cannot_be_built(nets, arch, arguments, words, hint):
 
 
 def test_values():
-    texts = ["3", "1e-3", "[1, 2]", "true", "False", "none", "tanh", "'3'", "2 +", "(1,)"]
-    values = [3, 1e-3, [1, 2], True, False, None, "tanh", "3", "2 +", (1,)]
+    texts = ["3", "1e-3", "[1, 2]", "true", "False", "None", "none", "tanh", "'3'", "2 +", "(1,)"]
+    values = [3, 1e-3, [1, 2], True, False, None, "none", "tanh", "3", "2 +", (1,)]
     assert [parse_value(text) for text in texts] == values
 
 

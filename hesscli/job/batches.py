@@ -54,6 +54,11 @@ def split(
             output = problem.output(some)
         if classes_last(output.shape, some.target.shape):
             note(f"classes: {output.shape[-1]}, along the last axis of the model's output")
+        elif output.dim() > 2 and some.target.shape == output.shape[:-1]:
+            note(
+                f"classes: {output.shape[1]}, along the second axis of the model's output, as "
+                "PyTorch has them; the last would fit the targets too"
+            )
     if problem.loss.name not in LOSSES:
         problem, source, whole = seen(problem, source, some, note)
         if whole:
