@@ -7,7 +7,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from oracles import hessian, hessian_by_differences
+from oracles import hessian, hessian_by_differences, relative_error
 from torch import Tensor, nn
 from torch._higher_order_ops.map import map as map_rows
 from torch._higher_order_ops.scan import scan
@@ -838,3 +838,54 @@ def test_what_is_zero_is_not_unused():
     unused = {name for name, facts in found.blocks.items() if facts.get("unused")}
     assert unused == {"spare.weight", "spare.bias"}
     assert not found.block("dead.weight").any()
+
+
+class FirstState(nn.Module):
+    """Begins with a state that it makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.out = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h, c = torch.zeros(1, len(x), 4), torch.zeros(1, len(x), 4)
+        return self.out(self.cell(x, (h, c))[0][:, -1])
+
+
+class Mixing(nn.Module):
+    """Multiplies with constants: a plain attribute, and a quotient of integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.out = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.mix = torch.eye(4) / 3
+
+    def forward(self, x):
+        steps = torch.arange(4) / torch.tensor(3)
+        return self.out((torch.tanh(self.a(x)) * steps) @ self.mix)
+
+
+def with_constants(output, target):
+    return ((output - target) @ torch.eye(2)).square().sum(1) * torch.tensor(0.5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("net", [FirstState, Mixing])
+def test_models_that_make_tensors_without_a_dtype(net, dtype):
+    torch.manual_seed(0)
+    model = net()
+    x = torch.randn(6, 5, 3) if net is FirstState else torch.randn(6, 3)
+    y = torch.randn(6, 2)
+    found = hesscli.compute(
+        model, (x, y), loss=with_constants, blocks="full", framework="torch", dtype=dtype
+    )
+    assert torch.get_default_dtype() == torch.float32
+    assert found.metadata["check"]["dtype"] == "float64"
+    assert not [note for note in found.metadata["notes"] if "hvp" in note]
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = in_precision_(model, torch.float64)
+        truth = hessian(model, lambda f, y: with_constants(f, y).mean(), (x.double(),), y.double())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert relative_error(found.matrix(), truth) < 1e-5

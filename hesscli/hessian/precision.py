@@ -24,7 +24,12 @@ def in_precision(tensor: Tensor, precision: torch.dtype) -> Tensor:
 
 
 def in_precision_(module: nn.Module, precision: torch.dtype) -> nn.Module:
-    """The module, its parameters and buffers changed to that. `module.to` would drop imaginary parts."""
+    """The module, its parameters, buffers and constants changed to that. `module.to` would drop imaginary parts."""
+    for part in module.modules():
+        if not isinstance(part, torch.jit.ScriptModule):
+            for name, value in vars(part).items():
+                if isinstance(value, Tensor) and not value.requires_grad:
+                    vars(part)[name] = in_precision(value, precision)
     return module._apply(lambda tensor: in_precision(tensor, precision))
 
 
@@ -43,12 +48,36 @@ def _to_copy_that_stays_wide(
     return torch.ops.aten._to_copy.default.redispatch(below, x, dtype=dtype, **options)
 
 
+def _fake_quantize_per_channel(x: Tensor, scale: Tensor, *places: Any) -> Tensor:
+    """PyTorch's, which takes its scales in float32 alone."""
+    narrow = torch.empty_like(scale, dtype=torch.float32).copy_(scale)
+    return torch.ops.aten.fake_quantize_per_channel_affine_cachemask(x, narrow, *places)[0]
+
+
+@contextmanager
+def default_of(dtype: torch.dtype) -> Iterator[None]:
+    """In this context, tensors that are made without a dtype have this one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @contextmanager
 def staying_wide() -> Iterator[None]:
-    """Forward passes in this context keep float64 where the model itself asks for less, as RMSNorms often do."""
-    with torch.library._scoped_library("aten", "IMPL") as library:
+    """Forward passes in this context keep float64 where the model itself asks for less, as RMSNorms often do.
+
+    They begin with it too, where a model says nothing: `torch.zeros(layers, samples, size)` for a hidden state.
+    """
+    with (
+        torch.library._scoped_library("aten", "IMPL") as library,
+        default_of(torch.float64),
+    ):
         for key in (CPU, *GPUS):
             library.impl("_to_copy", _to_copy_that_stays_wide, key, with_keyset=True)
+            library.impl("fake_quantize_per_channel_affine", _fake_quantize_per_channel, key)
         yield
 
 

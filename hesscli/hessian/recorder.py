@@ -92,6 +92,7 @@ def _recorded(
         tuple(recorder.first[id(x)] for x in inputs if recorder.first.get(id(x)) in needed),
         number,
         frozenset(recorder.complex & needed),
+        recorder.default,
         _decided(
             recorder.calls, [recorder.first[id(x)] for x in inputs if id(x) in recorder.first]
         ),
@@ -144,6 +145,7 @@ class _Recorder(Watcher):
         # Identity of a view -> that of the whole, and how it was taken.
         self.views: dict[int, tuple[int, Call]] = {}
         self.refusal = ""
+        self.default = torch.get_default_dtype()
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args)):
@@ -151,6 +153,7 @@ class _Recorder(Watcher):
         if torch._C._current_graph_task_id() != -1:
             # What autograd saved of the pass looks like what the model detaches.
             self._refuse("the model differentiates itself")
+        self.default = torch.get_default_dtype()
         arguments = self._referenced(args)
         keywords = {name: self._referenced(value) for name, value in kwargs.items()}
         writes = [

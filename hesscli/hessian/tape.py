@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesscli.hessian.precision import default_of
+
 
 @dataclass(frozen=True)
 class Ref:
@@ -53,6 +55,7 @@ class Tape:
         inputs: the numbers of the model's inputs.
         output: the number of its output.
         complex: the values that are complex numbers.
+        default: the dtype of tensors that were made without one.
         decided: whether the pass went the way it did because of numbers that it made of the inputs.
         refusal: why the calls, executed again, need not give what the pass gave; empty if they do.
     """
@@ -64,6 +67,7 @@ class Tape:
     inputs: tuple[int, ...]
     output: int
     complex: frozenset[int] = frozenset()
+    default: torch.dtype = torch.float32
     decided: bool = False
     refusal: str = ""
 
@@ -106,14 +110,15 @@ class Tape:
             every value by its number.
         """
         known = {**self.given, **values}
-        for call in self.calls if calls is None else calls:
-            arguments = _filled(call.arguments, known)
-            keywords = {name: _filled(value, known) for name, value in call.keywords.items()}
-            result = call.operator(*arguments, **keywords)
-            parts = result if isinstance(result, (tuple, list)) else (result,)
-            for number, part in zip(call.outputs, parts, strict=True):
-                if number is not None:
-                    known[number] = changed(number, part)
+        with default_of(self.default):
+            for call in self.calls if calls is None else calls:
+                arguments = _filled(call.arguments, known)
+                keywords = {name: _filled(value, known) for name, value in call.keywords.items()}
+                result = call.operator(*arguments, **keywords)
+                parts = result if isinstance(result, (tuple, list)) else (result,)
+                for number, part in zip(call.outputs, parts, strict=True):
+                    if number is not None:
+                        known[number] = changed(number, part)
         return known
 
 

@@ -123,7 +123,8 @@ def _opened(
     )
     for text in data.notes:
         note(text)
-    loss = loss_of(options, data, device, dtype, note)
+    wide = dtype is torch.float64
+    loss = replace(loss_of(options, data, device, dtype, note), wide=wide)
     names = list(data.inputs)
     known = data.inputs | dict([data.targets] if data.targets else [])
     if loss.name == "output" and not options.inputs and data.targets:
@@ -164,12 +165,12 @@ def _opened(
         (),
         loss,
         output_key=options.output_key,
-        wide=dtype is torch.float64,
+        wide=wide,
     )
     if data.columns:
         source = as_columns(problem, source, note)
     problem, sizes = split(problem, source, options.batch_size, note, share.size, side_by_side)
-    if dtype is torch.float64:
+    if wide:
         problem, _ = problem.widened()
         if problem.wide:
             note("what the model itself computes in float32 is computed in float64")
