@@ -13,6 +13,7 @@ from oracles import relative_error
 from problems import blocks_and_truth, blocks_of, part_of, problem_of, problem_of_case
 from torch import Tensor, nn
 
+import hesscli
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.hessian.routes.finite_difference import FiniteDifference
@@ -234,6 +235,33 @@ def test_no_curvature_claimed_where_one_output_is_fitted():
     assert judge(Certificate(problem, torch.float64, 0), block, truth)
     truth[0, 0] = 0
     assert not judge(Certificate(problem, torch.float64, 0), block, truth)
+
+
+@pytest.mark.parametrize("switched", [-1e4, -1e6, -1e9])
+@pytest.mark.parametrize("structure", ["diag", "full", "elements"])
+def test_one_huge_parameter_is_no_measure(structure, switched):
+    """A class that its bias switches off, and logits that a learned mask does."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.mask = (
+                nn.Linear(3, 4),
+                nn.Linear(4, 4),
+                nn.Parameter(torch.zeros(4)),
+            )
+            with torch.no_grad():
+                self.b.bias[2] = self.mask[1] = switched
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x))) + self.mask
+
+    torch.manual_seed(0)
+    x = torch.randn(7, 3, dtype=torch.float64)
+    y = torch.tensor([0, 3, 3, 0, 0, 3, 0])
+    found = hesscli.compute(Masked().double(), (x, y), blocks=structure)
+    assert not [note for note in found.metadata["notes"] if "instead" in note]
+    assert found.metadata["check"]["relative_error"] < 1e-6
 
 
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e6])

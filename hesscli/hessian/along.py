@@ -55,8 +55,12 @@ class Along:
         return total / (2 * step * self.typical())
 
     def typical(self) -> float:
-        """The size of the parameters relative to the direction's, so that a step is relative to them."""
-        size = math.sqrt(sum(float(p.detach().square().sum()) for p in self.leaves()))
+        """The size of the parameters relative to the direction's, so that a step is relative to them.
+
+        A few that are huge, a bias of -1e9 that switches a class off, are no measure of a step of all.
+        """
+        sizes = torch.cat([p.detach().abs().reshape(-1) for p in self.leaves()])
+        size = float(torch.linalg.norm(sizes.clamp(max=10 * sizes.median())))
         least = 1e-2 * math.sqrt(self.block.size)
         return max(size, least) / float(torch.linalg.norm(self.direction))
 
