@@ -1,7 +1,8 @@
 """The certificate: computed blocks against differences of plain gradients.
 
 It shares nothing with the code that made the block: the gradients are those of the original module, without any
-operator replaced, in float64 where the module can run in it. For a random direction v within a block B,
+operator replaced but where PyTorch's own gradient is wrong, in float64 where the module can run in it. For a random
+direction v within a block B,
 
     error = || H_B v - (g_B(theta + h v) - g_B(theta - h v)) / 2h || / max of the two norms,
 

@@ -186,6 +186,7 @@ def log_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
+    """min(x, 0) - log(1 + exp(-|x|)), with derivatives of both sides at 0."""
     positive = x > 0
     return torch.where(positive, 0, x) - F.softplus(torch.where(positive, -x, x))
 
@@ -276,7 +277,7 @@ STEP_BY_STEP = {
 }
 CPU, GPUS = "AutogradCPU", ("AutogradCUDA", "AutogradMPS")  # keys of the dispatcher
 
-OF_ALL_DIGITS: dict[str, Callable[..., object]] = {  # as PyTorch's gradients are not either
+OF_ALL_DIGITS: dict[str, Callable[..., object]] = {  # PyTorch's gradients lose them too
     "log_softmax.int": log_softmax,
     "log_sigmoid_forward": lambda x: (log_sigmoid(x), x.new_empty(0)),
     "binary_cross_entropy_with_logits": binary_cross_entropy_with_logits,
