@@ -10,6 +10,7 @@ from oracles import _twice_differentiable_attention, hessian, relative_error
 from problems import STRUCTURES, compute_blocks, part_of, problem_of, problem_of_case, shapes_of
 from torch import Tensor, nn
 
+import hesscli
 from hesscli.errors import MismatchError
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import partition
@@ -275,3 +276,58 @@ def test_an_unused_parameter_and_a_zero_hessian():
         BY_NAME["unused"].make(), F.mse_loss, BY_NAME["unused"].inputs, BY_NAME["unused"].target
     )
     assert relative_error(matrix(Products(problem_of_case(BY_NAME["unused"]))), truth) < 1e-12
+
+
+class Square(torch.autograd.Function):
+    """About which nothing can be proven."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * x * g
+
+
+class Squared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(Square.apply(self.a(x)))
+
+
+class Centred(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        z = super().forward(x)
+        return z - z.mean(0)
+
+
+@pytest.mark.parametrize("blocks", ["diag", "full", "elements"])
+def test_fisher_of_one_sample_at_a_time(blocks: str) -> None:
+    """Where it cannot be proven that samples do not mix, one that is alone has a gradient of its own."""
+    torch.manual_seed(0)
+    model = Squared().double()
+    options = {"blocks": blocks, "curvature": "fisher", "framework": "torch"}
+    with pytest.raises(MismatchError) as raised:
+        hesscli.compute(model, (X, Y), **options)
+    assert raised.value.hint == "--batch-size 1"
+    found = hesscli.compute(model, (X, Y), batch_size=1, **options)
+    truth = fisher(model, X, Y, F.cross_entropy, 7)
+    if blocks == "full":
+        assert relative_error(found.matrix(), truth) < 1e-9
+    else:
+        mine = found.block("a.weight").reshape(truth[:16, :16].shape if blocks == "diag" else -1)
+        wanted = truth[:16, :16] if blocks == "diag" else truth.diagonal()[:16]
+        assert relative_error(mine, wanted) < 1e-9
+
+
+def test_no_fisher_of_samples_that_mix() -> None:
+    for options in ({}, {"batch_size": 1}):
+        with pytest.raises(MismatchError) as raised:
+            hesscli.compute(Centred(4, 3).double(), (X, Y), curvature="fisher", **options)
+    assert raised.value.hint == "--curvature ggn"

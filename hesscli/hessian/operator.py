@@ -46,7 +46,7 @@ def demand(problem: Problem, curvature: str, analyses: Analyses) -> None:
     """Refuses a curvature that the problem does not have.
 
     Raises:
-        MismatchError: the model returns its own loss; or samples mix, so that none has a gradient of its own.
+        MismatchError: the model returns its own loss; or samples may mix, so that none has a gradient of its own.
     """
     if curvature != "hessian" and not problem.loss.needs_target:
         raise MismatchError(
@@ -56,12 +56,21 @@ def demand(problem: Problem, curvature: str, analyses: Analyses) -> None:
     if curvature == "fisher":
         try:
             for batch in problem.batches:
-                analyses.of(batch)
+                if not (problem.apart and _is_one(problem, batch)):
+                    analyses.of(batch)
         except NotApplicable as reason:
             raise MismatchError(
                 f"no sample has a gradient of its own, as the empirical Fisher needs: {reason}",
-                "--curvature ggn",
+                "--batch-size 1" if problem.apart else "--curvature ggn",
             ) from None
+
+
+def _is_one(problem: Problem, batch: Batch) -> bool:
+    """Whether a batch is one sample, whose gradient is that of the batch."""
+    if len(batch) != 1:
+        return False
+    with torch.no_grad():
+        return problem.output(batch).shape[:1] == (1,)
 
 
 class Flat:
