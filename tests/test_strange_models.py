@@ -807,6 +807,14 @@ class Checkpointed(nn.Module):
         return self.head(torch.tanh(h))
 
 
+def test_what_is_used_has_no_gradient_in_any_batch():
+    """Unlike what is unused, it needs one batch to be found out."""
+    model = nn.Sequential(nn.Linear(3, 2, bias=False))
+    x = torch.zeros(4, 3)
+    found = hesscli.compute(model, (x, torch.ones(4, 2)), batch_size=1)
+    assert not any(facts.get("unused") for facts in found.blocks.values())
+
+
 @pytest.mark.parametrize("command", ["compute", "trace"])
 def test_a_reentrant_checkpoint_is_refused(cli, tmp_path, command):
     (tmp_path / "net.py").write_text(
@@ -833,8 +841,10 @@ class Dead(nn.Module):
         return self.out(torch.relu(self.dead(x)))
 
 
-def test_what_is_zero_is_not_unused():
-    found = hesscli.compute(Dead(), (torch.ones(4, 3), torch.ones(4, 2)))
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_what_is_zero_is_not_unused(batch_size):
+    data = torch.ones(4, 3), torch.ones(4, 2)
+    found = hesscli.compute(Dead(), data, batch_size=batch_size)
     unused = {name for name, facts in found.blocks.items() if facts.get("unused")}
     assert unused == {"spare.weight", "spare.bias"}
     assert not found.block("dead.weight").any()

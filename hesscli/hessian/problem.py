@@ -134,7 +134,9 @@ class Problem:
             MismatchError: `backward()` alone reaches one, as it does behind a reentrant checkpoint.
         """
         left = {name: self.parameters[name] for name in names}
-        for batch in self.batches if left else ():
+        for batch in self.batches:
+            if not left:
+                break
             with right_gradients():
                 value = self.value(batch)
             if not value.requires_grad:
