@@ -158,3 +158,13 @@ def test_a_function_that_names_itself() -> None:
     assert copied(factorial) is not factorial
     assert copied(factorial)(5) == 120
     assert copied(weakref.ref) is weakref.ref
+
+
+def test_to_everyone_else_functions_are_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    import copy
+
+    monkeypatch.setattr(copy, "_atomic_types", {int, type(made)}, raising=False)  # of Python 3.14
+    model = made(Lambda)
+    assert copied(model).act is not model.act
+    assert copy.deepcopy(model).act is model.act
+    assert copy._atomic_types == {int, type(made)}

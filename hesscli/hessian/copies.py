@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 _DISPATCH: dict[type, Any] = copy._deepcopy_dispatch  # type: ignore[attr-defined]
+_CONSTANTS = "_atomic_types"  # where Python 3.14 looks first
 
 
 def copied(value: T, memo: dict[int, Any] | None = None) -> T:
@@ -24,12 +25,22 @@ def copied(value: T, memo: dict[int, Any] | None = None) -> T:
 
 @contextmanager
 def _functions_copied() -> Iterator[None]:
-    before: dict[type, Any] = {kind: _DISPATCH[kind] for kind in (FunctionType, MethodType)}
-    _DISPATCH.update({FunctionType: _function, MethodType: _method})
+    ours: dict[type, Any] = {FunctionType: _function, MethodType: _method}
+    before = {kind: _DISPATCH.get(kind) for kind in ours}
+    constants = getattr(copy, _CONSTANTS, None)
+    _DISPATCH.update(ours)
+    if constants is not None:
+        setattr(copy, _CONSTANTS, set(constants) - {FunctionType})
     try:
         yield
     finally:
-        _DISPATCH.update(before)
+        for kind, was in before.items():
+            if was is None:
+                del _DISPATCH[kind]
+            else:
+                _DISPATCH[kind] = was
+        if constants is not None:
+            setattr(copy, _CONSTANTS, constants)
 
 
 def _function(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
