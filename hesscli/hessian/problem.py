@@ -120,40 +120,12 @@ class Problem:
                 value = self.value(batch)
             if not value.requires_grad:
                 continue
-            with explaining(_no_gradient, needed=True):
+            with explaining(no_gradient, needed=True):
                 grads = torch.autograd.grad(value, leaves, allow_unused=True)
             for total, grad in zip(sums, grads, strict=True):
                 if grad is not None:
                     total += grad
         return dict(zip(names, sums, strict=True))
-
-    def unused(self, names: Sequence[str]) -> set[str]:
-        """Those of the named parameters that L does not depend on, whatever the value of its gradient.
-
-        Raises:
-            MismatchError: `backward()` alone reaches one, as it does behind a reentrant checkpoint.
-        """
-        left = {name: self.parameters[name] for name in names}
-        for batch in self.batches:
-            if not left:
-                break
-            with right_gradients():
-                value = self.value(batch)
-            if not value.requires_grad:
-                continue
-            with explaining(_no_gradient, needed=True):
-                grads = torch.autograd.grad(
-                    value, list(left.values()), allow_unused=True, retain_graph=True
-                )
-                left = {name: left[name] for name, g in zip(left, grads, strict=True) if g is None}
-                hidden = _reached_by_backward(value, self.module, left) if left else []
-            if hidden:
-                raise MismatchError(
-                    f"{hidden[0]}: its gradient comes by backward() alone, as behind a reentrant "
-                    "checkpoint; it cannot be differentiated again",
-                    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
-                )
-        return set(left)
 
     def gradient_norm(self) -> float:
         """|dL/dtheta| over all parameters of the module, also those that were not chosen."""
@@ -321,22 +293,7 @@ def _type_hint(error: str, batch: Batch) -> str | None:
     return "--scale 1/255" if any(x.dtype is torch.uint8 for x in batch.inputs) else None
 
 
-def _reached_by_backward(
-    value: Tensor, module: nn.Module, leaves: Mapping[str, Tensor]
-) -> list[str]:
-    """Which leaves have a gradient once the whole graph was walked."""
-    before = [(parameter, parameter.grad) for parameter in module.parameters()]
-    for parameter, _ in before:
-        parameter.grad = None
-    try:
-        value.backward()
-        return [name for name, leaf in leaves.items() if leaf.grad is not None]
-    finally:
-        for parameter, grad in before:
-            parameter.grad = grad
-
-
-def _no_gradient(reason: str, error: BaseException) -> MismatchError:
+def no_gradient(reason: str, error: BaseException) -> MismatchError:
     return MismatchError(f"the gradient of the model cannot be taken: {reason}")
 
 

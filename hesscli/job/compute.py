@@ -25,6 +25,7 @@ from hesscli.files.hessian_writer import HessianWriter
 from hesscli.files.models import SavedModel
 from hesscli.files.result_names import followed, journals
 from hesscli.hessian.blocks import Block
+from hesscli.hessian.unused import unused_of
 from hesscli.job import Document, documents, statistics, timeless
 from hesscli.job.beside import Beside
 from hesscli.job.journal import Journal, read_journal
@@ -153,7 +154,8 @@ class _Run:
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
         if not math.isfinite(norm):
             raise NumericalError(f"the gradient's norm is {norm}; the Hessian would mean nothing")
-        unused = plan.problem.unused([name for name, g in gradient.items() if not bool(g.any())])
+        still = [name for name, g in gradient.items() if not bool(g.any())]
+        unused = unused_of(plan.problem, still)
         document = documents.skeleton(plan.opened, plan.structure) | {"gradient_norm": norm}
         document["blocks"] = [documents.block_facts(plan.opened, block) for block in plan.blocks]
         journal = self._journal(document)

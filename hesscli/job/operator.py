@@ -23,6 +23,7 @@ from hesscli.hessian.differences import Differences
 from hesscli.hessian.operator import Flat
 from hesscli.hessian.planner import FINITE_DIFFERENCE, HVP
 from hesscli.hessian.problem import Problem
+from hesscli.hessian.unused import unused_of
 from hesscli.job import Document, documents
 from hesscli.job.alone import Alone
 from hesscli.job.batches import free_memory
@@ -129,7 +130,7 @@ def open_operator(
     if not any(p.numel() for p in problem.parameters.values()):
         raise MismatchError(f"no numbers in the parameters: {', '.join(problem.parameters)}")
     grads = problem.gradient(list(problem.parameters))
-    problem.unused([name for name, g in grads.items() if not bool(g.any())])
+    unused_of(problem, [name for name, g in grads.items() if not bool(g.any())])
     gradient = torch.cat([g.reshape(-1) for g in grads.values()])
     if lean and gradient.nbytes >= _LONG:
         release_at_once(gradient.nbytes // 6)
