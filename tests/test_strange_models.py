@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 
 import numpy as np
 import pytest
@@ -318,6 +319,26 @@ class Assigned(Scaled):
         out[:, :2] = h[:, :2]
         out[:, 2] = h[:, 2]
         return self.b(out)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, partial(nn.InstanceNorm2d, affine=True)])
+def test_norms_of_decomposed_graphs(norm, tmp_path):
+    """They are kernels there, which by themselves tell nothing about samples."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 2), norm(2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)
+    ).double()
+    x, y = torch.randn(5, 1, 3, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    for _ in range(3):
+        net(x)  # running statistics
+    program = torch.export.export(net.eval(), (x,)).run_decompositions()
+    torch.export.save(program, tmp_path / "m.pt2")
+    found = hesscli.compute(
+        tmp_path / "m.pt2", (x, y), framework="torch", method="preactivation", params=["[04].*"]
+    )
+    truth = hessian(net, nn.functional.mse_loss, (x,), y)
+    torch.testing.assert_close(found.block("0.weight"), truth[:8, :8])
+    torch.testing.assert_close(found.block("4.weight"), truth[14:30, 14:30])
 
 
 def scripted(model, path):

@@ -93,6 +93,14 @@ def test_nothing_cancels(tmp_path: Path, name: str, margin: float, dtype: str) -
         assert _error(found, truth) < 1e-5, curvature
 
 
+def test_nothing_cancels_in_decomposed_graphs(tmp_path: Path) -> None:
+    model = nn.Sequential(_of_classes(40), nn.LogSoftmax(1))
+    program = torch.export.export(model, (X,)).run_decompositions()
+    torch.export.save(program, tmp_path / "model.pt2")
+    found = hesscli.compute(tmp_path / "model.pt2", (X, ZEROS), blocks="full", loss="nll")
+    assert _error(found.matrix(), _truth(40, classes=True)) < 1e-5
+
+
 def _error(found: np.ndarray, truth: Tensor) -> float:
     return float((torch.as_tensor(found).double() - truth).abs().max() / truth.abs().max())
 

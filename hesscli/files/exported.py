@@ -26,10 +26,42 @@ def _copied(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(to).expand_as(to).clone()
 
 
+def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    return torch.log_softmax(x.float() if half_to_float else x, dim)
+
+
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.batch_norm(x, weight, bias, mean, variance, False, momentum, eps, False)
+    return y, x.new_empty(0), x.new_empty(0)  # as on a CPU: nothing is saved
+
+
+def _own_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.batch_norm(x, weight, bias, None, None, training, momentum, eps, False)
+    return y, x.new_empty(0), x.new_empty(0)
+
+
 _LOOSE = {
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,
     torch.ops.aten.detach.default: torch.detach,
     torch.ops.aten.copy.default: _copied,
+    torch.ops.aten._log_softmax.default: _log_softmax,
+    torch.ops.aten._native_batch_norm_legit_no_training.default: _batch_norm,
+    torch.ops.aten._native_batch_norm_legit.no_stats: _own_batch_norm,
 }
 
 
@@ -136,7 +168,8 @@ def _loosen(module: nn.Module) -> None:
 
     What asserts the dtype of a tensor goes; and every view may be a copy, as the operators of another device lay their
     results out in other ways. What it detaches is detached in Python, where a `TorchFunctionMode` sees it; what it
-    copies has a derivative; and branches and loops are Python's.
+    copies has a derivative; branches and loops are Python's; and what was decomposed into an operator's kernel is that
+    operator again, of which more is known.
     """
     for part in module.modules():
         if not isinstance(part, torch.fx.GraphModule):
