@@ -165,6 +165,8 @@ def test_errors(cli, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
     assert "cut short" in cli("show", "cut.safetensors").fails(3)
     (tmp_path / "other.safetensors").write_bytes(b"something else, and long enough")
+    assert "a text file; expected a Hessian file" in cli("show", "other.safetensors").fails(3)
+    (tmp_path / "other.safetensors").write_bytes(bytes(range(256)))
     assert "not a Hessian file" in cli("show", "other.safetensors").fails(3)
 
 

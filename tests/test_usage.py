@@ -104,6 +104,25 @@ def test_a_file_that_may_not_be_read(cli, monkeypatch, tmp_path, command):
 
 
 @pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("eigen --tol 1e-9", "--tol"),
+        ("eigen --max-products 9", "--max-products"),
+        ("eigen --per-block", "--per-block"),
+        ("eigen --dtype float64", "--dtype"),
+        ("density --steps 9", "--steps"),
+        ("density --probes 9", "--probes"),
+        ("eigen net.pt d.npz --per-block --top 3", "--top"),
+        ("eigen net.pt d.npz --per-block --which both", "--which"),
+    ],
+)
+def test_options_that_would_change_nothing(cli, words, option):
+    ran = cli(*words.split())
+    assert ran.code == 2
+    assert option in ran.stderr
+
+
+@pytest.mark.parametrize(
     "words",
     [
         ("--batch-size", "²"),
@@ -196,6 +215,8 @@ def test_what_does_not_read_standard_input(cli, words):
         ("trace weights.pt d.npz", "trace weights.pt d.npz --arch mypkg.nets:make_mlp"),
         ("hvp net.pt two.npz --vector random", "hvp net.pt two.npz --vector random --inputs KEY --targets KEY"),
         ("trace d.npz net.pt", "the model comes first: hesscli trace MODEL DATA"),
+        ("eigen net.pt", "compute net.pt data.npz"),
+        ("show d.npz", "compute model.pt data.npz"),
         ("compute net.pt d.npz -o 'a b/h'", "mkdir -p 'a b'"),
         ("show --plot 'a b.pn'", "show --plot 'a b.png'"),
         ("show --plot 'a dir.png'", "show --plot 'a dir.png/hessian.png'"),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
-@takes_hessian_or_problem
+@takes_hessian_or_problem("probes", "steps")
 def density(
     hessian: str,
     problem: ProblemOptions | None,

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from hesscli.job.alone import Alone
 
 
+_TOP = 10
+
+
 class Which(StrEnum):
     largest = "largest"
     smallest = "smallest"
@@ -31,13 +34,13 @@ class Which(StrEnum):
     both = "both"
 
 
-@takes_hessian_or_problem
+@takes_hessian_or_problem("per_block", "tol", "max_products")
 def eigen(
     hessian: str,
     problem: ProblemOptions | None,
     top: Annotated[
         int, typer.Option("--top", metavar="K", min=1, help="How many eigenvalues.")
-    ] = 10,
+    ] = _TOP,
     which: Annotated[
         Which,
         typer.Option(
@@ -109,14 +112,17 @@ def eigen(
             return
         from hesscli.cli.output import Output
 
+        if per_block and (top, which) != (_TOP, Which.largest):
+            raise UsageError(
+                "--per-block gives the largest and the smallest of each block, and takes no --top or --which",
+                "hesscli eigen --help",
+            )
         ends, count = ("both", 2) if per_block else (which.value, top)
         end_seen(ends, count, fail_above, fail_below)
         with Output(quiet=quiet, json=json) as out:
             if problem is None:
                 from hesscli.job.eigen import eigen as run
 
-                if per_block:
-                    raise UsageError("--per-block needs MODEL and DATA", "hesscli eigen --help")
                 document: Document = run(hessian, top, which.value, block, output, force)
                 print_eigenpairs(out, document)
             else:

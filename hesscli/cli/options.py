@@ -6,7 +6,7 @@ import ast
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
@@ -280,21 +280,33 @@ def takes_problem(command: Callable[..., None]) -> Callable[..., None]:
     return _with_options(command, run, ("problem",), {})
 
 
-def takes_hessian_or_problem(command: Callable[..., None]) -> Callable[..., None]:
-    """The same for a command that reads a Hessian file too: `hessian` is its path, or `problem` is not None."""
-    own = inspect.signature(command).parameters
-    replaced = ("hessian", "problem")
+def takes_hessian_or_problem(
+    *of_model: str,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The same for a command that reads a Hessian file too: `hessian` is its path, or `problem` is not None.
 
-    def run(**arguments: Any) -> None:
-        mine = {name: arguments.pop(name) for name in own if name not in replaced}
-        if arguments["data"] is None:
-            _refuse_problem_options(arguments)
-            command(hessian=arguments["model"], problem=None, **mine)
-        else:
-            arguments["model"] = Path(arguments["model"])
-            command(hessian="", problem=problem_options(**arguments), **mine)
+    Args:
+        of_model: which of its own options mean nothing for a file.
+    """
 
-    return _with_options(command, run, replaced, {"model": _SOURCE, "data": _DATA})
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command).parameters
+        replaced = ("hessian", "problem")
+        shared = inspect.signature(problem_options).parameters
+
+        def run(**arguments: Any) -> None:
+            mine = {name: arguments.pop(name) for name in own if name not in replaced}
+            if arguments["data"] is None:
+                _refuse_given(arguments, shared.values())
+                _refuse_given(mine, [own[name] for name in of_model])
+                command(hessian=arguments["model"], problem=None, **mine)
+            else:
+                arguments["model"] = Path(arguments["model"])
+                command(hessian="", problem=problem_options(**arguments), **mine)
+
+        return _with_options(command, run, replaced, {"model": _SOURCE, "data": _DATA})
+
+    return decorated
 
 
 _SOURCE = inspect.Parameter(
@@ -320,15 +332,15 @@ _DATA = inspect.Parameter(
 )
 
 
-def _refuse_problem_options(arguments: dict[str, Any]) -> None:
+def _refuse_given(arguments: dict[str, Any], options: Iterable[inspect.Parameter]) -> None:
     """Refuses what only a model and data have, where a Hessian file is given.
 
     Raises:
         typer.BadParameter: the first such option.
     """
-    for name, parameter in inspect.signature(problem_options).parameters.items():
-        if parameter.default is not parameter.empty and arguments[name] != parameter.default:
-            option = "--no-check" if name == "check" else f"--{name.replace('_', '-')}"
+    for each in options:
+        if each.default is not each.empty and arguments[each.name] != each.default:
+            option = "--no-check" if each.name == "check" else f"--{each.name.replace('_', '-')}"
             raise typer.BadParameter("needs MODEL and DATA, not a Hessian file", param_hint=option)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hesscli.errors import FileError
+from hesscli.files.sniff import kind_of, unsupported
 
 AGAIN = "compute it again, or copy the file again"
+_MODELS = ("torchscript", "exported", "torch_zip", "torch_legacy")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,10 @@ def read_header(path: Path, shown: str) -> Header:
     except PermissionError:
         raise FileError(f"{shown}: permission denied") from None
     except (SafetensorError, OSError, ValueError) as error:
+        if (kind := kind_of(path)) not in ("safetensors", "unknown"):
+            model = shlex.quote(shown) if kind in _MODELS else "model.pt"
+            hint = f"hesscli compute {model} data.npz"
+            raise unsupported(shown, kind, "a Hessian file", hint) from None
         raise FileError(
             f"{shown}: not a Hessian file, or one that was cut short ({str(error).splitlines()[0]})"
         ) from None
