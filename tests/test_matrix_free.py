@@ -674,3 +674,22 @@ def test_interrupted(tmp_path, command):
         assert document["total"]["standard_error"] > 0
     else:
         assert sum(document["weights"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("params", ["*", "fc1.bias"])  # by Lanczos, and densely
+def test_a_tolerance_that_rounding_keeps_out_of_reach(cli, params):
+    words = ("eigen", *MLP, "--top", 3, "--params", params, "--json", "-q")
+    ran = cli(*words, "--tol", "1e-9")
+    document = ran.document
+    assert ran.code == 5
+    assert not document["converged"]
+    assert max(np.array(document["residuals"]) / document["eigenvalues"]) > 1e-9
+    assert ran.hint.endswith("--dtype float64")
+    in_float64 = cli(*words, "--tol", "1e-9", "--dtype", "float64").document
+    assert in_float64["converged"]
+    relative = np.array(in_float64["residuals"]) / in_float64["eigenvalues"]
+    assert relative.max() <= 1e-9
+    assert cli(*words, "--tol", 0).document["converged"]  # as far as rounding lets it
+    ran = cli(*words, "--tol", "1e-19", "--dtype", "float64")
+    assert ran.code == 5
+    assert cli(*words, "--dtype", "float64", "--tol", ran.hint.split()[-1]).code == 0

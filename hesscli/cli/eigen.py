@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import shlex
 from enum import StrEnum
 from pathlib import Path
@@ -153,7 +154,7 @@ def of_model(out: Output, problem: ProblemOptions, options: EigenOptions, share:
     if not document["converged"] and document["products"] < options.max_products:
         raise NumericalError(
             f"not converged: rounding in {document['dtype']} keeps residuals above the tolerance",
-            "--dtype float64" if document["dtype"] == "float32" else "--tol 1e-10",
+            "--dtype float64" if document["dtype"] == "float32" else f"--tol {_reached(document)}",
         )
     if not document["converged"]:
         raise NumericalError(
@@ -161,6 +162,13 @@ def of_model(out: Output, problem: ProblemOptions, options: EigenOptions, share:
             f"--max-products {4 * options.max_products}",
         )
     return document
+
+
+def _reached(document: Document) -> str:
+    """The power of ten that all relative residuals are below."""
+    pairs = zip(document["eigenvalues"], document["residuals"], strict=True)
+    worst = max((residual / abs(value) for value, residual in pairs if value), default=0.0)
+    return f"1e{math.ceil(math.log10(2 * worst))}" if worst else "0"
 
 
 def print_eigenpairs(out: Output, document: Document) -> None:

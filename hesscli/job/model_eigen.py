@@ -18,7 +18,7 @@ from hesscli.job.options import EigenOptions, Listener, ProblemOptions
 from hesscli.job.progress import Convergence
 from hesscli.job.writing import writable, write_tensors
 from hesscli.spectrum.dense import DENSE, dense
-from hesscli.spectrum.eigen import WHICH
+from hesscli.spectrum.eigen import WHICH, allowed
 from hesscli.spectrum.lanczos import Found, Lanczos
 
 SCHEMA = "hesscli.eigen/1"
@@ -88,11 +88,13 @@ def _search(
         except KeyboardInterrupt:
             return Found(np.zeros(0), torch.zeros(0, size), np.zeros(0), np.zeros(0, bool), 0, True)
         best = WHICH[which](values)[:top]
+        largest = float(np.abs(values).max(initial=0.0))
+        rounding = size * torch.finfo(operator.gradient.dtype).eps * largest
         found = Found(
             values[best],
             torch.from_numpy(columns[:, best].T.copy()),
             errors[best],
-            np.ones(len(best), bool),
+            errors[best] <= allowed(values[best], options.tolerance, largest, rounding),
             size,
         )
     else:

@@ -34,6 +34,21 @@ _ARPACK = {"largest": "LA", "smallest": "SA", "magnitude": "LM", "both": "BE"}
 _TILE = 1 << 22  # elements of a matrix that are converted to float64 at a time
 
 
+def allowed(
+    values: np.ndarray | float, tolerance: float, largest: float, rounding: float
+) -> np.ndarray:
+    """The residuals with which eigenvalues have converged: tolerance |lambda|.
+
+    Zero has no relative error to reach: what is no more than 3 % of the tolerance times the largest value has converged
+    when its residual is no more either. With a tolerance of zero, that is what rounding leaves.
+    """
+    sizes = np.abs(values)
+    if not tolerance:
+        return np.full_like(sizes, rounding)
+    zero = 0.03 * tolerance * largest
+    return np.where(sizes <= zero, zero, tolerance * sizes)
+
+
 @dataclass(frozen=True)
 class Eigenpairs:
     """Eigenvalues in the order asked for, each with the block it belongs to."""

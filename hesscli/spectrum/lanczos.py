@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.spectrum.eigen import WHICH
+from hesscli.spectrum.eigen import WHICH, allowed
 from hesscli.spectrum.finite import NotFinite
 from hesscli.spectrum.hiding import Hiding
 from hesscli.spectrum.interrupts import deferred_interrupt
@@ -38,7 +38,6 @@ stays hidden from twelve with a probability below 1 %. Once a copy was found, ch
 
 _UNLIKELY = 0.01
 _MOST, _ROOM = 80, 1 << 23  # basis vectors, and numbers in them, that are worth having anyway
-_ZERO = 0.03  # times the tolerance and the largest value: what is no more counts as zero
 _LEAST = 0.1  # share of the allowed residual below which none is asked for
 _CANCELLED = 1e-3  # of a product is so little that it is orthogonalised once more
 _FEW = 4  # rows of the basis that are faster one by one
@@ -65,9 +64,9 @@ class Lanczos:
         size: n.
         top: how many pairs.
         which: one of `WHICH`.
-        tolerance: a pair has converged when `||H v - lambda v|| <= tolerance |lambda|`; or when no more than the
-            rounding of a product is left of it; or when value and residual are zero to 3 % of the tolerance
-            times the largest value that was met.
+        tolerance: a pair has converged when `||H v - lambda v|| <= tolerance |lambda|`; or when value and residual
+            are zero to 3 % of the tolerance times the largest value that was met. Zero: when no more than the
+            rounding of a product is left of it.
         generator: of the starting vectors.
         guess: a vector [n] where the wanted ones may be, or zeros. The search starts between it and a random one, so
             that none is missed; in its dtype and on its device.
@@ -207,11 +206,12 @@ class Lanczos:
         return 32 * torch.finfo(self.basis.dtype).eps * self.largest
 
     def _limit(self, values: np.ndarray | float) -> np.ndarray:
-        """The residuals with which these have converged. Zero has no relative error to reach."""
-        sizes = np.abs(values)
-        zero = _ZERO * self.tolerance * self.largest
-        relative = np.where(sizes <= zero, zero, self.tolerance * sizes)
-        return np.maximum(relative, self._rounding())
+        """The residuals with which these have converged."""
+        return allowed(values, self.tolerance, self.largest, self._rounding())
+
+    def _reach(self, values: np.ndarray | float) -> np.ndarray:
+        """The residuals to try for: those, or what little more products may still gain."""
+        return np.maximum(self._limit(values), self._rounding() / 8)
 
     def _excess(self, places: np.ndarray) -> np.ndarray:
         """Residuals as multiples of what they may be."""
@@ -233,7 +233,7 @@ class Lanczos:
         and for what the product that confirms them finds.
         """
         best = self._wanted()
-        limit, reducible = self._limit(self.values[best]), self.coupling @ self.columns[:, best]
+        limit, reducible = self._reach(self.values[best]), self.coupling @ self.columns[:, best]
         spent = self.residuals[best] ** 2 - reducible**2
         most = np.maximum(limit**2 - spent, (_LEAST * limit) ** 2) / 2
         return self.count >= self.top and bool((reducible**2 <= most).all())
@@ -251,7 +251,10 @@ class Lanczos:
             "magnitude": (-np.abs(found).min(), np.abs(found).min()),
             "both": (found[lower - 1] if lower else -np.inf, found[lower]),
         }[self.which]
-        low, high = (self._limit(value) if math.isfinite(value) else 0.0 for value in last)
+        low, high = (
+            max(self._limit(value), self._rounding()) if math.isfinite(value) else 0.0
+            for value in last
+        )
         return float(last[0] - low), float(last[1] + high)
 
     # Restarts
