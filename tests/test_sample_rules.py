@@ -94,6 +94,7 @@ def test_functions_of_each_sample_alone(name: str) -> None:
     lambda z: torch.linalg.solve(z[:6, :6] + 9 * torch.eye(6, dtype=z.dtype), z),
     lambda z: torch.linalg.cholesky(z @ z.T + torch.eye(6, dtype=z.dtype)),
     lambda z: torch.linalg.inv(z[:, :6] + 9 * torch.eye(6, dtype=z.dtype)),
+    lambda z: torch.clamp(z, min=torch.linspace(-1, 1, 6, dtype=z.dtype)[:, None, None]).sum(1),
 ])  # fmt: skip
 def test_matrices_of_samples_mix_them(mixed: Callable[[Tensor], Tensor]) -> None:
     class Net(nn.Module):

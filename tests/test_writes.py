@@ -112,6 +112,20 @@ def through_a_transpose(h, x):
 
 
 @seen
+def a_transposed_copy(h, x):
+    out = h.new_empty(len(h), 2, 3)
+    out.copy_(torch.tanh(h).view(-1, 3, 2).transpose(1, 2))
+    return out.view(-1, 6)
+
+
+@seen
+def a_sum_through_a_transpose(h, x):
+    h = h * 1
+    h.view(-1, 3, 2).transpose(1, 2).cumsum_(1)
+    return torch.tanh(h).view(-1, 6)
+
+
+@seen
 def through_another_axis(h, x):
     h = h * 1
     h.unsqueeze(1)[:, 0, 2] = torch.tanh(h[:, 3] + h[:, 4])
@@ -295,6 +309,23 @@ def test_samples_that_meet_in_a_write_are_refused(function, traced):
                     compute_blocks(routes[name], [block], diagonal)
             found = compute_blocks(routes["hvp"], [block], diagonal)
             torch.testing.assert_close(found[block.name], part, rtol=1e-10, atol=1e-12)
+
+
+def test_a_view_that_is_turned_in_place():
+    """Which leaves what it is a view of as it was."""
+
+    def function(h, x):
+        h = h * 1
+        h.view(-1, 3, 2)[:].transpose_(1, 2)
+        return torch.tanh(h)
+
+    problem, truth = posed(function, False)
+    routes = routes_of(problem)
+    for block, part in blocks_and_truth(problem, truth, "block_diagonal"):
+        with pytest.raises(NotApplicable, match="transpose_"):
+            compute_blocks(routes["preactivation"], [block])
+        found = compute_blocks(routes["hvp"], [block])[block.name]
+        torch.testing.assert_close(found, part, rtol=1e-10, atol=1e-12)
 
 
 def test_a_product_by_position_is_curved():

@@ -211,7 +211,10 @@ class _Recorder(Watcher):
         if len(written) != 1 or not isinstance(written[0], Tensor):
             self._refuse(f"{func._schema.name} writes into its arguments")
             return func, arguments
-        self.stale |= self.memory[self.storages[id(written[0])]] - {id(written[0])}
+        others = self.memory[self.storages[id(written[0])]] - {id(written[0])}
+        if torch.Tag.inplace_view in func.tags and others:
+            self._refuse(f"{func._schema.name.removeprefix('aten::')} changes what a view is of")
+        self.stale |= others
         if func is torch.ops.aten.copy_.default:
             return self._copied(written[0], args[1], arguments[1])
         if fills_a_mask(func, args):

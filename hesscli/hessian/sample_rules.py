@@ -19,8 +19,8 @@ ELEMENTWISE_UNARY = frozenset(
     "exp2 signbit i0 special_entr special_erfcx special_log_ndtr special_ndtri special_i0e special_i1 "
     "special_i1e".split()
 )
-ELEMENTWISE = frozenset(
-    "add sub mul div rsub where maximum minimum fmax fmin atan2 eq ne lt le gt ge logical_and logical_or "
+ELEMENTWISE = frozenset(  # of several tensors, or of one and numbers
+    "clamp clamp_min clamp_max add sub mul div rsub where maximum minimum fmax fmin atan2 eq ne lt le gt ge logical_and logical_or "
     "bitwise_and bitwise_or masked_fill lerp addcmul addcdiv xlogy logaddexp copy pow "
     "fmod remainder hypot copysign logaddexp2 special_xlog1py special_zeta complex polar "
     "tanh_backward sigmoid_backward".split()
@@ -73,7 +73,7 @@ def _elementwise(c: Context) -> SampleAxis | None:
     """All arguments broadcast against each other: their sample axes must fall on the same axis of the result."""
     rank = len(c.result)
     found: set[SampleAxis] = set()
-    for ref in c.call.arguments:
+    for ref in (*c.call.arguments, *c.call.keywords.values()):
         if isinstance(ref, Ref) and (axis := c.axes[ref.value]):
             found.add(replace(axis, axis=axis.axis + rank - len(c.shapes[ref.value])))
     if len(found) != 1:

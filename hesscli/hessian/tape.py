@@ -18,6 +18,13 @@ from torch import Tensor
 from hesscli.hessian.precision import default_of
 
 
+# What was written in place lies elsewhere in its replay, where not every view is one.
+_LOOSE = {
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+}
+
+
 @dataclass(frozen=True)
 class Ref:
     """Stands for a tensor in a call's arguments: the value with this number."""
@@ -114,7 +121,8 @@ class Tape:
             for call in self.calls if calls is None else calls:
                 arguments = _filled(call.arguments, known)
                 keywords = {name: _filled(value, known) for name, value in call.keywords.items()}
-                result = call.operator(*arguments, **keywords)
+                operator = _LOOSE.get(call.operator, call.operator)
+                result = operator(*arguments, **keywords)
                 parts = result if isinstance(result, (tuple, list)) else (result,)
                 for number, part in zip(call.outputs, parts, strict=True):
                     if number is not None:
