@@ -693,3 +693,26 @@ def test_a_tolerance_that_rounding_keeps_out_of_reach(cli, params):
     ran = cli(*words, "--tol", "1e-19", "--dtype", "float64")
     assert ran.code == 5
     assert cli(*words, "--dtype", "float64", "--tol", ran.hint.split()[-1]).code == 0
+
+
+@pytest.mark.parametrize("which", ["largest", "smallest"])
+@pytest.mark.parametrize("seed", range(3))
+def test_independent_outputs_repeat_every_eigenvalue(cli, tmp_path, which, seed):
+    """Of the smallest, the first copies lie close to the next values."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.standard_normal((200, 130)), rng.standard_normal((200, 4))
+    files = saved(tmp_path, nn.Linear(130, 4, bias=False).double(), x=x, y=y)
+    ran = cli("eigen", *files, "--top", 6, "--which", which, "--json", "-q")
+    truth = np.sort(np.linalg.eigvalsh(2 * x.T @ x / 800).repeat(4))
+    truth = truth[:6] if which == "smallest" else truth[::-1][:6]
+    np.testing.assert_allclose(ran.document["eigenvalues"], truth, rtol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-13, 1e10])
+def test_eigenvalues_whose_squares_float32_cannot_hold(cli, tmp_path, scale):
+    rng = np.random.default_rng(0)
+    x = (scale * rng.standard_normal((50, 600))).astype(np.float32)
+    files = saved(tmp_path, nn.Linear(600, 1, bias=False), x=x, y=np.ones((50, 1), np.float32))
+    ran = cli("eigen", *files, "--top", 2, "--json", "-q")
+    truth = np.linalg.eigvalsh(2 * x.astype(float).T @ x / 50)[::-1][:2]
+    np.testing.assert_allclose(ran.document["eigenvalues"], truth, rtol=1e-4)

@@ -20,7 +20,8 @@ ELEMENTWISE_UNARY = frozenset(
     "special_i1e".split()
 )
 ELEMENTWISE = frozenset(  # of several tensors, or of one and numbers
-    "clamp clamp_min clamp_max add sub mul div rsub where maximum minimum fmax fmin atan2 eq ne lt le gt ge logical_and logical_or "
+    "clamp clamp_min clamp_max "
+    "add sub mul div rsub where maximum minimum fmax fmin atan2 eq ne lt le gt ge logical_and logical_or "
     "bitwise_and bitwise_or masked_fill lerp addcmul addcdiv xlogy logaddexp copy pow "
     "fmod remainder hypot copysign logaddexp2 special_xlog1py special_zeta complex polar "
     "tanh_backward sigmoid_backward".split()

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from hesscli.hessian.precision import default_of
 
-
 # What was written in place lies elsewhere in its replay, where not every view is one.
 _LOOSE = {
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,

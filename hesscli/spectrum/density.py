@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.spectrum.finite import finite
+from hesscli.spectrum.finite import finite, norm
 
 _SAME = 1e-6  # relative distance of values that only rounding tells apart
 
@@ -101,28 +101,23 @@ def _quadrature(
     steps = len(basis)
     diagonal: list[float] = []
     off: list[float] = []
-    v = start / _norm(start)
+    v = start / norm(start)
     scale = 0.0
     for j in range(steps):
         basis[j] = v
         w = finite(multiply(v))
-        scale = max(scale, _norm(w))
+        scale = max(scale, norm(w))
         diagonal.append(float(v @ w))
         w = w - diagonal[-1] * v
         if j:
             w -= off[-1] * basis[j - 1]
         w -= (basis[: j + 1] @ w) @ basis[: j + 1]  # what rounding left of the basis
         report(j + 1)
-        norm = _norm(w)
-        if j + 1 == steps or norm <= 16 * torch.finfo(w.dtype).eps * scale:
+        left = norm(w)
+        if j + 1 == steps or left <= 16 * torch.finfo(w.dtype).eps * scale:
             break
-        off.append(norm)
-        v = w / norm
+        off.append(left)
+        v = w / left
     T = np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1)
     values, columns = np.linalg.eigh(T)
     return values, columns[0] ** 2
-
-
-def _norm(v: Tensor) -> float:
-    """Its squares may be beyond float32."""
-    return float(torch.linalg.vector_norm(v, dtype=torch.float64))

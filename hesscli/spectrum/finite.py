@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -18,3 +19,8 @@ def finite(product: Tensor) -> Tensor:
     if not bool(product.isfinite().all()):
         raise NotFinite
     return product
+
+
+def norm(v: Tensor) -> float:
+    """|v|, in float64: the squares of float32 are numbers from 1e-38 to 1e38 alone."""
+    return float(torch.linalg.vector_norm(v, dtype=torch.float64))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hesscli.spectrum.eigen import WHICH, allowed
-from hesscli.spectrum.finite import NotFinite
+from hesscli.spectrum.finite import NotFinite, norm
 from hesscli.spectrum.hiding import Hiding
 from hesscli.spectrum.interrupts import deferred_interrupt
 
@@ -33,8 +33,9 @@ Multiply = Callable[[Tensor], Tensor]
 Report = Callable[[int, float, float], None]
 
 CHAIN = 12
-"""Products that a random vector gets to find a first copy. One that stands out of the rest of the spectrum by a third
-stays hidden from twelve with a probability below 1 %. Once a copy was found, chains go on until that is so for any."""
+"""Products that a random vector gets at least to find a first copy. One that stands out of the rest of the spectrum
+by a third stays hidden from twelve with a probability below 1 %. What repeats eigenvalues, as independent outputs do,
+repeats the outermost too: the chain goes on until a copy of that one would have shown; once one was found, of any."""
 
 _UNLIKELY = 0.01
 _MOST, _ROOM = 80, 1 << 23  # basis vectors, and numbers in them, that are worth having anyway
@@ -95,9 +96,9 @@ class Lanczos:
         self.R = np.zeros((self.capacity, self.capacity))  # R^T R of the Krylov relation
         self.count = 0
         self.coupling = np.zeros(0)  # b
-        length = torch.linalg.norm(guess)
+        length = norm(guess)
         self.pending = self._random()
-        if 0 < float(length) < math.inf:
+        if 0 < length < math.inf:
             self.pending = self._unit(self.pending.add_(guess / length))
         self.products = 0
         self.copies = False  # whether there were any
@@ -135,7 +136,7 @@ class Lanczos:
         """
         vector, j = self.pending, self.count
         product = self.multiply(vector)
-        size = float(torch.linalg.norm(product))
+        size = norm(product)
         if not math.isfinite(size):
             raise NotFinite
         self.products += 1
@@ -144,17 +145,17 @@ class Lanczos:
         parts = np.append(self.coupling, float(vector @ product))
         self._subtract(product, parts)
         parts += self._orthogonalise(product)
-        norm = float(torch.linalg.norm(product))
-        if norm < _CANCELLED * size:  # what is left is rounding of what was taken away
+        left = norm(product)
+        if left < _CANCELLED * size:  # what is left is rounding of what was taken away
             parts += self._orthogonalise(product)
-            norm = float(torch.linalg.norm(product))
+            left = norm(product)
         self.T[j, : self.count] = self.T[: self.count, j] = parts
         self.coupling = np.zeros(self.count)
         least = 16 * torch.finfo(product.dtype).eps * max(size, self.largest)
-        new = norm > least and self.count < self.size
+        new = left > least and self.count < self.size
         if new:
-            self.coupling[j] = norm
-            self.pending = product.div_(norm)
+            self.coupling[j] = left
+            self.pending = product.div_(left)
         elif self.count < self.size:  # an invariant subspace: on elsewhere
             self.pending = self._random()
         self._solve()
@@ -185,8 +186,8 @@ class Lanczos:
     def _unit(self, v: Tensor) -> Tensor:
         """v made orthogonal to the basis, and of length one."""
         for _ in range(3):  # once loses orthogonality
-            self._orthogonalise(v.div_(torch.linalg.norm(v)))
-        return v.div_(torch.linalg.norm(v))
+            self._orthogonalise(v.div_(norm(v)))
+        return v.div_(norm(v))
 
     # The small problem
 
@@ -308,18 +309,26 @@ class Lanczos:
         return False
 
     def _chain_finds(self, start: int, max_products: int) -> bool:
-        """The chain, from row `start` of the basis on; it ends when a copy would have shown, or after `CHAIN` products
-        if there were none so far."""
+        """The chain, from row `start` of the basis on, which ends when a copy of any wanted value would have shown.
+
+        If there were none so far, a copy of the outermost will do, or as many products as the search took.
+        """
         low, high = self._bounds()
         hiding = [Hiding(value, self.size - start) for value in (low, high) if np.isfinite(value)]
+        outermost = [Hiding(value, self.size - start) for value in self._outermost()]
+        began, most = self.products, max(CHAIN, self.products)
         grew = True
-        while grew and self._goes_on(max_products):
-            if self.count == (self.capacity if self.copies else start + CHAIN):
-                if not self.copies:
-                    return False
-                self._restart((self.capacity - start) // 2, start, hiding)
+
+        def would_show(copies: list[Hiding]) -> bool:
+            return all(h.probability(values, columns, coupling) < _UNLIKELY for h in copies)
+
+        while grew and self._goes_on(
+            max_products if self.copies else min(max_products, began + most)
+        ):
+            if self.count == self.capacity:
+                self._restart((self.capacity - start) // 2, start, hiding + outermost)
             grew = self._step()
-            for each in hiding:
+            for each in hiding + outermost:
                 each.step()
             chain = slice(start, self.count)
             values, columns = _eigh(self.T[chain, chain])
@@ -327,9 +336,22 @@ class Lanczos:
                 self.copies = True
                 return True
             coupling = self.coupling[chain]
-            if all(h.probability(values, columns, coupling) < _UNLIKELY for h in hiding):
+            few = not self.copies and self.products - began >= CHAIN
+            if would_show(hiding) or (few and would_show(outermost)):
                 break
         return False
+
+    def _outermost(self) -> list[float]:
+        """Those of the wanted values that are first to show."""
+        found = self.values[self._wanted()]
+        if self.which == "magnitude":
+            return [float(found[0])]
+        ends = {
+            "largest": [found.max()],
+            "smallest": [found.min()],
+            "both": [found.max(), found.min()],
+        }
+        return [float(value) for value in ends[self.which]]
 
     def _repeated(self) -> bool:
         """Whether some of the wanted values are the same, as far as can be told: rounding brings copies in, too."""
@@ -359,9 +381,7 @@ class Lanczos:
                 self.multiply(x) - v * x for x, v in zip(found.vectors, found.values, strict=True)
             ]
             self.products += len(best)
-            residuals = np.array(
-                [float(torch.linalg.vector_norm(r, dtype=torch.float64)) for r in rests]
-            )
+            residuals = np.array([norm(r) for r in rests])
             return replace(
                 found,
                 residuals=residuals,
@@ -375,7 +395,7 @@ class Lanczos:
         expected = (c * torch.from_numpy(found.values).to(c)) @ found.vectors
         y = self.columns[:, best] @ signs.numpy()
         expected += float(self.coupling @ y) * self.pending
-        beyond = float(torch.linalg.vector_norm(product.sub_(expected), dtype=torch.float64)) ** 2
+        beyond = norm(product.sub_(expected)) ** 2
         left = float(y @ self.R[: self.count, : self.count] @ y)
         error = (max(0.0, beyond - left) / len(best)) ** 0.5
         residuals = found.residuals + error
