@@ -402,3 +402,63 @@ def test_a_model_of_one_batch_size_that_mixes_samples_is_said_to(cli, tmp_path, 
     said = [note for note in ran.notes if "sees several samples at once" in note]
     how = " sees several samples at once: 4 at a time, as the model accepts them"
     assert said == ([mixes + how] if mixes else [])
+
+
+def test_a_loss_whose_mixing_is_little_beside_its_terms():
+    """But not beside their second derivatives."""
+
+    def loss(output, target):
+        return (output - target) ** 2 + 100 * (output - output.mean(0)) ** 2
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    x, y = torch.randn(12, 3).double(), 3e5 + 5e4 * torch.randn(12, 1).double()
+    whole, split = (
+        hesscli.compute(net, (x, y), loss=loss, blocks="full", batch_size=size, framework="torch")
+        for size in (12, 4)
+    )
+    assert torch.equal(whole.matrix(), split.matrix())
+
+
+def test_mixing_that_rounding_would_hide():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 1), nn.Linear(3, 3), nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.a(x) + self.c(torch.tanh(self.b(x * torch.tensor([1e-3, 1, 1]))).mean(0))
+
+    torch.manual_seed(0)
+    net, x, y = Net(), torch.randn(12, 3), torch.randn(12, 1)
+    x[:, 0] = 2e4 + 5e3 * x[:, 0]
+    whole, split = (
+        hesscli.compute(net, (x, y), batch_size=size, framework="torch") for size in (12, 4)
+    )
+    for name in whole.blocks:
+        assert torch.equal(whole.block(name), split.block(name)), name
+
+
+def late(x, h):
+    return h * (torch.arange(len(x)) >= 50)[:, None]
+
+
+def many(x, h):
+    return h * h if len(x) > 64 else h
+
+
+@pytest.mark.parametrize("last", [late, many])
+def test_a_model_that_goes_by_places_or_counts_beyond_a_few(last):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(2, 3)
+
+        def forward(self, x):
+            return last(x, torch.tanh(self.a(x)))
+
+    torch.manual_seed(0)
+    net, x, y = Net().double(), torch.randn(100, 2).double(), torch.randn(100, 3).double()
+    found = hesscli.compute(net, (x, y), blocks="full", batch_size=50, framework="torch")
+    assert relative_error(found.matrix(), hessian(net, F.mse_loss, (x,), y)) < 1e-9
+    assert any("one batch" in note for note in found.metadata["notes"])

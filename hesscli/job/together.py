@@ -13,13 +13,13 @@ from hesscli.errors import DeviceMismatchError, MismatchError, is_out_of_memory
 from hesscli.files.resources import available_memory
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.batch import Batch
-from hesscli.hessian.definitions import right_gradients
+from hesscli.hessian.definitions import exact_derivatives, right_gradients
 from hesscli.hessian.losses import OF_CLASSES
 from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem, placed
 from hesscli.job.source import Source
 
-_FEWEST, _TRIED = 4, 32  # samples passed together and apart
+_FEWEST = 4  # samples passed together and apart
 
 
 def taken(
@@ -56,10 +56,10 @@ def coupled(
 ) -> str | None:
     """What makes something else of all samples than of these batches: the model, the loss, or nothing.
 
-    It is tried. A few samples will do where a tape proves that none reaches another in the model: what that cannot see
-    are numbers that go by a sample's place. Else, or where the model decides by what it computes of its inputs, it
-    takes all samples, and compares gradients too. Both at theta and a little away from there: a gate that is zero, or
-    weights of samples that are all one, hide what is behind them, though not from a derivative.
+    It is tried, with all samples. Where a tape proves that none reaches another in the model, what that cannot see are
+    numbers that go by a sample's place, or by how many there are. Else, or where the model decides by what it computes
+    of its inputs, gradients are compared too, in float64 if possible. Both at theta and a little away from there: a
+    gate that is zero, or weights of samples that are all one, hide what is behind them, though not from a derivative.
 
     Args:
         problem: the problem, without its batches.
@@ -68,22 +68,20 @@ def coupled(
         room: how many samples there is memory for at once; if not for all, so many are tried.
         note: hears of that.
     """
-    leaves = list(problem.parameters.values())
     proven = _proven(problem, source)
-    if problem.loss.function is None and proven:
-        count = min(source.samples, max(_FEWEST, min(bounds[1], _TRIED)))
-        tried = [0, count // 2, count]
-    else:
-        count = min(source.samples, max(_FEWEST, room))
-        tried = [*(b for b in bounds if b < count), count]
-        if len(tried) == 2:
-            tried.insert(1, count // 2)
-        if count < source.samples:
-            note(
-                f"whether samples mix was tried with {count} of them; --unbatched takes all at once"
-            )
-    together = source.part(0, count)
-    apart = [source.part(start, stop) for start, stop in pairwise(tried)]
+    wider = not proven and problem.dtype is not torch.float64
+    count = min(source.samples, max(_FEWEST, room // 2 if wider else room))
+    tried = [*(b for b in bounds if b < count), count]
+    if len(tried) == 2:
+        tried.insert(1, count // 2)
+    if count < source.samples and not (proven and problem.loss.function is None):
+        note(f"whether samples mix was tried with {count} of them; --unbatched takes all at once")
+    parts = [source.part(start, stop) for start, stop in pairwise(tried)]
+    problem = replace(problem, batches=[source.part(0, count), *parts])
+    if wider:
+        problem = problem.double() or problem
+    together, *apart = problem.batches
+    leaves = list(problem.parameters.values())
     for values in (leaves, _near(leaves)):
         with (
             torch.set_grad_enabled(not proven),
@@ -97,8 +95,8 @@ def coupled(
                 return "the model"
             if not (_same(output, outputs) and _pull_the_same(output, outputs, leaves)):
                 return "the model"
-            if (loss := _loss_coupled(problem, output, together, outputs, apart)) is not None:
-                return loss
+        if (loss := _loss_coupled(problem, output, together, outputs, apart)) is not None:
+            return loss
     return None
 
 
@@ -156,11 +154,42 @@ def _loss_coupled(
         of_all = problem.loss.name in OF_CLASSES and output.dim() == 1
         return f"the loss {problem.loss.name}" if of_all else None
 
-    def terms(output: Tensor, of: Batch) -> Tensor:
-        return problem.loss.terms(output, of.target, of.loss_arguments)
+    with exact_derivatives(), torch.enable_grad():
+        z = output.detach().requires_grad_(output.is_floating_point())
+        terms = problem.loss.terms(z, together.target, together.loss_arguments)
+        parts = [
+            problem.loss.terms(part, of.target, of.loss_arguments)
+            for part, of in zip(z.split([len(part) for part in outputs]), apart, strict=True)
+        ]
+        same = _same(terms, parts) and _bend_the_same(z, terms, parts)
+    return None if same else f"the loss {problem.loss.name}"
 
-    parts = [terms(output, of) for output, of in zip(outputs, apart, strict=True)]
-    return None if _same(terms(output, together), parts) else f"the loss {problem.loss.name}"
+
+def _bend_the_same(z: Tensor, terms: Tensor, parts: Sequence[Tensor]) -> bool:
+    """Whether a loss's first and second derivatives are alike too, in a random direction, where it has any.
+
+    What couples the samples may be little beside large terms, and still be most of their second derivatives.
+    """
+    generator = torch.Generator().manual_seed(0)
+    seeds, direction = (
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (terms, z)
+    )
+
+    def derivatives(of: Sequence[Tensor]) -> list[Tensor]:
+        shares = seeds.split([len(each) for each in of])
+        (slope,) = torch.autograd.grad(of, z, shares, create_graph=True, materialize_grads=True)
+        if not slope.requires_grad:
+            return [slope]
+        (bend,) = torch.autograd.grad(slope, z, direction, materialize_grads=True)
+        return [slope, bend]
+
+    try:
+        whole, summed = derivatives([terms]), derivatives(parts)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return True  # the gradient of the loss will say why there is none
+    return all(_same(a, [b]) for a, b in zip(whole, summed, strict=True))
 
 
 def _pull_the_same(output: Tensor, outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
@@ -180,9 +209,12 @@ def _pull_the_same(output: Tensor, outputs: Sequence[Tensor], leaves: Sequence[T
             raise
         return True  # the gradient of the loss will say why there is none
     differences = [a - b for a, b in zip(whole, summed, strict=True)]
-    # In float32 rounding takes a unit across its kink here and there, which is no mixing.
-    tolerance = 1e-6 if output.dtype is torch.float64 else 1e-2
-    return not _norm(differences) > tolerance * _norm(whole)
+    if output.dtype is not torch.float64:
+        # Rounding takes a unit across its kink here and there, which is no mixing.
+        return not _norm(differences) > 1e-2 * _norm(whole)
+    least = 1e-10 * _norm(whole)  # one of a bias before a normalisation is nothing but rounding
+    pairs = zip(differences, whole, strict=True)
+    return not any(_norm([d]) > 1e-6 * _norm([g]) + least for d, g in pairs)
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
