@@ -277,6 +277,20 @@ def test_large_gradients_excuse_little(size):
     assert not judge(Certificate(problem, torch.float64, 0), block, 1.5 * truth.diagonal())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("structure", ["diag", "full", "elements"])
+def test_a_loss_that_is_constant_but_for_rounding(structure, dtype):
+    class Summed(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).softmax(-1).sum(-1, keepdim=True)
+
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 3), torch.randn(20, 1)
+    found = hesscli.compute(Summed(nn.Linear(3, 4)), (x, y), blocks=structure, dtype=dtype)
+    for name in found.blocks:
+        assert np.abs(found.block(name)).max() < 1e-5
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_fails(value):
     problem = problem_of_case(BY_NAME["mlp-tanh"])

@@ -206,7 +206,7 @@ def test_arrays_as_loss_arguments(net, tmp_path, monkeypatch, kind):
     monkeypatch.setattr("hesscli.job.journal.INTERVAL", 0)  # as a run of more than a second
     weight, targets = torch.rand(12, 2, dtype=torch.float64), torch.rand(12, 2)
     data = {"x": X, "y": targets, "w": weight}
-    options = {"loss": "mse", "batch_size": 5, "output": tmp_path / "h"}
+    options = {"loss": "mse", "batch_size": "auto", "output": tmp_path / "h"}
     named = hesscli.compute(net, data, loss_arguments={"weight": "@w"}, **options)
     block = np.array(named.block("last.bias"))
     given = hesscli.compute(net, data, loss_arguments={"weight": kind(weight)}, **options)

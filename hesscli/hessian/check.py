@@ -88,8 +88,16 @@ class Certificate:
 
     @cached_property
     def gradient_norm(self) -> float:
-        """|g(theta)| over all parameters of the module: what rounding goes by, whichever were chosen."""
-        return self.problem.gradient_norm()
+        """|g(theta)| over all parameters of the module: what rounding goes by, whichever were chosen.
+
+        Where that is nothing but rounding, of a loss that normalisations keep constant, |L| / |theta| instead.
+        """
+        norm = self.problem.gradient_norm()
+        with torch.no_grad():
+            value = sum(float(self.problem.value(batch)) for batch in self.problem.batches)
+        sizes = [float(p.detach().norm()) for p in self.problem.parameters.values()]
+        usual = abs(value) / max(math.hypot(*sizes), torch.finfo(self.dtype).tiny)
+        return usual if norm <= _ROUNDING[self.problem.dtype] * usual else norm
 
     def _generator(self, block: Block) -> torch.Generator:
         """Each block has its own numbers, whichever are checked before it."""

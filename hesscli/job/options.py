@@ -107,6 +107,8 @@ class ProblemOptions:
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
         object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         object.__setattr__(self, "device", str(self.device))
+        if vars(self)["batch_size"] == "auto":  # as on the command line
+            object.__setattr__(self, "batch_size", None)
         for name, choices in _CHOICES.items():
             if name in vars(self) and getattr(self, name) not in choices:
                 raise _wrong(name, getattr(self, name), ", ".join(choices))
