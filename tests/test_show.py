@@ -12,6 +12,8 @@ import pytest
 from cases import BY_NAME, save
 from conftest import read
 from hessian_files import symmetric, write
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 STRUCTURES = ["diag", "module", "full", "elements"]
 
@@ -138,7 +140,7 @@ def test_no_such_block(cli, tmp_path):
     write(tmp_path / "hessian.safetensors", {"first": symmetric(3)})
     ran = cli("show", "--block", "third")
     assert "has no block 'third'; it has: first" in ran.fails(2)
-    assert ran.hint == "hesscli show hessian.safetensors --block first"
+    assert ran.hint == "hesscli show --block first"
 
 
 def test_markdown(cli, tmp_path):
@@ -168,6 +170,17 @@ def test_errors(cli, tmp_path):
     assert "a text file; expected a Hessian file" in cli("show", "other.safetensors").fails(3)
     (tmp_path / "other.safetensors").write_bytes(bytes(range(256)))
     assert "not a Hessian file" in cli("show", "other.safetensors").fails(3)
+
+
+@pytest.mark.parametrize("command", [("show",), ("show", "--verify"), ("eigen",), ("density",)])
+def test_a_tensor_that_is_missing(cli, computed, tmp_path, command):
+    computed("diag")
+    with safe_open(tmp_path / "hessian.safetensors", "np") as file:
+        name, *others = file.keys()
+        kept = {key: file.get_tensor(key) for key in others}
+        save_file(kept, tmp_path / "less.safetensors", file.metadata())
+    ran = cli(*command, "less.safetensors")
+    assert f"less.safetensors: lacks the tensor {name}" in ran.fails(3)
 
 
 @pytest.mark.parametrize("options", [(), ("--verify",), ("--heatmap",)])

@@ -124,3 +124,5 @@ def run() -> None:
     except SystemExit as status:
         leave(status.code)
         raise
+    except KeyboardInterrupt as error:  # before a command has begun
+        raise SystemExit(report(error)) from None

@@ -88,7 +88,7 @@ def density(
 def print_density(out: Output, document: Document) -> None:
     """A histogram with the share of each bin, as bars whose length is the share's logarithm."""
     from hesscli.cli.output import encodable
-    from hesscli.cli.summary import matrix, products_headline, source
+    from hesscli.cli.summary import counted, matrix, products_headline, source
 
     if not out.wants_text(document):
         return
@@ -96,7 +96,7 @@ def print_density(out: Output, document: Document) -> None:
     how = (
         "exact"
         if document["exact"]
-        else (f"{document['probes']} probes of {document['steps']} steps")
+        else (f"{counted(document['probes'], 'probe')} of {counted(document['steps'], 'step')}")
     )
     if "model" in document:
         facts = products_headline(document)

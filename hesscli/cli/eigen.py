@@ -145,6 +145,7 @@ def eigen(
 def of_model(out: Output, problem: ProblemOptions, options: EigenOptions, share: Alone) -> Document:
     """Runs and prints; then fails where it must."""
     start()
+    from hesscli.cli.summary import counted
     from hesscli.job.model_eigen import model_eigen
 
     document = model_eigen(problem, options, out, share)
@@ -158,7 +159,7 @@ def of_model(out: Output, problem: ProblemOptions, options: EigenOptions, share:
         )
     if not document["converged"]:
         raise NumericalError(
-            f"not converged after {options.max_products} products: see the residuals",
+            f"not converged after {counted(options.max_products, 'product')}: see the residuals",
             f"--max-products {4 * options.max_products}",
         )
     return document

@@ -44,7 +44,10 @@ def hvp(
         ),
     ] = None,
     query: Annotated[
-        Path | None, typer.Option(metavar="DATA", help="The data of g', if it is not DATA.")
+        Path | None,
+        typer.Option(
+            metavar="DATA", help="The data of g', if it is not DATA; --samples is of both."
+        ),
     ] = None,
     gradient: Annotated[
         bool, typer.Option("--gradient", help="Also write the gradient, as gradient.<parameter>.")

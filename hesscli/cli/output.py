@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from hesscli.job import without_infinities
 from hesscli.job.sizes import size
 
 if TYPE_CHECKING:
@@ -31,11 +32,11 @@ COLOURS = {"error": "1;31", "hint": "1;36", "note": "2", "wrote": "2", "header":
 
 
 def say(kind: str, text: str) -> None:
-    """One line of talk: `note:`, `wrote:`, `error:` or `hint:`. A closed pipe stops nothing."""
+    """One line of talk: `note:`, `wrote:`, `error:` or `hint:`. A closed pipe, or a full disk, stops nothing."""
     try:
         sys.stderr.write(f"{_coloured(f'{kind}:', kind, sys.stderr)} {_clean(text, sys.stderr)}\n")
         sys.stderr.flush()
-    except BrokenPipeError:
+    except OSError:
         silence(sys.stderr)
 
 
@@ -101,7 +102,7 @@ class Output:
     # Results
 
     def json(self, document: Document) -> None:
-        self.line(json_library.dumps(_finite(document), indent=2, allow_nan=False))
+        self.line(json_library.dumps(without_infinities(document), indent=2, allow_nan=False))
 
     # The parts of a result
 
@@ -215,7 +216,8 @@ def _bar(total: int) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("left  {task.description}", markup=False),
-        console=Console(file=sys.stderr),
+        # Room for the ^C that a terminal echoes: a line that it breaks is not erased.
+        console=Console(file=sys.stderr, width=max(20, shutil.get_terminal_size().columns - 4)),
         transient=True,
     )
     bar.add_task("", total=total)
@@ -308,13 +310,3 @@ def colour_wanted(stream: IO[str]) -> bool:
 
 def _coloured(text: str, kind: str, stream: IO[str]) -> str:
     return f"\033[{COLOURS[kind]}m{text}\033[0m" if colour_wanted(stream) else text
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value

@@ -106,13 +106,18 @@ def matrix(document: Document, text: str) -> dict[str, str]:
     return {"matrix": f"{curvature.replace('_', ' ')}, {text}"}
 
 
+def counted(count: int, thing: str) -> str:
+    """So many of a thing."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def products_headline(document: Document) -> dict[str, str]:
     """What stands above the results of products, which no matrix was formed for."""
     size = document["size"]
     facts = headline({**document, "structure": f"{size} x {size}", "symmetry_error": None})
     if document.get("products"):
         check, *rest = facts["check"].split(", ")
-        facts["check"] = ", ".join([check, f"{document['products']} products", *rest])
+        facts["check"] = ", ".join([check, counted(document["products"], "product"), *rest])
     return facts
 
 

@@ -100,7 +100,10 @@ def read_hessian(path: Path, shown: str | None = None) -> HessianFile:
         ) from None
     document = _document(path, shown, found.metadata)
     headers = (found,) if isinstance(found, Header) else found.headers(document)
-    types = [entry["dtype"] for header in headers for entry in header.entries.values()]
+    held = {name: entry for header in headers for name, entry in header.entries.items()}
+    if missing := [facts["name"] for facts in document["blocks"] if facts["name"] not in held]:
+        raise FileError(f"{shown}: lacks the tensor {missing[0]}", AGAIN)
+    types = [entry["dtype"] for entry in held.values()]
     if unreadable := [dtype for dtype in types if dtype not in _DTYPES]:
         raise FileError(f"{shown}: holds tensors of type {unreadable[0]}")
     return HessianFile(path, document, headers, shown)

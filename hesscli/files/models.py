@@ -111,6 +111,8 @@ def load_model(
             form = "state_dict"
     if arch is not None and form != "state_dict":
         notes.append(f"--arch {arch} has no effect: {path} holds its own architecture")
+    elif arch_args and form != "state_dict":
+        notes.append(f"--arch-arg has no effect: {path} holds its own architecture")
     if next(module.parameters(), None) is None:
         raise without_parameters(path, form)
     prepare(module, notes)

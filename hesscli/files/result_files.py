@@ -14,7 +14,7 @@ from pathlib import Path
 from hesscli.errors import FileError
 from hesscli.files.hessian_index import SHARD_SCHEMA
 from hesscli.files.placed_writes import PlacedFile
-from hesscli.files.result_names import index_path, partial_path, shard_path
+from hesscli.files.result_names import index_path, keep_mode, partial_path, shard_path
 from hesscli.files.tensor_file import TensorFile, sync_folder
 
 _OPEN = 64  # files at a time
@@ -116,6 +116,7 @@ class OneFile(ResultFiles):
         file.finish({"hesscli": text})
 
     def rename(self, path: Path) -> None:
+        keep_mode(path, self.partial)
         os.replace(self.partial, path)
         sync_folder(path.parent)
 

@@ -6,17 +6,38 @@ A result `NAME.safetensors` in several files is `NAME-00001-of-00003.safetensors
 
 from __future__ import annotations
 
+import errno
 import glob
+import os
 import re
+import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+
+from hesscli.errors import UsageError
 
 _NUMBERS = r"-\d{5,}-of-\d{5,}"
 
 
 def followed(path: Path) -> Path:
-    """The file that a symbolic link leads to, be it there yet or not; any other path as it is."""
-    return path.resolve() if path.is_symlink() else path
+    """The file that a symbolic link leads to, be it there yet or not; any other path as it is.
+
+    Raises:
+        UsageError: it leads to itself.
+    """
+    try:
+        return path.resolve(strict=False) if path.is_symlink() else path
+    except (RuntimeError, OSError) as error:  # as of Python 3.13, the latter
+        if isinstance(error, OSError) and error.errno != errno.ELOOP:
+            raise
+        raise UsageError(f"{path}: a symbolic link that leads to itself") from None
+
+
+def keep_mode(path: Path, successor: Path) -> None:
+    """Gives what will replace a file that file's permissions."""
+    with suppress(OSError):
+        os.chmod(successor, stat.S_IMODE(path.stat().st_mode))
 
 
 def partial_path(path: Path) -> Path:

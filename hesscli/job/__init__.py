@@ -1,5 +1,7 @@
 """The hall: model + data + options -> plan -> blocks -> file. The only place where the rooms meet."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 Document = dict[str, Any]
@@ -13,4 +15,15 @@ def timeless(document: Document) -> Document:
     }
     for facts in files.values():
         facts.pop("path", None)
-    return document | files
+    return without_infinities(document | files)
+
+
+def without_infinities(value: Any) -> Any:
+    """A document, or a part of one, in which what is not finite is None, as JSON has it."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_infinities(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_infinities(item) for item in value]
+    return value

@@ -53,9 +53,9 @@ def density(
     inputs = (Path(hessian),) if problem is None else problem.files
     output, plot = options.output, options.plot
     if output is not None:
-        if output.suffix not in (".safetensors", ".json") and output != Path("-"):
+        if output.suffix.lower() not in (".safetensors", ".json") and output != Path("-"):
             raise UsageError(f"{output}: neither .safetensors nor .json", "-o density.safetensors")
-        output = writable(output, options.force, inputs)
+        output = writable(output, options.force, inputs, name="density")
     if plot is not None:
         plot = drawable(plot, options.force, inputs)
     if problem is None:
@@ -122,7 +122,7 @@ def _write(path: Path, document: Document, found: Density) -> None:
     left = ("schema", "hessian", "nodes", "weights")
     facts = {key: document[key] for key in document if key not in left}
     kept = {"schema": SCHEMA, **timeless(facts)}
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         text = json.dumps(
             kept | {"nodes": document["nodes"], "weights": document["weights"]}, indent=2
         )

@@ -36,10 +36,10 @@ def eigen(
         the JSON document.
     """
     if output is not None:
-        output = writable(output, force, () if source == "-" else (Path(source),))
+        output = writable(output, force, () if source == "-" else (Path(source),), name="eigen")
     with opened(source, "eigen") as file:
         document = file.document
-        blocks = chosen(document, block, source, "eigen")
+        blocks = chosen(document, block, source)
         order = sum(facts["size"] for facts in blocks)
         pairs = top_eigenpairs(_blocks(file, blocks), order, top, which)
     result = {

@@ -25,9 +25,10 @@ def drawable(path: Path, force: bool, inputs: Sequence[Path] = ()) -> Path:
         UsageError: a format that there is not, a file that hesscli did not draw, or no matplotlib.
     """
     if path.suffix.lower() not in PICTURES:
+        better = path.with_suffix(".png") if path.name else path / "figure.png"
         raise UsageError(
             f"{path}: a picture is {', '.join(PICTURES)}",
-            f"--plot {shlex.quote(str(path.with_suffix('.png')))}",
+            f"--plot {shlex.quote(str(better))}",
         )
     file = writable(path, force, inputs, "--plot")
     if importlib.util.find_spec("matplotlib") is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hesscli.errors import MismatchError, NumericalError, UsageError
 from hesscli.files.arrays import load_arrays
+from hesscli.files.sniff import kind_of
 from hesscli.hessian.problem import placed
 from hesscli.job import Document, timeless
 from hesscli.job.alone import Alone
@@ -64,7 +65,9 @@ def hvp(
         read.append(options.query)
     if options.vector not in (None, "gradient", "random"):
         read.append(Path(str(options.vector)))
-    output = writable(options.output, options.force, read)
+    for path in read:
+        kind_of(path)  # before the work
+    output = writable(options.output, options.force, read, name="hvp")
     operator = open_operator(problem, listener, share)
     demand_names(operator.products.names, operator.products.names, options.gradient)
     facts: Document = {"vector": options.vector, "per_fedavg": options.per_fedavg}
@@ -180,6 +183,10 @@ def _adapted_gradient(
         if list(opened.problem.parameters) != list(problem.parameters):
             raise MismatchError(f"{options.query}: the model has other parameters with it")
         problem, facts = operator.share.problem(opened, 1), opened.facts["data"]
+    if abs(options.per_fedavg) > torch.finfo(problem.dtype).max:
+        raise NumericalError(
+            f"a step of {options.per_fedavg:g} is more than float32 holds", "--dtype float64"
+        )
     steps = operator.products.split(operator.gradient)
     leaves = problem.parameters
     adapted = [leaf.detach().sub(steps[n], alpha=options.per_fedavg) for n, leaf in leaves.items()]

@@ -40,7 +40,7 @@ def model_eigen(
     """
     started = time.perf_counter()
     if options.output is not None:
-        file = writable(options.output, options.force, problem.files)
+        file = writable(options.output, options.force, problem.files, name="eigen")
         options = replace(options, output=file)
     operator = open_operator(problem, listener, share, lean=True)
     if options.per_block:

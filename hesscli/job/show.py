@@ -62,7 +62,7 @@ def show(
             for name in file.entries:
                 file.verified(name)
         document = file.document | {"hessian": source}
-        document["blocks"] = chosen(file.document, block, source, "show")
+        document["blocks"] = chosen(file.document, block, source)
         if block is not None or wide:
             from hesscli.job import statistics
 

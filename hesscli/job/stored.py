@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import shlex
 import shutil
 import sys
@@ -39,7 +40,7 @@ def opened(source: str, command: str) -> Iterator[HessianFile]:
         yield read_hessian(Path(copy.name), "standard input")
 
 
-def chosen(document: Document, block: str | None, source: str, command: str) -> list[Document]:
+def chosen(document: Document, block: str | None, source: str) -> list[Document]:
     """The facts of all blocks, or of the one that was named.
 
     Raises:
@@ -52,9 +53,11 @@ def chosen(document: Document, block: str | None, source: str, command: str) -> 
     if not found:
         names = [facts["name"] for facts in blocks]
         listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        (close, *_) = [*difflib.get_close_matches(block, names, 1), names[0]]
         raise UsageError(
             f"{source}: has no block {block!r}; it has: {listed}",
-            shlex.join(["hesscli", command, source, "--block", names[0]]),
+            f"--block {shlex.quote(close)}",
+            instead_of=("--block",),
         )
     return found
 

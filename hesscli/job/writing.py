@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,11 +21,18 @@ from hesscli.files.result_names import (
     index_path,
     is_index,
     journals,
+    keep_mode,
     result_paths,
     shard_paths,
 )
 
-PICTURES = (".png", ".svg", ".pdf")
+# How each kind of picture says who made it.
+_SAID = {
+    ".png": b"Software\0hesscli",
+    ".svg": b"<dc:title>hesscli</dc:title>",
+    ".pdf": b"/Creator (hesscli)",
+}
+PICTURES = tuple(_SAID)
 
 
 def writable(
@@ -33,6 +41,7 @@ def writable(
     inputs: Sequence[Path] = (),
     option: str = "-o",
     resumable: bool = False,
+    name: str = "hessian",
 ) -> Path:
     """Refuses to write over anything but an earlier result, or where nothing can be written.
 
@@ -42,6 +51,7 @@ def writable(
         inputs: the files that the command reads; they are never replaced.
         option: which one named the path, for hints.
         resumable: the command goes on with what an interrupted one has left there.
+        name: of a file that would do, for hints.
 
     Returns:
         the path; or the file that it is a symbolic link to, which stays one.
@@ -64,7 +74,7 @@ def writable(
     if not folder.is_dir():
         raise UsageError(f"{path}: no such folder", f"mkdir -p {shlex.quote(str(folder))}")
     if path.is_dir():
-        raise UsageError(f"{path}: is a folder", instead(path / f"hessian{suffix}"))
+        raise UsageError(f"{path}: is a folder", instead(path / f"{name}{suffix}"))
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"{path}: the folder {folder} may not be written to")
     if is_index(path):
@@ -80,7 +90,7 @@ def writable(
     for found in result_paths(path):
         other = instead(path.with_name(f"other{suffix}"))
         if not found.is_file():
-            away = instead(Path(f"hessian{suffix}"))
+            away = instead(Path(f"{name}{suffix}"))
             raise UsageError(f"{found}: is not a regular file; not replaced", away)
         ours = is_part_of(found, path)
         if any(one.exists() and _is_of(found, one, ours) for one in used):
@@ -115,6 +125,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         yield temporary
+        keep_mode(path, temporary)
         temporary.replace(path)
     except OSError as error:
         raise ResourceError(f"{path}: {error.strerror}") from error
@@ -134,8 +145,16 @@ def _says_hesscli(path: Path) -> bool:
     """Whether a JSON document or a picture names hesscli as its maker."""
     if path.suffix.lower() not in (".json", *PICTURES):
         return False
+    said = _SAID.get(path.suffix.lower())
     with path.open("rb") as file:
-        return b"hesscli" in file.read(1 << 20)
+        if said is not None:
+            return said in file.read(1 << 20)
+        try:
+            document = json.load(file)
+        except (ValueError, RecursionError):
+            return False
+    schema = document.get("schema") if isinstance(document, dict) else None
+    return isinstance(schema, str) and schema.startswith("hesscli.")
 
 
 def demand_names(results: Iterable[str], parameters: Iterable[str], gradient: bool) -> None:
