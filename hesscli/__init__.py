@@ -1,8 +1,8 @@
 """hesscli: the exact Hessian of a saved PyTorch model, from the command line.
 
 In Python: `load` opens a file that the command wrote, `compute` takes a model in memory, `operator`
-multiplies vectors with the Hessian of a saved one. Importing this loads
-neither numpy nor torch; what is used is loaded then.
+multiplies vectors with its Hessian. Importing this loads neither numpy nor torch; what is used is
+loaded then.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hesscli.errors import HesscliError
+    from hesscli.job.linear_operator import operator
     from hesscli.job.live import compute
     from hesscli.job.loaded import Hessian, load
-    from hesscli.job.operator import operator
 
 __version__ = "0.1.0"
 __all__ = ["HesscliError", "Hessian", "__version__", "compute", "load", "operator"]
@@ -24,7 +24,7 @@ _HOMES = {
     "HesscliError": "hesscli.errors",
     "compute": "hesscli.job.live",
     "load": "hesscli.job.loaded",
-    "operator": "hesscli.job.operator",
+    "operator": "hesscli.job.linear_operator",
 }
 """Where each name is defined."""
 

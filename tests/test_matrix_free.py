@@ -615,6 +615,29 @@ def test_scipy_takes_the_operator(cli):
     assert hesscli.operator(*MLP).dtype == np.float32
 
 
+def test_the_operator_of_a_module():
+    torch.manual_seed(0)
+    net, x, y = (
+        nn.Sequential(nn.Linear(3, 2), nn.Tanh()).double(),
+        torch.randn(5, 3),
+        torch.randn(5, 2),
+    )
+    x, y = x.double(), y.double()
+    truth = hessian(net, nn.functional.mse_loss, (x,), y).numpy()
+    H = hesscli.operator(net, (x, y))
+    with torch.no_grad():
+        net[0].weight.zero_()  # the operator's is a copy
+    for loss in ("mse", lambda output, target: (output - target) ** 2):
+        again = hesscli.operator(net, {"x": x, "y": y}, loss=loss)
+        assert again.dtype == np.float64
+        assert not np.allclose(again @ np.eye(8), truth)
+    np.testing.assert_allclose(H @ np.eye(8, dtype=">f4"), truth, atol=1e-12)
+    np.testing.assert_allclose(H @ np.eye(8, dtype=np.longdouble)[0], truth[0], atol=1e-12)
+    assert (H @ np.zeros((8, 0))).shape == (8, 0)
+    with pytest.raises(hesscli.HesscliError, match="3 arrays"):
+        hesscli.operator(net, (x, y, y))
+
+
 def test_the_operator_knows_its_options():
     with pytest.raises(UsageError, match="no option is called 'blocks'"):
         hesscli.operator(*MLP, blocks="full")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from hesscli.files.models import SavedModel
     from hesscli.hessian.check import Certificate
     from hesscli.hessian.operator import Flat
     from hesscli.hessian.problem import Problem
@@ -15,9 +16,16 @@ if TYPE_CHECKING:
 
 
 class Alone:
-    """This process, which has all of the data; `Share` is one of several."""
+    """This process, which has all of the data; `Share` is one of several.
+
+    Args:
+        model: the model, if it is no file.
+    """
 
     size = 1
+
+    def __init__(self, model: SavedModel | None = None) -> None:
+        self.model = model
 
     def serve(self) -> bool:
         """Whether another process asks, and this one answered until it was done."""
@@ -27,7 +35,7 @@ class Alone:
         """The problem with all the data."""
         from hesscli.job.opening import open_problem
 
-        return open_problem(options, listener, share=self, side_by_side=True)
+        return open_problem(options, listener, self.model, share=self, side_by_side=True)
 
     def own(self, problem: Problem) -> Problem:
         """The problem with this process's share of the batches."""

@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from hesscli.errors import HesscliError, MismatchError, UsageError
 from hesscli.files.hessian_file import read_hessian
-from hesscli.files.live_models import live_model
-from hesscli.files.models import SavedModel
-from hesscli.hessian.autodiff import differentiable
-from hesscli.hessian.copies import copied
 from hesscli.job.compute import compute as run
+from hesscli.job.given import Data, Folder, LossFunction, Model, PathLike, taken
 from hesscli.job.loaded import Framework, Hessian, converter
 from hesscli.job.options import ComputeOptions, Listener, Silent
-from hesscli.job.settings import random_kept, settings_kept
-
-PathLike = str | os.PathLike[str]
-Arrays = Tensor | np.ndarray
-Data = PathLike | Mapping[str, Arrays] | Sequence[Arrays] | Arrays
-LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 @overload
 def compute(
-    model: nn.Module | PathLike,
+    model: Model,
     data: Data,
     *,
     loss: str | LossFunction = ...,
@@ -49,7 +32,7 @@ def compute(
 ) -> Hessian[np.ndarray]: ...
 @overload
 def compute(
-    model: nn.Module | PathLike,
+    model: Model,
     data: Data,
     *,
     loss: str | LossFunction = ...,
@@ -61,7 +44,7 @@ def compute(
     **options: Any,
 ) -> Hessian[Tensor]: ...
 def compute(
-    model: nn.Module | PathLike,
+    model: Model,
     data: Data,
     *,
     loss: str | LossFunction = "auto",
@@ -96,80 +79,11 @@ def compute(
         HesscliError: as the command; `hesscli.errors` has the kinds. `hint` speaks of the command line.
         TypeError: no such option.
     """
-    convert = converter(framework)
-    saved: SavedModel | None = None
-    folder = Path(tempfile.mkdtemp(prefix="hesscli."))
-    owner = _Folder(folder)
-    path = folder / "hessian.safetensors" if output is None else Path(output)
-    data_path, named = _data_file(data, folder)
-    with differentiable(), random_kept(), settings_kept(), _called(data_path, named):
-        asked = ComputeOptions(
-            model=Path(type(model).__name__ if isinstance(model, nn.Module) else model),
-            data=data_path,
-            loss=loss,
-            blocks=blocks,
-            output=path,
-            device=str(device or "auto"),
-            **options,
-        )
-        if isinstance(model, nn.Module):
-            wanted = None if asked.device == "auto" else asked.device
-            saved = live_model(_copied(model), train_mode=asked.train_mode, device=wanted)
-            asked = replace(asked, device=str(next(saved.module.parameters()).device))
+    convert, folder = converter(framework), Folder()
+    path = folder.path / "hessian.safetensors" if output is None else Path(output)
+    wanted = partial(ComputeOptions, loss=loss, blocks=blocks, output=path, **options)
+    with taken(model, data, device, folder, wanted) as (asked, saved):
         run(asked, listener or Silent(), model=saved)
-    if data_path != named:
-        data_path.unlink()
-    return Hessian(read_hessian(path), convert, owner)
-
-
-class _Folder:
-    """A folder that goes when the last object that needs it goes."""
-
-    def __init__(self, path: Path) -> None:
-        weakref.finalize(self, shutil.rmtree, path, ignore_errors=True)
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    # What modules compute and keep, as pruning does, is no leaf, and has no copy of its own.
-    attributes = [x for part in module.modules() for x in vars(part).values()]
-    tensors = [x for x in [*attributes, *module.buffers()] if isinstance(x, Tensor)]
-    kept = {id(x): x.detach().clone() for x in tensors if not x.is_leaf}
-    try:
-        return copied(module, kept)
-    except Exception as error:  # a module may hold anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MismatchError(
-            f"{type(module).__name__}: cannot be copied: {reason}",
-            "save it, torch.save(model.state_dict(), 'net.pt'), and name its class with arch=",
-        ) from error
-
-
-def _data_file(data: Data, folder: Path) -> tuple[Path, Path]:
-    """The data as a file, which is what the job reads, and what errors call it."""
-    if isinstance(data, (str, os.PathLike)):
-        return Path(data), Path(data)
-    if isinstance(data, (Tensor, np.ndarray)):
-        data = {"x": data}
-    elif not isinstance(data, Mapping):
-        if len(data) != 2:
-            raise UsageError(
-                f"data: {len(data)} arrays; expected (inputs, targets), or a dict of named ones"
-            )
-        data = {"x": data[0], "y": data[1]}
-    tensors = {name: torch.as_tensor(array).detach().cpu() for name, array in data.items()}
-    path = folder / "data.safetensors"
-    # Without the memory that views share.
-    save_file({name: t.clone().contiguous() for name, t in tensors.items()}, path)
-    return path, Path("data")
-
-
-@contextmanager
-def _called(path: Path, named: Path) -> Iterator[None]:
-    """Errors speak of data in memory by the name that it has here."""
-    try:
-        yield
-    except HesscliError as error:
-        if path == named:
-            raise
-        hint = error.hint and error.hint.replace(str(path), str(named))
-        raise type(error)(error.message.replace(str(path), str(named)), hint) from error
+    if asked.data.parent == folder.path:
+        asked.data.unlink()
+    return Hessian(read_hessian(path), convert, folder)

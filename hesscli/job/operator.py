@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hesscli.errors import MismatchError, NumericalError, ResourceError, UsageError
 from hesscli.files.resources import release_at_once
 from hesscli.hessian.applicability import NotApplicable
-from hesscli.hessian.autodiff import differentiable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.hessian.differences import Differences
@@ -28,15 +25,14 @@ from hesscli.job import Document, documents
 from hesscli.job.alone import Alone
 from hesscli.job.batches import free_memory
 from hesscli.job.opening import Opened
-from hesscli.job.options import Listener, ProblemOptions, Silent
-from hesscli.job.settings import random_kept, settings_kept, settle
+from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.sizes import size
 from hesscli.spectrum.finite import NotFinite
 
 _LONG = 1 << 23  # bytes of a vector
 
 if TYPE_CHECKING:
-    from scipy.sparse.linalg import LinearOperator
+    pass
 
 
 @dataclass
@@ -221,56 +217,3 @@ def _refused(made: Operator, certificate: Certificate | None) -> str:
         )
     made.check = documents.check_facts(certificate, [{"check_error": error}], False)
     return ""
-
-
-def operator(model: str | Path, data: str | Path, **options: Any) -> LinearOperator:
-    """The curvature of a saved model's loss as a `scipy.sparse.linalg.LinearOperator`, [P, P] and symmetric.
-
-    Rows and columns are the parameters in `named_parameters` order, each flattened row-major, restricted by
-    `params=["fc1.*"]`. One product was checked against differences of gradients (`check=False` skips that). Vectors are
-    real.
-
-        H = hesscli.operator("model.pt", "data.npz", curvature="ggn")
-        scipy.sparse.linalg.eigsh(H, k=3)
-
-    Args:
-        model: a model file.
-        data: a data file.
-        options: those of the command line, with underscores: loss, loss_arguments, arch, dtype, device, ...
-
-    Raises:
-        HesscliError: of any kind.
-    """
-    from scipy.sparse.linalg import LinearOperator
-
-    known = {field.name for field in fields(ProblemOptions)} - {"model", "data"}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise UsageError(
-            f"no option is called {unknown[0]!r}; there are: {', '.join(sorted(known))}"
-        )
-    asked = ProblemOptions(Path(model), Path(data), **options)
-    with differentiable(), random_kept(), settings_kept():
-        opened = open_operator(asked, Silent(), Alone())
-    products, problem = opened.products, opened.problem
-
-    def multiply(rows: np.ndarray) -> np.ndarray:
-        if np.iscomplexobj(rows):
-            raise UsageError("a complex vector; the curvature multiplies real ones")
-        with differentiable(), settings_kept():
-            settle(asked)
-            vectors = torch.from_numpy(np.array(rows)).to(problem.device, problem.dtype)
-            return products(vectors).cpu().numpy()
-
-    class Curvature(LinearOperator):  # type: ignore[misc]
-        def _matvec(self, x: np.ndarray) -> np.ndarray:
-            return multiply(x.reshape(-1))
-
-        def _matmat(self, X: np.ndarray) -> np.ndarray:
-            return multiply(np.ascontiguousarray(X.T)).T
-
-        def _adjoint(self) -> LinearOperator:
-            return self
-
-    dtype = np.dtype(str(problem.dtype).removeprefix("torch."))
-    return Curvature(dtype=dtype, shape=(products.size, products.size))

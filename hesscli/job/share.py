@@ -80,6 +80,7 @@ class Share(Alone):
     """One process's share of the data, and its place among the others."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.team = Team()
         self.size = self.team.size
         self.opened: list[Opened] = []

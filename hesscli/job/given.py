@@ -1,0 +1,122 @@
+"""A model and data as Python has them, a module and arrays or files of them, in the form that the job takes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hesscli.errors import HesscliError, MismatchError, UsageError
+from hesscli.files.live_models import live_model
+from hesscli.files.models import SavedModel
+from hesscli.hessian.autodiff import differentiable
+from hesscli.hessian.copies import copied
+from hesscli.job.options import ProblemOptions
+from hesscli.job.settings import random_kept, settings_kept
+
+PathLike = str | os.PathLike[str]
+Arrays = Tensor | np.ndarray
+Model = nn.Module | PathLike
+Data = PathLike | Mapping[str, Arrays] | Sequence[Arrays] | Arrays
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+Options = TypeVar("Options", bound=ProblemOptions)
+
+
+class Folder:
+    """A temporary folder that goes when the last object that needs it goes."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="hesscli."))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+@contextmanager
+def taken(
+    model: Model,
+    data: Data,
+    device: str | torch.device | None,
+    folder: Folder,
+    options: Callable[..., Options],
+) -> Iterator[tuple[Options, SavedModel | None]]:
+    """The options with a model and data; and a copy of the model, where it is a module.
+
+    Inside, torch's random state and settings may change; they are put back. What of the data is no file is one in the
+    folder.
+
+    Args:
+        model: a module, or the path of a model file.
+        data: the path of a data file; arrays by their names; (inputs, targets); or the inputs alone.
+        device: as `--device`; by default, or with "auto", that of the module.
+        folder: for temporary files.
+        options: makes them of model, data and device.
+
+    Raises:
+        HesscliError: the model cannot be copied, or the data is none.
+    """
+    path, named = _data_file(data, folder.path)
+    with differentiable(), random_kept(), settings_kept(), _called(path, named):
+        name = Path(type(model).__name__ if isinstance(model, nn.Module) else model)
+        asked = options(model=name, data=path, device=str(device or "auto"))
+        if not isinstance(model, nn.Module):
+            yield asked, None
+            return
+        wanted = None if asked.device == "auto" else asked.device
+        saved = live_model(_copied(model), train_mode=asked.train_mode, device=wanted)
+        yield replace(asked, device=str(next(saved.module.parameters()).device)), saved
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    # What modules compute and keep, as pruning does, is no leaf, and has no copy of its own.
+    attributes = [x for part in module.modules() for x in vars(part).values()]
+    tensors = [x for x in [*attributes, *module.buffers()] if isinstance(x, Tensor)]
+    kept = {id(x): x.detach().clone() for x in tensors if not x.is_leaf}
+    try:
+        return copied(module, kept)
+    except Exception as error:  # a module may hold anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MismatchError(
+            f"{type(module).__name__}: cannot be copied: {reason}",
+            "save it, torch.save(model.state_dict(), 'net.pt'), and name its class with arch=",
+        ) from error
+
+
+def _data_file(data: Data, folder: Path) -> tuple[Path, Path]:
+    """The data as a file, which is what the job reads, and what errors call it."""
+    if isinstance(data, (str, os.PathLike)):
+        return Path(data), Path(data)
+    if isinstance(data, (Tensor, np.ndarray)):
+        data = {"x": data}
+    elif not isinstance(data, Mapping):
+        if len(data) != 2:
+            raise UsageError(
+                f"data: {len(data)} arrays; expected (inputs, targets), or a dict of named ones"
+            )
+        data = {"x": data[0], "y": data[1]}
+    tensors = {name: torch.as_tensor(array).detach().cpu() for name, array in data.items()}
+    path = folder / "data.safetensors"
+    # Without the memory that views share.
+    save_file({name: t.clone().contiguous() for name, t in tensors.items()}, path)
+    return path, Path("data")
+
+
+@contextmanager
+def _called(path: Path, named: Path) -> Iterator[None]:
+    """Errors speak of data in memory by the name that it has here."""
+    try:
+        yield
+    except HesscliError as error:
+        if path == named:
+            raise
+        hint = error.hint and error.hint.replace(str(path), str(named))
+        raise type(error)(error.message.replace(str(path), str(named)), hint) from error
