@@ -23,6 +23,7 @@ from torch import nn
 import hesscli
 from hesscli.cli.density import lengths
 from hesscli.errors import UsageError
+from hesscli.hessian.check import Certificate
 from hesscli.job import batches
 
 SAMPLES = REPOSITORY / "sample_models"
@@ -697,6 +698,22 @@ def test_interrupted(tmp_path, command):
         assert document["total"]["standard_error"] > 0
     else:
         assert sum(document["weights"]) == pytest.approx(1)
+
+
+def test_interrupted_while_a_block_is_checked(cli, monkeypatch):
+    real, calls = Certificate.product, []
+
+    def product(*arguments):
+        calls.append(1)
+        if len(calls) == 3:  # after the whole, and the first block
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(Certificate, "product", product)
+    ran = cli("eigen", *MLP, "--per-block", "--json")
+    assert ran.code == 130
+    assert ran.document["blocks"] == ["fc1.weight"] * 2
+    assert ran.document["interrupted"]
 
 
 @pytest.mark.parametrize("params", ["*", "fc1.bias"])  # by Lanczos, and densely

@@ -500,3 +500,25 @@ def test_a_second_ctrl_c_does_not_wait():
         signal.raise_signal(signal.SIGINT)
         assert pressed()
         signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("products", [2, 3, 5, 10])
+@pytest.mark.parametrize("name", ["normal", "uniform"])
+def test_the_error_of_a_trace_from_a_few_products(name, products):
+    values = {"normal": SPECTRA["normal"] + 0.3, "uniform": np.linspace(0, 1, 300)}[name]
+    multiply, like = rotated(values)
+    held = 0
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        found = estimate(multiply, [len(values)], 1e-9, products, generator, like)
+        held += abs(found.total - values.sum()) <= 2 * found.error
+    assert held >= 90
+
+
+def test_a_trace_that_cancels_is_never_taken_for_known():
+    """However rough an estimate is asked for: by chance it is twice its error now and then."""
+    values = np.r_[np.ones(200), -np.ones(200)]
+    multiply, like = rotated(values)
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        assert not estimate(multiply, [400], 0.5, 200, generator, like).converged

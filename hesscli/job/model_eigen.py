@@ -86,7 +86,7 @@ def _search(
         try:
             values, columns, errors = dense(operator.products.columns, size, listener.progress)
         except KeyboardInterrupt:
-            return Found(np.zeros(0), torch.zeros(0, size), np.zeros(0), np.zeros(0, bool), 0, True)
+            return _interrupted(size)
         best = WHICH[which](values)[:top]
         largest = float(np.abs(values).max(initial=0.0))
         rounding = size * torch.finfo(operator.gradient.dtype).eps * largest
@@ -112,6 +112,11 @@ def _search(
         )
         found = lanczos.run(options.max_products)
     return _descending(found) if which == "both" else found
+
+
+def _interrupted(size: int) -> Found:
+    """Before anything was found."""
+    return Found(np.zeros(0), torch.zeros(0, size), np.zeros(0), np.zeros(0, bool), 0, True)
 
 
 def _descending(found: Found) -> Found:
@@ -145,9 +150,12 @@ def _per_block(
     offset = 0
     for name, length in zip(operator.products.names, operator.products.sizes, strict=True):
         if length:
-            own = operator.restricted(name)
-            operators.append(own)
-            found = search(own, 2, "both", options, listener)
+            try:
+                own = operator.restricted(name)
+                operators.append(own)
+                found = search(own, 2, "both", options, listener)
+            except KeyboardInterrupt:  # the blocks before this one are known
+                found = _interrupted(length)
             parts.append(found)
             blocks += [name] * len(found.values)
             if options.output is not None:

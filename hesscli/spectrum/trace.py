@@ -20,6 +20,10 @@ from hesscli.spectrum.sketch import Sketch
 
 SKETCH = 16  # samples: the least that a standard error is taken from, and what a sketch is made of
 _SKEWED = 0.5  # if one more direction taken out leaves less than this much of the variance, it skews the samples
+_SURE = 0.2  # of the total: one of less than five standard errors may be zero, met by chance
+_STUDENT = (6.98, 2.26, 1.65, 1.43, 1.32, 1.26, 1.21, 1.18, 1.16, 1.14, 1.13, 1.12, 1.11, 1.1)
+"""By how much the standard error of 2 to 15 samples is widened, so that two of it hold as often as two of one that is
+known: half of Student's t at 97.7 %."""
 _NOTHING = 1e-9  # of the variance: rounding
 
 
@@ -47,7 +51,8 @@ def _estimate(
     def error(values: np.ndarray) -> np.ndarray:
         if len(values) < 2:
             return np.full(values.shape[1:], np.nan)
-        return np.asarray(values.std(0, ddof=1) / math.sqrt(len(values)))
+        wider = _STUDENT[len(values) - 2] if len(values) < SKETCH else 1.0
+        return np.asarray(wider * values.std(0, ddof=1) / math.sqrt(len(values)))
 
     values = np.array(samples)
     totals = values.sum(1)
@@ -71,7 +76,7 @@ def estimate(
     like: Tensor,
     report: Callable[[int, float, float], None] = lambda products, error, tolerance: None,
 ) -> Estimate:
-    """The traces of consecutive parts, until the total's standard error is `relative_error` of it.
+    """The traces of consecutive parts, until the total's standard error is `relative_error` of it, or a fifth.
 
     A total that cancels to next to nothing has no relative error to reach: the products then run out.
 
@@ -132,7 +137,7 @@ def estimate(
                     known = np.sum([by_part(q, times(q)) for q in basis], axis=0)
                     samples = []
                     continue
-            if relative() <= relative_error:
+            if relative() <= min(relative_error, _SURE):
                 return now(converged=True)
     except KeyboardInterrupt:
         return now(interrupted=True)
