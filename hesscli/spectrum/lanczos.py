@@ -1,12 +1,8 @@
 """Lanczos with full reorthogonalisation and thick restarts, for anything that can multiply a vector.
 
-The basis V (rows) and the pending vector q satisfy the Krylov relation
-
-    H V^T = V^T T + q b^T + R,        T = V H V^T,   V V^T = I,   V q = 0,
-
-so a Ritz pair (theta, y) of T has the residual ||H x - theta x|| <= ||(b y, R y)|| at x = V^T y. A step multiplies the
-pending vector, which joins V, and what is new in the product becomes pending. When V is full it is rotated to its best
-Ritz vectors (a thick restart), which keeps the relation and costs no product.
+A step multiplies the pending vector of a Krylov relation (`krylov.py`), which joins the basis, and what is new in the
+product becomes pending. When the basis is full it is rotated to its best Ritz vectors (a thick restart), which keeps
+the relation and costs no product.
 
 One starting vector sees every eigenvalue once, however often it occurs: the copies are orthogonal to all that the
 iteration ever builds. So when the wanted pairs have converged, they alone are kept, what is left of their residuals is
@@ -25,11 +21,11 @@ import torch
 from torch import Tensor
 
 from hesscli.spectrum.eigen import WHICH, allowed
-from hesscli.spectrum.finite import NotFinite, norm
+from hesscli.spectrum.finite import norm
 from hesscli.spectrum.hiding import Hiding
 from hesscli.spectrum.interrupts import deferred_interrupt
+from hesscli.spectrum.krylov import Krylov, Multiply, eigh
 
-Multiply = Callable[[Tensor], Tensor]
 Report = Callable[[int, float, float], None]
 
 CHAIN = 12
@@ -40,9 +36,6 @@ repeats the outermost too: the chain goes on until a copy of that one would have
 _UNLIKELY = 0.01
 _MOST, _ROOM = 80, 1 << 23  # basis vectors, and numbers in them, that are worth having anyway
 _LEAST = 0.1  # share of the allowed residual below which none is asked for
-_CANCELLED = 1e-3  # of a product is so little that it is orthogonalised once more
-_FEW = 4  # rows of the basis that are faster one by one
-_TILE = 1 << 16  # columns of the basis that are rotated at a time
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,7 @@ class Found:
     interrupted: bool = False
 
 
-class Lanczos:
+class Lanczos(Krylov):
     """A search for eigenpairs of a symmetric operator.
 
     Args:
@@ -85,26 +78,14 @@ class Lanczos:
         guess: Tensor,
         report: Report = lambda products, residual, tolerance: None,
     ) -> None:
-        self.multiply, self.size, self.top, self.which = multiply, size, min(top, size), which
-        self.tolerance, self.generator, self.report = tolerance, generator, report
+        self.top, self.which, self.tolerance, self.report = min(top, size), which, tolerance, report
         # 27 basis vectors for ten pairs: with what is pending and the product, about 30. More where they are short:
         # restarts forget, which costs products at a crowded end.
         roomy = min(_MOST, _ROOM // max(1, size))
-        self.capacity = min(size, max(2 * self.top + 7, self.top + CHAIN, roomy))
-        self.basis = torch.zeros(self.capacity, size, dtype=guess.dtype, device=guess.device)
-        self.T = np.zeros((self.capacity, self.capacity))
-        self.R = np.zeros((self.capacity, self.capacity))  # R^T R of the Krylov relation
-        self.count = 0
-        self.coupling = np.zeros(0)  # b
-        length = norm(guess)
-        self.pending = self._random()
-        if 0 < length < math.inf:
-            self.pending = self._unit(self.pending.add_(guess / length))
-        self.products = 0
+        capacity = min(size, max(2 * self.top + 7, self.top + CHAIN, roomy))
         self.copies = False  # whether there were any
-        self.largest = 0.0  # of all Ritz values so far, those that were let go too
         self.interrupted: Callable[[], bool] = lambda: False
-        self._solve()
+        super().__init__(multiply, size, capacity, generator, guess)
 
     def run(self, max_products: int) -> Found:
         """Searches until the wanted pairs have converged and no copy of one hides, or the products are spent.
@@ -126,78 +107,13 @@ class Lanczos:
     def _goes_on(self, max_products: int) -> bool:
         return self.count < self.size and self.products < max_products and not self.interrupted()
 
-    # One product
-
     def _step(self) -> bool:
-        """Multiplies the pending vector; what is new in the product is the next one.
-
-        Returns:
-            whether anything was new.
-        """
-        vector, j = self.pending, self.count
-        product = self.multiply(vector)
-        size = norm(product)
-        if not math.isfinite(size):
-            raise NotFinite
-        self.products += 1
-        self.basis[j] = vector
-        self.count += 1
-        parts = np.append(self.coupling, float(vector @ product))
-        self._subtract(product, parts)
-        parts += self._orthogonalise(product)
-        left = norm(product)
-        if left < _CANCELLED * size:  # what is left is rounding of what was taken away
-            parts += self._orthogonalise(product)
-            left = norm(product)
-        self.T[j, : self.count] = self.T[: self.count, j] = parts
-        self.coupling = np.zeros(self.count)
-        least = 16 * torch.finfo(product.dtype).eps * max(size, self.largest)
-        new = left > least and self.count < self.size
-        if new:
-            self.coupling[j] = left
-            self.pending = product.div_(left)
-        elif self.count < self.size:  # an invariant subspace: on elsewhere
-            self.pending = self._random()
-        self._solve()
+        """One product; whether anything in it was new."""
+        new = self.step()
         self.report(self.products, self._worst(), self.tolerance)
         return new
 
-    def _subtract(self, v: Tensor, parts: np.ndarray) -> None:
-        """Takes these parts along the basis, most of which are zero, from v."""
-        rows = np.flatnonzero(parts)
-        if len(rows) > _FEW:
-            v.addmv_(self.basis[: self.count].T, torch.from_numpy(parts).to(v), alpha=-1)
-        else:
-            for row in rows:
-                v.sub_(self.basis[row], alpha=float(parts[row]))
-
-    def _orthogonalise(self, v: Tensor) -> np.ndarray:
-        """Takes from v its parts along the basis, and returns them."""
-        basis = self.basis[: self.count]
-        parts = basis @ v
-        v.addmv_(basis.T, parts, alpha=-1)
-        return parts.double().cpu().numpy()
-
-    def _random(self) -> Tensor:
-        """A random vector orthogonal to the basis."""
-        v = torch.randn(self.size, generator=self.generator, dtype=torch.float64)
-        return self._unit(v.to(self.basis.device, self.basis.dtype))
-
-    def _unit(self, v: Tensor) -> Tensor:
-        """v made orthogonal to the basis, and of length one."""
-        for _ in range(3):  # once loses orthogonality
-            self._orthogonalise(v.div_(norm(v)))
-        return v.div_(norm(v))
-
-    # The small problem
-
-    def _solve(self) -> None:
-        """Ritz values, their coordinates in the basis, and their residuals."""
-        mine = slice(self.count)
-        self.values, self.columns = _eigh(self.T[mine, mine])
-        left = np.einsum("ik,ij,jk->k", self.columns, self.R[mine, mine], self.columns)
-        self.residuals = np.hypot(self.coupling @ self.columns, np.sqrt(left.clip(0)))
-        self.largest = max(self.largest, float(np.abs(self.values).max(initial=0.0)))
+    # Convergence
 
     def _wanted(self) -> np.ndarray:
         return WHICH[self.which](self.values)[: self.top]
@@ -261,30 +177,13 @@ class Lanczos:
     # Restarts
 
     def _restart(self, keep: int, first: int = 0, hiding: Sequence[Hiding] = ()) -> None:
-        """Rotates the basis, from row `first` on, to its best Ritz vectors."""
+        """Keeps the best Ritz vectors of the basis from row `first` on, and what is before."""
         mine = slice(first, self.count)
-        values, columns = _eigh(self.T[mine, mine])
+        values, columns = eigh(self.T[mine, mine])
         Y = columns[:, WHICH[self.which](values)[:keep]]
         for each in hiding:
             each.restart(values, columns, self.coupling[mine], Y)
-        S = np.zeros((self.count, first + Y.shape[1]))
-        S[:first, :first] = np.eye(first)
-        S[first:, first:] = Y
-        self._rotate(Y, self.basis[mine], self.basis[first : S.shape[1]])
-        for matrix in (self.T, self.R):
-            rotated = S.T @ matrix[: self.count, : self.count] @ S
-            matrix[:] = 0
-            matrix[: S.shape[1], : S.shape[1]] = rotated
-        self.coupling = self.coupling @ S
-        self.count = S.shape[1]
-        self._solve()
-
-    def _rotate(self, Y: np.ndarray, rows: Tensor, out: Tensor) -> None:
-        """Y^T times the rows, in tiles: `out` may be some of them."""
-        rotation = torch.from_numpy(np.ascontiguousarray(Y.T)).to(rows)
-        for first in range(0, self.size, _TILE):
-            tile = slice(first, first + _TILE)
-            out[:, tile] = rotation @ rows[:, tile]
+        self.keep(Y, first)
 
     # Copies
 
@@ -301,11 +200,11 @@ class Lanczos:
         # These have converged: nobody needs the direction of what is left.
         self.R[:start, :start] += np.outer(self.coupling, self.coupling)
         self.coupling = np.zeros(start)
-        self.pending = self._random()
+        self.pending = self.random()
         if self._chain_finds(start, max_products):
             return True
         self.count, self.coupling = start, np.zeros(start)
-        self._solve()
+        self.solve()
         return False
 
     def _chain_finds(self, start: int, max_products: int) -> bool:
@@ -331,7 +230,7 @@ class Lanczos:
             for each in hiding + outermost:
                 each.step()
             chain = slice(start, self.count)
-            values, columns = _eigh(self.T[chain, chain])
+            values, columns = eigh(self.T[chain, chain])
             if values[0] < low or values[-1] > high:
                 self.copies = True
                 return True
@@ -363,7 +262,7 @@ class Lanczos:
         """The wanted pairs; they take the place of the basis."""
         best = self._wanted()
         vectors = self.basis[: len(best)]
-        self._rotate(self.columns[:, best], self.basis[: self.count], vectors)
+        self.rotate(self.columns[:, best], self.basis[: self.count], vectors)
         converged = self._excess(best) <= 1
         residuals = np.maximum(self.residuals[best], self._rounding() / 32)
         return Found(self.values[best], vectors, residuals, converged, self.products, interrupted)
@@ -401,12 +300,3 @@ class Lanczos:
         residuals = found.residuals + error
         converged = residuals <= self._limit(found.values)
         return Found(found.values, found.vectors, residuals, converged, self.products)
-
-
-def _eigh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues, ascending, and eigenvectors, columns.
-
-    By PyTorch: the threads of NumPy's BLAS keep a core busy for 20 ms after their work, which slows the next product.
-    """
-    values, columns = torch.linalg.eigh(torch.from_numpy(matrix))
-    return values.numpy(), columns.numpy()
