@@ -140,11 +140,19 @@ def test_options_that_would_change_nothing(cli, words, option):
         ("--scale", "1/"),
         ("--shard", "1/" + "9" * 5000),
         ("--loss-arg", "label_smoothing={[]:1}"),
+        ("--loss-arg", "delta=1", "--loss-arg", "delta=2"),
+        ("--scale", "2", "--scale", "3"),
     ],
     ids=lambda words: " ".join(words)[:30],
 )
 def test_values_that_options_do_not_have(cli, words):
     assert cli("compute", *NET, "--dry-run", *words).code == 2
+
+
+@pytest.mark.parametrize("option", ["--unbatched", "--train-mode"])
+def test_a_batch_size_without_effect(cli, option):
+    ran = cli("compute", *NET, "--dry-run", option, "--batch-size", 2)
+    assert "--batch-size has no effect: all the data is one batch" in ran.notes
 
 
 def test_values_that_options_have(cli):
@@ -215,6 +223,7 @@ def test_what_does_not_read_standard_input(cli, words):
         ("trace weights.pt d.npz", "trace weights.pt d.npz --arch mypkg.nets:make_mlp"),
         ("hvp net.pt two.npz --vector random", "hvp net.pt two.npz --vector random --inputs KEY --targets KEY"),
         ("trace d.npz net.pt", "the model comes first: hesscli trace MODEL DATA"),
+        ("compute net.pt d.npz -o /dev/stdout", "compute net.pt d.npz -o -"),
         ("eigen net.pt", "compute net.pt data.npz"),
         ("eigen net.pt d.npz -o .", "eigen net.pt d.npz -o eigen.safetensors"),
         ("hvp net.pt d.npz --vector random -o .", "hvp net.pt d.npz --vector random -o hvp.safetensors"),

@@ -47,6 +47,8 @@ def key_values(pairs: list[str], option: str) -> dict[str, object]:
         key, equals, text = pair.partition("=")
         if not equals or not key:
             raise typer.BadParameter(f"{pair!r} is not of the form K=V", param_hint=option)
+        if key in found:
+            raise typer.BadParameter(f"{key} is given twice", param_hint=option)
         found[key] = parse_value(text)
     return found
 
@@ -78,6 +80,14 @@ def factor(text: str) -> tuple[str, float]:
             f"{number!r} is not a number or a fraction like 1/255", param_hint="--scale"
         )
     return key or EVERY, value
+
+
+def factors(texts: list[str]) -> dict[str, float]:
+    """The factor of each input."""
+    found = dict(map(factor, texts))
+    if len(found) < len(texts):
+        raise typer.BadParameter("an input has one factor", param_hint="--scale")
+    return found
 
 
 def parse_value(text: str) -> object:
@@ -251,7 +261,7 @@ def problem_options(
         inputs=tuple(inputs),
         targets=targets,
         samples=None if samples is None else sample_range(samples),
-        scale=dict(map(factor, scale)),
+        scale=factors(scale),
         output_key=output_key,
         unbatched=unbatched,
         params=tuple(params),

@@ -147,6 +147,8 @@ def _opened(
     # In train mode batch norm couples the samples of a batch.
     if options.unbatched or (options.train_mode and (fewest, most) == (1, None)):
         fewest = most = data.samples
+        if options.batch_size not in (None, data.samples):
+            note("--batch-size has no effect: all the data is one batch")
     source = Source(
         tuple(known[name] for name in names),
         data.targets[1] if data.targets and loss.needs_target else None,

@@ -33,6 +33,7 @@ _SAID = {
     ".pdf": b"/Creator (hesscli)",
 }
 PICTURES = tuple(_SAID)
+_STANDARD_OUTPUT = (Path("/dev/stdout"), Path("/dev/fd/1"), Path("/proc/self/fd/1"))
 
 
 def writable(
@@ -59,6 +60,10 @@ def writable(
     Raises:
         UsageError: with the way out.
     """
+    if path in _STANDARD_OUTPUT:
+        raise UsageError(
+            f"{path}: is standard output", f"{option} {'-' if resumable else f'{name}.safetensors'}"
+        )
     path = followed(path)
     suffix = path.suffix if path.suffix.lower() in PICTURES else ".safetensors"
 
