@@ -49,6 +49,15 @@ OF_SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
     "antialiased": lambda z: F.interpolate(
         z[:, :8].view(-1, 1, 2, 4), size=(2, 2), mode="bilinear", antialias=True
     ),
+    "heaviside": lambda z: z * torch.heaviside(z, torch.ones(1, dtype=z.dtype)),
+    "sign": lambda z: z.square() * torch.sgn(z),
+    "times-powers": lambda z: torch.ldexp(z, torch.arange(9)),
+    "gamma": lambda z: torch.igamma(torch.arange(1.0, 10, dtype=z.dtype), z.square()),
+    "polygamma": lambda z: torch.polygamma(1, z.square() + 1),
+    "without-nan": lambda z: torch.nansum(square(z).tanh(), 2),
+    "nonzero-counts": lambda z: square(z).sum(2) * torch.count_nonzero(square(z) > 0, dim=2),
+    "buckets": lambda z: z * torch.bucketize(z, torch.linspace(-1, 1, 5, dtype=z.dtype)),
+    "exclusive-or": lambda z: z[:, :4] * ((z[:, :4] > 0) ^ (z[:, 4:8] > 0)),
     "copysign": lambda z: torch.copysign(z[:, :4], z[:, 4:8]),
     "logaddexp2": lambda z: torch.logaddexp2(z[:, :4], z[:, 4:8]),
     "log-normal": torch.special.log_ndtr,

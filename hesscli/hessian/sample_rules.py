@@ -17,18 +17,19 @@ ELEMENTWISE_UNARY = frozenset(
     "detach clone alias contiguous _to_copy lift_fresh zeros_like ones_like full_like nan_to_num round floor ceil "
     "logical_not bitwise_not isnan positive relu6 trunc frac sinc lgamma digamma erfinv "
     "exp2 signbit i0 special_entr special_erfcx special_log_ndtr special_ndtri special_i0e special_i1 "
-    "special_i1e".split()
+    "special_i1e sgn isinf".split()
 )
 ELEMENTWISE = frozenset(  # of several tensors, or of one and numbers
     "clamp clamp_min clamp_max "
     "add sub mul div rsub where maximum minimum fmax fmin atan2 eq ne lt le gt ge logical_and logical_or "
     "bitwise_and bitwise_or masked_fill lerp addcmul addcdiv xlogy logaddexp copy pow "
     "fmod remainder hypot copysign logaddexp2 special_xlog1py special_zeta complex polar "
-    "tanh_backward sigmoid_backward".split()
+    "tanh_backward sigmoid_backward bitwise_xor bitwise_left_shift bitwise_right_shift heaviside ldexp igamma igammac "
+    "polygamma".split()
 )
 REDUCTION = frozenset(
     "sum mean amax amin prod var std logsumexp max min argmax argmin norm linalg_vector_norm any all "
-    "var_mean std_mean aminmax median kthvalue".split()
+    "var_mean std_mean aminmax median kthvalue nansum count_nonzero".split()
 )
 ALONG = frozenset(
     "_softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod cummax cummin sort topk "
@@ -235,6 +236,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(MATRIX, _of_matrix),
     **dict.fromkeys(PAIRS, _of_pair),
     "embedding": _embedding,
+    "bucketize": _unary,
     **dict.fromkeys(("cat", "stack"), moves.joined),
     **dict.fromkeys(("slice", "narrow"), moves.sliced),
     **dict.fromkeys(
