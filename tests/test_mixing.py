@@ -439,6 +439,23 @@ def test_mixing_that_rounding_would_hide():
         assert torch.equal(whole.block(name), split.block(name)), name
 
 
+def test_a_model_that_takes_no_more_than_a_batch():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(2, 3)
+
+        def forward(self, x):
+            assert len(x) <= 16
+            return torch.tanh(self.a(x))
+
+    torch.manual_seed(0)
+    net, x, y = Net().double(), torch.randn(50, 2).double(), torch.randn(50, 3).double()
+    found = hesscli.compute(net, (x, y), blocks="full", batch_size=16, framework="torch")
+    free = nn.Sequential(net.a, nn.Tanh())
+    assert relative_error(found.matrix(), hessian(free, F.mse_loss, (x,), y)) < 1e-9
+
+
 def late(x, h):
     return h * (torch.arange(len(x)) >= 50)[:, None]
 

@@ -65,7 +65,8 @@ def coupled(
         problem: the problem, without its batches.
         source: its data.
         bounds: where the batches begin and end.
-        room: how many samples there is memory for at once; if not for all, so many are tried.
+        room: how many samples there is memory for at once; if not for all, so many are tried. A batch, if the model
+            takes no more at once.
         note: hears of that.
     """
     proven = _proven(problem, source)
@@ -74,10 +75,28 @@ def coupled(
     tried = [*(b for b in bounds if b < count), count]
     if len(tried) == 2:
         tried.insert(1, count // 2)
+    try:
+        seeing = _seeing(problem, source, tried, proven, wider)
+    except MismatchError:
+        if count <= bounds[1]:
+            raise
+        count = bounds[1]
+        seeing = _seeing(problem, source, sorted({0, count // 2, count}), proven, wider)
     if count < source.samples and not (proven and problem.loss.function is None):
         note(f"whether samples mix was tried with {count} of them; --unbatched takes all at once")
+    return seeing
+
+
+def _seeing(
+    problem: Problem, source: Source, tried: Sequence[int], proven: bool, wider: bool
+) -> str | None:
+    """What makes something else of the first samples than of these parts of them.
+
+    Raises:
+        MismatchError: the model does not take them all at once.
+    """
     parts = [source.part(start, stop) for start, stop in pairwise(tried)]
-    problem = replace(problem, batches=[source.part(0, count), *parts])
+    problem = replace(problem, batches=[source.part(0, tried[-1]), *parts])
     if wider:
         problem = problem.double() or problem
     together, *apart = problem.batches
