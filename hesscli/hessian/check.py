@@ -95,8 +95,10 @@ class Certificate:
         norm = self.problem.gradient_norm()
         with torch.no_grad():
             value = sum(float(self.problem.value(batch)) for batch in self.problem.batches)
-        sizes = [float(p.detach().norm()) for p in self.problem.parameters.values()]
-        usual = abs(value) / max(math.hypot(*sizes), torch.finfo(self.dtype).tiny)
+        leaves = [p.detach() for p in self.problem.parameters.values()]
+        size = math.hypot(*(float(p.norm()) for p in leaves))
+        least = 1e-2 * math.sqrt(sum(p.numel() for p in leaves))  # as of a step
+        usual = abs(value) / max(size, least)
         return usual if norm <= _ROUNDING[self.problem.dtype] * usual else norm
 
     def _generator(self, block: Block) -> torch.Generator:
