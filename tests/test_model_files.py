@@ -16,7 +16,7 @@ from oracles import hessian, relative_error
 from safetensors.torch import save_file
 from torch import nn
 
-from hesscli.cli.options import parse_value
+from hesscli.cli.values import parse_value
 from hesscli.errors import FileError, HesscliError, MismatchError, UsageError
 from hesscli.files.architectures import build
 from hesscli.files.call_signature import CallSignature

@@ -12,7 +12,8 @@ import typer
 
 from hesscli.cli.failing import failing
 from hesscli.cli.gates import bound, gate
-from hesscli.cli.options import Debug, Json, Quiet, takes_problem, whole
+from hesscli.cli.options import Debug, Json, Quiet, takes_problem
+from hesscli.cli.values import whole
 from hesscli.errors import UsageError
 from hesscli.job.options import STATS, ComputeOptions, ProblemOptions
 from hesscli.job.sizes import parse_size

@@ -34,12 +34,13 @@ def _batch_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
     momentum: float,
     eps: float,
+    training: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.batch_norm(x, weight, bias, mean, variance, False, momentum, eps, False)
+    y = torch.batch_norm(x, weight, bias, mean, variance, training, momentum, eps, False)
     return y, x.new_empty(0), x.new_empty(0)  # as on a CPU: nothing is saved
 
 
@@ -51,8 +52,7 @@ def _own_batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.batch_norm(x, weight, bias, None, None, training, momentum, eps, False)
-    return y, x.new_empty(0), x.new_empty(0)
+    return _batch_norm(x, weight, bias, None, None, momentum, eps, training)
 
 
 _LOOSE = {

@@ -109,10 +109,9 @@ def load_model(
         else:
             module = _with_architecture(path, content, arch, arch_args, notes)
             form = "state_dict"
-    if arch is not None and form != "state_dict":
-        notes.append(f"--arch {arch} has no effect: {path} holds its own architecture")
-    elif arch_args and form != "state_dict":
-        notes.append(f"--arch-arg has no effect: {path} holds its own architecture")
+    if form != "state_dict" and (arch is not None or arch_args):
+        option = "--arch-arg" if arch is None else f"--arch {arch}"
+        notes.append(f"{option} has no effect: {path} holds its own architecture")
     if next(module.parameters(), None) is None:
         raise without_parameters(path, form)
     prepare(module, notes)

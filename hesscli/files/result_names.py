@@ -27,7 +27,7 @@ def followed(path: Path) -> Path:
         UsageError: it leads to itself.
     """
     try:
-        return path.resolve(strict=False) if path.is_symlink() else path
+        return path.resolve() if path.is_symlink() else path
     except (RuntimeError, OSError) as error:  # as of Python 3.13, the latter
         if isinstance(error, OSError) and error.errno != errno.ELOOP:
             raise

@@ -8,7 +8,7 @@ from hesscli.hessian import sample_moves as moves
 from hesscli.hessian import sample_writes as writes
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.sample_axis import Context, Rule, SampleAxis, mixes
-from hesscli.hessian.tape import Call, Ref
+from hesscli.hessian.tape import Call
 
 ELEMENTWISE_UNARY = frozenset(
     "relu tanh sigmoid gelu silu mish elu celu softplus leaky_relu hardtanh hardswish hardshrink softshrink "
@@ -75,9 +75,9 @@ def _elementwise(c: Context) -> SampleAxis | None:
     """All arguments broadcast against each other: their sample axes must fall on the same axis of the result."""
     rank = len(c.result)
     found: set[SampleAxis] = set()
-    for ref in (*c.call.arguments, *c.call.keywords.values()):
-        if isinstance(ref, Ref) and (axis := c.axes[ref.value]):
-            found.add(replace(axis, axis=axis.axis + rank - len(c.shapes[ref.value])))
+    for value in c.call.reads:
+        if axis := c.axes[value]:
+            found.add(replace(axis, axis=axis.axis + rank - len(c.shapes[value])))
     if len(found) != 1:
         raise mixes(c.call)
     return found.pop()

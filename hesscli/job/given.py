@@ -42,7 +42,7 @@ class Folder:
 
 
 @contextmanager
-def taken(
+def given(
     model: Model,
     data: Data,
     device: str | torch.device | None,

@@ -13,7 +13,7 @@ from scipy.sparse.linalg import LinearOperator
 from hesscli.errors import UsageError
 from hesscli.hessian.autodiff import differentiable
 from hesscli.job.alone import Alone
-from hesscli.job.given import Data, Folder, LossFunction, Model, taken
+from hesscli.job.given import Data, Folder, LossFunction, Model, given
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions, Silent
 from hesscli.job.settings import settings_kept, settle
@@ -56,7 +56,7 @@ def operator(
         )
     folder = Folder()
     wanted = partial(ProblemOptions, loss=loss, **options)
-    with taken(model, data, device, folder, wanted) as (asked, saved):
+    with given(model, data, device, folder, wanted) as (asked, saved):
         opened = open_operator(asked, listener or Silent(), Alone(saved))
     return Curvature(opened, asked, folder)
 

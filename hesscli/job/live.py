@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hesscli.files.hessian_file import read_hessian
 from hesscli.job.compute import compute as run
-from hesscli.job.given import Data, Folder, LossFunction, Model, PathLike, taken
+from hesscli.job.given import Data, Folder, LossFunction, Model, PathLike, given
 from hesscli.job.loaded import Framework, Hessian, converter
 from hesscli.job.options import ComputeOptions, Listener, Silent
 
@@ -82,7 +82,7 @@ def compute(
     convert, folder = converter(framework), Folder()
     path = folder.path / "hessian.safetensors" if output is None else Path(output)
     wanted = partial(ComputeOptions, loss=loss, blocks=blocks, output=path, **options)
-    with taken(model, data, device, folder, wanted) as (asked, saved):
+    with given(model, data, device, folder, wanted) as (asked, saved):
         run(asked, listener or Silent(), model=saved)
     if asked.data.parent == folder.path:
         asked.data.unlink()

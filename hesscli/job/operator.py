@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,9 +29,6 @@ from hesscli.job.sizes import size
 from hesscli.spectrum.finite import NotFinite
 
 _LONG = 1 << 23  # bytes of a vector
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass
