@@ -16,6 +16,7 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.guests import is_missing_derivative
+from hesscli.hessian.memory import Memory
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.tape import Call, Ref, Tape
 from hesscli.hessian.watcher import Watcher
@@ -123,7 +124,7 @@ def _unfused() -> Iterator[None]:
 
 
 class _Recorder(Watcher):
-    """Numbers every tensor that passes by, and keeps it alive so that its identity stays its own.
+    """Numbers every tensor that passes by.
 
     An operator that writes in place is recorded as its functional twin, and what it wrote to through a view is put
     together anew. Other tensors that share the memory are then stale: views are taken again when they are read, and
@@ -138,12 +139,7 @@ class _Recorder(Watcher):
         self.complex: set[int] = set()
         self.numbers: dict[int, int] = {}  # of what a tensor, by identity, is now
         self.first: dict[int, int] = {}  # and of what it was at first
-        self.tensors: dict[int, Tensor] = {}  # by identity
-        self.memory: dict[int, set[int]] = {}  # storage -> identities
-        self.storages: dict[int, int] = {}  # identity -> storage
-        self.stale: set[int] = set()
-        # Identity of a view -> that of the whole, and how it was taken.
-        self.views: dict[int, tuple[int, Call]] = {}
+        self.memory = Memory()
         self.refusal = ""
         self.default = torch.get_default_dtype()
 
@@ -163,7 +159,7 @@ class _Recorder(Watcher):
             self._keep_given(target)
         result = func(*args, **kwargs)
         if func.overloadpacket.__name__ in _BLANK:  # TorchScript fills these where nothing sees it
-            self.given[self._number(result, self._memory(result))] = result
+            self.given[self._number(result)] = result
             return result
         recorded = func
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -178,26 +174,21 @@ class _Recorder(Watcher):
         if any(_converted(part, x) for part in parts for x in _tensors(args) if x.requires_grad):
             self._refuse(f"{func.overloadpacket.__name__} goes on in another dtype than float32")
         outputs = tuple(
-            self._number(part, self._storage(func, args, part))
-            if isinstance(part, Tensor)
-            else None
-            for part in parts
+            self._number(part, func, args) if isinstance(part, Tensor) else None for part in parts
         )
         self.calls.append(Call(recorded, arguments, keywords, outputs))
         if any(writes):
             self._put_back(result)
         elif _is_view(func, args, result):
-            self.views[id(result)] = (id(args[0]), self.calls[-1])
+            self.memory.keep_view(result, args[0], self.calls[-1])
         return result
 
     def _keep_given(self, target: Tensor) -> None:
         """Copies what no call makes before it is written to: a replay begins with what was there."""
-        if id(target) not in self.storages:
-            return
-        for key in self.memory[self.storages[id(target)]]:
-            number = self.first[key]
-            if self.given.get(number) is self.tensors[key]:
-                self.given[number] = self.tensors[key].detach().clone()
+        for tensor in self.memory.sharing(target):
+            number = self.first[id(tensor)]
+            if self.given.get(number) is tensor:
+                self.given[number] = tensor.detach().clone()
 
     def _refuse(self, reason: str) -> None:
         """Keeps the first reason. What is recorded still tells how much work a pass is."""
@@ -211,10 +202,8 @@ class _Recorder(Watcher):
         if len(written) != 1 or not isinstance(written[0], Tensor):
             self._refuse(f"{func._schema.name} writes into its arguments")
             return func, arguments
-        others = self.memory[self.storages[id(written[0])]] - {id(written[0])}
-        if torch.Tag.inplace_view in func.tags and others:
+        if self.memory.write(written[0]) and torch.Tag.inplace_view in func.tags:
             self._refuse(f"{func._schema.name.removeprefix('aten::')} changes what a view is of")
-        self.stale |= others
         if func is torch.ops.aten.copy_.default:
             return self._copied(written[0], args[1], arguments[1])
         if fills_a_mask(func, args):
@@ -232,16 +221,15 @@ class _Recorder(Watcher):
 
     def _put_back(self, part: Any) -> None:
         """What was written to through a view, as far as it is known what the view is of."""
-        while id(part) in self.views:
-            key, view = self.views[id(part)]
-            whole, was = self.tensors[key], Ref(self.numbers[key])
-            now, shape = Ref(self.numbers[id(part)]), whole.shape
+        while viewed := self.memory.view(part):
+            whole, view = viewed
+            was, now, shape = self._ref(whole), self._ref(part), whole.shape
             made = put_back(
                 view, was, now, shape, partial(self._made, whole), partial(self._constant, whole)
             )
             if made is None:
                 return
-            self.calls.append(Call(*made, {}, (self._number(whole, self.storages[key]),)))
+            self.calls.append(Call(*made, {}, (self._number(whole),)))
             part = whole
 
     def _made(
@@ -263,59 +251,42 @@ class _Recorder(Watcher):
     def _constant(self, like: Tensor, numbers: list[int]) -> Ref:
         """A vector of numbers, on another tensor's device."""
         vector = torch.tensor(numbers, device=like.device)
-        self.given[self._number(vector, self._memory(vector))] = vector
-        return Ref(self.numbers[id(vector)])
+        self.given[self._number(vector)] = vector
+        return self._ref(vector)
 
     def _taken_again(self, view: Tensor) -> None:
         """A view of what has been written to since it was taken."""
-        if id(view) not in self.views:
+        viewed = self.memory.view(view)
+        if viewed is None:
             self._refuse("the model reads through a view what it wrote in place")
             return
-        key, call = self.views[id(view)]
-        whole = self._referenced(self.tensors[key])
-        made = (self._number(view, self.storages[id(view)]),)
-        self.calls.append(Call(call.operator, (whole, *call.arguments[1:]), call.keywords, made))
+        whole, call = viewed
+        arguments = (self._referenced(whole), *call.arguments[1:])
+        self.calls.append(Call(call.operator, arguments, call.keywords, (self._number(view),)))
 
-    def _storage(self, func: Any, args: tuple[Any, ...], made: Tensor) -> int:
-        """Which memory an operator's result shares: that of the tensor it is a view of, or its own."""
-        if id(made) in self.storages:
-            return self.storages[id(made)]
-        if func._schema.name.startswith("aten::unsafe_"):  # parts that by contract are no views
-            return -len(self.shapes) - 1
-        if (
-            any(a.alias_info is not None for a in func._schema.returns)
-            and id(args[0]) in self.storages
-        ):
-            return self.storages[id(args[0])]
-        return self._memory(made)
-
-    def _memory(self, tensor: Tensor) -> int:
-        """Its storage; a number of its own for a sparse tensor, which is not followed."""
+    def _number(self, tensor: Tensor, func: Any = None, args: tuple[Any, ...] = ()) -> int:
+        """A new number, for what a tensor is from here on: given, or made by `func(*args)`."""
         if tensor.layout is not torch.strided:
             self._refuse("sparse tensors may mix samples")
-            return -len(self.shapes) - 1
-        return tensor.untyped_storage()._cdata
-
-    def _number(self, tensor: Tensor, storage: int) -> int:
         number = len(self.shapes)
         self.shapes.append(tensor.shape)
         if tensor.is_complex():
             self.complex.add(number)
         self.numbers[id(tensor)] = number
         self.first.setdefault(id(tensor), number)
-        self.tensors[id(tensor)] = tensor
-        self.stale.discard(id(tensor))
-        self.storages[id(tensor)] = storage
-        self.memory.setdefault(storage, set()).add(id(tensor))
+        self.memory.keep(tensor, func, args)
         return number
+
+    def _ref(self, tensor: Tensor) -> Ref:
+        return Ref(self.numbers[id(tensor)])
 
     def _referenced(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            if id(value) in self.stale:
+            if self.memory.is_stale(value):
                 self._taken_again(value)
             if id(value) not in self.numbers:
-                self.given[self._number(value, self._memory(value))] = value
-            return Ref(self.numbers[id(value)])
+                self.given[self._number(value)] = value
+            return self._ref(value)
         if isinstance(value, (tuple, list)):
             return tuple(self._referenced(item) for item in value)
         return value

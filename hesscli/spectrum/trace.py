@@ -40,31 +40,89 @@ class Estimate:
     interrupted: bool = False
 
 
-def _estimate(
-    samples: Sequence[np.ndarray], parts: int, products: int, converged: bool, interrupted: bool
-) -> Estimate:
-    """Of samples [b], each of the traces of all parts."""
-    if not samples:
-        unknown = np.full(parts, np.nan)
-        return Estimate(unknown, unknown, math.nan, math.nan, products, False, interrupted)
+class _Samples:
+    """Of the traces of consecutive parts, each from a product with random signs.
 
-    def error(values: np.ndarray) -> np.ndarray:
-        if len(values) < 2:
-            return np.full(values.shape[1:], np.nan)
-        wider = _STUDENT[len(values) - 2] if len(values) < SKETCH else 1.0
-        return np.asarray(wider * values.std(0, ddof=1) / math.sqrt(len(values)))
+    Args:
+        multiply: v [n] -> H v [n].
+        sizes: of the parts.
+        generator: of the signs.
+        like: a tensor of the dtype and on the device of the vectors.
+    """
 
-    values = np.array(samples)
-    totals = values.sum(1)
-    return Estimate(
-        values.mean(0),
-        error(values),
-        float(totals.mean()),
-        float(error(totals)),
-        products,
-        converged,
-        interrupted,
-    )
+    def __init__(
+        self,
+        multiply: Callable[[Tensor], Tensor],
+        sizes: Sequence[int],
+        generator: torch.Generator,
+        like: Tensor,
+    ) -> None:
+        self._multiply, self._sizes = multiply, list(sizes)
+        self._generator, self._like = generator, like
+        self._basis = like.new_empty(0, sum(sizes))  # directions that are left out of the signs
+        self._known = np.zeros(len(sizes))  # their traces, exactly
+        self._traces: list[np.ndarray] = []  # [b] each
+        self._following = self._signs()
+        self.products = 0
+
+    def __len__(self) -> int:
+        return len(self._traces)
+
+    def draw(self) -> Tensor:
+        """One more sample; the product that it is made of."""
+        z = self._following
+        product = self._times(z - (self._basis @ z) @ self._basis)
+        self._following = self._signs()  # while a GPU is still at the product
+        self._traces.append(self._known + self._by_part(z, product))
+        return product
+
+    def leave_out(self, basis: Tensor) -> None:
+        """Begins anew without these orthonormal directions [k, n], whose traces are had exactly."""
+        known = np.sum([self._by_part(q, self._times(q)) for q in basis], axis=0)
+        self._basis, self._known, self._traces = basis, known, []
+
+    def estimate(self, converged: bool = False, interrupted: bool = False) -> Estimate:
+        """What the samples come to."""
+        if not self._traces:
+            unknown = np.full(len(self._sizes), np.nan)
+            return Estimate(unknown, unknown, math.nan, math.nan, self.products, False, interrupted)
+        values = np.array(self._traces)
+        totals = values.sum(1)
+        return Estimate(
+            values.mean(0),
+            _standard_error(values),
+            float(totals.mean()),
+            float(_standard_error(totals)),
+            self.products,
+            converged,
+            interrupted,
+        )
+
+    def relative_error(self) -> float:
+        """The total's standard error, relative to it."""
+        found = self.estimate()
+        return found.error / abs(found.total) if found.total else (math.inf if found.error else 0.0)
+
+    def _signs(self) -> Tensor:
+        size = sum(self._sizes)
+        bits = torch.randint(0, 2, (size,), generator=self._generator, dtype=torch.int8)
+        return (2 * bits - 1).to(self._like.device, self._like.dtype)
+
+    def _times(self, v: Tensor) -> Tensor:
+        self.products += 1
+        return self._multiply(v)
+
+    def _by_part(self, a: Tensor, b: Tensor) -> np.ndarray:
+        terms = (a * b).double()
+        return torch.stack([part.sum() for part in terms.split(self._sizes)]).cpu().numpy()
+
+
+def _standard_error(values: np.ndarray) -> np.ndarray:
+    """Of the mean over the first axis, widened where the values are few."""
+    if len(values) < 2:
+        return np.full(values.shape[1:], np.nan)
+    wider = _STUDENT[len(values) - 2] if len(values) < SKETCH else 1.0
+    return np.asarray(wider * values.std(0, ddof=1) / math.sqrt(len(values)))
 
 
 def estimate(
@@ -89,59 +147,30 @@ def estimate(
         like: a tensor of the dtype and on the device of the vectors.
         report: hears (products, relative standard error, relative_error).
     """
-    size = sum(sizes)
-    products = 0
-    samples: list[np.ndarray] = []
-    known = np.zeros(len(sizes))  # the exact part of each sample
-    basis = torch.empty(0, size, dtype=like.dtype, device=like.device)
+    samples = _Samples(multiply, sizes, generator, like)
     first: list[Tensor] = []  # products
-
-    def signs() -> Tensor:
-        bits = torch.randint(0, 2, (size,), generator=generator, dtype=torch.int8)
-        return (2 * bits - 1).to(like.device, like.dtype)
-
-    def times(v: Tensor) -> Tensor:
-        nonlocal products
-        products += 1
-        return multiply(v)
-
-    def by_part(a: Tensor, b: Tensor) -> np.ndarray:
-        terms = (a * b).double()
-        return torch.stack([part.sum() for part in terms.split(list(sizes))]).cpu().numpy()
-
-    def now(converged: bool = False, interrupted: bool = False) -> Estimate:
-        return _estimate(samples, len(sizes), products, converged, interrupted)
-
-    def relative() -> float:
-        found = now()
-        return found.error / abs(found.total) if found.total else (math.inf if found.error else 0.0)
-
     try:
-        following = signs()
-        while products < max_products:
-            z = following
-            product = times(z - (basis @ z) @ basis)
-            following = signs()  # while a GPU is still at the product
-            samples.append(known + by_part(z, product))
-            if products <= SKETCH:
+        while samples.products < max_products:
+            product = samples.draw()
+            if samples.products <= SKETCH:
                 first.append(product)
             if len(samples) < SKETCH:
-                report(products, 1.0, relative_error)
+                report(samples.products, 1.0, relative_error)
                 continue
-            report(products, relative(), relative_error)
-            if products == SKETCH:
-                still = relative() / relative_error if relative_error else math.inf
-                basis = _leading(first, SKETCH * still * still, max_products - products)
+            reached = samples.relative_error()
+            report(samples.products, reached, relative_error)
+            if samples.products == SKETCH:
+                still = reached / relative_error if relative_error else math.inf
+                leading = _leading(first, SKETCH * still * still, max_products - SKETCH)
                 first = []
-                if len(basis):
-                    known = np.sum([by_part(q, times(q)) for q in basis], axis=0)
-                    samples = []
+                if len(leading):
+                    samples.leave_out(leading)
                     continue
-            if relative() <= min(relative_error, _SURE):
-                return now(converged=True)
+            if reached <= min(relative_error, _SURE):
+                return samples.estimate(converged=True)
     except KeyboardInterrupt:
-        return now(interrupted=True)
-    return now()
+        return samples.estimate(interrupted=True)
+    return samples.estimate()
 
 
 def _leading(products: list[Tensor], foreseen: float, most: int) -> Tensor:
