@@ -114,6 +114,10 @@ def test_a_file_that_may_not_be_read(cli, monkeypatch, tmp_path, command):
         ("density --probes 9", "--probes"),
         ("eigen net.pt d.npz --per-block --top 3", "--top"),
         ("eigen net.pt d.npz --per-block --which both", "--which"),
+        ("eigen --force", "--force"),
+        ("density net.pt d.npz --force", "--force"),
+        ("show --force", "--force"),
+        ("compute net.pt d.npz -o - --resume", "resume"),
     ],
 )
 def test_options_that_would_change_nothing(cli, words, option):
@@ -153,6 +157,48 @@ def test_values_that_options_do_not_have(cli, words):
 def test_a_batch_size_without_effect(cli, option):
     ran = cli("compute", *NET, "--dry-run", option, "--batch-size", 2)
     assert "--batch-size has no effect: all the data is one batch" in ran.notes
+
+
+def test_options_of_another_device(cli):
+    assert (
+        "--tf32 has no effect: the device is cpu"
+        in cli("compute", *NET, "--dry-run", "-d", "cpu", "--tf32").notes
+    )
+    assert "has no device cpu:3" in cli("compute", *NET, "--dry-run", "-d", "cpu:3").fails(6)
+
+
+def test_the_plan_of_a_shard(cli):
+    ran = cli("compute", *NET, "--dry-run", "--shard", "1/2")
+    assert "--shard has no effect on a plan: it is of the whole Hessian" in ran.notes
+
+
+def test_targets_of_a_loss_that_takes_none(cli):
+    (Path.cwd() / "nets.py").write_text(
+        "import torch\n\n\nclass Net(torch.nn.Linear):\n"
+        "    def forward(self, x):\n        return super().forward(x).square().mean()\n"
+    )
+    torch.save(nn.Linear(3, 2).state_dict(), "weights.pt")
+    words = ("-a", "nets.py:Net", "--arch-arg", "in_features=3", "--arch-arg", "out_features=2")
+    ran = cli("trace", "weights.pt", "d.npz", *words, "--loss", "output", "--targets", "y")
+    assert ran.code == 0, ran.stderr
+    assert any(note.startswith("--targets has no effect") for note in ran.notes)
+
+
+def test_ctrl_c_while_the_command_line_is_imported():
+    code = """
+import sys
+
+class Interrupt:
+    def find_spec(name, *_):
+        if name == "typer":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt)
+from hesscli.__main__ import main
+main()
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (130, "error: interrupted\n")
 
 
 def test_values_that_options_have(cli):

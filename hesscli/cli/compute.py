@@ -172,6 +172,8 @@ def compute(
 
             document = run(options, out, dry_run, stdout=out.stdout.buffer)
             if dry_run:
+                if shard is not None:
+                    out.note("--shard has no effect on a plan: it is of the whole Hessian")
                 print_plan(out, document)
             elif shard is not None:
                 out.wants_text(document)

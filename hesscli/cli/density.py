@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hesscli.cli.failing import failing
-from hesscli.cli.options import Debug, Json, Quiet, takes_hessian_or_problem
+from hesscli.cli.options import (
+    Debug,
+    Json,
+    Quiet,
+    refuse_idle_force,
+    takes_hessian_or_problem,
+)
 from hesscli.cli.ranks import sharing
 from hesscli.job.options import ProblemOptions
 from hesscli.job.starting import start
@@ -70,6 +76,7 @@ def density(
             return
         from hesscli.cli.output import Output
 
+        refuse_idle_force(force, "-o density.safetensors", output, plot)
         start()
         from hesscli.job.density import DensityOptions
         from hesscli.job.density import density as run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import math
 import shlex
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +13,14 @@ import typer
 from hesscli.cli.completion import block_names
 from hesscli.cli.failing import failing
 from hesscli.cli.gates import FailAbove, FailBelow, end_seen, gate_eigenvalues
-from hesscli.cli.options import Debug, Force, Json, Quiet, takes_hessian_or_problem
+from hesscli.cli.options import (
+    Debug,
+    Force,
+    Json,
+    Quiet,
+    refuse_idle_force,
+    takes_hessian_or_problem,
+)
 from hesscli.cli.ranks import sharing
 from hesscli.errors import NumericalError, UsageError
 from hesscli.job.options import EigenOptions, ProblemOptions
@@ -118,6 +124,7 @@ def eigen(
                 "--per-block gives the largest and the smallest of each block, and takes no --top or --which",
                 "hesscli eigen --help",
             )
+        refuse_idle_force(force, "-o eigen.safetensors", output)
         ends, count = ("both", 2) if per_block else (which.value, top)
         end_seen(ends, count, fail_above, fail_below)
         with Output(quiet=quiet, json=json) as out:
@@ -146,7 +153,7 @@ def of_model(out: Output, problem: ProblemOptions, options: EigenOptions, share:
     """Runs and prints; then fails where it must."""
     start()
     from hesscli.cli.summary import counted
-    from hesscli.job.model_eigen import model_eigen
+    from hesscli.job.model_eigen import model_eigen, reached
 
     document = model_eigen(problem, options, out, share)
     (print_extremes if options.per_block else print_eigenpairs)(out, document)
@@ -155,7 +162,7 @@ def of_model(out: Output, problem: ProblemOptions, options: EigenOptions, share:
     if not document["converged"] and document["products"] < options.max_products:
         raise NumericalError(
             f"not converged: rounding in {document['dtype']} keeps residuals above the tolerance",
-            "--dtype float64" if document["dtype"] == "float32" else f"--tol {_reached(document)}",
+            "--dtype float64" if document["dtype"] == "float32" else f"--tol {reached(document)}",
         )
     if not document["converged"]:
         raise NumericalError(
@@ -163,13 +170,6 @@ def of_model(out: Output, problem: ProblemOptions, options: EigenOptions, share:
             f"--max-products {4 * options.max_products}",
         )
     return document
-
-
-def _reached(document: Document) -> str:
-    """The power of ten that all relative residuals are below."""
-    pairs = zip(document["eigenvalues"], document["residuals"], strict=True)
-    worst = max((residual / abs(value) for value, residual in pairs if value), default=0.0)
-    return f"1e{math.ceil(math.log10(2 * worst))}" if worst else "0"
 
 
 def print_eigenpairs(out: Output, document: Document) -> None:

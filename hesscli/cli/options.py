@@ -13,6 +13,7 @@ import typer
 
 from hesscli.cli.completion import parameter_names
 from hesscli.cli.values import factors, key_values, sample_range, whole
+from hesscli.errors import UsageError
 from hesscli.job.options import CURVATURES, METHODS, ProblemOptions
 
 
@@ -290,6 +291,16 @@ def _refuse_given(arguments: dict[str, Any], options: Iterable[inspect.Parameter
         if each.default is not each.empty and arguments[each.name] != each.default:
             option = "--no-check" if each.name == "check" else f"--{each.name.replace('_', '-')}"
             raise typer.BadParameter("needs MODEL and DATA, not a Hessian file", param_hint=option)
+
+
+def refuse_idle_force(force: bool, hint: str, *outputs: Path | None) -> None:
+    """Refuses --force where no file is written.
+
+    Raises:
+        UsageError: it was given; with the option that writes one.
+    """
+    if force and not any(outputs):
+        raise UsageError("--force replaces a file, and none is written", hint)
 
 
 def _with_options(

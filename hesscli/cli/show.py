@@ -9,7 +9,7 @@ import typer
 
 from hesscli.cli.completion import block_names
 from hesscli.cli.failing import failing
-from hesscli.cli.options import Debug, Json, Quiet
+from hesscli.cli.options import Debug, Json, Quiet, refuse_idle_force
 from hesscli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def show(
         from hesscli.job.show import PIXELS
         from hesscli.job.show import show as run
 
+        refuse_idle_force(force, "--plot figure.png", plot)
         if plot is not None:
             from hesscli.job.figures import drawable
 

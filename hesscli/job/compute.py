@@ -72,6 +72,8 @@ def compute(
         if options.output is None and (shared or options.max_shard_size is not None):
             several = "processes cannot write" if shared else "files cannot go"
             raise UsageError(f"-: several {several} to a pipe", "-o hessian.safetensors")
+        if options.output is None and options.resume:
+            raise UsageError("-: a pipe keeps nothing to resume", "-o hessian.safetensors")
         plan = Plan(options, open_problem(options, listener, model=model), listener, shared)
         demand_names((block.name for block in plan.blocks), plan.shapes, options.gradient)
         if dry_run:

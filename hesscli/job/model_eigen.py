@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -67,6 +68,13 @@ def model_eigen(
     document["seconds"] = time.perf_counter() - started
     document["output"] = None if output is None else str(output)
     return document
+
+
+def reached(document: Document) -> str:
+    """The tolerance, a power of ten, that a search which did not converge would have reached."""
+    pairs = zip(document["eigenvalues"], document["residuals"], strict=True)
+    worst = max((residual / abs(value) for value, residual in pairs if value), default=0.0)
+    return f"1e{math.ceil(math.log10(2 * worst))}" if worst else "0"
 
 
 def search(

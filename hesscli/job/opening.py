@@ -102,6 +102,8 @@ def _opened(
     """
     torch.manual_seed(options.seed)
     settle(options)
+    if options.tf32 and device.type != "cuda":
+        note(f"--tf32 has no effect: the device is {device.type}")
     model = model or load_model(
         options.model,
         arch=options.arch,
@@ -134,6 +136,8 @@ def _opened(
             known[name] = data.targets[1]
             listed = ", ".join(names)
             note(f"the model returns the loss and takes the targets too: inputs are {listed}")
+    if loss.name == "output" and options.targets and data.targets and data.targets[0] not in names:
+        note("--targets has no effect: the model returns its loss and takes no targets")
     names, keywords = ordered(options, model, names, known, note)
     parameters, tied, frozen = chosen_parameters(model.module, options.params)
     skipped = [name for name, p in model.module.named_parameters() if p.is_complex()]
@@ -214,7 +218,7 @@ def _device(name: str) -> torch.device:
     except RuntimeError:
         raise UsageError(f"no device is called {name!r}", "--device cpu") from None
     available = {
-        "cpu": True,
+        "cpu": not device.index,
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }
