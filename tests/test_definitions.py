@@ -12,7 +12,7 @@ from problems import blocks_of, compute_blocks, problem_of, problem_of_case, rou
 from torch import Tensor, nn
 
 import hesscli
-from hesscli.hessian import definitions
+from hesscli.hessian import definitions, formulas
 from hesscli.hessian.applicability import NotApplicable
 
 RECURRENT = [case for case in CASES if "recurrent" in case.tags and "cell" not in case.name]
@@ -90,14 +90,14 @@ PADS = [(1, 2, 2, 1), (2, -1, 0, 1), (-1, 2, -1, 1), (-1, -1, 1, 2), (0, 0, 0, 0
 @pytest.mark.parametrize("pad", PADS, ids=str)
 def test_padding_in_a_circle(pad: tuple[int, ...]) -> None:
     x = normal(2, 3, 4, 5)
-    assert torch.equal(definitions.pad_circular(x, pad), torch.ops.aten._pad_circular(x, pad))
+    assert torch.equal(formulas.pad_circular(x, pad), torch.ops.aten._pad_circular(x, pad))
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_sums_of_exponentials(dim: int) -> None:
     x = normal(6, 7)
     x[0] = x[:, 0] = x[3, 4] = -torch.inf
-    torch.testing.assert_close(definitions.logcumsumexp(x, dim), torch.logcumsumexp(x, dim))
+    torch.testing.assert_close(formulas.logcumsumexp(x, dim), torch.logcumsumexp(x, dim))
 
 
 class Scan(nn.Module):

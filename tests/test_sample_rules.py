@@ -57,6 +57,26 @@ OF_SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
     "without-nan": lambda z: torch.nansum(square(z).tanh(), 2),
     "nonzero-counts": lambda z: square(z).sum(2) * torch.count_nonzero(square(z) > 0, dim=2),
     "buckets": lambda z: z * torch.bucketize(z, torch.linspace(-1, 1, 5, dtype=z.dtype)),
+    "mode": lambda z: z - z.round().mode(1, keepdim=True).values,
+    "many-gammas": lambda z: torch.mvlgamma(z.square() + 2, 2),
+    "bessel": lambda z: z * torch.special.bessel_j0(z.detach()),
+    "rotated": lambda z: torch.rot90(square(z), 1, [1, 2]),
+    "cross-product": lambda z: torch.linalg.cross(square(z), square(z.flip(1)).square()),
+    "found-in-table": lambda z: z * torch.searchsorted(torch.linspace(-1, 1, 5, dtype=z.dtype), z.detach()),
+    "is-in-table": lambda z: z * torch.isin(z.round(), torch.tensor([0.0, 1], dtype=z.dtype)),
+    "copied-part": lambda z: z.narrow_copy(1, 2, 5),
+    "unpooled": lambda z: F.max_unpool2d(
+        *F.max_pool2d(z[:, :8].reshape(-1, 1, 2, 4), 2, return_indices=True), 2
+    ),
+    "reflected": lambda z: F.pad(z.unsqueeze(0), (2, 2), mode="reflect")[0],
+    "pooled-alone": lambda z: F.max_pool2d(z[:, :8].reshape(1, -1, 2, 4), 2)[0],
+    "distances": lambda z: torch.cdist(z, torch.linspace(-1, 1, 18, dtype=z.dtype).view(2, 9)),
+    "distances-1": lambda z: torch.cdist(torch.ones(2, 3, dtype=z.dtype), square(z), p=1),
+    "distances-inf": lambda z: torch.cdist(square(z), square(z.flip(1)), p=torch.inf),
+    "distances-itself": lambda z: torch.cdist(square(z), square(z)),
+    "distances-by-products": lambda z: torch.cdist(
+        z, torch.linspace(-1, 1, 270, dtype=z.dtype).view(30, 9)
+    ),
     "exclusive-or": lambda z: z[:, :4] * ((z[:, :4] > 0) ^ (z[:, 4:8] > 0)),
     "copysign": lambda z: torch.copysign(z[:, :4], z[:, 4:8]),
     "logaddexp2": lambda z: torch.logaddexp2(z[:, :4], z[:, 4:8]),
@@ -103,6 +123,11 @@ def test_functions_of_each_sample_alone(name: str) -> None:
     lambda z: torch.linalg.solve(z[:6, :6] + 9 * torch.eye(6, dtype=z.dtype), z),
     lambda z: torch.linalg.cholesky(z @ z.T + torch.eye(6, dtype=z.dtype)),
     lambda z: torch.linalg.inv(z[:, :6] + 9 * torch.eye(6, dtype=z.dtype)),
+    lambda z: torch.cdist(z, z),
+    lambda z: torch.cdist(z, z, compute_mode="use_mm_for_euclid_dist"),
+    lambda z: torch.rot90(z[:, :6], 1, [0, 1]),
+    lambda z: torch.linalg.cross(z.view(3, 2, 9), z.exp().view(3, 2, 9), dim=0).view(6, 9),
+    lambda z: F.pad(z[None], (0, 0, 1, 1), mode="reflect")[0, 1:-1],
     lambda z: torch.clamp(z, min=torch.linspace(-1, 1, 6, dtype=z.dtype)[:, None, None]).sum(1),
 ])  # fmt: skip
 def test_matrices_of_samples_mix_them(mixed: Callable[[Tensor], Tensor]) -> None:

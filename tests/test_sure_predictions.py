@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import hesscli
-from hesscli.hessian import definitions
+from hesscli.hessian import formulas
 
 X = torch.tensor([[1.0, 2.0], [1.0, -0.5], [1.0, 0.25]])
 OWN = """
@@ -110,17 +110,17 @@ def test_log_softmax(dim: int) -> None:
     x = normal(4, 5)
     x[1, 2] = x[2] = -torch.inf
     x[3, 3] = x[3].max()  # a tie
-    torch.testing.assert_close(definitions.log_softmax(x, dim), x.log_softmax(dim), equal_nan=True)
+    torch.testing.assert_close(formulas.log_softmax(x, dim), x.log_softmax(dim), equal_nan=True)
 
 
 @pytest.mark.parametrize("x", [normal(), normal(0, 3), normal(3, 1)], ids=["scalar", "none", "one"])
 def test_log_softmax_of_little(x: Tensor) -> None:
-    assert torch.equal(definitions.log_softmax(x, -1), x.log_softmax(-1))
+    assert torch.equal(formulas.log_softmax(x, -1), x.log_softmax(-1))
 
 
 def test_log_sigmoid() -> None:
     x = torch.tensor([-800.0, -30, -1, 0, 1, 30, 800], dtype=torch.float64, requires_grad=True)
-    y = definitions.log_sigmoid(x)
+    y = formulas.log_sigmoid(x)
     torch.testing.assert_close(y, F.logsigmoid(x))
     (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     torch.testing.assert_close(slope, torch.sigmoid(-x), rtol=1e-15, atol=0)
@@ -137,5 +137,5 @@ def test_bce_with_weights(reduction: str) -> None:
         x, target, weight, pos_weight=positive, reduction=reduction
     )
     number = {"none": 0, "mean": 1, "sum": 2}[reduction]
-    ours = definitions.binary_cross_entropy_with_logits(x, target, weight, positive, number)
+    ours = formulas.binary_cross_entropy_with_logits(x, target, weight, positive, number)
     torch.testing.assert_close(ours, theirs)

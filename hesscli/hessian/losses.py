@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hesscli.errors import MismatchError, UsageError
-from hesscli.hessian.definitions import log_sigmoid, log_softmax
+from hesscli.hessian.formulas import log_sigmoid, log_softmax
 
 Total = tuple[Tensor, float]
 

@@ -17,7 +17,7 @@ ELEMENTWISE_UNARY = frozenset(
     "detach clone alias contiguous _to_copy lift_fresh zeros_like ones_like full_like nan_to_num round floor ceil "
     "logical_not bitwise_not isnan positive relu6 trunc frac sinc lgamma digamma erfinv "
     "exp2 signbit i0 special_entr special_erfcx special_log_ndtr special_ndtri special_i0e special_i1 "
-    "special_i1e sgn isinf".split()
+    "special_i1e sgn isinf mvlgamma special_bessel_j0 special_bessel_j1".split()
 )
 ELEMENTWISE = frozenset(  # of several tensors, or of one and numbers
     "clamp clamp_min clamp_max "
@@ -29,11 +29,11 @@ ELEMENTWISE = frozenset(  # of several tensors, or of one and numbers
 )
 REDUCTION = frozenset(
     "sum mean amax amin prod var std logsumexp max min argmax argmin norm linalg_vector_norm any all "
-    "var_mean std_mean aminmax median kthvalue nansum count_nonzero".split()
+    "var_mean std_mean aminmax median kthvalue mode nansum count_nonzero".split()
 )
 ALONG = frozenset(
     "_softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod cummax cummin sort topk "
-    "flip roll _fft_r2c _fft_c2r _fft_c2c".split()
+    "flip roll rot90 _fft_r2c _fft_c2r _fft_c2c".split()
 )
 # Between real and complex numbers: an axis that comes or goes is the last.
 COMPLEX = frozenset(
@@ -41,13 +41,17 @@ COMPLEX = frozenset(
 )
 # Samples along the first axis, and no way for an output sample to see another.
 FIRST_AXIS = frozenset(
-    "convolution max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d _adaptive_avg_pool2d "
-    "_adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d "
-    "upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "
-    "upsample_bilinear2d upsample_linear1d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa "
-    "_upsample_bicubic2d_aa affine_grid_generator pixel_shuffle pixel_unshuffle channel_shuffle "
-    "im2col col2im reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
-    "replication_pad3d native_batch_norm".split()
+    "convolution affine_grid_generator pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im "
+    "native_batch_norm".split()
+)
+# Of each channel's picture, which is the last one, two or three axes: as the name says.
+PICTURE = frozenset(
+    "max_pool2d_with_indices max_pool3d_with_indices max_unpool2d max_unpool3d avg_pool2d avg_pool3d "
+    "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d "
+    "upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
+    "_upsample_nearest_exact3d upsample_bilinear2d upsample_linear1d upsample_bicubic2d upsample_trilinear3d "
+    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d reflection_pad3d "
+    "replication_pad1d replication_pad2d replication_pad3d".split()
 )
 # Of each matrix of a batch, or of the batch's pairs.
 MATRIX = frozenset(
@@ -95,9 +99,15 @@ def _reduction(c: Context) -> SampleAxis | None:
 
 def _along(c: Context) -> SampleAxis | None:
     axis = c.only()
-    if axis.axis in c.dims(
-        c.named("dims" if c.call.name in ("flip", "roll") else "dim"), len(c.shape())
-    ):
+    name = "dims" if c.call.name in ("flip", "roll", "rot90") else "dim"
+    if axis.axis in c.dims(c.named(name), len(c.shape())):
+        raise mixes(c.call)
+    return axis
+
+
+def _cross(c: Context) -> SampleAxis | None:
+    axis = _elementwise(c)
+    if axis is None or axis.axis in c.dims(c.named("dim"), len(c.result)):
         raise mixes(c.call)
     return axis
 
@@ -135,6 +145,35 @@ def _first(c: Context) -> SampleAxis | None:
     if c.call.name == "native_batch_norm" and c.argument(5):
         raise NotApplicable("batch_norm in train mode mixes samples")
     return axis
+
+
+def _of_picture(c: Context) -> SampleAxis | None:
+    axis = _elementwise(c)
+    axes = next(int(letter) for letter in c.call.name if letter.isdigit())
+    if axis is None or axis.axis >= len(c.shape()) - axes:
+        raise mixes(c.call)
+    return axis
+
+
+def _distances(c: Context) -> SampleAxis | None:
+    """[..., P, M] and [..., R, M] -> [..., P, R]: of each pair of rows."""
+    axes = {}
+    for argument, place in ((0, 2), (1, 1)):
+        axis, rank = c.axis(argument), len(c.shape(argument))
+        if axis is not None:
+            at = axis.axis - rank
+            if at == -1:
+                raise mixes(c.call)
+            axes[argument] = replace(axis, axis=len(c.result) + (-place if at == -2 else at))
+    first, *others = axes.values()
+    if others and (others != [first] or first.axis >= len(c.result) - 2):
+        raise mixes(c.call)
+    return first
+
+
+def _located(c: Context) -> SampleAxis | None:
+    """Where each number is in a table that is the same for all samples."""
+    return c.only(1 if c.call.name == "searchsorted" else 0)
 
 
 def _pointwise(c: Context) -> bool:
@@ -237,8 +276,12 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(PAIRS, _of_pair),
     "embedding": _embedding,
     "bucketize": _unary,
+    **dict.fromkeys(("isin", "searchsorted"), _located),
+    "linalg_cross": _cross,
+    "_euclidean_dist": _distances,
+    **dict.fromkeys(PICTURE, _of_picture),
     **dict.fromkeys(("cat", "stack"), moves.joined),
-    **dict.fromkeys(("slice", "narrow"), moves.sliced),
+    **dict.fromkeys(("slice", "narrow", "narrow_copy"), moves.sliced),
     **dict.fromkeys(
         "split split_with_sizes unsafe_split unsafe_chunk glu index_select unfold".split(),
         moves.along_another,
