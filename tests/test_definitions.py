@@ -215,3 +215,19 @@ def test_an_operator_that_cannot_be_differentiated_twice_has_differences() -> No
     data = (normal(12, 3), normal(12, 2, seed=1))
     found = hesscli.compute(Products().double(), data, blocks="full", framework="torch")
     assert found.metadata["method"] == "finite-difference"
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3, torch.inf])
+def test_distances(p: float) -> None:
+    x = normal(5, 3).double().requires_grad_()
+    y = torch.cat([normal(2, 3, seed=1).double(), x[:1].detach()]).requires_grad_()
+    with definitions.exact_derivatives():
+        pairs, own = torch.cdist(x, y, p), torch.pdist(x, p)
+        (slope,) = torch.autograd.grad(pairs.sum() + torch.cdist(x, x, p).sum() + own.sum(), x)
+    torch.testing.assert_close(pairs, torch.cdist(x, y, p))
+    torch.testing.assert_close(own, torch.pdist(x, p))
+    theirs = torch.cdist(x, y, p).sum() + torch.cdist(x, x, p).sum() + torch.pdist(x, p).sum()
+    torch.testing.assert_close(slope, torch.autograd.grad(theirs, x)[0])
+    apart = y.detach()[:2].requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda a, b: formulas.cdist(a, b, p), (x, apart))
+    assert torch.autograd.gradgradcheck(lambda a: formulas.pdist(a, p), (x,))
