@@ -13,7 +13,8 @@ from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block, partition
 from hesscli.hessian.loss import Loss
 from hesscli.hessian.losses import ELEMENT_WEIGHTED
-from hesscli.hessian.problem import Problem, measure
+from hesscli.hessian.measure import measure
+from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.all import routes
 from hesscli.hessian.routes.base import Route, Rows, fitting
 from hesscli.hessian.symmetry import symmetrise_

@@ -25,8 +25,8 @@ from hesscli.errors import HesscliError, MismatchError, UsageError
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import partition, select
 from hesscli.hessian.losses import LOSSES, check_arguments
+from hesscli.hessian.measure import measure
 from hesscli.hessian.outputs import pick_output
-from hesscli.hessian.problem import measure
 
 # --- batches ----------------------------------------------------------------------------------
 

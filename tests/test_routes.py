@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.loss import Loss
+from hesscli.hessian.measure import measure
 from hesscli.hessian.positions import positions_as_samples
 from hesscli.hessian.probes import Analyses
-from hesscli.hessian.problem import Problem, measure
+from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import Route
 from hesscli.hessian.uses import Use
 

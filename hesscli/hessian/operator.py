@@ -29,7 +29,8 @@ from hesscli.hessian.autodiff import batched_grad, seeded_grad
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.probes import Analyses
-from hesscli.hessian.problem import Problem, saved_bytes
+from hesscli.hessian.problem import Problem
+from hesscli.hessian.saved import saved_bytes
 from hesscli.hessian.workers import in_order, workers
 
 CURVATURES = {"hessian": "hessian", "ggn": "ggn", "fisher": "empirical_fisher"}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,6 @@ from hesscli.hessian.loss import Loss
 from hesscli.hessian.outputs import pick_output
 from hesscli.hessian.precision import Narrowings, in_precision_, staying_wide
 from hesscli.hessian.state import state_kept
-
-_UNSEEN = 256  # times the inputs: what a pass is taken to keep that cannot be looked into
 
 
 @dataclass(frozen=True)
@@ -224,51 +222,6 @@ class Problem:
         return twin if same else None
 
 
-def measure(
-    problem: Problem,
-    summed: Callable[[float, float], tuple[float, float]] = lambda total, denominator: (
-        total,
-        denominator,
-    ),
-) -> tuple[Problem, float]:
-    """One pass over the data without derivatives: the problem with its denominator, and L(theta).
-
-    Args:
-        problem: with the default denominator.
-        summed: adds to the sums over these batches those over other ones, which are elsewhere.
-
-    Raises:
-        MismatchError: model, data and loss do not fit, two passes differ (dropout), or every target is ignored.
-    """
-    total, denominator = 0.0, 0.0
-    with torch.no_grad():
-        for index, batch in enumerate(problem.batches):
-            output = problem.output(batch)
-            if index == 0 and not _equal(output, problem.output(batch)):
-                raise MismatchError(
-                    "two passes of the same data through the model differ: it draws random numbers "
-                    "(dropout left on?), so it has no Hessian",
-                    "save it after model.eval(); a traced or exported model keeps the mode it was saved in",
-                )
-            again = output.clone()  # a loss may write to it
-            batch_total, share = problem.loss.total(output, batch.target, batch.loss_arguments)
-            if index == 0 and problem.loss.function is not None:
-                again, _ = problem.loss.total(again, batch.target, batch.loss_arguments)
-                if not _equal(batch_total, again):
-                    raise MismatchError(
-                        f"the loss {problem.loss.name} gives the same output two values: it draws random "
-                        "numbers, or counts its calls, so it has no Hessian"
-                    )
-            total += float(batch_total)
-            denominator += share
-    total, denominator = summed(total, denominator)
-    if problem.loss.reduction == "sum":
-        denominator = 1.0
-    if denominator == 0:
-        raise MismatchError("every target is ignored or has weight 0: the mean divides by 0")
-    return replace(problem, denominator=denominator), total / denominator
-
-
 _OTHER_DEVICE = re.compile(r"the same device|the expected device|torch\.cuda\.\w+Tensor")
 
 
@@ -305,15 +258,6 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two passes give the same; LAPACK's last digits may go by where its memory lies."""
-    if a.shape != b.shape:
-        return False
-    a, b = torch.nan_to_num(a), torch.nan_to_num(b)
-    rounding = 16 * torch.finfo(a.dtype).eps if a.is_floating_point() or a.is_complex() else 0.0
-    return float((a - b).abs().max()) <= rounding * float(a.abs().max()) if a.numel() else True
-
-
 @contextmanager
 def placed(leaves: Sequence[Tensor], values: Iterable[Tensor]) -> Iterator[None]:
     """Inside, the leaves have these values, in memory of their own: what shares theirs is a constant, and stays."""
@@ -325,29 +269,3 @@ def placed(leaves: Sequence[Tensor], values: Iterable[Tensor]) -> Iterator[None]
     finally:
         for leaf, value in zip(leaves, before, strict=True):
             leaf.data = value
-
-
-def saved_bytes(problem: Problem, batch: Batch, forward: Callable[[Batch], Tensor]) -> int:
-    """How many bytes autograd keeps between a forward pass of a batch and its backward pass."""
-    own = {p.untyped_storage().data_ptr() for p in problem.module.parameters()}
-    seen: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Any:
-        if tensor.layout is not torch.strided:
-            return tensor
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            # Not the storage's: a batch is a view of all data.
-            size = tensor.numel() * tensor.itemsize
-            seen[storage.data_ptr()] = max(size, seen.get(storage.data_ptr(), 0))
-        # Not itself: an operator's own output would keep the operator, and that the output, for ever.
-        return tensor.detach()
-
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
-            forward(batch)
-    except MismatchError as error:
-        if not re.search("saved tensor hooks|invalid python storage", error.message):
-            raise
-        return _UNSEEN * sum(x.numel() * x.itemsize for x in batch.inputs)  # of `torch.func`
-    return sum(seen.values())

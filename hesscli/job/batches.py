@@ -15,7 +15,8 @@ from hesscli.hessian.amounts import amounts
 from hesscli.hessian.batch import Batch, Batches
 from hesscli.hessian.losses import LOSSES, OF_CLASSES, classes_last
 from hesscli.hessian.plan import PREFERRED_ROWS, Sizes, choose_sizes
-from hesscli.hessian.problem import Problem, saved_bytes
+from hesscli.hessian.problem import Problem
+from hesscli.hessian.saved import saved_bytes
 from hesscli.job.own_loss import seen
 from hesscli.job.source import Source
 from hesscli.job.team import ranks_here

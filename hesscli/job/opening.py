@@ -16,10 +16,11 @@ from hesscli.errors import (
 )
 from hesscli.files.data import load_data
 from hesscli.files.models import SavedModel, load_model
+from hesscli.hessian.measure import measure
 from hesscli.hessian.operator import CURVATURES
 from hesscli.hessian.plan import Sizes
 from hesscli.hessian.precision import in_precision_
-from hesscli.hessian.problem import Problem, measure
+from hesscli.hessian.problem import Problem
 from hesscli.job.alone import Alone
 from hesscli.job.batches import split
 from hesscli.job.loss import loss_of, printable
