@@ -44,17 +44,15 @@ class Residual(nn.Module):
 
 
 class Fourier(nn.Module):
-    """A layer that multiplies frequencies, and distances, which have no second derivative."""
+    """A layer that multiplies frequencies."""
 
-    def __init__(self, distances: bool = True):
+    def __init__(self):
         super().__init__()
         self.w, self.o = nn.Parameter(torch.randn(2, 2)), nn.Linear(2, 1)
-        self.distances = distances
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.fft.irfft(torch.fft.rfft(x) * torch.view_as_complex(self.w), n=2)
-        far = torch.cdist(torch.tanh(self.o(h)), torch.ones(1, 1, dtype=x.dtype))
-        return far if self.distances else ((torch.tanh(self.o(h)) - 1) ** 2).sqrt()
+        return ((torch.tanh(self.o(h)) - 1) ** 2).sqrt()
 
 
 @pytest.mark.parametrize("functional", [False, True])
@@ -70,9 +68,9 @@ def test_a_model_that_differentiates(functional, batch_size):
 def test_complex_numbers_are_no_kinks():
     torch.manual_seed(0)
     model = Fourier().double()
-    found = hesscli.compute(model, (X, Y), blocks="full", framework="torch")
-    assert found.metadata["blocks"][0]["method"] == "finite-difference"
-    model.distances = False
+    found = hesscli.compute(
+        model, (X, Y), blocks="full", method="finite-difference", framework="torch"
+    )
     truth = hessian(model, nn.functional.mse_loss, (X,), Y)
     torch.testing.assert_close(found.matrix(), truth, rtol=1e-7, atol=1e-8)
 
@@ -847,6 +845,39 @@ def test_a_reentrant_checkpoint_is_refused(cli, tmp_path, command):
     ran = cli(command, "net.pt", "data.npz", "--arch", "net.py:Checkpointed")
     assert "body.weight: its gradient comes by backward() alone" in ran.fails(4)
     assert "use_reentrant=False" in ran.hint
+
+
+class Recomputed(nn.Module):
+    """Keeps nothing of its body but what goes in, and computes the rest again in every backward pass."""
+
+    def __init__(self, layer, how):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(2, 4), layer, nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
+        self.head, self.how = nn.Linear(4, 1), how
+
+    def forward(self, x):
+        return self.head(checkpoint(self.outer, x, use_reentrant=False, **self.how))
+
+    def outer(self, x):
+        return self.body[2](checkpoint(self.body[:2], x, use_reentrant=False, **self.how))
+
+
+@pytest.mark.parametrize("how", [{}, {"determinism_check": "none"}], ids=["checked", "unchecked"])
+@pytest.mark.parametrize(
+    "layer", [nn.LayerNorm(4), nn.BatchNorm1d(4), nn.PReLU(), nn.LogSigmoid()], ids=str
+)
+def test_what_is_recomputed_is_recomputed_by_the_same_definitions(layer, how):
+    torch.manual_seed(0)
+    model = Recomputed(layer, how).double().eval()
+    truth = hessian_by_differences(model, nn.functional.mse_loss, (X,), Y)
+    for batch_size in (None, 4):
+        found = hesscli.compute(
+            model, (X, Y), loss="mse", blocks="full", check=not how, batch_size=batch_size,
+            framework="torch",
+        )  # fmt: skip
+        assert relative_error(found.matrix(), truth) < 1e-6
+        operator = hesscli.operator(model, (X, Y), loss="mse", batch_size=batch_size)
+        assert relative_error(torch.from_numpy(operator @ np.eye(len(truth))), truth) < 1e-6
 
 
 class Dead(nn.Module):

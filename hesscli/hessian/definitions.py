@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian import formulas
+from hesscli.hessian.recomputation import also_recomputed
 
 
 def _step_by_step(operator: str) -> Callable[..., object]:
@@ -125,7 +126,10 @@ def _weight_norm_of_all_digits(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tens
 @contextmanager
 def right_gradients() -> Iterator[None]:
     """Forward passes in this context have first derivatives that are right: PyTorch's, without its errors."""
-    with torch.library._scoped_library("aten", "IMPL") as library:
+    with (
+        torch.library._scoped_library("aten", "IMPL") as library,
+        also_recomputed(right_gradients),
+    ):
         library.impl("instance_norm", _instance_norm_of_contiguous_gradients, CPU)
         for key in (CPU, *GPUS):
             for operator, definition in OF_ALL_DIGITS.items():
@@ -150,6 +154,7 @@ def exact_derivatives() -> Iterator[None]:
             torch.library._scoped_library("aten", "IMPL") as library,
             sdpa_kernel(SDPBackend.MATH),
             torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
+            also_recomputed(exact_derivatives),
         ):
             for key in (CPU, *GPUS):
                 own = DEFINITIONS if key == CPU else DEFINITIONS | STEP_BY_STEP
