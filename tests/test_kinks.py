@@ -189,7 +189,7 @@ def test_the_hessian_is_no_gauss_newton_matrix():
 
 
 class Distances(nn.Module):
-    """No second derivative, and ReLUs whose biases are zero, so that an image's empty border lies at every corner."""
+    """Distances, and ReLUs whose biases are zero, so that an image's empty border lies at every corner."""
 
     def __init__(self, written_out: bool) -> None:
         super().__init__()

@@ -138,7 +138,7 @@ def test_differences_where_double_backward_is_wrong():
         # PyTorch's slope is a float32 sixth, hence not 1e-9.
         ("mlp-hardsigmoid", lambda model: nn.Sequential(model[0], HardsigmoidByHand(), model[2])),
         ("embedding-bag", lambda model: nn.Sequential(MeanBagByHand(model[0].weight), model[1])),
-        ("cdist", lambda model: nn.Sequential(DistancesByHand(model[0].centres), model[1])),
+        ("segments", lambda model: nn.Sequential(DistancesByHand(model[0].centres), model[1])),
     ],
 )
 def test_differences_where_double_backward_is_missing(name, by_hand):

@@ -31,7 +31,8 @@ from hesscli.hessian.outputs import pick_output
 # --- batches ----------------------------------------------------------------------------------
 
 SPLIT = [c for c in CASES if "loss" in c.tags and c.name != "output-mean"] + [
-    BY_NAME[name] for name in ("conv2d", "embedding", "lstm", "two-inputs", "layer-norm", "cdist")
+    BY_NAME[name]
+    for name in ("conv2d", "embedding", "lstm", "two-inputs", "layer-norm", "segments")
 ]
 
 
@@ -43,7 +44,7 @@ def test_any_batch_size_gives_the_same(case, batch_size):
     assert len(sizes) > 1
     assert sum(sizes) == len(case.inputs[0])
     routes = routes_of(problem)
-    name = "finite-difference" if case.name == "cdist" else "hvp"
+    name = "finite-difference" if case.name == "segments" else "hvp"
     blocks = blocks_of(problem, "full")
     found = compute_blocks(routes[name], blocks)["hessian"]
     assert relative_error(found, expected(case)) < (1e-7 if name == "finite-difference" else 1e-8)
@@ -55,7 +56,7 @@ def test_any_batch_size_gives_the_same(case, batch_size):
                 error = float((mine - truth).norm())
                 assert error < 1e-10 * max(float(expected(case).norm()), 1), name
         except NotApplicable:
-            assert name == "gauss-newton" or case.name in {"cdist", "embedding", "lstm"}
+            assert name == "gauss-newton" or case.name in {"segments", "embedding", "lstm"}
 
 
 @pytest.mark.parametrize("batch_size", [2, 3])

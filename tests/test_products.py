@@ -103,7 +103,7 @@ def test_graphs_that_do_not_fit_are_made_again():
     assert len(many.kept) == len(problem.batches) > 1
 
 
-@pytest.mark.parametrize("name", ["mlp-tanh", "cdist", "layer-norm", "unused"])
+@pytest.mark.parametrize("name", ["mlp-tanh", "segments", "layer-norm", "unused"])
 def test_differences(name):
     problem = problem_of_case(BY_NAME[name], batch_size=3)
     assert relative_error(matrix(Differences(problem)), expected(BY_NAME[name])) < 1e-5

@@ -39,7 +39,7 @@ DIFFERENCES = 1e-8
 TOLERANCES = {"mlp-hardsigmoid": 2e-7}
 
 # No second derivative in PyTorch: hvp must say so where it needs one.
-NOT_TWICE = {"cdist"}
+NOT_TWICE = {"segments"}
 
 
 def tolerance(case: Case) -> float:
@@ -112,7 +112,7 @@ def test_finite_difference(case):
 
 
 @pytest.mark.parametrize("structure", ["module", "block_diagonal", "elements"])
-@pytest.mark.parametrize("name", ["cdist", "mlp-hardsigmoid", "mlp-relu", "embedding-bag"])
+@pytest.mark.parametrize("name", ["segments", "mlp-hardsigmoid", "mlp-relu", "embedding-bag"])
 def test_finite_difference_of_parts(name, structure):
     _, routes = posed(name)
     limit = max(1e-7, tolerance(BY_NAME[name]))
@@ -181,7 +181,7 @@ def test_a_fast_route_refuses(case, name, route):
 
 
 def test_hvp_refuses_what_has_no_second_derivative():
-    problem, routes = posed("cdist")
+    problem, routes = posed("segments")
     with pytest.raises(NotApplicable, match="no second derivative"):
         compute_blocks(routes["hvp"], blocks_of(problem, "full"))
 
