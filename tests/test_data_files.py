@@ -4,6 +4,8 @@ import os
 import zipfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -116,8 +118,8 @@ def test_the_only_other_array_is_said_to_be(tmp_path):
         ("a b y", {}, "the names do not tell the inputs"),
         ("x data y", {}, "x and data may all be the inputs"),
         ("x y label", {}, "y and label may all be the targets"),
-        ("x y", {"inputs": ["z"]}, "no array is called z"),
-        ("x y", {"targets": "z"}, "no array is called z"),
+        ("x y", {"inputs": ["z"]}, "no array of numbers is called z"),
+        ("x y", {"targets": "z"}, "no array of numbers is called z"),
     ],
 )
 def test_names_that_do_not_tell(tmp_path, monkeypatch, names, options, words):
@@ -176,6 +178,41 @@ def test_the_index_of_a_table_is_left_out(tmp_path, name):
     assert f"column {name!r} left out: an index, by its name" in data.notes
     taken = load_data(tmp_path / "d.csv", inputs=(name, "a"))
     assert taken.inputs["columns"].tolist() == [[0, 1], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("text", "index"),
+    [("0,1,2\n1.5,2,3\n4,5,6\n", False), (",0,1,2\n0,1.5,2,3\n1,4,5,6\n", True)],
+)
+def test_the_names_that_pandas_gives_to_columns(tmp_path, text, index):
+    (tmp_path / "d.csv").write_text(text)
+    data = load_data(tmp_path / "d.csv", targets="2")
+    assert data.inputs["columns"].tolist() == [[1.5, 2], [4, 5]]
+    assert data.targets is not None
+    assert data.targets[1].tolist() == [3, 6]
+    assert data.notes[0] == "the first line, 0 to 2, is taken as the names of the columns"
+    assert ("column '' left out: an index, by its name" in data.notes) == index
+
+
+@pytest.mark.parametrize("line", ["0,1,3", "1,2,3", "0.0,1.0,2.0", "1,0,1,2", "0,1"])
+def test_a_first_line_of_numbers_is_a_sample(tmp_path, line):
+    (tmp_path / "d.csv").write_text(f"{line}\n{line}\n")
+    data = load_data(tmp_path / "d.csv", inputs=("0",), targets="1")
+    assert data.samples == 2
+    assert not [note for note in data.notes if "names of the columns" in note]
+
+
+def test_a_single_column_of_numbers_has_no_name(tmp_path):
+    (tmp_path / "d.csv").write_text("0\n1\n")
+    assert load_data(tmp_path / "d.csv").inputs["columns"].tolist() == [[0], [1]]
+
+
+def test_a_table_of_many_columns(tmp_path):
+    count = 20_000
+    names, values = (f"gene{i}" for i in range(count)), ("1" for _ in range(count))
+    (tmp_path / "d.csv").write_text(f"{','.join(names)}\n{','.join(values)}\n")
+    data = load_data(tmp_path / "d.csv", targets="gene0")
+    assert data.inputs["columns"].shape == (1, count - 1)
 
 
 # --- values and types -------------------------------------------------------------------------
@@ -245,9 +282,63 @@ def test_arrays_that_are_not_numbers_are_skipped_and_said(tmp_path):
         "array big skipped: integers too large for int64",
     )
     error = refused(UsageError, tmp_path / "d.npz", inputs=["names"])
-    assert "no array is called names: not numbers (str32)" in error.message
+    assert "no array of numbers is called names; it holds x (" in error.message
+    assert "; array names skipped: not numbers (str32); array big skipped: " in error.message
     torch.save({"x": torch.ones(2), "epoch": 3}, tmp_path / "d.pt")
     assert load_data(tmp_path / "d.pt").notes[0] == "array epoch skipped: not a tensor (int)"
+
+
+@pytest.mark.parametrize(
+    ("x", "why"),
+    [
+        (torch.ones(3, 2).to_sparse(), "sparse, nested or quantised"),
+        (torch.ones(3, 2, device="meta"), "on the meta device, which holds no values"),
+    ],
+)
+def test_inputs_that_are_skipped(tmp_path, monkeypatch, x, why):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"x": x, "y": torch.from_numpy(Y)}, "d.pt")
+    error = refused(UsageError, "d.pt")
+    said = "d.pt: the names do not tell the inputs; it holds y (int64 [3]); array x skipped: "
+    assert error.message == said + why
+
+
+def test_columns_that_are_skipped(tmp_path):
+    (tmp_path / "d.csv").write_text("a;y\n1,5;0\n2,5;1\n")
+    message = refused(UsageError, tmp_path / "d.csv").message
+    assert message.endswith("; array a skipped: not numbers ('1,5' in line 2)")
+
+
+WORDS = "classes are whole numbers from 0 on: table.y = table.y.astype('category').cat.codes"
+ROWS = "drop these samples: table = table.dropna(subset=['y'])"
+
+
+@pytest.mark.parametrize(
+    ("y", "why", "hint"),
+    [
+        (pa.array(["a", "b"]), "not numbers (string)", WORDS),
+        (pa.array(["a", "b"]).dictionary_encode(), "not numbers (dictionary<", WORDS),
+        (pa.array([1, None]), "missing in 1 of 2 places", ROWS),
+        (pa.array([[1, 2], [3, None]]), "missing in 1 of 4 places", ROWS),
+        (pa.array([[1], [2, 3]]), "rows of different lengths: pad them", None),
+        (pa.array([0, 1], pa.timestamp("ms")), "not numbers (timestamp[ms])", None),
+    ],
+)
+def test_targets_that_cannot_be_used(tmp_path, y, why, hint):
+    pq.write_table(pa.table({"a": [1.0, 2.0], "y": y}), tmp_path / "d.parquet")
+    error = refused(FileError, tmp_path / "d.parquet")
+    assert f"d.parquet: the targets y are {why}" in error.message
+    assert error.hint == hint
+
+
+@pytest.mark.parametrize(
+    ("y", "hint"), [("cat", WORDS), ("it's", WORDS), (">50K", WORDS), ("1,5", None)]
+)
+def test_fields_of_targets_that_are_not_numbers(tmp_path, y, hint):
+    (tmp_path / "d.csv").write_text(f"a;y\n1;{y}\n2;{y}\n")
+    error = refused(FileError, tmp_path / "d.csv")
+    assert f"the targets y are not numbers ({y!r} in line 2)" in error.message
+    assert error.hint == hint
 
 
 # --- refusals ---------------------------------------------------------------------------------

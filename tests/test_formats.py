@@ -143,7 +143,47 @@ def test_the_prefix_of_a_lightning_module(same, net):
     weights["criterion.weight"] = torch.ones(2)
     torch.save({"state_dict": weights, "pytorch-lightning_version": "2.5.0"}, "m.ckpt")
     ran = same("m.ckpt", "reference.npz", *ARCH)
-    assert "left out, without that prefix: criterion.weight" in ran.notes
+    assert "left out, not the architecture's: criterion.weight" in ran.notes
+
+
+@pytest.mark.parametrize("own", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_architectures_own_names_come_before_a_copy(same, net, own, first):
+    weights = {f"{own}{name}": t for name, t in net.state_dict().items()}
+    averaged = {f"ema.{name}": t + 1 for name, t in weights.items()}
+    torch.save(weights | averaged if first else averaged | weights, "m.pt")
+    ran = same("m.pt", "reference.npz", *ARCH)
+    left = ", ".join(list(averaged)[:5])
+    assert f"left out, not the architecture's: {left}, ..." in ran.notes
+    named = [f"names: {own}norm.weight is norm.weight in the architecture, and so on"]
+    assert [note for note in ran.notes if note.startswith("names:")] == (named if own else [])
+
+
+def test_several_prefixes(same, cli, net):
+    teacher = {f"teacher.{name}": t + 1 for name, t in net.state_dict().items()}
+    student = {f"student.{name}": t.clone() for name, t in net.state_dict().items()}
+    torch.save({"state_dict": teacher | student}, "m.pt")
+    ran = cli("compute", "m.pt", "reference.npz", *ARCH)
+    assert ran.fails(4) == (
+        "m.pt: the weights fit the architecture under several prefixes: "
+        "teacher., student.; expected one"
+    )
+    keep, _, code = ran.hint.partition(": ")
+    assert keep == "keep one of them"
+    exec(code.replace("teacher", "student"), {"torch": torch, "weights": teacher | student})
+    same("net.pt", "reference.npz", *ARCH)
+
+
+def test_one_module_under_several_prefixes(same, net):
+    owner = nn.ModuleDict({"model": net, "loss": nn.ModuleDict({"model": net})})
+    torch.save(owner.state_dict(), "m.pt")
+    same("m.pt", "reference.npz", *ARCH)
+
+
+def test_names_too_many_beside_the_architectures_own(cli, net):
+    torch.save(net.state_dict() | {"ema.fc1.weight": net.fc1.weight}, "m.pt")
+    np.savez("d.npz", x=X, y=Y)
+    assert "unexpected: ema.fc1.weight" in cli("compute", "m.pt", "d.npz", *ARCH).fails(4)
 
 
 def test_lightning(same, net):

@@ -211,3 +211,43 @@ def test_a_trace_of_so_many_samples(cli, data, tmp_path):
     _, tensors = read(tmp_path / "hessian.safetensors")
     model.forward = lambda x: Alone.forward(model, x)
     assert relative_error(tensors["hessian"], truth(model, X)) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool])
+@pytest.mark.parametrize("first", [nn.Linear(3, 4), nn.LayerNorm(3), nn.PReLU(), nn.Softmax(1)])
+def test_integers_for_a_model_of_floats(cli, tmp_path, first, dtype):
+    width = 4 if isinstance(first, nn.Linear) else 3
+    torch.jit.script(nn.Sequential(first, nn.Linear(width, 2))).save(str(tmp_path / "m.pt"))
+    x = X.round().to(dtype)
+    for name, array in (("integers", x), ("floats", x.float())):
+        np.savez(tmp_path / f"{name}.npz", x=array.numpy(), y=Y.float().numpy())
+    ran = cli("compute", "m.pt", "integers.npz", "-b", "full")
+    assert f"does not accept the inputs {str(dtype).removeprefix('torch.')} [2, 3]" in ran.fails(4)
+    assert ran.hint.endswith("--scale 1")
+    assert cli(*shlex.split(ran.hint)[1:], "-o", "a").code == 0
+    assert cli("compute", "m.pt", "floats.npz", "-b", "full", "-o", "b").code == 0
+    assert torch.equal(*(read(tmp_path / name)[1]["hessian"] for name in "ab"))
+
+
+class Words(nn.Module):
+    def __init__(self, wrong: bool = False):
+        super().__init__()
+        self.table, self.last = nn.Embedding(3, 4), nn.Linear(3 if wrong else 4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.table(x).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "dtype", "highest", "hint"),
+    [
+        (False, torch.int64, 3, None),
+        (True, torch.int64, 2, None),
+        (False, torch.int8, 2, "store indices as int64: x.astype(np.int64)"),
+    ],
+)
+def test_integers_that_are_indices(wrong, dtype, highest, hint):
+    words = torch.full((12, 3), highest, dtype=dtype)
+    with pytest.raises(hesscli.HesscliError, match="does not accept the inputs") as refused:
+        hesscli.compute(Words(wrong), (words, Y.float()), framework="torch")
+    assert refused.value.hint == hint

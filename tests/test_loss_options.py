@@ -125,6 +125,28 @@ def test_ignored_classes_of_probabilities():
 
 
 @pytest.mark.parametrize(
+    ("outputs", "y", "hint"),
+    [
+        (4, F.one_hot(CLASSES, 4), "store the class numbers: y.argmax(1)"),
+        (5, F.one_hot(CLASSES, 4), "store the class numbers: y.argmax(1)"),
+        (5, 2 * F.one_hot(CLASSES, 4), None),
+        (4, CLASSES[:, None], None),
+    ],
+)
+@pytest.mark.parametrize("loss", ["cross-entropy", "nll"])
+def test_a_column_for_each_class(outputs, y, hint, loss):
+    with pytest.raises(hesscli.HesscliError, match="class targets have shape") as refused:
+        computed(net(outputs), (X, y), loss=loss)
+    assert refused.value.hint == hint
+
+
+def test_a_column_of_numbers_is_not_of_classes():
+    with pytest.raises(hesscli.HesscliError, match="class targets have shape") as refused:
+        computed(net(1), (X, Y[:, :1]), loss="nll")
+    assert refused.value.hint == "--loss mse"
+
+
+@pytest.mark.parametrize(
     ("name", "near"), [("cross_entropy", "cross-entropy"), ("mse_loss", "mse")]
 )
 def test_other_names_of_losses(cli, tmp_path, name, near):

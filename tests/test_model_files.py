@@ -504,6 +504,101 @@ def test_half_weights_of_a_state_dict(tmp_path):
     assert saved.module.fc.weight.dtype is torch.float32
 
 
+class Halves(Plain):
+    """Built in half precision, with a running mean and a count of batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.half()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_weights_are_not_rounded_to_a_narrow_architecture(tmp_path, dtype):
+    weights = {
+        name: (torch.rand_like(t, dtype=dtype) / 3 if t.is_floating_point() else t + 5)
+        for name, t in Halves().state_dict().items()
+    }
+    torch.save(weights, tmp_path / "net.pt")
+    saved = load_model(tmp_path / "net.pt", arch=f"{__name__}:Halves")
+    for name, tensor in saved.module.state_dict().items():
+        assert torch.equal(tensor, weights[name].to(tensor.dtype)), name
+        assert torch.promote_types(tensor.dtype, weights[name].dtype) is tensor.dtype, name
+    narrow = ("weights stored in bfloat16, computed in float32",)
+    assert saved.notes == (narrow if dtype is torch.bfloat16 else ())
+
+
+def lazy() -> nn.Module:
+    return nn.LazyLinear(2)
+
+
+def test_double_weights_of_a_lazy_architecture_are_not_rounded(tmp_path):
+    weights = nn.Linear(3, 2).double().state_dict()
+    torch.save(weights, tmp_path / "net.pt")
+    module = load_model(tmp_path / "net.pt", arch=f"{__name__}:lazy").module
+    assert torch.equal(module.weight, weights["weight"])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("arch", ["mlp", f"{__name__}:Plain"])
+@pytest.mark.parametrize("dtype", ["int8", "bool", "complex64"])
+def test_weights_that_are_not_floating_point(tmp_path, arch, dtype):
+    weights = {name: t.to(getattr(torch, dtype)) for name, t in Plain().state_dict().items()}
+    save_file(weights, tmp_path / "net.safetensors")
+    error = refused(MismatchError, tmp_path / "net.safetensors", arch=arch)
+    assert error.exit_code == 4
+    assert error.message.endswith(
+        f": fc.weight is {dtype}; the architecture wants floating point numbers"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:TypedStorage")
+@pytest.mark.parametrize("arch", ["mlp", f"{__name__}:Plain"])
+@pytest.mark.parametrize(
+    ("kind", "make", "hint"),
+    [
+        ("sparse", torch.Tensor.to_sparse, "to_dense"),
+        ("meta", lambda t: t.to("meta"), None),
+        (
+            "quantised",
+            lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+            "dequantize",
+        ),
+    ],
+)
+def test_weights_that_are_not_dense(tmp_path, arch, kind, make, hint):
+    weights = Plain().state_dict()
+    torch.save({**weights, "fc.weight": make(weights["fc.weight"])}, tmp_path / "net.pt")
+    error = refused(MismatchError, tmp_path / "net.pt", arch=arch)
+    message = f": fc.weight is a {kind} tensor; the architecture wants a dense one"
+    assert error.message.endswith(message)
+    assert error.hint == (hint and f"weights['fc.weight'] = weights['fc.weight'].{hint}()")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("arch", ["mlp", f"{__name__}:Plain"])
+def test_nested_weights(tmp_path, arch):
+    nested = torch.nested.nested_tensor([torch.ones(3), torch.ones(2)])
+    torch.save({**Plain().state_dict(), "fc.weight": nested}, tmp_path / "net.pt")
+    error = refused(FileError, tmp_path / "net.pt", arch=arch)
+    assert error.message.endswith(": fc.weight is a nested tensor; expected a dense one")
+
+
+class Sparse(Plain):
+    """A graph's edges, as an architecture may want them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("edges", torch.zeros(2, 2).to_sparse())
+
+
+def test_sparse_buffers_that_the_architecture_wants(tmp_path):
+    weights = Sparse().state_dict() | {"edges": torch.eye(2).to_sparse()}
+    torch.save(weights, tmp_path / "net.pt")
+    module = load_model(tmp_path / "net.pt", arch=f"{__name__}:Sparse").module
+    assert torch.equal(module.edges.to_dense(), torch.eye(2))
+
+
 def test_weights_that_do_not_fit_are_listed(tmp_path):
     path = tmp_path / "net.pt"
     extra = {f"extra{i}": torch.ones(1) for i in range(12)}
@@ -658,7 +753,7 @@ constant = 5
 @pytest.fixture
 def nets(tmp_path, monkeypatch):
     (tmp_path / "code").mkdir()
-    for name in ("nets_of_test.py", "code/nets_of_file.py"):
+    for name in ("nets_of_test.py", "code/nets_of_file.py", "code/my nets.py"):
         (tmp_path / name).write_text(NETS.replace("import helper", ""))
     (tmp_path / "code" / "neighbour_of_test.py").write_text("number = 3")
     (tmp_path / "code" / "needy.py").write_text("import neighbour_of_test, no_such_thing\n")
@@ -688,11 +783,15 @@ def test_factories(nets, source, capsys):
         ("nets_of_test", {}, "expected PKG.MOD:FACTORY, FILE.py:FACTORY, ", ":FACTORY"),
         ("no.py:Net", {}, "no such file: no.py", "path/to/net.py:FACTORY"),
         ("no_such:Net", {}, "no module named no_such", "path/to/no_such.py:FACTORY"),
+        ("no such:Net", {}, "no module named no such", "--arch 'path/to/no such.py:FACTORY'"),
+        ("code/my nets.py:net", {}, "has no net", "--arch 'code/my nets.py:Net'"),
         ("code/needy.py:Net", {}, "imports no_such_thing", "pip install no_such_thing"),
         ("leaving_of_test:Net", {}, "raised SystemExit: bye", "python -c 'import leaving_of_test'"),
         ("nets_of_test:net", {}, "has no net; it has: Net, make", "--arch nets_of_test:Net"),
         ("nets_of_test:Net", {}, "raised TypeError", "--arch-arg width=VALUE"),
-        ("nets_of_test:broken", {}, "raised RuntimeError: no way", "--arch nets_of_test:broken"),
+        ("nets_of_test:broken", {}, "raised RuntimeError: no way", "--debug"),
+        ("nets_of_test:Net", {"width": (4, 5)}, "raised TypeError", "--debug"),
+        ("nets_of_test:Net", {"act": "$(x)"}, "raised TypeError", "--arch-arg 'act=$(x)'"),
         ("nets_of_test:number", {}, "returned a int; expected an nn.Module", "from number"),
         ("nets_of_test:constant", {}, "constant is a int", ":FACTORY"),
         ("nets_of_test:ready", {"a": 1}, "takes no --arch-arg (a)", "--arch nets_of_test:ready"),
@@ -705,6 +804,16 @@ def test_architectures_that_cannot_be_built(nets, arch, arguments, words, hint):
     assert caught.value.message.startswith(f"--arch {arch}: ")
     assert words in caught.value.message
     assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision", "transformers"])
+def test_libraries_that_are_not_installed(monkeypatch, library):
+    monkeypatch.setattr(sys, "path", [])
+    for arch in (f"{library}:resnet18", f"{library}.models:resnet18"):
+        monkeypatch.delitem(sys.modules, arch.partition(":")[0], raising=False)
+        with pytest.raises(UsageError, match=f"no module named {library} ") as caught:
+            build(arch, {}, {})
+        assert caught.value.hint == f"pip install {library}"
 
 
 def test_values():

@@ -41,7 +41,7 @@ def build(
         return build_mlp(state_dict, arch_args)
     source, colon, attribute = arch.rpartition(":")
     if not colon or not source or not attribute:
-        raise UsageError(f"--arch {arch}: expected {_FORMS}", f"--arch {_guess(arch)}")
+        raise UsageError(f"--arch {arch}: expected {_FORMS}", f"--arch {shlex.quote(_guess(arch))}")
     with importable():
         module = module_of("--arch", arch, "FACTORY")
         factory: object
@@ -70,14 +70,16 @@ def _call(arch: str, factory: object, name: str, arguments: Mapping[str, object]
             "expected a class, a function or an nn.Module",
             f"--arch {shlex.quote(arch.rpartition(':')[0])}:FACTORY",
         )
-    missing = (f"--arch-arg {a}" for a in _required(factory, arguments))
-    hint = " ".join([f"--arch {shlex.quote(arch)}", *missing])
     try:
         module = factory(**arguments)
     except (Exception, SystemExit) as error:
-        raise UsageError(
-            f"--arch {arch}: {name} raised {told(error)}", hint, instead_of=("--arch-arg",)
-        ) from error
+        message = f"--arch {arch}: {name} raised {told(error)}"
+        wanted = _wanted(factory, arguments)
+        if wanted.keys() == arguments.keys():
+            raise UsageError(message, "--debug") from error
+        pairs = (shlex.quote(f"{key}={value}") for key, value in wanted.items())
+        hint = " ".join([f"--arch {shlex.quote(arch)}", *(f"--arch-arg {p}" for p in pairs)])
+        raise UsageError(message, hint, instead_of=("--arch-arg",)) from error
     if not isinstance(module, nn.Module):
         raise UsageError(
             f"--arch {arch}: {name} returned a {type(module).__name__}; expected an nn.Module",
@@ -86,21 +88,17 @@ def _call(arch: str, factory: object, name: str, arguments: Mapping[str, object]
     return module
 
 
-def _required(factory: object, given: Mapping[str, object]) -> list[str]:
-    """`K=V` for each argument the factory needs, the given ones with their values."""
-    parts = {name: f"{name}={value}" for name, value in given.items()}
+def _wanted(factory: object, given: Mapping[str, object]) -> dict[str, object]:
+    """The arguments that the factory knows and needs: the given ones, VALUE for the others."""
     try:
         parameters = inspect.signature(factory).parameters.values()  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        return list(parts.values())
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    known = {p.name for p in parameters if p.kind in named}
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        parts = {name: text for name, text in parts.items() if name in known}
-    for p in parameters:
-        if p.kind in named and p.default is p.empty:
-            parts.setdefault(p.name, f"{p.name}=VALUE")
-    return list(parts.values())
+        return dict(given)
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    known = {p.name for p in named}
+    wanted = {name: value for name, value in given.items() if takes_all or name in known}
+    return {p.name: "VALUE" for p in named if p.default is p.empty} | wanted
 
 
 def _guess(arch: str) -> str:

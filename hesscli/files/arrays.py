@@ -32,12 +32,14 @@ class Arrays:
         skipped: the others, with the reason to leave each out.
         files: those that were read, whose content the SHA-256 is of.
         columns: whether the arrays are the columns of a table.
+        notes: what was inferred, one line each.
     """
 
     numbers: dict[str, torch.Tensor]
     skipped: dict[str, str]
     files: tuple[Path, ...]
     columns: bool = field(default=False)
+    notes: tuple[str, ...] = ()
 
 
 def load_arrays(path: str | os.PathLike[str]) -> Arrays:
@@ -50,6 +52,7 @@ def load_arrays(path: str | os.PathLike[str]) -> Arrays:
     """
     kind = kind_of(path)
     files: tuple[Path, ...] = (Path(path),)
+    notes: tuple[str, ...] = ()
     if kind == "npz":
         found = load_npz(path)
     elif kind == "npy":
@@ -65,7 +68,7 @@ def load_arrays(path: str | os.PathLike[str]) -> Arrays:
     elif kind in ("torch_zip", "torch_legacy"):
         found = _torch(path, kind)
     elif kind == "text":
-        found = load_csv(path)
+        found, notes = load_csv(path)
         if all(isinstance(value, str) for value in found.values()):
             raise unsupported(path, kind, _WANTED, "a table wants columns of numbers: x1,x2,y")
     elif kind == "parquet":
@@ -77,7 +80,7 @@ def load_arrays(path: str | os.PathLike[str]) -> Arrays:
         raise _unreadable(path, kind)
     numbers = {name: value for name, value in found.items() if not isinstance(value, str)}
     skipped = {name: value for name, value in found.items() if isinstance(value, str)}
-    return Arrays(numbers, skipped, files, columns=kind in ("text", "parquet", "dataset"))
+    return Arrays(numbers, skipped, files, kind in ("text", "parquet", "dataset"), notes)
 
 
 def _only_npy(file: Path) -> None:
@@ -118,6 +121,8 @@ def _tensors(content: Mapping[str, object]) -> dict[str, torch.Tensor | str]:
             found[name] = f"not a tensor ({type(value).__name__})"
         elif value.layout is not torch.strided or value.is_quantized or value.is_nested:
             found[name] = "sparse, nested or quantised"
+        elif value.is_meta:
+            found[name] = "on the meta device, which holds no values"
         else:
             found[name] = _indexable(value.detach())
     return found

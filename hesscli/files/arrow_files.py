@@ -102,7 +102,7 @@ def _column(path: str | os.PathLike[str], values: Any) -> torch.Tensor | str:
     shape = [len(values)]
     while True:
         if values.null_count:
-            return f"values are missing ({values.null_count})"
+            return f"missing in {values.null_count} of {len(values)} places"
         kind = values.type
         if hasattr(values, "storage"):  # an extension: Array2D and the like of `datasets`
             values = values.storage

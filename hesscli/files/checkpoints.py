@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
 
+from hesscli.errors import MismatchError
 from hesscli.files.libraries import as_transformers_names
+from hesscli.files.ties import shared
 
 # Where training scripts and their libraries put the weights; the first of these that is there counts.
 ENTRIES = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
@@ -47,32 +50,39 @@ def without_wrappers(
     weights: Mapping[str, torch.Tensor], notes: list[str]
 ) -> dict[str, torch.Tensor]:
     """The weights without what DistributedDataParallel, torch.compile and the like put before their names."""
-    renamed = {_unwrapped(name): tensor for name, tensor in weights.items()}
-    if len(renamed) < len(weights) or renamed.keys() == weights.keys():
+    names = {_unwrapped(name): name for name in weights}
+    if len(names) < len(weights) or names.keys() == weights.keys():
         return dict(weights)
-    notes.append(f"names: {_example(weights, renamed)}")
-    return renamed
+    notes.append(_example(names))
+    return {new: weights[old] for new, old in names.items()}
 
 
 def fitted(
-    module: nn.Module, weights: Mapping[str, torch.Tensor], notes: list[str]
+    path: str | os.PathLike[str],
+    module: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    notes: list[str],
 ) -> dict[str, torch.Tensor]:
     """The weights under the module's names: as they are, or without the prefix that keeps them from fitting.
 
     Says so where names were changed, and which weights belong to something else than the module.
+
+    Raises:
+        MismatchError: they fit under several prefixes.
     """
     expected = dict(module.state_dict(keep_vars=True))
     if _fits(expected, weights):
         return dict(weights)
-    for candidate in _candidates(weights, len({id(tensor) for tensor in expected.values()})):
-        if _fits(expected, candidate):
-            notes.append(f"names: {_example(weights, candidate)}")
-            kept = {id(tensor) for tensor in candidate.values()}
-            left = [name for name, tensor in weights.items() if id(tensor) not in kept]
-            if left:
-                listed = ", ".join(left[:_LISTED]) + (", ..." if len(left) > _LISTED else "")
-                notes.append(f"left out, without that prefix: {listed}")
-            return candidate
+    names = _names_that_fit(path, expected, weights)
+    if names is not None:
+        if any(new != old for new, old in names.items()):
+            notes.append(_example(names))
+        kept = set(names.values())
+        left = [name for name in weights if name not in kept]
+        if left:
+            listed = ", ".join(left[:_LISTED]) + (", ..." if len(left) > _LISTED else "")
+            notes.append(f"left out, not the architecture's: {listed}")
+        return {new: weights[old] for new, old in names.items()}
     named = as_transformers_names(module, weights)
     if named is None:
         return dict(weights)
@@ -80,36 +90,71 @@ def fitted(
     return named
 
 
-def _candidates(
-    weights: Mapping[str, torch.Tensor], least: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """The weights without wrappers, and without each prefix that at least so many names have."""
-    plain = {_unwrapped(name): tensor for name, tensor in weights.items()}
-    for named in (dict(weights), plain) if len(plain) == len(weights) else (dict(weights),):
-        yield named
-        ends = ((name, end + 1) for name in named for end, c in enumerate(name) if c == ".")
-        for prefix, count in Counter(name[:end] for name, end in ends).items():
-            if count >= least:
-                yield {
-                    name.removeprefix(prefix): tensor
-                    for name, tensor in named.items()
+def _names_that_fit(
+    path: str | os.PathLike[str],
+    expected: Mapping[str, object],
+    weights: Mapping[str, torch.Tensor],
+) -> dict[str, str] | None:
+    """The file's name for each of the module's; None if more than a prefix keeps the weights from fitting.
+
+    A copy under a prefix (`ema.`) gives way to the weights under the module's own names.
+    """
+    whole = {name: name for name in weights}
+    plain = {_unwrapped(name): name for name in weights}
+    views = [whole, plain] if len(plain) == len(weights) else [whole]
+    least = len({id(tensor) for tensor in expected.values()})
+    same = {name: names[0] for names in shared(weights.items()) for name in names}
+    found: dict[frozenset[str], tuple[str, dict[str, str]]] = {}
+    for prefix, names in (pair for view in views for pair in _without_prefixes(view, least)):
+        if _fits(expected, names):
+            memory = frozenset(same.get(old, old) for old in names.values())
+            found.setdefault(memory, (prefix, names))
+    for view in views:
+        own = {new: old for new, old in view.items() if new in expected}
+        if (found or len(own) == len(view)) and _fits(expected, own):
+            return own
+    if not found:
+        return None
+    (first, names), *others = found.values()
+    if others:
+        raise MismatchError(
+            f"{path}: the weights fit the architecture under several prefixes: "
+            + ", ".join([first, *(prefix for prefix, _ in others)])
+            + "; expected one",
+            f"keep one of them: torch.save({{k.removeprefix({first!r}): t for k, t in "
+            f"weights.items() if k.startswith({first!r})}}, 'net.pt')",
+        )
+    return names
+
+
+def _without_prefixes(view: Mapping[str, str], least: int) -> Iterator[tuple[str, dict[str, str]]]:
+    """Each prefix that at least so many names have, and these names without it."""
+    ends = ((name, end + 1) for name in view for end, c in enumerate(name) if c == ".")
+    for prefix, count in Counter(name[:end] for name, end in ends).items():
+        if count >= least:
+            yield (
+                prefix,
+                {
+                    name.removeprefix(prefix): old
+                    for name, old in view.items()
                     if name.startswith(prefix)
-                }
+                },
+            )
 
 
-def _fits(expected: Mapping[str, object], weights: Mapping[str, object]) -> bool:
+def _fits(expected: Mapping[str, object], names: Iterable[str]) -> bool:
     """Whether no name is missing or too many; tied parameters need one of their names."""
-    if not weights.keys() <= expected.keys():
+    given = set(names)
+    if not given <= expected.keys():
         return False
-    present = {id(expected[name]) for name in weights}
-    return all(name in weights or id(t) in present for name, t in expected.items())
+    present = {id(expected[name]) for name in given}
+    return all(name in given or id(t) in present for name, t in expected.items())
 
 
 def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _example(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> str:
-    new, tensor = next((name, t) for name, t in after.items() if before.get(name) is not t)
-    old = next(name for name, t in before.items() if t is tensor)
-    return f"{old} is {new} in the architecture, and so on"
+def _example(names: Mapping[str, str]) -> str:
+    new, old = next((new, old) for new, old in names.items() if new != old)
+    return f"names: {old} is {new} in the architecture, and so on"

@@ -6,6 +6,8 @@ import csv
 import os
 import shlex
 from array import array
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,11 +21,16 @@ _EXACT = 2**53  # up to here every integer is a float64
 _WORDS = {"true": 1.0, "false": 0.0, "": float("nan"), "na": float("nan"), "null": float("nan")}
 
 
-def load_csv(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | str]:
+def load_csv(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, torch.Tensor | str], tuple[str, ...]]:
     """The columns by name; or, in a column's place, why it cannot be used.
 
     Columns of a file without a line of names are called 0, 1, ... An empty field, `NA` and `null`
     are NaN, which is refused later, with its place.
+
+    Returns:
+        the columns, and notes on what was inferred.
 
     Raises:
         FileError: lines of different lengths, a name given twice, or no text.
@@ -36,15 +43,15 @@ def load_csv(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | str]:
         lines = ((reader.line_num, fields) for fields in reader if fields)  # no empty lines
         number, fields = next(lines, (0, []))
         names = [field.strip(_SPACES) for field in fields]
-        columns: list[_Column]
-        if all(_number(field) is not None for field in names):
-            columns = [_Column() for _ in names]
+        columns = [_Column() for _ in names]
+        notes = []
+        if _counted(names):
+            notes.append(f"the first line, 0 to {names[-1]}, is taken as the names of the columns")
+        elif all(_number(field) is not None for field in names):
             for column, field in zip(columns, names, strict=True):
                 column.add(number, field)
-            names = [str(place) for place in range(len(names))]
-        else:
-            columns = [_Column() for _ in names]
-        twice = [name for name in names if names.count(name) > 1]
+            names = _places(len(names))
+        twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise FileError(f"{path}: two columns are called {twice[0]!r}", "name them apart")
         for number, fields in lines:
@@ -52,7 +59,22 @@ def load_csv(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | str]:
                 raise _ragged(path, number, len(fields), len(names))
             for column, field in zip(columns, fields, strict=True):
                 column.add(number, field.strip(_SPACES))
-    return {name: column.finish() for name, column in zip(names, columns, strict=True)}
+    found = {name: column.finish() for name, column in zip(names, columns, strict=True)}
+    return found, tuple(notes)
+
+
+def _counted(fields: Sequence[str]) -> bool:
+    """Whether they are the names that pandas gives to columns without any: 0, 1, 2, ..., after an index maybe.
+
+    A sample may well be 0, 1.
+    """
+    if fields[:1] == [""]:
+        return len(fields) > 1 and fields[1:] == _places(len(fields) - 1)
+    return len(fields) > 2 and fields == _places(len(fields))
+
+
+def _places(count: int) -> list[str]:
+    return [str(place) for place in range(count)]
 
 
 class _Column:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -83,8 +84,9 @@ def load_data(
     """
     found = load_arrays(path)
     arrays, files = dict(found.numbers), list(found.files)
-    notes = [f"array {name} skipped: {why}" for name, why in found.skipped.items()]
-    choice = _Choice(path, arrays, arguments, notes)
+    skipped = [f"array {name} skipped: {why}" for name, why in found.skipped.items()]
+    notes = [*skipped, *found.notes]
+    choice = _Choice(path, arrays, skipped, arguments, notes)
     called: dict[str, str] = {}
     for name in (*inputs, *([targets] if targets else [])):
         if name not in arrays and name.endswith(".npy") and os.path.exists(name):
@@ -99,22 +101,18 @@ def load_data(
     targets = called.get(targets, targets) if targets else None
     if not arrays:
         raise FileError(
-            f"{path}: holds no numeric arrays" + (f" ({notes[0]})" if notes else ""),
+            f"{path}: holds no numeric arrays" + (f" ({skipped[0]})" if skipped else ""),
             "np.savez('data.npz', x=x, y=y)",
         )
     for name in (*inputs, *([targets] if targets else [])):
         if name not in arrays:
-            why = f": {found.skipped[name]}" if name in found.skipped else ""
-            raise choice.unclear(f"no array is called {name}{why}")
+            raise choice.unclear(f"no array of numbers is called {name}")
     if len(set(inputs)) < len(inputs):
         raise UsageError(f"--inputs names an array twice: {', '.join(inputs)}")
     if found.columns:
-        text = [name for name in found.skipped if name in TARGET_NAMES]
-        if text and not (inputs or targets or any(name in arrays for name in TARGET_NAMES)):
-            raise FileError(
-                f"{path}: the targets {text[0]} are {found.skipped[text[0]]}",
-                "classes are whole numbers from 0 on: table.y = table.y.astype('category').cat.codes",
-            )
+        meant = [name for name in found.skipped if name in TARGET_NAMES]
+        if meant and not (inputs or targets or any(name in arrays for name in TARGET_NAMES)):
+            raise _not_targets(path, meant[0], found.skipped[meant[0]])
         names, target = choice.of_columns(inputs, targets)
     else:
         names, target = choice.of_arrays(inputs, targets)
@@ -133,6 +131,17 @@ def load_data(
     for name, array in used.items():
         check_finite(path, name, array)
     return data
+
+
+def _not_targets(path: str | os.PathLike[str], name: str, why: str) -> FileError:
+    """Refuses a column that cannot be used, though its name is that of targets."""
+    hint = None
+    if re.search(r"string|dictionary|\(['\"].*[^\W\d_].*['\"] in line", why):  # words
+        codes = f"table.{name} = table.{name}.astype('category').cat.codes"
+        hint = f"classes are whole numbers from 0 on: {codes}"
+    elif why.startswith("missing"):
+        hint = f"drop these samples: table = table.dropna(subset=['{name}'])"
+    return FileError(f"{path}: the targets {name} are {why}", hint)
 
 
 def _selected(
@@ -167,6 +176,7 @@ class _Choice:
 
     path: str | os.PathLike[str]
     arrays: dict[str, torch.Tensor]  # gain the columns of a table, side by side
+    skipped: Sequence[str]  # the other arrays and why, one line each
     arguments: Sequence[str]  # what the model calls its inputs
     notes: list[str]  # gain what was inferred
 
@@ -235,7 +245,8 @@ class _Choice:
 
     def unclear(self, problem: str, hint: str = "--inputs KEY --targets KEY") -> UsageError:
         listed = ", ".join(f"{name} ({describe(array)})" for name, array in self.arrays.items())
-        return UsageError(f"{self.path}: {problem}; it holds {listed}", hint)
+        said = [problem, f"it holds {listed}", *self.skipped]
+        return UsageError(f"{self.path}: {'; '.join(said)}", hint)
 
 
 def describe(array: torch.Tensor) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -111,7 +111,7 @@ def read_hessian(path: Path, shown: str | None = None) -> HessianFile:
 
 def _document(path: Path, shown: str, metadata: dict[str, str]) -> dict[str, Any]:
     try:
-        document: dict[str, Any] = json.loads(metadata["hesscli"])
+        document: dict[str, Any] = json.loads(metadata["hesscli"], parse_constant=_no_number)
         schema = document["schema"]
     except (KeyError, ValueError, TypeError, RecursionError):
         what = "the index of safetensors files" if is_index(path) else "a safetensors file"
@@ -134,6 +134,11 @@ def _document(path: Path, shown: str, metadata: dict[str, str]) -> dict[str, Any
     ):
         raise FileError(f"{shown}: its metadata is not what was written", AGAIN)
     return document
+
+
+def _no_number(text: str) -> NoReturn:
+    """JSON has no NaN or infinity, and hesscli writes none."""
+    raise ValueError(text)
 
 
 def _demand(document: dict[str, Any], shown: str, keys: Sequence[str]) -> None:

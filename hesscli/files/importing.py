@@ -16,6 +16,9 @@ from torch import nn
 
 from hesscli.errors import UsageError
 
+# Where architectures come from; each is installed under its own name.
+_LIBRARIES = ("timm", "torchaudio", "torchvision", "transformers")
+
 
 @contextlib.contextmanager
 def importable() -> Iterator[None]:
@@ -61,9 +64,12 @@ def module_of(option: str, spec: str, wanted: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or source
         if not is_file and (source == missing or source.startswith(missing + ".")):
+            named = shlex.quote(f"path/to/{source.split('.')[-1]}.py:{wanted}")
             raise UsageError(
                 f"{option} {spec}: no module named {missing} here or among the installed packages",
-                f"name the file instead: {option} path/to/{source.split('.')[-1]}.py:{wanted}",
+                f"pip install {missing}"
+                if missing in _LIBRARIES
+                else f"name the file instead: {option} {named}",
             ) from error
         raise UsageError(
             f"{option} {spec}: {source} imports {missing}, which is not installed",
@@ -105,7 +111,7 @@ def attribute_of(option: str, spec: str, module: ModuleType, wanted: str) -> obj
             raise UsageError(
                 f"{option} {spec}: {source} has no {name}"
                 + (f"; it has: {', '.join(choices[:10])}" if choices else ""),
-                f"{option} {source}:{near[0] if near else wanted}",
+                f"{option} {shlex.quote(f'{source}:{near[0] if near else wanted}')}",
             )
         value = getattr(value, name)
     return value

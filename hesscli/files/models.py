@@ -225,7 +225,7 @@ def _with_architecture(
     if isinstance(module, MLP):
         notes.append(f"mlp: {module}, in this order")
     narrow = _narrow(weights.values())
-    weights = fitted(module, weights, notes)
+    weights = fitted(path, module, weights, notes)
     load_weights(path, module, weights, content if isinstance(content, Mapping) else {})
     if narrow:
         notes.append(_narrow_note(narrow, module))
@@ -251,6 +251,9 @@ def _state_dict(path: str | os.PathLike[str], content: object) -> dict[str, torc
         keys = ", ".join(str(key) for key in list(content)[:10])
         what = f"its keys are {keys}" if keys else "it is empty"
         raise FileError(f"{path}: no weights at its top level; {what}", hint)
+    nested = [name for name, t in weights.items() if t.is_nested]
+    if nested:  # they have no shape
+        raise FileError(f"{path}: {nested[0]} is a nested tensor; expected a dense one", hint)
     return weights
 
 

@@ -13,6 +13,7 @@ from hesscli.errors import MismatchError
 
 _LISTED = 10
 _EXTRA = "_extra_state"
+_DENSE = {"quantised": "dequantize", "sparse": "to_dense"}
 
 
 def load_weights(
@@ -21,7 +22,7 @@ def load_weights(
     weights: Mapping[str, torch.Tensor],
     others: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
-    """Loads the weights of the file into the module, at their full precision.
+    """Loads the weights of the file into the module, at their full precision, float32 at least.
 
     Args:
         path: the file.
@@ -30,7 +31,7 @@ def load_weights(
         others: what else the file holds; of that the module gets what it asks for by `get_extra_state`.
 
     Raises:
-        MismatchError: names or shapes differ; each is listed.
+        MismatchError: names or shapes differ; each is listed. Or weights are no dense floating point numbers.
     """
     content = dict(weights)
     expected = {
@@ -38,17 +39,14 @@ def load_weights(
         for name, t in module.state_dict(keep_vars=True).items()
         if isinstance(t, torch.Tensor)
     }
+    _refuse_other_kinds(path, expected, content)
     _complete_ties(path, expected, content)
     for name, tensor in expected.items():
         stored = content.get(name)
-        # load_state_dict would round float64 weights to the module's own float32
-        if (
-            stored is not None
-            and stored.dtype is torch.float64
-            and tensor.is_floating_point()
-            and not isinstance(tensor, nn.UninitializedParameter)
-        ):
-            tensor.data = tensor.data.double()
+        # load_state_dict would round the weights to what the module was built in
+        if stored is not None and tensor.is_floating_point():
+            wide = torch.float64 in (stored.dtype, tensor.dtype)
+            tensor.data = tensor.data.to(torch.float64 if wide else torch.float32)
     asked = [name for name in module.state_dict() if name.rpartition(".")[2] == _EXTRA]
     extra = {name: others[name] for name in asked if name in others}
     try:
@@ -60,6 +58,40 @@ def load_weights(
             + (differences or str(error).splitlines()[-1].strip()),
             "name the architecture they were saved from, with its sizes: --arch-arg K=V",
         ) from error
+
+
+def _refuse_other_kinds(
+    path: str | os.PathLike[str],
+    expected: Mapping[str, torch.Tensor],
+    content: Mapping[str, torch.Tensor],
+) -> None:
+    """Refuses what load_state_dict would take as numbers, or not know how to copy."""
+    for name, tensor in expected.items():
+        stored = content.get(name)
+        if stored is None:
+            continue
+        kind = _kind(stored)
+        if kind != _kind(tensor):
+            method = _DENSE.get(kind)
+            raise MismatchError(
+                f"{path}: {name} is a {kind} tensor; the architecture wants a {_kind(tensor)} one",
+                f"weights[{name!r}] = weights[{name!r}].{method}()" if method else None,
+            )
+        if tensor.is_floating_point() and not stored.is_floating_point():
+            dtype = str(stored.dtype).removeprefix("torch.")
+            raise MismatchError(
+                f"{path}: {name} is {dtype}; the architecture wants floating point numbers",
+                "save the weights as they were before they were quantised or converted",
+            )
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    """`dense`, or what keeps the tensor's numbers from being read one by one."""
+    if tensor.is_quantized:
+        return "quantised"
+    if tensor.is_meta:
+        return "meta"
+    return "dense" if tensor.layout is torch.strided else "sparse"
 
 
 def _complete_ties(

@@ -187,7 +187,7 @@ def _check_classes(output: Tensor, target: Tensor, ignore_index: int) -> Tensor:
             f"class targets have shape {_shape(target)}, the model's output {_shape(output)}; "
             f"wanted targets of shape {list(wanted)}"
             + (f" or {_shape(output[..., 0])}" if output.dim() > 2 else ""),
-            "--loss mse" if output.shape == target.shape else None,
+            _column_hint(output, target, axis),
         )
     if target.is_floating_point():
         raise MismatchError(
@@ -203,6 +203,16 @@ def _check_classes(output: Tensor, target: Tensor, ignore_index: int) -> Tensor:
             f"the model's output has {classes} classes"
         )
     return target
+
+
+def _column_hint(output: Tensor, target: Tensor, axis: int) -> str | None:
+    """What to do about targets with an axis that class numbers do not have."""
+    same = output.shape == target.shape
+    if target.dim() > axis and target.shape[axis] > 1:
+        marks = bool(((target == 0) | (target == 1)).all())
+        if same or (marks and bool((target.sum(axis) == 1).all())):
+            return f"store the class numbers: y.argmax({axis})"
+    return "--loss mse" if same else None
 
 
 def nll(

@@ -243,7 +243,16 @@ def _type_hint(error: str, batch: Batch) -> str | None:
     wide = any(x.dtype is torch.float64 for x in batch.inputs)
     if wide and re.search(r"same (dtype|scalar type)|self\.dtype to be equal", error):
         return "--dtype float32"
-    return "--scale 1/255" if any(x.dtype is torch.uint8 for x in batch.inputs) else None
+    if any(x.dtype is torch.uint8 for x in batch.inputs):
+        return "--scale 1/255"
+    integers = [x for x in batch.inputs if not (x.is_floating_point() or x.is_complex())]
+    name = r"\b([Ll]ong|[Ii]nt|[Ss]hort|[Cc]har|[Bb]ool)(Tensor|\d+)?\b"
+    floats_wanted = re.search(
+        rf"not implemented for '{name}'|mixed dtype|[Tt]ype.*{name}.*[Ff]loat|[Ff]loat.*(found|[Gg]ot):? {name}",
+        error,
+    )
+    # --scale makes floats of all inputs: where there are several of integers, some may be indices.
+    return "--scale 1" if len(integers) == 1 and floats_wanted else None
 
 
 def no_gradient(reason: str, error: BaseException) -> MismatchError:
