@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,12 +33,18 @@ def in_precision_(module: nn.Module, precision: torch.dtype) -> nn.Module:
     return module._apply(lambda tensor: in_precision(tensor, precision))
 
 
+def _widened(dtype: torch.dtype | None) -> torch.dtype | None:
+    if dtype not in _NARROW:
+        return dtype
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
 def _to_copy_that_stays_wide(
     keys: torch._C.DispatchKeySet, x: Tensor, *, dtype: torch.dtype | None = None, **options: Any
 ) -> Tensor:
     if dtype in _NARROW and (x.dtype in _WIDE or not (x.is_floating_point() or x.is_complex())):
         # Integers too: positions, say, that meet what stays wide.
-        dtype = torch.complex128 if dtype.is_complex else torch.float64
+        dtype = _widened(dtype)
         if x.dtype is dtype:
             return x.clone()
     if x.requires_grad:  # to another device, say
@@ -52,6 +58,14 @@ def _fake_quantize_per_channel(x: Tensor, scale: Tensor, *places: Any) -> Tensor
     """PyTorch's, which takes its scales in float32 alone."""
     narrow = torch.empty_like(scale, dtype=torch.float32).copy_(scale)
     return torch.ops.aten.fake_quantize_per_channel_affine_cachemask(x, narrow, *places)[0]
+
+
+def _zeros(size: Sequence[int], *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    return torch.empty(size, dtype=_widened(dtype), **options).zero_()
+
+
+def _ones(size: Sequence[int], *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    return torch.empty(size, dtype=_widened(dtype), **options).fill_(1)
 
 
 @contextmanager
@@ -69,7 +83,8 @@ def default_of(dtype: torch.dtype) -> Iterator[None]:
 def staying_wide() -> Iterator[None]:
     """Forward passes in this context keep float64 where the model itself asks for less, as RMSNorms often do.
 
-    They begin with it too, where a model says nothing: `torch.zeros(layers, samples, size)` for a hidden state.
+    They begin with it too: with `torch.zeros(layers, samples, size)` for a hidden state, to which traces and exported
+    graphs give the dtype that they were made in.
     """
     with (
         torch.library._scoped_library("aten", "IMPL") as library,
@@ -78,6 +93,9 @@ def staying_wide() -> Iterator[None]:
         for key in (CPU, *GPUS):
             library.impl("_to_copy", _to_copy_that_stays_wide, key, with_keyset=True)
             library.impl("fake_quantize_per_channel_affine", _fake_quantize_per_channel, key)
+            below = key.removeprefix("Autograd")
+            library.impl("zeros", _zeros, below)
+            library.impl("ones", _ones, below)
         yield
 
 
