@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,6 +119,30 @@ def test_unlike_files_need_force(cli, pair, changes, said):
     assert said in ran.fails(2)
     assert ran.hint == "hesscli diff a b --force"
     assert cli("diff", "a", "b", "--force").code == 0
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"q": (2,), "p": (3,)}, "the same parameters in another order (q, not p) than"),
+        ({"p": (3,), "r": (2,)}, "other parameters (r, not q) than"),
+        ({"p": (3,)}, "other parameters (none, not q) than"),
+    ],
+)
+def test_rows_of_other_parameters_need_force(cli, pair, parameters, said):
+    whole = {"hessian": symmetric(5)}
+    pair(whole, whole)
+    for name, shapes in (("a", {"p": (3,), "q": (2,)}), ("b", parameters)):
+        write(Path(name), whole, structure="full", parameters=shapes)
+    assert said in cli("diff", "a", "b").fails(2)
+    assert cli("diff", "a", "b", "--force").code == 0
+    assert cli("diff", "a", "a").code == 0
+
+
+def test_blocks_of_another_shape_need_force(cli, pair):
+    a = {"p": symmetric(6)}
+    pair(a, a, parameters={"p": (2, 3)})
+    assert "another shape of p ([2, 3], not [6])" in cli("diff", "a", "b").fails(2)
 
 
 def test_other_data_compare(cli, pair):

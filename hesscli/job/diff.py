@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from hesscli.errors import UsageError
@@ -13,6 +15,8 @@ from hesscli.job.stored import values_of
 from hesscli.spectrum.difference import difference
 
 SCHEMA = "hesscli.diff/1"
+
+Shapes = Mapping[str, Sequence[int]]
 
 
 def diff(
@@ -39,7 +43,7 @@ def diff(
         the JSON document.
 
     Raises:
-        UsageError: the files hold different structures, or the Hessians of different losses.
+        UsageError: the files hold different structures, or the Hessians of different losses or parameters.
     """
     ours, theirs = read_hessian(a), read_hessian(b)
     unlike = _unlike(ours.document, theirs.document)
@@ -99,7 +103,26 @@ def _unlike(a: Document, b: Document) -> list[str]:
         if ours != theirs:
             what = "loss" if key == "name" else f"loss {key}"
             found.append(f"another {what} ({theirs}, not {ours})")
-    return found
+    return found + _unlike_parameters(_shapes(a), _shapes(b), a["structure"] == "full")
+
+
+def _unlike_parameters(ours: Shapes, theirs: Shapes, full: bool) -> list[str]:
+    """What gives rows of the same number another meaning; rows that are too many are seen without."""
+    if full and list(ours) != list(theirs):
+        same = ours.keys() == theirs.keys()
+        what = "the same parameters in another order" if same else "other parameters"
+        pair = next((t, o) for t, o in zip_longest(theirs, ours) if t != o)
+        return [f"{what} ({pair[0] or 'none'}, not {pair[1] or 'none'})"]
+    return [
+        f"another shape of {name} ({theirs[name]}, not {shape})"
+        for name, shape in ours.items()
+        if name in theirs and theirs[name] != shape and math.prod(theirs[name]) == math.prod(shape)
+    ]
+
+
+def _shapes(document: Document) -> Shapes:
+    """Of the parameters, in their order."""
+    return {facts["name"]: facts["shape"] for facts in document["parameters"]}
 
 
 def _compared(
