@@ -142,9 +142,9 @@ def test_small_models_are_done_densely(cli, tmp_path, name):
 
 
 def test_without_second_derivatives(cli, tmp_path):
-    model, data = save(BY_NAME["cdist"], "script", tmp_path)
-    truth = np.linalg.eigvalsh(expected(BY_NAME["cdist"]).numpy())[::-1]
-    ran = cli("eigen", model, data, *BY_NAME["cdist"].arguments(), "--json", "--top", 2)
+    model, data = save(BY_NAME["segments"], "script", tmp_path)
+    truth = np.linalg.eigvalsh(expected(BY_NAME["segments"]).numpy())[::-1]
+    ran = cli("eigen", model, data, *BY_NAME["segments"].arguments(), "--json", "--top", 2)
     assert ran.code == 0, ran.stderr
     assert ran.document["method"] == "finite-difference"
     assert any("finite-difference instead" in note for note in ran.notes)
@@ -190,6 +190,22 @@ def test_a_tolerance_of_zero_is_what_rounding_leaves_or_all_products(cli, comman
     document = cli(name, *MLP, *options, "--max-products", 200, "--json").document
     assert document["converged"] == (name == "eigen")
     assert document["products"] <= 200
+
+
+@pytest.mark.parametrize(("products", "code"), [(1000, 0), (600, 5)])
+def test_a_search_without_end_where_the_whole_matrix_costs_less(cli, tmp_path, products, code):
+    """Hundreds of zeros at the wanted end; more products than the matrix has rows find them all the same."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 10))
+    files = saved(
+        tmp_path, net, x=torch.randn(40, 20).numpy(), y=torch.randint(0, 10, (40,)).numpy()
+    )
+    options = ("--curvature", "ggn", "--dtype", "float64", "--which", "smallest", "--json")
+    ran = cli("eigen", *files, *options, "--max-products", products)
+    assert ran.code == code, ran.stderr
+    assert ran.document["products"] <= products
+    if not code:
+        np.testing.assert_allclose(ran.document["eigenvalues"], 0, atol=1e-12)
 
 
 def test_not_converged(cli, tmp_path):

@@ -421,3 +421,10 @@ def test_a_loss_that_holds_numbers_in_float32(module):
     )
     assert same.metadata["check"]["dtype"] == "float64"
     torch.testing.assert_close(found.matrix(), same.matrix(), rtol=1e-4, atol=1e-6)
+
+
+def test_options_of_numpy() -> None:
+    model, data = nn.Linear(3, 1), (np.ones((4, 3)), np.ones((4, 1)))
+    plain = hesscli.compute(model, data, batch_size=2, seed=3, dtype="float64")
+    same = hesscli.compute(model, data, batch_size=np.int64(2), seed=np.int64(3), dtype=np.float64)
+    assert np.array_equal(plain.block("weight"), same.block("weight"))

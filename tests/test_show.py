@@ -221,3 +221,9 @@ def test_it_loads_no_torch(tmp_path: Path) -> None:
             check=True,
         )  # fmt: skip
         assert done.stdout.endswith("loaded: []\n")
+
+
+@pytest.mark.parametrize("command", ["show", "eigen", "density"])
+def test_a_document_that_is_no_json(cli, tmp_path, command):
+    write(tmp_path / "h", {"p": symmetric(3)}, versions={"torch": float("inf")})
+    assert "not one that hesscli wrote" in cli(command, "h").fails(3)

@@ -515,6 +515,17 @@ def test_the_error_of_a_trace_from_a_few_products(name, products):
     assert held >= 90
 
 
+def test_a_trace_of_rank_one_to_all_digits(recwarn):
+    direction = torch.randn(300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        found = estimate(
+            lambda v: (direction @ v) * direction, [300], 0.0, 100, generator, direction
+        )
+        assert found.total == pytest.approx(float(direction @ direction))
+    assert not recwarn.list
+
+
 def test_a_trace_that_cancels_is_never_taken_for_known():
     """However rough an estimate is asked for: by chance it is twice its error now and then."""
     values = np.r_[np.ones(200), -np.ones(200)]

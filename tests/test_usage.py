@@ -201,6 +201,12 @@ main()
     assert (ran.returncode, ran.stderr) == (130, "error: interrupted\n")
 
 
+@pytest.mark.parametrize("value", ["inf", "nan", "-1"])
+def test_tolerances_are_finite(cli, value):
+    for words in (("eigen", *NET, f"--tol={value}"), ("trace", *NET, f"--rel-error={value}")):
+        assert cli(*words).code == 2
+
+
 def test_values_that_options_have(cli):
     for words in (("2",), (":",), ("1:",), (":3",), ("1:3",)):
         assert cli("compute", *NET, "--dry-run", "--samples", *words).code == 0

@@ -22,6 +22,7 @@ from hesscli.cli.options import (
     takes_hessian_or_problem,
 )
 from hesscli.cli.ranks import sharing
+from hesscli.cli.values import finite
 from hesscli.errors import NumericalError, UsageError
 from hesscli.job.options import EigenOptions, ProblemOptions
 from hesscli.job.starting import start
@@ -72,7 +73,10 @@ def eigen(
     tol: Annotated[
         float,
         typer.Option(
-            metavar="T", min=0, help="Of a model: stop when |Hv - lambda v| <= T |lambda|."
+            metavar="T",
+            min=0,
+            callback=finite,
+            help="Of a model: stop when |Hv - lambda v| <= T |lambda|.",
         ),
     ] = 1e-3,
     max_products: Annotated[

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,17 +10,12 @@ import typer
 from hesscli.cli.failing import failing
 from hesscli.cli.options import Debug, Force, Json, Quiet, takes_problem
 from hesscli.cli.ranks import sharing
+from hesscli.cli.values import finite
 from hesscli.job.options import ProblemOptions
 from hesscli.job.starting import start
 
 if TYPE_CHECKING:
     from hesscli.cli.output import Document, Output
-
-
-def _finite(value: float | None) -> float | None:
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no step")
-    return value
 
 
 @takes_problem
@@ -39,7 +33,7 @@ def hvp(
         float | None,
         typer.Option(
             metavar="ALPHA",
-            callback=_finite,
+            callback=finite,
             help="Write (I - ALPHA H) g' instead, g' being the gradient after a step of ALPHA.",
         ),
     ] = None,

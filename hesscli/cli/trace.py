@@ -11,6 +11,7 @@ from hesscli.cli.failing import failing
 from hesscli.cli.gates import bound, gate
 from hesscli.cli.options import Debug, Json, Quiet, takes_problem
 from hesscli.cli.ranks import sharing
+from hesscli.cli.values import finite
 from hesscli.errors import NumericalError
 from hesscli.job.options import ProblemOptions
 from hesscli.job.starting import start
@@ -25,7 +26,10 @@ def trace(
     rel_error: Annotated[
         float,
         typer.Option(
-            metavar="E", min=0, help="Stop an estimate when its standard error is E of the total."
+            metavar="E",
+            min=0,
+            callback=finite,
+            help="Stop an estimate when its standard error is E of the total.",
         ),
     ] = 0.01,
     max_products: Annotated[

@@ -24,6 +24,17 @@ def key_values(pairs: list[str], option: str) -> dict[str, object]:
     return found
 
 
+def finite(value: float | None) -> float | None:
+    """A number as typer reads it.
+
+    Raises:
+        BadParameter: it is infinite, or none.
+    """
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
 def whole(text: str) -> int | None:
     """The digits as a number; None where they are none, or more than any count has."""
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else None

@@ -19,7 +19,7 @@ from hesscli.job.options import EigenOptions, Listener, ProblemOptions
 from hesscli.job.progress import Convergence
 from hesscli.job.writing import writable, write_tensors
 from hesscli.spectrum.dense import DENSE, dense
-from hesscli.spectrum.eigen import WHICH, allowed
+from hesscli.spectrum.eigen import DENSE_LIMIT, WHICH, allowed
 from hesscli.spectrum.lanczos import Found, Lanczos
 
 SCHEMA = "hesscli.eigen/1"
@@ -80,7 +80,10 @@ def reached(document: Document) -> str:
 def search(
     operator: Operator, top: int, which: str, options: EigenOptions, listener: Listener
 ) -> Found:
-    """The first pairs: densely where that is little work, else by Lanczos; largest first if from both ends."""
+    """The first pairs, largest first if from both ends: by Lanczos, unless the whole matrix is little work.
+
+    Or no more than what is left of the products when Lanczos has had as many, or a quarter of that.
+    """
     with operator.finite():
         return _search(operator, top, which, options, listener)
 
@@ -88,38 +91,61 @@ def search(
 def _search(
     operator: Operator, top: int, which: str, options: EigenOptions, listener: Listener
 ) -> Found:
-    size = operator.size
+    size, most = operator.size, options.max_products
     if size <= DENSE or 3 * top >= size:
-        operator.needs(3 * size, "the whole matrix", f"--top {max(1, size // 4)}")
-        try:
-            values, columns, errors = dense(operator.products.columns, size, listener.progress)
-        except KeyboardInterrupt:
-            return _interrupted(size)
-        best = WHICH[which](values)[:top]
-        largest = float(np.abs(values).max(initial=0.0))
-        rounding = size * torch.finfo(operator.gradient.dtype).eps * largest
-        found = Found(
-            values[best],
-            torch.from_numpy(columns[:, best].T.copy()),
-            errors[best],
-            errors[best] <= allowed(values[best], options.tolerance, largest, rounding),
-            size,
-        )
+        found = _dense(operator, top, which, options, listener)
     else:
-        operator.needs(3 * top + 8, f"--top {top}", "--top 1")
-        release_memory()  # of the check
-        lanczos = Lanczos(
-            operator.products,
-            size,
-            top,
-            which,
-            options.tolerance,
-            operator.generator(),
-            operator.gradient,  # mostly among the largest: Gur-Ari, Roberts and Dyer, arXiv:1812.04754
-            Convergence(listener).residual,
-        )
-        found = lanczos.run(options.max_products)
+        affordable = size <= DENSE_LIMIT and most - size >= size // 4
+        limit = min(size, most - size) if affordable else most
+        found = _lanczos(operator, top, which, options, listener, limit)
+        if affordable and found.products >= limit and not found.interrupted:
+            found = _dense(operator, top, which, options, listener)
     return _descending(found) if which == "both" else found
+
+
+def _dense(
+    operator: Operator, top: int, which: str, options: EigenOptions, listener: Listener
+) -> Found:
+    """Those of the whole matrix."""
+    size = operator.size
+    operator.needs(3 * size, "the whole matrix", f"--top {max(1, size // 4)}")
+    try:
+        values, columns, errors = dense(operator.products.columns, size, listener.progress)
+    except KeyboardInterrupt:
+        return _interrupted(size)
+    best = WHICH[which](values)[:top]
+    largest = float(np.abs(values).max(initial=0.0))
+    rounding = size * torch.finfo(operator.gradient.dtype).eps * largest
+    return Found(
+        values[best],
+        torch.from_numpy(columns[:, best].T.copy()),
+        errors[best],
+        errors[best] <= allowed(values[best], options.tolerance, largest, rounding),
+        size,
+    )
+
+
+def _lanczos(
+    operator: Operator,
+    top: int,
+    which: str,
+    options: EigenOptions,
+    listener: Listener,
+    max_products: int,
+) -> Found:
+    operator.needs(3 * top + 8, f"--top {top}", "--top 1")
+    release_memory()  # of the check
+    lanczos = Lanczos(
+        operator.products,
+        operator.size,
+        top,
+        which,
+        options.tolerance,
+        operator.generator(),
+        operator.gradient,  # mostly among the largest: Gur-Ari, Roberts and Dyer, arXiv:1812.04754
+        Convergence(listener).residual,
+    )
+    return lanczos.run(max_products)
 
 
 def _interrupted(size: int) -> Found:

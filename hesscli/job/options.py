@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,7 +49,7 @@ def _wrong(name: str, value: object, wanted: str) -> UsageError:
 
 
 def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_range(value: object) -> bool:
@@ -105,7 +106,8 @@ class ProblemOptions:
         for name in ("inputs", "params"):
             given = getattr(self, name)
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
-        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        named = getattr(self.dtype, "__name__", str(self.dtype))  # numpy's are types
+        object.__setattr__(self, "dtype", named.removeprefix("torch."))
         object.__setattr__(self, "device", str(self.device))
         if vars(self)["batch_size"] == "auto":  # as on the command line
             object.__setattr__(self, "batch_size", None)
@@ -116,11 +118,14 @@ class ProblemOptions:
             number = vars(self).get(name)
             if number is not None and not (_is_whole(number) and number > 0):
                 raise _wrong(name, number, "None, or a whole number from 1 on")
+            if number is not None:
+                object.__setattr__(self, name, int(number))
         for name in ("loss_arguments", "arch_arguments", "scale"):
             if not isinstance(getattr(self, name), Mapping):
                 raise _wrong(name, getattr(self, name), "a dict")
         if not _is_whole(self.seed):
             raise _wrong("seed", self.seed, "a whole number")
+        object.__setattr__(self, "seed", int(self.seed))
         if not (isinstance(self.loss, str) or callable(self.loss)):
             raise _wrong("loss", self.loss, "a name, or a function of output and targets")
         if self.samples is not None and not _is_range(self.samples):

@@ -69,12 +69,18 @@ def _of_spectrum(values: np.ndarray, dtype: np.dtype) -> tuple[float, float, flo
     )
 
 
+def _least_square(dtype: np.dtype) -> float:
+    """A mean of squares above which those that underflow do not count."""
+    found = np.finfo(dtype)
+    return float(found.tiny) / float(found.eps)
+
+
 def _norm(array: np.ndarray) -> float:
-    """The root of the sum of squares: short runs in their own precision, their sum in float64; where squares leave the
-    range of that precision, all in float64."""
+    """The root of the sum of squares: short runs in their own precision, their sum in float64; where squares may leave
+    the range of that precision, all in float64."""
     flat = array.reshape(-1)
     runs = [flat[first : first + _RUN] for first in range(0, flat.size, _RUN)]
     total = sum(float(np.vdot(run, run)) for run in runs)
-    if not math.isfinite(total):
+    if not flat.size * _least_square(flat.dtype) <= total < math.inf:
         total = sum(float(np.vdot(run, run)) for run in (run.astype(np.float64) for run in runs))
     return total**0.5

@@ -9,6 +9,7 @@ taken out and their trace is had exactly: where they skew the samples, and where
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -161,7 +162,8 @@ def estimate(
             report(samples.products, reached, relative_error)
             if samples.products == SKETCH:
                 still = reached / relative_error if relative_error else math.inf
-                leading = _leading(first, SKETCH * still * still, max_products - SKETCH)
+                foreseen = min(SKETCH * still * still, sys.float_info.max)
+                leading = _leading(first, foreseen, max_products - SKETCH)
                 first = []
                 if len(leading):
                     samples.leave_out(leading)
