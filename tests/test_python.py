@@ -428,3 +428,32 @@ def test_options_of_numpy() -> None:
     plain = hesscli.compute(model, data, batch_size=2, seed=3, dtype="float64")
     same = hesscli.compute(model, data, batch_size=np.int64(2), seed=np.int64(3), dtype=np.float64)
     assert np.array_equal(plain.block("weight"), same.block("weight"))
+
+
+def test_a_tensor_dataset() -> None:
+    model, data = nn.Linear(3, 1), (torch.ones(4, 3), torch.ones(4, 1))
+    plain = hesscli.compute(model, data)
+    same = hesscli.compute(model, torch.utils.data.TensorDataset(*data))
+    assert np.array_equal(plain.block("weight"), same.block("weight"))
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (None, "data: a NoneType; expected"),
+        ((x for x in (1, 2)), "data: a generator; expected"),
+        (torch.utils.data.DataLoader([1]), "data: a DataLoader; expected"),
+        ((1, 2, 3), "data: 3 arrays; expected"),
+        ({"x": torch.ones(4, 3), "y": "words"}, "data: y is a str; expected an array"),
+        ({0: torch.ones(4, 3)}, "data: a key is 0; expected the name of an array"),
+    ],
+)
+def test_data_that_is_none(data: object, said: str) -> None:
+    with pytest.raises(hesscli.HesscliError, match=said):
+        hesscli.compute(nn.Linear(3, 1), data)
+
+
+@pytest.mark.parametrize("model", [None, len])
+def test_models_that_are_none(model: object) -> None:
+    with pytest.raises(hesscli.HesscliError, match="expected a module, or the path of a file"):
+        hesscli.operator(model, torch.ones(4, 3))

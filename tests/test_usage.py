@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from conftest import REPOSITORY
 from hessian_files import symmetric, write
 from torch import nn
 
-from hesscli.errors import UsageError
+from hesscli.errors import FileError, UsageError
 from hesscli.job import compute as jobs
 from hesscli.job import opening
 from hesscli.job.parameters import chosen_parameters
@@ -182,6 +184,22 @@ def test_targets_of_a_loss_that_takes_none(cli):
     ran = cli("trace", "weights.pt", "d.npz", *words, "--loss", "output", "--targets", "y")
     assert ran.code == 0, ran.stderr
     assert any(note.startswith("--targets has no effect") for note in ran.notes)
+
+
+@pytest.mark.parametrize("error", [None, FileError("d.npz: damaged"), RecursionError()], ids=repr)
+def test_ctrl_c_that_ends_in_something_else(cli, monkeypatch, error):
+    """In a finalizer, of which Python drops the exceptions, or in an import that somebody tries."""
+
+    def trace(*_, **__):
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        if error:
+            raise error
+        return {"converged": True, "interrupted": False}
+
+    monkeypatch.setattr("hesscli.job.trace.trace", trace)
+    monkeypatch.setattr(sys.modules["hesscli.cli.trace"], "print_traces", lambda *_: None)
+    assert cli("trace", *NET).fails(130) == "interrupted"
 
 
 def test_ctrl_c_while_the_command_line_is_imported():

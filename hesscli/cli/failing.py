@@ -37,7 +37,14 @@ def failing(debug: bool = False) -> Iterator[None]:
     if before is signal.default_int_handler:  # not if it is ignored, in the background say
         signal.signal(signal.SIGINT, _interrupted)
     try:
-        yield
+        try:
+            yield
+        except BaseException as error:
+            if _comes_of_a_signal(error):
+                raise signalled[-1] from None
+            raise
+        if signalled:  # where Python drops exceptions, in a finalizer
+            raise signalled[-1]
     except (typer.Exit, typer.BadParameter, SystemExit):
         raise
     except BaseException as error:
@@ -46,6 +53,13 @@ def failing(debug: bool = False) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         signal.signal(signal.SIGTERM, terminating)
         signalled.clear()
+
+
+def _comes_of_a_signal(error: BaseException) -> bool:
+    """Whether it is only what a signal led to: an import that was cut off, say."""
+    knows = isinstance(error, (KeyboardInterrupt, SystemExit))
+    knows |= isinstance(error, HesscliError) and error.exit_code == ExitCode.INTERRUPTED
+    return bool(signalled) and not knows
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:

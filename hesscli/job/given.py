@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from hesscli.errors import HesscliError, MismatchError, UsageError
 from hesscli.files.live_models import live_model
@@ -28,7 +29,7 @@ from hesscli.job.settings import random_kept, settings_kept
 PathLike = str | os.PathLike[str]
 Arrays = Tensor | np.ndarray
 Model = nn.Module | PathLike
-Data = PathLike | Mapping[str, Arrays] | Sequence[Arrays] | Arrays
+Data = PathLike | Mapping[str, Arrays] | Sequence[Arrays] | TensorDataset | Arrays
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Options = TypeVar("Options", bound=ProblemOptions)
 
@@ -56,7 +57,8 @@ def given(
 
     Args:
         model: a module, or the path of a model file.
-        data: the path of a data file; arrays by their names; (inputs, targets); or the inputs alone.
+        data: the path of a data file; arrays by their names; (inputs, targets), or a `TensorDataset` of them; or the
+            inputs alone.
         device: as `--device`; by default, or with "auto", that of the module.
         folder: for temporary files.
         options: makes them of model, data and device.
@@ -64,6 +66,8 @@ def given(
     Raises:
         HesscliError: the model cannot be copied, or the data is none.
     """
+    if not isinstance(model, (nn.Module, str, os.PathLike)):
+        raise UsageError(f"model: {_kind(model)}; expected a module, or the path of a file")
     path, named = _data_file(data, folder.path)
     with differentiable(), random_kept(), settings_kept(), _called(path, named):
         name = Path(type(model).__name__ if isinstance(model, nn.Module) else model)
@@ -95,19 +99,40 @@ def _data_file(data: Data, folder: Path) -> tuple[Path, Path]:
     """The data as a file, which is what the job reads, and what errors call it."""
     if isinstance(data, (str, os.PathLike)):
         return Path(data), Path(data)
-    if isinstance(data, (Tensor, np.ndarray)):
-        data = {"x": data}
-    elif not isinstance(data, Mapping):
-        if len(data) != 2:
-            raise UsageError(
-                f"data: {len(data)} arrays; expected (inputs, targets), or a dict of named ones"
-            )
-        data = {"x": data[0], "y": data[1]}
-    tensors = {name: torch.as_tensor(array).detach().cpu() for name, array in data.items()}
     path = folder / "data.safetensors"
     # Without the memory that views share.
-    save_file({name: t.clone().contiguous() for name, t in tensors.items()}, path)
+    save_file({name: t.clone().contiguous() for name, t in _tensors(data).items()}, path)
     return path, Path("data")
+
+
+def _tensors(data: object) -> dict[str, Tensor]:
+    """By their names.
+
+    Raises:
+        UsageError: it is something else than arrays.
+    """
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if isinstance(data, (Tensor, np.ndarray)):
+        data = {"x": data}
+    elif isinstance(data, (tuple, list)) and len(data) == 2:
+        data = {"x": data[0], "y": data[1]}
+    if not isinstance(data, Mapping):
+        found = f"{len(data)} arrays" if isinstance(data, (tuple, list)) else _kind(data)
+        raise UsageError(f"data: {found}; expected (inputs, targets), or a dict of named arrays")
+    tensors = {}
+    for name, array in data.items():
+        if not isinstance(name, str):
+            raise UsageError(f"data: a key is {name!r}; expected the name of an array")
+        try:
+            tensors[name] = torch.as_tensor(array).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"data: {name} is {_kind(array)}; expected an array") from error
+    return tensors
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__name__}"
 
 
 @contextmanager
