@@ -18,7 +18,10 @@ _inside = 0
 def also_recomputed(within: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """Inside, checkpoints are made that compute again `within` such a context, which this is part of."""
     global _inside
-    own: Any = getattr(checkpoint, _MADE)
+    own: Any = getattr(checkpoint, _MADE, None)
+    if own is None:  # where PyTorch has moved it
+        yield
+        return
 
     def made(function: Callable[..., object], *options: Any, **keywords: Any) -> object:
         def again(*arguments: Any, **named: Any) -> object:
