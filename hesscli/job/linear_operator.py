@@ -39,7 +39,8 @@ def operator(
 
     Args:
         model: a module, or the path of a model file.
-        data: the path of a data file; arrays by their names; (inputs, targets); or the inputs alone.
+        data: the path of a data file; arrays by their names; (inputs, targets), or a `TensorDataset` of them; or the
+            inputs alone.
         loss: a name of `hesscli eigen --loss`, or a function of output and targets.
         device: as `hesscli eigen --device`; by default, or with "auto", that of the module.
         listener: hears notes.

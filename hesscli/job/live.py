@@ -65,7 +65,8 @@ def compute(
 
     Args:
         model: a module, or the path of a model file.
-        data: the path of a data file; arrays by their names; (inputs, targets); or the inputs alone.
+        data: the path of a data file; arrays by their names; (inputs, targets), or a `TensorDataset` of them; or the
+            inputs alone.
         loss: a name of `hesscli compute --loss`, or a function of output and targets.
         blocks: "diag", "module", "full" or "elements".
         output: the file to write; a temporary one, which goes with the object, if None.
