@@ -145,7 +145,7 @@ class _Recorder(Watcher):
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args)):
-            self._refuse("the model turns gradients off")
+            self._refuse("the model turns gradients off, or applies a Function of its own")
         if torch._C._current_graph_task_id() != -1:
             # What autograd saved of the pass looks like what the model detaches.
             self._refuse("the model differentiates itself")
