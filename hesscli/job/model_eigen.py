@@ -80,9 +80,9 @@ def reached(document: Document) -> str:
 def search(
     operator: Operator, top: int, which: str, options: EigenOptions, listener: Listener
 ) -> Found:
-    """The first pairs, largest first if from both ends: by Lanczos, unless the whole matrix is little work.
+    """The first pairs, largest first if from both ends: of the whole matrix where it is small, else by Lanczos.
 
-    Or no more than what is left of the products when Lanczos has had as many, or a quarter of that.
+    A search that goes on until the products left are as many as the matrix has rows gives way to the matrix.
     """
     with operator.finite():
         return _search(operator, top, which, options, listener)
