@@ -878,7 +878,7 @@ ROOMS = {
     "job": {"errors", "hessian", "files", "spectrum", ""},
     "cli": {"errors", "job", "schemas", ""},
     "schemas": set(),
-    "__main__": {"cli"},
+    "__main__": {"errors", "cli"},
     "": {"errors", "job"},
 }
 

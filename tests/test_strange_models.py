@@ -137,7 +137,7 @@ class Filled(nn.Module):
         self.a, self.b = nn.Linear(2, 1), nn.Linear(2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = torch.zeros(x.shape[0], 1, dtype=torch.float32)
+        out = torch.eye(x.shape[0], 1, dtype=torch.float32)
         out[:, :1] = torch.tanh(self.a(x)) * self.b(x)
         return out
 
@@ -163,6 +163,25 @@ def test_float64_that_a_model_does_not_have(net):
         written.forward = lambda x: torch.tanh(model.a(x)) * model.b(x)
         truth = hessian(written, nn.functional.mse_loss, (X,), Y)
         torch.testing.assert_close(found.matrix().double(), truth, rtol=1e-3, atol=1e-4)
+
+
+class Started(Filled):
+    """Begins with zeros in float32, as a traced recurrent layer does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros(x.shape[0], 1, dtype=torch.float32)
+        out[:, :1] = torch.tanh(self.a(x)) * self.b(x)
+        return out * torch.ones(1, dtype=torch.float32)
+
+
+def test_zeros_and_ones_have_the_digits_of_the_weights():
+    torch.manual_seed(0)
+    model = Started()
+    found = hesscli.compute(model, (X, Y), dtype="float64", blocks="full", framework="torch")
+    assert found.metadata["check"]["dtype"] == "float64"
+    model.double().forward = lambda x: torch.tanh(model.a(x)) * model.b(x)
+    truth = hessian(model, nn.functional.mse_loss, (X,), Y)
+    torch.testing.assert_close(found.matrix(), truth)
 
 
 class FakeQuantized(nn.Module):
