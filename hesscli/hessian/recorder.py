@@ -170,10 +170,8 @@ class _Recorder(Watcher):
             )
         if recorded is _CONVOLUTION_OF_TRACES:  # its further arguments are cuDNN's business
             recorded, arguments = torch.ops.aten.convolution.default, arguments[:9]
-        if keywords.get(
-            "dtype"
-        ):  # the one that it has: what is made may stay wider than the model says
-            keywords["dtype"] = result.dtype
+        if keywords.get("dtype") and isinstance(result, Tensor):
+            keywords["dtype"] = result.dtype  # which may stay wider than the model says
         parts = result if isinstance(result, (tuple, list)) else (result,)
         if any(_converted(part, x) for part in parts for x in _tensors(args) if x.requires_grad):
             self._refuse(f"{func.overloadpacket.__name__} goes on in another dtype than float32")
