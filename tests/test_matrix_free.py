@@ -764,6 +764,17 @@ def test_independent_outputs_repeat_every_eigenvalue(cli, tmp_path, which, seed)
     np.testing.assert_allclose(ran.document["eigenvalues"], truth, rtol=1e-3)
 
 
+def test_copies_that_were_not_sought_are_noted(cli):
+    words = ("eigen", *MLP, "--top", 3, "--json")
+    whole = cli(*words)
+    products = whole.document["products"]
+    short = cli(*words, "--max-products", products - 4)
+    assert short.code == 0, short.stderr
+    (note,) = set(short.document["notes"]) - set(whole.document["notes"])
+    assert note in short.stderr
+    assert f"--max-products {products - 4} ended the search for copies" in note
+
+
 @pytest.mark.parametrize("scale", [1e-13, 1e10])
 def test_eigenvalues_whose_squares_float32_cannot_hold(cli, tmp_path, scale):
     rng = np.random.default_rng(0)

@@ -200,6 +200,14 @@ def test_products_run_out():
     assert found.residuals.max() > 1e-2
 
 
+def test_products_that_run_out_while_copies_are_sought():
+    whole, _ = search(SPECTRA["outliers"], 4, "largest")
+    short, _ = search(SPECTRA["outliers"], 4, "largest", most=whole.products - 6)
+    assert short.converged.all()
+    assert not short.copies_sought
+    assert whole.copies_sought
+
+
 def test_interrupted():
     calls = []
 

@@ -85,7 +85,13 @@ def search(
     A search that goes on until the products left are as many as the matrix has rows gives way to the matrix.
     """
     with operator.finite():
-        return _search(operator, top, which, options, listener)
+        found = _search(operator, top, which, options, listener)
+    if not found.copies_sought and found.converged.all():
+        operator.note(
+            f"--max-products {options.max_products} ended the search for copies of repeated eigenvalues: "
+            "some may be missing"
+        )
+    return found
 
 
 def _search(
@@ -155,13 +161,12 @@ def _interrupted(size: int) -> Found:
 
 def _descending(found: Found) -> Found:
     order = np.argsort(-found.values, kind="stable")
-    return Found(
-        found.values[order],
-        found.vectors[torch.from_numpy(order).to(found.vectors.device)],
-        found.residuals[order],
-        found.converged[order],
-        found.products,
-        found.interrupted,
+    return replace(
+        found,
+        values=found.values[order],
+        vectors=found.vectors[torch.from_numpy(order).to(found.vectors.device)],
+        residuals=found.residuals[order],
+        converged=found.converged[order],
     )
 
 

@@ -55,6 +55,11 @@ class Operator:
     def block(self) -> Block:
         return Block("hessian", tuple(self.products.names), tuple(self.products.sizes))
 
+    def note(self, note: str) -> None:
+        """Says something, now and in the document."""
+        self.opened.notes.append(note)
+        self.listener.note(note)
+
     @contextmanager
     def finite(self) -> Iterator[None]:
         """Inside, a product that is not finite is an error that says so."""
