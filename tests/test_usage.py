@@ -155,6 +155,14 @@ def test_values_that_options_do_not_have(cli, words):
     assert cli("compute", *NET, "--dry-run", *words).code == 2
 
 
+@pytest.mark.parametrize("words", [("compute", *NET, "-o", ""), ("show", ""), ("diff", "", "a")])
+def test_a_variable_that_is_not_set(words):
+    command = [sys.executable, "-m", "hesscli", *words]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert "error: an argument is empty" in ran.stderr
+
+
 @pytest.mark.parametrize("option", ["--unbatched", "--train-mode"])
 def test_a_batch_size_without_effect(cli, option):
     ran = cli("compute", *NET, "--dry-run", option, "--batch-size", 2)

@@ -106,6 +106,8 @@ def main() -> None:
         if getattr(sys, name) is None:  # closed, as `>&-` does
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
+        if "" in sys.argv[1:]:  # a path that is empty would be the current folder
+            raise _UsageError("an argument is empty: is a variable not set?")
         sys.exit(app(standalone_mode=False))
     except _UsageError as error:
         sys.exit(report_usage(error))
