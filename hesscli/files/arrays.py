@@ -17,6 +17,7 @@ from hesscli.files.npy import load_npy, load_npz
 from hesscli.files.safetensors_files import map_safetensors
 from hesscli.files.sniff import Kind, kind_of, unsupported
 from hesscli.files.torch_files import read_torch_file
+from hesscli.files.unusable import Unusable
 
 _SAVE = "np.savez('data.npz', x=x, y=y)"
 _SAVE_TORCH = "torch.save({'x': x, 'y': y}, 'data.pt')"
@@ -29,14 +30,14 @@ class Arrays:
 
     Args:
         numbers: the arrays that are numbers, in file order.
-        skipped: the others, with the reason to leave each out.
+        skipped: the others.
         files: those that were read, whose content the SHA-256 is of.
         columns: whether the arrays are the columns of a table.
         notes: what was inferred, one line each.
     """
 
     numbers: dict[str, torch.Tensor]
-    skipped: dict[str, str]
+    skipped: dict[str, Unusable]
     files: tuple[Path, ...]
     columns: bool = field(default=False)
     notes: tuple[str, ...] = ()
@@ -69,7 +70,7 @@ def load_arrays(path: str | os.PathLike[str]) -> Arrays:
         found = _torch(path, kind)
     elif kind == "text":
         found, notes = load_csv(path)
-        if all(isinstance(value, str) for value in found.values()):
+        if all(isinstance(value, Unusable) for value in found.values()):
             raise unsupported(path, kind, _WANTED, "a table wants columns of numbers: x1,x2,y")
     elif kind == "parquet":
         found = load_parquet(path)
@@ -78,8 +79,8 @@ def load_arrays(path: str | os.PathLike[str]) -> Arrays:
         found = load_dataset(path)
     else:
         raise _unreadable(path, kind)
-    numbers = {name: value for name, value in found.items() if not isinstance(value, str)}
-    skipped = {name: value for name, value in found.items() if isinstance(value, str)}
+    numbers = {name: value for name, value in found.items() if not isinstance(value, Unusable)}
+    skipped = {name: value for name, value in found.items() if isinstance(value, Unusable)}
     return Arrays(numbers, skipped, files, kind in ("text", "parquet", "dataset"), notes)
 
 
@@ -102,7 +103,7 @@ def _unreadable(path: str | os.PathLike[str], kind: Kind) -> FileError | UsageEr
     return unsupported(path, kind, _WANTED, hint)
 
 
-def _torch(path: str | os.PathLike[str], kind: Kind) -> dict[str, torch.Tensor | str]:
+def _torch(path: str | os.PathLike[str], kind: Kind) -> dict[str, torch.Tensor | Unusable]:
     content = read_torch_file(path, kind, _SAVE_TORCH)
     if isinstance(content, Mapping):
         return _tensors({str(name): value for name, value in content.items()})
@@ -114,23 +115,23 @@ def _torch(path: str | os.PathLike[str], kind: Kind) -> dict[str, torch.Tensor |
     )
 
 
-def _tensors(content: Mapping[str, object]) -> dict[str, torch.Tensor | str]:
-    found: dict[str, torch.Tensor | str] = {}
+def _tensors(content: Mapping[str, object]) -> dict[str, torch.Tensor | Unusable]:
+    found: dict[str, torch.Tensor | Unusable] = {}
     for name, value in content.items():
         if not isinstance(value, torch.Tensor):
-            found[name] = f"not a tensor ({type(value).__name__})"
+            found[name] = Unusable(f"not a tensor ({type(value).__name__})")
         elif value.layout is not torch.strided or value.is_quantized or value.is_nested:
-            found[name] = "sparse, nested or quantised"
+            found[name] = Unusable("sparse, nested or quantised")
         elif value.is_meta:
-            found[name] = "on the meta device, which holds no values"
+            found[name] = Unusable("on the meta device, which holds no values")
         else:
             found[name] = _indexable(value.detach())
     return found
 
 
-def _indexable(array: torch.Tensor) -> torch.Tensor | str:
+def _indexable(array: torch.Tensor) -> torch.Tensor | Unusable:
     """torch knows unsigned integers by name only: it can neither index with them nor compute on them."""
     if array.dtype not in (torch.uint16, torch.uint32, torch.uint64):
         return array
     wide = array.to(torch.int64)
-    return "integers too large for int64" if wide.lt(0).any() else wide
+    return Unusable("integers too large for int64") if wide.lt(0).any() else wide

@@ -14,9 +14,10 @@ from hesscli.errors import FileError, ResourceError, UsageError
 from hesscli.files.npy import tensor
 from hesscli.files.resources import available_memory
 from hesscli.files.torch_files import reading
+from hesscli.files.unusable import CODES, ROWS, Unusable
 
 
-def load_parquet(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | str]:
+def load_parquet(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | Unusable]:
     """The columns by name; or, in a column's place, why it cannot be used.
 
     Raises:
@@ -56,7 +57,7 @@ def dataset_files(folder: str | os.PathLike[str]) -> list[Path]:
     return [Path(folder, name) for name in names]
 
 
-def load_dataset(folder: str | os.PathLike[str]) -> dict[str, torch.Tensor | str]:
+def load_dataset(folder: str | os.PathLike[str]) -> dict[str, torch.Tensor | Unusable]:
     """The columns of a `datasets` folder, mapped where they lie in one file.
 
     Raises:
@@ -83,7 +84,7 @@ def _pyarrow(path: str | os.PathLike[str]) -> Any:
     return pyarrow
 
 
-def _columns(path: str | os.PathLike[str], table: Any) -> dict[str, torch.Tensor | str]:
+def _columns(path: str | os.PathLike[str], table: Any) -> dict[str, torch.Tensor | Unusable]:
     names: Sequence[str] = table.column_names
     if len(set(names)) < len(names):
         raise FileError(f"{path}: two columns have the same name", "name them apart")
@@ -93,16 +94,16 @@ def _columns(path: str | os.PathLike[str], table: Any) -> dict[str, torch.Tensor
     }
 
 
-def _column(path: str | os.PathLike[str], values: Any) -> torch.Tensor | str:
+def _column(path: str | os.PathLike[str], values: Any) -> torch.Tensor | Unusable:
     import pyarrow.compute
     from pyarrow import types
 
     if hasattr(values, "chunks"):  # combine_chunks of several that are too large for one
-        return "too large for one Arrow array"
+        return Unusable("too large for one Arrow array")
     shape = [len(values)]
     while True:
         if values.null_count:
-            return f"missing in {values.null_count} of {len(values)} places"
+            return Unusable(f"missing in {values.null_count} of {len(values)} places", ROWS)
         kind = values.type
         if hasattr(values, "storage"):  # an extension: Array2D and the like of `datasets`
             values = values.storage
@@ -112,10 +113,13 @@ def _column(path: str | os.PathLike[str], values: Any) -> torch.Tensor | str:
         elif types.is_list(kind) or types.is_large_list(kind):
             lengths = pyarrow.compute.unique(pyarrow.compute.list_value_length(values))
             if len(lengths) > 1:
-                return "rows of different lengths: pad them"
+                return Unusable("rows of different lengths: pad them")
             shape.append(lengths[0].as_py() if len(lengths) else 0)
             values = values.flatten()
         elif types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind):
             return tensor(path, values.to_numpy(zero_copy_only=False).reshape(shape))
         else:
-            return f"not numbers ({kind})"
+            words = (
+                types.is_string(kind) or types.is_large_string(kind) or types.is_dictionary(kind)
+            )
+            return Unusable(f"not numbers ({kind})", CODES if words else "")

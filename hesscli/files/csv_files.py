@@ -14,6 +14,7 @@ import torch
 
 from hesscli.errors import FileError, HesscliError
 from hesscli.files.torch_files import reading
+from hesscli.files.unusable import CODES, Unusable
 
 _DELIMITERS = ",;\t"
 _SPACES = " \t"
@@ -23,7 +24,7 @@ _WORDS = {"true": 1.0, "false": 0.0, "": float("nan"), "na": float("nan"), "null
 
 def load_csv(
     path: str | os.PathLike[str],
-) -> tuple[dict[str, torch.Tensor | str], tuple[str, ...]]:
+) -> tuple[dict[str, torch.Tensor | Unusable], tuple[str, ...]]:
     """The columns by name; or, in a column's place, why it cannot be used.
 
     Columns of a file without a line of names are called 0, 1, ... An empty field, `NA` and `null`
@@ -83,25 +84,27 @@ class _Column:
     def __init__(self) -> None:
         self.values = array("d")
         self.integers = self.booleans = True
-        self.why = ""
+        self.unusable: Unusable | None = None
 
     def add(self, line: int, field: str) -> None:
-        if self.why:
+        if self.unusable:
             return
         value = _number(field)
         if value is None:
-            self.why = f"not numbers ({field[:20]!r} in line {line})"
+            words = any(letter.isalpha() for letter in field)
+            why = f"not numbers ({field[:20]!r} in line {line})"
+            self.unusable = Unusable(why, CODES if words else "")
             return
         boolean = field.lower() in ("true", "false")
         self.booleans &= boolean
         self.integers &= field.lstrip("+-").isdecimal() and abs(value) <= _EXACT
         self.values.append(value)
 
-    def finish(self) -> torch.Tensor | str:
-        if self.why:
-            return self.why
+    def finish(self) -> torch.Tensor | Unusable:
+        if self.unusable:
+            return self.unusable
         if not self.values:
-            return "no values"
+            return Unusable("no values")
         found = torch.from_numpy(np.frombuffer(self.values, np.float64).copy())
         if self.booleans:
             return found.bool()

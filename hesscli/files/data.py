@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -84,7 +83,7 @@ def load_data(
     """
     found = load_arrays(path)
     arrays, files = dict(found.numbers), list(found.files)
-    skipped = [f"array {name} skipped: {why}" for name, why in found.skipped.items()]
+    skipped = [f"array {name} skipped: {each.why}" for name, each in found.skipped.items()]
     notes = [*skipped, *found.notes]
     choice = _Choice(path, arrays, skipped, arguments, notes)
     called: dict[str, str] = {}
@@ -93,7 +92,7 @@ def load_data(
             other = load_arrays(name)
             files += other.files
             if not other.numbers:
-                raise choice.unclear(f"{name}: {next(iter(other.skipped.values()))}")
+                raise choice.unclear(f"{name}: {next(iter(other.skipped.values())).why}")
             file = os.path.basename(name)
             called[name] = name if file in arrays else file
             arrays[called[name]] = next(iter(other.numbers.values()))
@@ -112,7 +111,11 @@ def load_data(
     if found.columns:
         meant = [name for name in found.skipped if name in TARGET_NAMES]
         if meant and not (inputs or targets or any(name in arrays for name in TARGET_NAMES)):
-            raise _not_targets(path, meant[0], found.skipped[meant[0]])
+            unusable = found.skipped[meant[0]]
+            raise FileError(
+                f"{path}: the targets {meant[0]} are {unusable.why}",
+                unusable.remedy.format(meant[0]) or None,
+            )
         names, target = choice.of_columns(inputs, targets)
     else:
         names, target = choice.of_arrays(inputs, targets)
@@ -131,17 +134,6 @@ def load_data(
     for name, array in used.items():
         check_finite(path, name, array)
     return data
-
-
-def _not_targets(path: str | os.PathLike[str], name: str, why: str) -> FileError:
-    """Refuses a column that cannot be used, though its name is that of targets."""
-    hint = None
-    if re.search(r"string|dictionary|\(['\"].*[^\W\d_].*['\"] in line", why):  # words
-        codes = f"table.{name} = table.{name}.astype('category').cat.codes"
-        hint = f"classes are whole numbers from 0 on: {codes}"
-    elif why.startswith("missing"):
-        hint = f"drop these samples: table = table.dropna(subset=['{name}'])"
-    return FileError(f"{path}: the targets {name} are {why}", hint)
 
 
 def _selected(

@@ -16,6 +16,7 @@ from numpy.lib import format as npy_format
 from hesscli.errors import FileError, ResourceError
 from hesscli.files.resources import available_memory
 from hesscli.files.torch_files import reading
+from hesscli.files.unusable import Unusable
 from hesscli.files.zip_files import check_zip
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
@@ -27,7 +28,7 @@ _LOCAL_HEADER = 30  # bytes of a zip member's own header before its name
 _STEP = 1 << 24  # numbers looked at together
 
 
-def load_npy(path: str | os.PathLike[str], name: str) -> dict[str, torch.Tensor | str]:
+def load_npy(path: str | os.PathLike[str], name: str) -> dict[str, torch.Tensor | Unusable]:
     """The array of an `.npy` file under a name; or, in its place, why it cannot be used.
 
     Raises:
@@ -38,7 +39,7 @@ def load_npy(path: str | os.PathLike[str], name: str) -> dict[str, torch.Tensor 
         return {name: _array(path, name, file, size, 0)}
 
 
-def load_npz(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | str]:
+def load_npz(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | Unusable]:
     """The arrays of an `.npz` file by name; or, in an array's place, why it cannot be used.
 
     Raises:
@@ -46,12 +47,12 @@ def load_npz(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | str]:
         ResourceError: what is compressed in it does not fit into the memory.
     """
     check_zip(path)
-    arrays: dict[str, torch.Tensor | str] = {}
+    arrays: dict[str, torch.Tensor | Unusable] = {}
     with reading(path, "npz"), zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
             if name == member.filename:
-                arrays[name] = "not numbers (a file)"
+                arrays[name] = Unusable("not numbers (a file)")
                 continue
             if name in arrays:
                 raise FileError(f"{path}: holds two arrays called {name}")
@@ -79,7 +80,7 @@ def _content(file: BinaryIO, member: zipfile.ZipInfo) -> int:
 
 def _array(
     path: str | os.PathLike[str], name: str, file: BinaryIO, size: int, start: int | None
-) -> torch.Tensor | str:
+) -> torch.Tensor | Unusable:
     """The array whose `size` bytes begin here, at `start` of the file on disk if it is one."""
     begin = file.tell()
     version = npy_format.read_magic(file)
@@ -98,9 +99,9 @@ def _array(
             "copy or download the file again",
         )
     if dtype.kind not in "biufc":
-        return f"not numbers ({dtype.name})"
+        return Unusable(f"not numbers ({dtype.name})")
     if dtype.itemsize > (16 if dtype.kind == "c" else 8):
-        return f"wider than any torch number ({dtype.name})"
+        return Unusable(f"wider than any torch number ({dtype.name})")
     array: Array
     if start is None:
         array = np.frombuffer(file.read(), dtype)
@@ -122,7 +123,7 @@ def _parts(array: Array) -> list[Array]:
     return [flat[i : i + _STEP] for i in range(0, flat.size, _STEP)]
 
 
-def tensor(path: str | os.PathLike[str], array: Array) -> torch.Tensor | str:
+def tensor(path: str | os.PathLike[str], array: Array) -> torch.Tensor | Unusable:
     """The array as a tensor that must not be written to, without a copy where torch knows its type and byte order.
 
     Or why it cannot be one.
@@ -132,7 +133,7 @@ def tensor(path: str | os.PathLike[str], array: Array) -> torch.Tensor | str:
     """
     wanted = array.dtype.newbyteorder("=")
     if wanted == np.uint64 and any(part.max() > _LARGEST for part in _parts(array)):
-        return "integers too large for int64"
+        return Unusable("integers too large for int64")
     if wanted in _UNSIGNED:
         wanted = np.dtype(np.int64)
     needed = array.size * wanted.itemsize

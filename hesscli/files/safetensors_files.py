@@ -16,6 +16,7 @@ from hesscli.errors import FileError
 from hesscli.files.npy import tensor
 from hesscli.files.result_names import index_of_shard
 from hesscli.files.torch_files import reading
+from hesscli.files.unusable import Unusable
 
 # As NumPy reads the bytes, and what they are for torch if NumPy does not know.
 _TYPES: dict[str, tuple[str, torch.dtype | None]] = {
@@ -39,7 +40,7 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.offset_keys()}
 
 
-def map_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | str]:
+def map_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | Unusable]:
     """The same without reading them: the tensors lie in the file, and must not be written to.
 
     Raises:
@@ -55,9 +56,11 @@ def map_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | st
         return {name: _mapped(path, header[name], 8 + length) for name in names}
 
 
-def _mapped(path: str | os.PathLike[str], entry: dict[str, Any], start: int) -> torch.Tensor | str:
+def _mapped(
+    path: str | os.PathLike[str], entry: dict[str, Any], start: int
+) -> torch.Tensor | Unusable:
     if entry["dtype"] not in _TYPES:
-        return f"of a type that nothing computes with ({entry['dtype']})"
+        return Unusable(f"of a type that nothing computes with ({entry['dtype']})")
     dtype, meant = _TYPES[entry["dtype"]]
     first, last = entry["data_offsets"]
     if first == last:
@@ -65,7 +68,7 @@ def _mapped(path: str | os.PathLike[str], entry: dict[str, Any], start: int) -> 
     count = (last - first) // np.dtype(dtype).itemsize
     array = np.memmap(path, dtype, "r", start + first, (count,)).reshape(entry["shape"])
     found = tensor(path, array)
-    return found.view(meant) if meant and not isinstance(found, str) else found
+    return found.view(meant) if meant and isinstance(found, torch.Tensor) else found
 
 
 def _refuse_hessian(path: str | os.PathLike[str], file: Any) -> None:

@@ -1,0 +1,21 @@
+"""Arrays of a data file that are no numbers, or not all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CODES = "classes are whole numbers from 0 on: table.{0} = table.{0}.astype('category').cat.codes"
+ROWS = "drop these samples: table = table.dropna(subset=['{0}'])"
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """Stands in an array's place.
+
+    Args:
+        why: as in "array x skipped: not numbers".
+        remedy: what makes targets of a column that is such; {0} stands for its name. Empty: nothing that is known.
+    """
+
+    why: str
+    remedy: str = ""
