@@ -219,18 +219,17 @@ def test_a_table_of_many_columns(tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["x", "y"])
-def test_values_that_are_not_finite(tmp_path, value, name):
+def test_values_that_are_not_finite(tmp_path, value):
     arrays = {"x": X.copy(), "y": np.ones((3, 2), np.float16), "unused": np.array([value])}
     np.savez(tmp_path / "d.npz", **arrays)
     load_data(tmp_path / "d.npz")
-    arrays[name][1, 0] = value
+    arrays["x"][1, 0] = value
     np.savez(tmp_path / "d.npz", **arrays)
     error = refused(NumericalError, tmp_path / "d.npz")
     assert error.exit_code == 5
-    assert f"array {name} (" in error.message
+    assert "array x (" in error.message
     assert "holds NaN or infinity in 1 place, the first at [1, 0]" in error.message
-    assert f"np.nan_to_num({name})" in error.hint
+    assert "np.nan_to_num(x)" in error.hint
 
 
 @pytest.mark.filterwarnings("error")

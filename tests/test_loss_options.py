@@ -251,6 +251,25 @@ def test_a_loss_that_counts_its_calls():
         computed(net(), (X, Y), loss=Warming())
 
 
+@pytest.mark.parametrize("blocks", ["full", "elements"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_targets_that_are_missing(whole, blocks):
+    y = Y.clone()
+    y[2], y[5, 1] = torch.nan, torch.inf
+
+    def loss(f, y):
+        known = y.isfinite()
+        terms = torch.where(known, f - y.where(known, 0), 0) ** 2
+        return terms[known].mean() if whole else terms.sum(1)
+
+    found = computed(net(), (X, y), loss=loss, blocks=blocks)
+    truth = hessian(net(), lambda f, y: loss(f, y).mean(), (X,), y)
+    assert relative_error(found.matrix().diagonal(), truth.diagonal()) < 1e-9
+    for careless in ("mse", lambda f, y: ((f - y) ** 2).sum(1)):
+        with pytest.raises(hesscli.HesscliError, match=r"y .* holds NaN or infinity in 5 places"):
+            computed(net(), {"x": X, "y": y}, loss=careless)
+
+
 @pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
 def test_a_loss_that_writes_to_the_output(curvature):
     found = computed(

@@ -78,7 +78,7 @@ def load_data(
         UsageError: no such file, array or samples, or the names do not tell which is which.
         FileError: the file is damaged, unsupported or unsafe.
         MismatchError: no samples, or not as many inputs as targets.
-        NumericalError: inputs or targets hold NaN or infinity.
+        NumericalError: inputs hold NaN or infinity. Those of targets may mean something to the loss.
         ResourceError: what must be in memory does not fit into it.
     """
     found = load_arrays(path)
@@ -130,8 +130,7 @@ def load_data(
     )
     _check_samples(path, whole, unbatched)
     data = _selected(path, whole, unbatched, samples)
-    used = data.inputs | dict([data.targets] if data.targets else [])
-    for name, array in used.items():
+    for name, array in data.inputs.items():
         check_finite(path, name, array)
     return data
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +15,9 @@ from hesscli.errors import (
     ResourceError,
     UsageError,
 )
-from hesscli.files.data import load_data
+from hesscli.files.data import check_finite, load_data
 from hesscli.files.models import SavedModel, load_model
+from hesscli.hessian.losses import LOSSES
 from hesscli.hessian.measure import measure
 from hesscli.hessian.operator import CURVATURES
 from hesscli.hessian.plan import Sizes
@@ -128,6 +130,8 @@ def _opened(
         note(text)
     wide = dtype is torch.float64
     loss = replace(loss_of(options, data, device, dtype, note), wide=wide)
+    if data.targets and loss.name in LOSSES:  # one of the user's own may leave out what is missing
+        check_finite(options.data, *data.targets)
     names = list(data.inputs)
     known = data.inputs | dict([data.targets] if data.targets else [])
     if loss.name == "output" and not options.inputs and data.targets:
@@ -183,7 +187,9 @@ def _opened(
             note("what the model itself computes in float32 is computed in float64")
     measured, value = measure(share.own(problem), share.totals)
     problem = replace(problem, denominator=measured.denominator)
-    if not torch.isfinite(torch.tensor(value)):
+    if not math.isfinite(value):
+        if data.targets:
+            check_finite(options.data, *data.targets)
         raise NumericalError(f"the loss is {value}; its derivatives would mean nothing")
     facts = {
         "curvature": CURVATURES[options.curvature],
