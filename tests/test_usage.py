@@ -424,6 +424,19 @@ def test_no_input_is_replaced(cli, tmp_path, output):
     assert Path(output).read_bytes() == before
 
 
+@pytest.mark.parametrize("command", ["compute", "eigen"])
+def test_a_pipe_is_not_replaced(cli, command):
+    """As `-o >(command)` names it."""
+    ends = os.pipe()
+    try:
+        name = f"/dev/fd/{ends[1]}"
+        said = cli(command, *NET, "-q", "-o", name).fails(2)
+        assert said == f"{name}: is not a regular file; not replaced"
+    finally:
+        for end in ends:
+            os.close(end)
+
+
 def test_a_file_that_only_speaks_of_hesscli_is_not_replaced(cli, tmp_path):
     (tmp_path / "settings.json").write_text('{"tasks": ["run hesscli"]}')
     words = ("density", *NET, "-q", "-o", "settings.json")

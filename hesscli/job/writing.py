@@ -64,11 +64,18 @@ def writable(
         raise UsageError(
             f"{path}: is standard output", f"{option} {'-' if resumable else f'{name}.safetensors'}"
         )
-    path = followed(path)
     suffix = path.suffix if path.suffix.lower() in PICTURES else ".safetensors"
 
     def instead(other: Path) -> str:
         return f"{option} {shlex.quote(str(other))}"
+
+    def special(found: Path) -> UsageError:
+        away = instead(Path(f"{name}{suffix}"))
+        return UsageError(f"{found}: is not a regular file; not replaced", away)
+
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise special(path)  # such as a pipe, whose link leads nowhere
+    path = followed(path)
 
     if path == Path("-"):
         raise UsageError(
@@ -95,8 +102,7 @@ def writable(
     for found in result_paths(path):
         other = instead(path.with_name(f"other{suffix}"))
         if not found.is_file():
-            away = instead(Path(f"{name}{suffix}"))
-            raise UsageError(f"{found}: is not a regular file; not replaced", away)
+            raise special(found)
         ours = is_part_of(found, path)
         if any(one.exists() and _is_of(found, one, ours) for one in used):
             raise UsageError(f"{found}: is an input of this command", other)
