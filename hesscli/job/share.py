@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,59 +21,24 @@ from hesscli.errors import HesscliError, MismatchError
 from hesscli.hessian.along import Along
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.batch import Batches
-from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
-from hesscli.hessian.check_curvature import AlongOutput, OutputCertificate
+from hesscli.hessian.check_curvature import AlongOutput
 from hesscli.hessian.operator import Flat, Products
 from hesscli.hessian.problem import Problem, placed
 from hesscli.job.alone import Alone
 from hesscli.job.batches import free_memory
 from hesscli.job.opening import Opened, open_problem
 from hesscli.job.options import Listener, ProblemOptions, Silent
+from hesscli.job.shared import (
+    Gradient,
+    Question,
+    Quotient,
+    SharedCertificate,
+    SharedOutputCertificate,
+    SharedProblem,
+    SharedProducts,
+)
 from hesscli.job.team import ProcessLost, Team, ranks_here
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """dL / d theta of some parameters."""
-
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Product:
-    """H v."""
-
-    curvature: str
-
-
-@dataclass(frozen=True)
-class Quotient:
-    """The product with a vector by differences: of gradients with their kinks held, or of the output."""
-
-    block: Block
-    step: float
-    curvature: str
-    narrow: bool = False
-
-
-@dataclass(frozen=True)
-class Question:
-    """One that is asked of the data of every process; a tensor goes with it.
-
-    Args:
-        what: is wanted.
-        source: which of the problems that were opened.
-        dtype: of that problem, or of its twin in float64.
-        parameters: the problem's, where it is restricted.
-        shape: of the tensor.
-    """
-
-    what: Gradient | Product | Quotient
-    source: int
-    dtype: torch.dtype
-    parameters: tuple[str, ...]
-    shape: tuple[int, ...]
 
 
 class Share(Alone):
@@ -170,8 +135,8 @@ class Share(Alone):
         self, problem: Problem, dtype: torch.dtype, seed: int, curvature: str
     ) -> Certificate:
         if curvature == "hessian":
-            return _SharedCertificate(problem, dtype, seed)
-        return _SharedOutputCertificate(problem, dtype, seed, curvature == "fisher")
+            return SharedCertificate(problem, dtype, seed)
+        return SharedOutputCertificate(problem, dtype, seed, curvature == "fisher")
 
     # What each process does
 
@@ -258,91 +223,3 @@ def _gradient_at(problem: Problem, names: Sequence[str], theta: Tensor) -> Tenso
     with placed(leaves, theta.split([leaf.numel() for leaf in leaves])):
         gradient = problem.gradient(names)
     return torch.cat([part.reshape(-1) for part in gradient.values()])
-
-
-@dataclass(frozen=True)
-class SharedProblem(Problem):
-    """A problem whose gradients are sums over the data of all processes.
-
-    Args:
-        share: this process's.
-        source: which of the problems that were opened.
-    """
-
-    share: Share | None = None
-    source: int = 0
-
-    runs_here: ClassVar[bool] = False
-
-    @classmethod
-    def of(cls, problem: Problem, share: Share, source: int = 0) -> SharedProblem:
-        plain = {f.name: getattr(problem, f.name) for f in fields(Problem)}
-        return cls(**plain, share=share, source=source)
-
-    def ask(self, what: Gradient | Product | Quotient, tensor: Tensor) -> Tensor:
-        assert self.share is not None
-        names, shape = tuple(self.parameters), tuple(tensor.shape)
-        return self.share.ask(Question(what, self.source, self.dtype, names, shape), tensor)
-
-    def gradient(self, names: Sequence[str]) -> dict[str, Tensor]:
-        theta = torch.cat([leaf.detach().reshape(-1) for leaf in self.parameters.values()])
-        leaves = [self.parameters[name] for name in names]
-        found = self.ask(Gradient(tuple(names)), theta).split([leaf.numel() for leaf in leaves])
-        return {
-            name: part.view_as(leaf) for name, part, leaf in zip(names, found, leaves, strict=True)
-        }
-
-    def gradient_norm(self) -> float:
-        """|dL/dtheta| over the chosen parameters: the others' are not shared."""
-        parts = self.gradient(list(self.parameters)).values()
-        return float(torch.cat([part.reshape(-1) for part in parts]).norm())
-
-    def by_batch(self) -> Iterator[Problem]:
-        return iter((self,))
-
-    def double(self) -> Problem | None:
-        assert self.share is not None
-        twin = self.share.twin(self.source)
-        if twin is None:
-            return None
-        parameters = {name: twin.parameters[name] for name in self.parameters}
-        return SharedProblem.of(replace(twin, parameters=parameters), self.share, self.source)
-
-
-class SharedProducts(Flat):
-    """v -> H v, the sum over the data of all processes."""
-
-    def __init__(self, problem: SharedProblem, curvature: str) -> None:
-        super().__init__(problem)
-        self.curvature = curvature
-
-    def __call__(self, vectors: Tensor) -> Tensor:
-        assert isinstance(self.problem, SharedProblem)
-        self.count += 1 if vectors.dim() == 1 else len(vectors)
-        return self.problem.ask(Product(self.curvature), vectors)
-
-
-class _SharedCertificate(Certificate):
-    def along(self, block: Block, v: Tensor) -> Along:
-        return _SharedAlong(self.problem, block, v)
-
-
-class _SharedAlong(Along):
-    """Its gradients are the problem's, which are sums over all processes."""
-
-    def held_quotient(self, step: float, narrow: bool = False) -> Tensor | None:
-        assert isinstance(self.problem, SharedProblem)
-        held = self.problem.ask(Quotient(self.block, step, "hessian", narrow), self.direction)
-        return None if bool(held.isnan().any()) else held
-
-
-class _SharedOutputCertificate(OutputCertificate):
-    def along(self, block: Block, v: Tensor) -> Along:
-        return _SharedAlongOutput(self.problem, block, v, self.fisher)
-
-
-class _SharedAlongOutput(AlongOutput):
-    def quotient(self, step: float) -> Tensor:
-        assert isinstance(self.problem, SharedProblem)
-        curvature = "fisher" if self.fisher else "ggn"
-        return self.problem.ask(Quotient(self.block, step, curvature), self.direction)
