@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
 
 
@@ -23,6 +24,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: torch has an error of its own for a GPU's, and none for the CPU's."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+
+
+def listed(names: Iterable[str], most: int = 10) -> str:
+    """Names for a message: the first ones, and whether there are more."""
+    found = list(names)
+    return ", ".join(found[:most]) + (", ..." if len(found) > most else "")
 
 
 class Terminated(SystemExit):

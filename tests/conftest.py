@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 from typer.testing import CliRunner
 
 torch.set_num_threads(1)  # the models are too small to share
@@ -106,6 +108,28 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
         return Ran(done.exit_code, stdout, done.stderr, done.stdout_bytes)
 
     return run
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> tuple[Path, Path]:
+    """A model of 149 parameters, traced, and its data."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.LayerNorm(9), nn.Linear(9, 6)).eval()
+    x = torch.randn(11, 6)
+    torch.jit.trace(module, x).save(tmp_path / "net.pt")
+    np.savez(tmp_path / "data.npz", x=x.numpy(), y=np.arange(11) % 6)
+    return tmp_path / "net.pt", tmp_path / "data.npz"
+
+
+@pytest.fixture
+def small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of more than 8 rows are large, and computed in several bands."""
+    from hesscli.job import journal, planning
+
+    monkeypatch.setattr(planning, "LARGE", 8)
+    monkeypatch.setattr(planning, "BAND", 900)
+    monkeypatch.setattr(planning, "LONG_BAND", 900)
+    monkeypatch.setattr(journal, "INTERVAL", 0.0)
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

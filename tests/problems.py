@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block, partition
+from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.loss import Loss
 from hesscli.hessian.losses import ELEMENT_WEIGHTED
 from hesscli.hessian.measure import measure
+from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.all import routes
 from hesscli.hessian.routes.base import Route, Rows, fitting
@@ -79,8 +81,9 @@ def shapes_of(problem: Problem) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in problem.parameters.items()}
 
 
-def routes_of(problem: Problem, chunk: int = 7) -> dict[str, Route]:
-    return routes(problem, lambda: problem.double() or problem, chunk)[0]
+def routes_of(problem: Problem, chunk: int = 7, curvature: str = "hessian") -> dict[str, Route]:
+    analyses, cuts = Analyses(problem), Cuts(problem, chunk)
+    return routes(problem, analyses, cuts, lambda: problem.double() or problem, curvature)
 
 
 def blocks_of(problem: Problem, structure: str) -> list[Block]:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,21 +16,28 @@ def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("task", ["full-mlp", "diag-transformer", "elements-cnn"])
-def test_peers_agree_at_toy_size(task: str, tmp_path: Path) -> None:
-    document = tmp_path / "numbers.json"
+def toy(task: str, folder: Path) -> dict[str, Any]:
+    """What a task gave at toy size, as the JSON document has it."""
+    document = folder / "numbers.json"
     ran = benchmarks("--toy", "--threads", "1", "--json", str(document), task)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    tools = {tool["name"]: tool for tool in json.loads(document.read_text())["tasks"][0]["tools"]}
+    (found,) = json.loads(document.read_text())["tasks"]
+    return found
+
+
+def tools_of(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {tool["name"]: tool for tool in task["tools"]}
+
+
+@pytest.mark.parametrize("task", ["full-mlp", "diag-transformer", "elements-cnn"])
+def test_peers_agree_at_toy_size(task: str, tmp_path: Path) -> None:
+    tools = tools_of(toy(task, tmp_path))
     assert tools["hesscli"]["runs"]
     assert tools["vmap-jvp-grad"]["error"] < 1e-3
 
 
 def test_eigenvalues_agree_with_a_float64_reference_at_toy_size(tmp_path: Path) -> None:
-    document = tmp_path / "numbers.json"
-    ran = benchmarks("--toy", "--threads", "1", "--json", str(document), "eigen-mlp")
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    tools = {tool["name"]: tool for tool in json.loads(document.read_text())["tasks"][0]["tools"]}
+    tools = tools_of(toy("eigen-mlp", tmp_path))
     for name in ("hesscli", "eigsh-operator"):
         assert tools[name]["error"] < 1e-3
         assert tools[name]["residual"] < 1e-3
@@ -37,12 +45,8 @@ def test_eigenvalues_agree_with_a_float64_reference_at_toy_size(tmp_path: Path) 
 
 
 def test_products_agree_with_a_float64_reference_at_toy_size(tmp_path: Path) -> None:
-    document = tmp_path / "numbers.json"
-    ran = benchmarks("--toy", "--threads", "1", "--json", str(document), "product-mlp")
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    (task,) = json.loads(document.read_text())["tasks"]
-    assert task["tools"][0]["name"] == "hesscli"
-    assert 0 < task["tools"][0]["error"] < 1e-5
+    task = toy("product-mlp", tmp_path)
+    assert 0 < tools_of(task)["hesscli"]["error"] < 1e-5
     assert task["in_gradients"] > 0
 
 

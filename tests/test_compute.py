@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import shlex
@@ -830,26 +829,7 @@ def test_without_a_sample_axis(cli, tmp_path):
     assert relative_error(tensors["hessian"], truth) < 1e-9
 
 
-# --- processes and imports --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("words", [["--help"], ["compute", "--help"], ["eigen", "--help"], []])
-def test_help_imports_nothing_heavy(words, tmp_path):
-    code = (
-        "import sys; sys.argv = ['hesscli', *sys.argv[1:]]\n"
-        "from hesscli.cli import main\n"
-        "try: main()\n"
-        "except SystemExit as done: code = done.code\n"
-        "heavy = {'torch', 'numpy', 'scipy', 'safetensors', 'rich.table'} & set(sys.modules)\n"
-        "print('loaded', sorted(heavy), code, file=sys.stderr)"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path,
-        check=False,
-    )  # fmt: skip
-    assert f"loaded [] {0 if words else 2}" in ran.stderr
-    assert "Usage: " in ran.stdout + ran.stderr
-    assert "\x1b" not in ran.stdout
+# --- processes --------------------------------------------------------------------------------
 
 
 def test_streams_and_codes_of_a_process(mlp, tmp_path):
@@ -867,49 +847,6 @@ def test_streams_and_codes_of_a_process(mlp, tmp_path):
     )  # fmt: skip
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr.startswith("error: none.npz")
-
-
-# Each room, and the rooms that it may import from.
-ROOMS = {
-    "errors": set(),
-    "hessian": {"errors"},
-    "files": {"errors"},
-    "spectrum": {"errors"},
-    "job": {"errors", "hessian", "files", "spectrum", ""},
-    "cli": {"errors", "job", "schemas", ""},
-    "schemas": set(),
-    "__main__": {"errors", "cli"},
-    "": {"errors", "job"},
-}
-
-
-def test_rooms_import_downwards_only():
-    package, seen = REPOSITORY / "hesscli", set()
-    for path in package.rglob("*.py"):
-        parts = path.relative_to(package).with_suffix("").parts
-        room = "" if parts == ("__init__",) else parts[0]
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0, path
-                names = [node.module]
-                if node.module == "hesscli":
-                    names = [f"hesscli.{alias.name}" for alias in node.names]
-            for name in names:
-                words = name.split(".")
-                if words[0] == "hesscli":
-                    other = words[1] if len(words) > 1 else ""
-                    seen.add((room, other))
-                    allowed = ROOMS[room] | {room}
-                    assert other in allowed or other.startswith("__"), f"{path}: {name}"
-                elif words[0] in ("typer", "click", "rich"):
-                    assert room == "cli", f"{path}: {name}"
-                elif words[0] == "torch":
-                    assert room in ("hessian", "files", "spectrum", "job"), f"{path}: {name}"
-    assert {("cli", "job"), ("job", "hessian"), ("job", "files"), ("job", "spectrum")} <= seen
-    assert {p.name for p in package.iterdir() if p.is_dir()} - {"__pycache__"} <= set(ROOMS)
 
 
 def test_every_kind_and_tag_is_run():

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cases import BY_NAME, CASES, expected, labels, normal
+from cases import BY_NAME, CASES, MeanOverTime, expected, labels, normal
 from problems import (
     blocks_and_truth,
     blocks_of,
@@ -39,17 +39,12 @@ class Residual(nn.Module):
         return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
 
 
-class Mean(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(1)
-
-
 def stack(layers: int, width: int, hidden: int) -> nn.Module:
     """Residual layers over the positions of a sequence."""
     return nn.Sequential(
         nn.Linear(3, width),
         *(Residual(width, hidden) for _ in range(layers)),
-        Mean(),
+        MeanOverTime(),
         nn.Linear(width, 3),
     )
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from hesscli.hessian.check import Certificate, gradients
 from hesscli.hessian.costs import Work
-from hesscli.hessian.planner import Choice, Planner, total
+from hesscli.hessian.cuts import Cuts
+from hesscli.hessian.planner import Choice, Planner, seconds_of
 from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.rates import Rates
@@ -38,9 +39,9 @@ def test_the_parts_add_up() -> None:
 def test_what_blocks_share_counts_once_for_each_route() -> None:
     chain = [Choice("preactivation", "chain", SECOND, shared=SECOND.times(n)) for n in (5, 7, 2)]
     classes = [Choice("gauss-newton", "", SECOND, shared=SECOND.times(4))] * 2
-    assert total(chain, RATES) == 3 + 7
-    assert total([*chain, *classes], RATES) == 3 + 7 + 2 + 4
-    assert total([], RATES) == 0
+    assert seconds_of(chain, RATES) == 3 + 7
+    assert seconds_of([*chain, *classes], RATES) == 3 + 7 + 2 + 4
+    assert seconds_of([], RATES) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -88,10 +89,10 @@ def _loss(problem: Problem, name: str, value: torch.Tensor) -> torch.Tensor:
 def test_the_sweep_along_a_chain_is_shared() -> None:
     layers = [nn.Linear(9, 9) if i % 2 == 0 else nn.Tanh() for i in range(9)]
     problem = problem_of(nn.Sequential(*layers), [normal(20, 9)], labels(9, 20), "cross-entropy")
-    planner = Planner(problem, Analyses(problem), chunk=64)
+    planner = Planner(problem, Analyses(problem), Cuts(problem, chunk=64))
     chosen = [
         planner.forced(block, True, "preactivation")[0] for block in blocks_of(problem, "elements")
     ]
     assert {str(choice) for choice in chosen} == {"preactivation (chain)"}
     apart = sum(choice.work.seconds(RATES) for choice in chosen)
-    assert total(chosen, RATES) < apart / 3
+    assert seconds_of(chosen, RATES) < apart / 3

@@ -15,11 +15,11 @@ from problems import blocks_of, compute_blocks, problem_of
 from torch import Tensor, nn
 
 import hesscli
-from hesscli.hessian.along import Along
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate, Comparison
 from hesscli.hessian.check_curvature import certificate_of
 from hesscli.hessian.differences import Differences
+from hesscli.hessian.directional import DirectionalDifference
 from hesscli.hessian.operator import Products
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.finite_difference import FiniteDifference
@@ -82,14 +82,14 @@ def pose(function: Callable[[Tensor], Tensor], inner: int) -> Problem:
     return problem_of(module, (x,), y, "mse", batch_size=120)
 
 
-def along_weight(problem: Problem) -> tuple[Along, Tensor]:
+def along_weight(problem: Problem) -> tuple[DirectionalDifference, Tensor]:
     """A random direction in the first weight, and the product with it by double backward."""
     weight = problem.parameters["a.weight"]
     problem = Problem(**{**vars(problem), "parameters": {"a.weight": weight}})
     v = torch.randn(weight.numel(), dtype=torch.float64)
     product = Products(problem)(v)
     block = Block("a.weight", ("a.weight",), (weight.numel(),))
-    return Along(problem, block, v), product
+    return DirectionalDifference(problem, block, v), product
 
 
 @pytest.mark.parametrize("name", KINKED)

@@ -16,8 +16,8 @@ import pytest
 import torch
 from cases import CASES, Case
 from conftest import fill_disk, read, torchrun
+from interruptions import SLOW, interrupt_after
 from problems import blocks_of, compute_blocks, problem_of_case, routes_of
-from torch import nn
 
 from hesscli.files.hessian_writer import HessianWriter
 from hesscli.hessian.applicability import NotApplicable
@@ -155,25 +155,6 @@ def test_bands_of_a_route_are_its_matrix(case: Case, name: str):
 
 
 @pytest.fixture
-def net(tmp_path: Path) -> tuple[Path, Path]:
-    """A model of 149 parameters, traced, and its data."""
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.LayerNorm(9), nn.Linear(9, 6)).eval()
-    x = torch.randn(11, 6)
-    torch.jit.trace(module, x).save(tmp_path / "net.pt")
-    np.savez(tmp_path / "data.npz", x=x.numpy(), y=np.arange(11) % 6)
-    return tmp_path / "net.pt", tmp_path / "data.npz"
-
-
-@pytest.fixture
-def small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "LARGE", 8)
-    monkeypatch.setattr(planning, "BAND", 900)
-    monkeypatch.setattr(planning, "LONG_BAND", 900)
-    monkeypatch.setattr(journal, "INTERVAL", 0.0)
-
-
-@pytest.fixture
 def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if no upper half fitted the memory."""
     monkeypatch.setattr(planning.Plan, "held_on", lambda self, block: None)
@@ -247,22 +228,6 @@ def test_a_wrong_band_is_found(cli, net, small_bands, monkeypatch):
 
 
 # Interruptions
-
-
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, calls: int, error: BaseException) -> None:
-    """Makes the computation of bands and groups end after so many."""
-    left = [calls]
-
-    def counted(function):
-        def run(*arguments, **options):
-            if not left[0]:
-                raise error
-            left[0] -= 1
-            return function(*arguments, **options)
-
-        return run
-
-    monkeypatch.setattr(large.LargeBlock, "_band", counted(large.LargeBlock._band))
 
 
 COMMAND = ("-b", "full", "--gradient", "-o", "h.safetensors")
@@ -400,20 +365,6 @@ def test_a_disk_that_fills_up(cli, net, small_bands, streamed, monkeypatch):
     assert not Path("h.safetensors").exists()
     assert cli(*shlex.split(ran.hint)[1:]).code == 0
     assert Path("h.safetensors").read_bytes() == undisturbed
-
-
-SLOW = """
-import sys, time
-from hesscli.job import journal, large, planning
-planning.LARGE, planning.BAND, planning.LONG_BAND, journal.INTERVAL = 8, 900, 900, 0.0
-whole = large.LargeBlock._band
-def band(*arguments):
-    time.sleep(0.15)
-    return whole(*arguments)
-large.LargeBlock._band = band
-from hesscli.cli import main
-main()
-"""
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

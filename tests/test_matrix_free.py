@@ -775,6 +775,17 @@ def test_copies_that_were_not_sought_are_noted(cli):
     assert f"--max-products {products - 4} ended the search for copies" in note
 
 
+def test_blocks_say_the_same_once(cli, tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(40, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 20)
+    )
+    x, y = torch.randn(40, 40).numpy(), torch.randn(40, 20).numpy()
+    words = ("--per-block", "--tol", 0.1, "--max-products", 24, "--json")
+    notes = cli("eigen", *saved(tmp_path, net, x=x, y=y), *words).document["notes"]
+    assert sum("--max-products 24 ended" in note for note in notes) == 1
+
+
 @pytest.mark.parametrize("scale", [1e-13, 1e10])
 def test_eigenvalues_whose_squares_float32_cannot_hold(cli, tmp_path, scale):
     rng = np.random.default_rng(0)

@@ -219,7 +219,7 @@ def test_torchscript(net, tmp_path, how, recwarn):
     recwarn.clear()
     saved = load_model(path)
     assert not recwarn.list
-    assert saved.kind == "torchscript"
+    assert saved.form == "torchscript"
     assert [name for name, _ in saved.module.named_parameters()] == NAMES
     assert [p.requires_grad for p in saved.module.parameters()] == [False, True, True, True]
     torch.testing.assert_close(saved.module(X), expected)
@@ -274,7 +274,7 @@ def test_frozen_torchscript_has_no_parameters(net, tmp_path):
 def test_torchscript_is_never_unpickled(net, tmp_path, monkeypatch):
     torch.jit.script(net).save(str(tmp_path / "net.pt"))
     monkeypatch.setattr(torch, "load", lambda *_a, **_k: pytest.fail("unpickled"))
-    assert load_model(tmp_path / "net.pt", allow_pickle=True).kind == "torchscript"
+    assert load_model(tmp_path / "net.pt", allow_pickle=True).form == "torchscript"
 
 
 def test_an_unneeded_architecture_is_noted(net, tmp_path):
@@ -335,7 +335,7 @@ def test_files_without_checksums_load(tmp_path):
         torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "net.pt")
     finally:
         torch.serialization.set_crc32_options(before)
-    assert load_model(tmp_path / "net.pt", arch="mlp").kind == "state_dict"
+    assert load_model(tmp_path / "net.pt", arch="mlp").form == "state_dict"
 
 
 # --- torch.export -----------------------------------------------------------------------------
@@ -344,7 +344,7 @@ def test_files_without_checksums_load(tmp_path):
 @pytest.mark.filterwarnings("error")
 def test_exported(net, exported, caplog):
     saved = load_model(exported["dynamic"])
-    assert saved.kind == "exported"
+    assert saved.form == "exported"
     assert [name for name, _ in saved.module.named_parameters()] == NAMES
     assert [p.requires_grad for p in saved.module.parameters()] == [False, True, True, True]
     torch.testing.assert_close(saved.module(X[:5]), net(X[:5]))
@@ -472,7 +472,7 @@ def test_a_state_dict_needs_an_architecture(tmp_path, monkeypatch, form):
     assert error.message == "net.pt: a state dict holds weights but no architecture"
     assert error.hint == "--arch mypkg.nets:make_mlp"
     saved = load_model("net.pt", arch=f"{__name__}:Plain")
-    assert saved.kind == "state_dict"
+    assert saved.form == "state_dict"
     assert saved.signature.most == 1
 
 
@@ -650,7 +650,7 @@ def test_a_pickled_module_needs_permission(tmp_path, monkeypatch, new):
     )
     assert error.hint == "--allow-pickle"
     saved = load_model("my net.pt", allow_pickle=True)
-    assert saved.kind == "pickle"
+    assert saved.form == "pickle"
     assert [name for name, _ in saved.module.named_parameters()] == ["fc.weight", "fc.bias"]
     assert not saved.module.training
     assert load_model("my net.pt", allow_pickle=True, train_mode=True).module.training
@@ -686,7 +686,7 @@ def test_newer_pickle_protocols_need_permission(tmp_path):
     torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "net.pt", pickle_protocol=4)
     assert "pickle protocol 4" in refused(FileError, tmp_path / "net.pt").message
     saved = load_model(tmp_path / "net.pt", arch="mlp", allow_pickle=True)
-    assert saved.kind == "state_dict"
+    assert saved.form == "state_dict"
 
 
 def test_a_pickled_class_that_is_gone(tmp_path, monkeypatch):
@@ -700,7 +700,7 @@ def test_a_pickled_class_that_is_gone(tmp_path, monkeypatch):
     assert "its classes cannot be imported: No module named 'gone'" in error.message
     assert "--arch FILE.py:CLASS" in error.hint
     monkeypatch.chdir(tmp_path)  # the current folder is importable
-    assert load_model(path, allow_pickle=True).kind == "pickle"
+    assert load_model(path, allow_pickle=True).form == "pickle"
     del sys.modules["gone"]
 
 
@@ -830,7 +830,7 @@ def test_mlp_equals_the_model_it_was_saved_from(tmp_path):
     model.append(nn.Linear(5, 2))
     outer = nn.ModuleDict({"net": model})
     save_file(outer.state_dict(), tmp_path / "net.pt")
-    saved = load_model(tmp_path / "net.pt", arch="mlp", arch_args={"activation": "Tanh"})
+    saved = load_model(tmp_path / "net.pt", arch="mlp", arch_arguments={"activation": "Tanh"})
     assert set(dict(saved.module.named_parameters())) == set(dict(outer.named_parameters()))
     x = torch.randn(4, 3)
     torch.testing.assert_close(saved.module(x), model(x))

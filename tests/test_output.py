@@ -177,7 +177,7 @@ def eigen() -> dict[str, Any]:
 def show(table: str, document: dict[str, Any], stream: Stream, **options: Any) -> str:
     with Output(**options) as out:
         out.stream = stream
-        PRINTERS[table](out, document)
+        out.result(document, PRINTERS[table])
     return stream.getvalue()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from hesscli.cli.heatmap import CIVIDIS, OF_256
 from hesscli.files.hessian_file import read_hessian
 from hesscli.job.matrix_plot import spread
-from hesscli.job.picture import DECADES, picture
+from hesscli.job.picture import DECADES, Picture, picture
 from hesscli.spectrum import coarse
 
 PLAIN = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "COLORTERM")
@@ -37,6 +39,10 @@ def pooled(matrix: np.ndarray, k: int) -> np.ndarray:
     return cells
 
 
+def draw(path: Path, names: Sequence[str], pixels: int) -> Picture:
+    return picture(read_hessian(path), names, pixels, lambda *_: None)
+
+
 @pytest.mark.parametrize("tile", [1, 20, 1 << 22])
 @pytest.mark.parametrize("pixels", [1, 4, 7, 20])
 def test_cells_hold_the_largest_magnitude(tmp_path, monkeypatch, tile, pixels):
@@ -52,38 +58,36 @@ def test_cells_hold_the_largest_magnitude(tmp_path, monkeypatch, tile, pixels):
     )
     np.testing.assert_array_equal(drawn.cells, pooled(whole, min(pixels, 13)))
     assert heard[-1] == (13, 13, "c")
-    assert [part.name for part in drawn.parts] == ["a", "b", "c"]
-    edges = [edge for part in drawn.parts for edge in (part.start, part.stop)]
+    assert [region.name for region in drawn.regions] == ["a", "b", "c"]
+    edges = [edge for region in drawn.regions for edge in (region.start, region.stop)]
     assert edges == pytest.approx([x * len(drawn.cells) / 13 for x in (0, 8, 8, 9, 9, 13)])
 
 
 def test_one_block_shows_its_parameters(tmp_path):
     write(tmp_path / "h", {"hessian": symmetric(10)}, "full", {"w": (2, 3), "b": (4,)})
-    drawn = picture(read_hessian(tmp_path / "h"), ["hessian"], 5)
-    assert [(p.name, p.start, p.stop) for p in drawn.parts] == [("w", 0, 3), ("b", 3, 5)]
+    drawn = draw(tmp_path / "h", ["hessian"], 5)
+    assert [(p.name, p.start, p.stop) for p in drawn.regions] == [("w", 0, 3), ("b", 3, 5)]
 
 
 def test_elements_are_strips(tmp_path):
     blocks = {"w": np.arange(-3.0, 3.0).reshape(2, 3), "b": np.array([5.0])}
     write(tmp_path / "h", blocks, "elements")
-    drawn = picture(read_hessian(tmp_path / "h"), ["w", "b"], 3)
+    drawn = draw(tmp_path / "h", ["w", "b"], 3)
     np.testing.assert_array_equal(drawn.cells, [[3, 1, 2], [5, 5, 5]])
-    stretched = picture(read_hessian(tmp_path / "h"), ["w"], 12)
+    stretched = draw(tmp_path / "h", ["w"], 12)
     np.testing.assert_array_equal(stretched.cells, [np.repeat([3.0, 2, 1, 0, 1, 2], 2)])
 
 
 def test_levels(tmp_path):
     values = np.diag([1.0, 1e-3, -1e-6, 1e-9])
     write(tmp_path / "h", {"a": values})
-    drawn = picture(read_hessian(tmp_path / "h"), ["a"], 4)
+    drawn = draw(tmp_path / "h", ["a"], 4)
     assert (drawn.high, drawn.low) == (1, 10.0**-DECADES)
     levels = drawn.levels()
     np.testing.assert_allclose(levels.diagonal(), [1, 0.5, 0, 0])
     assert np.isnan(levels[0, 1])
     write(tmp_path / "h", {"a": np.diag([2.0, 2.0])})
-    np.testing.assert_array_equal(
-        picture(read_hessian(tmp_path / "h"), ["a"], 4).levels().diagonal(), [1, 1]
-    )
+    np.testing.assert_array_equal(draw(tmp_path / "h", ["a"], 4).levels().diagonal(), [1, 1])
 
 
 def test_what_is_not_finite_is_not_drawn(cli, tmp_path):

@@ -10,6 +10,7 @@ from torch import nn
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.costs import Work
+from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.planner import Choice, Planner
 from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
@@ -17,7 +18,7 @@ from hesscli.hessian.rates import Rates
 
 
 def planner_of(problem: Problem) -> Planner:
-    return Planner(problem, Analyses(problem), chunk=64)
+    return Planner(problem, Analyses(problem), Cuts(problem, chunk=64))
 
 
 def plan(problem: Problem, structure: str) -> dict[str, Choice]:

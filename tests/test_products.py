@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from cases import BY_NAME, CASES, Case, expected
 from oracles import _twice_differentiable_attention, hessian, relative_error
-from problems import STRUCTURES, compute_blocks, part_of, problem_of, problem_of_case, shapes_of
+from problems import (
+    STRUCTURES,
+    compute_blocks,
+    part_of,
+    problem_of,
+    problem_of_case,
+    routes_of,
+    shapes_of,
+)
 from torch import Tensor, nn
 
 import hesscli
@@ -18,7 +26,6 @@ from hesscli.hessian.check_curvature import certificate_of
 from hesscli.hessian.differences import Differences
 from hesscli.hessian.operator import Products
 from hesscli.hessian.problem import Problem
-from hesscli.hessian.routes.all import routes
 
 GAUSS_NEWTON = [
     "linear", "softmax", "mlp-over-time", "conv2d", "max-pool2d", "batch-norm2d", "layer-norm", "weight-norm",
@@ -223,7 +230,7 @@ def test_blocks(name, method, curvature):
     whole = matrix(Products(problem, curvature))
     if curvature == "ggn":
         assert relative_error(whole, gauss_newton(BY_NAME[name])) < 1e-10
-    made, _ = routes(problem, lambda: problem, 7, curvature)
+    made = routes_of(problem, curvature=curvature)
     done = 0
     for structure in STRUCTURES:
         for block in partition(shapes_of(problem), structure):

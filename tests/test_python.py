@@ -182,7 +182,7 @@ def test_structures_and_options(net):
     assert list(last.blocks) == ["last.bias"]
     np.testing.assert_allclose(last.block("last.bias"), whole[-2:, -2:], atol=1e-11)
     assert last.gradient("last.bias").shape == (2,)
-    with pytest.raises(TypeError, match="nothing"):
+    with pytest.raises(hesscli.HesscliError, match="no option is called 'nothing'"):
         hesscli.compute(net, (X, Y), nothing=1)
 
 

@@ -48,13 +48,13 @@ def test_no_cgroup_and_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 _FREED = """
 import os
 from pathlib import Path
-from hesscli.files import resources
+from hesscli.files import malloc
 import torch
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
 
-resources.{policy}
+malloc.{policy}
 before = resident()
 piece = torch.ones(16 << 20)
 del piece

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import json
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +37,14 @@ from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import Route
 from hesscli.hessian.uses import Use
+
+GOLDEN = Path(__file__).parent / "golden" / "routes.json"
+"""How many blocks of each case the fast routes take, and how many they refuse."""
+
+# einsum's steps differ from one PyTorch to the next.
+VARYING = {"einsum"}
+
+Counts = dict[str, dict[str, list[int]]]  # by route and structure
 
 # How far the reference itself can be trusted: differences of gradients, and a float32 sixth.
 DIFFERENCES = 1e-8
@@ -95,12 +107,28 @@ def test_hvp(case):
             assert reasons == []
 
 
-@pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_fast_routes(case, name):
+def test_fast_routes(case):
     _, routes = posed(case.name)
-    for structure in STRUCTURES:
-        applies(routes[name], expected(case), structure, tolerance(case))
+    found: Counts = {name: {} for name in FAST}
+    for name, counts in found.items():
+        for structure in STRUCTURES:
+            right, reasons = applies(routes[name], expected(case), structure, tolerance(case))
+            counts[structure] = [right, len(reasons)]
+    if os.environ.get("UPDATE_GOLDEN"):
+        pin(case.name, found)
+    assert case.name in VARYING or found == json.loads(GOLDEN.read_text())[case.name]
+
+
+def pin(name: str, found: Counts) -> None:
+    """Takes a case's counts into the golden file, which other processes may be updating too."""
+    with GOLDEN.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        golden = json.load(file) | {name: found}
+        lines = [f'"{case}": {json.dumps(golden[case])}' for case in sorted(golden)]
+        file.seek(0)
+        file.truncate()
+        file.write("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -130,33 +158,6 @@ def test_float32(case):
         assert right == len(blocks_of(problem, structure))
         for name in FAST:
             applies(routes[name], expected(case), structure, 1e-3)
-
-
-# Where a fast route is worth nothing if it refuses: (case, route, structure).
-MUST_APPLY = [
-    *((c, "preactivation", s) for s in STRUCTURES for c in (
-        "linear", "softmax", "mlp-tanh", "mlp-relu", "mlp-gelu", "mlp-deep", "conv2d", "conv1d",
-        "residual", "gated", "two-inputs", "mlp-dropout",
-        "ce-weight-ignore-smoothing", "huber-delta", "bce-logits-weights", "one-output",
-    )),
-    *((c, "gauss-newton", "block_diagonal") for c in (
-        "linear", "softmax", "logistic", "mlp-relu", "mlp-leaky-relu", "mlp-hardtanh",
-        "mlp-tanh", "mlp-gelu", "mlp-sigmoid", "mlp-silu", "mlp-elu", "conv2d",
-    )),
-    *((c, "preactivation", "block_diagonal") for c in (
-        "layer-norm", "batch-norm1d", "batch-norm2d", "scale", "mlp-over-time",
-        "attention-by-hand", "max-pool2d", "ce-segmentation", "embedding", "embedding-padding",
-        "embedding-and-floats", "ce-classes-last",
-    )),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("case", "route", "structure"), MUST_APPLY)
-def test_a_fast_route_applies(case, route, structure):
-    problem, routes = posed(case)
-    right, reasons = applies(routes[route], expected(BY_NAME[case]), structure, 1e-10)
-    assert reasons == []
-    assert right == len(blocks_of(problem, structure))
 
 
 MUST_REFUSE = [  # (case, block of `block_diagonal`, route)

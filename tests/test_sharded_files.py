@@ -16,9 +16,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import fill_disk, read
+from interruptions import SLOW, interrupt_after
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from test_large_blocks import SLOW, interrupt_after, net, small_bands  # noqa: F401 - fixtures
 
 import hesscli
 from hesscli.cli.completion import block_names
@@ -55,7 +55,7 @@ def by_hand(index: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture
-def both(cli, net) -> None:  # noqa: F811
+def both(cli, net) -> None:
     """One Hessian in one file, `one.safetensors`, and in several, `h.safetensors.index.json`."""
     assert cli("compute", *net, *COMMAND[:3], "-o", "one.safetensors").code == 0
     assert cli("compute", *net, *COMMAND).code == 0
@@ -146,20 +146,20 @@ def test_the_library_that_defines_the_layout_reads_it(both):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
-def test_the_same_command_twice(cli, net):  # noqa: F811
+def test_the_same_command_twice(cli, net):
     assert cli("compute", *net, *COMMAND).code == 0
     first = result()
     assert cli("compute", *net, *COMMAND).code == 0
     assert result() == first
 
 
-def test_what_fits_one_file_is_one(cli, net):  # noqa: F811
+def test_what_fits_one_file_is_one(cli, net):
     ran = cli("compute", *net, *COMMAND[:5], "--max-shard-size", "5GB", "--json")
     assert ran.document["output"] == "h.safetensors"
     assert list(result()) == ["h.safetensors"]
 
 
-def test_what_is_said(cli, net):  # noqa: F811
+def test_what_is_said(cli, net):
     ran = cli("compute", *net, *COMMAND, "--json")
     assert ran.document["output"] == str(INDEX)
     assert "wrote: h.safetensors.index.json (" in ran.stderr
@@ -172,7 +172,7 @@ def test_what_is_said(cli, net):  # noqa: F811
     assert refused.hint.endswith("-o h.safetensors")
 
 
-def test_more_files_than_are_open_at_once(cli, net, small_bands, monkeypatch):  # noqa: F811
+def test_more_files_than_are_open_at_once(cli, net, small_bands, monkeypatch):
     monkeypatch.setattr(planning.Plan, "held_on", lambda self, block: None)
     command = ("compute", *net, "-b", "diag", *COMMAND[2:5], "--max-shard-size", "1")
     assert cli(*command).code == 0
@@ -244,7 +244,7 @@ def test_load(both, framework):
             assert (several.gradient(parameter) == plain.gradient(parameter)).all()
 
 
-def test_compute_in_python(net, tmp_path):  # noqa: F811
+def test_compute_in_python(net, tmp_path):
     plain = hesscli.compute(*net)
     several = hesscli.compute(*net, max_shard_size=1000)
     named = hesscli.compute(*net, max_shard_size=1000, output=tmp_path / "h.safetensors")
@@ -272,7 +272,7 @@ def test_one_of_the_files_is_no_hessian(cli, both):
 # Earlier results and other files
 
 
-def test_an_earlier_result_in_other_files_goes(cli, net):  # noqa: F811
+def test_an_earlier_result_in_other_files_goes(cli, net):
     assert cli("compute", *net, *COMMAND[:5]).code == 0
     (plain,) = result().values()
     assert cli("compute", *net, *COMMAND).code == 0
@@ -290,7 +290,7 @@ def test_an_earlier_result_in_other_files_goes(cli, net):  # noqa: F811
     "name", ["h.safetensors", "h-00001-of-00004.safetensors", "h-00001-of-00009.safetensors", INDEX]
 )
 @pytest.mark.parametrize("words", [COMMAND, COMMAND[:5]], ids=["several", "one"])
-def test_files_of_others_stay(cli, net, name, words):  # noqa: F811
+def test_files_of_others_stay(cli, net, name, words):
     if name == INDEX:
         INDEX.write_text('{"metadata": {"total_size": 4}, "weight_map": {"w": "h.bin"}}')
     else:
@@ -311,7 +311,7 @@ def test_files_of_others_stay(cli, net, name, words):  # noqa: F811
         assert after[str(name)] != before[str(name)]
 
 
-def test_results_that_are_read_are_not_replaced(cli, net, both):  # noqa: F811
+def test_results_that_are_read_are_not_replaced(cli, net, both):
     before = result()
     assert "input" in cli("eigen", "h.safetensors", "-o", "h.safetensors").fails(2)
     assert "input" in cli("eigen", INDEX, "-o", "h.safetensors", "--force").fails(2)
@@ -321,7 +321,7 @@ def test_results_that_are_read_are_not_replaced(cli, net, both):  # noqa: F811
     assert result() == before
 
 
-def test_an_earlier_result_survives_a_failure(cli, net, small_bands, monkeypatch):  # noqa: F811
+def test_an_earlier_result_survives_a_failure(cli, net, small_bands, monkeypatch):
     assert cli("compute", *net, *COMMAND).code == 0
     before = result()
     interrupt_after(monkeypatch, 2, ZeroDivisionError())
@@ -334,7 +334,7 @@ def test_an_earlier_result_survives_a_failure(cli, net, small_bands, monkeypatch
 
 
 @pytest.fixture
-def undisturbed(cli, net, small_bands) -> dict[str, bytes]:  # noqa: F811
+def undisturbed(cli, net, small_bands) -> dict[str, bytes]:
     assert cli("compute", *net, *COMMAND).code == 0
     found = result()
     for name in found:
@@ -344,7 +344,7 @@ def undisturbed(cli, net, small_bands) -> dict[str, bytes]:  # noqa: F811
 
 @pytest.mark.parametrize("mode", ["held", "streamed"])
 @pytest.mark.parametrize("bands", [1, 4, 6])
-def test_interrupted_and_resumed(cli, net, undisturbed, monkeypatch, mode, bands):  # noqa: F811
+def test_interrupted_and_resumed(cli, net, undisturbed, monkeypatch, mode, bands):
     if mode == "streamed":
         monkeypatch.setattr(planning.Plan, "held_on", lambda self, block: None)
     with monkeypatch.context() as patch:
@@ -360,7 +360,7 @@ def test_interrupted_and_resumed(cli, net, undisturbed, monkeypatch, mode, bands
     assert not left()
 
 
-def test_another_layout_after_an_interruption(cli, net, undisturbed, monkeypatch):  # noqa: F811
+def test_another_layout_after_an_interruption(cli, net, undisturbed, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_after(patch, 2, KeyboardInterrupt())
         cli("compute", *net, *COMMAND).fails(130)
@@ -369,7 +369,7 @@ def test_another_layout_after_an_interruption(cli, net, undisturbed, monkeypatch
     assert not left()
 
 
-def test_a_part_of_what_was_left_is_gone(cli, net, undisturbed, monkeypatch):  # noqa: F811
+def test_a_part_of_what_was_left_is_gone(cli, net, undisturbed, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_after(patch, 2, KeyboardInterrupt())
         cli("compute", *net, *COMMAND).fails(130)
@@ -384,7 +384,7 @@ def test_a_part_of_what_was_left_is_gone(cli, net, undisturbed, monkeypatch):  #
 @pytest.mark.parametrize("earlier", [False, True], ids=["first", "again"])
 def test_interrupted_while_files_get_their_names(
     cli,
-    net,  # noqa: F811
+    net,
     undisturbed,
     monkeypatch,
     moves,
@@ -412,7 +412,7 @@ def test_interrupted_while_files_get_their_names(
     assert not left()
 
 
-def test_without_links(cli, net, undisturbed, monkeypatch):  # noqa: F811
+def test_without_links(cli, net, undisturbed, monkeypatch):
     def link(source, target):
         raise OSError(errno.EPERM, "Operation not permitted")
 
@@ -423,7 +423,7 @@ def test_without_links(cli, net, undisturbed, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("room", [12_000, 40_000])
-def test_a_disk_that_fills_up(cli, net, undisturbed, monkeypatch, room):  # noqa: F811
+def test_a_disk_that_fills_up(cli, net, undisturbed, monkeypatch, room):
     monkeypatch.setattr(planning.Plan, "held_on", lambda self, block: None)
     with monkeypatch.context() as patch:
         fill_disk(patch, room)
@@ -434,7 +434,7 @@ def test_a_disk_that_fills_up(cli, net, undisturbed, monkeypatch, room):  # noqa
     assert result() == undisturbed
 
 
-def test_no_room_from_the_start(cli, net, monkeypatch):  # noqa: F811
+def test_no_room_from_the_start(cli, net, monkeypatch):
     calls = [3]
     real = os.posix_fallocate
 
@@ -451,7 +451,7 @@ def test_no_room_from_the_start(cli, net, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_killed_and_resumed(net, undisturbed, tmp_path, sent):  # noqa: F811
+def test_killed_and_resumed(net, undisturbed, tmp_path, sent):
     """A real process, ended from outside as soon as it has finished something."""
     command = [sys.executable, "-c", SLOW, "compute", *map(str, net), *COMMAND, "-q"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -470,7 +470,7 @@ def test_killed_and_resumed(net, undisturbed, tmp_path, sent):  # noqa: F811
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_shares_of_the_work_are_merged(cli, net, undisturbed, count):  # noqa: F811
+def test_shares_of_the_work_are_merged(cli, net, undisturbed, count):
     """--shard divides the work, --max-shard-size the result; they do not know of each other."""
     for number in range(1, count + 1):
         ran = cli("compute", *net, *COMMAND, "--shard", f"{number}/{count}")
@@ -521,7 +521,7 @@ def test_damaged_files_are_refused(cli, both, damage, said, command):
     assert error.startswith("h")
 
 
-def test_a_file_of_another_result_is_refused(cli, net, both):  # noqa: F811
+def test_a_file_of_another_result_is_refused(cli, net, both):
     name = "h-00001-of-00004.safetensors"
     other = Path(name).read_bytes()
     assert cli("compute", *net, *COMMAND, "--reduction", "sum").code == 0

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -20,9 +21,18 @@ from hessian_files import symmetric, write
 from torch import nn
 
 from hesscli.errors import FileError, UsageError
+from hesscli.hessian.words import (
+    CURVATURES,
+    FINITE_DIFFERENCE,
+    GAUSS_NEWTON,
+    HVP,
+    PREACTIVATION,
+    STRUCTURES,
+)
 from hesscli.job import compute as jobs
-from hesscli.job import opening
+from hesscli.job import opening, options
 from hesscli.job.parameters import chosen_parameters
+from hesscli.spectrum.eigen import WHICH
 
 NET = ("net.pt", "d.npz")
 
@@ -343,9 +353,9 @@ def test_a_name_that_reads_as_a_pattern():
     module = nn.Module()
     module.register_parameter("w[0]", nn.Parameter(torch.ones(2)))
     with pytest.raises(UsageError) as refused:
-        chosen_parameters(module, ("zz*",))
+        chosen_parameters(module, ("zz*",), print)
     assert refused.value.hint == "--params 'w[[]0]'"
-    assert list(chosen_parameters(module, ("w[[]0]",))[0]) == ["w[0]"]
+    assert list(chosen_parameters(module, ("w[[]0]",), print)[0]) == ["w[0]"]
 
 
 CODE = """
@@ -470,3 +480,11 @@ def test_talk_that_cannot_be_written_stops_nothing(tmp_path):
 def test_an_architecture_s_arguments_without_use(cli):
     ran = cli("compute", *NET, "--arch-arg", "a=1")
     assert "--arch-arg has no effect: net.pt holds its own architecture" in ran.notes
+
+
+def test_the_options_offer_every_word():
+    methods = PREACTIVATION, GAUSS_NEWTON, HVP, FINITE_DIFFERENCE
+    assert get_args(options.Method) == ("auto", *methods)
+    assert get_args(options.Blocks) == tuple(STRUCTURES)
+    assert get_args(options.Curvature) == tuple(CURVATURES)
+    assert get_args(options.Which) == tuple(WHICH)

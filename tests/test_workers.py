@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hesscli.hessian import kronecker
-from hesscli.hessian.amounts import Amounts
+from hesscli.hessian.chunk_sizes import ChunkSizes
 from hesscli.hessian.kronecker import add_kronecker_rows
 from hesscli.hessian.workers import side_by_side, workers
 
@@ -67,7 +67,7 @@ def test_rows_of_a_kronecker_sum_do_not_depend_on_the_threads(two_threads):
 @pytest.mark.parametrize("pairs", [1, 128 * 70 * 40, 300 * 70 * 40])
 def test_many_samples_of_a_kronecker_sum_take_no_more_memory(monkeypatch, pairs):
     """Some samples and some columns at a time: no more products of two inputs are held than may be."""
-    monkeypatch.setattr(kronecker, "amounts", lambda device: Amounts(pairs=pairs))
+    monkeypatch.setattr(kronecker, "chunk_sizes", lambda device: ChunkSizes(pairs=pairs))
     held: list[int] = []
     real = kronecker._add_products
 

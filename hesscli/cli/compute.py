@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
@@ -13,36 +12,11 @@ import typer
 from hesscli.cli.failing import failing
 from hesscli.cli.gates import bound, gate
 from hesscli.cli.options import Debug, Json, Quiet, takes_problem
-from hesscli.cli.values import whole
+from hesscli.cli.values import byte_count, shard_place
 from hesscli.errors import UsageError
-from hesscli.job.options import STATS, ComputeOptions, ProblemOptions
-from hesscli.job.sizes import parse_size
+from hesscli.job.options import Blocks, ComputeOptions, ProblemOptions, Stats
 from hesscli.job.starting import start
 from hesscli.job.team import rank
-
-
-class Blocks(StrEnum):
-    diag = "diag"
-    module = "module"
-    full = "full"
-    elements = "elements"
-
-
-Stats = StrEnum("Stats", {name: name for name in STATS})  # type: ignore[misc]
-
-
-def _size(text: str, option: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from None
-
-
-def _shard(text: str) -> tuple[int, int]:
-    number, count = map(whole, text.partition("/")[::2])
-    if not number or not count or number > count:
-        raise typer.BadParameter(f"{text!r} is not I/N with I from 1 to N", param_hint="--shard")
-    return number, count
 
 
 @takes_problem
@@ -56,7 +30,7 @@ def compute(
             help="diag: block_diagonal, one block per parameter tensor. module: one per module. "
             "full: the whole matrix, P x P numbers. elements: the diagonal's entries alone.",
         ),
-    ] = Blocks.diag,
+    ] = "diag",
     output: Annotated[
         str,
         typer.Option(
@@ -72,7 +46,7 @@ def compute(
             help="basic: trace and norm. auto: also the extreme eigenvalues of blocks up to 1536. "
             "all: of every block; for large ones longer than the Hessian takes. none: nothing."
         ),
-    ] = Stats.auto,  # type: ignore[attr-defined]
+    ] = "auto",
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Say what it would take; compute and write nothing."),
@@ -139,26 +113,24 @@ def compute(
 
         if output == "-" and not dry_run and sys.stdout.isatty():
             raise UsageError("-: standard output is a terminal", "| hesscli eigen -")
-        if fail_above is not None and stats.value in ("basic", "none"):
+        if fail_above is not None and stats in ("basic", "none"):
             raise UsageError(
-                f"--fail-above needs eigenvalues, and --stats {stats.value} computes none",
+                f"--fail-above needs eigenvalues, and --stats {stats} computes none",
                 "--stats all",
             )
         if fail_above is not None and shard is not None:
             raise UsageError("--fail-above needs the whole Hessian, and a shard is a part of it")
         options = ComputeOptions(
             **vars(problem),
-            blocks=blocks.value,
+            blocks=blocks,
             gradient=gradient,
-            stats=stats.value if fail_above is None else "all",
+            stats=stats if fail_above is None else "all",
             output=None if output == "-" else Path(output),
             force=force,
-            max_shard_size=(
-                None if max_shard_size is None else _size(max_shard_size, "--max-shard-size")
-            ),
-            memory=None if memory is None else _size(memory, "--memory"),
+            max_shard_size=byte_count(max_shard_size, "--max-shard-size"),
+            memory=byte_count(memory, "--memory"),
             resume=resume,
-            shard=None if shard is None else _shard(shard),
+            shard=shard_place(shard),
         )
         first = rank() == 0  # of the processes that torchrun started; the others are silent
         with Output(
@@ -168,18 +140,18 @@ def compute(
         ) as out:
             start()
             from hesscli.job.compute import compute as run
-            from hesscli.job.writing import written
+            from hesscli.job.results import written
 
             document = run(options, out, dry_run, stdout=out.stdout.buffer)
             if dry_run:
                 if shard is not None:
                     out.note("--shard has no effect on a plan: it is of the whole Hessian")
-                print_plan(out, document)
+                out.result(document, print_plan)
             elif shard is not None:
-                out.wants_text(document)
+                out.result(document)
                 out.note(f"shard {shard} is done; when all are: hesscli merge {quote(output)}")
             elif first:
-                print_hessian(out, document)
+                out.result(document, print_hessian)
                 if options.output is not None:
                     out.wrote(*written(options.output))
         if first and not dry_run and shard is None:

@@ -84,7 +84,7 @@ def density(
         with Output(quiet=quiet, json=json) as out:
             options = DensityOptions(probes, steps, output, plot, force)
             document = run(hessian, problem, options, out, share)
-            print_density(out, document)
+            out.result(document, print_density)
             if document["interrupted"]:
                 raise KeyboardInterrupt
             for path in (output, plot):
@@ -97,8 +97,6 @@ def print_density(out: Output, document: Document) -> None:
     from hesscli.cli.output import encodable
     from hesscli.cli.summary import counted, matrix, products_headline, source
 
-    if not out.wants_text(document):
-        return
     size = document["size"]
     how = (
         "exact"

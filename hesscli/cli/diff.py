@@ -57,7 +57,7 @@ def diff(
         one_format(json, markdown)
         with Output(quiet=quiet, json=json, markdown=markdown) as out:
             document = run(a, b, rtol, atol, force, out.progress)
-            print_difference(out, document)
+            out.result(document, print_difference)
         if not document["equal"]:
             raise CheckError(_verdict(document))
 
@@ -66,8 +66,6 @@ def print_difference(out: Output, document: Document) -> None:
     """What differs, block by block."""
     from hesscli.cli.output import error, number
 
-    if not out.wants_text(document):
-        return
     a, b = document["a"], document["b"]
     rows = [
         [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import shlex
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,22 +23,16 @@ from hesscli.cli.options import (
 from hesscli.cli.ranks import sharing
 from hesscli.cli.values import finite
 from hesscli.errors import NumericalError, UsageError
-from hesscli.job.options import EigenOptions, ProblemOptions
+from hesscli.job.options import ProblemOptions, Which
 from hesscli.job.starting import start
 
 if TYPE_CHECKING:
     from hesscli.cli.output import Document, Output
     from hesscli.job.alone import Alone
+    from hesscli.job.model_eigen import EigenOptions
 
 
 _TOP = 10
-
-
-class Which(StrEnum):
-    largest = "largest"
-    smallest = "smallest"
-    magnitude = "magnitude"
-    both = "both"
 
 
 @takes_hessian_or_problem("per_block", "tol", "max_products")
@@ -55,7 +48,7 @@ def eigen(
             help="largest, smallest (most negative), or largest in magnitude first; both: half of "
             "them from each end."
         ),
-    ] = Which.largest,
+    ] = "largest",
     block: Annotated[
         str | None,
         typer.Option(
@@ -123,20 +116,20 @@ def eigen(
             return
         from hesscli.cli.output import Output
 
-        if per_block and (top, which) != (_TOP, Which.largest):
+        if per_block and (top, which) != (_TOP, "largest"):
             raise UsageError(
                 "--per-block gives the largest and the smallest of each block, and takes no --top or --which",
                 "hesscli eigen --help",
             )
         refuse_idle_force(force, "-o eigen.safetensors", output)
-        ends, count = ("both", 2) if per_block else (which.value, top)
+        ends, count = ("both", 2) if per_block else (which, top)
         end_seen(ends, count, fail_above, fail_below)
         with Output(quiet=quiet, json=json) as out:
             if problem is None:
                 from hesscli.job.eigen import eigen as run
 
-                document: Document = run(hessian, top, which.value, block, output, force)
-                print_eigenpairs(out, document)
+                document: Document = run(hessian, top, which, block, output, force)
+                out.result(document, print_eigenpairs)
             else:
                 if block is not None:
                     raise UsageError(
@@ -144,9 +137,10 @@ def eigen(
                         f"--params {shlex.quote(glob.escape(block))}",
                         instead_of=("--block",),
                     )
-                options = EigenOptions(
-                    top, which.value, tol, max_products, per_block, output, force
-                )
+                start()
+                from hesscli.job.model_eigen import EigenOptions
+
+                options = EigenOptions(top, which, tol, max_products, per_block, output, force)
                 document = of_model(out, problem, options, share)
             if output is not None:
                 out.wrote(str(output), output.stat().st_size)
@@ -155,12 +149,11 @@ def eigen(
 
 def of_model(out: Output, problem: ProblemOptions, options: EigenOptions, share: Alone) -> Document:
     """Runs and prints; then fails where it must."""
-    start()
     from hesscli.cli.summary import counted
     from hesscli.job.model_eigen import model_eigen, reached
 
     document = model_eigen(problem, options, out, share)
-    (print_extremes if options.per_block else print_eigenpairs)(out, document)
+    out.result(document, print_extremes if options.per_block else print_eigenpairs)
     if document["interrupted"]:
         raise KeyboardInterrupt
     if not document["converged"] and document["products"] < options.max_products:
@@ -180,8 +173,6 @@ def print_eigenpairs(out: Output, document: Document) -> None:
     """The first eigenvalues of a Hessian."""
     from hesscli.cli.output import error
 
-    if not out.wants_text(document):
-        return
     values = zip(document["eigenvalues"], document["residuals"], document["blocks"], strict=True)
     rows = [
         [str(index), f"{value:.6g}", error(residual), block]
@@ -203,8 +194,6 @@ def print_extremes(out: Output, document: Document) -> None:
     from hesscli.cli.output import error
     from hesscli.cli.summary import shape_text
 
-    if not out.wants_text(document):
-        return
     shapes = {facts["name"]: facts["shape"] for facts in document["parameters"]}
     found: dict[str, list[tuple[float, float]]] = {}
     parts = zip(document["blocks"], document["eigenvalues"], document["residuals"], strict=True)

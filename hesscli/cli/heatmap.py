@@ -19,13 +19,13 @@ CIVIDIS = (
     (155, 148, 118), (188, 174, 108), (222, 201, 88), (254, 232, 56),
 )  # fmt: skip
 OF_256 = (17, 60, 243, 102, 247, 144, 185, 227)  # the like in 256 colours: ever lighter
-SHADES = " \N{LIGHT SHADE}\N{MEDIUM SHADE}\N{DARK SHADE}\N{FULL BLOCK}"  # the first is zero
-ASCII = " .:-=+*#%@"
-UPPER, LOWER = "\N{UPPER HALF BLOCK}", "\N{LOWER HALF BLOCK}"
-RESET = "\033[0m"
-LARGEST = 16  # how many columns one entry of a small matrix may take
-LEGEND = 24  # columns of the legend's scale
-MARGIN = 2  # between the picture and the names beside it
+_SHADES = " \N{LIGHT SHADE}\N{MEDIUM SHADE}\N{DARK SHADE}\N{FULL BLOCK}"  # the first is zero
+_ASCII = " .:-=+*#%@"
+_UPPER, _LOWER = "\N{UPPER HALF BLOCK}", "\N{LOWER HALF BLOCK}"
+_RESET = "\033[0m"
+_LARGEST = 16  # how many columns one entry of a small matrix may take
+_LEGEND = 24  # columns of the legend's scale
+_MARGIN = 2  # between the picture and the names beside it
 
 Colour = tuple[int, int, int]
 
@@ -35,7 +35,7 @@ def room(out: Output) -> int:
     size = shutil.get_terminal_size()
     names = min(24, size.columns // 3)
     lines = max(24, size.lines - 10) if out.stream.isatty() else size.columns
-    return max(8, min(size.columns - names - MARGIN, 2 * lines))
+    return max(8, min(size.columns - names - _MARGIN, 2 * lines))
 
 
 def draw(out: Output, picture: Picture, pixels: int) -> None:
@@ -49,22 +49,22 @@ def draw(out: Output, picture: Picture, pixels: int) -> None:
         lines = [paint([row], single=True) for row in grid]
         starts = list(range(len(grid)))
     else:
-        scale = max(1, min(LARGEST, pixels // len(grid)))
+        scale = max(1, min(_LARGEST, pixels // len(grid)))
         grid = [
             [level for level in row for _ in range(scale)] for row in grid for _ in range(scale)
         ]
         if len(grid) % 2:
             grid.append([math.nan] * len(grid[0]))
         lines = [paint(grid[i : i + 2]) for i in range(0, len(grid), 2)]
-        starts = [int(part.start * scale) // 2 for part in picture.parts]
-    beside = _beside([part.name for part in picture.parts], starts)
-    names = max(8, shutil.get_terminal_size().columns - len(grid[0]) - MARGIN)
+        starts = [int(region.start * scale) // 2 for region in picture.regions]
+    beside = _beside([region.name for region in picture.regions], starts)
+    names = max(8, shutil.get_terminal_size().columns - len(grid[0]) - _MARGIN)
     if out.as_markdown:
         out.line("\n```")
     for i, line in enumerate(lines):
-        out.line(f"{line}{' ' * MARGIN}{out.fitted(beside.get(i, ''), names)}".rstrip())
+        out.line(f"{line}{' ' * _MARGIN}{out.fitted(beside.get(i, ''), names)}".rstrip())
     out.line("")
-    scale_shown = paint([[i / (LEGEND - 1) for i in range(LEGEND)]], single=True)
+    scale_shown = paint([[i / (_LEGEND - 1) for i in range(_LEGEND)]], single=True)
     out.line(f"{number(picture.low)} {scale_shown} {number(picture.high)}")
     out.line(_explained(picture))
     if out.as_markdown:
@@ -106,16 +106,16 @@ class _Colours:
         text, before = [], ""
         for upper, lower in zip(rows[0], rows[0] if single else rows[1], strict=True):
             if math.isnan(upper) and math.isnan(lower):
-                code, character = RESET, " "
+                code, character = _RESET, " "
             elif math.isnan(upper):
-                code, character = RESET + self._code(38, lower), LOWER
+                code, character = _RESET + self._code(38, lower), _LOWER
             elif math.isnan(lower):
-                code, character = RESET + self._code(38, upper), UPPER
+                code, character = _RESET + self._code(38, upper), _UPPER
             else:
-                code, character = self._code(38, upper) + self._code(48, lower), UPPER
+                code, character = self._code(38, upper) + self._code(48, lower), _UPPER
             text.append(character if code == before else code + character)
             before = code
-        return "".join(text) + RESET
+        return "".join(text) + _RESET
 
     def _code(self, ground: int, level: float) -> str:
         if self.true_colour:
@@ -142,12 +142,12 @@ class _Shades:
 
 
 def _painter(out: Output) -> _Colours | _Shades:
-    blocks = encodable(SHADES + UPPER + LOWER, out.stream)
+    blocks = encodable(_SHADES + _UPPER + _LOWER, out.stream)
     true_colour = os.environ.get("COLORTERM", "") in ("truecolor", "24bit")
     many = true_colour or "256color" in os.environ.get("TERM", "")
     if blocks and many and colour_wanted(out.stream) and not out.as_markdown:
         return _Colours(true_colour)
-    return _Shades(SHADES if blocks else ASCII)
+    return _Shades(_SHADES if blocks else _ASCII)
 
 
 def _cividis(level: float) -> Colour:

@@ -75,7 +75,7 @@ def hvp(
 
         with Output(quiet=quiet, json=json) as out:
             options = HvpOptions(vector, per_fedavg, query, gradient, output, force)
-            print_products(out, run(problem, options, out, share))
+            out.result(run(problem, options, out, share), print_products)
             out.wrote(str(output), output.stat().st_size)
 
 
@@ -84,8 +84,6 @@ def print_products(out: Output, document: Document) -> None:
     from hesscli.cli.output import number
     from hesscli.cli.summary import products_headline, shape_text
 
-    if not out.wants_text(document):
-        return
     facts = products_headline(document)
     if document["per_fedavg"] is not None:
         names = ["|g'|", "|(I - aH)g'|"]

@@ -36,8 +36,8 @@ def merge(
 
         start()
         from hesscli.job.compute import merge as run
-        from hesscli.job.writing import written
+        from hesscli.job.results import written
 
         with Output(quiet=quiet, json=json) as out:
-            print_hessian(out, run(hessian, out))
+            out.result(run(hessian, out), print_hessian)
             out.wrote(*written(hessian))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -14,22 +13,7 @@ import typer
 from hesscli.cli.completion import parameter_names
 from hesscli.cli.values import factors, key_values, sample_range, whole
 from hesscli.errors import UsageError
-from hesscli.job.options import CURVATURES, METHODS, ProblemOptions
-
-
-class Reduction(StrEnum):
-    mean = "mean"
-    sum = "sum"
-
-
-class DType(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    float64 = "float64"
-
-
-Curvature = StrEnum("Curvature", {name: name for name in CURVATURES})  # type: ignore[misc]
-Method = StrEnum("Method", {name: name for name in METHODS})  # type: ignore[misc]
+from hesscli.job.options import Curvature, DType, Method, ProblemOptions, Reduction
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
@@ -73,9 +57,7 @@ def problem_options(
             "Repeatable.",
         ),
     ] = [],  # noqa: B006 - typer copies it
-    reduction: Annotated[Reduction, typer.Option(help="Mean over the data, or sum.")] = (
-        Reduction.mean
-    ),
+    reduction: Annotated[Reduction, typer.Option(help="Mean over the data, or sum.")] = "mean",
     arch: Annotated[
         str | None,
         typer.Option(
@@ -135,7 +117,7 @@ def problem_options(
     ] = "auto",
     dtype: Annotated[
         DType, typer.Option(help="auto is the model's own. float64 costs about twice the time.")
-    ] = DType.auto,
+    ] = "auto",
     batch_size: Annotated[
         str,
         typer.Option(
@@ -170,7 +152,7 @@ def problem_options(
     ] = True,
     method: Annotated[
         Method, typer.Option(help="auto takes the fastest that is exact; others are forced.")
-    ] = Method.auto,  # type: ignore[attr-defined]
+    ] = "auto",
     tf32: Annotated[
         bool, typer.Option("--tf32", help="Let CUDA multiply in TF32: faster, three digits.")
     ] = False,
@@ -180,7 +162,7 @@ def problem_options(
             help="hessian. ggn: generalised Gauss-Newton, J^T H_loss J. fisher: empirical Fisher, "
             "per-sample gradients times themselves."
         ),
-    ] = Curvature.hessian,  # type: ignore[attr-defined]
+    ] = "hessian",
 ) -> ProblemOptions:
     """The options of a problem, from what the command line says."""
     if batch_size != "auto" and not whole(batch_size):
@@ -194,7 +176,7 @@ def problem_options(
         data=data,
         loss=loss,
         loss_arguments=key_values(loss_arg, "--loss-arg"),
-        reduction=reduction.value,
+        reduction=reduction,
         arch=arch,
         arch_arguments=key_values(arch_arg, "--arch-arg"),
         inputs=tuple(inputs),
@@ -205,16 +187,16 @@ def problem_options(
         unbatched=unbatched,
         params=tuple(params),
         device=device,
-        dtype=dtype.value,
+        dtype=dtype,
         batch_size=whole(batch_size),
         seed=seed,
         threads=threads,
         allow_pickle=allow_pickle,
         train_mode=train_mode,
         check=check,
-        method=method.value,
+        method=method,
         tf32=tf32,
-        curvature=curvature.value,
+        curvature=curvature,
     )
 
 

@@ -6,19 +6,19 @@ no number is ever cut, and nothing but text.
 
 from __future__ import annotations
 
-import json as json_library
+import json
 import math
 import os
 import re
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from hesscli.job import without_infinities
+from hesscli.job.json_form import without_infinities
 from hesscli.job.sizes import size
 
 if TYPE_CHECKING:
@@ -101,17 +101,17 @@ class Output:
 
     # Results
 
-    def json(self, document: Document) -> None:
-        self.line(json_library.dumps(without_infinities(document), indent=2, allow_nan=False))
-
-    # The parts of a result
-
-    def wants_text(self, document: Document) -> bool:
-        """Whether a table is wanted; the JSON document is printed here where that is."""
+    def result(
+        self, document: Document, as_text: Callable[[Output, Document], None] | None = None
+    ) -> None:
+        """Prints the JSON document where that is wanted, else the text of it; nothing of a text if quiet."""
         self._stop_bar()
         if self.as_json:
-            self.json(document)
-        return not (self.as_json or self.quiet)
+            self.line(json.dumps(without_infinities(document), indent=2, allow_nan=False))
+        elif as_text is not None and not self.quiet:
+            as_text(self, document)
+
+    # The parts of a result
 
     def line(self, text: str) -> None:
         with self._for_a_reader():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,10 +98,8 @@ def show(
         with Output(quiet=quiet, json=json, markdown=markdown) as out:
             pixels = ([room(out)] if heatmap else []) + ([PIXELS] if plot else [])
             shown = run(hessian, block, wide, pixels, verify, out.progress)
-            if block is None:
-                print_hessian(out, shown.document, WIDE if wide else COLUMNS)
-            else:
-                print_block(out, shown.document)
+            table = partial(print_hessian, columns=WIDE if wide else COLUMNS)
+            out.result(shown.document, table if block is None else print_block)
             if heatmap:
                 out.line("")
                 draw(out, shown.pictures[0], pixels[0])

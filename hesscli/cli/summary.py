@@ -15,8 +15,6 @@ WIDE = (*COLUMNS, "mean_eig", "negative", "condition", "symmetry_error")
 
 def print_hessian(out: Output, document: Document, columns: Sequence[str] = COLUMNS) -> None:
     """The summary of a Hessian, with these statistics."""
-    if not out.wants_text(document):
-        return
     rows = [_row(facts, columns) for facts in document["blocks"]]
     if len(rows) > 1:
         total = {"name": "total", "shape": [], **document["total"]}
@@ -27,8 +25,6 @@ def print_hessian(out: Output, document: Document, columns: Sequence[str] = COLU
 
 def print_block(out: Output, document: Document) -> None:
     """All that is known of one block."""
-    if not out.wants_text(document):
-        return
     (facts,) = document["blocks"]
     shape = shape_text(facts["shape"])
     out.facts(headline(document))
@@ -45,8 +41,6 @@ def print_block(out: Output, document: Document) -> None:
 
 def print_plan(out: Output, document: Document) -> None:
     """What a command would take."""
-    if not out.wants_text(document):
-        return
     total = document["total"]
     rows = [
         [

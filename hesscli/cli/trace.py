@@ -72,7 +72,7 @@ def trace(
                     f"the standard error is more than {rel_error:.3g} of the total after "
                     f"{max_products} products; --max-products {4 * max_products} would halve it"
                 )
-            print_traces(out, document)
+            out.result(document, print_traces)
             if document["interrupted"]:
                 raise KeyboardInterrupt
         if fail_above is not None and not document["converged"]:
@@ -88,8 +88,6 @@ def print_traces(out: Output, document: Document) -> None:
     from hesscli.cli.output import number
     from hesscli.cli.summary import products_headline, shape_text
 
-    if not out.wants_text(document):
-        return
     rows = [
         [
             facts["name"],

@@ -1,4 +1,4 @@
-"""What the values of options say: numbers, ranges, factors and `K=V` pairs, from their text."""
+"""What the values of options say: numbers, sizes, ranges, factors and `K=V` pairs, from their text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import typer
 
 from hesscli.job.options import EVERY
+from hesscli.job.sizes import parse_size
 
 
 def key_values(pairs: list[str], option: str) -> dict[str, object]:
@@ -46,6 +47,24 @@ def sample_range(text: str) -> tuple[int, int | None]:
     if text and all(whole(part or "0") is not None for part in (first, last)):
         return whole(first) or 0, whole(last)
     raise typer.BadParameter(f"{text!r} is not of the form N or A:B", param_hint="--samples")
+
+
+def byte_count(text: str | None, option: str) -> int | None:
+    """A size such as `5GB`, in bytes."""
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+
+
+def shard_place(text: str | None) -> tuple[int, int] | None:
+    """`I/N` as two numbers."""
+    if text is None:
+        return None
+    number, count = map(whole, text.partition("/")[::2])
+    if not number or not count or number > count:
+        raise typer.BadParameter(f"{text!r} is not I/N with I from 1 to N", param_hint="--shard")
+    return number, count
 
 
 def factor(text: str) -> tuple[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ _FORMS = "PKG.MOD:FACTORY, FILE.py:FACTORY, transformers:CLASS, timm:NAME or mlp
 
 def build(
     arch: str,
-    arch_args: Mapping[str, object],
+    arch_arguments: Mapping[str, object],
     state_dict: Mapping[str, torch.Tensor],
     model: str | os.PathLike[str] = "",
 ) -> nn.Module:
@@ -29,7 +29,7 @@ def build(
     Args:
         arch: `PKG.MOD:FACTORY`, `FILE.py:FACTORY` (the current folder is importable), `transformers:CLASS`,
             `timm:NAME` or `mlp`. The factory is a class, a function or a ready module.
-        arch_args: keyword arguments for the factory.
+        arch_arguments: keyword arguments for the factory.
         state_dict: the weights; only `mlp` looks at them.
         model: where they come from; `transformers` finds its configuration there.
 
@@ -38,7 +38,7 @@ def build(
         MismatchError: the weights are not those of an MLP.
     """
     if arch == "mlp":
-        return build_mlp(state_dict, arch_args)
+        return build_mlp(state_dict, arch_arguments)
     source, colon, attribute = arch.rpartition(":")
     if not colon or not source or not attribute:
         raise UsageError(f"--arch {arch}: expected {_FORMS}", f"--arch {shlex.quote(_guess(arch))}")
@@ -51,7 +51,7 @@ def build(
             factory = timm_factory(attribute)
         else:
             factory = attribute_of("--arch", arch, module, "FACTORY")
-        return _call(arch, factory, attribute, arch_args)
+        return _call(arch, factory, attribute, arch_arguments)
 
 
 def _call(arch: str, factory: object, name: str, arguments: Mapping[str, object]) -> nn.Module:
@@ -88,10 +88,10 @@ def _call(arch: str, factory: object, name: str, arguments: Mapping[str, object]
     return module
 
 
-def _wanted(factory: object, given: Mapping[str, object]) -> dict[str, object]:
+def _wanted(factory: Callable[..., object], given: Mapping[str, object]) -> dict[str, object]:
     """The arguments that the factory knows and needs: the given ones, VALUE for the others."""
     try:
-        parameters = inspect.signature(factory).parameters.values()  # type: ignore[arg-type]
+        parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):
         return dict(given)
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

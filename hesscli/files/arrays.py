@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ class Arrays:
     numbers: dict[str, torch.Tensor]
     skipped: dict[str, Unusable]
     files: tuple[Path, ...]
-    columns: bool = field(default=False)
+    columns: bool = False
     notes: tuple[str, ...] = ()
 
 

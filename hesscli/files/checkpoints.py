@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from hesscli.errors import MismatchError
+from hesscli.errors import MismatchError, listed
 from hesscli.files.libraries import as_transformers_names
 from hesscli.files.ties import shared
 
 # Where training scripts and their libraries put the weights; the first of these that is there counts.
-ENTRIES = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
+_ENTRIES = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _LISTED = 5
 
@@ -23,15 +23,15 @@ def unwrap(content: object, notes: list[str]) -> object:
     """The state dict, or the module, in a checkpoint; the content itself if it is none."""
     if not isinstance(content, Mapping):
         return content
-    found = [name for name in ENTRIES if _holds_weights(content.get(name))]
+    found = [name for name in _ENTRIES if _holds_weights(content.get(name))]
     if not found:
         found = [str(name) for name, value in content.items() if _holds_weights(value)]
         if len(found) != 1 or any(isinstance(value, torch.Tensor) for value in content.values()):
             return content
     others = [str(name) for name in content if name != found[0]]
-    listed = ", ".join(others[:_LISTED]) + (", ..." if len(others) > _LISTED else "")
     notes.append(
-        f"weights: the entry {found[0]} of the checkpoint" + (f" (not {listed})" if others else "")
+        f"weights: the entry {found[0]} of the checkpoint"
+        + (f" (not {listed(others, _LISTED)})" if others else "")
     )
     return content[found[0]]
 
@@ -80,8 +80,7 @@ def fitted(
         kept = set(names.values())
         left = [name for name in weights if name not in kept]
         if left:
-            listed = ", ".join(left[:_LISTED]) + (", ..." if len(left) > _LISTED else "")
-            notes.append(f"left out, not the architecture's: {listed}")
+            notes.append(f"left out, not the architecture's: {listed(left, _LISTED)}")
         return {new: weights[old] for new, old in names.items()}
     named = as_transformers_names(module, weights)
     if named is None:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hesscli.errors import FileError, MismatchError, NumericalError, UsageError
+from hesscli.errors import FileError, MismatchError, NumericalError, UsageError, listed
 from hesscli.files.arrays import load_arrays
 from hesscli.files.digest import sha256_of_all
 
-INPUT_NAMES = ("x", "X", "input", "inputs", "data", "images", "features")
+_INPUT_NAMES = ("x", "X", "input", "inputs", "data", "images", "features")
 _STEP = 1 << 24  # numbers looked at together
 _INDEX = ("", "Unnamed: 0", "__index_level_0__")  # what the index is called in tables of pandas
 TARGET_NAMES = ("y", "Y", "target", "targets", "label", "labels")
@@ -197,21 +197,20 @@ class _Choice:
             return list(inputs) or self._inputs(target), target
         name = "columns" if target != "columns" else "inputs"
         self.arrays[name] = torch.stack([self.arrays[name].double() for name in chosen], 1)
-        listed = ", ".join(chosen[:10]) + (", ..." if len(chosen) > 10 else "")
         plural = "column" if len(chosen) == 1 else "columns"
-        self.notes.append(f"inputs: the {plural} {listed} ({describe(self.arrays[name])})")
+        self.notes.append(f"inputs: the {plural} {listed(chosen)} ({describe(self.arrays[name])})")
         return [name], target
 
     def _inputs(self, targets: str | None) -> list[str]:
         free = [name for name in self.arrays if name != targets]
-        named = [name for name in free if name in INPUT_NAMES]
+        named = [name for name in free if name in _INPUT_NAMES]
         others = [name for name in free if targets is not None or name not in TARGET_NAMES]
         called = [name for name in self.arguments if name in others]
         if len(named) == 1 and (len(called) < 2 or named[0] not in called):
             return [self._noted("inputs", named[0], "from its name")]
         if called:
-            listed = ", ".join(f"{name} ({describe(self.arrays[name])})" for name in called)
-            self.notes.append(f"inputs: {listed}, inferred from what the model calls its inputs")
+            found = ", ".join(f"{name} ({describe(self.arrays[name])})" for name in called)
+            self.notes.append(f"inputs: {found}, inferred from what the model calls its inputs")
             return called
         if len(named) > 1:
             raise self.unclear(f"{' and '.join(named)} may all be the inputs")
@@ -235,8 +234,8 @@ class _Choice:
         return name
 
     def unclear(self, problem: str, hint: str = "--inputs KEY --targets KEY") -> UsageError:
-        listed = ", ".join(f"{name} ({describe(array)})" for name, array in self.arrays.items())
-        said = [problem, f"it holds {listed}", *self.skipped]
+        found = ", ".join(f"{name} ({describe(array)})" for name, array in self.arrays.items())
+        said = [problem, f"it holds {found}", *self.skipped]
         return UsageError(f"{self.path}: {'; '.join(said)}", hint)
 
 

@@ -55,7 +55,7 @@ def _own_batch_norm(
     return _batch_norm(x, weight, bias, None, None, momentum, eps, training)
 
 
-_LOOSE = {
+_REPLACED = {
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,
     torch.ops.aten.detach.default: torch.detach,
     torch.ops.aten.copy.default: _copied,
@@ -177,8 +177,8 @@ def _loosen(module: nn.Module) -> None:
         for node in list(part.graph.nodes):
             if node.target is torch.ops.aten._assert_tensor_metadata.default:
                 part.graph.erase_node(node)
-            elif node.target in _LOOSE:
-                node.target = _LOOSE[node.target]
+            elif node.target in _REPLACED:
+                node.target = _REPLACED[node.target]
             elif isinstance(node.target, torch._ops.HigherOrderOperator):
                 node.target = IN_PYTHON.get(node.target.name(), node.target)
         part.recompile()

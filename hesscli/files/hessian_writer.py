@@ -114,15 +114,15 @@ class HessianWriter:
         """Leaves the unfinished result behind, for another run to go on with."""
         self.kept = True
 
-    def write(self, name: str, rows: np.ndarray, first_row: int = 0) -> None:
-        """Puts whole rows of a tensor in their place, and counts them in its checksum.
+    def write(self, name: str, tensor: np.ndarray) -> None:
+        """Puts a tensor in its place, and counts its rows in its checksum.
 
         Raises:
             ResourceError: the disk is full.
         """
-        array = np.ascontiguousarray(rows, self.dtype)
-        self.count(name, array, first_row)
-        self.place(name, array, first_row)
+        array = np.ascontiguousarray(tensor, self.dtype)
+        self.count(name, array)
+        self.place(name, array)
 
     def place(self, name: str, rows: np.ndarray, first_row: int = 0) -> None:
         """Puts whole rows of a tensor, contiguous, in their place. They are counted elsewhere.

@@ -14,7 +14,7 @@ from types import ModuleType
 
 from torch import nn
 
-from hesscli.errors import UsageError
+from hesscli.errors import UsageError, listed
 
 # Where architectures come from; each is installed under its own name.
 _LIBRARIES = ("timm", "torchaudio", "torchvision", "transformers")
@@ -110,7 +110,7 @@ def attribute_of(option: str, spec: str, module: ModuleType, wanted: str) -> obj
             near = difflib.get_close_matches(name, choices, 1, 0.5) or choices[:1]
             raise UsageError(
                 f"{option} {spec}: {source} has no {name}"
-                + (f"; it has: {', '.join(choices[:10])}" if choices else ""),
+                + (f"; it has: {listed(choices)}" if choices else ""),
                 f"{option} {shlex.quote(f'{source}:{near[0] if near else wanted}')}",
             )
         value = getattr(value, name)

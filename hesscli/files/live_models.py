@@ -11,9 +11,7 @@ from hesscli.files.digest import sha256_of
 from hesscli.files.models import SavedModel, prepare, without_parameters
 
 
-def live_model(
-    module: nn.Module, *, train_mode: bool = False, device: str | None = None
-) -> SavedModel:
+def live_model(module: nn.Module, *, train_mode: bool, device: str | None) -> SavedModel:
     """A module in memory in the form of a loaded one. It is changed as one from a file is: pass a copy.
 
     Raises:

@@ -18,7 +18,7 @@ _NOT_ELEMENTWISE = {
     *("MultiheadAttention", "PReLU", "RReLU", "GLU", "Threshold"),
     *("Softmin", "Softmax", "Softmax2d", "LogSoftmax"),
 }
-ACTIVATIONS: dict[str, type[nn.Module]] = {
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
     name.lower(): getattr(nn, name)
     for name in nn.modules.activation.__all__
     if name not in _NOT_ELEMENTWISE
@@ -83,10 +83,10 @@ def build_mlp(state_dict: Mapping[str, torch.Tensor], arguments: Mapping[str, ob
 
 
 def _activation(name: object) -> nn.Module:
-    found = ACTIVATIONS.get("none" if name is None else str(name).lower())
+    found = _ACTIVATIONS.get("none" if name is None else str(name).lower())
     if found is None:
         raise UsageError(
-            f"--arch mlp: no activation is called {name}; there are: {', '.join(ACTIVATIONS)}",
+            f"--arch mlp: no activation is called {name}; there are: {', '.join(_ACTIVATIONS)}",
             _HINT,
         )
     return found()

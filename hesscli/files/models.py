@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from hesscli.errors import FileError, UsageError
+from hesscli.errors import FileError, UsageError, listed
 from hesscli.files.architectures import build
 from hesscli.files.call_signature import CallSignature, signature_of
 from hesscli.files.checkpoints import fitted, unwrap, without_wrappers
@@ -45,7 +45,7 @@ class SavedModel:
     """A model as it was saved, ready to be called."""
 
     module: nn.Module  # on the device; in eval mode unless train mode was asked for
-    kind: Form
+    form: Form
     sha256: str
     notes: tuple[str, ...]  # what the user should know, one line each
     signature: CallSignature
@@ -56,7 +56,7 @@ def load_model(
     path: str | os.PathLike[str],
     *,
     arch: str | None = None,
-    arch_args: Mapping[str, object] = _NO_ARGUMENTS,
+    arch_arguments: Mapping[str, object] = _NO_ARGUMENTS,
     allow_pickle: bool = False,
     train_mode: bool = False,
     device: torch.device = _CPU,
@@ -69,7 +69,7 @@ def load_model(
     Args:
         path: the file.
         arch: what the weights of a state dict belong to; see `architectures.build`.
-        arch_args: its keyword arguments.
+        arch_arguments: its keyword arguments.
         allow_pickle: whether the file may run code of its own when loaded.
         train_mode: whether dropout, batch norm and the like behave as in training.
         device: where the module goes.
@@ -107,9 +107,9 @@ def load_model(
             tie(content, shared(content.named_parameters(remove_duplicate=False)))
             module, form = content, "pickle"
         else:
-            module = _with_architecture(path, content, arch, arch_args, notes)
+            module = _with_architecture(path, content, arch, arch_arguments, notes)
             form = "state_dict"
-    if form != "state_dict" and (arch is not None or arch_args):
+    if form != "state_dict" and (arch is not None or arch_arguments):
         option = "--arch-arg" if arch is None else f"--arch {arch}"
         notes.append(f"{option} has no effect: {path} holds its own architecture")
     if next(module.parameters(), None) is None:
@@ -208,7 +208,7 @@ def _with_architecture(
     path: str | os.PathLike[str],
     content: object,
     arch: str | None,
-    arch_args: Mapping[str, object],
+    arch_arguments: Mapping[str, object],
     notes: list[str],
 ) -> nn.Module:
     weights = _state_dict(path, content)
@@ -216,7 +216,7 @@ def _with_architecture(
         raise _without_architecture(path)
     if arch == "mlp":
         weights = without_wrappers(weights, notes)
-    module = build(arch, arch_args, weights, path)
+    module = build(arch, arch_arguments, weights, path)
     if any(p.is_meta for p in module.parameters()):
         raise UsageError(
             f"--arch {arch}: builds its parameters on the meta device, without memory",
@@ -248,7 +248,7 @@ def _state_dict(path: str | os.PathLike[str], content: object) -> dict[str, torc
         raise FileError(f"{path}: holds a {type(content).__name__}; expected a state dict", hint)
     weights = {str(key): t for key, t in content.items() if isinstance(t, torch.Tensor)}
     if not weights:
-        keys = ", ".join(str(key) for key in list(content)[:10])
+        keys = listed(map(str, content))
         what = f"its keys are {keys}" if keys else "it is empty"
         raise FileError(f"{path}: no weights at its top level; {what}", hint)
     nested = [name for name, t in weights.items() if t.is_nested]

@@ -15,6 +15,7 @@ from numpy.lib import format as npy_format
 
 from hesscli.errors import FileError, ResourceError
 from hesscli.files.resources import available_memory
+from hesscli.files.sniff import COPY_AGAIN
 from hesscli.files.torch_files import reading
 from hesscli.files.unusable import Unusable
 from hesscli.files.zip_files import check_zip
@@ -96,7 +97,7 @@ def _array(
         raise FileError(
             f"{path}: array {name} is damaged: {dtype} {list(shape)} does not take the "
             f"{size - header} bytes that are there",
-            "copy or download the file again",
+            COPY_AGAIN,
         )
     if dtype.kind not in "biufc":
         return Unusable(f"not numbers ({dtype.name})")

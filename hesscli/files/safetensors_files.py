@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import safe_open
 from hesscli.errors import FileError
 from hesscli.files.npy import tensor
 from hesscli.files.result_names import index_of_shard
+from hesscli.files.safetensors_header import parse
 from hesscli.files.torch_files import reading
 from hesscli.files.unusable import Unusable
 
@@ -51,9 +51,8 @@ def map_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | Un
             _refuse_hessian(path, file)
             names = file.offset_keys()
         with open(path, "rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
-            header: dict[str, Any] = json.loads(raw.read(length))
-        return {name: _mapped(path, header[name], 8 + length) for name in names}
+            header, start = parse(raw)
+        return {name: _mapped(path, header[name], start) for name in names}
 
 
 def _mapped(

@@ -7,12 +7,13 @@ import shlex
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hesscli.errors import FileError
 from hesscli.files.sniff import kind_of, unsupported
 
 AGAIN = "compute it again, or copy the file again"
+_LONGEST = 100_000_000  # bytes, by the format
 _MODELS = ("torchscript", "exported", "torch_zip", "torch_legacy")
 
 
@@ -45,8 +46,7 @@ def read_header(path: Path, shown: str) -> Header:
         # Opened here first: safe_open calls a file that may not be read a missing one.
         with path.open("rb") as raw, safe_open(path, "np") as file:  # checks lengths and offsets
             metadata = file.metadata() or {}
-            length = int.from_bytes(raw.read(8), "little")
-            entries = json.loads(raw.read(length))
+            entries, start = parse(raw)
     except FileNotFoundError:
         raise
     except PermissionError:
@@ -60,7 +60,20 @@ def read_header(path: Path, shown: str) -> Header:
             f"{shown}: not a Hessian file, or one that was cut short ({str(error).splitlines()[0]})"
         ) from None
     entries.pop("__metadata__", None)
-    return Header(path, metadata, entries, 8 + length)
+    return Header(path, metadata, entries, start)
+
+
+def parse(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """The header as it stands at the start of a file, and where the tensors begin.
+
+    Raises:
+        ValueError: it is none.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if length > _LONGEST:
+        raise ValueError("not a safetensors header")
+    found: dict[str, Any] = json.loads(file.read(length))
+    return found, 8 + length
 
 
 def is_regular(path: Path) -> bool:

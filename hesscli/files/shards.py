@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hesscli.errors import FileError
+from hesscli.errors import FileError, listed
 from hesscli.files.safetensors_files import load_safetensors
 from hesscli.files.sniff import kind_of, unsupported
 from hesscli.files.torch_files import read_torch_file, reading
@@ -33,9 +33,9 @@ def weights_in(folder: str | os.PathLike[str]) -> Path:
             return path
     found = sorted(Path(folder).glob("*.index.json")) or sorted(Path(folder).glob("*.safetensors"))
     if len(found) != 1:
-        listed = ", ".join(path.name for path in found[:10]) or "none"
+        names = listed(path.name for path in found) or "none"
         raise FileError(
-            f"{folder}: a folder with one file of weights is wanted, not {listed}", _SAVE
+            f"{folder}: a folder with one file of weights is wanted, not {names}", _SAVE
         )
     return found[0]
 

@@ -75,6 +75,9 @@ DESCRIPTIONS: dict[Kind, str] = {
     "unknown": "a file of unknown format",
 }
 
+COPY_AGAIN = "copy or download the file again"
+"""The way out of a damaged file."""
+
 _HEAD = 512
 _LONGEST_INDEX = 1 << 24
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.serialization.MAGIC_NUMBER, pickled
@@ -107,7 +110,7 @@ def unsupported(path: str | os.PathLike[str], kind: Kind, wanted: str, hint: str
     """The refusal of a file of the wrong kind. A hint about the file itself goes before `hint`."""
     hints: dict[Kind, str] = {
         "lfs_pointer": f"git lfs pull --include {shlex.quote(os.path.basename(path))}",
-        "zip_damaged": "copy or download the file again",
+        "zip_damaged": COPY_AGAIN,
         "html": "the download failed: fetch the file again",
     }
     return FileError(

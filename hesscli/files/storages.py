@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 from hesscli.errors import FileError
+from hesscli.files.sniff import COPY_AGAIN
+from hesscli.files.zip_files import read
 
 _ITEMSIZES = {
     **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
@@ -36,15 +38,10 @@ def check_storages(path: str | os.PathLike[str]) -> None:
             if pickled not in ("data.pkl", "constants.pkl"):
                 continue
             place = f"{folder}/{pickled.removesuffix('.pkl')}"
-            if member.CRC == 0:  # written without checksums: none is compared
-                del member.CRC
             try:
-                with archive.open(member) as content:
-                    wanted = _storages(content.read())
+                wanted = _storages(read(archive, member))
             except Exception as error:  # the unpickler raises nearly everything
-                raise FileError(
-                    f"{path}: damaged: {name} is no pickle", "copy or download the file again"
-                ) from error
+                raise FileError(f"{path}: damaged: {name} is no pickle", COPY_AGAIN) from error
             for key, size in wanted.items():
                 stored = members.get(f"{place}/{key}")
                 found = None if stored is None else stored.file_size
@@ -52,7 +49,7 @@ def check_storages(path: str | os.PathLike[str]) -> None:
                     raise FileError(
                         f"{path}: damaged: {place}/{key} should hold {size} bytes, "
                         f"{'it is missing' if found is None else f'{found} are there'}",
-                        "copy or download the file again",
+                        COPY_AGAIN,
                     )
 
 

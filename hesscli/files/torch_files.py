@@ -16,7 +16,7 @@ from typing import BinaryIO
 import torch
 
 from hesscli.errors import FileError, HesscliError, ResourceError, is_out_of_memory
-from hesscli.files.sniff import DESCRIPTIONS, Kind
+from hesscli.files.sniff import COPY_AGAIN, DESCRIPTIONS, Kind
 from hesscli.files.storages import check_storages
 from hesscli.files.zip_files import check_zip, stored
 
@@ -59,7 +59,7 @@ def reading(path: str | os.PathLike[str], kind: Kind) -> Iterator[None]:
         reason = _reason(error, kind)
         raise FileError(
             f"{path}: {DESCRIPTIONS[kind]} that cannot be read: {reason}",
-            "copy or download the file again"
+            COPY_AGAIN
             if reason == _DAMAGED
             else "save it again, with the versions of its libraries that are installed here",
         ) from error

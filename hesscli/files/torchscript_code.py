@@ -11,6 +11,7 @@ import re
 import zipfile
 
 from hesscli.errors import FileError
+from hesscli.files.zip_files import read
 
 # Every operator that takes the name of a file. As words anywhere, for there is more than one way to name an operator.
 _FILES = re.compile(rb"\b(from_file|save|load_tensor)\b")
@@ -26,10 +27,7 @@ def refuse_files(path: str | os.PathLike[str], hint: str) -> None:
         for member in archive.infolist():
             if not member.filename.endswith(".py"):
                 continue
-            if member.CRC == 0:  # written without checksums: none is compared
-                del member.CRC
-            with archive.open(member) as content:
-                if found := _FILES.search(content.read()):
-                    raise FileError(
-                        f"{path}: TorchScript that opens other files ({found[1].decode()})", hint
-                    )
+            if found := _FILES.search(read(archive, member)):
+                raise FileError(
+                    f"{path}: TorchScript that opens other files ({found[1].decode()})", hint
+                )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ def load_weights(
     path: str | os.PathLike[str],
     module: nn.Module,
     weights: Mapping[str, torch.Tensor],
-    others: Mapping[str, object] = MappingProxyType({}),
+    others: Mapping[str, object],
 ) -> None:
     """Loads the weights of the file into the module, at their full precision, float32 at least.
 

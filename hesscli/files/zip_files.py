@@ -7,9 +7,9 @@ import zipfile
 
 from hesscli.errors import FileError, ResourceError
 from hesscli.files.resources import available_memory
+from hesscli.files.sniff import COPY_AGAIN
 
 _CHUNK = 1 << 20
-_COPY = "copy or download the file again"
 
 
 def check_zip(path: str | os.PathLike[str]) -> None:
@@ -39,8 +39,15 @@ def check_zip(path: str | os.PathLike[str]) -> None:
         raise
     except Exception as error:  # zlib.error, BadZipFile, EOFError, struct.error, ...
         raise FileError(
-            f"{path}: damaged: {name or 'its listing'} is not what was written", _COPY
+            f"{path}: damaged: {name or 'its listing'} is not what was written", COPY_AGAIN
         ) from error
+
+
+def read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """A member's content, compared with its checksum if it was written with one."""
+    if member.CRC == 0:
+        del member.CRC
+    return archive.read(member)
 
 
 def stored(path: str | os.PathLike[str]) -> bool:
@@ -60,7 +67,9 @@ def _check_names(path: str | os.PathLike[str], members: list[zipfile.ZipInfo]) -
                 "do not use this file: no program that saves models writes such names",
             )
         if member.filename in seen:  # readers differ in which of the two they take
-            raise FileError(f"{path}: damaged: holds two files called {member.filename!r}", _COPY)
+            raise FileError(
+                f"{path}: damaged: holds two files called {member.filename!r}", COPY_AGAIN
+            )
         seen.add(member.filename)
 
 
@@ -69,7 +78,7 @@ def _check_sizes(path: str | os.PathLike[str], members: list[zipfile.ZipInfo]) -
     packed = sum(member.compress_size for member in members)
     if packed > size:  # members that lie over each other unpack to far more than there is
         raise FileError(
-            f"{path}: damaged: its parts claim {packed} bytes, the file has {size}", _COPY
+            f"{path}: damaged: its parts claim {packed} bytes, the file has {size}", COPY_AGAIN
         )
     for member in members:
         plain = member.compress_type == zipfile.ZIP_STORED
@@ -77,7 +86,7 @@ def _check_sizes(path: str | os.PathLike[str], members: list[zipfile.ZipInfo]) -
             raise FileError(
                 f"{path}: damaged: {member.filename!r} claims {member.file_size} bytes, "
                 f"{member.compress_size} are there",
-                _COPY,
+                COPY_AGAIN,
             )
     unpacked = sum(m.file_size for m in members if m.compress_type != zipfile.ZIP_STORED)
     free = available_memory()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hesscli.hessian.amounts import amounts
+from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.kronecker import FEWEST, add_kronecker_rows
 from hesscli.hessian.layers import Layer
 from hesscli.hessian.probes import Probed
@@ -113,7 +113,7 @@ class _Later:
             None if delta is None else layer.weight.rows(delta.detach())
             for layer, delta in ((layer, deltas[layer.z]) for layer in layers)
         ]
-        together = amounts(probed.output.device).gradients
+        together = chunk_sizes(probed.output.device).gradients
         step = max(FEWEST, together // max(1, self.size))
         samples = len(self.inputs[0]) if layers else 0
         self.parts = [slice(start, min(start + step, samples)) for start in range(0, samples, step)]
@@ -151,14 +151,14 @@ class _Later:
             for row in rows:
                 column = 0
                 for index, layer in enumerate(self.layers):
-                    u, shift = moved[index], shifts[index]
+                    u, shift, delta = moved[index], shifts[index], self.deltas[index]
                     _fill(
                         buffer[:, column : column + layer.size].unflatten(1, (-1, layer.width)),
                         layer,
                         None if u is None else u[row, part],
                         self.inputs[index][part],
                         None if shift is None else shift[row][part],
-                        None if shift is None else self.deltas[index][part],  # type: ignore[index]
+                        None if delta is None else delta[part],
                     )
                     column += layer.size
                 out[row * width : (row + 1) * width].addmm_(left, buffer)

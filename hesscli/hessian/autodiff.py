@@ -15,9 +15,21 @@ from hesscli.hessian.guests import is_missing_derivative
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Derivatives are taken, also where the caller is in `torch.no_grad` or `torch.inference_mode`."""
-    with torch.inference_mode(False), torch.enable_grad():
+    """Derivatives are taken, of all digits, also in `torch.no_grad`, `torch.inference_mode` or `torch.autocast`."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
         yield
+
+
+def unit_rows(like: Tensor, first: int, count: int, size: int) -> Tensor:
+    """Rows of the identity matrix from `first` on, as seeds: [count, size]."""
+    rows = like.new_zeros(count, size)
+    rows[:, first : first + count].fill_diagonal_(1)
+    return rows
 
 
 def batched_grad(

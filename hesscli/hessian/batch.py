@@ -61,12 +61,13 @@ def doubled(batches: Sequence[Batch]) -> Sequence[Batch]:
 
 
 def _double(batch: Batch) -> Batch:
-    def cast(value: object) -> object:
-        return in_precision(value, torch.float64) if isinstance(value, Tensor) else value
-
+    arguments = {
+        name: in_precision(value, torch.float64) if isinstance(value, Tensor) else value
+        for name, value in batch.loss_arguments.items()
+    }
     return Batch(
-        tuple(cast(x) for x in batch.inputs),  # type: ignore[misc]
-        cast(batch.target),  # type: ignore[arg-type]
-        {name: cast(value) for name, value in batch.loss_arguments.items()},
+        tuple(in_precision(x, torch.float64) for x in batch.inputs),
+        None if batch.target is None else in_precision(batch.target, torch.float64),
+        arguments,
         batch.keywords,
     )

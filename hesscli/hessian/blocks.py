@@ -8,14 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from hesscli.errors import UsageError
-
-STRUCTURES = {
-    "diag": "block_diagonal",
-    "module": "module",
-    "full": "full",
-    "elements": "elements",
-}
-"""`--blocks` option -> the structure's name in table, JSON and metadata."""
+from hesscli.hessian.words import STRUCTURES
 
 ROOT = "(root)"  # the block of parameters that the outermost module owns itself
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hesscli.hessian.amounts import amounts
+from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.probes import Analysis, Probed
 from hesscli.hessian.sample_axis import SampleAxis
 from hesscli.hessian.sample_rules import ELEMENTWISE_UNARY, RESHAPES
@@ -103,12 +103,12 @@ def chain_diagonals(
     # From the last linear layer on, the diagonal is all that is needed, and all that is kept.
     last = max((i for i, s in enumerate(steps) if s.call.name in _PRODUCTS), default=0)
     widest = max([start.shape[1], *(probed.known[s.before][0].numel() for s in steps)])
-    count = max(1, amounts(start.device).chain // (widest * widest))
+    count = max(1, chunk_sizes(start.device).chain // (widest * widest))
     found: dict[int, list[Tensor]] = {z: [] for z in zs}
     with torch.no_grad():
         for first in range(0, probed.samples, count):
             part = slice(first, first + count)
-            curvature = Curvature(start[part])
+            curvature = FactoredHessian(start[part])
             value = output
             for index, step in enumerate(steps):
                 if value in found:
@@ -128,7 +128,7 @@ def curved_outputs(steps: Sequence[Step]) -> list[int]:
 
 
 def _back(
-    curvature: Curvature,
+    curvature: FactoredHessian,
     step: Step,
     known: Mapping[int, Tensor],
     before: Tensor,
@@ -178,7 +178,7 @@ def derivatives(call: Call, at: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 @dataclass
-class Curvature:
+class FactoredHessian:
     """S = sum of L^T R + sum of V^T diag(w) V + diag(d), for each sample.
 
     Args:

@@ -27,8 +27,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hesscli.hessian.along import Along
 from hesscli.hessian.blocks import Block
+from hesscli.hessian.directional import DirectionalDifference
 from hesscli.hessian.problem import Problem
 
 KIND = "differences of gradients"
@@ -132,15 +132,15 @@ class Certificate:
         size = float(torch.linalg.norm(product))
         return self._best(Comparison(self.along(block, v), slice(None), product, size))
 
-    def along(self, block: Block, v: Tensor) -> Along:
-        return Along(self.problem, block, v)
+    def along(self, block: Block, v: Tensor) -> DirectionalDifference:
+        return DirectionalDifference(self.problem, block, v)
 
     def _constants(self, block: Block, product: Tensor, v: Tensor) -> Tensor:
         """Entries that PyTorch treats as constants though the loss depends on them: an embedding's padding row.
 
         They have no gradient, here or a step away, and their rows of the Hessian are zero.
         """
-        along = Along(self.problem, block, v)
+        along = DirectionalDifference(self.problem, block, v)
         here, there = along.gradient(0.0), along.gradient(_STEPS[self.problem.dtype][-1])
         return (here == 0) & (there == 0) & (product == 0)
 
@@ -202,9 +202,9 @@ class Certificate:
 
     def _noise(self, comparison: Comparison, step: float, difference: float) -> float:
         """What rounding can make of a difference from the quotient; of the block too, if that is zero but for noise."""
-        typical = comparison.along.typical()
-        noise = _ROUNDING[self.problem.dtype] * self.gradient_norm / (step * typical)
-        of_block = _ROUNDING[self.dtype] * self.gradient_norm / typical
+        scale = comparison.along.scale
+        noise = _ROUNDING[self.problem.dtype] * self.gradient_norm / (step * scale)
+        of_block = _ROUNDING[self.dtype] * self.gradient_norm / scale
         if self.dtype == self.problem.dtype or difference > noise + of_block:
             return noise  # of zero or not, two gradients would change nothing
         quotient = comparison.along.quotient(step)[comparison.entries]
@@ -218,7 +218,7 @@ class Comparison:
     Every comparison gives |computed - quotient|, and the greater size of the two or of `scale`.
     """
 
-    along: Along
+    along: DirectionalDifference
     entries: slice | int
     computed: Tensor
     scale: float

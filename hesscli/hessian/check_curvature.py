@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesscli.hessian.along import Along
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.hessian.definitions import exact_derivatives, right_gradients
+from hesscli.hessian.directional import DirectionalDifference
 from hesscli.hessian.kinks import Kinks, held_difference
 from hesscli.hessian.problem import Problem
 
@@ -37,12 +37,12 @@ class OutputCertificate(Certificate):
         super().__post_init__()
         self.one_sided = False
 
-    def along(self, block: Block, v: Tensor) -> Along:
-        return AlongOutput(self.problem, block, v, self.fisher)
+    def along(self, block: Block, v: Tensor) -> DirectionalDifference:
+        return OutputDifference(self.problem, block, v, self.fisher)
 
 
 @dataclass
-class AlongOutput(Along):
+class OutputDifference(DirectionalDifference):
     """J^T M J v in three steps that share nothing with the products: J v by central differences of the output,
     M by differences of the loss's gradient there (or, for Fisher, from that gradient), J^T by a plain backward pass.
     """
@@ -50,7 +50,7 @@ class AlongOutput(Along):
     fisher: bool
 
     def quotient(self, step: float) -> Tensor:
-        leaves, h = self.leaves(), step * self.typical()
+        leaves, h = self.leaves(), step * self.scale
         total = torch.zeros_like(self.direction)
         for problem in self.problem.by_batch():
             (batch,) = problem.batches

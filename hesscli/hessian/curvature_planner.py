@@ -5,30 +5,25 @@ from __future__ import annotations
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.costs import Work
-from hesscli.hessian.planner import (
-    FINITE_DIFFERENCE,
-    GAUSS_NEWTON,
-    HVP,
-    PREACTIVATION,
-    Choice,
-    Planner,
-)
+from hesscli.hessian.cuts import Cuts
+from hesscli.hessian.planner import Choice, Planner
 from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
+from hesscli.hessian.words import FINITE_DIFFERENCE, GAUSS_NEWTON, HVP, PREACTIVATION
 
 
-def planner_of(problem: Problem, analyses: Analyses, chunk: int, curvature: str) -> Planner:
+def planner_of(problem: Problem, analyses: Analyses, cuts: Cuts, curvature: str) -> Planner:
     """The planner for a curvature: "hessian", "ggn" or "fisher"."""
     if curvature == "hessian":
-        return Planner(problem, analyses, chunk)
-    return CurvaturePlanner(problem, analyses, chunk, curvature)
+        return Planner(problem, analyses, cuts)
+    return CurvaturePlanner(problem, analyses, cuts, curvature)
 
 
 class CurvaturePlanner(Planner):
     """Per-sample Jacobians where every parameter has an affine use, whatever follows it; else row by row."""
 
-    def __init__(self, problem: Problem, analyses: Analyses, chunk: int, curvature: str) -> None:
-        super().__init__(problem, analyses, chunk)
+    def __init__(self, problem: Problem, analyses: Analyses, cuts: Cuts, curvature: str) -> None:
+        super().__init__(problem, analyses, cuts)
         self.curvature = curvature
 
     def choices(self, block: Block, diagonal: bool) -> list[Choice]:

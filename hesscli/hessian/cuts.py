@@ -18,8 +18,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from hesscli.hessian.amounts import amounts
+from hesscli.hessian.autodiff import unit_rows
 from hesscli.hessian.batch import Batch
+from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.costs import CUT_PASSES, PASSES, Costs, Work
 from hesscli.hessian.positions import positions_as_samples
 from hesscli.hessian.probes import Analysis, Cut, Probed
@@ -227,13 +228,13 @@ def _curvature(probed: Probed, value: int, workspace: int) -> Cut:
     (delta,) = torch.autograd.grad(probed.value, [probe], create_graph=True)
     samples, size = probed.samples, delta.numel() // probed.samples
     sigma = delta.new_zeros(samples, size, size)
-    chunk = max(1, min(amounts(delta.device).rows, workspace // (8 * delta.numel())))
+    chunk = max(1, min(chunk_sizes(delta.device).rows, workspace // (8 * delta.numel())))
     if delta.requires_grad:
         for first in range(0, size, chunk):
             count = min(chunk, size - first)
-            seeds = delta.new_zeros(count, samples, size)
-            seeds[torch.arange(count), :, torch.arange(first, first + count)] = 1
-            (found,) = probed.along(delta, [probe], seeds.view(count, *delta.shape))
+            units = unit_rows(delta, first, count, size).unsqueeze(1)
+            seeds = units.expand(count, samples, size).reshape(count, *delta.shape)
+            (found,) = probed.along(delta, [probe], seeds)
             if found is not None:
                 sigma[:, first : first + count] = found.reshape(count, samples, size).transpose(
                     0, 1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.operator import Flat
-from hesscli.hessian.problem import Problem, placed
+from hesscli.hessian.problem import Problem, parameters_at
 from hesscli.hessian.quotients import Quotients
 
 
@@ -43,5 +43,5 @@ class Differences(Flat):
         """A part's gradient at theta + h v."""
         parts = zip(self.leaves, direction.split(self.sizes), strict=True)
         moved = [leaf.detach().add(part.view_as(leaf), alpha=h) for leaf, part in parts]
-        with placed(self.leaves, moved):
-            return torch.cat([g.reshape(-1) for g in problem.gradient(self.names).values()])
+        with parameters_at(self.leaves, moved):
+            return problem.flat_gradient(self.names)

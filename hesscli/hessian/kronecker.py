@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hesscli.hessian.amounts import amounts
+from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.layout import Span
 from hesscli.hessian.workers import side_by_side, workers
 
@@ -31,7 +31,7 @@ def add_kronecker_rows(out: Tensor, s: Tensor, a: Tensor) -> None:
     m = a.shape[1]
     groups = -(-m // _WIDTH)
     edges = [(g * m // groups, (g + 1) * m // groups) for g in range(groups)]
-    usual = amounts(out.device)
+    usual = chunk_sizes(out.device)
     step = max(FEWEST, usual.pairs // (m * max(stop - q for q, stop in edges)))
     target = out.unflatten(1, (n, m)).unflatten(0, (rows, m))
     for b in range(0, len(a), step):
@@ -79,7 +79,7 @@ def _add_products(target: Tensor, s: Tensor, a: Tensor, edges: Sequence[Span], m
 
 def mirror_(matrix: Tensor) -> None:
     """Copies the upper triangle of a matrix onto the lower, in place."""
-    n, tile = len(matrix), amounts(matrix.device).tile
+    n, tile = len(matrix), chunk_sizes(matrix.device).tile
     for i in range(0, n, tile):
         for j in range(i, n, tile):
             upper = matrix[i : i + tile, j : j + tile]

@@ -23,18 +23,15 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from hesscli.errors import MismatchError
-from hesscli.hessian.amounts import amounts
 from hesscli.hessian.applicability import NotApplicable, explained
-from hesscli.hessian.autodiff import batched_grad, seeded_grad
+from hesscli.hessian.autodiff import batched_grad, seeded_grad, unit_rows
 from hesscli.hessian.batch import Batch
+from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.saved import saved_bytes
 from hesscli.hessian.workers import in_order, workers
-
-CURVATURES = {"hessian": "hessian", "ggn": "ggn", "fisher": "empirical_fisher"}
-"""`--curvature` option -> the name in table, JSON and metadata."""
 
 _GRAPHS = 3  # a kept graph holds about this many times what a forward pass saves
 _TILE = 1 << 15  # columns of a product that are added to the sum at a time, in the cache
@@ -43,7 +40,7 @@ Linear = Callable[[Tensor], Tensor]  # [*output.shape] -> the same, or of k of t
 Row = Sequence[Tensor]  # [P], or [k, P], parameter after parameter
 
 
-def demand(problem: Problem, curvature: str, analyses: Analyses) -> None:
+def require_curvature(problem: Problem, curvature: str, analyses: Analyses) -> None:
     """Refuses a curvature that the problem does not have.
 
     Raises:
@@ -91,9 +88,7 @@ class Flat:
 
     def columns(self, start: int, stop: int) -> Tensor:
         """Rows start to stop of the matrix, [stop - start, P]."""
-        units = self.leaves[0].new_zeros(stop - start, self.size)
-        units[torch.arange(stop - start), torch.arange(start, stop)] = 1
-        return self(units)
+        return self(unit_rows(self.leaves[0], start, stop - start, self.size))
 
     def split(self, vectors: Tensor) -> dict[str, Tensor]:
         """[..., P] by parameter, in the parameters' shapes."""
@@ -109,14 +104,14 @@ class Products(Flat):
 
     Args:
         problem: what is differentiated.
-        curvature: one of `CURVATURES`.
+        curvature: "hessian", "ggn" or "fisher".
         memory: bytes that graphs may take.
         rows: how many vectors may share one pass; no more than the device gains from.
-        proven: `demand` was asked already.
+        proven: `require_curvature` was asked already.
 
     Raises:
         NotApplicable: an operator lacks a derivative.
-        MismatchError: as `demand` says.
+        MismatchError: as `require_curvature` says.
     """
 
     def __init__(
@@ -128,10 +123,10 @@ class Products(Flat):
         proven: bool = False,
     ) -> None:
         super().__init__(problem)
-        usual = amounts(problem.device).vectors
+        usual = chunk_sizes(problem.device).vectors
         self.curvature, self.rows = curvature, max(1, min(rows or usual, usual))
         if not proven:
-            demand(problem, curvature, Analyses(problem))
+            require_curvature(problem, curvature, Analyses(problem))
         self.kept: dict[int, Callable[[Tensor], Row]] = {}
         self.keeps = self._that_fit(memory)
 

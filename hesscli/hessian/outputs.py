@@ -33,8 +33,9 @@ def pick_output(result: object, key: str | None, prefer_loss: bool = False) -> T
         entries = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     found = ", ".join(entries) or type(result).__name__
     if key is not None:
-        if isinstance(entries.get(key), Tensor):
-            return entries[key]  # type: ignore[return-value]
+        entry = entries.get(key)
+        if isinstance(entry, Tensor):
+            return entry
         raise MismatchError(f"the model's output has no tensor {key!r}; it holds: {found}")
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     preferred = "loss" if prefer_loss else "logits"

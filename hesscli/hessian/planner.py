@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.costs import PASSES, Costs, Work
-from hesscli.hessian.cuts import CutPlan, plan_cuts
+from hesscli.hessian.cuts import CutPlan, Cuts
 from hesscli.hessian.probes import Analyses, Analysis
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.rates import Rates, usual_rates
@@ -17,9 +17,7 @@ from hesscli.hessian.recorder import record
 from hesscli.hessian.routes.gauss_newton import bend_of, block_uses
 from hesscli.hessian.routes.preactivation import chain_of, split
 from hesscli.hessian.uses import Use
-
-HVP, FINITE_DIFFERENCE = "hvp", "finite-difference"
-PREACTIVATION, GAUSS_NEWTON = "preactivation", "gauss-newton"
+from hesscli.hessian.words import FINITE_DIFFERENCE, GAUSS_NEWTON, HVP, PREACTIVATION
 
 
 @dataclass(frozen=True)
@@ -58,23 +56,23 @@ class Planner:
     Args:
         problem: what is differentiated.
         analyses: of its batches.
-        chunk: directions per batched pass.
+        cuts: of its batches.
     """
 
-    def __init__(self, problem: Problem, analyses: Analyses, chunk: int) -> None:
+    def __init__(self, problem: Problem, analyses: Analyses, cuts: Cuts) -> None:
         self.problem, self.rates = problem, usual_rates(problem.device)
+        self.batch, self.cuts = problem.batches[0], cuts
         self.analysis: Analysis | None = None
         self.costs: Costs | None = None
-        self.cuts: CutPlan | None = None
+        self.cut_plan: CutPlan | None = None
         self.refused = ""
-        batch = problem.batches[0]
         try:
-            self.analysis = analyses.of(batch)
+            self.analysis = analyses.of(self.batch)
         except NotApplicable as reason:
             self.refused = str(reason)
         with suppress(NotApplicable):  # what nothing is proven of still has a cost
-            tape = self.analysis.tape if self.analysis is not None else record(problem, batch)
-            self.costs = Costs(tape, problem.dtype.itemsize, chunk, self.rates)
+            tape = self.analysis.tape if self.analysis is not None else record(problem, self.batch)
+            self.costs = Costs(tape, problem.dtype.itemsize, cuts.chunk, self.rates)
 
     def choices(self, block: Block, diagonal: bool) -> list[Choice]:
         """The exact routes of a block, the cheapest first; `finite-difference` is always the last resort."""
@@ -111,7 +109,8 @@ class Planner:
         analysis, costs = self._proven()
         if diagonal:
             steps, mine = chain_of(analysis, {block.name: analysis.use(block.parameters[0])})
-            for use in mine.values():
+            use = mine.get(block.name)
+            if use is not None:
                 own, sweep = costs.own(use, True, False), costs.chain(steps)
                 return Choice(PREACTIVATION, "chain", self._all(own), self._all(sweep))
         layers, others = split(analysis, block)
@@ -128,7 +127,7 @@ class Planner:
             work += costs.own(layer.weight, diagonal, by_directions=False)
             if tail:
                 work += costs.cross(layer.weight, tail)
-            tail += layer.weight.size + (layer.bias.size if layer.bias else 0)
+            tail += layer.size
             count += seeds
         sizes = dict(zip(block.parameters, block.sizes, strict=True))
         rows = sum(sizes[name] for name in others)
@@ -140,10 +139,8 @@ class Planner:
     def _along(self, use: Use, count: int) -> Work:
         """Derivatives along directions of one layer alone, which end at the next cut."""
         analysis, costs = self._proven()
-        if self.cuts is None:
-            samples = sum(len(batch.inputs[0]) for batch in self.problem.batches)
-            self.cuts = plan_cuts(analysis, costs, samples, self.problem.dtype.itemsize)
-        return self.cuts.work(costs, use.z, count)
+        self.cut_plan = self.cuts.plan(self.batch, analysis)
+        return self.cut_plan.work(costs, use.z, count)
 
     def _gauss_newton(self, block: Block, diagonal: bool) -> Choice:
         analysis, costs = self._proven()
@@ -166,7 +163,7 @@ class Planner:
         return work.times(len(self.problem.batches))
 
 
-def total(choices: Sequence[Choice], rates: Rates) -> float:
+def seconds_of(choices: Sequence[Choice], rates: Rates) -> float:
     """Seconds of a plan: what routes share counts once, for the block that needs most of it."""
     seconds = sum(choice.own.seconds(rates) for choice in choices)
     for method in {choice.method for choice in choices}:

@@ -18,10 +18,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from hesscli.hessian.amounts import amounts
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.batch import Batch
+from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.losses import OF_CLASSES
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.recorder import record, record_terms
@@ -185,7 +185,7 @@ class Probed:
         """The loss; at a cut, what has the same derivative by everything before it."""
         if self.weight is not None:
             return (self.weight * self.output).sum()
-        return self.problem.total_of(self.output, self.batch) / self.problem.denominator
+        return self.problem.exact_total(self.output, self.batch) / self.problem.denominator
 
     @cached_property
     def phi(self) -> Tensor:
@@ -201,9 +201,9 @@ class Probed:
             inputs: probes and duals.
             seeds: [directions, *z.shape].
         """
-        if self.cut is None:
+        if self.cut is None or self.weight is None:
             return batched_grad(delta, inputs, seeds)
-        moved, *bent = batched_grad(delta, [self.weight, *inputs], seeds)  # type: ignore[list-item]
+        moved, *bent = batched_grad(delta, [self.weight, *inputs], seeds)
         if moved is None:
             return tuple(bent)
         # How far c moves, times Sigma, and back.
@@ -221,7 +221,7 @@ class Probed:
     def output_hessian(self) -> Tensor:
         """The loss's own Hessian at the output, per sample: [samples, C, C], by differentiation."""
         f = self.output.detach().requires_grad_()
-        total = self.problem.total_of(f, self.batch)
+        total = self.problem.exact_total(f, self.batch)
         size = f.numel() // self.samples
         by_sample = f.new_zeros(self.samples, size, size)
         if not total.requires_grad:
@@ -229,7 +229,7 @@ class Probed:
         (gradient,) = torch.autograd.grad(total / self.problem.denominator, f, create_graph=True)
         if not gradient.requires_grad:
             return by_sample
-        count = max(1, amounts(f.device).output // max(1, f.numel()))
+        count = max(1, chunk_sizes(f.device).output // max(1, f.numel()))
         columns = by_sample.transpose(0, 1).split(count)
         for part, seeds in zip(columns, self.output_seeds().split(count), strict=True):
             (found,) = batched_grad(gradient, [f], seeds)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hesscli.errors import DeviceMismatchError, MismatchError, is_out_of_memory
+from hesscli.errors import MismatchError, is_out_of_memory
 from hesscli.hessian.batch import Batch, doubled
 from hesscli.hessian.copies import copied
 from hesscli.hessian.definitions import exact_derivatives, right_gradients
@@ -22,6 +21,7 @@ from hesscli.hessian.guests import explaining, guest
 from hesscli.hessian.loss import Loss
 from hesscli.hessian.outputs import pick_output
 from hesscli.hessian.precision import Narrowings, in_precision_, staying_wide
+from hesscli.hessian.refusals import no_gradient, not_accepted
 from hesscli.hessian.state import state_kept
 
 
@@ -89,7 +89,7 @@ class Problem:
             state_kept(self.module),
             staying_wide() if self.wide else nullcontext(),
             torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
-            guest(partial(_not_accepted, batch)),
+            guest(partial(not_accepted, batch)),
         ):
             inputs = [x.clone() for x in batch.inputs] if self.writes else batch.inputs
             place = len(inputs) - len(batch.keywords)
@@ -100,7 +100,7 @@ class Problem:
         """The batch's sum of loss terms, and its share of the denominator of the mean."""
         return self.loss.total(self.output(batch), batch.target, batch.loss_arguments)
 
-    def total_of(self, output: Tensor, batch: Batch) -> Tensor:
+    def exact_total(self, output: Tensor, batch: Batch) -> Tensor:
         """The batch's sum of loss terms as a function of its output, to be differentiated twice."""
         with exact_derivatives():
             return self.loss.total(output, batch.target, batch.loss_arguments)[0]
@@ -124,6 +124,10 @@ class Problem:
                 if grad is not None:
                     total += grad
         return dict(zip(names, sums, strict=True))
+
+    def flat_gradient(self, names: Sequence[str]) -> Tensor:
+        """The same as one vector [n], parameter after parameter."""
+        return torch.cat([grad.reshape(-1) for grad in self.gradient(names).values()])
 
     def gradient_norm(self) -> float:
         """|dL/dtheta| over all parameters of the module, also those that were not chosen."""
@@ -222,53 +226,12 @@ class Problem:
         return twin if same else None
 
 
-_OTHER_DEVICE = re.compile(r"the same device|the expected device|torch\.cuda\.\w+Tensor")
-
-
-def _not_accepted(batch: Batch, reason: str, error: BaseException) -> MismatchError:
-    if _OTHER_DEVICE.search(str(error)):
-        return DeviceMismatchError(
-            f"the model makes tensors on another device: {reason}", "--device cpu"
-        )
-    shapes = ", ".join(f"{_dtype(x)} {list(x.shape)}" for x in batch.inputs)
-    return MismatchError(
-        f"the model does not accept the inputs {shapes}: {reason}", _type_hint(str(error), batch)
-    )
-
-
-def _type_hint(error: str, batch: Batch) -> str | None:
-    """What to do about integers that the model does not take as they are."""
-    if "'indices'" in error or "embedding" in error:
-        return "store indices as int64: x.astype(np.int64)"
-    wide = any(x.dtype is torch.float64 for x in batch.inputs)
-    if wide and re.search(r"same (dtype|scalar type)|self\.dtype to be equal", error):
-        return "--dtype float32"
-    if any(x.dtype is torch.uint8 for x in batch.inputs):
-        return "--scale 1/255"
-    integers = [x for x in batch.inputs if not (x.is_floating_point() or x.is_complex())]
-    name = r"\b([Ll]ong|[Ii]nt|[Ss]hort|[Cc]har|[Bb]ool)(Tensor|\d+)?\b"
-    floats_wanted = re.search(
-        rf"not implemented for '{name}'|mixed dtype|[Tt]ype.*{name}.*[Ff]loat|[Ff]loat.*(found|[Gg]ot):? {name}",
-        error,
-    )
-    # --scale makes floats of all inputs: where there are several of integers, some may be indices.
-    return "--scale 1" if len(integers) == 1 and floats_wanted else None
-
-
-def no_gradient(reason: str, error: BaseException) -> MismatchError:
-    return MismatchError(f"the gradient of the model cannot be taken: {reason}")
-
-
 def _norm(tensors: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum(float(tensor.square().sum()) for tensor in tensors.values()))
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 @contextmanager
-def placed(leaves: Sequence[Tensor], values: Iterable[Tensor]) -> Iterator[None]:
+def parameters_at(leaves: Sequence[Tensor], values: Iterable[Tensor]) -> Iterator[None]:
     """Inside, the leaves have these values, in memory of their own: what shares theirs is a constant, and stays."""
     before = [leaf.data for leaf in leaves]
     try:

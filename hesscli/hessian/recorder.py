@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesscli.hessian.aliases import Aliases
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.guests import is_missing_derivative
-from hesscli.hessian.memory import Memory
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.tape import Call, Ref, Tape
 from hesscli.hessian.watcher import Watcher
@@ -139,7 +139,7 @@ class _Recorder(Watcher):
         self.complex: set[int] = set()
         self.numbers: dict[int, int] = {}  # of what a tensor, by identity, is now
         self.first: dict[int, int] = {}  # and of what it was at first
-        self.memory = Memory()
+        self.aliases = Aliases()
         self.refusal = ""
         self.default = torch.get_default_dtype()
 
@@ -182,12 +182,12 @@ class _Recorder(Watcher):
         if any(writes):
             self._put_back(result)
         elif _is_view(func, args, result):
-            self.memory.keep_view(result, args[0], self.calls[-1])
+            self.aliases.keep_view(result, args[0], self.calls[-1])
         return result
 
     def _keep_given(self, target: Tensor) -> None:
         """Copies what no call makes before it is written to: a replay begins with what was there."""
-        for tensor in self.memory.sharing(target):
+        for tensor in self.aliases.sharing(target):
             number = self.first[id(tensor)]
             if self.given.get(number) is tensor:
                 self.given[number] = tensor.detach().clone()
@@ -204,7 +204,7 @@ class _Recorder(Watcher):
         if len(written) != 1 or not isinstance(written[0], Tensor):
             self._refuse(f"{func._schema.name} writes into its arguments")
             return func, arguments
-        if self.memory.write(written[0]) and torch.Tag.inplace_view in func.tags:
+        if self.aliases.write(written[0]) and torch.Tag.inplace_view in func.tags:
             self._refuse(f"{func._schema.name.removeprefix('aten::')} changes what a view is of")
         if func is torch.ops.aten.copy_.default:
             return self._copied(written[0], args[1], arguments[1])
@@ -223,7 +223,7 @@ class _Recorder(Watcher):
 
     def _put_back(self, part: Any) -> None:
         """What was written to through a view, as far as it is known what the view is of."""
-        while viewed := self.memory.view(part):
+        while viewed := self.aliases.view(part):
             whole, view = viewed
             was, now, shape = self._ref(whole), self._ref(part), whole.shape
             made = put_back(
@@ -258,7 +258,7 @@ class _Recorder(Watcher):
 
     def _taken_again(self, view: Tensor) -> None:
         """A view of what has been written to since it was taken."""
-        viewed = self.memory.view(view)
+        viewed = self.aliases.view(view)
         if viewed is None:
             self._refuse("the model reads through a view what it wrote in place")
             return
@@ -276,7 +276,7 @@ class _Recorder(Watcher):
             self.complex.add(number)
         self.numbers[id(tensor)] = number
         self.first.setdefault(id(tensor), number)
-        self.memory.keep(tensor, func, args)
+        self.aliases.keep(tensor, func, args)
         return number
 
     def _ref(self, tensor: Tensor) -> Ref:
@@ -284,7 +284,7 @@ class _Recorder(Watcher):
 
     def _referenced(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            if self.memory.is_stale(value):
+            if self.aliases.is_stale(value):
                 self._taken_again(value)
             if id(value) not in self.numbers:
                 self.given[self._number(value)] = value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hesscli.hessian.amounts import amounts
+from hesscli.hessian.chunk_sizes import chunk_sizes
 
 
 def symmetrise_(matrix: Tensor) -> float:
@@ -21,7 +21,7 @@ def symmetrise_(matrix: Tensor) -> float:
 
 def average_(matrix: Tensor) -> float:
     """Replaces H by (H + H^T) / 2; returns ||H - H^T||_F^2 of what it was before."""
-    n, tile = len(matrix), amounts(matrix.device).tile
+    n, tile = len(matrix), chunk_sizes(matrix.device).tile
     difference = torch.zeros((), dtype=torch.float64, device=matrix.device)
     for i in range(0, n, tile):
         for j in range(i, n, tile):

@@ -18,7 +18,7 @@ from torch import Tensor
 from hesscli.hessian.precision import default_of
 
 # What was written in place lies elsewhere in its replay, where not every view is one.
-_LOOSE = {
+_VIEWS_OR_COPIES = {
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,
     torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
 }
@@ -120,7 +120,7 @@ class Tape:
             for call in self.calls if calls is None else calls:
                 arguments = _filled(call.arguments, known)
                 keywords = {name: _filled(value, known) for name, value in call.keywords.items()}
-                operator = _LOOSE.get(call.operator, call.operator)
+                operator = _VIEWS_OR_COPIES.get(call.operator, call.operator)
                 result = operator(*arguments, **keywords)
                 parts = result if isinstance(result, (tuple, list)) else (result,)
                 for number, part in zip(call.outputs, parts, strict=True):

@@ -195,7 +195,7 @@ def _use(
         if lookup or axes[made] is not None:
             break
         if call.name == "embedding":
-            lookup, value = call, call.outputs[0]  # type: ignore[assignment]
+            lookup, value = call, made
             continue
         whole = tape.shapes[made] == tape.shapes[value]
         if call.name not in _VIEWS and not (call.name == "slice" and whole):
@@ -204,11 +204,11 @@ def _use(
             view = call.operator(view, *call.arguments[1:], **call.keywords)
         except RuntimeError:  # not a view of the parameter as it lies in the file
             return f"not an affine use ({call.name})"
-        value = call.outputs[0]  # type: ignore[assignment]
+        value = made
     z, reason = call.outputs[0], f"not an affine use ({call.name})"
     if not tape.complex.isdisjoint([value, *call.reads, *([] if z is None else [z])]):
         return "complex numbers"
-    if z is None or axes[z] is None or (lookup and not _adds_rows(tape, call, value)):
+    if z is None or axes[z] is None or (lookup and not _adds_rows(tape, call, value, z)):
         return reason
     if lookup:
         call, value = lookup, lookup.arguments[0].value
@@ -218,10 +218,10 @@ def _use(
     return _affine(tape, axes, call, place, z, name, view) or reason
 
 
-def _adds_rows(tape: Tape, call: Call, rows: int) -> bool:
+def _adds_rows(tape: Tape, call: Call, rows: int, total: int) -> bool:
     """Whether a call adds rows of a table to others of the same length."""
-    length = tape.shapes[call.outputs[0]][-1]  # type: ignore[index]
-    return call.name == "add" and not call.keywords and tape.shapes[rows][-1] == length
+    lengths = tape.shapes[rows][-1], tape.shapes[total][-1]
+    return call.name == "add" and not call.keywords and lengths[0] == lengths[1]
 
 
 def _affine(

@@ -11,10 +11,10 @@ import torch
 
 from hesscli.errors import MismatchError
 from hesscli.files.resources import available_memory
-from hesscli.hessian.amounts import amounts
 from hesscli.hessian.batch import Batch, Batches
+from hesscli.hessian.batch_size import PREFERRED_ROWS, Sizes, choose_sizes
+from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.losses import LOSSES, OF_CLASSES, classes_last
-from hesscli.hessian.plan import PREFERRED_ROWS, Sizes, choose_sizes
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.saved import saved_bytes
 from hesscli.job.own_loss import seen
@@ -119,7 +119,7 @@ def _sizes(problem: Problem, saved: int, samples: int, parts: int, side_by_side:
     free = free_memory(problem.device)
     if parts > 1 and problem.device.type == "cpu":
         free //= ranks_here()
-    usual = amounts(problem.device)
+    usual = chunk_sizes(problem.device)
     rows = 1 if side_by_side and problem.device.type == "cuda" else PREFERRED_ROWS
     sizes = choose_sizes(samples, saved, size, problem.dtype.itemsize, free, usual, rows)
     if side_by_side and problem.device.type == "cpu":

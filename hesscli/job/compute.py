@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import shlex
 import time
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ from hesscli.errors import (
     FileError,
     HesscliError,
     InterruptedRun,
-    NumericalError,
     ResourceError,
     UsageError,
     is_out_of_memory,
@@ -25,18 +23,20 @@ from hesscli.files.hessian_writer import HessianWriter
 from hesscli.files.models import SavedModel
 from hesscli.files.result_names import followed, journals
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.unused import unused_of
-from hesscli.job import Document, documents, statistics, timeless
+from hesscli.hessian.first_gradient import first_gradient
+from hesscli.job import documents, statistics
 from hesscli.job.beside import Beside
 from hesscli.job.journal import Journal, read_journal
+from hesscli.job.json_form import Document, timeless
 from hesscli.job.large import LargeBlock
 from hesscli.job.loss import described
 from hesscli.job.opening import open_problem
 from hesscli.job.options import ComputeOptions, Listener, command_of, options_of
 from hesscli.job.planning import Plan
+from hesscli.job.results import written
 from hesscli.job.team import Team, missing, shares
 from hesscli.job.whole import WholeBlocks, groups
-from hesscli.job.writing import demand_names, writable, written
+from hesscli.job.writing import demand_names, writable
 from hesscli.spectrum.eigen import extremes
 
 # What changes nothing in the file.
@@ -152,12 +152,7 @@ class _Run:
     def run(self) -> Document:
         """Computes, checks and writes every block."""
         plan = self.plan
-        gradient = plan.problem.gradient(list(plan.shapes))
-        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
-        if not math.isfinite(norm):
-            raise NumericalError(f"the gradient's norm is {norm}; the Hessian would mean nothing")
-        still = [name for name, g in gradient.items() if not bool(g.any())]
-        unused = unused_of(plan.problem, still)
+        gradient, norm, unused = first_gradient(plan.problem)
         document = documents.skeleton(plan.opened, plan.structure) | {"gradient_norm": norm}
         document["blocks"] = [documents.block_facts(plan.opened, block) for block in plan.blocks]
         journal = self._journal(document)
@@ -260,7 +255,7 @@ class _Run:
             facts = dict(finished[block.name])  # the journal's own is not on the disk yet
             if facts.pop("zero") and unused.issuperset(block.parameters):
                 facts["unused"] = True
-                self.plan.note(f"{block.name}: unused, its block is zero")
+                self.plan.opened.note(f"{block.name}: unused, its block is zero")
             every.append(facts)
         return every
 
@@ -271,7 +266,7 @@ class _Run:
         part = _part(group)
         known = journal.finished.get(part)
         if known is not None and writer.holds(known["checksums"]):
-            self.plan.recall(known["notes"])
+            self.plan.opened.note(*known["notes"])
             for facts in known["blocks"]:
                 self._progress(facts["size"], facts["name"])
             return list(known["blocks"])
@@ -287,7 +282,7 @@ class _Run:
                 part,
                 {
                     "blocks": found,
-                    "notes": list(self.plan.opened.notes),
+                    "notes": list(self.plan.opened.note.texts),
                     "checksums": {block.name: checksums[block.name] for block in group},
                 },
                 writer,
@@ -330,7 +325,7 @@ class _Run:
             "method": " + ".join(sorted({facts["method"] for facts in blocks})),
             "symmetry_error": max(errors, default=None),
             "check": documents.check_facts(self.plan.certificate, blocks, self.plan.diagonal),
-            "notes": list(self.plan.opened.notes),
+            "notes": list(self.plan.opened.note.texts),
         }
 
     def _tensors(self) -> dict[str, tuple[int, ...]]:

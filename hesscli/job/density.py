@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hesscli.errors import UsageError
-from hesscli.job import Document, timeless
 from hesscli.job.figures import drawable
+from hesscli.job.json_form import Document, timeless
 from hesscli.job.options import Listener, ProblemOptions
-from hesscli.job.writing import replacing, writable, write_tensors
+from hesscli.job.results import replacing, write_tensors
+from hesscli.job.writing import writable
 from hesscli.spectrum.density import Density
 
 if TYPE_CHECKING:

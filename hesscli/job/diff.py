@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
 from hesscli.errors import UsageError
 from hesscli.files.hessian_file import HessianFile, read_hessian
-from hesscli.job import Document
+from hesscli.job.json_form import Document
+from hesscli.job.options import Progress
 from hesscli.job.stored import values_of
 from hesscli.spectrum.difference import difference
 
@@ -25,7 +26,7 @@ def diff(
     rtol: float,
     atol: float,
     force: bool,
-    listener: Callable[[int, int, str], None],
+    progress: Progress,
 ) -> Document:
     """Compares B with A.
 
@@ -37,7 +38,7 @@ def diff(
         rtol: see above.
         atol: see above.
         force: compare what both have, whatever they are Hessians of.
-        listener: hears how far the work has come.
+        progress: hears how far the work has come.
 
     Returns:
         the JSON document.
@@ -63,7 +64,7 @@ def diff(
     for name in common:
         rows.append(_compared(ours, theirs, a_blocks[name], b_blocks[name], rtol, atol))
         done += a_blocks[name]["size"]
-        listener(done, total, name)
+        progress(done, total, name)
     only_a = [name for name in a_blocks if name not in b_blocks]
     only_b = [name for name in b_blocks if name not in a_blocks]
     other_size = [name for name in a_blocks if name in b_blocks and name not in common]

@@ -11,7 +11,7 @@ import hesscli
 from hesscli.files.hessian_file import SCHEMA
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
-from hesscli.job import Document
+from hesscli.job.json_form import Document
 from hesscli.job.opening import Opened
 
 
@@ -36,7 +36,7 @@ def skeleton(opened: Opened, structure: str) -> Document:
         "device": opened.problem.device.type,
         "parameters": parameters,
         "frozen": opened.frozen,
-        "notes": list(opened.notes),
+        "notes": list(opened.note.texts),
     }
 
 

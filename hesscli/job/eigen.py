@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from hesscli.errors import NumericalError, ResourceError
 from hesscli.files.hessian_file import HessianFile
 from hesscli.files.resources import available_memory
+from hesscli.job.json_form import Document
+from hesscli.job.results import write_tensors
 from hesscli.job.sizes import size
 from hesscli.job.stored import chosen, opened, values_of
-from hesscli.job.writing import writable, write_tensors
+from hesscli.job.writing import writable
 from hesscli.spectrum.eigen import top_eigenpairs
 
 SCHEMA = "hesscli.eigen/1"
@@ -21,7 +22,7 @@ SCHEMA = "hesscli.eigen/1"
 
 def eigen(
     source: str, top: int, which: str, block: str | None, output: Path | None, force: bool
-) -> dict[str, Any]:
+) -> Document:
     """The first eigenvalues of a Hessian file.
 
     Args:
@@ -62,7 +63,7 @@ def eigen(
     return result
 
 
-def file_spectrum(source: str) -> tuple[dict[str, Any], np.ndarray]:
+def file_spectrum(source: str) -> tuple[Document, np.ndarray]:
     """All eigenvalues of a Hessian file, and what there is to say about it.
 
     Raises:
@@ -91,9 +92,7 @@ def file_spectrum(source: str) -> tuple[dict[str, Any], np.ndarray]:
     return facts, np.concatenate(values) if values else np.zeros(0)
 
 
-def _blocks(
-    file: HessianFile, blocks: list[dict[str, Any]]
-) -> Iterator[tuple[str, int, np.ndarray]]:
+def _blocks(file: HessianFile, blocks: list[Document]) -> Iterator[tuple[str, int, np.ndarray]]:
     offset = 0
     for facts in blocks:
         if not facts["size"]:

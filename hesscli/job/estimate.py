@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hesscli.hessian.planner import Choice, total
+from hesscli.hessian.planner import Choice, seconds_of
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.rates import Rates, seconds
 
 START = 0.2  # seconds: what happens once, whatever the model
 WRITING = 1e9  # bytes per second
-EIGENVALUES = 1e10  # floating-point operations per second, in LAPACK's symmetric solver
+_EIGENVALUES = 1e10  # floating-point operations per second, in LAPACK's symmetric solver
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ def estimate(
     """
     return Estimate(
         start=START,
-        work=total(choices, rates),
+        work=seconds_of(choices, rates),
         check=gradients * gradient,
-        statistics=sum(2 * n**3 for n in decomposed) / EIGENVALUES,
+        statistics=sum(2 * n**3 for n in decomposed) / _EIGENVALUES,
         writing=size / WRITING,
     )
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hesscli.errors import UsageError
-from hesscli.job.writing import PICTURES, replacing, writable
+from hesscli.job.results import replacing
+from hesscli.job.writing import PICTURES, writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def drawable(path: Path, force: bool, inputs: Sequence[Path] = ()) -> Path:
+def drawable(path: Path, force: bool, inputs: Sequence[Path]) -> Path:
     """Refuses a figure that cannot be drawn, which is better known before the work than after it.
 
     Returns:

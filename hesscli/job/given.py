@@ -8,9 +8,9 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,9 +27,9 @@ from hesscli.job.options import ProblemOptions
 from hesscli.job.settings import random_kept, settings_kept
 
 PathLike = str | os.PathLike[str]
-Arrays = Tensor | np.ndarray
+Array = Tensor | np.ndarray
 Model = nn.Module | PathLike
-Data = PathLike | Mapping[str, Arrays] | Sequence[Arrays] | TensorDataset | Arrays
+DataLike = PathLike | Mapping[str, Array] | Sequence[Array] | TensorDataset | Array
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Options = TypeVar("Options", bound=ProblemOptions)
 
@@ -45,10 +45,11 @@ class Folder:
 @contextmanager
 def given(
     model: Model,
-    data: Data,
+    data: DataLike,
     device: str | torch.device | None,
     folder: Folder,
-    options: Callable[..., Options],
+    kind: type[Options],
+    options: Mapping[str, Any],
 ) -> Iterator[tuple[Options, SavedModel | None]]:
     """The options with a model and data; and a copy of the model, where it is a module.
 
@@ -61,17 +62,23 @@ def given(
             inputs alone.
         device: as `--device`; by default, or with "auto", that of the module.
         folder: for temporary files.
-        options: makes them of model, data and device.
+        kind: of the options.
+        options: the others.
 
     Raises:
-        HesscliError: the model cannot be copied, or the data is none.
+        HesscliError: the model cannot be copied, the data is none, or there is no such option.
     """
+    known = {field.name for field in fields(kind)} - {"model", "data"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        listed = ", ".join(sorted(known))
+        raise UsageError(f"no option is called {unknown[0]!r}; there are: {listed}")
     if not isinstance(model, (nn.Module, str, os.PathLike)):
         raise UsageError(f"model: {_kind(model)}; expected a module, or the path of a file")
     path, named = _data_file(data, folder.path)
-    with differentiable(), random_kept(), settings_kept(), _called(path, named):
+    with settings_kept(), differentiable(), random_kept(), _called(path, named):
         name = Path(type(model).__name__ if isinstance(model, nn.Module) else model)
-        asked = options(model=name, data=path, device=str(device or "auto"))
+        asked = kind(model=name, data=path, device=str(device or "auto"), **options)
         if not isinstance(model, nn.Module):
             yield asked, None
             return
@@ -95,7 +102,7 @@ def _copied(module: nn.Module) -> nn.Module:
         ) from error
 
 
-def _data_file(data: Data, folder: Path) -> tuple[Path, Path]:
+def _data_file(data: DataLike, folder: Path) -> tuple[Path, Path]:
     """The data as a file, which is what the job reads, and what errors call it."""
     if isinstance(data, (str, os.PathLike)):
         return Path(data), Path(data)

@@ -11,15 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hesscli.errors import MismatchError, NumericalError, UsageError
+from hesscli.errors import MismatchError, NumericalError, UsageError, listed
 from hesscli.files.arrays import load_arrays
 from hesscli.files.sniff import kind_of
-from hesscli.hessian.problem import placed
-from hesscli.job import Document, timeless
+from hesscli.hessian.problem import parameters_at
 from hesscli.job.alone import Alone
+from hesscli.job.digits import not_finite
+from hesscli.job.json_form import Document, timeless
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions
-from hesscli.job.writing import demand_names, writable, write_tensors
+from hesscli.job.results import write_tensors
+from hesscli.job.writing import demand_names, writable
 
 SCHEMA = "hesscli.hvp/1"
 
@@ -72,17 +74,14 @@ def hvp(
     demand_names(operator.products.names, operator.products.names, options.gradient)
     facts: Document = {"vector": options.vector, "per_fedavg": options.per_fedavg}
     if options.per_fedavg is not None:
-        vectors, query = _adapted_gradient(operator, options, listener)
+        vectors, query = _adapted_gradient(operator, options)
         facts["query"] = query
         result = vectors - options.per_fedavg * operator.products(vectors)
     else:
         vectors = _vectors(operator, str(options.vector))
         result = operator.products(vectors)
     if not bool(torch.isfinite(result).all()):
-        raise NumericalError(
-            "the product is not finite (NaN or inf)",
-            "--dtype float64" if operator.problem.dtype == torch.float32 else None,
-        )
+        raise not_finite("the product", operator.problem.dtype)
     document = operator.document(SCHEMA) | facts
     document |= _norms(operator, vectors, result)
     tensors = operator.products.split(result)
@@ -143,10 +142,9 @@ def _vectors(operator: Operator, source: str) -> Tensor:
     counts: set[int | None] = set()
     for name, parameter in problem.parameters.items():
         if name not in tensors:
-            listed = ", ".join(list(tensors)[:10])
             held = [glob.escape(n) for n in problem.parameters if n in tensors]
             raise MismatchError(
-                f"{source}: holds no tensor {name!r}; it holds: {listed}",
+                f"{source}: holds no tensor {name!r}; it holds: {listed(tensors)}",
                 f"--params {shlex.quote(held[0])}" if held else "--vector gradient",
             )
         part = tensors[name].to(problem.device, problem.dtype)
@@ -169,9 +167,7 @@ def _vectors(operator: Operator, source: str) -> Tensor:
     return vectors
 
 
-def _adapted_gradient(
-    operator: Operator, options: HvpOptions, listener: Listener
-) -> tuple[Tensor, Document | None]:
+def _adapted_gradient(operator: Operator, options: HvpOptions) -> tuple[Tensor, Document | None]:
     """The gradient at theta - alpha gradient(theta), on the query data; and what there is to say of that."""
     assert options.per_fedavg is not None
     problem, facts = operator.problem, None
@@ -179,7 +175,7 @@ def _adapted_gradient(
         other = replace(operator.options, data=options.query)
         if other.loss == "auto":  # that of the data, whatever the query's targets look like
             other = replace(other, loss=problem.loss.name)
-        opened = operator.share.open(other, listener)
+        opened = operator.share.open(other, operator.listener)
         if list(opened.problem.parameters) != list(problem.parameters):
             raise MismatchError(f"{options.query}: the model has other parameters with it")
         problem, facts = operator.share.problem(opened, 1), opened.facts["data"]
@@ -190,6 +186,5 @@ def _adapted_gradient(
     steps = operator.products.split(operator.gradient)
     leaves = problem.parameters
     adapted = [leaf.detach().sub(steps[n], alpha=options.per_fedavg) for n, leaf in leaves.items()]
-    with placed(list(leaves.values()), adapted):
-        gradient = problem.gradient(list(leaves))
-    return torch.cat([g.reshape(-1) for g in gradient.values()]), facts
+    with parameters_at(list(leaves.values()), adapted):
+        return problem.flat_gradient(list(leaves)), facts

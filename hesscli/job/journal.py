@@ -19,12 +19,11 @@ from hesscli.errors import FileError, HesscliError, UsageError
 from hesscli.files.hessian_writer import HessianWriter
 from hesscli.files.result_names import journal_path, journals, partial_path
 from hesscli.files.tensor_file import sync_folder
+from hesscli.job.json_form import Document
 
 SCHEMA = "hesscli.journal/1"
 INTERVAL = 1.0
 """Seconds between two waits for the disk. What is finished in less is computed again after a crash."""
-
-Facts = dict[str, Any]
 
 
 class Journal:
@@ -52,14 +51,12 @@ class Journal:
         self.command = command
         self.parts = parts
         self.start: int | None = None  # where the tensors of the unfinished file begin
-        self.finished: dict[str, Facts] = {}
-        self.waiting: dict[str, Facts] = {}
+        self.finished: dict[str, Document] = {}
+        self.waiting: dict[str, Document] = {}
         self.begun = False
         self.last = time.monotonic()
 
-    def resume(
-        self, wanted: bool, force: bool, shared: bool = False, merging: bool = False
-    ) -> None:
+    def resume(self, wanted: bool, force: bool, shared: bool, merging: bool) -> None:
         """Takes over what earlier runs, or other processes, have finished.
 
         Args:
@@ -111,7 +108,7 @@ class Journal:
             )
         self.begun = own > 0
 
-    def _of_another(self, path: Path, head: Facts, merging: bool) -> UsageError:
+    def _of_another(self, path: Path, head: Document, merging: bool) -> UsageError:
         """That another command began it: other options, or files that have changed since."""
         differ = f"{path}: another command began it: {_differences(self.head, head)} differ"
         if not merging:
@@ -121,7 +118,7 @@ class Journal:
             f"to compute them again: rm {shlex.quote(str(path))}",
         )
 
-    def join(self, start: int, finished: Mapping[str, Facts]) -> None:
+    def join(self, start: int, finished: Mapping[str, Document]) -> None:
         """Takes over what the first of several processes knows."""
         self.start, self.finished = start, dict(finished)
 
@@ -131,7 +128,7 @@ class Journal:
             for path in journals(self.output):
                 self.finished |= read_journal(path).finished
 
-    def add(self, part: str, facts: Facts, writer: HessianWriter) -> None:
+    def add(self, part: str, facts: Document, writer: HessianWriter) -> None:
         """Notes that a part was written; it is safe at the next wait for the disk."""
         self.waiting[part] = facts
         if time.monotonic() - self.last >= INTERVAL:
@@ -142,7 +139,7 @@ class Journal:
         if self.path is None or not self.waiting:
             return
         writer.sync()
-        lines: list[Facts] = []
+        lines: list[Document] = []
         if not self.begun:
             head = {"schema": SCHEMA, "start": writer.start, "command": self.command}
             lines.append(head | {"head": self.head})
@@ -169,10 +166,10 @@ class Journal:
 class Lines:
     """What a journal says; no head where the run ended before it was written."""
 
-    head: Facts | None
-    command: Facts
+    head: Document | None
+    command: Document
     start: int
-    finished: dict[str, Facts]
+    finished: dict[str, Document]
 
 
 def read_journal(path: Path) -> Lines:
@@ -196,7 +193,7 @@ def read_journal(path: Path) -> Lines:
         ) from None
 
 
-def _differences(left: Facts, right: Facts, prefix: str = "") -> str:
+def _differences(left: Document, right: Document, prefix: str = "") -> str:
     """The names of what is not the same."""
     found = []
     for key in {**left, **right}:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from hesscli.errors import NumericalError
 from hesscli.files.hessian_writer import HessianWriter
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
@@ -15,13 +14,15 @@ from hesscli.hessian.kronecker import mirror_
 from hesscli.hessian.layout import Layout, Span
 from hesscli.hessian.routes.base import Route, Rows, fitting
 from hesscli.hessian.symmetry import average_
-from hesscli.job import Document, documents
+from hesscli.job import documents
 from hesscli.job.beside import Beside
-from hesscli.job.journal import Facts, Journal
+from hesscli.job.digits import not_finite
+from hesscli.job.journal import Journal
+from hesscli.job.json_form import Document
 from hesscli.job.planning import Plan
 from hesscli.job.triangles import HeldTriangle, StreamedTriangle, Triangle
 
-Progress = Callable[[int, str], None]  # is told how many rows more are done, and of what
+Advance = Callable[[int, str], None]  # is told how many rows more are done, and of what
 
 
 class LargeBlock:
@@ -56,7 +57,7 @@ class LargeBlock:
         return layout, layout.cut(self.plan.bands[self.block.name])
 
     def contribute(
-        self, writer: HessianWriter, journal: Journal, mine: Collection[str], progress: Progress
+        self, writer: HessianWriter, journal: Journal, mine: Collection[str], progress: Advance
     ) -> None:
         """Computes and writes some of the bands; another process finishes the block."""
         try:
@@ -72,7 +73,7 @@ class LargeBlock:
         except NotApplicable:
             pass  # the process that finishes the block finds out too, and takes the next route
 
-    def compute(self, writer: HessianWriter, journal: Journal, progress: Progress) -> Document:
+    def compute(self, writer: HessianWriter, journal: Journal, progress: Advance) -> Document:
         """Computes, writes and checks the block; by the next route, where one cannot or does not pass.
 
         Args:
@@ -90,7 +91,7 @@ class LargeBlock:
         while True:
             failed = f"{self.block.name}, {self.method}, not exact"
             if failed in journal.finished:
-                self.plan.recall(journal.finished[failed]["notes"])
+                self.plan.opened.note(*journal.finished[failed]["notes"])
                 self.place += 1
                 continue
             try:
@@ -102,14 +103,11 @@ class LargeBlock:
             error = None if certificate is None else certificate.matrix(self.block, matrix)
             matrix.finish()
             if not matrix.squares < float("inf"):
-                raise NumericalError(
-                    f"{self.block.name}: its Hessian is not finite (NaN or inf)",
-                    self.plan.more_digits(),
-                )
+                raise not_finite(f"{self.block.name}: its Hessian", self.plan.problem.dtype)
             if certificate is None or error is None or certificate.passed(error):
                 break
             self.plan.differs(self.block, self.place, error, certificate.tolerance)
-            journal.add(failed, {"notes": list(self.plan.opened.notes)}, writer)
+            journal.add(failed, {"notes": list(self.plan.opened.note.texts)}, writer)
             self.place += 1
         return documents.block_facts(self.plan.opened, self.block) | {
             "method": self.method,
@@ -124,7 +122,7 @@ class LargeBlock:
         }
 
     def _bands(
-        self, writer: HessianWriter, journal: Journal, progress: Progress
+        self, writer: HessianWriter, journal: Journal, progress: Advance
     ) -> tuple[Triangle, float]:
         """The matrix, written, and its symmetry error."""
         route = self.plan.routes[self.method]
@@ -163,7 +161,7 @@ class LargeBlock:
             return StreamedTriangle(self.block.name, layout, bands, writer, direction)
         return HeldTriangle(self.block.name, layout, bands, writer, direction, device)
 
-    def _band(self, route: Route, start: int, stop: int) -> tuple[Tensor, Facts]:
+    def _band(self, route: Route, start: int, stop: int) -> tuple[Tensor, Document]:
         """Rows `start` to `stop` of the upper triangle, their square symmetric."""
 
         def summed() -> Tensor:
@@ -190,7 +188,7 @@ def _put(
     upper: Tensor,
     journal: Journal,
     part: str,
-    facts: Facts,
+    facts: Document,
     writer: HessianWriter,
 ) -> None:
     matrix.put(index, upper)

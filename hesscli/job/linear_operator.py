@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,7 @@ from scipy.sparse.linalg import LinearOperator
 from hesscli.errors import UsageError
 from hesscli.hessian.autodiff import differentiable
 from hesscli.job.alone import Alone
-from hesscli.job.given import Data, Folder, LossFunction, Model, given
+from hesscli.job.given import DataLike, Folder, LossFunction, Model, given
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions, Silent
 from hesscli.job.settings import settings_kept, settle
@@ -21,7 +19,7 @@ from hesscli.job.settings import settings_kept, settle
 
 def operator(
     model: Model,
-    data: Data,
+    data: DataLike,
     *,
     loss: str | LossFunction = "auto",
     device: str | torch.device | None = None,
@@ -49,32 +47,26 @@ def operator(
     Raises:
         HesscliError: of any kind.
     """
-    known = {field.name for field in fields(ProblemOptions)} - {"model", "data"}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise UsageError(
-            f"no option is called {unknown[0]!r}; there are: {', '.join(sorted(known))}"
-        )
     folder = Folder()
-    wanted = partial(ProblemOptions, loss=loss, **options)
-    with given(model, data, device, folder, wanted) as (asked, saved):
+    options["loss"] = loss
+    with given(model, data, device, folder, ProblemOptions, options) as (asked, saved):
         opened = open_operator(asked, listener or Silent(), Alone(saved))
-    return Curvature(opened, asked, folder)
+    return CurvatureOperator(opened, asked, folder)
 
 
-class Curvature(LinearOperator):  # type: ignore[misc]
+class CurvatureOperator(LinearOperator):  # type: ignore[misc]
     """An opened operator that multiplies NumPy's vectors.
 
     Args:
-        opened: the operator.
+        operator: the opened one.
         options: what was asked for.
         folder: of the data, if it was in memory.
     """
 
-    def __init__(self, opened: Operator, options: ProblemOptions, folder: Folder) -> None:
-        dtype = np.dtype(str(opened.problem.dtype).removeprefix("torch."))
-        super().__init__(dtype, (opened.size, opened.size))
-        self.opened, self.options, self.folder = opened, options, folder
+    def __init__(self, operator: Operator, options: ProblemOptions, folder: Folder) -> None:
+        dtype = np.dtype(str(operator.problem.dtype).removeprefix("torch."))
+        super().__init__(dtype, (operator.size, operator.size))
+        self.operator, self.options, self.folder = operator, options, folder
 
     def _matvec(self, x: np.ndarray) -> np.ndarray:
         return self._products(x.reshape(-1))
@@ -88,10 +80,10 @@ class Curvature(LinearOperator):  # type: ignore[misc]
     def _products(self, rows: np.ndarray) -> np.ndarray:
         if np.iscomplexobj(rows):
             raise UsageError("a complex vector; the curvature multiplies real ones")
-        with differentiable(), settings_kept():
+        with settings_kept(), differentiable():
             settle(self.options)
             vectors = torch.from_numpy(np.array(rows, self.dtype, order="C"))
             if not len(vectors):
                 return np.zeros(rows.shape, self.dtype)
-            vectors = vectors.to(self.opened.problem.device)
-            return self.opened.products(vectors).cpu().numpy()
+            vectors = vectors.to(self.operator.problem.device)
+            return self.operator.products(vectors).cpu().numpy()

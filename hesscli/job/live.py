@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from hesscli.files.hessian_file import read_hessian
 from hesscli.job.compute import compute as run
-from hesscli.job.given import Data, Folder, LossFunction, Model, PathLike, given
+from hesscli.job.given import DataLike, Folder, LossFunction, Model, PathLike, given
 from hesscli.job.loaded import Framework, Hessian, converter
 from hesscli.job.options import ComputeOptions, Listener, Silent
 
@@ -20,7 +19,7 @@ from hesscli.job.options import ComputeOptions, Listener, Silent
 @overload
 def compute(
     model: Model,
-    data: Data,
+    data: DataLike,
     *,
     loss: str | LossFunction = ...,
     blocks: str = ...,
@@ -33,7 +32,7 @@ def compute(
 @overload
 def compute(
     model: Model,
-    data: Data,
+    data: DataLike,
     *,
     loss: str | LossFunction = ...,
     blocks: str = ...,
@@ -45,7 +44,7 @@ def compute(
 ) -> Hessian[Tensor]: ...
 def compute(
     model: Model,
-    data: Data,
+    data: DataLike,
     *,
     loss: str | LossFunction = "auto",
     blocks: str = "diag",
@@ -78,12 +77,11 @@ def compute(
 
     Raises:
         HesscliError: as the command; `hesscli.errors` has the kinds. `hint` speaks of the command line.
-        TypeError: no such option.
     """
     convert, folder = converter(framework), Folder()
     path = folder.path / "hessian.safetensors" if output is None else Path(output)
-    wanted = partial(ComputeOptions, loss=loss, blocks=blocks, output=path, **options)
-    with given(model, data, device, folder, wanted) as (asked, saved):
+    options |= {"loss": loss, "blocks": blocks, "output": path}
+    with given(model, data, device, folder, ComputeOptions, options) as (asked, saved):
         run(asked, listener or Silent(), model=saved)
     if asked.data.parent == folder.path:
         asked.data.unlink()

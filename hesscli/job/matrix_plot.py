@@ -52,23 +52,23 @@ def plot_matrix(path: Path, picture: Picture, title: str) -> None:
 
 def _borders(axes: Any, picture: Picture) -> None:
     style = {"color": "0.1", "linewidth": 0.4}
-    for part in picture.parts[1:]:
-        axes.axhline(part.start, **style)
+    for region in picture.regions[1:]:
+        axes.axhline(region.start, **style)
         if not picture.diagonal:
-            axes.axvline(part.start, **style)
+            axes.axvline(region.start, **style)
 
 
 def _names(axes: Any, picture: Picture, rows: int, tall: float) -> None:
     """Names to the right of their rows, moved apart where they would overlap, with a line to each."""
-    font = min(FONT, max(SMALLEST, tall / LEADING / len(picture.parts)))
+    font = min(FONT, max(SMALLEST, tall / LEADING / len(picture.regions)))
     room = int(tall / (LEADING * font))
-    parts = sorted(picture.parts, key=lambda p: p.start - p.stop)[:room]  # the largest that fit
-    parts.sort(key=lambda part: part.start)
-    centres = [(part.start + part.stop) / 2 for part in parts]
+    regions = sorted(picture.regions, key=lambda p: p.start - p.stop)[:room]  # the largest that fit
+    regions.sort(key=lambda region: region.start)
+    centres = [(region.start + region.stop) / 2 for region in regions]
     places = spread(centres, LEADING * font / tall * rows, rows)
-    for part, centre, place in zip(parts, centres, places, strict=True):
+    for region, centre, place in zip(regions, centres, places, strict=True):
         axes.annotate(
-            part.name if len(part.name) <= 44 else f"{part.name[:20]}...{part.name[-20:]}",
+            region.name if len(region.name) <= 44 else f"{region.name[:20]}...{region.name[-20:]}",
             xy=(1, centre),
             xytext=(1.035, place),
             xycoords=axes.get_yaxis_transform(),
@@ -82,7 +82,7 @@ def _names(axes: Any, picture: Picture, rows: int, tall: float) -> None:
                 "relpos": (0, 0.5),
             },
         )  # fmt: skip
-    left = len(picture.parts) - len(parts)
+    left = len(picture.regions) - len(regions)
     if left:
         axes.annotate(
             f"and {left} smaller",

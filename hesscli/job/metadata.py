@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from hesscli.files.result_names import index_path, is_index
+from hesscli.files.safetensors_header import parse
 
-_LONGEST = 1 << 24  # bytes of a header that are read
+_LONGEST = 1 << 24  # bytes of an index that are read
 
 
 def header(path: Path) -> dict[str, Any]:
@@ -18,11 +19,7 @@ def header(path: Path) -> dict[str, Any]:
         ValueError: it is none.
     """
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > _LONGEST:
-            raise ValueError("not a safetensors header")
-        found: dict[str, Any] = json.loads(file.read(length))
-    return found
+        return parse(file)[0]
 
 
 def hessian_metadata(path: Path) -> dict[str, str]:

@@ -5,24 +5,36 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.files.resources import release_memory
-from hesscli.job import Document, timeless
+from hesscli.files.malloc import release_memory
 from hesscli.job.alone import Alone
+from hesscli.job.eigen import SCHEMA
+from hesscli.job.json_form import Document, timeless
 from hesscli.job.operator import Operator, open_operator
-from hesscli.job.options import EigenOptions, Listener, ProblemOptions
+from hesscli.job.options import Listener, ProblemOptions, Which
 from hesscli.job.progress import Convergence
-from hesscli.job.writing import writable, write_tensors
+from hesscli.job.results import write_tensors
+from hesscli.job.writing import writable
 from hesscli.spectrum.dense import DENSE, dense
 from hesscli.spectrum.eigen import DENSE_LIMIT, WHICH, allowed
 from hesscli.spectrum.lanczos import Found, Lanczos
 
-SCHEMA = "hesscli.eigen/1"
+
+@dataclass(frozen=True)
+class EigenOptions:
+    top: int
+    which: Which
+    tolerance: float
+    max_products: int
+    per_block: bool
+    output: Path | None
+    force: bool
 
 
 def model_eigen(
@@ -45,9 +57,9 @@ def model_eigen(
         options = replace(options, output=file)
     operator = open_operator(problem, listener, share, lean=True)
     if options.per_block:
-        found, blocks, operators = _per_block(operator, options, listener)
+        found, blocks, operators = _per_block(operator, options)
     else:
-        found = search(operator, options.top, options.which, options, listener)
+        found = search(operator, options)
         blocks, operators = ["hessian"] * len(found.values), [operator]
     document = operator.document(SCHEMA) | {
         "which": "both" if options.per_block else options.which,
@@ -77,49 +89,43 @@ def reached(document: Document) -> str:
     return f"1e{math.ceil(math.log10(2 * worst))}" if worst else "0"
 
 
-def search(
-    operator: Operator, top: int, which: str, options: EigenOptions, listener: Listener
-) -> Found:
+def search(operator: Operator, options: EigenOptions) -> Found:
     """The first pairs, largest first if from both ends: of the whole matrix where it is small, else by Lanczos.
 
     A search that goes on until the products left are as many as the matrix has rows gives way to the matrix.
     """
     with operator.finite():
-        found = _search(operator, top, which, options, listener)
+        found = _search(operator, options)
     if not found.copies_sought and found.converged.all():
-        operator.note(
+        operator.opened.note(
             f"--max-products {options.max_products} ended the search for copies of repeated eigenvalues: "
             "some may be missing"
         )
     return found
 
 
-def _search(
-    operator: Operator, top: int, which: str, options: EigenOptions, listener: Listener
-) -> Found:
+def _search(operator: Operator, options: EigenOptions) -> Found:
     size, most = operator.size, options.max_products
-    if size <= DENSE or 3 * top >= size:
-        found = _dense(operator, top, which, options, listener)
+    if size <= DENSE or 3 * options.top >= size:
+        found = _dense(operator, options)
     else:
         affordable = size <= DENSE_LIMIT and most - size >= size // 4
         limit = min(size, most - size) if affordable else most
-        found = _lanczos(operator, top, which, options, listener, limit)
+        found = _lanczos(operator, options, limit)
         if affordable and found.products >= limit and not found.interrupted:
-            found = _dense(operator, top, which, options, listener)
-    return _descending(found) if which == "both" else found
+            found = _dense(operator, options)
+    return _descending(found) if options.which == "both" else found
 
 
-def _dense(
-    operator: Operator, top: int, which: str, options: EigenOptions, listener: Listener
-) -> Found:
+def _dense(operator: Operator, options: EigenOptions) -> Found:
     """Those of the whole matrix."""
     size = operator.size
     operator.needs(3 * size, "the whole matrix", f"--top {max(1, size // 4)}")
     try:
-        values, columns, errors = dense(operator.products.columns, size, listener.progress)
+        values, columns, errors = dense(operator.products.columns, size, operator.listener.progress)
     except KeyboardInterrupt:
         return _interrupted(size)
-    best = WHICH[which](values)[:top]
+    best = WHICH[options.which](values)[: options.top]
     largest = float(np.abs(values).max(initial=0.0))
     rounding = size * torch.finfo(operator.gradient.dtype).eps * largest
     return Found(
@@ -131,25 +137,18 @@ def _dense(
     )
 
 
-def _lanczos(
-    operator: Operator,
-    top: int,
-    which: str,
-    options: EigenOptions,
-    listener: Listener,
-    max_products: int,
-) -> Found:
-    operator.needs(3 * top + 8, f"--top {top}", "--top 1")
+def _lanczos(operator: Operator, options: EigenOptions, max_products: int) -> Found:
+    operator.needs(3 * options.top + 8, f"--top {options.top}", "--top 1")
     release_memory()  # of the check
     lanczos = Lanczos(
         operator.products,
         operator.size,
-        top,
-        which,
+        options.top,
+        options.which,
         options.tolerance,
         operator.generator(),
         operator.gradient,  # mostly among the largest: Gur-Ari, Roberts and Dyer, arXiv:1812.04754
-        Convergence(listener).residual,
+        Convergence(operator.listener).residual,
     )
     return lanczos.run(max_products)
 
@@ -179,7 +178,7 @@ def _worst(checks: Sequence[Document]) -> Document | None:
 
 
 def _per_block(
-    operator: Operator, options: EigenOptions, listener: Listener
+    operator: Operator, options: EigenOptions
 ) -> tuple[Found, list[str], list[Operator]]:
     """The largest and the smallest eigenvalue of each parameter's own block."""
     parts: list[Found] = []
@@ -192,7 +191,7 @@ def _per_block(
             try:
                 own = operator.restricted(name)
                 operators.append(own)
-                found = search(own, 2, "both", options, listener)
+                found = search(own, replace(options, top=2, which="both"))
             except KeyboardInterrupt:  # the blocks before this one are known
                 found = _interrupted(length)
             parts.append(found)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -15,19 +15,21 @@ from hesscli.errors import (
     ResourceError,
     UsageError,
 )
-from hesscli.files.data import check_finite, load_data
+from hesscli.files.data import Data, check_finite, load_data
 from hesscli.files.models import SavedModel, load_model
+from hesscli.hessian.batch_size import Sizes
 from hesscli.hessian.losses import LOSSES
 from hesscli.hessian.measure import measure
-from hesscli.hessian.operator import CURVATURES
-from hesscli.hessian.plan import Sizes
 from hesscli.hessian.precision import in_precision_
 from hesscli.hessian.problem import Problem
+from hesscli.hessian.words import CURVATURES
 from hesscli.job.alone import Alone
 from hesscli.job.batches import split
+from hesscli.job.json_form import Document
 from hesscli.job.loss import loss_of, printable
+from hesscli.job.notes import Notes
 from hesscli.job.options import Listener, ProblemOptions
-from hesscli.job.parameters import chosen_parameters, unmatched
+from hesscli.job.parameters import chosen_parameters
 from hesscli.job.passing import as_columns, ordered, scales, target_of
 from hesscli.job.settings import settle
 from hesscli.job.source import Source
@@ -44,8 +46,8 @@ class Opened:
     sizes: Sizes
     tied: dict[str, list[str]]  # first name -> the other names of the same tensor
     frozen: list[str]  # parameters left out because they do not require a gradient
-    facts: dict[str, Any]  # model, data and loss, as in the JSON document
-    notes: list[str]
+    facts: Document  # model, data and loss, as in the JSON document
+    note: Notes
 
 
 def open_problem(
@@ -67,7 +69,7 @@ def open_problem(
     Raises:
         HesscliError: of any kind; see `errors.py`.
     """
-    device, note = _device(options.device), _Notes(listener)
+    device, note = _device(options.device), Notes(listener)
     try:
         return _opened(options, device, note, model, share, side_by_side)
     except DeviceMismatchError:
@@ -77,23 +79,10 @@ def open_problem(
     return _opened(options, torch.device("cpu"), note, model, share, side_by_side)
 
 
-class _Notes:
-    """What the listener has heard, each once."""
-
-    def __init__(self, listener: Listener) -> None:
-        self.listener = listener
-        self.texts: list[str] = []
-
-    def __call__(self, text: str) -> None:
-        if text not in self.texts:
-            self.texts.append(text)
-            self.listener.note(text)
-
-
 def _opened(
     options: ProblemOptions,
     device: torch.device,
-    note: _Notes,
+    note: Notes,
     model: SavedModel | None,
     share: Alone,
     side_by_side: bool,
@@ -110,13 +99,12 @@ def _opened(
     model = model or load_model(
         options.model,
         arch=options.arch,
-        arch_args=options.arch_arguments,
+        arch_arguments=options.arch_arguments,
         allow_pickle=options.allow_pickle,
         train_mode=options.train_mode,
         device=device,
     )
-    for text in model.notes:
-        note(text)
+    note(*model.notes)
     dtype = _cast(model, options.dtype)
     data = load_data(
         options.data,
@@ -126,8 +114,7 @@ def _opened(
         samples=options.samples,
         arguments=model.signature.names,
     )
-    for text in data.notes:
-        note(text)
+    note(*data.notes)
     wide = dtype is torch.float64
     loss = replace(loss_of(options, data, device, dtype, note), wide=wide)
     if data.targets and loss.name in LOSSES:  # one of the user's own may leave out what is missing
@@ -144,14 +131,7 @@ def _opened(
     if loss.name == "output" and options.targets and data.targets and data.targets[0] not in names:
         note("--targets has no effect: the model returns its loss and takes no targets")
     names, keywords = ordered(options, model, names, known, note)
-    parameters, tied, frozen = chosen_parameters(model.module, options.params)
-    skipped = [name for name, p in model.module.named_parameters() if p.is_complex()]
-    if skipped:
-        note(f"skipped, complex: {', '.join(skipped)}")
-    for pattern in unmatched(model.module, options.params):
-        note(f"no parameter matches {pattern}")
-    if frozen:
-        note(f"skipped, frozen: {', '.join(frozen)} (name them with --params to include them)")
+    parameters, tied, frozen = chosen_parameters(model.module, options.params, note)
     fewest, most = model.batch_sizes
     # In train mode batch norm couples the samples of a batch.
     if options.unbatched or (options.train_mode and (fewest, most) == (1, None)):
@@ -191,15 +171,34 @@ def _opened(
         if data.targets:
             check_finite(options.data, *data.targets)
         raise NumericalError(f"the loss is {value}; its derivatives would mean nothing")
-    facts = {
+    facts = _facts(options, model, data, names, problem, value)
+    return Opened(problem, sizes, tied, frozen, facts, note)
+
+
+def _facts(
+    options: ProblemOptions,
+    model: SavedModel,
+    data: Data,
+    names: Sequence[str],
+    problem: Problem,
+    value: float,
+) -> Document:
+    """Model, data and loss, as in the JSON document.
+
+    Args:
+        names: of the inputs, in the model's order.
+        value: of the loss.
+    """
+    targets = data.targets[0] if data.targets and problem.loss.needs_target else None
+    return {
         "curvature": CURVATURES[options.curvature],
-        "model": {"path": str(options.model), "kind": model.kind, "sha256": model.sha256},
+        "model": {"path": str(options.model), "kind": model.form, "sha256": model.sha256},
         "data": {
             "path": str(options.data),
             "sha256": data.sha256,
             "samples": data.samples,
-            "inputs": names,
-            "targets": data.targets[0] if source.target is not None and data.targets else None,
+            "inputs": list(names),
+            "targets": targets,
             **({"range": list(data.range)} if options.samples else {}),
             **({"scale": dict(options.scale)} if options.scale else {}),
         },
@@ -212,7 +211,6 @@ def _opened(
             "inferred": options.loss == "auto",
         },
     }
-    return Opened(problem, sizes, tied, frozen, facts, note.texts)
 
 
 def _device(name: str) -> torch.device:

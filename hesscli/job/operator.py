@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import MismatchError, NumericalError, ResourceError, UsageError
-from hesscli.files.resources import release_at_once
+from hesscli.files.malloc import release_at_once
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.hessian.differences import Differences
+from hesscli.hessian.first_gradient import first_gradient
 from hesscli.hessian.operator import Flat
-from hesscli.hessian.planner import FINITE_DIFFERENCE, HVP
 from hesscli.hessian.problem import Problem
-from hesscli.hessian.unused import unused_of
-from hesscli.job import Document, documents
+from hesscli.hessian.words import FINITE_DIFFERENCE, HVP
+from hesscli.job import documents
 from hesscli.job.alone import Alone
 from hesscli.job.batches import free_memory
+from hesscli.job.digits import more_digits, not_finite
+from hesscli.job.json_form import Document
 from hesscli.job.opening import Opened
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.sizes import size
@@ -55,18 +57,13 @@ class Operator:
     def block(self) -> Block:
         return Block("hessian", tuple(self.products.names), tuple(self.products.sizes))
 
-    def note(self, note: str) -> None:
-        """Says something, now and in the document."""
-        self.opened.notes.append(note)
-        self.listener.note(note)
-
     @contextmanager
     def finite(self) -> Iterator[None]:
         """Inside, a product that is not finite is an error that says so."""
         try:
             yield
         except NotFinite:
-            raise _not_finite(self.problem) from None
+            raise not_finite("a product", self.problem.dtype) from None
 
     def document(self, schema: str) -> Document:
         """What every command says of the model, the data and the curvature."""
@@ -76,7 +73,7 @@ class Operator:
             "gradient_norm": float(torch.linalg.norm(self.gradient.double())),
             "check": self.check,
             "size": self.size,
-            "notes": list(self.opened.notes),
+            "notes": list(self.opened.note.texts),
         }
 
     def restricted(self, name: str) -> Operator:
@@ -126,14 +123,10 @@ def open_operator(
     problem = share.problem(opened)
     if not any(p.numel() for p in problem.parameters.values()):
         raise MismatchError(f"no numbers in the parameters: {', '.join(problem.parameters)}")
-    grads = problem.gradient(list(problem.parameters))
-    unused_of(problem, [name for name, g in grads.items() if not bool(g.any())])
+    grads, _, _ = first_gradient(problem)
     gradient = torch.cat([g.reshape(-1) for g in grads.values()])
     if lean and gradient.nbytes >= _LONG:
         release_at_once(gradient.nbytes // 6)
-    norm = float(torch.linalg.norm(gradient.double()))
-    if not math.isfinite(norm):
-        raise NumericalError(f"the gradient's norm is {norm}; the Hessian would mean nothing")
     return _made(options, listener, opened, gradient, share)
 
 
@@ -165,9 +158,7 @@ def _made(
     reason = ""
     for method, make in methods.items():
         if reason:
-            note = f"{reason}: {method} instead"
-            opened.notes.append(note)
-            listener.note(note)
+            opened.note(f"{reason}: {method} instead")
         certificate = (
             share.certificate(reference, problem.dtype, options.seed, options.curvature)
             if options.check
@@ -183,17 +174,8 @@ def _made(
             return made
     raise NumericalError(
         reason,
-        "--dtype float64"
-        if problem.dtype == torch.float32
-        else (f"--method {FINITE_DIFFERENCE}" if options.method == HVP else None),
-    )
-
-
-def _not_finite(problem: Problem) -> NumericalError:
-    """Differences would not do better: the loss may have no second derivative here."""
-    return NumericalError(
-        "a product is not finite (NaN or inf)",
-        "--dtype float64" if problem.dtype == torch.float32 else None,
+        more_digits(problem.dtype)
+        or (f"--method {FINITE_DIFFERENCE}" if options.method == HVP else None),
     )
 
 
@@ -206,12 +188,12 @@ def _refused(made: Operator, certificate: Certificate | None) -> str:
     if certificate is None:
         probe = torch.ones(made.size, dtype=made.problem.dtype, device=made.problem.device)
         if not bool(torch.isfinite(made.products(probe)).all()):
-            raise _not_finite(made.problem)
+            raise not_finite("a product", made.problem.dtype)
         return ""
     error = certificate.product(made.block(), lambda v: made.products(v.to(made.problem.dtype)))
     if not certificate.passed(error):
         if not math.isfinite(error):
-            raise _not_finite(made.problem)
+            raise not_finite("a product", made.problem.dtype)
         return (
             f"{made.method} differs from {certificate.kind} by {error:.1e}, "
             f"more than {certificate.tolerance:.0e}"

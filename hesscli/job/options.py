@@ -6,22 +6,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from hesscli.errors import UsageError
-from hesscli.hessian.blocks import STRUCTURES
 
 EVERY = "*"  # every input
-METHODS = ("auto", "preactivation", "gauss-newton", "hvp", "finite-difference")
-STATS = ("basic", "auto", "all", "none")
-CURVATURES = ("hessian", "ggn", "fisher")
+Progress = Callable[[int, int, str], None]  # hears how much is done, of how much, and of what
+
+Reduction = Literal["mean", "sum"]
+DType = Literal["auto", "float32", "float64"]
+Method = Literal["auto", "preactivation", "gauss-newton", "hvp", "finite-difference"]
+Curvature = Literal["hessian", "ggn", "fisher"]
+Blocks = Literal["diag", "module", "full", "elements"]
+Stats = Literal["basic", "auto", "all", "none"]
+Which = Literal["largest", "smallest", "magnitude", "both"]
+
 _CHOICES = {
-    "reduction": ("mean", "sum"),
-    "dtype": ("auto", "float32", "float64"),
-    "method": METHODS,
-    "curvature": CURVATURES,
-    "blocks": tuple(STRUCTURES),
-    "stats": STATS,
+    "reduction": get_args(Reduction),
+    "dtype": get_args(DType),
+    "method": get_args(Method),
+    "curvature": get_args(Curvature),
+    "blocks": get_args(Blocks),
+    "stats": get_args(Stats),
 }
 """Option -> what it may be."""
 
@@ -73,7 +79,7 @@ class ProblemOptions:
     data: Path
     loss: str | Callable[..., Any] = "auto"
     loss_arguments: Mapping[str, object] = field(default_factory=dict)
-    reduction: str = "mean"
+    reduction: Reduction = "mean"
     arch: str | None = None
     arch_arguments: Mapping[str, object] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
@@ -84,16 +90,16 @@ class ProblemOptions:
     unbatched: bool = False
     params: tuple[str, ...] = ()
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: DType = "auto"
     batch_size: int | None = None  # None: as many samples as fit
     seed: int = 0
     threads: int | None = None
     allow_pickle: bool = False
     train_mode: bool = False
     check: bool = True
-    method: str = "auto"
+    method: Method = "auto"
     tf32: bool = False
-    curvature: str = "hessian"
+    curvature: Curvature = "hessian"
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -134,26 +140,15 @@ class ProblemOptions:
 
 @dataclass(frozen=True)
 class ComputeOptions(ProblemOptions):
-    blocks: str = "diag"
+    blocks: Blocks = "diag"
     gradient: bool = False
-    stats: str = "auto"
+    stats: Stats = "auto"
     output: Path | None = Path("hessian.safetensors")  # None: standard output
     force: bool = False
     max_shard_size: int | None = None  # bytes of tensors in one file; None: all
     memory: int | None = None  # bytes; None: a share of what is free
     resume: bool = False
     shard: tuple[int, int] | None = None  # (I, N): only the I-th of N shares of the work, from 1
-
-
-@dataclass(frozen=True)
-class EigenOptions:
-    top: int
-    which: str
-    tolerance: float
-    max_products: int
-    per_block: bool
-    output: Path | None
-    force: bool
 
 
 def command_of(options: ComputeOptions) -> dict[str, Any]:

@@ -59,15 +59,14 @@ def _fixed(problem: Problem, source: Source, some: Batch) -> list[str]:
     fixed = []
     with torch.no_grad():
         output = problem.output(some)
-        for name, value in source.loss.arguments.items():
-            if source.goes_along(name, value):
-                whole = {**some.loss_arguments, name: value}
-                try:
-                    terms = problem.loss.terms(output, some.target, whole)
-                except MismatchError:
-                    continue
-                if terms.dim() and len(terms) == len(some):
-                    fixed.append(name)
+        for name, value in source.along().items():
+            whole = {**some.loss_arguments, name: value}
+            try:
+                terms = problem.loss.terms(output, some.target, whole)
+            except MismatchError:
+                continue
+            if terms.dim() and len(terms) == len(some):
+                fixed.append(name)
     return fixed
 
 

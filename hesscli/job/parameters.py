@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import glob
 import shlex
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from hesscli.errors import UsageError
+from hesscli.errors import UsageError, listed
 from hesscli.hessian.blocks import select
 
 
 def chosen_parameters(
-    module: nn.Module, patterns: tuple[str, ...]
+    module: nn.Module, patterns: tuple[str, ...], note: Callable[[str], None]
 ) -> tuple[dict[str, Tensor], dict[str, list[str]], list[str]]:
-    """The parameters to differentiate by, the other names of tied ones, and the frozen ones left out."""
+    """The parameters to differentiate by, the other names of tied ones, and the frozen ones left out.
+
+    Notes what is left out, and the patterns that no parameter's name matches.
+
+    Raises:
+        UsageError: nothing is left.
+    """
     first: dict[tuple[Any, ...], str] = {}
     unique: dict[str, Tensor] = {}
     tied: dict[str, list[str]] = {}
@@ -40,21 +47,23 @@ def chosen_parameters(
         if not chosen:
             excluded = tuple(p for p in patterns if p.startswith("!"))
             likely = (select(known, excluded) or known)[0]
-            listed = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
             raise UsageError(
-                f"no parameter matches {' '.join(patterns)}; the model has: {listed}",
+                f"no parameter matches {' '.join(patterns)}; the model has: {listed(known)}",
                 f"--params {shlex.quote(glob.escape(likely))}",
             )
         raise UsageError(
-            f"every parameter is frozen (requires_grad=False): {', '.join(frozen[:10])}",
+            f"every parameter is frozen (requires_grad=False): {listed(frozen)}",
             "--params '*'",
         )
     for name, parameter in unique.items():
         parameter.requires_grad_(name in parameters)  # unwanted gradients are not paid for
-    return parameters, {n: tied[n] for n in parameters if n in tied}, frozen
-
-
-def unmatched(module: nn.Module, patterns: tuple[str, ...]) -> list[str]:
-    """The patterns that no parameter's name matches."""
+    skipped = [name for name, p in module.named_parameters() if p.is_complex()]
+    if skipped:
+        note(f"skipped, complex: {', '.join(skipped)}")
     names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-    return [pattern for pattern in patterns if not select(names, (pattern.removeprefix("!"),))]
+    for pattern in patterns:
+        if not select(names, (pattern.removeprefix("!"),)):
+            note(f"no parameter matches {pattern}")
+    if frozen:
+        note(f"skipped, frozen: {', '.join(frozen)} (name them with --params to include them)")
+    return parameters, {n: tied[n] for n in parameters if n in tied}, frozen

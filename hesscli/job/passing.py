@@ -34,7 +34,7 @@ def ordered(
     Raises:
         MismatchError: one that an exported model takes by name is not among them.
     """
-    exported, signature = model.kind == "exported", model.signature
+    exported, signature = model.form == "exported", model.signature
     keywords = signature.keywords
     for name in keywords if exported else ():
         if name not in known:
@@ -71,13 +71,10 @@ def as_columns(problem: Problem, source: Source, note: Callable[[str], None]) ->
     if output.shape != (source.few, 1) or source.target.dim() != 1:
         return source
     note("targets: taken as a column [N, 1], as the model's output is")
-    arguments = {
-        name: value.unsqueeze(1) if source.goes_along(name, value) else value  # type: ignore[attr-defined]
-        for name, value in source.loss.arguments.items()
-    }
+    columns = {name: value.unsqueeze(1) for name, value in source.along().items()}
     loss = source.loss
     if loss.name in LOSSES:
-        loss = replace(loss, arguments=arguments)
+        loss = replace(loss, arguments={**loss.arguments, **columns})
     return replace(source, target=source.target.unsqueeze(1), loss=loss)
 
 

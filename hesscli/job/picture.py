@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from hesscli.errors import NumericalError
 from hesscli.files.hessian_file import HessianFile
 from hesscli.hessian.blocks import partition
+from hesscli.job.options import Progress
 from hesscli.job.stored import values_of
 from hesscli.spectrum.coarse import pool_matrix, pool_vector
 
@@ -18,7 +19,7 @@ DECADES = 6
 
 
 @dataclass(frozen=True)
-class Part:
+class Region:
     """A block, or a parameter in it: rows (and columns) `start` to `stop` of the picture."""
 
     name: str
@@ -30,8 +31,8 @@ class Part:
 class Picture:
     """The largest |H| in each cell of a grid."""
 
-    cells: np.ndarray  # [k, k]; or [parts, k] for diagonals, one row for each parameter
-    parts: tuple[Part, ...]
+    cells: np.ndarray  # [k, k]; or [regions, k] for diagonals, one row for each parameter
+    regions: tuple[Region, ...]
     size: int  # rows of the matrix that was drawn
     diagonal: bool
 
@@ -59,7 +60,7 @@ def picture(
     file: HessianFile,
     names: Sequence[str],
     pixels: int,
-    listener: Callable[[int, int, str], None] | None = None,
+    progress: Progress,
 ) -> Picture:
     """Draws the named blocks on at most `pixels` rows and columns.
 
@@ -69,20 +70,19 @@ def picture(
     shapes = {p["name"]: p["shape"] for p in file.document["parameters"]}
     blocks = [b for b in partition(shapes, file.document["structure"]) if b.name in names]
     size = sum(block.size for block in blocks)
-    told = listener or (lambda done, total, doing: None)
     if file.document["structure"] == "elements":
         rows = [pool_vector(values_of(file, b.name), pixels) for b in blocks if b.size]
         named = [b.name for b in blocks if b.size]
         cells = np.stack(rows).astype(np.float64) if rows else np.zeros((1, 1))
-        parts = tuple(Part(name, row, row + 1) for row, name in enumerate(named))
-        return Picture(_finite(cells), parts, size, diagonal=True)
+        regions = tuple(Region(name, row, row + 1) for row, name in enumerate(named))
+        return Picture(_finite(cells), regions, size, diagonal=True)
     k = max(1, min(pixels, size))
     cells, offset = np.zeros((k, k)), 0
     for block in blocks:
         before = offset
 
         def done(rows: int, name: str = block.name, before: int = before) -> None:
-            told(before + rows, size, name)
+            progress(before + rows, size, name)
 
         pool_matrix(cells, values_of(file, block.name), offset, size, done)
         offset += block.size
@@ -93,12 +93,12 @@ def picture(
     else:
         named, sizes = [b.name for b in blocks], [b.size for b in blocks]
     edges = np.cumsum([0, *sizes]) * k / max(1, size)
-    parts = tuple(
-        Part(name, float(start), float(stop))
+    regions = tuple(
+        Region(name, float(start), float(stop))
         for name, start, stop in zip(named, edges, edges[1:], strict=False)
         if stop > start
     )
-    return Picture(_finite(cells), parts, size, diagonal=False)
+    return Picture(_finite(cells), regions, size, diagonal=False)
 
 
 def _finite(cells: np.ndarray) -> np.ndarray:

@@ -12,20 +12,24 @@ from hesscli.errors import NumericalError, ResourceError
 from hesscli.files.resources import available_memory, disk_used, free_disk
 from hesscli.files.result_names import partial_paths
 from hesscli.hessian.applicability import NotApplicable
-from hesscli.hessian.blocks import STRUCTURES, Block, partition
+from hesscli.hessian.blocks import Block, partition
 from hesscli.hessian.check import Certificate, gradients
 from hesscli.hessian.check_curvature import certificate_of
 from hesscli.hessian.curvature_planner import planner_of
-from hesscli.hessian.operator import demand
-from hesscli.hessian.plan import output_bytes
-from hesscli.hessian.planner import FINITE_DIFFERENCE, HVP, Choice, total
+from hesscli.hessian.cuts import Cuts
+from hesscli.hessian.operator import require_curvature
+from hesscli.hessian.planner import Choice, seconds_of
+from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.rates import measure_rates, usual_rates
 from hesscli.hessian.routes.all import routes
 from hesscli.hessian.routes.base import Route
-from hesscli.job import Document, documents
+from hesscli.hessian.words import FINITE_DIFFERENCE, HVP, STRUCTURES
+from hesscli.job import documents
 from hesscli.job.batches import free_memory
+from hesscli.job.digits import more_digits
 from hesscli.job.estimate import Estimate, estimate, gradient_seconds
+from hesscli.job.json_form import Document
 from hesscli.job.opening import Opened
 from hesscli.job.options import ComputeOptions, Listener
 from hesscli.job.sizes import size
@@ -66,21 +70,21 @@ class Plan:
         self.diagonal = self.structure == "elements"
         self.shapes = {name: tuple(p.shape) for name, p in self.problem.parameters.items()}
         self.blocks = partition(self.shapes, self.structure)
-        self.bytes = output_bytes(self.blocks, self.diagonal, self.problem.dtype)
+        self.bytes = _output_bytes(self.blocks, self.diagonal, self.problem.dtype)
         self.limit = options.memory or int(_SHARE * available_memory()) // ranks_here()
         self.routes: dict[str, Route] = {}
         self.choices: dict[str, list[Choice]] = {}
-        self.cuts = 0  # bytes that are kept where a deep model is cut
+        self.cut_bytes = 0  # that are kept where a deep model is cut
         self._settle()
         # Numbers per band of each large block. Whoever goes on with another's file cuts as that one did.
         self.bands = {b.name: self._band(b) for b in self.blocks if self.is_large(b)}
 
     def _settle(self) -> None:
-        chunk = self.opened.sizes.chunk
-        curvature = self.options.curvature
-        self.routes, analyses = routes(self.problem, lambda: self.reference, chunk, curvature)
-        demand(self.problem, curvature, analyses)
-        planner = planner_of(self.problem, analyses, chunk, curvature)
+        problem, curvature = self.problem, self.options.curvature
+        analyses, cuts = Analyses(problem), Cuts(problem, self.opened.sizes.chunk)
+        self.routes = routes(problem, analyses, cuts, lambda: self.reference, curvature)
+        require_curvature(problem, curvature, analyses)
+        planner = planner_of(problem, analyses, cuts, curvature)
         method = self.options.method
         for block in self.blocks:
             try:
@@ -91,14 +95,14 @@ class Plan:
                 )
             except NotApplicable as reason:
                 raise self.inexact(block, method, reason) from None
-        self.cuts = planner.cuts.bytes if planner.cuts is not None else 0
+        self.cut_bytes = planner.cut_plan.bytes if planner.cut_plan is not None else 0
         if planner.refused and method == "auto":
-            self.note(f"no fast route: {planner.refused}; hvp takes one pass per parameter")
+            self.opened.note(f"no fast route: {planner.refused}; hvp takes one pass per parameter")
 
     def by_rows(self) -> float:
         """Seconds of the whole as products with unit vectors, one per row, by the measure of `work`."""
         every = [choice for ranked in self.choices.values() for choice in ranked]
-        return total([choice for choice in every if choice.method == HVP], self.rates)
+        return seconds_of([choice for choice in every if choice.method == HVP], self.rates)
 
     @cached_property
     def reference(self) -> Problem:
@@ -140,7 +144,7 @@ class Plan:
     def work(self, blocks: Sequence[Block]) -> float:
         """Seconds that some blocks take on a machine of no particular speed, to compare parts by."""
         chosen = [self.choices[block.name][0] for block in blocks]
-        return total(chosen, self.rates)
+        return seconds_of(chosen, self.rates)
 
     def dry_run(self) -> Document:
         """The document that says what the command would take."""
@@ -152,7 +156,7 @@ class Plan:
                 "method": choice.method,
                 "reason": choice.reason,
                 "plan": str(choice),
-                "bytes": output_bytes([block], self.diagonal, self.problem.dtype),
+                "bytes": _output_bytes([block], self.diagonal, self.problem.dtype),
             }
             for block, choice in zip(self.blocks, chosen, strict=True)
         ]
@@ -188,7 +192,7 @@ class Plan:
         """Bytes of the host's memory that the work holds at most."""
         itemsize = self.problem.dtype.itemsize
         whole = [b for b in self.blocks if not self.is_large(b)]
-        needs = [output_bytes([b], self.diagonal, self.problem.dtype) for b in whole]
+        needs = [_output_bytes([b], self.diagonal, self.problem.dtype) for b in whole]
         for block in (b for b in self.blocks if self.is_large(b)):
             device = self._roomy(block)
             if device is None or device.type == "cpu":
@@ -197,7 +201,8 @@ class Plan:
         return max(needs, default=0) + self._process()
 
     def _process(self) -> int:
-        return _PROCESS + self.cuts + 24 * sum(math.prod(shape) for shape in self.shapes.values())
+        numbers = sum(math.prod(shape) for shape in self.shapes.values())
+        return _PROCESS + self.cut_bytes + 24 * numbers
 
     def fits(self) -> None:
         """Refuses what memory or disk cannot hold.
@@ -235,7 +240,7 @@ class Plan:
     def bytes_of(self, option: str) -> int:
         """Bytes of the output with this `--blocks`."""
         blocks = partition(self.shapes, STRUCTURES[option])
-        return output_bytes(blocks, option == "elements", self.problem.dtype)
+        return _output_bytes(blocks, option == "elements", self.problem.dtype)
 
     # What is said
 
@@ -248,7 +253,9 @@ class Plan:
         choices = self.choices[block.name]
         if place + 1 == len(choices):
             raise self.inexact(block, choices[place].method, reason)
-        self.note(f"{reason}: {choices[place + 1].method} instead of {choices[place].method}")
+        self.opened.note(
+            f"{reason}: {choices[place + 1].method} instead of {choices[place].method}"
+        )
 
     def differs(self, block: Block, place: int, error: float, tolerance: float) -> None:
         """Says that a route's result did not pass the check, and which is taken instead.
@@ -261,12 +268,9 @@ class Plan:
         if place + 1 == len(choices):
             raise NumericalError(
                 f"{said}, more than {tolerance:.0e}; nothing was written",
-                self.more_digits() or self._other_way(choices[place].method),
+                more_digits(self.problem.dtype) or self._other_way(choices[place].method),
             )
-        self.note(f"{said}; {choices[place + 1].method} instead")
-
-    def more_digits(self) -> str | None:
-        return "--dtype float64" if self.problem.dtype.itemsize == 4 else None
+        self.opened.note(f"{said}; {choices[place + 1].method} instead")
 
     def inexact(self, block: Block, method: str, reason: Exception) -> NumericalError:
         return NumericalError(
@@ -281,17 +285,11 @@ class Plan:
             return None
         return f"--method {FINITE_DIFFERENCE if method == HVP else 'auto'}"
 
-    def recall(self, notes: Sequence[str]) -> None:
-        """Takes over what an earlier run had to say."""
-        for text in notes:
-            self.note(text)
-
-    def note(self, text: str) -> None:
-        if text not in self.opened.notes:
-            self.opened.notes.append(text)
-            self.listener.note(text)
-
 
 def _upper(block: Block) -> int:
     """Numbers in the upper half of a block, and in what is computed and written of it."""
     return block.size**2 // 2 + 4 * BAND
+
+
+def _output_bytes(blocks: Sequence[Block], diagonal: bool, dtype: torch.dtype) -> int:
+    return sum(b.size if diagonal else b.size**2 for b in blocks) * dtype.itemsize

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from hesscli.job.figures import save
+from hesscli.job.json_form import Document
 from hesscli.spectrum.density import Density
 
 _BINS = 120
 
 
-def plot_density(path: Path, document: dict[str, Any], found: Density) -> None:
+def plot_density(path: Path, document: Document, found: Density) -> None:
     """The share of eigenvalues per bin, on a logarithmic axis."""
     from matplotlib.figure import Figure
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import HesscliError, MismatchError
-from hesscli.hessian.along import Along
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.batch import Batches
 from hesscli.hessian.check import Certificate
-from hesscli.hessian.check_curvature import AlongOutput
+from hesscli.hessian.check_curvature import OutputDifference
+from hesscli.hessian.directional import DirectionalDifference
 from hesscli.hessian.operator import Flat, Products
-from hesscli.hessian.problem import Problem, placed
+from hesscli.hessian.problem import Problem, parameters_at
 from hesscli.job.alone import Alone
 from hesscli.job.batches import free_memory
 from hesscli.job.opening import Opened, open_problem
@@ -202,10 +202,11 @@ class Share(Alone):
             return _gradient_at(problem, what.names, tensor)
         if isinstance(what, Quotient):
             if what.curvature == "hessian":
-                held = Along(problem, what.block, tensor).held_quotient(what.step, what.narrow)
+                difference = DirectionalDifference(problem, what.block, tensor)
+                held = difference.held_quotient(what.step, what.narrow)
                 return torch.full_like(tensor, torch.nan) if held is None else held
             fisher = what.curvature == "fisher"
-            return AlongOutput(problem, what.block, tensor, fisher).quotient(what.step)
+            return OutputDifference(problem, what.block, tensor, fisher).quotient(what.step)
         key = replace(question, shape=())
         if self.kept is None or self.kept[0] != key:
             self.kept = None  # its graphs give way
@@ -220,6 +221,5 @@ _SAID = (HesscliError, NotApplicable, MemoryError, torch.OutOfMemoryError)
 
 def _gradient_at(problem: Problem, names: Sequence[str], theta: Tensor) -> Tensor:
     leaves = list(problem.parameters.values())
-    with placed(leaves, theta.split([leaf.numel() for leaf in leaves])):
-        gradient = problem.gradient(names)
-    return torch.cat([part.reshape(-1) for part in gradient.values()])
+    with parameters_at(leaves, theta.split([leaf.numel() for leaf in leaves])):
+        return problem.flat_gradient(names)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from hesscli.hessian.along import Along
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
-from hesscli.hessian.check_curvature import AlongOutput, OutputCertificate
+from hesscli.hessian.check_curvature import OutputCertificate, OutputDifference
+from hesscli.hessian.directional import DirectionalDifference
 from hesscli.hessian.operator import Flat
 from hesscli.hessian.problem import Problem
 
@@ -87,18 +87,20 @@ class SharedProblem(Problem):
         names, shape = tuple(self.parameters), tuple(tensor.shape)
         return self.share.ask(Question(what, self.source, self.dtype, names, shape), tensor)
 
-    def gradient(self, names: Sequence[str]) -> dict[str, Tensor]:
+    def flat_gradient(self, names: Sequence[str]) -> Tensor:
         theta = torch.cat([leaf.detach().reshape(-1) for leaf in self.parameters.values()])
+        return self.ask(Gradient(tuple(names)), theta)
+
+    def gradient(self, names: Sequence[str]) -> dict[str, Tensor]:
         leaves = [self.parameters[name] for name in names]
-        found = self.ask(Gradient(tuple(names)), theta).split([leaf.numel() for leaf in leaves])
+        parts = self.flat_gradient(names).split([leaf.numel() for leaf in leaves])
         return {
-            name: part.view_as(leaf) for name, part, leaf in zip(names, found, leaves, strict=True)
+            name: part.view_as(leaf) for name, part, leaf in zip(names, parts, leaves, strict=True)
         }
 
     def gradient_norm(self) -> float:
         """|dL/dtheta| over the chosen parameters: the others' are not shared."""
-        parts = self.gradient(list(self.parameters)).values()
-        return float(torch.cat([part.reshape(-1) for part in parts]).norm())
+        return float(self.flat_gradient(list(self.parameters)).norm())
 
     def by_batch(self) -> Iterator[Problem]:
         return iter((self,))
@@ -126,11 +128,11 @@ class SharedProducts(Flat):
 
 
 class SharedCertificate(Certificate):
-    def along(self, block: Block, v: Tensor) -> Along:
-        return _SharedAlong(self.problem, block, v)
+    def along(self, block: Block, v: Tensor) -> DirectionalDifference:
+        return _SharedDifference(self.problem, block, v)
 
 
-class _SharedAlong(Along):
+class _SharedDifference(DirectionalDifference):
     """Its gradients are the problem's, which are sums over all processes."""
 
     def held_quotient(self, step: float, narrow: bool = False) -> Tensor | None:
@@ -140,11 +142,11 @@ class _SharedAlong(Along):
 
 
 class SharedOutputCertificate(OutputCertificate):
-    def along(self, block: Block, v: Tensor) -> Along:
-        return _SharedAlongOutput(self.problem, block, v, self.fisher)
+    def along(self, block: Block, v: Tensor) -> DirectionalDifference:
+        return _SharedOutputDifference(self.problem, block, v, self.fisher)
 
 
-class _SharedAlongOutput(AlongOutput):
+class _SharedOutputDifference(OutputDifference):
     def quotient(self, step: float) -> Tensor:
         assert isinstance(self.problem, SharedProblem)
         curvature = "fisher" if self.fisher else "ggn"

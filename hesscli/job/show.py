@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hesscli.files.hessian_file import HessianFile
-from hesscli.job import Document
+from hesscli.job.json_form import Document
+from hesscli.job.options import Progress
 from hesscli.job.stored import chosen, opened, values_of
 
 if TYPE_CHECKING:
@@ -32,11 +33,11 @@ class Shown:
 
 def show(
     source: str,
-    block: str | None = None,
-    wide: bool = False,
-    pixels: Sequence[int] = (),
-    verify: bool = False,
-    listener: Callable[[int, int, str], None] | None = None,
+    block: str | None,
+    wide: bool,
+    pixels: Sequence[int],
+    verify: bool,
+    progress: Progress,
 ) -> Shown:
     """The document of a Hessian file.
 
@@ -47,7 +48,7 @@ def show(
             that are small enough for it to be quick.
         pixels: draw |H| on so many rows and columns at most, once for each number here.
         verify: compare every tensor with its checksum, also in a large file.
-        listener: hears how much of a picture is done.
+        progress: hears how much of a picture is done.
 
     Raises:
         FileError: it is not a Hessian file, or not as it was written.
@@ -74,7 +75,7 @@ def show(
             return Shown(document, ())
         from hesscli.job.picture import picture
 
-        pictures = tuple(picture(file, names, count, listener) for count in pixels)
+        pictures = tuple(picture(file, names, count, progress) for count in pixels)
     return Shown(document, pictures)
 
 

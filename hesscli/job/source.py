@@ -74,16 +74,19 @@ class Source:
         return part.whole()
 
     def _arguments(self, start: int, stop: int) -> Mapping[str, object]:
-        return {
-            name: value[start:stop] if self.goes_along(name, value) else value  # type: ignore[index]
-            for name, value in self.loss.arguments.items()
-        }
+        cut = {name: value[start:stop] for name, value in self.along().items()}
+        return {**self.loss.arguments, **cut}
 
-    def goes_along(self, name: str, value: object) -> bool:
-        """Whether a loss argument is cut like the samples."""
-        if not isinstance(value, Tensor) or not value.dim() or len(value) != self.samples:
-            return False
-        return self.loss.goes_along(name, value, self.target)
+    def along(self) -> dict[str, Tensor]:
+        """The loss arguments that are cut like the samples."""
+        return {
+            name: value
+            for name, value in self.loss.arguments.items()
+            if isinstance(value, Tensor)
+            and value.dim()
+            and len(value) == self.samples
+            and self.loss.goes_along(name, value, self.target)
+        }
 
     def _scaled(self, place: int, array: Tensor) -> Tensor:
         return array.to(self.dtype) * self.scales[place] if place in self.scales else array

@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import suppress
 
-from hesscli.files.resources import keep_freed_memory
+from hesscli.files.malloc import keep_freed_memory
 
 
 def start() -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 
 import numpy as np
 
-from hesscli.job import Document
+from hesscli.job.json_form import Document
 from hesscli.spectrum.statistics import Statistics, of_diagonal, of_matrix
 
 

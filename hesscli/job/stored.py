@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hesscli.errors import UsageError
+from hesscli.errors import UsageError, listed
 from hesscli.files.hessian_file import HessianFile, read_hessian
-from hesscli.job import Document
+from hesscli.job.json_form import Document
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,10 +52,9 @@ def chosen(document: Document, block: str | None, source: str) -> list[Document]
     found = [facts for facts in blocks if facts["name"] == block]
     if not found:
         names = [facts["name"] for facts in blocks]
-        listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         (close, *_) = [*difflib.get_close_matches(block, names, 1), names[0]]
         raise UsageError(
-            f"{source}: has no block {block!r}; it has: {listed}",
+            f"{source}: has no block {block!r}; it has: {listed(names)}",
             f"--block {shlex.quote(close)}",
             instead_of=("--block",),
         )

@@ -16,7 +16,7 @@ from hesscli.hessian.batch import Batch
 from hesscli.hessian.definitions import exact_derivatives, right_gradients
 from hesscli.hessian.losses import OF_CLASSES
 from hesscli.hessian.probes import Analyses
-from hesscli.hessian.problem import Problem, placed
+from hesscli.hessian.problem import Problem, parameters_at
 from hesscli.job.source import Source
 
 _FEWEST = 4  # samples passed together and apart
@@ -105,7 +105,7 @@ def _seeing(
         with (
             torch.set_grad_enabled(not proven),
             right_gradients(),
-            placed(leaves, [value.detach() for value in values]),
+            parameters_at(leaves, [value.detach() for value in values]),
         ):
             output = problem.output(together)
             try:

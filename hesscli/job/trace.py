@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from hesscli.hessian.planner import FINITE_DIFFERENCE, HVP
-from hesscli.job import Document, documents
+from hesscli.hessian.words import FINITE_DIFFERENCE, HVP
+from hesscli.job import documents
 from hesscli.job.alone import Alone
+from hesscli.job.json_form import Document
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import ComputeOptions, Listener, ProblemOptions
 from hesscli.job.planning import Plan
@@ -59,13 +60,13 @@ def trace(
     )
     exact_products = _exact_products(plan, operator)
     if forced or exact_products <= min(AFFORDABLE, max_products):
-        found = _exact(plan, operator, listener)
+        found = _exact(plan, operator)
     else:
         within = exact_products <= max_products
         most = math.ceil(exact_products) if within else max_products
-        found = _estimated(operator, relative_error, most, listener)
+        found = _estimated(operator, relative_error, most)
         if within and not (found.converged or found.interrupted):  # as many again, and it is exact
-            exact = _exact(plan, operator, listener)
+            exact = _exact(plan, operator)
             found = replace(found, interrupted=True) if exact.interrupted else exact
     names, sizes = operator.products.names, operator.products.sizes
     blocks: list[Document] = [
@@ -106,7 +107,7 @@ def _exact_products(plan: Plan, operator: Operator) -> float:
     )  # this process does it alone; products are shared
 
 
-def _exact(plan: Plan, operator: Operator, listener: Listener) -> Estimate:
+def _exact(plan: Plan, operator: Operator) -> Estimate:
     """The traces of the exact diagonal."""
     work = WholeBlocks(plan)
     found: dict[str, Document] = {}
@@ -114,7 +115,8 @@ def _exact(plan: Plan, operator: Operator, listener: Listener) -> Estimate:
         for group in groups(plan):
             for facts, _ in work.compute(group):
                 found[facts["name"]] = facts
-                listener.progress(sum(f["size"] for f in found.values()), operator.size, "exact")
+                done = sum(f["size"] for f in found.values())
+                operator.listener.progress(done, operator.size, "exact")
     except KeyboardInterrupt:
         names = operator.products.names
         parts = np.array([found[name]["trace"] if name in found else np.nan for name in names])
@@ -125,9 +127,7 @@ def _exact(plan: Plan, operator: Operator, listener: Listener) -> Estimate:
     return Estimate(parts, np.zeros(len(parts)), float(parts.sum()), 0.0, 0, True)
 
 
-def _estimated(
-    operator: Operator, relative_error: float, max_products: int, listener: Listener
-) -> Estimate:
+def _estimated(operator: Operator, relative_error: float, max_products: int) -> Estimate:
     operator.needs(40, "the estimate", "--params GLOB")
     return estimate(
         operator.products,
@@ -136,5 +136,5 @@ def _estimated(
         max_products,
         operator.generator(),
         operator.gradient,
-        Convergence(listener).standard_error,
+        Convergence(operator.listener).standard_error,
     )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hesscli.files.hessian_writer import HessianWriter
-from hesscli.hessian.amounts import amounts
+from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.layout import Layout, Placed, Span
 from hesscli.job.beside import Beside
 
@@ -148,7 +148,7 @@ class HeldTriangle(Triangle):
     def _pieces(self, start: int, stop: int) -> Iterator[Placed]:
         """These rows in pieces that lie together in the block, no more than so many numbers or one group at a time."""
         for placed in self.layout.placed(start, stop):
-            yield from placed.together(amounts(self.device).piece // self.layout.size)
+            yield from placed.together(chunk_sizes(self.device).piece // self.layout.size)
 
     def _rows(self, index: int) -> Iterator[tuple[int, Tensor]]:
         """The rows of a band in the block's order, on the host, with the first one's place.

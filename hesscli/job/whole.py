@@ -8,15 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.errors import NumericalError
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.plan import group
 from hesscli.hessian.routes.base import Route, Rows, fitting
 from hesscli.hessian.symmetry import symmetrise_
-from hesscli.job import Document, documents, statistics
+from hesscli.job import documents, statistics
+from hesscli.job.digits import not_finite
+from hesscli.job.json_form import Document
 from hesscli.job.planning import Plan
 from hesscli.job.triangles import on_host
+
+_SMALL = 1 << 22  # numbers that are always kept together
 
 
 def groups(plan: Plan) -> Iterator[list[Block]]:
@@ -24,7 +26,25 @@ def groups(plan: Plan) -> Iterator[list[Block]]:
     whole = [block for block in plan.blocks if not plan.is_large(block)]
     for method in dict.fromkeys(plan.choices[block.name][0].method for block in whole):
         mine = [b for b in whole if plan.choices[b.name][0].method == method]
-        yield from group(mine, plan.diagonal)
+        yield from _group(mine, plan.diagonal)
+
+
+def _group(blocks: Sequence[Block], diagonal: bool) -> list[list[Block]]:
+    """Blocks that are computed together: as many as take little more memory than the largest alone."""
+
+    def cost(block: Block) -> int:
+        return block.size if diagonal else block.size**2
+
+    limit = max(int(1.1 * max((cost(block) for block in blocks), default=0)), _SMALL)
+    groups: list[list[Block]] = []
+    held = 0
+    for block in blocks:
+        if not groups or held + cost(block) > limit:
+            groups.append([])
+            held = 0
+        groups[-1].append(block)
+        held += cost(block)
+    return groups
 
 
 class WholeBlocks:
@@ -93,9 +113,7 @@ class WholeBlocks:
         passed = certificate is None or error is None or certificate.passed(error)
         # What passed a comparison is finite.
         if (error is None or not passed) and not bool(torch.isfinite(values).all()):
-            raise NumericalError(
-                f"{block.name}: its Hessian is not finite (NaN or inf)", plan.more_digits()
-            )
+            raise not_finite(f"{block.name}: its Hessian", plan.problem.dtype)
         if certificate is not None and error is not None and not passed:
             plan.differs(block, place, error, certificate.tolerance)
             ((_, values, place),) = self._computed([block], place + 1)

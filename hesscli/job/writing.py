@@ -1,29 +1,22 @@
-"""Where a result may go."""
+"""Where a result may go, and which names it may have."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from hesscli.errors import ResourceError, UsageError
+from hesscli.errors import UsageError
 from hesscli.files.hessian_file import is_part_of
-from hesscli.files.hessian_writer import HessianWriter
 from hesscli.files.result_names import (
     followed,
     index_of_shard,
     index_path,
     is_index,
     journals,
-    keep_mode,
     result_paths,
-    shard_paths,
 )
 
 # How each kind of picture says who made it.
@@ -39,7 +32,7 @@ _STANDARD_OUTPUT = (Path("/dev/stdout"), Path("/dev/fd/1"), Path("/proc/self/fd/
 def writable(
     path: Path,
     force: bool,
-    inputs: Sequence[Path] = (),
+    inputs: Sequence[Path],
     option: str = "-o",
     resumable: bool = False,
     name: str = "hessian",
@@ -126,32 +119,6 @@ def _is_part(path: Path) -> bool:
     return index is not None and is_part_of(path, index.with_suffix("").with_suffix(""))
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name for what is written inside, which then takes the path's place; nothing is left of what fails.
-
-    Raises:
-        ResourceError: the disk is full.
-    """
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        yield temporary
-        keep_mode(path, temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise ResourceError(f"{path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def written(path: Path) -> tuple[Path, int]:
-    """The file that opens a result, itself or its index, and the bytes of all its files."""
-    index = index_path(path)
-    if path.exists() or not index.exists():
-        return path, path.stat().st_size if path.exists() else 0
-    return index, sum(found.stat().st_size for found in (index, *shard_paths(path)))
-
-
 def _says_hesscli(path: Path) -> bool:
     """Whether a JSON document or a picture names hesscli as its maker."""
     if path.suffix.lower() not in (".json", *PICTURES):
@@ -183,14 +150,3 @@ def demand_names(results: Iterable[str], parameters: Iterable[str], gradient: bo
                 f"{name}: a file keeps this name for {taken[name]}",
                 f"--params {shlex.quote(f'!{name}*')}",
             )
-
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, np.ndarray], dtype: str, document: Mapping[str, Any]
-) -> None:
-    """A safetensors file of these tensors, whole or not at all, with the document in its metadata."""
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    with HessianWriter(path, shapes, dtype, document) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-        writer.commit(document)

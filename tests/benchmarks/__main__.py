@@ -1,10 +1,9 @@
 """`python -m tests.benchmarks [TASK ...]`: hesscli against its peers.
 
-Every measurement is a whole process, from a saved model and data to a Hessian file, or to eigenvalues;
-but a product is timed by itself, in turn with gradients. hesscli also
-checks its result and flushes it to the disk; the peers do neither. "less import" is less the
-median of a bare `import torch`. The chunk, rows at a time, is tuned for each peer beforehand, and
-that time is not counted. Equality is tested in the first round, before any time is shown.
+Every measurement is a whole process, from a saved model and data to a Hessian file, or to eigenvalues; but a product
+is timed by itself, in turn with gradients. hesscli also checks its result and flushes it to the disk; the peers do
+neither. "less import" is less the median of a bare `import torch`. The chunk, rows at a time, is tuned for each peer
+beforehand, and that time is not counted. Equality is tested in the first round, before any time is shown.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from tests.benchmarks.matrix_free import BENCHES
-from tests.benchmarks.measure import Bench, FailedError, Measured, Settings, measure
+from tests.benchmarks.measure import Bench, FailedError, Measured, Settings, run_task
 from tests.benchmarks.tables import broken, equality, remarks, timings
 from tests.benchmarks.tasks import BY_NAME, TASKS
 
@@ -73,7 +72,7 @@ def main() -> int:
         with talk.status(task.name) as status:
             try:
                 bench = BENCHES.get(task.blocks, Bench)
-                measured = measure(bench, task, settings, status.update)
+                measured = run_task(bench, task, settings, status.update)
             except FailedError as reason:
                 console.print(f"{task.name}: {reason}", markup=False)
                 sound = False

@@ -21,14 +21,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.tasks import EIGEN, GRADIENT, PACKAGES, PRODUCT, Task
+from tests.benchmarks.tasks import CHUNKS, EIGEN, GRADIENT, PACKAGES, PRODUCT, Task
 
 ROOT = Path(__file__).parents[2]
 OURS = "hesscli"
 TOLERANCE = 1e-3  # relative Frobenius error between two float32 results
 TIMEOUT = 5  # limits, after which a process is killed
-WHOLE = {"func-hessian", "backpack"}  # cannot be had in parts
-ROW_BY_ROW = {"pyhessian", "hessian-eigenthings"}
 
 
 class FailedError(Exception):
@@ -146,7 +144,7 @@ class Measured:
         return self.ours in ran and all(self.agrees(tool) for tool in ran)
 
 
-def measure(
+def run_task(
     bench: type[Bench], task: Task, settings: Settings, say: Callable[[str], None]
 ) -> Measured:
     """Runs a task's tools in turn, as often as the settings say."""
@@ -220,12 +218,10 @@ class Bench:
         return tool.failure is None
 
     def _prepare(self, tool: Tool) -> None:
-        if not self._installed(tool):
+        if not self._installed(tool) or tool.name not in CHUNKS:
             return
-        if tool.name in ROW_BY_ROW:
+        if CHUNKS[tool.name] == (1,):
             tool.chunk = 1
-        elif tool.name in WHOLE:
-            tool.chunk = None
         elif self.settings.toy:
             tool.chunk = 7
         else:

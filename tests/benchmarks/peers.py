@@ -8,7 +8,6 @@ take too long can be cut short. BackPACK makes all the diagonals at once instead
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +16,7 @@ from torch.func import functional_call
 from tests.benchmarks.models import Problem
 
 Rows = Callable[[int, int], Tensor]
-
-
-@dataclass(frozen=True)
-class RowPeer:
-    block: Callable[[Problem, Sequence[str]], Rows]
-    chunks: tuple[int, ...]  # rows at a time: the fastest of these; none: as many as fit
-
-
-@dataclass(frozen=True)
-class DiagonalPeer:
-    diagonals: Callable[[Problem], dict[str, Tensor]]
+RowPeer = Callable[[Problem, Sequence[str]], Rows]
 
 
 def parameters(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
@@ -156,13 +145,13 @@ def backpack(problem: Problem) -> dict[str, Tensor]:
     return {name: p.diag_h for name, p in module.named_parameters()}
 
 
-PEERS: dict[str, RowPeer | DiagonalPeer] = {
-    "vmap-jvp-grad": RowPeer(vmap_jvp_grad, (16, 32, 64, 128, 256)),
-    "is-grads-batched": RowPeer(is_grads_batched, (64, 128, 256)),
-    "func-hessian": RowPeer(func_hessian, ()),
-    "curvlinops": RowPeer(curvlinops, ()),
-    "curvlinops-chunked": RowPeer(curvlinops, (16, 32, 64, 128, 256)),
-    "pyhessian": RowPeer(pyhessian, (1,)),
-    "hessian-eigenthings": RowPeer(hessian_eigenthings, (1,)),
-    "backpack": DiagonalPeer(backpack),
+ROW_PEERS: dict[str, RowPeer] = {
+    "vmap-jvp-grad": vmap_jvp_grad,
+    "is-grads-batched": is_grads_batched,
+    "func-hessian": func_hessian,
+    "curvlinops": curvlinops,
+    "curvlinops-chunked": curvlinops,
+    "pyhessian": pyhessian,
+    "hessian-eigenthings": hessian_eigenthings,
 }
+DIAGONAL_PEERS = {"backpack": backpack}

@@ -64,6 +64,16 @@ PACKAGES = {
     "hessian-eigenthings": "hessian_eigenthings",
 }
 
+CHUNKS: dict[str, tuple[int, ...]] = {
+    "vmap-jvp-grad": (16, 32, 64, 128, 256),
+    "is-grads-batched": (64, 128, 256),
+    "curvlinops": (),
+    "curvlinops-chunked": (16, 32, 64, 128, 256),
+    "pyhessian": (1,),
+    "hessian-eigenthings": (1,),
+}
+"""Rows at a time: the fastest of these; none: as many as fit. Other peers cannot be had in parts."""
+
 # A vmapped jvp of jacrev is wrong between LayerNorm's weight and what lies before it.
 LAYER_NORM = frozenset({"func-hessian", "curvlinops", "curvlinops-chunked"})
 

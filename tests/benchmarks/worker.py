@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hesscli.files.resources import available_memory
 from tests.benchmarks import models, spectra
 from tests.benchmarks.models import Problem
-from tests.benchmarks.peers import PEERS, DiagonalPeer, RowPeer, Rows
-from tests.benchmarks.tasks import BY_NAME, PACKAGES
+from tests.benchmarks.peers import DIAGONAL_PEERS, ROW_PEERS, RowPeer, Rows
+from tests.benchmarks.tasks import BY_NAME, CHUNKS, PACKAGES
 
 Result = dict[str, Any]
 MORE = (512, 1024, 2048)  # rows at a time, which only a GPU gains from
@@ -38,15 +38,14 @@ def build(task: str, toy: bool, model: str, data: str) -> Result:
 
 def tune(task: str, toy: bool, peer: str, model: str, data: str) -> Result:
     """The number of rows at a time that serves this peer best, on the largest block."""
-    problem, competitor = models.load(task, toy, Path(model), Path(data)), PEERS[peer]
-    assert isinstance(competitor, RowPeer)
+    problem = models.load(task, toy, Path(model), Path(data))
     blocks = _blocks(problem, BY_NAME[task].blocks)
     _, names, size = max(blocks, key=lambda block: block[-1])
-    rows = competitor.block(problem, names)
-    if not competitor.chunks:
+    rows = ROW_PEERS[peer](problem, names)
+    if not CHUNKS[peer]:
         return {"chunk": _largest(rows, size)}
     seconds: dict[int, float] = {}  # of one row
-    chunks = (*competitor.chunks, *(MORE if torch.get_default_device().type == "cuda" else ()))
+    chunks = (*CHUNKS[peer], *(MORE if torch.get_default_device().type == "cuda" else ()))
     for chunk in sorted({min(chunk, size) for chunk in chunks}):
         try:
             times = [_timed(lambda c=chunk: rows(0, c)) for _ in range(3)]
@@ -85,11 +84,12 @@ def run(
     """Model file to Hessian file; `missing` is the time that rows left out would have taken."""
     import_module(PACKAGES.get(peer, "torch"))
     started = time.perf_counter()
-    problem, competitor = models.load(task, toy, Path(model), Path(data)), PEERS[peer]
-    if isinstance(competitor, DiagonalPeer):
-        tensors, missing, share = competitor.diagonals(problem), 0.0, 1.0
+    problem = models.load(task, toy, Path(model), Path(data))
+    if peer in DIAGONAL_PEERS:
+        tensors, missing, share = DIAGONAL_PEERS[peer](problem), 0.0, 1.0
     else:
-        tensors, missing, share = _by_rows(problem, competitor, BY_NAME[task].blocks, chunk, limit)
+        structure = BY_NAME[task].blocks
+        tensors, missing, share = _by_rows(problem, ROW_PEERS[peer], structure, chunk, limit)
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, output)
     return {"seconds": time.perf_counter() - started, "missing": missing, "share": share}
 
@@ -108,7 +108,7 @@ def _by_rows(
     missing, made, reached, started = 0.0, 0, 0, time.perf_counter()
     for key, names, size in blocks:
         reached += size
-        rows, step = peer.block(problem, names), chunk or size
+        rows, step = peer(problem, names), chunk or size
         shape = (size,) if structure == "elements" else (size, size)
         result = torch.empty(shape, device="cpu")
         times: list[float] = []

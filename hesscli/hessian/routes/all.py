@@ -1,8 +1,8 @@
-"""The routes by name, sharing one analysis of the problem."""
+"""The routes by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.probes import Analyses
@@ -16,24 +16,29 @@ from hesscli.hessian.routes.preactivation import Preactivation
 
 
 def routes(
-    problem: Problem, reference: Callable[[], Problem], chunk: int, curvature: str = "hessian"
-) -> tuple[dict[str, Route], Analyses]:
+    problem: Problem,
+    analyses: Analyses,
+    cuts: Cuts,
+    reference: Callable[[], Problem],
+    curvature: str = "hessian",
+) -> dict[str, Route]:
     """Every route of a problem, by name.
 
     Args:
         problem: what is differentiated.
+        analyses: of its batches.
+        cuts: of its batches.
         reference: makes the same in float64, if the model runs in it; differences are taken there.
-        chunk: rows per batched pass.
         curvature: "hessian", "ggn" or "fisher".
     """
-    analyses = Analyses(problem)
-    if curvature != "hessian":
-        others = curvature_routes(problem, analyses, curvature, chunk)
-        return {route.name: route for route in others}, analyses
-    made: list[Route] = [
-        Preactivation(problem, analyses, Cuts(problem, chunk)),
-        GaussNewton(problem, analyses),
-        HessianVectorProducts(problem, chunk),
-        FiniteDifference(reference),
-    ]
-    return {route.name: route for route in made}, analyses
+    made: Sequence[Route] = (
+        [
+            Preactivation(problem, analyses, cuts),
+            GaussNewton(problem, analyses),
+            HessianVectorProducts(problem, cuts.chunk),
+            FiniteDifference(reference),
+        ]
+        if curvature == "hessian"
+        else curvature_routes(problem, analyses, curvature, cuts.chunk)
+    )
+    return {route.name: route for route in made}

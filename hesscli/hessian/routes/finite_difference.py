@@ -14,13 +14,14 @@ from torch import Tensor
 
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.problem import Problem, placed
+from hesscli.hessian.problem import Problem, parameters_at
 from hesscli.hessian.quotients import Quotients
 from hesscli.hessian.routes.base import Route, Rows
+from hesscli.hessian.words import FINITE_DIFFERENCE
 
 
 class FiniteDifference(Route):
-    name = "finite-difference"
+    name = FINITE_DIFFERENCE
 
     def __init__(self, reference: Callable[[], Problem]) -> None:
         """
@@ -62,9 +63,8 @@ class FiniteDifference(Route):
         def gradient(step: float) -> Tensor:
             moved = leaf.detach().clone(memory_format=torch.contiguous_format)
             moved.view(-1)[index] += step
-            with placed([leaf], [moved]):
-                grads = one.gradient(block.parameters)
-            return torch.cat([grad.reshape(-1) for grad in grads.values()])
+            with parameters_at([leaf], [moved]):
+                return one.flat_gradient(block.parameters)
 
         return self.quotient(gradient, max(1.0, float(leaf.detach().reshape(-1)[index].abs())))
 

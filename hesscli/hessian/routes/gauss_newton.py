@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesscli.hessian.amounts import amounts
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.bend import Bend, add_bend, add_bend_diagonal, find_bend
 from hesscli.hessian.blocks import Block
+from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.kronecker import add_kronecker_rows
 from hesscli.hessian.layers import Layer, plain_layer
 from hesscli.hessian.layout import Layout, starts_of
@@ -29,6 +29,7 @@ from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import Route, Rows
 from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
+from hesscli.hessian.words import GAUSS_NEWTON
 
 
 def block_uses(analysis: Analysis, block: Block) -> list[Use]:
@@ -79,7 +80,7 @@ class Factors:
     def jacobians(self) -> Iterator[tuple[Tensor, Tensor]]:
         """df/dtheta of some samples after the other, [samples, C, size], with their Lambda."""
         samples, classes, *_ = self.curvature.shape
-        most = amounts(self.curvature.device).jacobians
+        most = chunk_sizes(self.curvature.device).jacobians
         step = max(1, most // (classes * sum(use.size for use in self.uses)))
         for first in range(0, samples, step):
             mine = slice(first, first + step)
@@ -98,7 +99,7 @@ class Factors:
 
 
 class GaussNewton(Route):
-    name = "gauss-newton"
+    name = GAUSS_NEWTON
     symmetric = True
 
     def __init__(self, problem: Problem, analyses: Analyses) -> None:
@@ -183,7 +184,7 @@ def _add(part: Rows, factors: Factors) -> None:
         v, a = factors.of(layer)
         width = layer.width
         curved_v = factors.curvature @ v  # [B, C, n]
-        step = max(1, amounts(v.device).curvature // (v.shape[0] * layer.weight.n))
+        step = max(1, chunk_sizes(v.device).curvature // (v.shape[0] * layer.weight.n))
         last = part.stop // width
         for first in range(part.start // width, last, step):
             s = v[:, :, first : min(first + step, last)].transpose(1, 2) @ curved_v[:, :, first:]

@@ -23,6 +23,7 @@ from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import ByRows, RowsOf
 from hesscli.hessian.routes.gauss_newton import GaussNewton
 from hesscli.hessian.uses import Use
+from hesscli.hessian.words import HVP
 
 
 class GeneralisedGaussNewton(GaussNewton):
@@ -37,7 +38,7 @@ class EmpiricalFisher(GeneralisedGaussNewton):
     def at_output(self, probed: Probed) -> tuple[Tensor, Tensor]:
         """The gradient of each sample's own loss terms, and 1 / D."""
         f = probed.output.detach().requires_grad_()
-        total = self.problem.total_of(f, probed.batch)
+        total = self.problem.exact_total(f, probed.batch)
         delta = torch.autograd.grad(total, f)[0] if total.requires_grad else torch.zeros_like(f)
         curvature = f.new_full((probed.samples, 1, 1), 1 / self.problem.denominator)
         return delta.unsqueeze(0), curvature.detach()
@@ -52,7 +53,7 @@ class ProductRows(ByRows):
         chunk: how many rows share one pass.
     """
 
-    name = "hvp"
+    name = HVP
 
     def __init__(self, problem: Problem, curvature: str, chunk: int) -> None:
         super().__init__(problem, chunk)

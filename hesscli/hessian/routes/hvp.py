@@ -13,15 +13,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hesscli.hessian.autodiff import batched_grad
+from hesscli.hessian.autodiff import batched_grad, unit_rows
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.routes.base import ByRows, RowsOf
+from hesscli.hessian.words import HVP
 
 
 class HessianVectorProducts(ByRows):
-    name = "hvp"
+    name = HVP
 
     def rows(self, batch: Batch, blocks: Sequence[Block]) -> RowsOf:
         return partial(self._rows, self._gradient(batch, blocks))
@@ -52,8 +53,7 @@ class HessianVectorProducts(ByRows):
                 last = min(stop - offset, size)
                 for first in range(max(start - offset, 0), last, self.chunk):
                     count = min(self.chunk, last - first)
-                    seeds = flat.new_zeros(count, size)
-                    seeds[:, first : first + count].fill_diagonal_(1)
+                    seeds = unit_rows(flat, first, count, size)
                     parts = batched_grad(flat, leaves, seeds)
                     columns = [
                         seeds.new_zeros(len(seeds), leaf.numel())

@@ -18,13 +18,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hesscli.hessian.amounts import amounts
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.assembly import add_layer, add_layer_diagonal
-from hesscli.hessian.autodiff import batched_grad
+from hesscli.hessian.autodiff import batched_grad, unit_rows
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.chain import Step, chain_diagonals, curved_outputs, find_chain
+from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.layers import Layer
 from hesscli.hessian.layout import Layout, Part, Piece, starts_of
@@ -33,18 +33,19 @@ from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import Route, Rows
 from hesscli.hessian.uses import BIAS, CONVOLUTION, Use
+from hesscli.hessian.words import PREACTIVATION
 
 
 class Preactivation(Route):
-    name = "preactivation"
+    name = PREACTIVATION
     symmetric = True
 
     def __init__(self, problem: Problem, analyses: Analyses, cuts: Cuts) -> None:
         super().__init__(problem)
         self.analyses = analyses
         self.cuts = cuts
-        self.most = amounts(problem.device)
-        self.workspace = self.most.directions
+        self.sizes = chunk_sizes(problem.device)
+        self.workspace = self.sizes.directions
 
     def shrink(self) -> bool:
         self.workspace //= 2
@@ -145,7 +146,7 @@ class Preactivation(Route):
         if not delta.requires_grad:
             return
         a = probed.columns(use)
-        chunk = max(1, min(self.most.rows // 2, self.workspace // (8 * delta.numel())))
+        chunk = max(1, min(self.sizes.rows // 2, self.workspace // (8 * delta.numel())))
         for first in range(start, stop, chunk):
             entries = range(first, min(first + chunk, stop))
             seeds = use.spread(_directions_of(use, a, entries, probed.samples), delta.shape)
@@ -285,14 +286,13 @@ def _add_rows(
     leaves = [probed.leaves[n] for n in names]
     places = dict(zip(part.block.parameters, starts_of(part.block.sizes), strict=True))
     size = gradient.numel()
-    usual = amounts(gradient.device).rows
+    usual = chunk_sizes(gradient.device).rows
     activations = sum(x.numel() for x in probed.known.values())
     chunk = max(1, min(usual, workspace // (activations + part.block.size)))
     last = min(size, part.stop - at)
     for first in range(max(0, part.start - at), last, chunk):
         count = min(chunk, last - first)
-        seeds = gradient.new_zeros(count, size)
-        seeds[:, first : first + count].fill_diagonal_(1)
+        seeds = unit_rows(gradient, first, count, size)
         found = batched_grad(gradient, leaves, seeds.view(count, *gradient.shape))
         rows = seeds.new_zeros(count, part.block.size)
         for other, values in zip(names, found, strict=True):

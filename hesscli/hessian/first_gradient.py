@@ -1,19 +1,35 @@
-"""Which parameters a loss does not depend on."""
+"""The gradient that a command begins with, and which parameters the loss does not depend on."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from hesscli.errors import MismatchError
+from hesscli.errors import MismatchError, NumericalError
 from hesscli.hessian.definitions import right_gradients
 from hesscli.hessian.guests import explaining
-from hesscli.hessian.problem import Problem, no_gradient
+from hesscli.hessian.problem import Problem
+from hesscli.hessian.refusals import no_gradient
 
 
-def unused_of(problem: Problem, names: Sequence[str]) -> set[str]:
+def first_gradient(problem: Problem) -> tuple[dict[str, Tensor], float, set[str]]:
+    """dL/dtheta by parameter, its norm, and the parameters that L does not depend on.
+
+    Raises:
+        NumericalError: it is not finite.
+        MismatchError: `backward()` alone reaches a parameter.
+    """
+    gradient = problem.gradient(list(problem.parameters))
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
+    if not math.isfinite(norm):
+        raise NumericalError(f"the gradient's norm is {norm}; the Hessian would mean nothing")
+    return gradient, norm, _unused(problem, [n for n, g in gradient.items() if not bool(g.any())])
+
+
+def _unused(problem: Problem, names: Sequence[str]) -> set[str]:
     """Those of the named parameters that L does not depend on, whatever the value of its gradient.
 
     Raises:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -14,11 +14,11 @@ from torch import Tensor
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.kinks import held_difference
-from hesscli.hessian.problem import Problem, placed
+from hesscli.hessian.problem import Problem, parameters_at
 
 
 @dataclass
-class Along:
+class DirectionalDifference:
     """One direction v in one block: what differences say of the block's product with it."""
 
     problem: Problem
@@ -27,11 +27,11 @@ class Along:
 
     def quotient(self, step: float) -> Tensor:
         """(g_B(theta + h v) - g_B(theta - h v)) / 2h"""
-        return (self.gradient(step) - self.gradient(-step)) / (2 * step * self.typical())
+        return (self.gradient(step) - self.gradient(-step)) / (2 * step * self.scale)
 
     def one_sided_quotient(self, step: float, here: Tensor) -> Tensor:
         """(g_B(theta + h v) - g_B(theta)) / h, `here` being g_B(theta)."""
-        return (self.gradient(step) - here) / (step * self.typical())
+        return (self.gradient(step) - here) / (step * self.scale)
 
     def held_quotient(self, step: float, narrow: bool = False) -> Tensor | None:
         """The quotient of gradients that have all their kinks where they are at theta, batch by batch.
@@ -52,9 +52,10 @@ class Along:
             if difference is None:
                 return None
             total += difference
-        return total / (2 * step * self.typical())
+        return total / (2 * step * self.scale)
 
-    def typical(self) -> float:
+    @cached_property
+    def scale(self) -> float:
         """The size of the parameters relative to the direction's, so that a step is relative to them.
 
         A few that are huge, a bias of -1e9 that switches a class off, are no measure of a step of all.
@@ -70,16 +71,15 @@ class Along:
     def gradient(self, step: float) -> Tensor:
         """g_B(theta + step v), the step relative to the parameters."""
         with self.moved(step):
-            grads = self.problem.gradient(self.block.parameters)
-        return torch.cat([grad.reshape(-1) for grad in grads.values()])
+            return self.problem.flat_gradient(self.block.parameters)
 
     @contextmanager
     def moved(self, step: float) -> Iterator[None]:
         """The parameters at theta + step v, the step relative to them."""
-        step *= self.typical()
+        step *= self.scale
         leaves = self.leaves()
         parts = zip(leaves, self._parts(leaves), strict=True)
-        with placed(leaves, [leaf.detach().add(part, alpha=step) for leaf, part in parts]):
+        with parameters_at(leaves, [leaf.detach().add(part, alpha=step) for leaf, part in parts]):
             yield
 
     def _parts(self, leaves: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Amounts:
+class ChunkSizes:
     """For one device: numbers, where nothing else is said. The defaults are a CPU's.
 
     They are fixed, not shares of what is free now, so that the same command sums in the same order and gives the same
@@ -46,17 +46,17 @@ class Amounts:
     piece: int = 1 << 22
 
 
-def amounts(device: torch.device) -> Amounts:
-    """Those of a device."""
-    return _of_gpu(device) if device.type == "cuda" else Amounts()
+def chunk_sizes(device: torch.device) -> ChunkSizes:
+    """The sizes for a device."""
+    return _of_gpu(device) if device.type == "cuda" else ChunkSizes()
 
 
 @cache
-def _of_gpu(device: torch.device) -> Amounts:
+def _of_gpu(device: torch.device) -> ChunkSizes:
     """Shares of a GPU's memory: each operator costs the same to start, however little it does."""
     memory = torch.cuda.get_device_properties(device).total_memory
     many = memory >> 8  # 80 GB: 1.2 GB of float32
-    return Amounts(
+    return ChunkSizes(
         activations=memory >> 3,
         rows=1024,
         vectors=256,

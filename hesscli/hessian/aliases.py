@@ -11,7 +11,7 @@ from torch import Tensor
 from hesscli.hessian.tape import Call
 
 
-class Memory:
+class Aliases:
     """Keeps every tensor that it is told of alive, so that its identity and its storage stay its own.
 
     After a write into one of them the others that share its memory are stale, until they are kept again.

@@ -1,0 +1,37 @@
+"""Blocks in bands, small enough for a test, whose computation is ended early."""
+
+from __future__ import annotations
+
+import pytest
+
+from hesscli.job import large
+
+SLOW = """
+import sys, time
+from hesscli.job import journal, large, planning
+planning.LARGE, planning.BAND, planning.LONG_BAND, journal.INTERVAL = 8, 900, 900, 0.0
+whole = large.LargeBlock._band
+def band(*arguments):
+    time.sleep(0.15)
+    return whole(*arguments)
+large.LargeBlock._band = band
+from hesscli.cli import main
+main()
+"""
+"""The command line with the bands of `small_bands`, each of which takes its time."""
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, calls: int, error: BaseException) -> None:
+    """Makes the computation of bands and groups end after so many."""
+    left = [calls]
+
+    def counted(function):
+        def run(*arguments, **options):
+            if not left[0]:
+                raise error
+            left[0] -= 1
+            return function(*arguments, **options)
+
+        return run
+
+    monkeypatch.setattr(large.LargeBlock, "_band", counted(large.LargeBlock._band))
