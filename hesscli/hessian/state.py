@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 
 Place = tuple[int, str]  # which module, and the buffer's name in it
 Saved = tuple[Tensor, int, Tensor]  # a buffer, its version, and a copy of it
+Container = dict[Any, Any] | list[Any] | set[Any]
 
 _SAVED: WeakKeyDictionary[nn.Module, dict[Place, Saved | None]] = WeakKeyDictionary()
 
@@ -22,20 +26,47 @@ def state_kept(module: nn.Module) -> Iterator[None]:
     Buffers are running statistics, and the ranges that an observer has seen. What a model computes once of its
     parameters, `functools.cached_property`, would be a constant to the next pass, a hidden state the last one's.
 
+    So are what dicts, lists and sets among the attributes hold, hooks too: where a flag says that hooks are registered,
+    or a value is stored, one must not go without the other.
+
     A buffer that was written to is replaced, not written to again: autograd may have saved it.
     """
     if module not in _SAVED:
         _SAVED[module] = _saved(module)
     parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
-    attributes = [(vars(part), dict(vars(part))) for part in parts]
+    containers = [saved for part in parts for saved in _containers(vars(part))]
     try:
         yield
     finally:
-        for now, before in attributes:
-            for name in now.keys() - before.keys():
-                del now[name]
-            now.update(before)
+        for now, before in containers:
+            _refill(now, before)
         _put_back(module, _SAVED[module])
+
+
+def _containers(attributes: dict[str, object]) -> Iterator[tuple[Container, Container]]:
+    """A module's attributes, and all that hold others in them, each with a copy; buffers are looked after apart."""
+    found: list[object] = [attributes]
+    known: set[int] = {id(attributes.get("_buffers"))}
+    for each in found:
+        plain = type(each) in (dict, OrderedDict, list, set)
+        if plain and isinstance(each, (dict, list, set)) and id(each) not in known:
+            known.add(id(each))
+            found += each.values() if isinstance(each, dict) else each
+            yield each, copy(each)
+
+
+def _refill(now: Container, before: Container) -> None:
+    """Gives a container what it held, unless it holds just that."""
+    if isinstance(now, dict) and isinstance(before, dict):
+        if list(now) != list(before) or any(now[key] is not before[key] for key in before):
+            now.clear()
+            now.update(before)
+    elif isinstance(now, list) and isinstance(before, list):
+        if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+            now[:] = before
+    elif isinstance(now, set) and isinstance(before, set) and now != before:
+        now.clear()
+        now.update(before)
 
 
 def _put_back(module: nn.Module, saved: dict[Place, Saved | None]) -> None:
