@@ -2,33 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from threading import RLock
+from typing import Any, TypeVar
 
 import torch
 
 from hesscli.job.options import ProblemOptions
+
+Value = TypeVar("Value")
+
+_BACKENDS: Any = torch.backends  # parts of which have no types
+_CPU = [getattr(_BACKENDS.mkldnn, name) for name in ("matmul", "conv", "rnn")]
+_PRECISIONS = [
+    _BACKENDS,
+    _BACKENDS.cuda.matmul,
+    _BACKENDS.cudnn.conv,
+    _BACKENDS.cudnn.rnn,
+    *_CPU,
+]
+_ONE_AT_A_TIME = RLock()
 
 
 def settle(options: ProblemOptions) -> None:
     """Sets the number of threads and the precision."""
     if options.threads:
         torch.set_num_threads(options.threads)
+    _BACKENDS.fp32_precision = "none"
     # cuDNN's convolutions would use it by default, at three digits.
-    torch.backends.cuda.matmul.allow_tf32 = options.tf32
-    torch.backends.cudnn.allow_tf32 = options.tf32
+    _BACKENDS.cuda.matmul.allow_tf32 = options.tf32
+    _BACKENDS.cudnn.allow_tf32 = options.tf32
+    for each in _CPU:
+        each.fp32_precision = "ieee"
 
 
 @contextmanager
 def settings_kept() -> Iterator[None]:
-    """Puts back what `settle` sets."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, torch.get_num_threads()
+    """Puts back what `settle` sets, and lets one thread at a time do so.
+
+    PyTorch has two ways to set the precision, and refuses to read by the old one what was set by the new one.
+    """
+    with _ONE_AT_A_TIME:
+        threads = torch.get_num_threads()
+        precisions = [each.fp32_precision for each in _PRECISIONS]
+        matmul = _readable(torch.get_float32_matmul_precision)
+        cudnn = _readable(lambda: _BACKENDS.cudnn.allow_tf32)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(matmul or "highest")
+            if cudnn is not None:
+                _BACKENDS.cudnn.allow_tf32 = cudnn
+            for each, precision in zip(_PRECISIONS, precisions, strict=True):
+                each.fp32_precision = precision
+
+
+def _readable(setting: Callable[[], Value]) -> Value | None:
     try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before[:2]
-        torch.set_num_threads(before[2])
+        return setting()
+    except RuntimeError:
+        return None
 
 
 def random_kept() -> AbstractContextManager[None]:
