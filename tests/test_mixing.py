@@ -404,6 +404,21 @@ def test_a_model_of_one_batch_size_that_mixes_samples_is_said_to(cli, tmp_path, 
     assert said == ([mixes + how] if mixes else [])
 
 
+@pytest.mark.parametrize("limits", [{"max": 99}, {"min": 4}])
+def test_a_model_of_some_batch_sizes_that_mixes_samples(cli, tmp_path, limits):
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False), nn.Tanh())
+    net, x, y = net.double().eval(), torch.randn(8, 3).double(), torch.randn(8, 2).double()
+    axes = {0: torch.export.Dim("batch", **limits)}
+    exported = torch.export.export(net, (x,), dynamic_shapes=(axes,))
+    torch.export.save(exported, tmp_path / "m.pt2")
+    np.savez(tmp_path / "d.npz", x=x.numpy(), y=y.numpy())
+    words = ("compute", "m.pt2", "d.npz", "-b", "full")
+    ran = cli(*words, "--batch-size", 4)
+    assert "the model sees several samples at once, so all the data is one batch" in ran.notes
+    found = hesscli.load("hessian.safetensors").matrix()
+    assert relative_error(torch.from_numpy(found), hessian(net, F.mse_loss, (x,), y)) < 1e-9
+
+
 def test_a_loss_whose_mixing_is_little_beside_its_terms():
     """But not beside their second derivatives."""
 

@@ -83,8 +83,33 @@ class Steps(Plain):
         return super().forward(x) * self.steps
 
 
+class Stored(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[dict[str, Tensor]] = [{}]
+
+    def square(self) -> Tensor:
+        return self.kept[0].setdefault("square", super().square())
+
+
+class Hooked(Plain):
+    """Registers a hook on its first call, as transformers does to collect hidden states."""
+
+    hooked = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.collected: list[Tensor] = []
+        if not self.hooked:
+            self.out.register_forward_hook(lambda module, x, y: self.collected.append(y))
+            self.hooked = True
+        super().forward(x)
+        return torch.stack(self.collected).sum(0)
+
+
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
-@pytest.mark.parametrize("kind", [Attribute, Made, Property, Buffer, MadeBuffer, Steps])
+@pytest.mark.parametrize(
+    "kind", [Attribute, Made, Property, Buffer, MadeBuffer, Steps, Stored, Hooked]
+)
 def test_every_pass_is_the_first(kind: type[Plain], curvature: str) -> None:
     options = {"blocks": "full", "framework": "torch", "curvature": curvature}
     found = hesscli.compute(kind().double(), (X, Y), **options)

@@ -70,14 +70,17 @@ def split(
     if [x._version for x in some.inputs] != as_given:
         problem = replace(problem, writes=True)
     batch = min(batch_size or sizes.batch, samples)
-    if fewest > 1 or most is not None:
+    if (fewest, most) == (1, None):
+        bounds = _even(samples, batch, parts)
+    else:
         bounds = _within(samples, batch, fewest, most or samples, parts)
+    if most is not None and most < samples:
         if (seeing := coupled_in_place(problem, source, bounds[1])) is not None:
             how = f"{bounds[1]} at a time, as the model accepts them"
             note(f"{seeing} sees several samples at once: {how}")
         problem = replace(problem, apart=False)
     else:
-        bounds = _even(samples, batch, parts)
+        problem = replace(problem, apart=fewest == 1)
         each = max(1, saved, 2 * source.bytes // samples)
         room = free_memory(problem.device) // (2 * ranks_here() * each)
         if len(bounds) > 2 and (seeing := coupled(problem, source, bounds, room, note)) is not None:
