@@ -145,6 +145,49 @@ def test_the_check_is_of_the_model(cli, tmp_path, act: str) -> None:
     assert relative_error(found.double(), truth) < 1e-4
 
 
+HEAD = nn.Linear(3, 3).double()
+
+
+class ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = HEAD
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(HEAD(x))
+
+
+class ByClass(nn.Module):
+    shared = nn.Parameter(torch.ones(3).double())
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.scale = nn.Linear(3, 3).double(), ByClass.shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) * ByClass.shared
+
+
+class ByReference(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, me = nn.Linear(3, 3).double(), weakref.ref(self)
+        self.act = lambda x: torch.tanh(me().head(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x)
+
+
+@pytest.mark.parametrize("kind", [ByName, ByClass, ByReference])
+def test_a_module_that_does_not_find_its_parameters_by_self(kind: type[nn.Module]) -> None:
+    """Its copy would compute with those of the original, which are constants to it."""
+    module = kind()
+    for function in (hesscli.compute, hesscli.operator):
+        with pytest.raises(hesscli.HesscliError, match="by a global name or a weak reference"):
+            function(module, (X, Y))
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
 def test_what_cannot_be_copied_is_shared() -> None:
     numbers = (i for i in range(3))
     function = copied(lambda: numbers)

@@ -50,6 +50,7 @@ class SavedModel:
     notes: tuple[str, ...]  # what the user should know, one line each
     signature: CallSignature
     batch_sizes: tuple[int, int | None] = (1, None)  # the fewest samples it takes, and the most
+    originals: tuple[nn.Parameter, ...] = ()  # of a module in memory that it is a copy of
 
 
 def load_model(

@@ -177,15 +177,25 @@ class Problem:
             )
         return problem, output.detach()
 
-    def _reached_by(self, copy: Problem) -> bool:
-        """Whether a copy computes with parameters of this: a global names them, or a weak reference."""
+    def uses(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether the output is computed with any of these, be they the module's or found by a global name.
+
+        It is, where the graph of the output begins at one of them.
+        """
+        wanted = {id(parameter) for parameter in parameters}
         with torch.enable_grad():
-            output = copy.output(copy.batches[0])
-        mine = [p for p in self.parameters.values() if p.requires_grad]
-        if not (mine and output.requires_grad):
-            return False
-        found = torch.autograd.grad(output.sum(), mine, allow_unused=True)
-        return any(part is not None for part in found)
+            output = self.output(self.batches[0])
+        nodes = [output.grad_fn]
+        known = set(nodes)
+        for node in nodes:
+            if node is None:
+                continue
+            if id(getattr(node, "variable", None)) in wanted:
+                return True
+            more = {one for one, _ in node.next_functions} - known
+            known |= more
+            nodes += more
+        return False
 
     def double(self) -> Problem | None:
         """A copy in float64, or None where module or loss cannot run in it (a dtype baked into a trace, say)."""
@@ -208,7 +218,7 @@ class Problem:
             )
             twin, its = twin.widened()
             batch = twin.batches[0]
-            if self._reached_by(twin):
+            if twin.uses(self.parameters.values()):  # which would not move with the twin's
                 return None
             with torch.no_grad():  # a loss of the user's own may hold constants in float32
                 twin.loss.total(its, batch.target, batch.loss_arguments)

@@ -84,6 +84,7 @@ def given(
             return
         wanted = None if asked.device == "auto" else asked.device
         saved = live_model(_copied(model), train_mode=asked.train_mode, device=wanted)
+        saved = replace(saved, originals=tuple(model.parameters()))
         yield replace(asked, device=str(next(saved.module.parameters()).device)), saved
 
 

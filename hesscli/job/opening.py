@@ -161,6 +161,12 @@ def _opened(
     if data.columns:
         source = as_columns(problem, source, note)
     problem, sizes = split(problem, source, options.batch_size, note, share.size, side_by_side)
+    if model.originals and problem.uses(model.originals):
+        raise MismatchError(
+            f"{type(model.module).__name__}: forward finds parameters by a global name or a weak reference, "
+            "so that its copy would compute with those of the original",
+            "let forward find them by self",
+        )
     if wide:
         problem, _ = problem.widened()
         if problem.wide:
