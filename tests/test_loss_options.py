@@ -370,6 +370,23 @@ def test_what_a_model_can_do_without_are_not_the_targets():
     close(found, hessian(Masking(), own, (X,), None))
 
 
+def test_a_model_that_can_make_its_own_loss_is_said_to():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x, labels=None):
+            f = self.net(x)
+            return f if labels is None else F.mse_loss(f, labels, reduction="none").sum(1)
+
+    data, note = {"x": X, "labels": Y}, "the model takes labels too; --loss output is the loss"
+    found, own = computed(Net(), data), computed(Net(), data, loss="output")
+    assert [text for text in found.metadata["notes"] if text.startswith(note)]
+    assert not [text for text in own.metadata["notes"] if text.startswith(note)]
+    close(own, 4 * found.matrix())
+
+
 def test_targets_by_what_the_model_calls_them():
     found = computed(TargetFirst(), (X, Y[:, :3]), loss="output")
     close(found, hessian(TargetFirst(), own, (Y[:, :3], X), None))

@@ -119,6 +119,10 @@ def _opened(
     loss = replace(loss_of(options, data, device, dtype, note), wide=wide)
     if data.targets and loss.name in LOSSES:  # one of the user's own may leave out what is missing
         check_finite(options.data, *data.targets)
+    if options.loss == "auto" and data.targets and data.targets[0] in model.signature.names:
+        note(
+            f"the model takes {data.targets[0]} too; --loss output is the loss that it returns then"
+        )
     names = list(data.inputs)
     known = data.inputs | dict([data.targets] if data.targets else [])
     if loss.name == "output" and not options.inputs and data.targets:
