@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -18,8 +19,10 @@ from oracles import hessian, relative_error
 from safetensors.numpy import save_file
 from torch import nn
 
+from hesscli.errors import ResourceError
 from hesscli.hessian.blocks import partition
 from hesscli.job import planning
+from hesscli.job.journal import Journal, read_journal
 
 STRUCTURES = {
     "diag": "block_diagonal", "module": "module", "full": "full", "elements": "elements",
@@ -685,6 +688,7 @@ class Named(nn.Module):
         ("layer", "__metadata__", ("compute",), "__metadata__"),
         ("layer", "__metadata__", ("hvp", "--vector", "random"), "__metadata__"),
         ("__metadata__", "weight", ("compute", "--blocks", "module"), "__metadata__"),
+        ("(root)", "weight", ("compute", "--blocks", "module"), "(root)"),
     ],
 )
 def test_names_that_the_file_needs(cli, tmp_path, module, own, words, taken):
@@ -768,8 +772,6 @@ def test_what_would_not_fit(cli, tmp_path, monkeypatch, resource, kind):
 
 def test_a_full_disk(cli, mlp, tmp_path, monkeypatch):
     """Room runs out while writing: an error line, and no temporary file."""
-    import errno
-
     from hesscli.files import placed_writes
 
     before = folder(tmp_path)
@@ -781,6 +783,41 @@ def test_a_full_disk(cli, mlp, tmp_path, monkeypatch):
     ran = cli("compute", *mlp, *CE)
     assert "No space left" in ran.fails(6)
     assert folder(tmp_path) == before
+
+
+def test_a_full_disk_for_the_journal(cli, mlp, tmp_path, monkeypatch):
+    def sync(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hesscli.job.journal.os.fsync", sync)
+    ran = cli("compute", *mlp, *CE, "-o", "h", "--shard", "1/2")
+    assert ran.fails(6) == ".h.journal.1-of-2: No space left on device"
+    assert not list(tmp_path.glob(".h.journal*"))
+
+
+def test_a_journal_keeps_whole_lines_when_the_disk_is_full(tmp_path, monkeypatch):
+    class Writer:
+        start = 0
+
+        def sync(self):
+            pass
+
+    def full(descriptor):
+        os.truncate(descriptor, os.fstat(descriptor).st_size - 5)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    journal = Journal(tmp_path / "h", {}, {}, ["a", "b"])
+    journal.add("a", {}, Writer())
+    journal.flush(Writer())
+    before = folder(tmp_path)
+    journal.add("b", {}, Writer())
+    with monkeypatch.context() as patch:
+        patch.setattr("hesscli.job.journal.os.fsync", full)
+        with pytest.raises(ResourceError):
+            journal.flush(Writer())
+    assert folder(tmp_path) == before
+    journal.flush(Writer())
+    assert list(read_journal(journal.path).finished) == ["a", "b"]
 
 
 def test_a_bug_says_so(cli, mlp, tmp_path, monkeypatch):

@@ -181,30 +181,57 @@ def test_the_index_of_a_table_is_left_out(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("text", "index"),
-    [("0,1,2\n1.5,2,3\n4,5,6\n", False), (",0,1,2\n0,1.5,2,3\n1,4,5,6\n", True)],
+    "names", [("0", "1", "2"), ("1", "2", "3"), ("0.0", "1.0", "2.0"), ("2019", "2020", "2021")]
 )
-def test_the_names_that_pandas_gives_to_columns(tmp_path, text, index):
-    (tmp_path / "d.csv").write_text(text)
-    data = load_data(tmp_path / "d.csv", targets="2")
-    assert data.inputs["columns"].tolist() == [[1.5, 2], [4, 5]]
+@pytest.mark.parametrize("index", [False, True])
+def test_numbers_that_are_names_of_columns(tmp_path, names, index):
+    lines = [",".join(names), "1.5,2.5,3.5", "4.5,5,6"]
+    if index:
+        lines = [f"{field},{line}" for field, line in zip(("", "0", "1"), lines, strict=True)]
+    (tmp_path / "d.csv").write_text("\n".join(lines))
+    data = load_data(tmp_path / "d.csv", targets=names[2])
+    assert data.inputs["columns"].tolist() == [[1.5, 2.5], [4.5, 5]]
     assert data.targets is not None
-    assert data.targets[1].tolist() == [3, 6]
-    assert data.notes[0] == "the first line, 0 to 2, is taken as the names of the columns"
+    assert data.targets[1].tolist() == [3.5, 6]
+    first = f"the first line, {names[0]} to {names[2]}, is taken as the names of the columns"
+    assert data.notes[0] == first
     assert ("column '' left out: an index, by its name" in data.notes) == index
 
 
-@pytest.mark.parametrize("line", ["0,1,3", "1,2,3", "0.0,1.0,2.0", "1,0,1,2", "0,1"])
-def test_a_first_line_of_numbers_is_a_sample(tmp_path, line):
-    (tmp_path / "d.csv").write_text(f"{line}\n{line}\n")
-    data = load_data(tmp_path / "d.csv", inputs=("0",), targets="1")
-    assert data.samples == 2
-    assert not [note for note in data.notes if "names of the columns" in note]
+@pytest.mark.parametrize("names", ["0,1,2", "1,2,3", "0.0,1.0,2.0"])
+def test_names_of_columns_of_integers(tmp_path, names):
+    (tmp_path / "d.csv").write_text(f"{names}\n7,8,9\n")
+    data = load_data(tmp_path / "d.csv", targets=names.split(",")[2])
+    assert data.inputs["columns"].tolist() == [[7, 8]]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("0,1,3", "0.5,1.5,2.5"),
+        ("1,0,1,2", "0.5,1.5,2.5,3.5"),
+        ("0,1", "0.5,1.5"),
+        ("2019,2021,2023", "0.5,1.5,2.5"),
+        ("2,1,0", "0.5,1.5,2.5"),
+        ("-1,0,1", "0.5,1.5,2.5"),
+        ("2019,2020,2021", "0.5,1.5,2"),
+        ("2019,2020,2021", "cat,1.5,2"),
+    ],
+)
+def test_a_first_line_of_numbers_is_a_sample(tmp_path, first, second):
+    (tmp_path / "d.csv").write_text(f"{first}\n0,{second.partition(',')[2]}\n{second}\n")
+    data = load_data(tmp_path / "d.csv", inputs=("1",), targets="1")
+    values = [float(line.split(",")[1]) for line in (first, second, second)]
+    assert data.inputs["columns"].flatten().tolist() == values
+    last = first.count(",")
+    assert f"no line of names: the columns are called 0 to {last}" in data.notes
 
 
 def test_a_single_column_of_numbers_has_no_name(tmp_path):
     (tmp_path / "d.csv").write_text("0\n1\n")
-    assert load_data(tmp_path / "d.csv").inputs["columns"].tolist() == [[0], [1]]
+    data = load_data(tmp_path / "d.csv")
+    assert data.inputs["columns"].tolist() == [[0], [1]]
+    assert data.notes[0] == "no line of names: the column is called 0"
 
 
 def test_a_table_of_many_columns(tmp_path):
@@ -292,6 +319,17 @@ def test_arrays_that_are_not_numbers_are_skipped_and_said(tmp_path):
     [
         (torch.ones(3, 2).to_sparse(), "sparse, nested or quantised"),
         (torch.ones(3, 2, device="meta"), "on the meta device, which holds no values"),
+        *(
+            (
+                torch.ones(3, 2).to(getattr(torch, name)),
+                f"of a type that nothing computes with ({name})",
+            )
+            for name in ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
+        ),
+        (
+            torch.zeros(3, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+            "of a type that nothing computes with (float4_e2m1fn_x2)",
+        ),
     ],
 )
 def test_inputs_that_are_skipped(tmp_path, monkeypatch, x, why):

@@ -360,6 +360,7 @@ def test_csv(same, delimiter):
 def test_csv_without_names(same):
     np.savetxt("d.csv", np.column_stack([X, Y]), delimiter=",")
     ran = same("reference.pt", "d.csv", "--targets", "3", "--loss", "cross-entropy")
+    assert "no line of names: the columns are called 0 to 3" in ran.notes
     assert "inputs: the columns 0, 1, 2 (float64 [5, 3])" in ran.notes
 
 

@@ -464,6 +464,18 @@ def test_what_is_replaced_keeps_its_permissions(cli, tmp_path, command):
     assert (tmp_path / "out.safetensors").stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("command", [("compute",), ("eigen", "-q"), ("hvp", "--vector", "random")])
+def test_names_too_long_for_the_file_system(cli, tmp_path, command):
+    """An index of the name must fit too, which is eleven longer."""
+    words = (*command[:1], *NET, *command[1:], "-o")
+    longest = os.pathconf(tmp_path, "PC_NAME_MAX")
+    for length in (longest + 1, longest, longest - 10):
+        ran = cli(*words, "b" * length)
+        assert ran.fails(2) == f"{'b' * length}: a longer name than can be written here"
+    assert cli(*shlex.split(ran.hint)[1:]).code == 0
+    assert cli(*words, "b" * (longest - 11)).code == 0
+
+
 def test_a_link_that_leads_to_itself(cli, tmp_path):
     (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
     assert "leads to itself" in cli("compute", *NET, "-o", "loop.safetensors").fails(2)

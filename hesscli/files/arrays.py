@@ -122,6 +122,9 @@ def _tensors(content: Mapping[str, object]) -> dict[str, torch.Tensor | Unusable
             found[name] = Unusable(f"not a tensor ({type(value).__name__})")
         elif value.layout is not torch.strided or value.is_quantized or value.is_nested:
             found[name] = Unusable("sparse, nested or quantised")
+        elif value.dtype.is_floating_point and value.dtype.itemsize == 1:
+            kind = str(value.dtype).removeprefix("torch.")
+            found[name] = Unusable(f"of a type that nothing computes with ({kind})")
         elif value.is_meta:
             found[name] = Unusable("on the meta device, which holds no values")
         else:

@@ -7,7 +7,8 @@ import os
 import shlex
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -27,8 +28,9 @@ def load_csv(
 ) -> tuple[dict[str, torch.Tensor | Unusable], tuple[str, ...]]:
     """The columns by name; or, in a column's place, why it cannot be used.
 
-    Columns of a file without a line of names are called 0, 1, ... An empty field, `NA` and `null`
-    are NaN, which is refused later, with its place.
+    Columns of a file without a line of names are called 0, 1, ... Numbers that count up, as the names that
+    pandas gives and as years do, may be names. An empty field, `NA` and `null` are NaN, which is refused later,
+    with its place.
 
     Returns:
         the columns, and notes on what was inferred.
@@ -37,45 +39,58 @@ def load_csv(
         FileError: lines of different lengths, a name given twice, or no text.
     """
     with reading(path, "text"), open(path, encoding="utf-8-sig", newline="") as file:
-        first = file.readline()
+        line = file.readline()
         file.seek(0)
-        delimiter = max(_DELIMITERS, key=first.count)
+        delimiter = max(_DELIMITERS, key=line.count)
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         lines = ((reader.line_num, fields) for fields in reader if fields)  # no empty lines
-        number, fields = next(lines, (0, []))
-        names = [field.strip(_SPACES) for field in fields]
-        columns = [_Column() for _ in names]
-        notes = []
-        if _counted(names):
-            notes.append(f"the first line, 0 to {names[-1]}, is taken as the names of the columns")
-        elif all(_number(field) is not None for field in names):
-            for column, field in zip(columns, names, strict=True):
-                column.add(number, field)
-            names = _places(len(names))
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
+        first = [field.strip(_SPACES) for field in next(lines, (0, []))[1]]
+        columns = [_Column() for _ in first]
+        twice = [name for name, count in Counter(first).items() if count > 1]
+        if twice and not _numbers(first):
             raise FileError(f"{path}: two columns are called {twice[0]!r}", "name them apart")
         for number, fields in lines:
-            if len(fields) != len(names):
-                raise _ragged(path, number, len(fields), len(names))
+            if len(fields) != len(first):
+                raise _ragged(path, number, len(fields), len(first))
             for column, field in zip(columns, fields, strict=True):
                 column.add(number, field.strip(_SPACES))
-    found = {name: column.finish() for name, column in zip(names, columns, strict=True)}
-    return found, tuple(notes)
+    names, notes = _named(first, columns)
+    return {name: column.finish() for name, column in zip(names, columns, strict=True)}, notes
 
 
-def _counted(fields: Sequence[str]) -> bool:
-    """Whether they are the names that pandas gives to columns without any: 0, 1, 2, ..., after an index maybe.
+def _named(first: list[str], columns: Sequence[_Column]) -> tuple[list[str], tuple[str, ...]]:
+    """The columns' names, and a note on them. A first line that is a sample joins the columns."""
+    if not _numbers(first):
+        return first, ()
+    index = first[:1] == [""]
+    run = first[index:]
+    years = _consecutive(run) and not any(column.integers for column in columns[index:])
+    # A sample may well be 0, 1.
+    if first == ["", "0"] or (len(first) > 2 and (years or _counted(run))):
+        note = f"the first line, {run[0]} to {run[-1]}, is taken as the names of the columns"
+        return first, (note,)
+    for column, field in zip(columns, first, strict=True):
+        column.put_first(field)
+    names = _places(len(first))
+    called = f"columns are called 0 to {names[-1]}" if names[1:] else "column is called 0"
+    return names, (f"no line of names: the {called}",)
 
-    A sample may well be 0, 1.
-    """
-    if fields[:1] == [""]:
-        return len(fields) > 1 and fields[1:] == _places(len(fields) - 1)
-    return len(fields) > 2 and fields == _places(len(fields))
+
+def _counted(fields: list[str]) -> bool:
+    """Whether they are 0, 1, 2, ... or 0.0, 1.0, 2.0, ..., as pandas names columns, or 1, 2, 3, ..."""
+    floats = [f"{place}.0" for place in range(len(fields))]
+    return fields in (_places(len(fields)), _places(len(fields), 1), floats)
 
 
-def _places(count: int) -> list[str]:
-    return [str(place) for place in range(count)]
+def _consecutive(fields: Sequence[str]) -> bool:
+    """Whether they are integers, each one more than that before it, as years are."""
+    if not all(field.isdecimal() for field in fields):
+        return False
+    return all(float(right) - float(left) == 1 for left, right in pairwise(fields))
+
+
+def _places(count: int, start: int = 0) -> list[str]:
+    return [str(place) for place in range(start, start + count)]
 
 
 class _Column:
@@ -94,11 +109,18 @@ class _Column:
             words = any(letter.isalpha() for letter in field)
             why = f"not numbers ({field[:20]!r} in line {line})"
             self.unusable = Unusable(why, CODES if words else "")
+            self.integers = False
             return
         boolean = field.lower() in ("true", "false")
         self.booleans &= boolean
         self.integers &= field.lstrip("+-").isdecimal() and abs(value) <= _EXACT
         self.values.append(value)
+
+    def put_first(self, field: str) -> None:
+        """Adds a number that comes before the others."""
+        self.add(1, field)
+        if not self.unusable:
+            self.values.insert(0, self.values.pop())
 
     def finish(self) -> torch.Tensor | Unusable:
         if self.unusable:
@@ -109,6 +131,10 @@ class _Column:
         if self.booleans:
             return found.bool()
         return found.long() if self.integers else found
+
+
+def _numbers(fields: Iterable[str]) -> bool:
+    return all(_number(field) is not None for field in fields)
 
 
 def _number(field: str) -> float | None:

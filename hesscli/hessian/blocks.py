@@ -40,12 +40,9 @@ def select(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
 
 def _module(parameter: str) -> str:
     # A parametrisation (weight_norm, ...) keeps its tensors in a module of its own; they still belong to the layer.
-    owner = (
-        parameter.split(".parametrizations.")[0]
-        if ".parametrizations." in parameter
-        else (parameter.rpartition(".")[0])
-    )
-    return owner or ROOT
+    if ".parametrizations." in parameter:
+        return parameter.split(".parametrizations.")[0]
+    return parameter.rpartition(".")[0]
 
 
 def partition(shapes: Mapping[str, Sequence[int]], structure: str) -> list[Block]:
@@ -62,6 +59,6 @@ def partition(shapes: Mapping[str, Sequence[int]], structure: str) -> list[Block
     if structure not in STRUCTURES.values():
         raise UsageError(f"no structure is called {structure!r}")
     return [
-        Block(key, tuple(names), tuple(math.prod(shapes[name]) for name in names))
+        Block(key or ROOT, tuple(names), tuple(math.prod(shapes[name]) for name in names))
         for key, names in groups.items()
     ]

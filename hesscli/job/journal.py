@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hesscli.errors import FileError, HesscliError, UsageError
+from hesscli.errors import FileError, HesscliError, ResourceError, UsageError
 from hesscli.files.hessian_writer import HessianWriter
 from hesscli.files.result_names import journal_path, journals, partial_path
 from hesscli.files.tensor_file import sync_folder
@@ -101,12 +101,16 @@ class Journal:
             self.start = lines.start
             self.finished |= lines.finished
         if not wanted and (own if shared else self.finished):
+            count = own or len(self.finished)
+            finished = f"{count} finished part{'s' if count > 1 else ''}"
             raise UsageError(
-                f"{self.output}: an interrupted run left {own or len(self.finished)} of "
-                f"{len(self.parts)} parts in {partial.name}; --force throws them away",
+                f"{self.output}: an interrupted run left {finished} in {partial.name}; "
+                "--force throws away what is finished",
                 "--resume",
             )
         self.begun = own > 0
+        if self.begun:
+            _cut(self.path)
 
     def _of_another(self, path: Path, head: Document, merging: bool) -> UsageError:
         """That another command began it: other options, or files that have changed since."""
@@ -135,7 +139,11 @@ class Journal:
             self.flush(writer)
 
     def flush(self, writer: HessianWriter) -> None:
-        """Waits for the disk, then writes the lines of what is on it."""
+        """Waits for the disk, then writes the lines of what is on it.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
         if self.path is None or not self.waiting:
             return
         writer.sync()
@@ -144,10 +152,17 @@ class Journal:
             head = {"schema": SCHEMA, "start": writer.start, "command": self.command}
             lines.append(head | {"head": self.head})
         lines += [{"part": part, **facts} for part, facts in self.waiting.items()]
-        with self.path.open("a" if self.begun else "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("a" if self.begun else "w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if self.begun:
+                _cut(self.path)
+            else:
+                self.path.unlink(missing_ok=True)
+            raise ResourceError(f"{self.path}: {error.strerror}") from error
         if not self.begun:
             sync_folder(self.path.parent)
         self.begun = True
@@ -191,6 +206,11 @@ def read_journal(path: Path) -> Lines:
         raise FileError(
             f"{path}: cannot be read: {error}", f"rm {shlex.quote(str(path))}"
         ) from None
+
+
+def _cut(path: Path) -> None:
+    """Takes away a last line that was torn, which others would follow."""
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def _differences(left: Document, right: Document, prefix: str = "") -> str:

@@ -58,6 +58,11 @@ def writable(
             f"{path}: is standard output", f"{option} {'-' if resumable else f'{name}.safetensors'}"
         )
     suffix = path.suffix if path.suffix.lower() in PICTURES else ".safetensors"
+    folder = path.parent
+    longest = len(os.fsencode(index_path(path).name))
+    if folder.is_dir() and longest > os.pathconf(folder, "PC_NAME_MAX"):
+        other = shlex.quote(str(folder / f"{name}{suffix}"))
+        raise UsageError(f"{path}: a longer name than can be written here", f"{option} {other}")
 
     def instead(other: Path) -> str:
         return f"{option} {shlex.quote(str(other))}"
@@ -150,3 +155,4 @@ def demand_names(results: Iterable[str], parameters: Iterable[str], gradient: bo
                 f"{name}: a file keeps this name for {taken[name]}",
                 f"--params {shlex.quote(f'!{name}*')}",
             )
+        taken[name] = "another block"
