@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from scipy.stats import wasserstein_distance
+from scipy import stats
 from torch import Tensor
 
 from hesscli.spectrum.dense import dense
@@ -17,7 +17,7 @@ from hesscli.spectrum.finite import NotFinite
 from hesscli.spectrum.hiding import Hiding
 from hesscli.spectrum.interrupts import deferred_interrupt
 from hesscli.spectrum.lanczos import Lanczos
-from hesscli.spectrum.trace import estimate
+from hesscli.spectrum.trace import estimate, standard_error
 
 DRAWN = np.random.default_rng(0)
 SPECTRA = {
@@ -444,7 +444,7 @@ def test_density(name):
     width = np.ptp(values)
     # Gauss quadrature of m nodes: within pi width / (2 m - 1); chance: 1 / sqrt(n probes) of the width.
     bound = np.pi * width / (2 * steps - 1) + width / np.sqrt(len(values) * probes)
-    distance = wasserstein_distance(found.nodes, values, found.weights)
+    distance = stats.wasserstein_distance(found.nodes, values, found.weights)
     assert distance <= bound + 1e-9 * max(1.0, width)
 
 
@@ -454,13 +454,13 @@ def test_density_where_squares_leave_float32(scale):
     diagonal = torch.from_numpy(scale * values).float()
     generator = torch.Generator().manual_seed(1)
     found = lanczos_quadrature(lambda v: diagonal * v, 100, 8, 40, generator, diagonal)
-    assert wasserstein_distance(found.nodes / scale, values, found.weights) < 0.05
+    assert stats.wasserstein_distance(found.nodes / scale, values, found.weights) < 0.05
 
 
 def test_density_sharpens_with_steps():
     values = SPECTRA["normal"]
     far, near = (
-        wasserstein_distance(found.nodes, values, found.weights)
+        stats.wasserstein_distance(found.nodes, values, found.weights)
         for found in (quadrature(values, 8, 5), quadrature(values, 8, 60))
     )
     assert near < far / 2
@@ -508,6 +508,14 @@ def test_a_second_ctrl_c_does_not_wait():
         signal.raise_signal(signal.SIGINT)
         assert pressed()
         signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("samples", [2, 9, 16, 40, 500])
+def test_the_error_of_few_samples_is_that_of_student(samples):
+    values = np.random.default_rng(0).standard_normal(samples)
+    plain = values.std(ddof=1) / samples**0.5
+    wider = stats.t.ppf(stats.norm.cdf(2), samples - 1) / 2
+    assert standard_error(values) == pytest.approx(wider * plain, rel=5e-3)
 
 
 @pytest.mark.parametrize("products", [2, 3, 5, 10])

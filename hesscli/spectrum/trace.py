@@ -24,7 +24,7 @@ _SKEWED = 0.5  # if one more direction taken out leaves less than this much of t
 _SURE = 0.2  # of the total: one of less than five standard errors may be zero, met by chance
 _STUDENT = (6.98, 2.26, 1.65, 1.43, 1.32, 1.26, 1.21, 1.18, 1.16, 1.14, 1.13, 1.12, 1.11, 1.1)
 """By how much the standard error of 2 to 15 samples is widened, so that two of it hold as often as two of one that is
-known: half of Student's t at 97.7 %."""
+known: half of Student's t at 97.7 %. That of more is by its expansion in 1 / (samples - 1)."""
 _NOTHING = 1e-9  # of the variance: rounding
 
 
@@ -91,9 +91,9 @@ class _Samples:
         totals = values.sum(1)
         return Estimate(
             values.mean(0),
-            _standard_error(values),
+            standard_error(values),
             float(totals.mean()),
-            float(_standard_error(totals)),
+            float(standard_error(totals)),
             self.products,
             converged,
             interrupted,
@@ -118,11 +118,12 @@ class _Samples:
         return torch.stack([part.sum() for part in terms.split(self._sizes)]).cpu().numpy()
 
 
-def _standard_error(values: np.ndarray) -> np.ndarray:
+def standard_error(values: np.ndarray) -> np.ndarray:
     """Of the mean over the first axis, widened where the values are few."""
     if len(values) < 2:
         return np.full(values.shape[1:], np.nan)
-    wider = _STUDENT[len(values) - 2] if len(values) < SKETCH else 1.0
+    freedom = len(values) - 1
+    wider = _STUDENT[freedom - 1] if len(values) < SKETCH else 1 + 1.25 / freedom + 1.5 / freedom**2
     return np.asarray(wider * values.std(0, ddof=1) / math.sqrt(len(values)))
 
 
