@@ -50,6 +50,7 @@ class HesscliError(Exception):
     """
 
     exit_code = ExitCode.BUG
+    of_share = False  # met in the work that one process of several has for itself
 
     def __init__(
         self, message: str, hint: str | None = None, instead_of: tuple[str, ...] = ()

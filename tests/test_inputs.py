@@ -213,19 +213,21 @@ def test_a_trace_of_so_many_samples(cli, data, tmp_path):
     assert relative_error(tensors["hessian"], truth(model, X)) < 1e-9
 
 
+@pytest.mark.parametrize("floats", ["float32", "float64"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool])
 @pytest.mark.parametrize("first", [nn.Linear(3, 4), nn.LayerNorm(3), nn.PReLU(), nn.Softmax(1)])
-def test_integers_for_a_model_of_floats(cli, tmp_path, first, dtype):
+def test_integers_for_a_model_of_floats(cli, tmp_path, first, dtype, floats):
     width = 4 if isinstance(first, nn.Linear) else 3
     torch.jit.script(nn.Sequential(first, nn.Linear(width, 2))).save(str(tmp_path / "m.pt"))
     x = X.round().to(dtype)
     for name, array in (("integers", x), ("floats", x.float())):
         np.savez(tmp_path / f"{name}.npz", x=array.numpy(), y=Y.float().numpy())
-    ran = cli("compute", "m.pt", "integers.npz", "-b", "full")
+    ran = cli("compute", "m.pt", "integers.npz", "-b", "full", "--dtype", floats)
     assert f"does not accept the inputs {str(dtype).removeprefix('torch.')} [2, 3]" in ran.fails(4)
     assert ran.hint.endswith("--scale 1")
     assert cli(*shlex.split(ran.hint)[1:], "-o", "a").code == 0
-    assert cli("compute", "m.pt", "floats.npz", "-b", "full", "-o", "b").code == 0
+    words = ("-b", "full", "--dtype", floats)
+    assert cli("compute", "m.pt", "floats.npz", *words, "-o", "b").code == 0
     assert torch.equal(*(read(tmp_path / name)[1]["hessian"] for name in "ab"))
 
 

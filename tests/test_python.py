@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -325,6 +326,16 @@ def test_compute_errors(net):
         ("max_shard_size", "1 GB", "from 1 on"),
         ("scale", 0.5, "a dict"),
         ("seed", "a", "a whole number"),
+        ("seed", 2**64, "64 bits"),
+        ("params", None, "a str, or several"),
+        ("params", ("a", 1), "a str, or several"),
+        ("inputs", 3, "a str, or several"),
+        ("train_mode", 1, "True or False"),
+        ("check", None, "True or False"),
+        ("gradient", "yes", "True or False"),
+        ("shard", 1, "(I, N)"),
+        ("shard", (3, 2), "(I, N)"),
+        ("shard", (1, 2.0), "(I, N)"),
         ("samples", 3, "(from, up to)"),
         ("samples", (-3, None), "(from, up to)"),
         ("loss", None, "a function"),
@@ -335,6 +346,13 @@ def test_wrong_options(net, option, value, wanted):
         hesscli.compute(net, (X, Y), **{option: value})
     assert caught.value.message.startswith(f"{option} is ")
     assert wanted in caught.value.message
+    assert caught.value.exit_code == 2
+
+
+def test_a_shard_is_of_a_file(net, monkeypatch):
+    monkeypatch.setattr("hesscli.job.live.run", None)  # before the work
+    with pytest.raises(hesscli.HesscliError, match="expected an output") as caught:
+        hesscli.compute(net, (X, Y), shard=(1, 2))
     assert caught.value.exit_code == 2
 
 
@@ -373,6 +391,58 @@ def test_any_mode_of_the_caller(net, tmp_path, mode):
         inside = hesscli.operator(*files, loss=case.loss)
         for H in (outside, inside):
             np.testing.assert_allclose(H @ np.eye(len(expected(case))), expected(case), atol=1e-9)
+
+
+def test_autocast_of_the_caller() -> None:
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), (X.float(), Y)
+    hessian = hesscli.compute(model, data, blocks="full").matrix()
+    outside = hesscli.operator(model, data)
+    identity = np.eye(len(hessian))
+    product = outside @ identity
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = hesscli.operator(model, data)
+        np.testing.assert_array_equal(
+            hesscli.compute(model, data, blocks="full", check=False).matrix(), hessian
+        )
+        for H in (outside, inside):
+            np.testing.assert_array_equal(H @ identity, product)
+        assert torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize(
+    ("set_by_the_caller", "read"),
+    [
+        ("torch.set_float32_matmul_precision('medium')", "torch.get_float32_matmul_precision()"),
+        ("torch.backends.fp32_precision = 'tf32'", "torch.backends.fp32_precision"),
+    ],
+)
+def test_precision_of_the_caller(set_by_the_caller: str, read: str) -> None:
+    code = (
+        f"import hesscli, torch; {set_by_the_caller}; before = {read}\n"
+        "x, y = torch.ones(5, 3), torch.ones(5, 2)\n"
+        "hesscli.compute(torch.nn.Linear(3, 2), (x, y))\n"
+        f"assert {read} == before\n"
+        "hesscli.operator(torch.nn.Linear(3, 2), (x, y)) @ torch.ones(8).numpy()\n"
+        f"assert {read} == before"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+
+
+def test_threads_leave_settings_as_they_were(net):
+    def settings() -> list[bool]:
+        cuda = torch.backends.cuda
+        return [
+            cuda.flash_sdp_enabled(),
+            cuda.mem_efficient_sdp_enabled(),
+            torch.backends.mha.get_fastpath_enabled(),
+        ]
+
+    before = settings()
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: hesscli.compute(net, (X, Y)), range(12)))
+    assert settings() == before
 
 
 def test_options_in_the_words_of_python(net):
@@ -438,6 +508,17 @@ def test_a_tensor_dataset() -> None:
 
 
 @pytest.mark.parametrize(
+    "inputs",
+    [X.flip(0).numpy()[::-1], X.numpy().astype(">f8"), np.asfortranarray(X), X.tolist()],
+    ids=["backwards", "big-endian", "by-columns", "lists"],
+)
+def test_arrays_as_they_may_lie(net: Net, inputs: object) -> None:
+    plain = hesscli.compute(net, (X, Y), blocks="full")
+    same = hesscli.compute(net, (inputs, Y), blocks="full")
+    np.testing.assert_array_equal(same.matrix(), plain.matrix())
+
+
+@pytest.mark.parametrize(
     ("data", "said"),
     [
         (None, "data: a NoneType; expected"),
@@ -446,6 +527,7 @@ def test_a_tensor_dataset() -> None:
         ((1, 2, 3), "data: 3 arrays; expected"),
         ({"x": torch.ones(4, 3), "y": "words"}, "data: y is a str; expected an array"),
         ({0: torch.ones(4, 3)}, "data: a key is 0; expected the name of an array"),
+        (torch.ones(4, 3).to_sparse(), "data: x is sparse_coo; expected a dense tensor"),
     ],
 )
 def test_data_that_is_none(data: object, said: str) -> None:

@@ -245,6 +245,27 @@ def test_an_error_on_one_rank_is_the_commands(net, tmp_path):
     assert [rank.code for rank in found["good"]] == [0, 0]
 
 
+LATE = """
+import os
+from hesscli.errors import MismatchError
+from hesscli.job.whole import WholeBlocks
+def failing(self, group):
+    raise MismatchError("the model: not here")
+if os.environ["RANK"] == "1":
+    WholeBlocks.compute = failing
+from hesscli.cli import main
+main()
+"""
+
+
+def test_an_error_in_a_share_of_the_blocks_says_whose(net, tmp_path):
+    process = torchrun(2, tmp_path, LATE, "compute", *net, "-o", "h.safetensors")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert b"error: rank 1: the model: not here" in said
+    assert not (tmp_path / "h.safetensors").exists()
+
+
 DYING = """
 import os, signal, sys
 from hesscli.hessian.operator import Products

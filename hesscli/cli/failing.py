@@ -92,7 +92,8 @@ def report(error: BaseException, debug: bool = False) -> int:
 
         traceback.print_exception(error)
     if isinstance(error, HesscliError):
-        if rank() and error.exit_code in (ExitCode.USAGE, ExitCode.FILE, ExitCode.MISMATCH):
+        everywhere = (ExitCode.USAGE, ExitCode.FILE, ExitCode.MISMATCH)
+        if rank() and error.exit_code in everywhere and not error.of_share:
             return error.exit_code  # the first process says the same
         say("error", f"rank {rank()}: {error.message}" if rank() else error.message)
         if error.hint:

@@ -36,8 +36,9 @@ def _type_hint(error: str, batch: Batch) -> str | None:
         return "--scale 1/255"
     integers = [x for x in batch.inputs if not (x.is_floating_point() or x.is_complex())]
     name = r"\b([Ll]ong|[Ii]nt|[Ss]hort|[Cc]har|[Bb]ool)(Tensor|\d+)?\b"
+    floats = "([Ff]loat|[Dd]ouble)"
     floats_wanted = re.search(
-        rf"not implemented for '{name}'|mixed dtype|[Tt]ype.*{name}.*[Ff]loat|[Ff]loat.*(found|[Gg]ot):? {name}",
+        rf"not implemented for '{name}'|mixed dtype|[Tt]ype.*{name}.*{floats}|{floats}.*(found|[Gg]ot):? {name}",
         error,
     )
     # --scale makes floats of all inputs: where there are several of integers, some may be indices.

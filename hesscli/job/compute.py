@@ -234,6 +234,8 @@ class _Run:
                 journal.flush(writer)
                 self.team.wait()
             except BaseException as error:
+                if isinstance(error, HesscliError):
+                    error.of_share = True
                 raise self._left(error, writer, journal) from None
 
     def _blocks(self, writer: HessianWriter, journal: Journal, unused: set[str]) -> list[Document]:

@@ -133,10 +133,23 @@ def _tensors(data: object) -> dict[str, Tensor]:
         if not isinstance(name, str):
             raise UsageError(f"data: a key is {name!r}; expected the name of an array")
         try:
-            tensors[name] = torch.as_tensor(array).detach().cpu()
+            tensor = _tensor(array)
         except (TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"data: {name} is {_kind(array)}; expected an array") from error
+        if tensor.layout is not torch.strided:
+            layout = str(tensor.layout).removeprefix("torch.")
+            raise UsageError(f"data: {name} is {layout}; expected a dense tensor")
+        tensors[name] = tensor
     return tensors
+
+
+def _tensor(array: Any) -> Tensor:
+    """On the CPU; of Python's numbers with all their digits."""
+    if isinstance(array, (np.ndarray, list, tuple)):
+        array = np.asarray(array)
+        # torch knows neither strides below zero nor another order of bytes.
+        array = array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
+    return torch.as_tensor(array).detach().cpu()
 
 
 def _kind(value: object) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hesscli.errors import UsageError
 from hesscli.files.hessian_file import read_hessian
 from hesscli.job.compute import compute as run
 from hesscli.job.given import DataLike, Folder, LossFunction, Model, PathLike, given
@@ -82,6 +83,8 @@ def compute(
     path = folder.path / "hessian.safetensors" if output is None else Path(output)
     options |= {"loss": loss, "blocks": blocks, "output": path}
     with given(model, data, device, folder, ComputeOptions, options) as (asked, saved):
+        if asked.shard is not None and output is None:
+            raise UsageError("shard: a part of a file that has a name; expected an output too")
         run(asked, listener or Silent(), model=saved)
     if asked.data.parent == folder.path:
         asked.data.unlink()

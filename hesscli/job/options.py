@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -58,6 +58,21 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def _names(option: str, given: object) -> tuple[str, ...]:
+    if isinstance(given, str):
+        return (given,)
+    names = tuple(given) if isinstance(given, Iterable) else (None,)
+    if not all(isinstance(name, str) for name in names):
+        raise _wrong(option, given, "a str, or several")
+    return names
+
+
+def _is_shard(value: object) -> bool:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        return False
+    return all(map(_is_whole, value)) and 1 <= value[0] <= value[1]
+
+
 def _is_range(value: object) -> bool:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         return False
@@ -110,8 +125,7 @@ class ProblemOptions:
 
     def __post_init__(self) -> None:
         for name in ("inputs", "params"):
-            given = getattr(self, name)
-            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
         named = getattr(self.dtype, "__name__", str(self.dtype))  # numpy's are types
         object.__setattr__(self, "dtype", named.removeprefix("torch."))
         object.__setattr__(self, "device", str(self.device))
@@ -129,13 +143,19 @@ class ProblemOptions:
         for name in ("loss_arguments", "arch_arguments", "scale"):
             if not isinstance(getattr(self, name), Mapping):
                 raise _wrong(name, getattr(self, name), "a dict")
-        if not _is_whole(self.seed):
-            raise _wrong("seed", self.seed, "a whole number")
+        for name in (each.name for each in fields(self) if each.type == "bool"):
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong(name, getattr(self, name), "True or False")
+        if not (_is_whole(self.seed) and -(2**63) <= self.seed < 2**64):
+            raise _wrong("seed", self.seed, "a whole number of 64 bits")
         object.__setattr__(self, "seed", int(self.seed))
         if not (isinstance(self.loss, str) or callable(self.loss)):
             raise _wrong("loss", self.loss, "a name, or a function of output and targets")
         if self.samples is not None and not _is_range(self.samples):
             raise _wrong("samples", self.samples, "None, or (from, up to)")
+        shard = vars(self).get("shard")
+        if shard is not None and not _is_shard(shard):
+            raise _wrong("shard", shard, "None, or (I, N) with I from 1 to N")
 
 
 @dataclass(frozen=True)
