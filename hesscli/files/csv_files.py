@@ -28,9 +28,9 @@ def load_csv(
 ) -> tuple[dict[str, torch.Tensor | Unusable], tuple[str, ...]]:
     """The columns by name; or, in a column's place, why it cannot be used.
 
-    Columns of a file without a line of names are called 0, 1, ... Numbers that count up, as the names that
-    pandas gives and as years do, may be names. An empty field, `NA` and `null` are NaN, which is refused later,
-    with its place.
+    Columns of a file without a line of names are called 0, 1, ... Integers that count up, as the names that
+    pandas gives and as years do, are names: from 0 on always, others where not all below are integers. An empty
+    field, `NA` and `null` are NaN, which is refused later, with its place.
 
     Returns:
         the columns, and notes on what was inferred.
@@ -64,9 +64,9 @@ def _named(first: list[str], columns: Sequence[_Column]) -> tuple[list[str], tup
         return first, ()
     index = first[:1] == [""]
     run = first[index:]
-    years = _consecutive(run) and not any(column.integers for column in columns[index:])
-    # A sample may well be 0, 1.
-    if first == ["", "0"] or (len(first) > 2 and (years or _counted(run))):
+    years = _consecutive(run) and not all(column.integers for column in columns[index:])
+    # As pandas calls columns without names; but a sample may well be 0, 1.
+    if first == ["", "0"] or (len(first) > 2 and (years or run == _places(len(run)))):
         note = f"the first line, {run[0]} to {run[-1]}, is taken as the names of the columns"
         return first, (note,)
     for column, field in zip(columns, first, strict=True):
@@ -76,12 +76,6 @@ def _named(first: list[str], columns: Sequence[_Column]) -> tuple[list[str], tup
     return names, (f"no line of names: the {called}",)
 
 
-def _counted(fields: list[str]) -> bool:
-    """Whether they are 0, 1, 2, ... or 0.0, 1.0, 2.0, ..., as pandas names columns, or 1, 2, 3, ..."""
-    floats = [f"{place}.0" for place in range(len(fields))]
-    return fields in (_places(len(fields)), _places(len(fields), 1), floats)
-
-
 def _consecutive(fields: Sequence[str]) -> bool:
     """Whether they are integers, each one more than that before it, as years are."""
     if not all(field.isdecimal() for field in fields):
@@ -89,8 +83,8 @@ def _consecutive(fields: Sequence[str]) -> bool:
     return all(float(right) - float(left) == 1 for left, right in pairwise(fields))
 
 
-def _places(count: int, start: int = 0) -> list[str]:
-    return [str(place) for place in range(start, start + count)]
+def _places(count: int) -> list[str]:
+    return [str(place) for place in range(count)]
 
 
 class _Column:
