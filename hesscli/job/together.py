@@ -71,7 +71,7 @@ def coupled(
     """
     proven = _proven(problem, source)
     wider = not proven and problem.dtype is not torch.float64
-    count = min(source.samples, max(_FEWEST, room // 2 if wider else room))
+    count = min(source.samples, max(_FEWEST, source.fewest, room // 2 if wider else room))
     tried = [*(b for b in bounds if b < count), count]
     if len(tried) == 2:
         tried.insert(1, count // 2)
@@ -122,7 +122,8 @@ def _seeing(
 def _proven(problem: Problem, source: Source) -> bool:
     """Whether each of the first few samples goes its own way through the model, and others go the same way."""
     try:
-        analysis = Analyses(problem).of(source.part(0, min(source.samples, _FEWEST)))
+        few = min(source.samples, max(_FEWEST, source.fewest))
+        analysis = Analyses(problem).of(source.part(0, few))
     except NotApplicable:
         return False
     return not analysis.tape.decided

@@ -59,7 +59,7 @@ def writable(
         )
     suffix = path.suffix if path.suffix.lower() in PICTURES else ".safetensors"
     folder = path.parent
-    longest = len(os.fsencode(index_path(path).name))
+    longest = len(os.fsencode(index_path(path).name)) if path.name else 0
     if folder.is_dir() and longest > os.pathconf(folder, "PC_NAME_MAX"):
         other = shlex.quote(str(folder / f"{name}{suffix}"))
         raise UsageError(f"{path}: a longer name than can be written here", f"{option} {other}")
