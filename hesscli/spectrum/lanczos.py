@@ -85,7 +85,7 @@ class Lanczos(Krylov):
         roomy = min(_MOST, _ROOM // max(1, size))
         capacity = min(size, max(2 * self.top + 7, self.top + CHAIN, roomy))
         self.copies = False  # whether there were any
-        self.sought = False  # whether the last chain came to its end
+        self.copies_sought = False  # whether the last chain came to its end
         self.interrupted: Callable[[], bool] = lambda: False
         super().__init__(multiply, size, capacity, generator, guess)
 
@@ -103,7 +103,7 @@ class Lanczos(Krylov):
                     break
             found = self._found(self.interrupted())
             if found.interrupted or self.products >= max_products:
-                return replace(found, copies_sought=self.sought)
+                return replace(found, copies_sought=self.copies_sought)
             return self._confirmed(found, max_products)
 
     def _goes_on(self, max_products: int) -> bool:
@@ -194,8 +194,8 @@ class Lanczos(Krylov):
 
         If not, nothing of it is kept, so that the residuals of the wanted pairs stay what they are.
         """
-        self.sought = self.count == self.size
-        if self.sought:
+        self.copies_sought = self.count == self.size
+        if self.copies_sought:
             return False
         self.copies = self.copies or self._repeated()
         self._restart(self.top)
@@ -240,9 +240,9 @@ class Lanczos(Krylov):
             coupling = self.coupling[chain]
             few = not self.copies and self.products - began >= CHAIN
             if would_show(hiding) or (few and would_show(outermost)):
-                self.sought = True
+                self.copies_sought = True
                 return False
-        self.sought = self.products < max_products
+        self.copies_sought = self.products < max_products
         return False
 
     def _outermost(self) -> list[float]:
