@@ -323,6 +323,36 @@ class Einsum(nn.Module):
         return torch.tanh(torch.einsum("ni,ioj,nj->no", x, self.core, x))
 
 
+class Heads(nn.Module):
+    """Two layers whose weights have an axis of heads, as attention's may have: [heads, inputs, outputs]."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, inputs, 3))
+        self.bias = nn.Parameter(torch.zeros(2, 3))
+        self.out = nn.Parameter(torch.zeros(2, 3, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.transpose(1, 2).reshape(6, -1)
+        h = torch.tanh(F.linear(x, weight, self.bias.view(6)))  # head after head
+        h = h.unflatten(-1, (2, 3)).transpose(-1, -2).flatten(-2)  # side by side
+        return h @ self.out.transpose(0, 1).reshape(6, -1)
+
+
+class Experts(nn.Module):
+    """Layers that stand side by side, each with the same inputs, and their mean."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, inputs, 2))
+        self.bias = nn.Parameter(torch.zeros(3, 1, 2))
+        self.out = nn.Parameter(torch.zeros(3, 2, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(torch.baddbmm(self.bias, x.expand(3, -1, -1), self.weight))
+        return torch.bmm(h, self.out).mean(0)
+
+
 class Distances(nn.Module):
     """A radial basis layer, whose sums PyTorch does not differentiate twice."""
 
@@ -683,6 +713,9 @@ CASES: list[Case] = [
         case("bilinear", lambda: nn.Bilinear(3, 2, 4), ROWS, TABLE[:6, :2], **CE),
         case("two-inputs", lambda: TwoTowers(3, 2, 2), ROWS, TABLE[:6, :2]),
         case("einsum", lambda: Einsum(3, 4), ROWS),
+        case("heads", lambda: Heads(3, 2), ROWS),
+        case("heads-over-time", lambda: Heads(4, 2), TOKENS, **CE),
+        case("experts", lambda: Experts(3, 2), ROWS, **CE),
         case("segments", lambda: chain(Distances(3, 4), nn.Linear(4, 2)), ROWS, oracle="differences",
              fixed_batch=True),
         case("scale", lambda: chain(nn.Linear(3, 4), Scale(4), nn.Tanh(), Scale(1)), ROWS),

@@ -74,13 +74,22 @@ STORED_ACROSS = Layout((Piece(3, (Part(6, 3, runs=3), Part(0, 1))), Piece(3, (Pa
 STORED_IN_RUNS = Layout((Piece(2, (Part(2, 6, runs=3), Part(0, 1))), Piece(1, (Part(14, 1),))))
 """Two outputs of a transposed convolution, of three inputs with a kernel of two, and a bias; a row."""
 
+STORED_IN_SECTIONS = Layout(
+    (
+        Piece(2, (Part(3, 3, runs=3), Part(0, 1))),
+        Piece(2, (Part(9, 3, runs=3), Part(15, 1))),
+        Piece(1, (Part(2, 1),)),
+    )
+)
+"""Two heads of two outputs each, with three weights, input after input, and biases; a row."""
+
 
 @pytest.mark.parametrize("held", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda), None])
 @pytest.mark.parametrize("most", [1, 30, 10**6])
 @pytest.mark.parametrize(
     "layout",
-    [TWO_LAYERS, STORED_ACROSS, STORED_IN_RUNS, Layout.plain(15)],
-    ids=["layers", "stored across", "stored in runs", "plain"],
+    [TWO_LAYERS, STORED_ACROSS, STORED_IN_RUNS, STORED_IN_SECTIONS, Layout.plain(15)],
+    ids=["layers", "stored across", "stored in runs", "stored in sections", "plain"],
 )
 def test_a_triangle_is_the_matrix(held, most, layout, tmp_path):
     n = layout.size

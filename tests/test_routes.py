@@ -235,6 +235,16 @@ def shifted_by_one(s: Net, x: Tensor) -> Tensor:
     return s.b(out)
 
 
+def heads(s: Net, x: Tensor) -> Tensor:
+    h = torch.tanh(torch.einsum("nti,hij->nthj", x, s.w) + s.b)
+    return torch.einsum("nthj,hjo->nto", h, s.v)
+
+
+def experts(s: Net, x: Tensor, activation: Callable[[Tensor], Tensor] = torch.tanh) -> Tensor:
+    h = activation(torch.baddbmm(s.b, x.expand(len(s.w), -1, -1), s.w))
+    return torch.bmm(h, s.v).mean(0)
+
+
 def attended(s: Net, x: Tensor) -> Tensor:
     return s.a(x, x, x, need_weights=False)[0]
 
@@ -484,6 +494,45 @@ INDEPENDENT = [
         numbers(3, 2, 5), w=numbers(5, 2, 3), v=numbers(2, 3, 4)),
     odd("weight-by-einsum-in-other-order",
         lambda s, x: torch.einsum("ni,hik->nhk", x, s.w).tanh().flatten(1), ROWS, w=numbers(2, 3, 3)),
+    odd("weight-of-heads", lambda s, x: heads(s, x[:, None])[:, 0], ROWS, w=numbers(2, 3, 4),
+        b=numbers(2, 4), v=numbers(2, 4, 2)),
+    odd("weight-of-heads-over-time", heads, numbers(2, 3, 5), w=numbers(2, 5, 2), b=numbers(2, 2),
+        v=numbers(2, 2, 6)),
+    odd("weight-of-heads-rearranged",
+        lambda s, x: F.linear(torch.tanh(F.linear(x, s.w.transpose(1, 2).reshape(8, 3), s.b.view(8))),
+            s.v.permute(2, 0, 1).reshape(2, 8)),
+        ROWS, w=numbers(2, 3, 4), b=numbers(2, 4), v=numbers(2, 4, 2)),
+    odd("weight-of-two-inputs", lambda s, x: torch.tanh(torch.einsum("nij,ikjl->nkl", x, s.w)),
+        numbers(3, 2, 3), w=numbers(2, 2, 3, 2)),
+    odd("weight-of-experts", experts, ROWS, w=numbers(2, 3, 4), b=numbers(2, 1, 4), v=numbers(2, 4, 2)),
+    odd("weight-of-experts-relu", lambda s, x: experts(s, x, F.relu).log_softmax(1), ROWS,
+        w=numbers(2, 3, 4), b=numbers(2, 1, 4), v=numbers(2, 4, 2)),
+    odd("weight-of-experts-square", experts, numbers(3, 3), w=numbers(3, 3, 3), b=numbers(3, 1, 3),
+        v=numbers(3, 3, 3)),
+    odd("weight-of-experts-one-bias", experts, ROWS, w=numbers(2, 3, 4), b=numbers(1, 1, 4),
+        v=numbers(2, 4, 2)),
+    odd("weight-of-experts-transposed",
+        lambda s, x: torch.tanh(x.expand(2, -1, -1) @ s.w.mT).mean(0), ROWS, w=numbers(2, 4, 3)),
+    odd("weight-of-experts-of-heads",
+        lambda s, x: torch.einsum("nhi,ihk->nhk", hidden(s, x).view(-1, 2, 3), s.w).tanh().flatten(1),
+        ROWS, a=layer(3, 6), w=numbers(3, 2, 2)),
+    odd("weight-of-an-expert-for-each-sample",
+        lambda s, x: torch.tanh(torch.bmm(x[:, None], s.w)[:, 0]), ROWS, w=numbers(5, 3, 2)),
+    odd("weight-copied", lambda s, x: torch.tanh(x @ s.w.clone() + s.b.clone()), ROWS,
+        w=numbers(3, 2), b=numbers(2)),
+    odd("weight-shuffled", lambda s, x: torch.tanh(x @ s.w.permute(2, 1, 0).reshape(3, 4)), ROWS,
+        w=numbers(2, 2, 3)),
+    odd("weight-copied-across", lambda s, x: torch.tanh(x @ s.w.t().reshape(3, 4)), ROWS,
+        w=numbers(3, 4)),
+    odd("bias-copied-across", lambda s, x: torch.tanh(s.a(x) + s.p.t().reshape(6)), ROWS,
+        a=layer(3, 6), p=numbers(2, 3)),
+    odd("scale-copied-across", lambda s, x: torch.tanh(s.a(x) * s.p.t().reshape(6)), ROWS,
+        a=layer(3, 6), p=numbers(2, 3)),
+    odd("kernel-copied-across",
+        lambda s, x: torch.tanh(F.conv1d(x, s.w.permute(1, 0, 2).contiguous())), numbers(5, 2, 4),
+        w=numbers(2, 2, 2)),
+    odd("table-copied-across", lambda s, x: s.b(torch.tanh(s.t.t().contiguous()[x.argsort(1)[:, 0]])), SQUARE,
+        t=numbers(4, 4), **SQ),
     odd("addmm-scaled", lambda s, x: torch.tanh(torch.addmm(s.b, x, s.w, beta=0.5, alpha=2.0)), ROWS,
         b=numbers(2), w=numbers(3, 2)),
     odd("addmm-bias-row", lambda s, x: torch.tanh(torch.addmm(s.b, x, s.w)), ROWS, b=numbers(1, 2),
@@ -783,6 +832,9 @@ SEEN = {
     "conv-of-frames-few-places", "conv-of-frames-in-front-few-places",
     "attention-of-one-sample", "conv-of-one-sample", "weight-by-einsum", "weight-by-einsum-over-time",
     "weight-by-einsum-of-heads", "weight-permuted", "weight-viewed", "weight-viewed-otherwise",
+    "weight-by-einsum-in-other-order", "weight-of-heads", "weight-of-heads-over-time",
+    "weight-of-heads-rearranged", "weight-of-two-inputs", "weight-of-experts", "weight-of-experts-square",
+    "weight-of-experts-transposed", "weight-of-experts-of-heads", "weight-copied", "conv-transposed-groups",
 }  # fmt: skip
 
 

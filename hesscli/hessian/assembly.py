@@ -82,7 +82,6 @@ def add_layer_diagonal(
     if delta is None or not delta.requires_grad:
         return
     a = probed.columns(use)
-    entries = use.by_output(out)
     per_direction = 4 * delta.numel()
     if not layer.plain:
         per_direction += len(a) * use.size
@@ -95,7 +94,8 @@ def add_layer_diagonal(
         s = use.rows(curvature)  # [directions, B, T, n]
         for row, p in enumerate(chunk):
             same = torch.einsum("bt,btq->bq", s[row, :, :, p], a)
-            entries[p] += (same * a[:, t]).sum(0).view_as(entries[p])
+            entries = use.entries(out, p)
+            entries += (same * a[:, t]).sum(0).view_as(entries)
             if bias_out is not None:
                 bias_out[p] += s[row, :, :, p].sum()
 

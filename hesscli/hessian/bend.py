@@ -95,14 +95,11 @@ def _neurons(
     uses: Sequence[Use], inputs: Sequence[Tensor], d: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Of each neuron: its places in the block, their inputs [B T, places], and d there [B T, 1]."""
-    n, start = uses[0].n, 0
-    places = []
-    for use in uses:
-        of = torch.arange(start, start + use.size, device=d.device)
-        places.append(use.by_output(of).flatten(1))
-        start += use.size
+    every = torch.arange(sum(use.size for use in uses), device=d.device)
+    places = every.split([use.size for use in uses])
     weights = d.flatten(0, 1)
-    for p in range(n):
-        index = torch.cat([of[p] for of in places])
+    for p in range(uses[0].n):
+        mine = [use.entries(of, p) for use, of in zip(uses, places, strict=True)]
+        index = torch.cat([of.flatten() for of in mine])
         given = [a[..., use.inputs_of(p)] for use, a in zip(uses, inputs, strict=True)]
         yield index, torch.cat(given, -1).flatten(0, 1), weights[:, p : p + 1]

@@ -104,7 +104,7 @@ class Costs:
         b, t, n, m = self.samples * use.apart, use.positions, use.n, use.m
         if diagonal:
             return self._product(b * t * n * m * (n if t > 1 else 1))
-        if use.kind == LINEAR and t == 1:
+        if use.kind == LINEAR and use.is_layer and t == 1:
             return self._product(b * n * n * m * m / 4) + self._moved(3 * use.size**2)
         if use.kind not in (LINEAR, CONVOLUTION):
             return self._moved(b * t * n * n)
@@ -139,7 +139,7 @@ class Costs:
     def gauss_newton(self, use: Use, diagonal: bool) -> Work:
         """A block from the backward passes of all outputs."""
         b, c, t, n, m = self.samples, self.classes, use.positions, use.n, use.m
-        if use.kind == LINEAR and t == 1:
+        if use.kind == LINEAR and use.is_layer and t == 1:
             curvature = self._product(b * c * n * (c + (1 if diagonal else n)))
             return curvature + self.own(use, diagonal, False)
         pulled = self._product(b * c * (t * n * m + c * use.size)) + self._moved(

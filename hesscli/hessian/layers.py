@@ -46,10 +46,11 @@ class Layer:
         """What each parameter of a neuron is multiplied by: [B, T, width]."""
         return torch.cat([probed.columns(use) for use in self.uses], -1)
 
-    def piece(self, places: Mapping[str, int]) -> Piece:
+    def pieces(self, places: Mapping[str, int]) -> list[Piece]:
         """Neuron by neuron, in a block in which the parameters start at these places."""
-        parts = tuple(use.part(places[use.parameter]) for use in self.uses)
-        return Piece(self.weight.n, parts)
+        sections = self.weight.sections
+        parts = [use.parts(places[use.parameter], sections) for use in self.uses]
+        return [Piece(self.weight.n // sections, each) for each in zip(*parts, strict=True)]
 
 
 def plain_layer(uses: Sequence[Use]) -> Layer | None:

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from hesscli.hessian.affine import find_uses
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.batch import Batch
@@ -28,7 +29,7 @@ from hesscli.hessian.recorder import record, record_terms
 from hesscli.hessian.sample_axis import Axes, SampleAxis
 from hesscli.hessian.samples import follow, sample_axes
 from hesscli.hessian.tape import Tape
-from hesscli.hessian.uses import Use, find_uses
+from hesscli.hessian.uses import Use
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ class GaussNewton(Route):
         if layer is None:
             return Layout.plain(block.size)
         places = dict(zip(block.parameters, starts_of(block.sizes), strict=True))
-        return Layout((layer.piece(places),))
+        return Layout(tuple(layer.pieces(places)))
 
     def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
         factors = self.factors(batch, [part.block for part in rows])

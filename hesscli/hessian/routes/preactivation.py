@@ -170,8 +170,10 @@ class Preactivation(Route):
         if len(layers) == 1 and not others:
             cut = self.cuts.after(batch, analysis, layers[0].weight, self.workspace)
         layout = _layout(block, layers, others)
-        starts = [start for start, _ in layout.starts()]
-        first_rows = dict(zip([*others, *(layer.z for layer in layers)], starts, strict=True))
+        sizes = dict(zip(block.parameters, block.sizes, strict=True))
+        lengths = [*(sizes[name] for name in others), *(layer.size for layer in layers)]
+        named = [*others, *(layer.z for layer in layers)]
+        first_rows = dict(zip(named, starts_of(lengths), strict=True))
         mine = [i for i, x in enumerate(layers) if first_rows[x.z] + x.size > part.start]
         layers = layers[mine[0] :] if mine else []
         with_rows = [x for x in others if first_rows[x] < part.stop]
@@ -231,7 +233,7 @@ def _layout(block: Block, layers: Sequence[Layer], others: Sequence[str]) -> Lay
     if not layers:
         return Layout.plain(block.size)
     pieces = [Piece(sizes[name], (Part(places[name], 1),)) for name in others]
-    pieces += [layer.piece(places) for layer in layers]
+    pieces += [piece for layer in layers for piece in layer.pieces(places)]
     return Layout(tuple(pieces))
 
 
@@ -265,9 +267,12 @@ def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
 def _directions_of(use: Use, a: Tensor, entries: range, samples: int) -> Tensor:
     """A e_r for each of these entries r of the parameter: [entries, B, T, n]."""
     u, length = a.new_zeros(len(entries), samples, use.positions, use.n), use.m // use.runs
+    outputs = use.n // use.sections
     for row, entry in enumerate(entries):
-        run, rest = divmod(entry, use.n * length)
-        p, within = divmod(rest, length)
+        section, rest = divmod(entry, outputs * use.m)
+        run, rest = divmod(rest, outputs * length)
+        place, within = divmod(rest, length)
+        p = section * outputs + place
         u[row, :, :, p] = a[:, :, use.inputs_of(p)][:, :, run * length + within]
     return u
 
