@@ -833,7 +833,7 @@ SEEN = {
     "attention-of-one-sample", "conv-of-one-sample", "weight-by-einsum", "weight-by-einsum-over-time",
     "weight-by-einsum-of-heads", "weight-permuted", "weight-viewed", "weight-viewed-otherwise",
     "weight-by-einsum-in-other-order", "weight-of-heads", "weight-of-heads-over-time",
-    "weight-of-heads-rearranged", "weight-of-two-inputs", "weight-of-experts", "weight-of-experts-square",
+    "weight-of-heads-rearranged", "weight-of-experts", "weight-of-experts-square",
     "weight-of-experts-transposed", "weight-of-experts-of-heads", "weight-copied", "conv-transposed-groups",
 }  # fmt: skip
 

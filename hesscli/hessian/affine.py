@@ -15,6 +15,7 @@ from hesscli.hessian.tape import Call, Ref, Tape
 from hesscli.hessian.uses import BIAS, CONVOLUTION, LINEAR, SCALE, Use
 
 _VIEWS = frozenset("t transpose permute view unsqueeze squeeze".split())
+_OF_ALL = frozenset("slice expand".split())  # views, where the shape stays
 _COPIES = frozenset("clone _unsafe_view reshape".split())
 _MOST_UNITS = 1 << 26  # numbers in the unit vectors of all tokens
 
@@ -54,8 +55,8 @@ def _use(
         if call.name == "embedding":
             lookup, value = call, made
             continue
-        whole = tape.shapes[made] == tape.shapes[value]
-        if call.name not in _VIEWS | _COPIES and not (call.name == "slice" and whole):
+        whole = call.name in _OF_ALL and tape.shapes[made] == tape.shapes[value]
+        if call.name not in _VIEWS | _COPIES and not whole:
             break
         moves.append(call)
         value = made
