@@ -349,10 +349,10 @@ def test_wrong_options(net, option, value, wanted):
     assert caught.value.exit_code == 2
 
 
-def test_a_shard_is_of_a_file(net, monkeypatch):
+def test_a_share_is_no_hessian(net, monkeypatch, tmp_path):
     monkeypatch.setattr("hesscli.job.live.run", None)  # before the work
-    with pytest.raises(hesscli.HesscliError, match="expected an output") as caught:
-        hesscli.compute(net, (X, Y), shard=(1, 2))
+    with pytest.raises(hesscli.HesscliError, match="one share is no Hessian") as caught:
+        hesscli.compute(net, (X, Y), shard=(1, 2), output=tmp_path / "h.safetensors")
     assert caught.value.exit_code == 2
 
 

@@ -83,8 +83,9 @@ def compute(
     path = folder.path / "hessian.safetensors" if output is None else Path(output)
     options |= {"loss": loss, "blocks": blocks, "output": path}
     with given(model, data, device, folder, ComputeOptions, options) as (asked, saved):
-        if asked.shard is not None and output is None:
-            raise UsageError("shard: a part of a file that has a name; expected an output too")
+        if asked.shard is not None:
+            hint = "hesscli compute MODEL DATA --shard 1/2"
+            raise UsageError("shard: one share is no Hessian; expected None", hint)
         run(asked, listener or Silent(), model=saved)
     if asked.data.parent == folder.path:
         asked.data.unlink()
