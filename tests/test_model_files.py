@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -251,6 +252,39 @@ def test_torchscript_runs_on_another_device_than_it_was_made_on(tmp_path):
     torch.jit.script(module).save(str(tmp_path / "net.pt"))
     saved = load_model(tmp_path / "net.pt")
     torch.testing.assert_close(saved.module(X[:, :3]), module.inner[0](X[:, :3]) + 1)
+
+
+class Padding(Enum):
+    SAME = "same"
+    VALID = "valid"
+
+
+class Rank(Enum):
+    FLAT = 1
+    DEEP = 2
+
+
+class OfEnums(nn.Module):
+    """Keeps what it was told as members of enums, as timm's models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.padding, self.rank = Padding.SAME, Rank.DEEP
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layer(x)
+        if self.padding == Padding.SAME and self.rank == Rank.DEEP:
+            x = torch.tanh(x)
+        return x
+
+
+def test_torchscript_with_enums(tmp_path):
+    module = OfEnums()
+    torch.jit.script(module).save(str(tmp_path / "net.pt"))
+    saved = load_model(tmp_path / "net.pt")
+    torch.testing.assert_close(saved.module(X), module(X))
+    assert [name for name, _ in saved.module.named_parameters()] == ["layer.weight", "layer.bias"]
 
 
 def test_train_mode(net, tmp_path):

@@ -11,7 +11,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from hesscli.errors import FileError
 from hesscli.files.sniff import COPY_AGAIN
@@ -90,8 +90,14 @@ class _Nothing:
         pass
 
 
-class _Inert(pickle.Unpickler):
-    """Follows a pickle without importing or calling anything of it."""
+class _Inert(pickle._Unpickler):
+    """Follows a pickle without importing or calling anything of it.
+
+    It is the unpickler in Python, as the one in C refuses what TorchScript writes of an enum: a call whose arguments
+    are no tuple, but the value itself.
+    """
+
+    stack: list[Any]
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -108,3 +114,9 @@ class _Inert(pickle.Unpickler):
         size = int(count) * _ITEMSIZES.get(getattr(kind, "named", ""), 1)
         self.storages[str(key)] = max(size, self.storages.get(str(key), 0))
         return _Nothing()
+
+    def load_reduce(self) -> None:
+        arguments, stack = self.stack.pop(), self.stack
+        stack[-1] = stack[-1](*(arguments if isinstance(arguments, tuple) else ()))
+
+    dispatch: ClassVar[Any] = pickle._Unpickler.dispatch | {pickle.REDUCE[0]: load_reduce}
