@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from oracles import hessian, relative_error
 from problems import blocks_of, compute_blocks, problem_of
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import hesscli
 from hesscli.hessian.blocks import Block
@@ -558,7 +559,7 @@ class Quantized(nn.Module):
         self.function, self.of_weights = function, of_weights
 
     def through(self, x):
-        arguments = (self.shift, 4) if self.function is Shifted else ()
+        arguments = (self.shift, 4) if issubclass(self.function, Shifted) else ()
         return self.function.apply(x, *arguments)
 
     def forward(self, x):
@@ -589,3 +590,100 @@ def test_a_second_derivative_that_a_model_gets_wrong():
     assert [note for note in found.metadata["notes"] if "finite-difference instead" in note]
     model.through = F.silu
     assert relative_error(found.matrix(), hessian(model, F.mse_loss, (x,), y)) < 1e-6
+
+
+class Once(torch.autograd.Function):
+    """tanh(x w^T), with a derivative that is right, and not to be differentiated."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        y = torch.tanh(x @ w.T)
+        ctx.save_for_backward(x, w, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, w, y = ctx.saved_tensors
+        z = gradient * (1 - y * y)
+        return z @ w, z.T @ x
+
+
+class WithoutGradients(Once):
+    """The same, a constant to the second derivative."""
+
+    @staticmethod
+    @torch.no_grad()
+    def backward(ctx, gradient):
+        x, w, y = ctx.saved_tensors
+        z = gradient * (1 - y * y)
+        return z @ w, z.T @ x
+
+
+class InPlace(Once):
+    """The same, with a second derivative that would need what is overwritten."""
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, w, y = ctx.saved_tensors
+        space = (gradient * (1 - y * y)).sinh()
+        z = space.asinh()
+        space.zero_()
+        return z @ w, z.T @ x
+
+
+class Fused(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.w, self.v = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(2, 4))
+        self.function = function
+
+    def forward(self, x):
+        return self.function(F.relu(self.function(x, self.w)), self.v)
+
+
+@pytest.mark.parametrize("blocks", ["full", "diag", "elements"])
+@pytest.mark.parametrize("function", [Once, WithoutGradients, InPlace])
+def test_derivatives_that_cannot_be_differentiated(function, blocks):
+    torch.manual_seed(0)
+    model = Fused(function.apply).double()
+    x, y = torch.randn(12, 3, dtype=torch.float64), torch.randn(12, 2, dtype=torch.float64)
+    found = hesscli.compute(model, (x, y), blocks=blocks, framework="torch")
+    assert {block["method"] for block in found.metadata["blocks"]} == {"finite-difference"}
+    model.function = lambda x, w: torch.tanh(F.linear(x, w))
+    truth = hessian(model, F.mse_loss, (x,), y)
+    if blocks == "full":
+        assert relative_error(found.matrix(), truth) < 1e-6
+    for name, part in (("w", slice(0, 12)), ("v", slice(12, 20))) if blocks != "full" else ():
+        wanted = truth[part, part]
+        if blocks == "elements":
+            wanted = wanted.diagonal().view(found.block(name).shape)
+        assert relative_error(found.block(name), wanted) < 1e-6
+
+
+class RoundedOnce(Rounded):
+    backward = staticmethod(once_differentiable(Rounded.backward))
+
+
+class BinaryOnce(Binary):
+    backward = staticmethod(once_differentiable(Binary.backward))
+
+
+class ShiftedOnce(Shifted):
+    backward = staticmethod(once_differentiable(Shifted.backward))
+
+
+@pytest.mark.parametrize("of_weights", [True, False])
+@pytest.mark.parametrize(("function", "same"), [(RoundedOnce, Rounded), (BinaryOnce, Binary)])
+def test_straight_through_that_cannot_be_differentiated(function, same, of_weights):
+    model, x, y = quantized(function, of_weights)
+    found = hesscli.compute(model, (x, y), blocks="full", framework="torch")
+    truth = hessian(quantized(same, of_weights)[0], F.mse_loss, (x,), y)
+    assert relative_error(found.matrix(), truth) < 1e-6
+
+
+def test_straight_through_that_cannot_be_held():
+    model, x, y = quantized(ShiftedOnce, False)
+    with pytest.raises(hesscli.HesscliError, match="differs from gradients") as caught:
+        hesscli.compute(model, (x, y), blocks="full")
+    assert caught.value.exit_code == 5

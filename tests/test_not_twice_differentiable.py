@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracles import hessian
+import torch.nn.functional as F
+from oracles import hessian, relative_error
 from torch import Tensor, nn
 
 import hesscli
@@ -50,6 +51,52 @@ def test_a_length_of_zero(length, command, method, cli, tmp_path):
 
 def test_a_length_of_zero_without_a_check(length, cli):
     assert "not finite" in cli("eigen", *length, "--no-check").fails(5)
+
+
+class Gate(torch.autograd.Function):
+    """relu(x)^2.5, whose derivative is right, while that of the derivative has a root of what is negative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.relu(x) ** 2.5
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * torch.where(x > 0, 2.5 * x**1.5, 0)
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 1)
+        self.gate = Gate.apply
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.gate(self.a(x)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hint"), [("float32", "--dtype float64"), ("float64", "--method finite-difference")]
+)
+def test_what_is_not_finite_has_a_hint(dtype, hint):
+    torch.manual_seed(0)
+    model = Gated()
+    with pytest.raises(hesscli.HesscliError, match="not finite") as caught:
+        hesscli.compute(model, (X, Y), blocks="full", dtype=dtype)
+    assert caught.value.hint == hint
+
+
+def test_differences_where_a_second_derivative_is_not_finite():
+    torch.manual_seed(0)
+    model = Gated().double()
+    found = hesscli.compute(
+        model, (X, Y), blocks="full", method="finite-difference", framework="torch"
+    )
+    model.gate = lambda x: torch.relu(x) ** 2.5
+    truth = hessian(model, F.mse_loss, (X,), Y)
+    assert relative_error(found.matrix(), truth) < 1e-6
 
 
 class Power(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,9 @@ Handler = Callable[[Callable[[], object], tuple[object, ...]], object]
 
 _FAR = 0.1
 """Of what its derivative says: a function that departs so far from it in a small step has another one."""
+
+_SEEDS = 3
+"""Random u: none of them is orthogonal to J d."""
 
 
 @contextmanager
@@ -40,33 +44,59 @@ def applied_by(handler: Handler) -> Iterator[None]:
 
 def by_own_derivative(
     result: Tensor, inputs: Sequence[Tensor], before: Sequence[Tensor], made: Tensor
-) -> Tensor:
+) -> Tensor | None:
     """A Function's result; where its derivative is not that of what it computes, that derivative's instead.
 
     A straight-through estimator rounds, and its derivative is that of the identity: near inputs x0 that gave y0, it is
-    y0 + J (x - x0) to autograd, J being what its backward pass multiplies with.
+    y0 + J (x - x0) to autograd, J being what its backward pass multiplies with. The backward pass gives J^T u alone.
+    What J d = J (x - x0) is, is found in other ways, and compared with it: <u, J d> = <J^T u, d> for random u.
 
     Args:
         result: of the inputs.
         before: inputs nearby.
         made: their result.
+
+    Returns:
+        None where J d is not found.
     """
+    moves = [x.detach() - b for x, b in zip(inputs, before, strict=True)]
+    moved = result.detach() - made
+    generator = torch.Generator().manual_seed(0)
+    seeds = [torch.randn(made.shape, generator=generator).to(made) for _ in range(_SEEDS)]
+
+    def pulled(seed: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(result, inputs, seed, retain_graph=True, allow_unused=True)
+
+    def along(pulls: Sequence[Tensor | None]) -> float:
+        pairs = zip(pulls, moves, strict=True)
+        return sum(_inner(p, d) for p, d in pairs if p is not None)
+
     try:
-        along = _along(
-            result, inputs, [x.detach() - b for x, b in zip(inputs, before, strict=True)]
-        )
+        expected = [along(pulled(seed)) for seed in seeds]
+
+        def is_of(change: Tensor) -> bool:
+            found = [_inner(seed, change) for seed in seeds]
+            return math.dist(found, expected) <= _FAR * math.hypot(*expected)
+
+        if is_of(moved):
+            return result
+        for way in (_by_derivative, _by_entry):
+            change = way(result, inputs, moves)
+            if is_of(change):
+                return result - (moved - change)
     except (RuntimeError, NotImplementedError) as error:
         if is_out_of_memory(error):
             raise
-        return result  # its backward pass is not to be differentiated
-    departure = result.detach() - made - along
-    if float(torch.linalg.norm(departure)) <= _FAR * float(torch.linalg.norm(along)):
-        return result
-    return result - departure
+        return result  # it has no backward pass
+    return None
 
 
-def _along(result: Tensor, inputs: Sequence[Tensor], moves: Sequence[Tensor]) -> Tensor:
-    """J d, by the derivative of J^T u along u."""
+def _inner(a: Tensor, b: Tensor) -> float:
+    return float((a.conj() * b).sum().real)
+
+
+def _by_derivative(result: Tensor, inputs: Sequence[Tensor], moves: Sequence[Tensor]) -> Tensor:
+    """J d, by the derivative of J^T u along u, where the backward pass can be differentiated."""
     u = torch.zeros_like(result, requires_grad=True)
     pulled = torch.autograd.grad(result, inputs, u, create_graph=True, allow_unused=True)
     pairs = [
@@ -75,5 +105,16 @@ def _along(result: Tensor, inputs: Sequence[Tensor], moves: Sequence[Tensor]) ->
     if not pairs:
         return torch.zeros_like(result)
     outputs, seeds = zip(*pairs, strict=True)
-    (along,) = torch.autograd.grad(outputs, u, seeds, allow_unused=True)
+    (along,) = torch.autograd.grad(outputs, u, seeds, retain_graph=True, allow_unused=True)
     return torch.zeros_like(result) if along is None else along
+
+
+def _by_entry(result: Tensor, inputs: Sequence[Tensor], moves: Sequence[Tensor]) -> Tensor:
+    """J d, where each entry of the result has a derivative by the same entry of the inputs alone."""
+    ones = torch.ones_like(result)
+    pulled = torch.autograd.grad(result, inputs, ones, retain_graph=True, allow_unused=True)
+    along = torch.zeros_like(result)
+    for p, d in zip(pulled, moves, strict=True):
+        if p is not None and p.shape == result.shape:
+            along += p * d
+    return along

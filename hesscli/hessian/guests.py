@@ -13,7 +13,8 @@ from hesscli.errors import HesscliError, Terminated, is_out_of_memory, signalled
 
 Explain = Callable[[str, BaseException], HesscliError]
 _MISSING = re.compile(
-    r"derivative for .* is not implemented|once_differentiable|[Dd]ouble backward"
+    r"derivative for .* is not implemented|once_differentiable|[Dd]ouble backward|"
+    r"modified by an inplace operation"  # as a backward pass does that was written for one
 )
 
 

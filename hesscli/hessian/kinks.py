@@ -174,7 +174,9 @@ class Kinks(Watcher):
                 return result
             before = [self._first(x) for x in before]
             made = self._first(result.detach().clone())
-            return by_own_derivative(result, inputs, before, made)
+            held = by_own_derivative(result, inputs, before, made)
+            self.lost |= held is None
+            return result if held is None else held
         finally:
             self._inside = False
 

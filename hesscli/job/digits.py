@@ -1,10 +1,12 @@
-"""What more digits may mend."""
+"""What more digits, or differences of gradients, may mend."""
 
 from __future__ import annotations
 
 import torch
 
 from hesscli.errors import NumericalError
+from hesscli.hessian.words import FINITE_DIFFERENCE
+from hesscli.job.options import ProblemOptions
 
 
 def more_digits(dtype: torch.dtype) -> str | None:
@@ -12,6 +14,9 @@ def more_digits(dtype: torch.dtype) -> str | None:
     return "--dtype float64" if dtype == torch.float32 else None
 
 
-def not_finite(what: str, dtype: torch.dtype) -> NumericalError:
-    """Differences would not do better: the loss may have no second derivative here."""
-    return NumericalError(f"{what} is not finite (NaN or inf)", more_digits(dtype))
+def not_finite(what: str, options: ProblemOptions, dtype: torch.dtype) -> NumericalError:
+    """Differences are not taken unasked: the loss may have no second derivative here."""
+    hint = more_digits(dtype)
+    if hint is None and options.curvature == "hessian" and options.method != FINITE_DIFFERENCE:
+        hint = f"--method {FINITE_DIFFERENCE}"
+    return NumericalError(f"{what} is not finite (NaN or inf)", hint)

@@ -81,7 +81,7 @@ def hvp(
         vectors = _vectors(operator, str(options.vector))
         result = operator.products(vectors)
     if not bool(torch.isfinite(result).all()):
-        raise not_finite("the product", operator.problem.dtype)
+        raise not_finite("the product", problem, operator.problem.dtype)
     document = operator.document(SCHEMA) | facts
     document |= _norms(operator, vectors, result)
     tensors = operator.products.split(result)

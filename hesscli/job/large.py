@@ -103,7 +103,9 @@ class LargeBlock:
             error = None if certificate is None else certificate.matrix(self.block, matrix)
             matrix.finish()
             if not matrix.squares < float("inf"):
-                raise not_finite(f"{self.block.name}: its Hessian", self.plan.problem.dtype)
+                raise not_finite(
+                    f"{self.block.name}: its Hessian", self.plan.options, self.plan.problem.dtype
+                )
             if certificate is None or error is None or certificate.passed(error):
                 break
             self.plan.differs(self.block, self.place, error, certificate.tolerance)

@@ -63,7 +63,7 @@ class Operator:
         try:
             yield
         except NotFinite:
-            raise not_finite("a product", self.problem.dtype) from None
+            raise not_finite("a product", self.options, self.problem.dtype) from None
 
     def document(self, schema: str) -> Document:
         """What every command says of the model, the data and the curvature."""
@@ -188,12 +188,12 @@ def _refused(made: Operator, certificate: Certificate | None) -> str:
     if certificate is None:
         probe = torch.ones(made.size, dtype=made.problem.dtype, device=made.problem.device)
         if not bool(torch.isfinite(made.products(probe)).all()):
-            raise not_finite("a product", made.problem.dtype)
+            raise not_finite("a product", made.options, made.problem.dtype)
         return ""
     error = certificate.product(made.block(), lambda v: made.products(v.to(made.problem.dtype)))
     if not certificate.passed(error):
         if not math.isfinite(error):
-            raise not_finite("a product", made.problem.dtype)
+            raise not_finite("a product", made.options, made.problem.dtype)
         return (
             f"{made.method} differs from {certificate.kind} by {error:.1e}, "
             f"more than {certificate.tolerance:.0e}"

@@ -113,7 +113,7 @@ class WholeBlocks:
         passed = certificate is None or error is None or certificate.passed(error)
         # What passed a comparison is finite.
         if (error is None or not passed) and not bool(torch.isfinite(values).all()):
-            raise not_finite(f"{block.name}: its Hessian", plan.problem.dtype)
+            raise not_finite(f"{block.name}: its Hessian", plan.options, plan.problem.dtype)
         if certificate is not None and error is not None and not passed:
             plan.differs(block, place, error, certificate.tolerance)
             ((_, values, place),) = self._computed([block], place + 1)
