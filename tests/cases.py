@@ -353,6 +353,18 @@ class Experts(nn.Module):
         return torch.bmm(h, self.out).mean(0)
 
 
+class Masked(nn.Linear):
+    """Some of its weights are pruned."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs)
+        mask = torch.arange(outputs).unsqueeze(1) + torch.arange(inputs)
+        self.register_buffer("mask", (mask % 3 > 0).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
 class Distances(nn.Module):
     """A radial basis layer, whose sums PyTorch does not differentiate twice."""
 
@@ -716,6 +728,8 @@ CASES: list[Case] = [
         case("heads", lambda: Heads(3, 2), ROWS),
         case("heads-over-time", lambda: Heads(4, 2), TOKENS, **CE),
         case("experts", lambda: Experts(3, 2), ROWS, **CE),
+        case("masked", lambda: between(Masked(4, 4)), ROWS),
+        case("masked-relu", lambda: chain(Masked(3, 5), nn.ReLU(), Masked(5, 2)), ROWS, **CE),
         case("segments", lambda: chain(Distances(3, 4), nn.Linear(4, 2)), ROWS, oracle="differences",
              fixed_batch=True),
         case("scale", lambda: chain(nn.Linear(3, 4), Scale(4), nn.Tanh(), Scale(1)), ROWS),

@@ -97,10 +97,10 @@ def compute_blocks(
     like = next(iter(route.problem.parameters.values())).detach()
     if diagonal:
         sums = {block.name: like.new_zeros(block.size) for block in blocks}
-        fitting(route, lambda: [route.add_diagonal(b, blocks, sums) for b in route.problem.batches])
+        fitting(route, lambda: route.sum_diagonal(blocks, sums))
         return sums
     rows = [Rows.whole(block, like) for block in blocks]
-    fitting(route, lambda: [route.add(batch, rows) for batch in route.problem.batches])
+    fitting(route, lambda: route.sum(rows))
     return {part.block.name: finished(route, part) for part in rows}
 
 

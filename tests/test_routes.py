@@ -250,6 +250,7 @@ def attended(s: Net, x: Tensor) -> Tensor:
 
 
 ROWS, SQUARE, CUBE = numbers(5, 3, seed=5), numbers(4, 4, seed=5), numbers(4, 4, 4, seed=5)
+MASK = torch.tensor([[1, 0, 1], [0, 2, 1], [1, 1, 0], [0, 0, 3]], dtype=torch.float64)
 TWO = {"a": layer(3, 3), "b": layer(3, 2)}
 SQ = {"a": layer(4, 4), "b": layer(4, 4)}
 
@@ -258,6 +259,7 @@ MIXING = [
     odd("softmax-over-batch", lambda s, x: s.b(s.a(x).softmax(0)), ROWS, **TWO),
     odd("log-softmax-over-batch", lambda s, x: s.a(x).log_softmax(0), ROWS, **TWO),
     odd("centred", lambda s, x: (lambda h: h - h.mean(0))(hidden(s, x)), ROWS, **TWO),
+    odd("weight-times-data", lambda s, x: F.linear(hidden(s, x), s.w * x.mean()), ROWS, w=numbers(4, 3), a=layer(3, 3)),
     odd("centred-by-all", lambda s, x: (lambda h: h - h.mean())(hidden(s, x)), ROWS, **TWO),
     odd("batch-norm-train", lambda s, x: s.b(s.n(hidden(s, x))), ROWS,
         n=layer(3, kind=nn.BatchNorm1d), **TWO),
@@ -520,6 +522,36 @@ INDEPENDENT = [
         lambda s, x: torch.tanh(torch.bmm(x[:, None], s.w)[:, 0]), ROWS, w=numbers(5, 3, 2)),
     odd("weight-copied", lambda s, x: torch.tanh(x @ s.w.clone() + s.b.clone()), ROWS,
         w=numbers(3, 2), b=numbers(2)),
+    odd("weight-masked", lambda s, x: F.linear(torch.tanh(F.linear(x, s.w * MASK, s.b)), s.v * 0.5), ROWS,
+        w=numbers(4, 3), b=numbers(4), v=numbers(2, 4)),
+    odd("weight-masked-relu", lambda s, x: s.b(F.linear(x, MASK * s.w).relu()), ROWS, w=numbers(4, 3),
+        b=layer(4, 2), loss="cross-entropy"),
+    odd("weight-masked-deep", lambda s, x: torch.tanh(s.g * F.linear(hidden(s, x), s.w * MASK)), ROWS,
+        a=layer(3, 3), w=numbers(4, 3), g=numbers(4)),
+    odd("weight-masked-over-time", lambda s, x: torch.tanh(F.linear(hidden(s, x), s.w * MASK)), CUBE,
+        a=layer(4, 3), w=numbers(4, 3)),
+    odd("weight-divided", lambda s, x: torch.tanh(-x @ (s.w / torch.tensor([[2.0], [3], [4]]))), ROWS,
+        w=numbers(3, 2)),
+    odd("weight-below", lambda s, x: torch.tanh(x @ (2 / s.w)), ROWS, w=numbers(3, 2)),
+    odd("weight-masked-heads",
+        lambda s, x: torch.tanh(x @ (s.w * MASK[:, None]).transpose(0, 1).reshape(2, 12)), ROWS[:, :2],
+        w=numbers(4, 2, 3)),
+    odd("weight-transposed-and-masked", lambda s, x: torch.tanh(F.linear(x, s.w.t() * MASK)), ROWS,
+        w=numbers(3, 4)),
+    odd("weight-times-another", lambda s, x: torch.tanh(F.linear(x, s.w * s.g)), ROWS,
+        w=numbers(4, 3), g=numbers(4, 1)),
+    odd("weight-times-itself", lambda s, x: torch.tanh(F.linear(x, s.w * s.w)), ROWS, w=numbers(4, 3)),
+    odd("weight-repeated-by-a-product", lambda s, x: torch.tanh(F.linear(x, s.w * MASK)), ROWS,
+        w=numbers(1, 3)),
+    odd("kernel-masked", lambda s, x: torch.tanh(F.conv1d(x, s.w * MASK[:2, :, None], s.b * 3)), numbers(5, 3, 4),
+        w=numbers(2, 3, 2), b=numbers(2)),
+    odd("kernel-masked-depthwise",
+        lambda s, x: torch.tanh(F.conv1d(x, s.w * MASK.t()[:, None], groups=3)), numbers(5, 3, 6),
+        w=numbers(3, 1, 4)),
+    odd("bias-and-scale-masked", lambda s, x: torch.tanh(x * (s.g * MASK[0]) + s.c * MASK[1]), ROWS,
+        g=numbers(3), c=numbers(3)),
+    odd("table-masked", lambda s, x: s.b(torch.tanh(F.embedding(x.argsort(1)[:, 0], s.t * MASK))), SQUARE,
+        t=numbers(4, 3), b=layer(3, 2)),
     odd("weight-shuffled", lambda s, x: torch.tanh(x @ s.w.permute(2, 1, 0).reshape(3, 4)), ROWS,
         w=numbers(2, 2, 3)),
     odd("weight-copied-across", lambda s, x: torch.tanh(x @ s.w.t().reshape(3, 4)), ROWS,
@@ -835,6 +867,9 @@ SEEN = {
     "weight-by-einsum-in-other-order", "weight-of-heads", "weight-of-heads-over-time",
     "weight-of-heads-rearranged", "weight-of-experts", "weight-of-experts-square",
     "weight-of-experts-transposed", "weight-of-experts-of-heads", "weight-copied", "conv-transposed-groups",
+    "weight-masked", "weight-masked-relu", "weight-masked-deep", "weight-masked-over-time", "weight-divided",
+    "weight-masked-heads", "weight-transposed-and-masked", "kernel-masked", "kernel-masked-depthwise",
+    "bias-and-scale-masked", "table-masked",
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from hesscli.hessian.uses import BIAS, CONVOLUTION, LINEAR, SCALE, Use
 _VIEWS = frozenset("t transpose permute view unsqueeze squeeze".split())
 _OF_ALL = frozenset("slice expand".split())  # views, where the shape stays
 _COPIES = frozenset("clone _unsafe_view reshape".split())
+_MULTIPLIES = frozenset("mul div neg".split())
 _MOST_UNITS = 1 << 26  # numbers in the unit vectors of all tokens
 
 
@@ -26,9 +27,11 @@ def find_uses(tape: Tape, axes: Axes) -> tuple[dict[str, Use], dict[str, str]]:
     for call in tape.calls:
         for number in call.reads:
             consumers.setdefault(number, []).append(call)
+    trained = tape.dependent([*tape.parameters.values()])
+    constants = {n for n, axis in axes.items() if axis is None and n not in trained}
     uses, reasons = {}, {}
     for name, number in tape.parameters.items():
-        found = _use(tape, axes, consumers, name, number)
+        found = _use(tape, axes, consumers, constants, name, number)
         if isinstance(found, Use):
             uses[name] = found
         else:
@@ -37,7 +40,12 @@ def find_uses(tape: Tape, axes: Axes) -> tuple[dict[str, Use], dict[str, str]]:
 
 
 def _use(
-    tape: Tape, axes: Axes, consumers: Mapping[int, Sequence[Call]], name: str, number: int
+    tape: Tape,
+    axes: Axes,
+    consumers: Mapping[int, Sequence[Call]],
+    constants: Collection[int],
+    name: str,
+    number: int,
 ) -> Use | str:
     value, moves = number, list[Call]()
     lookup: Call | None = None  # of the same rows for every sample, as those of positions are
@@ -55,8 +63,12 @@ def _use(
         if call.name == "embedding":
             lookup, value = call, made
             continue
-        whole = call.name in _OF_ALL and tape.shapes[made] == tape.shapes[value]
-        if call.name not in _VIEWS | _COPIES and not whole:
+        whole = tape.shapes[made] == tape.shapes[value]
+        if not (
+            call.name in _VIEWS | _COPIES
+            or (call.name in _OF_ALL and whole)
+            or (_multiplies(call, value, constants) and whole)
+        ):
             break
         moves.append(call)
         value = made
@@ -76,7 +88,7 @@ def _use(
         entries = _moved(tape.shapes[number], moves)
     except RuntimeError:  # not a view of the parameter as it lies in the file
         return f"not an affine use ({moves[-1].name})"
-    operand = _Operand(name, entries, call, place, z, tape.shapes[z], axis)
+    operand = _Operand(name, value, tuple(moves), entries, call, place, z, tape.shapes[z], axis)
     find = _FINDERS.get(call.name)
     return (find and find(operand)) or reason
 
@@ -87,13 +99,36 @@ def _adds_rows(tape: Tape, call: Call, rows: int, total: int) -> bool:
     return call.name == "add" and not call.keywords and lengths[0] == lengths[1]
 
 
-def _moved(shape: torch.Size, moves: Sequence[Call]) -> Tensor:
-    """A parameter's entries, by number, where views and copies have put them; views alone have no numbers."""
-    device = "cpu" if any(call.name in _COPIES for call in moves) else "meta"
-    entries = torch.arange(shape.numel(), device=device).view(shape)
+def _multiplies(call: Call, value: int, constants: Collection[int]) -> bool:
+    """Whether a call multiplies each entry of a value by a constant, or divides it by one."""
+    others = [n for n in call.reads if n != value]
+    first = isinstance(call.arguments[0], Ref) and call.arguments[0].value == value
+    whole = call.name in _MULTIPLIES and not call.keywords and (call.name != "div" or first)
+    return whole and all(n in constants for n in others)
+
+
+def _moved(shape: torch.Size, moves: Sequence[Call], numbered: bool = False) -> Tensor:
+    """A parameter's entries, by number, where views and copies have put them.
+
+    Where all are views they have no numbers, unless these are asked for.
+    """
+    numbered = numbered or any(call.name in _COPIES for call in moves)
+    entries = torch.arange(shape.numel(), device="cpu" if numbered else "meta").view(shape)
     for call in moves:
-        entries = call.operator(entries, *call.arguments[1:], **call.keywords)
+        if call.name not in _MULTIPLIES:
+            entries = call.operator(entries, *call.arguments[1:], **call.keywords)
     return entries
+
+
+def multiplier(tape: Tape, use: Use) -> Tensor | None:
+    """What each entry of a parameter is multiplied by before it enters, [size]; None if nothing."""
+    if all(call.name not in _MULTIPLIES for call in use.moves):
+        return None
+    number = tape.parameters[use.parameter]
+    ones = torch.ones_like(tape.given[number])
+    moved = tape.recorded(use.value, {number: ones})
+    entries = _moved(ones.shape, use.moves, numbered=True).to(moved.device)
+    return torch.empty_like(ones).view(-1).index_copy_(0, entries.flatten(), moved.flatten())
 
 
 @dataclass(frozen=True)
@@ -102,6 +137,8 @@ class _Operand:
 
     Attributes:
         parameter: its name.
+        value: its number as the operator takes it.
+        moves: what makes that of the parameter.
         entries: of `_moved`, in the shape in which the operator takes them.
         call: the operator.
         place: which of its arguments they are.
@@ -111,6 +148,8 @@ class _Operand:
     """
 
     parameter: str
+    value: int
+    moves: tuple[Call, ...]
     entries: Tensor
     call: Call
     place: int
@@ -157,6 +196,8 @@ class _Operand:
         samples = self.z_shape[axis.axis] // (axis.outer * axis.inner)
         return Use(
             parameter=self.parameter,
+            value=self.value,
+            moves=self.moves,
             kind=kind,
             call=self.call,
             z=self.z,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -90,14 +91,14 @@ class Tape:
         count = next((i for i, call in enumerate(self.calls, 1) if value in call.outputs), 0)
         return self.calls[:count]
 
-    def recorded(self, value: int) -> Tensor:
-        """A value as it was recorded, by the calls that lead to it."""
+    def recorded(self, value: int, given: Mapping[int, Tensor] = MappingProxyType({})) -> Tensor:
+        """A value as it was recorded, by the calls that lead to it; with others that were given."""
         calls, needed = [], {value}
         for call in reversed(self.calls):
             if not needed.isdisjoint(call.outputs):
                 calls.append(call)
                 needed.update(call.reads)
-        return self.replay({}, calls=calls[::-1])[value]
+        return self.replay(given, calls=calls[::-1])[value]
 
     def replay(
         self,

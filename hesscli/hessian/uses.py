@@ -26,6 +26,8 @@ class Use:
 
     Attributes:
         parameter: its name.
+        value: the number of what enters.
+        moves: the views, copies, and products with constants that make it of the parameter.
         kind: linear (z = a W^T), convolution, scale (z = a * w) or bias (z = ... + b).
         call: the operator.
         z: the number of the value that it gives; of rows looked up for all samples alike, of the sum they go into.
@@ -45,6 +47,8 @@ class Use:
     """
 
     parameter: str
+    value: int
+    moves: tuple[Call, ...]
     kind: str
     call: Call
     z: int

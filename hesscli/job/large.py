@@ -169,9 +169,7 @@ class LargeBlock:
         def summed() -> Tensor:
             like = next(iter(route.problem.parameters.values())).detach()
             upper = like.new_zeros(stop - start, self.block.size - start)
-            rows = Rows(self.block, start, stop, upper)
-            for batch in route.problem.batches:
-                route.add(batch, [rows])
+            route.sum([Rows(self.block, start, stop, upper)])
             return upper
 
         upper = fitting(route, summed)

@@ -91,12 +91,10 @@ class WholeBlocks:
         like = next(iter(route.problem.parameters.values())).detach()
         if self.plan.diagonal:
             sums = {block.name: like.new_zeros(block.size) for block in blocks}
-            for batch in route.problem.batches:
-                route.add_diagonal(batch, blocks, sums)
+            route.sum_diagonal(blocks, sums)
             return sums
         rows = [Rows.whole(block, like) for block in blocks]
-        for batch in route.problem.batches:
-            route.add(batch, rows)
+        route.sum(rows)
         return {part.block.name: part.out for part in rows}
 
     def _finish(self, block: Block, values: Tensor, place: int) -> tuple[Document, np.ndarray]:

@@ -62,8 +62,18 @@ class Route:
         """The order of a block's rows, and where they may be cut."""
         return Layout.plain(block.size)
 
+    def sum(self, rows: Sequence[Rows]) -> None:
+        """Fills rows of each block's Hessian, d^2 loss / d theta^2, over all batches; `out` is zero before."""
+        for batch in self.problem.batches:
+            self.add(batch, rows)
+
+    def sum_diagonal(self, blocks: Sequence[Block], sums: Mapping[str, Tensor]) -> None:
+        """Fills the diagonals, `sums[block.name]`, [n], over all batches; they are zero before."""
+        for batch in self.problem.batches:
+            self.add_diagonal(batch, blocks, sums)
+
     def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
-        """Adds the batch's share of rows of each block's Hessian, d^2 loss / d theta^2, to their `out`."""
+        """Adds the batch's share of rows to their `out`."""
         raise NotImplementedError
 
     def add_diagonal(

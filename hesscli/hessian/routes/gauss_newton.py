@@ -24,6 +24,7 @@ from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.kronecker import add_kronecker_rows
 from hesscli.hessian.layers import Layer, plain_layer
 from hesscli.hessian.layout import Layout, starts_of
+from hesscli.hessian.multipliers import Multipliers
 from hesscli.hessian.piecewise import curved
 from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Problem
@@ -105,6 +106,7 @@ class GaussNewton(Route):
     def __init__(self, problem: Problem, analyses: Analyses) -> None:
         super().__init__(problem)
         self.analyses = analyses
+        self.multipliers = Multipliers(problem, analyses)
 
     def uses(self, analysis: Analysis, block: Block) -> list[Use]:
         """The uses of a block's parameters."""
@@ -116,6 +118,15 @@ class GaussNewton(Route):
     def at_output(self, probed: Probed) -> tuple[Tensor, Tensor]:
         """Directions of the output [C, *output.shape], and each sample's curvature along them [B, C, C]."""
         return probed.output_seeds(), probed.output_hessian()
+
+    def sum(self, rows: Sequence[Rows]) -> None:
+        super().sum(rows)
+        for part in rows:
+            self.multipliers.multiply(part, self.layout(part.block), part.block.parameters)
+
+    def sum_diagonal(self, blocks: Sequence[Block], sums: Mapping[str, Tensor]) -> None:
+        super().sum_diagonal(blocks, sums)
+        self.multipliers.multiply_diagonals(blocks, sums)
 
     def layout(self, block: Block) -> Layout:
         layer = plain_layer(self.uses(self.analyses.of(self.problem.batches[0]), block))

@@ -28,6 +28,7 @@ from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.layers import Layer
 from hesscli.hessian.layout import Layout, Part, Piece, starts_of
+from hesscli.hessian.multipliers import Multipliers
 from hesscli.hessian.positions import positions_as_samples
 from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Problem
@@ -43,6 +44,7 @@ class Preactivation(Route):
     def __init__(self, problem: Problem, analyses: Analyses, cuts: Cuts) -> None:
         super().__init__(problem)
         self.analyses = analyses
+        self.multipliers = Multipliers(problem, analyses)
         self.cuts = cuts
         self.sizes = chunk_sizes(problem.device)
         self.workspace = self.sizes.directions
@@ -54,6 +56,22 @@ class Preactivation(Route):
     def layout(self, block: Block) -> Layout:
         layers, others = split(self.analyses.of(self.problem.batches[0]), block)
         return _layout(block, layers, others)
+
+    def sum(self, rows: Sequence[Rows]) -> None:
+        super().sum(rows)
+        for part in rows:
+            block = part.block
+            layers, others = split(self.analyses.of(self.problem.batches[0]), block)
+            mine = [name for name in block.parameters if name not in others or not layers]
+            # The rows of the others, which come first, are products with the parameters themselves.
+            first = sum(
+                size for n, size in zip(block.parameters, block.sizes, strict=True) if n not in mine
+            )
+            self.multipliers.multiply(part, _layout(block, layers, others), mine, first)
+
+    def sum_diagonal(self, blocks: Sequence[Block], sums: Mapping[str, Tensor]) -> None:
+        super().sum_diagonal(blocks, sums)
+        self.multipliers.multiply_diagonals(blocks, sums)
 
     def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
         analysis = self.analyses.of(batch)
