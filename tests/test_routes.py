@@ -250,6 +250,7 @@ def attended(s: Net, x: Tensor) -> Tensor:
 
 
 ROWS, SQUARE, CUBE = numbers(5, 3, seed=5), numbers(4, 4, seed=5), numbers(4, 4, 4, seed=5)
+LOWER = torch.eye(5, dtype=torch.float64) + numbers(5, 5, seed=8).tril() / 4
 MASK = torch.tensor([[1, 0, 1], [0, 2, 1], [1, 1, 0], [0, 0, 3]], dtype=torch.float64)
 TWO = {"a": layer(3, 3), "b": layer(3, 2)}
 SQ = {"a": layer(4, 4), "b": layer(4, 4)}
@@ -260,6 +261,11 @@ MIXING = [
     odd("log-softmax-over-batch", lambda s, x: s.a(x).log_softmax(0), ROWS, **TWO),
     odd("centred", lambda s, x: (lambda h: h - h.mean(0))(hidden(s, x)), ROWS, **TWO),
     odd("weight-times-data", lambda s, x: F.linear(hidden(s, x), s.w * x.mean()), ROWS, w=numbers(4, 3), a=layer(3, 3)),
+    odd("solved-for-rows",
+        lambda s, x: torch.linalg.solve_triangular(LOWER.T[:4, :4], hidden(s, x).T, upper=True, left=False).T,
+        SQUARE, **SQ),
+    odd("solved-with-rows",
+        lambda s, x: torch.linalg.solve(hidden(s, x) + LOWER[:4, :4], x.T).T, SQUARE, **SQ),
     odd("centred-by-all", lambda s, x: (lambda h: h - h.mean())(hidden(s, x)), ROWS, **TWO),
     odd("batch-norm-train", lambda s, x: s.b(s.n(hidden(s, x))), ROWS,
         n=layer(3, kind=nn.BatchNorm1d), **TWO),
@@ -522,6 +528,14 @@ INDEPENDENT = [
         lambda s, x: torch.tanh(torch.bmm(x[:, None], s.w)[:, 0]), ROWS, w=numbers(5, 3, 2)),
     odd("weight-copied", lambda s, x: torch.tanh(x @ s.w.clone() + s.b.clone()), ROWS,
         w=numbers(3, 2), b=numbers(2)),
+    odd("solved-for-columns",
+        lambda s, x: torch.linalg.solve_triangular(LOWER[:3, :3], hidden(s, x).T, upper=False).T, ROWS,
+        a=layer(3, 3)),
+    odd("solved-for-columns-over-time",
+        lambda s, x: torch.linalg.solve(LOWER[:3, :3].expand(3, 3, 3), hidden(s, x).permute(1, 2, 0)).sum(0).T,
+        numbers(5, 3, 3), a=layer(3, 3)),
+    odd("cholesky-solved",
+        lambda s, x: torch.cholesky_solve(hidden(s, x).T, LOWER[:3, :3]).T, ROWS, a=layer(3, 3)),
     odd("weight-masked", lambda s, x: F.linear(torch.tanh(F.linear(x, s.w * MASK, s.b)), s.v * 0.5), ROWS,
         w=numbers(4, 3), b=numbers(4), v=numbers(2, 4)),
     odd("weight-masked-relu", lambda s, x: s.b(F.linear(x, MASK * s.w).relu()), ROWS, w=numbers(4, 3),
@@ -869,7 +883,8 @@ SEEN = {
     "weight-of-experts-transposed", "weight-of-experts-of-heads", "weight-copied", "conv-transposed-groups",
     "weight-masked", "weight-masked-relu", "weight-masked-deep", "weight-masked-over-time", "weight-divided",
     "weight-masked-heads", "weight-transposed-and-masked", "kernel-masked", "kernel-masked-depthwise",
-    "bias-and-scale-masked", "table-masked",
+    "bias-and-scale-masked", "table-masked", "solved-for-columns", "solved-for-columns-over-time",
+    "cholesky-solved",
 }  # fmt: skip
 
 

@@ -61,6 +61,8 @@ MATRIX = frozenset(
 PAIRS = frozenset(
     "_linalg_solve_ex linalg_solve_triangular cholesky_solve grid_sampler_2d grid_sampler_3d".split()
 )
+# Which of the two has columns.
+_SOLVED = {"_linalg_solve_ex": 1, "linalg_solve_triangular": 1, "cholesky_solve": 0}
 # Losses, which give a term for each number unless they are told to reduce.
 LOSS_OPERATORS = frozenset(
     "mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss".split()
@@ -120,8 +122,16 @@ def _of_matrix(c: Context) -> SampleAxis | None:
 
 
 def _of_pair(c: Context) -> SampleAxis | None:
-    """Both are batches with samples along their first axis, or only one; with matrices, the second may have vectors."""
+    """Both are batches with samples along their first axis, or only one; with matrices, the second may have vectors.
+
+    Or the samples are columns that are solved for one by one.
+    """
     first, second = c.axis(0), c.axis(1)
+    if (place := _SOLVED.get(c.call.name)) is not None and c.axis(1 - place) is None:
+        axis, rank = c.only(place), len(c.shape(place))
+        left = c.call.name == "cholesky_solve" or c.named("left")
+        if left and axis.axis == rank - 1 and rank == len(c.shape(1 - place)) == len(c.result):
+            return axis
     known = {axis for axis in (first, second) if axis is not None}
     ranks = [len(c.shape(i)) for i, axis in enumerate((first, second)) if axis is not None]
     vectors = c.call.name == "_linalg_solve_ex" and ranks == [3, 2]
