@@ -13,7 +13,6 @@ of a Q-network, a straight-through estimator, a padding word that is tied to the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,65 +21,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from hesscli.hessian.corners import CORNERS, CURVED, Corner, on_piece, side_of
 from hesscli.hessian.custom_functions import applied_by, by_own_derivative
 from hesscli.hessian.guests import is_guest, turned_gradients_off
 from hesscli.hessian.watcher import Watcher
 
 _STEPS = frozenset("sign sgn floor ceil round trunc heaviside".split())  # with values of floats
-Corner = tuple[float, bool]  # where it is, and whether it belongs to what lies below it
-_CORNERS: dict[str, Callable[..., list[Corner]]] = {
-    "relu": lambda: [(0.0, True)],
-    "leaky_relu": lambda *_: [(0.0, True)],
-    "rrelu_with_noise": lambda *_: [(0.0, True)],
-    "threshold": lambda threshold, *_: [(threshold, True)],
-    "hardtanh": lambda low=-1.0, high=1.0: [(low, True), (high, False)],
-    "hardswish": lambda: [(-3.0, True), (3.0, False)],
-    "hardsigmoid": lambda: [(-3.0, True), (3.0, False)],
-    "hardshrink": lambda width=0.5: [(-width, False), (width, True)],
-    "softshrink": lambda width=0.5: [(-width, False), (width, True)],
-    "clamp": lambda low=None, high=None: _numbers((low, False), (high, True)),
-    "clamp_min": lambda low: _numbers((low, False)),
-    "clamp_max": lambda high: _numbers((high, True)),
-}
-"""Functions with kinks: the corners, ascending, from the arguments after the first. Their derivatives have the same."""
-
-
-def _one_of(side: Tensor, below: Tensor, at: Tensor, above: Tensor) -> Tensor:
-    return torch.where(side < 0, below, torch.where(side > 0, above, at))
-
-
-_CURVED: dict[str, tuple[int, Callable[..., Any]]] = {
-    "elu": (
-        0,
-        lambda side, x, alpha=1, scale=1, inner=1: _one_of(
-            side,
-            alpha * scale * torch.expm1(inner * x),
-            alpha * scale * inner * x,  # to autograd
-            scale * x,
-        ),
-    ),
-    "elu_backward": (
-        5,
-        lambda side, gradient, alpha, scale, inner, is_result, x: _one_of(
-            side,
-            gradient
-            * inner
-            * (x + alpha * scale if is_result else alpha * scale * (inner * x).exp()),
-            gradient * inner * alpha * scale,
-            gradient * scale,
-        ),
-    ),
-    "_prelu_kernel": (0, lambda side, x, slope: torch.where(side > 0, x, slope * x)),
-    "_prelu_kernel_backward": (
-        1,
-        lambda side, gradient, x, slope: (
-            torch.where(side > 0, gradient, slope * gradient),
-            torch.where(side > 0, 0, x * gradient),
-        ),
-    ),
-}
-"""Functions with a corner at zero whose pieces are no straight lines in all arguments, CELU and SELU among them: which
-argument decides, and what the function is on the side of that argument's sign."""
 _EQUAL = {"eq", "ne"}
 """Comparisons with a number that hold at one point only, such as a norm of zero. Off that point there is no side to
 hold: a pass whose answer differs is lost."""
@@ -184,7 +130,7 @@ class Kinks(Watcher):
         if self._inside:
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        corners = _CORNERS.get(name.removesuffix("_").removesuffix("_backward"))
+        corners = CORNERS.get(name.removesuffix("_").removesuffix("_backward"))
         if corners is not None:
             place = 1 if name.endswith("_backward") else 0  # after the gradient
             before, x, after = args[:place], args[place], args[place + 1 :]
@@ -196,8 +142,8 @@ class Kinks(Watcher):
                     place == 0,
                 )
                 return x.copy_(result) if name.endswith("_") else result
-        if name.removesuffix("_") in _CURVED:
-            place, piece = _CURVED[name.removesuffix("_")]
+        if name.removesuffix("_") in CURVED:
+            place, piece = CURVED[name.removesuffix("_")]
             side = self._first(args[place].sign().to(torch.int8))
             if self._left is not None:
                 result = piece(side, *args, **kwargs)
@@ -244,20 +190,11 @@ class Kinks(Watcher):
     def _of_piece(
         self, f: Callable[[Tensor], Tensor], corners: Sequence[Corner], x: Tensor, extended: bool
     ) -> Tensor:
-        """f between the corners where x was in the first pass; beyond them, as there, or on in a straight line."""
+        """f on the piece where x was in the first pass."""
         if not corners:
             return f(x)
-        side = self._first(_side(corners, x))
-        if self._left is None:
-            return f(x)
-        low, high = (bound[side.int()] for bound in _bounds(corners, x))
-        nearest = x.clamp(low, high)
-        value = f(nearest)
-        if not extended:
-            return value
-        inside = (low.where(low.isfinite(), high - 1) + high.where(high.isfinite(), low + 1)) / 2
-        slope = (f(inside) - value) / (inside - nearest)  # of a straight piece
-        return torch.where(x == nearest, value, value + slope.nan_to_num(0, 0, 0) * (x - nearest))
+        side = self._first(side_of(corners, x))
+        return f(x) if self._left is None else on_piece(f, corners, side, x, extended)
 
     def _constant(self, name: str, result: Any) -> Any:
         """What a call gave in the first pass, if that is constant between kinks."""
@@ -301,24 +238,3 @@ def held_difference(
     with kinks.held():
         behind = gradient(-h)
     return None if kinks.lost else ahead - behind
-
-
-def _numbers(*corners: tuple[Any, bool]) -> list[Corner]:
-    """Those that there are, unless they are tensors."""
-    return [(at, below) for at, below in corners if isinstance(at, (int, float))]
-
-
-def _side(corners: Sequence[Corner], x: Tensor) -> Tensor:
-    """How many corners x lies beyond, in eight bits."""
-    beyond = [x > at if below else x >= at for at, below in corners]
-    return torch.stack(beyond).sum(0, dtype=torch.int8)
-
-
-def _bounds(corners: Sequence[Corner], like: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the greatest number on each side, before the first corner and after each: [corners + 1]."""
-    ats = like.new_tensor([at for at, _ in corners])
-    below = torch.tensor([below for _, below in corners], device=like.device)
-    inf = like.new_tensor([math.inf])
-    lowest = torch.where(below, torch.nextafter(ats, inf), ats)
-    highest = torch.where(below, ats, torch.nextafter(ats, -inf))
-    return torch.cat([-inf, lowest]), torch.cat([highest, inf])
