@@ -687,3 +687,31 @@ def test_straight_through_that_cannot_be_held():
     with pytest.raises(hesscli.HesscliError, match="differs from gradients") as caught:
         hesscli.compute(model, (x, y), blocks="full")
     assert caught.value.exit_code == 5
+
+
+class WrongInOne(torch.autograd.Function):
+    """tanh, whose second derivative lacks a part for one of the units."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        slope = 1 - torch.tanh(x) ** 2
+        wrong = torch.arange(x.shape[1]) == 5
+        return gradient * torch.where(wrong, slope.detach(), slope)
+
+
+def test_a_diagonal_that_is_wrong_in_one_place():
+    torch.manual_seed(0)
+    model = Between(WrongInOne.apply).double()
+    x, y = torch.randn(12, 4, dtype=torch.float64), torch.randn(12, 2, dtype=torch.float64)
+    found = hesscli.compute(model, (x, y), blocks="elements", framework="torch")
+    methods = {block["name"]: block["method"] for block in found.metadata["blocks"]}
+    assert methods["a.weight"] == methods["a.bias"] == "finite-difference"
+    model.function = torch.tanh
+    truth = hessian(model, F.mse_loss, (x,), y).diagonal()[:96]
+    assert relative_error(found.block("a.weight").view(-1), truth) < 1e-6

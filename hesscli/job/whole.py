@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.routes.base import Route, Rows, fitting
+from hesscli.hessian.check import Certificate
+from hesscli.hessian.routes.base import ByRows, Route, Rows, fitting
 from hesscli.hessian.symmetry import symmetrise_
 from hesscli.job import documents, statistics
 from hesscli.job.digits import not_finite
@@ -97,6 +99,15 @@ class WholeBlocks:
         route.sum(rows)
         return {part.block.name: part.out for part in rows}
 
+    def _error(self, certificate: Certificate, route: Route, block: Block, values: Tensor) -> float:
+        """The relative error of a block; if only the diagonal of its rows was kept, of a product with them too."""
+        if not self.plan.diagonal:
+            return certificate.matrix(block, values)
+        error = certificate.diagonal(block, values)
+        if isinstance(route, ByRows) and certificate.passed(error):
+            error = max(error, certificate.product(block, partial(route.product, block)))
+        return error
+
     def _finish(self, block: Block, values: Tensor, place: int) -> tuple[Document, np.ndarray]:
         """Makes a block symmetric and certifies it, or takes the next route."""
         plan, certificate = self.plan, self.plan.certificate
@@ -106,8 +117,7 @@ class WholeBlocks:
             symmetry = 0.0 if plan.routes[method].symmetric else symmetrise_(values)
         error = None
         if certificate is not None and block.size:
-            judge = certificate.diagonal if plan.diagonal else certificate.matrix
-            error = judge(block, values)
+            error = self._error(certificate, plan.routes[method], block, values)
         passed = certificate is None or error is None or certificate.passed(error)
         # What passed a comparison is finite.
         if (error is None or not passed) and not bool(torch.isfinite(values).all()):

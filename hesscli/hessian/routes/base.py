@@ -112,6 +112,10 @@ class ByRows(Route):
         """What gives rows of these blocks: block, start, stop -> (first row, [rows, n]) of those that are not zero."""
         raise NotImplementedError
 
+    def product(self, block: Block, v: Tensor) -> Tensor:
+        """H v [n] of a block, by the derivatives that its rows are made of."""
+        raise NotImplementedError
+
     def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
         rows_of = self.rows(batch, [part.block for part in rows])
         for part in rows:

@@ -65,11 +65,17 @@ class ProductRows(ByRows):
     def _rows(
         self, batch: Batch, block: Block, start: int, stop: int
     ) -> Iterator[tuple[int, Tensor]]:
-        mine = {name: self.problem.parameters[name] for name in block.parameters}
-        problem = replace(self.problem, parameters=mine, batches=[batch])
-        products = Products(problem, self.curvature, rows=self.chunk, proven=True)
+        products = self._products(block, [batch])
         for first in range(start, stop, self.chunk):
             yield first, products.columns(first, min(first + self.chunk, stop))
+
+    def product(self, block: Block, v: Tensor) -> Tensor:
+        return self._products(block, self.problem.batches)(v.to(self.problem.dtype))
+
+    def _products(self, block: Block, batches: Sequence[Batch]) -> Products:
+        mine = {name: self.problem.parameters[name] for name in block.parameters}
+        problem = replace(self.problem, parameters=mine, batches=batches)
+        return Products(problem, self.curvature, rows=self.chunk, proven=True)
 
 
 def curvature_routes(

@@ -8,6 +8,7 @@ makes it one row at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,6 +18,7 @@ from hesscli.hessian.autodiff import batched_grad, unit_rows
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.definitions import exact_derivatives
+from hesscli.hessian.operator import Products
 from hesscli.hessian.routes.base import ByRows, RowsOf
 from hesscli.hessian.words import HVP
 
@@ -26,6 +28,10 @@ class HessianVectorProducts(ByRows):
 
     def rows(self, batch: Batch, blocks: Sequence[Block]) -> RowsOf:
         return partial(self._rows, self._gradient(batch, blocks))
+
+    def product(self, block: Block, v: Tensor) -> Tensor:
+        mine = {name: self.problem.parameters[name] for name in block.parameters}
+        return Products(replace(self.problem, parameters=mine))(v.to(self.problem.dtype))
 
     def _gradient(self, batch: Batch, blocks: Sequence[Block]) -> Mapping[str, Tensor | None]:
         """dL/dtheta of the blocks' parameters, with its graph; empty where L has none."""
