@@ -18,7 +18,10 @@ from cases import CASES, Case
 from conftest import fill_disk, read, torchrun
 from interruptions import SLOW, interrupt_after
 from problems import blocks_of, compute_blocks, problem_of_case, routes_of
+from torch import nn
 
+import hesscli
+from hesscli.errors import NumericalError
 from hesscli.files.hessian_writer import HessianWriter
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.layout import Layout, Part, Piece
@@ -210,9 +213,9 @@ def test_extremes_of_a_large_block(cli, net, small_bands):
     assert block["eig_min"] == pytest.approx(float(values[0]), rel=1e-6)
 
 
-def test_a_wrong_band_is_found(cli, net, small_bands, monkeypatch):
-    """The check sees large blocks too; here it leads to the next route, and then to code 5."""
-    whole = large.LargeBlock._band
+def break_bands(monkeypatch: pytest.MonkeyPatch, always: bool = False) -> list[str]:
+    """Makes the first route's bands wrong, or always all; gives the routes tried, band by band."""
+    whole, tried = large.LargeBlock._band, []
 
     def wrong(self, route, start, stop):
         upper, facts = whole(self, route, start, stop)
@@ -222,17 +225,48 @@ def test_a_wrong_band_is_found(cli, net, small_bands, monkeypatch):
         return upper, facts
 
     monkeypatch.setattr(large.LargeBlock, "_band", wrong)
-    tried, always = [], False
+    return tried
+
+
+def test_a_wrong_band_is_found(cli, net, small_bands, monkeypatch):
+    """The check sees large blocks too; here it leads to the next route, and then to code 5."""
+    tried = break_bands(monkeypatch)
     ran = cli("compute", *net, "-b", "full")
     assert ran.code == 0
     assert f"{tried[0]} differs from gradients" in " ".join(ran.notes)
-    assert read(Path("hessian.safetensors"))[0]["method"] == tried[-1] != tried[0]
-    always = True
+    found = hesscli.load("hessian.safetensors")
+    assert found.metadata["method"] == tried[-1] != tried[0]
+    found.verify()
+    break_bands(monkeypatch, always=True)
     assert "nothing was written" in cli("compute", *net, "-b", "full", "-o", "b.safetensors").fails(
         5
     )
     assert not Path("b.safetensors").exists()
     assert not list(Path().glob(".*"))
+
+
+def test_symmetry_errors_of_large_blocks(cli, net, small_bands, monkeypatch):
+    words = ("compute", *net, "-b", "full", "--method", "hvp", "--json")
+    bands = cli(*words).document["symmetry_error"]
+    monkeypatch.setattr(planning, "LARGE", 4096)
+    whole = cli(*words).document["symmetry_error"]
+    assert 0 < whole / 30 < bands < 30 * whole
+
+
+@pytest.mark.parametrize(("size", "finite"), [(3e10, True), (1e20, False)])
+def test_large_blocks_whose_squares_leave_float32(cli, small_bands, size, finite):
+    model = nn.Linear(12, 1)
+    nn.init.zeros_(model.weight)
+    torch.jit.script(model).save("m.pt")
+    x = size * np.random.default_rng(0).normal(size=(20, 12)).astype("f4")
+    np.savez("d.npz", x=x, y=np.zeros((20, 1)))
+    ran = cli("compute", "m.pt", "d.npz", "-b", "full", "--no-check", "--json")
+    if not finite:
+        assert "its Hessian is not finite" in ran.fails(5)
+        return
+    assert ran.code == 0, ran.stderr
+    found = np.linalg.norm(hesscli.load("hessian.safetensors").matrix().astype(float))
+    assert ran.document["blocks"][0]["fro_norm"] == pytest.approx(found)
 
 
 # Interruptions
@@ -330,6 +364,19 @@ def test_a_journal_alone_is_of_a_finished_file(cli, net, small_bands, monkeypatc
     assert cli("compute", *net, *COMMAND, *more).code == 0
     assert Path("h.safetensors").read_bytes() == undisturbed
     assert not list(Path().glob(".*"))
+
+
+def test_resume_after_a_route_that_failed(cli, net, small_bands, monkeypatch):
+    tried = break_bands(monkeypatch)
+    assert cli("compute", *net, *COMMAND).code == 0
+    undisturbed = Path("h.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, tried.count(tried[0]) + 2, KeyboardInterrupt())
+        assert cli("compute", *net, *COMMAND).code == 130
+    first, before = tried[0], len(tried)
+    assert cli("compute", *net, *COMMAND, "--resume").code == 0
+    assert first not in tried[before:]
+    assert Path("h.safetensors").read_bytes() == undisturbed
 
 
 def test_resume_of_another_command_is_refused(cli, net, small_bands, monkeypatch, tmp_path):
@@ -499,20 +546,42 @@ def test_a_shard_of_another_command_is_refused(cli, net, small_bands):
     assert cli(*shlex.split(ran.hint)[1:]).code == 0  # --force
 
 
-def test_what_cannot_be_resumed_is_thrown_away(cli, net, small_bands, monkeypatch):
-    """Left by another command, or not to be read."""
-    for damaged in (False, True):
-        with monkeypatch.context() as patch:
-            interrupt_after(patch, 1, KeyboardInterrupt())
-            cli("compute", *net, *COMMAND, "-f").fails(130)
-        if damaged:
-            Path(".h.safetensors.journal").write_text("garbage\n")
-        ran = cli("compute", *net, *COMMAND, "--seed", "3", "--resume")
-        assert ("cannot be read" if damaged else "options.seed") in ran.fails(3 if damaged else 2)
-        if damaged:
-            assert ran.hint == "rm .h.safetensors.journal"
-        assert cli("compute", *net, *COMMAND, "--seed", "3", "--resume", "--force").code == 0
-        assert not list(Path().glob(".*"))
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("", "", "options.seed"),
+        ("{", "garbage", "cannot be read"),
+        ("journal/1", "journal/9", "it is of the format hesscli.journal/9"),
+    ],
+)
+def test_what_cannot_be_resumed_is_thrown_away(cli, net, small_bands, monkeypatch, old, new, said):
+    """Left by another command or another version, or not to be read."""
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1, KeyboardInterrupt())
+        cli("compute", *net, *COMMAND).fails(130)
+    path = Path(".h.safetensors.journal")
+    path.write_text(path.read_text().replace(old, new, 1))
+    ran = cli("compute", *net, *COMMAND, "--seed", "3", "--resume")
+    assert said in ran.fails(3 if new else 2)
+    if new:
+        assert ran.hint == "rm .h.safetensors.journal"
+    assert cli("compute", *net, *COMMAND, "--seed", "3", "--resume", "--force").code == 0
+    assert not list(Path().glob(".*"))
+
+
+def test_a_shard_done_again_leaves_the_others(cli, net, small_bands):
+    for words in (("1/2",), ("2/2",), ("2/2", "--force")):
+        assert cli("compute", *net, *COMMAND, "--shard", *words).code == 0
+    assert cli("merge", "h.safetensors").code == 0
+
+
+def test_a_shard_that_fails_leaves_the_others(cli, net, small_bands, monkeypatch):
+    assert cli("compute", *net, *COMMAND, "--shard", "1/2").code == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 0, NumericalError("not finite"))
+        cli("compute", *net, *COMMAND, "--shard", "2/2").fails(5)
+    assert cli("compute", *net, *COMMAND, "--shard", "2/2").code == 0
+    assert cli("merge", "h.safetensors").code == 0
 
 
 def test_what_cannot_be_merged_is_kept(cli, net, small_bands):
