@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 
@@ -455,31 +457,84 @@ def edited_program(source: Path, target: Path, edit) -> Path:
     return rewrite(source, target, {"models/model.json": json.dumps(program).encode()})
 
 
-def test_exported_programs_that_would_run_code(exported, tmp_path, monkeypatch):
+@pytest.fixture
+def code_of(exported, tmp_path, monkeypatch) -> Callable[..., str]:
+    """Refuses a program that was changed, unread; gives what of it would run code."""
     monkeypatch.setattr(torch.export, "load", lambda *_: pytest.fail("loaded"))
-    source, target = exported["fixed"], tmp_path / "net.pt2"
-    code = "__import__('os').system('x')"
 
-    def guard(program):
-        program["guards_code"] = [code]
+    def run(edit: Callable[[dict], None]) -> str:
+        error = refused(FileError, edited_program(exported["fixed"], tmp_path / "net.pt2", edit))
+        assert error.hint == "--allow-pickle"
+        return re.search(r"\((.*)\), which run code when loaded", error.message)[1]
 
-    def call(program):
-        program["graph_module"]["graph"]["nodes"][0]["target"] = "torch.serialization.load"
+    return run
 
-    def size(program):
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("torch.serialization.load", "torch.load", "builtins.eval"),
+        *("_operator.call", "_operator.attrgetter", "_operator.methodcaller"),
+        *("torch.ops.aten.from_file.out", "torch.ops.aten.save.default"),
+        "torch.ops.debugprims.load_tensor.default",
+        *("torch.ops.aten.__add__.Tensor", "torch.ops.aten.add.__call__"),
+        *("torch.ops.aten.add.Tensor.more", "torch.ops.aten.add.Tensor and open"),
+        *("math.sqrt.more", "torch.sym_max.more"),
+    ],
+)
+def test_exported_programs_that_call_more_than_operators(code_of, target):
+    def edit(program):
+        program["graph_module"]["graph"]["nodes"][0]["target"] = target
+
+    assert code_of(edit) == f"call of {target}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *("__import__('os').system('x')", "open", "__builtins__", "x.size()", "(lambda: 0)()"),
+        *("Symbol('open(1)')", "Symbol('a b')", "Symbol(b'x')", "f'{x}'", "[i for i in x]"),
+        *("x if (y := 1) else 2", "1 +", "a" + "(" * 5000),
+    ],
+)
+def test_sizes_of_exported_programs_that_are_code(code_of, code):
+    def edit(program):
         value = program["graph_module"]["graph"]["tensor_values"]["x"]
         value["sizes"][0] = {"as_expr": {"expr_str": code, "hint": None}}
 
-    for edit, words in ((guard, code), (call, "torch.serialization.load"), (size, code)):
-        error = refused(FileError, edited_program(source, target, edit))
-        assert "which run code when loaded" in error.message
-        assert words[:10] in error.message
-        assert error.hint == "--allow-pickle"
+    assert code_of(edit) == f"expression {code[:60]!r}"
 
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *("__import__('os').system('x')", "L['x'].apply_(print)", "L['x'].__class__"),
+        *("L['x'].numpy()", "L['a b']"),
+    ],
+)
+def test_guards_of_exported_programs_that_are_code(code_of, code):
+    def edit(program):
+        program["guards_code"] = ["L['x'].size()[0] == 7", code]
+
+    assert code_of(edit) == f"expression {code!r}"
+
+
+def test_exported_programs_that_hold_pickles(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.export, "load", lambda *_: pytest.fail("loaded"))
     torch.save({"inputs": Plain()}, tmp_path / "pickle")
     pickled = (tmp_path / "pickle").read_bytes()
-    rewrite(source, target, {"sample_inputs/model.pt": pickled})
-    assert f"({__name__}.Plain)" in refused(FileError, target).message
+    config = json.dumps({"config": {"c": {"path_name": "c_0", "use_pickle": True}}}).encode()
+    for changed, added, words in (
+        ({"sample_inputs/model.pt": pickled}, {}, f"({__name__}.Plain)"),
+        ({"constants_config.json": config}, {"c_0": pickled}, f"({__name__}.Plain)"),
+        ({}, {"opaque_obj_0": b""}, "(opaque object)"),
+    ):
+        target = rewrite(exported["fixed"], tmp_path / "net.pt2", changed)
+        with zipfile.ZipFile(target, "a") as archive:
+            folder = archive.namelist()[0].partition("/")[0] + "/data/constants/"
+            for name, content in added.items():
+                archive.writestr(folder + name, content)
+        assert words in refused(FileError, target).message
 
 
 def test_exported_programs_of_another_version(exported, tmp_path):
