@@ -166,17 +166,21 @@ def test_zip_bombs_are_not_unpacked(refuses, tmp_path, monkeypatch, as_data):
     assert sum(unpacked) < 1 << 20
 
 
-def test_members_over_each_other(refuses, tmp_path):
-    """Two entries of the listing for the same bytes."""
-    np.savez(tmp_path / "f.npz", x=np.ones((1000, 3)), y=np.ones((1000, 3)))
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [([(16, 28), (42, 46)], "its parts claim"), ([(24, 28)], "'y.npy' claims")],
+    ids=["over-each-other", "cut"],
+)
+def test_members_that_claim_more_than_there_is(refuses, tmp_path, fields, words):
+    """The listing's second entry has the bytes of the first; or its size alone."""
+    np.savez(tmp_path / "f.npz", x=np.ones((1000, 3)), y=np.ones((10, 3)))
     content = bytearray((tmp_path / "f.npz").read_bytes())
-    with zipfile.ZipFile(tmp_path / "f.npz") as archive:
-        first, second = archive.infolist()
-    listed = content.index(b"PK\x01\x02", second.header_offset)
-    entry = content.index(b"PK\x01\x02", listed + 4)
-    content[entry + 42 : entry + 46] = struct.pack("<I", first.header_offset)
+    first = content.index(b"PK\x01\x02")
+    second = content.index(b"PK\x01\x02", first + 4)
+    for start, stop in fields:
+        content[second + start : second + stop] = content[first + start : first + stop]
     (tmp_path / "f.npz").write_bytes(content)
-    assert "f.npz: damaged" in refuses("f.npz", code=3, as_data=True)
+    assert f"f.npz: damaged: {words}" in refuses("f.npz", code=3, as_data=True)
 
 
 def test_shapes_that_the_file_does_not_hold(refuses, tmp_path):
@@ -253,6 +257,14 @@ def test_archives_that_point_out_of_themselves(refuses, tmp_path, name):
     assert "which points out of it" in refuses("f.npz", code=3, as_data=True)
     assert "which points out of it" in refuses("f.pt", "--arch", "mlp", code=3)
     assert "which points out of it" in refuses("s.pt", code=3)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_members_of_one_name(refuses, tmp_path):
+    np.savez(tmp_path / "f.npz", x=X, y=Y)
+    with zipfile.ZipFile(tmp_path / "f.npz", "a") as archive:
+        archive.writestr("x.npy", archive.read("x.npy"))
+    assert "holds two files called 'x.npy'" in refuses("f.npz", code=3, as_data=True)
 
 
 def test_an_index_that_points_out_of_its_folder(refuses, tmp_path):
