@@ -11,7 +11,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hesscli.errors import FileError, HesscliError, MismatchError, NumericalError, UsageError
+from hesscli.errors import (
+    FileError,
+    HesscliError,
+    MismatchError,
+    NumericalError,
+    ResourceError,
+    UsageError,
+)
+from hesscli.files import npy
 from hesscli.files.data import load_data
 
 X = np.arange(6, dtype=np.float32).reshape(3, 2)
@@ -153,6 +161,11 @@ def test_unequal_numbers_of_samples(tmp_path):
     assert error.hint == "--unbatched"  # nodes and edges, say
 
 
+def test_empty_lines_of_a_table_are_no_samples(tmp_path):
+    (tmp_path / "d.csv").write_text("a,b,y\n\n1,2,0\n\n3,4,1\n\n")
+    assert load_data(tmp_path / "d.csv").samples == 2
+
+
 def test_no_samples(tmp_path):
     np.savez(tmp_path / "d.npz", x=X[:0], y=Y[:0])
     error = refused(MismatchError, tmp_path / "d.npz")
@@ -196,10 +209,13 @@ def test_numbers_that_are_names_of_columns(tmp_path, names, index):
     assert ("column '' left out: an index, by its name" in data.notes) == index
 
 
-@pytest.mark.parametrize(("first", "name", "samples"), [("0,1,2", "1", 1), ("1,2,3", "0", 2)])
-def test_a_first_line_over_columns_of_integers(tmp_path, first, name, samples):
-    """Ids of words may begin with 1, 2, 3; the names that pandas gives begin with 0."""
-    (tmp_path / "d.csv").write_text(f"{first}\n7,8,9\n")
+@pytest.mark.parametrize(
+    ("first", "below", "name", "samples"),
+    [("0,1,2", "7,8,9", "1", 1), ("1,2,3", "7,8,9", "0", 2), ("1,2,3", "red,8,9", "2", 1)],
+)
+def test_a_first_line_over_columns_of_integers(tmp_path, first, below, name, samples):
+    """Ids of words may begin with 1, 2, 3, where all are integers; the names that pandas gives begin with 0."""
+    (tmp_path / "d.csv").write_text(f"{first}\n{below}\n")
     assert load_data(tmp_path / "d.csv", inputs=(name,), targets="2").samples == samples
 
 
@@ -242,6 +258,21 @@ def test_a_table_of_many_columns(tmp_path):
 # --- values and types -------------------------------------------------------------------------
 
 
+def test_integers_of_a_table_may_be_negative(tmp_path):
+    """As the classes are that a loss ignores."""
+    (tmp_path / "d.csv").write_text("a,y\n1,0\n2,-100\n3,+1\n")
+    data = load_data(tmp_path / "d.csv")
+    assert data.targets is not None
+    assert data.targets[1].dtype is torch.int64
+    assert data.targets[1].tolist() == [0, -100, 1]
+
+
+def test_integers_of_a_table_beyond_all_numbers(tmp_path):
+    (tmp_path / "d.csv").write_text(f"a,y\n{'9' * 400},0\n3,1\n")
+    error = refused(NumericalError, tmp_path / "d.csv")
+    assert "NaN or infinity in 1 place, the first at [0, 0]" in error.message
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite(tmp_path, value):
     arrays = {"x": X.copy(), "y": np.ones((3, 2), np.float16), "unused": np.array([value])}
@@ -282,6 +313,13 @@ def test_types(tmp_path, stored, loaded, order):
     x = load_data(tmp_path / "d.npz").inputs["x"]
     assert x.dtype is loaded
     assert np.array_equal(x.numpy(), array)
+
+
+def test_a_type_to_convert_for_which_there_is_no_memory(tmp_path, monkeypatch):
+    np.savez(tmp_path / "d.npz", x=X.astype(">f4"), y=Y)
+    monkeypatch.setattr(npy, "available_memory", lambda: X.nbytes - 1)
+    error = refused(ResourceError, tmp_path / "d.npz")
+    assert "its float32 must be converted in memory, which does not suffice" in error.message
 
 
 def test_bfloat16(tmp_path):
@@ -337,10 +375,11 @@ def test_inputs_that_are_skipped(tmp_path, monkeypatch, x, why):
     assert error.message == said + why
 
 
-def test_columns_that_are_skipped(tmp_path):
-    (tmp_path / "d.csv").write_text("a;y\n1,5;0\n2,5;1\n")
+@pytest.mark.parametrize("field", ["1,5", "1_5"])
+def test_columns_that_are_skipped(tmp_path, field):
+    (tmp_path / "d.csv").write_text(f"a;y\n{field};0\n2;1\n")
     message = refused(UsageError, tmp_path / "d.csv").message
-    assert message.endswith("; array a skipped: not numbers ('1,5' in line 2)")
+    assert message.endswith(f"; array a skipped: not numbers ({field!r} in line 2)")
 
 
 WORDS = "classes are whole numbers from 0 on: table.y = table.y.astype('category').cat.codes"
