@@ -215,7 +215,17 @@ class Renormalised(Branch):
         return self.b(torch.tanh(batch * (size / 1.5).detach() + ((mean - 0.1) / 1.5).detach()))
 
 
-@pytest.mark.parametrize("net", [ByPlace, Distinct, Near, Renormalised])
+class Adapted(Branch):
+    """The same, with one part in ten thousand of its derivatives."""
+
+    def forward(self, x):
+        h = self.a(x)
+        mean, size = h.mean(0), h.std(0)
+        batch = (h - mean) / size * size.detach() + mean.detach()
+        return self.b(torch.tanh(h + 1e-4 * (batch - h)))
+
+
+@pytest.mark.parametrize("net", [ByPlace, Distinct, Near, Renormalised, Adapted])
 def test_what_goes_by_the_place_or_the_number_of_samples(net):
     torch.manual_seed(0)
     model = net().double()
@@ -419,20 +429,30 @@ def test_a_model_of_some_batch_sizes_that_mixes_samples(cli, tmp_path, limits):
     assert relative_error(torch.from_numpy(found), hessian(net, F.mse_loss, (x,), y)) < 1e-9
 
 
-def test_a_loss_whose_mixing_is_little_beside_its_terms():
-    """But not beside their second derivatives."""
+@pytest.mark.parametrize(
+    "terms",
+    [
+        lambda f, y: (f - 3e5 - 5e4 * y) ** 2 + 100 * (f - f.mean(0)) ** 2,
+        lambda f, y: 1e9 * (f - y) + (f - f.mean(0)) ** 2,
+        lambda f, y: (f - y) ** 2 + 1e-5 * (f - f.mean(0)) ** 2,
+    ],
+    ids=["far", "linear", "little"],
+)
+def test_a_loss_whose_mixing_is_little_beside_its_terms(terms):
+    """But not beside their second derivatives, of which every digit counts."""
 
     def loss(output, target):
-        return (output - target) ** 2 + 100 * (output - output.mean(0)) ** 2
+        return terms(output, target)
 
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-    x, y = torch.randn(12, 3).double(), 3e5 + 5e4 * torch.randn(12, 1).double()
+    x, y = torch.randn(12, 3).double(), torch.randn(12, 1).double()
     whole, split = (
-        hesscli.compute(net, (x, y), loss=loss, blocks="full", batch_size=size, framework="torch")
+        hesscli.compute(net, (x, y), loss=loss, params="2.*", batch_size=size, framework="torch")
         for size in (12, 4)
     )
-    assert torch.equal(whole.matrix(), split.matrix())
+    for name in whole.blocks:
+        assert torch.equal(whole.block(name), split.block(name)), name
 
 
 def test_mixing_that_rounding_would_hide():
@@ -454,7 +474,10 @@ def test_mixing_that_rounding_would_hide():
         assert torch.equal(whole.block(name), split.block(name)), name
 
 
-def test_a_model_that_takes_no_more_than_a_batch():
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_model_that_takes_no_more_than_a_batch(seen):
+    """Where its operators do not show whether samples mix, it is said with how many that was tried."""
+
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -462,13 +485,15 @@ def test_a_model_that_takes_no_more_than_a_batch():
 
         def forward(self, x):
             assert len(x) <= 16
-            return torch.tanh(self.a(x))
+            return torch.tanh(self.a(x)) + (0 if seen else 0 * x.sum())
 
     torch.manual_seed(0)
     net, x, y = Net().double(), torch.randn(50, 2).double(), torch.randn(50, 3).double()
     found = hesscli.compute(net, (x, y), blocks="full", batch_size=16, framework="torch")
     free = nn.Sequential(net.a, nn.Tanh())
     assert relative_error(found.matrix(), hessian(free, F.mse_loss, (x,), y)) < 1e-9
+    said = "whether samples mix was tried with 12 of them; --unbatched takes all at once"
+    assert (said in found.metadata["notes"]) is not seen
 
 
 def late(x, h):
