@@ -129,6 +129,12 @@ def test_functions_of_each_sample_alone(name: str) -> None:
     lambda z: torch.linalg.cross(z.view(3, 2, 9), z.exp().view(3, 2, 9), dim=0).view(6, 9),
     lambda z: F.pad(z[None], (0, 0, 1, 1), mode="reflect")[0, 1:-1],
     lambda z: torch.clamp(z, min=torch.linspace(-1, 1, 6, dtype=z.dtype)[:, None, None]).sum(1),
+    lambda z: (z[:, :6, None] * z[:, None, :6]).diagonal(dim1=0, dim2=2),
+    lambda z: z.T.diag_embed().sum(0),
+    lambda z: z[torch.arange(6)[:, None], z[:, :6].argsort(1).T],
+    lambda z: z.reshape(18, 3)[torch.arange(6)],
+    lambda z: z[:, z.argsort(1)[:, 0]],
+    lambda z: torch.zeros_like(z).index_add(1, z.argsort(1)[:, 0], z[:, :6]),
 ])  # fmt: skip
 def test_matrices_of_samples_mix_them(mixed: Callable[[Tensor], Tensor]) -> None:
     class Net(nn.Module):
