@@ -24,7 +24,7 @@ import hesscli
 from hesscli.cli.density import lengths
 from hesscli.errors import UsageError
 from hesscli.hessian.check import Certificate
-from hesscli.job import batches
+from hesscli.job import batches, model_eigen
 
 SAMPLES = REPOSITORY / "sample_models"
 MLP = (SAMPLES / "digits_mlp.pt", SAMPLES / "digits.npz")
@@ -156,9 +156,13 @@ def test_params_and_extremes_of_blocks(cli):
     blocks = {facts["name"]: facts for facts in ran.document["blocks"]}
     one = cli("eigen", *MLP, "--params", "fc1.weight", "--top", 1, "--json").document
     assert one["eigenvalues"][0] == pytest.approx(blocks["fc1.weight"]["eig_max"], rel=1e-4)
-    ran = cli("eigen", *MLP, "--per-block", "--json")
+    ran = cli("eigen", *MLP, "--per-block", "--json", "-o", "e.safetensors")
     assert ran.code == 0, ran.stderr
     found = ran.document
+    V = load_file("e.safetensors")["eigenvectors"]
+    np.testing.assert_allclose(np.linalg.norm(V, axis=1), 1)
+    own = ((V @ dense(cli, *MLP)) * V).sum(1)
+    np.testing.assert_allclose(own, found["eigenvalues"], rtol=1e-4, atol=1e-4)
     for i in range(0, 8, 2):
         facts = blocks[found["blocks"][i]]
         assert found["blocks"][i + 1] == facts["name"]
@@ -167,6 +171,11 @@ def test_params_and_extremes_of_blocks(cli):
     text = cli("eigen", *MLP, "--per-block").stdout
     assert "fc1.weight" in text
     assert "eig_min" in text
+
+
+def test_the_check_of_several_blocks_is_the_worst():
+    checks = [{"relative_error": error, "directions": 1} for error in (1e-9, 3e-7, 1e-8)]
+    assert model_eigen._worst(checks) == {"relative_error": 3e-7, "directions": 3}
 
 
 def test_one_parameter_and_a_zero_hessian(cli, tmp_path):
