@@ -92,6 +92,14 @@ def test_what_only_one_file_has(cli, pair):
     assert [block["name"] for block in document["blocks"]] == ["same"]
 
 
+def test_blocks_of_another_size_are_a_difference(cli, pair):
+    same = symmetric(3)
+    pair({"same": same, "grown": symmetric(2)}, {"same": same, "grown": symmetric(4)})
+    ran = cli("diff", "a", "b", "--force")
+    assert ran.code == 1
+    assert ran.stderr == "error: b: other size: grown\n"
+
+
 LOSS = {
     "name": "mse",
     "arguments": {},
