@@ -300,6 +300,25 @@ def test_what_is_not_finite_fails(value):
     assert not judge(Certificate(problem, torch.float64, 0), block, wrong)
 
 
+@pytest.mark.parametrize("factor", [0, 0.5, 1.5])
+def test_what_is_wrong_fails_in_float32(factor):
+    problem = problem_of_case(BY_NAME["mlp-tanh"], torch.float32)
+    certificate = Certificate(problem, torch.float32, 0)
+    whole = expected(BY_NAME["mlp-tanh"]).float()
+    for block, truth in blocks_and_truth(problem, whole, "block_diagonal"):
+        assert judge(certificate, block, truth.clone()), block.name
+        assert not judge(certificate, block, factor * truth), block.name
+
+
+def test_rows_of_constants_are_zero():
+    problem = problem_of_case(BY_NAME["embedding-padding"])
+    (block,) = blocks_of(problem, "full")
+    wrong = expected(BY_NAME["embedding-padding"]).clone()
+    constant = ~wrong.any(0)
+    wrong[constant, constant] = wrong.abs().max()
+    assert not judge(Certificate(problem, torch.float64, 0), block, wrong)
+
+
 def test_half_a_diagonal_is_not_enough():
     """Seen with some seed at the latest: a diagonal whose second half is missing."""
     problem = problem_of_case(BY_NAME["mlp-tanh"])
