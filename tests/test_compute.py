@@ -23,6 +23,7 @@ from hesscli.errors import ResourceError
 from hesscli.hessian.blocks import partition
 from hesscli.job import planning
 from hesscli.job.journal import Journal, read_journal
+from hesscli.job.parameters import chosen_parameters
 
 STRUCTURES = {
     "diag": "block_diagonal", "module": "module", "full": "full", "elements": "elements",
@@ -177,10 +178,10 @@ def test_unusual_parameters(cli, tmp_path, parameter, blocks):
         def __init__(self, shape: list[int]):
             super().__init__()
             self.lin = nn.Linear(3, 2)
-            self.p = nn.Parameter(torch.ones(shape))
+            self.p, self.q = (nn.Parameter(torch.ones(shape)) for _ in range(2))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.tanh(self.lin(x)) * (self.p.sum() + 1)
+            return torch.tanh(self.lin(x)) * (self.p.sum() + self.q.sum() + 1)
 
     torch.manual_seed(0)
     module = Odd([0, 2] if parameter == "zero" else []).double()
@@ -191,10 +192,12 @@ def test_unusual_parameters(cli, tmp_path, parameter, blocks):
     assert ran.code == 0, ran.stderr
     document, tensors = read(tmp_path / "hessian.safetensors")
     truth = hessian(module, nn.functional.mse_loss, (x,), y)
+    names = [p["name"] for p in document["parameters"]]
+    assert names == ["p", "q", "lin.weight", "lin.bias"]
     if blocks == "full":
         assert relative_error(tensors["hessian"], truth) < 1e-9
     elif blocks == "elements":
-        flat = torch.cat([tensors[p["name"]].reshape(-1) for p in document["parameters"]])
+        flat = torch.cat([tensors[name].reshape(-1) for name in names])
         assert relative_error(flat, truth.diagonal()) < 1e-9
         assert tensors["p"].shape == ((0, 2) if parameter == "zero" else ())
     assert cli("eigen", "--top", 3).code == 0
@@ -359,6 +362,13 @@ def test_tied_parameters(cli, tmp_path, name, kind):
     assert document["parameters"][0]["tied"] == ["score.weight"]
     n = tensors["embed.weight"].shape[0]
     assert relative_error(tensors["embed.weight"], expected(case)[:n, :n]) < 1e-9
+
+
+def test_a_matrix_and_its_transpose_are_not_tied():
+    net, w = nn.Module(), torch.randn(3, 3)
+    net.a, net.b = nn.Parameter(w), nn.Parameter(w.T)
+    parameters, tied, _ = chosen_parameters(net, (), lambda text: None)
+    assert (list(parameters), tied) == (["a", "b"], {})
 
 
 def test_unused_parameters(cli, tmp_path):
@@ -793,6 +803,32 @@ def test_a_full_disk_for_the_journal(cli, mlp, tmp_path, monkeypatch):
     ran = cli("compute", *mlp, *CE, "-o", "h", "--shard", "1/2")
     assert ran.fails(6) == ".h.journal.1-of-2: No space left on device"
     assert not list(tmp_path.glob(".h.journal*"))
+
+
+@pytest.mark.parametrize(
+    ("module", "words"), [("files.result_files", ()), ("job.journal", ("--shard", "1/1"))]
+)
+def test_names_are_on_the_disk(cli, mlp, tmp_path, monkeypatch, module, words):
+    """Of the result and of the journal: else a loss of power takes them."""
+    synced = []
+    monkeypatch.setattr(f"hesscli.{module}.sync_folder", lambda path: synced.append(path.resolve()))
+    assert cli("compute", *mlp, *CE, *words).code == 0
+    assert synced == [tmp_path.resolve()]
+
+
+def test_a_journal_names_what_is_on_the_disk(tmp_path):
+    class Writer:
+        start = 0
+
+        def sync(self):
+            before.append(folder(tmp_path))
+
+    before = []
+    journal = Journal(tmp_path / "h", {}, {}, ["a"])
+    journal.add("a", {}, Writer())
+    journal.flush(Writer())
+    assert before == [{}]
+    assert journal.path.exists()
 
 
 def test_a_journal_keeps_whole_lines_when_the_disk_is_full(tmp_path, monkeypatch):
