@@ -130,9 +130,10 @@ def logcumsumexp(x: Tensor, dim: int) -> Tensor:
     while reach < x.shape[dim]:
         first, later = x.split([reach, x.shape[dim] - reach], dim)
         earlier = x.narrow(dim, 0, x.shape[dim] - reach)
-        nothing = earlier == -torch.inf
-        sums = torch.logaddexp(later.masked_fill(nothing, 0), earlier.masked_fill(nothing, 0))
-        x = torch.cat([first, torch.where(nothing, later, sums)], dim)
+        alone, masked = earlier == -torch.inf, later == -torch.inf  # nothing to add, or to add to
+        terms = (part.masked_fill(alone | masked, 0) for part in (later, earlier))
+        sums = torch.where(masked, earlier, torch.logaddexp(*terms))
+        x = torch.cat([first, torch.where(alone, later, sums)], dim)
         reach *= 2
     return x
 
