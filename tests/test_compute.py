@@ -719,6 +719,8 @@ def test_numbers_that_are_not_finite(cli, tmp_path):
         x = X.copy()
         x[1, 1] = bad
         cli("compute", model, npz(tmp_path, x=x, y=Y)).fails(5)
+    far = np.full((len(X), 2), 3e19, np.float32)  # whose gradient is finite
+    assert "the loss is inf" in cli("compute", model, npz(tmp_path, x=X, y=far)).fails(5)
     broken = nn.Linear(3, 2)
     broken.weight.data[0, 0] = torch.nan
     cli("compute", saved_net(tmp_path, broken), npz(tmp_path, x=X, y=Y)).fails(5)
