@@ -55,11 +55,12 @@ def check_facts(
 ) -> Document | None:
     if certificate is None:
         return None
-    errors = [facts["check_error"] for facts in blocks if facts["check_error"] is not None]
+    checked = [facts for facts in blocks if facts["check_error"] is not None]
     return {
         "kind": certificate.kind,
         "dtype": str(certificate.problem.dtype).removeprefix("torch."),
-        "directions": len(errors) * (2 if diagonal else 1),
-        "relative_error": max(errors, default=0.0),
+        # Of a diagonal two entries, where there are two.
+        "directions": sum(min(2, facts["size"]) if diagonal else 1 for facts in checked),
+        "relative_error": max((facts["check_error"] for facts in checked), default=0.0),
         "tolerance": certificate.tolerance,
     }
