@@ -447,6 +447,14 @@ def test_files_without_arrays(tmp_path):
     assert "array x skipped: not numbers" in refused(FileError, tmp_path / "text.npz").message
 
 
+def test_an_input_without_arrays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("data.npz", x=np.ones((2, 3)))
+    with open("e.npy", "wb") as file:
+        np.savez(file)
+    assert "e.npy: holds no arrays" in str(refused(UsageError, "data.npz", inputs=["e.npy"]))
+
+
 def test_other_kinds(tmp_path):
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "net.pt"))
     error = refused(FileError, tmp_path / "net.pt")

@@ -92,7 +92,8 @@ def load_data(
             other = load_arrays(name)
             files += other.files
             if not other.numbers:
-                raise choice.unclear(f"{name}: {next(iter(other.skipped.values())).why}")
+                why = next((each.why for each in other.skipped.values()), "holds no arrays")
+                raise choice.unclear(f"{name}: {why}")
             file = os.path.basename(name)
             called[name] = name if file in arrays else file
             arrays[called[name]] = next(iter(other.numbers.values()))
