@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hessian_files import symmetric, write
+from hessian_files import document, symmetric, write
+from safetensors.numpy import save_file
 
 from hesscli.spectrum import difference as differences
 
@@ -184,3 +185,12 @@ def test_files_that_are_missing(cli, pair):
     pair({"p": symmetric(3)}, {"p": symmetric(3)})
     assert "none: no such file" in cli("diff", "a", "none").fails(2)
     assert cli("diff", "a", "b", "--rtol", "-1").code == 2
+
+
+@pytest.mark.parametrize("key", ["loss", "parameters", "gradient_norm", "blocks"])
+@pytest.mark.parametrize("words", [("diff", "a", "a"), ("show", "a"), ("eigen", "a")])
+def test_a_document_that_lacks_something(cli, tmp_path, words, key):
+    lacking = document({"p": symmetric(3)})
+    del lacking[key]
+    save_file({"p": symmetric(3)}, tmp_path / "a", {"hesscli": json.dumps(lacking)})
+    assert f"a: its metadata lacks {key}" in cli(*words).fails(3)

@@ -269,6 +269,13 @@ def test_one_of_the_files_is_no_hessian(cli, both):
         assert refused.hint == "hesscli show h.safetensors.index.json"
 
 
+@pytest.mark.parametrize("part", ["[" * 100_000, "NaN", "[]"], ids=["deep", "NaN", "list"])
+def test_a_file_whose_document_is_damaged(cli, both, part):
+    save_file({"w": np.ones(1)}, "h-00002-of-00004.safetensors", {"hesscli": part})
+    for words in (("show", INDEX), ("eigen", INDEX), ("diff", INDEX, "one.safetensors")):
+        assert "h-00002-of-00004.safetensors: is not of the Hessian" in cli(*words).fails(3)
+
+
 # Earlier results and other files
 
 

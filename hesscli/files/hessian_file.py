@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -17,10 +15,14 @@ from hesscli.errors import FileError, UsageError
 from hesscli.files.checksums import Checksum, document_checksum
 from hesscli.files.hessian_index import SHARD_SCHEMA, Index, read_index
 from hesscli.files.result_names import index_of_shard, index_path, is_index
-from hesscli.files.safetensors_header import AGAIN, Header, is_regular, read_header
+from hesscli.files.safetensors_header import AGAIN, Header, document_of, is_regular, read_header
 
 SCHEMA = "hesscli.hessian/1"
 _DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
+_REQUIRED = (
+    *("structure", "blocks", "total", "parameters", "loss", "gradient_norm"),
+    *("model", "data", "dtype", "device"),
+)  # of a document, for the commands that read it
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,6 @@ class HessianFile:
     def entries(self) -> dict[str, dict[str, Any]]:
         """Each tensor's type and shape, by its key."""
         return {name: entry for header in self.headers for name, entry in header.entries.items()}
-
-    def demand(self, *keys: str) -> None:
-        """Makes sure that the document has what will be read of it.
-
-        Raises:
-            FileError: the document lacks one of these.
-        """
-        _demand(self.document, self.shown, keys)
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor by its key, read-only and read from the disk as it is used."""
@@ -110,15 +104,14 @@ def read_hessian(path: Path, shown: str | None = None) -> HessianFile:
 
 
 def _document(path: Path, shown: str, metadata: dict[str, str]) -> dict[str, Any]:
-    try:
-        document: dict[str, Any] = json.loads(metadata["hesscli"], parse_constant=_no_number)
-        schema = document["schema"]
-    except (KeyError, ValueError, TypeError, RecursionError):
+    document = document_of(metadata)
+    if document is None or "schema" not in document:
         what = "the index of safetensors files" if is_index(path) else "a safetensors file"
         raise FileError(
             f"{shown}: {what}, but not one that hesscli wrote",
             f"hesscli compute {shlex.quote(shown)} data.npz --arch mypkg.nets:make_model",
-        ) from None
+        )
+    schema = document["schema"]
     if schema == SHARD_SCHEMA:
         index = index_of_shard(path)
         raise FileError(
@@ -128,22 +121,13 @@ def _document(path: Path, shown: str, metadata: dict[str, str]) -> dict[str, Any
         )
     if schema != SCHEMA:
         raise FileError(f"{shown}: written in the format {schema}; this hesscli reads {SCHEMA}")
-    _demand(document, shown, ("structure", "blocks"))
+    if missing := [key for key in _REQUIRED if key not in document]:
+        raise FileError(f"{shown}: its metadata lacks {', '.join(missing)}", AGAIN)
     if "checksum" in document and document["checksum"] != document_checksum(
         {key: value for key, value in document.items() if key != "checksum"}
     ):
         raise FileError(f"{shown}: its metadata is not what was written", AGAIN)
     return document
-
-
-def _no_number(text: str) -> NoReturn:
-    """JSON has no NaN or infinity, and hesscli writes none."""
-    raise ValueError(text)
-
-
-def _demand(document: dict[str, Any], shown: str, keys: Sequence[str]) -> None:
-    if missing := [key for key in keys if key not in document]:
-        raise FileError(f"{shown}: its metadata lacks {', '.join(missing)}", AGAIN)
 
 
 def is_part_of(path: Path, result: Path) -> bool:
@@ -159,7 +143,7 @@ def _schema(path: Path) -> str | None:
         if not is_regular(path):
             return None
         found = read_index(path) if is_index(path) else read_header(path, "")
-        document = json.loads(found.metadata["hesscli"])
-        return str(document.get("schema", "")) if isinstance(document, dict) else ""
-    except (FileError, OSError, ValueError, KeyError, RecursionError):
+    except (FileError, OSError):
         return None
+    document = document_of(found.metadata)
+    return None if document is None else str(document.get("schema", ""))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hesscli.errors import FileError
-from hesscli.files.safetensors_header import Header, is_regular, read_header
+from hesscli.files.safetensors_header import Header, document_of, is_regular, read_header
 
 SHARD_SCHEMA = "hesscli.shard/1"
 _AGAIN = "compute it again, or copy all of its files again"
@@ -30,7 +30,7 @@ class Index:
         """
         found = tuple(map(self._header, dict.fromkeys(self.places.values())))
         for header in found:
-            part = _part(header)
+            part = document_of(header.metadata) or {}
             if part.get("schema") != SHARD_SCHEMA or part.get("of") != document.get("checksum"):
                 raise FileError(
                     f"{header.path}: is not of the Hessian that {self.path.name} lists", _AGAIN
@@ -75,11 +75,3 @@ def read_index(path: Path) -> Index:
         raise FileError(
             f"{path}: not the index of a Hessian in several files, or one that was cut short"
         ) from None
-
-
-def _part(header: Header) -> dict[str, Any]:
-    try:
-        part = json.loads(header.metadata["hesscli"])
-        return part if isinstance(part, dict) else {}
-    except (KeyError, ValueError):
-        return {}

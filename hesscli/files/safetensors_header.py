@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from hesscli.errors import FileError
 from hesscli.files.sniff import kind_of, unsupported
@@ -74,6 +75,20 @@ def parse(file: BinaryIO) -> tuple[dict[str, Any], int]:
         raise ValueError("not a safetensors header")
     found: dict[str, Any] = json.loads(file.read(length))
     return found, 8 + length
+
+
+def document_of(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """hesscli's JSON document in a file's metadata; None where there is none, or one that is damaged."""
+    try:
+        found = json.loads(metadata["hesscli"], parse_constant=_no_number)
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _no_number(text: str) -> NoReturn:
+    """JSON has no NaN or infinity, and hesscli writes none."""
+    raise ValueError(text)
 
 
 def is_regular(path: Path) -> bool:

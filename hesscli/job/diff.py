@@ -143,8 +143,8 @@ def _compared(
         "rel_diff": found.relative,
         "max_diff": found.largest,
         "d_trace": found.b_trace - found.a_trace,
-        "d_eig_max": _change(a["eig_max"], b["eig_max"]),
-        "d_eig_min": _change(a["eig_min"], b["eig_min"]),
+        "d_eig_max": _change(a.get("eig_max"), b.get("eig_max")),
+        "d_eig_min": _change(a.get("eig_min"), b.get("eig_min")),
         "equal": found.relative <= rtol or found.largest <= atol,
     }
 

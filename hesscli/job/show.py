@@ -55,7 +55,6 @@ def show(
         UsageError: there is no such file, or no such block.
     """
     with opened(source, "show") as file:
-        file.demand("model", "data", "loss", "dtype", "device", "parameters", "total")
         count = sum(
             end - start for start, end in (e["data_offsets"] for e in file.entries.values())
         )
