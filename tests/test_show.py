@@ -214,6 +214,7 @@ def test_it_loads_no_torch(tmp_path: Path) -> None:
     for command in (
         ["show", "a.safetensors", "--wide", "--heatmap"],
         ["diff", "a.safetensors", "a.safetensors"],
+        ["density", "a.safetensors"],
     ):
         done = subprocess.run(
             [sys.executable, "-c", code, *command],

@@ -11,12 +11,13 @@ from scipy import stats
 from torch import Tensor
 
 from hesscli.spectrum.dense import dense
-from hesscli.spectrum.density import exact, lanczos_quadrature
+from hesscli.spectrum.density import exact
 from hesscli.spectrum.eigen import WHICH
 from hesscli.spectrum.finite import NotFinite
 from hesscli.spectrum.hiding import Hiding
 from hesscli.spectrum.interrupts import deferred_interrupt
 from hesscli.spectrum.lanczos import Lanczos
+from hesscli.spectrum.quadrature import lanczos_quadrature
 from hesscli.spectrum.trace import estimate, standard_error
 
 DRAWN = np.random.default_rng(0)

@@ -77,7 +77,8 @@ def density(
         from hesscli.cli.output import Output
 
         refuse_idle_force(force, "-o density.safetensors", output, plot)
-        start()
+        if problem is not None:
+            start()
         from hesscli.job.density import DensityOptions
         from hesscli.job.density import density as run
 

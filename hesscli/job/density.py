@@ -16,7 +16,7 @@ from hesscli.job.json_form import Document, timeless
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.results import replacing, write_tensors
 from hesscli.job.writing import writable
-from hesscli.spectrum.density import Density
+from hesscli.spectrum.density import Density, exact
 
 if TYPE_CHECKING:
     from hesscli.job.alone import Alone
@@ -63,8 +63,6 @@ def density(
         from hesscli.job.eigen import file_spectrum
 
         document, values = file_spectrum(hessian)
-        from hesscli.spectrum.density import exact
-
         found, products = exact(values), 0
     else:
         document, found, products = _of_model(problem, options, listener, share)
@@ -94,7 +92,7 @@ def _of_model(
 ) -> tuple[Document, Density, int]:
     from hesscli.job.operator import open_operator
     from hesscli.spectrum.dense import DENSE, dense
-    from hesscli.spectrum.density import exact, lanczos_quadrature
+    from hesscli.spectrum.quadrature import lanczos_quadrature
 
     operator = open_operator(problem, listener, share)
     if operator.size <= max(DENSE, min(options.probes * options.steps, LARGEST)):
