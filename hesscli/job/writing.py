@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from hesscli.errors import UsageError
@@ -53,65 +53,75 @@ def writable(
     Raises:
         UsageError: with the way out.
     """
-    if path in _STANDARD_OUTPUT:
-        raise UsageError(
-            f"{path}: is standard output", f"{option} {'-' if resumable else f'{name}.safetensors'}"
-        )
     suffix = path.suffix if path.suffix.lower() in PICTURES else ".safetensors"
-    folder = path.parent
-    longest = len(os.fsencode(index_path(path).name)) if path.name else 0
-    if folder.is_dir() and longest > os.pathconf(folder, "PC_NAME_MAX"):
-        other = shlex.quote(str(folder / f"{name}{suffix}"))
-        raise UsageError(f"{path}: a longer name than can be written here", f"{option} {other}")
+    usual = f"{name}{suffix}"
 
     def instead(other: Path) -> str:
         return f"{option} {shlex.quote(str(other))}"
 
-    def special(found: Path) -> UsageError:
-        away = instead(Path(f"{name}{suffix}"))
-        return UsageError(f"{found}: is not a regular file; not replaced", away)
-
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise special(path)  # such as a pipe, whose link leads nowhere
-    path = followed(path)
-
+    if path in _STANDARD_OUTPUT:
+        raise UsageError(f"{path}: is standard output", instead(Path("-" if resumable else usual)))
     if path == Path("-"):
         raise UsageError(
             "-: is no file's name, and only compute writes to standard output",
             instead(Path(f"out{suffix}")),
         )
+    _refuse_name(path, instead, usual)
+    path = followed(path)
+    _refuse_place(path, instead, usual)
+    other = instead(path.with_name(f"other{suffix}"))
+    if not resumable and not force and journals(path):
+        raise UsageError(f"{path}: holds the finished parts of an interrupted compute", other)
+    _refuse_replacing(path, force, inputs, other)
+    return path
+
+
+def _refuse_name(path: Path, instead: Callable[[Path], str], usual: str) -> None:
+    """Refuses a name that is too long, and one of a pipe or a device, whose link may lead nowhere.
+
+    Args:
+        path: not yet followed, where it is a link.
+        instead: the option for another path.
+        usual: a file name that would do.
+    """
+    folder = path.parent
+    longest = len(os.fsencode(index_path(path).name)) if path.name else 0
+    if folder.is_dir() and longest > os.pathconf(folder, "PC_NAME_MAX"):
+        raise UsageError(f"{path}: a longer name than can be written here", instead(folder / usual))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UsageError(f"{path}: is not a regular file; not replaced", instead(Path(usual)))
+
+
+def _refuse_place(path: Path, instead: Callable[[Path], str], usual: str) -> None:
+    """Refuses a path at which there can be no file, and the name of an index."""
     folder = path.parent
     if not folder.is_dir():
         raise UsageError(f"{path}: no such folder", f"mkdir -p {shlex.quote(str(folder))}")
     if path.is_dir():
-        raise UsageError(f"{path}: is a folder", instead(path / f"{name}{suffix}"))
+        raise UsageError(f"{path}: is a folder", instead(path / usual))
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"{path}: the folder {folder} may not be written to")
     if is_index(path):
-        name = path.name.removesuffix(".index.json")
-        raise UsageError(f"{path}: is the name of an index", instead(path.with_name(name)))
-    if not resumable and not force and journals(path):
-        raise UsageError(
-            f"{path}: holds the finished parts of an interrupted compute",
-            instead(path.with_name(f"other{suffix}")),
-        )
-    used = [path if path.exists() else index_path(path) for path in inputs]
-    # Also what a result of this name has, or would have, in several files.
+        whole = path.with_name(path.name.removesuffix(".index.json"))
+        raise UsageError(f"{path}: is the name of an index", instead(whole))
+
+
+def _refuse_replacing(path: Path, force: bool, inputs: Sequence[Path], other: str) -> None:
+    """Refuses to replace inputs, and what hesscli did not write, in one file or in several of this name."""
+    used = [source if source.exists() else index_path(source) for source in inputs]
     for found in result_paths(path):
-        other = instead(path.with_name(f"other{suffix}"))
         if not found.is_file():
-            raise special(found)
+            raise UsageError(f"{found}: is not a regular file; not replaced", other)
         ours = is_part_of(found, path)
-        if any(one.exists() and _is_of(found, one, ours) for one in used):
+        if any(source.exists() and _is_input(found, source, ours) for source in used):
             raise UsageError(f"{found}: is an input of this command", other)
         if not force and not (ours or _says_hesscli(found)):
             why = "is a part of a Hessian" if _is_part(found) else "hesscli did not write it"
             raise UsageError(f"{found}: exists, and {why}; not replaced", "--force")
-    return path
 
 
-def _is_of(path: Path, source: Path, ours: bool) -> bool:
-    """Whether a file is an input, or no earlier result and in a folder, or of an index, that is one."""
+def _is_input(path: Path, source: Path, ours: bool) -> bool:
+    """Whether a file is an input; and if it is not ours, whether its folder or its index is one."""
     if path.samefile(source) or ours:
         return path.samefile(source)
     index = index_of_shard(path)
