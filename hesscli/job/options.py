@@ -22,14 +22,14 @@ Stats = Literal["basic", "auto", "all", "none"]
 Which = Literal["largest", "smallest", "magnitude", "both"]
 
 _CHOICES = {
-    "reduction": get_args(Reduction),
-    "dtype": get_args(DType),
-    "method": get_args(Method),
-    "curvature": get_args(Curvature),
-    "blocks": get_args(Blocks),
-    "stats": get_args(Stats),
+    "Reduction": get_args(Reduction),
+    "DType": get_args(DType),
+    "Method": get_args(Method),
+    "Curvature": get_args(Curvature),
+    "Blocks": get_args(Blocks),
+    "Stats": get_args(Stats),
 }
-"""Option -> what it may be."""
+"""Type of an option -> what it may be."""
 
 
 class Listener(Protocol):
@@ -131,21 +131,11 @@ class ProblemOptions:
         object.__setattr__(self, "device", str(self.device))
         if vars(self)["batch_size"] == "auto":  # as on the command line
             object.__setattr__(self, "batch_size", None)
-        for name, choices in _CHOICES.items():
-            if name in vars(self) and getattr(self, name) not in choices:
-                raise _wrong(name, getattr(self, name), ", ".join(choices))
-        for name in ("batch_size", "threads", "max_shard_size", "memory"):
-            number = vars(self).get(name)
-            if number is not None and not (_is_whole(number) and number > 0):
-                raise _wrong(name, number, "None, or a whole number from 1 on")
-            if number is not None:
-                object.__setattr__(self, name, int(number))
+        for each in fields(self):
+            self._demand_type(each.name, str(each.type), getattr(self, each.name))
         for name in ("loss_arguments", "arch_arguments", "scale"):
             if not isinstance(getattr(self, name), Mapping):
                 raise _wrong(name, getattr(self, name), "a dict")
-        for name in (each.name for each in fields(self) if each.type == "bool"):
-            if not isinstance(getattr(self, name), bool):
-                raise _wrong(name, getattr(self, name), "True or False")
         if not (_is_whole(self.seed) and -(2**63) <= self.seed < 2**64):
             raise _wrong("seed", self.seed, "a whole number of 64 bits")
         object.__setattr__(self, "seed", int(self.seed))
@@ -153,9 +143,17 @@ class ProblemOptions:
             raise _wrong("loss", self.loss, "a name, or a function of output and targets")
         if self.samples is not None and not _is_range(self.samples):
             raise _wrong("samples", self.samples, "None, or (from, up to)")
-        shard = vars(self).get("shard")
-        if shard is not None and not _is_shard(shard):
-            raise _wrong("shard", shard, "None, or (I, N) with I from 1 to N")
+
+    def _demand_type(self, name: str, kind: str, value: Any) -> None:
+        """Refuses a value that an option of this type cannot have."""
+        if kind in _CHOICES and value not in _CHOICES[kind]:
+            raise _wrong(name, value, ", ".join(_CHOICES[kind]))
+        if kind == "bool" and not isinstance(value, bool):
+            raise _wrong(name, value, "True or False")
+        if kind == "int | None" and value is not None:
+            if not (_is_whole(value) and value > 0):
+                raise _wrong(name, value, "None, or a whole number from 1 on")
+            object.__setattr__(self, name, int(value))
 
 
 @dataclass(frozen=True)
@@ -169,6 +167,11 @@ class ComputeOptions(ProblemOptions):
     memory: int | None = None  # bytes; None: a share of what is free
     resume: bool = False
     shard: tuple[int, int] | None = None  # (I, N): only the I-th of N shares of the work, from 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shard is not None and not _is_shard(self.shard):
+            raise _wrong("shard", self.shard, "None, or (I, N) with I from 1 to N")
 
 
 def command_of(options: ComputeOptions) -> dict[str, Any]:
