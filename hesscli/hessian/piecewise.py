@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from hesscli.hessian.sample_rules import RESHAPES
+from hesscli.hessian.sample_rules import RESAMPLING, RESHAPES
 from hesscli.hessian.tape import Ref, Tape
 
 LINEAR_OPERATORS = (
-    frozenset(
+    RESHAPES
+    | RESAMPLING
+    | frozenset(
         "neg sum mean t transpose permute expand unsqueeze squeeze select slice unbind split split_with_sizes "
-        "unsafe_split cat stack constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d "
-        "replication_pad1d replication_pad2d replication_pad3d avg_pool2d avg_pool3d _adaptive_avg_pool2d "
-        "_adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_linear1d "
-        "upsample_bicubic2d upsample_trilinear3d upsample_nearest3d _upsample_nearest_exact1d "
-        "_upsample_nearest_exact2d _upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
-        "pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im repeat roll flip narrow unfold "
-        "tril triu cumsum index index_select gather scatter scatter_add detach clone alias contiguous _to_copy "
-        "_fft_r2c _fft_c2r _fft_c2c real imag view_as_real view_as_complex complex _conj conj_physical resolve_conj "
-        "index_put index_add index_copy index_fill slice_scatter select_scatter diagonal_scatter diagonal diag_embed "
-        "fill zero lift_fresh add sub rsub new_zeros new_ones new_full zeros_like ones_like full_like".split()
+        "unsafe_split cat stack constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im "
+        "repeat roll flip narrow unfold tril triu cumsum index index_select gather scatter scatter_add detach "
+        "clone alias contiguous _to_copy _fft_r2c _fft_c2r _fft_c2c real imag view_as_real view_as_complex "
+        "complex _conj conj_physical resolve_conj index_put index_add index_copy index_fill slice_scatter "
+        "select_scatter diagonal_scatter diagonal diag_embed fill zero lift_fresh add sub rsub new_zeros new_ones "
+        "new_full zeros_like ones_like full_like".split()
     )
-    | RESHAPES
 )
 PIECEWISE = frozenset(
     "relu relu6 leaky_relu hardtanh hardshrink softshrink threshold clamp clamp_min clamp_max abs sign round floor "

@@ -45,13 +45,16 @@ FIRST_AXIS = frozenset(
     "native_batch_norm".split()
 )
 # Of each channel's picture, which is the last one, two or three axes: as the name says.
-PICTURE = frozenset(
-    "max_pool2d_with_indices max_pool3d_with_indices max_unpool2d max_unpool3d avg_pool2d avg_pool3d "
-    "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d "
-    "upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
-    "_upsample_nearest_exact3d upsample_bilinear2d upsample_linear1d upsample_bicubic2d upsample_trilinear3d "
-    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d reflection_pad3d "
-    "replication_pad1d replication_pad2d replication_pad3d".split()
+RESAMPLING = frozenset(
+    "avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d "
+    "upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "
+    "upsample_bilinear2d upsample_linear1d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa "
+    "_upsample_bicubic2d_aa reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d "
+    "replication_pad2d replication_pad3d".split()
+)
+PICTURE = RESAMPLING | frozenset(
+    "max_pool2d_with_indices max_pool3d_with_indices max_unpool2d max_unpool3d adaptive_max_pool2d "
+    "adaptive_max_pool3d".split()
 )
 # Of each matrix of a batch, or of the batch's pairs.
 MATRIX = frozenset(
