@@ -99,11 +99,9 @@ def print_density(out: Output, document: Document) -> None:
     from hesscli.cli.summary import counted, matrix, products_headline, source
 
     size = document["size"]
-    how = (
-        "exact"
-        if document["exact"]
-        else (f"{counted(document['probes'], 'probe')} of {counted(document['steps'], 'step')}")
-    )
+    how = "exact"
+    if not document["exact"]:
+        how = f"{counted(document['probes'], 'probe')} of {counted(document['steps'], 'step')}"
     if "model" in document:
         facts = products_headline(document)
     else:

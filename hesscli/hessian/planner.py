@@ -43,11 +43,9 @@ class Choice:
     def __str__(self) -> str:
         if not self.reason:
             return self.method
-        return (
-            f"{self.method}: {self.reason}"
-            if self.method == HVP
-            else (f"{self.method} ({self.reason})")
-        )
+        if self.method == HVP:
+            return f"{self.method}: {self.reason}"
+        return f"{self.method} ({self.reason})"
 
 
 class Planner:
