@@ -287,8 +287,8 @@ def _narrow_note(narrow: set[torch.dtype], module: nn.Module) -> str:
     return f"weights stored in {names}, computed in {'float64' if wide else 'float32'}"
 
 
-def without_parameters(path: str | os.PathLike[str], kind: str) -> FileError:
-    if kind == "torchscript":
+def without_parameters(path: str | os.PathLike[str], form: Form) -> FileError:
+    if form == "torchscript":
         return FileError(
             f"{path}: a TorchScript model without parameters; frozen and quantised models "
             "hold their weights as constants",
