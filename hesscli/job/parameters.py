@@ -18,7 +18,8 @@ def chosen_parameters(
 ) -> tuple[dict[str, Tensor], dict[str, list[str]], list[str]]:
     """The parameters to differentiate by, the other names of tied ones, and the frozen ones left out.
 
-    Notes what is left out, and the patterns that no parameter's name matches.
+    Sets `requires_grad` of the module's parameters to match, and notes what is left out and the patterns that no name
+    matches.
 
     Raises:
         UsageError: nothing is left.
