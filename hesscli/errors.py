@@ -27,9 +27,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def listed(names: Iterable[str], most: int = 10) -> str:
-    """Names for a message: the first ones, and whether there are more."""
+    """Names for a message: the first ones, and how many more there are."""
     found = list(names)
-    return ", ".join(found[:most]) + (", ..." if len(found) > most else "")
+    more = len(found) - most
+    return ", ".join(found[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 class Terminated(SystemExit):

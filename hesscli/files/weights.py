@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from hesscli.errors import MismatchError
+from hesscli.errors import MismatchError, listed
 
-_LISTED = 10
 _EXTRA = "_extra_state"
 _DENSE = {"quantised": "dequantize", "sparse": "to_dense"}
 
@@ -129,9 +128,4 @@ def _differences(expected: Mapping[str, torch.Tensor], content: Mapping[str, tor
         and content[name].shape != tensor.shape
     ]
     parts = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-    return "; ".join(f"{what}: {_listed(names)}" for what, names in parts if names)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+    return "; ".join(f"{what}: {listed(names)}" for what, names in parts if names)

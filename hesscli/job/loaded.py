@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import numpy as np
 
-from hesscli.errors import UsageError
+from hesscli.errors import UsageError, listed
 from hesscli.files.hessian_file import HessianFile, read_hessian
 from hesscli.hessian.blocks import partition
 
@@ -78,9 +78,7 @@ class Hessian(Generic[Array]):
             UsageError: there is no such block.
         """
         if name not in self.blocks:
-            raise UsageError(
-                f"{self.path}: has no block {name!r}; it has: {', '.join(self.blocks)}"
-            )
+            raise UsageError(f"{self.path}: has no block {name!r}; it has: {listed(self.blocks)}")
         return self._convert(self._file.tensor(name))
 
     def gradient(self, parameter: str) -> Array:
