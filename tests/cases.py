@@ -24,6 +24,12 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 KINDS = ("script", "trace", "exported", "state_dict")
 SUFFIX = {"script": ".pt", "trace": ".pt", "exported": ".pt2", "state_dict": ".safetensors"}
 
+GOLDEN = Path(__file__).parent / "golden" / "routes.json"
+"""How many blocks of each case the fast routes take, and how many they refuse."""
+
+# einsum's steps differ from one PyTorch to the next.
+VARYING = {"einsum"}
+
 
 def of_classes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """PyTorch's loss with the classes along the last axis, if the targets fit that alone."""

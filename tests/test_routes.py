@@ -9,12 +9,11 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BY_NAME, CASES, LOSSES, Case, expected, normal
+from cases import BY_NAME, CASES, GOLDEN, LOSSES, VARYING, Case, expected, normal
 from oracles import hessian
 from problems import (
     FAST,
@@ -37,12 +36,6 @@ from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import Route
 from hesscli.hessian.uses import Use
-
-GOLDEN = Path(__file__).parent / "golden" / "routes.json"
-"""How many blocks of each case the fast routes take, and how many they refuse."""
-
-# einsum's steps differ from one PyTorch to the next.
-VARYING = {"einsum"}
 
 Counts = dict[str, dict[str, list[int]]]  # by route and structure
 
