@@ -51,7 +51,9 @@ def close(found, truth, tolerance=1e-9):
     ],
 )
 def test_arguments_of_the_wrong_kind(loss, argument, value, wanted):
-    with pytest.raises(hesscli.HesscliError, match=f"{argument} is .*, wanted {wanted}") as refused:
+    with pytest.raises(
+        hesscli.HesscliError, match=f"{argument} is .*, expected {wanted}"
+    ) as refused:
         computed(net(), (X, Y), loss=loss, loss_arguments={argument: value})
     assert refused.value.exit_code == 2
 

@@ -254,9 +254,9 @@ def test_archives_that_point_out_of_themselves(refuses, tmp_path, name):
     for file in ("f.npz", "f.pt", "s.pt"):
         with zipfile.ZipFile(tmp_path / file, "a") as archive:
             archive.writestr(zipfile.ZipInfo(name), b"x")
-    assert "which points out of it" in refuses("f.npz", code=3, as_data=True)
-    assert "which points out of it" in refuses("f.pt", "--arch", "mlp", code=3)
-    assert "which points out of it" in refuses("s.pt", code=3)
+    assert "which points outside it" in refuses("f.npz", code=3, as_data=True)
+    assert "which points outside it" in refuses("f.pt", "--arch", "mlp", code=3)
+    assert "which points outside it" in refuses("s.pt", code=3)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")

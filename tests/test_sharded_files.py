@@ -273,7 +273,9 @@ def test_one_of_the_files_is_no_hessian(cli, both):
 def test_a_file_whose_document_is_damaged(cli, both, part):
     save_file({"w": np.ones(1)}, "h-00002-of-00004.safetensors", {"hesscli": part})
     for words in (("show", INDEX), ("eigen", INDEX), ("diff", INDEX, "one.safetensors")):
-        assert "h-00002-of-00004.safetensors: is not of the Hessian" in cli(*words).fails(3)
+        assert "h-00002-of-00004.safetensors: does not belong to the Hessian" in cli(*words).fails(
+            3
+        )
 
 
 # Earlier results and other files
@@ -514,7 +516,7 @@ def alter_header(path: Path) -> None:
     [
         (cut, "cut short"),
         (alter_tensor, "not what was written"),
-        (alter_header, "is not of the Hessian"),
+        (alter_header, "does not belong to the Hessian"),
         (Path.unlink, "is missing"),
     ],
 )
@@ -533,7 +535,7 @@ def test_a_file_of_another_result_is_refused(cli, net, both):
     other = Path(name).read_bytes()
     assert cli("compute", *net, *COMMAND, "--reduction", "sum").code == 0
     Path(name).write_bytes(other)
-    assert f"{name}: is not of the Hessian" in cli("show", "h.safetensors").fails(3)
+    assert f"{name}: does not belong to the Hessian" in cli("show", "h.safetensors").fails(3)
 
 
 @pytest.mark.parametrize(

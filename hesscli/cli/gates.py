@@ -18,7 +18,7 @@ def bound(value: float | None) -> float | None:
         BadParameter: it is not a number, so nothing would ever break it.
     """
     if value is not None and math.isnan(value):
-        raise typer.BadParameter("nan is no bound")
+        raise typer.BadParameter("nan is not a bound")
     return value
 
 

@@ -170,7 +170,7 @@ def problem_options(
             f"{batch_size!r} is not auto or a number", param_hint="--batch-size"
         )
     if not -(2**63) <= seed < 2**64:
-        raise typer.BadParameter("is more than 64 bits hold", param_hint="--seed")
+        raise typer.BadParameter("does not fit in 64 bits", param_hint="--seed")
     return ProblemOptions(
         model=model,
         data=data,

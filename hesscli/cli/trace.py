@@ -77,7 +77,7 @@ def trace(
                 raise KeyboardInterrupt
         if fail_above is not None and not document["converged"]:
             raise NumericalError(
-                "not converged: --fail-above bounds no estimate as rough as this",
+                "not converged: the estimate is too rough for --fail-above",
                 f"--max-products {4 * max_products}",
             )
         gate([("the trace", document["total"]["trace"])], fail_above)

@@ -21,7 +21,7 @@ from hesscli.files.unusable import Unusable
 
 _SAVE = "np.savez('data.npz', x=x, y=y)"
 _SAVE_TORCH = "torch.save({'x': x, 'y': y}, 'data.pt')"
-_WANTED = "data as .npz, .npy, .safetensors, .csv, .parquet, a dict of tensors in .pt or a datasets folder"
+_EXPECTED = "data as .npz, .npy, .safetensors, .csv, .parquet, a dict of tensors in .pt or a datasets folder"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def load_arrays(path: str | os.PathLike[str]) -> Arrays:
     elif kind == "text":
         found, notes = load_csv(path)
         if all(isinstance(value, Unusable) for value in found.values()):
-            raise unsupported(path, kind, _WANTED, "a table wants columns of numbers: x1,x2,y")
+            raise unsupported(path, kind, _EXPECTED, "a table wants columns of numbers: x1,x2,y")
     elif kind == "parquet":
         found = load_parquet(path)
     elif kind == "dataset":
@@ -100,7 +100,7 @@ def _unreadable(path: str | os.PathLike[str], kind: Kind) -> FileError | UsageEr
         )
     swapped = kind in ("torchscript", "exported", "transformers", "onnx")
     hint = "the data comes second: hesscli compute MODEL DATA" if swapped else _SAVE
-    return unsupported(path, kind, _WANTED, hint)
+    return unsupported(path, kind, _EXPECTED, hint)
 
 
 def _torch(path: str | os.PathLike[str], kind: Kind) -> dict[str, torch.Tensor | Unusable]:

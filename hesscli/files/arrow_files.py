@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,9 @@ def _pyarrow(path: str | os.PathLike[str]) -> Any:
 
 def _columns(path: str | os.PathLike[str], table: Any) -> dict[str, torch.Tensor | Unusable]:
     names: Sequence[str] = table.column_names
-    if len(set(names)) < len(names):
-        raise FileError(f"{path}: two columns have the same name", "name them apart")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise FileError(f"{path}: two columns are called {twice[0]!r}", "give them different names")
     return {
         name: _column(path, table.column(place).combine_chunks())
         for place, name in enumerate(names)

@@ -48,7 +48,9 @@ def load_csv(
         columns = [_Column() for _ in first]
         twice = [name for name, count in Counter(first).items() if count > 1]
         if twice and not _numbers(first):
-            raise FileError(f"{path}: two columns are called {twice[0]!r}", "name them apart")
+            raise FileError(
+                f"{path}: two columns are called {twice[0]!r}", "give them different names"
+            )
         for number, fields in lines:
             if len(fields) != len(first):
                 raise _ragged(path, number, len(fields), len(first))

@@ -33,7 +33,8 @@ class Index:
             part = document_of(header.metadata) or {}
             if part.get("schema") != SHARD_SCHEMA or part.get("of") != document.get("checksum"):
                 raise FileError(
-                    f"{header.path}: is not of the Hessian that {self.path.name} lists", _AGAIN
+                    f"{header.path}: does not belong to the Hessian that {self.path.name} lists",
+                    _AGAIN,
                 )
         held = {name: header.path.name for header in found for name in header.entries}
         if held != self.places or set(held) != set(document.get("checksums", ())):

@@ -34,9 +34,7 @@ def weights_in(folder: str | os.PathLike[str]) -> Path:
     found = sorted(Path(folder).glob("*.index.json")) or sorted(Path(folder).glob("*.safetensors"))
     if len(found) != 1:
         names = listed(path.name for path in found) or "none"
-        raise FileError(
-            f"{folder}: a folder with one file of weights is wanted, not {names}", _SAVE
-        )
+        raise FileError(f"{folder}: holds {names}; expected one file of weights", _SAVE)
     return found[0]
 
 

@@ -63,7 +63,7 @@ def _check_names(path: str | os.PathLike[str], members: list[zipfile.ZipInfo]) -
         parts = member.filename.replace("\\", "/").split("/")
         if ".." in parts or not parts[0] or parts[0][1:] == ":":
             raise FileError(
-                f"{path}: holds a file called {member.filename!r}, which points out of it",
+                f"{path}: holds a file called {member.filename!r}, which points outside it",
                 "do not use this file: no program that saves models writes such names",
             )
         if member.filename in seen:  # readers differ in which of the two they take

@@ -174,7 +174,7 @@ def _class_weight(output: Tensor, weight: Tensor | None) -> Tensor | None:
     if weight.shape != (classes,):
         raise MismatchError(
             f"the loss argument weight has shape {_shape(weight)}, the model's output "
-            f"{_shape(output)}; wanted one weight per class: [{classes}]"
+            f"{_shape(output)}; expected one weight per class: [{classes}]"
         )
     return weight.to(output.dtype)
 
@@ -185,13 +185,13 @@ def _check_classes(output: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     if output.dim() == 0 or target.shape != wanted:
         raise MismatchError(
             f"class targets have shape {_shape(target)}, the model's output {_shape(output)}; "
-            f"wanted targets of shape {list(wanted)}"
+            f"expected targets of shape {list(wanted)}"
             + (f" or {_shape(output[..., 0])}" if output.dim() > 2 else ""),
             _column_hint(output, target, axis),
         )
     if target.is_floating_point():
         raise MismatchError(
-            f"class targets are {str(target.dtype).removeprefix('torch.')}, wanted integers",
+            f"class targets are {str(target.dtype).removeprefix('torch.')}, expected integers",
             "store the class numbers as int64",
         )
     target = target.long()
@@ -244,7 +244,7 @@ def cross_entropy(
         )
     log_p = log_softmax(output, axis)
     if not 0 <= label_smoothing <= 1:
-        raise UsageError(f"cross-entropy: label_smoothing is {label_smoothing}, wanted 0 to 1")
+        raise UsageError(f"cross-entropy: label_smoothing is {label_smoothing}, expected 0 to 1")
     classes = output.shape[axis]
     weight = _class_weight(output, weight)
     per_class = [1] * output.dim()
@@ -291,7 +291,7 @@ TENSORS = frozenset({"weight", "pos_weight"})  # the arguments of `LOSSES` that 
 
 
 def check_arguments(name: str, arguments: Mapping[str, object]) -> None:
-    """Refuse keyword arguments that the named loss does not have, and values that they cannot have.
+    """Refuses keyword arguments that the named loss does not have, and values that they cannot have.
 
     Raises:
         UsageError: with what there is.
@@ -305,14 +305,14 @@ def check_arguments(name: str, arguments: Mapping[str, object]) -> None:
                 f"the loss {name} has no argument {argument!r}; it has: {', '.join(known) or 'none'}"
             )
         kind = type(known[argument].default)
-        if kind in _WANTED and not _is_a(value, kind):
+        if kind in _EXPECTED and not _is_a(value, kind):
             raise UsageError(
-                f"the loss {name}: {argument} is {value!r}, wanted {_WANTED[kind]}",
+                f"the loss {name}: {argument} is {value!r}, expected {_EXPECTED[kind]}",
                 f"--loss-arg {argument}={_example(known[argument].default)}",
             )
 
 
-_WANTED = {bool: "true or false", int: "a whole number", float: "a number"}
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def _example(default: object) -> str:

@@ -52,7 +52,7 @@ def hvp(
     started = time.perf_counter()
     if (options.vector is None) == (options.per_fedavg is None):
         raise UsageError(
-            "wants either --vector or --per-fedavg",
+            "expected one of --vector and --per-fedavg",
             f"--vector {shlex.quote(options.vector or 'gradient')}",
             instead_of=("--per-fedavg", "--query"),
         )
@@ -151,7 +151,7 @@ def _vectors(operator: Operator, source: str) -> Tensor:
         shape = parameter.shape
         if part.shape != shape and part.shape[1:] != shape:
             raise MismatchError(
-                f"{source}: {name} has shape {list(part.shape)}; wanted {list(shape)}, or "
+                f"{source}: {name} has shape {list(part.shape)}; expected {list(shape)}, or "
                 f"{['k', *shape]} for k vectors".replace("'", "")
             )
         stacked = part.shape != shape

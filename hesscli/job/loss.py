@@ -100,7 +100,7 @@ def _array(
         return torch.tensor(value, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
         raise UsageError(
-            f"the loss argument {key} is {value!r}; wanted numbers, or an array",
+            f"the loss argument {key} is {value!r}; expected numbers, or an array",
             f"--loss-arg {key}=@KEY",
         ) from None
 

@@ -122,7 +122,7 @@ def open_operator(
     opened = share.open(options, listener)
     problem = share.problem(opened)
     if not any(p.numel() for p in problem.parameters.values()):
-        raise MismatchError(f"no numbers in the parameters: {', '.join(problem.parameters)}")
+        raise MismatchError(f"every parameter is empty: {', '.join(problem.parameters)}")
     grads, _, _ = first_gradient(problem)
     gradient = torch.cat([g.reshape(-1) for g in grads.values()])
     if lean and gradient.nbytes >= _LONG:

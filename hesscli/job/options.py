@@ -50,8 +50,8 @@ class Silent:
     def progress(self, done: int, total: int, doing: str) -> None: ...
 
 
-def _wrong(name: str, value: object, wanted: str) -> UsageError:
-    return UsageError(f"{name} is {value!r}; wanted: {wanted}")
+def _wrong(name: str, value: object, expected: str) -> UsageError:
+    return UsageError(f"{name} is {value!r}; expected: {expected}")
 
 
 def _is_whole(value: object) -> bool:
@@ -87,7 +87,7 @@ class ProblemOptions:
     A name alone stands for a tuple of one, and torch's own dtype or device for its name.
 
     Raises:
-        UsageError: an option is none of what it may be; with all that it may be.
+        UsageError: an option has a value that it cannot have; the message says what it can be.
     """
 
     model: Path

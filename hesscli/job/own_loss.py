@@ -22,7 +22,10 @@ def seen(
     """The problem and its source with what there is to know of the loss, and whether it wants all samples at once.
 
     Args:
+        problem: before anything is known of its loss.
+        source: its data.
         some: a few samples that the model takes.
+        note: hears of what makes the data one batch, and of arguments that are the same for all samples.
     """
     fixed = _fixed(problem, source, some)
     if fixed:
@@ -44,7 +47,7 @@ def seen(
         problem = replace(problem, loss=replace(problem.loss, whole=True))
         note(
             "the loss is one number for all data, so the data is not split into batches; "
-            "a loss that returns a term for each sample would be, and faster"
+            "with a loss that returns one term per sample it would be, and faster"
         )
     return problem, source, wants_all or problem.loss.whole
 
