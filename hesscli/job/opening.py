@@ -196,7 +196,11 @@ def _facts(
     """Model, data and loss, as in the JSON document.
 
     Args:
+        options: the problem's.
+        model: as saved.
+        data: as loaded.
         names: of the inputs, in the model's order.
+        problem: made of them.
         value: of the loss.
     """
     targets = data.targets[0] if data.targets and problem.loss.needs_target else None
