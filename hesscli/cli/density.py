@@ -123,9 +123,9 @@ def print_density(out: Output, document: Document) -> None:
 
 
 def lengths(shares: list[float], size: int) -> list[float]:
-    """Of bars on a log scale that ends at one, and begins where all shares of a tenth of an eigenvalue are seen.
+    """The lengths of bars on a log scale that ends at 1 and begins where every share of a tenth of an eigenvalue shows.
 
-    What is less is rounding, or chance.
+    Less is rounding, or chance.
     """
     least = max(min(share for share in shares if share > 0), 0.1 / size)
     floor = math.floor(math.log10(least) - 1e-9)

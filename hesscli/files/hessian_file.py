@@ -131,7 +131,7 @@ def _document(path: Path, shown: str, metadata: dict[str, str]) -> dict[str, Any
 
 
 def is_part_of(path: Path, result: Path) -> bool:
-    """Whether hesscli wrote this file as one, or the one, of a result of this name."""
+    """Whether hesscli wrote this file as the result of this name, or as one of its several files."""
     schema = _schema(path)
     whole = path in (result, index_path(result))
     return schema is not None and whole == (schema != SHARD_SCHEMA)

@@ -265,7 +265,8 @@ def _narrow(tensors: Iterable[torch.Tensor]) -> set[torch.dtype]:
 def prepare(module: nn.Module, notes: list[str]) -> None:
     """Brings a module to numbers that can be differentiated twice.
 
-    float16 and bfloat16 leave no digits for that, and sparse gradients, the same numbers, no derivatives.
+    float16 and bfloat16 have too few digits for that; sparse gradients hold the same numbers, but cannot be
+    differentiated.
     """
     for part in module.modules():
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):

@@ -60,7 +60,7 @@ class Aliases:
         return list(self._sharing[self._storages[id(tensor)]].values())
 
     def write(self, tensor: Tensor) -> bool:
-        """Leaves the others that share its memory behind; whether there are any."""
+        """Marks the others that share its memory as stale; returns whether there are any."""
         others = self._sharing[self._storages[id(tensor)]].keys() - {id(tensor)}
         self._stale |= others
         return bool(others)

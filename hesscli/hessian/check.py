@@ -201,12 +201,12 @@ class Certificate:
         return min(errors)
 
     def _noise(self, comparison: Comparison, step: float, difference: float) -> float:
-        """What rounding can make of a difference from the quotient; of the block too, if that is zero but for noise."""
+        """How much of a difference rounding in the quotient explains; and in the block, where that is only noise."""
         scale = comparison.along.scale
         noise = _ROUNDING[self.problem.dtype] * self.gradient_norm / (step * scale)
         of_block = _ROUNDING[self.dtype] * self.gradient_norm / scale
         if self.dtype == self.problem.dtype or difference > noise + of_block:
-            return noise  # of zero or not, two gradients would change nothing
+            return noise  # two more gradients would not change the verdict
         quotient = comparison.along.quotient(step)[comparison.entries]
         return noise if float(torch.linalg.norm(quotient)) > noise else noise + of_block
 

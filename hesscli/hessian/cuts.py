@@ -63,7 +63,7 @@ class CutPlan:
 
 
 def separators(tape: Tape, zs: Sequence[int]) -> list[int]:
-    """The values that all of these, as far as they were made before, and nothing else of theirs passes through."""
+    """The values c such that all that depends on a z made before c reaches the output through c alone."""
     reached = tape.dependent(zs)
     last = {n: i for i, call in enumerate(tape.calls) for n in call.reads}
     last[tape.output] = len(tape.calls)

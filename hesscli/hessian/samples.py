@@ -34,7 +34,7 @@ def sample_axes(tape: Tape, samples: int) -> Axes:
 def follow(
     tape: Tape, start: Mapping[int, SampleAxis], samples: int, picking: bool = False
 ) -> Axes:
-    """The axis that so many samples lie along, of every value that depends on those where it is given.
+    """Where the samples lie in every value that depends on the given ones.
 
     Args:
         tape: a recorded pass.

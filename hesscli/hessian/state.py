@@ -26,8 +26,8 @@ def state_kept(module: nn.Module) -> Iterator[None]:
     Buffers are running statistics, and the ranges that an observer has seen. What a model computes once of its
     parameters, `functools.cached_property`, would be a constant to the next pass, a hidden state the last one's.
 
-    So are what dicts, lists and sets among the attributes hold, hooks too: where a flag says that hooks are registered,
-    or a value is stored, one must not go without the other.
+    The contents of dicts, lists and sets among the attributes are put back too, hooks included: where a flag says that
+    hooks are registered, or a value is stored, one must not go without the other.
 
     A buffer that was written to is replaced, not written to again: autograd may have saved it.
     """

@@ -61,7 +61,7 @@ class Journal:
 
         Args:
             wanted: it is to be continued.
-            force: it may be thrown away; if it is to be continued, where it cannot be.
+            force: what is left may be thrown away; with `wanted`, only where it cannot be continued.
             shared: what others have finished is no left-over.
             merging: nothing is computed, so nothing is thrown away.
 

@@ -46,10 +46,10 @@ class Quotient:
 
 @dataclass(frozen=True)
 class Question:
-    """One that is asked of the data of every process; a tensor goes with it.
+    """A question about every process's data; a tensor goes with it.
 
     Args:
-        what: is wanted.
+        what: a gradient, a product or a quotient.
         source: which of the problems that were opened.
         dtype: of that problem, or of its twin in float64.
         parameters: the problem's, where it is restricted.

@@ -56,10 +56,11 @@ def coupled(
 ) -> str | None:
     """What makes something else of all samples than of these batches: the model, the loss, or nothing.
 
-    It is tried, with all samples. Where a tape proves that none reaches another in the model, what that cannot see are
-    numbers that go by a sample's place, or by how many there are. Else, or where the model decides by what it computes
-    of its inputs, gradients are compared too, in float64 if possible. Both at theta and a little away from there: a
-    gate that is zero, or weights of samples that are all one, hide what is behind them, though not from a derivative.
+    It is tried, with all samples. Where a tape proves that no sample reaches another in the model, all it can miss is
+    numbers that depend on a sample's place, or on how many samples there are. Elsewhere, and where the model branches
+    on what it computes of its inputs, gradients are compared too, in float64 if possible. Both at theta and a little
+    away from there: a gate that is zero, or weights of samples that are all one, hide what is behind them, though not
+    from a derivative.
 
     Args:
         problem: the problem, without its batches.

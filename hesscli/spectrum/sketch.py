@@ -22,7 +22,7 @@ class Sketch:
     def left(self) -> np.ndarray:
         """||(I - P) H||^2 / ||H||^2 for projections P onto the 0, 1, ..., k - 1 leading directions.
 
-        That is what they leave of each product, where they are those of the other products.
+        Estimated by leaving one out: what the leading directions of the other products leave of each.
         """
         inside = []
         for i, own in enumerate(self._products):

@@ -177,7 +177,7 @@ def estimate(
 
 
 def _leading(products: list[Tensor], foreseen: float, most: int) -> Tensor:
-    """The directions to leave out of further samples: the fewest products from here, of which there are so many.
+    """The directions to leave out of further samples: as many as make the products still needed fewest.
 
     Args:
         products: of the first samples.
