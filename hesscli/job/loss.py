@@ -33,6 +33,22 @@ def loss_of(
     note: Callable[[str], None],
 ) -> Loss:
     """The loss that was named, or the one that fits the targets."""
+    name, function = _named(options, data, note)
+    if name != "output" and data.targets is None:
+        raise UsageError(
+            f"{options.data}: holds no targets, and {name} needs them", "--targets KEY"
+        )
+    if isinstance(function, nn.Module):  # a copy: the user's stays as it is
+        function = in_precision_(copied(function), dtype).to(device)
+    loss = Loss(name, options.reduction, dict(options.loss_arguments), function)
+    check_arguments(name, loss.arguments)
+    return replace(loss, arguments=_arguments(options, data, loss, device, dtype))
+
+
+def _named(
+    options: ProblemOptions, data: Data, note: Callable[[str], None]
+) -> tuple[str, Callable[..., Any] | None]:
+    """The loss's name and, unless that says it all, its function."""
     name: Any = options.loss
     function = None
     if name == "auto":
@@ -58,27 +74,26 @@ def loss_of(
             f"no loss is called {name!r}; there are: auto, {', '.join(LOSSES)}, output, PKG.MOD:FN, FILE.py:FN",
             f"--loss {near[0]}" if near else None,
         )
-    if name != "output" and data.targets is None:
-        raise UsageError(
-            f"{options.data}: holds no targets, and {name} needs them", "--targets KEY"
-        )
-    if isinstance(function, nn.Module):  # a copy: the user's stays as it is
-        function = in_precision_(copied(function), dtype).to(device)
-    loss = Loss(name, options.reduction, dict(options.loss_arguments), function)
-    check_arguments(name, loss.arguments)
+    return name, function
+
+
+def _arguments(
+    options: ProblemOptions, data: Data, loss: Loss, device: torch.device, dtype: torch.dtype
+) -> dict[str, object]:
+    """The loss's arguments, arrays as tensors of the samples that are used."""
     target = None if data.targets is None else data.targets[1]
     arguments = dict(loss.arguments)
     for key, value in loss.arguments.items():
-        array = _array(options, data, key, value, name in LOSSES)
+        array = _array(options, data, key, value, loss.name in LOSSES)
         if array is not None:
             along = data.per_sample(array) and loss.goes_along(key, array, target)
             if along and not options.unbatched:
                 array = array[slice(*data.range)]  # as its targets are
-            if name in ELEMENT_WEIGHTED and target is not None:
+            if loss.name in ELEMENT_WEIGHTED and target is not None:
                 _demand_fit(key, array, target)
             check_finite(options.data, value[1:] if isinstance(value, str) else key, array)
             arguments[key] = move(array, device, dtype)
-    return replace(loss, arguments=arguments)
+    return arguments
 
 
 def _array(
