@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from hesscli.errors import FileError, MismatchError, NumericalError, UsageError, listed
 from hesscli.files.arrays import load_arrays
 from hesscli.files.digest import sha256_of_all
+from hesscli.files.unusable import Unusable
 
 _INPUT_NAMES = ("x", "X", "input", "inputs", "data", "images", "features")
 _STEP = 1 << 24  # numbers looked at together
@@ -86,17 +88,7 @@ def load_data(
     skipped = [f"array {name} skipped: {each.why}" for name, each in found.skipped.items()]
     notes = [*skipped, *found.notes]
     choice = _Choice(path, arrays, skipped, arguments, notes)
-    called: dict[str, str] = {}
-    for name in (*inputs, *([targets] if targets else [])):
-        if name not in arrays and name.endswith(".npy") and os.path.exists(name):
-            other = load_arrays(name)
-            files += other.files
-            if not other.numbers:
-                why = next((each.why for each in other.skipped.values()), "holds no arrays")
-                raise choice.unclear(f"{name}: {why}")
-            file = os.path.basename(name)
-            called[name] = name if file in arrays else file
-            arrays[called[name]] = next(iter(other.numbers.values()))
+    called = choice.with_files((*inputs, *([targets] if targets else [])), files)
     inputs = [called.get(name, name) for name in inputs]
     targets = called.get(targets, targets) if targets else None
     if not arrays:
@@ -110,13 +102,8 @@ def load_data(
     if len(set(inputs)) < len(inputs):
         raise UsageError(f"--inputs names an array twice: {', '.join(inputs)}")
     if found.columns:
-        meant = [name for name in found.skipped if name in TARGET_NAMES]
-        if meant and not (inputs or targets or any(name in arrays for name in TARGET_NAMES)):
-            unusable = found.skipped[meant[0]]
-            raise FileError(
-                f"{path}: the targets {meant[0]} are {unusable.why}",
-                unusable.remedy.format(meant[0]) or None,
-            )
+        if not (inputs or targets or any(name in arrays for name in TARGET_NAMES)):
+            _refuse_unusable_targets(path, found.skipped)
         names, target = choice.of_columns(inputs, targets)
     else:
         names, target = choice.of_arrays(inputs, targets)
@@ -134,6 +121,17 @@ def load_data(
     for name, array in data.inputs.items():
         check_finite(path, name, array)
     return data
+
+
+def _refuse_unusable_targets(path: str | os.PathLike[str], skipped: Mapping[str, Unusable]) -> None:
+    """Refuses a table whose targets, by their name, are a column that cannot be used."""
+    meant = [name for name in skipped if name in TARGET_NAMES]
+    if meant:
+        unusable = skipped[meant[0]]
+        raise FileError(
+            f"{path}: the targets {meant[0]} are {unusable.why}",
+            unusable.remedy.format(meant[0]) or None,
+        )
 
 
 def _selected(
@@ -167,10 +165,32 @@ class _Choice:
     """Which arrays of a file are inputs and targets."""
 
     path: str | os.PathLike[str]
-    arrays: dict[str, torch.Tensor]  # gain the columns of a table, side by side
+    arrays: dict[
+        str, torch.Tensor
+    ]  # gain those of other files, and the columns of a table, side by side
     skipped: Sequence[str]  # the other arrays and why, one line each
     arguments: Sequence[str]  # what the model calls its inputs
     notes: list[str]  # gain what was inferred
+
+    def with_files(self, names: Sequence[str], files: list[Path]) -> dict[str, str]:
+        """Takes in the array of each name that is the path of another `.npy` file; what these are called.
+
+        Args:
+            names: of inputs and targets.
+            files: gain what was read.
+        """
+        called: dict[str, str] = {}
+        for name in names:
+            if name not in self.arrays and name.endswith(".npy") and os.path.exists(name):
+                other = load_arrays(name)
+                files += other.files
+                if not other.numbers:
+                    why = next((each.why for each in other.skipped.values()), "holds no arrays")
+                    raise self.unclear(f"{name}: {why}")
+                file = os.path.basename(name)
+                called[name] = name if file in self.arrays else file
+                self.arrays[called[name]] = next(iter(other.numbers.values()))
+        return called
 
     def of_arrays(self, inputs: Sequence[str], targets: str | None) -> tuple[list[str], str | None]:
         """Inputs and targets: those that were asked for, the others by their names."""
