@@ -31,9 +31,9 @@ from hesscli.hessian.sample_rules import ELEMENTWISE_UNARY, RESHAPES
 from hesscli.hessian.tape import Call, Ref
 
 UNARY = ELEMENTWISE_UNARY - {"detach"}
-_PRODUCTS = ("mm", "addmm")
+PRODUCTS = ("mm", "addmm")
 _AFFINE = frozenset(["mul", "add", "sub", "div"])
-_MOST_ROWS = 3  # times n: to multiply out S, and start anew from it, costs about as much as to push that many
+MOST_ROWS = 3  # times n: to multiply out S, and start anew from it, costs about as much as to push that many
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _known(call: Call, before: int) -> bool:
     )
     if call.name in UNARY or call.name in RESHAPES:
         return call.reads == [before]  # not a clamp between values, say
-    if call.name in _PRODUCTS and not call.keywords:
+    if call.name in PRODUCTS and not call.keywords:
         return place == (1 if call.name == "addmm" else 0)
     return call.name in _AFFINE and not call.keywords and (call.name != "div" or place == 0)
 
@@ -101,7 +101,7 @@ def chain_diagonals(
     gradient = dict(zip(probed.probes, grads, strict=True))
     start = probed.output_hessian()
     # From the last linear layer on, the diagonal is all that is needed, and all that is kept.
-    last = max((i for i, s in enumerate(steps) if s.call.name in _PRODUCTS), default=0)
+    last = max((i for i, s in enumerate(steps) if s.call.name in PRODUCTS), default=0)
     widest = max([start.shape[1], *(probed.known[s.before][0].numel() for s in steps)])
     count = max(1, chunk_sizes(start.device).chain // (widest * widest))
     found: dict[int, list[Tensor]] = {z: [] for z in zs}
@@ -139,7 +139,7 @@ def _back(
     call = step.call
     if call.name in RESHAPES:
         return
-    if call.name in _PRODUCTS:
+    if call.name in PRODUCTS:
         matrix = call.arguments[-1]
         curvature.linear(known[matrix.value].detach(), last)
         return
@@ -210,7 +210,7 @@ class FactoredHessian:
     def linear(self, matrix: Tensor, last: bool) -> None:
         """S <- M S M^T with M [n', n]; the last time, only the diagonal of that."""
         m = matrix.T.contiguous()  # [n, n']
-        if self._rows() > _MOST_ROWS * m.shape[0]:
+        if self._rows() > MOST_ROWS * m.shape[0]:
             self._make_whole()
         if last:
             d = self._diagonal_of_product(m)

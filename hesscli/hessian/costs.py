@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from hesscli.hessian.chain import Step
+from hesscli.hessian.chain import MOST_ROWS, PRODUCTS, Step
 from hesscli.hessian.piecewise import LINEAR_OPERATORS
 from hesscli.hessian.rates import Rates
 from hesscli.hessian.tape import Call, Ref, Tape
@@ -118,9 +118,9 @@ class Costs:
         for step in steps:
             after = self.tape.shapes[step.after].numel() // max(1, self.samples)
             before = self.tape.shapes[step.before].numel() // max(1, self.samples)
-            if step.call.name in ("mm", "addmm"):
+            if step.call.name in PRODUCTS:
                 work += self._product(self.samples * rows * after * before)
-                rows = min(rows + after, 3 * before)
+                rows = min(rows + after, MOST_ROWS * before)
             else:
                 work += self._moved(3 * self.samples * rows * before)
         return work
