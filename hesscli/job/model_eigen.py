@@ -155,7 +155,9 @@ def _lanczos(operator: Operator, options: EigenOptions, max_products: int) -> Fo
 
 def _interrupted(size: int) -> Found:
     """Before anything was found."""
-    return Found(np.zeros(0), torch.zeros(0, size), np.zeros(0), np.zeros(0, bool), 0, True)
+    return Found(
+        np.zeros(0), torch.zeros(0, size), np.zeros(0), np.zeros(0, bool), 0, interrupted=True
+    )
 
 
 def _descending(found: Found) -> Found:

@@ -102,9 +102,8 @@ def _exact_products(plan: Plan, operator: Operator) -> float:
     """How many products the exact diagonal is planned to cost."""
     by_rows = plan.by_rows()
     share = plan.work(plan.blocks) / by_rows if by_rows else 0.0
-    return (
-        share * operator.size * operator.share.size
-    )  # this process does it alone; products are shared
+    # This process does it alone; products are shared.
+    return share * operator.size * operator.share.size
 
 
 def _exact(plan: Plan, operator: Operator) -> Estimate:
@@ -120,11 +119,11 @@ def _exact(plan: Plan, operator: Operator) -> Estimate:
     except KeyboardInterrupt:
         names = operator.products.names
         parts = np.array([found[name]["trace"] if name in found else np.nan for name in names])
-        return Estimate(parts, 0 * parts, np.nan, np.nan, 0, False, True)
+        return Estimate(parts, 0 * parts, np.nan, np.nan, 0, converged=False, interrupted=True)
     operator.check = documents.check_facts(plan.certificate, list(found.values()), True)
     operator.method = " + ".join(sorted({facts["method"] for facts in found.values()}))
     parts = np.array([found[name]["trace"] for name in operator.products.names])
-    return Estimate(parts, np.zeros(len(parts)), float(parts.sum()), 0.0, 0, True)
+    return Estimate(parts, np.zeros(len(parts)), float(parts.sum()), 0.0, 0, converged=True)
 
 
 def _estimated(operator: Operator, relative_error: float, max_products: int) -> Estimate:
