@@ -13,7 +13,7 @@ import numpy as np
 
 _PAGE = 4096
 _BOUNCE = 8 << 20
-_LARGEST = 1 << 30  # bytes of one write
+_LARGEST = 1 << 30  # bytes of one read or write
 _BOUNCING = Lock()
 _UNSUPPORTED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 
@@ -66,7 +66,7 @@ class PlacedFile:
     def read(self, offset: int, data: memoryview) -> None:
         """Fills a buffer with the bytes from an offset on."""
         while len(data):
-            count = os.preadv(self.descriptor, [data[: 1 << 30]], offset)
+            count = os.preadv(self.descriptor, [data[:_LARGEST]], offset)
             if not count:
                 raise OSError(errno.EIO, "the file is shorter than it was")
             offset, data = offset + count, data[count:]
@@ -82,7 +82,7 @@ class PlacedFile:
 
     def _cached(self, offset: int, data: memoryview) -> None:
         while len(data):
-            written = os.pwrite(self.descriptor, data[: 1 << 30], offset)
+            written = os.pwrite(self.descriptor, data[:_LARGEST], offset)
             offset, data = offset + written, data[written:]
 
     def _directly(self, offset: int, data: memoryview) -> bool:

@@ -31,7 +31,6 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.directional import DirectionalDifference
 from hesscli.hessian.problem import Problem
 
-KIND = "differences of gradients"
 # Relative error of a gradient next to zero. A normalisation on the way multiplies what rounding makes; in float32 that
 # much would hide what is wrong.
 _ROUNDING = {torch.float64: 1000 * 2**-52, torch.float32: 64 * 2**-23}
@@ -75,7 +74,7 @@ class Certificate:
     dtype: torch.dtype
     seed: int
 
-    kind = KIND
+    kind = "differences of gradients"
 
     def __post_init__(self) -> None:
         self.tolerance = tolerance(self.dtype, self.problem.dtype)

@@ -116,8 +116,8 @@ class Planner:
             use = analysis.use(block.parameters[0])
             work = self._along(use, use.size) + costs.own(use, diagonal, by_directions=True)
             return Choice(PREACTIVATION, f"{use.size} seeds", self._all(work))
-        work, count = Work(), 0
-        tail, alone = 0, len(layers) == 1 and not others
+        alone = len(layers) == 1 and not others
+        work, count, tail = Work(), 0, 0
         for layer in reversed(layers):
             seeds = layer.weight.n * layer.weight.positions
             z = layer.weight.z

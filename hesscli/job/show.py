@@ -55,10 +55,8 @@ def show(
         UsageError: there is no such file, or no such block.
     """
     with opened(source, "show") as file:
-        count = sum(
-            end - start for start, end in (e["data_offsets"] for e in file.entries.values())
-        )
-        if verify or count <= QUICK:
+        held = sum(end - start for start, end in (e["data_offsets"] for e in file.entries.values()))
+        if verify or held <= QUICK:
             for name in file.entries:
                 file.verified(name)
         document = file.document | {"hessian": source}
@@ -74,7 +72,7 @@ def show(
             return Shown(document, ())
         from hesscli.job.picture import picture
 
-        pictures = tuple(picture(file, names, count, progress) for count in pixels)
+        pictures = tuple(picture(file, names, most, progress) for most in pixels)
     return Shown(document, pictures)
 
 

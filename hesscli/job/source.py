@@ -49,7 +49,8 @@ class Source:
         """What all batches take together."""
         arrays = [*self.inputs, *([] if self.target is None else [self.target])]
         return sum(
-            array.numel() * max(array.itemsize, self.dtype.itemsize if _floats(array) else 0)
+            array.numel()
+            * max(array.itemsize, self.dtype.itemsize if array.is_floating_point() else 0)
             for array in arrays
         ) + sum(self.inputs[place].numel() * self.dtype.itemsize for place in self.scales)
 
@@ -96,7 +97,3 @@ def move(array: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The array on the device, in memory of its own, real and complex numbers with the digits of the dtype."""
     wanted = in_precision(array[:0] if array.dim() else array, dtype).dtype
     return torch.empty(array.shape, dtype=wanted, device=device).copy_(array)
-
-
-def _floats(array: Tensor) -> bool:
-    return array.is_floating_point()

@@ -1,9 +1,8 @@
 """A large symmetric matrix on its way to the file: bands of its upper triangle come in, whole rows go out.
 
 Where the upper half fits the memory, the device's or the host's, a band's rows are completed from the bands before them
-and written in one run.
-Where it does not, a band and its mirror image go to their places at once, and whole rows are read back at the end.
-Either way the matrix is then there to be multiplied, for the check.
+and written in one run. Where it does not, a band and its mirror image go to their places at once, and whole rows are
+read back at the end. Either way the matrix is then there to be multiplied, for the check.
 """
 
 from __future__ import annotations
