@@ -177,7 +177,7 @@ class Problem:
             )
         return problem, output.detach()
 
-    def uses(self, parameters: Iterable[Tensor]) -> bool:
+    def depends_on(self, parameters: Iterable[Tensor]) -> bool:
         """Whether the output is computed with any of these, be they the module's or found by a global name.
 
         It is, where the graph of the output begins at one of them.
@@ -218,7 +218,7 @@ class Problem:
             )
             twin, its = twin.widened()
             batch = twin.batches[0]
-            if twin.uses(self.parameters.values()):  # which would not move with the twin's
+            if twin.depends_on(self.parameters.values()):  # which would not move with the twin's
                 return None
             with torch.no_grad():  # a loss of the user's own may hold constants in float32
                 twin.loss.total(its, batch.target, batch.loss_arguments)

@@ -165,7 +165,7 @@ def _opened(
     if data.columns:
         source = as_columns(problem, source, note)
     problem, sizes = split(problem, source, options.batch_size, note, share.size, side_by_side)
-    if model.originals and problem.uses(model.originals):
+    if model.originals and problem.depends_on(model.originals):
         raise MismatchError(
             f"{type(model.module).__name__}: forward finds parameters by a global name or a weak reference, "
             "so that its copy would compute with those of the original",
