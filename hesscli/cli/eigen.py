@@ -11,7 +11,7 @@ import typer
 
 from hesscli.cli.completion import block_names
 from hesscli.cli.failing import failing
-from hesscli.cli.gates import FailAbove, FailBelow, end_seen, gate_eigenvalues
+from hesscli.cli.gates import FailAbove, FailBelow, gate_eigenvalues, refuse_unseen_end
 from hesscli.cli.options import (
     Debug,
     Force,
@@ -123,7 +123,7 @@ def eigen(
             )
         refuse_idle_force(force, "-o eigen.safetensors", output)
         ends, count = ("both", 2) if per_block else (which, top)
-        end_seen(ends, count, fail_above, fail_below)
+        refuse_unseen_end(ends, count, fail_above, fail_below)
         with Output(quiet=quiet, json=json) as out:
             if problem is None:
                 from hesscli.job.eigen import eigen as run

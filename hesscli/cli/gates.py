@@ -71,7 +71,7 @@ def gate(
         raise CheckError(max(broken)[1])
 
 
-def end_seen(which: str, top: int, above: float | None, below: float | None) -> None:
+def refuse_unseen_end(which: str, top: int, above: float | None, below: float | None) -> None:
     """Refuses a bound on the end of the spectrum that is left out: it would never be broken.
 
     Args:

@@ -13,7 +13,7 @@ from hesscli.files.resources import available_memory
 from hesscli.job.json_form import Document
 from hesscli.job.results import write_tensors
 from hesscli.job.sizes import size
-from hesscli.job.stored import chosen, opened, values_of
+from hesscli.job.stored import chosen, opened_file, values_of
 from hesscli.job.writing import writable
 from hesscli.spectrum.eigen import top_eigenpairs
 
@@ -38,7 +38,7 @@ def eigen(
     """
     if output is not None:
         output = writable(output, force, () if source == "-" else (Path(source),), name="eigen")
-    with opened(source, "eigen") as file:
+    with opened_file(source, "eigen") as file:
         document = file.document
         blocks = chosen(document, block, source)
         order = sum(facts["size"] for facts in blocks)
@@ -70,7 +70,7 @@ def file_spectrum(source: str) -> tuple[Document, np.ndarray]:
         ResourceError: a block is too large for LAPACK.
     """
     values: list[np.ndarray] = []
-    with opened(source, "density") as file:
+    with opened_file(source, "density") as file:
         document = file.document
         for name, _, array in _blocks(file, document["blocks"]):
             if array.ndim == 1:

@@ -81,7 +81,7 @@ class Operator:
         problem = self.opened.problem
         one = replace(problem, parameters={name: problem.parameters[name]})
         opened = replace(self.opened, problem=one)
-        return _made(
+        return _checked_operator(
             self.options,
             self.listener,
             opened,
@@ -127,10 +127,10 @@ def open_operator(
     gradient = torch.cat([g.reshape(-1) for g in grads.values()])
     if lean and gradient.nbytes >= _LONG:
         release_at_once(gradient.nbytes // 6)
-    return _made(options, listener, opened, gradient, share)
+    return _checked_operator(options, listener, opened, gradient, share)
 
 
-def _made(
+def _checked_operator(
     options: ProblemOptions,
     listener: Listener,
     opened: Opened,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from hesscli.files.hessian_file import HessianFile
 from hesscli.job.json_form import Document
 from hesscli.job.options import Progress
-from hesscli.job.stored import chosen, opened, values_of
+from hesscli.job.stored import chosen, opened_file, values_of
 
 if TYPE_CHECKING:
     from hesscli.job.picture import Picture
@@ -54,7 +54,7 @@ def show(
         FileError: it is not a Hessian file, or not as it was written.
         UsageError: there is no such file, or no such block.
     """
-    with opened(source, "show") as file:
+    with opened_file(source, "show") as file:
         held = sum(end - start for start, end in (e["data_offsets"] for e in file.entries.values()))
         if verify or held <= QUICK:
             for name in file.entries:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def opened(source: str, command: str) -> Iterator[HessianFile]:
+def opened_file(source: str, command: str) -> Iterator[HessianFile]:
     """The file, or standard input by way of a temporary one: a matrix is read more than once.
 
     Args:
