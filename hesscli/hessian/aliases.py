@@ -23,7 +23,7 @@ class Aliases:
         self._sharing: dict[int, dict[int, Tensor]] = {}
         self._stale: set[int] = set()
         self._views: dict[int, tuple[Tensor, Call]] = {}
-        self._apart = itertools.count(-1, -1)  # storages that are not followed
+        self._unfollowed = itertools.count(-1, -1)  # storages that are not followed
 
     def keep(self, tensor: Tensor, func: Any = None, args: tuple[Any, ...] = ()) -> None:
         """A tensor that is given, or what `func(*args)` made, is what its memory holds now."""
@@ -37,12 +37,12 @@ class Aliases:
         """That of the tensor it is a view of, or its own."""
         if func is not None:
             if func._schema.name.startswith("aten::unsafe_"):  # parts that by contract are no views
-                return next(self._apart)
+                return next(self._unfollowed)
             shares = any(a.alias_info is not None for a in func._schema.returns)
             if shares and id(args[0]) in self._storages:
                 return self._storages[id(args[0])]
         if tensor.layout is not torch.strided:
-            return next(self._apart)
+            return next(self._unfollowed)
         return tensor.untyped_storage()._cdata
 
     def keep_view(self, view: Tensor, whole: Tensor, call: Call) -> None:

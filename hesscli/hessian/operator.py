@@ -54,12 +54,12 @@ def require_curvature(problem: Problem, curvature: str, analyses: Analyses) -> N
     if curvature == "fisher":
         try:
             for batch in problem.batches:
-                if not (problem.apart and _is_one(problem, batch)):
+                if not (problem.separable and _is_one(problem, batch)):
                     analyses.of(batch)
         except NotApplicable as reason:
             raise MismatchError(
                 f"no sample has a gradient of its own, as the empirical Fisher needs: {reason}",
-                "--batch-size 1" if problem.apart else "--curvature ggn",
+                "--batch-size 1" if problem.separable else "--curvature ggn",
             ) from None
 
 

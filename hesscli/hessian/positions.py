@@ -21,9 +21,9 @@ from hesscli.hessian.uses import Use
 def positions_as_samples(analysis: Analysis, uses: Mapping[str, Use]) -> Mapping[str, Use]:
     """The uses of a block with their positions as samples, if none sees another behind any of them; else as given."""
     zs = tuple(dict.fromkeys(use.z for use in uses.values()))
-    if zs not in analysis.apart:
-        analysis.apart[zs] = bool(zs) and _apart(analysis, list(uses.values()))
-    if not analysis.apart[zs]:
+    if zs not in analysis.separate:
+        analysis.separate[zs] = bool(zs) and _apart(analysis, list(uses.values()))
+    if not analysis.separate[zs]:
         return uses
     return {n: replace(use, positions=1, apart=use.positions) for n, use in uses.items()}
 

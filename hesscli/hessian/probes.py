@@ -42,7 +42,7 @@ class Analysis:
     reasons: dict[str, str]  # why a parameter has no affine use
     class_axis: int | None = None  # of the output, where the loss couples what lies along it
     terms: Tape | None = None  # of a loss of the user's own
-    apart: dict[tuple[int, ...], bool] = field(default_factory=dict)  # kept by `positions.py`
+    separate: dict[tuple[int, ...], bool] = field(default_factory=dict)  # kept by `positions.py`
 
     def loss_couples(self, axis: SampleAxis, count: int) -> bool:
         """Whether the loss has terms of more than one of the places, so many, along an axis of the output."""

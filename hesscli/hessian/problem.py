@@ -42,7 +42,7 @@ class Problem:
         output_key: which entry of a dict or tuple that the module returns is its output.
         wide: what the module itself computes in float32, whatever its dtype, is computed in float64.
         writes: the module writes into its inputs, so every pass has copies of them.
-        apart: each sample could go through on its own.
+        separable: each sample could go through on its own.
         narrow: the problem that this is a copy of, in another dtype.
     """
 
@@ -54,7 +54,7 @@ class Problem:
     output_key: str | None = None
     wide: bool = False
     writes: bool = False
-    apart: bool = True
+    separable: bool = True
     narrow: Problem | None = None
 
     runs_here: ClassVar[bool] = True  # whether this process makes all passes

@@ -78,14 +78,14 @@ def split(
         if (seeing := coupled_in_place(problem, source, bounds[1])) is not None:
             how = f"{bounds[1]} at a time, as the model accepts them"
             note(f"{seeing} sees several samples at once: {how}")
-        problem = replace(problem, apart=False)
+        problem = replace(problem, separable=False)
     else:
-        problem = replace(problem, apart=fewest == 1)
+        problem = replace(problem, separable=fewest == 1)
         each = max(1, saved, 2 * source.bytes // samples)
         room = free_memory(problem.device) // (2 * ranks_here() * each)
         if len(bounds) > 2 and (seeing := coupled(problem, source, bounds, room, note)) is not None:
             note(f"{seeing} sees several samples at once, so all the data is one batch")
-            problem, bounds = replace(problem, apart=False), [0, samples]
+            problem, bounds = replace(problem, separable=False), [0, samples]
     count = len(bounds) - 1
     if count < parts:
         listed = f"{count} batch" + ("es" if count > 1 else "")
