@@ -55,7 +55,7 @@ def idle(monkeypatch):
 
     for module in (jobs, opening):
         monkeypatch.setattr(module, "open_problem", fail)
-    monkeypatch.setattr("hesscli.job.eigen.opened", fail)
+    monkeypatch.setattr("hesscli.job.eigen.opened_file", fail)
 
 
 WRITING = [
