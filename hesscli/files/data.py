@@ -165,9 +165,7 @@ class _Choice:
     """Which arrays of a file are inputs and targets."""
 
     path: str | os.PathLike[str]
-    arrays: dict[
-        str, torch.Tensor
-    ]  # gain those of other files, and the columns of a table, side by side
+    arrays: dict[str, torch.Tensor]  # gain those of other files, and a table's columns together
     skipped: Sequence[str]  # the other arrays and why, one line each
     arguments: Sequence[str]  # what the model calls its inputs
     notes: list[str]  # gain what was inferred

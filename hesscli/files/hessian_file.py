@@ -19,10 +19,10 @@ from hesscli.files.safetensors_header import AGAIN, Header, document_of, is_regu
 
 SCHEMA = "hesscli.hessian/1"
 _DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
-_REQUIRED = (
-    *("structure", "blocks", "total", "parameters", "loss", "gradient_norm"),
-    *("model", "data", "dtype", "device"),
-)  # of a document, for the commands that read it
+# Of a document, for the commands that read it.
+_REQUIRED = tuple(
+    "structure blocks total parameters loss gradient_norm model data dtype device".split()
+)
 
 
 @dataclass(frozen=True)
