@@ -382,7 +382,9 @@ def test_a_column_of_targets(cli, tmp_path):
 def test_targets_of_a_table_that_are_not_whole_are_no_classes(cli, net):
     torch.jit.script(net).save("m.pt")
     Path("d.csv").write_text("a,b,c,y\n1,2,3,0.0\n4,5,6,1.5\n")
-    assert "wanted integers" in cli("compute", "m.pt", "d.csv", "--loss", "cross-entropy").fails(4)
+    assert "expected integers" in cli("compute", "m.pt", "d.csv", "--loss", "cross-entropy").fails(
+        4
+    )
 
 
 def test_a_table_that_does_not_tell_its_targets(cli, net):
