@@ -592,6 +592,12 @@ def test_a_second_derivative_that_a_model_gets_wrong():
     assert relative_error(found.matrix(), hessian(model, F.mse_loss, (x,), y)) < 1e-6
 
 
+def pulled(ctx, gradient):
+    x, w, y = ctx.saved_tensors
+    z = gradient * (1 - y * y)
+    return z @ w, z.T @ x
+
+
 class Once(torch.autograd.Function):
     """tanh(x w^T), with a derivative that is right, and not to be differentiated."""
 
@@ -601,23 +607,13 @@ class Once(torch.autograd.Function):
         ctx.save_for_backward(x, w, y)
         return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        x, w, y = ctx.saved_tensors
-        z = gradient * (1 - y * y)
-        return z @ w, z.T @ x
+    backward = staticmethod(once_differentiable(pulled))
 
 
 class WithoutGradients(Once):
     """The same, a constant to the second derivative."""
 
-    @staticmethod
-    @torch.no_grad()
-    def backward(ctx, gradient):
-        x, w, y = ctx.saved_tensors
-        z = gradient * (1 - y * y)
-        return z @ w, z.T @ x
+    backward = staticmethod(torch.no_grad()(pulled))
 
 
 class InPlace(Once):
