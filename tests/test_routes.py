@@ -611,6 +611,10 @@ INDEPENDENT = [
     odd("no-outputs", lambda s, x: s.o(torch.cat([hidden(s, x), s.z(x)], 1)), ROWS, a=layer(3, 3),
         z=layer(3, 0), o=layer(3, 2)),
     odd("no-inputs", lambda s, x: s.b(hidden(s, x)) + s.z(x[:, :0]), ROWS, z=layer(0, 2), **TWO),
+    odd("copied-without-outputs", lambda s, x: s.o(torch.cat([hidden(s, x), x @ s.w.clone()], 1)), ROWS,
+        a=layer(3, 3), w=torch.zeros(3, 0), o=layer(3, 2)),
+    odd("copied-without-inputs", lambda s, x: s.b(hidden(s, x)) + x[:, :0] @ s.w.clone(), ROWS,
+        w=torch.zeros(0, 2), **TWO),
     odd("nothing-unused", lambda s, x: s.b(hidden(s, x)), ROWS, z=torch.zeros(0), **TWO),
     # Branches
     odd("product-of-branches", lambda s, x: s.a(x) * s.c(x), ROWS, a=layer(3, 2), c=layer(3, 2)),

@@ -220,7 +220,7 @@ def _in_product(p: _Operand) -> Use | None:
     axis, groups = p.axis, 1 if rank == 2 else p.z_shape[0]
     if rank == 3 and axis == SampleAxis(0, outer=groups):  # one sample: see `sample_axes`
         axis = SampleAxis(1, outer=p.z_shape[1])
-    if not p.alone or axis.axis != rank - 2:
+    if not p.alone or axis.axis != rank - 2 or not p.shape.numel():
         return None
     channels = (rank - 1,) if groups == 1 else (0, 2)
     if p.place == first + 1 and (stored := _storage(p.entries)) is not None:
@@ -255,7 +255,8 @@ def _storage(weight: Tensor) -> dict[str, Any] | None:
     stored = torch.arange(rows.numel()).view(sections, runs, outputs, run)
     if not torch.equal(rows, stored.transpose(1, 2).reshape(rows.shape)):
         return None
-    return {"sections": sections, "runs": runs, "order": tuple(order.tolist())}
+    permuted = not torch.equal(order, torch.arange(m))
+    return {"sections": sections, "runs": runs, "order": tuple(order.tolist()) if permuted else ()}
 
 
 def _in_convolution(p: _Operand) -> Use | None:

@@ -62,11 +62,9 @@ class Preactivation(Route):
         for part in rows:
             block = part.block
             layers, others = split(self.analyses.of(self.problem.batches[0]), block)
-            mine = [name for name in block.parameters if name not in others or not layers]
+            mine = [use.parameter for layer in layers for use in layer.uses] or block.parameters
             # The rows of the others, which come first, are products with the parameters themselves.
-            first = sum(
-                size for n, size in zip(block.parameters, block.sizes, strict=True) if n not in mine
-            )
+            first = block.size - sum(layer.size for layer in layers) if layers else 0
             self.multipliers.multiply(part, _layout(block, layers, others), mine, first)
 
     def sum_diagonal(self, blocks: Sequence[Block], sums: Mapping[str, Tensor]) -> None:
