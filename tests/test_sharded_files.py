@@ -460,11 +460,13 @@ def test_no_room_from_the_start(cli, net, monkeypatch):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_killed_and_resumed(net, undisturbed, tmp_path, sent):
+def test_killed_and_resumed(cli, net, undisturbed, tmp_path, sent):
     """A real process, ended from outside as soon as it has finished something."""
-    command = [sys.executable, "-c", SLOW, "compute", *map(str, net), *COMMAND, "-q"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, "compute", *map(str, net), *COMMAND, "-q"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+    )
     journal = Path(".h.safetensors.journal")
     deadline = time.monotonic() + 60
     while not journal.exists() and time.monotonic() < deadline:
@@ -473,7 +475,7 @@ def test_killed_and_resumed(net, undisturbed, tmp_path, sent):
     process.communicate()
     assert not result()
     assert journal.exists()
-    subprocess.run([*command, "--resume"], env=environment, check=True)
+    assert cli("compute", *net, *COMMAND, "--resume").code == 0
     assert result() == undisturbed
     assert not left()
 

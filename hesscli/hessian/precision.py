@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesscli.hessian.definitions import CPU, GPUS
+from hesscli.hessian.definitions import CPU, gpus
 from hesscli.hessian.watcher import Watcher
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16, torch.complex64)
@@ -90,7 +90,7 @@ def staying_wide() -> Iterator[None]:
         torch.library._scoped_library("aten", "IMPL") as library,
         default_of(torch.float64),
     ):
-        for key in (CPU, *GPUS):
+        for key in (CPU, *gpus()):
             library.impl("_to_copy", _to_copy_that_stays_wide, key, with_keyset=True)
             library.impl("fake_quantize_per_channel_affine", _fake_quantize_per_channel, key)
             below = key.removeprefix("Autograd")
