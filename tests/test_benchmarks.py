@@ -16,10 +16,10 @@ def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def toy(task: str, folder: Path) -> dict[str, Any]:
+def toy(task: str, folder: Path, *options: str) -> dict[str, Any]:
     """What a task gave at toy size, as the JSON document has it."""
     document = folder / "numbers.json"
-    ran = benchmarks("--toy", "--threads", "1", "--json", str(document), task)
+    ran = benchmarks("--toy", "--threads", "1", "--json", str(document), task, *options)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     (found,) = json.loads(document.read_text())["tasks"]
     return found
@@ -29,9 +29,16 @@ def tools_of(task: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {tool["name"]: tool for tool in task["tools"]}
 
 
-@pytest.mark.parametrize("task", ["full-mlp", "diag-transformer", "elements-cnn"])
-def test_peers_agree_at_toy_size(task: str, tmp_path: Path) -> None:
-    tools = tools_of(toy(task, tmp_path))
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("full-mlp", ()),
+        ("diag-transformer", ("--peer", "vmap-jvp-grad")),
+        ("elements-cnn", ("--peer", "vmap-jvp-grad", "--peer", "backpack")),
+    ],
+)
+def test_peers_agree_at_toy_size(task: str, options: tuple[str, ...], tmp_path: Path) -> None:
+    tools = tools_of(toy(task, tmp_path, *options))
     assert tools["hesscli"]["runs"]
     assert tools["vmap-jvp-grad"]["error"] < 1e-3
 

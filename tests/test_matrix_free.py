@@ -40,10 +40,18 @@ def saved(folder: Path, model: nn.Module, **arrays: np.ndarray) -> tuple[Path, P
     return folder / "net.pt", folder / "data.npz"
 
 
+WRITTEN: dict[tuple[str, ...], bytes] = {}
+
+
 def dense(cli, *words) -> np.ndarray:
-    ran = cli("compute", *words, "-b", "full", "--dtype", "float64", "-q", "-o", "full.safetensors")
-    assert ran.code == 0, ran.stderr
-    return load_file("full.safetensors")["hessian"]
+    """The whole matrix, which is in `full.safetensors` too; computed once."""
+    file, key = Path("full.safetensors"), tuple(map(str, words))
+    if key not in WRITTEN:
+        ran = cli("compute", *words, "-b", "full", "--dtype", "float64", "-q", "-o", file)
+        assert ran.code == 0, ran.stderr
+        WRITTEN[key] = file.read_bytes()
+    file.write_bytes(WRITTEN[key])
+    return load_file(file)["hessian"]
 
 
 # --- eigen ----------------------------------------------------------------------------------------
