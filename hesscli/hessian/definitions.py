@@ -63,7 +63,6 @@ def gpus() -> tuple[str, ...]:
     return tuple(key for key, found in present.items() if found)
 
 
-
 OF_ALL_DIGITS: dict[str, Callable[..., object]] = {  # PyTorch's gradients lose them too
     "log_softmax.int": formulas.log_softmax,
     "log_sigmoid_forward": lambda x: (formulas.log_sigmoid(x), x.new_empty(0)),
