@@ -715,11 +715,14 @@ def test_interrupted(tmp_path, command):
         text=True,
         env=os.environ,
     )
-    while "note: loss" not in child.stderr.readline():
-        pass
-    time.sleep(8)  # the model is open, and much more work than this lies ahead
-    child.send_signal(signal.SIGINT)
-    stdout, stderr = child.communicate(timeout=60)
+    try:
+        while "note: loss" not in child.stderr.readline():
+            pass
+        time.sleep(8)  # the model is open, and much more work than this lies ahead
+        child.send_signal(signal.SIGINT)
+        stdout, stderr = child.communicate(timeout=60)
+    finally:
+        child.kill()
     assert child.returncode == 130, stderr
     assert stderr.rstrip().endswith("error: interrupted")
     document = json.loads(stdout)

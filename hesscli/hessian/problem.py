@@ -141,6 +141,10 @@ class Problem:
             for parameter in constant:
                 parameter.requires_grad_(False)
 
+    def restricted(self, names: Iterable[str]) -> Problem:
+        """The problem as a function of these parameters alone."""
+        return replace(self, parameters={name: self.parameters[name] for name in names})
+
     def by_batch(self) -> Iterator[Problem]:
         """The problem in parts that add up to it."""
         for index, batch in enumerate(self.batches):

@@ -78,9 +78,7 @@ class Operator:
 
     def restricted(self, name: str) -> Operator:
         """The own block of one parameter, checked too."""
-        problem = self.opened.problem
-        one = replace(problem, parameters={name: problem.parameters[name]})
-        opened = replace(self.opened, problem=one)
+        opened = replace(self.opened, problem=self.opened.problem.restricted([name]))
         return _checked_operator(
             self.options,
             self.listener,

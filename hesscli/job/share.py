@@ -195,8 +195,7 @@ class Share(Alone):
         problem = opened.problem if same else self.twin(question.source)
         if problem is None:
             raise MismatchError("the model runs in float64 on some of the processes only")
-        parameters = {name: problem.parameters[name] for name in question.parameters}
-        problem = self.own(replace(problem, parameters=parameters))
+        problem = self.own(problem.restricted(question.parameters))
         what = question.what
         if isinstance(what, Gradient):
             return _gradient_at(problem, what.names, tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -110,8 +110,7 @@ class SharedProblem(Problem):
         twin = self.share.twin(self.source)
         if twin is None:
             return None
-        parameters = {name: twin.parameters[name] for name in self.parameters}
-        return SharedProblem.of(replace(twin, parameters=parameters), self.share, self.source)
+        return SharedProblem.of(twin.restricted(self.parameters), self.share, self.source)
 
 
 class SharedProducts(Flat):

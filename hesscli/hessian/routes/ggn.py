@@ -73,8 +73,7 @@ class ProductRows(ByRows):
         return self._products(block, self.problem.batches)(v.to(self.problem.dtype))
 
     def _products(self, block: Block, batches: Sequence[Batch]) -> Products:
-        mine = {name: self.problem.parameters[name] for name in block.parameters}
-        problem = replace(self.problem, parameters=mine, batches=batches)
+        problem = replace(self.problem.restricted(block.parameters), batches=batches)
         return Products(problem, self.curvature, rows=self.chunk, proven=True)
 
 

@@ -8,7 +8,6 @@ makes it one row at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -30,8 +29,7 @@ class HessianVectorProducts(ByRows):
         return partial(self._rows, self._gradient(batch, blocks))
 
     def product(self, block: Block, v: Tensor) -> Tensor:
-        mine = {name: self.problem.parameters[name] for name in block.parameters}
-        return Products(replace(self.problem, parameters=mine))(v.to(self.problem.dtype))
+        return Products(self.problem.restricted(block.parameters))(v.to(self.problem.dtype))
 
     def _gradient(self, batch: Batch, blocks: Sequence[Block]) -> Mapping[str, Tensor | None]:
         """dL/dtheta of the blocks' parameters, with its graph; empty where L has none."""
