@@ -718,7 +718,7 @@ def test_interrupted(tmp_path, command):
     try:
         while "note: loss" not in child.stderr.readline():
             pass
-        time.sleep(8)  # the model is open, and much more work than this lies ahead
+        time.sleep(5)  # the model is open, and much more work than this lies ahead
         child.send_signal(signal.SIGINT)
         stdout, stderr = child.communicate(timeout=60)
     finally:

@@ -185,14 +185,19 @@ class Bench:
         for repeat in range(self.settings.repeats):
             self.say(f"{self.task.name}: round {repeat + 1} of {self.settings.repeats}")
             self._round(measured, first=repeat == 0)
-            if GRADIENT in peers:
-                measured.gradients.append(self._job("gradient", **self.problem)["seconds"])
-            if self.task.blocks == "full":
-                measured.gemm.append(self._job("gemm")["rate"])
-            if measured.bytes:
-                plain = {"size": measured.bytes, "output": str(self.folder / "plain")}
-                measured.writes.append(self._job("write", **plain)["seconds"])
+            if not self.settings.toy:
+                self._machine(measured)
         return measured
+
+    def _machine(self, measured: Measured) -> None:
+        """What this machine takes for a gradient, a product of matrices, and a plain write."""
+        if GRADIENT in self.task.peers:
+            measured.gradients.append(self._job("gradient", **self.problem)["seconds"])
+        if self.task.blocks == "full":
+            measured.gemm.append(self._job("gemm")["rate"])
+        if measured.bytes:
+            plain = {"size": measured.bytes, "output": str(self.folder / "plain")}
+            measured.writes.append(self._job("write", **plain)["seconds"])
 
     def _round(self, measured: Measured, first: bool) -> None:
         self._import(measured)
