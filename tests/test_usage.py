@@ -20,6 +20,7 @@ from conftest import REPOSITORY
 from hessian_files import symmetric, write
 from torch import nn
 
+from hesscli import __main__
 from hesscli.errors import FileError, UsageError
 from hesscli.hessian.words import (
     CURVATURES,
@@ -235,6 +236,18 @@ main()
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (130, "error: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("cores", "given", "policy"),
+    [(2, None, "passive"), (None, None, "passive"), (64, None, None), (2, "active", "active")],
+)
+def test_threads_wait_asleep_where_cores_are_few(monkeypatch, cores, given, policy):
+    monkeypatch.setattr(os, "environ", {} if given is None else {"OMP_WAIT_POLICY": given})
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr("hesscli.cli.run", lambda: None)
+    __main__.main()
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
 
 
 @pytest.mark.parametrize("value", ["inf", "nan", "-1"])
