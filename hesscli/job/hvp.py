@@ -28,12 +28,17 @@ SCHEMA = "hesscli.hvp/1"
 
 @dataclass(frozen=True)
 class HvpOptions:
-    vector: str | None = None  # a safetensors file, "gradient" or "random"
+    vector: str | None = None  # a file, "gradient" or "random"
     per_fedavg: float | None = None
     query: Path | None = None
     gradient: bool = False
     output: Path = Path("hvp.safetensors")
     force: bool = False
+
+    @property
+    def file(self) -> Path | None:
+        """The file that holds the vector."""
+        return None if self.vector in (None, "gradient", "random") else Path(str(self.vector))
 
 
 def hvp(
@@ -50,6 +55,26 @@ def hvp(
         HesscliError: of any kind.
     """
     started = time.perf_counter()
+    _demand_sense(problem, options)
+    read = [*problem.files, *(path for path in (options.query, options.file) if path is not None)]
+    for path in read:
+        kind_of(path)  # before the work
+    output = writable(options.output, options.force, read, name="hvp")
+    operator = open_operator(problem, listener, share)
+    demand_names(operator.products.names, operator.products.names, options.gradient)
+    vectors, result, facts = _product(operator, options)
+    if not bool(torch.isfinite(result).all()):
+        raise not_finite("the product", problem, operator.problem.dtype)
+    document = operator.document(SCHEMA) | facts | _norms(operator, vectors, result)
+    _write(output, operator, options, result, document)
+    return document | {
+        "seconds": time.perf_counter() - started,
+        "output": str(options.output),
+    }
+
+
+def _demand_sense(problem: ProblemOptions, options: HvpOptions) -> None:
+    """Raises UsageError where options do not go together."""
     if (options.vector is None) == (options.per_fedavg is None):
         raise UsageError(
             "expected one of --vector and --per-fedavg",
@@ -62,42 +87,31 @@ def hvp(
         )
     if options.per_fedavg is not None and problem.curvature != "hessian":
         raise UsageError("Per-FedAvg is defined with the Hessian", "--curvature hessian")
-    read = [*problem.files]
-    if options.query is not None:
-        read.append(options.query)
-    if options.vector not in (None, "gradient", "random"):
-        read.append(Path(str(options.vector)))
-    for path in read:
-        kind_of(path)  # before the work
-    output = writable(options.output, options.force, read, name="hvp")
-    operator = open_operator(problem, listener, share)
-    demand_names(operator.products.names, operator.products.names, options.gradient)
+
+
+def _product(operator: Operator, options: HvpOptions) -> tuple[Tensor, Tensor, Document]:
+    """What was multiplied, [P] or [k, P], what came of it, and what there is to say of the two."""
     facts: Document = {"vector": options.vector, "per_fedavg": options.per_fedavg}
-    if options.per_fedavg is not None:
-        vectors, query = _adapted_gradient(operator, options)
-        facts["query"] = query
-        result = vectors - options.per_fedavg * operator.products(vectors)
-    else:
+    if options.per_fedavg is None:
         vectors = _vectors(operator, str(options.vector))
-        result = operator.products(vectors)
-    if not bool(torch.isfinite(result).all()):
-        raise not_finite("the product", problem, operator.problem.dtype)
-    document = operator.document(SCHEMA) | facts
-    document |= _norms(operator, vectors, result)
+        return vectors, operator.products(vectors), facts
+    vector, query = _adapted_gradient(operator, options)
+    result = vector - options.per_fedavg * operator.products(vector)
+    return vector, result, facts | {"query": query}
+
+
+def _write(
+    output: Path, operator: Operator, options: HvpOptions, result: Tensor, document: Document
+) -> None:
     tensors = operator.products.split(result)
     if options.gradient:
         parts = operator.products.split(operator.gradient)
         tensors |= {f"gradient.{name}": part for name, part in parts.items()}
     dtype = str(operator.problem.dtype).removeprefix("torch.")
-    arrays = {name: part.cpu().numpy() for name, part in tensors.items()}
     kept = timeless(document)
-    if options.vector not in (None, "gradient", "random"):
+    if options.file is not None:
         kept["vector"] = "file"
-    write_tensors(output, arrays, dtype, kept)
-    return document | {
-        "seconds": time.perf_counter() - started,
-        "output": str(options.output),
-    }
+    write_tensors(output, {n: part.cpu().numpy() for n, part in tensors.items()}, dtype, kept)
 
 
 def _norms(operator: Operator, vectors: Tensor, result: Tensor) -> Document:
