@@ -76,30 +76,16 @@ class Journal:
             if merging:
                 raise UsageError(f"{partial}: no such file; what the shards computed was in it")
             self.remove()  # of a file that was finished just before the end, or that somebody removed
-        left = journals(self.output)
         if force and not wanted:
-            for path in [self.path] if shared else left:
+            for path in [self.path] if shared else journals(self.output):
                 path.unlink(missing_ok=True)
-            left = journals(self.output)
         own = 0
-        for path in left:
-            try:
-                lines = read_journal(path)
-                if lines.head is None or not lines.finished:
-                    if not shared:
-                        path.unlink(missing_ok=True)
-                    continue
-                if (wanted or shared) and self.head != lines.head:
-                    raise self._of_another(path, lines.head, merging)
-            except HesscliError:
-                if not force:
-                    raise
-                path.unlink(missing_ok=True)
-                continue
-            if path == self.path:
-                own = len(lines.finished)
-            self.start = lines.start
-            self.finished |= lines.finished
+        for path in journals(self.output):
+            lines = self._continued(path, wanted or shared, force, shared, merging)
+            if lines is not None:
+                own = len(lines.finished) if path == self.path else own
+                self.start = lines.start
+                self.finished |= lines.finished
         if not wanted and (own if shared else self.finished):
             count = own or len(self.finished)
             finished = f"{count} finished part{'s' if count > 1 else ''}"
@@ -111,6 +97,28 @@ class Journal:
         self.begun = own > 0
         if self.begun:
             _cut(self.path)
+
+    def _continued(
+        self, path: Path, joined: bool, force: bool, shared: bool, merging: bool
+    ) -> Lines | None:
+        """What a journal says, or None where it says nothing; that is thrown away, unless others may be writing it.
+
+        With `force`, what cannot be read or joined is thrown away too.
+        """
+        try:
+            lines = read_journal(path)
+            if lines.head is not None and lines.finished:
+                if joined and self.head != lines.head:
+                    raise self._of_another(path, lines.head, merging)
+                return lines
+            useless = not shared
+        except HesscliError:
+            if not force:
+                raise
+            useless = True
+        if useless:
+            path.unlink(missing_ok=True)
+        return None
 
     def _of_another(self, path: Path, head: Document, merging: bool) -> UsageError:
         """That another command began it: other options, or files that have changed since."""
