@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def document(
             "inferred": True,
         },
         "structure": structure,
+        "curvature": "hessian",
         "dtype": str(next(iter(blocks.values())).dtype),
         "device": "cpu",
         "parameters": listed,
@@ -86,6 +88,13 @@ def _facts(name: str, a: np.ndarray, structure: str) -> dict[str, Any]:
     }
 
 
+def _checksum(a: np.ndarray) -> str:
+    """As the README says: of rows r, the sum of (2 r + 1) crc32(r), modulo 2^64."""
+    rows = a if a.ndim > 1 else [a]
+    total = sum((2 * r + 1) * zlib.crc32(row.tobytes()) for r, row in enumerate(rows))
+    return f"{total % 2**64:016x}"
+
+
 def write(
     path: Path,
     blocks: Mapping[str, np.ndarray],
@@ -94,7 +103,10 @@ def write(
     **changes: Any,
 ) -> dict[str, Any]:
     """Writes the file; gives its document."""
-    written = document(blocks, structure, parameters, **changes)
     arrays = {name: np.ascontiguousarray(a) for name, a in blocks.items()}
+    written = document(blocks, structure, parameters, **changes)
+    written["checksums"] = {name: _checksum(a) for name, a in arrays.items()}
+    text = json.dumps(written, separators=(",", ":"))
+    written["checksum"] = f"{zlib.crc32(text.encode()):08x}"
     save_file(arrays, path, {"format": "pt", "hesscli": json.dumps(written)})
     return written

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import BY_NAME, CASES, KINDS, Case, expected, save
 from conftest import REPOSITORY, read
 from oracles import hessian, relative_error
@@ -344,6 +345,25 @@ def test_params(cli, mlp, tmp_path, globs, names):
 def test_params_that_match_nothing(cli, mlp, glob):
     ran = cli("compute", *mlp, *CE, "--params", glob)
     assert "0.weight" in ran.fails(2) or "0.weight" in ran.hint
+
+
+@pytest.mark.parametrize(("frozen", "left"), [("0.weight", "2.weight"), ("2.weight", "0.weight")])
+def test_a_frozen_parameter_in_the_memory_of_another(cli, tmp_path, frozen, left):
+    """They are two: autograd differentiates by the one, and the other is a constant."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False))
+    model.double()
+    model[2].weight.data = model[0].weight.data
+    model.get_parameter(frozen).requires_grad_(False)
+    torch.save(model, tmp_path / "net.pt")
+    x, y = torch.randn(2, 5, 3, dtype=torch.float64)
+    np.savez(tmp_path / "d.npz", x=x.numpy(), y=y.numpy())
+    assert cli("compute", "net.pt", "d.npz", "--allow-pickle").code == 0
+    document, tensors = read(tmp_path / "hessian.safetensors")
+    assert document["frozen"] == [frozen]
+    assert list(tensors) == [left]
+    truth = hessian(model, F.mse_loss, (x,), y)
+    assert float((tensors[left] - truth).norm()) < 1e-10 * float(truth.norm())
 
 
 def test_frozen_parameters(cli, tmp_path):

@@ -20,7 +20,7 @@ from problems import (
 )
 from torch import Tensor, nn
 
-from hesscli.hessian import cuts
+from hesscli.hessian import cuts, probes
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.batch import Batch, Batches
 from hesscli.hessian.costs import Costs, Work
@@ -133,6 +133,31 @@ def test_batches_that_are_made_anew_have_cuts_of_their_own(monkeypatch) -> None:
         found, truth = compute_blocks(route, [block])[block.name], truths[block.name]
         assert float((found - truth).norm()) <= 1e-10 * float(truth.norm()), block.name
     assert not route.cuts.made  # nor is anything kept of batches that are gone
+
+
+def test_batches_that_are_made_anew_are_not_recorded_for_each_tensor(monkeypatch) -> None:
+    kept = problem_of_case(BY_NAME["mlp-deep"])
+    (whole,) = kept.batches
+    anew = Batches(5, lambda i: Batch((whole.inputs[0][i : i + 1],), whole.target[i : i + 1]))
+    problem = replace(kept, batches=anew)
+    recorded: list[Problem] = []
+    real = probes.record
+    monkeypatch.setattr(probes, "record", lambda *given: recorded.append(given[0]) or real(*given))
+    blocks = blocks_of(problem, "block_diagonal")
+    compute_blocks(routes_of(problem)["preactivation"], blocks)
+    assert len(blocks) > 5
+    assert len(recorded) <= len(anew) + len(blocks)
+
+
+@pytest.mark.parametrize("name", ["mlp-tanh", "residual", "transformer-gelu"])
+def test_what_depends_on_a_value(name) -> None:
+    tape = analysis_of(problem_of_case(BY_NAME[name])).tape
+    for value in range(max(n for call in tape.calls for n in call.outputs if n is not None) + 1):
+        found = {value}
+        for call in tape.calls:
+            if not found.isdisjoint(call.reads):
+                found.update(n for n in call.outputs if n is not None)
+        assert tape.dependent([value]) == found
 
 
 def _everything(problem: Problem):

@@ -187,7 +187,7 @@ def test_files_that_are_missing(cli, pair):
     assert cli("diff", "a", "b", "--rtol", "-1").code == 2
 
 
-@pytest.mark.parametrize("key", ["loss", "parameters", "gradient_norm", "blocks"])
+@pytest.mark.parametrize("key", ["loss", "parameters", "gradient_norm", "blocks", "curvature"])
 @pytest.mark.parametrize("words", [("diff", "a", "a"), ("show", "a"), ("eigen", "a")])
 def test_a_document_that_lacks_something(cli, tmp_path, words, key):
     lacking = document({"p": symmetric(3)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 from cases import BY_NAME, save
 from conftest import read
 from hessian_files import symmetric, write
 from safetensors import safe_open
 from safetensors.numpy import save_file
+
+from hesscli.files.checksums import Checksum
 
 STRUCTURES = ["diag", "module", "full", "elements"]
 
@@ -192,6 +196,25 @@ def test_what_was_altered_is_noticed(cli, computed, tmp_path, options):
     (tmp_path / "hessian.safetensors").write_bytes(written)
     assert "is not what was written" in cli("show", *options).fails(3)
     assert "is not what was written" in cli("show", "--verify", "-q").fails(3)
+
+
+@pytest.mark.parametrize("options", [("show",), ("show", "--verify"), ("eigen",)])
+def test_a_file_without_checksums_is_not_believed(cli, computed, tmp_path, options):
+    computed("diag")
+    document, tensors = read(tmp_path / "hessian.safetensors")
+    del document["checksum"], document["checksums"]
+    lacking = {"format": "pt", "hesscli": json.dumps(document)}
+    safetensors.torch.save_file(tensors, tmp_path / "hessian.safetensors", lacking)
+    assert "its metadata lacks checksums, checksum" in cli(*options).fails(3)
+
+
+def test_each_tensor_is_compared_once(cli, computed, monkeypatch):
+    computed("diag")
+    compared: list[tuple[int, ...]] = []
+    whole = Checksum.of
+    monkeypatch.setattr(Checksum, "of", lambda a: compared.append(a.shape) or whole(a))
+    ran = cli("show", "--wide", "--heatmap", "--json")
+    assert len(compared) == len(ran.document["blocks"])
 
 
 def test_a_large_file_is_compared_when_asked(cli, computed, tmp_path, monkeypatch):

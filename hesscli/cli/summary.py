@@ -94,7 +94,7 @@ def source(document: Document) -> str:
 
 def matrix(document: Document, text: str) -> dict[str, str]:
     """The line that says which matrix it is, and the text of it."""
-    curvature = document.get("curvature", "hessian")
+    curvature = document["curvature"]
     if curvature == "hessian":
         return {"hessian": text}
     return {"matrix": f"{curvature.replace('_', ' ')}, {text}"}

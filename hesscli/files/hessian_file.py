@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ SCHEMA = "hesscli.hessian/1"
 _DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 # Of a document, for the commands that read it.
 _REQUIRED = tuple(
-    "structure blocks total parameters loss gradient_norm model data dtype device".split()
+    "structure curvature blocks total parameters loss gradient_norm model data dtype device checksums checksum".split()
 )
 
 
@@ -33,6 +33,7 @@ class HessianFile:
     document: dict[str, Any]
     headers: tuple[Header, ...]  # of the files that hold the tensors
     shown: str  # what errors call it
+    compared: set[str] = field(default_factory=set)  # tensors whose checksum was right
 
     @cached_property
     def entries(self) -> dict[str, dict[str, Any]]:
@@ -56,9 +57,9 @@ class HessianFile:
             FileError: it is not what was written.
         """
         array = self.tensor(name)
-        wanted = self.document.get("checksums", {}).get(name)
-        if wanted is None:  # written before there were checksums
+        if name in self.compared:
             return array
+        wanted = self.document["checksums"].get(name)
         checksum = Checksum.of(array)
         if str(checksum) != wanted:
             raise FileError(
@@ -66,6 +67,7 @@ class HessianFile:
                 f"the file says {wanted}",
                 AGAIN,
             )
+        self.compared.add(name)
         return array
 
 
@@ -123,7 +125,7 @@ def _document(path: Path, shown: str, metadata: dict[str, str]) -> dict[str, Any
         raise FileError(f"{shown}: written in the format {schema}; this hesscli reads {SCHEMA}")
     if missing := [key for key in _REQUIRED if key not in document]:
         raise FileError(f"{shown}: its metadata lacks {', '.join(missing)}", AGAIN)
-    if "checksum" in document and document["checksum"] != document_checksum(
+    if document["checksum"] != document_checksum(
         {key: value for key, value in document.items() if key != "checksum"}
     ):
         raise FileError(f"{shown}: its metadata is not what was written", AGAIN)

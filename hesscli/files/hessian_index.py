@@ -31,13 +31,13 @@ class Index:
         found = tuple(map(self._header, dict.fromkeys(self.places.values())))
         for header in found:
             part = document_of(header.metadata) or {}
-            if part.get("schema") != SHARD_SCHEMA or part.get("of") != document.get("checksum"):
+            if part.get("schema") != SHARD_SCHEMA or part.get("of") != document["checksum"]:
                 raise FileError(
                     f"{header.path}: does not belong to the Hessian that {self.path.name} lists",
                     _AGAIN,
                 )
         held = {name: header.path.name for header in found for name in header.entries}
-        if held != self.places or set(held) != set(document.get("checksums", ())):
+        if held != self.places or set(held) != set(document["checksums"]):
             raise FileError(f"{self.path}: lists other tensors than are in its files", _AGAIN)
         return found
 

@@ -64,16 +64,24 @@ class Costs:
 
     def __init__(self, tape: Tape, itemsize: int, chunk: int, rates: Rates) -> None:
         self.tape, self.itemsize, self.chunk, self.rates = tape, itemsize, chunk, rates
+        self._each = [self._work(call) for call in tape.calls]
+        self._after: dict[tuple[int, ...], Work] = {}
         self.samples = tape.shapes[tape.output][0] if tape.shapes[tape.output] else 1
         self.classes = max(1, tape.shapes[tape.output].numel() // max(1, self.samples))
         self.loss = Work(bytes=_LOSS * tape.shapes[tape.output].numel() * itemsize, calls=_LOSS)
-        self.forward = self._of(tape.calls) + self.loss
+        self.forward = _sum(self._each) + self.loss
 
     def after(self, *values: int) -> Work:
         """One forward pass over everything that depends on some values, and the loss."""
+        if values not in self._after:
+            self._after[values] = self._way(values, self.tape.calls) + self.loss
+        return self._after[values]
+
+    def _way(self, values: Sequence[int], calls: Sequence[Call]) -> Work:
+        """Of those of the first so many calls that depend on some values."""
         reached = self.tape.dependent(values)
-        calls = (call for call in self.tape.calls if not reached.isdisjoint(call.reads))
-        return self._of(calls) + self.loss
+        pairs = zip(calls, self._each, strict=False)
+        return _sum(work for call, work in pairs if not reached.isdisjoint(call.reads))
 
     def hvp(self, parameters: Sequence[str], rows: int) -> Work:
         """That many Hessian-vector products, through what depends on these parameters."""
@@ -84,7 +92,7 @@ class Costs:
 
     def seconds_before(self, rates: Rates) -> list[float]:
         """Seconds of a forward pass's first so many calls: none, one, two, ..."""
-        works = (self._of([call]).seconds(rates) for call in self.tape.calls)
+        works = (work.seconds(rates) for work in self._each)
         return list(itertools.accumulate(works, initial=0.0))
 
     def directions(self, z: int, count: int, cut: int | None = None) -> Work:
@@ -92,8 +100,7 @@ class Costs:
         chunks, way = math.ceil(count / self.chunk), self.after(z)
         product = Work()
         if cut is not None:
-            reached = self.tape.dependent([z])
-            way = self._of(c for c in self.tape.until(cut) if not reached.isdisjoint(c.reads))
+            way = self._way([z], self.tape.until(cut))
             size = self.tape.shapes[cut].numel() // max(1, self.samples)
             product = self._product(self.samples * size**2).times(count, chunks)
         passes = PASSES if cut is None else CUT_PASSES
@@ -159,13 +166,10 @@ class Costs:
     def _moved(self, numbers: float) -> Work:
         return Work(bytes=numbers * self.itemsize, calls=2)
 
-    def _of(self, calls: Iterable[Call]) -> Work:
-        total = Work()
-        for call in calls:
-            size = sum(self.tape.shapes[n].numel() for n in call.outputs if n is not None)
-            moved = 0 if call.name in LINEAR_OPERATORS else 2 * size * self.itemsize
-            total += Work(self._flops(call, size), moved, 1)
-        return total
+    def _work(self, call: Call) -> Work:
+        size = sum(self.tape.shapes[n].numel() for n in call.outputs if n is not None)
+        moved = 0 if call.name in LINEAR_OPERATORS else 2 * size * self.itemsize
+        return Work(self._flops(call, size), moved, 1)
 
     def _flops(self, call: Call, size: int) -> float:
         shapes = [self.tape.shapes[a.value] for a in call.arguments if isinstance(a, Ref)]
@@ -176,3 +180,10 @@ class Costs:
         if call.name == "convolution":
             return 2.0 * size * math.prod(shapes[1][1:])
         return 0.0
+
+
+def _sum(works: Iterable[Work]) -> Work:
+    flops = moved = calls = 0.0
+    for work in works:
+        flops, moved, calls = flops + work.flops, moved + work.bytes, calls + work.calls
+    return Work(flops, moved, calls)

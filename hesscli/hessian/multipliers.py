@@ -13,33 +13,34 @@ from torch import Tensor
 
 from hesscli.hessian.affine import multiplier
 from hesscli.hessian.applicability import NotApplicable
-from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.layout import Layout, starts_of
-from hesscli.hessian.probes import Analyses
-from hesscli.hessian.problem import Problem
+from hesscli.hessian.probes import Analysis
 from hesscli.hessian.routes.base import Rows
 
 
 class Multipliers:
-    """What multiplies the parameters of a problem, the same in all batches.
+    """What multiplies the parameters of a problem: seen in each batch, and the same in all."""
 
-    Args:
-        problem: the problem.
-        analyses: of its batches.
-    """
+    def __init__(self) -> None:
+        self.seen: dict[str, Tensor | None] = {}
 
-    def __init__(self, problem: Problem, analyses: Analyses) -> None:
-        self.problem, self.analyses = problem, analyses
-
-    def multiply(
-        self, part: Rows, layout: Layout, parameters: Iterable[str], first: int = 0
-    ) -> None:
-        """H -> C H C, from row `first` on, which is where the rows of these parameters begin in the layout.
+    def see(self, analysis: Analysis, parameters: Iterable[str]) -> None:
+        """Notes what multiplies them in a batch.
 
         Raises:
             NotApplicable: c differs between batches.
         """
+        for name in parameters:
+            use = analysis.uses.get(name)
+            c = None if use is None else multiplier(analysis.tape, use)
+            if not _same(self.seen.setdefault(name, c), c):
+                raise NotApplicable("the batches take different paths through the model")
+
+    def multiply(
+        self, part: Rows, layout: Layout, parameters: Iterable[str], first: int = 0
+    ) -> None:
+        """H -> C H C, from row `first` on, which is where the rows of these parameters begin in the layout."""
         c = self._of(part.block, parameters)
         skipped = max(0, first - part.start)
         if c is not None and skipped < len(part.out):
@@ -59,18 +60,11 @@ class Multipliers:
         found: Tensor | None = None
         places = dict(zip(block.parameters, starts_of(block.sizes), strict=True))
         for name in parameters:
-            mine, *others = (self._in(batch, name) for batch in self.problem.batches)
-            if any(not _same(mine, other) for other in others):
-                raise NotApplicable("the batches take different paths through the model")
+            mine = self.seen[name]
             if mine is not None:
                 found = mine.new_ones(block.size) if found is None else found
                 found[places[name] : places[name] + len(mine)] = mine
         return found
-
-    def _in(self, batch: Batch, name: str) -> Tensor | None:
-        analysis = self.analyses.of(batch)
-        use = analysis.uses.get(name)
-        return None if use is None else multiplier(analysis.tape, use)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -161,12 +161,14 @@ class Products(Flat):
     def _that_fit(self, memory: int) -> int:
         """How many of the batches, from the first on, keep their graphs."""
         count = 0
+        if len(self.problem.batches) == 1:
+            return 1  # one is needed at a time anyway
         for batch in self.problem.batches:
             memory -= _GRAPHS * saved_bytes(self.problem, batch, self.problem.value)
             if memory < 0:
                 break
             count += 1
-        return max(count, len(self.problem.batches) == 1)  # one is needed at a time anyway
+        return count
 
     def _linear(self, index: int) -> Callable[[Tensor], Row]:
         if index in self.kept:

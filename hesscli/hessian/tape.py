@@ -80,11 +80,23 @@ class Tape:
 
     def dependent(self, values: Sequence[int]) -> set[int]:
         """The values that depend on any of these, themselves included."""
-        found = set(values)
-        for call in self.calls:
-            if not found.isdisjoint(call.reads):
-                found.update(output for output in call.outputs if output is not None)
-        return found
+        reached = 0
+        for value in values:
+            reached |= self._reach.get(value, 1 << value)
+        return {n for n, bit in enumerate(bin(reached)[:1:-1]) if bit == "1"}
+
+    @cached_property
+    def _reach(self) -> dict[int, int]:
+        """What depends on each value that is read, itself included, as bits: from the last call to the first."""
+        reach: dict[int, int] = {}
+        for call in reversed(self.calls):
+            made = 0
+            for n in call.outputs:
+                if n is not None:
+                    made |= reach.get(n, 1 << n)
+            for n in call.reads:
+                reach[n] = reach.get(n, 1 << n) | made
+        return reach
 
     def until(self, value: int) -> tuple[Call, ...]:
         """The calls up to the one that makes a value."""

@@ -47,7 +47,7 @@ def eigen(
         "schema": SCHEMA,
         "hessian": source,
         "structure": document["structure"],
-        "curvature": document.get("curvature", "hessian"),
+        "curvature": document["curvature"],
         "which": which,
         "eigenvalues": pairs.values.tolist(),
         "residuals": pairs.residuals.tolist(),
@@ -86,7 +86,7 @@ def file_spectrum(source: str) -> tuple[Document, np.ndarray]:
     facts = {
         "hessian": source,
         "structure": document["structure"],
-        "curvature": document.get("curvature", "hessian"),
+        "curvature": document["curvature"],
         "size": sum(map(len, values)),
     }
     return facts, np.concatenate(values) if values else np.zeros(0)

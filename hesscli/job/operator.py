@@ -45,6 +45,7 @@ class Operator:
     method: str
     gradient: Tensor  # [P]
     share: Alone  # of the data
+    reference: Problem | None = None  # in float64 if the model runs in it, for the check
     check: Document | None = None  # as in the JSON document
 
     @property
@@ -85,6 +86,7 @@ class Operator:
             opened,
             self.products.split(self.gradient)[name].reshape(-1),
             self.share,
+            self.reference and self.reference.restricted([name]),
         )
 
     def needs(self, vectors: int, what: str, smaller: str) -> None:
@@ -134,6 +136,7 @@ def _checked_operator(
     opened: Opened,
     gradient: Tensor,
     share: Alone,
+    double: Problem | None = None,
 ) -> Operator:
     problem = share.problem(opened)
     if options.method not in ("auto", HVP, FINITE_DIFFERENCE):
@@ -143,7 +146,7 @@ def _checked_operator(
         )
     if options.method == FINITE_DIFFERENCE and options.curvature != "hessian":
         raise UsageError(f"{FINITE_DIFFERENCE} gives the Hessian alone", f"--method {HVP}")
-    double = problem.double() if options.check else None
+    double = double or (problem.double() if options.check else None)
     reference = double or problem
     methods: dict[str, Callable[[], Flat]] = {
         HVP: lambda: share.products(problem, options.curvature, opened.sizes.chunk),
@@ -163,7 +166,9 @@ def _checked_operator(
             else None
         )
         try:
-            made = Operator(options, listener, opened, problem, make(), method, gradient, share)
+            made = Operator(
+                options, listener, opened, problem, make(), method, gradient, share, double
+            )
             reason = _refused(made, certificate)
         except NotApplicable as error:
             reason = str(error)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import glob
 import shlex
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 
 from hesscli.errors import UsageError, listed
+from hesscli.files.ties import shared
 from hesscli.hessian.blocks import select
 
 
@@ -24,21 +24,13 @@ def chosen_parameters(
     Raises:
         UsageError: nothing is left.
     """
-    first: dict[tuple[Any, ...], str] = {}
-    unique: dict[str, Tensor] = {}
-    tied: dict[str, list[str]] = {}
-    for name, p in module.named_parameters(remove_duplicate=False):
-        if not p.is_floating_point():
-            continue
-        key = (p.data_ptr(), p.shape, p.stride()) if p.numel() else (name,)
-        if key in first:
-            tied.setdefault(first[key], []).append(name)
-        else:
-            first[key] = name
-            unique[name] = p
-    known = [*unique, *(other for others in tied.values() for other in others)]
+    every = module.named_parameters(remove_duplicate=False)
+    floating: dict[str, Tensor] = {name: p for name, p in every if p.is_floating_point()}
+    tied = {first: others for first, *others in shared(floating.items())}
     # A tied parameter is selected by any of its names.
     canonical = {other: name for name, others in tied.items() for other in others}
+    unique = {name: p for name, p in floating.items() if name not in canonical}
+    known = [*unique, *canonical]
     chosen = {canonical.get(name, name) for name in select(known, patterns)}
     named = [p for p in patterns if not p.startswith("!")]
     asked = {canonical.get(n, n) for n in select(known, named)} if named else set()

@@ -57,9 +57,15 @@ class Route:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
+        self._layouts: dict[Block, Layout] = {}
 
     def layout(self, block: Block) -> Layout:
-        """The order of a block's rows, and where they may be cut."""
+        """The order of a block's rows, and where they may be cut; found out once."""
+        if block not in self._layouts:
+            self._layouts[block] = self._layout(block)
+        return self._layouts[block]
+
+    def _layout(self, block: Block) -> Layout:
         return Layout.plain(block.size)
 
     def sum(self, rows: Sequence[Rows]) -> None:

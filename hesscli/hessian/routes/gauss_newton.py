@@ -106,7 +106,7 @@ class GaussNewton(Route):
     def __init__(self, problem: Problem, analyses: Analyses) -> None:
         super().__init__(problem)
         self.analyses = analyses
-        self.multipliers = Multipliers(problem, analyses)
+        self.multipliers = Multipliers()
 
     def uses(self, analysis: Analysis, block: Block) -> list[Use]:
         """The uses of a block's parameters."""
@@ -128,7 +128,7 @@ class GaussNewton(Route):
         super().sum_diagonal(blocks, sums)
         self.multipliers.multiply_diagonals(blocks, sums)
 
-    def layout(self, block: Block) -> Layout:
+    def _layout(self, block: Block) -> Layout:
         layer = plain_layer(self.uses(self.analyses.of(self.problem.batches[0]), block))
         if layer is None:
             return Layout.plain(block.size)
@@ -154,6 +154,7 @@ class GaussNewton(Route):
     def factors(self, batch: Batch, blocks: Sequence[Block]) -> dict[str, Factors | None]:
         """Each block's factors; None where the output does not depend on it."""
         analysis = self.analyses.of(batch)
+        self.multipliers.see(analysis, [name for block in blocks for name in block.parameters])
         uses = {block.name: self.uses(analysis, block) for block in blocks}
         bends = {name: self.bend(analysis, mine[0]) for name, mine in uses.items()}
         zs = list(dict.fromkeys(use.z for mine in uses.values() for use in mine))

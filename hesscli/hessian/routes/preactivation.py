@@ -44,7 +44,8 @@ class Preactivation(Route):
     def __init__(self, problem: Problem, analyses: Analyses, cuts: Cuts) -> None:
         super().__init__(problem)
         self.analyses = analyses
-        self.multipliers = Multipliers(problem, analyses)
+        self.multipliers = Multipliers()
+        self._splits: dict[Block, tuple[list[Layer], list[str]]] = {}
         self.cuts = cuts
         self.sizes = chunk_sizes(problem.device)
         self.workspace = self.sizes.directions
@@ -53,19 +54,24 @@ class Preactivation(Route):
         self.workspace //= 2
         return self.workspace >= 1 << 16
 
-    def layout(self, block: Block) -> Layout:
-        layers, others = split(self.analyses.of(self.problem.batches[0]), block)
-        return _layout(block, layers, others)
+    def _split(self, block: Block) -> tuple[list[Layer], list[str]]:
+        """That of the first batch, found out once."""
+        if block not in self._splits:
+            self._splits[block] = split(self.analyses.of(self.problem.batches[0]), block)
+        return self._splits[block]
+
+    def _layout(self, block: Block) -> Layout:
+        return _layout(block, *self._split(block))
 
     def sum(self, rows: Sequence[Rows]) -> None:
         super().sum(rows)
         for part in rows:
             block = part.block
-            layers, others = split(self.analyses.of(self.problem.batches[0]), block)
+            layers, _ = self._split(block)
             mine = [use.parameter for layer in layers for use in layer.uses] or block.parameters
             # The rows of the others, which come first, are products with the parameters themselves.
             first = block.size - sum(layer.size for layer in layers) if layers else 0
-            self.multipliers.multiply(part, _layout(block, layers, others), mine, first)
+            self.multipliers.multiply(part, self.layout(block), mine, first)
 
     def sum_diagonal(self, blocks: Sequence[Block], sums: Mapping[str, Tensor]) -> None:
         super().sum_diagonal(blocks, sums)
@@ -73,6 +79,7 @@ class Preactivation(Route):
 
     def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
         analysis = self.analyses.of(batch)
+        self.multipliers.see(analysis, [n for part in rows for n in part.block.parameters])
         done: set[str] = set()
         for part in sorted(rows, key=lambda part: -part.block.size):  # weights before their biases
             block = part.block
@@ -100,6 +107,7 @@ class Preactivation(Route):
         self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]
     ) -> None:
         analysis = self.analyses.of(batch)
+        self.multipliers.see(analysis, [name for block in blocks for name in block.parameters])
         blocks = self._add_chain(batch, analysis, blocks, sums)
         done: set[str] = set()
         for block in sorted(blocks, key=lambda block: -block.size):
