@@ -24,6 +24,7 @@ import hesscli
 from hesscli.cli.density import lengths
 from hesscli.errors import UsageError
 from hesscli.hessian.check import Certificate
+from hesscli.hessian.problem import Problem
 from hesscli.job import batches, model_eigen
 
 SAMPLES = REPOSITORY / "sample_models"
@@ -734,6 +735,14 @@ def test_interrupted(tmp_path, command):
         assert document["total"]["standard_error"] > 0
     else:
         assert sum(document["weights"]) == pytest.approx(1)
+
+
+def test_all_blocks_are_checked_with_one_copy_in_float64(cli, monkeypatch):
+    real, calls = Problem.double, []
+    monkeypatch.setattr(Problem, "double", lambda self: calls.append(1) or real(self))
+    ran = cli("eigen", *MLP, "--per-block", "--json")
+    assert ran.document["check"]["relative_error"] < 1e-3
+    assert len(calls) == 1
 
 
 def test_interrupted_while_a_block_is_checked(cli, monkeypatch):
