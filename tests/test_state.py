@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -92,6 +97,58 @@ class Stored(Plain):
         return self.kept[0].setdefault("square", super().square())
 
 
+def holder(name: str, make: Callable[[], Any], keep: Callable[[Any], dict[str, Tensor]]) -> type:
+    """A model that keeps its square in a dict that an attribute of another kind holds."""
+
+    class Holder(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = make()
+
+        def square(self) -> Tensor:
+            return keep(self.held).setdefault("square", super().square())
+
+    Holder.__name__ = name
+    return Holder
+
+
+@dataclass
+class Notes:
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Pair(NamedTuple):
+    kept: dict[str, Tensor]
+
+
+HOLDERS = [
+    holder("defaultdict", lambda: defaultdict(dict), lambda held: held),
+    holder("dataclass", Notes, lambda held: held.kept),
+    holder("attribute", SimpleNamespace, lambda held: vars(held)),
+    holder("tuple", lambda: ({},), lambda held: held[0]),
+    holder("namedtuple", lambda: Pair({}), lambda held: held.kept),
+    holder("deque", lambda: deque([{}]), lambda held: held[0]),
+]
+
+
+class Queued(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: deque[Tensor] = deque(maxlen=1)
+
+    def square(self) -> Tensor:
+        if not self.kept:
+            self.kept.append(super().square())
+        return self.kept[0]
+
+
+class OfTheClass(Plain):
+    kept: ClassVar[dict[str, Tensor]] = {}
+
+    def square(self) -> Tensor:
+        return self.kept.setdefault("square", super().square())
+
+
 class Hooked(Plain):
     """Registers a hook on its first call, as transformers does to collect hidden states."""
 
@@ -108,7 +165,11 @@ class Hooked(Plain):
 
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 @pytest.mark.parametrize(
-    "kind", [Attribute, Made, Property, Buffer, MadeBuffer, Steps, Stored, Hooked]
+    "kind",
+    [
+        *(Attribute, Made, Property, Buffer, MadeBuffer, Steps, Stored, Queued, OfTheClass, Hooked),
+        *HOLDERS,
+    ],
 )
 def test_every_pass_is_the_first(kind: type[Plain], curvature: str) -> None:
     options = {"blocks": "full", "framework": "torch", "curvature": curvature}
