@@ -70,6 +70,7 @@ def compute() -> dict[str, Any]:
             "value": 0.10914,
         },
         "structure": "block_diagonal",
+        "curvature": "hessian",
         "dtype": "float32",
         "device": "cpu",
         "gradient_norm": 0.176,
@@ -131,6 +132,7 @@ def diff() -> dict[str, Any]:
         return {
             "path": path,
             "structure": "block_diagonal",
+            "curvature": "hessian",
             "dtype": dtype,
             "loss": loss,
             "gradient_norm": 0.176,
@@ -165,6 +167,7 @@ def eigen() -> dict[str, Any]:
     return {
         "hessian": "-",
         "structure": "block_diagonal",
+        "curvature": "hessian",
         "which": "magnitude",
         "eigenvalues": [-12.5, 0.0931234567, 1e-9],
         "residuals": [3.1e-16, 0.0, 1e-10],
