@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import hessian, hessian_by_differences, relative_error
+from problems import Net
 from torch import Tensor, nn
 from torch._higher_order_ops.map import map as map_rows
 from torch._higher_order_ops.scan import scan
@@ -17,6 +18,7 @@ from torch.nn.utils.prune import l1_unstructured
 from torch.utils.checkpoint import checkpoint
 
 import hesscli
+from hesscli.errors import MismatchError
 from hesscli.hessian.precision import in_precision_
 
 X = torch.randn(9, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -970,3 +972,42 @@ def test_models_that_make_tensors_without_a_dtype(net, dtype):
     finally:
         torch.set_default_dtype(torch.float32)
     assert relative_error(found.matrix(), truth) < 1e-5
+
+
+class Spectrum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.rfft(self.a(x))
+
+
+def power(z: Tensor, y: Tensor) -> Tensor:
+    return (z.abs().square() - y).square().mean()
+
+
+@pytest.mark.parametrize("blocks", ["diag", "module", "full"])
+def test_a_complex_output_with_a_loss_that_is_real(blocks):
+    torch.manual_seed(0)
+    model, x, y = Spectrum().double(), *torch.randn(2, 5, 3, dtype=torch.float64)
+    found = hesscli.compute(model, (x, y), loss=power, blocks=blocks, framework="torch")
+    truth = hessian(model, power, (x,), y)
+    if blocks == "diag":
+        assert relative_error(found.block("a.weight"), truth[:12, :12]) < 1e-10
+    else:
+        assert relative_error(found.matrix(), truth) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda z: z > 0, "of bools"),
+        (lambda z: z.to_sparse(), "torch.sparse_coo"),
+        (lambda z: torch.complex(z, z), "mse of a torch.complex128 output is complex"),
+    ],
+)
+def test_outputs_that_are_no_real_numbers_are_refused(function, found):
+    model = Net(lambda s, x: function(s.a(x)), a=nn.Linear(3, 2)).double()
+    with pytest.raises(MismatchError, match=found):
+        hesscli.compute(model, (torch.ones(5, 3).double(), torch.ones(5, 2).double()), loss="mse")

@@ -32,6 +32,7 @@ def measure(
     with torch.no_grad():
         for index, batch in enumerate(problem.batches):
             output = problem.output(batch)
+            _demand_numbers(output)
             if index == 0 and not _equal(output, problem.output(batch)):
                 raise MismatchError(
                     "two passes of the same data through the model differ: it draws random numbers "
@@ -40,6 +41,11 @@ def measure(
                 )
             again = output.clone()  # a loss may write to it
             batch_total, share = problem.loss.total(output, batch.target, batch.loss_arguments)
+            if batch_total.is_complex():
+                raise MismatchError(
+                    f"the loss {problem.loss.name} of a {output.dtype} output is complex; expected a loss of "
+                    "your own that is real"
+                )
             if index == 0 and problem.loss.function is not None:
                 again, _ = problem.loss.total(again, batch.target, batch.loss_arguments)
                 if not _equal(batch_total, again):
@@ -55,6 +61,20 @@ def measure(
     if denominator == 0:
         raise MismatchError("every target is ignored or has weight 0: the mean divides by 0")
     return replace(problem, denominator=denominator), total / denominator
+
+
+def _demand_numbers(output: Tensor) -> None:
+    """Raises MismatchError where the output is nothing to compare, or to differentiate."""
+    kinds = {
+        "nested": output.is_nested,
+        "quantized": output.is_quantized,
+        "on the meta device": output.is_meta,
+        f"of layout {output.layout}": output.layout is not torch.strided,
+        "of bools": output.dtype is torch.bool,
+    }
+    for kind, found in kinds.items():
+        if found:
+            raise MismatchError(f"the model's output is {kind}; expected a dense tensor of numbers")
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

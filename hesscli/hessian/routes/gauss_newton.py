@@ -154,6 +154,8 @@ class GaussNewton(Route):
     def factors(self, batch: Batch, blocks: Sequence[Block]) -> dict[str, Factors | None]:
         """Each block's factors; None where the output does not depend on it."""
         analysis = self.analyses.of(batch)
+        if analysis.tape.output in analysis.tape.complex:
+            raise NotApplicable("the output is complex")
         self.multipliers.see(analysis, [name for block in blocks for name in block.parameters])
         uses = {block.name: self.uses(analysis, block) for block in blocks}
         bends = {name: self.bend(analysis, mine[0]) for name, mine in uses.items()}
