@@ -18,7 +18,7 @@ from torch.nn.utils.prune import l1_unstructured
 from torch.utils.checkpoint import checkpoint
 
 import hesscli
-from hesscli.errors import MismatchError
+from hesscli.errors import HesscliError, MismatchError
 from hesscli.hessian.precision import in_precision_
 
 X = torch.randn(9, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -997,6 +997,12 @@ def test_a_complex_output_with_a_loss_that_is_real(blocks):
         assert relative_error(found.block("a.weight"), truth[:12, :12]) < 1e-10
     else:
         assert relative_error(found.matrix(), truth) < 1e-10
+
+
+def test_per_sample_jacobians_are_of_real_outputs():
+    x, y = torch.ones(2, 5, 3, dtype=torch.float64)
+    with pytest.raises(HesscliError, match="the output is complex"):
+        hesscli.compute(Spectrum().double(), (x, y), loss=power, method="gauss-newton")
 
 
 @pytest.mark.parametrize(
