@@ -78,7 +78,7 @@ class Costs:
         return self._after[values]
 
     def _way(self, values: Sequence[int], calls: Sequence[Call]) -> Work:
-        """Of those of the first so many calls that depend on some values."""
+        """That of the first so many calls, as far as they depend on some values."""
         reached = self.tape.dependent(values)
         pairs = zip(calls, self._each, strict=False)
         return _sum(work for call, work in pairs if not reached.isdisjoint(call.reads))

@@ -71,16 +71,16 @@ def _containers(part: nn.Module) -> Iterator[tuple[Container, Container]]:
 def _held(each: object) -> Container | tuple[object, ...] | None:
     """What holds others: a container, or the attributes of an object of the model's own (a dataclass, a namespace)."""
     kind = type(each)
-    if kind in _CONTAINERS or isinstance(each, tuple):
+    if kind in _CONTAINERS or issubclass(kind, tuple):
         return cast("Container | tuple[object, ...]", each)
-    if kind in _PLAIN or isinstance(each, _OTHERS) or _of_a_library(kind):
+    if kind in _PLAIN or issubclass(kind, _OTHERS) or _of_a_library(kind):
         return None
     attributes = getattr(each, "__dict__", None)
     return attributes if type(attributes) is dict else None
 
 
 def _of_a_library(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in ("torch", "hesscli")
+    return kind.__module__.partition(".")[0] in ("torch", "hesscli", "weakref")
 
 
 def _refill(now: Container, before: Container) -> None:

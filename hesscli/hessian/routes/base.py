@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -57,7 +58,10 @@ class Route:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self._layouts: dict[Block, Layout] = {}
+
+    @cached_property
+    def _layouts(self) -> dict[Block, Layout]:
+        return {}
 
     def layout(self, block: Block) -> Layout:
         """The order of a block's rows, and where they may be cut; found out once."""

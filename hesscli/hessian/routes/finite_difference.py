@@ -28,7 +28,7 @@ class FiniteDifference(Route):
         Args:
             reference: makes what is differentiated, in float64 if the model allows.
         """
-        self._reference, self._layouts = reference, {}
+        self._reference = reference
 
     @cached_property
     def problem(self) -> Problem:  # type: ignore[override]
