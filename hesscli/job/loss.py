@@ -40,9 +40,18 @@ def loss_of(
         )
     if isinstance(function, nn.Module):  # a copy: the user's stays as it is
         function = in_precision_(copied(function), dtype).to(device)
-    loss = Loss(name, options.reduction, dict(options.loss_arguments), function)
+    loss = Loss(
+        name,
+        options.reduction,
+        dict(options.loss_arguments),
+        function,
+        wide=dtype is torch.float64,
+    )
     check_arguments(name, loss.arguments)
-    return replace(loss, arguments=_arguments(options, data, loss, device, dtype))
+    loss = replace(loss, arguments=_arguments(options, data, loss, device, dtype))
+    if data.targets and name in LOSSES:  # one of the user's own may leave out what is missing
+        check_finite(options.data, *data.targets)
+    return loss
 
 
 def _named(

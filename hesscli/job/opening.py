@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,6 @@ from hesscli.errors import (
 from hesscli.files.data import Data, check_finite, load_data
 from hesscli.files.models import SavedModel, load_model
 from hesscli.hessian.batch_size import Sizes
-from hesscli.hessian.losses import LOSSES
 from hesscli.hessian.measure import measure
 from hesscli.hessian.precision import in_precision_
 from hesscli.hessian.problem import Problem
@@ -30,7 +29,7 @@ from hesscli.job.loss import loss_of, printable
 from hesscli.job.notes import Notes
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.parameters import chosen_parameters
-from hesscli.job.passing import as_columns, ordered, scales, target_of
+from hesscli.job.passing import as_columns, passed, scales
 from hesscli.job.settings import settle
 from hesscli.job.source import Source
 from hesscli.job.team import rank_here, ranks
@@ -96,16 +95,7 @@ def _opened(
     settle(options)
     if options.tf32 and device.type != "cuda":
         note(f"--tf32 has no effect: the device is {device.type}")
-    model = model or load_model(
-        options.model,
-        arch=options.arch,
-        arch_arguments=options.arch_arguments,
-        allow_pickle=options.allow_pickle,
-        train_mode=options.train_mode,
-        device=device,
-    )
-    note(*model.notes)
-    dtype = _cast(model, options.dtype)
+    model, dtype = _model(options, device, model, note)
     data = load_data(
         options.data,
         inputs=options.inputs,
@@ -115,39 +105,16 @@ def _opened(
         arguments=model.signature.names,
     )
     note(*data.notes)
-    wide = dtype is torch.float64
-    loss = replace(loss_of(options, data, device, dtype, note), wide=wide)
-    if data.targets and loss.name in LOSSES:  # one of the user's own may leave out what is missing
-        check_finite(options.data, *data.targets)
-    if options.loss == "auto" and data.targets and data.targets[0] in model.signature.names:
-        note(
-            f"the model takes {data.targets[0]} too; --loss output is the loss that it returns then"
-        )
-    names = list(data.inputs)
-    known = data.inputs | dict([data.targets] if data.targets else [])
-    if loss.name == "output" and not options.inputs and data.targets:
-        name = target_of(model.signature, names, data.targets[0])
-        if name is not None:
-            names.append(name)
-            known[name] = data.targets[1]
-            listed = ", ".join(names)
-            note(f"the model returns the loss and takes the targets too: inputs are {listed}")
-    if loss.name == "output" and options.targets and data.targets and data.targets[0] not in names:
-        note("--targets has no effect: the model returns its loss and takes no targets")
-    names, keywords = ordered(options, model, names, known, note)
+    loss = loss_of(options, data, device, dtype, note)
+    inputs, keywords = passed(options, model, data, loss, note)
     parameters, tied, frozen = chosen_parameters(model.module, options.params, note)
-    fewest, most = model.batch_sizes
-    # In train mode batch norm couples the samples of a batch.
-    if options.unbatched or (options.train_mode and (fewest, most) == (1, None)):
-        fewest = most = data.samples
-        if options.batch_size not in (None, data.samples):
-            note("--batch-size has no effect: all the data is one batch")
+    fewest, most = _batch_sizes(options, model, data, note)
     source = Source(
-        tuple(known[name] for name in names),
+        tuple(inputs.values()),
         data.targets[1] if data.targets and loss.needs_target else None,
         data.samples,
         loss,
-        scales(options.scale, {name: known[name] for name in names}, note),
+        scales(options.scale, inputs, note),
         keywords,
         device,
         dtype,
@@ -155,41 +122,77 @@ def _opened(
         most,
     )
     problem = Problem(
-        model.module,
-        parameters,
-        (),
-        loss,
-        output_key=options.output_key,
-        wide=wide,
+        model.module, parameters, (), loss, output_key=options.output_key, wide=loss.wide
     )
     if data.columns:
         source = as_columns(problem, source, note)
     problem, sizes = split(problem, source, options.batch_size, note, share.size, side_by_side)
+    _demand_own_parameters(model, problem)
+    if loss.wide:
+        problem, _ = problem.widened()
+        if problem.wide:
+            note("what the model itself computes in float32 is computed in float64")
+    problem, value = _measured(options, problem, share, data)
+    facts = _facts(options, model, data, inputs, problem, value)
+    return Opened(problem, sizes, tied, frozen, facts, note)
+
+
+def _model(
+    options: ProblemOptions, device: torch.device, model: SavedModel | None, note: Notes
+) -> tuple[SavedModel, torch.dtype]:
+    """The model, one in memory or as loaded, in the dtype that was asked for."""
+    model = model or load_model(
+        options.model,
+        arch=options.arch,
+        arch_arguments=options.arch_arguments,
+        allow_pickle=options.allow_pickle,
+        train_mode=options.train_mode,
+        device=device,
+    )
+    note(*model.notes)
+    return model, _cast(model, options.dtype)
+
+
+def _batch_sizes(
+    options: ProblemOptions, model: SavedModel, data: Data, note: Notes
+) -> tuple[int, int | None]:
+    """The fewest samples that the model takes at once, and the most."""
+    # In train mode batch norm couples the samples of a batch.
+    coupled = options.train_mode and model.batch_sizes == (1, None)
+    if not (options.unbatched or coupled):
+        return model.batch_sizes
+    if options.batch_size not in (None, data.samples):
+        note("--batch-size has no effect: all the data is one batch")
+    return data.samples, data.samples
+
+
+def _demand_own_parameters(model: SavedModel, problem: Problem) -> None:
+    """Refuses the copy of a module in memory that computes with parameters of the original."""
     if model.originals and problem.depends_on(model.originals):
         raise MismatchError(
             f"{type(model.module).__name__}: forward finds parameters by a global name or a weak reference, "
             "so that its copy would compute with those of the original",
             "let forward find them by self",
         )
-    if wide:
-        problem, _ = problem.widened()
-        if problem.wide:
-            note("what the model itself computes in float32 is computed in float64")
+
+
+def _measured(
+    options: ProblemOptions, problem: Problem, share: Alone, data: Data
+) -> tuple[Problem, float]:
+    """The problem with its denominator, and the value of the loss, which is finite."""
     measured, value = measure(share.own(problem), share.totals)
-    problem = replace(problem, denominator=measured.denominator)
     if not math.isfinite(value):
         if data.targets:
             check_finite(options.data, *data.targets)
         raise NumericalError(f"the loss is {value}; its derivatives would mean nothing")
-    facts = _facts(options, model, data, names, problem, value)
-    return Opened(problem, sizes, tied, frozen, facts, note)
+    return replace(problem, denominator=measured.denominator), value
 
 
 def _facts(
     options: ProblemOptions,
     model: SavedModel,
     data: Data,
-    names: Sequence[str],
+    inputs: Iterable[str],
     problem: Problem,
     value: float,
 ) -> Document:
@@ -199,7 +202,7 @@ def _facts(
         options: the problem's.
         model: as saved.
         data: as loaded.
-        names: of the inputs, in the model's order.
+        inputs: their names, in the model's order.
         problem: made of them.
         value: of the loss.
     """
@@ -211,7 +214,7 @@ def _facts(
             "path": str(options.data),
             "sha256": data.sha256,
             "samples": data.samples,
-            "inputs": list(names),
+            "inputs": list(inputs),
             "targets": targets,
             **({"range": list(data.range)} if options.samples else {}),
             **({"scale": dict(options.scale)} if options.scale else {}),

@@ -11,15 +11,48 @@ from torch import Tensor
 
 from hesscli.errors import MismatchError, UsageError
 from hesscli.files.call_signature import CallSignature
-from hesscli.files.data import TARGET_NAMES, describe
+from hesscli.files.data import TARGET_NAMES, Data, describe
 from hesscli.files.models import SavedModel
+from hesscli.hessian.loss import Loss
 from hesscli.hessian.losses import LOSSES, OF_CLASSES
 from hesscli.hessian.problem import Problem
 from hesscli.job.options import EVERY, ProblemOptions
 from hesscli.job.source import Source
 
 
-def ordered(
+def passed(
+    options: ProblemOptions,
+    model: SavedModel,
+    data: Data,
+    loss: Loss,
+    note: Callable[[str], None],
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """What the model is given, in its order, and the names of the last inputs, which are passed by name.
+
+    The targets are among the inputs of a model that returns its loss and takes them.
+
+    Raises:
+        MismatchError: one that an exported model takes by name is not among them.
+    """
+    names, known = list(data.inputs), dict(data.inputs)
+    if data.targets:
+        target, known[target] = data.targets
+        if options.loss == "auto" and target in model.signature.names:
+            note(f"the model takes {target} too; --loss output is the loss that it returns then")
+        if loss.name == "output" and not options.inputs:
+            name = _target_of(model.signature, names, target)
+            if name is not None:
+                names.append(name)
+                known[name] = data.targets[1]
+                listed = ", ".join(names)
+                note(f"the model returns the loss and takes the targets too: inputs are {listed}")
+        if loss.name == "output" and options.targets and target not in names:
+            note("--targets has no effect: the model returns its loss and takes no targets")
+    names, keywords = _ordered(options, model, names, known, note)
+    return {name: known[name] for name in names}, keywords
+
+
+def _ordered(
     options: ProblemOptions,
     model: SavedModel,
     names: list[str],
@@ -96,7 +129,7 @@ def scales(
     return found
 
 
-def target_of(signature: CallSignature, names: Sequence[str], target: str) -> str | None:
+def _target_of(signature: CallSignature, names: Sequence[str], target: str) -> str | None:
     """What a model that returns its own loss calls the targets, beside inputs of these names; None if it takes none."""
     if set(names) <= set(signature.names):
         left = [name for name in signature.names if name not in names]
