@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from enum import IntEnum
 
 
@@ -24,13 +23,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: torch has an error of its own for a GPU's, and none for the CPU's."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
-
-
-def listed(names: Iterable[str], most: int = 10) -> str:
-    """Names for a message: the first ones, and how many more there are."""
-    found = list(names)
-    more = len(found) - most
-    return ", ".join(found[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 class Terminated(SystemExit):

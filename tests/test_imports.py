@@ -12,10 +12,11 @@ from conftest import REPOSITORY
 # Each room, and the rooms that it may import from.
 ROOMS = {
     "errors": set(),
-    "hessian": {"errors"},
-    "files": {"errors"},
+    "texts": set(),
+    "hessian": {"errors", "texts"},
+    "files": {"errors", "texts"},
     "spectrum": {"errors"},
-    "job": {"errors", "hessian", "files", "spectrum", ""},
+    "job": {"errors", "texts", "hessian", "files", "spectrum", ""},
     "cli": {"errors", "job", "schemas", ""},
     "schemas": set(),
     "__main__": {"errors", "cli"},

@@ -18,6 +18,7 @@ from hesscli.files.safetensors_files import map_safetensors
 from hesscli.files.sniff import Kind, kind_of, unsupported
 from hesscli.files.torch_files import read_torch_file
 from hesscli.files.unusable import Unusable
+from hesscli.texts import dtype_name
 
 _SAVE = "np.savez('data.npz', x=x, y=y)"
 _SAVE_TORCH = "torch.save({'x': x, 'y': y}, 'data.pt')"
@@ -123,7 +124,7 @@ def _tensors(content: Mapping[str, object]) -> dict[str, torch.Tensor | Unusable
         elif value.layout is not torch.strided or value.is_quantized or value.is_nested:
             found[name] = Unusable("sparse, nested or quantised")
         elif value.dtype.is_floating_point and value.dtype.itemsize == 1:
-            kind = str(value.dtype).removeprefix("torch.")
+            kind = dtype_name(value.dtype)
             found[name] = Unusable(f"of a type that nothing computes with ({kind})")
         elif value.is_meta:
             found[name] = Unusable("on the meta device, which holds no values")

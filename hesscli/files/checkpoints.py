@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from hesscli.errors import MismatchError, listed
+from hesscli.errors import MismatchError
 from hesscli.files.libraries import as_transformers_names
 from hesscli.files.ties import shared
+from hesscli.texts import listed
 
 # Where training scripts and their libraries put the weights; the first of these that is there counts.
 _ENTRIES = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from hesscli.errors import FileError, MismatchError, NumericalError, UsageError, listed
+from hesscli.errors import FileError, MismatchError, NumericalError, UsageError
 from hesscli.files.arrays import load_arrays
 from hesscli.files.digest import sha256_of_all
 from hesscli.files.unusable import Unusable
+from hesscli.texts import dtype_name, listed
 
 _INPUT_NAMES = ("x", "X", "input", "inputs", "data", "images", "features")
 _STEP = 1 << 24  # numbers looked at together
@@ -260,7 +261,7 @@ class _Choice:
 
 def describe(array: torch.Tensor) -> str:
     """dtype and shape, as in `float32 [1, 3]`."""
-    return f"{str(array.dtype).removeprefix('torch.')} {list(array.shape)}"
+    return f"{dtype_name(array.dtype)} {list(array.shape)}"
 
 
 def _check_samples(path: str | os.PathLike[str], data: Data, unbatched: bool) -> None:

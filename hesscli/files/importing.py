@@ -14,7 +14,8 @@ from types import ModuleType
 
 from torch import nn
 
-from hesscli.errors import UsageError, listed
+from hesscli.errors import UsageError
+from hesscli.texts import listed
 
 # Where architectures come from; each is installed under its own name.
 _LIBRARIES = ("timm", "torchaudio", "torchvision", "transformers")

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from hesscli.errors import FileError, UsageError, listed
+from hesscli.errors import FileError, UsageError
 from hesscli.files.architectures import build
 from hesscli.files.call_signature import CallSignature, signature_of
 from hesscli.files.checkpoints import fitted, unwrap, without_wrappers
@@ -33,6 +33,7 @@ from hesscli.files.torchscript_code import refuse_files
 from hesscli.files.torchscript_graph import adapt
 from hesscli.files.weights import load_weights
 from hesscli.files.zip_files import check_zip
+from hesscli.texts import dtype_name, listed
 
 _NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
 _CPU = torch.device("cpu")
@@ -283,7 +284,7 @@ def prepare(module: nn.Module, notes: list[str]) -> None:
 
 
 def _narrow_note(narrow: set[torch.dtype], module: nn.Module) -> str:
-    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrow))
+    names = " and ".join(sorted(map(dtype_name, narrow)))
     wide = any(p.dtype is torch.float64 for p in module.parameters())
     return f"weights stored in {names}, computed in {'float64' if wide else 'float32'}"
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from hesscli.errors import FileError, listed
+from hesscli.errors import FileError
 from hesscli.files.safetensors_files import load_safetensors
 from hesscli.files.sniff import kind_of, unsupported
 from hesscli.files.torch_files import read_torch_file, reading
+from hesscli.texts import listed
 
 _SAVE = "model.save_pretrained('folder')"
 _NAMES = (

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from hesscli.errors import MismatchError, listed
+from hesscli.errors import MismatchError
+from hesscli.texts import dtype_name, listed
 
 _EXTRA = "_extra_state"
 _DENSE = {"quantised": "dequantize", "sparse": "to_dense"}
@@ -76,7 +77,7 @@ def _refuse_other_kinds(
                 f"weights[{name!r}] = weights[{name!r}].{method}()" if method else None,
             )
         if tensor.is_floating_point() and not stored.is_floating_point():
-            dtype = str(stored.dtype).removeprefix("torch.")
+            dtype = dtype_name(stored.dtype)
             raise MismatchError(
                 f"{path}: {name} is {dtype}; the architecture wants floating point numbers",
                 "save the weights as they were before they were quantised or converted",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hesscli.errors import MismatchError, UsageError
 from hesscli.hessian.formulas import log_sigmoid, log_softmax
+from hesscli.texts import dtype_name
 
 Total = tuple[Tensor, float]
 
@@ -191,7 +192,7 @@ def _check_classes(output: Tensor, target: Tensor, ignore_index: int) -> Tensor:
         )
     if target.is_floating_point():
         raise MismatchError(
-            f"class targets are {str(target.dtype).removeprefix('torch.')}, expected integers",
+            f"class targets are {dtype_name(target.dtype)}, expected integers",
             "store the class numbers as int64",
         )
     target = target.long()

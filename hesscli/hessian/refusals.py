@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 import torch
-from torch import Tensor
 
 from hesscli.errors import DeviceMismatchError, MismatchError
 from hesscli.hessian.batch import Batch
+from hesscli.texts import dtype_name
 
 _OTHER_DEVICE = re.compile(r"the same device|the expected device|torch\.cuda\.\w+Tensor")
 
@@ -19,7 +19,7 @@ def not_accepted(batch: Batch, reason: str, error: BaseException) -> MismatchErr
         return DeviceMismatchError(
             f"the model makes tensors on another device: {reason}", "--device cpu"
         )
-    shapes = ", ".join(f"{_dtype(x)} {list(x.shape)}" for x in batch.inputs)
+    shapes = ", ".join(f"{dtype_name(x.dtype)} {list(x.shape)}" for x in batch.inputs)
     return MismatchError(
         f"the model does not accept the inputs {shapes}: {reason}", _type_hint(str(error), batch)
     )
@@ -48,7 +48,3 @@ def _type_hint(error: str, batch: Batch) -> str | None:
 def no_gradient(reason: str, error: BaseException) -> MismatchError:
     """What is said where a plain gradient fails."""
     return MismatchError(f"the gradient of the model cannot be taken: {reason}")
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

@@ -13,6 +13,7 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.job.json_form import Document
 from hesscli.job.opening import Opened
+from hesscli.texts import dtype_name
 
 
 def skeleton(opened: Opened, structure: str) -> Document:
@@ -32,7 +33,7 @@ def skeleton(opened: Opened, structure: str) -> Document:
         },
         **opened.facts,
         "structure": structure,
-        "dtype": str(opened.problem.dtype).removeprefix("torch."),
+        "dtype": dtype_name(opened.problem.dtype),
         "device": opened.problem.device.type,
         "parameters": parameters,
         "frozen": opened.frozen,
@@ -58,7 +59,7 @@ def check_facts(
     checked = [facts for facts in blocks if facts["check_error"] is not None]
     return {
         "kind": certificate.kind,
-        "dtype": str(certificate.problem.dtype).removeprefix("torch."),
+        "dtype": dtype_name(certificate.problem.dtype),
         # Of a diagonal two entries, where there are two.
         "directions": sum(min(2, facts["size"]) if diagonal else 1 for facts in checked),
         "relative_error": max((facts["check_error"] for facts in checked), default=0.0),

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hesscli.errors import MismatchError, NumericalError, UsageError, listed
+from hesscli.errors import MismatchError, NumericalError, UsageError
 from hesscli.files.arrays import load_arrays
 from hesscli.files.sniff import kind_of
 from hesscli.hessian.problem import parameters_at
@@ -22,6 +22,7 @@ from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.results import write_tensors
 from hesscli.job.writing import demand_names, writable
+from hesscli.texts import dtype_name, listed
 
 SCHEMA = "hesscli.hvp/1"
 
@@ -107,7 +108,7 @@ def _write(
     if options.gradient:
         parts = operator.products.split(operator.gradient)
         tensors |= {f"gradient.{name}": part for name, part in parts.items()}
-    dtype = str(operator.problem.dtype).removeprefix("torch.")
+    dtype = dtype_name(operator.problem.dtype)
     kept = timeless(document)
     if options.file is not None:
         kept["vector"] = "file"

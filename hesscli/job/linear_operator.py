@@ -15,6 +15,7 @@ from hesscli.job.given import DataLike, Folder, LossFunction, Model, given
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions, Silent
 from hesscli.job.settings import settings_kept, settle
+from hesscli.texts import dtype_name
 
 
 def operator(
@@ -64,7 +65,7 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]
     """
 
     def __init__(self, operator: Operator, options: ProblemOptions, folder: Folder) -> None:
-        dtype = np.dtype(str(operator.problem.dtype).removeprefix("torch."))
+        dtype = np.dtype(dtype_name(operator.problem.dtype))
         super().__init__(dtype, (operator.size, operator.size))
         self.operator, self.options, self.folder = operator, options, folder
 

@@ -23,6 +23,7 @@ from hesscli.hessian.losses import ELEMENT_WEIGHTED, LOSSES, TENSORS, check_argu
 from hesscli.hessian.precision import in_precision_
 from hesscli.job.options import ProblemOptions
 from hesscli.job.source import move
+from hesscli.texts import dtype_name
 
 
 def loss_of(
@@ -66,7 +67,7 @@ def _named(
                 f"{options.data}: holds no targets, and the loss needs them",
                 "name them with --targets KEY, or use --loss output if the model returns its loss",
             )
-        kind = str(data.targets[1].dtype).removeprefix("torch.")
+        kind = dtype_name(data.targets[1].dtype)
         name = "mse" if data.targets[1].is_floating_point() else "cross-entropy"
         note(f"loss: {name}, inferred from {kind} targets")
     elif callable(name):

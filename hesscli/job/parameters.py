@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from hesscli.errors import UsageError, listed
+from hesscli.errors import UsageError
 from hesscli.files.ties import shared
 from hesscli.hessian.blocks import select
+from hesscli.texts import listed
 
 
 def chosen_parameters(

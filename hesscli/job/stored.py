@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hesscli.errors import UsageError, listed
+from hesscli.errors import UsageError
 from hesscli.files.hessian_file import HessianFile, read_hessian
 from hesscli.job.json_form import Document
+from hesscli.texts import listed
 
 if TYPE_CHECKING:
     import numpy as np
