@@ -14,6 +14,7 @@ import torch
 from hesscli.errors import FileError, ResourceError, UsageError
 from hesscli.files.npy import tensor
 from hesscli.files.resources import available_memory
+from hesscli.files.sniff import beside
 from hesscli.files.torch_files import reading
 from hesscli.files.unusable import CODES, ROWS, Unusable
 
@@ -49,13 +50,7 @@ def dataset_files(folder: str | os.PathLike[str]) -> list[Path]:
     state = Path(folder, "state.json")
     with reading(state, "text"):
         names = [str(entry["filename"]) for entry in json.loads(state.read_text())["_data_files"]]
-    for name in names:
-        if Path(name).name != name:
-            raise FileError(
-                f"{state}: names a file {name!r} outside of its folder",
-                "save it again: dataset.save_to_disk('data')",
-            )
-    return [Path(folder, name) for name in names]
+    return [beside(state, name, "save it again: dataset.save_to_disk('data')") for name in names]
 
 
 def load_dataset(folder: str | os.PathLike[str]) -> dict[str, torch.Tensor | Unusable]:

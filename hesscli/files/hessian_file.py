@@ -18,7 +18,7 @@ from hesscli.files.result_names import index_of_shard, index_path, is_index
 from hesscli.files.safetensors_header import AGAIN, Header, document_of, is_regular, read_header
 
 SCHEMA = "hesscli.hessian/1"
-_DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
+_DTYPES = {"F32": "<f4", "F64": "<f8"}
 # Of a document, for the commands that read it.
 _REQUIRED = tuple(
     "structure curvature blocks total parameters loss gradient_norm model data dtype device checksums checksum".split()
@@ -96,13 +96,14 @@ def read_hessian(path: Path, shown: str | None = None) -> HessianFile:
         ) from None
     document = _document(path, shown, found.metadata)
     headers = (found,) if isinstance(found, Header) else found.headers(document)
-    held = {name: entry for header in headers for name, entry in header.entries.items()}
-    if missing := [facts["name"] for facts in document["blocks"] if facts["name"] not in held]:
+    file = HessianFile(path, document, headers, shown)
+    names = [facts["name"] for facts in document["blocks"]]
+    if missing := [name for name in names if name not in file.entries]:
         raise FileError(f"{shown}: lacks the tensor {missing[0]}", AGAIN)
-    types = [entry["dtype"] for entry in held.values()]
+    types = [entry["dtype"] for entry in file.entries.values()]
     if unreadable := [dtype for dtype in types if dtype not in _DTYPES]:
         raise FileError(f"{shown}: holds tensors of type {unreadable[0]}")
-    return HessianFile(path, document, headers, shown)
+    return file
 
 
 def _document(path: Path, shown: str, metadata: dict[str, str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from hesscli.errors import FileError
 from hesscli.files.safetensors_files import load_safetensors
-from hesscli.files.sniff import kind_of, unsupported
+from hesscli.files.sniff import beside, kind_of, unsupported
 from hesscli.files.torch_files import read_torch_file, reading
 from hesscli.texts import listed
 
@@ -49,10 +49,7 @@ def load_shards(index: Path) -> tuple[dict[str, torch.Tensor], tuple[Path, ...]]
     with reading(index, "weights_index"):
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = list(dict.fromkeys(places.values()))
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise FileError(f"{index}: names a file {name!r} outside of its folder", _SAVE)
-    files = [index.parent / name for name in names]
+    files = [beside(index, name, _SAVE) for name in names]
     content = {path.name: load_part(path) for path in files}
     weights = {}
     for weight, name in places.items():

@@ -6,6 +6,7 @@ import os
 import shlex
 import stat
 import zipfile
+from pathlib import Path
 from typing import BinaryIO, Literal
 
 from hesscli.errors import FileError, UsageError
@@ -104,6 +105,17 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
         raise UsageError(f"{path}: no such file") from error
     except OSError as error:
         raise FileError(f"{path}: cannot be opened: {error.strerror or error}") from error
+
+
+def beside(listing: Path, name: object, hint: str) -> Path:
+    """The file of this name in the folder of the file that lists it, and in no other.
+
+    Raises:
+        FileError: the name is that of a file elsewhere, or none.
+    """
+    if not isinstance(name, str) or Path(name).name != name:
+        raise FileError(f"{listing}: names a file {name!r} outside of its folder", hint)
+    return listing.parent / name
 
 
 def unsupported(path: str | os.PathLike[str], kind: Kind, wanted: str, hint: str) -> FileError:
