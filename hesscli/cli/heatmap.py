@@ -38,7 +38,7 @@ def room(out: Output) -> int:
     return max(8, min(size.columns - names - _MARGIN, 2 * lines))
 
 
-def draw(out: Output, picture: Picture, pixels: int) -> None:
+def draw(out: Output, picture: Picture) -> None:
     """The picture, the names of its parts beside it, and the scale of its shades."""
     if not picture.high:
         out.line("every entry is zero")
@@ -49,7 +49,7 @@ def draw(out: Output, picture: Picture, pixels: int) -> None:
         lines = [paint([row], single=True) for row in grid]
         starts = list(range(len(grid)))
     else:
-        scale = max(1, min(_LARGEST, pixels // len(grid)))
+        scale = max(1, min(_LARGEST, room(out) // len(grid)))
         grid = [
             [level for level in row for _ in range(scale)] for row in grid for _ in range(scale)
         ]

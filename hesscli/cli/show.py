@@ -84,7 +84,6 @@ def show(
         one_format(json, markdown)
         from hesscli.cli.output import Output
         from hesscli.cli.summary import COLUMNS, WIDE, print_block, print_hessian
-        from hesscli.job.show import PIXELS
         from hesscli.job.show import show as run
 
         refuse_idle_force(force, "--plot figure.png", plot)
@@ -96,17 +95,17 @@ def show(
         if heatmap:
             from hesscli.cli.heatmap import draw, room
         with Output(quiet=quiet, json=json, markdown=markdown) as out:
-            pixels = ([room(out)] if heatmap else []) + ([PIXELS] if plot else [])
-            shown = run(hessian, block, wide, pixels, verify, out.progress)
+            screen = room(out) if heatmap else None
+            shown = run(hessian, block, wide, screen, plot is not None, verify, out.progress)
             table = partial(print_hessian, columns=WIDE if wide else COLUMNS)
             out.result(shown.document, table if block is None else print_block)
-            if heatmap:
+            if shown.heatmap is not None:
                 out.line("")
-                draw(out, shown.pictures[0], pixels[0])
-            if plot is not None:
+                draw(out, shown.heatmap)
+            if plot is not None and shown.figure is not None:
                 from hesscli.job.matrix_plot import plot_matrix
 
-                plot_matrix(plot, shown.pictures[-1], _title(shown.document))
+                plot_matrix(plot, shown.figure, _title(shown.document))
                 out.wrote(str(plot), plot.stat().st_size)
 
 

@@ -28,14 +28,16 @@ class Shown:
     """What there is to show of a file."""
 
     document: Document
-    pictures: tuple[Picture, ...]  # |H|, once for each size that was asked for
+    heatmap: Picture | None  # |H|, as far as it was asked for
+    figure: Picture | None
 
 
 def show(
     source: str,
     block: str | None,
     wide: bool,
-    pixels: Sequence[int],
+    screen: int | None,
+    figure: bool,
     verify: bool,
     progress: Progress,
 ) -> Shown:
@@ -46,7 +48,8 @@ def show(
         block: this block alone.
         wide: with `mean_eig` and `condition` of every block. What the file lacks is computed for blocks
             that are small enough for it to be quick.
-        pixels: draw |H| on so many rows and columns at most, once for each number here.
+        screen: draw |H| as a heatmap of so many rows and columns at most.
+        figure: draw |H| as a figure.
         verify: compare every tensor with its checksum, also in a large file.
         progress: hears how much of a picture is done.
 
@@ -68,12 +71,21 @@ def show(
             document["total"] = statistics.total(document["blocks"])
             document["total"]["mean_eig"] = _mean(document["total"])
         names = [facts["name"] for facts in document["blocks"]]
-        if not pixels:
-            return Shown(document, ())
-        from hesscli.job.picture import picture
+        return Shown(
+            document,
+            _picture(file, names, screen, progress),
+            _picture(file, names, PIXELS if figure else None, progress),
+        )
 
-        pictures = tuple(picture(file, names, most, progress) for most in pixels)
-    return Shown(document, pictures)
+
+def _picture(
+    file: HessianFile, names: Sequence[str], pixels: int | None, progress: Progress
+) -> Picture | None:
+    if pixels is None:
+        return None
+    from hesscli.job.picture import picture
+
+    return picture(file, names, pixels, progress)
 
 
 def _wide(file: HessianFile, facts: Document) -> Document:
