@@ -163,41 +163,28 @@ def problem_options(
             "per-sample gradients times themselves."
         ),
     ] = "hessian",
-) -> ProblemOptions:
+) -> None:
+    """The shared options: the parameters that they are on the command line."""
+
+
+def _problem(arguments: dict[str, Any]) -> ProblemOptions:
     """The options of a problem, from what the command line says."""
+    batch_size, samples = arguments["batch_size"], arguments["samples"]
     if batch_size != "auto" and not whole(batch_size):
         raise typer.BadParameter(
             f"{batch_size!r} is not auto or a number", param_hint="--batch-size"
         )
-    if not -(2**63) <= seed < 2**64:
-        raise typer.BadParameter("does not fit in 64 bits", param_hint="--seed")
-    return ProblemOptions(
-        model=model,
-        data=data,
-        loss=loss,
-        loss_arguments=key_values(loss_arg, "--loss-arg"),
-        reduction=reduction,
-        arch=arch,
-        arch_arguments=key_values(arch_arg, "--arch-arg"),
-        inputs=tuple(inputs),
-        targets=targets,
-        samples=None if samples is None else sample_range(samples),
-        scale=factors(scale),
-        output_key=output_key,
-        unbatched=unbatched,
-        params=tuple(params),
-        device=device,
-        dtype=dtype,
-        batch_size=whole(batch_size),
-        seed=seed,
-        threads=threads,
-        allow_pickle=allow_pickle,
-        train_mode=train_mode,
-        check=check,
-        method=method,
-        tf32=tf32,
-        curvature=curvature,
-    )
+    read = {
+        "loss_arguments": key_values(arguments.pop("loss_arg"), "--loss-arg"),
+        "arch_arguments": key_values(arguments.pop("arch_arg"), "--arch-arg"),
+        "samples": None if samples is None else sample_range(samples),
+        "scale": factors(arguments["scale"]),
+        "batch_size": whole(batch_size),
+    }
+    try:
+        return ProblemOptions(**(arguments | read))
+    except UsageError as error:
+        raise typer.BadParameter(error.message) from None
 
 
 def takes_problem(command: Callable[..., None]) -> Callable[..., None]:
@@ -206,7 +193,7 @@ def takes_problem(command: Callable[..., None]) -> Callable[..., None]:
 
     def run(**arguments: Any) -> None:
         mine = {name: arguments.pop(name) for name in own if name != "problem"}
-        command(problem=problem_options(**arguments), **mine)
+        command(problem=_problem(arguments), **mine)
 
     return _with_options(command, run, ("problem",), {})
 
@@ -233,7 +220,7 @@ def takes_hessian_or_problem(
                 command(hessian=arguments["model"], problem=None, **mine)
             else:
                 arguments["model"] = Path(arguments["model"])
-                command(hessian="", problem=problem_options(**arguments), **mine)
+                command(hessian="", problem=_problem(arguments), **mine)
 
         return _with_options(command, run, replaced, {"model": _SOURCE, "data": _DATA})
 

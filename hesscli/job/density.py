@@ -28,11 +28,11 @@ LARGEST = 4096  # parameters of a model whose matrix is formed, if that takes no
 
 @dataclass(frozen=True)
 class DensityOptions:
-    probes: int = 10
-    steps: int = 80
-    output: Path | None = None
-    plot: Path | None = None
-    force: bool = False
+    probes: int
+    steps: int
+    output: Path | None
+    plot: Path | None
+    force: bool
 
 
 def density(

@@ -29,12 +29,12 @@ SCHEMA = "hesscli.hvp/1"
 
 @dataclass(frozen=True)
 class HvpOptions:
-    vector: str | None = None  # a file, "gradient" or "random"
-    per_fedavg: float | None = None
-    query: Path | None = None
-    gradient: bool = False
-    output: Path = Path("hvp.safetensors")
-    force: bool = False
+    vector: str | None  # a file, "gradient" or "random"
+    per_fedavg: float | None
+    query: Path | None
+    gradient: bool
+    output: Path
+    force: bool
 
     @property
     def file(self) -> Path | None:
