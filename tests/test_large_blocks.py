@@ -22,7 +22,7 @@ from torch import nn
 
 import hesscli
 from hesscli.errors import NumericalError
-from hesscli.files.hessian_writer import HessianWriter
+from hesscli.files.result_writer import ResultWriter
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.layout import Layout, Part, Piece
 from hesscli.hessian.routes.base import Rows
@@ -103,7 +103,7 @@ def test_a_triangle_is_the_matrix(held, most, layout, tmp_path):
     assert torch.equal(layout.ordered(ordered), truth)
     assert torch.equal(layout.from_block(truth), truth[:, places])
     path = tmp_path / "h.safetensors"
-    with HessianWriter(path, {"before": (3,), "h": (n, n)}, "float64", {}) as writer:
+    with ResultWriter(path, {"before": (3,), "h": (n, n)}, "float64", {}) as writer:
         bands = layout.cut(most)
         v = torch.arange(n, dtype=torch.float64)
         device = torch.device(held or "cpu")
@@ -328,7 +328,7 @@ def test_resume_of_what_only_lacked_its_name(cli, net, monkeypatch, damaged):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(HessianWriter, "commit", interrupted)
+        patch.setattr(ResultWriter, "commit", interrupted)
         ran = cli(*command)
     assert "are kept" in ran.fails(130)
     # Another command does not write over what is kept.
@@ -451,7 +451,7 @@ def test_killed_and_resumed(cli, net, small_bands, tmp_path, sent):
 
 
 def test_two_runs_into_one_file(cli, net, small_bands):
-    with HessianWriter(Path("h.safetensors"), {"h": (2, 2)}, "float32", {}):
+    with ResultWriter(Path("h.safetensors"), {"h": (2, 2)}, "float32", {}):
         assert "another run" in cli("compute", *net, *COMMAND).fails(2)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hesscli.errors import UsageError
-from hesscli.files.importing import attribute_of, importable, module_of, told
+from hesscli.files.importing import attribute_of, first_line, importable, module_of
 from hesscli.files.libraries import timm_factory, transformers_factory
 from hesscli.files.mlp import build_mlp
 
@@ -73,7 +73,7 @@ def _call(arch: str, factory: object, name: str, arguments: Mapping[str, object]
     try:
         module = factory(**arguments)
     except (Exception, SystemExit) as error:
-        message = f"--arch {arch}: {name} raised {told(error)}"
+        message = f"--arch {arch}: {name} raised {first_line(error)}"
         wanted = _wanted(factory, arguments)
         if wanted.keys() == arguments.keys():
             raise UsageError(message, "--debug") from error

@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hesscli.hessian.operator import Flat
+from hesscli.hessian.operator import LinearMap
 from hesscli.hessian.problem import Problem, parameters_at
 from hesscli.hessian.quotients import Quotients
 
 
-class Differences(Flat):
+class Differences(LinearMap):
     """H v by central differences of gradients, where PyTorch lacks a second derivative.
 
     `(g(theta + h v) - g(theta - h v)) / 2h`, batch by batch, extrapolated (see `quotients.py`).

@@ -71,8 +71,12 @@ def _is_one(problem: Problem, batch: Batch) -> bool:
         return problem.output(batch).shape[:1] == (1,)
 
 
-class Flat:
-    """Vectors [P] over a problem's parameters, flattened one after the other, and products with them."""
+class LinearMap:
+    """A symmetric linear map v -> H v of vectors [P]: a problem's parameters, flattened one after the other.
+
+    Attributes:
+        count: vectors multiplied so far; whoever begins something that counts them sets it to 0.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -80,7 +84,7 @@ class Flat:
         self.leaves = list(problem.parameters.values())
         self.sizes = [leaf.numel() for leaf in self.leaves]
         self.size = sum(self.sizes)
-        self.count = 0  # products so far
+        self.count = 0
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """H v [P] of a vector [P], or of each row of a block [k, P]."""
@@ -99,8 +103,8 @@ class Flat:
         }
 
 
-class Products(Flat):
-    """v -> H v for the parameters of a problem, flattened one after the other.
+class Products(LinearMap):
+    """v -> H v by derivatives of the problem.
 
     Args:
         problem: what is differentiated.

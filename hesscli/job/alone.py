@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from hesscli.files.models import SavedModel
     from hesscli.hessian.check import Certificate
-    from hesscli.hessian.operator import Flat
+    from hesscli.hessian.operator import LinearMap
     from hesscli.hessian.problem import Problem
     from hesscli.job.opening import Opened
     from hesscli.job.options import Listener, ProblemOptions
@@ -49,7 +49,7 @@ class Alone:
         """An opened problem whose gradients are sums over all processes."""
         return opened.problem
 
-    def products(self, problem: Problem, curvature: str, rows: int) -> Flat:
+    def products(self, problem: Problem, curvature: str, rows: int) -> LinearMap:
         """Products that are sums over all processes."""
         from hesscli.hessian.operator import Products
         from hesscli.job.batches import free_memory

@@ -17,10 +17,10 @@ from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.losses import LOSSES, OF_CLASSES, classes_last
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.saved import saved_bytes
-from hesscli.job.own_loss import seen
+from hesscli.job.own_loss import inspect_loss
 from hesscli.job.source import Source
 from hesscli.job.team import ranks_here
-from hesscli.job.together import coupled, coupled_in_place, taken
+from hesscli.job.together import coupled, coupled_in_place, first_accepted
 
 _EACH = 2  # batches per thread, where they are worked on side by side
 _WORTH = 1 << 21  # bytes that a batch's pass keeps at least
@@ -61,7 +61,7 @@ def split(
                 "PyTorch has them; the last would fit the targets too"
             )
     if problem.loss.name not in LOSSES:
-        problem, source, whole = seen(problem, source, some, note)
+        problem, source, whole = inspect_loss(problem, source, some, note)
         if whole:
             fewest = most = samples
     as_given = [x._version for x in some.inputs]
@@ -108,7 +108,7 @@ def _accepted(
         _within(samples, count, fewest, most or samples, 1)  # before a pass of other samples fails
         return source.part(0, count), fewest, most
     asked = min(batch_size or samples, samples)
-    batch, _ = taken(problem.output, source, list(dict.fromkeys([count, asked, samples])))
+    batch, _ = first_accepted(problem.output, source, list(dict.fromkeys([count, asked, samples])))
     if len(batch) == count:
         return batch, 1, None
     if len(batch) == samples:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from hesscli.errors import FileError, HesscliError, ResourceError, UsageError
-from hesscli.files.hessian_writer import HessianWriter
 from hesscli.files.result_names import journal_path, journals, partial_path
+from hesscli.files.result_writer import ResultWriter
 from hesscli.files.tensor_file import sync_folder
 from hesscli.job.json_form import Document
 
@@ -140,13 +140,13 @@ class Journal:
             for path in journals(self.output):
                 self.finished |= read_journal(path).finished
 
-    def add(self, part: str, facts: Document, writer: HessianWriter) -> None:
+    def add(self, part: str, facts: Document, writer: ResultWriter) -> None:
         """Notes that a part was written; it is safe at the next wait for the disk."""
         self.waiting[part] = facts
         if time.monotonic() - self.last >= INTERVAL:
             self.flush(writer)
 
-    def flush(self, writer: HessianWriter) -> None:
+    def flush(self, writer: ResultWriter) -> None:
         """Waits for the disk, then writes the lines of what is on it.
 
         Raises:

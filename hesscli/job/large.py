@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from hesscli.files.hessian_writer import HessianWriter
+from hesscli.files.result_writer import ResultWriter
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.kronecker import mirror_
@@ -16,10 +16,10 @@ from hesscli.hessian.routes.base import Route, Rows, fitting
 from hesscli.hessian.symmetry import average_
 from hesscli.job import documents
 from hesscli.job.beside import Beside
-from hesscli.job.digits import not_finite
 from hesscli.job.journal import Journal
 from hesscli.job.json_form import Document
 from hesscli.job.planning import Plan
+from hesscli.job.remedies import not_finite
 from hesscli.job.triangles import HeldTriangle, StreamedTriangle, Triangle
 
 Advance = Callable[[int, str], None]  # is told how many rows more are done, and of what
@@ -57,7 +57,7 @@ class LargeBlock:
         return layout, layout.cut(self.plan.bands[self.block.name])
 
     def contribute(
-        self, writer: HessianWriter, journal: Journal, mine: Collection[str], progress: Advance
+        self, writer: ResultWriter, journal: Journal, mine: Collection[str], progress: Advance
     ) -> None:
         """Computes and writes some of the bands; another process finishes the block."""
         try:
@@ -73,7 +73,7 @@ class LargeBlock:
         except NotApplicable:
             pass  # the process that finishes the block finds out too, and takes the next route
 
-    def compute(self, writer: HessianWriter, journal: Journal, progress: Advance) -> Document:
+    def compute(self, writer: ResultWriter, journal: Journal, progress: Advance) -> Document:
         """Computes, writes and checks the block; by the next route, where one cannot or does not pass.
 
         Args:
@@ -124,7 +124,7 @@ class LargeBlock:
         }
 
     def _bands(
-        self, writer: HessianWriter, journal: Journal, progress: Advance
+        self, writer: ResultWriter, journal: Journal, progress: Advance
     ) -> tuple[Triangle, float]:
         """The matrix, written, and its symmetry error."""
         route = self.plan.routes[self.method]
@@ -152,7 +152,7 @@ class LargeBlock:
         self,
         layout: Layout,
         bands: list[Span],
-        writer: HessianWriter,
+        writer: ResultWriter,
         device: torch.device | None,
         direction: Tensor,
     ) -> Triangle:
@@ -189,7 +189,7 @@ def _put(
     journal: Journal,
     part: str,
     facts: Document,
-    writer: HessianWriter,
+    writer: ResultWriter,
 ) -> None:
     matrix.put(index, upper)
     journal.add(part, facts, writer)

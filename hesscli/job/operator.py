@@ -17,16 +17,16 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.hessian.differences import Differences
 from hesscli.hessian.first_gradient import first_gradient
-from hesscli.hessian.operator import Flat
+from hesscli.hessian.operator import LinearMap
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.words import FINITE_DIFFERENCE, HVP
 from hesscli.job import documents
 from hesscli.job.alone import Alone
 from hesscli.job.batches import free_memory
-from hesscli.job.digits import more_digits, not_finite
 from hesscli.job.json_form import Document
 from hesscli.job.opening import Opened
 from hesscli.job.options import Listener, ProblemOptions
+from hesscli.job.remedies import more_digits, not_finite
 from hesscli.job.sizes import size
 from hesscli.spectrum.finite import NotFinite
 
@@ -41,7 +41,7 @@ class Operator:
     listener: Listener
     opened: Opened
     problem: Problem
-    products: Flat
+    products: LinearMap
     method: str
     gradient: Tensor  # [P]
     share: Alone  # of the data
@@ -148,7 +148,7 @@ def _checked_operator(
         raise UsageError(f"{FINITE_DIFFERENCE} gives the Hessian alone", f"--method {HVP}")
     double = double or (problem.double() if options.check else None)
     reference = double or problem
-    methods: dict[str, Callable[[], Flat]] = {
+    methods: dict[str, Callable[[], LinearMap]] = {
         HVP: lambda: share.products(problem, options.curvature, opened.sizes.chunk),
         FINITE_DIFFERENCE: lambda: Differences(double or problem.double() or problem),
     }

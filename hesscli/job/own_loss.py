@@ -13,10 +13,10 @@ from hesscli.errors import MismatchError
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.problem import Problem
 from hesscli.job.source import Source
-from hesscli.job.together import taken
+from hesscli.job.together import first_accepted
 
 
-def seen(
+def inspect_loss(
     problem: Problem, source: Source, some: Batch, note: Callable[[str], None]
 ) -> tuple[Problem, Source, bool]:
     """The problem and its source with what there is to know of the loss, and whether it wants all samples at once.
@@ -80,4 +80,4 @@ def _terms(problem: Problem, source: Source, count: int) -> tuple[Batch, Tensor]
         return problem.loss.terms(problem.output(batch), batch.target, batch.loss_arguments)
 
     counts = [min(count, source.samples), source.samples]  # fewer where there is no axis for them
-    return taken(terms, source, list(dict.fromkeys(counts)))
+    return first_accepted(terms, source, list(dict.fromkeys(counts)))

@@ -27,11 +27,11 @@ from hesscli.hessian.routes.base import Route
 from hesscli.hessian.words import FINITE_DIFFERENCE, HVP, STRUCTURES
 from hesscli.job import documents
 from hesscli.job.batches import free_memory
-from hesscli.job.digits import more_digits
 from hesscli.job.estimate import Estimate, estimate, gradient_seconds
 from hesscli.job.json_form import Document
 from hesscli.job.opening import Opened
 from hesscli.job.options import ComputeOptions, Listener
+from hesscli.job.remedies import more_digits
 from hesscli.job.sizes import size
 from hesscli.job.team import ranks_here
 from hesscli.spectrum.statistics import QUICK_LIMIT

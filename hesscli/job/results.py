@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from hesscli.errors import ResourceError
-from hesscli.files.hessian_writer import HessianWriter
 from hesscli.files.result_names import index_path, keep_mode, shard_paths
+from hesscli.files.result_writer import ResultWriter
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def write_tensors(
 ) -> None:
     """A safetensors file of these tensors, whole or not at all, with the document in its metadata."""
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    with HessianWriter(path, shapes, dtype, document) as writer:
+    with ResultWriter(path, shapes, dtype, document) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
         writer.commit(document)

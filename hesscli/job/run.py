@@ -15,8 +15,8 @@ from hesscli.errors import (
     UsageError,
     is_out_of_memory,
 )
-from hesscli.files.hessian_writer import HessianWriter
 from hesscli.files.result_names import journals
+from hesscli.files.result_writer import ResultWriter
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.first_gradient import first_gradient
 from hesscli.job import documents, statistics
@@ -97,9 +97,9 @@ class Run:
                 writer.copy_to(self.stdout)
         return document
 
-    def _writer(self, document: Document, journal: Journal, shared: bool = False) -> HessianWriter:
+    def _writer(self, document: Document, journal: Journal, shared: bool = False) -> ResultWriter:
         dtype = str(self.plan.problem.dtype).removeprefix("torch.")
-        return HessianWriter(
+        return ResultWriter(
             self.options.output,
             self._tensors(),
             dtype,
@@ -160,7 +160,7 @@ class Run:
                     error.of_share = True
                 raise self._left(error, writer, journal) from None
 
-    def _blocks(self, writer: HessianWriter, journal: Journal, unused: set[str]) -> list[Document]:
+    def _blocks(self, writer: ResultWriter, journal: Journal, unused: set[str]) -> list[Document]:
         """Every block's facts, in model order; its values are in the file then."""
         self.plan.listener.progress(0, self.rows, "")
         finished: dict[str, Document] = {}
@@ -184,7 +184,7 @@ class Run:
         return every
 
     def _group(
-        self, group: Sequence[Block], writer: HessianWriter, journal: Journal, beside: Beside
+        self, group: Sequence[Block], writer: ResultWriter, journal: Journal, beside: Beside
     ) -> list[Document]:
         """The facts of blocks that are computed together; from the journal, where they are in the file."""
         part = _part(group)
@@ -219,7 +219,7 @@ class Run:
         self.done += rows
         self.plan.listener.progress(self.done, self.rows, doing)
 
-    def _left(self, error: BaseException, writer: HessianWriter, journal: Journal) -> BaseException:
+    def _left(self, error: BaseException, writer: ResultWriter, journal: Journal) -> BaseException:
         """The error to end with: where going on later makes sense, what is finished is kept, and said."""
         out_of_room = isinstance(error, ResourceError) or is_out_of_memory(error)
         if not out_of_room and not isinstance(error, (KeyboardInterrupt, SystemExit)):

@@ -23,7 +23,7 @@ from hesscli.hessian.batch import Batches
 from hesscli.hessian.check import Certificate
 from hesscli.hessian.check_curvature import OutputDifference
 from hesscli.hessian.directional import DirectionalDifference
-from hesscli.hessian.operator import Flat, Products
+from hesscli.hessian.operator import LinearMap, Products
 from hesscli.hessian.problem import Problem, parameters_at
 from hesscli.job.alone import Alone
 from hesscli.job.batches import free_memory
@@ -127,7 +127,7 @@ class Share(Alone):
     def problem(self, opened: Opened, source: int = 0) -> SharedProblem:
         return SharedProblem.of(opened.problem, self, source)
 
-    def products(self, problem: Problem, curvature: str, rows: int) -> Flat:
+    def products(self, problem: Problem, curvature: str, rows: int) -> LinearMap:
         assert isinstance(problem, SharedProblem)
         return SharedProducts(problem, curvature)
 

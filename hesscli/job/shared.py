@@ -13,7 +13,7 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
 from hesscli.hessian.check_curvature import OutputCertificate, OutputDifference
 from hesscli.hessian.directional import DirectionalDifference
-from hesscli.hessian.operator import Flat
+from hesscli.hessian.operator import LinearMap
 from hesscli.hessian.problem import Problem
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class SharedProblem(Problem):
         return SharedProblem.of(twin.restricted(self.parameters), self.share, self.source)
 
 
-class SharedProducts(Flat):
+class SharedProducts(LinearMap):
     """v -> H v, the sum over the data of all processes."""
 
     def __init__(self, problem: SharedProblem, curvature: str) -> None:

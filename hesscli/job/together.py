@@ -22,7 +22,7 @@ from hesscli.job.source import Source
 _FEWEST = 4  # samples passed together and apart
 
 
-def taken(
+def first_accepted(
     function: Callable[[Batch], Tensor], source: Source, counts: Sequence[int]
 ) -> tuple[Batch, Tensor]:
     """The first so many samples that a function takes, of these numbers of samples in turn, and what it gives.

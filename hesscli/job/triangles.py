@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.files.hessian_writer import HessianWriter
+from hesscli.files.result_writer import ResultWriter
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.layout import Layout, Placed, Span
 from hesscli.job.beside import Beside
@@ -44,7 +44,7 @@ class Triangle:
         name: str,
         layout: Layout,
         bands: list[Span],
-        writer: HessianWriter,
+        writer: ResultWriter,
         direction: Tensor,
     ) -> None:
         self.name, self.layout, self.bands = name, layout, bands
@@ -112,7 +112,7 @@ class HeldTriangle(Triangle):
         name: str,
         layout: Layout,
         bands: list[Span],
-        writer: HessianWriter,
+        writer: ResultWriter,
         direction: Tensor,
         device: torch.device,
     ) -> None:

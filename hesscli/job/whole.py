@@ -15,9 +15,9 @@ from hesscli.hessian.check import Certificate
 from hesscli.hessian.routes.base import ByRows, Route, Rows, fitting
 from hesscli.hessian.symmetry import symmetrise_
 from hesscli.job import documents, statistics
-from hesscli.job.digits import not_finite
 from hesscli.job.json_form import Document
 from hesscli.job.planning import Plan
+from hesscli.job.remedies import not_finite
 from hesscli.job.triangles import on_host
 
 _SMALL = 1 << 22  # numbers that are always kept together

@@ -25,7 +25,7 @@ from hesscli.files.tensor_file import OPEN_FLAGS
 Span = tuple[int, int]  # first and last + 1
 
 
-class HessianWriter:
+class ResultWriter:
     """Writes one result. Nothing appears under its name before `commit`; leaving without it leaves nothing,
     unless `keep` was called. One thread at a time may use it, but rows may be counted while others are placed.
 
@@ -102,7 +102,7 @@ class HessianWriter:
                     left.unlink(missing_ok=True)
         return partial, descriptor
 
-    def __enter__(self) -> HessianWriter:
+    def __enter__(self) -> ResultWriter:
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
