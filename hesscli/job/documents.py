@@ -51,17 +51,25 @@ def block_facts(opened: Opened, block: Block) -> Document:
     }
 
 
-def check_facts(
+def block_check_facts(
     certificate: Certificate | None, blocks: Sequence[Document], diagonal: bool
 ) -> Document | None:
+    """The check of blocks, or of their diagonals."""
     if certificate is None:
         return None
     checked = [facts for facts in blocks if facts["check_error"] is not None]
+    # Of a diagonal two entries, where there are two.
+    directions = sum(min(2, facts["size"]) if diagonal else 1 for facts in checked)
+    error = max((facts["check_error"] for facts in checked), default=0.0)
+    return check_facts(certificate, directions, error)
+
+
+def check_facts(certificate: Certificate, directions: int, error: float) -> Document:
+    """A check that found this error at most, along so many directions."""
     return {
         "kind": certificate.kind,
         "dtype": dtype_name(certificate.problem.dtype),
-        # Of a diagonal two entries, where there are two.
-        "directions": sum(min(2, facts["size"]) if diagonal else 1 for facts in checked),
-        "relative_error": max((facts["check_error"] for facts in checked), default=0.0),
+        "directions": directions,
+        "relative_error": error,
         "tolerance": certificate.tolerance,
     }

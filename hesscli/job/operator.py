@@ -169,12 +169,11 @@ def _checked_operator(
             made = Operator(
                 options, listener, opened, problem, make(), method, gradient, share, double
             )
-            reason = _refused(made, certificate)
-        except NotApplicable as error:
-            reason = str(error)
-        if not reason:
+            made.check = _check(made, certificate)
             made.products.count = 0  # of what is asked for, not of the check
             return made
+        except NotApplicable as error:
+            reason = str(error)
     raise NumericalError(
         reason,
         more_digits(problem.dtype)
@@ -182,24 +181,24 @@ def _checked_operator(
     )
 
 
-def _refused(made: Operator, certificate: Certificate | None) -> str:
-    """Why a product is not to be trusted, or nothing; what the check found goes with it.
+def _check(made: Operator, certificate: Certificate | None) -> Document | None:
+    """What the check of a product found, as in the JSON document.
 
     Raises:
+        NotApplicable: the product is wrong.
         NumericalError: it is not finite.
     """
     if certificate is None:
         probe = torch.ones(made.size, dtype=made.problem.dtype, device=made.problem.device)
         if not bool(torch.isfinite(made.products(probe)).all()):
             raise not_finite("a product", made.options, made.problem.dtype)
-        return ""
+        return None
     error = certificate.product(made.block(), lambda v: made.products(v.to(made.problem.dtype)))
-    if not certificate.passed(error):
-        if not math.isfinite(error):
-            raise not_finite("a product", made.options, made.problem.dtype)
-        return (
-            f"{made.method} differs from {certificate.kind} by {error:.1e}, "
-            f"more than {certificate.tolerance:.0e}"
-        )
-    made.check = documents.check_facts(certificate, [{"check_error": error}], False)
-    return ""
+    if certificate.passed(error):
+        return documents.check_facts(certificate, 1, error)
+    if not math.isfinite(error):
+        raise not_finite("a product", made.options, made.problem.dtype)
+    raise NotApplicable(
+        f"{made.method} differs from {certificate.kind} by {error:.1e}, "
+        f"more than {certificate.tolerance:.0e}"
+    )

@@ -248,7 +248,7 @@ class Run:
             "total": statistics.total(blocks),
             "method": " + ".join(sorted({facts["method"] for facts in blocks})),
             "symmetry_error": max(errors, default=None),
-            "check": documents.check_facts(self.plan.certificate, blocks, self.plan.diagonal),
+            "check": documents.block_check_facts(self.plan.certificate, blocks, self.plan.diagonal),
             "notes": list(self.plan.opened.note.texts),
         }
 
