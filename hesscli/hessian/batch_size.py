@@ -12,8 +12,10 @@ _GRAPHS = 4  # a double backward pass keeps about this many times what a forward
 
 @dataclass(frozen=True)
 class Sizes:
-    batch: int
-    chunk: int
+    """How much goes through the model in one pass."""
+
+    batch: int  # samples
+    chunk: int  # rows of a matrix
 
 
 def choose_sizes(

@@ -1,8 +1,8 @@
 """The certificate: computed blocks against differences of plain gradients.
 
-It shares nothing with the code that made the block: the gradients are those of the original module, without any
-operator replaced but where PyTorch's own gradient is wrong, in float64 where the module can run in it. For a random
-direction v within a block B,
+It shares nothing with the code that made the block, unless `finite-difference` did: the gradients are those of the
+original module, without any operator replaced but where PyTorch's own gradient is wrong, in float64 where the module
+can run in it. For a random direction v within a block B,
 
     error = || H_B v - (g_B(theta + h v) - g_B(theta - h v)) / 2h || / max of the two norms,
 
@@ -10,6 +10,9 @@ and for a diagonal, where no product can be had, single entries against the same
 a kink (ReLU) or drown in rounding, so several are tried and the best counts; some of them keep every kink on the side
 where it is at theta (see `kinks.py`). Of millions of units float32 rounds a few across their corner, which a product
 that sums up to little shows in its third digit: kinks are also held where the pass has them that the block is of.
+
+Blocks by `finite-difference` are made of the same gradients. The check takes them elsewhere, along v where these went
+along e_i, and with other steps, so it finds a wrong step or a wrong place, but no gradient that is wrong.
 
 A block in float32 is held to less than what a difference from one side, (g_B(theta + h v) - g_B(theta)) / h, leaves
 out; so that comes first: all blocks share g(theta), and a small step seldom meets a kink.
@@ -68,7 +71,13 @@ class Matrix(Protocol):
 
 @dataclass
 class Certificate:
-    """Checks blocks."""
+    """Tells whether blocks of the Hessian, or products with them, agree with differences of gradients.
+
+    Args:
+        problem: the reference, whose gradients these are: in float64 where the model runs in it.
+        dtype: of the blocks, which says how well they must agree.
+        seed: of the random directions.
+    """
 
     problem: Problem
     dtype: torch.dtype

@@ -8,8 +8,8 @@ f is the model's output, J = df / d theta, l the sum of the loss terms, D the de
 sample i's own loss terms. The last two are J^T M J with an M that works at the output: the loss's own Hessian, or
 delta_i delta_i^T per sample, delta = dl / df.
 
-Each batch is linearised once, and its graph is kept as far as the memory given allows; what does not fit is made again
-for every product. Kept graphs are multiplied side by side, each on a thread of its own. Measured on an MLP
+`Products` linearises each batch once, and keeps its graph as far as the memory given allows; what does not fit is made
+again for every product. Kept graphs are multiplied side by side, each on a thread of its own. Measured on an MLP
 256-512-256-10 with 2048 samples, a product then costs 1.4 gradients, as does a Pearlmutter pass written by hand, so
 there is no second way.
 """

@@ -73,7 +73,7 @@ class Planner:
             self.costs = Costs(tape, problem.dtype.itemsize, cuts.chunk, self.rates)
 
     def choices(self, block: Block, diagonal: bool) -> list[Choice]:
-        """The exact routes of a block, the cheapest first; `finite-difference` is always the last resort."""
+        """The exact routes of a block, the cheapest first, and what is the last resort, if anything is."""
         found, reasons = [], []
         for option in (self._preactivation, self._gauss_newton):
             try:

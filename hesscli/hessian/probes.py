@@ -61,7 +61,7 @@ class Analysis:
 
 
 class Analyses:
-    """The analysis of each batch, made once and kept as long as the batch is.
+    """The analysis of each batch, kept as long as the batch is: one whose data is made anew is analysed anew.
 
     It holds no activations, only the batch's data and what its calls are.
     """

@@ -35,7 +35,18 @@ _LONG = 1 << 23  # bytes of a vector
 
 @dataclass
 class Operator:
-    """A problem's curvature, as products."""
+    """A problem's curvature, as products.
+
+    Attributes:
+        opened: where it came from. Its own `problem` makes all passes on this process; parts of it are opened again.
+        problem: the same over all processes, which share its passes; products, gradients and checks are of this one.
+        products: multiplies vectors.
+        method: how.
+        gradient: dL / d theta [P].
+        share: of the data.
+        reference: the problem in float64, for the check and for differences, if the model runs in it.
+        check: what the check found, as in the JSON document.
+    """
 
     options: ProblemOptions
     listener: Listener
@@ -43,10 +54,10 @@ class Operator:
     problem: Problem
     products: LinearMap
     method: str
-    gradient: Tensor  # [P]
-    share: Alone  # of the data
-    reference: Problem | None = None  # in float64 if the model runs in it, for the check
-    check: Document | None = None  # as in the JSON document
+    gradient: Tensor
+    share: Alone
+    reference: Problem | None = None
+    check: Document | None = None
 
     @property
     def size(self) -> int:

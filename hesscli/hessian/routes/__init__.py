@@ -1,1 +1,1 @@
-"""The ways to compute blocks of a Hessian. Each adds one batch's share to sums that the caller owns."""
+"""The ways to compute blocks of a Hessian. Each fills sums over all batches, which the caller owns."""
