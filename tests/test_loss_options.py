@@ -249,8 +249,18 @@ def test_a_loss_that_counts_its_calls():
             self.calls += 1
             return ((f - y) ** 4).sum(1) * min(1, self.calls / 100)
 
+    loss = Warming()
+    truth = hessian(net(), lambda f, y: ((f - y) ** 4).sum(1).mean() / 100, (X,), Y)
+    close(computed(net(), (X, Y), loss=loss), truth)
+    assert loss.calls == 0
+
+
+def test_a_loss_that_draws_random_numbers():
+    def noisy(f, y):
+        return ((f - y) ** 4).sum(1) * torch.rand(())
+
     with pytest.raises(hesscli.HesscliError, match="the same output two values"):
-        computed(net(), (X, Y), loss=Warming())
+        computed(net(), (X, Y), loss=noisy)
 
 
 @pytest.mark.parametrize("blocks", ["full", "elements"])

@@ -149,6 +149,146 @@ class OfTheClass(Plain):
         return self.kept.setdefault("square", super().square())
 
 
+class Assigned(Plain):
+    kept: ClassVar[Tensor | None] = None
+
+    def square(self) -> Tensor:
+        kind = type(self)
+        if kind.kept is None:
+            kind.kept = super().square()
+        return kind.kept
+
+
+class AssignedAnew(Plain):
+    """Its class has the attribute from the first pass on."""
+
+    def square(self) -> Tensor:
+        if not hasattr(type(self), "kept"):
+            type(self).kept = super().square()
+        return type(self).kept
+
+
+KEPT: dict[str, Tensor] = {}
+
+
+class OfTheFile(Plain):
+    def square(self) -> Tensor:
+        return KEPT.setdefault("square", super().square())
+
+
+def kept_square(w: Tensor) -> Tensor:
+    return KEPT.setdefault("square", w @ w.T)
+
+
+class ByAFunction(Plain):
+    def square(self) -> Tensor:
+        return kept_square(self.w)
+
+
+SQUARE: Tensor | None = None
+PASSES = 0
+
+
+class Bound(Plain):
+    def square(self) -> Tensor:
+        global SQUARE
+        if SQUARE is None:
+            SQUARE = super().square()
+        return SQUARE
+
+
+class NewlyBound(Plain):
+    def square(self) -> Tensor:
+        global NEW_SQUARE
+        if "NEW_SQUARE" not in globals():
+            NEW_SQUARE = super().square()
+        return NEW_SQUARE
+
+
+class Counted(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        global PASSES
+        PASSES += 1
+        return super().forward(x) * PASSES
+
+
+class CachedMethod(Plain):
+    @functools.lru_cache  # noqa: B019
+    def square(self) -> Tensor:
+        return super().square()
+
+
+@functools.cache
+def cached_square(w: Tensor) -> Tensor:
+    return w @ w.T
+
+
+class CachedFunction(Plain):
+    def square(self) -> Tensor:
+        return cached_square(self.w)
+
+
+class ByDefault(Plain):
+    def square(self, kept: dict[str, Tensor] = {}) -> Tensor:  # noqa: B006
+        return kept.setdefault("square", super().square())
+
+
+def marked_square(w: Tensor) -> Tensor:
+    if not hasattr(marked_square, "kept"):
+        marked_square.kept = w @ w.T
+    return marked_square.kept
+
+
+class OfTheFunction(Plain):
+    def square(self) -> Tensor:
+        return marked_square(self.w)
+
+
+def closure() -> Callable[[Tensor], Tensor]:
+    kept = None
+
+    def square(w: Tensor) -> Tensor:
+        nonlocal kept
+        if kept is None:
+            kept = w @ w.T
+        return kept
+
+    return square
+
+
+class InAClosure(Plain):
+    closure = staticmethod(closure())
+
+    def square(self) -> Tensor:
+        return self.closure(self.w)
+
+
+class Slots:
+    __slots__ = ("kept",)
+
+
+@dataclass(slots=True)
+class FilledSlots:
+    kept: Tensor | None = None
+
+
+class InSlots(Plain):
+    slots = Slots
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.slots()
+
+    def square(self) -> Tensor:
+        if getattr(self.held, "kept", None) is None:
+            self.held.kept = super().square()
+        return self.held.kept
+
+
+class InFilledSlots(InSlots):
+    slots = FilledSlots
+
+
 class Hooked(Plain):
     """Registers a hook on its first call, as transformers does to collect hidden states."""
 
@@ -169,6 +309,8 @@ class Hooked(Plain):
     [
         *(Attribute, Made, Property, Buffer, MadeBuffer, Steps, Stored, Queued, OfTheClass, Hooked),
         *HOLDERS,
+        *(Assigned, AssignedAnew, OfTheFile, ByAFunction, Bound, NewlyBound, Counted, CachedMethod),
+        *(CachedFunction, ByDefault, OfTheFunction, InAClosure, InSlots, InFilledSlots),
     ],
 )
 def test_every_pass_is_the_first(kind: type[Plain], curvature: str) -> None:

@@ -104,7 +104,7 @@ class Loss:
             output = output.clone()
         with (
             staying_wide() if self.wide else nullcontext(),
-            state_kept(self.function) if isinstance(self.function, nn.Module) else nullcontext(),
+            state_kept(self.function),
             guest(partial(self._failed, output, target)),
         ):
             terms = self.function(output, target, **arguments)

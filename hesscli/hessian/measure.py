@@ -36,7 +36,7 @@ def measure(
             if index == 0 and not _equal(output, problem.output(batch)):
                 raise MismatchError(
                     "two passes of the same data through the model differ: it draws random numbers "
-                    "(dropout left on?), so it has no Hessian",
+                    "(dropout left on?), or writes to a tensor that is no buffer, so it has no Hessian",
                     "save it after model.eval(); a traced or exported model keeps the mode it was saved in",
                 )
             again = output.clone()  # a loss may write to it
@@ -51,7 +51,7 @@ def measure(
                 if not _equal(batch_total, again):
                     raise MismatchError(
                         f"the loss {problem.loss.name} gives the same output two values: it draws random "
-                        "numbers, or counts its calls, so it has no Hessian"
+                        "numbers, so it has no Hessian"
                     )
             total += float(batch_total)
             denominator += share

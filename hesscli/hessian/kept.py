@@ -1,0 +1,199 @@
+"""What the Python objects of a model hold, and how each is given back what it held."""
+
+from __future__ import annotations
+
+import functools
+import sysconfig
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum
+from functools import lru_cache, partial
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FunctionType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Restore = Callable[[], None]
+
+_CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set, deque})
+_PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None)})
+# Buffers are looked after apart; enumerations and libraries are not the model's.
+_OTHERS = (Tensor, Enum, ModuleType, BuiltinFunctionType, torch.jit.ScriptModule)
+_MOST = 1000  # objects besides those of modules: behind a logger, say, there is no end
+_OF_A_MODULE = 50  # containers that any module has, and more
+_HEAP_TYPE = 1 << 9  # a flag of types that Python code has made: others cannot be written to
+_MISSING = object()
+_CACHED = type(lru_cache(lambda: None))
+_LIBRARIES = ("torch", "hesscli", "weakref", "builtins")
+_INSTALLED = tuple(
+    sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")
+)
+
+
+def restores(root: Callable[..., object]) -> Iterator[Restore]:
+    """What gives back all that is kept anywhere behind a module or a function, as it is now.
+
+    That is the contents of dicts, lists, sets and deques, the attributes of objects and classes, and what functions
+    keep: in global names that their code has, in closures, in defaults, and by `functools.lru_cache`.
+    """
+    found: list[object] = [root]
+    known: set[int] = set()
+    most = _MOST
+    for each in found:
+        if type(each) in _PLAIN or id(each) in known or len(known) > most:
+            continue
+        known.add(id(each))
+        most += _OF_A_MODULE * isinstance(each, nn.Module)
+        held, restore = _held(each)
+        found += held
+        if restore is not None:
+            yield restore
+
+
+def _held(each: object) -> tuple[Iterable[object], Restore | None]:
+    """What an object holds, and what gives it back that; None for what cannot change."""
+    kind = type(each)
+    if kind in _CONTAINERS:
+        container: Any = each
+        if not container:
+            return (), container.clear
+        before = container.copy()
+        values = before.values() if isinstance(before, dict) else before
+        return values, partial(_refill, container, before)
+    if isinstance(each, tuple):
+        return each, None
+    if isinstance(each, FunctionType):
+        return _of_function(each)
+    if isinstance(each, _CACHED):
+        function: Any = each.__wrapped__
+        return (function,), None if _foreign(function) else each.cache_clear
+    if isinstance(each, (staticmethod, classmethod, MethodType)):
+        return (each.__func__,), None
+    if isinstance(each, property):
+        return (each.fget,), None
+    if isinstance(each, (functools.cached_property, functools.partial)):
+        return (each.func,), None
+    if isinstance(each, type):
+        if _foreign(each) or not each.__flags__ & _HEAP_TYPE:
+            return (), None
+        attributes = dict(vars(each))
+        return (*attributes.values(), *each.__bases__), partial(_reset, each, attributes)
+    if isinstance(each, _OTHERS) or (_foreign(kind) and not isinstance(each, nn.Module)):
+        return (), None
+    return _of_object(each)
+
+
+def _of_object(each: object) -> tuple[Iterable[object], Restore | None]:
+    attributes = getattr(each, "__dict__", None)
+    held = [type(each)] + ([attributes] if type(attributes) is dict else [])
+    places = {
+        name: place
+        for kind in type(each).__mro__
+        if "__slots__" in vars(kind)
+        for name, place in vars(kind).items()
+        if isinstance(place, MemberDescriptorType)
+    }
+    if not places:
+        return held, None
+    before = {name: getattr(each, name, _MISSING) for name in places}
+    return (*held, *before.values()), partial(_reslot, each, before)
+
+
+def _of_function(function: FunctionType) -> tuple[Iterable[object], Restore | None]:
+    if _foreign(function):
+        return (), None
+    names, everywhere = _names(function.__code__), function.__globals__
+    bound = {name: everywhere.get(name, _MISSING) for name in names}
+    cells = [(cell, _contents(cell)) for cell in function.__closure__ or ()]
+    held = (
+        *bound.values(),
+        *(value for _, value in cells),
+        function.__defaults__,
+        function.__kwdefaults__,
+        function.__dict__,
+    )
+    return held, partial(_rebind, everywhere, bound, cells)
+
+
+@lru_cache(maxsize=4096)
+def _names(code: CodeType) -> frozenset[str]:
+    """The global names that some code, or code inside it, may use: those of attributes among them."""
+    inner = (_names(part) for part in code.co_consts if isinstance(part, CodeType))
+    return frozenset(code.co_names).union(*inner)
+
+
+def _contents(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return _MISSING
+
+
+def _foreign(thing: type | FunctionType) -> bool:
+    """Whether this belongs to PyTorch, to hesscli, or, if it is a function, to anything that was installed."""
+    if (thing.__module__ or "").partition(".")[0] in _LIBRARIES:
+        return True
+    return isinstance(thing, FunctionType) and thing.__code__.co_filename.startswith(_INSTALLED)
+
+
+def _refill(now: Any, before: Any) -> None:
+    """Gives a container what it held, unless it holds just that."""
+    if isinstance(now, set):
+        same = now == before
+    elif isinstance(now, dict):
+        same = list(now) == list(before) and all(now[key] is before[key] for key in before)
+    else:
+        same = len(now) == len(before) and all(map(_is, now, before))
+    if not same:
+        now.clear()
+        now.extend(before) if isinstance(now, (list, deque)) else now.update(before)
+
+
+def _is(one: object, other: object) -> bool:
+    return one is other
+
+
+def _reset(kind: type, before: Mapping[str, object]) -> None:
+    now = vars(kind)
+    for name in [name for name in now if name not in before]:
+        delattr(kind, name)
+    for name, value in before.items():
+        if now.get(name, _MISSING) is not value:
+            setattr(kind, name, value)
+
+
+def _reslot(each: object, before: Mapping[str, object]) -> None:
+    for name, value in before.items():
+        if getattr(each, name, _MISSING) is not value:
+            if value is _MISSING:
+                delattr(each, name)
+            else:
+                object.__setattr__(each, name, value)  # a frozen dataclass has slots, too
+
+
+def _rebind(
+    everywhere: dict[str, object],
+    bound: Mapping[str, object],
+    cells: Iterable[tuple[CellType, object]],
+) -> None:
+    for name, value in bound.items():
+        if everywhere.get(name, _MISSING) is not value:
+            if value is _MISSING:
+                del everywhere[name]
+            else:
+                everywhere[name] = value
+    for cell, value in cells:
+        if _contents(cell) is not value:
+            if value is _MISSING:
+                del cell.cell_contents
+            else:
+                cell.cell_contents = value
