@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import read
 from oracles import hessian, hessian_by_differences, relative_error
 from problems import Net
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hesscli
 from hesscli.errors import HesscliError, MismatchError
-from hesscli.hessian.precision import in_precision_
+from hesscli.hessian.precision import default_of, in_precision_
 
 X = torch.randn(9, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = X.sin().sum(1, keepdim=True)
@@ -1021,3 +1022,131 @@ def test_outputs_that_are_no_real_numbers_are_refused(function, found):
     model = Net(lambda s, x: function(s.a(x)), a=nn.Linear(3, 2)).double()
     with pytest.raises(MismatchError, match=found):
         hesscli.compute(model, (torch.ones(5, 3).double(), torch.ones(5, 2).double()), loss="mse")
+
+
+class Ragged(nn.Module):
+    """Sequences of unlike lengths, in a jagged nested tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ends = torch.tensor([0, 2, 5, 9])
+        rows = torch.nested.nested_tensor_from_jagged(x, ends)
+        return torch.nested.to_padded_tensor(self.b(torch.tanh(self.a(rows))), 0.0).sum(1)
+
+
+def test_jagged_tensors():
+    torch.manual_seed(0)
+    model, y = Ragged().double(), torch.randn(3, 2, dtype=torch.float64)
+    found = hesscli.compute(model, (X, y), unbatched=True, blocks="full", framework="torch")
+    truth = hessian_by_differences(model, nn.functional.mse_loss, (X,), y)
+    assert relative_error(found.matrix(), truth) < 1e-6
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyLinear(3), nn.Tanh(), nn.LazyLinear(1))
+
+
+def test_lazy_modules_whose_weights_are_loaded():
+    torch.manual_seed(0)
+    eager, model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double(), lazy()
+    model.load_state_dict(eager.state_dict())
+    found = hesscli.compute(model.double(), (X, Y), blocks="full", framework="torch")
+    truth = hessian(eager, nn.functional.mse_loss, (X,), Y)
+    assert relative_error(found.matrix(), truth) < 1e-10
+    assert isinstance(model[0], nn.LazyLinear)
+
+
+class Constant(nn.Module):
+    """A constant that is no buffer, and meets what the layers compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 3), nn.Linear(3, 3)
+        self.scales = torch.tensor([1.0, 2.0, 3.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x))) @ torch.diag(self.scales)
+
+
+class Masked(nn.Module):
+    """Attention over pairs of rows, of which some are left out by a mask that a trace bakes a dtype into."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.MultiheadAttention(2, 1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(3, 3, 2)
+        mask = x[..., 0] > x[..., :1, 0]
+        x = x + self.a(x, x, x, key_padding_mask=mask)[0]
+        return (
+            x.reshape(9, 2) @ torch.full((2, 2), 0.5) + torch.ones_like(mask, dtype=x.dtype).sum()
+        )
+
+
+@pytest.mark.parametrize("blocks", ["full", "diag"])
+@pytest.mark.parametrize(
+    ("kind", "save"),
+    [(Constant, torch.jit.script), (Masked, partial(torch.jit.trace, example_inputs=X.float()))],
+)
+def test_constants_that_are_made_in_float32(kind, save, blocks, tmp_path):
+    torch.manual_seed(0)
+    model = kind().eval()
+    save(model).save(str(tmp_path / "model.pt"))
+    y = X[:, :1].expand(9, 3 if kind is Constant else 2).contiguous()
+    options = {"dtype": "float64", "unbatched": True, "blocks": blocks, "framework": "torch"}
+    found = hesscli.compute(tmp_path / "model.pt", (X, y), **options)
+    in_precision_(model, torch.float64)
+    with default_of(torch.float64):
+        truth = hessian_by_differences(model, nn.functional.mse_loss, (X,), y)
+    if blocks == "full":
+        assert relative_error(found.matrix(), truth) < 1e-7
+    else:
+        size = next(model.parameters()).numel()
+        (first, *_) = dict(model.named_parameters())
+        assert relative_error(found.block(first), truth[:size, :size]) < 1e-7
+
+
+def test_a_part_in_half_precision_with_casts(cli, tmp_path):
+    (tmp_path / "nets.py").write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Half(nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        self.a, self.b = nn.Linear(2, 3), nn.Linear(3, 1).half()\n\n"
+        "    def forward(self, x):\n        return self.b(torch.tanh(self.a(x)).half()).float()\n"
+    )
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1).half())
+    names = {"0": "a", "2": "b"}
+    weights = {f"{names[n[0]]}{n[1:]}": p for n, p in plain.state_dict().items()}
+    torch.save(weights, tmp_path / "half.pt")
+    np.savez(tmp_path / "d.npz", x=X.float().numpy(), y=Y.float().numpy())
+    words = ("compute", "half.pt", "d.npz", "--arch", "nets.py:Half", "-b", "full", "-o", "h")
+    ran = cli(*words)
+    ran.fails(4)
+    assert ran.hint.endswith("--dtype float64")
+    assert cli(*words, "--dtype", "float64").code == 0
+    x, y = X.float().double(), Y.float().double()
+    truth = hessian(plain.double(), nn.functional.mse_loss, (x,), y)
+    assert relative_error(read(tmp_path / "h")[1]["hessian"], truth) < 1e-10
+
+
+class Graph(nn.Module):
+    """Nodes that read their neighbours, by number: a part of them is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(2, 1)
+
+    def forward(self, x: Tensor, to: Tensor) -> Tensor:
+        return self.a(x[to])
+
+
+def test_what_a_graph_network_does_not_accept_is_said_of_all_nodes(cli, tmp_path):
+    torch.jit.script(Graph()).save(str(tmp_path / "graph.pt"))
+    x, y = np.ones((5, 3), np.float32), np.ones((5, 1), np.float32)
+    np.savez(tmp_path / "d.npz", x=x, to=np.array([4, 3, 2, 1, 0]), y=y)
+    said = cli("compute", "graph.pt", "d.npz").fails(4)
+    assert "float32 [5, 3], int64 [5]" in said
+    assert "5x3 and 2x1" in said

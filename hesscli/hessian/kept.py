@@ -94,18 +94,17 @@ def _held(each: object) -> tuple[Iterable[object], Restore | None]:
 
 def _of_object(each: object) -> tuple[Iterable[object], Restore | None]:
     attributes = getattr(each, "__dict__", None)
-    held = [type(each)] + ([attributes] if type(attributes) is dict else [])
+    kind = type(each)
+    held = [kind] + ([attributes] if type(attributes) is dict else [])
     places = {
         name: place
-        for kind in type(each).__mro__
-        if "__slots__" in vars(kind)
-        for name, place in vars(kind).items()
+        for base in kind.__mro__
+        if "__slots__" in vars(base)
+        for name, place in vars(base).items()
         if isinstance(place, MemberDescriptorType)
     }
-    if not places:
-        return held, None
     before = {name: getattr(each, name, _MISSING) for name in places}
-    return (*held, *before.values()), partial(_reslot, each, before)
+    return (*held, *before.values()), partial(_reslot, each, kind, before)
 
 
 def _of_function(function: FunctionType) -> tuple[Iterable[object], Restore | None]:
@@ -171,7 +170,9 @@ def _reset(kind: type, before: Mapping[str, object]) -> None:
             setattr(kind, name, value)
 
 
-def _reslot(each: object, before: Mapping[str, object]) -> None:
+def _reslot(each: object, kind: type, before: Mapping[str, object]) -> None:
+    if type(each) is not kind:  # a lazy module's, after its first pass
+        each.__class__ = kind
     for name, value in before.items():
         if getattr(each, name, _MISSING) is not value:
             if value is _MISSING:

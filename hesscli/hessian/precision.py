@@ -13,7 +13,7 @@ from hesscli.hessian.definitions import CPU, gpus
 from hesscli.hessian.watcher import Watcher
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16, torch.complex64)
-_WIDE = (torch.float64, torch.complex128)
+WIDE = (torch.float64, torch.complex128)
 
 
 def in_precision(tensor: Tensor, precision: torch.dtype) -> Tensor:
@@ -42,7 +42,7 @@ def _widened(dtype: torch.dtype | None) -> torch.dtype | None:
 def _to_copy_that_stays_wide(
     keys: torch._C.DispatchKeySet, x: Tensor, *, dtype: torch.dtype | None = None, **options: Any
 ) -> Tensor:
-    if dtype in _NARROW and (x.dtype in _WIDE or not (x.is_floating_point() or x.is_complex())):
+    if dtype in _NARROW and (x.dtype in WIDE or not (x.is_floating_point() or x.is_complex())):
         # Integers too: positions, say, that meet what stays wide.
         dtype = _widened(dtype)
         if x.dtype is dtype:
@@ -60,12 +60,50 @@ def _fake_quantize_per_channel(x: Tensor, scale: Tensor, *places: Any) -> Tensor
     return torch.ops.aten.fake_quantize_per_channel_affine_cachemask(x, narrow, *places)[0]
 
 
+def _filled(value: Any, size: Sequence[int], dtype: torch.dtype | None, options: Any) -> Tensor:
+    return torch.empty(size, dtype=_widened(dtype), **options).fill_(value)
+
+
+def _filled_like(value: Any, x: Tensor, dtype: torch.dtype | None, options: Any) -> Tensor:
+    return torch.empty_like(x, dtype=_widened(dtype), **options).fill_(value)
+
+
 def _zeros(size: Sequence[int], *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
-    return torch.empty(size, dtype=_widened(dtype), **options).zero_()
+    return _filled(0, size, dtype, options)
 
 
 def _ones(size: Sequence[int], *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
-    return torch.empty(size, dtype=_widened(dtype), **options).fill_(1)
+    return _filled(1, size, dtype, options)
+
+
+def _full(
+    size: Sequence[int], value: Any, *, dtype: torch.dtype | None = None, **options: Any
+) -> Tensor:
+    return _filled(value, size, dtype or torch.tensor(value).dtype, options)
+
+
+def _zeros_like(x: Tensor, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    return _filled_like(0, x, dtype, options)
+
+
+def _ones_like(x: Tensor, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    return _filled_like(1, x, dtype, options)
+
+
+def _full_like(
+    x: Tensor, value: Any, *, dtype: torch.dtype | None = None, **options: Any
+) -> Tensor:
+    return _filled_like(value, x, dtype, options)
+
+
+_MADE = {  # what makes tensors of a dtype that it is told
+    "zeros": _zeros,
+    "ones": _ones,
+    "full": _full,
+    "zeros_like": _zeros_like,
+    "ones_like": _ones_like,
+    "full_like": _full_like,
+}
 
 
 @contextmanager
@@ -94,8 +132,8 @@ def staying_wide() -> Iterator[None]:
             library.impl("_to_copy", _to_copy_that_stays_wide, key, with_keyset=True)
             library.impl("fake_quantize_per_channel_affine", _fake_quantize_per_channel, key)
             below = key.removeprefix("Autograd")
-            library.impl("zeros", _zeros, below)
-            library.impl("ones", _ones, below)
+            for name, made in _MADE.items():
+                library.impl(name, made, below)
         yield
 
 
@@ -112,7 +150,7 @@ class Narrowings(Watcher):
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
         if func is torch.ops.aten._to_copy.default:
-            self.found |= args[0].dtype in _WIDE and kwargs.get("dtype") in _NARROW
+            self.found |= args[0].dtype in WIDE and kwargs.get("dtype") in _NARROW
         elif _is_narrow(result) and any(map(_is_wide_variable, args)):
             self.stuck = func.overloadpacket.__name__
         return result
@@ -123,4 +161,4 @@ def _is_narrow(x: object) -> bool:
 
 
 def _is_wide_variable(x: object) -> bool:
-    return isinstance(x, Tensor) and x.dtype in _WIDE and x.requires_grad
+    return isinstance(x, Tensor) and x.dtype in WIDE and x.requires_grad

@@ -17,6 +17,7 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.guests import is_missing_derivative
+from hesscli.hessian.precision import WIDE
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.tape import Call, Ref, Tape
 from hesscli.hessian.watcher import Watcher
@@ -175,6 +176,10 @@ class _Recorder(Watcher):
         parts = result if isinstance(result, (tuple, list)) else (result,)
         if any(_converted(part, x) for part in parts for x in _tensors(args) if x.requires_grad):
             self._refuse(f"{func.overloadpacket.__name__} goes on in another dtype than float32")
+        if _widened(result, args, keywords):  # by memory that it made: a replay would not
+            made = self._made(result, recorded, arguments, result.shape, keywords)
+            recorded, arguments = torch.ops.aten._to_copy.default, (made,)
+            keywords = {"dtype": result.dtype}
         outputs = tuple(
             self._number(part, func, args) if isinstance(part, Tensor) else None for part in parts
         )
@@ -271,7 +276,7 @@ class _Recorder(Watcher):
         if tensor.layout is not torch.strided:
             self._refuse("sparse tensors may mix samples")
         number = len(self.shapes)
-        self.shapes.append(tensor.shape)
+        self.shapes.append(tensor.values().shape if tensor.layout is torch.jagged else tensor.shape)
         if tensor.is_complex():
             self.complex.add(number)
         self.numbers[id(tensor)] = number
@@ -305,6 +310,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _is_view(func: Any, args: tuple[Any, ...], result: Any) -> bool:
     alone = isinstance(result, Tensor) and result is not args[0]
     return alone and func._schema.returns[0].alias_info is not None
+
+
+def _widened(made: Any, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> bool:
+    """Whether what is made of narrower numbers alone is in float64, without being told to."""
+    given = [x.dtype for x in _tensors(args) if x.is_floating_point() or x.is_complex()]
+    wide = isinstance(made, Tensor) and made.dtype in WIDE
+    return wide and bool(given) and set(WIDE).isdisjoint(given) and not keywords.get("dtype")
 
 
 def _converted(made: Any, x: Tensor) -> bool:

@@ -11,6 +11,10 @@ from hesscli.hessian.batch import Batch
 from hesscli.texts import dtype_name
 
 _OTHER_DEVICE = re.compile(r"the same device|the expected device|torch\.cuda\.\w+Tensor")
+_UNLIKE = re.compile(
+    r"same (dtype|scalar type)|dtypes must be the same|self\.dtype to be equal|"
+    r"expected scalar type \w+ but found (Float|Double|Half|BFloat16)"
+)
 
 
 def not_accepted(batch: Batch, reason: str, error: BaseException) -> MismatchError:
@@ -26,15 +30,17 @@ def not_accepted(batch: Batch, reason: str, error: BaseException) -> MismatchErr
 
 
 def _type_hint(error: str, batch: Batch) -> str | None:
-    """What to do about integers that the model does not take as they are."""
+    """What to do about numbers that the model does not take as they are."""
     if "'indices'" in error or "embedding" in error:
         return "store indices as int64: x.astype(np.int64)"
     wide = any(x.dtype is torch.float64 for x in batch.inputs)
-    if wide and re.search(r"same (dtype|scalar type)|self\.dtype to be equal", error):
-        return "--dtype float32"
+    if _UNLIKE.search(error) and (wide or re.search("Half|BFloat16", error)):
+        return f"--dtype {'float32' if wide else 'float64'}"  # in which all casts stay wide
     if any(x.dtype is torch.uint8 for x in batch.inputs):
         return "--scale 1/255"
     integers = [x for x in batch.inputs if not (x.is_floating_point() or x.is_complex())]
+    if len(batch.inputs) > 1:  # then bools are a mask
+        integers = [x for x in integers if x.dtype is not torch.bool]
     name = r"\b([Ll]ong|[Ii]nt|[Ss]hort|[Cc]har|[Bb]ool)(Tensor|\d+)?\b"
     floats = "([Ff]loat|[Dd]ouble)"
     floats_wanted = re.search(

@@ -28,7 +28,7 @@ def first_accepted(
     """The first so many samples that a function takes, of these numbers of samples in turn, and what it gives.
 
     Raises:
-        MismatchError: it takes none of them; why it does not take the first.
+        MismatchError: it takes none of them; why it does not take the last: a graph's nodes want all others.
         DeviceMismatchError: what it makes lies on another device.
     """
     refused: MismatchError | None = None
@@ -42,7 +42,7 @@ def first_accepted(
             except DeviceMismatchError:
                 raise
             except MismatchError as error:
-                refused = refused or error
+                refused = error
     assert refused is not None
     raise refused
 
