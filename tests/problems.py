@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block, partition
 from hesscli.hessian.cuts import Cuts
+from hesscli.hessian.kronecker import mirror_
 from hesscli.hessian.loss import Loss
 from hesscli.hessian.losses import ELEMENT_WEIGHTED
 from hesscli.hessian.measure import measure
@@ -105,7 +106,8 @@ def compute_blocks(
 
 
 def finished(route: Route, rows: Rows) -> Tensor:
-    route.finish(rows.out)
+    if route.symmetric:
+        mirror_(rows.out)
     if not route.symmetric:
         symmetrise_(rows.out)
     return route.layout(rows.block).ordered(rows.out)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import hesscli
+from hesscli.hessian import quotients
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate, Comparison
 from hesscli.hessian.check_curvature import certificate_of
@@ -24,6 +25,7 @@ from hesscli.hessian.directional import DirectionalDifference
 from hesscli.hessian.operator import Products
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.finite_difference import FiniteDifference
+from hesscli.job import planning
 
 
 class Between(nn.Module):
@@ -710,3 +712,34 @@ def test_a_diagonal_that_is_wrong_in_one_place():
     model.function = torch.tanh
     truth = hessian(model, F.mse_loss, (x,), y).diagonal()[:96]
     assert relative_error(found.block("a.weight").view(-1), truth) < 1e-6
+
+
+class Averaged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.out = nn.Embedding(5, 4, padding_idx=0), nn.Linear(4, 2)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.e(words)).mean(1))
+
+
+@pytest.mark.parametrize("bands", [False, True])
+@pytest.mark.parametrize("blocks", ["diag", "full"])
+def test_padding_is_a_constant_where_kinks_are_not_held(
+    monkeypatch: pytest.MonkeyPatch, blocks: str, bands: bool
+) -> None:
+    monkeypatch.setattr(quotients, "held_difference", lambda *_: None)
+    if bands:
+        monkeypatch.setattr(planning, "LARGE", 8)
+    torch.manual_seed(0)
+    model = Averaged().double()
+    nn.init.normal_(model.e.weight)  # of the padding too: it is what all samples have in common
+    words, y = torch.randint(0, 5, (12, 3)), torch.randn(12, 2, dtype=torch.float64)
+    words[:, 0] = 0
+    options = {"method": "finite-difference", "blocks": blocks, "framework": "torch"}
+    found = hesscli.compute(model, (words, y), loss="mse", **options)
+    truth = hessian(model, F.mse_loss, (words,), y)
+    if blocks == "diag":
+        assert relative_error(found.block("e.weight"), truth[:20, :20]) < 1e-6
+    else:
+        assert relative_error(found.matrix(), truth) < 1e-6

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from hesscli.job.beside import Beside
 from hesscli.job.journal import Journal
 from hesscli.job.json_form import Document
 from hesscli.job.planning import Plan
-from hesscli.job.remedies import not_finite
+from hesscli.job.ranking import Ranking
 from hesscli.job.triangles import HeldTriangle, StreamedTriangle, Triangle
 
 Advance = Callable[[int, str], None]  # is told how many rows more are done, and of what
@@ -30,11 +32,7 @@ class LargeBlock:
 
     def __init__(self, plan: Plan, block: Block) -> None:
         self.plan, self.block = plan, block
-        self.place = 0  # of the route among the block's choices
-
-    @property
-    def method(self) -> str:
-        return self.plan.choices[self.block.name][self.place].method
+        self.ranking = Ranking(plan, block)
 
     def parts(self) -> list[tuple[str, float]]:
         """The name of each band, and its share of the work; none if the route finds out that it cannot give any."""
@@ -44,16 +42,16 @@ class LargeBlock:
             return []
         n = layout.size
         area = [(stop - start) * (n - (start + stop) / 2) for start, stop in bands]
-        whole = self.plan.choices[self.block.name][self.place].work.seconds(self.plan.rates)
+        whole = self.ranking.choice.work.seconds(self.plan.rates)
         return [
             (self._part(index), whole * share / (n * n / 2)) for index, share in enumerate(area)
         ]
 
     def _part(self, index: int) -> str:
-        return f"{self.block.name}, {self.method}, band {index}"
+        return f"{self.block.name}, {self.ranking.method}, band {index}"
 
     def _cut(self) -> tuple[Layout, list[Span]]:
-        layout = self.plan.routes[self.method].layout(self.block)
+        layout = self.ranking.route.layout(self.block)
         return layout, layout.cut(self.plan.bands[self.block.name])
 
     def contribute(
@@ -67,7 +65,7 @@ class LargeBlock:
                 for index, (start, stop) in enumerate(bands):
                     part = self._part(index)
                     if part in mine and part not in journal.finished:
-                        upper, facts = self._band(self.plan.routes[self.method], start, stop)
+                        upper, facts = self._band(self.ranking.route, start, stop)
                         beside.run(_put, matrix, index, upper, journal, part, facts, writer)
                         progress(stop - start, self.block.name)
         except NotApplicable:
@@ -89,30 +87,24 @@ class LargeBlock:
         """
         certificate = self.plan.certificate
         while True:
-            failed = f"{self.block.name}, {self.method}, not exact"
+            method = self.ranking.method
+            failed = f"{self.block.name}, {method}, not exact"
             if failed in journal.finished:
                 self.plan.opened.note(*journal.finished[failed]["notes"])
-                self.place += 1
+                self.ranking.skip()
                 continue
             try:
                 matrix, symmetry = self._bands(writer, journal, progress)
             except NotApplicable as reason:
-                self.plan.next_route(self.block, self.place, reason)
-                self.place += 1
+                self.ranking.refuse(reason)
                 continue
             error = None if certificate is None else certificate.matrix(self.block, matrix)
             matrix.finish()
-            if not matrix.squares < float("inf"):
-                raise not_finite(
-                    f"{self.block.name}: its Hessian", self.plan.options, self.plan.problem.dtype
-                )
-            if certificate is None or error is None or certificate.passed(error):
+            if self.ranking.accepts(error, partial(math.isfinite, matrix.squares)):
                 break
-            self.plan.differs(self.block, self.place, error, certificate.tolerance)
             journal.add(failed, {"notes": list(self.plan.opened.note.texts)}, writer)
-            self.place += 1
         return documents.block_facts(self.plan.opened, self.block) | {
-            "method": self.method,
+            "method": method,
             "trace": matrix.trace,
             "eig_max": None,
             "eig_min": None,
@@ -127,7 +119,7 @@ class LargeBlock:
         self, writer: ResultWriter, journal: Journal, progress: Advance
     ) -> tuple[Triangle, float]:
         """The matrix, written, and its symmetry error."""
-        route = self.plan.routes[self.method]
+        route = self.ranking.route
         layout, bands = self._cut()
         device, certificate = self.plan.held_on(self.block), self.plan.certificate
         direction = torch.zeros(self.block.size)

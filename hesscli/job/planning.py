@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from hesscli.errors import NumericalError, ResourceError
+from hesscli.errors import ResourceError
 from hesscli.files.resources import available_memory, disk_used, free_disk
 from hesscli.files.result_names import partial_paths
 from hesscli.hessian.applicability import NotApplicable
@@ -24,14 +24,14 @@ from hesscli.hessian.problem import Problem
 from hesscli.hessian.rates import measure_rates, usual_rates
 from hesscli.hessian.routes.all import routes
 from hesscli.hessian.routes.base import Route
-from hesscli.hessian.words import FINITE_DIFFERENCE, HVP, STRUCTURES
+from hesscli.hessian.words import HVP, STRUCTURES
 from hesscli.job import documents
 from hesscli.job.batches import free_memory
 from hesscli.job.estimate import Estimate, estimate, gradient_seconds
 from hesscli.job.json_form import Document
 from hesscli.job.opening import Opened
 from hesscli.job.options import ComputeOptions, Listener
-from hesscli.job.remedies import more_digits
+from hesscli.job.remedies import inexact
 from hesscli.job.sizes import size
 from hesscli.job.team import ranks_here
 from hesscli.spectrum.statistics import QUICK_LIMIT
@@ -94,7 +94,7 @@ class Plan:
                     else planner.forced(block, self.diagonal, method)
                 )
             except NotApplicable as reason:
-                raise self.inexact(block, method, reason) from None
+                raise inexact(self.options, block, method, reason) from None
         self.cut_bytes = planner.cut_plan.bytes if planner.cut_plan is not None else 0
         if planner.refused and method == "auto":
             self.opened.note(f"no fast route: {planner.refused}; hvp takes one pass per parameter")
@@ -241,49 +241,6 @@ class Plan:
         """Bytes of the output with this `--blocks`."""
         blocks = partition(self.shapes, STRUCTURES[option])
         return _output_bytes(blocks, option == "elements", self.problem.dtype)
-
-    # What is said
-
-    def next_route(self, block: Block, place: int, reason: Exception) -> None:
-        """Says that the next route of a block is taken, and why.
-
-        Raises:
-            NumericalError: there is none.
-        """
-        choices = self.choices[block.name]
-        if place + 1 == len(choices):
-            raise self.inexact(block, choices[place].method, reason)
-        self.opened.note(
-            f"{reason}: {choices[place + 1].method} instead of {choices[place].method}"
-        )
-
-    def differs(self, block: Block, place: int, error: float, tolerance: float) -> None:
-        """Says that a route's result did not pass the check, and which is taken instead.
-
-        Raises:
-            NumericalError: there is none.
-        """
-        choices = self.choices[block.name]
-        said = f"{block.name}: {choices[place].method} differs from gradients by {error:.1e}"
-        if place + 1 == len(choices):
-            raise NumericalError(
-                f"{said}, more than {tolerance:.0e}; nothing was written",
-                more_digits(self.problem.dtype) or self._other_way(choices[place].method),
-            )
-        self.opened.note(f"{said}; {choices[place + 1].method} instead")
-
-    def inexact(self, block: Block, method: str, reason: Exception) -> NumericalError:
-        return NumericalError(
-            f"{block.name}: {method} is not exact here: {reason}", self._other_way(method)
-        )
-
-    def _other_way(self, method: str) -> str | None:
-        """The option with which another route may do, after this one did not."""
-        if self.options.curvature != "hessian":
-            return "--method auto" if self.options.method != "auto" else "--curvature hessian"
-        if method == FINITE_DIFFERENCE:
-            return None
-        return f"--method {FINITE_DIFFERENCE if method == HVP else 'auto'}"
 
 
 def _upper(block: Block) -> int:

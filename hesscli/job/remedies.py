@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from hesscli.errors import NumericalError
-from hesscli.hessian.words import FINITE_DIFFERENCE
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.words import FINITE_DIFFERENCE, HVP
 from hesscli.job.options import ProblemOptions
 
 
@@ -20,3 +21,21 @@ def not_finite(what: str, options: ProblemOptions, dtype: torch.dtype) -> Numeri
     if hint is None and options.curvature == "hessian" and options.method != FINITE_DIFFERENCE:
         hint = f"--method {FINITE_DIFFERENCE}"
     return NumericalError(f"{what} is not finite (NaN or inf)", hint)
+
+
+def inexact(
+    options: ProblemOptions, block: Block, method: str, reason: Exception
+) -> NumericalError:
+    """What is said where a route cannot give a block, and no other is to be tried."""
+    return NumericalError(
+        f"{block.name}: {method} is not exact here: {reason}", other_way(options, method)
+    )
+
+
+def other_way(options: ProblemOptions, method: str) -> str | None:
+    """The option with which another route may do, after this one did not."""
+    if options.curvature != "hessian":
+        return "--method auto" if options.method != "auto" else "--curvature hessian"
+    if method == FINITE_DIFFERENCE:
+        return None
+    return f"--method {FINITE_DIFFERENCE if method == HVP else 'auto'}"

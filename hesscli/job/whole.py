@@ -12,12 +12,13 @@ from torch import Tensor
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate
+from hesscli.hessian.kronecker import mirror_
 from hesscli.hessian.routes.base import ByRows, Route, Rows, fitting
 from hesscli.hessian.symmetry import symmetrise_
 from hesscli.job import documents, statistics
 from hesscli.job.json_form import Document
 from hesscli.job.planning import Plan
-from hesscli.job.remedies import not_finite
+from hesscli.job.ranking import Ranking
 from hesscli.job.triangles import on_host
 
 _SMALL = 1 << 22  # numbers that are always kept together
@@ -65,28 +66,27 @@ class WholeBlocks:
         Raises:
             NumericalError: no route is exact.
         """
-        for block, values, place in self._computed(blocks, 0):
-            yield self._finish(block, values, place)
+        yield from self._computed([Ranking(self.plan, block) for block in blocks])
 
-    def _computed(self, blocks: Sequence[Block], place: int) -> Iterator[tuple[Block, Tensor, int]]:
-        """Blocks with their values, and the place of the route that gave them among their choices."""
-        route = self.plan.routes[self.plan.choices[blocks[0].name][place].method]
+    def _computed(self, rankings: Sequence[Ranking]) -> Iterator[tuple[Document, np.ndarray]]:
+        """All blocks by the route that is first for them, or each by its next."""
+        route = rankings[0].route
         try:
-            sums = fitting(route, lambda: self._sums(route, blocks))
+            sums = fitting(route, lambda: self._sums(route, [r.block for r in rankings]))
         except NotApplicable as reason:
-            if len(blocks) > 1:  # perhaps only some of them cannot be done
-                for block in blocks:
-                    yield from self._computed([block], place)
+            if len(rankings) > 1:  # perhaps only some of them cannot be done
+                for ranking in rankings:
+                    yield from self._computed([ranking])
                 return
-            self.plan.next_route(blocks[0], place, reason)
-            yield from self._computed(blocks, place + 1)
+            rankings[0].refuse(reason)
+            yield from self._computed(rankings)
             return
-        for block in blocks:
-            values = sums.pop(block.name)
-            if not self.plan.diagonal:
-                route.finish(values)
-                values = route.layout(block).ordered(values)
-            yield block, values, place
+        for ranking in rankings:
+            found = self._finished(ranking, sums.pop(ranking.block.name))
+            if found is None:
+                yield from self._computed([ranking])
+            else:
+                yield found
 
     def _sums(self, route: Route, blocks: Sequence[Block]) -> dict[str, Tensor]:
         """The blocks' sums over batches."""
@@ -108,24 +108,19 @@ class WholeBlocks:
             error = max(error, certificate.product(block, partial(route.product, block)))
         return error
 
-    def _finish(self, block: Block, values: Tensor, place: int) -> tuple[Document, np.ndarray]:
-        """Makes a block symmetric and certifies it, or takes the next route."""
-        plan, certificate = self.plan, self.plan.certificate
-        method = plan.choices[block.name][place].method
-        symmetry = None
+    def _finished(self, ranking: Ranking, values: Tensor) -> tuple[Document, np.ndarray] | None:
+        """A block, made symmetric and certified; None if it does not pass."""
+        plan, block, route = self.plan, ranking.block, ranking.route
+        method, symmetry, error = ranking.method, None, None
         if not plan.diagonal:
-            symmetry = 0.0 if plan.routes[method].symmetric else symmetrise_(values)
-        error = None
-        if certificate is not None and block.size:
-            error = self._error(certificate, plan.routes[method], block, values)
-        passed = certificate is None or error is None or certificate.passed(error)
-        # What passed a comparison is finite.
-        if (error is None or not passed) and not bool(torch.isfinite(values).all()):
-            raise not_finite(f"{block.name}: its Hessian", plan.options, plan.problem.dtype)
-        if certificate is not None and error is not None and not passed:
-            plan.differs(block, place, error, certificate.tolerance)
-            ((_, values, place),) = self._computed([block], place + 1)
-            return self._finish(block, values, place)
+            if route.symmetric:
+                mirror_(values)
+            values = route.layout(block).ordered(values)
+            symmetry = 0.0 if route.symmetric else symmetrise_(values)
+        if plan.certificate is not None and block.size:
+            error = self._error(plan.certificate, route, block, values)
+        if not ranking.accepts(error, lambda: bool(torch.isfinite(values).all())):
+            return None
         array = on_host(values.to(plan.problem.dtype)).numpy()
         if plan.diagonal:
             array = array.reshape(plan.shapes[block.name])

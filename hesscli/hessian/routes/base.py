@@ -14,7 +14,6 @@ from hesscli.errors import is_out_of_memory
 from hesscli.hessian.applicability import explained
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.kronecker import mirror_
 from hesscli.hessian.layout import Layout
 from hesscli.hessian.problem import Problem
 
@@ -91,11 +90,6 @@ class Route:
     ) -> None:
         """The diagonals' share, to `sums[block.name]`, [n]."""
         raise NotImplementedError
-
-    def finish(self, matrix: Tensor) -> None:
-        """Completes a matrix when all batches are in."""
-        if self.symmetric:
-            mirror_(matrix)
 
     def shrink(self) -> bool:
         """Takes less memory at a time from now on; says whether that was possible."""

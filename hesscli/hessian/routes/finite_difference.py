@@ -19,6 +19,8 @@ from hesscli.hessian.quotients import Quotients
 from hesscli.hessian.routes.base import Route, Rows
 from hesscli.hessian.words import FINITE_DIFFERENCE
 
+_NEAR = 1e-3  # how far from theta a gradient is looked for
+
 
 class FiniteDifference(Route):
     name = FINITE_DIFFERENCE
@@ -38,14 +40,32 @@ class FiniteDifference(Route):
     def quotient(self) -> Quotients:
         return Quotients(self.problem.dtype)
 
-    def finish(self, matrix: Tensor) -> None:
-        # What has no gradient of its own is a constant to PyTorch, though the loss may depend on it (a padding row).
-        matrix[~matrix.any(0)] = 0
+    @cached_property
+    def _constants(self) -> dict[Block, Tensor]:
+        return {}
+
+    def _is_constant(self, block: Block) -> Tensor:
+        """Which entries have no gradient, at theta or near it.
+
+        To PyTorch they are constants, though the loss may depend on them (an embedding's padding row).
+        """
+        if block not in self._constants:
+            generator = torch.Generator().manual_seed(0)
+            leaves = [self.problem.parameters[name] for name in block.parameters]
+            found = self.problem.flat_gradient(block.parameters) == 0
+            for _ in range(2):
+                noise = [torch.randn(leaf.shape, generator=generator).to(leaf) for leaf in leaves]
+                moved = [leaf.detach() + _NEAR * z for leaf, z in zip(leaves, noise, strict=True)]
+                with parameters_at(leaves, moved):
+                    found &= self.problem.flat_gradient(block.parameters) == 0
+            self._constants[block] = found
+        return self._constants[block]
 
     def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
         for part in rows:
+            constant = self._is_constant(part.block).tolist()
             for row, name, index in _entries(part.block):
-                if part.start <= row < part.stop:
+                if part.start <= row < part.stop and not constant[row]:
                     values = self._column(batch, part.block, name, index)
                     part.out[row - part.start] += values[part.start :]
 
