@@ -65,12 +65,9 @@ def plan(problem: Problem) -> CutPlan:
 
 
 def cut_everywhere(analysis: Analysis) -> CutPlan:
-    places = {
-        n: i + 1 for i, c in enumerate(analysis.tape.calls) for n in c.outputs if n is not None
-    }
     zs = [use.z for use in analysis.uses.values()]
     values = [c for c in separators(analysis.tape, zs) if cuts._in_front(analysis, c)]
-    return CutPlan(tuple(values), places, Work(), 1)
+    return CutPlan(tuple(values), analysis.tape.maker, Work(), 1)
 
 
 def compare(problem: Problem, whole: Tensor, structure: str, limit: float) -> int:

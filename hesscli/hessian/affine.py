@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +23,11 @@ _MOST_UNITS = 1 << 26  # numbers in the unit vectors of all tokens
 
 def find_uses(tape: Tape, axes: Axes) -> tuple[dict[str, Use], dict[str, str]]:
     """The affine use of each parameter, or the reason why it has none."""
-    consumers: dict[int, list[Call]] = {}
-    for call in tape.calls:
-        for number in call.reads:
-            consumers.setdefault(number, []).append(call)
     trained = tape.dependent([*tape.parameters.values()])
     constants = {n for n, axis in axes.items() if axis is None and n not in trained}
     uses, reasons = {}, {}
     for name, number in tape.parameters.items():
-        found = _use(tape, axes, consumers, constants, name, number)
+        found = _use(tape, axes, constants, name, number)
         if isinstance(found, Use):
             uses[name] = found
         else:
@@ -39,24 +35,15 @@ def find_uses(tape: Tape, axes: Axes) -> tuple[dict[str, Use], dict[str, str]]:
     return uses, reasons
 
 
-def _use(
-    tape: Tape,
-    axes: Axes,
-    consumers: Mapping[int, Sequence[Call]],
-    constants: Collection[int],
-    name: str,
-    number: int,
-) -> Use | str:
+def _use(tape: Tape, axes: Axes, constants: Collection[int], name: str, number: int) -> Use | str:
     value, moves = number, list[Call]()
     lookup: Call | None = None  # of the same rows for every sample, as those of positions are
     while True:
-        readers = consumers.get(value, [])
+        readers = tape.readers.get(value, ())
         if len(readers) != 1:
             times = {0: "unused", 2: "used twice"}.get(len(readers), f"used {len(readers)} times")
             return times if value == number or not readers else "used more than once"
-        call = readers[0]
-        if call.reads.count(value) != 1:
-            return "used twice"
+        (call,) = readers
         made = next(output for output in call.outputs if output is not None)
         if lookup or axes[made] is not None:
             break

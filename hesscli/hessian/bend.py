@@ -51,8 +51,8 @@ def find_bend(tape: Tape, z: int) -> Bend | None:
     """The curved function right after a value, if all that follows it is piecewise linear."""
     value = z
     while True:
-        readers = [call for call in tape.calls if value in call.reads]
-        if len(readers) != 1 or readers[0].reads.count(value) != 1:
+        readers = tape.readers.get(value, ())
+        if len(readers) != 1:
             return None
         call, after = readers[0], readers[0].outputs[0]
         if after is None:

@@ -17,7 +17,6 @@ as in F. Dangel et al., BackPACK, 2020.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -51,20 +50,17 @@ def find_chain(analysis: Analysis, zs: Collection[int]) -> tuple[list[Step], set
     A chain ends where a value is used twice, or made in a way that the recursion does not know.
     """
     tape = analysis.tape
-    makers = {n: call for call in tape.calls for n in call.outputs if n is not None}
-    readers = Counter(n for call in tape.calls for n in call.reads)
     steps: list[Step] = []
     value, reached, needed = tape.output, set[int](), 0
-    while analysis.axes[value] == SampleAxis(0):
+    while value in tape.maker and analysis.axes[value] == SampleAxis(0):
         if value in zs:
             reached.add(value)
             needed = len(steps)
-        call = makers.get(value)
-        before = [] if call is None else [n for n in call.reads if analysis.axes[n] is not None]
+        call = tape.calls[tape.maker[value]]
+        before = [n for n in call.reads if analysis.axes[n] is not None]
         if (
-            call is None
-            or len(before) != 1
-            or readers[before[0]] != 1
+            len(before) != 1
+            or len(tape.readers[before[0]]) != 1
             or not _known(call, before[0])
             or (call.name in _AFFINE and tape.shapes[before[0]] != tape.shapes[value])  # repeats it
         ):

@@ -40,21 +40,21 @@ class CutPlan:
 
     Attributes:
         values: the cuts.
-        places: how many calls have been made when a value is there.
+        maker: the place of the call that makes each value.
         overhead: the work of every Sigma.
         directions: how many there are in all layers.
         bytes: of every Sigma, which are kept.
     """
 
     values: tuple[int, ...]
-    places: Mapping[int, int]
+    maker: Mapping[int, int]
     overhead: Work
     directions: int
     bytes: int = 0
 
     def after(self, z: int) -> int | None:
         """The first cut that z, and all that follows it, passes through."""
-        return next((c for c in self.values if self.places[c] >= self.places[z]), None)
+        return next((c for c in self.values if self.maker[c] >= self.maker[z]), None)
 
     def work(self, costs: Costs, z: int, count: int) -> Work:
         """Derivatives along that many directions of z, and their share of the overhead."""
@@ -88,8 +88,7 @@ def plan_cuts(analysis: Analysis, costs: Costs, samples: int, itemsize: int) -> 
     """
     tape = analysis.tape
     uses = [positions_as_samples(analysis, {n: use})[n] for n, use in analysis.uses.items()]
-    places = {n: i + 1 for i, call in enumerate(tape.calls) for n in call.outputs if n is not None}
-    demand = [(places[use.z], use.directions) for use in uses]
+    demand = [(tape.maker[use.z] + 1, use.directions) for use in uses]
     total = sum(count for _, count in demand)
 
     def size(value: int) -> int:
@@ -97,16 +96,16 @@ def plan_cuts(analysis: Analysis, costs: Costs, samples: int, itemsize: int) -> 
 
     candidates = [c for c in separators(tape, [use.z for use in uses]) if _in_front(analysis, c)]
     while candidates:
-        chosen = _cheapest(candidates, places, size, demand, costs)
+        chosen = _cheapest(candidates, size, demand, costs)
         taken = sum(size(c) ** 2 for c in chosen) * samples * itemsize
         if taken <= BUDGET:
             following = [*chosen, None][1:]
             overhead = Work()
             for c, after in zip(chosen, following, strict=True):
                 overhead += costs.directions(c, size(c), after)
-            return CutPlan(tuple(chosen), places, overhead, total, taken)
+            return CutPlan(tuple(chosen), tape.maker, overhead, total, taken)
         candidates.remove(max(chosen, key=size))
-    return CutPlan((), places, Work(), total)
+    return CutPlan((), tape.maker, Work(), total)
 
 
 def _in_front(analysis: Analysis, value: int) -> bool:
@@ -129,7 +128,6 @@ class _End:
 
 def _cheapest(
     candidates: Sequence[int],
-    places: Mapping[int, int],
     size: Callable[[int], int],
     demand: Sequence[tuple[int, int]],
     costs: Costs,
@@ -150,10 +148,10 @@ def _cheapest(
         count, start = counts[end.place] - counts[first], starts[end.place] - starts[first]
         return end.passes * (count * end.seconds - start) + count * end.product
 
-    ends = [
-        _End(places[c], made[places[c]], CUT_PASSES, 2 * costs.samples * size(c) ** 2 / rates.flops)
-        for c in candidates
-    ]
+    ends = []
+    for c in candidates:
+        place, product = costs.tape.maker[c] + 1, 2 * costs.samples * size(c) ** 2 / rates.flops
+        ends.append(_End(place, made[place], CUT_PASSES, product))
     ends.append(_End(len(made), made[-1] + costs.loss.seconds(rates), PASSES, 0.0))
     best: list[float] = []
     before: list[int] = []

@@ -76,7 +76,7 @@ def _reshaped(analysis: Analysis, use: Use) -> tuple[int, Sequence[int]]:
     """z with its positions along axes of their own, if that is all that becomes of it, and the axes of its channels."""
     tape, value, channels = analysis.tape, use.z, use.channels
     while len(channels) == 1:
-        readers = [call for call in tape.calls if value in call.reads]
+        readers = tape.readers.get(value, ())
         if len(readers) != 1 or readers[0].name not in RESHAPES:
             break
         axes = {**dict.fromkeys(tape.shapes), value: SampleAxis(*channels)}

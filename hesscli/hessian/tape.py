@@ -98,10 +98,23 @@ class Tape:
                 reach[n] = reach.get(n, 1 << n) | made
         return reach
 
+    @cached_property
+    def readers(self) -> Mapping[int, Sequence[Call]]:
+        """The calls that read each value, in order; one that reads it twice is there twice."""
+        readers: dict[int, list[Call]] = {}
+        for call in self.calls:
+            for n in call.reads:
+                readers.setdefault(n, []).append(call)
+        return readers
+
+    @cached_property
+    def maker(self) -> Mapping[int, int]:
+        """The place of the call that makes each value, but for those that are given."""
+        return {n: i for i, call in enumerate(self.calls) for n in call.outputs if n is not None}
+
     def until(self, value: int) -> tuple[Call, ...]:
         """The calls up to the one that makes a value."""
-        count = next((i for i, call in enumerate(self.calls, 1) if value in call.outputs), 0)
-        return self.calls[:count]
+        return self.calls[: self.maker.get(value, -1) + 1]
 
     def recorded(self, value: int, given: Mapping[int, Tensor] = MappingProxyType({})) -> Tensor:
         """A value as it was recorded, by the calls that lead to it; with others that were given."""

@@ -274,12 +274,11 @@ def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
         analysis, {name: analysis.uses[name] for name in block.parameters if name in analysis.uses}
     )
     biases = {use.z: use for use in uses.values() if use.kind == BIAS}
-    order = {n: i for i, call in enumerate(analysis.tape.calls) for n in call.outputs}
     layers = []
     for use in uses.values():
         if use.is_layer and use.positions < use.m:
             layers.append(Layer(use, biases.get(use.z)))
-    layers.sort(key=lambda layer: order[layer.z])
+    layers.sort(key=lambda layer: analysis.tape.maker[layer.z])
     if not layers:
         if len(block.parameters) > 1:
             raise NotApplicable("parameters enter at several places")
