@@ -67,7 +67,7 @@ def _use(tape: Tape, axes: Axes, constants: Collection[int], name: str, number: 
     if lookup:
         if not _adds_rows(tape, call, value, z):
             return reason
-        call, value = lookup, lookup.arguments[0].value
+        call, value = lookup, lookup.named("weight").value
     place = next(
         (i for i, a in enumerate(call.arguments) if isinstance(a, Ref) and a.value == value), -1
     )
@@ -253,12 +253,12 @@ def _in_convolution(p: _Operand) -> Use | None:
         return p.use(BIAS, None, (1,), 1)
     if p.place != 1:
         return None
-    transposed, groups, outputs = p.call.arguments[6], p.call.arguments[8], p.z_shape[1]
+    groups, outputs = p.call.named("groups"), p.z_shape[1]
     fan_in = p.shape.numel() // outputs
-    sections, runs = (groups, p.shape[0] // groups) if transposed else (1, 1)
+    sections, runs = (groups, p.shape[0] // groups) if p.call.named("transposed") else (1, 1)
     return p.use(
         CONVOLUTION,
-        p.call.arguments[0].value,
+        p.call.named("input").value,
         (1,),
         fan_in,
         kernel=tuple(p.shape[2:]),
@@ -269,13 +269,13 @@ def _in_convolution(p: _Operand) -> Use | None:
 
 
 def _in_embedding(p: _Operand) -> Use | None:
-    options = p.call.arguments[3:]  # scaled by frequency, sparse
+    options = p.call.named("scale_grad_by_freq"), p.call.named("sparse")
     if p.place or not p.alone or len(p.shape) != 2 or not p.as_stored or any(options):
         return None
     vocabulary, length = p.shape
     if vocabulary * p.z_shape.numel() // max(1, length) > _MOST_UNITS:
         return None
-    tokens, channels = p.call.arguments[1].value, (len(p.z_shape) - 1,)
+    tokens, channels = p.call.named("indices").value, (len(p.z_shape) - 1,)
     return p.use(LINEAR, tokens, channels, vocabulary, runs=vocabulary)
 
 

@@ -36,18 +36,17 @@ def curved(tape: Tape, value: int) -> str | None:
         if not hits or call.name in LINEAR_OPERATORS:
             continue
         # |z| is a root, and `scatter_reduce` may be a product.
-        straight = tape.complex.isdisjoint(hits) and "prod" not in call.arguments
+        straight = tape.complex.isdisjoint(hits) and call.named("reduce") != "prod"
         if call.name in PIECEWISE and straight:
             continue
         if call.name in MULTILINEAR and len(hits) == 1:
             continue
-        numerator = call.arguments[0] if call.arguments else None
-        if call.name == "div" and hits == [_number(numerator)]:
+        if call.name == "div" and hits == [_number(call.named("self"))]:
             continue
         if (
             call.name == "native_batch_norm"
-            and hits == [_number(numerator)]
-            and not call.arguments[5]
+            and hits == [_number(call.named("input"))]
+            and not call.named("training")
         ):
             continue
         return call.name

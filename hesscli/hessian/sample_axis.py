@@ -45,13 +45,7 @@ class Context:
         return self.call.arguments[index] if index < len(self.call.arguments) else None
 
     def named(self, name: str) -> Any:
-        """An argument by its name in the operator's schema, or its default; the place differs between overloads."""
-        for index, argument in enumerate(self.call.operator._schema.arguments):
-            if argument.name == name:
-                if index < len(self.call.arguments):
-                    return self.call.arguments[index]
-                return self.call.keywords.get(name, argument.default_value)
-        raise mixes(self.call)
+        return self.call.named(name)
 
     def axis(self, index: int) -> SampleAxis | None:
         ref = self.argument(index)

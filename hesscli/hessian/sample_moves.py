@@ -54,10 +54,7 @@ def unsqueezed(c: Context) -> SampleAxis | None:
 
 def squeezed(c: Context) -> SampleAxis | None:
     axis, shape = c.only(), c.shape()
-    dims = (
-        c.dims(c.argument(1), len(shape)) if len(c.call.arguments) > 1 else set(range(len(shape)))
-    )
-    gone = {d for d in dims if shape[d] == 1}
+    gone = {d for d in c.dims(c.named("dim"), len(shape)) if shape[d] == 1}
     if axis.axis in gone:
         raise mixes(c.call)
     return replace(axis, axis=axis.axis - sum(d < axis.axis for d in gone))
@@ -102,7 +99,7 @@ def sliced(c: Context) -> SampleAxis | None:
 
 def joined(c: Context) -> SampleAxis | None:
     """Parts that do not depend on the samples, like a class token, may be among them."""
-    parts = c.call.arguments[0]
+    parts = c.named("tensors")
     found = {axis for ref in parts if (axis := c.axes[ref.value])}
     if len(found) != 1:
         raise mixes(c.call)
@@ -141,7 +138,7 @@ class Indices:
     """Where the axes of a tensor are in what its second argument, a list of indices, takes of it."""
 
     def __init__(self, c: Context) -> None:
-        indices = c.argument(1)
+        indices = c.named("indices")
         self.at = [place for place, index in enumerate(indices) if index is not None]
         self.rank = max(len(c.shapes[indices[place].value]) for place in self.at)
         self.adjacent = self.at[-1] - self.at[0] + 1 == len(self.at)
@@ -159,7 +156,7 @@ def indexed(c: Context) -> SampleAxis | None:
 
     Or each sample's own numbers: `mask[arange(B)[:, None], j]`, where j may depend on the samples too.
     """
-    indices, places = c.argument(1), Indices(c)
+    indices, places = c.named("indices"), Indices(c)
     if len(c.result) != len(c.shape()) - len(places.at) + places.rank:
         raise mixes(c.call)  # a mask of several axes
     shapes = {place: c.shapes[indices[place].value] for place in places.at}
@@ -196,7 +193,7 @@ def _counted(c: Context, mine: SampleAxis, index: int) -> int:
 
 def padded(c: Context) -> SampleAxis | None:
     axis, rank = c.only(), len(c.shape())
-    pads = c.argument(1)
+    pads = c.named("pad")
     from_end = rank - 1 - axis.axis
     if any(pads[2 * from_end : 2 * from_end + 2]):
         raise mixes(c.call)

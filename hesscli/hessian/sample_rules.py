@@ -155,7 +155,7 @@ def _first(c: Context) -> SampleAxis | None:
             return axis
     if axis.axis != 0 or rank < least:
         raise mixes(c.call)
-    if c.call.name == "native_batch_norm" and c.argument(5):
+    if c.call.name == "native_batch_norm" and c.named("training"):
         raise NotApplicable("batch_norm in train mode mixes samples")
     return axis
 
@@ -191,8 +191,9 @@ def _located(c: Context) -> SampleAxis | None:
 
 def _pointwise(c: Context) -> bool:
     """Whether a convolution sees one place at a time."""
-    kernel, stride, padding = c.shape(1)[2:], c.argument(3), c.argument(4)
-    return set(kernel) | set(stride) == {1} and not any(padding) and not any(c.argument(7))
+    kernel, stride = c.shape(1)[2:], c.named("stride")
+    padding = [*c.named("padding"), *c.named("output_padding")]
+    return set(kernel) | set(stride) == {1} and not any(padding)
 
 
 def _matrix(c: Context) -> SampleAxis | None:
@@ -235,9 +236,9 @@ def _embedding(c: Context) -> SampleAxis | None:
 
 def _trilinear(c: Context) -> SampleAxis | None:
     """As `nn.Bilinear` calls it: [B, i], [o, i, j], [B, j] -> [B, o]."""
-    bilinear = ((1, 3), (0,), (1, 2), (2, 3))
+    names, bilinear = ("expand1", "expand2", "expand3", "sumdim"), ((1, 3), (0,), (1, 2), (2, 3))
     known = {c.axis(0), c.axis(2)} - {None}
-    if tuple(map(tuple, c.call.arguments[3:7])) != bilinear or c.axis(1) or len(known) != 1:
+    if tuple(tuple(c.named(name)) for name in names) != bilinear or c.axis(1) or len(known) != 1:
         raise mixes(c.call)
     axis = known.pop()
     assert axis is not None

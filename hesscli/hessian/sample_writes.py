@@ -50,7 +50,7 @@ def by_index(c: Context) -> SampleAxis | None:
 def put(c: Context) -> SampleAxis | None:
     """`x[:, i, j] = values`, by constant indices."""
     indices = Indices(c)
-    numbers = [index.value for index in c.argument(1) if index is not None]
+    numbers = [index.value for index in c.named("indices") if index is not None]
     for number in numbers:
         if c.axes[number] is not None:
             raise mixes(c.call)

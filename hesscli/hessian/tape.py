@@ -49,6 +49,18 @@ class Call:
     def reads(self) -> list[int]:
         return [ref.value for ref in _refs((self.arguments, *self.keywords.values()))]
 
+    def named(self, name: str) -> Any:
+        """An argument by its name in the operator's schema, or its default; its place differs between overloads.
+
+        None where this overload has no such argument: a sum over everything has no dimension.
+        """
+        for place, argument in enumerate(self.operator._schema.arguments):
+            if argument.name == name:
+                if place < len(self.arguments):
+                    return self.arguments[place]
+                return self.keywords.get(name, argument.default_value)
+        return None
+
 
 @dataclass(frozen=True)
 class Tape:

@@ -19,6 +19,8 @@ from hesscli.hessian.tape import Call
 
 LINEAR, CONVOLUTION, SCALE, BIAS = "linear", "convolution", "scale", "bias"
 
+_OF_CONVOLUTION = ("stride", "padding", "dilation", "transposed", "output_padding")
+
 
 @dataclass(frozen=True)
 class Use:
@@ -101,14 +103,15 @@ class Use:
         if self.kind == SCALE:
             return self.rows(a.expand(known[self.z].shape))
         if self.kind == CONVOLUTION:
-            patches = convolved(a, self.kernel, *self.call.arguments[3:8])
+            patches = convolved(a, self.kernel, *map(self.call.named, _OF_CONVOLUTION))
             split = (self.axis.outer, -1, self.axis.inner, *patches.shape[1:])
             whole = (-1, self.positions, self.groups * self.m)
             return patches.reshape(split).transpose(0, 1).reshape(whole)
         if self.call.name == "embedding":  # a product with the tokens' unit vectors
             a = torch.nn.functional.one_hot(a, self.m).to(known[self.z].dtype)
-            if self.padding is not None:  # to PyTorch a constant
-                a[..., self.padding] = 0
+            padding = self.call.named("padding_idx")
+            if padding >= 0:  # to PyTorch a constant
+                a[..., padding] = 0
             a = a.expand(*known[self.z].shape[:-1], self.m)
         rows = self.rows(a)
         if not self.order:
@@ -148,12 +151,6 @@ class Use:
         """
         starts = range(first, first + self.size, self.size // sections)
         return [Part(start, self.size // self.n, self.runs) for start in starts]
-
-    @property
-    def padding(self) -> int | None:
-        """The token of an embedding that has no gradient."""
-        token = self.call.arguments[2] if len(self.call.arguments) > 2 else -1
-        return token if token >= 0 else None
 
     @property
     def moving(self) -> int | None:

@@ -64,27 +64,26 @@ def put_back(
         made: the result of another operator, from its arguments and shape.
         constant: a vector of numbers.
     """
-    further = view.arguments[1:]
     if view.keywords:
         return None
     if view.name in ("slice", "select"):
-        dim = (further[0] if further else 0) % len(shape)
+        dim = view.named("dim") % len(shape)
         length = shape[dim]
         if view.name == "select":
-            places = [further[1] % length]
+            places = [view.named("index") % length]
             part = made(_aten.unsqueeze.default, (part, dim), (*shape[:dim], 1, *shape[dim + 1 :]))
         else:
-            start, stop, step = (*further[1:], None, None, None)[:3]  # defaults are left out
+            start, stop, step = map(view.named, ("start", "end", "step"))
             places = list(range(length)[start:stop:step])
         if len(places) < length:
             return _aten.index_copy.default, (whole, dim, constant(places), part)
         return _aten.reshape.default, (part, tuple(shape))
     if view.name == "diagonal":
-        return _aten.diagonal_scatter.default, (whole, part, *further)
+        return _aten.diagonal_scatter.default, (whole, part, *view.arguments[1:])
     if view.name in ("transpose", "t"):
-        return view.operator, (part, *further)
+        return view.operator, (part, *view.arguments[1:])
     if view.name == "permute":
-        order = [d % len(shape) for d in further[0]]
+        order = [d % len(shape) for d in view.named("dims")]
         return view.operator, (part, tuple(map(order.index, range(len(order)))))
     if view.name in _SAME_ORDER:
         return _aten.reshape.default, (part, tuple(shape))
