@@ -8,10 +8,12 @@ import pytest
 import torch
 from cases import labels, normal
 from oracles import hessian, relative_error
+from problems import problem_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hesscli
+from hesscli.hessian.probes import Analyses
 
 
 def square(z: Tensor) -> Tensor:
@@ -117,6 +119,42 @@ def test_functions_of_each_sample_alone(name: str) -> None:
         model, (x, y), blocks="full", method="preactivation", framework="torch"
     )  # fmt: skip
     assert relative_error(found.matrix(), truth) < 1e-9
+
+
+PREPARED: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.t().contiguous().t(),
+    "flatten": lambda x: x.unsqueeze(1).flatten(1),
+    "imag": lambda x: torch.complex(x, x).imag,
+    "narrow": lambda x: x.narrow(1, 0, 3),
+    "positive": torch.positive,
+    "real": lambda x: torch.complex(x, x).real,
+    "relu6": F.relu6,
+    "reshape": lambda x: x.reshape(6, 3),
+    "resolve_conj": lambda x: torch.view_as_real(torch.complex(x, x).conj().resolve_conj())[..., 0],
+    "selu": F.selu,
+    "softmax": lambda x: x.softmax(1),
+    "square": Tensor.square,
+    "unflatten": lambda x: x.unflatten(1, (1, 3))[:, 0],
+    "unsafe_chunk": lambda x: torch.unsafe_chunk(x, 3, 1)[0].expand(6, 3),
+}
+
+
+@pytest.mark.parametrize("name", PREPARED)
+def test_operators_that_inference_mode_does_not_take_apart(name: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                prepared = PREPARED[name](x)
+            return self.a(prepared.clone())
+
+    problem = problem_of(Net(), [normal(6, 3)], labels(2, 6), "cross-entropy")
+    analysis = Analyses(problem).of(problem.batches[0])
+    assert name in {call.name for call in analysis.tape.calls}
+    assert analysis.uses.keys() == {"a.weight", "a.bias"}
 
 
 @pytest.mark.parametrize("mixed", [

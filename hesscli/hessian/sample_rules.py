@@ -1,4 +1,7 @@
-"""What each operator does to the sample axis: one rule for each kind of operator."""
+"""What each operator does to the sample axis: one rule for each kind of operator.
+
+Composite operators, like `flatten`, are seen whole in inference mode alone; elsewhere autograd takes them apart.
+"""
 
 from __future__ import annotations
 
@@ -198,7 +201,7 @@ def _pointwise(c: Context) -> bool:
 
 def _matrix(c: Context) -> SampleAxis | None:
     """mm, mv and addmm: samples may lie along the rows of the first or the columns of the second matrix."""
-    shift = 1 if c.call.name in ("addmm", "addmv") else 0
+    shift = 1 if c.call.name == "addmm" else 0
     left, right = c.axis(shift), c.axis(shift + 1)
     if left is not None and right is None and left.axis == 0:
         return _added(c, left) if shift else left
