@@ -119,6 +119,20 @@ def test_a_wider_batch_costs_more_and_a_faster_machine_takes_less() -> None:
     assert many.seconds(slow) == pytest.approx(10 * many.seconds(fast))
 
 
+def test_what_is_added_moves_through_memory_and_views_do_not() -> None:
+    class Flow(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x + 1, x.cumsum(1)], 1).t().unsqueeze(0)[0].t()
+
+    costs = planner_of(classify(nn.Sequential(nn.Linear(5, 5), Flow()), 8, 5)).costs
+    assert costs is not None
+    works = zip(costs.tape.calls, costs._each, strict=True)
+    moved = {call.name: work.bytes for call, work in works}
+    once = 2 * 8 * 5 * 8
+    expected = {"add": once, "cumsum": once, "cat": 2 * once, "t": 0, "unsqueeze": 0, "select": 0}
+    assert moved == expected | {"addmm": once}
+
+
 def test_work_adds_up() -> None:
     assert Work(1, 2, 3) + Work(1, 1, 1) == Work(2, 3, 4)
     assert Work(1, 2, 3).times(4) == Work(4, 8, 12)

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hesscli.hessian.chain import MOST_ROWS, PRODUCTS, Step
-from hesscli.hessian.piecewise import LINEAR_OPERATORS
 from hesscli.hessian.rates import Rates
 from hesscli.hessian.tape import Call, Ref, Tape
 from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
@@ -168,7 +167,7 @@ class Costs:
 
     def _work(self, call: Call) -> Work:
         size = sum(self.tape.shapes[n].numel() for n in call.outputs if n is not None)
-        moved = 0 if call.name in LINEAR_OPERATORS else 2 * size * self.itemsize
+        moved = 0 if call.is_view else 2 * size * self.itemsize
         return Work(self._flops(call, size), moved, 1)
 
     def _flops(self, call: Call, size: int) -> float:

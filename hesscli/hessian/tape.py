@@ -24,6 +24,9 @@ _VIEWS_OR_COPIES = {
     torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
 }
 
+# Their schemas promise that nobody will see that they are views.
+_UNMARKED_VIEWS = frozenset("_unsafe_view unsafe_split unsafe_split_with_sizes".split())
+
 
 @dataclass(frozen=True)
 class Ref:
@@ -48,6 +51,13 @@ class Call:
     @cached_property
     def reads(self) -> list[int]:
         return [ref.value for ref in _refs((self.arguments, *self.keywords.values()))]
+
+    @cached_property
+    def is_view(self) -> bool:
+        """Whether its results lie in the memory of what it reads."""
+        aliases = [made.alias_info for made in self.operator._schema.returns]
+        views = any(alias is not None and not alias.is_write for alias in aliases)
+        return views or self.name in _UNMARKED_VIEWS
 
     def named(self, name: str) -> Any:
         """An argument by its name in the operator's schema, or its default; its place differs between overloads.
