@@ -24,11 +24,10 @@ from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.kronecker import add_kronecker_rows
 from hesscli.hessian.layers import Layer, plain_layer
 from hesscli.hessian.layout import Layout, starts_of
-from hesscli.hessian.multipliers import Multipliers
 from hesscli.hessian.piecewise import curved
-from hesscli.hessian.probes import Analyses, Analysis, Probed
-from hesscli.hessian.problem import Problem
-from hesscli.hessian.routes.base import Route, Rows
+from hesscli.hessian.probes import Analysis, Probed
+from hesscli.hessian.routes.affine import AffineRoute
+from hesscli.hessian.routes.base import Rows
 from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
 from hesscli.hessian.words import GAUSS_NEWTON
 
@@ -99,14 +98,8 @@ class Factors:
         return self.vs[places[0]].squeeze(2), a.squeeze(1)
 
 
-class GaussNewton(Route):
+class GaussNewton(AffineRoute):
     name = GAUSS_NEWTON
-    symmetric = True
-
-    def __init__(self, problem: Problem, analyses: Analyses) -> None:
-        super().__init__(problem)
-        self.analyses = analyses
-        self.multipliers = Multipliers()
 
     def uses(self, analysis: Analysis, block: Block) -> list[Use]:
         """The uses of a block's parameters."""
@@ -118,15 +111,6 @@ class GaussNewton(Route):
     def at_output(self, probed: Probed) -> tuple[Tensor, Tensor]:
         """Directions of the output [C, *output.shape], and each sample's curvature along them [B, C, C]."""
         return probed.output_seeds(), probed.output_hessian()
-
-    def sum(self, rows: Sequence[Rows]) -> None:
-        super().sum(rows)
-        for part in rows:
-            self.multipliers.multiply(part, self.layout(part.block), part.block.parameters)
-
-    def sum_diagonal(self, blocks: Sequence[Block], sums: Mapping[str, Tensor]) -> None:
-        super().sum_diagonal(blocks, sums)
-        self.multipliers.multiply_diagonals(blocks, sums)
 
     def _layout(self, block: Block) -> Layout:
         layer = plain_layer(self.uses(self.analyses.of(self.problem.batches[0]), block))
@@ -153,10 +137,9 @@ class GaussNewton(Route):
 
     def factors(self, batch: Batch, blocks: Sequence[Block]) -> dict[str, Factors | None]:
         """Each block's factors; None where the output does not depend on it."""
-        analysis = self.analyses.of(batch)
+        analysis = self._analysis(batch, blocks)
         if analysis.tape.output in analysis.tape.complex:
             raise NotApplicable("the output is complex")
-        self.multipliers.see(analysis, [name for block in blocks for name in block.parameters])
         uses = {block.name: self.uses(analysis, block) for block in blocks}
         bends = {name: self.bend(analysis, mine[0]) for name, mine in uses.items()}
         zs = list(dict.fromkeys(use.z for mine in uses.values() for use in mine))

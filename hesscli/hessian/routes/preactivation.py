@@ -28,23 +28,20 @@ from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.layers import Layer
 from hesscli.hessian.layout import Layout, Part, Piece, starts_of
-from hesscli.hessian.multipliers import Multipliers
 from hesscli.hessian.positions import positions_as_samples
 from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Problem
-from hesscli.hessian.routes.base import Route, Rows
+from hesscli.hessian.routes.affine import AffineRoute
+from hesscli.hessian.routes.base import Rows
 from hesscli.hessian.uses import BIAS, CONVOLUTION, Use
 from hesscli.hessian.words import PREACTIVATION
 
 
-class Preactivation(Route):
+class Preactivation(AffineRoute):
     name = PREACTIVATION
-    symmetric = True
 
     def __init__(self, problem: Problem, analyses: Analyses, cuts: Cuts) -> None:
-        super().__init__(problem)
-        self.analyses = analyses
-        self.multipliers = Multipliers()
+        super().__init__(problem, analyses)
         self._splits: dict[Block, tuple[list[Layer], list[str]]] = {}
         self.cuts = cuts
         self.sizes = chunk_sizes(problem.device)
@@ -63,23 +60,16 @@ class Preactivation(Route):
     def _layout(self, block: Block) -> Layout:
         return _layout(block, *self._split(block))
 
-    def sum(self, rows: Sequence[Rows]) -> None:
-        super().sum(rows)
-        for part in rows:
-            block = part.block
-            layers, _ = self._split(block)
-            mine = [use.parameter for layer in layers for use in layer.uses] or block.parameters
-            # The rows of the others, which come first, are products with the parameters themselves.
-            first = block.size - sum(layer.size for layer in layers) if layers else 0
-            self.multipliers.multiply(part, self.layout(block), mine, first)
-
-    def sum_diagonal(self, blocks: Sequence[Block], sums: Mapping[str, Tensor]) -> None:
-        super().sum_diagonal(blocks, sums)
-        self.multipliers.multiply_diagonals(blocks, sums)
+    def _by_use(self, block: Block) -> tuple[Sequence[str], int]:
+        layers, _ = self._split(block)
+        if not layers:
+            return super()._by_use(block)
+        # The rows of the others, which come first, are products with the parameters themselves.
+        first = block.size - sum(layer.size for layer in layers)
+        return [use.parameter for layer in layers for use in layer.uses], first
 
     def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
-        analysis = self.analyses.of(batch)
-        self.multipliers.see(analysis, [n for part in rows for n in part.block.parameters])
+        analysis = self._analysis(batch, [part.block for part in rows])
         done: set[str] = set()
         for part in sorted(rows, key=lambda part: -part.block.size):  # weights before their biases
             block = part.block
@@ -106,8 +96,7 @@ class Preactivation(Route):
     def add_diagonal(
         self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]
     ) -> None:
-        analysis = self.analyses.of(batch)
-        self.multipliers.see(analysis, [name for block in blocks for name in block.parameters])
+        analysis = self._analysis(batch, blocks)
         blocks = self._add_chain(batch, analysis, blocks, sums)
         done: set[str] = set()
         for block in sorted(blocks, key=lambda block: -block.size):
