@@ -30,6 +30,7 @@ from hesscli.job.planning import Plan
 from hesscli.job.team import Team, missing, shares
 from hesscli.job.whole import WholeBlocks, groups
 from hesscli.spectrum.eigen import extremes
+from hesscli.texts import dtype_name
 
 # What changes nothing in the file.
 _ELSEWHERE = {"model", "data", "output", "force", "resume", "shard", "memory", "device"}
@@ -98,11 +99,10 @@ class Run:
         return document
 
     def _writer(self, document: Document, journal: Journal, shared: bool = False) -> ResultWriter:
-        dtype = str(self.plan.problem.dtype).removeprefix("torch.")
         return ResultWriter(
             self.options.output,
             self._tensors(),
-            dtype,
+            dtype_name(self.plan.problem.dtype),
             document,
             max_shard_size=self.options.max_shard_size,
             start=journal.start,
