@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.loss import Loss
 from hesscli.hessian.measure import measure
-from hesscli.hessian.positions import positions_as_samples
 from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import Route
@@ -992,7 +991,7 @@ def own_use(model: Odd, part: str) -> tuple[Problem, Tensor, Use]:
     problem, truth = pose(model)
     analysis = Analyses(problem).of(problem.batches[0])
     name = f"{part}.weight"
-    return problem, truth, positions_as_samples(analysis, {name: analysis.uses[name]})[name]
+    return problem, truth, analysis.uses_apart([name])[name]
 
 
 def all_right(problem: Problem, truth: Tensor, label: str) -> None:
@@ -1095,7 +1094,7 @@ def test_a_loss_with_terms_of_single_samples(name):
         assert (right, reasons) == (len(blocks_of(problem, structure)), [])
     if "words" in name:
         analysis = Analyses(problem).of(problem.batches[0])
-        use = positions_as_samples(analysis, {"b.weight": analysis.uses["b.weight"]})["b.weight"]
+        use = analysis.uses_apart(["b.weight"])["b.weight"]
         assert use.apart == 4
 
 

@@ -22,7 +22,6 @@ from hesscli.hessian.autodiff import unit_rows
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.costs import CUT_PASSES, PASSES, Costs, Work
-from hesscli.hessian.positions import positions_as_samples
 from hesscli.hessian.probes import Analysis, Cut, Probed
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.rates import usual_rates
@@ -87,7 +86,7 @@ def plan_cuts(analysis: Analysis, costs: Costs, samples: int, itemsize: int) -> 
         itemsize: bytes of a number.
     """
     tape = analysis.tape
-    uses = [positions_as_samples(analysis, {n: use})[n] for n, use in analysis.uses.items()]
+    uses = [analysis.uses_apart([name])[name] for name in analysis.uses]
     demand = [(tape.maker[use.z] + 1, use.directions) for use in uses]
     total = sum(count for _, count in demand)
 
@@ -191,6 +190,11 @@ class Cuts:
     @cached_property
     def samples(self) -> int:
         return sum(map(len, self.problem.batches))
+
+    @property
+    def bytes(self) -> int:
+        """Of every Sigma, as far as cuts were planned: the plan of each batch counts the samples of all."""
+        return max((plan.bytes for plan in self.plans.values()), default=0)
 
     def plan(self, batch: Batch, analysis: Analysis) -> CutPlan:
         if batch not in self.plans:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.costs import PASSES, Costs, Work
-from hesscli.hessian.cuts import CutPlan, Cuts
+from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.probes import Analyses, Analysis
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.rates import Rates, usual_rates
@@ -62,7 +62,6 @@ class Planner:
         self.batch, self.cuts = problem.batches[0], cuts
         self.analysis: Analysis | None = None
         self.costs: Costs | None = None
-        self.cut_plan: CutPlan | None = None
         self.refused = ""
         try:
             self.analysis = analyses.of(self.batch)
@@ -137,8 +136,7 @@ class Planner:
     def _along(self, use: Use, count: int) -> Work:
         """Derivatives along directions of one layer alone, which end at the next cut."""
         analysis, costs = self._proven()
-        self.cut_plan = self.cuts.plan(self.batch, analysis)
-        return self.cut_plan.work(costs, use.z, count)
+        return self.cuts.plan(self.batch, analysis).work(costs, use.z, count)
 
     def _gauss_newton(self, block: Block, diagonal: bool) -> Choice:
         analysis, costs = self._proven()

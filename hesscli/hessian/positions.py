@@ -7,45 +7,41 @@ and one direction serves all positions at once. The proof is that of `samples.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from hesscli.hessian.applicability import NotApplicable
-from hesscli.hessian.probes import Analysis
-from hesscli.hessian.sample_axis import Context, SampleAxis
+from hesscli.hessian.sample_axis import Axes, Context, SampleAxis
 from hesscli.hessian.sample_rules import RESHAPES, rule_of
 from hesscli.hessian.samples import follow
+from hesscli.hessian.tape import Tape
 from hesscli.hessian.uses import Use
 
 
-def positions_as_samples(analysis: Analysis, uses: Mapping[str, Use]) -> Mapping[str, Use]:
-    """The uses of a block with their positions as samples, if none sees another behind any of them; else as given."""
-    zs = tuple(dict.fromkeys(use.z for use in uses.values()))
-    if zs not in analysis.separate:
-        analysis.separate[zs] = bool(zs) and _apart(analysis, list(uses.values()))
-    if not analysis.separate[zs]:
-        return uses
-    return {n: replace(use, positions=1, apart=use.positions) for n, use in uses.items()}
+def positions_stay_apart(
+    tape: Tape, axes: Axes, uses: Sequence[Use], coupled: Callable[[SampleAxis, int], bool]
+) -> bool:
+    """Whether no position of some uses sees another position behind any of them.
 
-
-def _apart(analysis: Analysis, uses: Sequence[Use]) -> bool:
-    places = [_places(analysis, use) for use in uses]
+    Args:
+        tape: a recorded pass.
+        axes: the sample axis of every value.
+        uses: of parameters, at least one.
+        coupled: whether the loss has terms of more than one of the places, so many, along an axis of the output.
+    """
+    places = [_places(tape, axes, use) for use in uses]
     counts = [place.counts for place in places]
     if not counts[0] or any(mine != counts[0] for mine in counts):
         return False
-    return all(
-        _stays_apart(analysis, {place.value: place.axes[index] for place in places}, count)
-        for index, count in enumerate(counts[0])
-    )
-
-
-def _stays_apart(analysis: Analysis, start: Mapping[int, SampleAxis], count: int) -> bool:
-    """Whether places along these axes, so many, meet neither on the way to the output nor in the loss."""
-    try:
-        end = follow(analysis.tape, start, count, picking=True)[analysis.tape.output]
-    except NotApplicable:
-        return False
-    return end is None or not analysis.loss_couples(end, count)
+    for index, count in enumerate(counts[0]):
+        start = {place.value: place.axes[index] for place in places}
+        try:
+            end = follow(tape, start, count, picking=True)[tape.output]
+        except NotApplicable:
+            return False
+        if end is not None and coupled(end, count):
+            return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -57,9 +53,9 @@ class _Places:
     counts: Sequence[int]
 
 
-def _places(analysis: Analysis, use: Use) -> _Places:
-    value, channels = _reshaped(analysis, use)
-    axis, shape = analysis.axes[value] if value != use.z else use.axis, analysis.tape.shapes[value]
+def _places(tape: Tape, axes: Axes, use: Use) -> _Places:
+    value, channels = _reshaped(tape, use)
+    axis, shape = axes[value] if value != use.z else use.axis, tape.shapes[value]
     assert axis is not None
     samples = shape[axis.axis] // (axis.outer * axis.inner)
     found = [
@@ -72,9 +68,9 @@ def _places(analysis: Analysis, use: Use) -> _Places:
     return _Places(value, [place for place, _ in kept], [count for _, count in kept])
 
 
-def _reshaped(analysis: Analysis, use: Use) -> tuple[int, Sequence[int]]:
+def _reshaped(tape: Tape, use: Use) -> tuple[int, Sequence[int]]:
     """z with its positions along axes of their own, if that is all that becomes of it, and the axes of its channels."""
-    tape, value, channels = analysis.tape, use.z, use.channels
+    value, channels = use.z, use.channels
     while len(channels) == 1:
         readers = tape.readers.get(value, ())
         if len(readers) != 1 or readers[0].name not in RESHAPES:

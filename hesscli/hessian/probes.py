@@ -11,7 +11,7 @@ derivative is symmetric) and d a_l / d z_k u (by w_l) in one reverse pass.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
@@ -24,6 +24,7 @@ from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.losses import OF_CLASSES
+from hesscli.hessian.positions import positions_stay_apart
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.recorder import record, record_terms
 from hesscli.hessian.sample_axis import Axes, SampleAxis
@@ -42,7 +43,6 @@ class Analysis:
     reasons: dict[str, str]  # why a parameter has no affine use
     class_axis: int | None = None  # of the output, where the loss couples what lies along it
     terms: Tape | None = None  # of a loss of the user's own
-    separate: dict[tuple[int, ...], bool] = field(default_factory=dict)  # kept by `positions.py`
 
     def loss_couples(self, axis: SampleAxis, count: int) -> bool:
         """Whether the loss has terms of more than one of the places, so many, along an axis of the output."""
@@ -58,6 +58,23 @@ class Analysis:
         if parameter not in self.uses:
             raise NotApplicable(self.reasons.get(parameter, "unused"))
         return self.uses[parameter]
+
+    def uses_apart(self, parameters: Iterable[str]) -> dict[str, Use]:
+        """The uses of some parameters, with positions as samples if none sees another behind any of them."""
+        uses = {name: self.uses[name] for name in parameters if name in self.uses}
+        zs = tuple(dict.fromkeys(use.z for use in uses.values()))
+        if zs not in self._apart:
+            mine = list(uses.values())
+            apart = bool(zs) and positions_stay_apart(self.tape, self.axes, mine, self.loss_couples)
+            self._apart[zs] = apart
+        if not self._apart[zs]:
+            return uses
+        return {n: replace(use, positions=1, apart=use.positions) for n, use in uses.items()}
+
+    @cached_property
+    def _apart(self) -> dict[tuple[int, ...], bool]:
+        """Whether positions stay apart behind these values, as far as that was asked for."""
+        return {}
 
 
 class Analyses:

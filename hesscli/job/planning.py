@@ -95,7 +95,7 @@ class Plan:
                 )
             except NotApplicable as reason:
                 raise inexact(self.options, block, method, reason) from None
-        self.cut_bytes = planner.cut_plan.bytes if planner.cut_plan is not None else 0
+        self.cut_bytes = cuts.bytes
         if planner.refused and method == "auto":
             self.opened.note(f"no fast route: {planner.refused}; hvp takes one pass per parameter")
 

@@ -28,7 +28,6 @@ from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.layers import Layer
 from hesscli.hessian.layout import Layout, Part, Piece, starts_of
-from hesscli.hessian.positions import positions_as_samples
 from hesscli.hessian.probes import Analyses, Analysis, Probed
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.affine import AffineRoute
@@ -259,9 +258,7 @@ def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
     Raises:
         NotApplicable: with the reason.
     """
-    uses = positions_as_samples(
-        analysis, {name: analysis.uses[name] for name in block.parameters if name in analysis.uses}
-    )
+    uses = analysis.uses_apart(block.parameters)
     biases = {use.z: use for use in uses.values() if use.kind == BIAS}
     layers = []
     for use in uses.values():
