@@ -440,3 +440,30 @@ def test_a_model_that_squeezes(batch_size):
 
     found = computed(Net(), (X, Y[:, 0]), batch_size=batch_size)
     close(found, hessian(Net(), F.mse_loss, (X,), Y[:, 0]))
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 2])
+@pytest.mark.parametrize("of_classes", [True, False])
+def test_some_samples_with_an_argument_as_long_as_all(of_classes, batch_size):
+    """Eight samples and eight classes: what has eight numbers is cut like the samples, or not at all."""
+    y, w = torch.tensor([7, 6, 5, 0, 1, 2, 3, 4]), torch.linspace(0.5, 3, 8, dtype=torch.float64)
+
+    def loss(f, y, w):
+        return F.cross_entropy(f, y, reduction="none") * (w[y] if of_classes else w)
+
+    used = {"samples": (2, 6), "batch_size": batch_size}
+    found = computed(net(8), (X, y), loss=loss, loss_arguments={"w": w}, **used)
+    mine = w if of_classes else w[2:6]
+    close(found, hessian(net(8), lambda f, y: loss(f, y, mine).mean(), (X[2:6],), y[2:6]))
+
+
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_two_samples_and_two_classes(batch_size):
+    y, w = torch.tensor([1, 0]), torch.tensor([1.0, 3.0], dtype=torch.float64)
+
+    def loss(f, y, w):
+        return F.cross_entropy(f, y, reduction="none") * w[y]
+
+    options = {"loss": loss, "loss_arguments": {"w": w}, "batch_size": batch_size}
+    found = computed(net(2), (X[:2], y), **options)
+    close(found, hessian(net(2), lambda f, y: loss(f, y, w).mean(), (X[:2],), y))

@@ -33,6 +33,7 @@ class Data:
         sha256: of the file.
         notes: what was inferred or left out, one line each.
         range: which samples of the file inputs and targets hold: from, up to.
+        recorded: how many samples the file holds.
         columns: whether the arrays are the columns of a table.
     """
 
@@ -42,6 +43,7 @@ class Data:
     sha256: str
     notes: tuple[str, ...]
     range: tuple[int, int]
+    recorded: int
     columns: bool = False
 
     @property
@@ -51,10 +53,7 @@ class Data:
 
     def per_sample(self, array: torch.Tensor) -> bool:
         """Whether an array of the file has an entry for each sample, as opposed to each class."""
-        if self.targets is None or not array.dim():
-            return False
-        whole = self.arrays[self.targets[0]]
-        return whole.dim() > 0 and len(array) == len(whole)
+        return array.dim() > 0 and len(array) == self.recorded
 
 
 def load_data(
@@ -108,13 +107,15 @@ def load_data(
         names, target = choice.of_columns(inputs, targets)
     else:
         names, target = choice.of_arrays(inputs, targets)
+    count = 1 if unbatched or not arrays[names[0]].dim() else len(arrays[names[0]])
     whole = Data(
         arrays,
         {name: arrays[name] for name in names},
         None if target is None else (target, arrays[target]),
         sha256_of_all(files),
         tuple(notes),
-        (0, 1 if unbatched or not arrays[names[0]].dim() else len(arrays[names[0]])),
+        (0, count),
+        count,
         found.columns,
     )
     _check_samples(path, whole, unbatched)

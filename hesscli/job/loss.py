@@ -90,18 +90,17 @@ def _named(
 def _arguments(
     options: ProblemOptions, data: Data, loss: Loss, device: torch.device, dtype: torch.dtype
 ) -> dict[str, object]:
-    """The loss's arguments, arrays as tensors of the samples that are used."""
-    target = None if data.targets is None else data.targets[1]
+    """The loss's arguments, arrays as tensors: of all samples, also where some of them are used."""
+    target = None if data.targets is None else data.arrays[data.targets[0]]
     arguments = dict(loss.arguments)
     for key, value in loss.arguments.items():
         array = _array(options, data, key, value, loss.name in LOSSES)
         if array is not None:
-            along = data.per_sample(array) and loss.goes_along(key, array, target)
-            if along and not options.unbatched:
-                array = array[slice(*data.range)]  # as its targets are
             if loss.name in ELEMENT_WEIGHTED and target is not None:
                 _demand_fit(key, array, target)
-            check_finite(options.data, value[1:] if isinstance(value, str) else key, array)
+            along = data.per_sample(array) and loss.goes_along(key, array, target)
+            used = array[slice(*data.range)] if along and not options.unbatched else array
+            check_finite(options.data, value[1:] if isinstance(value, str) else key, used)
             arguments[key] = move(array, device, dtype)
     return arguments
 

@@ -120,6 +120,8 @@ def _opened(
         dtype,
         fewest,
         most,
+        data.range[0],
+        data.recorded,
     )
     problem = Problem(
         model.module, parameters, (), loss, output_key=options.output_key, wide=loss.wide

@@ -57,11 +57,16 @@ def _fixed(problem: Problem, source: Source, some: Batch) -> list[str]:
 
     A few samples accept them whole, as they do the weights of as many classes.
     """
-    if source.samples <= len(some):
+    if source.samples < 2:
         return []
     fixed = []
     with torch.no_grad():
-        output = problem.output(some)
+        try:
+            if len(some) == source.recorded:
+                some = source.part(0, len(some) - 1)
+            output = problem.output(some)
+        except MismatchError:  # of fewer than it takes
+            return []
         for name, value in source.along().items():
             whole = {**some.loss_arguments, name: value}
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Source:
         keywords: the names of the last inputs, if they are passed by name.
         device, dtype: of the batches.
         fewest, most: samples that the model accepts at once; None: any number.
+        first: which of the file's samples is the first of these.
+        recorded: how many samples the file has: as long are loss arguments that have an entry for each.
     """
 
     inputs: tuple[Tensor, ...]
@@ -36,8 +38,10 @@ class Source:
     keywords: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
-    fewest: int = 1
-    most: int | None = None
+    fewest: int
+    most: int | None
+    first: int
+    recorded: int
 
     @property
     def few(self) -> int:
@@ -54,38 +58,36 @@ class Source:
             for array in arrays
         ) + sum(self.inputs[place].numel() * self.dtype.itemsize for place in self.scales)
 
-    def whole(self) -> Batch:
-        inputs = tuple(
-            self._scaled(place, move(array, self.device, self.dtype))
-            for place, array in enumerate(self.inputs)
-        )
-        target = None if self.target is None else move(self.target, self.device, self.dtype)
-        return Batch(inputs, target, self.loss.arguments, self.keywords)
-
     def part(self, start: int, stop: int) -> Batch:
-        if start == 0 and stop == self.samples:
-            return self.whole()
-        part = replace(
-            self,
-            inputs=tuple(array[start:stop] for array in self.inputs),
-            target=None if self.target is None else self.target[start:stop],
-            samples=stop - start,
-            loss=replace(self.loss, arguments=self._arguments(start, stop)),
+        """The samples from `start` up to `stop`."""
+        inputs, target = self.inputs, self.target
+        if (start, stop) != (0, self.samples):  # one sample may have no axis for samples
+            inputs = tuple(array[start:stop] for array in inputs)
+            target = None if target is None else target[start:stop]
+        moved = tuple(
+            self._scaled(place, move(array, self.device, self.dtype))
+            for place, array in enumerate(inputs)
         )
-        return part.whole()
+        return Batch(
+            moved,
+            None if target is None else move(target, self.device, self.dtype),
+            self._arguments(start, stop),
+            self.keywords,
+        )
 
     def _arguments(self, start: int, stop: int) -> Mapping[str, object]:
-        cut = {name: value[start:stop] for name, value in self.along().items()}
+        mine = slice(self.first + start, self.first + stop)
+        cut = {name: value[mine] for name, value in self.along().items()}
         return {**self.loss.arguments, **cut}
 
     def along(self) -> dict[str, Tensor]:
-        """The loss arguments that are cut like the samples."""
+        """The loss arguments, whole, that are cut like the samples."""
         return {
             name: value
             for name, value in self.loss.arguments.items()
             if isinstance(value, Tensor)
             and value.dim()
-            and len(value) == self.samples
+            and len(value) == self.recorded
             and self.loss.goes_along(name, value, self.target)
         }
 
