@@ -21,6 +21,7 @@ from hesscli.errors import (
 )
 from hesscli.files import npy
 from hesscli.files.data import load_data
+from hesscli.files.unusable import DECIMALS
 
 X = np.arange(6, dtype=np.float32).reshape(3, 2)
 Y = np.array([0, 1, 1])
@@ -137,7 +138,8 @@ def test_names_that_do_not_tell(tmp_path, monkeypatch, names, options, words):
     listed = ", ".join(f"{name} (float32 [3, 2])" for name in names.split())
     assert error.exit_code == 2
     assert error.message == f"d.npz: {words}; it holds {listed}"
-    assert error.hint == "--inputs KEY --targets KEY"
+    wanted = {"inputs": "--inputs x", "targets": "--targets y"}
+    assert error.hint == next(map(wanted.get, options), "--inputs KEY --targets KEY")
 
 
 def test_an_array_named_twice(tmp_path):
@@ -375,11 +377,13 @@ def test_inputs_that_are_skipped(tmp_path, monkeypatch, x, why):
     assert error.message == said + why
 
 
-@pytest.mark.parametrize("field", ["1,5", "1_5"])
-def test_columns_that_are_skipped(tmp_path, field):
+@pytest.mark.parametrize(
+    ("field", "why"), [("1,5", "numbers with decimal commas"), ("1_5", "not numbers")]
+)
+def test_columns_that_are_skipped(tmp_path, field, why):
     (tmp_path / "d.csv").write_text(f"a;y\n{field};0\n2;1\n")
     message = refused(UsageError, tmp_path / "d.csv").message
-    assert message.endswith(f"; array a skipped: not numbers ({field!r} in line 2)")
+    assert message.endswith(f"; array a skipped: {why} ({field!r} in line 2)")
 
 
 WORDS = "classes are whole numbers from 0 on: table.y = table.y.astype('category').cat.codes"
@@ -405,12 +409,17 @@ def test_targets_that_cannot_be_used(tmp_path, y, why, hint):
 
 
 @pytest.mark.parametrize(
-    ("y", "hint"), [("cat", WORDS), ("it's", WORDS), (">50K", WORDS), ("1,5", None)]
+    ("y", "why", "hint"),
+    [
+        *((word, "not numbers", WORDS) for word in ("cat", "it's", ">50K")),
+        ("1/5", "not numbers", None),
+        ("1,5", "numbers with decimal commas", DECIMALS),
+    ],
 )
-def test_fields_of_targets_that_are_not_numbers(tmp_path, y, hint):
+def test_fields_of_targets_that_are_not_numbers(tmp_path, y, why, hint):
     (tmp_path / "d.csv").write_text(f"a;y\n1;{y}\n2;{y}\n")
     error = refused(FileError, tmp_path / "d.csv")
-    assert f"the targets y are not numbers ({y!r} in line 2)" in error.message
+    assert f"the targets y are {why} ({y!r} in line 2)" in error.message
     assert error.hint == hint
 
 

@@ -226,7 +226,7 @@ def test_narrow_weights(same, net, dtype):
     for words in (("m.safetensors", *ARCH), ("m.pt", "--allow-pickle")):
         saved = load_model(words[0], arch=ARCH[1], allow_pickle=True)
         name = str(dtype).removeprefix("torch.")
-        assert f"weights stored in {name}, computed in float32" in saved.notes
+        assert f"weights stored in {name}, and widened" in saved.notes
         assert torch.equal(saved.module.get_parameter("fc1.weight"), net.fc1.weight)
 
 
@@ -362,6 +362,76 @@ def test_csv_without_names(same):
     ran = same("reference.pt", "d.csv", "--targets", "3", "--loss", "cross-entropy")
     assert "no line of names: the columns are called 0 to 3" in ran.notes
     assert "inputs: the columns 0, 1, 2 (float64 [5, 3])" in ran.notes
+
+
+class Scores(nn.Module):
+    """Users and items, by number, as tables of ratings have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.u, self.v = nn.Embedding(3, 2), nn.Embedding(4, 2)
+
+    def forward(self, user: torch.Tensor, item: torch.Tensor) -> torch.Tensor:
+        return (self.u(user) * self.v(item)).sum(1)
+
+
+@pytest.mark.parametrize(
+    "inputs", ["", "--inputs user --inputs item", "--inputs item --inputs user"]
+)
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_columns_that_are_called_as_the_models_inputs(cli, tmp_path, kind, inputs):
+    torch.manual_seed(0)
+    torch.jit.script(Scores()).save("m.pt")
+    user, item = np.array([0, 1, 2, 2, 0]), np.array([3, 2, 1, 0, 0])
+    columns = {"user": user, "item": item, "rating": X[:, 0], "w": np.ones(5)}
+    np.savez("d.npz", **columns)
+    if kind == "parquet":
+        pq.write_table(pa.table(columns), "d.parquet")
+    else:
+        rows = np.column_stack([*columns.values()])
+        formats = ["%d", "%d", "%.9g", "%.9g"]
+        np.savetxt("d.csv", rows, formats, ",", header="user,item,rating,w", comments="")
+    words = ("--targets", "rating", "-b", "full", "--loss-arg", "weight=@w")
+    named = ("--inputs", "user", "--inputs", "item")
+    assert cli("compute", "m.pt", "d.npz", *words, *named, "-o", "a").code == 0
+    ran = cli("compute", "m.pt", f"d.{kind}", *words, *inputs.split(), "-o", "b")
+    assert ran.code == 0, ran.stderr
+    assert torch.equal(*(read(tmp_path / name)[1]["hessian"] for name in "ab"))
+
+
+def test_columns_of_indices(cli, tmp_path):
+    torch.manual_seed(0)
+    torch.jit.script(nn.Sequential(nn.Embedding(5, 2), nn.Flatten(), nn.Linear(6, 3))).save("m.pt")
+    words = np.array([[0, 1, 2], [4, 3, 0], [1, 1, 1], [2, 0, 4], [3, 2, 1]])
+    np.savez("d.npz", x=words, y=Y)
+    np.savetxt("d.csv", np.column_stack([words, Y]), "%d", ",", header="a,b,c,y", comments="")
+    assert cli("compute", "m.pt", "d.npz", "-b", "full", "-o", "a").code == 0
+    ran = cli("compute", "m.pt", "d.csv", "-b", "full", "-o", "b")
+    assert ran.code == 0, ran.stderr
+    assert "inputs: whole numbers, taken as indices" in ran.notes
+    assert torch.equal(*(read(tmp_path / name)[1]["hessian"] for name in "ab"))
+
+
+def test_a_weight_is_no_input(cli, tmp_path):
+    torch.manual_seed(0)
+    torch.jit.script(nn.Linear(3, 3)).save("m.pt")
+    w = np.linspace(1, 2, 5)
+    np.savez("d.npz", pixels=X, y=Y, w=w)
+    Path("l.py").write_text(
+        "import torch.nn.functional as F\n\n\ndef loss(f, y, w):\n"
+        "    return w * F.cross_entropy(f, y, reduction='none')\n"
+    )
+    ran = cli("compute", "m.pt", "d.npz", "--loss", "l.py:loss", "--loss-arg", "w=@w", "-o", "a")
+    assert ran.code == 0, ran.stderr
+    assert "inputs: pixels (float32 [5, 3]), inferred as the only other array" in ran.notes
+
+
+def test_decimal_commas(cli, tmp_path):
+    torch.jit.script(nn.Linear(1, 1)).save("m.pt")
+    Path("d.csv").write_text("a;y\n1,5;2,5\n0,5;1,0\n")
+    ran = cli("compute", "m.pt", "d.csv")
+    ran.fails(3)
+    assert "decimal=','" in ran.hint
 
 
 def test_a_column_of_targets(cli, tmp_path):

@@ -441,11 +441,11 @@ def test_constants_that_a_program_was_exported_with(net, exported):
 
 def test_half_precision_is_widened(exported, tmp_path):
     saved = load_model(exported["half"])
-    assert saved.notes == ("weights stored in float16, computed in float32",)
+    assert saved.notes == ("weights stored in float16, and widened",)
     assert saved.module(torch.ones(2, 3)).dtype is torch.float32
     torch.jit.script(Plain().bfloat16()).save(str(tmp_path / "net.pt"))
     saved = load_model(tmp_path / "net.pt")
-    assert saved.notes == ("weights stored in bfloat16, computed in float32",)
+    assert saved.notes == ("weights stored in bfloat16, and widened",)
     assert saved.module(torch.ones(2, 3)).dtype is torch.float32
 
 
@@ -589,7 +589,7 @@ def test_double_weights_are_not_rounded(tmp_path):
 def test_half_weights_of_a_state_dict(tmp_path):
     torch.save(Plain().half().state_dict(), tmp_path / "net.pt")
     saved = load_model(tmp_path / "net.pt", arch=f"{__name__}:Plain")
-    assert saved.notes == ("weights stored in float16, computed in float32",)
+    assert saved.notes == ("weights stored in float16, and widened",)
     assert saved.module.fc.weight.dtype is torch.float32
 
 
@@ -613,7 +613,7 @@ def test_weights_are_not_rounded_to_a_narrow_architecture(tmp_path, dtype):
     for name, tensor in saved.module.state_dict().items():
         assert torch.equal(tensor, weights[name].to(tensor.dtype)), name
         assert torch.promote_types(tensor.dtype, weights[name].dtype) is tensor.dtype, name
-    narrow = ("weights stored in bfloat16, computed in float32",)
+    narrow = ("weights stored in bfloat16, and widened",)
     assert saved.notes == (narrow if dtype is torch.bfloat16 else ())
 
 

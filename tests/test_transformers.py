@@ -163,7 +163,7 @@ def test_files_with_the_names_of_older_versions(
               "--dtype", "float64")  # fmt: skip
     assert ran.code == 0, ran.stderr
     assert "names: as transformers maps them to those of this version" in ran.notes
-    narrow = "weights stored in bfloat16, computed in float32"
+    narrow = "weights stored in bfloat16, and widened"
     assert (narrow in ran.notes) == (dtype is torch.bfloat16)
     document, found = read(tmp_path / "hessian.safetensors")
     names = [p["name"] for p in document["parameters"]]

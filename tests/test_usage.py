@@ -282,6 +282,14 @@ def test_closed_standard_input(tmp_path):
     assert "standard input is closed" in done.stderr
 
 
+def test_closed_standard_output(tmp_path):
+    samples = REPOSITORY / "sample_models"
+    files = f"{samples / 'digits_mlp.pt'} {samples / 'digits.npz'}"
+    done = shell(f"hesscli compute {files} -o - >&-", tmp_path)
+    assert done.returncode == 2
+    assert "standard output is closed" in done.stderr
+
+
 @pytest.mark.parametrize("option", ["--help", "--version", "--schema eigen"])
 def test_a_reader_that_has_gone(tmp_path, option):
     done = shell(f"(sleep 1; hesscli {option}; echo $? > rc) | true", tmp_path)
@@ -360,6 +368,22 @@ def test_patterns_that_match_nothing(cli):
         "no parameter matches zz*",
         "no parameter matches !yy",
     ]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "chosen"),
+    [
+        (("!a.*",), ["c.weight"]),
+        (("!b.*",), ["c.weight"]),
+        (("b.*",), ["a.weight"]),
+        (("*", "!b.weight"), ["c.weight"]),
+    ],
+)
+def test_a_tied_parameter_goes_by_any_of_its_names(patterns, chosen):
+    layers = {name: nn.Linear(2, 2, bias=False) for name in "abc"}
+    layers["b"].weight = layers["a"].weight
+    found, _, _ = chosen_parameters(nn.ModuleDict(layers), patterns, print)
+    assert list(found) == chosen
 
 
 def test_a_name_that_reads_as_a_pattern():

@@ -94,7 +94,7 @@ def hesscli_command(
       0 done                                    4 model, data and loss do not fit together
       1 a check that you asked for failed       5 numerical: NaN, check failed, not converged
       2 usage, missing file, output refused     6 device missing, not enough memory or disk
-      3 file unreadable, unsupported, unsafe    130 Ctrl-C
+      3 file unreadable, unsupported, unsafe    70 a bug in hesscli, 130 Ctrl-C
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from shlex import quote
@@ -113,6 +114,8 @@ def compute(
 
         if output == "-" and not dry_run and sys.stdout.isatty():
             raise UsageError("-: standard output is a terminal", "| hesscli eigen -")
+        if output == "-" and not dry_run and getattr(sys.stdout, "name", "") == os.devnull:
+            raise UsageError("-: standard output is closed", "-o hessian.safetensors")
         if fail_above is not None and stats in ("basic", "none"):
             raise UsageError(
                 f"--fail-above needs eigenvalues, and --stats {stats} computes none",
@@ -146,6 +149,8 @@ def compute(
             if dry_run:
                 if shard is not None:
                     out.note("--shard has no effect on a plan: it is of the whole Hessian")
+                if fail_above is not None:
+                    out.note("--fail-above has no effect on a plan: nothing is computed")
                 out.result(document, print_plan)
             elif shard is not None:
                 out.result(document)

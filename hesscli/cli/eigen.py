@@ -69,7 +69,7 @@ def eigen(
             metavar="T",
             min=0,
             callback=finite,
-            help="Of a model: stop when |Hv - lambda v| <= T |lambda|.",
+            help="Of a model: stop when |Hv - lambda v| <= T |lambda|; 0: as small as rounding leaves it.",
         ),
     ] = 1e-3,
     max_products: Annotated[
@@ -147,6 +147,9 @@ def eigen(
         gate_eigenvalues(document, fail_above, fail_below)
 
 
+_USUAL = 30  # products for each eigenvalue, where they are neither crowded nor tiny
+
+
 def of_model(out: Output, problem: ProblemOptions, options: EigenOptions, share: Alone) -> Document:
     """Runs and prints; then fails where it must."""
     from hesscli.cli.summary import counted
@@ -164,7 +167,7 @@ def of_model(out: Output, problem: ProblemOptions, options: EigenOptions, share:
     if not document["converged"]:
         raise NumericalError(
             f"not converged after {counted(options.max_products, 'product')}: see the residuals",
-            f"--max-products {4 * options.max_products}",
+            f"--max-products {max(4 * options.max_products, _USUAL * options.top)}",
         )
     return document
 

@@ -151,7 +151,11 @@ def problem_options(
         ),
     ] = True,
     method: Annotated[
-        Method, typer.Option(help="auto takes the fastest that is exact; others are forced.")
+        Method,
+        typer.Option(
+            help="auto takes the fastest that is exact; others are forced. Products have hvp and "
+            "finite-difference alone."
+        ),
     ] = "auto",
     tf32: Annotated[
         bool, typer.Option("--tf32", help="Let CUDA multiply in TF32: faster, three digits.")

@@ -17,7 +17,7 @@ from hesscli.files.npy import load_npy, load_npz
 from hesscli.files.safetensors_files import map_safetensors
 from hesscli.files.sniff import Kind, kind_of, unsupported
 from hesscli.files.torch_files import read_torch_file
-from hesscli.files.unusable import Unusable
+from hesscli.files.unusable import DECIMALS, Unusable
 from hesscli.texts import dtype_name
 
 _SAVE = "np.savez('data.npz', x=x, y=y)"
@@ -71,8 +71,11 @@ def load_arrays(path: str | os.PathLike[str]) -> Arrays:
         found = _torch(path, kind)
     elif kind == "text":
         found, notes = load_csv(path)
-        if all(isinstance(value, Unusable) for value in found.values()):
-            raise unsupported(path, kind, _EXPECTED, "a table wants columns of numbers: x1,x2,y")
+        unusable = [value for value in found.values() if isinstance(value, Unusable)]
+        if len(unusable) == len(found):
+            decimals = any(value.remedy == DECIMALS for value in unusable)
+            hint = DECIMALS if decimals else "a table wants columns of numbers: x1,x2,y"
+            raise unsupported(path, kind, _EXPECTED, hint)
     elif kind == "parquet":
         found = load_parquet(path)
     elif kind == "dataset":

@@ -15,7 +15,7 @@ import torch
 
 from hesscli.errors import FileError, HesscliError
 from hesscli.files.torch_files import reading
-from hesscli.files.unusable import CODES, Unusable
+from hesscli.files.unusable import CODES, DECIMALS, Unusable
 
 _DELIMITERS = ",;\t"
 _SPACES = " \t"
@@ -102,9 +102,10 @@ class _Column:
             return
         value = _number(field)
         if value is None:
-            words = any(letter.isalpha() for letter in field)
-            why = f"not numbers ({field[:20]!r} in line {line})"
-            self.unusable = Unusable(why, CODES if words else "")
+            where, words = f"{field[:20]!r} in line {line}", any(map(str.isalpha, field))
+            self.unusable = Unusable(f"not numbers ({where})", CODES if words else "")
+            if _number(field.replace(",", ".", 1)) is not None:
+                self.unusable = Unusable(f"numbers with decimal commas ({where})", DECIMALS)
             self.integers = False
             return
         boolean = field.lower() in ("true", "false")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,6 +64,7 @@ def load_data(
     unbatched: bool = False,
     samples: tuple[int, int | None] | None = None,
     arguments: Sequence[str] = (),
+    others: Collection[str] = (),
 ) -> Data:
     """Loads a data file or folder, told by its content, and picks inputs and targets.
 
@@ -75,6 +76,7 @@ def load_data(
         unbatched: whether the arrays are one sample, without an axis for samples.
         samples: from which to which; all of them if None.
         arguments: what the model calls its inputs: arrays of these names are the inputs, if no others are.
+        others: arrays that are neither inputs nor targets, unless they are named as such.
 
     Raises:
         UsageError: no such file, array or samples, or the names do not tell which is which.
@@ -87,7 +89,7 @@ def load_data(
     arrays, files = dict(found.numbers), list(found.files)
     skipped = [f"array {name} skipped: {each.why}" for name, each in found.skipped.items()]
     notes = [*skipped, *found.notes]
-    choice = _Choice(path, arrays, skipped, arguments, notes)
+    choice = _Choice(path, arrays, skipped, arguments, others, notes)
     called = choice.with_files((*inputs, *([targets] if targets else [])), files)
     inputs = [called.get(name, name) for name in inputs]
     targets = called.get(targets, targets) if targets else None
@@ -98,7 +100,10 @@ def load_data(
         )
     for name in (*inputs, *([targets] if targets else [])):
         if name not in arrays:
-            raise choice.unclear(f"no array of numbers is called {name}")
+            option = "--targets" if name == targets else "--inputs"
+            raise choice.unclear(
+                f"no array of numbers is called {name}", f"{option} {choice.likely(option)}"
+            )
     if len(set(inputs)) < len(inputs):
         raise UsageError(f"--inputs names an array twice: {', '.join(inputs)}")
     if found.columns:
@@ -170,6 +175,7 @@ class _Choice:
     arrays: dict[str, torch.Tensor]  # gain those of other files, and a table's columns together
     skipped: Sequence[str]  # the other arrays and why, one line each
     arguments: Sequence[str]  # what the model calls its inputs
+    others: Collection[str]  # arrays that are neither, by what else they are for
     notes: list[str]  # gain what was inferred
 
     def with_files(self, names: Sequence[str], files: list[Path]) -> dict[str, str]:
@@ -200,7 +206,10 @@ class _Choice:
     def of_columns(
         self, inputs: Sequence[str], targets: str | None
     ) -> tuple[list[str], str | None]:
-        """The same of a table: columns of single numbers are put side by side, as one input."""
+        """The same of a table: columns of single numbers are put side by side, as one input.
+
+        But those that are called as several of the model's inputs are.
+        """
         known = [name for name in self.arrays if name in TARGET_NAMES and name not in inputs]
         target = targets or (known[0] if len(known) == 1 else None)
         if target is not None and targets is None:
@@ -208,7 +217,11 @@ class _Choice:
         if target is None and len(self.arrays) > 1 and not inputs:
             last = shlex.quote(list(self.arrays)[-1])
             raise self.unclear("the names do not tell the targets", f"--targets {last}")
-        chosen = list(inputs) or [name for name in self.arrays if name not in (target, *_INDEX)]
+        left = (target, *_INDEX, *self.others)
+        chosen = list(inputs) or [name for name in self.arrays if name not in left]
+        called = [name for name in self.arguments if name in chosen]
+        if len(called) > 1 and (not inputs or len(called) == len(inputs)):
+            return list(inputs) or self._called(called), target
         if not inputs:
             index = (name for name in self.arrays if name in _INDEX and name != target)
             self.notes.extend(f"column {name!r} left out: an index, by its name" for name in index)
@@ -223,36 +236,50 @@ class _Choice:
         return [name], target
 
     def _inputs(self, targets: str | None) -> list[str]:
-        free = [name for name in self.arrays if name != targets]
+        free = [name for name in self.arrays if name != targets and name not in self.others]
         named = [name for name in free if name in _INPUT_NAMES]
         others = [name for name in free if targets is not None or name not in TARGET_NAMES]
         called = [name for name in self.arguments if name in others]
         if len(named) == 1 and (len(called) < 2 or named[0] not in called):
             return [self._noted("inputs", named[0], "from its name")]
         if called:
-            found = ", ".join(f"{name} ({describe(self.arrays[name])})" for name in called)
-            self.notes.append(f"inputs: {found}, inferred from what the model calls its inputs")
-            return called
+            return self._called(called)
         if len(named) > 1:
             raise self.unclear(f"{' and '.join(named)} may all be the inputs")
-        if len(self.arrays) == 2 and len(others) == 1:
+        if self._two and len(others) == 1:
             return [self._noted("inputs", others[0], "as the only other array")]
         raise self.unclear("the names do not tell the inputs")
 
+    @property
+    def _two(self) -> bool:
+        """Whether there are inputs and targets, and no more."""
+        return sum(name not in self.others for name in self.arrays) == 2
+
+    def _called(self, names: list[str]) -> list[str]:
+        found = ", ".join(f"{name} ({describe(self.arrays[name])})" for name in names)
+        self.notes.append(f"inputs: {found}, inferred from what the model calls its inputs")
+        return names
+
     def _targets(self, inputs: Sequence[str]) -> str | None:
-        free = [name for name in self.arrays if name not in inputs]
+        free = [n for n in self.arrays if n not in inputs and n not in self.others]
         named = [name for name in free if name in TARGET_NAMES]
         if len(named) == 1:
             return self._noted("targets", named[0], "from its name")
         if len(named) > 1:
             raise self.unclear(f"{' and '.join(named)} may all be the targets")
-        if len(self.arrays) == 2 and len(free) == 1:
+        if self._two and len(free) == 1:
             return self._noted("targets", free[0], "as the only other array")
         return None  # a model that returns its loss needs none
 
     def _noted(self, role: str, name: str, how: str) -> str:
         self.notes.append(f"{role}: {name} ({describe(self.arrays[name])}), inferred {how}")
         return name
+
+    def likely(self, option: str) -> str:
+        """The name of an array that may be the targets, or the inputs."""
+        known = TARGET_NAMES if option == "--targets" else _INPUT_NAMES
+        named = [name for name in self.arrays if name in known]
+        return shlex.quote((named or list(self.arrays)[:: -1 if option == "--targets" else 1])[0])
 
     def unclear(self, problem: str, hint: str = "--inputs KEY --targets KEY") -> UsageError:
         found = ", ".join(f"{name} ({describe(array)})" for name, array in self.arrays.items())

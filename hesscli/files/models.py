@@ -230,7 +230,7 @@ def _with_architecture(
     weights = fitted(path, module, weights, notes)
     load_weights(path, module, weights, content if isinstance(content, Mapping) else {})
     if narrow:
-        notes.append(_narrow_note(narrow, module))
+        notes.append(_narrow_note(narrow))
     return module
 
 
@@ -280,13 +280,11 @@ def prepare(module: nn.Module, notes: list[str]) -> None:
     widest = torch.float64 if wide else torch.float32
     module._apply(lambda t: t.to(widest) if t.is_floating_point() else t)
     if narrow:
-        notes.append(_narrow_note(narrow, module))
+        notes.append(_narrow_note(narrow))
 
 
-def _narrow_note(narrow: set[torch.dtype], module: nn.Module) -> str:
-    names = " and ".join(sorted(map(dtype_name, narrow)))
-    wide = any(p.dtype is torch.float64 for p in module.parameters())
-    return f"weights stored in {names}, computed in {'float64' if wide else 'float32'}"
+def _narrow_note(narrow: set[torch.dtype]) -> str:
+    return f"weights stored in {' and '.join(sorted(map(dtype_name, narrow)))}, and widened"
 
 
 def without_parameters(path: str | os.PathLike[str], form: Form) -> FileError:

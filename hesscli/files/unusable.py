@@ -7,6 +7,10 @@ from dataclasses import dataclass
 CODES = "classes are whole numbers from 0 on: table.{0} = table.{0}.astype('category').cat.codes"
 ROWS = "drop these samples: table = table.dropna(subset=['{0}'])"
 
+DECIMALS = (
+    "write points: pd.read_csv('in.csv', sep=';', decimal=',').to_csv('out.csv', index=False)"
+)
+
 
 @dataclass(frozen=True)
 class Unusable:

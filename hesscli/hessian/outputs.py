@@ -31,11 +31,13 @@ def pick_output(result: object, key: str | None, prefer_loss: bool = False) -> T
             entries[key] = result[int(key)]
     elif dataclasses.is_dataclass(result):
         entries = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-    found = ", ".join(entries) or type(result).__name__
+    found = ", ".join(map(_described, entries, entries.values())) or type(result).__name__
     if key is not None:
         entry = entries.get(key)
         if isinstance(entry, Tensor):
             return entry
+        if isinstance(result, Tensor):
+            raise MismatchError(f"the model's output is one tensor, without a part {key!r}")
         raise MismatchError(f"the model's output has no tensor {key!r}; it holds: {found}")
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     preferred = "loss" if prefer_loss else "logits"
@@ -48,3 +50,7 @@ def pick_output(result: object, key: str | None, prefer_loss: bool = False) -> T
         f"the model returns more than one tensor or none: {found}",
         first and f"--output-key {first}",
     )
+
+
+def _described(name: str, value: object) -> str:
+    return name if isinstance(value, Tensor) else f"{name} ({type(value).__name__})"

@@ -124,7 +124,7 @@ class Journal:
         """That another command began it: other options, or files that have changed since."""
         differ = f"{path}: another command began it: {_differences(self.head, head)} differ"
         if not merging:
-            return UsageError(differ, "--force")
+            return UsageError(f"{differ}; --force throws away what is finished", "--force")
         return UsageError(
             f"{differ}; model and data must be as they were",
             f"to compute them again: rm {shlex.quote(str(path))}",

@@ -37,7 +37,7 @@ def loss_of(
     name, function = _named(options, data, note)
     if name != "output" and data.targets is None:
         raise UsageError(
-            f"{options.data}: holds no targets, and {name} needs them", "--targets KEY"
+            f"{options.data}: holds no targets, and {name} needs them", _name_them(options)
         )
     if isinstance(function, nn.Module):  # a copy: the user's stays as it is
         function = in_precision_(copied(function), dtype).to(device)
@@ -65,7 +65,7 @@ def _named(
         if data.targets is None:
             raise UsageError(
                 f"{options.data}: holds no targets, and the loss needs them",
-                "name them with --targets KEY, or use --loss output if the model returns its loss",
+                f"name them with {_name_them(options)}, or use --loss output if the model returns its loss",
             )
         kind = dtype_name(data.targets[1].dtype)
         name = "mse" if data.targets[1].is_floating_point() else "cross-entropy"
@@ -78,13 +78,18 @@ def _named(
         function = _import_function(name)
         name = os.path.basename(name)  # no paths in files
     elif name not in LOSSES and name != "output":
-        plain = name.replace("_", "-").removesuffix("-loss")
+        plain = name.lower().replace("_", "-").removesuffix("-loss")
         near = difflib.get_close_matches(plain, LOSSES, 1)
         raise UsageError(
             f"no loss is called {name!r}; there are: auto, {', '.join(LOSSES)}, output, PKG.MOD:FN, FILE.py:FN",
             f"--loss {near[0]}" if near else None,
         )
     return name, function
+
+
+def _name_them(options: ProblemOptions) -> str:
+    """The option that names the targets: an array of the file, or, beside an array alone, another file."""
+    return "--targets y.npy" if str(options.data).endswith(".npy") else "--targets KEY"
 
 
 def _arguments(

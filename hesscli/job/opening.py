@@ -103,6 +103,11 @@ def _opened(
         unbatched=options.unbatched,
         samples=options.samples,
         arguments=model.signature.names,
+        others=[
+            value[1:]
+            for value in options.loss_arguments.values()
+            if isinstance(value, str) and value.startswith("@")
+        ],
     )
     note(*data.notes)
     loss = loss_of(options, data, device, dtype, note)

@@ -28,19 +28,20 @@ def chosen_parameters(
     every = module.named_parameters(remove_duplicate=False)
     floating: dict[str, Tensor] = {name: p for name, p in every if p.is_floating_point()}
     tied = {first: others for first, *others in shared(floating.items())}
-    # A tied parameter is selected by any of its names.
+    # A tied parameter is selected, and excluded, by any of its names.
     canonical = {other: name for name, others in tied.items() for other in others}
     unique = {name: p for name, p in floating.items() if name not in canonical}
     known = [*unique, *canonical]
-    chosen = {canonical.get(name, name) for name in select(known, patterns)}
-    named = [p for p in patterns if not p.startswith("!")]
-    asked = {canonical.get(n, n) for n in select(known, named)} if named else set()
+    named = tuple(p for p in patterns if not p.startswith("!"))
+    excluded = tuple(p.removeprefix("!") for p in patterns if p.startswith("!"))
+    left_out = {canonical.get(n, n) for n in select(known, excluded)} if excluded else set()
+    chosen = {canonical.get(name, name) for name in select(known, named)} - left_out
+    asked = chosen if named else set()
     frozen = [n for n in unique if n in chosen and not unique[n].requires_grad and n not in asked]
     parameters = {n: p for n, p in unique.items() if n in chosen and n not in frozen}
     if not parameters:
         if not chosen:
-            excluded = tuple(p for p in patterns if p.startswith("!"))
-            likely = (select(known, excluded) or known)[0]
+            likely = next((n for n in known if canonical.get(n, n) not in left_out), known[0])
             raise UsageError(
                 f"no parameter matches {' '.join(patterns)}; the model has: {listed(known)}",
                 f"--params {shlex.quote(glob.escape(likely))}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -18,6 +19,7 @@ from hesscli.hessian.losses import LOSSES, OF_CLASSES
 from hesscli.hessian.problem import Problem
 from hesscli.job.options import EVERY, ProblemOptions
 from hesscli.job.source import Source
+from hesscli.job.together import first_accepted
 
 
 def passed(
@@ -90,7 +92,12 @@ def _ordered(
 
 
 def as_columns(problem: Problem, source: Source, note: Callable[[str], None]) -> Source:
-    """A table's targets as what the loss wants: whole numbers as classes, others as a column [N, 1] like the output."""
+    """A table's numbers as what model and loss want.
+
+    Inputs: whole numbers as indices, if the model takes them as nothing else. Targets: whole numbers as classes,
+    others as a column [N, 1] like the output.
+    """
+    source = _as_indices(problem, source, note)
     if source.target is None:
         return source
     if source.loss.name in OF_CLASSES:
@@ -109,6 +116,18 @@ def as_columns(problem: Problem, source: Source, note: Callable[[str], None]) ->
     if loss.name in LOSSES:
         loss = replace(loss, arguments={**loss.arguments, **columns})
     return replace(source, target=source.target.unsqueeze(1), loss=loss)
+
+
+def _as_indices(problem: Problem, source: Source, note: Callable[[str], None]) -> Source:
+    whole = [x.long() if bool((x == x.long()).all()) else x for x in source.inputs]
+    indices = replace(source, inputs=tuple(whole))
+    for each in (source, indices):
+        with suppress(MismatchError):
+            first_accepted(problem.output, each, [source.few, source.samples])
+            if each is indices:
+                note("inputs: whole numbers, taken as indices")
+            return each
+    return source  # which is refused where all of it is passed
 
 
 def scales(
