@@ -116,6 +116,9 @@ def holder(name: str, make: Callable[[], Any], keep: Callable[[Any], dict[str, T
 class Notes:
     kept: dict[str, Tensor] = field(default_factory=dict)
 
+    def noted(self) -> dict[str, Tensor]:
+        return self.kept
+
 
 class Pair(NamedTuple):
     kept: dict[str, Tensor]
@@ -128,6 +131,8 @@ HOLDERS = [
     holder("tuple", lambda: ({},), lambda held: held[0]),
     holder("namedtuple", lambda: Pair({}), lambda held: held.kept),
     holder("deque", lambda: deque([{}]), lambda held: held[0]),
+    holder("partial", lambda: functools.partial(dict, {}), lambda held: held.args[0]),
+    holder("method", lambda: Notes().noted, lambda held: held()),
 ]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import sysconfig
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
+from operator import is_
 from types import (
     BuiltinFunctionType,
     CellType,
@@ -76,12 +76,16 @@ def _held(each: object) -> tuple[Iterable[object], Restore | None]:
     if isinstance(each, _CACHED):
         function: Any = each.__wrapped__
         return (function,), None if _foreign(function) else each.cache_clear
-    if isinstance(each, (staticmethod, classmethod, MethodType)):
+    if isinstance(each, MethodType):
+        return (each.__func__, each.__self__), None
+    if isinstance(each, (staticmethod, classmethod)):
         return (each.__func__,), None
     if isinstance(each, property):
         return (each.fget,), None
-    if isinstance(each, (functools.cached_property, functools.partial)):
+    if isinstance(each, cached_property):
         return (each.func,), None
+    if isinstance(each, partial):
+        return (each.func, each.args, each.keywords), None
     if isinstance(each, type):
         if _foreign(each) or not each.__flags__ & _HEAP_TYPE:
             return (), None
@@ -139,26 +143,21 @@ def _contents(cell: CellType) -> object:
 
 def _foreign(thing: type | FunctionType) -> bool:
     """Whether this belongs to PyTorch, to hesscli, or, if it is a function, to anything that was installed."""
-    if (thing.__module__ or "").partition(".")[0] in _LIBRARIES:
+    if str(thing.__module__).partition(".")[0] in _LIBRARIES:
         return True
     return isinstance(thing, FunctionType) and thing.__code__.co_filename.startswith(_INSTALLED)
 
 
 def _refill(now: Any, before: Any) -> None:
     """Gives a container what it held, unless it holds just that."""
-    if isinstance(now, set):
-        same = now == before
-    elif isinstance(now, dict):
-        same = list(now) == list(before) and all(now[key] is before[key] for key in before)
-    else:
-        same = len(now) == len(before) and all(map(_is, now, before))
+    same = now == before if isinstance(now, set) else len(now) == len(before)
+    if same and not isinstance(now, set):
+        same = all(map(is_, now, before))
+    if same and isinstance(now, dict):
+        same = all(map(is_, now.values(), before.values()))
     if not same:
         now.clear()
         now.extend(before) if isinstance(now, (list, deque)) else now.update(before)
-
-
-def _is(one: object, other: object) -> bool:
-    return one is other
 
 
 def _reset(kind: type, before: Mapping[str, object]) -> None:
