@@ -20,6 +20,7 @@ from oracles import hessian, relative_error
 from safetensors.numpy import save_file
 from torch import nn
 
+import hesscli
 from hesscli.errors import ResourceError
 from hesscli.hessian.blocks import partition
 from hesscli.job import planning
@@ -345,6 +346,22 @@ def test_params(cli, mlp, tmp_path, globs, names):
 def test_params_that_match_nothing(cli, mlp, glob):
     ran = cli("compute", *mlp, *CE, "--params", glob)
     assert "0.weight" in ran.fails(2) or "0.weight" in ran.hint
+
+
+def test_parameters_in_one_memory_are_tied_in_memory_and_in_a_file(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False))
+    model.double()
+    model[2].weight.data = model[0].weight.data
+    torch.save(model, tmp_path / "net.pt")
+    data = torch.randn(2, 5, 3, dtype=torch.float64)
+    live = hesscli.compute(model, tuple(data), loss="mse", framework="torch")
+    saved = hesscli.compute(tmp_path / "net.pt", tuple(data), allow_pickle=True, framework="torch")
+    assert live.metadata["parameters"] == saved.metadata["parameters"]
+    assert torch.equal(live.block("0.weight"), saved.block("0.weight"))
+    one = nn.Sequential(model[0], nn.Tanh(), model[0])
+    truth = hessian(one, F.mse_loss, (data[0],), data[1])
+    assert relative_error(live.block("0.weight"), truth) < 1e-10
 
 
 @pytest.mark.parametrize(("frozen", "left"), [("0.weight", "2.weight"), ("2.weight", "0.weight")])

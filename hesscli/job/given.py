@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import TensorDataset
 
 from hesscli.errors import HesscliError, MismatchError, UsageError
 from hesscli.files.live_models import live_model
 from hesscli.files.models import SavedModel
+from hesscli.files.ties import shared, tie
 from hesscli.hessian.autodiff import differentiable
 from hesscli.hessian.copies import copied
 from hesscli.job.options import ProblemOptions
@@ -93,8 +95,12 @@ def _copied(module: nn.Module) -> nn.Module:
     attributes = [x for part in module.modules() for x in vars(part).values()]
     tensors = [x for x in [*attributes, *module.buffers()] if isinstance(x, Tensor)]
     kept = {id(x): x.detach().clone() for x in tensors if not x.is_leaf}
+    every = module.named_parameters(remove_duplicate=False)
+    groups = shared((name, p) for name, p in every if not is_lazy(p))
     try:
-        return copied(module, kept)
+        copy = copied(module, kept)
+        tie(copy, groups)  # which share memory and are no one object
+        return copy
     except Exception as error:  # a module may hold anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MismatchError(
