@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 from collections import defaultdict, deque
 from collections.abc import Callable
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
+import oracles
 import pytest
 import torch
 from oracles import hessian, relative_error
@@ -294,6 +297,84 @@ class InFilledSlots(InSlots):
     slots = FilledSlots
 
 
+class Attributes(dict):  # as many libraries have it
+    __getattr__ = dict.get
+    __setattr__ = dict.__setitem__
+
+    def update(self, *_: object) -> None:
+        raise TypeError("is not to be used")
+
+
+class InAttributes(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = Attributes()
+
+    def square(self) -> Tensor:
+        if self.held.kept is None:
+            self.held.kept = super().square()
+        return self.held.kept
+
+
+class Kind(Enum):
+    SQUARE = 1
+
+
+class InAnEnum(Plain):
+    def square(self) -> Tensor:
+        if not hasattr(Kind.SQUARE, "kept"):
+            Kind.SQUARE.kept = super().square()
+        return Kind.SQUARE.kept
+
+
+@functools.singledispatch
+def dispatched(model: object) -> Tensor:
+    raise TypeError
+
+
+@dispatched.register
+def _(model: nn.Module) -> Tensor:
+    return kept_square(model.w)
+
+
+class Dispatched(Plain):
+    def square(self) -> Tensor:
+        return dispatched(self)
+
+
+class InAnotherFile(Plain):
+    def square(self) -> Tensor:
+        if not hasattr(oracles, "kept"):
+            oracles.kept = super().square()
+        return oracles.kept
+
+
+VARIABLE: ContextVar[Tensor | None] = ContextVar("VARIABLE", default=None)
+
+
+class InAContext(Plain):
+    """Keeps it where nothing looks for it."""
+
+    def square(self) -> Tensor:
+        if VARIABLE.get() is None:
+            VARIABLE.set(super().square())
+        return VARIABLE.get()
+
+
+class HalfPutBack(Plain):
+    """Whether the attribute is there is written to a tensor that is no buffer, and so not put back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ready, self.scale = torch.zeros(()), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            self.scale = float(x.std())
+            self.ready += 1
+        return super().forward(x) * self.scale
+
+
 class Hooked(Plain):
     """Registers a hook on its first call, as transformers does to collect hidden states."""
 
@@ -316,6 +397,7 @@ class Hooked(Plain):
         *HOLDERS,
         *(Assigned, AssignedAnew, OfTheFile, ByAFunction, Bound, NewlyBound, Counted, CachedMethod),
         *(CachedFunction, ByDefault, OfTheFunction, InAClosure, InSlots, InFilledSlots),
+        *(InAttributes, InAnEnum, Dispatched, InAnotherFile),
     ],
 )
 def test_every_pass_is_the_first(kind: type[Plain], curvature: str) -> None:
@@ -326,6 +408,22 @@ def test_every_pass_is_the_first(kind: type[Plain], curvature: str) -> None:
     assert found.metadata["notes"] == truth.metadata["notes"]
     if curvature == "hessian":
         assert relative_error(found.matrix(), hessian(Plain().double(), F.mse_loss, (X,), Y)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(InAContext, "keeps what it computes"), (HalfPutBack, "two passes of the same data")],
+)
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_what_cannot_be_put_back_is_refused(
+    kind: type[Plain], reason: str, batch_size: int | None
+) -> None:
+    def compute() -> None:
+        with pytest.raises(hesscli.HesscliError, match=reason) as refused:
+            hesscli.compute(kind().double(), (X, Y), batch_size=batch_size)
+        assert refused.value.exit_code == 4
+
+    copy_context().run(compute)
 
 
 def test_the_module_is_as_it_was() -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sysconfig
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from enum import Enum
 from functools import cached_property, lru_cache, partial
 from operator import is_
 from types import (
@@ -24,10 +23,10 @@ from torch import Tensor, nn
 
 Restore = Callable[[], None]
 
-_CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set, deque})
+_CONTAINERS = (OrderedDict, dict, list, set, deque)  # and their subclasses
 _PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None)})
-# Buffers are looked after apart; enumerations and libraries are not the model's.
-_OTHERS = (Tensor, Enum, ModuleType, BuiltinFunctionType, torch.jit.ScriptModule)
+# Buffers are looked after apart.
+_OTHERS = (Tensor, ModuleType, BuiltinFunctionType, torch.jit.ScriptModule)
 _MOST = 1000  # objects besides those of modules: behind a logger, say, there is no end
 _OF_A_MODULE = 50  # containers that any module has, and more
 _HEAP_TYPE = 1 << 9  # a flag of types that Python code has made: others cannot be written to
@@ -62,13 +61,8 @@ def restores(root: Callable[..., object]) -> Iterator[Restore]:
 def _held(each: object) -> tuple[Iterable[object], Restore | None]:
     """What an object holds, and what gives it back that; None for what cannot change."""
     kind = type(each)
-    if kind in _CONTAINERS:
-        container: Any = each
-        if not container:
-            return (), container.clear
-        before = container.copy()
-        values = before.values() if isinstance(before, dict) else before
-        return values, partial(_refill, container, before)
+    if isinstance(each, _CONTAINERS):
+        return _of_container(each)
     if isinstance(each, tuple):
         return each, None
     if isinstance(each, FunctionType):
@@ -96,6 +90,20 @@ def _held(each: object) -> tuple[Iterable[object], Restore | None]:
     return _of_object(each)
 
 
+def _of_container(each: Any) -> tuple[Iterable[object], Restore]:
+    """The same of a dict, list, set or deque; of a subclass, by the methods that it has from there."""
+    base: Any = type(each)
+    own: tuple[object, ...] = ()
+    if base not in _CONTAINERS:
+        own = (getattr(each, "__dict__", None), base)
+        base = next(base for base in _CONTAINERS if isinstance(each, base))
+    if not each:
+        return own, partial(base.clear, each)
+    before = base.copy(each)
+    values = before.values() if isinstance(before, dict) else before
+    return (*own, *values), partial(_refill, base, each, before)
+
+
 def _of_object(each: object) -> tuple[Iterable[object], Restore | None]:
     attributes = getattr(each, "__dict__", None)
     kind = type(each)
@@ -112,19 +120,25 @@ def _of_object(each: object) -> tuple[Iterable[object], Restore | None]:
 
 
 def _of_function(function: FunctionType) -> tuple[Iterable[object], Restore | None]:
-    if _foreign(function):
-        return (), None
-    names, everywhere = _names(function.__code__), function.__globals__
-    bound = {name: everywhere.get(name, _MISSING) for name in names}
     cells = [(cell, _contents(cell)) for cell in function.__closure__ or ()]
-    held = (
-        *bound.values(),
-        *(value for _, value in cells),
-        function.__defaults__,
-        function.__kwdefaults__,
-        function.__dict__,
-    )
-    return held, partial(_rebind, everywhere, bound, cells)
+    held = [value for _, value in cells]
+    if _foreign(function):  # a decorator, perhaps, of one that is not
+        return held, None
+    names, everywhere = _names(function.__code__), [function.__globals__]
+    everywhere += [
+        vars(value)
+        for name in names
+        if isinstance(value := function.__globals__.get(name), ModuleType) and _own(value)
+    ]
+    bound = [(space, {n: space.get(n, _MISSING) for n in names}) for space in everywhere]
+    held += [value for _, values in bound for value in values.values()]
+    held += [function.__defaults__, function.__kwdefaults__, function.__dict__]
+    return held, partial(_rebind, bound, cells)
+
+
+def _own(module: ModuleType) -> bool:
+    """Whether a module is neither installed nor built in."""
+    return not (getattr(module, "__file__", None) or _INSTALLED[0]).startswith(_INSTALLED)
 
 
 @lru_cache(maxsize=4096)
@@ -148,16 +162,16 @@ def _foreign(thing: type | FunctionType) -> bool:
     return isinstance(thing, FunctionType) and thing.__code__.co_filename.startswith(_INSTALLED)
 
 
-def _refill(now: Any, before: Any) -> None:
+def _refill(base: Any, now: Any, before: Any) -> None:
     """Gives a container what it held, unless it holds just that."""
     same = now == before if isinstance(now, set) else len(now) == len(before)
     if same and not isinstance(now, set):
         same = all(map(is_, now, before))
     if same and isinstance(now, dict):
-        same = all(map(is_, now.values(), before.values()))
+        same = all(map(is_, base.values(now), base.values(before)))
     if not same:
-        now.clear()
-        now.extend(before) if isinstance(now, (list, deque)) else now.update(before)
+        base.clear(now)
+        (base.extend if isinstance(now, (list, deque)) else base.update)(now, before)
 
 
 def _reset(kind: type, before: Mapping[str, object]) -> None:
@@ -181,16 +195,16 @@ def _reslot(each: object, kind: type, before: Mapping[str, object]) -> None:
 
 
 def _rebind(
-    everywhere: dict[str, object],
-    bound: Mapping[str, object],
+    bound: Iterable[tuple[dict[str, object], Mapping[str, object]]],
     cells: Iterable[tuple[CellType, object]],
 ) -> None:
-    for name, value in bound.items():
-        if everywhere.get(name, _MISSING) is not value:
-            if value is _MISSING:
-                del everywhere[name]
-            else:
-                everywhere[name] = value
+    for space, values in bound:
+        for name, value in values.items():
+            if space.get(name, _MISSING) is not value:
+                if value is _MISSING:
+                    del space[name]
+                else:
+                    space[name] = value
     for cell, value in cells:
         if _contents(cell) is not value:
             if value is _MISSING:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from hesscli.errors import MismatchError
+from hesscli.hessian.first_passes import demand_alike, equal
 from hesscli.hessian.problem import Problem
 
 
@@ -32,13 +32,8 @@ def measure(
     with torch.no_grad():
         for index, batch in enumerate(problem.batches):
             output = problem.output(batch)
-            _demand_numbers(output)
-            if index == 0 and not _equal(output, problem.output(batch)):
-                raise MismatchError(
-                    "two passes of the same data through the model differ: it draws random numbers "
-                    "(dropout left on?), or writes to a tensor that is no buffer, so it has no Hessian",
-                    "save it after model.eval(); a traced or exported model keeps the mode it was saved in",
-                )
+            if index == 0:
+                demand_alike(output, problem.output(batch))
             again = output.clone()  # a loss may write to it
             batch_total, share = problem.loss.total(output, batch.target, batch.loss_arguments)
             if batch_total.is_complex():
@@ -48,7 +43,7 @@ def measure(
                 )
             if index == 0 and problem.loss.function is not None:
                 again, _ = problem.loss.total(again, batch.target, batch.loss_arguments)
-                if not _equal(batch_total, again):
+                if not equal(batch_total, again):
                     raise MismatchError(
                         f"the loss {problem.loss.name} gives the same output two values: it draws random "
                         "numbers, so it has no Hessian"
@@ -61,26 +56,3 @@ def measure(
     if denominator == 0:
         raise MismatchError("every target is ignored or has weight 0: the mean divides by 0")
     return replace(problem, denominator=denominator), total / denominator
-
-
-def _demand_numbers(output: Tensor) -> None:
-    """Raises MismatchError where the output is nothing to compare, or to differentiate."""
-    kinds = {
-        "nested": output.is_nested,
-        "quantized": output.is_quantized,
-        "on the meta device": output.is_meta,
-        f"of layout {output.layout}": output.layout is not torch.strided,
-        "of bools": output.dtype is torch.bool,
-    }
-    for kind, found in kinds.items():
-        if found:
-            raise MismatchError(f"the model's output is {kind}; expected a dense tensor of numbers")
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two passes give the same; LAPACK's last digits may go by where its memory lies."""
-    if a.shape != b.shape:
-        return False
-    a, b = torch.nan_to_num(a), torch.nan_to_num(b)
-    rounding = 16 * torch.finfo(a.dtype).eps if a.is_floating_point() or a.is_complex() else 0.0
-    return float((a - b).abs().max()) <= rounding * float(a.abs().max()) if a.numel() else True

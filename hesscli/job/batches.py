@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
@@ -14,6 +14,7 @@ from hesscli.files.resources import available_memory
 from hesscli.hessian.batch import Batch, Batches
 from hesscli.hessian.batch_size import PREFERRED_ROWS, Sizes, choose_sizes
 from hesscli.hessian.chunk_sizes import chunk_sizes
+from hesscli.hessian.first_passes import first_output
 from hesscli.hessian.losses import LOSSES, OF_CLASSES, classes_last
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.saved import saved_bytes
@@ -106,9 +107,12 @@ def _accepted(
     samples, count, fewest, most = source.samples, source.few, source.fewest, source.most
     if (fewest, most) != (1, None):
         _within(samples, count, fewest, most or samples, 1)  # before a pass of other samples fails
-        return source.part(0, count), fewest, most
+        batch = source.part(0, count)
+        first_output(problem, batch)
+        return batch, fewest, most
     asked = min(batch_size or samples, samples)
-    batch, _ = first_accepted(problem.output, source, list(dict.fromkeys([count, asked, samples])))
+    counts = list(dict.fromkeys([count, asked, samples]))
+    batch, _ = first_accepted(partial(first_output, problem), source, counts)
     if len(batch) == count:
         return batch, 1, None
     if len(batch) == samples:

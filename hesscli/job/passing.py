@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from hesscli.errors import MismatchError, UsageError
 from hesscli.files.call_signature import CallSignature
 from hesscli.files.data import TARGET_NAMES, Data, describe
 from hesscli.files.models import SavedModel
+from hesscli.hessian.first_passes import first_output
 from hesscli.hessian.loss import Loss
 from hesscli.hessian.losses import LOSSES, OF_CLASSES
 from hesscli.hessian.problem import Problem
@@ -123,7 +125,7 @@ def _as_indices(problem: Problem, source: Source, note: Callable[[str], None]) -
     indices = replace(source, inputs=tuple(whole))
     for each in (source, indices):
         with suppress(MismatchError):
-            first_accepted(problem.output, each, [source.few, source.samples])
+            first_accepted(partial(first_output, problem), each, [source.few, source.samples])
             if each is indices:
                 note("inputs: whole numbers, taken as indices")
             return each

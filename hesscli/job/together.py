@@ -14,6 +14,7 @@ from hesscli.files.resources import available_memory
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.definitions import exact_derivatives, right_gradients
+from hesscli.hessian.first_passes import UnrepeatableError
 from hesscli.hessian.losses import OF_CLASSES
 from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem, parameters_at
@@ -30,6 +31,7 @@ def first_accepted(
     Raises:
         MismatchError: it takes none of them; why it does not take the last: a graph's nodes want all others.
         DeviceMismatchError: what it makes lies on another device.
+        UnrepeatableError: its passes are not alike.
     """
     refused: MismatchError | None = None
     with torch.no_grad():
@@ -39,7 +41,7 @@ def first_accepted(
             batch = source.part(0, count)
             try:
                 return batch, function(batch)
-            except DeviceMismatchError:
+            except (DeviceMismatchError, UnrepeatableError):
                 raise
             except MismatchError as error:
                 refused = error
