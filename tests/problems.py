@@ -9,6 +9,7 @@ import torch
 from cases import Case
 from torch import Tensor, nn
 
+from hesscli.hessian.analysis import Analyses
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block, partition
 from hesscli.hessian.cuts import Cuts
@@ -16,7 +17,6 @@ from hesscli.hessian.kronecker import mirror_
 from hesscli.hessian.loss import Loss
 from hesscli.hessian.losses import ELEMENT_WEIGHTED
 from hesscli.hessian.measure import measure
-from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.all import routes
 from hesscli.hessian.routes.base import Route, Rows, fitting

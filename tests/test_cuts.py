@@ -20,14 +20,15 @@ from problems import (
 )
 from torch import Tensor, nn
 
-from hesscli.hessian import cuts, probes
+from hesscli.hessian import cuts
+from hesscli.hessian.analysis import Analyses, Analysis
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.batch import Batch, Batches
 from hesscli.hessian.costs import Costs, Work
 from hesscli.hessian.cuts import CutPlan, plan_cuts, separators
-from hesscli.hessian.probes import Analyses, Analysis
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.rates import Rates
+from hesscli.hessian.recorder import record
 
 
 class Residual(nn.Module):
@@ -138,8 +139,10 @@ def test_batches_that_are_made_anew_are_not_recorded_for_each_tensor(monkeypatch
     anew = Batches(5, lambda i: Batch((whole.inputs[0][i : i + 1],), whole.target[i : i + 1]))
     problem = replace(kept, batches=anew)
     recorded: list[Problem] = []
-    real = probes.record
-    monkeypatch.setattr(probes, "record", lambda *given: recorded.append(given[0]) or real(*given))
+    monkeypatch.setattr(
+        "hesscli.hessian.analysis.record",
+        lambda *given: recorded.append(given[0]) or record(*given),
+    )
     blocks = blocks_of(problem, "block_diagonal")
     compute_blocks(routes_of(problem)["preactivation"], blocks)
     assert len(blocks) > 5

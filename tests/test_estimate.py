@@ -8,11 +8,11 @@ from cases import labels, normal
 from problems import blocks_of, problem_of
 from torch import nn
 
+from hesscli.hessian.analysis import Analyses
 from hesscli.hessian.check import Certificate, gradients
 from hesscli.hessian.costs import Work
 from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.planner import Choice, Planner, seconds_of
-from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.rates import Rates
 from hesscli.job.estimate import START, estimate

@@ -8,11 +8,11 @@ from cases import labels, normal
 from problems import blocks_and_truth, blocks_of, compute_blocks, problem_of, routes_of
 from torch import nn
 
+from hesscli.hessian.analysis import Analyses
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.costs import Work
 from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.planner import Choice, Planner
-from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.rates import Rates
 

@@ -30,10 +30,10 @@ from problems import (
 )
 from torch import Tensor, nn
 
+from hesscli.hessian.analysis import Analyses
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.loss import Loss
 from hesscli.hessian.measure import measure
-from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import Route
 from hesscli.hessian.uses import Use

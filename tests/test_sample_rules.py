@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hesscli
-from hesscli.hessian.probes import Analyses
+from hesscli.hessian.analysis import Analyses
 
 
 def square(z: Tensor) -> Tensor:

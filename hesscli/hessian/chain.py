@@ -23,8 +23,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hesscli.hessian.analysis import Analysis
 from hesscli.hessian.chunk_sizes import chunk_sizes
-from hesscli.hessian.probes import Analysis, Probed
+from hesscli.hessian.probes import Probed
 from hesscli.hessian.sample_axis import SampleAxis
 from hesscli.hessian.sample_rules import ELEMENTWISE_UNARY, RESHAPES
 from hesscli.hessian.tape import Call, Ref

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from hesscli.hessian.analysis import Analyses
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.costs import Work
 from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.planner import Choice, Planner
-from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.words import FINITE_DIFFERENCE, GAUSS_NEWTON, HVP, PREACTIVATION
 

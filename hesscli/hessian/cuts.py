@@ -17,12 +17,14 @@ from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
+from hesscli.hessian.analysis import Analysis
 from hesscli.hessian.autodiff import unit_rows
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.costs import CUT_PASSES, PASSES, Costs, Work
-from hesscli.hessian.probes import Analysis, Cut, Probed
+from hesscli.hessian.probes import Probed
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.rates import usual_rates
 from hesscli.hessian.tape import Tape
@@ -171,6 +173,21 @@ def _cheapest(
         chosen.append(candidates[k])
         k = before[k]
     return chosen[::-1]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The loss behind a value that everything passes through, to second order, for each sample.
+
+    Attributes:
+        value: its number.
+        gradient: dL/dc, of its shape.
+        curvature: d^2 L / dc^2, [B, N, N].
+    """
+
+    value: int
+    gradient: Tensor
+    curvature: Tensor
 
 
 class Cuts:

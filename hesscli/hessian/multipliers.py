@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.affine import multiplier
+from hesscli.hessian.analysis import Analysis
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.layout import Layout, starts_of
-from hesscli.hessian.probes import Analysis
 from hesscli.hessian.routes.base import Rows
 
 

@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from hesscli.errors import MismatchError
+from hesscli.hessian.analysis import Analyses
 from hesscli.hessian.applicability import NotApplicable, explained
 from hesscli.hessian.autodiff import batched_grad, seeded_grad, unit_rows
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.definitions import exact_derivatives
-from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.saved import saved_bytes
 from hesscli.hessian.workers import in_order, workers

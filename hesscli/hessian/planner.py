@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from hesscli.hessian.analysis import Analyses, Analysis
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.costs import PASSES, Costs, Work
 from hesscli.hessian.cuts import Cuts
-from hesscli.hessian.probes import Analyses, Analysis
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.rates import Rates, usual_rates
 from hesscli.hessian.recorder import record

@@ -11,6 +11,7 @@ import torch
 from hesscli.errors import ResourceError
 from hesscli.files.resources import available_memory, disk_used, free_disk
 from hesscli.files.result_names import partial_paths
+from hesscli.hessian.analysis import Analyses
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block, partition
 from hesscli.hessian.check import Certificate, gradients
@@ -19,7 +20,6 @@ from hesscli.hessian.curvature_planner import planner_of
 from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.operator import require_curvature
 from hesscli.hessian.planner import Choice, seconds_of
-from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.rates import measure_rates, usual_rates
 from hesscli.hessian.routes.all import routes

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from hesscli.errors import DeviceMismatchError, MismatchError, is_out_of_memory
 from hesscli.files.resources import available_memory
+from hesscli.hessian.analysis import Analyses
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.definitions import exact_derivatives, right_gradients
 from hesscli.hessian.first_passes import UnrepeatableError
 from hesscli.hessian.losses import OF_CLASSES
-from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem, parameters_at
 from hesscli.job.source import Source
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from hesscli.hessian.analysis import Analyses, Analysis
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.multipliers import Multipliers
-from hesscli.hessian.probes import Analyses, Analysis
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import Route, Rows
 

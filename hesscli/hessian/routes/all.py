@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from hesscli.hessian.analysis import Analyses
 from hesscli.hessian.cuts import Cuts
-from hesscli.hessian.probes import Analyses
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import Route
 from hesscli.hessian.routes.finite_difference import FiniteDifference

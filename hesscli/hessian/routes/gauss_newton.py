@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hesscli.hessian.analysis import Analysis
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.batch import Batch
@@ -25,7 +26,7 @@ from hesscli.hessian.kronecker import add_kronecker_rows
 from hesscli.hessian.layers import Layer, plain_layer
 from hesscli.hessian.layout import Layout, starts_of
 from hesscli.hessian.piecewise import curved
-from hesscli.hessian.probes import Analysis, Probed
+from hesscli.hessian.probes import Probed
 from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.base import Rows
 from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use

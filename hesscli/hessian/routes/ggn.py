@@ -15,10 +15,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hesscli.hessian.analysis import Analyses, Analysis
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.operator import Products
-from hesscli.hessian.probes import Analyses, Analysis, Probed
+from hesscli.hessian.probes import Probed
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import ByRows, RowsOf
 from hesscli.hessian.routes.gauss_newton import GaussNewton

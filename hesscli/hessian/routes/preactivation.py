@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from hesscli.hessian.analysis import Analyses, Analysis
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.assembly import add_layer, add_layer_diagonal
 from hesscli.hessian.autodiff import batched_grad, unit_rows
@@ -28,7 +29,7 @@ from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.layers import Layer
 from hesscli.hessian.layout import Layout, Part, Piece, starts_of
-from hesscli.hessian.probes import Analyses, Analysis, Probed
+from hesscli.hessian.probes import Probed
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.base import Rows
