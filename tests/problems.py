@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from hesscli.hessian.analysis import Analyses
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block, partition
+from hesscli.hessian.curvatures import CURVATURES
 from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.kronecker import mirror_
 from hesscli.hessian.loss import Loss
 from hesscli.hessian.losses import ELEMENT_WEIGHTED
 from hesscli.hessian.measure import measure
 from hesscli.hessian.problem import Problem
-from hesscli.hessian.routes.all import routes
 from hesscli.hessian.routes.base import Route, Rows, fitting
 from hesscli.hessian.symmetry import symmetrise_
 
@@ -84,7 +84,9 @@ def shapes_of(problem: Problem) -> dict[str, tuple[int, ...]]:
 
 def routes_of(problem: Problem, chunk: int = 7, curvature: str = "hessian") -> dict[str, Route]:
     analyses, cuts = Analyses(problem), Cuts(problem, chunk)
-    return routes(problem, analyses, cuts, lambda: problem.double() or problem, curvature)
+    return CURVATURES[curvature].routes(
+        problem, analyses, cuts, lambda: problem.double() or problem
+    )
 
 
 def blocks_of(problem: Problem, structure: str) -> list[Block]:

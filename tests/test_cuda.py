@@ -68,7 +68,7 @@ class Greedy(Preactivation):
 def test_out_of_memory_halves_the_chunks_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hesscli.hessian.routes.all.Preactivation", Greedy)
+    monkeypatch.setattr("hesscli.hessian.curvatures.Preactivation", Greedy)
     case = BY_NAME["mlp-tanh"]
     model, data = save(case, "trace", tmp_path)
     options = ComputeOptions(

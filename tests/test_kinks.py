@@ -19,7 +19,7 @@ import hesscli
 from hesscli.hessian import quotients
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.check import Certificate, Comparison
-from hesscli.hessian.check_curvature import certificate_of
+from hesscli.hessian.curvatures import CURVATURES
 from hesscli.hessian.differences import Differences
 from hesscli.hessian.directional import DirectionalDifference
 from hesscli.hessian.operator import Products
@@ -184,9 +184,9 @@ def test_the_hessian_is_no_gauss_newton_matrix():
     alone = Problem(**{**vars(problem), "parameters": {"a.weight": weight}})
     block = Block("a.weight", ("a.weight",), (weight.numel(),))
     for curvature in ("hessian", "ggn"):
-        matrix = Products(alone, curvature).columns(0, weight.numel())
+        matrix = CURVATURES[curvature].products(alone).columns(0, weight.numel())
         for claimed in ("hessian", "ggn"):
-            checked = certificate_of(problem, torch.float32, 0, claimed)
+            checked = CURVATURES[claimed].certificate(problem, torch.float32, 0)
             assert checked.passed(checked.matrix(block, matrix)) == (claimed == curvature)
 
 

@@ -22,7 +22,7 @@ import hesscli
 from hesscli.errors import MismatchError
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import partition
-from hesscli.hessian.check_curvature import certificate_of
+from hesscli.hessian.curvatures import CURVATURES, FISHER, GGN
 from hesscli.hessian.differences import Differences
 from hesscli.hessian.operator import Products
 from hesscli.hessian.problem import Problem
@@ -121,7 +121,7 @@ def test_differences(name):
 def test_gauss_newton(name):
     case = BY_NAME[name]
     truth = gauss_newton(case)
-    found = matrix(Products(problem_of_case(case, batch_size=3), "ggn"))
+    found = matrix(GGN.products(problem_of_case(case, batch_size=3)))
     assert relative_error(found, truth) < 1e-10
     assert relative_error(found, found.T) < 1e-12
     assert torch.linalg.eigvalsh((found + found.T) / 2).min() > -1e-10 * truth.norm()
@@ -130,7 +130,7 @@ def test_gauss_newton(name):
 @pytest.mark.parametrize("name", ["linear", "linear-no-bias", "softmax", "logistic"])
 def test_gauss_newton_of_a_linear_model_is_the_hessian(name):
     problem = problem_of_case(BY_NAME[name], batch_size=5)
-    assert relative_error(matrix(Products(problem, "ggn")), expected(BY_NAME[name])) < 1e-12
+    assert relative_error(matrix(GGN.products(problem)), expected(BY_NAME[name])) < 1e-12
 
 
 def fisher(module: nn.Module, x: Tensor, y: Tensor, own_loss, denominator: float) -> Tensor:
@@ -162,7 +162,7 @@ def test_fisher(batch_size):
     module = MLP()
     problem = problem_of(module, [X], Y, "cross-entropy", batch_size=batch_size)
     truth = fisher(module, X, Y, F.cross_entropy, 7)
-    found = matrix(Products(problem, "fisher"))
+    found = matrix(FISHER.products(problem))
     assert relative_error(found, truth) < 1e-12
     assert torch.linalg.eigvalsh(found).min() > -1e-12
 
@@ -180,7 +180,7 @@ def test_fisher_with_class_weights_and_ignored_targets():
         return F.cross_entropy(z, t, weight=WEIGHT, reduction="sum")
 
     truth = fisher(module, X[kept], y[kept], own, float(WEIGHT[y[kept]].sum()))
-    assert relative_error(matrix(Products(problem, "fisher")), truth) < 1e-12
+    assert relative_error(matrix(FISHER.products(problem)), truth) < 1e-12
 
 
 def test_fisher_of_the_squared_error_sums_a_samples_terms():
@@ -188,9 +188,9 @@ def test_fisher_of_the_squared_error_sums_a_samples_terms():
     target = torch.randn(7, 3, generator=torch.Generator().manual_seed(2)).double()
     problem = problem_of(module, [X], target, "mse", batch_size=4)
     truth = fisher(module, X, target, lambda z, t: ((z - t) ** 2).sum(), 21)
-    assert relative_error(matrix(Products(problem, "fisher")), truth) < 1e-12
+    assert relative_error(matrix(FISHER.products(problem)), truth) < 1e-12
     summed = problem_of(module, [X], target, "mse", reduction="sum")
-    assert relative_error(matrix(Products(summed, "fisher")), 21 * truth) < 1e-12
+    assert relative_error(matrix(FISHER.products(summed)), 21 * truth) < 1e-12
 
 
 def test_fisher_needs_samples_that_do_not_mix():
@@ -198,14 +198,14 @@ def test_fisher_needs_samples_that_do_not_mix():
     mixing.register_forward_hook(lambda module, inputs, output: output - output.mean(0))
     problem = problem_of(mixing, [X], Y, "cross-entropy")
     with pytest.raises(MismatchError, match="mean may mix samples"):
-        Products(problem, "fisher")
-    Products(problem, "ggn")  # needs no such thing
+        FISHER.products(problem)
+    GGN.products(problem)  # needs no such thing
 
 
 @pytest.mark.parametrize("curvature", ["ggn", "fisher"])
 def test_a_model_that_returns_its_loss_has_no_output(curvature):
     with pytest.raises(MismatchError, match="returns its own loss"):
-        Products(problem_of_case(BY_NAME["output-mean"]), curvature)
+        CURVATURES[curvature].products(problem_of_case(BY_NAME["output-mean"]))
 
 
 # --- blocks ---------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def test_a_model_that_returns_its_loss_has_no_output(curvature):
 )
 def test_blocks(name, method, curvature):
     problem = problem_of_case(BY_NAME[name], batch_size=3)
-    whole = matrix(Products(problem, curvature))
+    whole = matrix(CURVATURES[curvature].products(problem))
     if curvature == "ggn":
         assert relative_error(whole, gauss_newton(BY_NAME[name])) < 1e-10
     made = routes_of(problem, curvature=curvature)
@@ -255,10 +255,10 @@ def test_blocks(name, method, curvature):
 )
 def test_the_certificate_knows_right_from_wrong(name, curvature):
     problem = problem_of_case(BY_NAME[name], batch_size=3)
-    products = Products(problem, curvature)
+    products = CURVATURES[curvature].products(problem)
     whole = matrix(products)
     (block,) = partition(shapes_of(problem), "full")
-    certificate = certificate_of(problem, torch.float64, 0, curvature)
+    certificate = CURVATURES[curvature].certificate(problem, torch.float64, 0)
     assert certificate.passed(certificate.product(block, products))
     assert certificate.passed(certificate.matrix(block, whole))
     assert not certificate.passed(certificate.product(block, lambda v: 1.001 * products(v)))
@@ -269,10 +269,10 @@ def test_the_certificate_knows_right_from_wrong(name, curvature):
 
 def test_the_curvatures_differ():
     problem: Problem = problem_of_case(BY_NAME["mlp-tanh"])
-    found = [matrix(Products(problem, curvature)) for curvature in ("hessian", "ggn", "fisher")]
+    found = [matrix(curvature.products(problem)) for curvature in CURVATURES.values()]
     (block,) = partition(shapes_of(problem), "full")
-    for i, curvature in enumerate(("hessian", "ggn", "fisher")):
-        certificate = certificate_of(problem, torch.float64, 0, curvature)
+    for i, curvature in enumerate(CURVATURES.values()):
+        certificate = curvature.certificate(problem, torch.float64, 0)
         passed = [certificate.passed(certificate.matrix(block, each)) for each in found]
         assert passed == [j == i for j in range(3)]
 

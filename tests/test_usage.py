@@ -22,8 +22,8 @@ from torch import nn
 
 from hesscli import __main__
 from hesscli.errors import FileError, UsageError
+from hesscli.hessian.curvatures import CURVATURES
 from hesscli.hessian.words import (
-    CURVATURES,
     FINITE_DIFFERENCE,
     GAUSS_NEWTON,
     HVP,

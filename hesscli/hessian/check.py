@@ -77,17 +77,20 @@ class Certificate:
         problem: the reference, whose gradients these are: in float64 where the model runs in it.
         dtype: of the blocks, which says how well they must agree.
         seed: of the random directions.
+        difference: says what a product along a direction is, by differences.
+        of: what these are of, "gradients" or "outputs".
     """
 
     problem: Problem
     dtype: torch.dtype
     seed: int
-
-    kind = "differences of gradients"
+    difference: Callable[[Problem, Block, Tensor], DirectionalDifference] = DirectionalDifference
+    of: str = "gradients"
 
     def __post_init__(self) -> None:
         self.tolerance = tolerance(self.dtype, self.problem.dtype)
-        self.one_sided = one_sided(self.dtype, self.problem.dtype)
+        self.kind = f"differences of {self.of}"
+        self.one_sided = self.of == "gradients" and one_sided(self.dtype, self.problem.dtype)
 
     @cached_property
     def gradient(self) -> dict[str, Tensor]:
@@ -141,7 +144,7 @@ class Certificate:
         return self._best(Comparison(self.along(block, v), slice(None), product, size))
 
     def along(self, block: Block, v: Tensor) -> DirectionalDifference:
-        return DirectionalDifference(self.problem, block, v)
+        return self.difference(self.problem, block, v)
 
     def _constants(self, block: Block, product: Tensor, v: Tensor) -> Tensor:
         """Entries that PyTorch treats as constants though the loss depends on them: an embedding's padding row.

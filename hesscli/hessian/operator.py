@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from hesscli.errors import MismatchError
-from hesscli.hessian.analysis import Analyses
-from hesscli.hessian.applicability import NotApplicable, explained
+from hesscli.hessian.applicability import explained
 from hesscli.hessian.autodiff import batched_grad, seeded_grad, unit_rows
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.chunk_sizes import chunk_sizes
@@ -37,38 +35,8 @@ _GRAPHS = 3  # a kept graph holds about this many times what a forward pass save
 _TILE = 1 << 15  # columns of a product that are added to the sum at a time, in the cache
 
 Linear = Callable[[Tensor], Tensor]  # [*output.shape] -> the same, or of k of them
+Middle = Callable[[Problem, Batch, Tensor], Linear]  # u -> M u / D at a batch's output
 Row = Sequence[Tensor]  # [P], or [k, P], parameter after parameter
-
-
-def require_curvature(problem: Problem, curvature: str, analyses: Analyses) -> None:
-    """Refuses a curvature that the problem does not have.
-
-    Raises:
-        MismatchError: the model returns its own loss; or samples may mix, so that none has a gradient of its own.
-    """
-    if curvature != "hessian" and not problem.loss.needs_target:
-        raise MismatchError(
-            f"the model returns its own loss, so it has no output to take its {curvature} at",
-            "--curvature hessian",
-        )
-    if curvature == "fisher":
-        try:
-            for batch in problem.batches:
-                if not (problem.separable and _is_one(problem, batch)):
-                    analyses.of(batch)
-        except NotApplicable as reason:
-            raise MismatchError(
-                f"no sample has a gradient of its own, as the empirical Fisher needs: {reason}",
-                "--batch-size 1" if problem.separable else "--curvature ggn",
-            ) from None
-
-
-def _is_one(problem: Problem, batch: Batch) -> bool:
-    """Whether a batch is one sample, whose gradient is that of the batch."""
-    if len(batch) != 1:
-        return False
-    with torch.no_grad():
-        return problem.output(batch).shape[:1] == (1,)
 
 
 class LinearMap:
@@ -108,29 +76,24 @@ class Products(LinearMap):
 
     Args:
         problem: what is differentiated.
-        curvature: "hessian", "ggn" or "fisher".
+        middle: M, where the matrix is J^T M J; None for the Hessian.
         memory: bytes that graphs may take.
         rows: how many vectors may share one pass; no more than the device gains from.
-        proven: `require_curvature` was asked already.
 
     Raises:
         NotApplicable: an operator lacks a derivative.
-        MismatchError: as `require_curvature` says.
     """
 
     def __init__(
         self,
         problem: Problem,
-        curvature: str = "hessian",
+        middle: Middle | None = None,
         memory: int = 0,
         rows: int | None = None,
-        proven: bool = False,
     ) -> None:
         super().__init__(problem)
         usual = chunk_sizes(problem.device).vectors
-        self.curvature, self.rows = curvature, max(1, min(rows or usual, usual))
-        if not proven:
-            require_curvature(problem, curvature, Analyses(problem))
+        self.middle, self.rows = middle, max(1, min(rows or usual, usual))
         self.kept: dict[int, Callable[[Tensor], Row]] = {}
         self.keeps = self._that_fit(memory)
 
@@ -180,7 +143,7 @@ class Products(LinearMap):
         batch = self.problem.batches[index]
         try:
             with exact_derivatives():
-                made = self._hessian(batch) if self.curvature == "hessian" else self._output(batch)
+                made = self._output(batch, self.middle) if self.middle else self._hessian(batch)
         except (RuntimeError, NotImplementedError) as error:
             raise explained(error) from error
         if index < self.keeps:
@@ -194,7 +157,7 @@ class Products(LinearMap):
         grads = torch.autograd.grad(value, self.leaves, create_graph=True, allow_unused=True)
         return self._transposed(self._joined(grads))
 
-    def _output(self, batch: Batch) -> Callable[[Tensor], Row]:
+    def _output(self, batch: Batch, at_output: Middle) -> Callable[[Tensor], Row]:
         """v -> J^T M J v. J v is the derivative of J^T u, which is linear in u, along v."""
         output = self.problem.output(batch)
         if not output.requires_grad:
@@ -205,7 +168,7 @@ class Products(LinearMap):
         if not joined.requires_grad:
             return self._zeros
         forward = _Pull(joined, [u])
-        middle = _middle(self.problem, batch, output.detach(), self.curvature)
+        middle = at_output(self.problem, batch, output.detach())
         backward = self._transposed(output)
 
         def multiply(vectors: Tensor) -> Row:
@@ -243,31 +206,38 @@ class Products(LinearMap):
         return multiply
 
 
-def _middle(problem: Problem, batch: Batch, output: Tensor, curvature: str) -> Linear:
-    """u -> M u at a batch's output, M divided by the denominator."""
+def loss_hessian(problem: Problem, batch: Batch, output: Tensor) -> Linear:
+    """u -> d^2 l / d f^2 u / D, the loss's own Hessian at a batch's output."""
     f = output.requires_grad_()
     total, _ = problem.loss.total(f, batch.target, batch.loss_arguments)
     if not total.requires_grad:
         return torch.zeros_like
-    if curvature == "fisher":
-        (delta,) = torch.autograd.grad(total, f)
-        axes = tuple(range(1, delta.dim()))
-
-        def outer(u: Tensor) -> Tensor:
-            along = (u * delta).sum([axis - delta.dim() for axis in axes], keepdim=True)
-            return delta * along / problem.denominator
-
-        return outer if axes else lambda u: delta * (u * delta) / problem.denominator
     (delta,) = torch.autograd.grad(total / problem.denominator, f, create_graph=True)
     if not delta.requires_grad:
         return torch.zeros_like
     pull = _Pull(delta, [f])
 
-    def curve(u: Tensor) -> Tensor:
+    def multiply(u: Tensor) -> Tensor:
         (part,) = pull(u)
         return torch.zeros_like(u) if part is None else part
 
-    return curve
+    return multiply
+
+
+def gradient_outer(problem: Problem, batch: Batch, output: Tensor) -> Linear:
+    """u -> delta_i <delta_i, u_i> / D of each sample i at a batch's output, delta = dl / df."""
+    f = output.requires_grad_()
+    total, _ = problem.loss.total(f, batch.target, batch.loss_arguments)
+    if not total.requires_grad:
+        return torch.zeros_like
+    (delta,) = torch.autograd.grad(total, f)
+    axes = tuple(range(1, delta.dim()))
+
+    def multiply(u: Tensor) -> Tensor:
+        along = (u * delta).sum([axis - delta.dim() for axis in axes], keepdim=True)
+        return delta * along / problem.denominator
+
+    return multiply if axes else lambda u: delta * (u * delta) / problem.denominator
 
 
 class _Pull:

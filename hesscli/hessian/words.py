@@ -1,4 +1,4 @@
-"""The words for methods, structures and curvatures. Importing this loads no torch."""
+"""The words for methods and structures. Importing this loads no torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,3 @@ STRUCTURES = {
     "elements": "elements",
 }
 """`--blocks` option -> the structure's name in table, JSON and metadata."""
-
-CURVATURES = {"hessian": "hessian", "ggn": "ggn", "fisher": "empirical_fisher"}
-"""`--curvature` option -> the name in table, JSON and metadata."""

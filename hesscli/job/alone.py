@@ -51,15 +51,15 @@ class Alone:
 
     def products(self, problem: Problem, curvature: str, rows: int) -> LinearMap:
         """Products that are sums over all processes."""
-        from hesscli.hessian.operator import Products
+        from hesscli.hessian.curvatures import CURVATURES
         from hesscli.job.batches import free_memory
 
-        return Products(problem, curvature, free_memory(problem.device) // 2, rows)
+        return CURVATURES[curvature].products(problem, free_memory(problem.device) // 2, rows)
 
     def certificate(
         self, problem: Problem, dtype: torch.dtype, seed: int, curvature: str
     ) -> Certificate:
         """What checks a curvature over the data of all processes."""
-        from hesscli.hessian.check_curvature import certificate_of
+        from hesscli.hessian.curvatures import CURVATURES
 
-        return certificate_of(problem, dtype, seed, curvature)
+        return CURVATURES[curvature].certificate(problem, dtype, seed)

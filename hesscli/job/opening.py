@@ -18,10 +18,10 @@ from hesscli.errors import (
 from hesscli.files.data import Data, check_finite, load_data
 from hesscli.files.models import SavedModel, load_model
 from hesscli.hessian.batch_size import Sizes
+from hesscli.hessian.curvatures import CURVATURES
 from hesscli.hessian.measure import measure
 from hesscli.hessian.precision import in_precision_
 from hesscli.hessian.problem import Problem
-from hesscli.hessian.words import CURVATURES
 from hesscli.job.alone import Alone
 from hesscli.job.batches import split
 from hesscli.job.json_form import Document
@@ -215,7 +215,7 @@ def _facts(
     """
     targets = data.targets[0] if data.targets and problem.loss.needs_target else None
     return {
-        "curvature": CURVATURES[options.curvature],
+        "curvature": CURVATURES[options.curvature].document_name,
         "model": {"path": str(options.model), "kind": model.form, "sha256": model.sha256},
         "data": {
             "path": str(options.data),

@@ -161,12 +161,11 @@ def _checked_operator(
     reference = double or problem
     methods: dict[str, Callable[[], LinearMap]] = {
         HVP: lambda: share.products(problem, options.curvature, opened.sizes.chunk),
-        FINITE_DIFFERENCE: lambda: Differences(double or problem.double() or problem),
     }
+    if options.curvature == "hessian":
+        methods[FINITE_DIFFERENCE] = lambda: Differences(double or problem.double() or problem)
     if options.method != "auto":
         methods = {options.method: methods[options.method]}
-    elif options.curvature != "hessian":
-        del methods[FINITE_DIFFERENCE]
     reason = ""
     for method, make in methods.items():
         if reason:

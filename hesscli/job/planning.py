@@ -15,14 +15,11 @@ from hesscli.hessian.analysis import Analyses
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block, partition
 from hesscli.hessian.check import Certificate, gradients
-from hesscli.hessian.check_curvature import certificate_of
-from hesscli.hessian.curvature_planner import planner_of
+from hesscli.hessian.curvatures import CURVATURES
 from hesscli.hessian.cuts import Cuts
-from hesscli.hessian.operator import require_curvature
 from hesscli.hessian.planner import Choice, seconds_of
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.rates import measure_rates, usual_rates
-from hesscli.hessian.routes.all import routes
 from hesscli.hessian.routes.base import Route
 from hesscli.hessian.words import HVP, STRUCTURES
 from hesscli.job import documents
@@ -80,11 +77,11 @@ class Plan:
         self.bands = {b.name: self._band(b) for b in self.blocks if self.is_large(b)}
 
     def _settle(self) -> None:
-        problem, curvature = self.problem, self.options.curvature
+        problem, curvature = self.problem, CURVATURES[self.options.curvature]
         analyses, cuts = Analyses(problem), Cuts(problem, self.opened.sizes.chunk)
-        self.routes = routes(problem, analyses, cuts, lambda: self.reference, curvature)
-        require_curvature(problem, curvature, analyses)
-        planner = planner_of(problem, analyses, cuts, curvature)
+        self.routes = curvature.routes(problem, analyses, cuts, lambda: self.reference)
+        curvature.require(problem, analyses)
+        planner = curvature.planner(problem, analyses, cuts)
         method = self.options.method
         for block in self.blocks:
             try:
@@ -115,7 +112,7 @@ class Plan:
         if not self.options.check:
             return None
         options, dtype = self.options, self.problem.dtype
-        return certificate_of(self.reference, dtype, options.seed, options.curvature)
+        return CURVATURES[options.curvature].certificate(self.reference, dtype, options.seed)
 
     # Large blocks
 

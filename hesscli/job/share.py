@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,7 @@ from hesscli.errors import HesscliError, MismatchError
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.batch import Batches
 from hesscli.hessian.check import Certificate
-from hesscli.hessian.check_curvature import OutputDifference
-from hesscli.hessian.directional import DirectionalDifference
+from hesscli.hessian.curvatures import CURVATURES
 from hesscli.hessian.operator import LinearMap, Products
 from hesscli.hessian.problem import Problem, parameters_at
 from hesscli.job.alone import Alone
@@ -33,8 +33,7 @@ from hesscli.job.shared import (
     Gradient,
     Question,
     Quotient,
-    SharedCertificate,
-    SharedOutputCertificate,
+    SharedDifference,
     SharedProblem,
     SharedProducts,
 )
@@ -134,9 +133,8 @@ class Share(Alone):
     def certificate(
         self, problem: Problem, dtype: torch.dtype, seed: int, curvature: str
     ) -> Certificate:
-        if curvature == "hessian":
-            return SharedCertificate(problem, dtype, seed)
-        return SharedOutputCertificate(problem, dtype, seed, curvature == "fisher")
+        checked = super().certificate(problem, dtype, seed, curvature)
+        return replace(checked, difference=partial(SharedDifference, curvature=curvature))
 
     # What each process does
 
@@ -199,18 +197,18 @@ class Share(Alone):
         what = question.what
         if isinstance(what, Gradient):
             return _gradient_at(problem, what.names, tensor)
+        curvature = CURVATURES[what.curvature]
         if isinstance(what, Quotient):
-            if what.curvature == "hessian":
-                difference = DirectionalDifference(problem, what.block, tensor)
-                held = difference.held_quotient(what.step, what.narrow)
-                return torch.full_like(tensor, torch.nan) if held is None else held
-            fisher = what.curvature == "fisher"
-            return OutputDifference(problem, what.block, tensor, fisher).quotient(what.step)
+            difference = curvature.difference(problem, what.block, tensor)
+            if not what.held:
+                return difference.quotient(what.step)
+            held = difference.held_quotient(what.step, what.narrow)
+            return torch.full_like(tensor, torch.nan) if held is None else held
         key = replace(question, shape=())
         if self.kept is None or self.kept[0] != key:
             self.kept = None  # its graphs give way
             memory = free_memory(problem.device) // (2 * ranks_here())
-            self.kept = key, Products(problem, what.curvature, memory, opened.sizes.chunk)
+            self.kept = key, curvature.products(problem, memory, opened.sizes.chunk)
         return self.kept[1](tensor)
 
 

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.check import Certificate
-from hesscli.hessian.check_curvature import OutputCertificate, OutputDifference
 from hesscli.hessian.directional import DirectionalDifference
 from hesscli.hessian.operator import LinearMap
 from hesscli.hessian.problem import Problem
@@ -36,12 +34,13 @@ class Product:
 
 @dataclass(frozen=True)
 class Quotient:
-    """The product with a vector by differences: of gradients with their kinks held, or of the output."""
+    """The product with a vector by differences: see `DirectionalDifference`, whose kinks are held if `held`."""
 
     block: Block
     step: float
     curvature: str
-    narrow: bool = False
+    held: bool
+    narrow: bool
 
 
 @dataclass(frozen=True)
@@ -126,27 +125,20 @@ class SharedProducts(LinearMap):
         return self.problem.ask(Product(self.curvature), vectors)
 
 
-class SharedCertificate(Certificate):
-    def along(self, block: Block, v: Tensor) -> DirectionalDifference:
-        return _SharedDifference(self.problem, block, v)
+@dataclass
+class SharedDifference(DirectionalDifference):
+    """Asks for what is not made of the problem's gradients: these are sums over all processes already."""
 
+    curvature: str
 
-class _SharedDifference(DirectionalDifference):
-    """Its gradients are the problem's, which are sums over all processes."""
+    def quotient(self, step: float) -> Tensor:
+        return super().quotient(step) if self.curvature == "hessian" else self._ask(step)
 
     def held_quotient(self, step: float, narrow: bool = False) -> Tensor | None:
-        assert isinstance(self.problem, SharedProblem)
-        held = self.problem.ask(Quotient(self.block, step, "hessian", narrow), self.direction)
+        held = self._ask(step, held=True, narrow=narrow)
         return None if bool(held.isnan().any()) else held
 
-
-class SharedOutputCertificate(OutputCertificate):
-    def along(self, block: Block, v: Tensor) -> DirectionalDifference:
-        return _SharedOutputDifference(self.problem, block, v, self.fisher)
-
-
-class _SharedOutputDifference(OutputDifference):
-    def quotient(self, step: float) -> Tensor:
+    def _ask(self, step: float, held: bool = False, narrow: bool = False) -> Tensor:
         assert isinstance(self.problem, SharedProblem)
-        curvature = "fisher" if self.fisher else "ggn"
-        return self.problem.ask(Quotient(self.block, step, curvature), self.direction)
+        question = Quotient(self.block, step, self.curvature, held, narrow)
+        return self.problem.ask(question, self.direction)

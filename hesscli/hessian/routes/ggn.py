@@ -15,10 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hesscli.hessian.analysis import Analyses, Analysis
+from hesscli.hessian.analysis import Analysis
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.operator import Products
+from hesscli.hessian.operator import Middle, Products
 from hesscli.hessian.probes import Probed
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import ByRows, RowsOf
@@ -50,15 +50,15 @@ class ProductRows(ByRows):
 
     Args:
         problem: what is differentiated; for Fisher, one whose samples were shown not to mix.
-        curvature: "ggn" or "fisher".
+        middle: M, where the matrix is J^T M J.
         chunk: how many rows share one pass.
     """
 
     name = HVP
 
-    def __init__(self, problem: Problem, curvature: str, chunk: int) -> None:
+    def __init__(self, problem: Problem, middle: Middle | None, chunk: int) -> None:
         super().__init__(problem, chunk)
-        self.curvature = curvature
+        self.middle = middle
 
     def rows(self, batch: Batch, blocks: Sequence[Block]) -> RowsOf:
         return partial(self._rows, batch)
@@ -75,12 +75,4 @@ class ProductRows(ByRows):
 
     def _products(self, block: Block, batches: Sequence[Batch]) -> Products:
         problem = replace(self.problem.restricted(block.parameters), batches=batches)
-        return Products(problem, self.curvature, rows=self.chunk, proven=True)
-
-
-def curvature_routes(
-    problem: Problem, analyses: Analyses, curvature: str, chunk: int
-) -> list[GaussNewton | ProductRows]:
-    """The routes of a curvature other than the Hessian."""
-    kind = {"ggn": GeneralisedGaussNewton, "fisher": EmpiricalFisher}[curvature]
-    return [kind(problem, analyses), ProductRows(problem, curvature, chunk)]
+        return Products(problem, self.middle, rows=self.chunk)

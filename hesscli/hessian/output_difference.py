@@ -1,53 +1,24 @@
-"""The certificate of the Gauss-Newton and the empirical Fisher matrix, which no difference of gradients gives."""
+"""Difference quotients for the Gauss-Newton and the empirical Fisher matrix, which no difference of gradients gives."""
 
 from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hesscli.hessian.batch import Batch
-from hesscli.hessian.blocks import Block
-from hesscli.hessian.check import Certificate
 from hesscli.hessian.definitions import exact_derivatives, right_gradients
 from hesscli.hessian.directional import DirectionalDifference
 from hesscli.hessian.kinks import Kinks, held_difference
 from hesscli.hessian.problem import Problem
 
 
-def certificate_of(problem: Problem, dtype: torch.dtype, seed: int, curvature: str) -> Certificate:
-    """What checks a curvature: "hessian", "ggn" or "fisher"."""
-    if curvature == "hessian":
-        return Certificate(problem, dtype, seed)
-    return OutputCertificate(problem, dtype, seed, curvature == "fisher")
-
-
-@dataclass
-class OutputCertificate(Certificate):
-    """Checks J^T M J by differences of the model's output, and, for Gauss-Newton, of the loss's gradient there."""
-
-    fisher: bool
-
-    kind = "differences of outputs"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.one_sided = False
-
-    def along(self, block: Block, v: Tensor) -> DirectionalDifference:
-        return OutputDifference(self.problem, block, v, self.fisher)
-
-
-@dataclass
 class OutputDifference(DirectionalDifference):
     """J^T M J v in three steps that share nothing with the products: J v by central differences of the output,
-    M by differences of the loss's gradient there (or, for Fisher, from that gradient), J^T by a plain backward pass.
+    M by the loss's gradient there, J^T by a plain backward pass.
     """
-
-    fisher: bool
 
     def quotient(self, step: float) -> Tensor:
         leaves, h = self.leaves(), step * self.scale
@@ -89,10 +60,21 @@ class OutputDifference(DirectionalDifference):
         return ahead, behind
 
     def _middle(self, batch: Batch, f: Tensor, along: Tensor, step: float) -> Tensor:
-        if self.fisher:
-            delta = self._slope(batch, f)
-            terms = (delta * along).reshape(len(f), -1).sum(1)
-            return delta * terms.reshape(-1, *[1] * (f.dim() - 1))
+        """M u at a batch's output f, u being `along`; M is not yet divided by the denominator."""
+        raise NotImplementedError
+
+    def _slope(self, batch: Batch, f: Tensor) -> Tensor:
+        """dl / df."""
+        f = f.detach().requires_grad_()
+        with right_gradients():
+            total, _ = self.problem.loss.total(f, batch.target, batch.loss_arguments)
+        return torch.autograd.grad(total, f)[0] if total.requires_grad else torch.zeros_like(f)
+
+
+class GaussNewtonDifference(OutputDifference):
+    """M is the loss's own Hessian, by differences of its gradient."""
+
+    def _middle(self, batch: Batch, f: Tensor, along: Tensor, step: float) -> Tensor:
         size = float(torch.linalg.norm(along))
         if not size:
             return torch.zeros_like(f)
@@ -106,9 +88,11 @@ class OutputDifference(DirectionalDifference):
         difference = held_difference(slope, t)  # what the loss detaches, too
         return (slope(t) - slope(-t) if difference is None else difference) / (2 * t)
 
-    def _slope(self, batch: Batch, f: Tensor) -> Tensor:
-        """dl / df."""
-        f = f.detach().requires_grad_()
-        with right_gradients():
-            total, _ = self.problem.loss.total(f, batch.target, batch.loss_arguments)
-        return torch.autograd.grad(total, f)[0] if total.requires_grad else torch.zeros_like(f)
+
+class FisherDifference(OutputDifference):
+    """M is the outer product of each sample's gradient with itself."""
+
+    def _middle(self, batch: Batch, f: Tensor, along: Tensor, step: float) -> Tensor:
+        delta = self._slope(batch, f)
+        terms = (delta * along).reshape(len(f), -1).sum(1)
+        return delta * terms.reshape(-1, *[1] * (f.dim() - 1))

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from hesscli.hessian.analysis import Analyses
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.costs import Work
-from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.planner import Choice, Planner
-from hesscli.hessian.problem import Problem
 from hesscli.hessian.words import FINITE_DIFFERENCE, GAUSS_NEWTON, HVP, PREACTIVATION
 
 
-def planner_of(problem: Problem, analyses: Analyses, cuts: Cuts, curvature: str) -> Planner:
-    """The planner for a curvature: "hessian", "ggn" or "fisher"."""
-    if curvature == "hessian":
-        return Planner(problem, analyses, cuts)
-    return CurvaturePlanner(problem, analyses, cuts, curvature)
-
-
-class CurvaturePlanner(Planner):
+class JacobianPlanner(Planner):
     """Per-sample Jacobians where every parameter has an affine use, whatever follows it; else row by row."""
 
-    def __init__(self, problem: Problem, analyses: Analyses, cuts: Cuts, curvature: str) -> None:
-        super().__init__(problem, analyses, cuts)
-        self.curvature = curvature
+    rows = "{} classes"
+    """What a sample's Jacobian has a row for."""
 
     def choices(self, block: Block, diagonal: bool) -> list[Choice]:
         rows = Choice(HVP, "", self._hvp_work(block))
@@ -46,5 +35,8 @@ class CurvaturePlanner(Planner):
         work = Work()
         for name in block.parameters:
             work += costs.gauss_newton(analysis.use(name), diagonal)
-        said = "1 gradient per sample" if self.curvature == "fisher" else f"{costs.classes} classes"
-        return Choice(GAUSS_NEWTON, said, self._all(work))
+        return Choice(GAUSS_NEWTON, self.rows.format(costs.classes), self._all(work))
+
+
+class FisherPlanner(JacobianPlanner):
+    rows = "1 gradient per sample"

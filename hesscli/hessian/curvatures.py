@@ -1,0 +1,117 @@
+"""The three matrices, and what makes and checks each; `operator.py` says what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hesscli.errors import MismatchError
+from hesscli.hessian.analysis import Analyses
+from hesscli.hessian.applicability import NotApplicable
+from hesscli.hessian.batch import Batch
+from hesscli.hessian.check import Certificate
+from hesscli.hessian.cuts import Cuts
+from hesscli.hessian.directional import DirectionalDifference
+from hesscli.hessian.jacobian_planner import FisherPlanner, JacobianPlanner
+from hesscli.hessian.operator import Middle, Products, gradient_outer, loss_hessian
+from hesscli.hessian.output_difference import FisherDifference, GaussNewtonDifference
+from hesscli.hessian.planner import Planner
+from hesscli.hessian.problem import Problem
+from hesscli.hessian.routes.base import Route
+from hesscli.hessian.routes.finite_difference import FiniteDifference
+from hesscli.hessian.routes.gauss_newton import GaussNewton
+from hesscli.hessian.routes.ggn import EmpiricalFisher, GeneralisedGaussNewton, ProductRows
+from hesscli.hessian.routes.hvp import HessianVectorProducts
+from hesscli.hessian.routes.preactivation import Preactivation
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """A matrix that a problem may have.
+
+    Attributes:
+        name: of the `--curvature` option.
+        document_name: in table, JSON and metadata.
+        planner: ranks the routes of its blocks.
+        difference: what checks a product with it.
+        jacobians: the route by per-sample Jacobians J, where the matrix is J^T M J; None for the Hessian.
+        middle: M; None for the Hessian.
+        by_sample: whether each sample must have a gradient of its own.
+    """
+
+    name: str
+    document_name: str
+    planner: type[Planner]
+    difference: type[DirectionalDifference]
+    jacobians: type[GeneralisedGaussNewton] | None = None
+    middle: Middle | None = None
+    by_sample: bool = False
+
+    def require(self, problem: Problem, analyses: Analyses) -> None:
+        """Refuses a problem that has no such matrix.
+
+        Raises:
+            MismatchError: the model returns its own loss; or samples may mix, so that none has a gradient of its own.
+        """
+        if self.middle is not None and not problem.loss.needs_target:
+            raise MismatchError(
+                f"the model returns its own loss, so it has no output to take its {self.name} at",
+                "--curvature hessian",
+            )
+        if self.by_sample:
+            try:
+                for batch in problem.batches:
+                    if not (problem.separable and _is_one(problem, batch)):
+                        analyses.of(batch)
+            except NotApplicable as reason:
+                raise MismatchError(
+                    f"no sample has a gradient of its own, as the empirical Fisher needs: {reason}",
+                    "--batch-size 1" if problem.separable else "--curvature ggn",
+                ) from None
+
+    def products(self, problem: Problem, memory: int = 0, rows: int | None = None) -> Products:
+        """See `Products`; the problem must have this matrix."""
+        self.require(problem, Analyses(problem))
+        return Products(problem, self.middle, memory, rows)
+
+    def routes(
+        self, problem: Problem, analyses: Analyses, cuts: Cuts, reference: Callable[[], Problem]
+    ) -> dict[str, Route]:
+        """Every route to the blocks of a problem, by name; differences are taken in what `reference` makes."""
+        made: Sequence[Route] = (
+            [
+                Preactivation(problem, analyses, cuts),
+                GaussNewton(problem, analyses),
+                HessianVectorProducts(problem, cuts.chunk),
+                FiniteDifference(reference),
+            ]
+            if self.jacobians is None
+            else [self.jacobians(problem, analyses), ProductRows(problem, self.middle, cuts.chunk)]
+        )
+        return {route.name: route for route in made}
+
+    def certificate(self, problem: Problem, dtype: torch.dtype, seed: int) -> Certificate:
+        """See `Certificate`."""
+        of = "gradients" if self.middle is None else "outputs"
+        return Certificate(problem, dtype, seed, self.difference, of)
+
+
+def _is_one(problem: Problem, batch: Batch) -> bool:
+    """Whether a batch is one sample, whose gradient is that of the batch."""
+    if len(batch) != 1:
+        return False
+    with torch.no_grad():
+        return problem.output(batch).shape[:1] == (1,)
+
+
+HESSIAN = Curvature("hessian", "hessian", Planner, DirectionalDifference)
+GGN = Curvature(
+    "ggn", "ggn", JacobianPlanner, GaussNewtonDifference, GeneralisedGaussNewton, loss_hessian
+)
+FISHER = Curvature(
+    "fisher", "empirical_fisher", FisherPlanner, FisherDifference, EmpiricalFisher, gradient_outer,
+    by_sample=True,
+)  # fmt: skip
+CURVATURES = {curvature.name: curvature for curvature in (HESSIAN, GGN, FISHER)}
