@@ -124,12 +124,12 @@ def net(tmp_path: Path) -> tuple[Path, Path]:
 @pytest.fixture
 def small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of more than 8 rows are large, and computed in several bands."""
-    from hesscli.job import journal, planning
+    from hesscli.job import planning, unfinished
 
     monkeypatch.setattr(planning, "LARGE", 8)
     monkeypatch.setattr(planning, "BAND", 900)
     monkeypatch.setattr(planning, "LONG_BAND", 900)
-    monkeypatch.setattr(journal, "INTERVAL", 0.0)
+    monkeypatch.setattr(unfinished, "INTERVAL", 0.0)
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

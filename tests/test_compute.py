@@ -25,7 +25,9 @@ from hesscli.errors import ResourceError
 from hesscli.hessian.blocks import partition
 from hesscli.job import planning
 from hesscli.job.journal import Journal, read_journal
+from hesscli.job.options import Silent
 from hesscli.job.parameters import chosen_parameters
+from hesscli.job.unfinished import Unfinished
 
 STRUCTURES = {
     "diag": "block_diagonal", "module": "module", "full": "full", "elements": "elements",
@@ -872,35 +874,28 @@ def test_a_journal_names_what_is_on_the_disk(tmp_path):
             before.append(folder(tmp_path))
 
     before = []
-    journal = Journal(tmp_path / "h", {}, {}, ["a"])
-    journal.add("a", {}, Writer())
-    journal.flush(Writer())
+    journal = Journal(tmp_path / "h", {}, {})
+    unfinished = Unfinished(Writer(), journal, 1, False, Silent())
+    unfinished.add("a", {})
+    unfinished.flush()
     assert before == [{}]
     assert journal.path.exists()
 
 
 def test_a_journal_keeps_whole_lines_when_the_disk_is_full(tmp_path, monkeypatch):
-    class Writer:
-        start = 0
-
-        def sync(self):
-            pass
-
     def full(descriptor):
         os.truncate(descriptor, os.fstat(descriptor).st_size - 5)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    journal = Journal(tmp_path / "h", {}, {}, ["a", "b"])
-    journal.add("a", {}, Writer())
-    journal.flush(Writer())
+    journal = Journal(tmp_path / "h", {}, {})
+    journal.append({"a": {}})
     before = folder(tmp_path)
-    journal.add("b", {}, Writer())
     with monkeypatch.context() as patch:
         patch.setattr("hesscli.job.journal.os.fsync", full)
         with pytest.raises(ResourceError):
-            journal.flush(Writer())
+            journal.append({"b": {}})
     assert folder(tmp_path) == before
-    journal.flush(Writer())
+    journal.append({"b": {}})
     assert list(read_journal(journal.path).finished) == ["a", "b"]
 
 

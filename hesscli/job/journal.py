@@ -9,21 +9,17 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hesscli.errors import FileError, HesscliError, ResourceError, UsageError
 from hesscli.files.result_names import journal_path, journals, partial_path
-from hesscli.files.result_writer import ResultWriter
 from hesscli.files.tensor_file import sync_folder
 from hesscli.job.json_form import Document
 
 SCHEMA = "hesscli.journal/1"
-INTERVAL = 1.0
-"""Seconds between two waits for the disk. What is finished in less is computed again after a crash."""
 
 
 class Journal:
@@ -33,7 +29,6 @@ class Journal:
         path: the output file; None keeps no journal.
         head: the command, as JSON: what must be the same for another run to go on.
         command: all its options, as JSON, for `merge`.
-        parts: the names of all parts.
         writer: who writes it, where several processes share the file.
     """
 
@@ -42,19 +37,15 @@ class Journal:
         path: Path | None,
         head: Mapping[str, Any],
         command: Mapping[str, Any],
-        parts: Sequence[str],
         writer: str = "",
     ) -> None:
         self.output = path
         self.path = None if path is None else journal_path(path, writer)
         self.head = json.loads(json.dumps(head, default=str))
         self.command = command
-        self.parts = parts
         self.start: int | None = None  # where the tensors of the unfinished file begin
         self.finished: dict[str, Document] = {}
-        self.waiting: dict[str, Document] = {}
         self.begun = False
-        self.last = time.monotonic()
 
     def resume(self, wanted: bool, force: bool, shared: bool, merging: bool) -> None:
         """Takes over what earlier runs, or other processes, have finished.
@@ -140,26 +131,18 @@ class Journal:
             for path in journals(self.output):
                 self.finished |= read_journal(path).finished
 
-    def add(self, part: str, facts: Document, writer: ResultWriter) -> None:
-        """Notes that a part was written; it is safe at the next wait for the disk."""
-        self.waiting[part] = facts
-        if time.monotonic() - self.last >= INTERVAL:
-            self.flush(writer)
-
-    def flush(self, writer: ResultWriter) -> None:
-        """Waits for the disk, then writes the lines of what is on it.
+    def append(self, parts: Mapping[str, Document]) -> None:
+        """Writes the lines of parts that are on the disk.
 
         Raises:
             ResourceError: the disk is full.
         """
-        if self.path is None or not self.waiting:
-            return
-        writer.sync()
+        assert self.path is not None
         lines: list[Document] = []
         if not self.begun:
-            head = {"schema": SCHEMA, "start": writer.start, "command": self.command}
+            head = {"schema": SCHEMA, "start": self.start, "command": self.command}
             lines.append(head | {"head": self.head})
-        lines += [{"part": part, **facts} for part, facts in self.waiting.items()]
+        lines += [{"part": part, **facts} for part, facts in parts.items()]
         try:
             with self.path.open("a" if self.begun else "w") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -174,9 +157,7 @@ class Journal:
         if not self.begun:
             sync_folder(self.path.parent)
         self.begun = True
-        self.finished |= self.waiting
-        self.waiting = {}
-        self.last = time.monotonic()
+        self.finished |= parts
 
     def remove(self) -> None:
         """Forgets everything: the file is finished, or not to be."""

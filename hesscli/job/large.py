@@ -18,20 +18,26 @@ from hesscli.hessian.routes.base import Route, Rows, fitting
 from hesscli.hessian.symmetry import average_
 from hesscli.job import documents
 from hesscli.job.beside import Beside
-from hesscli.job.journal import Journal
 from hesscli.job.json_form import Document
 from hesscli.job.planning import Plan
 from hesscli.job.ranking import Ranking
 from hesscli.job.triangles import HeldTriangle, StreamedTriangle, Triangle
+from hesscli.job.unfinished import Unfinished
 
 Advance = Callable[[int, str], None]  # is told how many rows more are done, and of what
 
 
 class LargeBlock:
-    """One large block of a plan, by the first of its routes that is exact."""
+    """One large block of a plan, by the first of its routes that is exact.
 
-    def __init__(self, plan: Plan, block: Block) -> None:
-        self.plan, self.block = plan, block
+    Args:
+        plan: what it is part of.
+        block: the block.
+        progress: is told how many rows more are done.
+    """
+
+    def __init__(self, plan: Plan, block: Block, progress: Advance) -> None:
+        self.plan, self.block, self.progress = plan, block, progress
         self.ranking = Ranking(plan, block)
 
     def parts(self) -> list[tuple[str, float]]:
@@ -54,30 +60,24 @@ class LargeBlock:
         layout = self.ranking.route.layout(self.block)
         return layout, layout.cut(self.plan.bands[self.block.name])
 
-    def contribute(
-        self, writer: ResultWriter, journal: Journal, mine: Collection[str], progress: Advance
-    ) -> None:
+    def contribute(self, unfinished: Unfinished, mine: Collection[str]) -> None:
         """Computes and writes some of the bands; another process finishes the block."""
         try:
             layout, bands = self._cut()
-            matrix = self._triangle(layout, bands, writer, None, torch.zeros(self.block.size))
+            direction = torch.zeros(self.block.size)
+            matrix = self._triangle(layout, bands, unfinished.writer, None, direction)
             with Beside() as beside:
                 for index, (start, stop) in enumerate(bands):
                     part = self._part(index)
-                    if part in mine and part not in journal.finished:
+                    if part in mine and unfinished.known(part) is None:
                         upper, facts = self._band(self.ranking.route, start, stop)
-                        beside.run(_put, matrix, index, upper, journal, part, facts, writer)
-                        progress(stop - start, self.block.name)
+                        beside.run(_put, matrix, index, upper, unfinished, part, facts)
+                        self.progress(stop - start, self.block.name)
         except NotApplicable:
             pass  # the process that finishes the block finds out too, and takes the next route
 
-    def compute(self, writer: ResultWriter, journal: Journal, progress: Advance) -> Document:
+    def compute(self, unfinished: Unfinished) -> Document:
         """Computes, writes and checks the block; by the next route, where one cannot or does not pass.
-
-        Args:
-            writer: of the file.
-            journal: knows the bands that are in the file already.
-            progress: is told how many rows more are done.
 
         Returns:
             the block's facts, without extreme eigenvalues.
@@ -89,12 +89,12 @@ class LargeBlock:
         while True:
             method = self.ranking.method
             failed = f"{self.block.name}, {method}, not exact"
-            if failed in journal.finished:
-                self.plan.opened.note(*journal.finished[failed]["notes"])
+            if (known := unfinished.known(failed)) is not None:
+                self.plan.opened.note(*known["notes"])
                 self.ranking.skip()
                 continue
             try:
-                matrix, symmetry = self._bands(writer, journal, progress)
+                matrix, symmetry = self._bands(unfinished)
             except NotApplicable as reason:
                 self.ranking.refuse(reason)
                 continue
@@ -102,7 +102,7 @@ class LargeBlock:
             matrix.finish()
             if self.ranking.accepts(error, partial(math.isfinite, matrix.squares)):
                 break
-            journal.add(failed, {"notes": list(self.plan.opened.note.texts)}, writer)
+            unfinished.add(failed, {"notes": list(self.plan.opened.note.texts)})
         return documents.block_facts(self.plan.opened, self.block) | {
             "method": method,
             "trace": matrix.trace,
@@ -115,9 +115,7 @@ class LargeBlock:
             "zero": matrix.squares == 0,
         }
 
-    def _bands(
-        self, writer: ResultWriter, journal: Journal, progress: Advance
-    ) -> tuple[Triangle, float]:
+    def _bands(self, unfinished: Unfinished) -> tuple[Triangle, float]:
         """The matrix, written, and its symmetry error."""
         route = self.ranking.route
         layout, bands = self._cut()
@@ -125,19 +123,19 @@ class LargeBlock:
         direction = torch.zeros(self.block.size)
         if certificate is not None:
             direction = certificate.direction(self.block)
-        matrix = self._triangle(layout, bands, writer, device, direction)
+        matrix = self._triangle(layout, bands, unfinished.writer, device, direction)
         gap = square = 0.0
         with Beside() as beside:
             for index, (start, stop) in enumerate(bands):
                 part = self._part(index)
-                facts = journal.finished.get(part)
+                facts = unfinished.known(part)
                 if facts is not None:
                     beside.run(matrix.restore, index)
                 else:
                     upper, facts = self._band(route, start, stop)
-                    beside.run(_put, matrix, index, upper, journal, part, facts, writer)
+                    beside.run(_put, matrix, index, upper, unfinished, part, facts)
                 gap, square = gap + facts["gap"], square + facts["square"]
-                progress(stop - start, self.block.name)
+                self.progress(stop - start, self.block.name)
         return matrix, (gap / square) ** 0.5 if square else 0.0
 
     def _triangle(
@@ -175,16 +173,10 @@ class LargeBlock:
 
 
 def _put(
-    matrix: Triangle,
-    index: int,
-    upper: Tensor,
-    journal: Journal,
-    part: str,
-    facts: Document,
-    writer: ResultWriter,
+    matrix: Triangle, index: int, upper: Tensor, unfinished: Unfinished, part: str, facts: Document
 ) -> None:
     matrix.put(index, upper)
-    journal.add(part, facts, writer)
+    unfinished.add(part, facts)
 
 
 def _done(values: Tensor) -> Tensor:

@@ -7,14 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import BinaryIO
 
-from hesscli.errors import (
-    FileError,
-    HesscliError,
-    InterruptedRun,
-    ResourceError,
-    UsageError,
-    is_out_of_memory,
-)
+from hesscli.errors import FileError, HesscliError, UsageError
 from hesscli.files.result_names import journals
 from hesscli.files.result_writer import ResultWriter
 from hesscli.hessian.blocks import Block
@@ -28,6 +21,7 @@ from hesscli.job.loss import described
 from hesscli.job.options import command_of
 from hesscli.job.planning import Plan
 from hesscli.job.team import Team, missing, shares
+from hesscli.job.unfinished import Unfinished
 from hesscli.job.whole import WholeBlocks, groups
 from hesscli.spectrum.eigen import extremes
 from hesscli.texts import dtype_name
@@ -53,7 +47,7 @@ class Run:
         self.team, self.merging, self.stdout = team, merging, stdout
         plan.bands = team.tell(self._begun() or plan.bands)
         self.groups = list(groups(plan))
-        self.large = [LargeBlock(plan, block) for block in plan.blocks if plan.is_large(block)]
+        self.large = [LargeBlock(plan, b, self._progress) for b in plan.blocks if plan.is_large(b)]
         self.parts = [(_part(group), plan.work(group)) for group in self.groups]
         self.parts += [part for block in self.large for part in block.parts()]
         self.rows = sum(block.size for block in plan.blocks)
@@ -84,22 +78,18 @@ class Run:
             if self.options.shard is not None or self.team.rank > 0:
                 return document
             journal.gather()
-        with self._writer(document, journal, self.team.size > 1) as writer:
+        with self._unfinished(document, journal, self.team.size > 1) as unfinished:
             if self.options.gradient:
                 for name, g in gradient.items():
-                    writer.write(f"gradient.{name}", g.cpu().numpy())
-            try:
-                document |= self._results(self._blocks(writer, journal, unused))
-                document |= writer.commit(timeless(document))
-            except BaseException as error:
-                raise self._left(error, writer, journal) from None
-            journal.remove()
+                    unfinished.writer.write(f"gradient.{name}", g.cpu().numpy())
+            document |= self._results(self._blocks(unfinished, unused))
+            document |= unfinished.commit(timeless(document))
             if self.options.output is None and self.stdout is not None:
-                writer.copy_to(self.stdout)
+                unfinished.writer.copy_to(self.stdout)
         return document
 
-    def _writer(self, document: Document, journal: Journal, shared: bool = False) -> ResultWriter:
-        return ResultWriter(
+    def _unfinished(self, document: Document, journal: Journal, shared: bool) -> Unfinished:
+        writer = ResultWriter(
             self.options.output,
             self._tensors(),
             dtype_name(self.plan.problem.dtype),
@@ -108,6 +98,7 @@ class Run:
             start=journal.start,
             shared=shared,
         )
+        return Unfinished(writer, journal, len(self.parts), self.plan.shared, self.plan.listener)
 
     def _journal(self, document: Document) -> Journal:
         """The journal, with what earlier runs of this very command, or its other shards, have finished."""
@@ -120,7 +111,7 @@ class Run:
         names = [name for name, _ in self.parts]
         shard, output = self.options.shard, self.options.output
         writer = "-of-".join(map(str, shard)) if shard else str(self.team.rank or "")
-        journal = Journal(output, head, command, names, writer)
+        journal = Journal(output, head, command, writer)
         if self.team.rank == 0:
             journal.resume(self.options.resume, self.options.force, shard is not None, self.merging)
         if self.merging and (left := missing(names, journal.finished)):
@@ -140,38 +131,35 @@ class Run:
             if not mine:
                 return
         else:
-            left = set(missing([name for name, _ in self.parts], journal.finished))
-            unfinished = [part for part in self.parts if part[0] in left]
-            mine = shares(unfinished, self.team.size)[self.team.rank]
-        with self._writer(document, journal, True) as writer:
-            writer.keep()
-            journal.start = writer.start
+            left = [part for part in self.parts if part[0] not in journal.finished]
+            mine = shares(left, self.team.size)[self.team.rank]
+        with self._unfinished(document, journal, True) as unfinished:
+            unfinished.writer.keep()
             try:
                 for group in self.groups:
-                    if _part(group) in mine and _part(group) not in journal.finished:
+                    if _part(group) in mine and unfinished.known(_part(group)) is None:
                         with Beside(enabled=False) as beside:
-                            self._group(group, writer, journal, beside)
+                            self._group(group, unfinished, beside)
                 for block in self.large:
-                    block.contribute(writer, journal, mine, self._progress)
-                journal.flush(writer)
+                    block.contribute(unfinished, mine)
+                unfinished.flush()
                 self.team.wait()
-            except BaseException as error:
-                if isinstance(error, HesscliError):
-                    error.of_share = True
-                raise self._left(error, writer, journal) from None
+            except HesscliError as error:
+                error.of_share = True
+                raise
 
-    def _blocks(self, writer: ResultWriter, journal: Journal, unused: set[str]) -> list[Document]:
+    def _blocks(self, unfinished: Unfinished, unused: set[str]) -> list[Document]:
         """Every block's facts, in model order; its values are in the file then."""
         self.plan.listener.progress(0, self.rows, "")
         finished: dict[str, Document] = {}
         with Beside(enabled=self.plan.problem.device.type != "cpu") as beside:
             for group in self.groups:
-                for facts in self._group(group, writer, journal, beside):
+                for facts in self._group(group, unfinished, beside):
                     finished[facts["name"]] = facts
         for large in self.large:
-            facts = large.compute(writer, journal, self._progress)
+            facts = large.compute(unfinished)
             if self.options.stats == "all":
-                low, high = extremes(writer.mapped(facts["name"]))
+                low, high = extremes(unfinished.writer.mapped(facts["name"]))
                 facts |= {"eig_max": high, "eig_min": low}
             finished[facts["name"]] = facts
         every = []
@@ -184,11 +172,11 @@ class Run:
         return every
 
     def _group(
-        self, group: Sequence[Block], writer: ResultWriter, journal: Journal, beside: Beside
+        self, group: Sequence[Block], unfinished: Unfinished, beside: Beside
     ) -> list[Document]:
         """The facts of blocks that are computed together; from the journal, where they are in the file."""
-        part = _part(group)
-        known = journal.finished.get(part)
+        part, writer = _part(group), unfinished.writer
+        known = unfinished.known(part)
         if known is not None and writer.holds(known["checksums"]):
             self.plan.opened.note(*known["notes"])
             for facts in known["blocks"]:
@@ -202,14 +190,13 @@ class Run:
 
         def note() -> None:
             checksums = writer.checksums()
-            journal.add(
+            unfinished.add(
                 part,
                 {
                     "blocks": found,
                     "notes": list(self.plan.opened.note.texts),
                     "checksums": {block.name: checksums[block.name] for block in group},
                 },
-                writer,
             )
 
         beside.run(note)
@@ -218,26 +205,6 @@ class Run:
     def _progress(self, rows: int, doing: str) -> None:
         self.done += rows
         self.plan.listener.progress(self.done, self.rows, doing)
-
-    def _left(self, error: BaseException, writer: ResultWriter, journal: Journal) -> BaseException:
-        """The error to end with: where going on later makes sense, what is finished is kept, and said."""
-        out_of_room = isinstance(error, ResourceError) or is_out_of_memory(error)
-        if not out_of_room and not isinstance(error, (KeyboardInterrupt, SystemExit)):
-            if not self.plan.shared:
-                journal.remove()
-            return error
-        with contextlib.suppress(HesscliError, OSError):
-            journal.flush(writer)
-        if not journal.finished or self.options.output is None:
-            return error
-        writer.keep()
-        kept = f"{len(journal.finished)} of {len(journal.parts)} parts are kept"
-        if isinstance(error, KeyboardInterrupt):
-            return InterruptedRun(f"interrupted; {kept}", "--resume")
-        if isinstance(error, SystemExit):
-            self.plan.listener.note(f"terminated; {kept}, and --resume goes on with them")
-            return error
-        return ResourceError(f"{getattr(error, 'message', 'out of memory')}; {kept}", "--resume")
 
     def _results(self, blocks: list[Document]) -> Document:
         errors = [
