@@ -124,11 +124,11 @@ def net(tmp_path: Path) -> tuple[Path, Path]:
 @pytest.fixture
 def small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of more than 8 rows are large, and computed in several bands."""
-    from hesscli.job import planning, unfinished
+    from hesscli.job import memory, planning, unfinished
 
     monkeypatch.setattr(planning, "LARGE", 8)
-    monkeypatch.setattr(planning, "BAND", 900)
-    monkeypatch.setattr(planning, "LONG_BAND", 900)
+    monkeypatch.setattr(memory, "BAND", 900)
+    monkeypatch.setattr(memory, "LONG_BAND", 900)
     monkeypatch.setattr(unfinished, "INTERVAL", 0.0)
 
 

@@ -8,8 +8,9 @@ from hesscli.job import large
 
 SLOW = """
 import sys, time
-from hesscli.job import large, planning, unfinished
-planning.LARGE, planning.BAND, planning.LONG_BAND, unfinished.INTERVAL = 8, 900, 900, 0.0
+from hesscli.job import large, memory, planning, unfinished
+memory.BAND = memory.LONG_BAND = 900
+planning.LARGE, unfinished.INTERVAL = 8, 0.0
 whole = large.LargeBlock._band
 def band(*arguments):
     time.sleep(0.15)

@@ -23,7 +23,7 @@ from torch import nn
 import hesscli
 from hesscli.errors import ResourceError
 from hesscli.hessian.blocks import partition
-from hesscli.job import planning
+from hesscli.job import memory, room
 from hesscli.job.journal import Journal, read_journal
 from hesscli.job.options import Silent
 from hesscli.job.parameters import chosen_parameters
@@ -816,9 +816,10 @@ def test_what_would_not_fit(cli, tmp_path, monkeypatch, resource, kind):
     before = folder(tmp_path)
     # What `full` needs is a little more than there is.
     plan = cli(*command, "-b", "full", "--dry-run", "--json").document["total"]
-    share = planning._SHARE  # of the memory may be used
+    share = memory._SHARE  # of the memory may be used
     free = plan["memory"] / share - 8 if resource == "available_memory" else plan["bytes"] - 1
-    monkeypatch.setattr(planning, resource, lambda *folder: int(free))
+    module = memory if resource == "available_memory" else room
+    monkeypatch.setattr(module, resource, lambda *folder: int(free))
     ran = cli(*command, "-b", "full")
     ran.fails(6)
     assert folder(tmp_path) == before

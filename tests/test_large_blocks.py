@@ -26,7 +26,7 @@ from hesscli.files.result_writer import ResultWriter
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.layout import Layout, Part, Piece
 from hesscli.hessian.routes.base import Rows
-from hesscli.job import journal, large, planning
+from hesscli.job import journal, large, memory, planning
 from hesscli.job.team import shares
 from hesscli.job.triangles import HeldTriangle, StreamedTriangle, spans
 
@@ -167,7 +167,7 @@ def test_bands_of_a_route_are_its_matrix(case: Case):
 @pytest.fixture
 def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if no upper half fitted the memory."""
-    monkeypatch.setattr(planning.Plan, "held_on", lambda self, block: None)
+    monkeypatch.setattr(memory.Memory, "held_on", lambda self, block: None)
 
 
 @pytest.mark.parametrize("blocks", ["full", "diag", "module"])
@@ -187,7 +187,7 @@ def test_bands_are_what_whole_blocks_are(cli, net, blocks, method, small_bands, 
     ran = cli(*command, "--json", "-o", "held.safetensors")
     assert ran.code == 0, ran.stderr
     with monkeypatch.context() as patch:
-        patch.setattr(planning.Plan, "held_on", lambda self, block: None)
+        patch.setattr(memory.Memory, "held_on", lambda self, block: None)
         assert cli(*command, "-o", "streamed.safetensors").code == 0
     monkeypatch.setattr(planning, "LARGE", 4096)
     assert cli(*command, "-o", "whole.safetensors").code == 0
@@ -278,7 +278,7 @@ COMMAND = ("-b", "full", "--gradient", "-o", "h.safetensors")
 @pytest.mark.parametrize("bands", [1, 3, 5])
 def test_resume_gives_the_same_bytes(cli, net, small_bands, monkeypatch, mode, bands):
     if mode == "streamed":
-        monkeypatch.setattr(planning.Plan, "held_on", lambda self, block: None)
+        monkeypatch.setattr(memory.Memory, "held_on", lambda self, block: None)
     assert cli("compute", *net, *COMMAND).code == 0
     undisturbed = Path("h.safetensors").read_bytes()
     Path("h.safetensors").unlink()
@@ -347,7 +347,7 @@ def test_resume_with_less_memory_cuts_as_the_first_run_did(cli, net, small_bands
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3, KeyboardInterrupt())
         assert cli("compute", *net, *COMMAND).code == 130
-    monkeypatch.setattr(planning, "BAND", 500)
+    monkeypatch.setattr(memory, "BAND", 500)
     assert cli("compute", *net, *COMMAND, "--resume").code == 0
     assert Path("h.safetensors").read_bytes() == undisturbed
 

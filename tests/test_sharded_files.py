@@ -25,7 +25,7 @@ from hesscli.cli.completion import block_names
 from hesscli.errors import UsageError
 from hesscli.files import placed_writes, result_files
 from hesscli.files.result_names import index_of_shard, split
-from hesscli.job import planning
+from hesscli.job import memory
 
 INDEX = Path("h.safetensors.index.json")
 COMMAND = ("-b", "module", "--gradient", "-o", "h.safetensors", "--max-shard-size", "1.5KB")
@@ -173,7 +173,7 @@ def test_what_is_said(cli, net):
 
 
 def test_more_files_than_are_open_at_once(cli, net, small_bands, monkeypatch):
-    monkeypatch.setattr(planning.Plan, "held_on", lambda self, block: None)
+    monkeypatch.setattr(memory.Memory, "held_on", lambda self, block: None)
     command = ("compute", *net, "-b", "diag", *COMMAND[2:5], "--max-shard-size", "1")
     assert cli(*command).code == 0
     once = result()
@@ -355,7 +355,7 @@ def undisturbed(cli, net, small_bands) -> dict[str, bytes]:
 @pytest.mark.parametrize("bands", [1, 4, 6])
 def test_interrupted_and_resumed(cli, net, undisturbed, monkeypatch, mode, bands):
     if mode == "streamed":
-        monkeypatch.setattr(planning.Plan, "held_on", lambda self, block: None)
+        monkeypatch.setattr(memory.Memory, "held_on", lambda self, block: None)
     with monkeypatch.context() as patch:
         interrupt_after(patch, bands, KeyboardInterrupt())
         ran = cli("compute", *net, *COMMAND)
@@ -433,7 +433,7 @@ def test_without_links(cli, net, undisturbed, monkeypatch):
 
 @pytest.mark.parametrize("room", [12_000, 40_000])
 def test_a_disk_that_fills_up(cli, net, undisturbed, monkeypatch, room):
-    monkeypatch.setattr(planning.Plan, "held_on", lambda self, block: None)
+    monkeypatch.setattr(memory.Memory, "held_on", lambda self, block: None)
     with monkeypatch.context() as patch:
         fill_disk(patch, room)
         ran = cli("compute", *net, *COMMAND)

@@ -25,6 +25,10 @@ class Block:
     def size(self) -> int:
         return sum(self.sizes)
 
+    def entries(self, diagonal: bool) -> int:
+        """How many numbers it has, or its diagonal alone."""
+        return self.size if diagonal else self.size**2
+
 
 def select(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     """The names that match any of the glob patterns (all, if none is positive) and no pattern after a `!`."""

@@ -11,12 +11,15 @@ from typing import BinaryIO
 from hesscli.errors import UsageError
 from hesscli.files.models import SavedModel
 from hesscli.files.result_names import followed, journals
+from hesscli.job.dry_run import forecast
 from hesscli.job.journal import read_journal
 from hesscli.job.json_form import Document
+from hesscli.job.memory import Memory
 from hesscli.job.opening import open_problem
 from hesscli.job.options import ComputeOptions, Listener, options_of
 from hesscli.job.planning import Plan
 from hesscli.job.results import written
+from hesscli.job.room import require_room
 from hesscli.job.run import Run
 from hesscli.job.team import Team
 from hesscli.job.writing import demand_names, writable
@@ -54,12 +57,13 @@ def compute(
         if options.output is None and options.resume:
             raise UsageError("-: a pipe keeps nothing to resume", "-o hessian.safetensors")
         plan = Plan(options, open_problem(options, listener, model=model), listener, shared)
+        memory = Memory(plan)
         demand_names((block.name for block in plan.blocks), plan.shapes, options.gradient)
         if dry_run:
-            document = plan.dry_run()
+            document = forecast(plan, memory)
         else:
-            plan.fits()
-            document = Run(plan, team, stdout=stdout).run()
+            require_room(plan, memory)
+            document = Run(plan, memory, team, stdout=stdout).run()
         if options.shard is not None and not dry_run:
             del document["blocks"]  # no numbers of theirs are known
             document["shard"] = list(options.shard)
@@ -89,7 +93,7 @@ def merge(output: Path, listener: Listener) -> Document:
     options = options_of(command, output)
     writable(output, True, options.files, resumable=True)
     plan = Plan(options, open_problem(options, listener), listener, shared=True)
-    document = Run(plan, Team(), merging=True).run()
+    document = Run(plan, Memory(plan), Team(), merging=True).run()
     return document | {"seconds": time.perf_counter() - started, "output": _called(output)}
 
 

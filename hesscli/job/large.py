@@ -19,6 +19,7 @@ from hesscli.hessian.symmetry import average_
 from hesscli.job import documents
 from hesscli.job.beside import Beside
 from hesscli.job.json_form import Document
+from hesscli.job.memory import Memory
 from hesscli.job.planning import Plan
 from hesscli.job.ranking import Ranking
 from hesscli.job.triangles import HeldTriangle, StreamedTriangle, Triangle
@@ -33,11 +34,16 @@ class LargeBlock:
     Args:
         plan: what it is part of.
         block: the block.
+        memory: that the plan may use.
+        most: numbers in a band.
         progress: is told how many rows more are done.
     """
 
-    def __init__(self, plan: Plan, block: Block, progress: Advance) -> None:
-        self.plan, self.block, self.progress = plan, block, progress
+    def __init__(
+        self, plan: Plan, block: Block, memory: Memory, most: int, progress: Advance
+    ) -> None:
+        self.plan, self.block, self.memory = plan, block, memory
+        self.most, self.progress = most, progress
         self.ranking = Ranking(plan, block)
 
     def parts(self) -> list[tuple[str, float]]:
@@ -58,7 +64,7 @@ class LargeBlock:
 
     def _cut(self) -> tuple[Layout, list[Span]]:
         layout = self.ranking.route.layout(self.block)
-        return layout, layout.cut(self.plan.bands[self.block.name])
+        return layout, layout.cut(self.most)
 
     def contribute(self, unfinished: Unfinished, mine: Collection[str]) -> None:
         """Computes and writes some of the bands; another process finishes the block."""
@@ -119,7 +125,7 @@ class LargeBlock:
         """The matrix, written, and its symmetry error."""
         route = self.ranking.route
         layout, bands = self._cut()
-        device, certificate = self.plan.held_on(self.block), self.plan.certificate
+        device, certificate = self.memory.held_on(self.block), self.plan.certificate
         direction = torch.zeros(self.block.size)
         if certificate is not None:
             direction = certificate.direction(self.block)

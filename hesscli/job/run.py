@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
 from hesscli.errors import FileError, HesscliError, UsageError
@@ -18,6 +18,7 @@ from hesscli.job.journal import Journal, read_journal
 from hesscli.job.json_form import Document, timeless
 from hesscli.job.large import LargeBlock
 from hesscli.job.loss import described
+from hesscli.job.memory import Memory
 from hesscli.job.options import command_of
 from hesscli.job.planning import Plan
 from hesscli.job.team import Team, missing, shares
@@ -35,25 +36,36 @@ class Run:
 
     Args:
         plan: the plan.
+        memory: that it may use.
         team: the processes that share it.
         merging: finishes what other processes have computed.
         stdout: where the bytes go, if there is no output file.
     """
 
     def __init__(
-        self, plan: Plan, team: Team, merging: bool = False, stdout: BinaryIO | None = None
+        self,
+        plan: Plan,
+        memory: Memory,
+        team: Team,
+        merging: bool = False,
+        stdout: BinaryIO | None = None,
     ) -> None:
         self.plan, self.options = plan, plan.options
         self.team, self.merging, self.stdout = team, merging, stdout
-        plan.bands = team.tell(self._begun() or plan.bands)
+        # Numbers per band of each large block. Whoever goes on with another's file cuts as that one did.
+        bands = {block.name: memory.band(block) for block in plan.large}
+        self.bands: dict[str, int] = team.tell(self._begun(bands) or bands)
         self.groups = list(groups(plan))
-        self.large = [LargeBlock(plan, b, self._progress) for b in plan.blocks if plan.is_large(b)]
+        self.large = [
+            LargeBlock(plan, block, memory, self.bands[block.name], self._progress)
+            for block in plan.large
+        ]
         self.parts = [(_part(group), plan.work(group)) for group in self.groups]
         self.parts += [part for block in self.large for part in block.parts()]
         self.rows = sum(block.size for block in plan.blocks)
         self.done = 0
 
-    def _begun(self) -> dict[str, int] | None:
+    def _begun(self, bands: Mapping[str, int]) -> dict[str, int] | None:
         """How the file that this run goes on with was cut into bands; free memory may have changed since."""
         output = self.options.output
         goes_on = self.options.resume or self.merging or self.options.shard is not None
@@ -62,7 +74,7 @@ class Run:
         for path in journals(output):
             with contextlib.suppress(FileError):  # told, or ignored, where the journal is opened
                 head = read_journal(path).head
-                if head is not None and head["bands"].keys() == self.plan.bands.keys():
+                if head is not None and head["bands"].keys() == bands.keys():
                     return dict(head["bands"])
         return None
 
@@ -106,7 +118,7 @@ class Run:
         head = {
             "document": timeless(document),
             "options": {k: v for k, v in command.items() if k not in _ELSEWHERE},
-            "bands": self.plan.bands,
+            "bands": self.bands,
         }
         names = [name for name, _ in self.parts]
         shard, output = self.options.shard, self.options.output

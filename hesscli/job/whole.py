@@ -26,27 +26,24 @@ _SMALL = 1 << 22  # numbers that are always kept together
 
 def groups(plan: Plan) -> Iterator[list[Block]]:
     """The blocks that are held whole, by the route that is first for them, as many as are held together."""
-    whole = [block for block in plan.blocks if not plan.is_large(block)]
-    for method in dict.fromkeys(plan.choices[block.name][0].method for block in whole):
-        mine = [b for b in whole if plan.choices[b.name][0].method == method]
+    methods = [choice.method for choice in plan.first_choices(plan.whole)]
+    for method in dict.fromkeys(methods):
+        mine = [b for b, its in zip(plan.whole, methods, strict=True) if its == method]
         yield from _group(mine, plan.diagonal)
 
 
 def _group(blocks: Sequence[Block], diagonal: bool) -> list[list[Block]]:
     """Blocks that are computed together: as many as take little more memory than the largest alone."""
-
-    def cost(block: Block) -> int:
-        return block.size if diagonal else block.size**2
-
-    limit = max(int(1.1 * max((cost(block) for block in blocks), default=0)), _SMALL)
+    limit = max(int(1.1 * max((b.entries(diagonal) for b in blocks), default=0)), _SMALL)
     groups: list[list[Block]] = []
     held = 0
     for block in blocks:
-        if not groups or held + cost(block) > limit:
+        entries = block.entries(diagonal)
+        if not groups or held + entries > limit:
             groups.append([])
             held = 0
         groups[-1].append(block)
-        held += cost(block)
+        held += entries
     return groups
 
 
