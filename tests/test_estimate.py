@@ -37,8 +37,8 @@ def test_the_parts_add_up() -> None:
 
 
 def test_what_blocks_share_counts_once_for_each_route() -> None:
-    chain = [Choice("preactivation", "chain", SECOND, shared=SECOND.times(n)) for n in (5, 7, 2)]
-    classes = [Choice("gauss-newton", "", SECOND, shared=SECOND.times(4))] * 2
+    chain = [Choice("preactivation", "chain", SECOND, common=SECOND.times(n)) for n in (5, 7, 2)]
+    classes = [Choice("gauss-newton", "", SECOND, common=SECOND.times(4))] * 2
     assert seconds_of(chain, RATES) == 3 + 7
     assert seconds_of([*chain, *classes], RATES) == 3 + 7 + 2 + 4
     assert seconds_of([], RATES) == 0

@@ -27,7 +27,7 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.layout import Layout, Part, Piece
 from hesscli.hessian.routes.base import Rows
 from hesscli.job import journal, large, memory, planning
-from hesscli.job.team import shares
+from hesscli.job.team import balanced
 from hesscli.job.triangles import HeldTriangle, StreamedTriangle, spans
 
 LAYOUT = Layout(
@@ -491,9 +491,9 @@ def test_memory_is_kept(cli, net, small_bands):
 
 def test_shares():
     parts = [("a", 5.0), ("b", 4.0), ("c", 3.0), ("d", 3.0), ("e", 1.0)]
-    assert shares(parts, 2) == [{"a", "d"}, {"b", "c", "e"}]
-    assert shares(parts, 1) == [set("abcde")]
-    assert sorted(map(len, shares(parts, 7))) == [0, 0, 1, 1, 1, 1, 1]
+    assert balanced(parts, 2) == [{"a", "d"}, {"b", "c", "e"}]
+    assert balanced(parts, 1) == [set("abcde")]
+    assert sorted(map(len, balanced(parts, 7))) == [0, 0, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("blocks", ["full", "diag", "elements"])

@@ -11,7 +11,7 @@ from torch import nn
 
 from hesscli.errors import MismatchError
 from hesscli.files.libraries import as_transformers_names
-from hesscli.files.ties import shared
+from hesscli.files.ties import tied_groups
 from hesscli.texts import listed
 
 # Where training scripts and their libraries put the weights; the first of these that is there counts.
@@ -103,7 +103,7 @@ def _names_that_fit(
     plain = {_unwrapped(name): name for name in weights}
     views = [whole, plain] if len(plain) == len(weights) else [whole]
     least = len({id(tensor) for tensor in expected.values()})
-    same = {name: names[0] for names in shared(weights.items()) for name in names}
+    same = {name: names[0] for names in tied_groups(weights.items()) for name in names}
     found: dict[frozenset[str], tuple[str, dict[str, str]]] = {}
     for prefix, names in (pair for view in views for pair in _without_prefixes(view, least)):
         if _fits(expected, names):

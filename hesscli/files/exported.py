@@ -17,7 +17,7 @@ from hesscli.errors import FileError
 from hesscli.files.call_signature import CallSignature
 from hesscli.files.control_flow import IN_PYTHON
 from hesscli.files.exported_code import refuse_code
-from hesscli.files.ties import shared, tie
+from hesscli.files.ties import tie, tied_groups
 from hesscli.files.torch_files import NeedsPickleError, pickled_objects, quiet, reading
 
 
@@ -99,7 +99,7 @@ def load_exported(
         # As an open file: torch.export.load warns about paths that do not end in .pt2.
         with quiet(), open(path, "rb") as file:
             program = torch.export.load(file)
-            groups = shared(program.named_parameters())
+            groups = tied_groups(program.named_parameters())
             if device.type != "cpu":
                 program = move_to_device_pass(program, device)
             module = program.module()

@@ -27,7 +27,7 @@ from hesscli.files.safetensors_files import load_safetensors
 from hesscli.files.shards import load_part, load_shards, weights_in
 from hesscli.files.sniff import Kind, kind_of, unsupported
 from hesscli.files.storages import check_storages
-from hesscli.files.ties import shared, tie
+from hesscli.files.ties import tie, tied_groups
 from hesscli.files.torch_files import NeedsPickleError, quiet, read_torch_file, reading
 from hesscli.files.torchscript_code import refuse_files
 from hesscli.files.torchscript_graph import adapt
@@ -106,7 +106,7 @@ def load_model(
             content = _tensors_or_module(path, kind, pickle_hint)
         content = unwrap(content, notes)
         if isinstance(content, nn.Module):
-            tie(content, shared(content.named_parameters(remove_duplicate=False)))
+            tie(content, tied_groups(content.named_parameters(remove_duplicate=False)))
             module, form = content, "pickle"
         else:
             module = _with_architecture(path, content, arch, arch_arguments, notes)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-def shared(parameters: Iterable[tuple[str, torch.Tensor]]) -> list[list[str]]:
+def tied_groups(parameters: Iterable[tuple[str, torch.Tensor]]) -> list[list[str]]:
     """Groups of names whose tensors are the same memory, read in the same way."""
     groups: dict[object, list[str]] = {}
     for name, p in parameters:

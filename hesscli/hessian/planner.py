@@ -28,17 +28,17 @@ class Choice:
         method: the route.
         reason: "64 seeds"; for hvp, why nothing better is exact.
         own: the work that this block alone needs.
-        shared: the work that serves all blocks of this route at once, if they are computed together.
+        common: the work that serves all blocks of this route at once, if they are computed together.
     """
 
     method: str
     reason: str
     own: Work
-    shared: Work = Work()  # noqa: RUF009 - immutable
+    common: Work = Work()  # noqa: RUF009 - immutable
 
     @property
     def work(self) -> Work:
-        return self.own + self.shared
+        return self.own + self.common
 
     def __str__(self) -> str:
         if not self.reason:
@@ -163,6 +163,6 @@ def seconds_of(choices: Sequence[Choice], rates: Rates) -> float:
     """Seconds of a plan: what routes share counts once, for the block that needs most of it."""
     seconds = sum(choice.own.seconds(rates) for choice in choices)
     for method in {choice.method for choice in choices}:
-        mine = [choice.shared.seconds(rates) for choice in choices if choice.method == method]
+        mine = [choice.common.seconds(rates) for choice in choices if choice.method == method]
         seconds += max(mine)
     return seconds

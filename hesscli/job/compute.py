@@ -50,13 +50,13 @@ def compute(
         output = writable(options.output, options.force, options.files, resumable=True)
         options = replace(options, output=output)
     with Team() as team:
-        shared = options.shard is not None or team.size > 1
-        if options.output is None and (shared or options.max_shard_size is not None):
-            several = "processes cannot write" if shared else "files cannot go"
-            raise UsageError(f"-: several {several} to a pipe", "-o hessian.safetensors")
+        several = options.shard is not None or team.size > 1
+        if options.output is None and (several or options.max_shard_size is not None):
+            what = "processes cannot write" if several else "files cannot go"
+            raise UsageError(f"-: several {what} to a pipe", "-o hessian.safetensors")
         if options.output is None and options.resume:
             raise UsageError("-: a pipe keeps nothing to resume", "-o hessian.safetensors")
-        plan = Plan(options, open_problem(options, listener, model=model), listener, shared)
+        plan = Plan(options, open_problem(options, listener, model=model), listener, several)
         memory = Memory(plan)
         demand_names((block.name for block in plan.blocks), plan.shapes, options.gradient)
         if dry_run:
@@ -92,7 +92,7 @@ def merge(output: Path, listener: Listener) -> Document:
         )
     options = options_of(command, output)
     writable(output, True, options.files, resumable=True)
-    plan = Plan(options, open_problem(options, listener), listener, shared=True)
+    plan = Plan(options, open_problem(options, listener), listener, divided=True)
     document = Run(plan, Memory(plan), Team(), merging=True).run()
     return document | {"seconds": time.perf_counter() - started, "output": _called(output)}
 

@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 from hesscli.errors import HesscliError, MismatchError, UsageError
 from hesscli.files.live_models import live_model
 from hesscli.files.models import SavedModel
-from hesscli.files.ties import shared, tie
+from hesscli.files.ties import tie, tied_groups
 from hesscli.hessian.autodiff import differentiable
 from hesscli.hessian.copies import copied
 from hesscli.job.options import ProblemOptions
@@ -96,7 +96,7 @@ def _copied(module: nn.Module) -> nn.Module:
     tensors = [x for x in [*attributes, *module.buffers()] if isinstance(x, Tensor)]
     kept = {id(x): x.detach().clone() for x in tensors if not x.is_leaf}
     every = module.named_parameters(remove_duplicate=False)
-    groups = shared((name, p) for name, p in every if not is_lazy(p))
+    groups = tied_groups((name, p) for name, p in every if not is_lazy(p))
     try:
         copy = copied(module, kept)
         tie(copy, groups)  # which share memory and are no one object

@@ -47,13 +47,13 @@ class Journal:
         self.finished: dict[str, Document] = {}
         self.begun = False
 
-    def resume(self, wanted: bool, force: bool, shared: bool, merging: bool) -> None:
+    def resume(self, wanted: bool, force: bool, shard: bool, merging: bool) -> None:
         """Takes over what earlier runs, or other processes, have finished.
 
         Args:
             wanted: it is to be continued.
             force: what is left may be thrown away; with `wanted`, only where it cannot be continued.
-            shared: what others have finished is no left-over.
+            shard: others have their own, and what they have finished is no left-over.
             merging: nothing is computed, so nothing is thrown away.
 
         Raises:
@@ -68,16 +68,16 @@ class Journal:
                 raise UsageError(f"{partial}: no such file; what the shards computed was in it")
             self.remove()  # of a file that was finished just before the end, or that somebody removed
         if force and not wanted:
-            for path in [self.path] if shared else journals(self.output):
+            for path in [self.path] if shard else journals(self.output):
                 path.unlink(missing_ok=True)
         own = 0
         for path in journals(self.output):
-            lines = self._continued(path, wanted or shared, force, shared, merging)
+            lines = self._continued(path, wanted or shard, force, shard, merging)
             if lines is not None:
                 own = len(lines.finished) if path == self.path else own
                 self.start = lines.start
                 self.finished |= lines.finished
-        if not wanted and (own if shared else self.finished):
+        if not wanted and (own if shard else self.finished):
             count = own or len(self.finished)
             finished = f"{count} finished part{'s' if count > 1 else ''}"
             raise UsageError(
@@ -90,7 +90,7 @@ class Journal:
             _cut(self.path)
 
     def _continued(
-        self, path: Path, joined: bool, force: bool, shared: bool, merging: bool
+        self, path: Path, joined: bool, force: bool, shard: bool, merging: bool
     ) -> Lines | None:
         """What a journal says, or None where it says nothing; that is thrown away, unless others may be writing it.
 
@@ -102,7 +102,7 @@ class Journal:
                 if joined and self.head != lines.head:
                     raise self._of_another(path, lines.head, merging)
                 return lines
-            useless = not shared
+            useless = not shard
         except HesscliError:
             if not force:
                 raise

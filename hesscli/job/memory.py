@@ -36,7 +36,7 @@ class Memory:
 
     def held_on(self, block: Block) -> torch.device | None:
         """The device that holds the upper half of a large block until it is written; None where others write too."""
-        return None if self.plan.shared else self._roomy(block)
+        return None if self.plan.divided else self._roomy(block)
 
     def _roomy(self, block: Block) -> torch.device | None:
         """The device with room for the upper half of a block, the problem's rather than the host."""

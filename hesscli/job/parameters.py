@@ -9,7 +9,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from hesscli.errors import UsageError
-from hesscli.files.ties import shared
+from hesscli.files.ties import tied_groups
 from hesscli.hessian.blocks import select
 from hesscli.texts import listed
 
@@ -27,7 +27,7 @@ def chosen_parameters(
     """
     every = module.named_parameters(remove_duplicate=False)
     floating: dict[str, Tensor] = {name: p for name, p in every if p.is_floating_point()}
-    tied = {first: others for first, *others in shared(floating.items())}
+    tied = {first: others for first, *others in tied_groups(floating.items())}
     # A tied parameter is selected, and excluded, by any of its names.
     canonical = {other: name for name, others in tied.items() for other in others}
     unique = {name: p for name, p in floating.items() if name not in canonical}

@@ -31,16 +31,16 @@ class Plan:
         options: what was asked for.
         opened: the problem.
         listener: hears the notes.
-        shared: other processes compute parts of it.
+        divided: other processes compute parts of it.
 
     Raises:
         NumericalError: the method asked for would not be exact.
     """
 
     def __init__(
-        self, options: ComputeOptions, opened: Opened, listener: Listener, shared: bool = False
+        self, options: ComputeOptions, opened: Opened, listener: Listener, divided: bool = False
     ) -> None:
-        self.shared = shared
+        self.divided = divided
         self.options, self.opened, self.listener = options, opened, listener
         self.problem = opened.problem
         self.rates = usual_rates(self.problem.device)

@@ -21,7 +21,7 @@ from hesscli.job.loss import described
 from hesscli.job.memory import Memory
 from hesscli.job.options import command_of
 from hesscli.job.planning import Plan
-from hesscli.job.team import Team, missing, shares
+from hesscli.job.team import Team, balanced, missing
 from hesscli.job.unfinished import Unfinished
 from hesscli.job.whole import WholeBlocks, groups
 from hesscli.spectrum.eigen import extremes
@@ -85,7 +85,7 @@ class Run:
         document = documents.skeleton(plan.opened, plan.structure) | {"gradient_norm": norm}
         document["blocks"] = [documents.block_facts(plan.opened, block) for block in plan.blocks]
         journal = self._journal(document)
-        if plan.shared and not self.merging:
+        if plan.divided and not self.merging:
             self._contribute(document, journal)
             if self.options.shard is not None or self.team.rank > 0:
                 return document
@@ -110,7 +110,7 @@ class Run:
             start=journal.start,
             shared=shared,
         )
-        return Unfinished(writer, journal, len(self.parts), self.plan.shared, self.plan.listener)
+        return Unfinished(writer, journal, len(self.parts), self.plan.divided, self.plan.listener)
 
     def _journal(self, document: Document) -> Journal:
         """The journal, with what earlier runs of this very command, or its other shards, have finished."""
@@ -139,12 +139,12 @@ class Run:
         """Computes this process's share, and waits for the others."""
         if self.options.shard is not None:
             number, count = self.options.shard
-            mine = shares(self.parts, count)[number - 1]
+            mine = balanced(self.parts, count)[number - 1]
             if not mine:
                 return
         else:
             left = [part for part in self.parts if part[0] not in journal.finished]
-            mine = shares(left, self.team.size)[self.team.rank]
+            mine = balanced(left, self.team.size)[self.team.rank]
         with self._unfinished(document, journal, True) as unfinished:
             unfinished.writer.keep()
             try:

@@ -153,7 +153,7 @@ def _together() -> Iterator[None]:
         raise ProcessLost(f"another process has ended early ({reason})") from error
 
 
-def shares(parts: Sequence[tuple[str, float]], count: int) -> list[set[str]]:
+def balanced(parts: Sequence[tuple[str, float]], count: int) -> list[set[str]]:
     """Parts of a job for each of `count` processes: the largest first, always to the one with the least work.
 
     Args:

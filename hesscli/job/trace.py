@@ -101,9 +101,9 @@ def trace(
 def _exact_products(plan: Plan, operator: Operator) -> float:
     """How many products the exact diagonal is planned to cost."""
     by_rows = plan.by_rows()
-    share = plan.work(plan.blocks) / by_rows if by_rows else 0.0
+    ratio = plan.work(plan.blocks) / by_rows if by_rows else 0.0
     # This process does it alone; products are shared.
-    return share * operator.size * operator.share.size
+    return ratio * operator.size * operator.share.size
 
 
 def _exact(plan: Plan, operator: Operator) -> Estimate:

@@ -23,15 +23,15 @@ class Unfinished:
         writer: of the file.
         journal: of its parts.
         parts: how many there are.
-        shared: other processes have journals too, which stay.
+        others: other processes have journals of the file too, which stay.
         listener: hears what is kept.
     """
 
     def __init__(
-        self, writer: ResultWriter, journal: Journal, parts: int, shared: bool, listener: Listener
+        self, writer: ResultWriter, journal: Journal, parts: int, others: bool, listener: Listener
     ) -> None:
         self.writer, self.journal, self.parts = writer, journal, parts
-        self.shared, self.listener = shared, listener
+        self.others, self.listener = others, listener
         self.waiting: dict[str, Document] = {}
         self.last = time.monotonic()
         journal.start = writer.start
@@ -82,7 +82,7 @@ class Unfinished:
         """
         out_of_room = isinstance(error, ResourceError) or is_out_of_memory(error)
         if not out_of_room and not isinstance(error, (KeyboardInterrupt, SystemExit)):
-            if not self.shared:
+            if not self.others:
                 self.journal.remove()
             return
         with contextlib.suppress(HesscliError, OSError):
