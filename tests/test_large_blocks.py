@@ -341,6 +341,21 @@ def test_resume_of_what_only_lacked_its_name(cli, net, monkeypatch, damaged):
     assert Path("h.safetensors").read_bytes() == undisturbed
 
 
+def test_interrupted_again_while_gradients_are_written(cli, net, small_bands, monkeypatch):
+    command = ("compute", *net, *COMMAND)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3, KeyboardInterrupt())
+        assert "3 of" in cli(*command).fails(130)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResultWriter, "write", interrupted)
+        assert "3 of" in cli(*command, "--resume").fails(130)
+    assert cli(*command, "--resume").code == 0
+
+
 def test_resume_with_less_memory_cuts_as_the_first_run_did(cli, net, small_bands, monkeypatch):
     assert cli("compute", *net, *COMMAND).code == 0
     undisturbed = Path("h.safetensors").read_bytes()
