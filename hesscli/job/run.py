@@ -21,7 +21,7 @@ from hesscli.job.loss import described
 from hesscli.job.memory import Memory
 from hesscli.job.options import command_of
 from hesscli.job.planning import Plan
-from hesscli.job.team import Team, balanced, missing
+from hesscli.job.team import Team, balanced
 from hesscli.job.unfinished import Unfinished
 from hesscli.job.whole import WholeBlocks, groups
 from hesscli.spectrum.eigen import extremes
@@ -120,15 +120,15 @@ class Run:
             "options": {k: v for k, v in command.items() if k not in _ELSEWHERE},
             "bands": self.bands,
         }
-        names = [name for name, _ in self.parts]
         shard, output = self.options.shard, self.options.output
         writer = "-of-".join(map(str, shard)) if shard else str(self.team.rank or "")
         journal = Journal(output, head, command, writer)
         if self.team.rank == 0:
             journal.resume(self.options.resume, self.options.force, shard is not None, self.merging)
-        if self.merging and (left := missing(names, journal.finished)):
+        left = [name for name, _ in self.parts if name not in journal.finished]
+        if self.merging and left:
             raise UsageError(
-                f"{output}: {len(left)} of {len(names)} parts are missing, {left[0]} for one",
+                f"{output}: {len(left)} of {len(self.parts)} parts are missing, {left[0]} for one",
                 "run the other shards, or one that was cut off again with --resume",
             )
         if self.team.size > 1:

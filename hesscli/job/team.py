@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -167,9 +167,3 @@ def balanced(parts: Sequence[tuple[str, float]], count: int) -> list[set[str]]:
         found[least].add(name)
         work[least] += amount
     return found
-
-
-def missing(parts: Iterable[str], finished: Iterable[str]) -> list[str]:
-    """The parts that nobody has finished."""
-    known = set(finished)
-    return [part for part in parts if part not in known]
