@@ -349,6 +349,41 @@ class InAnotherFile(Plain):
         return oracles.kept
 
 
+class ByTensors(Plain):
+    """A dict whose keys have no truth when they are compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[Tensor, Tensor] = {torch.zeros(2): torch.zeros(2)}
+        self.seen: set[Tensor] = {torch.zeros(2)}
+
+    def square(self) -> Tensor:
+        (key,) = self.kept
+        self.kept = {}
+        self.seen.clear()
+        self.seen.add(torch.zeros(2))
+        self.kept[torch.zeros(2)] = key
+        return super().square()
+
+
+class Frozen(type):
+    def __setattr__(cls, name: str, value: object) -> None:
+        raise TypeError("is frozen")
+
+
+class Settings(metaclass=Frozen):
+    pass
+
+
+class InAFrozenClass(Plain):
+    settings = Settings
+
+    def square(self) -> Tensor:
+        if not hasattr(Settings, "kept"):
+            type.__setattr__(Settings, "kept", super().square())
+        return Settings.kept
+
+
 VARIABLE: ContextVar[Tensor | None] = ContextVar("VARIABLE", default=None)
 
 
@@ -397,7 +432,7 @@ class Hooked(Plain):
         *HOLDERS,
         *(Assigned, AssignedAnew, OfTheFile, ByAFunction, Bound, NewlyBound, Counted, CachedMethod),
         *(CachedFunction, ByDefault, OfTheFunction, InAClosure, InSlots, InFilledSlots),
-        *(InAttributes, InAnEnum, Dispatched, InAnotherFile),
+        *(InAttributes, InAnEnum, Dispatched, InAnotherFile, ByTensors, InAFrozenClass),
     ],
 )
 def test_every_pass_is_the_first(kind: type[Plain], curvature: str) -> None:

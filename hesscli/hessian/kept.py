@@ -138,7 +138,7 @@ def _of_function(function: FunctionType) -> tuple[Iterable[object], Restore | No
 
 def _own(module: ModuleType) -> bool:
     """Whether a module is neither installed nor built in."""
-    return not (getattr(module, "__file__", None) or _INSTALLED[0]).startswith(_INSTALLED)
+    return not str(getattr(module, "__file__", None) or _INSTALLED[0]).startswith(_INSTALLED)
 
 
 @lru_cache(maxsize=4096)
@@ -164,8 +164,10 @@ def _foreign(thing: type | FunctionType) -> bool:
 
 def _refill(base: Any, now: Any, before: Any) -> None:
     """Gives a container what it held, unless it holds just that."""
-    same = now == before if isinstance(now, set) else len(now) == len(before)
-    if same and not isinstance(now, set):
+    same = len(now) == len(before)
+    if same and isinstance(now, set):  # whose order is its own
+        same = set(map(id, now)) == set(map(id, before))
+    elif same:
         same = all(map(is_, now, before))
     if same and isinstance(now, dict):
         same = all(map(is_, base.values(now), base.values(before)))
@@ -177,10 +179,10 @@ def _refill(base: Any, now: Any, before: Any) -> None:
 def _reset(kind: type, before: Mapping[str, object]) -> None:
     now = vars(kind)
     for name in [name for name in now if name not in before]:
-        delattr(kind, name)
+        type.__delattr__(kind, name)  # its metaclass may forbid what its methods do
     for name, value in before.items():
         if now.get(name, _MISSING) is not value:
-            setattr(kind, name, value)
+            type.__setattr__(kind, name, value)
 
 
 def _reslot(each: object, kind: type, before: Mapping[str, object]) -> None:
@@ -189,7 +191,7 @@ def _reslot(each: object, kind: type, before: Mapping[str, object]) -> None:
     for name, value in before.items():
         if getattr(each, name, _MISSING) is not value:
             if value is _MISSING:
-                delattr(each, name)
+                object.__delattr__(each, name)
             else:
                 object.__setattr__(each, name, value)  # a frozen dataclass has slots, too
 
