@@ -51,6 +51,9 @@ def restores(root: Callable[..., object]) -> Iterator[Restore]:
         if type(each) in _PLAIN or id(each) in known or len(known) > most:
             continue
         known.add(id(each))
+        if type(each) in _CONTAINERS and not each:  # as most of a module's are
+            yield each.clear  # type: ignore[attr-defined]
+            continue
         most += _OF_A_MODULE * isinstance(each, nn.Module)
         held, restore = _held(each)
         found += held
