@@ -1087,10 +1087,23 @@ class Masked(nn.Module):
         )
 
 
+class Written(nn.Module):
+    """Numbers in the code, which a trace keeps as a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 3), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x) @ torch.tensor([[0.5, 1.0], [2.0, 0.0], [0.0, -1.0]])))
+
+
+TRACE = partial(torch.jit.trace, example_inputs=X.float())
+
+
 @pytest.mark.parametrize("blocks", ["full", "diag"])
 @pytest.mark.parametrize(
-    ("kind", "save"),
-    [(Constant, torch.jit.script), (Masked, partial(torch.jit.trace, example_inputs=X.float()))],
+    ("kind", "save"), [(Constant, torch.jit.script), (Masked, TRACE), (Written, TRACE)]
 )
 def test_constants_that_are_made_in_float32(kind, save, blocks, tmp_path):
     torch.manual_seed(0)

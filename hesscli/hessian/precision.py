@@ -26,11 +26,22 @@ def in_precision(tensor: Tensor, precision: torch.dtype) -> Tensor:
 def in_precision_(module: nn.Module, precision: torch.dtype) -> nn.Module:
     """The module, its parameters, buffers and constants changed to that. `module.to` would drop imaginary parts."""
     for part in module.modules():
-        if not isinstance(part, torch.jit.ScriptModule):
+        if isinstance(part, torch.jit.ScriptModule):
+            _constants_in_precision_(part, precision)
+        else:
             for name, value in vars(part).items():
                 if isinstance(value, Tensor) and not value.requires_grad:
                     vars(part)[name] = in_precision(value, precision)
     return module._apply(lambda tensor: in_precision(tensor, precision))
+
+
+def _constants_in_precision_(module: torch.jit.ScriptModule, precision: torch.dtype) -> None:
+    """Of a trace, which keeps in its code what it was made with: `torch.tensor([[0.5, 1.0]])`."""
+    if not module._c._has_method("forward"):
+        return
+    for node in module._c._get_method("forward").graph.findAllNodes("prim::Constant"):
+        if node.hasAttribute("value") and node.kindOf("value") == "t":
+            node.t_("value", in_precision(node.t("value"), precision))
 
 
 def _widened(dtype: torch.dtype | None) -> torch.dtype | None:
