@@ -1098,12 +1098,28 @@ class Written(nn.Module):
         return self.b(torch.tanh(self.a(x) @ torch.tensor([[0.5, 1.0], [2.0, 0.0], [0.0, -1.0]])))
 
 
+class Ruled(nn.Module):
+    """Positions, in whole and in other numbers, and a matrix that is one but for its corner."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(3.0).unsqueeze(1)
+        scale = torch.linspace(1, 2, 3).unsqueeze(0)
+        last = torch.arange(0, 4, 2)[-1]
+        h = torch.tanh(self.a(x) @ (torch.eye(3) + torch.eye(3, 3)[:, [1, 2, 0]] + places @ scale))
+        return self.b(h) * last
+
+
 TRACE = partial(torch.jit.trace, example_inputs=X.float())
 
 
 @pytest.mark.parametrize("blocks", ["full", "diag"])
 @pytest.mark.parametrize(
-    ("kind", "save"), [(Constant, torch.jit.script), (Masked, TRACE), (Written, TRACE)]
+    ("kind", "save"),
+    [(Constant, torch.jit.script), (Masked, TRACE), (Written, TRACE), (Ruled, TRACE)],
 )
 def test_constants_that_are_made_in_float32(kind, save, blocks, tmp_path):
     torch.manual_seed(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -107,13 +107,38 @@ def _full_like(
     return _filled_like(value, x, dtype, options)
 
 
-_MADE = {  # what makes tensors of a dtype that it is told
+def _eye(n: int, m: int | None = None, *, dtype: torch.dtype | None = None, **o: Any) -> Tensor:
+    return _filled(0, (n, n if m is None else m), dtype, o).fill_diagonal_(1)
+
+
+def _arange(
+    start: Any, end: Any, step: Any = 1, *, dtype: torch.dtype | None = None, **options: Any
+) -> Tensor:
+    dtype = dtype or torch.tensor([start, end, step]).dtype
+    blank = torch.empty(0, dtype=_widened(dtype), **options)
+    return torch.ops.aten.arange.start_out(start, end, step, out=blank)
+
+
+def _linspace(
+    start: Any, end: Any, steps: int, *, dtype: torch.dtype | None = None, **options: Any
+) -> Tensor:
+    blank = torch.empty(0, dtype=_widened(dtype), **options)
+    return torch.ops.aten.linspace.out(start, end, steps, out=blank)
+
+
+_MADE: dict[str, Callable[..., Tensor]] = {  # what makes tensors of a dtype that it is told
     "zeros": _zeros,
     "ones": _ones,
     "full": _full,
     "zeros_like": _zeros_like,
     "ones_like": _ones_like,
     "full_like": _full_like,
+    "eye": _eye,
+    "eye.m": _eye,
+    "arange": lambda end, **options: _arange(0, end, **options),
+    "arange.start": _arange,
+    "arange.start_step": _arange,
+    "linspace": _linspace,
 }
 
 
