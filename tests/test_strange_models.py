@@ -1106,11 +1106,11 @@ class Ruled(nn.Module):
         self.a, self.b = nn.Linear(2, 3), nn.Linear(3, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        places = torch.arange(3.0).unsqueeze(1)
-        scale = torch.linspace(1, 2, 3).unsqueeze(0)
-        last = torch.arange(0, 4, 2)[-1]
-        h = torch.tanh(self.a(x) @ (torch.eye(3) + torch.eye(3, 3)[:, [1, 2, 0]] + places @ scale))
-        return self.b(h) * last
+        like = {"dtype": x.dtype}  # which a trace writes down
+        places = torch.arange(3, **like).unsqueeze(1) + torch.arange(0, 6, 2, **like).unsqueeze(1)
+        rules = torch.eye(3, **like) @ torch.eye(3, 3, **like)[:, [1, 2, 0]]
+        rules = rules + places @ torch.linspace(1, 2, 3, **like).unsqueeze(0)
+        return self.b(torch.tanh(self.a(x) @ rules)) * torch.arange(1, 4)[-1]
 
 
 TRACE = partial(torch.jit.trace, example_inputs=X.float())
