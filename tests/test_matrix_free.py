@@ -233,7 +233,7 @@ def test_not_converged(cli, tmp_path):
     assert ran.document["output"] is None
     assert len(ran.document["residuals"]) == 10
     assert "not converged after 12 products" in ran.stderr
-    assert "--max-products 48" in ran.hint
+    assert "--max-products 300" in ran.hint  # thirty for each
     assert not (tmp_path / "e.safetensors").exists()
 
 
