@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,3 +78,14 @@ def seeded_grad(
     return _engine_run_backward(
         (output,), (seed,), True, False, tuple(inputs), True, accumulate_grad=False
     )
+
+
+def graph_of(output: Tensor) -> list[Any]:
+    """The nodes of autograd's graph that lead to an output."""
+    nodes: list[Any] = [] if output.grad_fn is None else [output.grad_fn]
+    known = set(nodes)
+    for node in nodes:
+        more = {one for one, _ in node.next_functions if one is not None} - known
+        known |= more
+        nodes += more
+    return nodes

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import MismatchError
+from hesscli.hessian.autodiff import graph_of
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.problem import Problem
 
@@ -31,7 +32,7 @@ def first_output(problem: Problem, batch: Batch) -> Tensor:
     problem = replace(problem, writes=True)  # into its inputs, perhaps
     with torch.enable_grad():  # without them, what is kept would be a constant, and not show
         first, second = problem.output(batch), problem.output(batch)
-        again = _graph(first) & _graph(second)
+        again = _inner(first) & _inner(second)
     _demand_numbers(first)
     if again:
         raise UnrepeatableError(
@@ -57,15 +58,9 @@ def _demand_numbers(output: Tensor) -> None:
             raise MismatchError(f"the model's output is {kind}; expected a dense tensor of numbers")
 
 
-def _graph(output: Tensor) -> set[Any]:
-    """The nodes that lead to an output, but for those of the leaves, which all passes have in common."""
-    nodes = [output.grad_fn]
-    found = set(nodes)
-    for node in nodes:
-        more = {one for one, _ in getattr(node, "next_functions", ())} - found
-        found |= more
-        nodes += more
-    return {node for node in found if node is not None and not hasattr(node, "variable")}
+def _inner(output: Tensor) -> set[Any]:
+    """The nodes of an output's graph, but for those of the leaves, which all passes have in common."""
+    return {node for node in graph_of(output) if not hasattr(node, "variable")}
 
 
 def demand_alike(first: Tensor, second: Tensor) -> None:

@@ -141,7 +141,8 @@ def _of_function(function: FunctionType) -> tuple[Iterable[object], Restore | No
 
 def _own(module: ModuleType) -> bool:
     """Whether a module is neither installed nor built in."""
-    return not str(getattr(module, "__file__", None) or _INSTALLED[0]).startswith(_INSTALLED)
+    file = getattr(module, "__file__", None)
+    return isinstance(file, str) and not file.startswith(_INSTALLED)
 
 
 @lru_cache(maxsize=4096)

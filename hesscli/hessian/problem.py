@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscli.errors import MismatchError, is_out_of_memory
+from hesscli.hessian.autodiff import graph_of
 from hesscli.hessian.batch import Batch, doubled
 from hesscli.hessian.copies import copied
 from hesscli.hessian.definitions import exact_derivatives, right_gradients
@@ -189,17 +190,7 @@ class Problem:
         wanted = {id(parameter) for parameter in parameters}
         with torch.enable_grad():
             output = self.output(self.batches[0])
-        nodes = [output.grad_fn]
-        known = set(nodes)
-        for node in nodes:
-            if node is None:
-                continue
-            if id(getattr(node, "variable", None)) in wanted:
-                return True
-            more = {one for one, _ in node.next_functions} - known
-            known |= more
-            nodes += more
-        return False
+        return any(id(getattr(node, "variable", None)) in wanted for node in graph_of(output))
 
     def double(self) -> Problem | None:
         """A copy in float64, or None where module or loss cannot run in it (a dtype baked into a trace, say)."""

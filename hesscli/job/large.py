@@ -106,7 +106,8 @@ class LargeBlock:
                 continue
             error = None if certificate is None else certificate.matrix(self.block, matrix)
             matrix.finish()
-            if self.ranking.accepts(error, partial(math.isfinite, matrix.squares)):
+            finite = math.isfinite(matrix.squares)  # which says more than a check that passes
+            if self.ranking.accepts(error if finite else None, partial(bool, finite)):
                 break
             unfinished.add(failed, {"notes": list(self.plan.opened.note.texts)})
         return documents.block_facts(self.plan.opened, self.block) | {

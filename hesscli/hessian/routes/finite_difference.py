@@ -61,11 +61,20 @@ class FiniteDifference(Route):
             self._constants[block] = found
         return self._constants[block]
 
+    def _entries(self, block: Block) -> Iterator[tuple[int, str, int]]:
+        """(row, parameter, entry of the parameter) of every row of a block that is not constant."""
+        constant = self._is_constant(block).tolist()
+        row = 0
+        for name, size in zip(block.parameters, block.sizes, strict=True):
+            for index in range(size):
+                if not constant[row]:
+                    yield row, name, index
+                row += 1
+
     def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
         for part in rows:
-            constant = self._is_constant(part.block).tolist()
-            for row, name, index in _entries(part.block):
-                if part.start <= row < part.stop and not constant[row]:
+            for row, name, index in self._entries(part.block):
+                if part.start <= row < part.stop:
                     values = self._column(batch, part.block, name, index)
                     part.out[row - part.start] += values[part.start :]
 
@@ -73,7 +82,7 @@ class FiniteDifference(Route):
         self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]
     ) -> None:
         for block in blocks:
-            for row, name, index in _entries(block):
+            for row, name, index in self._entries(block):
                 sums[block.name][row] += self._column(batch, block, name, index)[row]
 
     def _column(self, batch: Batch, block: Block, name: str, index: int) -> Tensor:
@@ -87,12 +96,3 @@ class FiniteDifference(Route):
                 return one.flat_gradient(block.parameters)
 
         return self.quotient(gradient, max(1.0, float(leaf.detach().reshape(-1)[index].abs())))
-
-
-def _entries(block: Block) -> Iterator[tuple[int, str, int]]:
-    """(row, parameter, entry of the parameter) of every row of a block."""
-    row = 0
-    for name, size in zip(block.parameters, block.sizes, strict=True):
-        for index in range(size):
-            yield row, name, index
-            row += 1
