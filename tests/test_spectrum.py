@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from hesscli.errors import NumericalError
 from hesscli.spectrum.dense import dense
 from hesscli.spectrum.density import exact
 from hesscli.spectrum.eigen import WHICH
@@ -18,6 +19,7 @@ from hesscli.spectrum.hiding import Hiding
 from hesscli.spectrum.interrupts import deferred_interrupt
 from hesscli.spectrum.lanczos import Lanczos
 from hesscli.spectrum.quadrature import lanczos_quadrature
+from hesscli.spectrum.statistics import of_diagonal, of_matrix
 from hesscli.spectrum.trace import estimate, standard_error
 
 DRAWN = np.random.default_rng(0)
@@ -111,6 +113,25 @@ def test_tolerance(tolerance):
     assert (found.residuals <= tolerance * np.abs(found.values)).all()
     for value, vector in zip(found.values, found.vectors, strict=True):
         assert (multiply(vector) - value * vector).norm() <= tolerance * abs(value) * 1.01
+
+
+@pytest.mark.parametrize("scale", [1e-120, 1e120])
+def test_squares_far_from_one(scale):
+    found, _ = search(scale * SPECTRA["normal"], 3, "largest", 1e-6)
+    truth = scale * np.sort(SPECTRA["normal"])[::-1][:3]
+    np.testing.assert_allclose(found.values, truth, rtol=1e-6)
+
+
+def test_squares_that_are_zero_in_float64_are_refused():
+    with pytest.raises(NumericalError, match="squares"):
+        search(1e-170 * SPECTRA["normal"], 3, "largest")
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-40, 1.0, 1e200])
+def test_norms_of_numbers_whose_squares_leave_their_range(scale):
+    entries = scale * np.array([3.0, 4.0, 12.0])
+    assert of_diagonal(entries).fro_norm == pytest.approx(13 * scale, rel=1e-14)
+    assert of_matrix(np.diag(entries)).fro_norm == pytest.approx(13 * scale, rel=1e-14)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hesscli.errors import NumericalError
 from hesscli.spectrum.finite import NotFinite, norm
 
 Multiply = Callable[[Tensor], Tensor]
@@ -23,6 +24,7 @@ Multiply = Callable[[Tensor], Tensor]
 _CANCELLED = 1e-3  # of a product is so little that it is orthogonalised once more
 _FEW = 4  # rows of the basis that are faster one by one
 _TILE = 1 << 16  # columns of the basis that are rotated at a time
+_LEAST = 1e-140  # of an operator: the squares of its residuals are numbers
 
 
 class Krylov:
@@ -78,6 +80,11 @@ class Krylov:
         size = norm(product)
         if not math.isfinite(size):
             raise NotFinite
+        if 0 < max(size, self.largest) < _LEAST:
+            raise NumericalError(
+                f"a product of norm {size:.1g}: the squares of residuals would be zero in float64",
+                "scale the loss: a constant factor scales all eigenvalues by as much",
+            )
         self.products += 1
         self.basis[j] = vector
         self.count += 1

@@ -77,10 +77,14 @@ def _least_square(dtype: np.dtype) -> float:
 
 def _norm(array: np.ndarray) -> float:
     """The root of the sum of squares: short runs in their own precision, their sum in float64; where squares may leave
-    the range of that precision, all in float64."""
+    the range of that precision, all in float64, as multiples of the largest entry."""
     flat = array.reshape(-1)
     runs = [flat[first : first + _RUN] for first in range(0, flat.size, _RUN)]
     total = sum(float(np.vdot(run, run)) for run in runs)
     if not flat.size * _least_square(flat.dtype) <= total < math.inf:
-        total = sum(float(np.vdot(run, run)) for run in (run.astype(np.float64) for run in runs))
+        largest = max((float(np.abs(run).max()) for run in runs), default=0.0)
+        if not 0 < largest < math.inf:
+            return largest
+        scaled = (run.astype(np.float64) / largest for run in runs)
+        return largest * sum(float(np.vdot(run, run)) for run in scaled) ** 0.5
     return total**0.5
