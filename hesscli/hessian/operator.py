@@ -144,7 +144,7 @@ class Products(LinearMap):
         try:
             with exact_derivatives():
                 made = self._output(batch, self.middle) if self.middle else self._hessian(batch)
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             raise explained(error) from error
         if index < self.keeps:
             self.kept[index] = made
@@ -252,5 +252,5 @@ class _Pull:
         grad = seeded_grad if seeds.dim() == self.dim else batched_grad
         try:
             return grad(self.edge, self.inputs, seeds)
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             raise explained(error) from error

@@ -63,7 +63,7 @@ def _recorded(
     try:
         with exact_derivatives(), _unfused(), recorder:
             output = function()
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         if not is_missing_derivative(error):
             raise
         raise NotApplicable(str(error).splitlines()[0]) from error
