@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,15 @@ class Block:
     @property
     def size(self) -> int:
         return sum(self.sizes)
+
+    @property
+    def rows(self) -> dict[str, range]:
+        """Which rows (and columns) are those of each parameter."""
+        ends = itertools.accumulate(self.sizes)
+        return {
+            name: range(end - size, end)
+            for name, size, end in zip(self.parameters, self.sizes, ends, strict=True)
+        }
 
     def entries(self, diagonal: bool) -> int:
         """How many numbers it has, or its diagonal alone."""

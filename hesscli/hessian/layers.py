@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hesscli.hessian.blocks import Block
 from hesscli.hessian.layout import Piece
 from hesscli.hessian.probes import Probed
 from hesscli.hessian.uses import BIAS, LINEAR, Use
@@ -46,10 +47,10 @@ class Layer:
         """What each parameter of a neuron is multiplied by: [B, T, width]."""
         return torch.cat([probed.columns(use) for use in self.uses], -1)
 
-    def pieces(self, places: Mapping[str, int]) -> list[Piece]:
-        """Neuron by neuron, in a block in which the parameters start at these places."""
+    def pieces(self, block: Block) -> list[Piece]:
+        """Its rows of a block, neuron by neuron."""
         sections = self.weight.sections
-        parts = [use.parts(places[use.parameter], sections) for use in self.uses]
+        parts = [use.parts(block.rows[use.parameter].start, sections) for use in self.uses]
         return [Piece(self.weight.n // sections, each) for each in zip(*parts, strict=True)]
 
 

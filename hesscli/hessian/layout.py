@@ -7,8 +7,7 @@ after parameter. A layout is the permutation between the two, in slices.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -202,8 +201,3 @@ class Layout:
         for placed in self.placed(start, stop):
             placed.of_rows(found).copy_(placed.of_block(every))
         return found
-
-
-def starts_of(sizes: Sequence[int]) -> list[int]:
-    """Where each of these begins, when they lie one after the other."""
-    return [0, *itertools.accumulate(sizes)][: len(sizes)]

@@ -15,7 +15,7 @@ from hesscli.hessian.affine import multiplier
 from hesscli.hessian.analysis import Analysis
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.layout import Layout, starts_of
+from hesscli.hessian.layout import Layout
 from hesscli.hessian.routes.base import Rows
 
 
@@ -58,12 +58,11 @@ class Multipliers:
     def _of(self, block: Block, parameters: Iterable[str]) -> Tensor | None:
         """c [block.size], in the block's order: ones for other parameters. None if it is one for all."""
         found: Tensor | None = None
-        places = dict(zip(block.parameters, starts_of(block.sizes), strict=True))
         for name in parameters:
             mine = self.seen[name]
             if mine is not None:
                 found = mine.new_ones(block.size) if found is None else found
-                found[places[name] : places[name] + len(mine)] = mine
+                found[block.rows[name].start : block.rows[name].stop] = mine
         return found
 
 

@@ -126,8 +126,7 @@ class Planner:
                 work += costs.cross(layer.weight, tail)
             tail += layer.size
             count += seeds
-        sizes = dict(zip(block.parameters, block.sizes, strict=True))
-        rows = sum(sizes[name] for name in others)
+        rows = sum(len(block.rows[name]) for name in others)
         if rows:
             work += costs.hvp(block.parameters, rows)
         said = f"{count} seeds" + (f", {rows} rows by hvp" if rows else "")

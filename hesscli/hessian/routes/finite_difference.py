@@ -64,12 +64,10 @@ class FiniteDifference(Route):
     def _entries(self, block: Block) -> Iterator[tuple[int, str, int]]:
         """(row, parameter, entry of the parameter) of every row of a block that is not constant."""
         constant = self._is_constant(block).tolist()
-        row = 0
-        for name, size in zip(block.parameters, block.sizes, strict=True):
-            for index in range(size):
+        for name, own in block.rows.items():
+            for index, row in enumerate(own):
                 if not constant[row]:
                     yield row, name, index
-                row += 1
 
     def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
         for part in rows:

@@ -24,7 +24,7 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.kronecker import add_kronecker_rows
 from hesscli.hessian.layers import Layer, plain_layer
-from hesscli.hessian.layout import Layout, starts_of
+from hesscli.hessian.layout import Layout
 from hesscli.hessian.piecewise import curved
 from hesscli.hessian.probes import Probed
 from hesscli.hessian.routes.affine import AffineRoute
@@ -115,10 +115,7 @@ class GaussNewton(AffineRoute):
 
     def _layout(self, block: Block) -> Layout:
         layer = plain_layer(self.uses(self.analyses.of(self.problem.batches[0]), block))
-        if layer is None:
-            return Layout.plain(block.size)
-        places = dict(zip(block.parameters, starts_of(block.sizes), strict=True))
-        return Layout(tuple(layer.pieces(places)))
+        return Layout.plain(block.size) if layer is None else Layout(tuple(layer.pieces(block)))
 
     def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
         factors = self.factors(batch, [part.block for part in rows])

@@ -49,21 +49,19 @@ class HessianVectorProducts(ByRows):
     ) -> Iterator[tuple[int, Tensor]]:
         """The block's rows from `start` to `stop` that can differ from zero, in chunks: (first row, [rows, n])."""
         leaves = [self.problem.parameters[name] for name in block.parameters]
-        offset = 0
-        for name, size in zip(block.parameters, block.sizes, strict=True):
+        for name, own in block.rows.items():
             g = gradient.get(name)
-            if g is not None and g.requires_grad:
-                flat = g.reshape(-1)
-                last = min(stop - offset, size)
-                for first in range(max(start - offset, 0), last, self.chunk):
-                    count = min(self.chunk, last - first)
-                    seeds = unit_rows(flat, first, count, size)
-                    parts = batched_grad(flat, leaves, seeds)
-                    columns = [
-                        seeds.new_zeros(len(seeds), leaf.numel())
-                        if part is None
-                        else part.reshape(len(seeds), -1)
-                        for part, leaf in zip(parts, leaves, strict=True)
-                    ]
-                    yield offset + first, columns[0] if len(columns) == 1 else torch.cat(columns, 1)
-            offset += size
+            if g is None or not g.requires_grad:
+                continue
+            flat, last = g.reshape(-1), min(stop, own.stop)
+            for first in range(max(start, own.start), last, self.chunk):
+                count = min(self.chunk, last - first)
+                seeds = unit_rows(flat, first - own.start, count, len(own))
+                parts = batched_grad(flat, leaves, seeds)
+                columns = [
+                    seeds.new_zeros(count, leaf.numel())
+                    if part is None
+                    else part.reshape(count, -1)
+                    for part, leaf in zip(parts, leaves, strict=True)
+                ]
+                yield first, columns[0] if len(columns) == 1 else torch.cat(columns, 1)

@@ -13,6 +13,7 @@ Source: C. Bishop, Exact calculation of the Hessian matrix for the multilayer pe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -28,7 +29,7 @@ from hesscli.hessian.chain import Step, chain_diagonals, curved_outputs, find_ch
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.layers import Layer
-from hesscli.hessian.layout import Layout, Part, Piece, starts_of
+from hesscli.hessian.layout import Layout, Part, Piece
 from hesscli.hessian.probes import Probed
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.affine import AffineRoute
@@ -183,10 +184,9 @@ class Preactivation(AffineRoute):
         if len(layers) == 1 and not others:
             cut = self.cuts.after(batch, analysis, layers[0].weight, self.workspace)
         layout = _layout(block, layers, others)
-        sizes = dict(zip(block.parameters, block.sizes, strict=True))
-        lengths = [*(sizes[name] for name in others), *(layer.size for layer in layers)]
+        lengths = [*(len(block.rows[name]) for name in others), *(x.size for x in layers)]
         named = [*others, *(layer.z for layer in layers)]
-        first_rows = dict(zip(named, starts_of(lengths), strict=True))
+        first_rows = dict(zip(named, itertools.accumulate(lengths, initial=0), strict=False))
         mine = [i for i, x in enumerate(layers) if first_rows[x.z] + x.size > part.start]
         layers = layers[mine[0] :] if mine else []
         with_rows = [x for x in others if first_rows[x] < part.stop]
@@ -241,12 +241,10 @@ def _bias_at(analysis: Analysis, z: int, rows: Sequence[Rows]) -> Rows | None:
 
 def _layout(block: Block, layers: Sequence[Layer], others: Sequence[str]) -> Layout:
     """First what is no part of a layer, whose rows have all columns; then layer by layer, neuron by neuron."""
-    places = dict(zip(block.parameters, starts_of(block.sizes), strict=True))
-    sizes = dict(zip(block.parameters, block.sizes, strict=True))
     if not layers:
         return Layout.plain(block.size)
-    pieces = [Piece(sizes[name], (Part(places[name], 1),)) for name in others]
-    pieces += [piece for layer in layers for piece in layer.pieces(places)]
+    pieces = [Piece(len(block.rows[x]), (Part(block.rows[x].start, 1),)) for x in others]
+    pieces += [piece for layer in layers for piece in layer.pieces(block)]
     return Layout(tuple(pieces))
 
 
@@ -299,8 +297,7 @@ def _add_rows(
     """Rows of a parameter that is no part of a layer, by Hessian-vector products; `at` is its first."""
     names = [n for n in part.block.parameters if n in probed.leaves]
     leaves = [probed.leaves[n] for n in names]
-    places = dict(zip(part.block.parameters, starts_of(part.block.sizes), strict=True))
-    size = gradient.numel()
+    own, size = part.block.rows, gradient.numel()
     usual = chunk_sizes(gradient.device).rows
     activations = sum(x.numel() for x in probed.known.values())
     chunk = max(1, min(usual, workspace // (activations + part.block.size)))
@@ -312,7 +309,6 @@ def _add_rows(
         rows = seeds.new_zeros(count, part.block.size)
         for other, values in zip(names, found, strict=True):
             if values is not None:
-                place = places[other]
-                rows[:, place : place + values[0].numel()] = values.reshape(count, -1)
+                rows[:, own[other].start : own[other].stop] = values.reshape(count, -1)
         mine = at + first - part.start
         part.out[mine : mine + count] += layout.from_block(rows)[:, part.start :]
