@@ -1,21 +1,27 @@
-"""What the routes share that differentiate by what enters at each parameter's affine use."""
+"""What the routes share that differentiate by what enters at each parameter's affine use.
+
+Constants may multiply a parameter before it enters: a mask of what is pruned, or fixed scales. The routes differentiate
+by what enters, c theta, entry by entry: with H that Hessian and C = diag(c), d^2 L / d theta^2 = C H C.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
+from hesscli.hessian.affine import multiplier
 from hesscli.hessian.analysis import Analyses, Analysis
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.multipliers import Multipliers
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import Route, Rows
 
 
 class AffineRoute(Route):
-    """Blocks by what enters, c theta; constants c are multiplied in when all batches are summed up.
+    """Blocks by what enters; c is multiplied in when all batches are summed up.
 
     Args:
         problem: what is differentiated.
@@ -27,24 +33,54 @@ class AffineRoute(Route):
     def __init__(self, problem: Problem, analyses: Analyses) -> None:
         super().__init__(problem)
         self.analyses = analyses
-        self.multipliers = Multipliers()
+        self._multipliers: dict[str, Tensor | None] = {}  # seen in each batch, the same in all
 
     def sum(self, rows: Sequence[Rows]) -> None:
         super().sum(rows)
         for part in rows:
             parameters, first = self._by_use(part.block)
-            self.multipliers.multiply(part, self.layout(part.block), parameters, first)
+            c = self._multiplier(part.block, parameters)
+            skipped = max(0, first - part.start)
+            if c is not None and skipped < len(part.out):
+                c = self.layout(part.block).from_block(c)[part.start + skipped :]
+                mine = part.out[skipped:, skipped:]
+                mine.mul_(c[: len(mine)].unsqueeze(1)).mul_(c)
 
     def sum_diagonal(self, blocks: Sequence[Block], sums: Mapping[str, Tensor]) -> None:
         super().sum_diagonal(blocks, sums)
-        self.multipliers.multiply_diagonals(blocks, sums)
+        for block in blocks:
+            c = self._multiplier(block, block.parameters)
+            if c is not None:
+                sums[block.name].mul_(c * c)
 
     def _by_use(self, block: Block) -> tuple[Sequence[str], int]:
-        """The parameters whose rows are derivatives by what enters, and the first of these rows."""
+        """The parameters whose rows are derivatives by what enters, and the first of these rows in the layout."""
         return block.parameters, 0
 
+    def _multiplier(self, block: Block, parameters: Iterable[str]) -> Tensor | None:
+        """c [block.size], in the block's order: ones for other parameters. None if it is one for all."""
+        found: Tensor | None = None
+        for name in parameters:
+            mine = self._multipliers[name]
+            if mine is not None:
+                found = mine.new_ones(block.size) if found is None else found
+                found[block.rows[name].start : block.rows[name].stop] = mine
+        return found
+
     def _analysis(self, batch: Batch, blocks: Sequence[Block]) -> Analysis:
-        """What is proven of a batch, once it is noted what multiplies the parameters of these blocks there."""
+        """What is proven of a batch, once it is noted what multiplies the parameters of these blocks there.
+
+        Raises:
+            NotApplicable: c differs between batches.
+        """
         analysis = self.analyses.of(batch)
-        self.multipliers.see(analysis, [name for block in blocks for name in block.parameters])
+        for name in (name for block in blocks for name in block.parameters):
+            use = analysis.uses.get(name)
+            c = None if use is None else multiplier(analysis.tape, use)
+            if not _same(self._multipliers.setdefault(name, c), c):
+                raise NotApplicable("the batches take different paths through the model")
         return analysis
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
