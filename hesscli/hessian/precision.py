@@ -71,44 +71,26 @@ def _fake_quantize_per_channel(x: Tensor, scale: Tensor, *places: Any) -> Tensor
     return torch.ops.aten.fake_quantize_per_channel_affine_cachemask(x, narrow, *places)[0]
 
 
-def _filled(value: Any, size: Sequence[int], dtype: torch.dtype | None, options: Any) -> Tensor:
+def _filled(
+    size: Sequence[int], value: Any, *, dtype: torch.dtype | None = None, **options: Any
+) -> Tensor:
     return torch.empty(size, dtype=_widened(dtype), **options).fill_(value)
 
 
-def _filled_like(value: Any, x: Tensor, dtype: torch.dtype | None, options: Any) -> Tensor:
+def _filled_like(
+    x: Tensor, value: Any, *, dtype: torch.dtype | None = None, **options: Any
+) -> Tensor:
     return torch.empty_like(x, dtype=_widened(dtype), **options).fill_(value)
-
-
-def _zeros(size: Sequence[int], *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
-    return _filled(0, size, dtype, options)
-
-
-def _ones(size: Sequence[int], *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
-    return _filled(1, size, dtype, options)
 
 
 def _full(
     size: Sequence[int], value: Any, *, dtype: torch.dtype | None = None, **options: Any
 ) -> Tensor:
-    return _filled(value, size, dtype or torch.tensor(value).dtype, options)
+    return _filled(size, value, dtype=dtype or torch.tensor(value).dtype, **options)
 
 
-def _zeros_like(x: Tensor, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
-    return _filled_like(0, x, dtype, options)
-
-
-def _ones_like(x: Tensor, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
-    return _filled_like(1, x, dtype, options)
-
-
-def _full_like(
-    x: Tensor, value: Any, *, dtype: torch.dtype | None = None, **options: Any
-) -> Tensor:
-    return _filled_like(value, x, dtype, options)
-
-
-def _eye(n: int, m: int | None = None, *, dtype: torch.dtype | None = None, **o: Any) -> Tensor:
-    return _filled(0, (n, n if m is None else m), dtype, o).fill_diagonal_(1)
+def _eye(n: int, m: int | None = None, **options: Any) -> Tensor:
+    return _filled((n, n if m is None else m), 0, **options).fill_diagonal_(1)
 
 
 def _arange(
@@ -127,12 +109,12 @@ def _linspace(
 
 
 _MADE: dict[str, Callable[..., Tensor]] = {  # what makes tensors of a dtype that it is told
-    "zeros": _zeros,
-    "ones": _ones,
+    "zeros": lambda size, **options: _filled(size, 0, **options),
+    "ones": lambda size, **options: _filled(size, 1, **options),
     "full": _full,
-    "zeros_like": _zeros_like,
-    "ones_like": _ones_like,
-    "full_like": _full_like,
+    "zeros_like": lambda x, **options: _filled_like(x, 0, **options),
+    "ones_like": lambda x, **options: _filled_like(x, 1, **options),
+    "full_like": _filled_like,
     "eye": _eye,
     "eye.m": _eye,
     "arange": lambda end, **options: _arange(0, end, **options),
