@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ DEFINITIONS: dict[str, Callable[..., object]] = {
     "native_group_norm": formulas.group_norm,
     "instance_norm": formulas.instance_norm,
     "batch_norm": formulas.batch_norm,
-    "_weight_norm": formulas.weight_norm,
+    "_weight_norm": lambda *args: formulas.weight_norm_interface(*args)[0],
     "_weight_norm_interface": formulas.weight_norm_interface,
     "hardsigmoid": formulas.hardsigmoid,
     "hardsigmoid_": formulas.hardsigmoid_,
@@ -98,10 +99,8 @@ def _instance_norm_of_contiguous_gradients(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,
+    own: bool,
+    *options: Any,
 ) -> Tensor:
     """PyTorch's own, as it computes it: a batch norm of one sample that has every sample's channels.
 
@@ -117,12 +116,10 @@ def _instance_norm_of_contiguous_gradients(
         x.reshape(1, samples * channels, *x.shape[2:]),
         repeated(weight),
         repeated(bias),
-        None if use_input_stats else repeated(running_mean),
-        None if use_input_stats else repeated(running_var),
-        use_input_stats,
-        momentum,
-        eps,
-        cudnn_enabled,
+        None if own else repeated(running_mean),
+        None if own else repeated(running_var),
+        own,
+        *options,
     ).reshape(x.shape)
     if y.requires_grad:
         y.register_hook(lambda gradient: gradient.contiguous())

@@ -49,66 +49,45 @@ def group_norm(
     return y, mean.reshape(samples, groups), rstd.reshape(samples, groups)
 
 
-def _normalise_channels(
-    x: Tensor,
-    axes: list[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running: tuple[Tensor | None, Tensor | None],
-    own: bool,
-    eps: float,
-) -> Tensor:
-    """By statistics of their own over these axes, or by the running ones, which are left as they are."""
-    per_channel = [1, -1] + [1] * (x.dim() - 2)
-    mean, variance = running
-    if own or mean is None or variance is None:
-        y, _, _ = _normalise(x, axes, eps)
-    else:
-        y = (x - mean.reshape(per_channel)) * torch.rsqrt(variance.reshape(per_channel) + eps)
-    return _scale_and_shift(y, weight, bias, per_channel)
+def _channel_norm(across: list[int]) -> Callable[..., Tensor]:
+    """By each channel's own statistics over all positions, and across these axes; or by the running ones.
+
+    The running ones are left as they are.
+    """
+
+    def norm(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        own: bool,
+        momentum: float,
+        eps: float,
+        cudnn_enabled: bool,
+    ) -> Tensor:
+        per_channel = [1, -1] + [1] * (x.dim() - 2)
+        if own or running_mean is None or running_var is None:
+            y, _, _ = _normalise(x, [*across, *range(2, x.dim())], eps)
+        else:
+            rstd = torch.rsqrt(running_var.reshape(per_channel) + eps)
+            y = (x - running_mean.reshape(per_channel)) * rstd
+        return _scale_and_shift(y, weight, bias, per_channel)
+
+    return norm
 
 
-def instance_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,
-) -> Tensor:
-    axes, running = list(range(2, x.dim())), (running_mean, running_var)
-    return _normalise_channels(x, axes, weight, bias, running, use_input_stats, eps)
-
-
-def batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,
-) -> Tensor:
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    return _normalise_channels(x, axes, weight, bias, (running_mean, running_var), training, eps)
+instance_norm = _channel_norm([])
+batch_norm = _channel_norm([0])
 
 
 def weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     if dim == -1:  # the norm of the whole tensor
         norm = (v * v).sum().sqrt()
-        return v * (g / norm), norm
-    axes = [axis for axis in range(v.dim()) if axis != dim]
-    norm = (v * v).sum(axes, keepdim=True).sqrt()
+    else:
+        axes = [axis for axis in range(v.dim()) if axis != dim]
+        norm = (v * v).sum(axes, keepdim=True).sqrt()
     return v * (g / norm), norm
-
-
-def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return weight_norm_interface(v, g, dim)[0]
 
 
 def hardsigmoid(x: Tensor) -> Tensor:
