@@ -288,11 +288,9 @@ def _broadcast(p: _Operand) -> Use | None:
         return None
     if p.call.name == "add":
         return p.use(BIAS, None, channels, 1)
-    other = p.call.arguments[1 - p.place]
-    if not isinstance(other, Ref):
-        return None
+    other = p.call.arguments[1 - p.place].value  # which depends on the samples, as z does
     outputs = math.prod(p.z_shape[c] for c in channels)
-    return p.use(SCALE, other.value, channels, 1, groups=outputs)
+    return p.use(SCALE, other, channels, 1, groups=outputs)
 
 
 _FINDERS: dict[str, Callable[[_Operand], Use | None]] = {

@@ -54,9 +54,7 @@ class Aliases:
         return self._views.get(id(tensor))
 
     def sharing(self, tensor: Tensor) -> list[Tensor]:
-        """All that are kept in its memory; none if it is not kept itself."""
-        if id(tensor) not in self._storages:
-            return []
+        """All that are kept in its memory, itself included."""
         return list(self._sharing[self._storages[id(tensor)]].values())
 
     def write(self, tensor: Tensor) -> bool:
