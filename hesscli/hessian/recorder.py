@@ -58,7 +58,6 @@ def _recorded(
     inputs: Sequence[Tensor],
     parameters: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Tape:
-    names = {id(tensor): name for name, tensor in parameters.items()}
     recorder = _Recorder()
     try:
         with exact_derivatives(), _unfused(), recorder:
@@ -79,25 +78,19 @@ def _recorded(
         if any(n is not None for n in outputs):
             calls.append(Call(call.operator, call.arguments, call.keywords, outputs))
             needed.update(call.reads)
-    found, given = {}, {}
-    for n, tensor in recorder.given.items():
-        if n in needed:
-            given[n] = tensor.detach()
-            if id(tensor) in names:
-                found[names[id(tensor)]] = n
-    order = [name for name in parameters if name in found]
+    given = {n: tensor for n, tensor in recorder.given.items() if n in needed}
+    numbers = {id(tensor): n for n, tensor in given.items()}
+    seen = [recorder.first[id(x)] for x in inputs if id(x) in recorder.first]
     return Tape(
         tuple(reversed(calls)),
-        given,
+        {n: tensor.detach() for n, tensor in given.items()},
         {n: recorder.shapes[n] for n in needed},
-        {name: found[name] for name in order},
-        tuple(recorder.first[id(x)] for x in inputs if recorder.first.get(id(x)) in needed),
+        {name: numbers[id(p)] for name, p in parameters.items() if id(p) in numbers},
+        tuple(n for n in seen if n in needed),
         number,
         frozenset(recorder.complex & needed),
         recorder.default,
-        _decided(
-            recorder.calls, [recorder.first[id(x)] for x in inputs if id(x) in recorder.first]
-        ),
+        _decided(recorder.calls, seen),
         recorder.refusal,
     )
 
@@ -156,7 +149,8 @@ class _Recorder(Watcher):
         writes = [
             a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments
         ]
-        for target in _tensors(list(itertools.compress(args, writes))):
+        written = list(itertools.compress(args, writes))
+        for target in _tensors(written):
             self._keep_given(target)
         result = func(*args, **kwargs)
         if func.overloadpacket.__name__ in _BLANK:  # TorchScript fills these where nothing sees it
@@ -166,9 +160,7 @@ class _Recorder(Watcher):
         if torch.Tag.nondeterministic_seeded in func.tags:
             self._refuse(f"{func._schema.name.removeprefix('aten::')} draws random numbers")
         if any(writes):
-            recorded, arguments = self._without_writing(
-                func, args, arguments, list(itertools.compress(args, writes))
-            )
+            recorded, arguments = self._without_writing(func, args, arguments, written)
         if recorded is _CONVOLUTION_OF_TRACES:  # its further arguments are cuDNN's business
             recorded, arguments = torch.ops.aten.convolution.default, arguments[:9]
         if keywords.get("dtype") and isinstance(result, Tensor):
