@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hesscli.hessian.applicability import NotApplicable
@@ -69,6 +69,12 @@ class Context:
         if mine is None or others:
             raise mixes(self.call)
         return mine
+
+    def reduced(self, axis: SampleAxis, gone: Collection[int]) -> SampleAxis:
+        """The axis where these axes of the argument are gone."""
+        if axis.axis in gone:
+            raise mixes(self.call)
+        return replace(axis, axis=axis.axis - sum(d < axis.axis for d in gone))
 
     def dims(self, value: Any, rank: int) -> set[int]:
         values = value if isinstance(value, (tuple, list)) else [value]

@@ -54,28 +54,18 @@ def unsqueezed(c: Context) -> SampleAxis | None:
 
 def squeezed(c: Context) -> SampleAxis | None:
     axis, shape = c.only(), c.shape()
-    gone = {d for d in c.dims(c.named("dim"), len(shape)) if shape[d] == 1}
-    if axis.axis in gone:
-        raise mixes(c.call)
-    return replace(axis, axis=axis.axis - sum(d < axis.axis for d in gone))
+    return c.reduced(axis, {d for d in c.dims(c.named("dim"), len(shape)) if shape[d] == 1})
 
 
 def selected(c: Context) -> SampleAxis | None:
-    axis = c.only()
-    at = c.named("dim") % len(c.shape())
-    if at == axis.axis:
-        raise mixes(c.call)
-    return replace(axis, axis=axis.axis - (at < axis.axis))
+    return c.reduced(c.only(), {c.named("dim") % len(c.shape())})
 
 
 def diagonals(c: Context) -> SampleAxis | None:
     """`diagonal` makes the last axis of two; `diag_embed` makes two of the last."""
     axis, names = c.only(), ("dim1", "dim2")
     if c.call.name == "diagonal":
-        dims = c.dims([c.named(name) for name in names], len(c.shape()))
-        if axis.axis in dims:
-            raise mixes(c.call)
-        return replace(axis, axis=axis.axis - sum(d < axis.axis for d in dims))
+        return c.reduced(axis, c.dims([c.named(name) for name in names], len(c.shape())))
     rank = len(c.result)
     dims = c.dims([c.named(name) for name in names], rank)
     if axis.axis == rank - 2:

@@ -79,10 +79,6 @@ CONSTANT = frozenset("new_zeros new_ones new_full zero".split())
 RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias flatten unflatten".split())
 
 
-def _unary(c: Context) -> SampleAxis | None:
-    return c.only()
-
-
 def _elementwise(c: Context) -> SampleAxis | None:
     """All arguments broadcast against each other: their sample axes must fall on the same axis of the result."""
     rank = len(c.result)
@@ -98,11 +94,8 @@ def _elementwise(c: Context) -> SampleAxis | None:
 def _reduction(c: Context) -> SampleAxis | None:
     axis, rank = c.only(), len(c.shape())
     dims = c.dims(c.named("dim"), rank)
-    if axis.axis in dims:
-        raise mixes(c.call)
-    if len(c.result) == rank:
-        return axis
-    return replace(axis, axis=axis.axis - sum(d < axis.axis for d in dims))
+    left = c.reduced(axis, dims)
+    return axis if len(c.result) == rank else left
 
 
 def _along(c: Context) -> SampleAxis | None:
@@ -187,11 +180,6 @@ def _distances(c: Context) -> SampleAxis | None:
     return first
 
 
-def _located(c: Context) -> SampleAxis | None:
-    """Where each number is in a table that is the same for all samples."""
-    return c.only(1 if c.call.name == "searchsorted" else 0)
-
-
 def _pointwise(c: Context) -> bool:
     """Whether a convolution sees one place at a time."""
     kernel, stride = c.shape(1)[2:], c.named("stride")
@@ -233,7 +221,8 @@ def _batched_matrix(c: Context) -> SampleAxis | None:
     return _added(c, axis) if shift else axis
 
 
-def _embedding(c: Context) -> SampleAxis | None:
+def _looked_up(c: Context) -> SampleAxis | None:
+    """In a table, the first argument, that is the same for all samples."""
     return c.only(1)
 
 
@@ -291,9 +280,8 @@ _RULES: dict[str, Rule] = {
     "_trilinear": _trilinear,
     **dict.fromkeys(MATRIX, _of_matrix),
     **dict.fromkeys(PAIRS, _of_pair),
-    "embedding": _embedding,
-    "bucketize": _unary,
-    **dict.fromkeys(("isin", "searchsorted"), _located),
+    **dict.fromkeys(("embedding", "searchsorted"), _looked_up),
+    **dict.fromkeys(("bucketize", "isin"), Context.only),
     "linalg_cross": _cross,
     "_euclidean_dist": _distances,
     **dict.fromkeys(PICTURE, _of_picture),
@@ -320,7 +308,7 @@ _RULES: dict[str, Rule] = {
     "squeeze": moves.squeezed,
     "constant_pad_nd": moves.padded,
     **dict.fromkeys(ELEMENTWISE, _elementwise),
-    **dict.fromkeys((ELEMENTWISE_UNARY | COMPLEX) - ELEMENTWISE, _unary),
+    **dict.fromkeys((ELEMENTWISE_UNARY | COMPLEX) - ELEMENTWISE, Context.only),
 }
 
 
