@@ -24,7 +24,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -58,6 +58,9 @@ def gradients(blocks: int, diagonal: bool, dtype: torch.dtype, reference: torch.
     """How many gradients the check of so many blocks takes, where the first step will do."""
     directions = 2 * blocks if diagonal else blocks
     return directions + 1 if one_sided(dtype, reference) else 2 * directions
+
+
+Try = tuple[float, Callable[[float], Tensor | None]]  # a step, and the quotient with it
 
 
 class Matrix(Protocol):
@@ -184,23 +187,24 @@ class Certificate:
         No block is asked to be better than the noise of the difference quotient with the largest step, where that is
         least: a bias before a normalisation has a Hessian of zero, and 1e-18 is as good.
         """
+        along = comparison.along
         if self.one_sided:
-            names = comparison.along.block.parameters
-            here = torch.cat([self.gradient[name].reshape(-1) for name in names])
-            difference, size = comparison.one_sided(_ONE_SIDED, here)
+            here = torch.cat([self.gradient[name].reshape(-1) for name in along.block.parameters])
+            difference, size = comparison.distance(along.one_sided_quotient(_ONE_SIDED, here))
             if difference <= self.tolerance * size:
                 return difference / size if size else 0.0
-        dtype, narrow = self.problem.dtype, []
+        dtype = self.problem.dtype
+        narrow: list[Try] = []
         if self.problem.narrow is not None:
-            narrow = [(h, comparison.narrow) for h in _HELD[dtype]]
-        held = [(h, comparison.held) for h in _HELD[dtype]]
-        plain = [(h, comparison.plain) for h in _STEPS[dtype]]
+            narrow = [(h, partial(along.held_quotient, narrow=True)) for h in _HELD[dtype]]
+        held: list[Try] = [(h, along.held_quotient) for h in _HELD[dtype]]
+        plain: list[Try] = [(h, along.quotient) for h in _STEPS[dtype]]
         largest = plain.pop(_STEPS[dtype].index(max(_STEPS[dtype])))
         errors: list[float] = []
         for tries in ([*narrow[:1], plain[0], largest], [*narrow[1:], *held, *plain[1:]]):
             least = math.inf  # difference with the largest step
-            for step, compare in tries:
-                difference, size = compare(step)
+            for step, quotient in tries:
+                difference, size = comparison.distance(quotient(step))
                 errors.append(difference / size if size else 0.0)
                 if self.passed(errors[-1]):
                     return errors[-1]
@@ -224,32 +228,15 @@ class Certificate:
 
 @dataclass
 class Comparison:
-    """Entries of what was computed along a direction, against difference quotients there.
-
-    Every comparison gives |computed - quotient|, and the greater size of the two or of `scale`.
-    """
+    """Entries of what was computed along a direction, against difference quotients there."""
 
     along: DirectionalDifference
     entries: slice | int
     computed: Tensor
     scale: float
 
-    def plain(self, step: float) -> tuple[float, float]:
-        return self._distance(self.along.quotient(step))
-
-    def one_sided(self, step: float, here: Tensor) -> tuple[float, float]:
-        """With a difference from one side, `here` being g_B(theta)."""
-        return self._distance(self.along.one_sided_quotient(step, here))
-
-    def held(self, step: float) -> tuple[float, float]:
-        """With every kink held where it is at theta: infinite where there is none, or where it cannot be."""
-        return self._distance(self.along.held_quotient(step))
-
-    def narrow(self, step: float) -> tuple[float, float]:
-        """With every kink held where it is in the pass that the result is of, rounding included."""
-        return self._distance(self.along.held_quotient(step, narrow=True))
-
-    def _distance(self, quotient: Tensor | None) -> tuple[float, float]:
+    def distance(self, quotient: Tensor | None) -> tuple[float, float]:
+        """|computed - quotient|, and the greater of |quotient| and `scale`; infinite where there is none."""
         if quotient is None:
             return math.inf, 1.0
         quotient = quotient[self.entries]
