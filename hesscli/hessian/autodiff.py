@@ -45,16 +45,13 @@ def batched_grad(
     """
     try:
         from torch._vmap_internals import _vmap
-        from torch.autograd.graph import _engine_run_backward
     except ImportError:
         return torch.autograd.grad(
             output, inputs, seeds, is_grads_batched=True, retain_graph=True, allow_unused=True
         )
 
     def backward(seed: Tensor) -> tuple[Tensor | None, ...]:
-        return _engine_run_backward(
-            (output,), (seed,), True, False, tuple(inputs), True, accumulate_grad=False
-        )
+        return seeded_grad(output, inputs, seed)
 
     try:
         found = _vmap(backward, 0, 0, allow_none_pass_through=True)(seeds)
