@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.operator import LinearMap
-from hesscli.hessian.problem import Problem, parameters_at
+from hesscli.hessian.problem import Problem, parameters_moved
 from hesscli.hessian.quotients import Quotients
 
 
@@ -41,7 +41,5 @@ class Differences(LinearMap):
 
     def _gradient(self, problem: Problem, direction: Tensor, h: float) -> Tensor:
         """A part's gradient at theta + h v."""
-        parts = zip(self.leaves, direction.split(self.sizes), strict=True)
-        moved = [leaf.detach().add(part.view_as(leaf), alpha=h) for leaf, part in parts]
-        with parameters_at(self.leaves, moved):
+        with parameters_moved(self.leaves, direction, h):
             return problem.flat_gradient(self.names)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.kinks import held_difference
-from hesscli.hessian.problem import Problem, parameters_at
+from hesscli.hessian.problem import Problem, parameters_moved
 
 
 @dataclass
@@ -73,18 +73,9 @@ class DirectionalDifference:
         with self.moved(step):
             return self.problem.flat_gradient(self.block.parameters)
 
-    @contextmanager
-    def moved(self, step: float) -> Iterator[None]:
+    def moved(self, step: float) -> AbstractContextManager[None]:
         """The parameters at theta + step v, the step relative to them."""
-        step *= self.scale
-        leaves = self.leaves()
-        parts = zip(leaves, self._parts(leaves), strict=True)
-        with parameters_at(leaves, [leaf.detach().add(part, alpha=step) for leaf, part in parts]):
-            yield
-
-    def _parts(self, leaves: Sequence[Tensor]) -> Iterator[Tensor]:
-        for part, leaf in zip(self.direction.split(self.block.sizes), leaves, strict=True):
-            yield part.view_as(leaf)
+        return parameters_moved(self.leaves(), self.direction, step * self.scale)
 
 
 def _pass_of_routes(problem: Problem, names: Sequence[str]) -> None:

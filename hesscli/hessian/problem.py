@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -246,3 +246,13 @@ def parameters_at(leaves: Sequence[Tensor], values: Iterable[Tensor]) -> Iterato
     finally:
         for leaf, value in zip(leaves, before, strict=True):
             leaf.data = value
+
+
+def parameters_moved(
+    leaves: Sequence[Tensor], direction: Tensor, step: float
+) -> AbstractContextManager[None]:
+    """Inside, the leaves are at theta + step v; v [n] has the leaves' entries one after the other."""
+    parts = direction.split([leaf.numel() for leaf in leaves])
+    pairs = zip(leaves, parts, strict=True)
+    moved = [leaf.detach().add(part.view_as(leaf), alpha=step) for leaf, part in pairs]
+    return parameters_at(leaves, moved)
