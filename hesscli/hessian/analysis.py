@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 from hesscli.hessian.affine import find_uses
@@ -30,6 +29,8 @@ class Analysis:
     reasons: dict[str, str]  # why a parameter has no affine use
     class_axis: int | None = None  # of the output, where the loss couples what lies along it
     terms: Tape | None = None  # of a loss of the user's own
+    # Whether positions stay apart behind some values, as far as that was asked for.
+    _apart: dict[tuple[int, ...], bool] = field(default_factory=dict, init=False)
 
     def loss_couples(self, axis: SampleAxis, count: int) -> bool:
         """Whether the loss has terms of more than one of the places, so many, along an axis of the output."""
@@ -57,11 +58,6 @@ class Analysis:
         if not self._apart[zs]:
             return uses
         return {n: replace(use, positions=1, apart=use.positions) for n, use in uses.items()}
-
-    @cached_property
-    def _apart(self) -> dict[tuple[int, ...], bool]:
-        """Whether positions stay apart behind these values, as far as that was asked for."""
-        return {}
 
 
 class Analyses:

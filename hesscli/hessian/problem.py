@@ -97,10 +97,6 @@ class Problem:
             named = dict(zip(batch.keywords, inputs[place:], strict=True))
             return self.module(*inputs[:place], **named)
 
-    def total(self, batch: Batch) -> tuple[Tensor, float]:
-        """The batch's sum of loss terms, and its share of the denominator of the mean."""
-        return self.loss.total(self.output(batch), batch.target, batch.loss_arguments)
-
     def exact_total(self, output: Tensor, batch: Batch) -> Tensor:
         """The batch's sum of loss terms as a function of its output, to be differentiated twice."""
         with exact_derivatives():
@@ -108,7 +104,8 @@ class Problem:
 
     def value(self, batch: Batch) -> Tensor:
         """The batch's share of L(theta)."""
-        return self.total(batch)[0] / self.denominator
+        total, _ = self.loss.total(self.output(batch), batch.target, batch.loss_arguments)
+        return total / self.denominator
 
     def gradient(self, names: Sequence[str]) -> dict[str, Tensor]:
         """dL/dtheta of the named parameters, summed over batches; zero where L does not depend on one."""
@@ -137,7 +134,8 @@ class Problem:
         for parameter in constant:
             parameter.requires_grad_(True)
         try:
-            return _norm(replace(self, parameters=every).gradient(list(every)))
+            gradient = replace(self, parameters=every).gradient(list(every))
+            return math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
         finally:
             for parameter in constant:
                 parameter.requires_grad_(False)
@@ -229,10 +227,6 @@ class Problem:
             atol=tolerance * float(mine.abs().max().clamp(min=1e-30)),
         )
         return twin if same else None
-
-
-def _norm(tensors: Mapping[str, Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.square().sum()) for tensor in tensors.values()))
 
 
 @contextmanager

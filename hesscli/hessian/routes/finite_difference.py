@@ -31,6 +31,7 @@ class FiniteDifference(Route):
             reference: makes what is differentiated, in float64 if the model allows.
         """
         self._reference = reference
+        self._constants: dict[Block, Tensor] = {}
 
     @cached_property
     def problem(self) -> Problem:  # type: ignore[override]
@@ -39,10 +40,6 @@ class FiniteDifference(Route):
     @cached_property
     def quotient(self) -> Quotients:
         return Quotients(self.problem.dtype)
-
-    @cached_property
-    def _constants(self) -> dict[Block, Tensor]:
-        return {}
 
     def _is_constant(self, block: Block) -> Tensor:
         """Which entries have no gradient, at theta or near it.
