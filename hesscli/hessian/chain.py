@@ -18,7 +18,7 @@ as in F. Dangel et al., BackPACK, 2020.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -174,24 +174,21 @@ def derivatives(call: Call, at: Tensor) -> tuple[Tensor, Tensor | None]:
     return slope.detach(), bend
 
 
-@dataclass
 class FactoredHessian:
     """S = sum of L^T R + sum of V^T diag(w) V + diag(d), for each sample.
 
     Args:
-        start: S itself, [B, n, n].
+        whole: S itself, [B, n, n].
     """
 
-    start: Tensor
-    # L [B or 1, r, n], R [B, r, n]
-    pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    # V [B or 1, r, n], w [B, r]
-    weighted: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    d: Tensor | None = None  # [B, n]
+    def __init__(self, whole: Tensor) -> None:
+        self._begin_with(whole)
 
-    def __post_init__(self) -> None:
-        identity = torch.eye(self.start.shape[1], dtype=self.start.dtype, device=self.start.device)
-        self.pairs.append((identity.unsqueeze(0), self.start))
+    def _begin_with(self, whole: Tensor) -> None:
+        identity = torch.eye(whole.shape[1], dtype=whole.dtype, device=whole.device)
+        self.pairs = [(identity.unsqueeze(0), whole)]  # L [B or 1, r, n], R [B, r, n]
+        self.weighted: list[tuple[Tensor, Tensor]] = []  # V [B or 1, r, n], w [B, r]
+        self.d: Tensor | None = None  # [B, n]
 
     def scale(self, g: Tensor) -> None:
         """S <- diag(g) S diag(g), g [B, n]."""
@@ -221,11 +218,12 @@ class FactoredHessian:
 
     def diagonal(self) -> Tensor:
         """[B, n]"""
-        total = torch.zeros_like(self.start[:, 0, :1]) if self.d is None else self.d
+        total = 0.0 if self.d is None else self.d
         for left, right in self.pairs:
             total = total + (left * right).sum(1)
         for v, w in self.weighted:
             total = total + _weighted_squares(v, w)
+        assert isinstance(total, Tensor)
         return total
 
     def _diagonal_of_product(self, m: Tensor) -> Tensor:
@@ -251,8 +249,7 @@ class FactoredHessian:
         if self.d is not None:
             whole = whole + torch.diag_embed(self.d)
         assert isinstance(whole, Tensor)
-        identity = torch.eye(whole.shape[1], dtype=whole.dtype, device=whole.device)
-        self.pairs, self.weighted, self.d = [(identity.unsqueeze(0), whole)], [], None
+        self._begin_with(whole)
 
 
 def _weighted_squares(v: Tensor, w: Tensor) -> Tensor:
