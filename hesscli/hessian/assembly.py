@@ -192,21 +192,18 @@ def _fill(
     delta: Tensor | None,
 ) -> None:
     """Each sample's u a^T + delta a'^T: [B, n, width]; u and delta [B, T, n], a [B, T, width], a' [B, T, m]."""
-    m = layer.weight.m
-    if layer.plain:
-        if u is None:
-            target.zero_()
-        else:
-            torch.mul(u.transpose(1, 2), a, out=target)
-        if shift is not None and delta is not None:
-            target[..., :m].addcmul_(delta.transpose(1, 2), shift)
-        return
     if u is None:
         target.zero_()
+    elif layer.plain:
+        torch.mul(u.transpose(1, 2), a, out=target)
     else:
         target.copy_(u.transpose(1, 2) @ a)
     if shift is not None and delta is not None:
-        target[..., :m] += delta.transpose(1, 2) @ shift
+        weights = target[..., : layer.weight.m]
+        if layer.plain:
+            weights.addcmul_(delta.transpose(1, 2), shift)
+        else:
+            weights += delta.transpose(1, 2) @ shift
 
 
 def _directions(

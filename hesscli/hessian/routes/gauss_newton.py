@@ -120,21 +120,18 @@ class GaussNewton(AffineRoute):
     def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
         factors = self.factors(batch, [part.block for part in rows])
         for part in rows:
-            found = factors[part.block.name]
-            if found is not None:
-                _add(part, found)
+            if part.block.name in factors:
+                _add(part, factors[part.block.name])
 
     def add_diagonal(
         self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]
     ) -> None:
         factors = self.factors(batch, blocks)
-        for block in blocks:
-            found = factors[block.name]
-            if found is not None:
-                _add_diagonal(sums[block.name], found)
+        for name, found in factors.items():
+            _add_diagonal(sums[name], found)
 
-    def factors(self, batch: Batch, blocks: Sequence[Block]) -> dict[str, Factors | None]:
-        """Each block's factors; None where the output does not depend on it."""
+    def factors(self, batch: Batch, blocks: Sequence[Block]) -> dict[str, Factors]:
+        """The factors of each block that the output depends on."""
         analysis = self._analysis(batch, blocks)
         if analysis.tape.output in analysis.tape.complex:
             raise NotApplicable("the output is complex")
@@ -147,10 +144,9 @@ class GaussNewton(AffineRoute):
         probes = [probed.probes[z] for z in zs]
         seeds, curvature = self.at_output(probed)
         of = dict(zip(zs, batched_grad(probed.output, probes, seeds), strict=True))
-        factors: dict[str, Factors | None] = {}
+        factors: dict[str, Factors] = {}
         for name, mine in uses.items():
             if all(of[use.z] is None for use in mine):
-                factors[name] = None
                 continue
             vs, bend = [], bends[name]
             for use in mine:
