@@ -34,6 +34,11 @@ class Rows:
     stop: int
     out: Tensor
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether they are all of the block's."""
+        return len(self.out) == self.block.size
+
     @classmethod
     def whole(cls, block: Block, like: Tensor) -> Rows:
         """All rows of a block, of the dtype and on the device of `like`."""

@@ -85,13 +85,14 @@ class Preactivation(AffineRoute):
                     part.out[at : at + len(found)] += found[:, part.start :]
                 continue
             bias = None
-            if len(layers) == 1 and layers[0].bias is None and not others:
+            if len(layers) == 1 and layers[0].bias is None and not others and part.is_whole:
                 # A bias that is a block of its own needs nothing but its weight's derivatives.
-                bias = _bias_at(analysis, layers[0].z, rows)
-                if bias is not None and part.stop - part.start == block.size:
+                z = layers[0].z
+                bias = next(
+                    (x for x in rows if x.is_whole and _is_bias_at(analysis, z, x.block)), None
+                )
+                if bias is not None:
                     done.add(bias.block.name)
-                else:
-                    bias = None
             self._add_layers(batch, analysis, part, layers, others, bias)
 
     def add_diagonal(
@@ -183,13 +184,10 @@ class Preactivation(AffineRoute):
         cut = None
         if len(layers) == 1 and not others:
             cut = self.cuts.after(batch, analysis, layers[0].weight, self.workspace)
-        layout = _layout(block, layers, others)
         lengths = [*(len(block.rows[name]) for name in others), *(x.size for x in layers)]
         named = [*others, *(layer.z for layer in layers)]
         first_rows = dict(zip(named, itertools.accumulate(lengths, initial=0), strict=False))
-        mine = [i for i, x in enumerate(layers) if first_rows[x.z] + x.size > part.start]
-        layers = layers[mine[0] :] if mine else []
-        with_rows = [x for x in others if first_rows[x] < part.stop]
+        layers = [x for x in layers if first_rows[x.z] + x.size > part.start]
         zs = [layer.z for layer in layers]
         probed = Probed(
             self.problem,
@@ -200,7 +198,7 @@ class Preactivation(AffineRoute):
             activations={x.weight.moving for x in layers[1:] if x.weight.moving is not None},
             cut=cut,
         )
-        with_rows = [name for name in with_rows if name in probed.leaves]  # the rest are unused
+        with_rows = [x for x in probed.leaves if x in others and first_rows[x] < part.stop]
         wanted = [probed.probes[z] for z in zs] + [probed.leaves[name] for name in with_rows]
         grads = torch.autograd.grad(probed.phi, wanted, create_graph=True, allow_unused=True)
         deltas = dict(zip(zs, grads, strict=False))
@@ -216,7 +214,8 @@ class Preactivation(AffineRoute):
                 add_layer(probed, layers[index:], deltas, neurons, out, bias_out, self.workspace)
         for name, gradient in zip(with_rows, grads[len(zs) :], strict=True):
             if gradient is not None and gradient.requires_grad:
-                _add_rows(probed, layout, part, name, first_rows[name], gradient, self.workspace)
+                layout, first = self.layout(block), first_rows[name]
+                _add_rows(probed, layout, part, name, first, gradient, self.workspace)
 
 
 def chain_of(analysis: Analysis, uses: Mapping[str, Use]) -> tuple[list[Step], dict[str, Use]]:
@@ -229,14 +228,6 @@ def chain_of(analysis: Analysis, uses: Mapping[str, Use]) -> tuple[list[Step], d
 def _is_bias_at(analysis: Analysis, z: int, block: Block) -> bool:
     use = analysis.uses.get(block.name)
     return use is not None and use.kind == BIAS and use.z == z
-
-
-def _bias_at(analysis: Analysis, z: int, rows: Sequence[Rows]) -> Rows | None:
-    """The rows of the bias that enters at z, if they are all there."""
-    for part in rows:
-        if _is_bias_at(analysis, z, part.block) and part.stop - part.start == part.block.size:
-            return part
-    return None
 
 
 def _layout(block: Block, layers: Sequence[Layer], others: Sequence[str]) -> Layout:
