@@ -8,7 +8,6 @@ and one direction serves all positions at once. The proof is that of `samples.py
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.sample_axis import Axes, Context, SampleAxis
@@ -30,11 +29,11 @@ def positions_stay_apart(
         coupled: whether the loss has terms of more than one of the places, so many, along an axis of the output.
     """
     places = [_places(tape, axes, use) for use in uses]
-    counts = [place.counts for place in places]
-    if not counts[0] or any(mine != counts[0] for mine in counts):
+    counts, *others = ([count for _, count in along] for _, along in places)
+    if not counts or any(mine != counts for mine in others):
         return False
-    for index, count in enumerate(counts[0]):
-        start = {place.value: place.axes[index] for place in places}
+    for index, count in enumerate(counts):
+        start = {value: along[index][0] for value, along in places}
         try:
             end = follow(tape, start, count, picking=True)[tape.output]
         except NotApplicable:
@@ -44,16 +43,8 @@ def positions_stay_apart(
     return True
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Along which axes of z, or of what z is reshaped to, the positions of a layer lie, and how many along each."""
-
-    value: int
-    axes: Sequence[SampleAxis]
-    counts: Sequence[int]
-
-
-def _places(tape: Tape, axes: Axes, use: Use) -> _Places:
+def _places(tape: Tape, axes: Axes, use: Use) -> tuple[int, list[tuple[SampleAxis, int]]]:
+    """z, or what it is reshaped to; along which of its axes the positions of a layer lie, and how many along each."""
     value, channels = _reshaped(tape, use)
     axis, shape = axes[value] if value != use.z else use.axis, tape.shapes[value]
     assert axis is not None
@@ -64,8 +55,7 @@ def _places(tape: Tape, axes: Axes, use: Use) -> _Places:
     ]
     others = set(range(len(shape))) - {axis.axis, *channels}
     found += [(SampleAxis(place), shape[place]) for place in sorted(others)]
-    kept = [(place, count) for place, count in found if count > 1]
-    return _Places(value, [place for place, _ in kept], [count for _, count in kept])
+    return value, [(place, count) for place, count in found if count > 1]
 
 
 def _reshaped(tape: Tape, use: Use) -> tuple[int, Sequence[int]]:
