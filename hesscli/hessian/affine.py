@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.sample_axis import Axes, SampleAxis
-from hesscli.hessian.tape import Call, Ref, Tape
+from hesscli.hessian.tape import Call, Tape
 from hesscli.hessian.uses import BIAS, CONVOLUTION, LINEAR, SCALE, Use
 
 _VIEWS = frozenset("t transpose permute view unsqueeze squeeze".split())
@@ -68,14 +68,13 @@ def _use(tape: Tape, axes: Axes, constants: Collection[int], name: str, number: 
         if not _adds_rows(tape, call, value, z):
             return reason
         call, value = lookup, lookup.named("weight").value
-    place = next(
-        (i for i, a in enumerate(call.arguments) if isinstance(a, Ref) and a.value == value), -1
-    )
     try:
         entries = _moved(tape.shapes[number], moves)
     except RuntimeError:  # not a view of the parameter as it lies in the file
         return f"not an affine use ({moves[-1].name})"
-    operand = _Operand(name, value, tuple(moves), entries, call, place, z, tape.shapes[z], axis)
+    operand = _Operand(
+        name, value, tuple(moves), entries, call, call.place(value), z, tape.shapes[z], axis
+    )
     find = _FINDERS.get(call.name)
     return (find and find(operand)) or reason
 
@@ -89,8 +88,8 @@ def _adds_rows(tape: Tape, call: Call, rows: int, total: int) -> bool:
 def _multiplies(call: Call, value: int, constants: Collection[int]) -> bool:
     """Whether a call multiplies each entry of a value by a constant, or divides it by one."""
     others = [n for n in call.reads if n != value]
-    first = isinstance(call.arguments[0], Ref) and call.arguments[0].value == value
-    whole = call.name in _MULTIPLIES and not call.keywords and (call.name != "div" or first)
+    known = call.name in _MULTIPLIES and not call.keywords
+    whole = known and (call.name != "div" or call.place(value) == 0)
     return whole and all(n in constants for n in others)
 
 

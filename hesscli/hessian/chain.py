@@ -72,9 +72,7 @@ def find_chain(analysis: Analysis, zs: Collection[int]) -> tuple[list[Step], set
 
 
 def _known(call: Call, before: int) -> bool:
-    place = next(
-        (i for i, a in enumerate(call.arguments) if isinstance(a, Ref) and a.value == before), -1
-    )
+    place = call.place(before)
     if call.name in UNARY or call.name in RESHAPES:
         return call.reads == [before]  # not a clamp between values, say
     if call.name in PRODUCTS and not call.keywords:
@@ -148,9 +146,7 @@ def _back(
             curvature.add_diagonal((bend * gradient).reshape(samples, -1))
         return
     if call.name in ("mul", "div"):
-        other = next(
-            a for a in call.arguments if not (isinstance(a, Ref) and a.value == step.before)
-        )
+        other = next(a for a in call.arguments if a != Ref(step.before))
         factor = known[other.value].detach() if isinstance(other, Ref) else other
         ones = torch.ones_like(before)
         factor = ones * factor if call.name == "mul" else ones / factor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hesscli.hessian.sample_rules import RESAMPLING, RESHAPES
-from hesscli.hessian.tape import Ref, Tape
+from hesscli.hessian.tape import Tape
 
 LINEAR_OPERATORS = (
     RESHAPES
@@ -41,17 +41,10 @@ def curved(tape: Tape, value: int) -> str | None:
             continue
         if call.name in MULTILINEAR and len(hits) == 1:
             continue
-        if call.name == "div" and hits == [_number(call.named("self"))]:
+        first_alone = len(hits) == 1 and call.place(hits[0]) == 0
+        if first_alone and call.name == "div":
             continue
-        if (
-            call.name == "native_batch_norm"
-            and hits == [_number(call.named("input"))]
-            and not call.named("training")
-        ):
+        if first_alone and call.name == "native_batch_norm" and not call.named("training"):
             continue
         return call.name
     return None
-
-
-def _number(argument: object) -> int | None:
-    return argument.value if isinstance(argument, Ref) else None

@@ -59,6 +59,11 @@ class Call:
         views = any(alias is not None and not alias.is_write for alias in aliases)
         return views or self.name in _UNMARKED_VIEWS
 
+    def place(self, value: int) -> int:
+        """Which of its arguments a value is by itself; -1 for none."""
+        ref = Ref(value)
+        return self.arguments.index(ref) if ref in self.arguments else -1
+
     def named(self, name: str) -> Any:
         """An argument by its name in the operator's schema, or its default; its place differs between overloads.
 
