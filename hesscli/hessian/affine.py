@@ -181,7 +181,6 @@ class _Operand:
         if axis.axis in channels or not self.z_shape.numel() or not m:
             return None
         n = math.prod(self.z_shape[c] for c in channels)
-        samples = self.z_shape[axis.axis] // (axis.outer * axis.inner)
         return Use(
             parameter=self.parameter,
             value=self.value,
@@ -194,7 +193,7 @@ class _Operand:
             channels=channels,
             n=n,
             m=m,
-            positions=self.z_shape.numel() // n // samples,
+            positions=self.z_shape.numel() // n // axis.samples(self.z_shape),
             rank=len(self.z_shape),
             **stored,
         )

@@ -48,7 +48,7 @@ def _places(tape: Tape, axes: Axes, use: Use) -> tuple[int, list[tuple[SampleAxi
     value, channels = _reshaped(tape, use)
     axis, shape = axes[value] if value != use.z else use.axis, tape.shapes[value]
     assert axis is not None
-    samples = shape[axis.axis] // (axis.outer * axis.inner)
+    samples = axis.samples(shape)
     found = [
         (SampleAxis(axis.axis, 1, samples * axis.inner), axis.outer),
         (SampleAxis(axis.axis, axis.outer * samples, 1), axis.inner),

@@ -18,6 +18,10 @@ class SampleAxis:
     outer: int = 1
     inner: int = 1
 
+    def samples(self, shape: Sequence[int]) -> int:
+        """How many lie along it in a tensor of this shape."""
+        return shape[self.axis] // (self.outer * self.inner)
+
 
 Axes = Mapping[int, SampleAxis | None]
 """Of every value; None: it does not depend on the samples."""

@@ -70,35 +70,40 @@ class Use:
 
     def rows(self, u: Tensor) -> Tensor:
         """[..., *z.shape] -> [..., samples, positions, n]."""
-        lead, axis = u.dim() - self.rank, self.axis
+        lead = u.dim() - self.rank
         shape = u.shape[lead:]
-        samples = shape[axis.axis] // (axis.outer * axis.inner)
-        split = [*shape[: axis.axis], axis.outer, samples, axis.inner, *shape[axis.axis + 1 :]]
-        u = u.reshape(*u.shape[:lead], *split)
-        u = u.permute(*range(lead), *(lead + i for i in _order(self.rank, axis, self.channels)))
+        samples = self.axis.samples(shape)
+        u = u.reshape(*u.shape[:lead], *self._split(shape, samples))
+        u = u.permute(*range(lead), *(lead + i for i in self._order))
         return u.reshape(*u.shape[:lead], samples * self.apart, self.positions, -1)
 
     def spread(self, u: Tensor, shape: Sequence[int]) -> Tensor:
         """The inverse of `rows`: [..., samples, positions, n] -> [..., *shape], the shape of z."""
-        axis, lead = self.axis, u.dim() - 3
-        split = [
-            *shape[: axis.axis],
-            axis.outer,
-            u.shape[lead] // self.apart,
-            axis.inner,
-            *shape[axis.axis + 1 :],
-        ]
-        order = _order(self.rank, axis, self.channels)
+        lead, order = u.dim() - 3, self._order
+        split = self._split(shape, u.shape[lead] // self.apart)
         u = u.reshape(*u.shape[:lead], *(split[i] for i in order))
         back = sorted(range(len(order)), key=order.__getitem__)
         u = u.permute(*range(lead), *(lead + i for i in back))
         return u.reshape(*u.shape[:lead], *shape)
 
+    def _split(self, shape: Sequence[int], samples: int) -> list[int]:
+        """The shape of z with the sample axis split into (outer, samples, inner)."""
+        at, axis = self.axis.axis, self.axis
+        return [*shape[:at], axis.outer, samples, axis.inner, *shape[at + 1 :]]
+
+    @property
+    def _order(self) -> list[int]:
+        """The axes of that in canonical order: samples, positions, channels."""
+        first = self.axis.axis + 1
+        last = [c + 2 * (c >= first) for c in self.channels]
+        others = (i for i in range(self.rank + 2) if i != first and i not in last)
+        return [first, *others, *last]
+
     def columns(self, known: Mapping[int, Tensor]) -> Tensor:
         """The inputs of the affine map: [samples, positions, groups m]; for a bias all ones."""
         if self.a is None:
-            samples = known[self.z].shape[self.axis.axis] // (self.axis.outer * self.axis.inner)
-            return known[self.z].new_ones(samples * self.apart, self.positions, 1)
+            z = known[self.z]
+            return z.new_ones(self.axis.samples(z.shape) * self.apart, self.positions, 1)
         a = known[self.a]
         if self.kind == SCALE:
             return self.rows(a.expand(known[self.z].shape))
@@ -170,10 +175,3 @@ class Use:
     @property
     def size(self) -> int:
         return self.n if self.kind in (SCALE, BIAS) else self.n * self.m
-
-
-def _order(rank: int, axis: SampleAxis, channels: tuple[int, ...]) -> list[int]:
-    """The axes in canonical order, when the sample axis has been split into (outer, samples, inner)."""
-    last = [c + 2 * (c > axis.axis) for c in channels]
-    first = axis.axis + 1
-    return [first, *(i for i in range(rank + 2) if i != first and i not in last), *last]
