@@ -19,7 +19,7 @@ from hesscli.hessian.definitions import exact_derivatives
 from hesscli.hessian.guests import is_missing_derivative
 from hesscli.hessian.precision import WIDE
 from hesscli.hessian.problem import Problem
-from hesscli.hessian.tape import Call, Ref, Tape
+from hesscli.hessian.tape import Call, Ref, Tape, each
 from hesscli.hessian.watcher import Watcher
 from hesscli.hessian.writes import fills_a_mask, functional, put_back
 
@@ -138,7 +138,7 @@ class _Recorder(Watcher):
         self.default = torch.get_default_dtype()
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args)):
+        if not torch.is_grad_enabled() and any(x.requires_grad for x in each(args, Tensor)):
             self._refuse("the model turns gradients off, or applies a Function of its own")
         if torch._C._current_graph_task_id() != -1:
             # What autograd saved of the pass looks like what the model detaches.
@@ -150,7 +150,7 @@ class _Recorder(Watcher):
             a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments
         ]
         written = list(itertools.compress(args, writes))
-        for target in _tensors(written):
+        for target in each(written, Tensor):
             self._keep_given(target)
         result = func(*args, **kwargs)
         if func.overloadpacket.__name__ in _BLANK:  # TorchScript fills these where nothing sees it
@@ -166,7 +166,9 @@ class _Recorder(Watcher):
         if keywords.get("dtype") and isinstance(result, Tensor):
             keywords["dtype"] = result.dtype  # which may stay wider than the model says
         parts = result if isinstance(result, (tuple, list)) else (result,)
-        if any(_converted(part, x) for part in parts for x in _tensors(args) if x.requires_grad):
+        if any(
+            _converted(part, x) for part in parts for x in each(args, Tensor) if x.requires_grad
+        ):
             self._refuse(f"{func.overloadpacket.__name__} goes on in another dtype than float32")
         if _widened(result, args, keywords):  # by memory that it made: a replay would not
             made = self._made(result, recorded, arguments, result.shape, keywords)
@@ -291,14 +293,6 @@ class _Recorder(Watcher):
         return value
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-
-
 def _is_view(func: Any, args: tuple[Any, ...], result: Any) -> bool:
     alone = isinstance(result, Tensor) and result is not args[0]
     return alone and func._schema.returns[0].alias_info is not None
@@ -306,7 +300,7 @@ def _is_view(func: Any, args: tuple[Any, ...], result: Any) -> bool:
 
 def _widened(made: Any, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> bool:
     """Whether what is made of narrower numbers alone is in float64, without being told to."""
-    given = [x.dtype for x in _tensors(args) if x.is_floating_point() or x.is_complex()]
+    given = [x.dtype for x in each(args, Tensor) if x.is_floating_point() or x.is_complex()]
     wide = isinstance(made, Tensor) and made.dtype in WIDE
     return wide and bool(given) and set(WIDE).isdisjoint(given) and not keywords.get("dtype")
 

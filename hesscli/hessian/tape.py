@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hesscli.hessian.precision import default_of
+
+Kind = TypeVar("Kind")
 
 # What was written in place lies elsewhere in its replay, where not every view is one.
 _VIEWS_OR_COPIES = {
@@ -50,7 +52,7 @@ class Call:
 
     @cached_property
     def reads(self) -> list[int]:
-        return [ref.value for ref in _refs((self.arguments, *self.keywords.values()))]
+        return [ref.value for ref in each((self.arguments, *self.keywords.values()), Ref)]
 
     @cached_property
     def is_view(self) -> bool:
@@ -182,21 +184,18 @@ class Tape:
         return known
 
 
-def _refs(value: Any) -> Iterator[Ref]:
-    if isinstance(value, Ref):
+def each(value: Any, kind: type[Kind]) -> Iterator[Kind]:
+    """Whatever is of a kind in an argument, or in its lists."""
+    if isinstance(value, kind):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _refs(item)
+            yield from each(item, kind)
 
 
 def _filled(value: Any, known: Mapping[int, Tensor]) -> Any:
     if isinstance(value, Ref):
         return known[value.value]
-    if isinstance(value, tuple):
-        return [_filled(item, known) for item in value] if _has_ref(value) else value
+    if isinstance(value, tuple) and any(each(value, Ref)):
+        return [_filled(item, known) for item in value]
     return value
-
-
-def _has_ref(value: tuple[Any, ...]) -> bool:
-    return next(_refs(value), None) is not None
