@@ -62,7 +62,7 @@ def analysis_of(problem: Problem) -> Analysis:
 def plan(problem: Problem) -> CutPlan:
     analysis = analysis_of(problem)
     samples = sum(len(batch.inputs[0]) for batch in problem.batches)
-    return plan_cuts(analysis, Costs(analysis.tape, 4, 64, Rates()), samples, 4)
+    return plan_cuts(analysis, Costs(analysis.tape, 4, 64, Rates()), samples)
 
 
 def cut_everywhere(analysis: Analysis) -> CutPlan:

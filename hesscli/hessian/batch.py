@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,13 +62,12 @@ def doubled(batches: Sequence[Batch]) -> Sequence[Batch]:
 
 
 def _double(batch: Batch) -> Batch:
-    arguments = {
-        name: in_precision(value, torch.float64) if isinstance(value, Tensor) else value
-        for name, value in batch.loss_arguments.items()
-    }
-    return Batch(
-        tuple(in_precision(x, torch.float64) for x in batch.inputs),
-        None if batch.target is None else in_precision(batch.target, torch.float64),
-        arguments,
-        batch.keywords,
+    def double(value: Any) -> Any:
+        return in_precision(value, torch.float64) if isinstance(value, Tensor) else value
+
+    return replace(
+        batch,
+        inputs=tuple(map(double, batch.inputs)),
+        target=double(batch.target),
+        loss_arguments={name: double(value) for name, value in batch.loss_arguments.items()},
     )

@@ -78,14 +78,13 @@ def separators(tape: Tape, zs: Sequence[int]) -> list[int]:
     return found
 
 
-def plan_cuts(analysis: Analysis, costs: Costs, samples: int, itemsize: int) -> CutPlan:
+def plan_cuts(analysis: Analysis, costs: Costs, samples: int) -> CutPlan:
     """The cuts that make the directions of all layers cheapest.
 
     Args:
         analysis: of a batch.
         costs: of its passes.
         samples: in all batches.
-        itemsize: bytes of a number.
     """
     tape = analysis.tape
     uses = [analysis.uses_apart([name])[name] for name in analysis.uses]
@@ -98,7 +97,7 @@ def plan_cuts(analysis: Analysis, costs: Costs, samples: int, itemsize: int) -> 
     candidates = [c for c in separators(tape, [use.z for use in uses]) if _in_front(analysis, c)]
     while candidates:
         chosen = _cheapest(candidates, size, demand, costs)
-        taken = sum(size(c) ** 2 for c in chosen) * samples * itemsize
+        taken = sum(size(c) ** 2 for c in chosen) * samples * costs.itemsize
         if taken <= BUDGET:
             following = [*chosen, None][1:]
             overhead = Work()
@@ -215,10 +214,9 @@ class Cuts:
 
     def plan(self, batch: Batch, analysis: Analysis) -> CutPlan:
         if batch not in self.plans:
-            itemsize = self.problem.dtype.itemsize
-            rates = usual_rates(self.problem.device)
+            itemsize, rates = self.problem.dtype.itemsize, usual_rates(self.problem.device)
             costs = Costs(analysis.tape, itemsize, self.chunk, rates)
-            self.plans[batch] = plan_cuts(analysis, costs, self.samples, itemsize)
+            self.plans[batch] = plan_cuts(analysis, costs, self.samples)
         return self.plans[batch]
 
     def after(self, batch: Batch, analysis: Analysis, use: Use, workspace: int) -> Cut | None:

@@ -80,19 +80,17 @@ class Kinks(Watcher):
         self.sides: list[Tensor] = []
         self.lost = False  # whether a pass that was held had other calls
         self._left: Iterator[Tensor] | None = None  # of the sides, while held
-        self._detached = _Detached(self._of_detached)
-        self._functions = ExitStack()
+        self._around = ExitStack()
         self._inside = False  # a Function, whose calls are its own business
 
     def __enter__(self) -> Kinks:
-        self._functions.enter_context(applied_by(self._applied))
-        self._detached.__enter__()
+        self._around.enter_context(applied_by(self._applied))
+        self._around.enter_context(_Detached(self._of_detached))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._detached.__exit__(*error)
-        self._functions.close()
+        self._around.close()
 
     @contextmanager
     def held(self) -> Iterator[None]:

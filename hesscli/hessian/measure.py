@@ -13,11 +13,7 @@ from hesscli.hessian.problem import Problem
 
 
 def measure(
-    problem: Problem,
-    summed: Callable[[float, float], tuple[float, float]] = lambda total, denominator: (
-        total,
-        denominator,
-    ),
+    problem: Problem, summed: Callable[[float, float], tuple[float, float]] | None = None
 ) -> tuple[Problem, float]:
     """One pass over the data without derivatives: the problem with its denominator, and L(theta).
 
@@ -50,7 +46,8 @@ def measure(
                     )
             total += float(batch_total)
             denominator += share
-    total, denominator = summed(total, denominator)
+    if summed is not None:
+        total, denominator = summed(total, denominator)
     if problem.loss.reduction == "sum":
         denominator = 1.0
     if denominator == 0:

@@ -127,15 +127,14 @@ class Products(LinearMap):
 
     def _that_fit(self, memory: int) -> int:
         """How many of the batches, from the first on, keep their graphs."""
-        count = 0
-        if len(self.problem.batches) == 1:
+        batches = self.problem.batches
+        if len(batches) == 1:
             return 1  # one is needed at a time anyway
-        for batch in self.problem.batches:
+        for count, batch in enumerate(batches):
             memory -= _GRAPHS * saved_bytes(self.problem, batch, self.problem.value)
             if memory < 0:
-                break
-            count += 1
-        return count
+                return count
+        return len(batches)
 
     def _linear(self, index: int) -> Callable[[Tensor], Row]:
         if index in self.kept:

@@ -94,10 +94,9 @@ def joined(c: Context) -> SampleAxis | None:
     if len(found) != 1:
         raise mixes(c.call)
     axis = found.pop()
-    stacked = c.call.name == "stack"
     rank = len(c.result)  # a part may be an empty vector, of whatever rank the others are
     at = c.named("dim") % rank
-    if stacked:
+    if c.call.name == "stack":
         return replace(axis, axis=axis.axis + (at <= axis.axis))
     if at == axis.axis:
         raise mixes(c.call)
