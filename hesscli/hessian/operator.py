@@ -103,9 +103,12 @@ class Products(LinearMap):
         The sum over batches is taken in float64.
         """
         self.count += 1 if vectors.dim() == 1 else len(vectors)
-        if vectors.dim() == 2 and len(vectors) > self.rows:
-            return torch.cat([self._sum(part) for part in vectors.split(self.rows)])
-        return self._sum(vectors)
+        try:
+            if vectors.dim() == 2 and len(vectors) > self.rows:
+                return torch.cat([self._sum(part) for part in vectors.split(self.rows)])
+            return self._sum(vectors)
+        except RuntimeError as error:
+            raise explained(error) from error
 
     def _sum(self, vectors: Tensor) -> Tensor:
         if len(self.problem.batches) == 1:
@@ -140,11 +143,8 @@ class Products(LinearMap):
         if index in self.kept:
             return self.kept[index]
         batch = self.problem.batches[index]
-        try:
-            with exact_derivatives():
-                made = self._output(batch, self.middle) if self.middle else self._hessian(batch)
-        except RuntimeError as error:
-            raise explained(error) from error
+        with exact_derivatives():
+            made = self._output(batch, self.middle) if self.middle else self._hessian(batch)
         if index < self.keeps:
             self.kept[index] = made
         return made
@@ -166,7 +166,7 @@ class Products(LinearMap):
         joined = self._joined(pulled)
         if not joined.requires_grad:
             return self._zeros
-        forward = _Pull(joined, [u])
+        forward = _pull(joined, [u])
         middle = at_output(self.problem, batch, output.detach())
         backward = self._transposed(output)
 
@@ -192,7 +192,7 @@ class Products(LinearMap):
     def _transposed(self, value: Tensor) -> Callable[[Tensor], Row]:
         """seed [*value.shape] -> (d value / d theta)^T seed, and the same for each of k seeds."""
         dim = value.dim()
-        pull = _Pull(value, self.leaves) if value.requires_grad else None
+        pull = _pull(value, self.leaves) if value.requires_grad else None
 
         def multiply(seeds: Tensor) -> Row:
             batch = seeds.shape[: seeds.dim() - dim]
@@ -214,7 +214,7 @@ def loss_hessian(problem: Problem, batch: Batch, output: Tensor) -> Linear:
     (delta,) = torch.autograd.grad(total / problem.denominator, f, create_graph=True)
     if not delta.requires_grad:
         return torch.zeros_like
-    pull = _Pull(delta, [f])
+    pull = _pull(delta, [f])
 
     def multiply(u: Tensor) -> Tensor:
         (part,) = pull(u)
@@ -239,17 +239,13 @@ def gradient_outer(problem: Problem, batch: Batch, output: Tensor) -> Linear:
     return multiply if axes else lambda u: delta * (u * delta) / problem.denominator
 
 
-class _Pull:
+def _pull(value: Tensor, inputs: Sequence[Tensor]) -> Callable[[Tensor], tuple[Tensor | None, ...]]:
     """seeds -> the vector-Jacobian products of a value; one seed, or a block of them with an axis in front."""
+    # Where its graph begins, not the value itself: P numbers for each batch.
+    edge, dim = get_gradient_edge(value), value.dim()
 
-    def __init__(self, value: Tensor, inputs: Sequence[Tensor]) -> None:
-        # Where its graph begins, not the value itself: P numbers for each batch.
-        self.edge, self.dim = get_gradient_edge(value), value.dim()
-        self.inputs = inputs
+    def multiply(seeds: Tensor) -> tuple[Tensor | None, ...]:
+        grad = seeded_grad if seeds.dim() == dim else batched_grad
+        return grad(edge, inputs, seeds)
 
-    def __call__(self, seeds: Tensor) -> tuple[Tensor | None, ...]:
-        grad = seeded_grad if seeds.dim() == self.dim else batched_grad
-        try:
-            return grad(self.edge, self.inputs, seeds)
-        except RuntimeError as error:
-            raise explained(error) from error
+    return multiply
