@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.chain import UNARY, derivatives
 from hesscli.hessian.piecewise import curved
 from hesscli.hessian.probes import Probed
@@ -48,22 +49,26 @@ class Bend:
 
 
 def find_bend(tape: Tape, z: int) -> Bend | None:
-    """The curved function right after a value, if all that follows it is piecewise linear."""
-    value = z
-    while True:
-        readers = tape.readers.get(value, ())
-        if len(readers) != 1:
-            return None
+    """The curved function right after a value, or None where none follows it at all.
+
+    Raises:
+        NotApplicable: one follows elsewhere.
+    """
+    operator, value = curved(tape, z), z
+    if operator is None:
+        return None
+    while len(readers := tape.readers.get(value, ())) == 1:
         call, after = readers[0], readers[0].outputs[0]
         if after is None:
-            return None
+            break
         shifted = call.name == "add" and not call.keywords
         if call.name in RESHAPES or (shifted and tape.shapes[after] == tape.shapes[value]):
             value = after
         elif call.name in UNARY and call.reads == [value] and curved(tape, after) is None:
             return Bend(call, value, after)
         else:
-            return None
+            break
+    raise NotApplicable(f"{operator} is not piecewise linear")
 
 
 def add_bend(part: Rows, uses: Sequence[Use], inputs: Sequence[Tensor], d: Tensor) -> None:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from hesscli.hessian.analysis import Analyses, Analysis
 from hesscli.hessian.applicability import NotApplicable
+from hesscli.hessian.bend import find_bend
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.costs import PASSES, Costs, Work
 from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.rates import Rates, usual_rates
 from hesscli.hessian.recorder import record
-from hesscli.hessian.routes.gauss_newton import bend_of, block_uses
+from hesscli.hessian.routes.gauss_newton import block_uses
 from hesscli.hessian.routes.preactivation import chain_of, split
 from hesscli.hessian.uses import Use
 from hesscli.hessian.words import FINITE_DIFFERENCE, GAUSS_NEWTON, HVP, PREACTIVATION
@@ -140,7 +141,7 @@ class Planner:
     def _gauss_newton(self, block: Block, diagonal: bool) -> Choice:
         analysis, costs = self._proven()
         uses = block_uses(analysis, block)
-        bend = bend_of(analysis, uses[0])
+        bend = find_bend(analysis.tape, uses[0].z)
         passes, work = costs.class_passes(uses[0]), Work()
         for use in uses:
             work += costs.gauss_newton(use, diagonal)

@@ -25,7 +25,6 @@ from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.kronecker import add_kronecker_rows
 from hesscli.hessian.layers import Layer, plain_layer
 from hesscli.hessian.layout import Layout
-from hesscli.hessian.piecewise import curved
 from hesscli.hessian.probes import Probed
 from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.base import Rows
@@ -43,21 +42,6 @@ def block_uses(analysis: Analysis, block: Block) -> list[Use]:
     if len({use.z for use in uses}) != 1:
         raise NotApplicable("parameters enter at several places")
     return uses
-
-
-def bend_of(analysis: Analysis, use: Use) -> Bend | None:
-    """The curved function right after a use, or None where there is none at all.
-
-    Raises:
-        NotApplicable: there is one elsewhere.
-    """
-    operator = curved(analysis.tape, use.z)
-    if operator is None:
-        return None
-    bend = find_bend(analysis.tape, use.z)
-    if bend is None:
-        raise NotApplicable(f"{operator} is not piecewise linear")
-    return bend
 
 
 @dataclass(frozen=True)
@@ -107,7 +91,7 @@ class GaussNewton(AffineRoute):
         return block_uses(analysis, block)
 
     def bend(self, analysis: Analysis, use: Use) -> Bend | None:
-        return bend_of(analysis, use)
+        return find_bend(analysis.tape, use.z)
 
     def at_output(self, probed: Probed) -> tuple[Tensor, Tensor]:
         """Directions of the output [C, *output.shape], and each sample's curvature along them [B, C, C]."""
