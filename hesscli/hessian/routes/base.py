@@ -34,6 +34,11 @@ class Rows:
     stop: int
     out: Tensor
 
+    def add(self, first: int, found: Tensor) -> None:
+        """Adds some of them, with all columns [rows, block.size], of which the first has this number."""
+        at = first - self.start
+        self.out[at : at + len(found)] += found[:, self.start :]
+
     @property
     def is_whole(self) -> bool:
         """Whether they are all of the block's."""
@@ -129,8 +134,7 @@ class ByRows(Route):
         rows_of = self.rows(batch, [part.block for part in rows])
         for part in rows:
             for first, found in rows_of(part.block, part.start, part.stop):
-                mine = slice(first - part.start, first - part.start + len(found))
-                part.out[mine] += found[:, part.start :]
+                part.add(first, found)
 
     def add_diagonal(
         self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]

@@ -81,8 +81,7 @@ class Preactivation(AffineRoute):
                 raise NotApplicable("the batches take different paths through the model")
             if not layers:
                 for first, found in self._alone(batch, analysis, block, part.start, part.stop):
-                    at = first - part.start
-                    part.out[at : at + len(found)] += found[:, part.start :]
+                    part.add(first, found)
                 continue
             bias = None
             if len(layers) == 1 and layers[0].bias is None and not others and part.is_whole:
@@ -301,5 +300,4 @@ def _add_rows(
         for other, values in zip(names, found, strict=True):
             if values is not None:
                 rows[:, own[other].start : own[other].stop] = values.reshape(count, -1)
-        mine = at + first - part.start
-        part.out[mine : mine + count] += layout.from_block(rows)[:, part.start :]
+        part.add(at + first, layout.from_block(rows))
