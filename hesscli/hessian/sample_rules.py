@@ -79,7 +79,7 @@ CONSTANT = frozenset("new_zeros new_ones new_full zero".split())
 RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias flatten unflatten".split())
 
 
-def _elementwise(c: Context) -> SampleAxis | None:
+def _elementwise(c: Context) -> SampleAxis:
     """All arguments broadcast against each other: their sample axes must fall on the same axis of the result."""
     rank = len(c.result)
     found: set[SampleAxis] = set()
@@ -108,7 +108,7 @@ def _along(c: Context) -> SampleAxis | None:
 
 def _cross(c: Context) -> SampleAxis | None:
     axis = _elementwise(c)
-    if axis is None or axis.axis in c.dims(c.named("dim"), len(c.result)):
+    if axis.axis in c.dims(c.named("dim"), len(c.result)):
         raise mixes(c.call)
     return axis
 
@@ -159,7 +159,7 @@ def _first(c: Context) -> SampleAxis | None:
 def _of_picture(c: Context) -> SampleAxis | None:
     axis = _elementwise(c)
     axes = next(int(letter) for letter in c.call.name if letter.isdigit())
-    if axis is None or axis.axis >= len(c.shape()) - axes:
+    if axis.axis >= len(c.shape()) - axes:
         raise mixes(c.call)
     return axis
 
@@ -229,11 +229,10 @@ def _looked_up(c: Context) -> SampleAxis | None:
 def _trilinear(c: Context) -> SampleAxis | None:
     """As `nn.Bilinear` calls it: [B, i], [o, i, j], [B, j] -> [B, o]."""
     names, bilinear = ("expand1", "expand2", "expand3", "sumdim"), ((1, 3), (0,), (1, 2), (2, 3))
-    known = {c.axis(0), c.axis(2)} - {None}
+    known = {axis for axis in (c.axis(0), c.axis(2)) if axis is not None}
     if tuple(tuple(c.named(name)) for name in names) != bilinear or c.axis(1) or len(known) != 1:
         raise mixes(c.call)
     axis = known.pop()
-    assert axis is not None
     if axis.axis != 0:
         raise mixes(c.call)
     return axis

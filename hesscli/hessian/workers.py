@@ -32,15 +32,14 @@ def side_by_side(
     What the items write must not overlap. No gradients are recorded.
     """
     left = iter(items)
-    if count == 1:
-        with torch.no_grad():
-            work(0, left)
-        return
 
     def run(worker: int) -> None:
         with torch.no_grad():  # known to each thread for itself
             work(worker, left)
 
+    if count == 1:
+        run(0)
+        return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
