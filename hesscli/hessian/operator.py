@@ -98,10 +98,7 @@ class Products(LinearMap):
         self.keeps = self._that_fit(memory)
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """H v [P] of a vector [P], or of each row of a block [k, P].
-
-        The sum over batches is taken in float64.
-        """
+        """See `LinearMap`; the sum over batches is taken in float64."""
         self.count += 1 if vectors.dim() == 1 else len(vectors)
         try:
             if vectors.dim() == 2 and len(vectors) > self.rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,11 +45,10 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
     """The least of a few repetitions, to the end of what a GPU still has to do."""
-    best = float("inf")
-    for _ in range(repeats):
-        started = time.perf_counter()
+
+    def timed() -> None:
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return best
+
+    return min(timeit.repeat(timed, number=1, repeat=repeats))
