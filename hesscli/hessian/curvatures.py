@@ -14,10 +14,9 @@ from hesscli.hessian.batch import Batch
 from hesscli.hessian.check import Certificate
 from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.directional import DirectionalDifference
-from hesscli.hessian.jacobian_planner import FisherPlanner, JacobianPlanner
 from hesscli.hessian.operator import Middle, Products, gradient_outer, loss_hessian
 from hesscli.hessian.output_difference import FisherDifference, GaussNewtonDifference
-from hesscli.hessian.planner import Planner
+from hesscli.hessian.planner import FisherPlanner, JacobianPlanner, Planner
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.base import Route
 from hesscli.hessian.routes.finite_difference import FiniteDifference

@@ -159,6 +159,42 @@ class Planner:
         return work.times(len(self.problem.batches))
 
 
+class JacobianPlanner(Planner):
+    """Ranks those of Gauss-Newton and empirical Fisher matrices.
+
+    Per-sample Jacobians where every parameter has an affine use, whatever follows it; else row by row.
+    """
+
+    rows = "{} classes"
+    """What a sample's Jacobian has a row for."""
+
+    def choices(self, block: Block, diagonal: bool) -> list[Choice]:
+        rows = Choice(HVP, "", self._hvp_work(block))
+        try:
+            found = [self._jacobians(block, diagonal), rows]
+        except NotApplicable as reason:
+            return [Choice(HVP, str(reason), rows.work)]
+        return sorted(found, key=lambda choice: choice.work.seconds(self.rates))
+
+    def forced(self, block: Block, diagonal: bool, method: str) -> list[Choice]:
+        if method in (PREACTIVATION, FINITE_DIFFERENCE):
+            raise NotApplicable("it gives the Hessian alone")
+        if method == GAUSS_NEWTON:
+            return [self._jacobians(block, diagonal)]
+        return super().forced(block, diagonal, method)
+
+    def _jacobians(self, block: Block, diagonal: bool) -> Choice:
+        analysis, costs = self._proven()
+        work = Work()
+        for name in block.parameters:
+            work += costs.gauss_newton(analysis.use(name), diagonal)
+        return Choice(GAUSS_NEWTON, self.rows.format(costs.classes), self._all(work))
+
+
+class FisherPlanner(JacobianPlanner):
+    rows = "1 gradient per sample"
+
+
 def seconds_of(choices: Sequence[Choice], rates: Rates) -> float:
     """Seconds of a plan: what routes share counts once, for the block that needs most of it."""
     seconds = sum(choice.own.seconds(rates) for choice in choices)
