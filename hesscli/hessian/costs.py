@@ -65,10 +65,15 @@ class Costs:
         self.tape, self.itemsize, self.chunk, self.rates = tape, itemsize, chunk, rates
         self._each = [self._work(call) for call in tape.calls]
         self._after: dict[tuple[int, ...], Work] = {}
-        self.samples = tape.shapes[tape.output][0] if tape.shapes[tape.output] else 1
-        self.classes = max(1, tape.shapes[tape.output].numel() // max(1, self.samples))
-        self.loss = Work(bytes=_LOSS * tape.shapes[tape.output].numel() * itemsize, calls=_LOSS)
+        output = tape.shapes[tape.output]
+        self.samples = output[0] if output else 1
+        self.classes = max(1, self.size(tape.output))
+        self.loss = Work(bytes=_LOSS * output.numel() * itemsize, calls=_LOSS)
         self.forward = _sum(self._each) + self.loss
+
+    def size(self, value: int) -> int:
+        """Numbers of one sample in a value."""
+        return self.tape.shapes[value].numel() // max(1, self.samples)
 
     def after(self, *values: int) -> Work:
         """One forward pass over everything that depends on some values, and the loss."""
@@ -100,8 +105,7 @@ class Costs:
         product = Work()
         if cut is not None:
             way = self._way([z], self.tape.until(cut))
-            size = self.tape.shapes[cut].numel() // max(1, self.samples)
-            product = self._product(self.samples * size**2).times(count, chunks)
+            product = self._product(self.samples * self.size(cut) ** 2).times(count, chunks)
         passes = PASSES if cut is None else CUT_PASSES
         return way.times(passes * count, passes * chunks) + product + self.forward.times(3)
 
@@ -122,8 +126,7 @@ class Costs:
         """The curvature of every value of a chain, kept in as many rows as outputs and neurons behind."""
         work, rows = self.forward.times(3), 2 * self.classes
         for step in steps:
-            after = self.tape.shapes[step.after].numel() // max(1, self.samples)
-            before = self.tape.shapes[step.before].numel() // max(1, self.samples)
+            after, before = self.size(step.after), self.size(step.before)
             if step.call.name in PRODUCTS:
                 work += self._product(self.samples * rows * after * before)
                 rows = min(rows + after, MOST_ROWS * before)

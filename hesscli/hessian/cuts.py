@@ -11,7 +11,7 @@ in as many directions as c has numbers. The residual stream of a transformer is 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from weakref import WeakKeyDictionary
@@ -91,20 +91,17 @@ def plan_cuts(analysis: Analysis, costs: Costs, samples: int) -> CutPlan:
     demand = [(tape.maker[use.z] + 1, use.directions) for use in uses]
     total = sum(count for _, count in demand)
 
-    def size(value: int) -> int:
-        return tape.shapes[value].numel() // max(1, costs.samples)
-
     candidates = [c for c in separators(tape, [use.z for use in uses]) if _in_front(analysis, c)]
     while candidates:
-        chosen = _cheapest(candidates, size, demand, costs)
-        taken = sum(size(c) ** 2 for c in chosen) * samples * costs.itemsize
+        chosen = _cheapest(candidates, demand, costs)
+        taken = sum(costs.size(c) ** 2 for c in chosen) * samples * costs.itemsize
         if taken <= BUDGET:
             following = [*chosen, None][1:]
             overhead = Work()
             for c, after in zip(chosen, following, strict=True):
-                overhead += costs.directions(c, size(c), after)
+                overhead += costs.directions(c, costs.size(c), after)
             return CutPlan(tuple(chosen), tape.maker, overhead, total, taken)
-        candidates.remove(max(chosen, key=size))
+        candidates.remove(max(chosen, key=costs.size))
     return CutPlan((), tape.maker, Work(), total)
 
 
@@ -127,10 +124,7 @@ class _End:
 
 
 def _cheapest(
-    candidates: Sequence[int],
-    size: Callable[[int], int],
-    demand: Sequence[tuple[int, int]],
-    costs: Costs,
+    candidates: Sequence[int], demand: Sequence[tuple[int, int]], costs: Costs
 ) -> list[int]:
     """By dynamic programming from the first candidate to the last, and the loss."""
     rates = costs.rates
@@ -150,7 +144,10 @@ def _cheapest(
 
     ends = []
     for c in candidates:
-        place, product = costs.tape.maker[c] + 1, 2 * costs.samples * size(c) ** 2 / rates.flops
+        place, product = (
+            costs.tape.maker[c] + 1,
+            2 * costs.samples * costs.size(c) ** 2 / rates.flops,
+        )
         ends.append(_End(place, made[place], CUT_PASSES, product))
     ends.append(_End(len(made), made[-1] + costs.loss.seconds(rates), PASSES, 0.0))
     best: list[float] = []
@@ -159,7 +156,7 @@ def _cheapest(
         options = [(between(0, end), -1)]
         for k in range(i):
             way = end.passes * (end.seconds - ends[k].seconds) + end.product
-            sigma = size(candidates[k]) * way
+            sigma = costs.size(candidates[k]) * way
             options.append((best[k] + sigma + between(ends[k].place, end), k))
         cost, k = min(options)
         best.append(cost)
