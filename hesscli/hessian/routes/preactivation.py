@@ -92,7 +92,8 @@ class Preactivation(AffineRoute):
                 )
                 if bias is not None:
                     done.add(bias.block.name)
-            self._add_layers(batch, analysis, part, layers, others, bias)
+            bias_out = None if bias is None else bias.out
+            self._add_layers(batch, analysis, part, layers, others, bias_out)
 
     def add_diagonal(
         self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]
@@ -176,9 +177,9 @@ class Preactivation(AffineRoute):
         part: Rows,
         layers: Sequence[Layer],
         others: Sequence[str],
-        bias: Rows | None,
+        bias: Tensor | None,
     ) -> None:
-        """Rows of a block of layers, and of parameters that are no part of one."""
+        """Rows of a block of layers, and of parameters that are no part of one; `bias` as in `add_layer`."""
         block = part.block
         cut = None
         if len(layers) == 1 and not others:
@@ -208,13 +209,27 @@ class Preactivation(AffineRoute):
             if first < last:
                 skipped = at + first * layer.width - part.start
                 out = part.out[skipped : skipped + (last - first) * layer.width, skipped:]
-                bias_out = None if bias is None else bias.out
                 neurons = range(first, last)
-                add_layer(probed, layers[index:], deltas, neurons, out, bias_out, self.workspace)
+                add_layer(probed, layers[index:], deltas, neurons, out, bias, self.workspace)
         for name, gradient in zip(with_rows, grads[len(zs) :], strict=True):
             if gradient is not None and gradient.requires_grad:
-                layout, first = self.layout(block), first_rows[name]
-                _add_rows(probed, layout, part, name, first, gradient, self.workspace)
+                self._add_rows(probed, part, first_rows[name], gradient)
+
+    def _add_rows(self, probed: Probed, part: Rows, at: int, gradient: Tensor) -> None:
+        """Rows of a parameter that is no part of a layer, by Hessian-vector products; `at` is its first."""
+        leaves, own, size = list(probed.leaves.values()), part.block.rows, gradient.numel()
+        activations = sum(x.numel() for x in probed.known.values())
+        chunk = max(1, min(self.sizes.rows, self.workspace // (activations + part.block.size)))
+        last = min(size, part.stop - at)
+        for first in range(max(0, part.start - at), last, chunk):
+            count = min(chunk, last - first)
+            seeds = unit_rows(gradient, first, count, size)
+            found = batched_grad(gradient, leaves, seeds.view(count, *gradient.shape))
+            rows = seeds.new_zeros(count, part.block.size)
+            for name, values in zip(probed.leaves, found, strict=True):
+                if values is not None:
+                    rows[:, own[name].start : own[name].stop] = values.reshape(count, -1)
+            part.add(at + first, self.layout(part.block).from_block(rows))
 
 
 def chain_of(analysis: Analysis, uses: Mapping[str, Use]) -> tuple[list[Step], dict[str, Use]]:
@@ -273,31 +288,3 @@ def _directions_of(use: Use, a: Tensor, entries: range, samples: int) -> Tensor:
         p = section * outputs + place
         u[row, :, :, p] = a[:, :, use.inputs_of(p)][:, :, run * length + within]
     return u
-
-
-def _add_rows(
-    probed: Probed,
-    layout: Layout,
-    part: Rows,
-    name: str,
-    at: int,
-    gradient: Tensor,
-    workspace: int,
-) -> None:
-    """Rows of a parameter that is no part of a layer, by Hessian-vector products; `at` is its first."""
-    names = [n for n in part.block.parameters if n in probed.leaves]
-    leaves = [probed.leaves[n] for n in names]
-    own, size = part.block.rows, gradient.numel()
-    usual = chunk_sizes(gradient.device).rows
-    activations = sum(x.numel() for x in probed.known.values())
-    chunk = max(1, min(usual, workspace // (activations + part.block.size)))
-    last = min(size, part.stop - at)
-    for first in range(max(0, part.start - at), last, chunk):
-        count = min(chunk, last - first)
-        seeds = unit_rows(gradient, first, count, size)
-        found = batched_grad(gradient, leaves, seeds.view(count, *gradient.shape))
-        rows = seeds.new_zeros(count, part.block.size)
-        for other, values in zip(names, found, strict=True):
-            if values is not None:
-                rows[:, own[other].start : own[other].stop] = values.reshape(count, -1)
-        part.add(at + first, layout.from_block(rows))
