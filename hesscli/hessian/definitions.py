@@ -36,9 +36,7 @@ from hesscli.hessian import formulas
 from hesscli.hessian.recomputation import also_recomputed
 
 
-def _step_by_step(operator: str) -> Callable[..., object]:
-    name, overload = operator.split(".")
-
+def _step_by_step(name: str, overload: str) -> Callable[..., object]:
     def decomposed(*args: object) -> object:
         packet = getattr(getattr(torch.ops.aten, name), overload)
         return packet.py_kernels[torch._C.DispatchKey.CompositeImplicitAutograd](*args)
@@ -47,9 +45,9 @@ def _step_by_step(operator: str) -> Callable[..., object]:
 
 
 STEP_BY_STEP = {
-    operator: _step_by_step(operator)
+    f"{name}.{overload}": _step_by_step(name, overload)
     for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
-    for operator in (f"{name}.input", f"{name}.data")
+    for overload in ("input", "data")
 }
 CPU = "AutogradCPU"  # a key of the dispatcher
 

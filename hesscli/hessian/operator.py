@@ -227,10 +227,10 @@ def gradient_outer(problem: Problem, batch: Batch, output: Tensor) -> Linear:
     if not total.requires_grad:
         return torch.zeros_like
     (delta,) = torch.autograd.grad(total, f)
-    axes = tuple(range(1, delta.dim()))
+    axes = list(range(1 - delta.dim(), 0))  # of one sample
 
     def multiply(u: Tensor) -> Tensor:
-        along = (u * delta).sum([axis - delta.dim() for axis in axes], keepdim=True)
+        along = (u * delta).sum(axes, keepdim=True)
         return delta * along / problem.denominator
 
     return multiply if axes else lambda u: delta * (u * delta) / problem.denominator

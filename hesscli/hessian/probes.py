@@ -72,9 +72,7 @@ class Probed:
         end = tape.output if cut is None else cut.value
         self.known = tape.replay(given, probed, tape.until(end))
         self.output = self.known[end]
-        if (
-            not self.output.requires_grad
-        ):  # what follows is a constant: there are derivatives, of zero
+        if not self.output.requires_grad:  # a constant follows: there are derivatives, of zero
             nothing = sum(probe.flatten()[:0].abs().sum() for probe in self.probes.values())
             self.output = self.output + nothing
         self.samples = tape.shapes[tape.output][0]
