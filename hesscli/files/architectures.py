@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import os
 import shlex
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ def build(
     arch: str,
     arch_arguments: Mapping[str, object],
     state_dict: Mapping[str, torch.Tensor],
-    model: str | os.PathLike[str] = "",
+    model: Path | str = "",
 ) -> nn.Module:
     """The module that `arch` names, its weights not yet loaded.
 

@@ -44,7 +44,7 @@ class Arrays:
     notes: tuple[str, ...] = ()
 
 
-def load_arrays(path: str | os.PathLike[str]) -> Arrays:
+def load_arrays(path: Path | str) -> Arrays:
     """Reads a data file or folder, told by its content.
 
     Raises:
@@ -94,7 +94,7 @@ def _only_npy(file: Path) -> None:
         raise unsupported(file, kind, "an npy array", "np.save('x.npy', x)")
 
 
-def _unreadable(path: str | os.PathLike[str], kind: Kind) -> FileError | UsageError:
+def _unreadable(path: Path | str, kind: Kind) -> FileError | UsageError:
     if kind == "dataset_splits":
         splits = sorted(entry.name for entry in Path(path).iterdir() if entry.is_dir())
         first = os.path.join(path, splits[0] if splits else "SPLIT")
@@ -107,7 +107,7 @@ def _unreadable(path: str | os.PathLike[str], kind: Kind) -> FileError | UsageEr
     return unsupported(path, kind, _EXPECTED, hint)
 
 
-def _torch(path: str | os.PathLike[str], kind: Kind) -> dict[str, torch.Tensor | Unusable]:
+def _torch(path: Path | str, kind: Kind) -> dict[str, torch.Tensor | Unusable]:
     content = read_torch_file(path, kind, _SAVE_TORCH)
     if isinstance(content, Mapping):
         return _tensors({str(name): value for name, value in content.items()})

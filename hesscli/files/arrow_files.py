@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from hesscli.files.torch_files import reading
 from hesscli.files.unusable import CODES, ROWS, Unusable
 
 
-def load_parquet(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | Unusable]:
+def load_parquet(path: Path | str) -> dict[str, torch.Tensor | Unusable]:
     """The columns by name; or, in a column's place, why it cannot be used.
 
     Raises:
@@ -41,7 +40,7 @@ def load_parquet(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | Unusa
         return _columns(path, file.read())
 
 
-def dataset_files(folder: str | os.PathLike[str]) -> list[Path]:
+def dataset_files(folder: Path | str) -> list[Path]:
     """The Arrow files of a folder that `datasets.Dataset.save_to_disk` wrote, in their order.
 
     Raises:
@@ -53,7 +52,7 @@ def dataset_files(folder: str | os.PathLike[str]) -> list[Path]:
     return [beside(state, name, "save it again: dataset.save_to_disk('data')") for name in names]
 
 
-def load_dataset(folder: str | os.PathLike[str]) -> dict[str, torch.Tensor | Unusable]:
+def load_dataset(folder: Path | str) -> dict[str, torch.Tensor | Unusable]:
     """The columns of a `datasets` folder, mapped where they lie in one file.
 
     Raises:
@@ -69,7 +68,7 @@ def load_dataset(folder: str | os.PathLike[str]) -> dict[str, torch.Tensor | Unu
         return _columns(folder, arrow.concat_tables(tables))
 
 
-def _pyarrow(path: str | os.PathLike[str]) -> Any:
+def _pyarrow(path: Path | str) -> Any:
     try:
         import pyarrow
         import pyarrow.ipc
@@ -80,7 +79,7 @@ def _pyarrow(path: str | os.PathLike[str]) -> Any:
     return pyarrow
 
 
-def _columns(path: str | os.PathLike[str], table: Any) -> dict[str, torch.Tensor | Unusable]:
+def _columns(path: Path | str, table: Any) -> dict[str, torch.Tensor | Unusable]:
     names: Sequence[str] = table.column_names
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
@@ -91,7 +90,7 @@ def _columns(path: str | os.PathLike[str], table: Any) -> dict[str, torch.Tensor
     }
 
 
-def _column(path: str | os.PathLike[str], values: Any) -> torch.Tensor | Unusable:
+def _column(path: Path | str, values: Any) -> torch.Tensor | Unusable:
     import pyarrow.compute
     from pyarrow import types
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -59,7 +59,7 @@ def without_wrappers(
 
 
 def fitted(
-    path: str | os.PathLike[str],
+    path: Path,
     module: nn.Module,
     weights: Mapping[str, torch.Tensor],
     notes: list[str],
@@ -91,7 +91,7 @@ def fitted(
 
 
 def _names_that_fit(
-    path: str | os.PathLike[str],
+    path: Path,
     expected: Mapping[str, object],
     weights: Mapping[str, torch.Tensor],
 ) -> dict[str, str] | None:

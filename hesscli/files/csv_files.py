@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import os
 import shlex
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,9 +23,7 @@ _EXACT = 2**53  # up to here every integer is a float64
 _WORDS = {"true": 1.0, "false": 0.0, "": float("nan"), "na": float("nan"), "null": float("nan")}
 
 
-def load_csv(
-    path: str | os.PathLike[str],
-) -> tuple[dict[str, torch.Tensor | Unusable], tuple[str, ...]]:
+def load_csv(path: Path | str) -> tuple[dict[str, torch.Tensor | Unusable], tuple[str, ...]]:
     """The columns by name; or, in a column's place, why it cannot be used.
 
     Columns of a file without a line of names are called 0, 1, ... Integers that count up, as the names that
@@ -143,7 +141,7 @@ def _number(field: str) -> float | None:
         return None
 
 
-def _ragged(path: str | os.PathLike[str], line: int, found: int, wanted: int) -> HesscliError:
+def _ragged(path: Path | str, line: int, found: int, wanted: int) -> HesscliError:
     return FileError(
         f"{path}: line {line} has {found} fields, the first line has {wanted}",
         f"look at it: sed -n {line}p {shlex.quote(str(path))}",

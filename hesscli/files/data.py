@@ -57,7 +57,7 @@ class Data:
 
 
 def load_data(
-    path: str | os.PathLike[str],
+    path: Path,
     *,
     inputs: Sequence[str] = (),
     targets: str | None = None,
@@ -130,7 +130,7 @@ def load_data(
     return data
 
 
-def _refuse_unusable_targets(path: str | os.PathLike[str], skipped: Mapping[str, Unusable]) -> None:
+def _refuse_unusable_targets(path: Path, skipped: Mapping[str, Unusable]) -> None:
     """Refuses a table whose targets, by their name, are a column that cannot be used."""
     meant = [name for name in skipped if name in TARGET_NAMES]
     if meant:
@@ -142,7 +142,7 @@ def _refuse_unusable_targets(path: str | os.PathLike[str], skipped: Mapping[str,
 
 
 def _selected(
-    path: str | os.PathLike[str],
+    path: Path,
     data: Data,
     unbatched: bool,
     samples: tuple[int, int | None] | None,
@@ -171,7 +171,7 @@ def _selected(
 class _Choice:
     """Which arrays of a file are inputs and targets."""
 
-    path: str | os.PathLike[str]
+    path: Path
     arrays: dict[str, torch.Tensor]  # gain those of other files, and a table's columns together
     skipped: Sequence[str]  # the other arrays and why, one line each
     arguments: Sequence[str]  # what the model calls its inputs
@@ -292,7 +292,7 @@ def describe(array: torch.Tensor) -> str:
     return f"{dtype_name(array.dtype)} {list(array.shape)}"
 
 
-def _check_samples(path: str | os.PathLike[str], data: Data, unbatched: bool) -> None:
+def _check_samples(path: Path, data: Data, unbatched: bool) -> None:
     used = {f"inputs {name}": array for name, array in data.inputs.items()}
     if data.targets is not None:
         used.setdefault(f"targets {data.targets[0]}", data.targets[1])
@@ -315,7 +315,7 @@ def _check_samples(path: str | os.PathLike[str], data: Data, unbatched: bool) ->
             )
 
 
-def check_finite(path: str | os.PathLike[str], name: str, array: torch.Tensor) -> None:
+def check_finite(path: Path, name: str, array: torch.Tensor) -> None:
     """Looks at the array in parts, so that one larger than the memory passes through it.
 
     Raises:

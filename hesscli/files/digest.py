@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -13,7 +14,7 @@ from hesscli.errors import FileError
 _CHUNK = 1 << 20
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
+def sha256(path: Path | str) -> str:
     """The file's SHA-256 in hexadecimal, read in chunks so that its size does not matter.
 
     Raises:
@@ -29,7 +30,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def sha256_of_all(paths: Sequence[str | os.PathLike[str]]) -> str:
+def sha256_of_all(paths: Sequence[Path | str]) -> str:
     """The file's SHA-256; of several files, that of what `sha256sum` would print of them, names without folders."""
     if len(paths) == 1:
         return sha256(paths[0])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,9 +77,7 @@ class Exported:
     batch_sizes: tuple[int, int | None]  # the fewest samples that it takes, and the most
 
 
-def load_exported(
-    path: str | os.PathLike[str], device: torch.device, pickle_hint: str | None
-) -> Exported:
+def load_exported(path: Path, device: torch.device, pickle_hint: str | None) -> Exported:
     """Reads a program, moves it to the device and ties again what was tied when it was saved.
 
     Args:

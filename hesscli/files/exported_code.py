@@ -9,10 +9,10 @@ from __future__ import annotations
 import ast
 import builtins
 import json
-import os
 import re
 import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 
 from hesscli.files.torch_files import NeedsPickleError, load_weights_only_bytes
 
@@ -55,7 +55,7 @@ _SAFE_NODES = (
 )
 
 
-def refuse_code(path: str | os.PathLike[str]) -> None:
+def refuse_code(path: Path) -> None:
     """Looks at every part of the file that `torch.export.load` unpickles or evaluates.
 
     Raises:

@@ -17,7 +17,7 @@ from hesscli.errors import FileError, UsageError
 from hesscli.files.torch_files import reading
 
 
-def transformers_factory(name: str, model: str | os.PathLike[str]) -> Callable[..., nn.Module]:
+def transformers_factory(name: str, model: Path | str) -> Callable[..., nn.Module]:
     """Builds a class of `transformers` from the `config.json` next to the weights.
 
     The factory's arguments are entries of the configuration that are to differ from the file's.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -55,7 +54,7 @@ class SavedModel:
 
 
 def load_model(
-    path: str | os.PathLike[str],
+    path: Path,
     *,
     arch: str | None = None,
     arch_arguments: Mapping[str, object] = _NO_ARGUMENTS,
@@ -82,7 +81,7 @@ def load_model(
         MismatchError: the weights do not fit the architecture.
     """
     kind = kind_of(path)
-    files: tuple[Path, ...] = (Path(path),)
+    files: tuple[Path, ...] = (path,)
     notes: list[str] = []
     pickle_hint = None if allow_pickle else "--allow-pickle"
     program: Exported | None = None
@@ -130,9 +129,7 @@ def load_model(
     )
 
 
-def _torchscript(
-    path: str | os.PathLike[str], device: torch.device, train_mode: bool, notes: list[str]
-) -> nn.Module:
+def _torchscript(path: Path, device: torch.device, train_mode: bool, notes: list[str]) -> nn.Module:
     with reading(path, "torchscript"), quiet():
         module = torch.jit.load(path, map_location=device)
     if not hasattr(module, "forward"):
@@ -148,32 +145,26 @@ def _torchscript(
     return module
 
 
-def _weights_of_several(
-    path: str | os.PathLike[str], kind: Kind
-) -> tuple[object, tuple[Path, ...]]:
+def _weights_of_several(path: Path, kind: Kind) -> tuple[object, tuple[Path, ...]]:
     """The weights of a Hugging Face folder, or those that an index lists, and the files they are in."""
     if kind == "weights_index":
-        return load_shards(Path(path))
+        return load_shards(path)
     weights = weights_in(path)
     files: tuple[Path, ...] = (weights,)
     if kind_of(weights) == "weights_index":
         content, files = load_shards(weights)
     else:
         content = load_part(weights)
-    config = Path(path, "config.json")
+    config = path / "config.json"
     return content, (*files, *([config] if config.is_file() else []))
 
 
-def _tensors_or_module(path: str | os.PathLike[str], kind: Kind, pickle_hint: str | None) -> object:
+def _tensors_or_module(path: Path, kind: Kind, pickle_hint: str | None) -> object:
     if kind == "safetensors":
         return load_safetensors(path)
     if kind not in ("torch_zip", "torch_legacy"):
-        raise unsupported(
-            path,
-            kind,
-            "a TorchScript, state dict, safetensors or .pt2 model",
-            _hint(kind),
-        )
+        wanted = "a TorchScript, state dict, safetensors or .pt2 model"
+        raise unsupported(path, kind, wanted, _hint(kind))
     with suppress(NeedsPickleError):
         return read_torch_file(path, kind, pickle_hint)
     return _unpickle(path, kind)
@@ -187,7 +178,7 @@ def _hint(kind: Kind) -> str:
     return "torch.jit.script(model).save('net.pt'), or save model.state_dict()"
 
 
-def _unpickle(path: str | os.PathLike[str], kind: Kind) -> object:
+def _unpickle(path: Path, kind: Kind) -> object:
     """Loads the file with everything in it, running what code it brings."""
     with reading(path, kind), quiet(), importable():
         try:
@@ -207,7 +198,7 @@ def _unpickle(path: str | os.PathLike[str], kind: Kind) -> object:
 
 
 def _with_architecture(
-    path: str | os.PathLike[str],
+    path: Path,
     content: object,
     arch: str | None,
     arch_arguments: Mapping[str, object],
@@ -234,17 +225,13 @@ def _with_architecture(
     return module
 
 
-def _without_architecture(path: str | os.PathLike[str]) -> FileError:
-    arch = "--arch mypkg.nets:make_mlp"
-    if os.path.isdir(path) and Path(path, "config.json").is_file():
-        arch = arch_of(Path(path))
-    return FileError(
-        f"{path}: a state dict holds weights but no architecture",
-        arch,
-    )
+def _without_architecture(path: Path) -> FileError:
+    named = Path(path, "config.json").is_file()
+    arch = arch_of(path) if named else "--arch mypkg.nets:make_mlp"
+    return FileError(f"{path}: a state dict holds weights but no architecture", arch)
 
 
-def _state_dict(path: str | os.PathLike[str], content: object) -> dict[str, torch.Tensor]:
+def _state_dict(path: Path, content: object) -> dict[str, torch.Tensor]:
     hint = "torch.save(model.state_dict(), 'net.pt')"
     if not isinstance(content, Mapping):
         raise FileError(f"{path}: holds a {type(content).__name__}; expected a state dict", hint)
@@ -287,7 +274,7 @@ def _narrow_note(narrow: set[torch.dtype]) -> str:
     return f"weights stored in {' and '.join(sorted(map(dtype_name, narrow)))}, and widened"
 
 
-def without_parameters(path: str | os.PathLike[str], form: Form) -> FileError:
+def without_parameters(path: Path | str, form: Form) -> FileError:
     if form == "torchscript":
         return FileError(
             f"{path}: a TorchScript model without parameters; frozen and quantised models "

@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 import zipfile
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -29,7 +30,7 @@ _LOCAL_HEADER = 30  # bytes of a zip member's own header before its name
 _STEP = 1 << 24  # numbers looked at together
 
 
-def load_npy(path: str | os.PathLike[str], name: str) -> dict[str, torch.Tensor | Unusable]:
+def load_npy(path: Path | str, name: str) -> dict[str, torch.Tensor | Unusable]:
     """The array of an `.npy` file under a name; or, in its place, why it cannot be used.
 
     Raises:
@@ -40,7 +41,7 @@ def load_npy(path: str | os.PathLike[str], name: str) -> dict[str, torch.Tensor 
         return {name: _array(path, name, file, size, 0)}
 
 
-def load_npz(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | Unusable]:
+def load_npz(path: Path | str) -> dict[str, torch.Tensor | Unusable]:
     """The arrays of an `.npz` file by name; or, in an array's place, why it cannot be used.
 
     Raises:
@@ -80,7 +81,7 @@ def _content(file: BinaryIO, member: zipfile.ZipInfo) -> int:
 
 
 def _array(
-    path: str | os.PathLike[str], name: str, file: BinaryIO, size: int, start: int | None
+    path: Path | str, name: str, file: BinaryIO, size: int, start: int | None
 ) -> torch.Tensor | Unusable:
     """The array whose `size` bytes begin here, at `start` of the file on disk if it is one."""
     begin = file.tell()
@@ -124,7 +125,7 @@ def _parts(array: Array) -> list[Array]:
     return [flat[i : i + _STEP] for i in range(0, flat.size, _STEP)]
 
 
-def tensor(path: str | os.PathLike[str], array: Array) -> torch.Tensor | Unusable:
+def tensor(path: Path | str, array: Array) -> torch.Tensor | Unusable:
     """The array as a tensor that must not be written to, without a copy where torch knows its type and byte order.
 
     Or why it cannot be one.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ _TYPES: dict[str, tuple[str, torch.dtype | None]] = {
 }
 
 
-def load_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+def load_safetensors(path: Path | str) -> dict[str, torch.Tensor]:
     """All tensors of the file, on the CPU, in the order in which they lie in it.
 
     Raises:
@@ -40,7 +39,7 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.offset_keys()}
 
 
-def map_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | Unusable]:
+def map_safetensors(path: Path | str) -> dict[str, torch.Tensor | Unusable]:
     """The same without reading them: the tensors lie in the file, and must not be written to.
 
     Raises:
@@ -55,9 +54,7 @@ def map_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor | Un
         return {name: _mapped(path, header[name], start) for name in names}
 
 
-def _mapped(
-    path: str | os.PathLike[str], entry: dict[str, Any], start: int
-) -> torch.Tensor | Unusable:
+def _mapped(path: Path | str, entry: dict[str, Any], start: int) -> torch.Tensor | Unusable:
     if entry["dtype"] not in _TYPES:
         return Unusable(f"of a type that nothing computes with ({entry['dtype']})")
     dtype, meant = _TYPES[entry["dtype"]]
@@ -70,7 +67,7 @@ def _mapped(
     return found.view(meant) if meant and isinstance(found, torch.Tensor) else found
 
 
-def _refuse_hessian(path: str | os.PathLike[str], file: Any) -> None:
+def _refuse_hessian(path: Path | str, file: Any) -> None:
     document = (file.metadata() or {}).get("hesscli")
     # Products are keyed and shaped as the parameters.
     if document is not None and '"hesscli.hvp/' not in document:

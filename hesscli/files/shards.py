@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -23,16 +22,16 @@ _NAMES = (
 )
 
 
-def weights_in(folder: str | os.PathLike[str]) -> Path:
+def weights_in(folder: Path) -> Path:
     """The file of the folder that holds the weights, or their index.
 
     Raises:
         FileError: there is none, or more than one may be it.
     """
     for name in _NAMES:
-        if (path := Path(folder, name)).exists():
+        if (path := folder / name).exists():
             return path
-    found = sorted(Path(folder).glob("*.index.json")) or sorted(Path(folder).glob("*.safetensors"))
+    found = sorted(folder.glob("*.index.json")) or sorted(folder.glob("*.safetensors"))
     if len(found) != 1:
         names = listed(path.name for path in found) or "none"
         raise FileError(f"{folder}: holds {names}; expected one file of weights", _SAVE)

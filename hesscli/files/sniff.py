@@ -84,7 +84,7 @@ _LONGEST_INDEX = 1 << 24
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.serialization.MAGIC_NUMBER, pickled
 
 
-def kind_of(path: str | os.PathLike[str]) -> Kind:
+def kind_of(path: Path | str) -> Kind:
     """What the file holds. Its name plays no part. A pipe or a device is never opened.
 
     Raises:
@@ -118,17 +118,14 @@ def beside(listing: Path, name: object, hint: str) -> Path:
     return listing.parent / name
 
 
-def unsupported(path: str | os.PathLike[str], kind: Kind, wanted: str, hint: str) -> FileError:
+def unsupported(path: Path | str, kind: Kind, wanted: str, hint: str) -> FileError:
     """The refusal of a file of the wrong kind. A hint about the file itself goes before `hint`."""
     hints: dict[Kind, str] = {
         "lfs_pointer": f"git lfs pull --include {shlex.quote(os.path.basename(path))}",
         "zip_damaged": COPY_AGAIN,
         "html": "the download failed: fetch the file again",
     }
-    return FileError(
-        f"{path}: {DESCRIPTIONS[kind]}; expected {wanted}",
-        hints.get(kind, hint),
-    )
+    return FileError(f"{path}: {DESCRIPTIONS[kind]}; expected {wanted}", hints.get(kind, hint))
 
 
 def _kind_of_content(file: BinaryIO) -> Kind:
@@ -169,7 +166,7 @@ def _kind_of_content(file: BinaryIO) -> Kind:
     return "weights_index" if head.startswith(b"{") and b'"weight_map"' in head else "text"
 
 
-def _kind_of_folder(path: str | os.PathLike[str]) -> Kind:
+def _kind_of_folder(path: Path | str) -> Kind:
     names = os.listdir(path)
     if "dataset_dict.json" in names:
         return "dataset_splits"

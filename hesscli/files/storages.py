@@ -7,10 +7,10 @@ too short they go on reading behind its end, whatever the memory holds there.
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 from hesscli.errors import FileError
@@ -25,7 +25,7 @@ _ITEMSIZES = {
 }
 
 
-def check_storages(path: str | os.PathLike[str]) -> None:
+def check_storages(path: Path | str) -> None:
     """Compares the sizes in the pickles of an archive, which are read without running them, with its content.
 
     Raises:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import pickle
 import pickletools
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import BinaryIO
 
 import torch
@@ -39,7 +39,7 @@ class NeedsPickleError(Exception):
 
 
 @contextmanager
-def reading(path: str | os.PathLike[str], kind: Kind) -> Iterator[None]:
+def reading(path: Path | str, kind: Kind) -> Iterator[None]:
     """Turns whatever a reader raises on a broken file into one line.
 
     Readers raise nearly everything on broken files, `KeyError` and `SyntaxError` included, so a
@@ -98,7 +98,7 @@ def quiet() -> Iterator[None]:
             logging.getLogger(name).removeFilter(swallow)
 
 
-def read_torch_file(path: str | os.PathLike[str], kind: Kind, hint: str | None) -> object:
+def read_torch_file(path: Path | str, kind: Kind, hint: str | None) -> object:
     """The tensors and plain containers of a file of `torch.save`, on the CPU, mapped if nothing is compressed.
 
     Never runs code of the file.
@@ -136,7 +136,7 @@ def load_weights_only_bytes(content: bytes) -> object:
     return _load_weights_only(io.BytesIO(content))
 
 
-def _load_weights_only(source: str | os.PathLike[str] | BinaryIO, mapped: bool = False) -> object:
+def _load_weights_only(source: Path | str | BinaryIO, mapped: bool = False) -> object:
     try:
         with quiet():
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
@@ -144,19 +144,19 @@ def _load_weights_only(source: str | os.PathLike[str] | BinaryIO, mapped: bool =
         name = _refused_class(str(error))
         if name is None:
             raise
-        if isinstance(source, (str, os.PathLike)):
+        if isinstance(source, (Path, str)):
             _refuse_half_names(source)
         raise NeedsPickleError(name) from error
 
 
-def pickled_objects(path: str | os.PathLike[str], name: str, hint: str) -> FileError:
+def pickled_objects(path: Path | str, name: str, hint: str) -> FileError:
     """The refusal of a file that would run code when loaded."""
     return FileError(
         f"{path}: holds pickled Python objects ({name}), which run code when loaded", hint
     )
 
 
-def _refuse_half_names(path: str | os.PathLike[str]) -> None:
+def _refuse_half_names(path: Path | str) -> None:
     """Tells a file that was cut off within the name of a class from one that holds that class.
 
     Raises:

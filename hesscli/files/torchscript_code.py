@@ -6,9 +6,9 @@ writing, and a model can call them when it is loaded or run.
 
 from __future__ import annotations
 
-import os
 import re
 import zipfile
+from pathlib import Path
 
 from hesscli.errors import FileError
 from hesscli.files.zip_files import read
@@ -17,7 +17,7 @@ from hesscli.files.zip_files import read
 _FILES = re.compile(rb"\b(from_file|save|load_tensor)\b")
 
 
-def refuse_files(path: str | os.PathLike[str], hint: str) -> None:
+def refuse_files(path: Path, hint: str) -> None:
     """Looks at all the code in the archive before any of it is run.
 
     Raises:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ _DENSE = {"quantised": "dequantize", "sparse": "to_dense"}
 
 
 def load_weights(
-    path: str | os.PathLike[str],
+    path: Path,
     module: nn.Module,
     weights: Mapping[str, torch.Tensor],
     others: Mapping[str, object],
@@ -60,7 +60,7 @@ def load_weights(
 
 
 def _refuse_other_kinds(
-    path: str | os.PathLike[str],
+    path: Path,
     expected: Mapping[str, torch.Tensor],
     content: Mapping[str, torch.Tensor],
 ) -> None:
@@ -94,7 +94,7 @@ def _kind(tensor: torch.Tensor) -> str:
 
 
 def _complete_ties(
-    path: str | os.PathLike[str],
+    path: Path,
     expected: Mapping[str, torch.Tensor],
     content: dict[str, torch.Tensor],
 ) -> None:

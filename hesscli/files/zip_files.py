@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from pathlib import Path
 
 from hesscli.errors import FileError, ResourceError
 from hesscli.files.resources import available_memory
@@ -12,7 +13,7 @@ from hesscli.files.sniff import COPY_AGAIN
 _CHUNK = 1 << 20
 
 
-def check_zip(path: str | os.PathLike[str]) -> None:
+def check_zip(path: Path | str) -> None:
     """Names, sizes and checksums, in this order: nothing is unpacked whose size was not looked at.
 
     A flipped bit would otherwise be loaded, and the Hessian would be quietly wrong.
@@ -50,13 +51,13 @@ def read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
     return archive.read(member)
 
 
-def stored(path: str | os.PathLike[str]) -> bool:
+def stored(path: Path | str) -> bool:
     """Whether everything lies in the file as it is, so that it can be mapped."""
     with zipfile.ZipFile(path) as archive:
         return all(m.compress_type == zipfile.ZIP_STORED for m in archive.infolist())
 
 
-def _check_names(path: str | os.PathLike[str], members: list[zipfile.ZipInfo]) -> None:
+def _check_names(path: Path | str, members: list[zipfile.ZipInfo]) -> None:
     seen: set[str] = set()
     for member in members:
         # Nothing is ever unpacked to the disk; but a file that tries is not one to trust.
@@ -73,7 +74,7 @@ def _check_names(path: str | os.PathLike[str], members: list[zipfile.ZipInfo]) -
         seen.add(member.filename)
 
 
-def _check_sizes(path: str | os.PathLike[str], members: list[zipfile.ZipInfo]) -> None:
+def _check_sizes(path: Path | str, members: list[zipfile.ZipInfo]) -> None:
     size = os.path.getsize(path)
     packed = sum(member.compress_size for member in members)
     if packed > size:  # members that lie over each other unpack to far more than there is
