@@ -19,6 +19,7 @@ from hesscli.files.control_flow import IN_PYTHON
 from hesscli.files.exported_code import refuse_code
 from hesscli.files.ties import tie, tied_groups
 from hesscli.files.torch_files import NeedsPickleError, pickled_objects, quiet, reading
+from hesscli.files.zip_files import check_zip
 
 
 def _copied(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -88,6 +89,7 @@ def load_exported(path: Path, device: torch.device, pickle_hint: str | None) -> 
     Raises:
         FileError: damaged, of another version, or with numbers among its inputs that vary.
     """
+    check_zip(path)
     with reading(path, "exported"):
         if pickle_hint is not None:
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,13 +24,10 @@ from hesscli.files.mlp import MLP
 from hesscli.files.safetensors_files import load_safetensors
 from hesscli.files.shards import load_part, load_shards, weights_in
 from hesscli.files.sniff import Kind, kind_of, unsupported
-from hesscli.files.storages import check_storages
 from hesscli.files.ties import tie, tied_groups
 from hesscli.files.torch_files import NeedsPickleError, quiet, read_torch_file, reading
-from hesscli.files.torchscript_code import refuse_files
-from hesscli.files.torchscript_graph import adapt
+from hesscli.files.torchscript import load_torchscript
 from hesscli.files.weights import load_weights
-from hesscli.files.zip_files import check_zip
 from hesscli.texts import dtype_name, listed
 
 _NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
@@ -87,13 +83,9 @@ def load_model(
     program: Exported | None = None
     form: Form
     if kind == "torchscript":
-        check_zip(path)
-        check_storages(path)
-        if pickle_hint is not None:
-            refuse_files(path, pickle_hint)
-        module, form = _torchscript(path, device, train_mode, notes), "torchscript"
+        module = load_torchscript(path, device, pickle_hint, train_mode, notes)
+        form = "torchscript"
     elif kind == "exported":
-        check_zip(path)
         program = load_exported(path, device, pickle_hint)
         module, form = program.module, "exported"
         if train_mode:
@@ -127,22 +119,6 @@ def load_model(
         program.signature if program else signature_of(module),
         program.batch_sizes if program else (1, None),
     )
-
-
-def _torchscript(path: Path, device: torch.device, train_mode: bool, notes: list[str]) -> nn.Module:
-    with reading(path, "torchscript"), quiet():
-        module = torch.jit.load(path, map_location=device)
-    if not hasattr(module, "forward"):
-        raise FileError(
-            f"{path}: a TorchScript file without a forward method",
-            "save the model itself: torch.jit.script(model).save('net.pt')",
-        )
-    adapt(module, device)
-    if train_mode:
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("traced_inputs.pkl") for name in archive.namelist()):
-                notes.append("train mode has no effect: a traced model keeps the mode it had")
-    return module
 
 
 def _weights_of_several(path: Path, kind: Kind) -> tuple[object, tuple[Path, ...]]:

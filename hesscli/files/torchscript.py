@@ -1,0 +1,88 @@
+"""TorchScript files.
+
+TorchScript's interpreter knows no Python modules. But of PyTorch's operators some open files by name, for reading or
+writing, and a model can call them when it is loaded or run.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.library import Library
+
+from hesscli.errors import FileError
+from hesscli.files.storages import check_storages
+from hesscli.files.torch_files import quiet, reading
+from hesscli.files.zip_files import check_zip, read
+
+# Every operator that takes the name of a file. As words anywhere, for there is more than one way to name an operator.
+_FILES = re.compile(rb"\b(from_file|save|load_tensor)\b")
+
+_LIBRARY = Library("hesscli", "DEF")
+_LIBRARY.define("detach(Tensor(a) x) -> Tensor(a)")
+
+
+@torch.library.impl(_LIBRARY, "detach", "CompositeImplicitAutograd")
+def _detach(x: Tensor) -> Tensor:
+    return x.detach()
+
+
+def load_torchscript(
+    path: Path, device: torch.device, pickle_hint: str | None, train_mode: bool, notes: list[str]
+) -> nn.Module:
+    """Reads a module onto the device; one that would open other files only if there is no hint against that.
+
+    Raises:
+        FileError: damaged, unsafe, or without a forward method.
+    """
+    check_zip(path)
+    check_storages(path)
+    if pickle_hint is not None:
+        _refuse_files(path, pickle_hint)
+    with reading(path, "torchscript"), quiet():
+        module = torch.jit.load(path, map_location=device)
+    if not hasattr(module, "forward"):
+        raise FileError(
+            f"{path}: a TorchScript file without a forward method",
+            "save the model itself: torch.jit.script(model).save('net.pt')",
+        )
+    _adapt(module, device)
+    if train_mode:
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("traced_inputs.pkl") for name in archive.namelist()):
+                notes.append("train mode has no effect: a traced model keeps the mode it had")
+    return module
+
+
+def _refuse_files(path: Path, hint: str) -> None:
+    """Looks at all the code in the archive before any of it is run."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            code = read(archive, member) if member.filename.endswith(".py") else b""
+            if found := _FILES.search(code):
+                raise FileError(
+                    f"{path}: TorchScript that opens other files ({found[1].decode()})", hint
+                )
+
+
+def _adapt(module: torch.jit.ScriptModule, device: torch.device) -> None:
+    """Lets a module, not yet called, make its tensors on a device, and detach them in Python.
+
+    A trace names the device of every tensor that it makes, a recurrent layer's first state for one; parameters and
+    buffers alone go where the file is loaded to. And what TorchScript detaches no `TorchFunctionMode` sees.
+    """
+    graph = module._c._get_method("forward").graph
+    torch._C._jit_pass_inline(graph)
+    for node in graph.findAllNodes("prim::Constant"):
+        if node.output().type().kind() == "DeviceObjType":
+            node.s_("value", str(device))
+    for node in (*graph.findAllNodes("aten::detach"), *graph.findAllNodes("prim::data")):
+        ours = graph.create("hesscli::detach", list(node.inputs()), 1)
+        ours.insertBefore(node)
+        ours.output().setType(node.output().type())
+        node.output().replaceAllUsesWith(ours.output())
+        node.destroy()
