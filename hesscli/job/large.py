@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -28,23 +30,18 @@ from hesscli.job.unfinished import Unfinished
 Advance = Callable[[int, str], None]  # is told how many rows more are done, and of what
 
 
+@dataclass
 class LargeBlock:
-    """One large block of a plan, by the first of its routes that is exact.
+    """One large block of a plan, by the first of its routes that is exact."""
 
-    Args:
-        plan: what it is part of.
-        block: the block.
-        memory: that the plan may use.
-        most: numbers in a band.
-        progress: is told how many rows more are done.
-    """
+    plan: Plan
+    block: Block
+    memory: Memory  # that the plan may use
+    most: int  # numbers in a band
+    progress: Advance
 
-    def __init__(
-        self, plan: Plan, block: Block, memory: Memory, most: int, progress: Advance
-    ) -> None:
-        self.plan, self.block, self.memory = plan, block, memory
-        self.most, self.progress = most, progress
-        self.ranking = Ranking(plan, block)
+    def __post_init__(self) -> None:
+        self.ranking = Ranking(self.plan, self.block)
 
     def parts(self) -> list[tuple[str, float]]:
         """The name of each band, and its share of the work; none if the route finds out that it cannot give any."""
@@ -68,19 +65,9 @@ class LargeBlock:
 
     def contribute(self, unfinished: Unfinished, mine: Collection[str]) -> None:
         """Computes and writes some of the bands; another process finishes the block."""
-        try:
-            layout, bands = self._cut()
-            direction = torch.zeros(self.block.size)
-            matrix = self._triangle(layout, bands, unfinished.writer, None, direction)
-            with Beside() as beside:
-                for index, (start, stop) in enumerate(bands):
-                    part = self._part(index)
-                    if part in mine and unfinished.known(part) is None:
-                        upper, facts = self._band(self.ranking.route, start, stop)
-                        beside.run(_put, matrix, index, upper, unfinished, part, facts)
-                        self.progress(stop - start, self.block.name)
-        except NotApplicable:
-            pass  # the process that finishes the block finds out too, and takes the next route
+        # Who finishes the block finds out too, and takes the next route.
+        with suppress(NotApplicable):
+            self._bands(unfinished, torch.zeros(self.block.size), mine)
 
     def compute(self, unfinished: Unfinished) -> Document:
         """Computes, writes and checks the block; by the next route, where one cannot or does not pass.
@@ -92,6 +79,9 @@ class LargeBlock:
             NumericalError: no route is exact.
         """
         certificate = self.plan.certificate
+        direction = torch.zeros(self.block.size)
+        if certificate is not None:
+            direction = certificate.direction(self.block)
         while True:
             method = self.ranking.method
             failed = f"{self.block.name}, {method}, not exact"
@@ -100,7 +90,7 @@ class LargeBlock:
                 self.ranking.skip()
                 continue
             try:
-                matrix, symmetry = self._bands(unfinished)
+                matrix, symmetry = self._bands(unfinished, direction)
             except NotApplicable as reason:
                 self.ranking.refuse(reason)
                 continue
@@ -122,20 +112,20 @@ class LargeBlock:
             "zero": matrix.squares == 0,
         }
 
-    def _bands(self, unfinished: Unfinished) -> tuple[Triangle, float]:
-        """The matrix, written, and its symmetry error."""
+    def _bands(
+        self, unfinished: Unfinished, direction: Tensor, mine: Collection[str] | None = None
+    ) -> tuple[Triangle, float]:
+        """The matrix, written, and its symmetry error; or some of its bands, where other processes have the others."""
         route = self.ranking.route
         layout, bands = self._cut()
-        device, certificate = self.memory.held_on(self.block), self.plan.certificate
-        direction = torch.zeros(self.block.size)
-        if certificate is not None:
-            direction = certificate.direction(self.block)
-        matrix = self._triangle(layout, bands, unfinished.writer, device, direction)
+        matrix = self._triangle(layout, bands, unfinished.writer, direction)
         gap = square = 0.0
         with Beside() as beside:
             for index, (start, stop) in enumerate(bands):
                 part = self._part(index)
                 facts = unfinished.known(part)
+                if mine is not None and (part not in mine or facts is not None):
+                    continue
                 if facts is not None:
                     beside.run(matrix.restore, index)
                 else:
@@ -146,16 +136,12 @@ class LargeBlock:
         return matrix, (gap / square) ** 0.5 if square else 0.0
 
     def _triangle(
-        self,
-        layout: Layout,
-        bands: list[Span],
-        writer: ResultWriter,
-        device: torch.device | None,
-        direction: Tensor,
+        self, layout: Layout, bands: list[Span], writer: ResultWriter, direction: Tensor
     ) -> Triangle:
-        """What takes the bands, multiplies the direction, and keeps them on the device, if there is one."""
+        """What takes the bands and multiplies the direction; it keeps them where there is room."""
         writer.forget(self.block.name)
         direction = direction.to("cpu", self.plan.problem.dtype)
+        device = self.memory.held_on(self.block)
         if device is None:
             return StreamedTriangle(self.block.name, layout, bands, writer, direction)
         return HeldTriangle(self.block.name, layout, bands, writer, direction, device)
