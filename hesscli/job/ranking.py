@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from hesscli.errors import NumericalError
 from hesscli.hessian.blocks import Block
@@ -12,17 +13,13 @@ from hesscli.job.planning import Plan
 from hesscli.job.remedies import inexact, more_digits, not_finite, other_way
 
 
+@dataclass
 class Ranking:
-    """A block of a plan, and the first of its routes that has not yet been found wanting.
+    """A block of a plan, and the first of its routes that has not yet been found wanting."""
 
-    Args:
-        plan: what the block is part of.
-        block: the block.
-    """
-
-    def __init__(self, plan: Plan, block: Block) -> None:
-        self.plan, self.block = plan, block
-        self._place = 0
+    plan: Plan
+    block: Block
+    _place: int = 0
 
     @property
     def choice(self) -> Choice:

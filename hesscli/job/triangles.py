@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,33 +26,25 @@ _READ = 1 << 24  # numbers that are read back at a time
 _PAGE = 4096
 
 
+@dataclass(eq=False)
 class Triangle:
     """What both kinds share: the bands, and what is known of the rows that went by.
 
     `put` takes band after band, `restore` one that an earlier run wrote; `finish` ends it. Then trace and squares are
     known, and `@` works.
-
-    Args:
-        name: the tensor's.
-        layout: the order of the bands' rows.
-        bands: from where to where each goes.
-        writer: of the file.
-        direction: the vector [n] that the matrix will be multiplied by, of its dtype.
     """
 
-    def __init__(
-        self,
-        name: str,
-        layout: Layout,
-        bands: list[Span],
-        writer: ResultWriter,
-        direction: Tensor,
-    ) -> None:
-        self.name, self.layout, self.bands = name, layout, bands
-        self.writer, self.direction = writer, direction
-        self.dtype = direction.dtype
-        # Row by row, so that they are the same in whichever order and company the rows come.
-        self._facts = np.zeros((3, layout.size))  # its diagonal entry, its squares, its product
+    name: str  # the tensor's
+    layout: Layout  # the order of the bands' rows
+    bands: list[Span]  # from where to where each goes
+    writer: ResultWriter  # of the file
+    direction: Tensor  # the vector [n] that the matrix will be multiplied by, of its dtype
+
+    def __post_init__(self) -> None:
+        self.dtype = self.direction.dtype
+        # Of each row its diagonal entry, its squares and its product: row by row, so that they are the same in
+        # whichever order and company the rows come.
+        self._facts = np.zeros((3, self.layout.size))
 
     def put(self, index: int, upper: Tensor) -> None:
         """Takes band `index`, [rows, size - start], computed to its end, its square symmetric, after all before it."""
@@ -100,34 +93,25 @@ class Triangle:
         return out.to(v.device)
 
 
+@dataclass(eq=False)
 class HeldTriangle(Triangle):
-    """Keeps the bands, and writes whole rows.
+    """Keeps the bands, and writes whole rows."""
 
-    Args:
-        device: where the bands are kept and their rows completed.
-    """
+    device: torch.device  # where the bands are kept and their rows completed
 
-    def __init__(
-        self,
-        name: str,
-        layout: Layout,
-        bands: list[Span],
-        writer: ResultWriter,
-        direction: Tensor,
-        device: torch.device,
-    ) -> None:
-        super().__init__(name, layout, bands, writer, direction)
-        self.device = device
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.uppers: list[Tensor] = []
-        pieces = (piece for band in bands for piece in self._pieces(*band))
+        device, size = self.device, self.layout.size
+        pieces = (piece for band in self.bands for piece in self._pieces(*band))
         longest = max(piece.groups * piece.length for piece in pieces)
-        room = longest * layout.size * self.dtype.itemsize + _PAGE
+        room = longest * size * self.dtype.itemsize + _PAGE
         # Page-aligned, as direct writes want it; two of them, so that one is filled while the other is written.
         self.memory = [_pages(room, device), _pages(room, device)]
         self.scratch: Tensor | None = None
         self.stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self.scratch = torch.empty(longest * layout.size, dtype=self.dtype, device=device)
+            self.scratch = torch.empty(longest * size, dtype=self.dtype, device=device)
             self.stream = torch.cuda.Stream(device)
 
     def put(self, index: int, upper: Tensor) -> None:

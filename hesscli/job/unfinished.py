@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from hesscli.errors import HesscliError, InterruptedRun, ResourceError, is_out_of_memory
@@ -16,25 +17,20 @@ INTERVAL = 1.0
 """Seconds between two waits for the disk. What is finished in less is computed again after a crash."""
 
 
+@dataclass
 class Unfinished:
-    """A file and its journal, until `commit`. An error leaves both behind where it makes sense to go on later.
+    """A file and its journal, until `commit`. An error leaves both behind where it makes sense to go on later."""
 
-    Args:
-        writer: of the file.
-        journal: of its parts.
-        parts: how many there are.
-        others: other processes have journals of the file too, which stay.
-        listener: hears what is kept.
-    """
+    writer: ResultWriter  # of the file
+    journal: Journal  # of its parts
+    parts: int  # how many there are
+    others: bool  # other processes have journals of the file too, which stay
+    listener: Listener  # hears what is kept
 
-    def __init__(
-        self, writer: ResultWriter, journal: Journal, parts: int, others: bool, listener: Listener
-    ) -> None:
-        self.writer, self.journal, self.parts = writer, journal, parts
-        self.others, self.listener = others, listener
+    def __post_init__(self) -> None:
         self.waiting: dict[str, Document] = {}
         self.last = time.monotonic()
-        journal.start = writer.start
+        self.journal.start = self.writer.start
 
     def __enter__(self) -> Unfinished:
         return self
