@@ -248,11 +248,11 @@ def test_an_error_on_one_rank_is_the_commands(net, tmp_path):
 LATE = """
 import os
 from hesscli.errors import MismatchError
-from hesscli.job.whole import WholeBlocks
-def failing(self, group):
+from hesscli.job import run
+def failing(plan, group):
     raise MismatchError("the model: not here")
 if os.environ["RANK"] == "1":
-    WholeBlocks.compute = failing
+    run.compute_blocks = failing
 from hesscli.cli import main
 main()
 """

@@ -23,7 +23,7 @@ from hesscli.job.options import command_of
 from hesscli.job.planning import Plan
 from hesscli.job.team import Team, balanced
 from hesscli.job.unfinished import Unfinished
-from hesscli.job.whole import WholeBlocks, groups
+from hesscli.job.whole import compute_blocks, groups
 from hesscli.spectrum.eigen import extremes
 from hesscli.texts import dtype_name
 
@@ -195,7 +195,7 @@ class Run:
                 self._progress(facts["size"], facts["name"])
             return list(known["blocks"])
         found = []
-        for facts, array in WholeBlocks(self.plan).compute(group):
+        for facts, array in compute_blocks(self.plan, group):
             beside.run(writer.write, facts["name"], array)
             found.append(facts | {"zero": not array.any()})
             self._progress(facts["size"], facts["name"])

@@ -16,7 +16,7 @@ from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import ComputeOptions, Listener, ProblemOptions
 from hesscli.job.planning import Plan
 from hesscli.job.progress import Convergence
-from hesscli.job.whole import WholeBlocks, groups
+from hesscli.job.whole import compute_blocks, groups
 from hesscli.spectrum.dense import DENSE
 from hesscli.spectrum.trace import Estimate, estimate
 
@@ -108,11 +108,10 @@ def _exact_products(plan: Plan, operator: Operator) -> float:
 
 def _exact(plan: Plan, operator: Operator) -> Estimate:
     """The traces of the exact diagonal."""
-    work = WholeBlocks(plan)
     found: dict[str, Document] = {}
     try:
         for group in groups(plan):
-            for facts, _ in work.compute(group):
+            for facts, _ in compute_blocks(plan, group):
                 found[facts["name"]] = facts
                 done = sum(f["size"] for f in found.values())
                 operator.listener.progress(done, operator.size, "exact")

@@ -47,84 +47,79 @@ def _group(blocks: Sequence[Block], diagonal: bool) -> list[list[Block]]:
     return groups
 
 
-class WholeBlocks:
-    """Computes groups of blocks.
+def compute_blocks(plan: Plan, blocks: Sequence[Block]) -> Iterator[tuple[Document, np.ndarray]]:
+    """The facts and values of every block.
 
-    Args:
-        plan: they are part of.
+    Raises:
+        NumericalError: no route is exact.
     """
+    yield from _computed([Ranking(plan, block) for block in blocks])
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
 
-    def compute(self, blocks: Sequence[Block]) -> Iterator[tuple[Document, np.ndarray]]:
-        """Every block's facts and values.
-
-        Raises:
-            NumericalError: no route is exact.
-        """
-        yield from self._computed([Ranking(self.plan, block) for block in blocks])
-
-    def _computed(self, rankings: Sequence[Ranking]) -> Iterator[tuple[Document, np.ndarray]]:
-        """All blocks by the route that is first for them, or each by its next."""
-        route = rankings[0].route
-        try:
-            sums = fitting(route, lambda: self._sums(route, [r.block for r in rankings]))
-        except NotApplicable as reason:
-            if len(rankings) > 1:  # perhaps only some of them cannot be done
-                for ranking in rankings:
-                    yield from self._computed([ranking])
-                return
-            rankings[0].refuse(reason)
-            yield from self._computed(rankings)
+def _computed(rankings: Sequence[Ranking]) -> Iterator[tuple[Document, np.ndarray]]:
+    """All blocks by the route that is first for them, or each by its next."""
+    route, diagonal = rankings[0].route, rankings[0].plan.diagonal
+    try:
+        sums = fitting(route, lambda: _sums(route, [r.block for r in rankings], diagonal))
+    except NotApplicable as reason:
+        if len(rankings) > 1:  # perhaps only some of them cannot be done
+            for ranking in rankings:
+                yield from _computed([ranking])
             return
-        for ranking in rankings:
-            found = self._finished(ranking, sums.pop(ranking.block.name))
-            if found is None:
-                yield from self._computed([ranking])
-            else:
-                yield found
+        rankings[0].refuse(reason)
+        yield from _computed(rankings)
+        return
+    for ranking in rankings:
+        found = _finished(ranking, sums.pop(ranking.block.name))
+        if found is None:
+            yield from _computed([ranking])
+        else:
+            yield found
 
-    def _sums(self, route: Route, blocks: Sequence[Block]) -> dict[str, Tensor]:
-        """The blocks' sums over batches."""
-        like = next(iter(route.problem.parameters.values())).detach()
-        if self.plan.diagonal:
-            sums = {block.name: like.new_zeros(block.size) for block in blocks}
-            route.sum_diagonal(blocks, sums)
-            return sums
-        rows = [Rows.whole(block, like) for block in blocks]
-        route.sum(rows)
-        return {part.block.name: part.out for part in rows}
 
-    def _error(self, certificate: Certificate, route: Route, block: Block, values: Tensor) -> float:
-        """The relative error of a block; if only the diagonal of its rows was kept, of a product with them too."""
-        if not self.plan.diagonal:
-            return certificate.matrix(block, values)
-        error = certificate.diagonal(block, values)
-        if isinstance(route, ByRows) and certificate.passed(error):
-            error = max(error, certificate.product(block, partial(route.product, block)))
-        return error
+def _sums(route: Route, blocks: Sequence[Block], diagonal: bool) -> dict[str, Tensor]:
+    """The blocks' sums over batches, or those of their diagonals."""
+    like = next(iter(route.problem.parameters.values())).detach()
+    if diagonal:
+        sums = {block.name: like.new_zeros(block.size) for block in blocks}
+        route.sum_diagonal(blocks, sums)
+        return sums
+    rows = [Rows.whole(block, like) for block in blocks]
+    route.sum(rows)
+    return {part.block.name: part.out for part in rows}
 
-    def _finished(self, ranking: Ranking, values: Tensor) -> tuple[Document, np.ndarray] | None:
-        """A block, made symmetric and certified; None if it does not pass."""
-        plan, block, route = self.plan, ranking.block, ranking.route
-        method, symmetry, error = ranking.method, None, None
-        if not plan.diagonal:
-            if route.symmetric:
-                mirror_(values)
-            values = route.layout(block).ordered(values)
-            symmetry = 0.0 if route.symmetric else symmetrise_(values)
-        if plan.certificate is not None and block.size:
-            error = self._error(plan.certificate, route, block, values)
-        if not ranking.accepts(error, lambda: bool(torch.isfinite(values).all())):
-            return None
-        array = on_host(values.to(plan.problem.dtype)).numpy()
-        if plan.diagonal:
-            array = array.reshape(plan.shapes[block.name])
-        return documents.block_facts(plan.opened, block) | {
-            "method": method,
-            **statistics.of_block(array, plan.diagonal, plan.options.stats),
-            "bytes": array.nbytes,
-            "symmetry_error": symmetry,
-            "check_error": error,
-        }, array
+
+def _finished(ranking: Ranking, values: Tensor) -> tuple[Document, np.ndarray] | None:
+    """A block, made symmetric and certified; None if it does not pass."""
+    plan, block, route = ranking.plan, ranking.block, ranking.route
+    method, symmetry, error = ranking.method, None, None
+    if not plan.diagonal:
+        if route.symmetric:
+            mirror_(values)
+        values = route.layout(block).ordered(values)
+        symmetry = 0.0 if route.symmetric else symmetrise_(values)
+    if plan.certificate is not None and block.size:
+        error = _error(ranking, plan.certificate, values)
+    if not ranking.accepts(error, lambda: bool(torch.isfinite(values).all())):
+        return None
+    array = on_host(values.to(plan.problem.dtype)).numpy()
+    if plan.diagonal:
+        array = array.reshape(plan.shapes[block.name])
+    return documents.block_facts(plan.opened, block) | {
+        "method": method,
+        **statistics.of_block(array, plan.diagonal, plan.options.stats),
+        "bytes": array.nbytes,
+        "symmetry_error": symmetry,
+        "check_error": error,
+    }, array
+
+
+def _error(ranking: Ranking, certificate: Certificate, values: Tensor) -> float:
+    """The relative error of a block; if only the diagonal of its rows was kept, of a product with them too."""
+    block, route = ranking.block, ranking.route
+    if not ranking.plan.diagonal:
+        return certificate.matrix(block, values)
+    error = certificate.diagonal(block, values)
+    if isinstance(route, ByRows) and certificate.passed(error):
+        error = max(error, certificate.product(block, partial(route.product, block)))
+    return error
