@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -64,25 +64,20 @@ class Question:
 
 @dataclass(frozen=True)
 class SharedProblem(Problem):
-    """A problem whose gradients are sums over the data of all processes.
+    """A problem whose gradients are sums over the data of all processes."""
 
-    Args:
-        share: this process's.
-        source: which of the problems that were opened.
-    """
-
-    share: Share | None = None
-    source: int = 0
+    _: KW_ONLY
+    share: Share  # this process's
+    source: int  # which of the problems that were opened
 
     runs_here: ClassVar[bool] = False
 
     @classmethod
-    def of(cls, problem: Problem, share: Share, source: int = 0) -> SharedProblem:
+    def of(cls, problem: Problem, share: Share, source: int) -> SharedProblem:
         plain = {f.name: getattr(problem, f.name) for f in fields(Problem)}
         return cls(**plain, share=share, source=source)
 
     def ask(self, what: Gradient | Product | Quotient, tensor: Tensor) -> Tensor:
-        assert self.share is not None
         names, shape = tuple(self.parameters), tuple(tensor.shape)
         return self.share.ask(Question(what, self.source, self.dtype, names, shape), tensor)
 
@@ -105,22 +100,20 @@ class SharedProblem(Problem):
         return iter((self,))
 
     def double(self) -> Problem | None:
-        assert self.share is not None
         twin = self.share.twin(self.source)
-        if twin is None:
-            return None
-        return SharedProblem.of(twin.restricted(self.parameters), self.share, self.source)
+        return twin and SharedProblem.of(twin.restricted(self.parameters), self.share, self.source)
 
 
 class SharedProducts(LinearMap):
     """v -> H v, the sum over the data of all processes."""
+
+    problem: SharedProblem
 
     def __init__(self, problem: SharedProblem, curvature: str) -> None:
         super().__init__(problem)
         self.curvature = curvature
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        assert isinstance(self.problem, SharedProblem)
         self.count += 1 if vectors.dim() == 1 else len(vectors)
         return self.problem.ask(Product(self.curvature), vectors)
 
@@ -129,6 +122,7 @@ class SharedProducts(LinearMap):
 class SharedDifference(DirectionalDifference):
     """Asks for what is not made of the problem's gradients: these are sums over all processes already."""
 
+    problem: SharedProblem
     curvature: str
 
     def quotient(self, step: float) -> Tensor:
@@ -139,6 +133,5 @@ class SharedDifference(DirectionalDifference):
         return None if bool(held.isnan().any()) else held
 
     def _ask(self, step: float, held: bool = False, narrow: bool = False) -> Tensor:
-        assert isinstance(self.problem, SharedProblem)
         question = Quotient(self.block, step, self.curvature, held, narrow)
         return self.problem.ask(question, self.direction)
