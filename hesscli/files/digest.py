@@ -11,23 +11,18 @@ import torch
 
 from hesscli.errors import FileError
 
-_CHUNK = 1 << 20
-
 
 def sha256(path: Path | str) -> str:
-    """The file's SHA-256 in hexadecimal, read in chunks so that its size does not matter.
+    """The file's SHA-256 in hexadecimal.
 
     Raises:
         FileError: the file cannot be read to its end.
     """
-    digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return digest.hexdigest()
 
 
 def sha256_of_all(paths: Sequence[Path | str]) -> str:
