@@ -15,25 +15,16 @@ from hesscli.hessian.cuts import Cuts
 from hesscli.hessian.planner import Choice, Planner, seconds_of
 from hesscli.hessian.problem import Problem
 from hesscli.hessian.rates import Rates
-from hesscli.job.estimate import START, estimate
+from hesscli.job.dry_run import START, estimate
 
 RATES = Rates(flops=1e9, memory=1e9, call=1e-3)
 SECOND = Work(flops=1e9)
 
 
 def test_the_parts_add_up() -> None:
-    found = estimate(
-        [Choice("hvp", "", SECOND.times(3))],
-        RATES,
-        gradients=4,
-        gradient=0.5,
-        decomposed=[1000, 1000],
-        size=2 * 10**9,
-    )
-    assert (found.work, found.check) == (3, 2)
-    assert found.statistics == pytest.approx(0.4)
-    assert found.writing == pytest.approx(2)
-    assert found.seconds == pytest.approx(START + 3 + 2 + 0.4 + 2)
+    choices = [Choice("hvp", "", SECOND.times(3))]
+    found = estimate(choices, RATES, check=2.0, decomposed=[1000, 1000], size=2 * 10**9)
+    assert found == pytest.approx(START + 3 + 2 + 0.4 + 2)
 
 
 def test_what_blocks_share_counts_once_for_each_route() -> None:
