@@ -103,7 +103,7 @@ def show(
                 out.line("")
                 draw(out, shown.heatmap)
             if plot is not None and shown.figure is not None:
-                from hesscli.job.matrix_plot import plot_matrix
+                from hesscli.job.figures import plot_matrix
 
                 plot_matrix(plot, shown.figure, _title(shown.document))
                 out.wrote(str(plot), plot.stat().st_size)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hesscli.errors import UsageError
-from hesscli.job.figures import drawable
+from hesscli.job.figures import drawable, plot_density
 from hesscli.job.json_form import Document, timeless
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.results import replacing, write_tensors
@@ -81,8 +81,6 @@ def density(
     if output is not None and not found.interrupted:
         _write(output, document, found)
     if plot is not None and not found.interrupted:
-        from hesscli.job.plot import plot_density
-
         plot_density(plot, document, found)
     return document | {"seconds": time.perf_counter() - started}
 
