@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from hesscli.errors import ResourceError
@@ -80,10 +81,8 @@ class Team:
         """
         if self.size == 1:
             return value
-        import torch.distributed as dist
-
         box = [value]
-        with _together():
+        with _together() as dist:
             dist.broadcast_object_list(box)
         return box[0]
 
@@ -95,10 +94,8 @@ class Team:
         """
         if self.size == 1:
             return [value]
-        import torch.distributed as dist
-
         said: list[Any] = [None] * self.size
-        with _together():
+        with _together() as dist:
             dist.all_gather_object(said, value)
         return said
 
@@ -108,12 +105,8 @@ class Team:
         Raises:
             ProcessLost: one has ended.
         """
-        if self.size == 1:
-            return tensor
-        import torch.distributed as dist
-
         sent = tensor if self.nccl else tensor.cpu()
-        with _together():
+        with _together() as dist:
             dist.broadcast(sent, 0)
         return sent.to(tensor.device)
 
@@ -123,14 +116,11 @@ class Team:
         Raises:
             ProcessLost: one has ended.
         """
-        if self.size == 1:
-            return tensor
         import torch
-        import torch.distributed as dist
 
         device = tensor.device if self.nccl else torch.device("cpu")
         total = tensor.to(device, torch.float64, copy=True)
-        with _together():
+        with _together() as dist:
             dist.reduce(total, 0)
         return total.to(tensor.device, tensor.dtype)
 
@@ -144,9 +134,12 @@ class Team:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def _together() -> Iterator[ModuleType]:
+    """torch.distributed; inside, that it fails means that another process has ended."""
+    import torch.distributed as dist
+
     try:
-        yield
+        yield dist
     except RuntimeError as error:
         # Without the source file that it begins with, and the advice that follows.
         reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". ")[0]
