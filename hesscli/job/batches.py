@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from itertools import pairwise
 
 import torch
 
@@ -35,8 +34,8 @@ def split(
     note: Callable[[str], None],
     parts: int = 1,
     side_by_side: bool = False,
-) -> tuple[Problem, Sizes]:
-    """The problem with its data in batches, unless model or loss want it whole.
+) -> tuple[Problem, int]:
+    """The problem with its data in batches, unless model or loss want it whole; and the rows of a chunk.
 
     Args:
         problem: the problem, without its batches.
@@ -91,9 +90,7 @@ def split(
     if count < parts:
         listed = f"{count} batch" + ("es" if count > 1 else "")
         note(f"the data is {listed}, so {parts - count} of {parts} processes have nothing to do")
-    batches = _batches(source, bounds, parts)
-    largest = max(stop - start for start, stop in pairwise(bounds))
-    return replace(problem, batches=batches), Sizes(largest, sizes.chunk)
+    return replace(problem, batches=_batches(source, bounds, parts)), sizes.chunk
 
 
 def _accepted(

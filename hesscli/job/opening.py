@@ -17,7 +17,6 @@ from hesscli.errors import (
 )
 from hesscli.files.data import Data, check_finite, load_data
 from hesscli.files.models import SavedModel, load_model
-from hesscli.hessian.batch_size import Sizes
 from hesscli.hessian.curvatures import CURVATURES
 from hesscli.hessian.measure import measure
 from hesscli.hessian.precision import in_precision_
@@ -42,7 +41,7 @@ class Opened:
     """A problem, and what is worth saying about where it came from."""
 
     problem: Problem
-    sizes: Sizes
+    chunk: int  # rows of a matrix that go through at once
     tied: dict[str, list[str]]  # first name -> the other names of the same tensor
     frozen: list[str]  # parameters left out because they do not require a gradient
     facts: Document  # model, data and loss, as in the JSON document
@@ -133,7 +132,7 @@ def _opened(
     )
     if data.columns:
         source = as_columns(problem, source, note)
-    problem, sizes = split(problem, source, options.batch_size, note, share.size, side_by_side)
+    problem, chunk = split(problem, source, options.batch_size, note, share.size, side_by_side)
     _demand_own_parameters(model, problem)
     if loss.wide:
         problem, _ = problem.widened()
@@ -141,7 +140,7 @@ def _opened(
             note("what the model itself computes in float32 is computed in float64")
     problem, value = _measured(options, problem, share, data)
     facts = _facts(options, model, data, inputs, problem, value)
-    return Opened(problem, sizes, tied, frozen, facts, note)
+    return Opened(problem, chunk, tied, frozen, facts, note)
 
 
 def _model(

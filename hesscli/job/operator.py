@@ -160,7 +160,7 @@ def _checked_operator(
     double = double or (problem.double() if options.check else None)
     reference = double or problem
     methods: dict[str, Callable[[], LinearMap]] = {
-        HVP: lambda: share.products(problem, options.curvature, opened.sizes.chunk),
+        HVP: lambda: share.products(problem, options.curvature, opened.chunk),
     }
     if options.curvature == "hessian":
         methods[FINITE_DIFFERENCE] = lambda: Differences(double or problem.double() or problem)

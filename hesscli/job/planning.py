@@ -59,7 +59,7 @@ class Plan:
 
     def _settle(self) -> None:
         problem, curvature = self.problem, CURVATURES[self.options.curvature]
-        analyses, cuts = Analyses(problem), Cuts(problem, self.opened.sizes.chunk)
+        analyses, cuts = Analyses(problem), Cuts(problem, self.opened.chunk)
         self.routes = curvature.routes(problem, analyses, cuts, lambda: self.reference)
         curvature.require(problem, analyses)
         planner = curvature.planner(problem, analyses, cuts)

@@ -208,7 +208,7 @@ class Share(Alone):
         if self.kept is None or self.kept[0] != key:
             self.kept = None  # its graphs give way
             memory = free_memory(problem.device) // (2 * ranks_here())
-            self.kept = key, curvature.products(problem, memory, opened.sizes.chunk)
+            self.kept = key, curvature.products(problem, memory, opened.chunk)
         return self.kept[1](tensor)
 
 
