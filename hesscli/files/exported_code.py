@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ast
 import builtins
+import io
 import json
 import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from hesscli.files.torch_files import NeedsPickleError, load_weights_only_bytes
+from hesscli.files.torch_files import NeedsPickleError, load_weights_only
 
 # Calls that a graph is made of. Anything else under `torch.` could be `torch.load`.
 _TARGET = re.compile(
@@ -68,10 +69,11 @@ def refuse_code(path: Path) -> None:
             if base.startswith("opaque_obj"):
                 raise NeedsPickleError("opaque object")
             if base.endswith(".pt"):
-                load_weights_only_bytes(archive.read(name))
+                load_weights_only(io.BytesIO(archive.read(name)))
             if base.endswith("_config.json"):
                 for pickled in _pickled_tensors(json.loads(archive.read(name))):
-                    load_weights_only_bytes(archive.read(name.rpartition("/")[0] + "/" + pickled))
+                    content = archive.read(name.rpartition("/")[0] + "/" + pickled)
+                    load_weights_only(io.BytesIO(content))
             if "models/" in name or base == "serialized_exported_program.json":
                 _refuse_expressions(json.loads(archive.read(name)))
 

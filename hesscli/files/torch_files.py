@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import pickle
 import pickletools
@@ -120,23 +119,19 @@ def read_torch_file(path: Path | str, kind: Kind, hint: str | None) -> object:
         mapped = stored(path)
     try:
         with reading(path, kind):
-            return _load_weights_only(path, mapped)
+            return load_weights_only(path, mapped)
     except NeedsPickleError as error:
         if hint is None:
             raise
         raise pickled_objects(path, error.name, hint) from error
 
 
-def load_weights_only_bytes(content: bytes) -> object:
-    """The same of a file inside another file, which was checked.
+def load_weights_only(source: Path | str | BinaryIO, mapped: bool = False) -> object:
+    """The same of a file, or one inside another, whose content was checked.
 
     Raises:
         NeedsPickleError: there are Python objects in it.
     """
-    return _load_weights_only(io.BytesIO(content))
-
-
-def _load_weights_only(source: Path | str | BinaryIO, mapped: bool = False) -> object:
     try:
         with quiet():
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
