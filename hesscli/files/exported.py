@@ -134,19 +134,14 @@ def load_exported(path: Path, device: torch.device, pickle_hint: str | None) -> 
     return Exported(module, signature, _batch_sizes(program))
 
 
+@dataclass(eq=False)
 class _AsExported:
     """Puts tensors, in the order in which the graph has them, where they were when it was exported: in a dict, say;
     and constants beside them.
-
-    Args:
-        spec: of the arguments by position and by name.
-        given: what stands for each of their leaves.
     """
 
-    def __init__(
-        self, spec: pytree.TreeSpec, given: Sequence[TensorArgument | ConstantArgument]
-    ) -> None:
-        self.spec, self.given = spec, given
+    spec: pytree.TreeSpec  # of the arguments by position and by name
+    given: Sequence[TensorArgument | ConstantArgument]  # what stands for each of their leaves
 
     def __call__(
         self, module: nn.Module, tensors: tuple[Tensor, ...], named: dict[str, Tensor]

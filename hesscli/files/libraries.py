@@ -47,8 +47,7 @@ def transformers_factory(name: str, model: Path | str) -> Callable[..., nn.Modul
         # The fused kernels have no second derivatives.
         module: Any = make(config, attn_implementation="eager", dtype=torch.float32)
         module.tie_weights()
-        built: nn.Module = module
-        return built
+        return module
 
     return build
 
@@ -115,7 +114,6 @@ def timm_factory(name: str) -> Callable[..., nn.Module]:
     import timm
 
     def build(**arguments: object) -> nn.Module:
-        module: nn.Module = timm.create_model(name, **{**arguments, "pretrained": False})
-        return module
+        return timm.create_model(name, **{**arguments, "pretrained": False})
 
     return build

@@ -86,7 +86,8 @@ def _array(
     """The array whose `size` bytes begin here, at `start` of the file on disk if it is one."""
     begin = file.tell()
     version = npy_format.read_magic(file)
-    read = npy_format.read_array_header_1_0 if version == (1, 0) else _read_header_2_0
+    first = version == (1, 0)
+    read = npy_format.read_array_header_1_0 if first else npy_format.read_array_header_2_0
     shape, fortran, dtype = read(file)
     if dtype.hasobject:
         raise FileError(
@@ -114,10 +115,6 @@ def _array(
         array = np.memmap(path, dtype, "r", start + header, (math.prod(shape),))
     array = array.reshape(shape, order="F" if fortran else "C")
     return tensor(path, array)
-
-
-def _read_header_2_0(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    return npy_format.read_array_header_2_0(file)
 
 
 def _parts(array: Array) -> list[Array]:
