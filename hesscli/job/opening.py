@@ -25,7 +25,6 @@ from hesscli.job.alone import Alone
 from hesscli.job.batches import split
 from hesscli.job.json_form import Document
 from hesscli.job.loss import loss_of, printable
-from hesscli.job.notes import Notes
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.parameters import chosen_parameters
 from hesscli.job.passing import as_columns, passed, scales
@@ -34,6 +33,24 @@ from hesscli.job.source import Source
 from hesscli.job.team import rank_here, ranks
 
 _ALONE = Alone()
+
+
+class Notes:
+    """What a command has to say besides its result: tells a listener, each text once.
+
+    Attributes:
+        texts: those that were told.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+        self.texts: list[str] = []
+
+    def __call__(self, *texts: str) -> None:
+        for text in texts:
+            if text not in self.texts:
+                self.texts.append(text)
+                self.listener.note(text)
 
 
 @dataclass(frozen=True)
