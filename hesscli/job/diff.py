@@ -20,28 +20,10 @@ SCHEMA = "hesscli.diff/1"
 Shapes = Mapping[str, Sequence[int]]
 
 
-def diff(
-    a: Path,
-    b: Path,
-    rtol: float,
-    atol: float,
-    force: bool,
-    progress: Progress,
-) -> Document:
-    """Compares B with A.
+def diff(a: Path, b: Path, rtol: float, atol: float, force: bool, progress: Progress) -> Document:
+    """Compares B with A; with `force` what both have, whatever they are Hessians of.
 
     A block is equal if ||B - A|| <= rtol ||A|| in the Frobenius norm, or no entry differs by more than atol.
-
-    Args:
-        a: the file that is compared with.
-        b: the file that is compared.
-        rtol: see above.
-        atol: see above.
-        force: compare what both have, whatever they are Hessians of.
-        progress: hears how far the work has come.
-
-    Returns:
-        the JSON document.
 
     Raises:
         UsageError: the files hold different structures, or the Hessians of different losses or parameters.

@@ -219,16 +219,7 @@ def _facts(
     problem: Problem,
     value: float,
 ) -> Document:
-    """Model, data and loss, as in the JSON document.
-
-    Args:
-        options: the problem's.
-        model: as saved.
-        data: as loaded.
-        inputs: their names, in the model's order.
-        problem: made of them.
-        value: of the loss.
-    """
+    """Model, data and loss, as in the JSON document; the inputs' names are in the model's order."""
     targets = data.targets[0] if data.targets and problem.loss.needs_target else None
     return {
         "curvature": CURVATURES[options.curvature].document_name,
