@@ -27,21 +27,13 @@ _EXPECTED = "data as .npz, .npy, .safetensors, .csv, .parquet, a dict of tensors
 
 @dataclass(frozen=True)
 class Arrays:
-    """What a data file holds.
+    """What a data file holds."""
 
-    Args:
-        numbers: the arrays that are numbers, in file order.
-        skipped: the others.
-        files: those that were read, whose content the SHA-256 is of.
-        columns: whether the arrays are the columns of a table.
-        notes: what was inferred, one line each.
-    """
-
-    numbers: dict[str, torch.Tensor]
-    skipped: dict[str, Unusable]
-    files: tuple[Path, ...]
-    columns: bool = False
-    notes: tuple[str, ...] = ()
+    numbers: dict[str, torch.Tensor]  # the arrays that are numbers, in file order
+    skipped: dict[str, Unusable]  # the others
+    files: tuple[Path, ...]  # those that were read, whose content the SHA-256 is of
+    columns: bool = False  # whether the arrays are the columns of a table
+    notes: tuple[str, ...] = ()  # what was inferred, one line each
 
 
 def load_arrays(path: Path | str) -> Arrays:

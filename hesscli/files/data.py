@@ -24,27 +24,16 @@ TARGET_NAMES = ("y", "Y", "target", "targets", "label", "labels")
 
 @dataclass(frozen=True)
 class Data:
-    """What a data file holds.
+    """What a data file holds."""
 
-    Args:
-        arrays: every numeric array of the file, in file order.
-        inputs: the samples that go into the model, in the order in which they are passed.
-        targets: the name and the samples of the targets.
-        sha256: of the file.
-        notes: what was inferred or left out, one line each.
-        range: which samples of the file inputs and targets hold: from, up to.
-        recorded: how many samples the file holds.
-        columns: whether the arrays are the columns of a table.
-    """
-
-    arrays: dict[str, torch.Tensor]
-    inputs: dict[str, torch.Tensor]
-    targets: tuple[str, torch.Tensor] | None
-    sha256: str
-    notes: tuple[str, ...]
-    range: tuple[int, int]
-    recorded: int
-    columns: bool = False
+    arrays: dict[str, torch.Tensor]  # every numeric array of the file, in file order
+    inputs: dict[str, torch.Tensor]  # the model's samples, in the order in which they are passed
+    targets: tuple[str, torch.Tensor] | None  # the name and the samples of the targets
+    sha256: str  # of the file
+    notes: tuple[str, ...]  # what was inferred or left out, one line each
+    range: tuple[int, int]  # which samples of the file inputs and targets hold: from, up to
+    recorded: int  # how many samples the file holds
+    columns: bool = False  # whether the arrays are the columns of a table
 
     @property
     def samples(self) -> int:

@@ -56,13 +56,7 @@ def operator(
 
 
 class CurvatureOperator(LinearOperator):  # type: ignore[misc]
-    """An opened operator that multiplies NumPy's vectors.
-
-    Args:
-        operator: the opened one.
-        options: what was asked for.
-        folder: of the data, if it was in memory.
-    """
+    """An opened operator that multiplies NumPy's vectors, and the folder of its data, if these were in memory."""
 
     def __init__(self, operator: Operator, options: ProblemOptions, folder: Folder) -> None:
         dtype = np.dtype(dtype_name(operator.problem.dtype))

@@ -35,29 +35,21 @@ _LONG = 1 << 23  # bytes of a vector
 
 @dataclass
 class Operator:
-    """A problem's curvature, as products.
-
-    Attributes:
-        opened: where it came from. Its own `problem` makes all passes on this process; parts of it are opened again.
-        problem: the same over all processes, which share its passes; products, gradients and checks are of this one.
-        products: multiplies vectors.
-        method: how.
-        gradient: dL / d theta [P].
-        share: of the data.
-        reference: the problem in float64, for the check and for differences, if the model runs in it.
-        check: what the check found, as in the JSON document.
-    """
+    """A problem's curvature, as products."""
 
     options: ProblemOptions
     listener: Listener
+    # Where it came from. Its own `problem` makes all passes on this process; parts of it are opened again.
     opened: Opened
+    # The same over all processes, which share its passes; products, gradients and checks are of this one.
     problem: Problem
-    products: LinearMap
-    method: str
-    gradient: Tensor
-    share: Alone
+    products: LinearMap  # multiplies vectors
+    method: str  # how
+    gradient: Tensor  # dL / d theta [P]
+    share: Alone  # of the data
+    # The problem in float64, for the check and for differences, if the model runs in it.
     reference: Problem | None = None
-    check: Document | None = None
+    check: Document | None = None  # what the check found, as in the JSON document
 
     @property
     def size(self) -> int:

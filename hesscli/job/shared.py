@@ -45,21 +45,13 @@ class Quotient:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about every process's data; a tensor goes with it.
-
-    Args:
-        what: a gradient, a product or a quotient.
-        source: which of the problems that were opened.
-        dtype: of that problem, or of its twin in float64.
-        parameters: the problem's, where it is restricted.
-        shape: of the tensor.
-    """
+    """A question about every process's data; a tensor goes with it."""
 
     what: Gradient | Product | Quotient
-    source: int
-    dtype: torch.dtype
-    parameters: tuple[str, ...]
-    shape: tuple[int, ...]
+    source: int  # which of the problems that were opened
+    dtype: torch.dtype  # of that problem, or of its twin in float64
+    parameters: tuple[str, ...]  # the problem's, where it is restricted
+    shape: tuple[int, ...]  # of the tensor
 
 
 @dataclass(frozen=True)

@@ -15,32 +15,20 @@ from hesscli.hessian.precision import in_precision
 
 @dataclass(frozen=True)
 class Source:
-    """What batches are cut from: arrays on the CPU that may lie in a file larger than the memory.
+    """What batches are cut from: arrays on the CPU that may lie in a file larger than the memory."""
 
-    Args:
-        inputs: in the order of the model's.
-        target: what the loss compares with.
-        samples: the length of their first axis; 1 if they are one sample without that axis.
-        loss: whose arguments go with each batch, weights per element cut like the target.
-        scales: what inputs are multiplied by, by their place.
-        keywords: the names of the last inputs, if they are passed by name.
-        device, dtype: of the batches.
-        fewest, most: samples that the model accepts at once; None: any number.
-        first: which of the file's samples is the first of these.
-        recorded: how many samples the file has: as long are loss arguments that have an entry for each.
-    """
-
-    inputs: tuple[Tensor, ...]
-    target: Tensor | None
-    samples: int
-    loss: Loss
-    scales: Mapping[int, float]
-    keywords: tuple[str, ...]
-    device: torch.device
+    inputs: tuple[Tensor, ...]  # in the order of the model's
+    target: Tensor | None  # what the loss compares with
+    samples: int  # the length of their first axis; 1 if they are one sample without that axis
+    loss: Loss  # whose arguments go with each batch, weights per element cut like the target
+    scales: Mapping[int, float]  # what inputs are multiplied by, by their place
+    keywords: tuple[str, ...]  # the names of the last inputs, if they are passed by name
+    device: torch.device  # of the batches
     dtype: torch.dtype
-    fewest: int
-    most: int | None
-    first: int
+    fewest: int  # samples that the model accepts at once
+    most: int | None  # and the most of them; None: any number
+    first: int  # which of the file's samples is the first of these
+    # How many samples the file has: as long are loss arguments that have an entry for each.
     recorded: int
 
     @property
