@@ -108,6 +108,63 @@ def test_sums_of_exponentials(dim: int) -> None:
     assert torch.autograd.gradgradcheck(of_finite, x[finite].requires_grad_())
 
 
+@pytest.mark.parametrize("p", [2, 1, 3, 0, torch.inf, -torch.inf, 2.5])
+@pytest.mark.parametrize("axes", [None, [0], [1, 2], [-1]], ids=str)
+def test_norms_of_vectors(p: float, axes: list[int] | None) -> None:
+    x = normal(2, 3, 4)
+    x[:, 1] = 0
+    for values in (x, torch.complex(x, x.flip(2)), x.float()):
+        for keepdim in (False, True):
+            theirs = torch.linalg.vector_norm(values, p, axes, keepdim)
+            torch.testing.assert_close(formulas.vector_norm(values, p, axes, keepdim), theirs)
+    scalar = torch.tensor(-3.0)
+    assert formulas.vector_norm(scalar, p) == torch.linalg.vector_norm(scalar, p)
+    wide = formulas.vector_norm(x.float(), p, axes, dtype=torch.float64)
+    torch.testing.assert_close(
+        wide, torch.linalg.vector_norm(x.float(), p, axes, dtype=torch.float64)
+    )
+
+
+class Padded(nn.Module):
+    """Features on the unit sphere, of tokens that padding sets to zero: by a product, or as none at all."""
+
+    def __init__(self, norm: Callable[[Tensor], Tensor] | None) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(3, 4), nn.Linear(4, 2), norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = (x != 0).any(-1, keepdim=True)
+        h = torch.tanh(self.a(x))
+        if self.norm is None:
+            h = (h / h.square().sum(-1, keepdim=True).sqrt()).masked_fill(~mask, 0)
+        else:
+            h = h * mask
+            h = h / self.norm(h).clamp(min=1e-12)
+        return self.b(h.mean(1))
+
+
+NORMS = {
+    "vector_norm": lambda h: torch.linalg.vector_norm(h, dim=-1, keepdim=True),
+    "norm": lambda h: h.norm(dim=-1, keepdim=True),
+    "distance": lambda h: torch.dist(h[0, 0], h[0, 0]) + h.norm(2, -1, True),
+    "aten": lambda h: torch.ops.aten.norm.ScalarOpt_dim(h, 2, [-1], True),
+}
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", "elements"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_of_zeros(norm: str, structure: str) -> None:
+    torch.manual_seed(0)
+    model, by_hand = Padded(NORMS[norm]).double(), Padded(None).double()
+    by_hand.load_state_dict(model.state_dict())
+    x, y = normal(6, 3, 3), normal(6, 2)
+    x[2, 2] = x[4, 1:] = 0
+    found = hesscli.compute(model, (x, y), blocks=structure, framework="torch")
+    assert not any("instead" in note for note in found.metadata["notes"])
+    truth = hessian(by_hand, nn.functional.mse_loss, (x,), y)
+    assert relative_error(found.matrix().diagonal(), truth.diagonal()) < 1e-10
+
+
 class Scan(nn.Module):
     """A minimal GRU, in parallel over time; or step by step, which needs no definition."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -162,9 +163,31 @@ def binary_cross_entropy_with_logits(
     return terms.mean() if reduction == 1 else terms.sum() if reduction == 2 else terms
 
 
+def vector_norm(
+    x: Tensor,
+    p: float | None = 2,
+    dim: Sequence[int] | None = None,
+    keepdim: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """(sum |x|^p)^(1/p); of a vector of zeros it is constant, as its first derivative says."""
+    x = x if dtype is None else x.to(dtype)
+    axes, p = list(dim or range(x.dim())), 2 if p is None else p
+    if abs(p) == math.inf:
+        return (x.abs().amax if p > 0 else x.abs().amin)(axes, keepdim)
+    if p == 0:
+        return (x != 0).sum(axes, keepdim).to(x.abs().dtype)
+    if p == 1:
+        return x.abs().sum(axes, keepdim)
+    powers = x * x if p == 2 and not x.is_complex() else x.abs().pow(p)
+    total = powers.sum(axes, keepdim)
+    zero = total == 0
+    return total.masked_fill(zero, 1).pow(1 / p).masked_fill(zero, 0)
+
+
 def cosine_similarity(x: Tensor, y: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     def normed(z: Tensor) -> Tensor:
-        return z / torch.linalg.vector_norm(z, dim=dim, keepdim=True).clamp(min=eps)
+        return z / vector_norm(z, dim=[dim], keepdim=True).clamp(min=eps)
 
     x, y = torch.broadcast_tensors(x, y)
     return (normed(x) * normed(y)).sum(dim)
@@ -217,18 +240,10 @@ def embedding_bag(
     return bags, bag, size.squeeze(1).to(offsets.dtype), offsets
 
 
-def _between(x: Tensor, y: Tensor, p: float) -> Tensor:
-    """||x - y||_p over the last axis; of what is the same it is constant."""
-    difference = x - y
-    same = (difference == 0).all(-1)
-    apart = torch.linalg.vector_norm(difference.masked_fill(same.unsqueeze(-1), 1), p, -1)
-    return apart.masked_fill(same, 0)
-
-
 def cdist(x: Tensor, y: Tensor, p: float, compute_mode: int | None = None) -> Tensor:
-    return _between(x.unsqueeze(-2), y.unsqueeze(-3), p)
+    return vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), p, [-1])
 
 
 def pdist(x: Tensor, p: float = 2) -> Tensor:
     first, second = torch.triu_indices(len(x), len(x), 1, device=x.device)
-    return _between(x[first], x[second], p)
+    return vector_norm(x[first] - x[second], p, [-1])
