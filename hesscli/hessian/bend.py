@@ -59,7 +59,7 @@ def find_bend(tape: Tape, z: int) -> Bend | None:
         return None
     while len(readers := tape.readers.get(value, ())) == 1:
         call, after = readers[0], readers[0].outputs[0]
-        if after is None:
+        if after is None or after in tape.complex:
             break
         shifted = call.name == "add" and not call.keywords
         if call.name in RESHAPES or (shifted and tape.shapes[after] == tape.shapes[value]):
