@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from cases import labels, normal
 from conftest import read
 from oracles import hessian, hessian_by_differences, relative_error
 from problems import Net
@@ -663,12 +664,48 @@ class Repeated(nn.Module):
         return torch.tanh(self.a(x)) + self.p
 
 
-@pytest.mark.parametrize("net", [Lengths, Repeated])
+class Shifted(Waves):
+    """Complex by a constant that is added right behind a layer, in front of what is curved."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.a(x) + 0.7j).exp().imag.sum(1, keepdim=True)
+
+
+class TwoPaths(nn.Module):
+    """One function by two paths, of which the data of a batch choose one: at one place, or at two of each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 1 or x[0, 0] > x[1, 0]:
+            return self.a(x)
+        return self.a(torch.stack([x, x], 1)).mean(1)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+@pytest.mark.parametrize("blocks", ["module", "full", "diag", "elements"])
+def test_batches_that_take_different_paths(blocks, curvature):
+    torch.manual_seed(0)
+    model, x, y = TwoPaths().double(), normal(6, 2, seed=3), labels(3, 6)
+    x[:3, 0], x[3:, 0] = torch.tensor([[2.0, 1, 0], [0, 1, 2]], dtype=x.dtype)
+    options = {"blocks": blocks, "curvature": curvature, "batch_size": 3, "framework": "torch"}
+    found = hesscli.compute(model, (x, y), loss="cross-entropy", check=False, **options)
+    truth = hessian(model, nn.functional.cross_entropy, (x,), y)
+    if blocks == "diag":
+        truth = torch.block_diag(truth[:6, :6], truth[6:, 6:])
+    if blocks == "elements":
+        truth = truth.diagonal().diag()
+    torch.testing.assert_close(found.matrix(), truth, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("net", [Lengths, Repeated, Shifted])
 @pytest.mark.parametrize("blocks", ["diag", "full", "elements"])
 def test_no_route_is_wrong(net, blocks):
     torch.manual_seed(0)
     model = in_precision_(net(), torch.float64)
-    y = Y if net is Lengths else Y + X[:, :1] * torch.arange(3)
+    y = Y if net is not Repeated else Y + X[:, :1] * torch.arange(3)
     found = hesscli.compute(model, (X, y), blocks=blocks, framework="torch", check=False).matrix()
     truth = hessian(model, nn.functional.mse_loss, (X,), y)
     torch.testing.assert_close(found.diagonal(), truth.diagonal(), rtol=1e-9, atol=1e-12)

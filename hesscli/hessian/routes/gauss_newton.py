@@ -98,14 +98,16 @@ class GaussNewton(AffineRoute):
         return probed.output_seeds(), probed.output_hessian()
 
     def _layout(self, block: Block) -> Layout:
-        layer = plain_layer(self.uses(self.analyses.of(self.problem.batches[0]), block))
-        return Layout.plain(block.size) if layer is None else Layout(tuple(layer.pieces(block)))
+        return _layout(block, self.uses(self.analyses.of(self.problem.batches[0]), block))
 
     def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
         factors = self.factors(batch, [part.block for part in rows])
         for part in rows:
             if part.block.name in factors:
-                _add(part, factors[part.block.name])
+                mine = factors[part.block.name]
+                if _layout(part.block, mine.uses) != self.layout(part.block):
+                    raise NotApplicable("the batches take different paths through the model")
+                _add(part, mine)
 
     def add_diagonal(
         self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]
@@ -142,6 +144,12 @@ class GaussNewton(AffineRoute):
             d = None if bend is None else bend.diagonal(probed, slopes[bend.after], mine[0])
             factors[name] = Factors(mine, inputs, vs, curvature, d)
         return factors
+
+
+def _layout(block: Block, uses: Sequence[Use]) -> Layout:
+    """Neuron by neuron where the block is a plain layer."""
+    layer = plain_layer(uses)
+    return Layout.plain(block.size) if layer is None else Layout(tuple(layer.pieces(block)))
 
 
 def _gradients(probed: Probed, values: Sequence[int]) -> dict[int, Tensor | None]:
