@@ -780,6 +780,29 @@ def test_a_tolerance_that_rounding_keeps_out_of_reach(cli, params):
     assert cli(*words, "--dtype", "float64", "--tol", ran.hint.split()[-1]).code == 0
 
 
+class Cancels(nn.Module):
+    """Terms a million times as large as their sum: products have their rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.linspace(-1, 1, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(x @ torch.outer(self.w, self.w))
+        return ((1e6 + 1) * z - 1e6 * z.sin().asin()).sum(1)
+
+
+def test_no_tolerance_of_products_that_round_much(cli, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(8, 5)
+    torch.jit.trace(Cancels(), x).save("net.pt")
+    np.savez("data.npz", x=x.numpy())
+    options = ("--dtype", "float64", "--loss", "output", "--no-check", "--json")
+    document = cli("eigen", "net.pt", "data.npz", "--top", 3, "--tol", 0, *options).document
+    assert document["converged"]
+    assert max(document["residuals"]) > 1e-14 * document["eigenvalues"][0]
+
+
 @pytest.mark.parametrize("which", ["largest", "smallest"])
 @pytest.mark.parametrize("seed", range(3))
 def test_independent_outputs_repeat_every_eigenvalue(cli, tmp_path, which, seed):

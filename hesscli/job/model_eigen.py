@@ -127,14 +127,13 @@ def _dense(operator: Operator, options: EigenOptions) -> Found:
         return _interrupted(size)
     best = WHICH[options.which](values)[: options.top]
     largest = float(np.abs(values).max(initial=0.0))
-    rounding = size * torch.finfo(operator.gradient.dtype).eps * largest
-    return Found(
-        values[best],
-        torch.from_numpy(columns[:, best].T.copy()),
-        errors[best],
-        errors[best] <= allowed(values[best], options.tolerance, largest, rounding),
-        size,
-    )
+    errors = errors[best]
+    rounding = float(
+        errors.max(initial=0.0)
+    )  # of products, which make the matrix: nothing else is left
+    converged = errors <= allowed(values[best], options.tolerance, largest, rounding)
+    vectors = torch.from_numpy(columns[:, best].T.copy())
+    return Found(values[best], vectors, errors, converged, size)
 
 
 def _lanczos(operator: Operator, options: EigenOptions, max_products: int) -> Found:
