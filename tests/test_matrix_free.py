@@ -18,7 +18,7 @@ from conftest import REPOSITORY, read
 from oracles import closed_form_linear_regression, hessian
 from safetensors.numpy import load_file, save_file
 from scipy.sparse.linalg import LinearOperator, eigsh
-from torch import nn
+from torch import Tensor, nn
 
 import hesscli
 from hesscli.cli.density import lengths
