@@ -360,6 +360,9 @@ def test_a_device_that_is_not_there(net):
     with pytest.raises(hesscli.HesscliError, match="no device cuda:99") as caught:
         hesscli.compute(net, (X, Y), device="cuda:99")
     assert caught.value.exit_code == 6
+    with pytest.raises(hesscli.HesscliError, match="no device is called 'gpu'") as caught:
+        hesscli.compute(net, (X, Y), device="gpu")
+    assert caught.value.exit_code == 2
     assert hesscli.compute(net, (X, Y), device="auto").metadata["device"] == "cpu"
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from hesscli.errors import MismatchError, ResourceError, is_out_of_memory
+from hesscli.errors import MismatchError
 from hesscli.files.call_signature import signature_of
 from hesscli.files.digest import sha256_of
 from hesscli.files.models import SavedModel, prepare, without_parameters
 
 
-def live_model(module: nn.Module, *, train_mode: bool, device: str | None) -> SavedModel:
+def live_model(module: nn.Module, *, train_mode: bool, device: torch.device | None) -> SavedModel:
     """A module in memory in the form of a loaded one. It is changed as one from a file is: pass a copy.
 
     Raises:
         FileError: it has no parameters.
         MismatchError: they have no values yet.
-        ResourceError: there is no such device.
     """
     name = type(module).__name__
     if next(module.parameters(), None) is None:
@@ -27,7 +27,7 @@ def live_model(module: nn.Module, *, train_mode: bool, device: str | None) -> Sa
     digest = sha256_of(module.state_dict())
     prepare(module, notes)
     if device is not None:
-        _move(module, device)
+        module.to(device)
     module.train(train_mode)
     return SavedModel(module, "module", digest, tuple(notes), signature_of(module))
 
@@ -43,12 +43,3 @@ def _demand_values(name: str, module: nn.Module) -> None:
                 f"{name}: {key} is on the meta device, where tensors have no values",
                 "model.to_empty(device='cpu').load_state_dict(weights)",
             )
-
-
-def _move(module: nn.Module, device: str) -> None:
-    try:
-        module.to(device)
-    except (AssertionError, RuntimeError) as error:  # which of them depends on torch's build
-        if is_out_of_memory(error):
-            raise
-        raise ResourceError(f"this machine has no device {device}", "--device cpu") from error

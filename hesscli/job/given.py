@@ -25,6 +25,7 @@ from hesscli.files.models import SavedModel
 from hesscli.files.ties import tie, tied_groups
 from hesscli.hessian.autodiff import differentiable
 from hesscli.hessian.copies import copied
+from hesscli.job.opening import device_called
 from hesscli.job.options import ProblemOptions
 from hesscli.job.settings import random_kept, settings_kept
 
@@ -84,7 +85,7 @@ def given(
         if not isinstance(model, nn.Module):
             yield asked, None
             return
-        wanted = None if asked.device == "auto" else asked.device
+        wanted = None if asked.device == "auto" else device_called(asked.device)
         saved = live_model(_copied(model), train_mode=asked.train_mode, device=wanted)
         saved = replace(saved, originals=tuple(model.parameters()))
         yield replace(asked, device=str(next(saved.module.parameters()).device)), saved

@@ -84,7 +84,7 @@ def open_problem(
     Raises:
         HesscliError: of any kind; see `errors.py`.
     """
-    device, note = _device(options.device), Notes(listener)
+    device, note = device_called(options.device), Notes(listener)
     try:
         return _opened(options, device, note, model, share, side_by_side)
     except DeviceMismatchError:
@@ -244,7 +244,13 @@ def _facts(
     }
 
 
-def _device(name: str) -> torch.device:
+def device_called(name: str) -> torch.device:
+    """A device of this machine, by what `--device` calls it.
+
+    Raises:
+        UsageError: it is no name of a device.
+        ResourceError: this machine has none.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and ranks() > 1:  # one for each process
