@@ -193,6 +193,35 @@ def test_fisher_of_the_squared_error_sums_a_samples_terms():
     assert relative_error(matrix(FISHER.products(summed)), 21 * truth) < 1e-12
 
 
+@pytest.mark.parametrize("blocks", ["full", "diag", "elements"])
+@pytest.mark.parametrize("shape", ["tokens", "mixing", "vector", "number"])
+def test_fisher_of_one_sample_without_an_axis_of_samples(shape, blocks):
+    """g g^T / D, of rank one: its tokens are no samples, whether they mix or not."""
+    torch.manual_seed(0)
+    x, y = X[:5], X[:5, :3].sin()
+    module = seeded(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    if shape == "mixing":
+        module.register_forward_hook(lambda module, inputs, output: output - output.mean(0))
+    elif shape != "tokens":
+        x, y = x[0], y[0]
+    if shape == "number":
+        module.register_forward_hook(lambda module, inputs, output: output.sum())
+        y = y.sum()
+    options = {"loss": "mse", "curvature": "fisher", "unbatched": True, "framework": "torch"}
+    found = hesscli.compute(module, (x, y), blocks=blocks, **options)
+    total = F.mse_loss(module(x), y, reduction="sum")
+    g = torch.cat([p.flatten() for p in torch.autograd.grad(total, list(module.parameters()))])
+    truth = torch.outer(g, g) / y.numel()
+    if blocks == "full":
+        assert relative_error(found.matrix(), truth) < 1e-10
+        v = torch.randn(len(g), dtype=g.dtype)
+        product = hesscli.operator(
+            module, (x, y), loss="mse", curvature="fisher", unbatched=True
+        ) @ v.numpy()  # fmt: skip
+        assert relative_error(torch.from_numpy(product), truth @ v) < 1e-10
+    assert relative_error(found.matrix().diagonal(), truth.diagonal()) < 1e-10
+
+
 def test_fisher_needs_samples_that_do_not_mix():
     mixing = seeded(nn.Linear(4, 3))
     mixing.register_forward_hook(lambda module, inputs, output: output - output.mean(0))

@@ -59,7 +59,7 @@ class Curvature:
                 f"the model returns its own loss, so it has no output to take its {self.name} at",
                 "--curvature hessian",
             )
-        if self.by_sample:
+        if self.by_sample and not problem.one_sample:
             try:
                 for batch in problem.batches:
                     if not (problem.separable and _is_one(problem, batch)):

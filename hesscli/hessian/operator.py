@@ -227,7 +227,9 @@ def gradient_outer(problem: Problem, batch: Batch, output: Tensor) -> Linear:
     if not total.requires_grad:
         return torch.zeros_like
     (delta,) = torch.autograd.grad(total, f)
-    axes = list(range(1 - delta.dim(), 0))  # of one sample
+    axes = list(range(-delta.dim(), 0))  # of one sample
+    if not problem.one_sample:
+        axes = axes[1:]
 
     def multiply(u: Tensor) -> Tensor:
         along = (u * delta).sum(axes, keepdim=True)

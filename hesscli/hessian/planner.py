@@ -194,6 +194,11 @@ class JacobianPlanner(Planner):
 class FisherPlanner(JacobianPlanner):
     rows = "1 gradient per sample"
 
+    def _jacobians(self, block: Block, diagonal: bool) -> Choice:
+        if self.problem.one_sample:
+            raise NotApplicable("one sample without an axis of samples")
+        return super()._jacobians(block, diagonal)
+
 
 def seconds_of(choices: Sequence[Choice], rates: Rates) -> float:
     """Seconds of a plan: what routes share counts once, for the block that needs most of it."""

@@ -44,6 +44,7 @@ class Problem:
         wide: what the module itself computes in float32, whatever its dtype, is computed in float64.
         writes: the module writes into its inputs, so every pass has copies of them.
         separable: each sample could go through on its own.
+        one_sample: the data is one sample, without an axis of samples.
         narrow: the problem that this is a copy of, in another dtype.
     """
 
@@ -56,6 +57,7 @@ class Problem:
     wide: bool = False
     writes: bool = False
     separable: bool = True
+    one_sample: bool = False
     narrow: Problem | None = None
 
     runs_here: ClassVar[bool] = True  # whether this process makes all passes

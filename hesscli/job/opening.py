@@ -145,7 +145,13 @@ def _opened(
         data.recorded,
     )
     problem = Problem(
-        model.module, parameters, (), loss, output_key=options.output_key, wide=loss.wide
+        model.module,
+        parameters,
+        (),
+        loss,
+        output_key=options.output_key,
+        wide=loss.wide,
+        one_sample=options.unbatched,
     )
     if data.columns:
         source = as_columns(problem, source, note)
