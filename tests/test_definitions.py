@@ -108,7 +108,7 @@ def test_sums_of_exponentials(dim: int) -> None:
     assert torch.autograd.gradgradcheck(of_finite, x[finite].requires_grad_())
 
 
-@pytest.mark.parametrize("p", [2, 1, 3, 0, torch.inf, -torch.inf, 2.5])
+@pytest.mark.parametrize("p", [2, 1, 3, 0, torch.inf, -torch.inf, 2.5, 0.5, -1.5])
 @pytest.mark.parametrize("axes", [None, [0], [1, 2], [-1]], ids=str)
 def test_norms_of_vectors(p: float, axes: list[int] | None) -> None:
     x = normal(2, 3, 4)
@@ -125,22 +125,30 @@ def test_norms_of_vectors(p: float, axes: list[int] | None) -> None:
     )
 
 
-class Padded(nn.Module):
-    """Features on the unit sphere, of tokens that padding sets to zero: by a product, or as none at all."""
+@pytest.mark.parametrize("options", [{}, {"correction": 0}, {"keepdim": True}], ids=str)
+@pytest.mark.parametrize("axes", [None, [0], [1, 2]], ids=str)
+def test_standard_deviations(axes: list[int] | None, options: dict[str, int]) -> None:
+    x = normal(2, 3, 4)
+    for values in (x, x.float(), torch.zeros_like(x)):
+        theirs = torch.std_mean(values, axes, **options)
+        torch.testing.assert_close(formulas.std_mean(values, axes, **options), theirs)
 
-    def __init__(self, norm: Callable[[Tensor], Tensor] | None) -> None:
+
+class Padded(nn.Module):
+    """Features on the unit sphere, of tokens that padding sets to zero: by a product in front, or afterwards."""
+
+    def __init__(self, norm: Callable[[Tensor], Tensor], multiplied: bool) -> None:
         super().__init__()
-        self.a, self.b, self.norm = nn.Linear(3, 4), nn.Linear(4, 2), norm
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.norm, self.multiplied = norm, multiplied
 
     def forward(self, x: Tensor) -> Tensor:
         mask = (x != 0).any(-1, keepdim=True)
         h = torch.tanh(self.a(x))
-        if self.norm is None:
-            h = (h / h.square().sum(-1, keepdim=True).sqrt()).masked_fill(~mask, 0)
-        else:
+        if self.multiplied:
             h = h * mask
-            h = h / self.norm(h).clamp(min=1e-12)
-        return self.b(h.mean(1))
+            return self.b((h / self.norm(h).clamp(min=1e-12)).mean(1))
+        return self.b((h / self.norm(h)).masked_fill(~mask, 0).mean(1))
 
 
 NORMS = {
@@ -148,6 +156,9 @@ NORMS = {
     "norm": lambda h: h.norm(dim=-1, keepdim=True),
     "distance": lambda h: torch.dist(h[0, 0], h[0, 0]) + h.norm(2, -1, True),
     "aten": lambda h: torch.ops.aten.norm.ScalarOpt_dim(h, 2, [-1], True),
+    "p": lambda h: h.norm(1.5, -1, keepdim=True),
+    "std": lambda h: h.std(-1, keepdim=True),
+    "std_mean": lambda h: sum(torch.std_mean(h, -1, correction=0, keepdim=True)).abs(),
 }
 
 
@@ -155,7 +166,8 @@ NORMS = {
 @pytest.mark.parametrize("norm", NORMS)
 def test_norms_of_zeros(norm: str, structure: str) -> None:
     torch.manual_seed(0)
-    model, by_hand = Padded(NORMS[norm]).double(), Padded(None).double()
+    model = Padded(NORMS[norm], True).double()
+    by_hand = Padded(NORMS["norm" if norm == "distance" else norm], False).double()
     by_hand.load_state_dict(model.state_dict())
     x, y = normal(6, 3, 3), normal(6, 2)
     x[2, 2] = x[4, 1:] = 0

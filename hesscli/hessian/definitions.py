@@ -8,7 +8,7 @@ Inside `exact_derivatives()` these operators run as the formulas of `formulas.py
 - `hardsigmoid`, `embedding_bag`, `cdist`, `pdist`: no second derivative.
 - `log_softmax`, `logsigmoid`, `binary_cross_entropy_with_logits`: they take 1 - p of a p that may have been rounded
   to 1, where all their derivatives then are 0.
-- `logcumsumexp`, `sinc`, norms of vectors: their second derivatives are NaN where a gradient, or x, is zero.
+- `logcumsumexp`, `sinc`, `std`, norms of vectors: their second derivatives are NaN where a gradient, or x, is zero.
 - `prelu`: at zero its first derivative is that of one side, its second that of the other.
 - `cosine_similarity`: bounds its norms with gradients off, about which nothing can be proven.
 - `pad` in a circle: writes into memory that is not yet filled, about which nothing can be proven.
@@ -82,6 +82,8 @@ DEFINITIONS: dict[str, Callable[..., object]] = {
     "logcumsumexp": formulas.logcumsumexp,
     "sinc": formulas.sinc,
     "linalg_vector_norm": formulas.vector_norm,
+    "std.correction": formulas.std,
+    "std_mean.correction": formulas.std_mean,
     "dist": lambda x, y, p=2: formulas.vector_norm(x - y, p),
     "norm.Scalar": formulas.vector_norm,
     "norm.ScalarOpt_dim": formulas.vector_norm,

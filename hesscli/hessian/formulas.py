@@ -179,10 +179,37 @@ def vector_norm(
         return (x != 0).sum(axes, keepdim).to(x.abs().dtype)
     if p == 1:
         return x.abs().sum(axes, keepdim)
-    powers = x * x if p == 2 and not x.is_complex() else x.abs().pow(p)
-    total = powers.sum(axes, keepdim)
-    zero = total == 0
-    return total.masked_fill(zero, 1).pow(1 / p).masked_fill(zero, 0)
+    if p == 2 and not x.is_complex():
+        powers = x * x
+    else:
+        none = x == 0
+        powers = x.abs().masked_fill(none, 1).pow(p).masked_fill(none, 0 if p > 0 else math.inf)
+    return _root(powers.sum(axes, keepdim), p)
+
+
+def _root(x: Tensor, p: float) -> Tensor:
+    """x^(1/p); constant where x is zero."""
+    zero = x == 0
+    return x.masked_fill(zero, 1).pow(1 / p).masked_fill(zero, 0)
+
+
+def std(
+    x: Tensor,
+    dim: Sequence[int] | None = None,
+    correction: float | None = None,
+    keepdim: bool = False,
+) -> Tensor:
+    """The square root of the variance; constant where that is zero."""
+    return _root(torch.var(x, dim, correction=correction, keepdim=keepdim), 2)
+
+
+def std_mean(
+    x: Tensor,
+    dim: Sequence[int] | None = None,
+    correction: float | None = None,
+    keepdim: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return std(x, dim, correction, keepdim), x.mean(dim, keepdim)
 
 
 def cosine_similarity(x: Tensor, y: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
