@@ -195,7 +195,7 @@ def _root(x: Tensor, p: float) -> Tensor:
 
 def std(
     x: Tensor,
-    dim: Sequence[int] | None = None,
+    dim: list[int] | None = None,
     correction: float | None = None,
     keepdim: bool = False,
 ) -> Tensor:
@@ -205,7 +205,7 @@ def std(
 
 def std_mean(
     x: Tensor,
-    dim: Sequence[int] | None = None,
+    dim: list[int] | None = None,
     correction: float | None = None,
     keepdim: bool = False,
 ) -> tuple[Tensor, Tensor]:
