@@ -556,6 +556,15 @@ def test_per_fedavg(cli, tmp_path, other):
     np.testing.assert_allclose(flat, truth.numpy(), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("option", ["--targets", "--inputs"])
+def test_a_file_beside_the_data_is_not_the_querys(cli, tmp_path, option):
+    torch.jit.script(nn.Linear(2, 1)).save("net.pt")
+    for name, width in (("x", 2), ("y", 1), ("qx", 2), ("other", 2 if option == "--inputs" else 1)):
+        np.save(f"{name}.npy", np.random.default_rng(0).standard_normal((7, width)))
+    words = ("hvp", "net.pt", "x.npy", option, "other.npy", "--loss", "mse", "--per-fedavg", 0.1)
+    assert "other.npy: a file beside DATA" in cli(*words, "--query", "qx.npy").fails(2)
+
+
 def test_a_query_has_the_loss_of_the_data(cli, tmp_path):
     """One-hot targets alone would look like those of a regression."""
     torch.manual_seed(0)

@@ -86,6 +86,14 @@ def _demand_sense(problem: ProblemOptions, options: HvpOptions) -> None:
         raise UsageError(
             "--query goes with --per-fedavg", "--per-fedavg 0.01", instead_of=("--vector",)
         )
+    named = (*problem.inputs, *([problem.targets] if problem.targets else []))
+    beside = [name for name in named if name.endswith(".npy") and Path(name).exists()]
+    if options.query is not None and beside:
+        raise UsageError(
+            f"{beside[0]}: a file beside DATA, whose samples are not those of --query {options.query}; "
+            "expected inputs and targets of each in one file",
+            f"np.savez({str(options.query.with_suffix('.npz'))!r}, x=x, y=y)",
+        )
     if options.per_fedavg is not None and problem.curvature != "hessian":
         raise UsageError("Per-FedAvg is defined with the Hessian", "--curvature hessian")
 
