@@ -319,6 +319,42 @@ def test_as_many_classes_as_samples(of_classes, batch_size):
     assert bool(said) == of_classes
 
 
+FIXED = {
+    "terms": lambda f, y, w: (w * f.square()).sum(1) + f[:, 0] * y,
+    "one number": lambda f, y, w: (
+        (w[y] * F.cross_entropy(f, y, reduction="none")).sum() / w[y].sum()
+    ),
+    "flat": lambda f, y, w: (w * f.square()).flatten(),
+}
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+@pytest.mark.parametrize("samples", [None, (3, 4), (2, 5), (0, 7)])
+@pytest.mark.parametrize("name", FIXED)
+def test_what_is_the_same_for_all_samples_is_not_cut_with_them(name, samples, curvature):
+    loss, w = FIXED[name], torch.linspace(0.1, 8, 8, dtype=torch.float64) ** 2
+    y, mine = CLASSES.flip(0), slice(*(samples or (0, 8)))
+    data, options = {"x": X, "y": y, "w": w}, {"loss": loss, "loss_arguments": {"w": "@w"}}
+    found = computed(net(8), data, samples=samples, curvature=curvature, check=False, **options)
+    if curvature == "hessian":
+        close(found, hessian(net(8), lambda f, y: loss(f, y, w).mean(), (X[mine],), y[mine]))
+    else:
+        options["loss"] = lambda f, y: loss(f, y, w)
+        alone = {"loss": options["loss"], "curvature": curvature, "check": False}
+        close(found, computed(net(8), (X[mine], y[mine]), **alone).matrix())
+
+
+@pytest.mark.parametrize("samples", [(3, 4), (2, 5)])
+def test_what_has_an_entry_for_each_sample_is_cut_with_them(samples):
+    def loss(f, y, w):
+        return (w * F.cross_entropy(f, y, reduction="none")).sum()
+
+    w, y, mine = torch.linspace(0.1, 8, 8, dtype=torch.float64), CLASSES.flip(0), slice(*samples)
+    data = {"x": X, "y": y, "w": w}
+    found = computed(net(8), data, loss=loss, loss_arguments={"w": "@w"}, samples=samples)
+    close(found, hessian(net(8), lambda f, y: loss(f, y, w[mine]), (X[mine],), y[mine]))
+
+
 @pytest.mark.parametrize("curvature", ["ggn", "fisher"])
 def test_a_loss_with_a_detached_factor(curvature):
     def focal(f, y):

@@ -3,7 +3,7 @@ depends on, and whether it wants all samples at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import torch
@@ -55,27 +55,46 @@ def inspect_loss(
 def _fixed(problem: Problem, source: Source, some: Batch) -> list[str]:
     """Arguments that have as many entries as there are samples, but not one for each.
 
-    A few samples accept them whole, as they do the weights of as many classes.
+    Another number of samples accepts them whole, as it does the weights of as many classes.
     """
-    if source.samples < 2:
+    along = source.along()
+    counts = range(max(2, source.fewest), (source.most or source.recorded + source.fewest + 2) + 1)
+    # Not one, which any array broadcasts to, nor what divides theirs: terms of that length would tell nothing.
+    count = next((count for count in counts if source.recorded % count), None)
+    if not along or source.recorded < 2 or count is None:
         return []
+    tried = _repeated(some, count, along)
     fixed = []
     with torch.no_grad():
         try:
-            if len(some) == source.recorded:
-                some = source.part(0, len(some) - 1)
-            output = problem.output(some)
-        except MismatchError:  # of fewer than it takes
+            output = problem.output(tried)
+        except MismatchError:  # of copies
             return []
-        for name, value in source.along().items():
-            whole = {**some.loss_arguments, name: value}
+        for name, value in along.items():
+            whole = {**tried.loss_arguments, name: value}
             try:
-                terms = problem.loss.terms(output, some.target, whole)
+                terms = problem.loss.terms(output, tried.target, whole)
             except MismatchError:
                 continue
-            if terms.dim() and len(terms) == len(some):
+            if not terms.dim() or len(terms) % count == 0:
                 fixed.append(name)
     return fixed
+
+
+def _repeated(batch: Batch, count: int, along: Collection[str]) -> Batch:
+    """So many samples, copies of those of a batch; loss arguments of these names go along."""
+    index = torch.arange(count, device=batch.inputs[0].device) % len(batch)
+    arguments = dict(batch.loss_arguments)
+    for name in along:
+        value = arguments[name]
+        assert isinstance(value, torch.Tensor)
+        arguments[name] = value[index]
+    return replace(
+        batch,
+        inputs=tuple(x[index] for x in batch.inputs),
+        target=None if batch.target is None else batch.target[index],
+        loss_arguments=arguments,
+    )
 
 
 def _terms(problem: Problem, source: Source, count: int) -> tuple[Batch, Tensor]:
