@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -80,16 +79,20 @@ def on_ranks(
     return {name: [of(name, rank) for rank in range(ranks)] for name in commands}
 
 
-@pytest.fixture
-def net(tmp_path: Path) -> tuple[Path, Path]:
+def save_net(folder: Path) -> tuple[Path, Path]:
     """A model of 706 parameters, and eleven samples."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(20, 26), nn.Tanh(), nn.Linear(26, 6, bias=False)).eval()
     x = torch.randn(11, 20)
-    torch.jit.trace(module, x).save(tmp_path / "net.pt")
-    np.savez(tmp_path / "data.npz", x=x.numpy(), y=np.arange(11) % 6)
-    np.savez(tmp_path / "other.npz", x=x.numpy()[:5] + 1, y=np.arange(5))
-    return tmp_path / "net.pt", tmp_path / "data.npz"
+    torch.jit.trace(module, x).save(folder / "net.pt")
+    np.savez(folder / "data.npz", x=x.numpy(), y=np.arange(11) % 6)
+    np.savez(folder / "other.npz", x=x.numpy()[:5] + 1, y=np.arange(5))
+    return folder / "net.pt", folder / "data.npz"
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> tuple[Path, Path]:
+    return save_net(tmp_path)
 
 
 def close(a: Any, b: Any, dtype: str) -> None:
@@ -136,17 +139,12 @@ def test_every_sample_is_one_ranks(samples, most, ranks):
 # --- the same results -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_two_ranks(cli: Callable[..., Ran], net, tmp_path, dtype):
+WRITES = ("batches", "stack", "differences", "fedavg", "train", "one")
+
+
+def shared_commands(folder: Path, dtype: str) -> dict[str, tuple[object, ...]]:
+    net = (folder / "net.pt", folder / "data.npz")
     base = (*net, "--dtype", dtype, "--json")
-    save_file(
-        {
-            "0.weight": np.random.default_rng(0).standard_normal((3, 26, 20)),
-            "0.bias": np.zeros((3, 26)),
-            "2.weight": np.ones((3, 6, 26)),
-        },
-        tmp_path / "v.safetensors",
-    )
     commands: dict[str, tuple[object, ...]] = {
         "eigen": ("eigen", *base, "--top", 3, "--tol", 1e-8 if dtype == "float64" else 1e-5),
         "ends": ("eigen", *base, "--per-block", "--tol", 1e-8 if dtype == "float64" else 1e-5),
@@ -163,25 +161,88 @@ def test_two_ranks(cli: Callable[..., Ran], net, tmp_path, dtype):
         "missing": ("hvp", net[0], "nothing.npz", "--vector", "gradient"),
         "refused": ("hvp", *base, "--vector", "gradient", "--method", "gauss-newton"),
     }
-    writes = ("batches", "stack", "differences", "fedavg", "train", "one")
-    for name in (*writes, "eigen"):
-        commands[name] += ("-o", f"{name}.safetensors")
-    shared = on_ranks(2, tmp_path, commands)
-    for name, words in commands.items():
-        first, second = shared[name]
+    for name in (*WRITES, "eigen"):
+        commands[name] += ("-o", f"{name}.{dtype}.safetensors")
+    return commands
+
+
+def kinked_commands(folder: Path) -> dict[str, tuple[object, ...]]:
+    """Without its bias, the first layer is zero on the images' empty half: right at its kink, whatever the step."""
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU6()),
+        *(nn.Flatten(), nn.Linear(144, 3)),
+    ).eval()
+    nn.init.zeros_(module[0].bias)
+    x = torch.randn(15, 1, 8, 8)
+    x[:, :, :4] = 0
+    torch.jit.trace(module, x).save(folder / "kinked.pt")
+    np.savez(folder / "kinked.npz", x=x.numpy(), y=np.arange(15) % 3)
+    base = (folder / "kinked.pt", folder / "kinked.npz", "--json")
+    return {
+        "alone": ("compute", *base, "-o", "kinked.safetensors"),
+        "trace": ("trace", *base, "--max-products", 20),
+    }
+
+
+FAILING = """
+from hesscli.errors import MismatchError
+from hesscli.hessian.operator import Products
+whole = Products.__call__
+def failing(self, vectors):
+    if name == "bad" and os.environ["RANK"] == "1" and self.count == 2:
+        raise MismatchError("data: not here")
+    return whole(self, vectors)
+Products.__call__ = failing
+"""
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Rank]]]:
+    """All that two ranks are asked, in one start: it takes longer than the commands."""
+    folder = tmp_path_factory.mktemp("on-two")
+    net = save_net(folder)
+    save_file(
+        {
+            "0.weight": np.random.default_rng(0).standard_normal((3, 26, 20)),
+            "0.bias": np.zeros((3, 26)),
+            "2.weight": np.ones((3, 6, 26)),
+        },
+        folder / "v.safetensors",
+    )
+    commands = {
+        f"{name} {dtype}": words
+        for dtype in ("float32", "float64")
+        for name, words in shared_commands(folder, dtype).items()
+    }
+    commands |= kinked_commands(folder)
+    commands["bad"] = ("eigen", *net, "-o", "bad.safetensors")
+    commands["good"] = ("hvp", *net, "--vector", "gradient")
+    found = on_ranks(2, folder, commands, before=FAILING)
+    for dtype in ("float32", "float64"):
+        for name in WRITES:
+            path = folder / f"{name}.{dtype}.safetensors"
+            path.rename(path.with_suffix(".two"))
+    return folder, found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_two_ranks(cli: Callable[..., Ran], on_two, monkeypatch, dtype):
+    folder, shared = on_two
+    monkeypatch.chdir(folder)
+    for name, words in shared_commands(folder, dtype).items():
+        first, second = shared[f"{name} {dtype}"]
         assert (second.stdout, second.stderr) == ("", ""), name
-        if name in writes:
-            Path(f"{name}.safetensors").rename(f"{name}.two.safetensors")
         alone = cli(*words)
         assert first.code == alone.code, (name, first.stderr)
         if first.code:
             assert first.stderr == alone.stderr, name
             continue
         mine, theirs = first.document, alone.document
-        if name in writes:
+        if name in WRITES:
             same_files(
-                f"{name}.two.safetensors",
-                f"{name}.safetensors",
+                f"{name}.{dtype}.two",
+                f"{name}.{dtype}.safetensors",
                 "float32" if name == "differences" else dtype,
             )
         for key in ("loss.value", "loss.denominator", "gradient_norm"):
@@ -201,7 +262,27 @@ def test_two_ranks(cli: Callable[..., Ran], net, tmp_path, dtype):
             )
         idle = [note for note in mine["notes"] if "nothing to do" in note]
         assert bool(idle) == (name in ("train", "one")), name
-    assert shared["missing"][0].code == 2
+    assert shared[f"missing {dtype}"][0].code == 2
+
+
+def test_kinks_are_held_by_all(on_two):
+    found = {name: on_two[1][name][0] for name in ("alone", "trace")}
+    for command in found.values():
+        assert command.code in (0, 5), command.stderr  # of the estimate, which may not converge
+        assert command.document["check"]["relative_error"] < 1e-4
+    assert found["trace"].document["method"] == "hvp"
+    assert {b["method"] for b in found["alone"].document["blocks"]} == {"gauss-newton"}
+
+
+def test_an_error_on_one_rank_is_the_commands(on_two):
+    """The first says it and ends with its code; nothing is written, and the next command runs."""
+    folder, found = on_two
+    first, second = found["bad"]
+    assert first.code == 4
+    assert "error: data: not here" in first.stderr
+    assert first.stdout == second.stdout == second.stderr == ""
+    assert not (folder / "bad.safetensors").exists()
+    assert [rank.code for rank in found["good"]] == [0, 0]
 
 
 def test_fewer_samples_than_ranks(cli: Callable[..., Ran], net, tmp_path):
@@ -216,34 +297,6 @@ def test_fewer_samples_than_ranks(cli: Callable[..., Ran], net, tmp_path):
 
 
 # --- when something goes wrong on one of them -----------------------------------------------------
-
-FAILING = """
-import os
-from hesscli.errors import MismatchError
-from hesscli.hessian.operator import Products
-whole = Products.__call__
-def failing(self, vectors):
-    if os.environ["RANK"] == "1" and self.count == 2:
-        raise MismatchError("data: not here")
-    return whole(self, vectors)
-Products.__call__ = failing
-"""
-
-
-def test_an_error_on_one_rank_is_the_commands(net, tmp_path):
-    """The first says it and ends with its code; nothing is written, and the next command runs."""
-    commands: dict[str, tuple[object, ...]] = {
-        "bad": ("eigen", *net, "-o", "e.safetensors"),
-        "good": ("hvp", *net, "--vector", "gradient"),
-    }
-    found = on_ranks(2, tmp_path, commands, before=FAILING)
-    first, second = found["bad"]
-    assert first.code == 4
-    assert "error: data: not here" in first.stderr
-    assert first.stdout == second.stdout == second.stderr == ""
-    assert not (tmp_path / "e.safetensors").exists()
-    assert [rank.code for rank in found["good"]] == [0, 0]
-
 
 LATE = """
 import os
@@ -323,44 +376,32 @@ def test_what_the_other_rank_says(net, tmp_path, dies):
     assert not (tmp_path / "e.safetensors").exists()
 
 
+PROBING = """
+import sys
+from hesscli.hessian.operator import Products
+whole = Products.__call__
+def telling(self, vectors):
+    if self.count < 40 <= self.count + (1 if vectors.dim() == 1 else len(vectors)):
+        print("probing", file=sys.stderr, flush=True)
+    return whole(self, vectors)
+Products.__call__ = telling
+from hesscli.cli import main
+main()
+"""
+
+
 def test_interrupted(net, tmp_path):
     model, data = net
     wide = nn.Sequential(nn.Linear(20, 200), nn.Tanh(), nn.Linear(200, 6)).eval()  # 5406: not exact
     torch.jit.trace(wide, torch.randn(11, 20)).save(model)
     words = ("density", model, data, "--probes", 100000, "--steps", 4, "--json")
-    process = torchrun(2, tmp_path, "from hesscli.cli import main; main()", *words)
+    process = torchrun(2, tmp_path, PROBING, *words)
     assert process.stderr is not None
-    while b"note: loss" not in process.stderr.readline():
-        pass
-    time.sleep(3)
+    while b"probing" not in process.stderr.readline():
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     printed, said = process.communicate(timeout=60)
     document = json.loads(printed)
     assert document["interrupted"] is True
     assert document["probes"] > 1
     assert said.count(b"error: interrupted") == 1
-
-
-def test_kinks_are_held_by_all(tmp_path):
-    """Without its bias, the first layer is zero on the images' empty half: right at its kink, whatever the step."""
-    torch.manual_seed(0)
-    module = nn.Sequential(
-        *(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU6()),
-        *(nn.Flatten(), nn.Linear(144, 3)),
-    ).eval()
-    nn.init.zeros_(module[0].bias)
-    x = torch.randn(15, 1, 8, 8)
-    x[:, :, :4] = 0
-    torch.jit.trace(module, x).save(tmp_path / "net.pt")
-    np.savez(tmp_path / "data.npz", x=x.numpy(), y=np.arange(15) % 3)
-    base = (tmp_path / "net.pt", tmp_path / "data.npz", "--json")
-    commands = {
-        "alone": ("compute", *base, "-o", tmp_path / "h.safetensors"),
-        "trace": ("trace", *base, "--max-products", 20),
-    }
-    found = {name: ranks[0] for name, ranks in on_ranks(2, tmp_path, commands).items()}
-    for command in found.values():
-        assert command.code in (0, 5), command.stderr  # of the estimate, which may not converge
-        assert command.document["check"]["relative_error"] < 1e-4
-    assert found["trace"].document["method"] == "hvp"
-    assert {b["method"] for b in found["alone"].document["blocks"]} == {"gauss-newton"}
