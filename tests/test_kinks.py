@@ -138,10 +138,10 @@ def test_a_million_kinks_are_no_reason_to_refuse_what_is_right():
     x = torch.randn(32, 1, 32, 32, generator=generator)
     y = torch.randint(3, (32,), generator=generator)
     problem = problem_of(Deep().double(), (x.double(),), y, "cross-entropy")
-    weight = problem.parameters["first.weight"]
-    alone = Problem(**{**vars(problem), "parameters": {"first.weight": weight}})
-    block = Block("first.weight", ("first.weight",), (weight.numel(),))
-    matrix = Products(alone).columns(0, weight.numel())
+    bias = problem.parameters["first.bias"]
+    alone = Problem(**{**vars(problem), "parameters": {"first.bias": bias}})
+    block = Block("first.bias", ("first.bias",), (bias.numel(),))
+    matrix = Products(alone).columns(0, bias.numel())
     narrow, certificate = (
         Certificate(problem, dtype, 0) for dtype in (torch.float32, torch.float64)
     )
