@@ -1,4 +1,4 @@
-"""Blocks in bands, small enough for a test, whose computation is ended early."""
+"""Commands whose computation is ended early: blocks in bands, small enough for a test, and products."""
 
 from __future__ import annotations
 
@@ -20,6 +20,20 @@ from hesscli.cli import main
 main()
 """
 """The command line with the bands of `small_bands`, each of which takes its time."""
+
+MULTIPLYING = """
+import sys
+from hesscli.hessian.operator import Products
+whole = Products.__call__
+def telling(self, vectors):
+    if self.count < 60 <= self.count + (1 if vectors.dim() == 1 else len(vectors)):
+        print("multiplying", file=sys.stderr, flush=True)
+    return whole(self, vectors)
+Products.__call__ = telling
+from hesscli.cli import main
+main()
+"""
+"""The command line, which says on stderr when it makes its 60th product."""
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, calls: int, error: BaseException) -> None:

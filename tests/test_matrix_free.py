@@ -14,6 +14,7 @@ import pytest
 import torch
 from cases import BY_NAME, expected, save
 from conftest import REPOSITORY, read
+from interruptions import MULTIPLYING
 from oracles import closed_form_linear_regression, hessian
 from safetensors.numpy import load_file, save_file
 from scipy.sparse.linalg import LinearOperator, eigsh
@@ -706,20 +707,6 @@ def test_products_load_neither_scipy_nor_sympy():
 # --- Ctrl-C ---------------------------------------------------------------------------------------
 
 
-SEARCHING = """
-import sys
-from hesscli.hessian.operator import Products
-whole = Products.__call__
-def telling(self, vectors):
-    if self.count < 60 <= self.count + (1 if vectors.dim() == 1 else len(vectors)):
-        print("searching", file=sys.stderr, flush=True)
-    return whole(self, vectors)
-Products.__call__ = telling
-from hesscli.cli import main
-main()
-"""
-
-
 @pytest.mark.parametrize("command", ["eigen", "trace", "density"])
 def test_interrupted(tmp_path, command):
     torch.manual_seed(0)
@@ -732,14 +719,14 @@ def test_interrupted(tmp_path, command):
         "density": ["--probes", "100000", "--steps", "4"],
     }[command]
     child = subprocess.Popen(
-        [sys.executable, "-c", SEARCHING, command, *files, *options, "--json"],
+        [sys.executable, "-c", MULTIPLYING, command, *files, *options, "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ,
     )
     try:
-        while "searching" not in child.stderr.readline():
+        while "multiplying" not in child.stderr.readline():
             assert child.poll() is None
         child.send_signal(signal.SIGINT)
         stdout, stderr = child.communicate(timeout=60)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Ran, torchrun
+from interruptions import MULTIPLYING
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -376,28 +377,14 @@ def test_what_the_other_rank_says(net, tmp_path, dies):
     assert not (tmp_path / "e.safetensors").exists()
 
 
-PROBING = """
-import sys
-from hesscli.hessian.operator import Products
-whole = Products.__call__
-def telling(self, vectors):
-    if self.count < 40 <= self.count + (1 if vectors.dim() == 1 else len(vectors)):
-        print("probing", file=sys.stderr, flush=True)
-    return whole(self, vectors)
-Products.__call__ = telling
-from hesscli.cli import main
-main()
-"""
-
-
 def test_interrupted(net, tmp_path):
     model, data = net
     wide = nn.Sequential(nn.Linear(20, 200), nn.Tanh(), nn.Linear(200, 6)).eval()  # 5406: not exact
     torch.jit.trace(wide, torch.randn(11, 20)).save(model)
     words = ("density", model, data, "--probes", 100000, "--steps", 4, "--json")
-    process = torchrun(2, tmp_path, PROBING, *words)
+    process = torchrun(2, tmp_path, MULTIPLYING, *words)
     assert process.stderr is not None
-    while b"probing" not in process.stderr.readline():
+    while b"multiplying" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     printed, said = process.communicate(timeout=60)

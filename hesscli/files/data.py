@@ -119,6 +119,11 @@ def load_data(
     return data
 
 
+def is_other_file(name: str) -> bool:
+    """Whether the name of inputs or targets is the path of a file beside the data, unless an array is called so."""
+    return name.endswith(".npy") and os.path.exists(name)
+
+
 def _refuse_unusable_targets(path: Path, skipped: Mapping[str, Unusable]) -> None:
     """Refuses a table whose targets, by their name, are a column that cannot be used."""
     meant = [name for name in skipped if name in TARGET_NAMES]
@@ -176,7 +181,7 @@ class _Choice:
         """
         called: dict[str, str] = {}
         for name in names:
-            if name not in self.arrays and name.endswith(".npy") and os.path.exists(name):
+            if name not in self.arrays and is_other_file(name):
                 other = load_arrays(name)
                 files += other.files
                 if not other.numbers:

@@ -196,7 +196,7 @@ class FisherPlanner(JacobianPlanner):
 
     def _jacobians(self, block: Block, diagonal: bool) -> Choice:
         if self.problem.one_sample:
-            raise NotApplicable("one sample without an axis of samples")
+            raise NotApplicable("one sample without a sample axis")
         return super()._jacobians(block, diagonal)
 
 

@@ -44,7 +44,7 @@ class Problem:
         wide: what the module itself computes in float32, whatever its dtype, is computed in float64.
         writes: the module writes into its inputs, so every pass has copies of them.
         separable: each sample could go through on its own.
-        one_sample: the data is one sample, without an axis of samples.
+        one_sample: the data is one sample, without a sample axis.
         narrow: the problem that this is a copy of, in another dtype.
     """
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hesscli.errors import MismatchError, NumericalError, UsageError
 from hesscli.files.arrays import load_arrays
+from hesscli.files.data import is_other_file
 from hesscli.files.sniff import kind_of
 from hesscli.hessian.problem import parameters_at
 from hesscli.job.alone import Alone
@@ -87,7 +88,7 @@ def _demand_sense(problem: ProblemOptions, options: HvpOptions) -> None:
             "--query goes with --per-fedavg", "--per-fedavg 0.01", instead_of=("--vector",)
         )
     named = (*problem.inputs, *([problem.targets] if problem.targets else []))
-    beside = [name for name in named if name.endswith(".npy") and Path(name).exists()]
+    beside = [name for name in named if is_other_file(name)]
     if options.query is not None and beside:
         raise UsageError(
             f"{beside[0]}: a file beside DATA, whose samples are not those of --query {options.query}; "
