@@ -124,7 +124,7 @@ def net(tmp_path: Path) -> tuple[Path, Path]:
 @pytest.fixture
 def small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of more than 8 rows are large, and computed in several bands."""
-    from hesscli.job import memory, planning, unfinished
+    from hesscli.job.matrix import memory, planning, unfinished
 
     monkeypatch.setattr(planning, "LARGE", 8)
     monkeypatch.setattr(memory, "BAND", 900)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from hesscli.job import large
+from hesscli.job.matrix import large
 
 SLOW = """
 import sys, time
-from hesscli.job import large, memory, planning, unfinished
+from hesscli.job.matrix import large, memory, planning, unfinished
 memory.BAND = memory.LONG_BAND = 900
 planning.LARGE, unfinished.INTERVAL = 8, 0.0
 whole = large.LargeBlock._band

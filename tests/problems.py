@@ -9,17 +9,17 @@ import torch
 from cases import Case
 from torch import Tensor, nn
 
-from hesscli.hessian.analysis import Analyses
-from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block, partition
 from hesscli.hessian.curvatures import CURVATURES
-from hesscli.hessian.cuts import Cuts
-from hesscli.hessian.kronecker import mirror_
-from hesscli.hessian.loss import Loss
-from hesscli.hessian.losses import ELEMENT_WEIGHTED
-from hesscli.hessian.measure import measure
-from hesscli.hessian.problem import Problem
+from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.loss import Loss
+from hesscli.hessian.objective.losses import ELEMENT_WEIGHTED
+from hesscli.hessian.objective.measure import measure
+from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.routes.base import Route, Rows, fitting
+from hesscli.hessian.routes.cuts import Cuts
+from hesscli.hessian.routes.kronecker import mirror_
 from hesscli.hessian.symmetry import symmetrise_
 
 STRUCTURES = ("full", "module", "block_diagonal", "elements")

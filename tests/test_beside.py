@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from hesscli.job.beside import Beside
+from hesscli.job.matrix.beside import Beside
 
 
 @pytest.mark.parametrize("enabled", [False, True])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import hesscli
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.check import Certificate
+from hesscli.hessian.differences.check import Certificate
 from hesscli.hessian.routes.finite_difference import FiniteDifference
 from hesscli.hessian.routes.gauss_newton import GaussNewton
 from hesscli.hessian.routes.hvp import HessianVectorProducts

@@ -23,11 +23,11 @@ from torch import nn
 import hesscli
 from hesscli.errors import ResourceError
 from hesscli.hessian.blocks import partition
-from hesscli.job import memory, room
-from hesscli.job.journal import Journal, read_journal
+from hesscli.job.matrix import memory, room
+from hesscli.job.matrix.journal import Journal, read_journal
+from hesscli.job.matrix.unfinished import Unfinished
 from hesscli.job.options import Silent
-from hesscli.job.parameters import chosen_parameters
-from hesscli.job.unfinished import Unfinished
+from hesscli.job.setup.parameters import chosen_parameters
 
 STRUCTURES = {
     "diag": "block_diagonal", "module": "module", "full": "full", "elements": "elements",
@@ -833,7 +833,7 @@ def test_what_would_not_fit(cli, tmp_path, monkeypatch, resource, kind):
 
 def test_a_full_disk(cli, mlp, tmp_path, monkeypatch):
     """Room runs out while writing: an error line, and no temporary file."""
-    from hesscli.files import placed_writes
+    from hesscli.files.hessians import placed_writes
 
     before = folder(tmp_path)
 
@@ -850,14 +850,15 @@ def test_a_full_disk_for_the_journal(cli, mlp, tmp_path, monkeypatch):
     def sync(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("hesscli.job.journal.os.fsync", sync)
+    monkeypatch.setattr("hesscli.job.matrix.journal.os.fsync", sync)
     ran = cli("compute", *mlp, *CE, "-o", "h", "--shard", "1/2")
     assert ran.fails(6) == ".h.journal.1-of-2: No space left on device"
     assert not list(tmp_path.glob(".h.journal*"))
 
 
 @pytest.mark.parametrize(
-    ("module", "words"), [("files.result_files", ()), ("job.journal", ("--shard", "1/1"))]
+    ("module", "words"),
+    [("files.hessians.result_files", ()), ("job.matrix.journal", ("--shard", "1/1"))],
 )
 def test_names_are_on_the_disk(cli, mlp, tmp_path, monkeypatch, module, words):
     """Of the result and of the journal: else a loss of power takes them."""
@@ -892,7 +893,7 @@ def test_a_journal_keeps_whole_lines_when_the_disk_is_full(tmp_path, monkeypatch
     journal.append({"a": {}})
     before = folder(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("hesscli.job.journal.os.fsync", full)
+        patch.setattr("hesscli.job.matrix.journal.os.fsync", full)
         with pytest.raises(ResourceError):
             journal.append({"b": {}})
     assert folder(tmp_path) == before
@@ -906,7 +907,7 @@ def test_a_bug_says_so(cli, mlp, tmp_path, monkeypatch):
     def broken(*arguments, **options):
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("hesscli.job.whole.statistics.of_block", broken)
+    monkeypatch.setattr("hesscli.job.matrix.whole.statistics.of_block", broken)
     ran = cli("compute", *mlp, *CE)
     assert ran.code == 70
     assert "Traceback" in ran.stderr
@@ -920,7 +921,7 @@ def test_ctrl_c(cli, mlp, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hesscli.job.whole.statistics.of_block", interrupted)
+    monkeypatch.setattr("hesscli.job.matrix.whole.statistics.of_block", interrupted)
     ran = cli("compute", *mlp, *CE)
     assert ran.code == 130
     assert "Traceback" not in ran.stderr

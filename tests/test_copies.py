@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hesscli
-from hesscli.hessian.copies import copied
+from hesscli.hessian.objective.copies import copied
 
 X, Y = (
     torch.randn(7, 3, generator=torch.Generator().manual_seed(seed)).double() for seed in (0, 1)

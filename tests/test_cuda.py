@@ -13,12 +13,12 @@ from problems import blocks_of, compute_blocks, problem_of, routes_of
 from torch import nn
 
 from hesscli.errors import DeviceMismatchError
-from hesscli.hessian.problem import Problem
+from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.routes.hvp import HessianVectorProducts
 from hesscli.hessian.routes.preactivation import Preactivation
-from hesscli.job import opening
 from hesscli.job.compute import compute
 from hesscli.job.options import ComputeOptions
+from hesscli.job.setup import opening
 
 NAMES = ("mlp-tanh", "mlp-relu", "conv2d", "layer-norm", "group-norm", "weight-norm", "lstm",
          "transformer-gelu", "embedding", "residual-norm")  # fmt: skip

@@ -20,15 +20,15 @@ from problems import (
 )
 from torch import Tensor, nn
 
-from hesscli.hessian import cuts
-from hesscli.hessian.analysis import Analyses, Analysis
 from hesscli.hessian.applicability import NotApplicable
-from hesscli.hessian.batch import Batch, Batches
-from hesscli.hessian.costs import Costs, Work
-from hesscli.hessian.cuts import CutPlan, plan_cuts, separators
-from hesscli.hessian.problem import Problem
-from hesscli.hessian.rates import Rates
-from hesscli.hessian.recorder import record
+from hesscli.hessian.objective.batch import Batch, Batches
+from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.proofs.analysis import Analyses, Analysis
+from hesscli.hessian.recording.recorder import record
+from hesscli.hessian.routes import cut_plan
+from hesscli.hessian.routes.costs import Costs, Work
+from hesscli.hessian.routes.cut_plan import CutPlan, plan_cuts, separators
+from hesscli.hessian.routes.rates import Rates
 
 
 class Residual(nn.Module):
@@ -67,7 +67,7 @@ def plan(problem: Problem) -> CutPlan:
 
 def cut_everywhere(analysis: Analysis) -> CutPlan:
     zs = [use.z for use in analysis.uses.values()]
-    values = [c for c in separators(analysis.tape, zs) if cuts._in_front(analysis, c)]
+    values = [c for c in separators(analysis.tape, zs) if cut_plan._in_front(analysis, c)]
     return CutPlan(tuple(values), analysis.tape.maker, Work(), 1)
 
 
@@ -117,8 +117,8 @@ def test_deep_residual_layers() -> None:
 
 def test_batches_that_are_made_anew_have_cuts_of_their_own(monkeypatch) -> None:
     """As of data that does not fit into the memory: what was kept of one must not be taken for another's."""
-    monkeypatch.setattr(cuts, "_LEAST", 0.0)
-    monkeypatch.setattr(cuts, "_GAIN", math.inf)
+    monkeypatch.setattr(cut_plan, "_LEAST", 0.0)
+    monkeypatch.setattr(cut_plan, "_GAIN", math.inf)
     kept = sequences(stack(3, 8, 8), samples=16, length=8)
     (whole,) = kept.batches
     anew = Batches(
@@ -140,7 +140,7 @@ def test_batches_that_are_made_anew_are_not_recorded_for_each_tensor(monkeypatch
     problem = replace(kept, batches=anew)
     recorded: list[Problem] = []
     monkeypatch.setattr(
-        "hesscli.hessian.analysis.record",
+        "hesscli.hessian.proofs.analysis.record",
         lambda *given: recorded.append(given[0]) or record(*given),
     )
     blocks = blocks_of(problem, "block_diagonal")
@@ -184,7 +184,7 @@ def test_a_shallow_model_is_not_cut() -> None:
 def test_the_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = sequences(stack(6, 32, 64), samples=32, length=16)
     one = 32 * (16 * 32) ** 2 * 4
-    monkeypatch.setattr(cuts, "BUDGET", 4 * one)
+    monkeypatch.setattr(cut_plan, "BUDGET", 4 * one)
     shapes = analysis_of(problem).tape.shapes
     chosen = plan(problem)
     assert chosen.values
@@ -197,6 +197,6 @@ def test_what_is_kept_at_the_cuts_is_in_the_plan(cli, monkeypatch: pytest.Monkey
     np.savez("data.npz", x=normal(32, 16, 3).float().numpy(), y=labels(3, 32).numpy())
     words = ("compute", "net.pt", "data.npz", "--dry-run", "--json")
     with_cuts = cli(*words).document["total"]["memory"]
-    monkeypatch.setattr(cuts, "BUDGET", 0)
+    monkeypatch.setattr(cut_plan, "BUDGET", 0)
     one = 32 * (16 * 32) ** 2 * 4
     assert with_cuts - cli(*words).document["total"]["memory"] >= 5 * one

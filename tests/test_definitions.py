@@ -12,8 +12,8 @@ from problems import blocks_of, compute_blocks, problem_of, problem_of_case, rou
 from torch import Tensor, nn
 
 import hesscli
-from hesscli.hessian import definitions, formulas
 from hesscli.hessian.applicability import NotApplicable
+from hesscli.hessian.aten import definitions, formulas
 
 RECURRENT = [case for case in CASES if "recurrent" in case.tags and "cell" not in case.name]
 

@@ -8,14 +8,14 @@ from cases import labels, normal
 from problems import blocks_of, problem_of
 from torch import nn
 
-from hesscli.hessian.analysis import Analyses
-from hesscli.hessian.check import Certificate, gradients
-from hesscli.hessian.costs import Work
-from hesscli.hessian.cuts import Cuts
+from hesscli.hessian.differences.check import Certificate, gradients
+from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.planner import Choice, Planner, seconds_of
-from hesscli.hessian.problem import Problem
-from hesscli.hessian.rates import Rates
-from hesscli.job.dry_run import START, estimate
+from hesscli.hessian.proofs.analysis import Analyses
+from hesscli.hessian.routes.costs import Work
+from hesscli.hessian.routes.cuts import Cuts
+from hesscli.hessian.routes.rates import Rates
+from hesscli.job.matrix.dry_run import START, estimate
 
 RATES = Rates(flops=1e9, memory=1e9, call=1e-3)
 SECOND = Work(flops=1e9)

@@ -16,7 +16,7 @@ from conftest import Ran, read
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hesscli.files.models import load_model
+from hesscli.files.models.model_file import load_model
 
 ARCH = ("--arch", f"{__name__}:Net")
 X = np.linspace(-1, 1, 15, dtype=np.float32).reshape(5, 3)
@@ -638,7 +638,7 @@ def test_arrays_stay_in_the_file(tmp_path, form):
 
 
 def test_shards_stay_in_the_file(tmp_path):
-    from hesscli.files.shards import load_part
+    from hesscli.files.models.shards import load_part
 
     path = tmp_path / "pytorch_model-00001-of-00002.bin"
     torch.save({"weight": torch.full((1000, 4), 1.5)}, path)
@@ -656,7 +656,7 @@ def change(path: Path) -> None:
 
 
 def test_batches_are_made_when_they_are_asked_for(cli, net, monkeypatch):
-    from hesscli.job import batches
+    from hesscli.job.setup import batches
 
     torch.jit.script(net).save("m.pt")
     np.savez("d.npz", x=X, y=Y)

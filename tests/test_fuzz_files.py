@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hesscli.errors import HesscliError
 from hesscli.files.data import load_data
-from hesscli.files.models import load_model
+from hesscli.files.models.model_file import load_model
 
 X = np.arange(12, dtype=np.float32).reshape(4, 3) / 8
 Y = np.array([0, 1, 1, 0])

@@ -23,6 +23,13 @@ ROOMS = {
     "": {"errors", "job"},
 }
 
+# The folders inside a room, from the ground up: each may import from those before it.
+FLOORS = {
+    "hessian": "aten objective recording proofs differences routes".split(),
+    "files": "hessians models".split(),
+    "job": "setup matrix".split(),
+}
+
 
 def test_rooms_import_downwards_only():
     package, seen = REPOSITORY / "hesscli", set()
@@ -51,6 +58,23 @@ def test_rooms_import_downwards_only():
                     assert room in ("hessian", "files", "spectrum", "job"), f"{path}: {name}"
     assert {("cli", "job"), ("job", "hessian"), ("job", "files"), ("job", "spectrum")} <= seen
     assert {p.name for p in package.iterdir() if p.is_dir()} - {"__pycache__"} <= set(ROOMS)
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_folders_import_downwards_only(room):
+    folder, floors, seen = REPOSITORY / "hesscli" / room, FLOORS[room], set()
+    assert {p.name for p in folder.iterdir() if p.is_dir()} - {"__pycache__"} == set(floors)
+    for path in folder.glob("*/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            words = f"{node.module}.{node.names[0].name}".split(".")
+            if words[:2] == ["hesscli", room] and words[2] in floors:
+                seen.add(words[2])
+                assert floors.index(words[2]) <= floors.index(path.parent.name), (
+                    f"{path}: {node.module}"
+                )
+    assert seen == set(floors)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["compute", "--help"], ["eigen", "--help"], []])

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import hesscli
-from hesscli.job.opening import open_problem
 from hesscli.job.options import ProblemOptions, Silent
+from hesscli.job.setup.opening import open_problem
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Z, Y = (torch.randn(12, n, generator=GENERATOR, dtype=torch.float64) for n in (3, 4, 2))

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import hesscli
-from hesscli.hessian import quotients
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.check import Certificate, Comparison
 from hesscli.hessian.curvatures import CURVATURES
-from hesscli.hessian.differences import Differences
-from hesscli.hessian.directional import DirectionalDifference
+from hesscli.hessian.differences import quotients
+from hesscli.hessian.differences.check import Certificate, Comparison
+from hesscli.hessian.differences.directional import DirectionalDifference
+from hesscli.hessian.differences.products import Differences
+from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import Products
-from hesscli.hessian.problem import Problem
 from hesscli.hessian.routes.finite_difference import FiniteDifference
-from hesscli.job import planning
+from hesscli.job.matrix import planning
 
 
 class Between(nn.Module):

@@ -22,13 +22,13 @@ from torch import nn
 
 import hesscli
 from hesscli.errors import NumericalError
-from hesscli.files.result_writer import ResultWriter
+from hesscli.files.hessians.result_writer import ResultWriter
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.layout import Layout, Part, Piece
 from hesscli.hessian.routes.base import Rows
-from hesscli.job import journal, large, memory, planning
-from hesscli.job.team import balanced
-from hesscli.job.triangles import HeldTriangle, StreamedTriangle, spans
+from hesscli.job.matrix import journal, large, memory, planning
+from hesscli.job.matrix.triangles import HeldTriangle, StreamedTriangle, spans
+from hesscli.job.setup.team import balanced
 
 LAYOUT = Layout(
     (Piece(3, (Part(17, 1),)), Piece(4, (Part(0, 2), Part(8, 1))), Piece(5, (Part(12, 1),)))

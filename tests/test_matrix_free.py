@@ -23,9 +23,10 @@ from torch import Tensor, nn
 import hesscli
 from hesscli.cli.density import lengths
 from hesscli.errors import UsageError
-from hesscli.hessian.check import Certificate
-from hesscli.hessian.problem import Problem
-from hesscli.job import batches, model_eigen
+from hesscli.hessian.differences.check import Certificate
+from hesscli.hessian.objective.problem import Problem
+from hesscli.job import model_eigen
+from hesscli.job.setup import batches
 
 SAMPLES = REPOSITORY / "sample_models"
 MLP = (SAMPLES / "digits_mlp.pt", SAMPLES / "digits.npz")

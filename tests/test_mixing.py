@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import hesscli
-from hesscli.hessian.watcher import Watcher
+from hesscli.hessian.aten.watcher import Watcher
 
 X = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float64)
 Y = X @ np.array([[1.0, 0.5], [0.0, 2.0], [-1.0, 0.0]])

@@ -21,9 +21,9 @@ from torch import nn
 
 from hesscli.cli.values import parse_value
 from hesscli.errors import FileError, HesscliError, MismatchError, UsageError
-from hesscli.files.architectures import build
-from hesscli.files.call_signature import CallSignature
-from hesscli.files.models import load_model
+from hesscli.files.models.architectures import build
+from hesscli.files.models.call_signature import CallSignature
+from hesscli.files.models.model_file import load_model
 from hesscli.files.sniff import kind_of
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hesscli.cli.heatmap import CIVIDIS, OF_256
-from hesscli.files.hessian_file import HessianFile, read_hessian
+from hesscli.files.hessians.hessian_file import HessianFile, read_hessian
 from hesscli.job.figures import spread
 from hesscli.job.picture import DECADES, Picture, picture
 from hesscli.spectrum import coarse

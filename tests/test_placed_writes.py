@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hesscli.files import placed_writes
-from hesscli.files.placed_writes import PlacedFile
+from hesscli.files.hessians import placed_writes
+from hesscli.files.hessians.placed_writes import PlacedFile
 
 LENGTH = 40 << 20
 

@@ -8,13 +8,13 @@ from cases import labels, normal
 from problems import blocks_and_truth, blocks_of, compute_blocks, problem_of, routes_of
 from torch import nn
 
-from hesscli.hessian.analysis import Analyses
 from hesscli.hessian.applicability import NotApplicable
-from hesscli.hessian.costs import Work
-from hesscli.hessian.cuts import Cuts
+from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.planner import Choice, Planner
-from hesscli.hessian.problem import Problem
-from hesscli.hessian.rates import Rates
+from hesscli.hessian.proofs.analysis import Analyses
+from hesscli.hessian.routes.costs import Work
+from hesscli.hessian.routes.cuts import Cuts
+from hesscli.hessian.routes.rates import Rates
 
 
 def planner_of(problem: Problem) -> Planner:

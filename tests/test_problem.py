@@ -24,9 +24,9 @@ from torch import Tensor
 from hesscli.errors import HesscliError, MismatchError, UsageError
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import partition, select
-from hesscli.hessian.losses import LOSSES, check_arguments
-from hesscli.hessian.measure import measure
-from hesscli.hessian.outputs import pick_output
+from hesscli.hessian.objective.losses import LOSSES, check_arguments
+from hesscli.hessian.objective.measure import measure
+from hesscli.hessian.objective.outputs import pick_output
 
 # --- batches ----------------------------------------------------------------------------------
 

@@ -23,9 +23,9 @@ from hesscli.errors import MismatchError
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import partition
 from hesscli.hessian.curvatures import CURVATURES, FISHER, GGN
-from hesscli.hessian.differences import Differences
+from hesscli.hessian.differences.products import Differences
+from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import Products
-from hesscli.hessian.problem import Problem
 
 GAUSS_NEWTON = [
     "linear", "softmax", "mlp-over-time", "conv2d", "max-pool2d", "batch-norm2d", "layer-norm", "weight-norm",

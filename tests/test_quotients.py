@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hesscli.hessian.quotients import Quotients
+from hesscli.hessian.differences.quotients import Quotients
 
 V = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
 

@@ -22,17 +22,17 @@ from interruptions import MULTIPLYING
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from hesscli.hessian.batch import Batch
-from hesscli.hessian.problem import Problem
-from hesscli.job.batches import _even
-from hesscli.job.share import Share
+from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.problem import Problem
+from hesscli.job.setup.batches import _even
+from hesscli.job.setup.share import Share
 
 # Each rank runs the commands one after the other in one group, and keeps what it printed and its exit code.
 COMMANDS = """
 import contextlib, json, os, sys
 from pathlib import Path
 from hesscli.cli import main
-from hesscli.job.team import Team
+from hesscli.job.setup.team import Team
 group = Team().__enter__()
 leave, Team.__exit__ = Team.__exit__, lambda *error: None
 for name, words in json.loads(Path("commands.json").read_text()).items():
@@ -302,7 +302,7 @@ def test_fewer_samples_than_ranks(cli: Callable[..., Ran], net, tmp_path):
 LATE = """
 import os
 from hesscli.errors import MismatchError
-from hesscli.job import run
+from hesscli.job.matrix import run
 def failing(plan, group):
     raise MismatchError("the model: not here")
 if os.environ["RANK"] == "1":

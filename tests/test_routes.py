@@ -30,13 +30,13 @@ from problems import (
 )
 from torch import Tensor, nn
 
-from hesscli.hessian.analysis import Analyses
 from hesscli.hessian.applicability import NotApplicable
-from hesscli.hessian.loss import Loss
-from hesscli.hessian.measure import measure
-from hesscli.hessian.problem import Problem
+from hesscli.hessian.objective.loss import Loss
+from hesscli.hessian.objective.measure import measure
+from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.proofs.analysis import Analyses
+from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.routes.base import Route
-from hesscli.hessian.uses import Use
 
 Counts = dict[str, dict[str, list[int]]]  # by route and structure
 
@@ -1132,7 +1132,7 @@ def test_a_loss_that_may_mix_samples_is_refused(name):
     else:
         from dataclasses import replace
 
-        from hesscli.hessian.loss import Loss
+        from hesscli.hessian.objective.loss import Loss
 
         plain = Net(lambda s, x: s.b(hidden(s, x)), **{k: v() for k, v in TWO.items()})
         problem = problem_of(plain, (ROWS,), numbers(5, 2), "mse")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hesscli
-from hesscli.hessian.analysis import Analyses
+from hesscli.hessian.proofs.analysis import Analyses
 
 
 def square(z: Tensor) -> Tensor:

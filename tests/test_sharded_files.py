@@ -23,9 +23,9 @@ from safetensors.numpy import save_file
 import hesscli
 from hesscli.cli.completion import block_names
 from hesscli.errors import UsageError
-from hesscli.files import placed_writes, result_files
-from hesscli.files.result_names import index_of_shard, split
-from hesscli.job import memory
+from hesscli.files.hessians import placed_writes, result_files
+from hesscli.files.hessians.result_names import index_of_shard, split
+from hesscli.job.matrix import memory
 
 INDEX = Path("h.safetensors.index.json")
 COMMAND = ("-b", "module", "--gradient", "-o", "h.safetensors", "--max-shard-size", "1.5KB")

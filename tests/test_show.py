@@ -17,7 +17,7 @@ from hessian_files import symmetric, write
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from hesscli.files.checksums import Checksum
+from hesscli.files.hessians.checksums import Checksum
 
 STRUCTURES = ["diag", "module", "full", "elements"]
 

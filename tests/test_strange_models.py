@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hesscli
 from hesscli.errors import HesscliError, MismatchError
-from hesscli.hessian.precision import default_of, in_precision_
+from hesscli.hessian.aten.precision import default_of, in_precision_
 
 X = torch.randn(9, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = X.sin().sum(1, keepdim=True)

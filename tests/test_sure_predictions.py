@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import hesscli
-from hesscli.hessian import formulas
+from hesscli.hessian.aten import formulas
 
 X = torch.tensor([[1.0, 2.0], [1.0, -0.5], [1.0, 0.25]])
 OWN = """

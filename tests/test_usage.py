@@ -31,8 +31,9 @@ from hesscli.hessian.words import (
     STRUCTURES,
 )
 from hesscli.job import compute as jobs
-from hesscli.job import opening, options
-from hesscli.job.parameters import chosen_parameters
+from hesscli.job import options
+from hesscli.job.setup import opening
+from hesscli.job.setup.parameters import chosen_parameters
 from hesscli.spectrum.eigen import WHICH
 
 NET = ("net.pt", "d.npz")

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hesscli.hessian import kronecker
 from hesscli.hessian.chunk_sizes import ChunkSizes
-from hesscli.hessian.kronecker import add_kronecker_rows
+from hesscli.hessian.routes import kronecker
+from hesscli.hessian.routes.kronecker import add_kronecker_rows
 from hesscli.hessian.workers import side_by_side, workers
 
 

@@ -16,8 +16,8 @@ from hesscli.cli.options import Debug, Json, Quiet, takes_problem
 from hesscli.cli.values import byte_count, shard_place
 from hesscli.errors import UsageError
 from hesscli.job.options import Blocks, ComputeOptions, ProblemOptions, Stats
+from hesscli.job.setup.team import rank
 from hesscli.job.starting import start
-from hesscli.job.team import rank
 
 
 @takes_problem

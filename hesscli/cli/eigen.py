@@ -28,8 +28,8 @@ from hesscli.job.starting import start
 
 if TYPE_CHECKING:
     from hesscli.cli.output import Document, Output
-    from hesscli.job.alone import Alone
     from hesscli.job.model_eigen import EigenOptions
+    from hesscli.job.setup.alone import Alone
 
 
 _TOP = 10

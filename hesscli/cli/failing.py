@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import typer
 
 from hesscli.errors import ExitCode, HesscliError, Terminated, is_out_of_memory, signalled
-from hesscli.job.team import rank
+from hesscli.job.setup.team import rank
 
 _OTHER = {
     "--blocks": "-b", "--loss": "-l", "--device": "-d", "--arch": "-a", "--params": "-p",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hesscli.job.alone import Alone
-from hesscli.job.team import ranks
+from hesscli.job.setup.alone import Alone
+from hesscli.job.setup.team import ranks
 
 
 @contextmanager
@@ -15,7 +15,7 @@ def sharing() -> Iterator[Alone]:
     if ranks() == 1:
         yield Alone()
         return
-    from hesscli.job.share import Share
+    from hesscli.job.setup.share import Share
 
     with Share() as share:
         yield share

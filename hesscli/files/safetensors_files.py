@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 
 from hesscli.errors import FileError
+from hesscli.files.hessians.result_names import index_of_shard
 from hesscli.files.npy import tensor
-from hesscli.files.result_names import index_of_shard
 from hesscli.files.safetensors_header import parse
 from hesscli.files.torch_files import reading
 from hesscli.files.unusable import Unusable

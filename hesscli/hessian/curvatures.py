@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 
 from hesscli.errors import MismatchError
-from hesscli.hessian.analysis import Analyses
 from hesscli.hessian.applicability import NotApplicable
-from hesscli.hessian.batch import Batch
-from hesscli.hessian.check import Certificate
-from hesscli.hessian.cuts import Cuts
-from hesscli.hessian.directional import DirectionalDifference
+from hesscli.hessian.differences.check import Certificate
+from hesscli.hessian.differences.directional import DirectionalDifference
+from hesscli.hessian.differences.output_difference import FisherDifference, GaussNewtonDifference
+from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import Middle, Products, gradient_outer, loss_hessian
-from hesscli.hessian.output_difference import FisherDifference, GaussNewtonDifference
 from hesscli.hessian.planner import FisherPlanner, JacobianPlanner, Planner
-from hesscli.hessian.problem import Problem
+from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.routes.base import Route
+from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.finite_difference import FiniteDifference
 from hesscli.hessian.routes.gauss_newton import GaussNewton
 from hesscli.hessian.routes.ggn import EmpiricalFisher, GeneralisedGaussNewton, ProductRows

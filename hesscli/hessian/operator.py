@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from hesscli.hessian.applicability import explained
+from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.autodiff import batched_grad, seeded_grad, unit_rows
-from hesscli.hessian.batch import Batch
 from hesscli.hessian.chunk_sizes import chunk_sizes
-from hesscli.hessian.definitions import exact_derivatives
-from hesscli.hessian.problem import Problem
-from hesscli.hessian.saved import saved_bytes
+from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.objective.saved import saved_bytes
 from hesscli.hessian.workers import in_order, workers
 
 _GRAPHS = 3  # a kept graph holds about this many times what a forward pass saves

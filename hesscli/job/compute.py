@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hesscli.errors import UsageError
-from hesscli.files.models import SavedModel
-from hesscli.files.result_names import followed, journals
-from hesscli.job.dry_run import forecast
-from hesscli.job.journal import read_journal
+from hesscli.files.hessians.result_names import followed, journals
+from hesscli.files.models.model_file import SavedModel
 from hesscli.job.json_form import Document
-from hesscli.job.memory import Memory
-from hesscli.job.opening import open_problem
+from hesscli.job.matrix.dry_run import forecast
+from hesscli.job.matrix.journal import read_journal
+from hesscli.job.matrix.memory import Memory
+from hesscli.job.matrix.planning import Plan
+from hesscli.job.matrix.room import require_room
+from hesscli.job.matrix.run import Run
 from hesscli.job.options import ComputeOptions, Listener, options_of
-from hesscli.job.planning import Plan
 from hesscli.job.results import written
-from hesscli.job.room import require_room
-from hesscli.job.run import Run
-from hesscli.job.team import Team
+from hesscli.job.setup.opening import open_problem
+from hesscli.job.setup.team import Team
 from hesscli.job.writing import demand_names, writable
 
 

@@ -19,7 +19,7 @@ from hesscli.job.writing import writable
 from hesscli.spectrum.density import Density, exact
 
 if TYPE_CHECKING:
-    from hesscli.job.alone import Alone
+    from hesscli.job.setup.alone import Alone
 
 SCHEMA = "hesscli.density/1"
 BINS = 24

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from hesscli.errors import UsageError
-from hesscli.files.hessian_file import HessianFile, read_hessian
+from hesscli.files.hessians.hessian_file import HessianFile, read_hessian
 from hesscli.job.json_form import Document
 from hesscli.job.options import Progress
 from hesscli.job.stored import values_of

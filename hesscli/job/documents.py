@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 import hesscli
-from hesscli.files.hessian_file import SCHEMA
+from hesscli.files.hessians.hessian_file import SCHEMA
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.check import Certificate
+from hesscli.hessian.differences.check import Certificate
 from hesscli.job.json_form import Document
-from hesscli.job.opening import Opened
+from hesscli.job.setup.opening import Opened
 from hesscli.texts import dtype_name
 
 

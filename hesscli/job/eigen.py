@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from hesscli.errors import NumericalError, ResourceError
-from hesscli.files.hessian_file import HessianFile
+from hesscli.files.hessians.hessian_file import HessianFile
 from hesscli.files.resources import available_memory
 from hesscli.job.json_form import Document
 from hesscli.job.results import write_tensors

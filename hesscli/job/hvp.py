@@ -15,13 +15,13 @@ from hesscli.errors import MismatchError, NumericalError, UsageError
 from hesscli.files.arrays import load_arrays
 from hesscli.files.data import is_other_file
 from hesscli.files.sniff import kind_of
-from hesscli.hessian.problem import parameters_at
-from hesscli.job.alone import Alone
+from hesscli.hessian.objective.problem import parameters_at
 from hesscli.job.json_form import Document, timeless
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.remedies import not_finite
 from hesscli.job.results import write_tensors
+from hesscli.job.setup.alone import Alone
 from hesscli.job.writing import demand_names, writable
 from hesscli.texts import dtype_name, listed
 

@@ -10,11 +10,11 @@ from scipy.sparse.linalg import LinearOperator
 
 from hesscli.errors import UsageError
 from hesscli.hessian.autodiff import differentiable
-from hesscli.job.alone import Alone
-from hesscli.job.given import DataLike, Folder, LossFunction, Model, given
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions, Silent
-from hesscli.job.settings import settings_kept, settle
+from hesscli.job.setup.alone import Alone
+from hesscli.job.setup.given import DataLike, Folder, LossFunction, Model, given
+from hesscli.job.setup.settings import settings_kept, settle
 from hesscli.texts import dtype_name
 
 

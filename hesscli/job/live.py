@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import UsageError
-from hesscli.files.hessian_file import read_hessian
+from hesscli.files.hessians.hessian_file import read_hessian
 from hesscli.job.compute import compute as run
-from hesscli.job.given import DataLike, Folder, LossFunction, Model, PathLike, given
 from hesscli.job.loaded import Framework, Hessian, converter
 from hesscli.job.options import ComputeOptions, Listener, Silent
+from hesscli.job.setup.given import DataLike, Folder, LossFunction, Model, PathLike, given
 
 
 @overload

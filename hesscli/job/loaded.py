@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 import numpy as np
 
 from hesscli.errors import UsageError
-from hesscli.files.hessian_file import HessianFile, read_hessian
+from hesscli.files.hessians.hessian_file import HessianFile, read_hessian
 from hesscli.hessian.blocks import partition
 from hesscli.texts import listed
 

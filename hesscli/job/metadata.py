@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hesscli.files.result_names import index_path, is_index
+from hesscli.files.hessians.result_names import index_path, is_index
 from hesscli.files.safetensors_header import parse
 
 _LONGEST = 1 << 24  # bytes of an index that are read

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from hesscli.files.malloc import release_memory
-from hesscli.job.alone import Alone
 from hesscli.job.eigen import SCHEMA
 from hesscli.job.json_form import Document, timeless
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions, Which
 from hesscli.job.progress import Convergence
 from hesscli.job.results import write_tensors
+from hesscli.job.setup.alone import Alone
 from hesscli.job.writing import writable
 from hesscli.spectrum.dense import DENSE, dense
 from hesscli.spectrum.eigen import DENSE_LIMIT, WHICH, allowed

@@ -14,19 +14,19 @@ from hesscli.errors import MismatchError, NumericalError, ResourceError, UsageEr
 from hesscli.files.malloc import release_at_once
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.check import Certificate
-from hesscli.hessian.differences import Differences
-from hesscli.hessian.first_gradient import first_gradient
+from hesscli.hessian.differences.check import Certificate
+from hesscli.hessian.differences.products import Differences
+from hesscli.hessian.objective.first_gradient import first_gradient
+from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import LinearMap
-from hesscli.hessian.problem import Problem
 from hesscli.hessian.words import FINITE_DIFFERENCE, HVP
 from hesscli.job import documents
-from hesscli.job.alone import Alone
-from hesscli.job.batches import free_memory
 from hesscli.job.json_form import Document
-from hesscli.job.opening import Opened
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.remedies import more_digits, not_finite
+from hesscli.job.setup.alone import Alone
+from hesscli.job.setup.batches import free_memory
+from hesscli.job.setup.opening import Opened
 from hesscli.job.sizes import size
 from hesscli.spectrum.finite import NotFinite
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hesscli.errors import NumericalError
-from hesscli.files.hessian_file import HessianFile
+from hesscli.files.hessians.hessian_file import HessianFile
 from hesscli.hessian.blocks import partition
 from hesscli.job.options import Progress
 from hesscli.job.stored import values_of

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from hesscli.errors import ResourceError
-from hesscli.files.result_names import index_path, keep_mode, shard_paths
-from hesscli.files.result_writer import ResultWriter
+from hesscli.files.hessians.result_names import index_path, keep_mode, shard_paths
+from hesscli.files.hessians.result_writer import ResultWriter
 
 
 @contextmanager

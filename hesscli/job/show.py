@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hesscli.files.hessian_file import HessianFile
+from hesscli.files.hessians.hessian_file import HessianFile
 from hesscli.job.json_form import Document
 from hesscli.job.options import Progress
 from hesscli.job.stored import chosen, opened_file, values_of

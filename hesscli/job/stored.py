@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hesscli.errors import UsageError
-from hesscli.files.hessian_file import HessianFile, read_hessian
+from hesscli.files.hessians.hessian_file import HessianFile, read_hessian
 from hesscli.job.json_form import Document
 from hesscli.texts import listed
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from hesscli.hessian.words import FINITE_DIFFERENCE, HVP
 from hesscli.job import documents
-from hesscli.job.alone import Alone
 from hesscli.job.json_form import Document
+from hesscli.job.matrix.planning import Plan
+from hesscli.job.matrix.whole import compute_blocks, groups
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import ComputeOptions, Listener, ProblemOptions
-from hesscli.job.planning import Plan
 from hesscli.job.progress import Convergence
-from hesscli.job.whole import compute_blocks, groups
+from hesscli.job.setup.alone import Alone
 from hesscli.spectrum.dense import DENSE
 from hesscli.spectrum.trace import Estimate, estimate
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from hesscli.errors import UsageError
-from hesscli.files.hessian_file import is_part_of
-from hesscli.files.result_names import (
+from hesscli.files.hessians.hessian_file import is_part_of
+from hesscli.files.hessians.result_names import (
     followed,
     index_of_shard,
     index_path,

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hesscli.hessian.affine import multiplier
-from hesscli.hessian.analysis import Analyses, Analysis
 from hesscli.hessian.applicability import NotApplicable
-from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.problem import Problem
+from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.proofs.affine import multiplier
+from hesscli.hessian.proofs.analysis import Analyses, Analysis
 from hesscli.hessian.routes.base import Route, Rows
 
 

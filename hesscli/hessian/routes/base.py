@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hesscli.errors import is_out_of_memory
 from hesscli.hessian.applicability import explained
-from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.layout import Layout
-from hesscli.hessian.problem import Problem
+from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.problem import Problem
 
 Result = TypeVar("Result")
 RowsOf = Callable[[Block, int, int], Iterator[tuple[int, Tensor]]]

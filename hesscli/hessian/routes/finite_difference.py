@@ -12,10 +12,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.problem import Problem, parameters_at
-from hesscli.hessian.quotients import Quotients
+from hesscli.hessian.differences.quotients import Quotients
+from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.problem import Problem, parameters_at
 from hesscli.hessian.routes.base import Route, Rows
 from hesscli.hessian.words import FINITE_DIFFERENCE
 

@@ -15,20 +15,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesscli.hessian.analysis import Analysis
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.autodiff import batched_grad
-from hesscli.hessian.batch import Batch
-from hesscli.hessian.bend import Bend, add_bend, add_bend_diagonal, find_bend
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.chunk_sizes import chunk_sizes
-from hesscli.hessian.kronecker import add_kronecker_rows
-from hesscli.hessian.layers import Layer, plain_layer
 from hesscli.hessian.layout import Layout
-from hesscli.hessian.probes import Probed
+from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.proofs.analysis import Analysis
+from hesscli.hessian.proofs.uses import CONVOLUTION, LINEAR, Use
 from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.base import Rows
-from hesscli.hessian.uses import CONVOLUTION, LINEAR, Use
+from hesscli.hessian.routes.bend import Bend, add_bend, add_bend_diagonal, find_bend
+from hesscli.hessian.routes.kronecker import add_kronecker_rows
+from hesscli.hessian.routes.layers import Layer, plain_layer
+from hesscli.hessian.routes.probes import Probed
 from hesscli.hessian.words import GAUSS_NEWTON
 
 

@@ -15,15 +15,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hesscli.hessian.analysis import Analysis
-from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
+from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import Middle, Products
-from hesscli.hessian.probes import Probed
-from hesscli.hessian.problem import Problem
+from hesscli.hessian.proofs.analysis import Analysis
+from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.routes.base import ByRows, RowsOf
 from hesscli.hessian.routes.gauss_newton import GaussNewton
-from hesscli.hessian.uses import Use
+from hesscli.hessian.routes.probes import Probed
 from hesscli.hessian.words import HVP
 
 

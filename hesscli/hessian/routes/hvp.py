@@ -13,10 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.autodiff import batched_grad, unit_rows
-from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.definitions import exact_derivatives
+from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.operator import Products
 from hesscli.hessian.routes.base import ByRows, RowsOf
 from hesscli.hessian.words import HVP

@@ -19,22 +19,22 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hesscli.hessian.analysis import Analyses, Analysis
 from hesscli.hessian.applicability import NotApplicable
-from hesscli.hessian.assembly import add_layer, add_layer_diagonal
 from hesscli.hessian.autodiff import batched_grad, unit_rows
-from hesscli.hessian.batch import Batch
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.chain import Step, chain_diagonals, curved_outputs, find_chain
 from hesscli.hessian.chunk_sizes import chunk_sizes
-from hesscli.hessian.cuts import Cuts
-from hesscli.hessian.layers import Layer
 from hesscli.hessian.layout import Layout, Part, Piece
-from hesscli.hessian.probes import Probed
-from hesscli.hessian.problem import Problem
+from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.proofs.analysis import Analyses, Analysis
+from hesscli.hessian.proofs.uses import BIAS, CONVOLUTION, Use
 from hesscli.hessian.routes.affine import AffineRoute
+from hesscli.hessian.routes.assembly import add_layer, add_layer_diagonal
 from hesscli.hessian.routes.base import Rows
-from hesscli.hessian.uses import BIAS, CONVOLUTION, Use
+from hesscli.hessian.routes.chain import Step, chain_diagonals, curved_outputs, find_chain
+from hesscli.hessian.routes.cuts import Cuts
+from hesscli.hessian.routes.layers import Layer
+from hesscli.hessian.routes.probes import Probed
 from hesscli.hessian.words import PREACTIVATION
 
 

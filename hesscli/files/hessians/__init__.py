@@ -1,0 +1,1 @@
+"""Hessian files, read and written."""

@@ -1,0 +1,1 @@
+"""Model files, of every kind that people save."""

@@ -1,0 +1,108 @@
+"""Building the module that a file of weights belongs to."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hesscli.errors import UsageError
+from hesscli.files.models.importing import attribute_of, first_line, importable, module_of
+from hesscli.files.models.libraries import timm_factory, transformers_factory
+from hesscli.files.models.mlp import build_mlp
+
+_FORMS = "PKG.MOD:FACTORY, FILE.py:FACTORY, transformers:CLASS, timm:NAME or mlp"
+
+
+def build(
+    arch: str,
+    arch_arguments: Mapping[str, object],
+    state_dict: Mapping[str, torch.Tensor],
+    model: Path | str = "",
+) -> nn.Module:
+    """The module that `arch` names, its weights not yet loaded.
+
+    Args:
+        arch: `PKG.MOD:FACTORY`, `FILE.py:FACTORY` (the current folder is importable), `transformers:CLASS`,
+            `timm:NAME` or `mlp`. The factory is a class, a function or a ready module.
+        arch_arguments: keyword arguments for the factory.
+        state_dict: the weights; only `mlp` looks at them.
+        model: where they come from; `transformers` finds its configuration there.
+
+    Raises:
+        UsageError: the factory is not there, fails, or makes something else.
+        MismatchError: the weights are not those of an MLP.
+    """
+    if arch == "mlp":
+        return build_mlp(state_dict, arch_arguments)
+    source, colon, attribute = arch.rpartition(":")
+    if not colon or not source or not attribute:
+        raise UsageError(f"--arch {arch}: expected {_FORMS}", f"--arch {shlex.quote(_guess(arch))}")
+    with importable():
+        module = module_of("--arch", arch, "FACTORY")
+        factory: object
+        if source == "transformers":
+            factory = transformers_factory(attribute, model)
+        elif source == "timm":
+            factory = timm_factory(attribute)
+        else:
+            factory = attribute_of("--arch", arch, module, "FACTORY")
+        return _call(arch, factory, attribute, arch_arguments)
+
+
+def _call(arch: str, factory: object, name: str, arguments: Mapping[str, object]) -> nn.Module:
+    if isinstance(factory, nn.Module):
+        if arguments:
+            raise UsageError(
+                f"--arch {arch}: {name} is a ready module and takes no --arch-arg "
+                f"({', '.join(arguments)})",
+                f"--arch {shlex.quote(arch)}",
+                instead_of=("--arch-arg",),
+            )
+        return factory
+    if not callable(factory):
+        raise UsageError(
+            f"--arch {arch}: {name} is a {type(factory).__name__}; "
+            "expected a class, a function or an nn.Module",
+            f"--arch {shlex.quote(arch.rpartition(':')[0])}:FACTORY",
+        )
+    try:
+        module = factory(**arguments)
+    except (Exception, SystemExit) as error:
+        message = f"--arch {arch}: {name} raised {first_line(error)}"
+        wanted = _wanted(factory, arguments)
+        if wanted.keys() == arguments.keys():
+            raise UsageError(message, "--debug") from error
+        pairs = (shlex.quote(f"{key}={value}") for key, value in wanted.items())
+        hint = " ".join([f"--arch {shlex.quote(arch)}", *(f"--arch-arg {p}" for p in pairs)])
+        raise UsageError(message, hint, instead_of=("--arch-arg",)) from error
+    if not isinstance(module, nn.Module):
+        raise UsageError(
+            f"--arch {arch}: {name} returned a {type(module).__name__}; expected an nn.Module",
+            f"return the model alone from {name}",
+        )
+    return module
+
+
+def _wanted(factory: Callable[..., object], given: Mapping[str, object]) -> dict[str, object]:
+    """The arguments that the factory knows and needs: the given ones, VALUE for the others."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        return dict(given)
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    known = {p.name for p in named}
+    wanted = {name: value for name, value in given.items() if takes_all or name in known}
+    return {p.name: "VALUE" for p in named if p.default is p.empty} | wanted
+
+
+def _guess(arch: str) -> str:
+    if arch.lower() == "mlp":
+        return "mlp"
+    name = arch.strip(":") or "mypkg.nets"
+    return name + ":FACTORY"

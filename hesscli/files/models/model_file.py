@@ -1,0 +1,263 @@
+"""Model files of every kind, loaded into one form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import nn
+
+from hesscli.errors import FileError, UsageError
+from hesscli.files.digest import sha256_of_all
+from hesscli.files.models.architectures import build
+from hesscli.files.models.call_signature import CallSignature, signature_of
+from hesscli.files.models.checkpoints import fitted, unwrap, without_wrappers
+from hesscli.files.models.exported import Exported, load_exported
+from hesscli.files.models.importing import importable
+from hesscli.files.models.libraries import arch_of
+from hesscli.files.models.mlp import MLP
+from hesscli.files.models.shards import load_part, load_shards, weights_in
+from hesscli.files.models.ties import tie, tied_groups
+from hesscli.files.models.torchscript import load_torchscript
+from hesscli.files.models.weights import load_weights
+from hesscli.files.safetensors_files import load_safetensors
+from hesscli.files.sniff import Kind, kind_of, unsupported
+from hesscli.files.torch_files import NeedsPickleError, quiet, read_torch_file, reading
+from hesscli.texts import dtype_name, listed
+
+_NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
+_CPU = torch.device("cpu")
+
+Form = Literal["torchscript", "state_dict", "exported", "pickle", "module"]
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model as it was saved, ready to be called."""
+
+    module: nn.Module  # on the device; in eval mode unless train mode was asked for
+    form: Form
+    sha256: str
+    notes: tuple[str, ...]  # what the user should know, one line each
+    signature: CallSignature
+    batch_sizes: tuple[int, int | None] = (1, None)  # the fewest samples it takes, and the most
+    originals: tuple[nn.Parameter, ...] = ()  # of a module in memory that it is a copy of
+
+
+def load_model(
+    path: Path,
+    *,
+    arch: str | None = None,
+    arch_arguments: Mapping[str, object] = _NO_ARGUMENTS,
+    allow_pickle: bool = False,
+    train_mode: bool = False,
+    device: torch.device = _CPU,
+) -> SavedModel:
+    """Loads a model file, told by its content: TorchScript, state dict, `.pt2` or pickled module.
+
+    Parameters keep their names and their `requires_grad`. Weights narrower than float32 are
+    widened to it.
+
+    Args:
+        path: the file.
+        arch: what the weights of a state dict belong to; see `architectures.build`.
+        arch_arguments: its keyword arguments.
+        allow_pickle: whether the file may run code of its own when loaded.
+        train_mode: whether dropout, batch norm and the like behave as in training.
+        device: where the module goes.
+
+    Raises:
+        UsageError: no such file, or an architecture that cannot be built.
+        FileError: damaged, unsupported, or unsafe without `allow_pickle`.
+        MismatchError: the weights do not fit the architecture.
+    """
+    kind = kind_of(path)
+    files: tuple[Path, ...] = (path,)
+    notes: list[str] = []
+    pickle_hint = None if allow_pickle else "--allow-pickle"
+    program: Exported | None = None
+    form: Form
+    if kind == "torchscript":
+        module = load_torchscript(path, device, pickle_hint, train_mode, notes)
+        form = "torchscript"
+    elif kind == "exported":
+        program = load_exported(path, device, pickle_hint)
+        module, form = program.module, "exported"
+        if train_mode:
+            notes.append("train mode has no effect: an exported model keeps the mode it had")
+    else:
+        if kind in ("transformers", "weights_index"):
+            content, files = _weights_of_several(path, kind)
+        else:
+            content = _tensors_or_module(path, kind, pickle_hint)
+        content = unwrap(content, notes)
+        if isinstance(content, nn.Module):
+            tie(content, tied_groups(content.named_parameters(remove_duplicate=False)))
+            module, form = content, "pickle"
+        else:
+            module = _with_architecture(path, content, arch, arch_arguments, notes)
+            form = "state_dict"
+    if form != "state_dict" and (arch is not None or arch_arguments):
+        option = "--arch-arg" if arch is None else f"--arch {arch}"
+        notes.append(f"{option} has no effect: {path} holds its own architecture")
+    if next(module.parameters(), None) is None:
+        raise without_parameters(path, form)
+    prepare(module, notes)
+    module.to(device)
+    if program is None:
+        module.train(train_mode)
+    return SavedModel(
+        module,
+        form,
+        sha256_of_all(files),
+        tuple(notes),
+        program.signature if program else signature_of(module),
+        program.batch_sizes if program else (1, None),
+    )
+
+
+def _weights_of_several(path: Path, kind: Kind) -> tuple[object, tuple[Path, ...]]:
+    """The weights of a Hugging Face folder, or those that an index lists, and the files they are in."""
+    if kind == "weights_index":
+        return load_shards(path)
+    weights = weights_in(path)
+    files: tuple[Path, ...] = (weights,)
+    if kind_of(weights) == "weights_index":
+        content, files = load_shards(weights)
+    else:
+        content = load_part(weights)
+    config = path / "config.json"
+    return content, (*files, *([config] if config.is_file() else []))
+
+
+def _tensors_or_module(path: Path, kind: Kind, pickle_hint: str | None) -> object:
+    if kind == "safetensors":
+        return load_safetensors(path)
+    if kind not in ("torch_zip", "torch_legacy"):
+        wanted = "a TorchScript, state dict, safetensors or .pt2 model"
+        raise unsupported(path, kind, wanted, _hint(kind))
+    with suppress(NeedsPickleError):
+        return read_torch_file(path, kind, pickle_hint)
+    return _unpickle(path, kind)
+
+
+def _hint(kind: Kind) -> str:
+    if kind in ("npz", "npy", "npy_folder", "parquet", "dataset"):
+        return "the model comes first: hesscli compute MODEL DATA"
+    if kind == "onnx":  # its converters do not keep up with it, and lose the parameters' names
+        return "export it as .pt2: torch.export.save(torch.export.export(model, (x,)), 'net.pt2')"
+    return "torch.jit.script(model).save('net.pt'), or save model.state_dict()"
+
+
+def _unpickle(path: Path, kind: Kind) -> object:
+    """Loads the file with everything in it, running what code it brings."""
+    with reading(path, kind), quiet(), importable():
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=False)
+        except (ImportError, AttributeError) as error:
+            raise FileError(
+                f"{path}: its classes cannot be imported: {str(error).splitlines()[0]}",
+                "run hesscli in the folder of the code, or save model.state_dict() and "
+                "name the class: --arch FILE.py:CLASS",
+            ) from error
+    if not isinstance(content, (nn.Module, Mapping)):
+        raise FileError(
+            f"{path}: holds a {type(content).__name__}; expected an nn.Module or a state dict",
+            "torch.save(model.state_dict(), 'net.pt')",
+        )
+    return content
+
+
+def _with_architecture(
+    path: Path,
+    content: object,
+    arch: str | None,
+    arch_arguments: Mapping[str, object],
+    notes: list[str],
+) -> nn.Module:
+    weights = _state_dict(path, content)
+    if arch is None:
+        raise _without_architecture(path)
+    if arch == "mlp":
+        weights = without_wrappers(weights, notes)
+    module = build(arch, arch_arguments, weights, path)
+    if any(p.is_meta for p in module.parameters()):
+        raise UsageError(
+            f"--arch {arch}: builds its parameters on the meta device, without memory",
+            "build the module on the CPU",
+        )
+    if isinstance(module, MLP):
+        notes.append(f"mlp: {module}, in this order")
+    narrow = _narrow(weights.values())
+    weights = fitted(path, module, weights, notes)
+    load_weights(path, module, weights, content if isinstance(content, Mapping) else {})
+    if narrow:
+        notes.append(_narrow_note(narrow))
+    return module
+
+
+def _without_architecture(path: Path) -> FileError:
+    named = Path(path, "config.json").is_file()
+    arch = arch_of(path) if named else "--arch mypkg.nets:make_mlp"
+    return FileError(f"{path}: a state dict holds weights but no architecture", arch)
+
+
+def _state_dict(path: Path, content: object) -> dict[str, torch.Tensor]:
+    hint = "torch.save(model.state_dict(), 'net.pt')"
+    if not isinstance(content, Mapping):
+        raise FileError(f"{path}: holds a {type(content).__name__}; expected a state dict", hint)
+    weights = {str(key): t for key, t in content.items() if isinstance(t, torch.Tensor)}
+    if not weights:
+        keys = listed(map(str, content))
+        what = f"its keys are {keys}" if keys else "it is empty"
+        raise FileError(f"{path}: no weights at its top level; {what}", hint)
+    nested = [name for name, t in weights.items() if t.is_nested]
+    if nested:  # they have no shape
+        raise FileError(f"{path}: {nested[0]} is a nested tensor; expected a dense one", hint)
+    return weights
+
+
+def _narrow(tensors: Iterable[torch.Tensor]) -> set[torch.dtype]:
+    return {t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize < 4}
+
+
+def prepare(module: nn.Module, notes: list[str]) -> None:
+    """Brings a module to numbers that can be differentiated twice.
+
+    float16 and bfloat16 have too few digits for that; sparse gradients hold the same numbers, but cannot be
+    differentiated.
+    """
+    for part in module.modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+            part.sparse = False
+    narrow = _narrow(module.parameters())
+    if not narrow and not _narrow(module.buffers()):
+        return
+    # To the widest that is there, so that nothing else is rounded.
+    wide = any(p.dtype is torch.float64 for p in module.parameters())
+    widest = torch.float64 if wide else torch.float32
+    module._apply(lambda t: t.to(widest) if t.is_floating_point() else t)
+    if narrow:
+        notes.append(_narrow_note(narrow))
+
+
+def _narrow_note(narrow: set[torch.dtype]) -> str:
+    return f"weights stored in {' and '.join(sorted(map(dtype_name, narrow)))}, and widened"
+
+
+def without_parameters(path: Path | str, form: Form) -> FileError:
+    if form == "torchscript":
+        return FileError(
+            f"{path}: a TorchScript model without parameters; frozen and quantised models "
+            "hold their weights as constants",
+            "save it without torch.jit.freeze: torch.jit.script(model).save('net.pt')",
+        )
+    return FileError(
+        f"{path}: a model without parameters has no Hessian",
+        "register the weights as torch.nn.Parameter",
+    )

@@ -1,0 +1,182 @@
+"""Numbers with more or fewer digits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesscli.hessian.aten.definitions import CPU, gpus
+from hesscli.hessian.aten.watcher import Watcher
+
+_NARROW = (torch.float32, torch.float16, torch.bfloat16, torch.complex64)
+WIDE = (torch.float64, torch.complex128)
+
+
+def in_precision(tensor: Tensor, precision: torch.dtype) -> Tensor:
+    """Real numbers in a floating dtype, complex ones in the complex dtype of as many digits; others as they are."""
+    if tensor.is_complex():
+        return tensor.to(precision.to_complex())
+    return tensor.to(precision) if tensor.is_floating_point() else tensor
+
+
+def in_precision_(module: nn.Module, precision: torch.dtype) -> nn.Module:
+    """The module, its parameters, buffers and constants changed to that. `module.to` would drop imaginary parts."""
+    for part in module.modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            _constants_in_precision_(part, precision)
+        else:
+            for name, value in vars(part).items():
+                if isinstance(value, Tensor) and not value.requires_grad:
+                    vars(part)[name] = in_precision(value, precision)
+    return module._apply(lambda tensor: in_precision(tensor, precision))
+
+
+def _constants_in_precision_(module: torch.jit.ScriptModule, precision: torch.dtype) -> None:
+    """Of a trace, which keeps in its code what it was made with: `torch.tensor([[0.5, 1.0]])`."""
+    if not module._c._has_method("forward"):
+        return
+    for node in module._c._get_method("forward").graph.findAllNodes("prim::Constant"):
+        if node.hasAttribute("value") and node.kindOf("value") == "t":
+            node.t_("value", in_precision(node.t("value"), precision))
+
+
+def _widened(dtype: torch.dtype | None) -> torch.dtype | None:
+    if dtype not in _NARROW:
+        return dtype
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def _to_copy_that_stays_wide(
+    keys: torch._C.DispatchKeySet, x: Tensor, *, dtype: torch.dtype | None = None, **options: Any
+) -> Tensor:
+    if dtype in _NARROW and (x.dtype in WIDE or not (x.is_floating_point() or x.is_complex())):
+        # Integers too: positions, say, that meet what stays wide.
+        dtype = _widened(dtype)
+        if x.dtype is dtype:
+            return x.clone()
+    if x.requires_grad:  # to another device, say
+        like = {name: options[name] for name in ("device", "layout") if options.get(name)}
+        return torch.empty_like(x, dtype=dtype, **like).copy_(x)
+    below = keys & torch._C._after_autograd_keyset
+    return torch.ops.aten._to_copy.default.redispatch(below, x, dtype=dtype, **options)
+
+
+def _fake_quantize_per_channel(x: Tensor, scale: Tensor, *places: Any) -> Tensor:
+    """PyTorch's, which takes its scales in float32 alone."""
+    narrow = torch.empty_like(scale, dtype=torch.float32).copy_(scale)
+    return torch.ops.aten.fake_quantize_per_channel_affine_cachemask(x, narrow, *places)[0]
+
+
+def _filled(
+    size: Sequence[int], value: Any, *, dtype: torch.dtype | None = None, **options: Any
+) -> Tensor:
+    return torch.empty(size, dtype=_widened(dtype), **options).fill_(value)
+
+
+def _filled_like(
+    x: Tensor, value: Any, *, dtype: torch.dtype | None = None, **options: Any
+) -> Tensor:
+    return torch.empty_like(x, dtype=_widened(dtype), **options).fill_(value)
+
+
+def _full(
+    size: Sequence[int], value: Any, *, dtype: torch.dtype | None = None, **options: Any
+) -> Tensor:
+    return _filled(size, value, dtype=dtype or torch.tensor(value).dtype, **options)
+
+
+def _eye(n: int, m: int | None = None, **options: Any) -> Tensor:
+    return _filled((n, n if m is None else m), 0, **options).fill_diagonal_(1)
+
+
+def _arange(
+    start: Any, end: Any, step: Any = 1, *, dtype: torch.dtype | None = None, **options: Any
+) -> Tensor:
+    dtype = dtype or torch.tensor([start, end, step]).dtype
+    blank = torch.empty(0, dtype=_widened(dtype), **options)
+    return torch.ops.aten.arange.start_out(start, end, step, out=blank)
+
+
+def _linspace(
+    start: Any, end: Any, steps: int, *, dtype: torch.dtype | None = None, **options: Any
+) -> Tensor:
+    blank = torch.empty(0, dtype=_widened(dtype), **options)
+    return torch.ops.aten.linspace.out(start, end, steps, out=blank)
+
+
+_MADE: dict[str, Callable[..., Tensor]] = {  # what makes tensors of a dtype that it is told
+    "zeros": lambda size, **options: _filled(size, 0, **options),
+    "ones": lambda size, **options: _filled(size, 1, **options),
+    "full": _full,
+    "zeros_like": lambda x, **options: _filled_like(x, 0, **options),
+    "ones_like": lambda x, **options: _filled_like(x, 1, **options),
+    "full_like": _filled_like,
+    "eye": _eye,
+    "eye.m": _eye,
+    "arange": lambda end, **options: _arange(0, end, **options),
+    "arange.start": _arange,
+    "arange.start_step": _arange,
+    "linspace": _linspace,
+}
+
+
+@contextmanager
+def default_of(dtype: torch.dtype) -> Iterator[None]:
+    """In this context, tensors that are made without a dtype have this one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def staying_wide() -> Iterator[None]:
+    """Forward passes in this context keep float64 where the model itself asks for less, as RMSNorms often do.
+
+    They begin with it too: with `torch.zeros(layers, samples, size)` for a hidden state, to which traces and exported
+    graphs give the dtype that they were made in.
+    """
+    with (
+        torch.library._scoped_library("aten", "IMPL") as library,
+        default_of(torch.float64),
+    ):
+        for key in (CPU, *gpus()):
+            library.impl("_to_copy", _to_copy_that_stays_wide, key, with_keyset=True)
+            library.impl("fake_quantize_per_channel_affine", _fake_quantize_per_channel, key)
+            below = key.removeprefix("Autograd")
+            for name, made in _MADE.items():
+                library.impl(name, made, below)
+        yield
+
+
+class Narrowings(Watcher):
+    """Sees whether a pass in float64 goes through anything narrower.
+
+    Attributes:
+        found: by a conversion, which `staying_wide` leaves out.
+        stuck: the operator that meets a narrower constant of the model, and gives what that has.
+    """
+
+    found, stuck = False, ""
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
+        if func is torch.ops.aten._to_copy.default:
+            self.found |= args[0].dtype in WIDE and kwargs.get("dtype") in _NARROW
+        elif _is_narrow(result) and any(map(_is_wide_variable, args)):
+            self.stuck = func.overloadpacket.__name__
+        return result
+
+
+def _is_narrow(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dtype in _NARROW
+
+
+def _is_wide_variable(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dtype in WIDE and x.requires_grad

@@ -1,0 +1,245 @@
+"""The certificate: computed blocks against differences of plain gradients.
+
+It shares nothing with the code that made the block, unless `finite-difference` did: the gradients are those of the
+original module, without any operator replaced but where PyTorch's own gradient is wrong, in float64 where the module
+can run in it. For a random direction v within a block B,
+
+    error = || H_B v - (g_B(theta + h v) - g_B(theta - h v)) / 2h || / max of the two norms,
+
+and for a diagonal, where no product can be had, single entries against the same difference along e_i. A step may cross
+a kink (ReLU) or drown in rounding, so several are tried and the best counts; some of them keep every kink on the side
+where it is at theta (see `kinks.py`). Of millions of units float32 rounds a few across their corner, which a product
+that sums up to little shows in its third digit: kinks are also held where the pass has them that the block is of.
+
+Blocks by `finite-difference` are made of the same gradients. The check takes them elsewhere, along v where these went
+along e_i, and with other steps, so it finds a wrong step or a wrong place, but no gradient that is wrong.
+
+A block in float32 is held to less than what a difference from one side, (g_B(theta + h v) - g_B(theta)) / h, leaves
+out; so that comes first: all blocks share g(theta), and a small step seldom meets a kink.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.differences.directional import DirectionalDifference
+from hesscli.hessian.objective.problem import Problem
+
+# Relative error of a gradient next to zero. A normalisation on the way multiplies what rounding makes; in float32 that
+# much would hide what is wrong.
+_ROUNDING = {torch.float64: 1000 * 2**-52, torch.float32: 64 * 2**-23}
+_STEPS = {torch.float64: (1e-6, 1e-7, 1e-5, 1e-8, 1e-4), torch.float32: (1e-2, 3e-3, 3e-2)}
+_HELD = {torch.float64: (1e-5, 1e-4, 1e-6), torch.float32: (1e-2, 3e-2)}  # with kinks held
+_ONE_SIDED = 1e-8  # leaves out about as much: far below the tolerance of float32, not of float64
+
+
+def tolerance(dtype: torch.dtype, reference: torch.dtype) -> float:
+    """The relative error up to which a block in `dtype` passes, checked by gradients in `reference`."""
+    if reference != torch.float64:
+        return 5e-2
+    return 1e-6 if dtype == torch.float64 else 1e-3
+
+
+def one_sided(dtype: torch.dtype, reference: torch.dtype) -> bool:
+    """Whether a difference from one side is tried first."""
+    return dtype == torch.float32 and reference == torch.float64
+
+
+def gradients(blocks: int, diagonal: bool, dtype: torch.dtype, reference: torch.dtype) -> int:
+    """How many gradients the check of so many blocks takes, where the first step will do."""
+    directions = 2 * blocks if diagonal else blocks
+    return directions + 1 if one_sided(dtype, reference) else 2 * directions
+
+
+Try = tuple[float, Callable[[float], Tensor | None]]  # a step, and the quotient with it
+
+
+class Matrix(Protocol):
+    """What is asked of a block: a tensor [n, n], or one that is nowhere whole."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __matmul__(self, v: Tensor, /) -> Tensor: ...
+
+
+@dataclass
+class Certificate:
+    """Tells whether blocks of the Hessian, or products with them, agree with differences of gradients.
+
+    Args:
+        problem: the reference, whose gradients these are: in float64 where the model runs in it.
+        dtype: of the blocks, which says how well they must agree.
+        seed: of the random directions.
+        difference: says what a product along a direction is, by differences.
+        of: what these are of, "gradients" or "outputs".
+    """
+
+    problem: Problem
+    dtype: torch.dtype
+    seed: int
+    difference: Callable[[Problem, Block, Tensor], DirectionalDifference] = DirectionalDifference
+    of: str = "gradients"
+
+    def __post_init__(self) -> None:
+        self.tolerance = tolerance(self.dtype, self.problem.dtype)
+        self.kind = f"differences of {self.of}"
+        self.one_sided = self.of == "gradients" and one_sided(self.dtype, self.problem.dtype)
+
+    @cached_property
+    def gradient(self) -> dict[str, Tensor]:
+        """g(theta)"""
+        return self.problem.gradient(list(self.problem.parameters))
+
+    @cached_property
+    def gradient_norm(self) -> float:
+        """|g(theta)| over all parameters of the module: what rounding goes by, whichever were chosen.
+
+        Where that is nothing but rounding, of a loss that normalisations keep constant, |L| / |theta| instead.
+        """
+        norm = self.problem.gradient_norm()
+        with torch.no_grad():
+            value = sum(float(self.problem.value(batch)) for batch in self.problem.batches)
+        leaves = [p.detach() for p in self.problem.parameters.values()]
+        size = math.hypot(*(float(p.norm()) for p in leaves))
+        least = 1e-2 * math.sqrt(sum(p.numel() for p in leaves))  # as of a step
+        usual = abs(value) / max(size, least)
+        return usual if norm <= _ROUNDING[self.problem.dtype] * usual else norm
+
+    def _generator(self, block: Block) -> torch.Generator:
+        """Each block has its own numbers, whichever are checked before it."""
+        return torch.Generator().manual_seed(self.seed ^ zlib.crc32(block.name.encode()))
+
+    def direction(self, block: Block) -> Tensor:
+        """The random vector [n] that a block is compared along."""
+        v = torch.randn(block.size, generator=self._generator(block), dtype=torch.float64)
+        return v.to(self.problem.device, self.problem.dtype)
+
+    def matrix(self, block: Block, hessian: Matrix) -> float:
+        """The relative error of a block [n, n] along one random direction."""
+        return self.product(block, lambda v: hessian @ v.to(hessian.dtype))
+
+    def product(self, block: Block, multiply: Callable[[Tensor], Tensor]) -> float:
+        """The same of a block that is known by its products v [n] -> H v [n]."""
+        v = self.direction(block)
+        product = multiply(v).to(self.problem.dtype)
+        error = self._product_error(block, product, v)
+        if not self.passed(error):
+            constant = self._constants(block, product, v)
+            if bool(constant.all()):
+                return 0.0
+            if bool(constant.any()):
+                v = v.masked_fill(constant, 0)
+                error = self._product_error(block, multiply(v).to(self.problem.dtype), v)
+        return error
+
+    def _product_error(self, block: Block, product: Tensor, v: Tensor) -> float:
+        size = float(torch.linalg.norm(product))
+        return self._best(Comparison(self.along(block, v), slice(None), product, size))
+
+    def along(self, block: Block, v: Tensor) -> DirectionalDifference:
+        return self.difference(self.problem, block, v)
+
+    def _constants(self, block: Block, product: Tensor, v: Tensor) -> Tensor:
+        """Entries that PyTorch treats as constants though the loss depends on them: an embedding's padding row.
+
+        They have no gradient, here or a step away, and their rows of the Hessian are zero.
+        """
+        along = DirectionalDifference(self.problem, block, v)
+        here, there = along.gradient(0.0), along.gradient(_STEPS[self.problem.dtype][-1])
+        return (here == 0) & (there == 0) & (product == 0)
+
+    def diagonal(self, block: Block, diagonal: Tensor) -> float:
+        """The error of entries of a block's diagonal [n], relative to the largest.
+
+        The largest is compared, which finds what is wrong by much, and one of the others, which finds what is missing.
+        """
+        sizes = diagonal.abs()
+        largest = int(sizes.argmax())
+        compared = [largest]
+        if block.size > 1:
+            drawn = int(torch.randint(block.size - 1, (), generator=self._generator(block)))
+            compared.append(drawn + (drawn >= largest))
+        scale = float(sizes[largest])
+        return max(self._entry_error(block, diagonal, index, scale) for index in compared)
+
+    def _entry_error(self, block: Block, diagonal: Tensor, index: int, scale: float) -> float:
+        e = torch.zeros(block.size, dtype=self.problem.dtype, device=self.problem.device)
+        e[index] = 1
+        value = diagonal[index].to(self.problem.dtype)
+        return self._best(Comparison(self.along(block, e), index, value, scale))
+
+    def passed(self, error: float) -> bool:
+        return error <= self.tolerance
+
+    def _best(self, comparison: Comparison) -> float:
+        """The least error of all steps; or, for a block lost in rounding, its share of what rounding explains.
+
+        No block is asked to be better than the noise of the difference quotient with the largest step, where that is
+        least: a bias before a normalisation has a Hessian of zero, and 1e-18 is as good.
+        """
+        along = comparison.along
+        if self.one_sided:
+            here = torch.cat([self.gradient[name].reshape(-1) for name in along.block.parameters])
+            difference, size = comparison.distance(along.one_sided_quotient(_ONE_SIDED, here))
+            if difference <= self.tolerance * size:
+                return difference / size if size else 0.0
+        dtype = self.problem.dtype
+        narrow: list[Try] = []
+        if self.problem.narrow is not None:
+            narrow = [(h, partial(along.held_quotient, narrow=True)) for h in _HELD[dtype]]
+        held: list[Try] = [(h, along.held_quotient) for h in _HELD[dtype]]
+        plain: list[Try] = [(h, along.quotient) for h in _STEPS[dtype]]
+        largest = plain.pop(_STEPS[dtype].index(max(_STEPS[dtype])))
+        errors: list[float] = []
+        for tries in ([*narrow[:1], plain[0], largest], [*narrow[1:], *held, *plain[1:]]):
+            least = math.inf  # difference with the largest step
+            for step, quotient in tries:
+                difference, size = comparison.distance(quotient(step))
+                errors.append(difference / size if size else 0.0)
+                if self.passed(errors[-1]):
+                    return errors[-1]
+                if step == largest[0]:
+                    least = min(least, difference)
+            noise = self._noise(comparison, largest[0], least)
+            if least <= noise:
+                return self.tolerance * least / noise
+        return min(errors)
+
+    def _noise(self, comparison: Comparison, step: float, difference: float) -> float:
+        """How much of a difference rounding in the quotient explains; and in the block, where that is only noise."""
+        scale = comparison.along.scale
+        noise = _ROUNDING[self.problem.dtype] * self.gradient_norm / (step * scale)
+        of_block = _ROUNDING[self.dtype] * self.gradient_norm / scale
+        if self.dtype == self.problem.dtype or difference > noise + of_block:
+            return noise  # two more gradients would not change the verdict
+        quotient = comparison.along.quotient(step)[comparison.entries]
+        return noise if float(torch.linalg.norm(quotient)) > noise else noise + of_block
+
+
+@dataclass
+class Comparison:
+    """Entries of what was computed along a direction, against difference quotients there."""
+
+    along: DirectionalDifference
+    entries: slice | int
+    computed: Tensor
+    scale: float
+
+    def distance(self, quotient: Tensor | None) -> tuple[float, float]:
+        """|computed - quotient|, and the greater of |quotient| and `scale`; infinite where there is none."""
+        if quotient is None:
+            return math.inf, 1.0
+        quotient = quotient[self.entries]
+        difference = float(torch.linalg.norm(self.computed - quotient))
+        size = max(self.scale, float(torch.linalg.norm(quotient)))
+        return (difference if difference < math.inf else math.inf), size

@@ -1,0 +1,88 @@
+"""Difference quotients of plain gradients along a direction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.aten.definitions import exact_derivatives
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.differences.kinks import held_difference
+from hesscli.hessian.objective.problem import Problem, parameters_moved
+
+
+@dataclass
+class DirectionalDifference:
+    """One direction v in one block: what differences say of the block's product with it."""
+
+    problem: Problem
+    block: Block
+    direction: Tensor  # [n]
+
+    def quotient(self, step: float) -> Tensor:
+        """(g_B(theta + h v) - g_B(theta - h v)) / 2h"""
+        return (self.gradient(step) - self.gradient(-step)) / (2 * step * self.scale)
+
+    def one_sided_quotient(self, step: float, here: Tensor) -> Tensor:
+        """(g_B(theta + h v) - g_B(theta)) / h, `here` being g_B(theta)."""
+        return (self.gradient(step) - here) / (step * self.scale)
+
+    def held_quotient(self, step: float, narrow: bool = False) -> Tensor | None:
+        """The quotient of gradients that have all their kinks where they are at theta, batch by batch.
+
+        Args:
+            step: h.
+            narrow: where they are in the pass that the block is of, rounding included.
+
+        Returns:
+            None where there is no kink, or one that cannot be held.
+        """
+        total = torch.zeros_like(self.direction)
+        for problem in self.problem.by_batch():
+            first = None
+            if narrow and problem.narrow is not None:
+                first = partial(_pass_of_routes, problem.narrow, self.block.parameters)
+            difference = held_difference(replace(self, problem=problem).gradient, step, first)
+            if difference is None:
+                return None
+            total += difference
+        return total / (2 * step * self.scale)
+
+    @cached_property
+    def scale(self) -> float:
+        """The size of the parameters relative to the direction's, so that a step is relative to them.
+
+        A few that are huge, a bias of -1e9 that switches a class off, are no measure of a step of all.
+        """
+        sizes = torch.cat([p.detach().abs().reshape(-1) for p in self.leaves()])
+        size = float(torch.linalg.norm(sizes.clamp(max=10 * sizes.median())))
+        least = 1e-2 * math.sqrt(self.block.size)
+        return max(size, least) / float(torch.linalg.norm(self.direction))
+
+    def leaves(self) -> list[Tensor]:
+        return [self.problem.parameters[name] for name in self.block.parameters]
+
+    def gradient(self, step: float) -> Tensor:
+        """g_B(theta + step v), the step relative to the parameters."""
+        with self.moved(step):
+            return self.problem.flat_gradient(self.block.parameters)
+
+    def moved(self, step: float) -> AbstractContextManager[None]:
+        """The parameters at theta + step v, the step relative to them."""
+        return parameters_moved(self.leaves(), self.direction, step * self.scale)
+
+
+def _pass_of_routes(problem: Problem, names: Sequence[str]) -> None:
+    """A gradient of one batch by the operators that blocks are made of, which round in their own way."""
+    (batch,) = problem.batches
+    with exact_derivatives():
+        value = problem.value(batch)
+    if value.requires_grad:
+        leaves = [problem.parameters[name] for name in names]
+        torch.autograd.grad(value, leaves, allow_unused=True)

@@ -1,0 +1,100 @@
+"""Difference quotients for the Gauss-Newton and the empirical Fisher matrix, which no difference of gradients gives."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.aten.definitions import exact_derivatives, right_gradients
+from hesscli.hessian.differences.directional import DirectionalDifference
+from hesscli.hessian.differences.kinks import Kinks, held_difference
+from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.problem import Problem
+
+
+class OutputDifference(DirectionalDifference):
+    """J^T M J v in three steps that share nothing with the products: J v by central differences of the output,
+    M by the loss's gradient there, J^T by a plain backward pass.
+    """
+
+    def quotient(self, step: float) -> Tensor:
+        leaves, h = self.leaves(), step * self.scale
+        total = torch.zeros_like(self.direction)
+        for problem in self.problem.by_batch():
+            (batch,) = problem.batches
+            ahead, behind = self._outputs(problem, step)
+            along = ((ahead - behind) / (2 * h)).where(ahead.isfinite() & behind.isfinite(), 0)
+            f = self.problem.output(batch)
+            if not f.requires_grad:
+                continue
+            seed = self._middle(batch, f.detach(), along, step) / self.problem.denominator
+            grads = torch.autograd.grad(f, leaves, seed, allow_unused=True)
+            total += torch.cat(
+                [
+                    (torch.zeros_like(leaf) if g is None else g).reshape(-1)
+                    for g, leaf in zip(grads, leaves, strict=True)
+                ]
+            )
+        return total
+
+    def held_quotient(self, step: float, narrow: bool = False) -> None:
+        """None: `quotient` keeps the kinks already, and differences of gradients are the Hessian's."""
+
+    def _outputs(self, problem: Problem, step: float) -> tuple[Tensor, Tensor]:
+        """f(theta + step v) and f(theta - step v), where they can with every kink as it is at theta, for the result."""
+        (batch,) = problem.batches
+        at = problem.narrow or problem
+        kinks = Kinks()
+        with kinks, exact_derivatives():
+            at.output(at.batches[0])
+        for mode in (kinks.held, nullcontext):
+            with self.moved(step), mode():
+                ahead = self.problem.output(batch).detach()
+            with self.moved(-step), mode():
+                behind = self.problem.output(batch).detach()
+            if not kinks.lost:
+                break
+        return ahead, behind
+
+    def _middle(self, batch: Batch, f: Tensor, along: Tensor, step: float) -> Tensor:
+        """M u at a batch's output f, u being `along`; M is not yet divided by the denominator."""
+        raise NotImplementedError
+
+    def _slope(self, batch: Batch, f: Tensor) -> Tensor:
+        """dl / df."""
+        f = f.detach().requires_grad_()
+        with right_gradients():
+            total, _ = self.problem.loss.total(f, batch.target, batch.loss_arguments)
+        return torch.autograd.grad(total, f)[0] if total.requires_grad else torch.zeros_like(f)
+
+
+class GaussNewtonDifference(OutputDifference):
+    """M is the loss's own Hessian, by differences of its gradient."""
+
+    def _middle(self, batch: Batch, f: Tensor, along: Tensor, step: float) -> Tensor:
+        size = float(torch.linalg.norm(along))
+        if not size:
+            return torch.zeros_like(f)
+        moving = f.isfinite() & (along != 0)  # and not what masks a class, be it -inf or -1e9
+        length = float(torch.linalg.norm(f.where(moving, 0)))
+        t = step * max(length, 1e-2 * math.sqrt(f.numel())) / size
+
+        def slope(t: float) -> Tensor:
+            return self._slope(batch, f + t * along)
+
+        difference = held_difference(slope, t)  # what the loss detaches, too
+        return (slope(t) - slope(-t) if difference is None else difference) / (2 * t)
+
+
+class FisherDifference(OutputDifference):
+    """M is the outer product of each sample's gradient with itself."""
+
+    def _middle(self, batch: Batch, f: Tensor, along: Tensor, step: float) -> Tensor:
+        delta = self._slope(batch, f)
+        if self.problem.one_sample:
+            return delta * (delta * along).sum()
+        terms = (delta * along).reshape(len(f), -1).sum(1)
+        return delta * terms.reshape(-1, *[1] * (f.dim() - 1))

@@ -1,0 +1,45 @@
+"""Products by central differences of gradients: for models without second derivatives in PyTorch."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.differences.quotients import Quotients
+from hesscli.hessian.objective.problem import Problem, parameters_moved
+from hesscli.hessian.operator import LinearMap
+
+
+class Differences(LinearMap):
+    """H v by central differences of gradients, where PyTorch lacks a second derivative.
+
+    `(g(theta + h v) - g(theta - h v)) / 2h`, batch by batch, extrapolated (see `quotients.py`).
+
+    Args:
+        problem: in float64, if the model runs in it.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.quotient = Quotients(problem.dtype, holds=problem.runs_here)
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        if vectors.dim() == 2:
+            return torch.stack([self(v) for v in vectors])
+        self.count += 1
+        norm = float(torch.linalg.norm(vectors))
+        total = torch.zeros(self.size, dtype=self.problem.dtype, device=vectors.device)
+        if not norm:
+            return total.to(vectors.dtype)
+        direction = vectors.to(self.problem.dtype) / norm
+        scale = max(1.0, float(sum(leaf.detach().square().sum() for leaf in self.leaves)) ** 0.5)
+        for problem in self.problem.by_batch():
+            total += self.quotient(partial(self._gradient, problem, direction), scale)
+        return (total * norm).to(vectors.dtype)
+
+    def _gradient(self, problem: Problem, direction: Tensor, h: float) -> Tensor:
+        """A part's gradient at theta + h v."""
+        with parameters_moved(self.leaves, direction, h):
+            return problem.flat_gradient(self.names)

@@ -1,0 +1,1 @@
+"""What is differentiated: the loss of a model over all batches of the data."""

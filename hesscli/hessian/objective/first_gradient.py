@@ -1,0 +1,73 @@
+"""The gradient that a command begins with, and which parameters the loss does not depend on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hesscli.errors import MismatchError, NumericalError
+from hesscli.hessian.aten.definitions import right_gradients
+from hesscli.hessian.guests import explaining
+from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.objective.refusals import no_gradient
+
+
+def first_gradient(problem: Problem) -> tuple[dict[str, Tensor], float, set[str]]:
+    """dL/dtheta by parameter, its norm, and the parameters that L does not depend on.
+
+    Raises:
+        NumericalError: it is not finite.
+        MismatchError: `backward()` alone reaches a parameter.
+    """
+    gradient = problem.gradient(list(problem.parameters))
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
+    if not math.isfinite(norm):
+        raise NumericalError(f"the gradient's norm is {norm}; the Hessian would mean nothing")
+    return gradient, norm, _unused(problem, [n for n, g in gradient.items() if not bool(g.any())])
+
+
+def _unused(problem: Problem, names: Sequence[str]) -> set[str]:
+    """Those of the named parameters that L does not depend on, whatever the value of its gradient.
+
+    Raises:
+        MismatchError: `backward()` alone reaches one, as it does behind a reentrant checkpoint.
+    """
+    left = {name: problem.parameters[name] for name in names}
+    for batch in problem.batches:
+        if not left:
+            break
+        with right_gradients():
+            value = problem.value(batch)
+        if not value.requires_grad:
+            continue
+        with explaining(no_gradient, needed=True):
+            grads = torch.autograd.grad(
+                value, list(left.values()), allow_unused=True, retain_graph=True
+            )
+            left = {name: left[name] for name, g in zip(left, grads, strict=True) if g is None}
+            hidden = _reached_by_backward(value, problem.module, left) if left else []
+        if hidden:
+            raise MismatchError(
+                f"{hidden[0]}: its gradient comes by backward() alone, as behind a reentrant "
+                "checkpoint; it cannot be differentiated again",
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
+            )
+    return set(left)
+
+
+def _reached_by_backward(
+    value: Tensor, module: nn.Module, leaves: Mapping[str, Tensor]
+) -> list[str]:
+    """Which leaves have a gradient once the whole graph was walked."""
+    before = [(parameter, parameter.grad) for parameter in module.parameters()]
+    for parameter, _ in before:
+        parameter.grad = None
+    try:
+        value.backward()
+        return [name for name, leaf in leaves.items() if leaf.grad is not None]
+    finally:
+        for parameter, grad in before:
+            parameter.grad = grad

@@ -1,0 +1,128 @@
+"""What is differentiated: one of PyTorch's losses with its arguments, the user's own, or what the model returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from hesscli.errors import MismatchError, UsageError
+from hesscli.hessian.aten.precision import in_precision_, staying_wide
+from hesscli.hessian.guests import guest
+from hesscli.hessian.objective.copies import copied
+from hesscli.hessian.objective.losses import (
+    ELEMENT_WEIGHTED,
+    LOSSES,
+    OF_CLASSES,
+    TENSORS,
+    Total,
+    classes_last,
+)
+from hesscli.hessian.objective.state import state_kept
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss with its arguments: `total(output, target) -> (sum over the batch, divisor of the mean)`.
+
+    `function` is one of `LOSSES`, the user's own `(output, target, **arguments) -> Tensor`, or None where the
+    model's output is the loss itself. Of the last two, a result with one axis per sample is summed and its
+    mean divides by its number of elements; a single number is taken to be the loss of all data, reduced already
+    (`whole` then says that the data must not be split into batches).
+
+    `fixed` names arguments that are the same for all samples, though as long as the data. `wide`: what the user's own
+    computes in less than float64 is computed in that.
+    """
+
+    name: str
+    reduction: str = "mean"
+    arguments: Mapping[str, object] = field(default_factory=dict)
+    function: Callable[..., Tensor] | None = None
+    whole: bool = False
+    fixed: frozenset[str] = frozenset()
+    wide: bool = False
+
+    def class_axis(self, shape: Sequence[int], target: Tensor | None) -> int | None:
+        """The axis of an output of this shape that the loss couples; None where each number has a term of its own."""
+        if self.name not in OF_CLASSES or target is None:
+            return None
+        return len(shape) - 1 if classes_last(shape, target.shape) else 1
+
+    def goes_along(self, argument: str, value: Tensor, target: Tensor | None) -> bool:
+        """Whether an argument, as long as there are samples, has an entry for each of them, and not for each class."""
+        if self.function is not None:
+            return argument not in self.fixed
+        of_elements = argument in TENSORS and self.name in ELEMENT_WEIGHTED
+        return of_elements and target is not None and value.dim() == target.dim()
+
+    def reads_others(
+        self, output: Tensor, target: Tensor | None, arguments: Mapping[str, object]
+    ) -> bool:
+        """Whether the user's own loss depends on tensors with gradients of their own, which are constants here."""
+        if self.function is None:
+            return False
+        with torch.enable_grad():
+            return self.terms(output.detach(), target, arguments).requires_grad
+
+    def doubled(self) -> Loss:
+        """The same in float64."""
+        if not isinstance(self.function, nn.Module):
+            return self
+        return replace(self, function=in_precision_(copied(self.function), torch.float64))
+
+    @property
+    def needs_target(self) -> bool:
+        return self.name != "output"
+
+    def total(
+        self, output: Tensor, target: Tensor | None, arguments: Mapping[str, object]
+    ) -> Total:
+        if self.name in LOSSES:
+            try:
+                return LOSSES[self.name](output, target, **arguments)
+            except (TypeError, ValueError) as error:
+                given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+                raise UsageError(f"the loss {self.name} cannot take {given}: {error}") from None
+        terms = self.terms(output, target, arguments)
+        return terms.sum(), float(terms.numel())
+
+    def terms(
+        self, output: Tensor, target: Tensor | None, arguments: Mapping[str, object]
+    ) -> Tensor:
+        """What is summed, of a loss that is the user's own or the model's.
+
+        Raises:
+            MismatchError: the user's own fails, or does not return a tensor that depends on the output.
+        """
+        if self.function is None:
+            return output
+        if output.is_leaf and output.requires_grad:  # which nothing may be written to
+            output = output.clone()
+        with (
+            staying_wide() if self.wide else nullcontext(),
+            state_kept(self.function),
+            guest(partial(self._failed, output, target)),
+        ):
+            terms = self.function(output, target, **arguments)
+        if not isinstance(terms, Tensor):
+            raise MismatchError(
+                f"the loss {self.name} returned a {type(terms).__name__}, not a Tensor"
+            )
+        if torch.is_grad_enabled() and output.requires_grad and not terms.requires_grad:
+            raise MismatchError(
+                f"the loss {self.name} has no gradient: it detaches, rounds, or turns gradients off"
+            )
+        return terms
+
+    def _failed(
+        self, output: Tensor, target: Tensor | None, reason: str, error: BaseException
+    ) -> MismatchError:
+        given = [f"output {list(output.shape)}"]
+        given += [] if target is None else [f"target {list(target.shape)}"]
+        return MismatchError(
+            f"the loss {self.name} does not accept {' and '.join(given)}: {reason}"
+        )

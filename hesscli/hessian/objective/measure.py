@@ -1,0 +1,55 @@
+"""One pass over all data: the denominator of its mean, and the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from hesscli.errors import MismatchError
+from hesscli.hessian.objective.first_passes import demand_alike, equal
+from hesscli.hessian.objective.problem import Problem
+
+
+def measure(
+    problem: Problem, summed: Callable[[float, float], tuple[float, float]] | None = None
+) -> tuple[Problem, float]:
+    """One pass over the data without derivatives: the problem with its denominator, and L(theta).
+
+    Args:
+        problem: with the default denominator.
+        summed: adds to the sums over these batches those over other ones, which are elsewhere.
+
+    Raises:
+        MismatchError: model, data and loss do not fit, two passes differ (dropout), or every target is ignored.
+    """
+    total, denominator = 0.0, 0.0
+    with torch.no_grad():
+        for index, batch in enumerate(problem.batches):
+            output = problem.output(batch)
+            if index == 0:
+                demand_alike(output, problem.output(batch))
+            again = output.clone()  # a loss may write to it
+            batch_total, share = problem.loss.total(output, batch.target, batch.loss_arguments)
+            if batch_total.is_complex():
+                raise MismatchError(
+                    f"the loss {problem.loss.name} of a {output.dtype} output is complex; expected a loss of "
+                    "your own that is real"
+                )
+            if index == 0 and problem.loss.function is not None:
+                again, _ = problem.loss.total(again, batch.target, batch.loss_arguments)
+                if not equal(batch_total, again):
+                    raise MismatchError(
+                        f"the loss {problem.loss.name} gives the same output two values: it draws random "
+                        "numbers, so it has no Hessian"
+                    )
+            total += float(batch_total)
+            denominator += share
+    if summed is not None:
+        total, denominator = summed(total, denominator)
+    if problem.loss.reduction == "sum":
+        denominator = 1.0
+    if denominator == 0:
+        raise MismatchError("every target is ignored or has weight 0: the mean divides by 0")
+    return replace(problem, denominator=denominator), total / denominator

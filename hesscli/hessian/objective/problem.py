@@ -1,0 +1,254 @@
+"""The function that is differentiated: parameters -> loss of a model over all batches of the data."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hesscli.errors import MismatchError, is_out_of_memory
+from hesscli.hessian.aten.definitions import exact_derivatives, right_gradients
+from hesscli.hessian.aten.precision import Narrowings, in_precision_, staying_wide
+from hesscli.hessian.autodiff import graph_of
+from hesscli.hessian.guests import explaining, guest
+from hesscli.hessian.objective.batch import Batch, doubled
+from hesscli.hessian.objective.copies import copied
+from hesscli.hessian.objective.loss import Loss
+from hesscli.hessian.objective.outputs import pick_output
+from hesscli.hessian.objective.refusals import no_gradient, not_accepted
+from hesscli.hessian.objective.state import state_kept
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The loss L(theta) = sum over batches of loss(module(inputs), target) / denominator.
+
+    The denominator is the number by which the mean over *all* data divides (1 for `reduction="sum"`), so values,
+    gradients and Hessians of the batches simply add up.
+
+    Args:
+        module: called with a batch's inputs, the last ones by name where it names them; every floating tensor in it has
+            the same dtype as the data.
+        parameters: the tensors to differentiate by, under their names, in `named_parameters` order.
+        batches: the data, on the module's device.
+        loss: what is differentiated.
+        denominator: see above; `measure` finds it.
+        output_key: which entry of a dict or tuple that the module returns is its output.
+        wide: what the module itself computes in float32, whatever its dtype, is computed in float64.
+        writes: the module writes into its inputs, so every pass has copies of them.
+        separable: each sample could go through on its own.
+        one_sample: the data is one sample, without a sample axis.
+        narrow: the problem that this is a copy of, in another dtype.
+    """
+
+    module: nn.Module
+    parameters: Mapping[str, Tensor]
+    batches: Sequence[Batch]
+    loss: Loss
+    denominator: float = 1.0
+    output_key: str | None = None
+    wide: bool = False
+    writes: bool = False
+    separable: bool = True
+    one_sample: bool = False
+    narrow: Problem | None = None
+
+    runs_here: ClassVar[bool] = True  # whether this process makes all passes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.parameters.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+    def output(self, batch: Batch) -> Tensor:
+        """The module's output for a batch.
+
+        Raises:
+            MismatchError: the model does not accept the data, or returns no tensor.
+        """
+        try:
+            result = self._called(batch)
+        except MismatchError as error:
+            if torch.is_grad_enabled() or "does not require grad" not in error.message:
+                raise
+            with torch.enable_grad():  # for a model that differentiates by itself
+                result = self._called(batch)
+        output = pick_output(result, self.output_key, prefer_loss=not self.loss.needs_target)
+        return output if torch.is_grad_enabled() else output.detach()
+
+    def _called(self, batch: Batch) -> object:
+        # TorchScript's optimiser would put derivatives of its own into the graph that it caches.
+        with (
+            state_kept(self.module),
+            staying_wide() if self.wide else nullcontext(),
+            torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
+            guest(partial(not_accepted, batch)),
+        ):
+            inputs = [x.clone() for x in batch.inputs] if self.writes else batch.inputs
+            place = len(inputs) - len(batch.keywords)
+            named = dict(zip(batch.keywords, inputs[place:], strict=True))
+            return self.module(*inputs[:place], **named)
+
+    def exact_total(self, output: Tensor, batch: Batch) -> Tensor:
+        """The batch's sum of loss terms as a function of its output, to be differentiated twice."""
+        with exact_derivatives():
+            return self.loss.total(output, batch.target, batch.loss_arguments)[0]
+
+    def value(self, batch: Batch) -> Tensor:
+        """The batch's share of L(theta)."""
+        total, _ = self.loss.total(self.output(batch), batch.target, batch.loss_arguments)
+        return total / self.denominator
+
+    def gradient(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """dL/dtheta of the named parameters, summed over batches; zero where L does not depend on one."""
+        leaves = [self.parameters[name] for name in names]
+        sums = [torch.zeros_like(leaf) for leaf in leaves]
+        for batch in self.batches:
+            with right_gradients():
+                value = self.value(batch)
+            if not value.requires_grad:
+                continue
+            with explaining(no_gradient, needed=True):
+                grads = torch.autograd.grad(value, leaves, allow_unused=True)
+            for total, grad in zip(sums, grads, strict=True):
+                if grad is not None:
+                    total += grad
+        return dict(zip(names, sums, strict=True))
+
+    def flat_gradient(self, names: Sequence[str]) -> Tensor:
+        """The same as one vector [n], parameter after parameter."""
+        return torch.cat([grad.reshape(-1) for grad in self.gradient(names).values()])
+
+    def gradient_norm(self) -> float:
+        """|dL/dtheta| over all parameters of the module, also those that were not chosen."""
+        every = {n: p for n, p in self.module.named_parameters() if p.is_floating_point()}
+        constant = [p for p in every.values() if not p.requires_grad]
+        for parameter in constant:
+            parameter.requires_grad_(True)
+        try:
+            gradient = replace(self, parameters=every).gradient(list(every))
+            return math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
+        finally:
+            for parameter in constant:
+                parameter.requires_grad_(False)
+
+    def restricted(self, names: Iterable[str]) -> Problem:
+        """The problem as a function of these parameters alone."""
+        return replace(self, parameters={name: self.parameters[name] for name in names})
+
+    def by_batch(self) -> Iterator[Problem]:
+        """The problem in parts that add up to it."""
+        for index, batch in enumerate(self.batches):
+            narrow = self.narrow and replace(self.narrow, batches=[self.narrow.batches[index]])
+            yield replace(self, batches=[batch], narrow=narrow)
+
+    def widened(self) -> tuple[Problem, Tensor]:
+        """The problem in float64 throughout, where the module computes parts of it in float32, or cannot without.
+
+        Returns:
+            it, and its output for the first batch.
+
+        Raises:
+            MismatchError: it has constants in float32, which the parameters meet.
+        """
+        for wide in (False, True):
+            problem = replace(self, wide=wide, loss=replace(self.loss, wide=wide))
+            batch = problem.batches[0]
+            try:
+                with torch.enable_grad(), Narrowings() as narrowings:
+                    output = problem.output(batch)
+                    if problem.loss.function is not None:
+                        problem.loss.terms(output, batch.target, batch.loss_arguments)
+            except MismatchError:  # float64 meets float32
+                if wide:
+                    raise
+                continue
+            if wide or not (narrowings.found or narrowings.stuck):
+                break
+        if narrowings.stuck:
+            raise MismatchError(
+                f"the model computes in float32 ({narrowings.stuck}), whatever the dtype of its weights",
+                "--dtype float32",
+            )
+        return problem, output.detach()
+
+    def depends_on(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether the output is computed with any of these, be they the module's or found by a global name.
+
+        It is, where the graph of the output begins at one of them.
+        """
+        wanted = {id(parameter) for parameter in parameters}
+        with torch.enable_grad():
+            output = self.output(self.batches[0])
+        return any(id(getattr(node, "variable", None)) in wanted for node in graph_of(output))
+
+    def double(self) -> Problem | None:
+        """A copy in float64, or None where module or loss cannot run in it (a dtype baked into a trace, say)."""
+        try:
+            # Leaves no graph in attributes that hooks compute, which could not be copied.
+            with torch.no_grad():
+                mine = self.output(self.batches[0])
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of what is deprecated inside exported graphs
+                    module = copied(self.module)  # TorchScript would record it
+                    module = in_precision_(module, torch.float64)
+            named = dict(module.named_parameters(remove_duplicate=False))
+            twin = replace(
+                self,
+                module=module,
+                parameters={name: named[name].requires_grad_() for name in self.parameters},
+                batches=doubled(self.batches),
+                loss=self.loss.doubled(),
+                narrow=None if self.dtype == torch.float64 else self,
+            )
+            twin, its = twin.widened()
+            batch = twin.batches[0]
+            if twin.depends_on(self.parameters.values()):  # which would not move with the twin's
+                return None
+            with torch.no_grad():  # a loss of the user's own may hold constants in float32
+                twin.loss.total(its, batch.target, batch.loss_arguments)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return None  # TorchScript and exported graphs fail in many ways; each means "not in float64"
+        tolerance = 1e-2 if self.dtype == torch.float32 else 1e-8
+        same = its.dtype == torch.float64 and torch.allclose(
+            mine.double(),
+            its,
+            rtol=tolerance,
+            atol=tolerance * float(mine.abs().max().clamp(min=1e-30)),
+        )
+        return twin if same else None
+
+
+@contextmanager
+def parameters_at(leaves: Sequence[Tensor], values: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, the leaves have these values, in memory of their own: what shares theirs is a constant, and stays."""
+    before = [leaf.data for leaf in leaves]
+    try:
+        for leaf, value in zip(leaves, values, strict=True):
+            leaf.data = value.view_as(leaf)
+        yield
+    finally:
+        for leaf, value in zip(leaves, before, strict=True):
+            leaf.data = value
+
+
+def parameters_moved(
+    leaves: Sequence[Tensor], direction: Tensor, step: float
+) -> AbstractContextManager[None]:
+    """Inside, the leaves are at theta + step v; v [n] has the leaves' entries one after the other."""
+    parts = direction.split([leaf.numel() for leaf in leaves])
+    pairs = zip(leaves, parts, strict=True)
+    moved = [leaf.detach().add(part.view_as(leaf), alpha=step) for leaf, part in pairs]
+    return parameters_at(leaves, moved)

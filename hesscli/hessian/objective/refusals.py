@@ -1,0 +1,56 @@
+"""What is said where a model does not accept its data, or has no gradient: PyTorch's message, and what to do."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from hesscli.errors import DeviceMismatchError, MismatchError
+from hesscli.hessian.objective.batch import Batch
+from hesscli.texts import dtype_name
+
+_OTHER_DEVICE = re.compile(r"the same device|the expected device|torch\.cuda\.\w+Tensor")
+_UNLIKE = re.compile(
+    r"same (dtype|scalar type)|dtypes must be the same|self\.dtype to be equal|"
+    r"expected scalar type \w+ but found (Float|Double|Half|BFloat16)"
+)
+
+
+def not_accepted(batch: Batch, reason: str, error: BaseException) -> MismatchError:
+    """What is said where a model does not accept a batch's inputs."""
+    if _OTHER_DEVICE.search(str(error)):
+        return DeviceMismatchError(
+            f"the model makes tensors on another device: {reason}", "--device cpu"
+        )
+    shapes = ", ".join(f"{dtype_name(x.dtype)} {list(x.shape)}" for x in batch.inputs)
+    return MismatchError(
+        f"the model does not accept the inputs {shapes}: {reason}", _type_hint(str(error), batch)
+    )
+
+
+def _type_hint(error: str, batch: Batch) -> str | None:
+    """What to do about numbers that the model does not take as they are."""
+    if "'indices'" in error or "embedding" in error:
+        return "store indices as int64: x.astype(np.int64)"
+    wide = any(x.dtype is torch.float64 for x in batch.inputs)
+    if _UNLIKE.search(error) and (wide or re.search("Half|BFloat16", error)):
+        return f"--dtype {'float32' if wide else 'float64'}"  # in which all casts stay wide
+    if any(x.dtype is torch.uint8 for x in batch.inputs):
+        return "--scale 1/255"
+    integers = [x for x in batch.inputs if not (x.is_floating_point() or x.is_complex())]
+    if len(batch.inputs) > 1:  # then bools are a mask
+        integers = [x for x in integers if x.dtype is not torch.bool]
+    name = r"\b([Ll]ong|[Ii]nt|[Ss]hort|[Cc]har|[Bb]ool)(Tensor|\d+)?\b"
+    floats = "([Ff]loat|[Dd]ouble)"
+    floats_wanted = re.search(
+        rf"not implemented for '{name}'|mixed dtype|[Tt]ype.*{name}.*{floats}|{floats}.*(found|[Gg]ot):? {name}",
+        error,
+    )
+    # --scale makes floats of all inputs: where there are several of integers, some may be indices.
+    return "--scale 1" if len(integers) == 1 and floats_wanted else None
+
+
+def no_gradient(reason: str, error: BaseException) -> MismatchError:
+    """What is said where a plain gradient fails."""
+    return MismatchError(f"the gradient of the model cannot be taken: {reason}")

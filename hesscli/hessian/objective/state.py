@@ -1,0 +1,84 @@
+"""What a module keeps from pass to pass, put back after each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from hesscli.hessian.objective.kept import restores
+
+Place = tuple[int, str]  # which module, and the buffer's name in it
+Saved = tuple[Tensor, int, Tensor]  # a buffer, its version, and a copy of it
+
+_SAVED: WeakKeyDictionary[nn.Module, dict[Place, Saved | None]] = WeakKeyDictionary()
+
+
+@contextmanager
+def state_kept(function: Callable[..., object]) -> Iterator[None]:
+    """Every pass of a module, or of a loss, begins as the first: with buffers as saved, and nothing computed and kept.
+
+    Buffers are running statistics, and the ranges that an observer has seen. What a model computes once of its
+    parameters, `functools.cached_property`, would be a constant to the next pass, a hidden state the last one's.
+
+    All else that it keeps is put back too, hooks included: where a flag says that hooks are registered, or a value is
+    stored, one must not go without the other.
+
+    A buffer that was written to is replaced, not written to again: autograd may have saved it.
+    """
+    module = function if isinstance(function, nn.Module) else None
+    if module is not None and module not in _SAVED:
+        _SAVED[module] = _saved(module)
+    before = list(restores(function))
+    try:
+        yield
+    finally:
+        for restore in before:
+            restore()
+        if module is not None:
+            _put_back(module, _SAVED[module])
+
+
+def _put_back(module: nn.Module, saved: dict[Place, Saved | None]) -> None:
+    fresh: dict[int, Tensor] = {}  # a buffer may have several names
+    for (part, name), current in list(_buffers(module)):
+        if (id(part), name) not in saved:
+            if not isinstance(part, torch.jit.ScriptModule):
+                del part._buffers[name]
+            continue
+        place = saved[id(part), name]
+        if place is None:
+            part._buffers[name] = None
+            continue
+        buffer, version, copy = place
+        if buffer._version != version:
+            if id(buffer) not in fresh:
+                fresh[id(buffer)] = copy.clone()
+            new = fresh[id(buffer)]
+            saved[id(part), name] = new, new._version, copy
+            part._buffers[name] = new
+        elif current is not buffer:
+            part._buffers[name] = buffer
+
+
+def _saved(module: nn.Module) -> dict[Place, Saved | None]:
+    copies: dict[int, Tensor] = {}
+    found: dict[Place, Saved | None] = {}
+    for (part, name), buffer in _buffers(module):
+        if buffer is None:
+            found[id(part), name] = None
+            continue
+        if id(buffer) not in copies:
+            copies[id(buffer)] = buffer.detach().clone()
+        found[id(part), name] = buffer, buffer._version, copies[id(buffer)]
+    return found
+
+
+def _buffers(module: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], Tensor | None]]:
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None or not isinstance(part, torch.jit.ScriptModule):
+                yield (part, name), buffer

@@ -1,0 +1,299 @@
+"""Finds the affine use of each parameter on a tape, or why it has none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.proofs.sample_axis import Axes, SampleAxis
+from hesscli.hessian.proofs.uses import BIAS, CONVOLUTION, LINEAR, SCALE, Use
+from hesscli.hessian.recording.tape import Call, Tape
+
+_VIEWS = frozenset("t transpose permute view unsqueeze squeeze".split())
+_OF_ALL = frozenset("slice expand".split())  # views, where the shape stays
+_COPIES = frozenset("clone _unsafe_view reshape".split())
+_MULTIPLIES = frozenset("mul div neg".split())
+_MOST_UNITS = 1 << 26  # numbers in the unit vectors of all tokens
+
+
+def find_uses(tape: Tape, axes: Axes) -> tuple[dict[str, Use], dict[str, str]]:
+    """The affine use of each parameter, or the reason why it has none."""
+    trained = tape.dependent([*tape.parameters.values()])
+    constants = {n for n, axis in axes.items() if axis is None and n not in trained}
+    uses, reasons = {}, {}
+    for name, number in tape.parameters.items():
+        found = _use(tape, axes, constants, name, number)
+        if isinstance(found, Use):
+            uses[name] = found
+        else:
+            reasons[name] = found
+    return uses, reasons
+
+
+def _use(tape: Tape, axes: Axes, constants: Collection[int], name: str, number: int) -> Use | str:
+    value, moves = number, list[Call]()
+    lookup: Call | None = None  # of the same rows for every sample, as those of positions are
+    while True:
+        readers = tape.readers.get(value, ())
+        if len(readers) != 1:
+            times = {0: "unused", 2: "used twice"}.get(len(readers), f"used {len(readers)} times")
+            return times if value == number or not readers else "used more than once"
+        (call,) = readers
+        made = next(output for output in call.outputs if output is not None)
+        if lookup or axes[made] is not None:
+            break
+        if call.name == "embedding":
+            lookup, value = call, made
+            continue
+        whole = tape.shapes[made] == tape.shapes[value]
+        if not (
+            call.name in _VIEWS | _COPIES
+            or (call.name in _OF_ALL and whole)
+            or (_multiplies(call, value, constants) and whole)
+        ):
+            break
+        moves.append(call)
+        value = made
+    z, reason = call.outputs[0], f"not an affine use ({call.name})"
+    if not tape.complex.isdisjoint([value, *call.reads, *([] if z is None else [z])]):
+        return "complex numbers"
+    if z is None or (axis := axes[z]) is None:
+        return reason
+    if lookup:
+        if not _adds_rows(tape, call, value, z):
+            return reason
+        call, value = lookup, lookup.named("weight").value
+    try:
+        entries = _moved(tape.shapes[number], moves)
+    except RuntimeError:  # not a view of the parameter as it lies in the file
+        return f"not an affine use ({moves[-1].name})"
+    operand = _Operand(
+        name, value, tuple(moves), entries, call, call.place(value), z, tape.shapes[z], axis
+    )
+    find = _FINDERS.get(call.name)
+    return (find and find(operand)) or reason
+
+
+def _adds_rows(tape: Tape, call: Call, rows: int, total: int) -> bool:
+    """Whether a call adds rows of a table to others of the same length."""
+    lengths = tape.shapes[rows][-1], tape.shapes[total][-1]
+    return call.name == "add" and not call.keywords and lengths[0] == lengths[1]
+
+
+def _multiplies(call: Call, value: int, constants: Collection[int]) -> bool:
+    """Whether a call multiplies each entry of a value by a constant, or divides it by one."""
+    others = [n for n in call.reads if n != value]
+    known = call.name in _MULTIPLIES and not call.keywords
+    whole = known and (call.name != "div" or call.place(value) == 0)
+    return whole and all(n in constants for n in others)
+
+
+def _moved(shape: torch.Size, moves: Sequence[Call], numbered: bool = False) -> Tensor:
+    """A parameter's entries, by number, where views and copies have put them.
+
+    Where all are views they have no numbers, unless these are asked for.
+    """
+    numbered = numbered or any(call.name in _COPIES for call in moves)
+    entries = torch.empty(shape, device="meta")  # an arange there takes 0.6 s to import
+    if numbered:
+        entries = torch.arange(shape.numel()).view(shape)
+    for call in moves:
+        if call.name not in _MULTIPLIES:
+            entries = call.operator(entries, *call.arguments[1:], **call.keywords)
+    return entries
+
+
+def multiplier(tape: Tape, use: Use) -> Tensor | None:
+    """What each entry of a parameter is multiplied by before it enters, [size]; None if nothing."""
+    if all(call.name not in _MULTIPLIES for call in use.moves):
+        return None
+    number = tape.parameters[use.parameter]
+    ones = torch.ones_like(tape.given[number])
+    moved = tape.recorded(use.value, {number: ones})
+    entries = _moved(ones.shape, use.moves, numbered=True).to(moved.device)
+    return torch.empty_like(ones).view(-1).index_copy_(0, entries.flatten(), moved.flatten())
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """A parameter as an operator takes it.
+
+    Attributes:
+        parameter: its name.
+        value: its number as the operator takes it.
+        moves: what makes that of the parameter.
+        entries: of `_moved`, in the shape in which the operator takes them.
+        call: the operator.
+        place: which of its arguments they are.
+        z: the number of the value that it gives.
+        z_shape: its shape.
+        axis: its sample axis.
+    """
+
+    parameter: str
+    value: int
+    moves: tuple[Call, ...]
+    entries: Tensor
+    call: Call
+    place: int
+    z: int
+    z_shape: torch.Size
+    axis: SampleAxis
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.entries.shape
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing scales it: no alpha, no beta."""
+        return not self.call.keywords
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether its entries lie in the order of the file."""
+        if self.entries.is_meta:
+            return self.entries.is_contiguous()
+        return torch.equal(self.entries.flatten(), torch.arange(self.entries.numel()))
+
+    def use(
+        self,
+        kind: str,
+        a: int | None,
+        channels: tuple[int, ...],
+        m: int,
+        axis: SampleAxis | None = None,
+        **stored: Any,
+    ) -> Use | None:
+        """The use, if its outputs do not lie along the samples.
+
+        Args:
+            kind, a, channels, m: as in `Use`.
+            axis: that of z, if it is to be taken for another.
+            stored: further attributes of `Use`.
+        """
+        axis = axis or self.axis
+        if axis.axis in channels or not self.z_shape.numel() or not m:
+            return None
+        n = math.prod(self.z_shape[c] for c in channels)
+        return Use(
+            parameter=self.parameter,
+            value=self.value,
+            moves=self.moves,
+            kind=kind,
+            call=self.call,
+            z=self.z,
+            a=a,
+            axis=axis,
+            channels=channels,
+            n=n,
+            m=m,
+            positions=self.z_shape.numel() // n // axis.samples(self.z_shape),
+            rank=len(self.z_shape),
+            **stored,
+        )
+
+
+def _in_product(p: _Operand) -> Use | None:
+    """a W + b: [..., B, m] times [..., m, n], both of rank two, or three with a product for each group of outputs."""
+    first, rank = int(p.call.name in ("addmm", "baddbmm")), len(p.z_shape)
+    axis, groups = p.axis, 1 if rank == 2 else p.z_shape[0]
+    if rank == 3 and axis == SampleAxis(0, outer=groups):  # one sample: see `sample_axes`
+        axis = SampleAxis(1, outer=p.z_shape[1])
+    if not p.alone or axis.axis != rank - 2 or not p.shape.numel():
+        return None
+    channels = (rank - 1,) if groups == 1 else (0, 2)
+    if p.place == first + 1 and (stored := _storage(p.entries)) is not None:
+        a = p.call.arguments[first].value
+        return p.use(LINEAR, a, channels, p.shape[-2], axis, groups=groups, **stored)
+    if p.place == 0 and first and p.as_stored:
+        wanted = [1] * rank
+        for channel in channels:
+            wanted[channel] = p.z_shape[channel]
+        if [1] * (rank - len(p.shape)) + list(p.shape) == wanted:
+            return p.use(BIAS, None, channels, 1, axis)
+    return None
+
+
+def _storage(weight: Tensor) -> dict[str, Any] | None:
+    """How a `Use` with these entries, [m, n] or [groups, m, n], is stored; None if in a way that it does not know."""
+    m = weight.shape[-2]
+    if weight.is_meta:
+        if weight.mT.is_contiguous():
+            return {}
+        inputs_first = {"sections": weight[..., 0, 0].numel(), "runs": m}
+        return inputs_first if weight.is_contiguous() else None
+    rows = weight.mT.flatten(0, -2)  # of each output
+    order = rows[0].argsort()
+    rows = rows[:, order]
+    jumps = (rows[0].diff() != 1).nonzero()
+    run = int(jumps[0]) + 1 if len(jumps) else m
+    outputs = int(rows[0, run] - rows[0, 0]) // run if run < m else len(rows)  # of a section
+    if m % run or len(rows) % outputs:
+        return None
+    sections, runs = len(rows) // outputs, m // run
+    stored = torch.arange(rows.numel()).view(sections, runs, outputs, run)
+    if not torch.equal(rows, stored.transpose(1, 2).reshape(rows.shape)):
+        return None
+    permuted = not torch.equal(order, torch.arange(m))
+    return {"sections": sections, "runs": runs, "order": tuple(order.tolist()) if permuted else ()}
+
+
+def _in_convolution(p: _Operand) -> Use | None:
+    if p.axis.axis != 0 or not p.as_stored:
+        return None
+    if p.place == 2:
+        return p.use(BIAS, None, (1,), 1)
+    if p.place != 1:
+        return None
+    groups, outputs = p.call.named("groups"), p.z_shape[1]
+    fan_in = p.shape.numel() // outputs
+    sections, runs = (groups, p.shape[0] // groups) if p.call.named("transposed") else (1, 1)
+    return p.use(
+        CONVOLUTION,
+        p.call.named("input").value,
+        (1,),
+        fan_in,
+        kernel=tuple(p.shape[2:]),
+        groups=groups,
+        sections=sections,
+        runs=runs,
+    )
+
+
+def _in_embedding(p: _Operand) -> Use | None:
+    options = p.call.named("scale_grad_by_freq"), p.call.named("sparse")
+    if p.place or not p.alone or len(p.shape) != 2 or not p.as_stored or any(options):
+        return None
+    vocabulary, length = p.shape
+    if vocabulary * p.z_shape.numel() // max(1, length) > _MOST_UNITS:
+        return None
+    tokens, channels = p.call.named("indices").value, (len(p.z_shape) - 1,)
+    return p.use(LINEAR, tokens, channels, vocabulary, runs=vocabulary)
+
+
+def _broadcast(p: _Operand) -> Use | None:
+    """z = a * w or z = ... + b: the parameter lies along the axes where it is longer than one."""
+    lengths = [1] * (len(p.z_shape) - len(p.shape)) + list(p.shape)
+    channels = tuple(i for i, length in enumerate(lengths) if length > 1)
+    fits = len(lengths) == len(p.z_shape) and all(lengths[i] == p.z_shape[i] for i in channels)
+    if not fits or not p.alone or len(p.call.arguments) != 2 or not p.as_stored:
+        return None
+    if p.call.name == "add":
+        return p.use(BIAS, None, channels, 1)
+    other = p.call.arguments[1 - p.place].value  # which depends on the samples, as z does
+    outputs = math.prod(p.z_shape[c] for c in channels)
+    return p.use(SCALE, other, channels, 1, groups=outputs)
+
+
+_FINDERS: dict[str, Callable[[_Operand], Use | None]] = {
+    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _in_product),
+    "convolution": _in_convolution,
+    "embedding": _in_embedding,
+    **dict.fromkeys(("mul", "add"), _broadcast),
+}

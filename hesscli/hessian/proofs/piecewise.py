@@ -1,0 +1,50 @@
+"""Proof on a tape that everything after a value is piecewise linear in it."""
+
+from __future__ import annotations
+
+from hesscli.hessian.proofs.sample_rules import RESAMPLING, RESHAPES
+from hesscli.hessian.recording.tape import Tape
+
+LINEAR_OPERATORS = (
+    RESHAPES
+    | RESAMPLING
+    | frozenset(
+        "neg sum mean t transpose permute expand unsqueeze squeeze select slice unbind split split_with_sizes "
+        "unsafe_split cat stack constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im "
+        "repeat roll flip narrow unfold tril triu cumsum index index_select gather scatter scatter_add detach "
+        "clone alias contiguous _to_copy _fft_r2c _fft_c2r _fft_c2c real imag view_as_real view_as_complex "
+        "complex _conj conj_physical resolve_conj index_put index_add index_copy index_fill slice_scatter "
+        "select_scatter diagonal_scatter diagonal diag_embed fill zero lift_fresh add sub rsub new_zeros new_ones "
+        "new_full zeros_like ones_like full_like".split()
+    )
+)
+PIECEWISE = frozenset(
+    "relu relu6 leaky_relu hardtanh hardshrink softshrink threshold clamp clamp_min clamp_max abs sign round floor "
+    "ceil max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d amax amin "
+    "maximum minimum fmax fmin max min median kthvalue cummax cummin aminmax sort topk argmax argmin trunc "
+    "scatter_reduce where eq ne lt le gt ge masked_fill nan_to_num".split()
+)
+# Linear in each argument, so linear in a value that reaches one of them alone.
+MULTILINEAR = frozenset("mul mm mv addmm bmm baddbmm convolution".split())
+
+
+def curved(tape: Tape, value: int) -> str | None:
+    """The first operator after this value that is not piecewise linear in it, or None if there is none."""
+    reached = tape.dependent([value])
+    for call in tape.calls:
+        hits = [n for n in call.reads if n in reached]
+        if not hits or call.name in LINEAR_OPERATORS:
+            continue
+        # |z| is a root, and `scatter_reduce` may be a product.
+        straight = tape.complex.isdisjoint(hits) and call.named("reduce") != "prod"
+        if call.name in PIECEWISE and straight:
+            continue
+        if call.name in MULTILINEAR and len(hits) == 1:
+            continue
+        first_alone = len(hits) == 1 and call.place(hits[0]) == 0
+        if first_alone and call.name == "div":
+            continue
+        if first_alone and call.name == "native_batch_norm" and not call.named("training"):
+            continue
+        return call.name
+    return None

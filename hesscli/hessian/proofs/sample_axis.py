@@ -1,0 +1,91 @@
+"""Where the samples are in a tensor, and a call seen by that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hesscli.hessian.applicability import NotApplicable
+from hesscli.hessian.recording.tape import Call, Ref, Tape
+
+
+@dataclass(frozen=True)
+class SampleAxis:
+    """Where the samples are in a tensor: axis `axis` has length `outer * samples * inner`, the sample in the middle."""
+
+    axis: int
+    outer: int = 1
+    inner: int = 1
+
+    def samples(self, shape: Sequence[int]) -> int:
+        """How many lie along it in a tensor of this shape."""
+        return shape[self.axis] // (self.outer * self.inner)
+
+
+Axes = Mapping[int, SampleAxis | None]
+"""Of every value; None: it does not depend on the samples."""
+
+
+def mixes(call: Call) -> NotApplicable:
+    """What to raise where samples may mix."""
+    return NotApplicable(f"{call.name} may mix samples")
+
+
+@dataclass(frozen=True)
+class Context:
+    """A call, and what is known of its arguments."""
+
+    call: Call
+    axes: Axes
+    tape: Tape
+    samples: int
+
+    @property
+    def shapes(self) -> Mapping[int, Sequence[int]]:
+        return self.tape.shapes
+
+    def argument(self, index: int) -> Any:
+        return self.call.arguments[index] if index < len(self.call.arguments) else None
+
+    def named(self, name: str) -> Any:
+        return self.call.named(name)
+
+    def axis(self, index: int) -> SampleAxis | None:
+        ref = self.argument(index)
+        return self.axes[ref.value] if isinstance(ref, Ref) else None
+
+    def shape(self, index: int = 0) -> Sequence[int]:
+        return self.shapes[self.argument(index).value]
+
+    @property
+    def result(self) -> Sequence[int]:
+        return next(self.shapes[n] for n in self.call.outputs if n is not None)
+
+    def only(self, index: int = 0) -> SampleAxis:
+        """The axis of this argument, when no other argument depends on samples."""
+        mine = self.axis(index)
+        others = [
+            ref
+            for i, ref in enumerate(self.call.arguments)
+            if i != index and isinstance(ref, Ref) and self.axes[ref.value]
+        ]
+        if mine is None or others:
+            raise mixes(self.call)
+        return mine
+
+    def reduced(self, axis: SampleAxis, gone: Collection[int]) -> SampleAxis:
+        """The axis where these axes of the argument are gone."""
+        if axis.axis in gone:
+            raise mixes(self.call)
+        return replace(axis, axis=axis.axis - sum(d < axis.axis for d in gone))
+
+    def dims(self, value: Any, rank: int) -> set[int]:
+        values = value if isinstance(value, (tuple, list)) else [value]
+        if value is None or not values:  # over all of them
+            return set(range(rank))
+        return {int(v) % max(rank, 1) for v in values}
+
+
+Rule = Callable[[Context], SampleAxis | None]
+"""A call -> the sample axis of its results."""

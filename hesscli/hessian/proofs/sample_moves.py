@@ -1,0 +1,189 @@
+"""What operators that only move, select or repeat numbers do to the sample axis."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from hesscli.hessian.proofs.sample_axis import Context, SampleAxis, mixes
+
+
+def reshaped(c: Context) -> SampleAxis | None:
+    """Row-major order keeps the samples together: the axis that starts after as many elements has them."""
+    axis, old, new = c.only(), c.shape(), c.result
+    before = math.prod(old[: axis.axis]) * axis.outer
+    after = axis.inner * math.prod(old[axis.axis + 1 :])
+    count = 1
+    for i, length in enumerate(new):
+        outer = before // count
+        if before % count == 0 and length and length % (outer * c.samples) == 0:
+            inner = length // (outer * c.samples)
+            if after % inner == 0:
+                return SampleAxis(i, outer, inner)
+        count *= length
+    raise mixes(c.call)
+
+
+def transposed(c: Context) -> SampleAxis | None:
+    axis, rank = c.only(), len(c.shape())
+    order = list(range(rank))
+    if c.call.name == "permute":
+        order = [int(d) % rank for d in c.named("dims")]
+    else:
+        a, b = (
+            (0, rank - 1)
+            if c.call.name == "t"
+            else (c.named("dim0") % rank, c.named("dim1") % rank)
+        )
+        order[a], order[b] = order[b], order[a]
+    return replace(axis, axis=order.index(axis.axis))
+
+
+def expanded(c: Context) -> SampleAxis | None:
+    axis = c.only()
+    return replace(axis, axis=axis.axis + len(c.result) - len(c.shape()))
+
+
+def unsqueezed(c: Context) -> SampleAxis | None:
+    axis = c.only()
+    at = c.named("dim") % (len(c.shape()) + 1)
+    return replace(axis, axis=axis.axis + (at <= axis.axis))
+
+
+def squeezed(c: Context) -> SampleAxis | None:
+    axis, shape = c.only(), c.shape()
+    return c.reduced(axis, {d for d in c.dims(c.named("dim"), len(shape)) if shape[d] == 1})
+
+
+def selected(c: Context) -> SampleAxis | None:
+    return c.reduced(c.only(), {c.named("dim") % len(c.shape())})
+
+
+def diagonals(c: Context) -> SampleAxis | None:
+    """`diagonal` makes the last axis of two; `diag_embed` makes two of the last."""
+    axis, names = c.only(), ("dim1", "dim2")
+    if c.call.name == "diagonal":
+        return c.reduced(axis, c.dims([c.named(name) for name in names], len(c.shape())))
+    rank = len(c.result)
+    dims = c.dims([c.named(name) for name in names], rank)
+    if axis.axis == rank - 2:
+        raise mixes(c.call)
+    others = [d for d in range(rank) if d not in dims]
+    return replace(axis, axis=others[axis.axis])
+
+
+def along_another(c: Context) -> SampleAxis | None:
+    """Operators that work along one axis and leave the others alone; `unfold` puts its windows' own axis last."""
+    axis = c.only()
+    if c.named("dimension" if c.call.name == "unfold" else "dim") % len(c.shape()) == axis.axis:
+        raise mixes(c.call)
+    return axis
+
+
+def sliced(c: Context) -> SampleAxis | None:
+    """Along another axis, or all of it: `x[:, 0]`, traced, takes every sample first."""
+    return c.only() if list(c.result) == list(c.shape()) else along_another(c)
+
+
+def joined(c: Context) -> SampleAxis | None:
+    """Parts that do not depend on the samples, like a class token, may be among them."""
+    parts = c.named("tensors")
+    found = {axis for ref in parts if (axis := c.axes[ref.value])}
+    if len(found) != 1:
+        raise mixes(c.call)
+    axis = found.pop()
+    rank = len(c.result)  # a part may be an empty vector, of whatever rank the others are
+    at = c.named("dim") % rank
+    if c.call.name == "stack":
+        return replace(axis, axis=axis.axis + (at <= axis.axis))
+    if at == axis.axis:
+        raise mixes(c.call)
+    return axis
+
+
+def repeated(c: Context) -> SampleAxis | None:
+    axis, times = c.only(), c.named("repeats")
+    at = axis.axis + len(times) - len(c.shape())
+    if times[at] != 1:
+        raise mixes(c.call)
+    return replace(axis, axis=at)
+
+
+def by_position(c: Context) -> SampleAxis | None:
+    """`gather` and `scatter`: along one axis by an index; along the others each number stays in its place."""
+    found = {axis for n in c.call.reads if (axis := c.axes[n])}
+    ranks = {len(c.shapes[n]) for n in c.call.reads}
+    if len(found) != 1 or len(ranks) != 1 or ranks == {0} or "reduce" in c.call.keywords:
+        raise mixes(c.call)
+    axis = found.pop()
+    if c.named("dim") % ranks.pop() == axis.axis:
+        raise mixes(c.call)
+    return axis
+
+
+class Indices:
+    """Where the axes of a tensor are in what its second argument, a list of indices, takes of it."""
+
+    def __init__(self, c: Context) -> None:
+        indices = c.named("indices")
+        self.at = [place for place, index in enumerate(indices) if index is not None]
+        self.rank = max(len(c.shapes[indices[place].value]) for place in self.at)
+        self.adjacent = self.at[-1] - self.at[0] + 1 == len(self.at)
+        self.first = self.at[0] if self.adjacent else 0  # where the axes of the indices go
+
+    def moved(self, axis: int) -> int:
+        """The place of an axis that no index is for."""
+        before = sum(place < axis for place in self.at)
+        behind = self.first < axis or not self.adjacent
+        return axis - before + (self.rank if behind else 0)
+
+
+def indexed(c: Context) -> SampleAxis | None:
+    """`x[:, i, j]` by constant indices, or a constant by indices that depend on the samples: a table.
+
+    Or each sample's own numbers: `mask[arange(B)[:, None], j]`, where j may depend on the samples too.
+    """
+    indices, places = c.named("indices"), Indices(c)
+    if len(c.result) != len(c.shape()) - len(places.at) + places.rank:
+        raise mixes(c.call)  # a mask of several axes
+    shapes = {place: c.shapes[indices[place].value] for place in places.at}
+    taken = {
+        replace(axis, axis=places.first + axis.axis + places.rank - len(shape))
+        for place, shape in shapes.items()
+        if (axis := c.axes[indices[place].value])
+    }
+    mine = c.axis(0)
+    if mine is None and len(taken) == 1:
+        return taken.pop()
+    if mine is not None and mine.axis in places.at:
+        own = _counted(c, mine, indices[mine.axis].value)
+        result = SampleAxis(places.first + own + places.rank - len(shapes[mine.axis]))
+        if taken - {result}:
+            raise mixes(c.call)
+        return result
+    if mine is None or taken:
+        raise mixes(c.call)
+    return replace(mine, axis=places.moved(mine.axis))
+
+
+def _counted(c: Context, mine: SampleAxis, index: int) -> int:
+    """The axis along which an index counts the samples, from the first to the last."""
+    if c.axes[index] is None and mine == SampleAxis(mine.axis):
+        numbers = c.tape.recorded(index)
+        for axis, length in enumerate(numbers.shape):
+            moved = numbers.movedim(axis, -1)
+            count = torch.arange(length, device=numbers.device)
+            if length == c.samples and bool((moved == count).all()):
+                return axis
+    raise mixes(c.call)
+
+
+def padded(c: Context) -> SampleAxis | None:
+    axis, rank = c.only(), len(c.shape())
+    pads = c.named("pad")
+    from_end = rank - 1 - axis.axis
+    if any(pads[2 * from_end : 2 * from_end + 2]):
+        raise mixes(c.call)
+    return axis

@@ -1,0 +1,322 @@
+"""What each operator does to the sample axis: one rule for each kind of operator.
+
+Composite operators, like `flatten`, are seen whole in inference mode alone; elsewhere autograd takes them apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hesscli.hessian.applicability import NotApplicable
+from hesscli.hessian.proofs import sample_moves as moves
+from hesscli.hessian.proofs import sample_writes as writes
+from hesscli.hessian.proofs.sample_axis import Context, Rule, SampleAxis, mixes
+from hesscli.hessian.recording.tape import Call
+
+ELEMENTWISE_UNARY = frozenset(
+    "relu tanh sigmoid gelu silu mish elu celu softplus leaky_relu hardtanh hardswish hardshrink softshrink "
+    "threshold clamp clamp_min clamp_max abs neg exp expm1 log log1p log2 log10 sqrt rsqrt square pow sin cos tan "
+    "asin acos atan sinh cosh asinh acosh atanh erf erfc reciprocal sign log_sigmoid_forward selu logit "
+    "detach clone alias contiguous _to_copy lift_fresh zeros_like ones_like full_like nan_to_num round floor ceil "
+    "logical_not bitwise_not isnan positive relu6 trunc frac sinc lgamma digamma erfinv "
+    "exp2 signbit i0 special_entr special_erfcx special_log_ndtr special_ndtri special_i0e special_i1 "
+    "special_i1e sgn isinf mvlgamma special_bessel_j0 special_bessel_j1".split()
+)
+ELEMENTWISE = frozenset(  # of several tensors, or of one and numbers
+    "clamp clamp_min clamp_max "
+    "add sub mul div rsub where maximum minimum fmax fmin atan2 eq ne lt le gt ge logical_and logical_or "
+    "bitwise_and bitwise_or masked_fill lerp addcmul addcdiv xlogy logaddexp copy pow "
+    "fmod remainder hypot copysign logaddexp2 special_xlog1py special_zeta complex polar "
+    "tanh_backward sigmoid_backward bitwise_xor bitwise_left_shift bitwise_right_shift heaviside ldexp igamma igammac "
+    "polygamma".split()
+)
+REDUCTION = frozenset(
+    "sum mean amax amin prod var std logsumexp max min argmax argmin norm linalg_vector_norm any all "
+    "var_mean std_mean aminmax median kthvalue mode nansum count_nonzero".split()
+)
+ALONG = frozenset(
+    "_softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod cummax cummin sort topk "
+    "flip roll rot90 _fft_r2c _fft_c2r _fft_c2c".split()
+)
+# Between real and complex numbers: an axis that comes or goes is the last.
+COMPLEX = frozenset(
+    "real imag angle view_as_real view_as_complex _conj conj_physical resolve_conj".split()
+)
+# Samples along the first axis, and no way for an output sample to see another.
+FIRST_AXIS = frozenset(
+    "convolution affine_grid_generator pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im "
+    "native_batch_norm".split()
+)
+# Of each channel's picture, which is the last one, two or three axes: as the name says.
+RESAMPLING = frozenset(
+    "avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d "
+    "upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "
+    "upsample_bilinear2d upsample_linear1d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa "
+    "_upsample_bicubic2d_aa reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d "
+    "replication_pad2d replication_pad3d".split()
+)
+PICTURE = RESAMPLING | frozenset(
+    "max_pool2d_with_indices max_pool3d_with_indices max_unpool2d max_unpool3d adaptive_max_pool2d "
+    "adaptive_max_pool3d".split()
+)
+# Of each matrix of a batch, or of the batch's pairs.
+MATRIX = frozenset(
+    "tril triu linalg_cholesky_ex linalg_inv_ex linalg_qr linalg_matrix_exp linalg_lu_factor_ex _linalg_det "
+    "_linalg_slogdet _linalg_eigh _linalg_svd".split()
+)
+PAIRS = frozenset(
+    "_linalg_solve_ex linalg_solve_triangular cholesky_solve grid_sampler_2d grid_sampler_3d".split()
+)
+# Which of the two has columns.
+_SOLVED = {"_linalg_solve_ex": 1, "linalg_solve_triangular": 1, "cholesky_solve": 0}
+# Losses, which give a term for each number unless they are told to reduce.
+LOSS_OPERATORS = frozenset(
+    "mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss".split()
+)
+LIKELIHOODS = frozenset("nll_loss_forward nll_loss2d_forward".split())
+# A fresh tensor in the likeness of another, whose numbers it does not take.
+CONSTANT = frozenset("new_zeros new_ones new_full zero".split())
+RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias flatten unflatten".split())
+
+
+def _elementwise(c: Context) -> SampleAxis:
+    """All arguments broadcast against each other: their sample axes must fall on the same axis of the result."""
+    rank = len(c.result)
+    found: set[SampleAxis] = set()
+    for value in c.call.reads:
+        if axis := c.axes[value]:
+            found.add(replace(axis, axis=axis.axis + rank - len(c.shapes[value])))
+    if len(found) != 1:
+        raise mixes(c.call)
+    return found.pop()
+
+
+def _reduction(c: Context) -> SampleAxis | None:
+    axis, rank = c.only(), len(c.shape())
+    dims = c.dims(c.named("dim"), rank)
+    left = c.reduced(axis, dims)
+    return axis if len(c.result) == rank else left
+
+
+def _along(c: Context) -> SampleAxis | None:
+    axis = c.only()
+    name = "dims" if c.call.name in ("flip", "roll", "rot90") else "dim"
+    if axis.axis in c.dims(c.named(name), len(c.shape())):
+        raise mixes(c.call)
+    return axis
+
+
+def _cross(c: Context) -> SampleAxis | None:
+    axis = _elementwise(c)
+    if axis.axis in c.dims(c.named("dim"), len(c.result)):
+        raise mixes(c.call)
+    return axis
+
+
+def _of_matrix(c: Context) -> SampleAxis | None:
+    axis = c.only()
+    if axis.axis >= len(c.shape()) - 2:  # what becomes of a number depends on its row
+        raise mixes(c.call)
+    return axis
+
+
+def _of_pair(c: Context) -> SampleAxis | None:
+    """Both are batches with samples along their first axis, or only one; with matrices, the second may have vectors.
+
+    Or the samples are columns that are solved for one by one.
+    """
+    first, second = c.axis(0), c.axis(1)
+    if (place := _SOLVED.get(c.call.name)) is not None and c.axis(1 - place) is None:
+        axis, rank = c.only(place), len(c.shape(place))
+        left = c.call.name == "cholesky_solve" or c.named("left")
+        if left and axis.axis == rank - 1 and rank == len(c.shape(1 - place)) == len(c.result):
+            return axis
+    known = {axis for axis in (first, second) if axis is not None}
+    ranks = [len(c.shape(i)) for i, axis in enumerate((first, second)) if axis is not None]
+    vectors = c.call.name == "_linalg_solve_ex" and ranks == [3, 2]
+    if len(known) != 1 or (min(ranks) < 3 and not vectors):
+        raise mixes(c.call)
+    axis = known.pop()
+    if axis.axis != 0:
+        raise mixes(c.call)
+    return axis
+
+
+def _first(c: Context) -> SampleAxis | None:
+    axis, rank = c.only(), len(c.shape())
+    least = {"native_batch_norm": 2, "pixel_shuffle": 4, "im2col": 4}.get(c.call.name, 3)
+    if c.call.name == "convolution":
+        least = len(c.shape(1))
+        if axis.axis > 1 and _pointwise(c):
+            return axis
+    if axis.axis != 0 or rank < least:
+        raise mixes(c.call)
+    if c.call.name == "native_batch_norm" and c.named("training"):
+        raise NotApplicable("batch_norm in train mode mixes samples")
+    return axis
+
+
+def _of_picture(c: Context) -> SampleAxis | None:
+    axis = _elementwise(c)
+    axes = next(int(letter) for letter in c.call.name if letter.isdigit())
+    if axis.axis >= len(c.shape()) - axes:
+        raise mixes(c.call)
+    return axis
+
+
+def _distances(c: Context) -> SampleAxis | None:
+    """[..., P, M] and [..., R, M] -> [..., P, R]: of each pair of rows."""
+    axes = {}
+    for argument, place in ((0, 2), (1, 1)):
+        axis, rank = c.axis(argument), len(c.shape(argument))
+        if axis is not None:
+            at = axis.axis - rank
+            if at == -1:
+                raise mixes(c.call)
+            axes[argument] = replace(axis, axis=len(c.result) + (-place if at == -2 else at))
+    first, *others = axes.values()
+    if others and (others != [first] or first.axis >= len(c.result) - 2):
+        raise mixes(c.call)
+    return first
+
+
+def _pointwise(c: Context) -> bool:
+    """Whether a convolution sees one place at a time."""
+    kernel, stride = c.shape(1)[2:], c.named("stride")
+    padding = [*c.named("padding"), *c.named("output_padding")]
+    return set(kernel) | set(stride) == {1} and not any(padding)
+
+
+def _matrix(c: Context) -> SampleAxis | None:
+    """mm, mv and addmm: samples may lie along the rows of the first or the columns of the second matrix."""
+    shift = 1 if c.call.name == "addmm" else 0
+    left, right = c.axis(shift), c.axis(shift + 1)
+    if left is not None and right is None and left.axis == 0:
+        return _added(c, left) if shift else left
+    if right is not None and left is None and right.axis == 1:
+        return _added(c, right) if shift else right
+    raise mixes(c.call)
+
+
+def _added(c: Context, axis: SampleAxis) -> SampleAxis:
+    """What is added to a product has its samples where the product has them, or none."""
+    added = c.axis(0)
+    if added is not None and (added != axis or len(c.shape(0)) != len(c.result)):
+        raise mixes(c.call)
+    return axis
+
+
+def _batched_matrix(c: Context) -> SampleAxis | None:
+    shift = 1 if c.call.name == "baddbmm" else 0
+    left, right = c.axis(shift), c.axis(shift + 1)
+    known = [axis for axis in (left, right) if axis is not None]
+    if all(axis.axis == 0 for axis in known) and len(set(known)) == 1:
+        axis = known[0]
+    elif left is not None and right is None and left.axis == 1:
+        axis = left
+    elif right is not None and left is None and right.axis == 2:
+        axis = right
+    else:
+        raise mixes(c.call)
+    return _added(c, axis) if shift else axis
+
+
+def _looked_up(c: Context) -> SampleAxis | None:
+    """In a table, the first argument, that is the same for all samples."""
+    return c.only(1)
+
+
+def _trilinear(c: Context) -> SampleAxis | None:
+    """As `nn.Bilinear` calls it: [B, i], [o, i, j], [B, j] -> [B, o]."""
+    names, bilinear = ("expand1", "expand2", "expand3", "sumdim"), ((1, 3), (0,), (1, 2), (2, 3))
+    known = {axis for axis in (c.axis(0), c.axis(2)) if axis is not None}
+    if tuple(tuple(c.named(name)) for name in names) != bilinear or c.axis(1) or len(known) != 1:
+        raise mixes(c.call)
+    axis = known.pop()
+    if axis.axis != 0:
+        raise mixes(c.call)
+    return axis
+
+
+def _terms(c: Context) -> SampleAxis | None:
+    if c.named("reduction") != 0:
+        raise mixes(c.call)
+    return _elementwise(c)
+
+
+def _likelihood(c: Context) -> SampleAxis | None:
+    """One of the classes along the second axis, which goes."""
+    axis, target = c.axis(0), c.axis(1)
+    if axis is None or c.named("reduction") != 0 or axis.axis == 1:
+        raise mixes(c.call)
+    made = replace(axis, axis=axis.axis - (axis.axis > 1))
+    if target not in (None, made):
+        raise mixes(c.call)
+    return made
+
+
+def _constant(c: Context) -> SampleAxis | None:
+    return None
+
+
+def _filled(c: Context) -> SampleAxis | None:
+    if c.axis(1) is not None:
+        raise mixes(c.call)
+    return None
+
+
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(REDUCTION, _reduction),
+    **dict.fromkeys(ALONG, _along),
+    **dict.fromkeys(FIRST_AXIS, _first),
+    **dict.fromkeys(CONSTANT, _constant),
+    **dict.fromkeys(LOSS_OPERATORS, _terms),
+    **dict.fromkeys(LIKELIHOODS, _likelihood),
+    **dict.fromkeys(RESHAPES, moves.reshaped),
+    **dict.fromkeys(("t", "transpose", "permute"), moves.transposed),
+    **dict.fromkeys(("mm", "mv", "addmm"), _matrix),
+    **dict.fromkeys(("bmm", "baddbmm"), _batched_matrix),
+    "_trilinear": _trilinear,
+    **dict.fromkeys(MATRIX, _of_matrix),
+    **dict.fromkeys(PAIRS, _of_pair),
+    **dict.fromkeys(("embedding", "searchsorted"), _looked_up),
+    **dict.fromkeys(("bucketize", "isin"), Context.only),
+    "linalg_cross": _cross,
+    "_euclidean_dist": _distances,
+    **dict.fromkeys(PICTURE, _of_picture),
+    **dict.fromkeys(("cat", "stack"), moves.joined),
+    **dict.fromkeys(("slice", "narrow", "narrow_copy"), moves.sliced),
+    **dict.fromkeys(
+        "split split_with_sizes unsafe_split unsafe_chunk glu index_select unfold".split(),
+        moves.along_another,
+    ),
+    **dict.fromkeys(("select", "unbind"), moves.selected),
+    **dict.fromkeys(("gather", "scatter", "scatter_add"), moves.by_position),
+    "index": moves.indexed,
+    "index_put": writes.put,
+    **dict.fromkeys(("index_add", "index_copy", "index_fill"), writes.by_index),
+    "scatter_reduce": writes.reduced_by_position,
+    "slice_scatter": writes.into_slice,
+    "select_scatter": writes.into_selection,
+    "diagonal_scatter": writes.into_diagonal,
+    **dict.fromkeys(("diagonal", "diag_embed"), moves.diagonals),
+    "fill": _filled,
+    "repeat": moves.repeated,
+    "expand": moves.expanded,
+    "unsqueeze": moves.unsqueezed,
+    "squeeze": moves.squeezed,
+    "constant_pad_nd": moves.padded,
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    **dict.fromkeys((ELEMENTWISE_UNARY | COMPLEX) - ELEMENTWISE, Context.only),
+}
+
+
+def rule_of(call: Call) -> Rule:
+    """The rule of an operator.
+
+    Raises:
+        NotApplicable: none is known.
+    """
+    if call.operator.namespace != "aten" or call.name not in _RULES:
+        raise mixes(call)
+    return _RULES[call.name]

@@ -1,0 +1,89 @@
+"""What operators that replace a part of a tensor do to the sample axis.
+
+The tensor and the part may both depend on the samples, along the same axis, or only one of them: rows that are filled
+one by one, for example, begin as zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from hesscli.hessian.proofs.sample_axis import Context, SampleAxis, mixes
+from hesscli.hessian.proofs.sample_moves import Indices, by_position
+
+_REDUCTIONS = frozenset(["sum", "mean", "amax", "amin"])
+
+
+def into_slice(c: Context) -> SampleAxis | None:
+    dim = c.named("dim") % len(c.shape())
+    whole = list(c.shape(0)) == list(c.shape(1))
+    return _replaced(c, 1, lambda axis: None if axis == dim and not whole else axis)
+
+
+def into_selection(c: Context) -> SampleAxis | None:
+    dim = c.named("dim") % len(c.shape())
+    return _replaced(c, 1, lambda axis: None if axis == dim else axis - (axis > dim))
+
+
+def into_diagonal(c: Context) -> SampleAxis | None:
+    dims = c.dims((c.named("dim1"), c.named("dim2")), len(c.shape()))
+    return _replaced(
+        c, 1, lambda axis: None if axis in dims else axis - sum(d < axis for d in dims)
+    )
+
+
+def by_index(c: Context) -> SampleAxis | None:
+    """`index_add`, `index_copy` and `index_fill`: along one axis by an index, which no sample has of its own."""
+    dim = c.named("dim") % len(c.shape())
+    if c.axis(2) is not None:
+        raise mixes(c.call)
+    if c.call.name == "index_fill":
+        if c.axis(3) is not None or c.only().axis == dim:
+            raise mixes(c.call)
+        return c.only()
+    return _replaced(c, 3, lambda axis: None if axis == dim else axis)
+
+
+def put(c: Context) -> SampleAxis | None:
+    """`x[:, i, j] = values`, by constant indices."""
+    indices = Indices(c)
+    numbers = [index.value for index in c.named("indices") if index is not None]
+    for number in numbers:
+        if c.axes[number] is not None:
+            raise mixes(c.call)
+        if len(c.shapes[number]) > 1 and c.tape.recorded(number).dtype is torch.bool:
+            raise mixes(c.call)  # a mask of several axes
+    shift = len(c.shape()) - len(numbers) + indices.rank - len(c.shape(2))
+    return _replaced(c, 2, lambda axis: None if axis in indices.at else indices.moved(axis) - shift)
+
+
+def reduced_by_position(c: Context) -> SampleAxis | None:
+    """`scatter_reduce`."""
+    if c.named("reduce") not in _REDUCTIONS:
+        raise mixes(c.call)
+    return by_position(c)
+
+
+def _replaced(c: Context, part: int, place: Callable[[int], int | None]) -> SampleAxis | None:
+    """The axis of a tensor of which a part is replaced.
+
+    Args:
+        c: the call.
+        part: which of its arguments the part is; the first is the tensor.
+        place: an axis of the tensor -> the same axis of the part, or None if the part has only some of its places.
+    """
+    mine, given = c.axis(0), c.axis(part)
+    if mine is None and given is not None:
+        rank = len(c.shape())
+        mine = next(
+            (replace(given, axis=axis) for axis in range(rank) if place(axis) == given.axis), None
+        )
+    if mine is None:
+        raise mixes(c.call)
+    there = place(mine.axis)
+    if there is None or given not in (None, replace(mine, axis=there)):
+        raise mixes(c.call)
+    return mine

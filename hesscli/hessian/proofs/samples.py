@@ -1,0 +1,96 @@
+"""Proof on a tape that samples do not mix, by following the sample axis through every operator.
+
+If sample b of the output depends on nothing but sample b of the inputs, one direction can be taken in all samples
+at once, and the derivatives of all samples come out of one pass. The proof knows the operators that have a rule;
+anything else counts as mixing. One sample alone has nothing to mix with: any axis of any value may count as its.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from hesscli.hessian.applicability import NotApplicable
+from hesscli.hessian.proofs.sample_axis import Axes, Context, SampleAxis, mixes
+from hesscli.hessian.proofs.sample_rules import rule_of
+from hesscli.hessian.recording.tape import Call, Tape
+
+
+def sample_axes(tape: Tape, samples: int) -> Axes:
+    """The sample axis of every value.
+
+    Args:
+        tape: a recorded pass.
+        samples: how many samples went through: the length of the inputs' first axis.
+
+    Raises:
+        NotApplicable: an operator mixes samples, or is not known not to.
+    """
+    axes = follow(tape, dict.fromkeys(tape.inputs, SampleAxis(0)), samples)
+    if axes[tape.output] != SampleAxis(0):
+        raise NotApplicable("the output has no sample axis in front")
+    return axes
+
+
+def follow(
+    tape: Tape, start: Mapping[int, SampleAxis], samples: int, picking: bool = False
+) -> Axes:
+    """Where the samples lie in every value that depends on the given ones.
+
+    Args:
+        tape: a recorded pass.
+        start: the values and axes to follow from.
+        samples: how many lie along each.
+        picking: one of them may be picked and go on alone, without an axis; so does what is made of it.
+
+    Raises:
+        NotApplicable: an operator mixes samples, or is not known not to.
+    """
+    axes: dict[int, SampleAxis | None] = {**dict.fromkeys(tape.shapes), **start}
+    alone: dict[int, int] = {}  # values made of one of them, and of which
+    for call in tape.calls:
+        picked = {alone[n] for n in call.reads if n in alone}
+        depends = any(axes[n] for n in call.reads)
+        if depends and picking and (place := _pick(Context(call, axes, tape, samples))) is not None:
+            picked, depends = picked | {place}, False
+        if picked:
+            if depends or len(picked) > 1 or not start.keys().isdisjoint(call.outputs):
+                raise mixes(call)
+            alone.update(dict.fromkeys((n for n in call.outputs if n is not None), *picked))
+            continue
+        if not depends:
+            continue
+        result = rule_of(call)(Context(call, axes, tape, samples)) if samples > 1 else None
+        for made in call.outputs:
+            if made is None:
+                continue
+            if samples == 1:
+                result = _only_sample(call, tape.shapes[made])
+            if made in start and start[made] != result:
+                raise mixes(call)
+            axes[made] = result
+            if result is not None:
+                _verify(call, result, tape.shapes[made], samples)
+    return axes
+
+
+def _pick(c: Context) -> int | None:
+    """Which of the samples a call takes alone, if it does: `x[:, 0]` or `x[:, -1:]`."""
+    if c.call.name not in ("select", "slice") or (axis := c.axis(0)) is None:
+        return None
+    shape = c.shape()
+    if axis != SampleAxis(axis.axis) or c.named("dim") % len(shape) != axis.axis:
+        return None
+    if c.call.name == "select":
+        return int(c.named("index")) % c.samples
+    return int(c.named("start") or 0) % c.samples if c.result[axis.axis] == 1 else None
+
+
+def _only_sample(call: Call, shape: Sequence[int]) -> SampleAxis:
+    if not shape:
+        raise mixes(call)
+    return SampleAxis(0, outer=shape[0])
+
+
+def _verify(call: Call, axis: SampleAxis, shape: Sequence[int], samples: int) -> None:
+    if axis.axis >= len(shape) or shape[axis.axis] != axis.outer * samples * axis.inner:
+        raise mixes(call)

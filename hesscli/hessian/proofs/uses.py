@@ -1,0 +1,177 @@
+"""The one place where a parameter enters a tape, in an affine way.
+
+At such a use, z = A(a) theta with some activation a, and everything after z sees the parameter through z alone. Then,
+with delta = dL/dz and S = d^2 L / dz^2 of each sample, its own block of the Hessian is the sum over samples of A^T S A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.layout import Part
+from hesscli.hessian.proofs.patches import convolved
+from hesscli.hessian.proofs.sample_axis import SampleAxis
+from hesscli.hessian.recording.tape import Call
+
+LINEAR, CONVOLUTION, SCALE, BIAS = "linear", "convolution", "scale", "bias"
+
+_OF_CONVOLUTION = ("stride", "padding", "dilation", "transposed", "output_padding")
+
+
+@dataclass(frozen=True)
+class Use:
+    """The one affine use of a parameter.
+
+    Attributes:
+        parameter: its name.
+        value: the number of what enters.
+        moves: the views, copies, and products with constants that make it of the parameter.
+        kind: linear (z = a W^T), convolution, scale (z = a * w) or bias (z = ... + b).
+        call: the operator.
+        z: the number of the value that it gives; of rows looked up for all samples alike, of the sum they go into.
+        a: the number of the other operand; None for a bias.
+        axis: the sample axis of z.
+        channels: the axes of z that the parameter's outputs lie along.
+        n: outputs per position.
+        m: inputs per output (fan-in); 1 for scale and bias.
+        positions: at how many places of one sample the parameter is applied.
+        apart: at how many further places, each of which counts as a sample.
+        rank: the number of axes of z.
+        kernel: a convolution's spatial extent.
+        groups: of outputs, each with inputs of its own.
+        sections: of outputs, whose entries lie one section after the other.
+        runs: how many runs of its section an output's entries lie in; 1 where they lie together.
+        order: which of its inputs each of an output's entries belongs to; empty where they follow one another.
+    """
+
+    parameter: str
+    value: int
+    moves: tuple[Call, ...]
+    kind: str
+    call: Call
+    z: int
+    a: int | None
+    axis: SampleAxis
+    channels: tuple[int, ...]
+    n: int
+    m: int
+    positions: int
+    rank: int
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+    sections: int = 1
+    runs: int = 1
+    order: tuple[int, ...] = ()
+    apart: int = 1
+
+    def rows(self, u: Tensor) -> Tensor:
+        """[..., *z.shape] -> [..., samples, positions, n]."""
+        lead = u.dim() - self.rank
+        shape = u.shape[lead:]
+        samples = self.axis.samples(shape)
+        u = u.reshape(*u.shape[:lead], *self._split(shape, samples))
+        u = u.permute(*range(lead), *(lead + i for i in self._order))
+        return u.reshape(*u.shape[:lead], samples * self.apart, self.positions, -1)
+
+    def spread(self, u: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse of `rows`: [..., samples, positions, n] -> [..., *shape], the shape of z."""
+        lead, order = u.dim() - 3, self._order
+        split = self._split(shape, u.shape[lead] // self.apart)
+        u = u.reshape(*u.shape[:lead], *(split[i] for i in order))
+        back = sorted(range(len(order)), key=order.__getitem__)
+        u = u.permute(*range(lead), *(lead + i for i in back))
+        return u.reshape(*u.shape[:lead], *shape)
+
+    def _split(self, shape: Sequence[int], samples: int) -> list[int]:
+        """The shape of z with the sample axis split into (outer, samples, inner)."""
+        at, axis = self.axis.axis, self.axis
+        return [*shape[:at], axis.outer, samples, axis.inner, *shape[at + 1 :]]
+
+    @property
+    def _order(self) -> list[int]:
+        """The axes of that in canonical order: samples, positions, channels."""
+        first = self.axis.axis + 1
+        last = [c + 2 * (c >= first) for c in self.channels]
+        others = (i for i in range(self.rank + 2) if i != first and i not in last)
+        return [first, *others, *last]
+
+    def columns(self, known: Mapping[int, Tensor]) -> Tensor:
+        """The inputs of the affine map: [samples, positions, groups m]; for a bias all ones."""
+        if self.a is None:
+            z = known[self.z]
+            return z.new_ones(self.axis.samples(z.shape) * self.apart, self.positions, 1)
+        a = known[self.a]
+        if self.kind == SCALE:
+            return self.rows(a.expand(known[self.z].shape))
+        if self.kind == CONVOLUTION:
+            patches = convolved(a, self.kernel, *map(self.call.named, _OF_CONVOLUTION))
+            split = (self.axis.outer, -1, self.axis.inner, *patches.shape[1:])
+            whole = (-1, self.positions, self.groups * self.m)
+            return patches.reshape(split).transpose(0, 1).reshape(whole)
+        if self.call.name == "embedding":  # a product with the tokens' unit vectors
+            a = torch.nn.functional.one_hot(a, self.m).to(known[self.z].dtype)
+            padding = self.call.named("padding_idx")
+            if padding >= 0:  # to PyTorch a constant
+                a[..., padding] = 0
+            a = a.expand(*known[self.z].shape[:-1], self.m)
+        rows = self.rows(a)
+        if not self.order:
+            return rows
+        return rows.unflatten(-1, (self.groups, -1))[..., self.order].flatten(-2)
+
+    def pull(self, u: Tensor, columns: Tensor) -> Tensor:
+        """A^T u, the sum over positions: [..., T, n] with columns [..., T, groups m] -> [..., size], as it lies."""
+        if self.kind == BIAS:
+            return u.sum(-2)
+        if self.kind == SCALE:
+            return (u * columns).sum(-2)
+        if self.groups > 1:
+            u, columns = (x.unflatten(-1, (self.groups, -1)).movedim(-2, -3) for x in (u, columns))
+        product = u.transpose(-1, -2) @ columns  # [..., n, m]; or of each group
+        return self.stored(product if self.groups == 1 else product.flatten(-3, -2))
+
+    def stored(self, values: Tensor) -> Tensor:
+        """Of each output and input, [..., n, m], as the parameter lies: [..., size]."""
+        values = values.unflatten(-2, (self.sections, -1)).unflatten(-1, (self.runs, -1))
+        return values.transpose(-3, -2).flatten(-4)
+
+    def entries(self, values: Tensor, output: int) -> Tensor:
+        """Those of one output, as a view: [size], as the parameter lies, -> [runs, m / runs]."""
+        section, place = divmod(output, self.n // self.sections)
+        return values.view(self.sections, self.runs, self.n // self.sections, -1)[section, :, place]
+
+    def inputs_of(self, output: int) -> slice:
+        """Which of the columns an output is made of."""
+        group = output * self.groups // self.n
+        return slice(group * self.m, (group + 1) * self.m)
+
+    def parts(self, first: int, sections: int) -> list[Part]:
+        """Where an output's entries lie in a block in which the parameter's start at `first`, for each section.
+
+        There are as many as those of the weight that the outputs belong to.
+        """
+        starts = range(first, first + self.size, self.size // sections)
+        return [Part(start, self.size // self.n, self.runs) for start in starts]
+
+    @property
+    def moving(self) -> int | None:
+        """The operand a where it may depend on other parameters: tokens do not."""
+        return None if self.call.name == "embedding" else self.a
+
+    @property
+    def directions(self) -> int:
+        """How many directions of z the parameter's own block takes."""
+        return self.n * min(self.positions, self.m) if self.is_layer else self.size
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is a weight whose outputs all have the same inputs."""
+        return self.kind in (LINEAR, CONVOLUTION) and self.groups == 1
+
+    @property
+    def size(self) -> int:
+        return self.n if self.kind in (SCALE, BIAS) else self.n * self.m

@@ -1,0 +1,201 @@
+"""One forward pass as the list of ATen operators that it executed, to be replayed and differentiated piece by piece.
+
+Every kind of model (eager module, TorchScript, exported graph) reaches PyTorch's dispatcher, and is recorded there,
+with the definitions of `definitions.py` in place. A tape belongs to the very batch that it was recorded with, so
+control flow that depends on the data is exact, and nothing needs to be exportable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.aten.precision import default_of
+
+Kind = TypeVar("Kind")
+
+# What was written in place lies elsewhere in its replay, where not every view is one.
+_VIEWS_OR_COPIES = {
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+}
+
+# Their schemas promise that nobody will see that they are views.
+_UNMARKED_VIEWS = frozenset("_unsafe_view unsafe_split unsafe_split_with_sizes".split())
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for a tensor in a call's arguments: the value with this number."""
+
+    value: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator, its arguments (tensors as `Ref`), and the numbers of the values it gives (None: unused)."""
+
+    operator: Any  # torch._ops.OpOverload
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    outputs: tuple[int | None, ...]
+
+    @cached_property
+    def name(self) -> str:
+        return str(self.operator._schema.name).removeprefix("aten::")
+
+    @cached_property
+    def reads(self) -> list[int]:
+        return [ref.value for ref in each((self.arguments, *self.keywords.values()), Ref)]
+
+    @cached_property
+    def is_view(self) -> bool:
+        """Whether its results lie in the memory of what it reads."""
+        aliases = [made.alias_info for made in self.operator._schema.returns]
+        views = any(alias is not None and not alias.is_write for alias in aliases)
+        return views or self.name in _UNMARKED_VIEWS
+
+    def place(self, value: int) -> int:
+        """Which of its arguments a value is by itself; -1 for none."""
+        ref = Ref(value)
+        return self.arguments.index(ref) if ref in self.arguments else -1
+
+    def named(self, name: str) -> Any:
+        """An argument by its name in the operator's schema, or its default; its place differs between overloads.
+
+        None where this overload has no such argument: a sum over everything has no dimension.
+        """
+        for place, argument in enumerate(self.operator._schema.arguments):
+            if argument.name == name:
+                if place < len(self.arguments):
+                    return self.arguments[place]
+                return self.keywords.get(name, argument.default_value)
+        return None
+
+
+@dataclass(frozen=True)
+class Tape:
+    """The calls that lead from parameters and data to the model's output.
+
+    Attributes:
+        calls: in the order of execution; only those that the output needs, unless refused.
+        given: the values that no call makes: parameters, buffers, data, and TorchScript's constants.
+        shapes: the shape of every value.
+        parameters: the number of each parameter that the output depends on.
+        inputs: the numbers of the model's inputs.
+        output: the number of its output.
+        complex: the values that are complex numbers.
+        default: the dtype of tensors that were made without one.
+        decided: whether the pass went the way it did because of numbers that it made of the inputs.
+        refusal: why the calls, executed again, need not give what the pass gave; empty if they do.
+    """
+
+    calls: tuple[Call, ...]
+    given: Mapping[int, Tensor]
+    shapes: Mapping[int, torch.Size]
+    parameters: Mapping[str, int]
+    inputs: tuple[int, ...]
+    output: int
+    complex: frozenset[int] = frozenset()
+    default: torch.dtype = torch.float32
+    decided: bool = False
+    refusal: str = ""
+
+    def dependent(self, values: Sequence[int]) -> set[int]:
+        """The values that depend on any of these, themselves included."""
+        reached = 0
+        for value in values:
+            reached |= self._reach.get(value, 1 << value)
+        return {n for n, bit in enumerate(bin(reached)[:1:-1]) if bit == "1"}
+
+    @cached_property
+    def _reach(self) -> dict[int, int]:
+        """What depends on each value that is read, itself included, as bits: from the last call to the first."""
+        reach: dict[int, int] = {}
+        for call in reversed(self.calls):
+            made = 0
+            for n in call.outputs:
+                if n is not None:
+                    made |= reach.get(n, 1 << n)
+            for n in call.reads:
+                reach[n] = reach.get(n, 1 << n) | made
+        return reach
+
+    @cached_property
+    def readers(self) -> Mapping[int, Sequence[Call]]:
+        """The calls that read each value, in order; one that reads it twice is there twice."""
+        readers: dict[int, list[Call]] = {}
+        for call in self.calls:
+            for n in call.reads:
+                readers.setdefault(n, []).append(call)
+        return readers
+
+    @cached_property
+    def maker(self) -> Mapping[int, int]:
+        """The place of the call that makes each value, but for those that are given."""
+        return {n: i for i, call in enumerate(self.calls) for n in call.outputs if n is not None}
+
+    def until(self, value: int) -> tuple[Call, ...]:
+        """The calls up to the one that makes a value."""
+        return self.calls[: self.maker.get(value, -1) + 1]
+
+    def recorded(self, value: int, given: Mapping[int, Tensor] = MappingProxyType({})) -> Tensor:
+        """A value as it was recorded, by the calls that lead to it; with others that were given."""
+        calls, needed = [], {value}
+        for call in reversed(self.calls):
+            if not needed.isdisjoint(call.outputs):
+                calls.append(call)
+                needed.update(call.reads)
+        return self.replay(given, calls=calls[::-1])[value]
+
+    def replay(
+        self,
+        values: Mapping[int, Tensor],
+        changed: Callable[[int, Tensor], Tensor] = lambda number, value: value,
+        calls: Sequence[Call] | None = None,
+    ) -> dict[int, Tensor]:
+        """Executes the calls again.
+
+        Args:
+            values: what to take for the given values, where it differs from the recording.
+            changed: what a value made by a call is replaced by.
+            calls: these calls alone; all, if left out.
+
+        Returns:
+            every value by its number.
+        """
+        known = {**self.given, **values}
+        with default_of(self.default):
+            for call in self.calls if calls is None else calls:
+                arguments = _filled(call.arguments, known)
+                keywords = {name: _filled(value, known) for name, value in call.keywords.items()}
+                operator = _VIEWS_OR_COPIES.get(call.operator, call.operator)
+                result = operator(*arguments, **keywords)
+                parts = result if isinstance(result, (tuple, list)) else (result,)
+                for number, part in zip(call.outputs, parts, strict=True):
+                    if number is not None:
+                        known[number] = changed(number, part)
+        return known
+
+
+def each(value: Any, kind: type[Kind]) -> Iterator[Kind]:
+    """Whatever is of a kind in an argument, or in its lists."""
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from each(item, kind)
+
+
+def _filled(value: Any, known: Mapping[int, Tensor]) -> Any:
+    if isinstance(value, Ref):
+        return known[value.value]
+    if isinstance(value, tuple) and any(each(value, Ref)):
+        return [_filled(item, known) for item in value]
+    return value

@@ -1,0 +1,254 @@
+"""The diagonal of d^2 L / dz^2 at every layer of a chain, in one backward sweep.
+
+Where a model is a chain of linear layers and elementwise functions, each sample's S = d^2 L / dz^2 goes from a value
+to the one before it by
+
+    S_u = diag(phi') S_y diag(phi') + diag(phi'' dL/dy)      y = phi(u)
+    S_x = M S_z M^T                                          z = x M
+
+starting from the loss's own Hessian at the output. S is never needed whole: it is kept as a sum of terms L^T R with few
+rows (as many as outputs), V^T diag(w) V (as many as neurons of a layer behind), and a diagonal, which passes one linear
+layer without being spread out: diag(M diag(d) M^T) = (M * M) d. In a deep chain the rows would add up, so they are
+multiplied out now and then.
+
+Source: the recursion is that of A. Botev et al., Practical Gauss-Newton optimisation, 2017, eq. 28-31, kept factored
+as in F. Dangel et al., BackPACK, 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.chunk_sizes import chunk_sizes
+from hesscli.hessian.proofs.analysis import Analysis
+from hesscli.hessian.proofs.sample_axis import SampleAxis
+from hesscli.hessian.proofs.sample_rules import ELEMENTWISE_UNARY, RESHAPES
+from hesscli.hessian.recording.tape import Call, Ref
+from hesscli.hessian.routes.probes import Probed
+
+UNARY = ELEMENTWISE_UNARY - {"detach"}
+PRODUCTS = ("mm", "addmm")
+_AFFINE = frozenset(["mul", "add", "sub", "div"])
+MOST_ROWS = 3  # times n: to multiply out S, and start anew from it, costs about as much as to push that many
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator of the chain: `call` gives `after` from `before`."""
+
+    call: Call
+    before: int
+    after: int
+
+
+def find_chain(analysis: Analysis, zs: Collection[int]) -> tuple[list[Step], set[int]]:
+    """The operators from the output back to the first of these values that can be reached, and those reached.
+
+    A chain ends where a value is used twice, or made in a way that the recursion does not know.
+    """
+    tape = analysis.tape
+    steps: list[Step] = []
+    value, reached, needed = tape.output, set[int](), 0
+    while value in tape.maker and analysis.axes[value] == SampleAxis(0):
+        if value in zs:
+            reached.add(value)
+            needed = len(steps)
+        call = tape.calls[tape.maker[value]]
+        before = [n for n in call.reads if analysis.axes[n] is not None]
+        if (
+            len(before) != 1
+            or len(tape.readers[before[0]]) != 1
+            or not _known(call, before[0])
+            or (call.name in _AFFINE and tape.shapes[before[0]] != tape.shapes[value])  # repeats it
+        ):
+            break
+        steps.append(Step(call, before[0], value))
+        value = before[0]
+    return steps[:needed], reached
+
+
+def _known(call: Call, before: int) -> bool:
+    place = call.place(before)
+    if call.name in UNARY or call.name in RESHAPES:
+        return call.reads == [before]  # not a clamp between values, say
+    if call.name in PRODUCTS and not call.keywords:
+        return place == (1 if call.name == "addmm" else 0)
+    return call.name in _AFFINE and not call.keywords and (call.name != "div" or place == 0)
+
+
+def chain_diagonals(
+    probed: Probed, output: int, steps: Sequence[Step], zs: Collection[int]
+) -> dict[int, Tensor]:
+    """diag(d^2 L / dz^2) of each sample: [B, n] for each z of the chain.
+
+    Args:
+        probed: a pass with probes at `curved_outputs(steps)`.
+        output: the number of the model's output.
+        steps: of `find_chain`.
+        zs: where it is wanted.
+    """
+    probes = list(probed.probes.values())
+    grads = torch.autograd.grad(probed.value, probes, allow_unused=True) if probes else ()
+    gradient = dict(zip(probed.probes, grads, strict=True))
+    start = probed.output_hessian()
+    # From the last linear layer on, the diagonal is all that is needed, and all that is kept.
+    last = max((i for i, s in enumerate(steps) if s.call.name in PRODUCTS), default=0)
+    widest = max([start.shape[1], *(probed.known[s.before][0].numel() for s in steps)])
+    count = max(1, chunk_sizes(start.device).chain // (widest * widest))
+    found: dict[int, list[Tensor]] = {z: [] for z in zs}
+    with torch.no_grad():
+        for first in range(0, probed.samples, count):
+            part = slice(first, first + count)
+            curvature = FactoredHessian(start[part])
+            value = output
+            for index, step in enumerate(steps):
+                if value in found:
+                    found[value].append(curvature.diagonal())
+                at = probed.known[step.before].detach()[part]
+                slope = gradient.get(step.after)
+                slope = None if slope is None else slope[part]
+                _back(curvature, step, probed.known, at, slope, index >= last)
+                value = step.before
+            found[value].append(curvature.diagonal())
+    return {z: torch.cat(parts) for z, parts in found.items()}
+
+
+def curved_outputs(steps: Sequence[Step]) -> list[int]:
+    """The values of the chain at which dL/dy is needed."""
+    return [step.after for step in steps if step.call.name in UNARY]
+
+
+def _back(
+    curvature: FactoredHessian,
+    step: Step,
+    known: Mapping[int, Tensor],
+    before: Tensor,
+    gradient: Tensor | None,
+    last: bool,
+) -> None:
+    """S from the value after a step to the one before; `before` and `gradient` (at `after`) are of some samples."""
+    call = step.call
+    if call.name in RESHAPES:
+        return
+    if call.name in PRODUCTS:
+        matrix = call.arguments[-1]
+        curvature.linear(known[matrix.value].detach(), last)
+        return
+    samples = before.shape[0]
+    if call.name in UNARY:
+        slope, bend = derivatives(call, before)
+        curvature.scale(slope.reshape(samples, -1))
+        if bend is not None and gradient is not None:
+            curvature.add_diagonal((bend * gradient).reshape(samples, -1))
+        return
+    if call.name in ("mul", "div"):
+        other = next(a for a in call.arguments if a != Ref(step.before))
+        factor = known[other.value].detach() if isinstance(other, Ref) else other
+        ones = torch.ones_like(before)
+        factor = ones * factor if call.name == "mul" else ones / factor
+        curvature.scale(factor.reshape(samples, -1))
+    # add and sub: the derivative is one, or minus one, which S does not feel
+
+
+def derivatives(call: Call, at: Tensor) -> tuple[Tensor, Tensor | None]:
+    """phi' and phi'' of an elementwise function; None where phi'' is zero."""
+    with torch.enable_grad():
+        u = at.clone().requires_grad_()
+        arguments = [u if isinstance(a, Ref) else a for a in call.arguments]
+        result = call.operator(*arguments, **call.keywords)
+        y = result[0] if isinstance(result, (tuple, list)) else result
+        if not y.requires_grad:
+            return torch.zeros_like(at), None
+        (slope,) = torch.autograd.grad(y.sum(), u, create_graph=True)
+        if not slope.requires_grad:
+            return slope, None
+        (bend,) = torch.autograd.grad(slope.sum(), u, allow_unused=True)
+    return slope.detach(), bend
+
+
+class FactoredHessian:
+    """S = sum of L^T R + sum of V^T diag(w) V + diag(d), for each sample.
+
+    Args:
+        whole: S itself, [B, n, n].
+    """
+
+    def __init__(self, whole: Tensor) -> None:
+        self._begin_with(whole)
+
+    def _begin_with(self, whole: Tensor) -> None:
+        identity = torch.eye(whole.shape[1], dtype=whole.dtype, device=whole.device)
+        self.pairs = [(identity.unsqueeze(0), whole)]  # L [B or 1, r, n], R [B, r, n]
+        self.weighted: list[tuple[Tensor, Tensor]] = []  # V [B or 1, r, n], w [B, r]
+        self.d: Tensor | None = None  # [B, n]
+
+    def scale(self, g: Tensor) -> None:
+        """S <- diag(g) S diag(g), g [B, n]."""
+        g = g.unsqueeze(1)
+        self.pairs = [(left * g, right * g) for left, right in self.pairs]
+        self.weighted = [(v * g, w) for v, w in self.weighted]
+        if self.d is not None:
+            self.d = self.d * g.squeeze(1) ** 2
+
+    def add_diagonal(self, d: Tensor) -> None:
+        self.d = d if self.d is None else self.d + d
+
+    def linear(self, matrix: Tensor, last: bool) -> None:
+        """S <- M S M^T with M [n', n]; the last time, only the diagonal of that."""
+        m = matrix.T.contiguous()  # [n, n']
+        if self._rows() > MOST_ROWS * m.shape[0]:
+            self._make_whole()
+        if last:
+            d = self._diagonal_of_product(m)
+            self.pairs, self.weighted, self.d = [], [], d
+            return
+        self.pairs = [(left @ m, right @ m) for left, right in self.pairs]
+        self.weighted = [(v @ m, w) for v, w in self.weighted]
+        if self.d is not None:
+            self.weighted.append((m.unsqueeze(0), self.d))
+            self.d = None
+
+    def diagonal(self) -> Tensor:
+        """[B, n]"""
+        total = 0.0 if self.d is None else self.d
+        for left, right in self.pairs:
+            total = total + (left * right).sum(1)
+        for v, w in self.weighted:
+            total = total + _weighted_squares(v, w)
+        assert isinstance(total, Tensor)
+        return total
+
+    def _diagonal_of_product(self, m: Tensor) -> Tensor:
+        total = 0.0 if self.d is None else self.d @ (m * m)
+        for left, right in self.pairs:
+            total = total + ((left @ m) * (right @ m)).sum(1)
+        for v, w in self.weighted:
+            for start in range(0, v.shape[1], 64):  # [B, 64, n'] at a time
+                part = slice(start, start + 64)
+                total = total + _weighted_squares(v[:, part] @ m, w[:, part])
+        assert isinstance(total, Tensor)
+        return total
+
+    def _rows(self) -> int:
+        return sum(2 * left.shape[1] for left, _ in self.pairs) + sum(
+            v.shape[1] for v, _ in self.weighted
+        )
+
+    def _make_whole(self) -> None:
+        whole = sum(left.transpose(1, 2) @ right for left, right in self.pairs)
+        for v, w in self.weighted:
+            whole = whole + (v * w.unsqueeze(2)).transpose(1, 2) @ v
+        if self.d is not None:
+            whole = whole + torch.diag_embed(self.d)
+        assert isinstance(whole, Tensor)
+        self._begin_with(whole)
+
+
+def _weighted_squares(v: Tensor, w: Tensor) -> Tensor:
+    """diag(V^T diag(w) V): V [B or 1, r, n], w [B, r] -> [B, n]."""
+    squares = v * v
+    return w @ squares[0] if len(v) == 1 else (w.unsqueeze(1) @ squares).squeeze(1)

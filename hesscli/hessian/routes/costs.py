@@ -1,0 +1,191 @@
+"""What a route costs, in seconds: one model of passes, flops and bytes, for the planner and for `--dry-run`.
+
+A pass over some calls of a tape costs its matrix products at the machine's rate, its activations at memory speed, and a
+fixed time per call. Reverse-over-reverse products take about four forward passes' worth of each.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from hesscli.hessian.proofs.uses import CONVOLUTION, LINEAR, Use
+from hesscli.hessian.recording.tape import Call, Ref, Tape
+from hesscli.hessian.routes.chain import MOST_ROWS, PRODUCTS, Step
+from hesscli.hessian.routes.rates import Rates
+
+
+@dataclass(frozen=True)
+class Work:
+    """An amount of work."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    calls: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.calls + other.calls)
+
+    def times(self, factor: float, calls: float | None = None) -> Work:
+        """This work so many times; the calls, where batched, only `calls` times."""
+        return Work(
+            self.flops * factor,
+            self.bytes * factor,
+            self.calls * (factor if calls is None else calls),
+        )
+
+    def seconds(self, rates: Rates) -> float:
+        return self.flops / rates.flops + self.bytes / rates.memory + self.calls * rates.call
+
+
+PASSES = 4.0
+"""Forward passes' worth of work in one product of d delta / dz with a direction."""
+
+CUT_PASSES = 5.5
+"""The same where the direction ends at a cut: it goes the way back twice."""
+
+
+_LOSS = 4.0
+"""Elementwise operators in a loss: a softmax's exponential, sum, quotient and logarithm."""
+
+
+class Costs:
+    """The cost of each route on one recorded batch.
+
+    Args:
+        tape: the batch's calls.
+        itemsize: bytes of a number.
+        chunk: directions that share a batched pass.
+        rates: that seconds are reckoned by.
+    """
+
+    def __init__(self, tape: Tape, itemsize: int, chunk: int, rates: Rates) -> None:
+        self.tape, self.itemsize, self.chunk, self.rates = tape, itemsize, chunk, rates
+        self._each = [self._work(call) for call in tape.calls]
+        self._after: dict[tuple[int, ...], Work] = {}
+        output = tape.shapes[tape.output]
+        self.samples = output[0] if output else 1
+        self.classes = max(1, self.size(tape.output))
+        self.loss = Work(bytes=_LOSS * output.numel() * itemsize, calls=_LOSS)
+        self.forward = _sum(self._each) + self.loss
+
+    def size(self, value: int) -> int:
+        """Numbers of one sample in a value."""
+        return self.tape.shapes[value].numel() // max(1, self.samples)
+
+    def after(self, *values: int) -> Work:
+        """One forward pass over everything that depends on some values, and the loss."""
+        if values not in self._after:
+            self._after[values] = self._way(values, self.tape.calls) + self.loss
+        return self._after[values]
+
+    def _way(self, values: Sequence[int], calls: Sequence[Call]) -> Work:
+        """That of the first so many calls, as far as they depend on some values."""
+        reached = self.tape.dependent(values)
+        pairs = zip(calls, self._each, strict=False)
+        return _sum(work for call, work in pairs if not reached.isdisjoint(call.reads))
+
+    def hvp(self, parameters: Sequence[str], rows: int) -> Work:
+        """That many Hessian-vector products, through what depends on these parameters."""
+        values = [self.tape.parameters[n] for n in parameters if n in self.tape.parameters]
+        chunks = math.ceil(rows / self.chunk)
+        way = self.forward if self.tape.refusal else self.after(*values)
+        return way.times(PASSES * rows, PASSES * chunks) + self.forward.times(3)
+
+    def seconds_before(self, rates: Rates) -> list[float]:
+        """Seconds of a forward pass's first so many calls: none, one, two, ..."""
+        works = (work.seconds(rates) for work in self._each)
+        return list(itertools.accumulate(works, initial=0.0))
+
+    def directions(self, z: int, count: int, cut: int | None = None) -> Work:
+        """Derivatives of delta along that many directions of z; of those that end at a cut, with its product."""
+        chunks, way = math.ceil(count / self.chunk), self.after(z)
+        product = Work()
+        if cut is not None:
+            way = self._way([z], self.tape.until(cut))
+            product = self._product(self.samples * self.size(cut) ** 2).times(count, chunks)
+        passes = PASSES if cut is None else CUT_PASSES
+        return way.times(passes * count, passes * chunks) + product + self.forward.times(3)
+
+    def own(self, use: Use, diagonal: bool, by_directions: bool) -> Work:
+        """The assembly of a parameter's own block from its derivatives along z."""
+        b, t, n, m = self.samples * use.apart, use.positions, use.n, use.m
+        if diagonal:
+            return self._product(b * t * n * m * (n if t > 1 else 1))
+        if use.kind == LINEAR and use.is_layer and t == 1:
+            return self._product(b * n * n * m * m / 4) + self._moved(3 * use.size**2)
+        if use.kind not in (LINEAR, CONVOLUTION):
+            return self._moved(b * t * n * n)
+        if by_directions:  # a direction per entry: one product of [n, B T] and [B T, m] each
+            return self._product(use.size * b * t * n * m)
+        return self._product(2 * b * t * t * n * n * m + b * t * use.size**2)
+
+    def chain(self, steps: Sequence[Step]) -> Work:
+        """The curvature of every value of a chain, kept in as many rows as outputs and neurons behind."""
+        work, rows = self.forward.times(3), 2 * self.classes
+        for step in steps:
+            after, before = self.size(step.after), self.size(step.before)
+            if step.call.name in PRODUCTS:
+                work += self._product(self.samples * rows * after * before)
+                rows = min(rows + after, MOST_ROWS * before)
+            else:
+                work += self._moved(3 * self.samples * rows * before)
+        return work
+
+    def cross(self, use: Use, columns: int) -> Work:
+        """The assembly of a layer's rows, over the columns of later layers."""
+        count = use.n * use.positions
+        samples = self.samples * use.apart
+        moved = self._moved(3 * count * samples * columns)
+        return moved + self._product(count * samples * use.m * columns)
+
+    def class_passes(self, use: Use) -> Work:
+        """The backward passes of all outputs, and the loss's Hessian there."""
+        return self.after(use.z).times(2 * self.classes, 2) + self.forward.times(2)
+
+    def gauss_newton(self, use: Use, diagonal: bool) -> Work:
+        """A block from the backward passes of all outputs."""
+        b, c, t, n, m = self.samples, self.classes, use.positions, use.n, use.m
+        if use.kind == LINEAR and use.is_layer and t == 1:
+            curvature = self._product(b * c * n * (c + (1 if diagonal else n)))
+            return curvature + self.own(use, diagonal, False)
+        pulled = self._product(b * c * (t * n * m + c * use.size)) + self._moved(
+            4 * b * c * use.size
+        )
+        return pulled + (Work() if diagonal else self._product(b * c * use.size**2))
+
+    def bend(self, use: Use, diagonal: bool) -> Work:
+        """A block's diagonal share, one product per neuron."""
+        inputs = self.samples * use.positions * use.n * use.m
+        shares = Work() if diagonal else self._product(inputs * use.m)
+        return shares + self._moved(2 * inputs) + Work(calls=6 * use.n)
+
+    def _product(self, multiplications: float) -> Work:
+        return Work(flops=2 * multiplications, calls=1)
+
+    def _moved(self, numbers: float) -> Work:
+        return Work(bytes=numbers * self.itemsize, calls=2)
+
+    def _work(self, call: Call) -> Work:
+        size = sum(self.tape.shapes[n].numel() for n in call.outputs if n is not None)
+        moved = 0 if call.is_view else 2 * size * self.itemsize
+        return Work(self._flops(call, size), moved, 1)
+
+    def _flops(self, call: Call, size: int) -> float:
+        shapes = [self.tape.shapes[a.value] for a in call.arguments if isinstance(a, Ref)]
+        if call.name in ("mm", "bmm", "mv"):
+            return 2.0 * size * shapes[0][-1]
+        if call.name in ("addmm", "baddbmm"):
+            return 2.0 * size * shapes[1][-1]
+        if call.name == "convolution":
+            return 2.0 * size * math.prod(shapes[1][1:])
+        return 0.0
+
+
+def _sum(works: Iterable[Work]) -> Work:
+    flops = moved = calls = 0.0
+    for work in works:
+        flops, moved, calls = flops + work.flops, moved + work.bytes, calls + work.calls
+    return Work(flops, moved, calls)

@@ -1,0 +1,89 @@
+"""The loss to second order at the cuts of a deep model; `cut_plan.py` says what they are, and where."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from weakref import WeakKeyDictionary
+
+import torch
+
+from hesscli.hessian.autodiff import unit_rows
+from hesscli.hessian.chunk_sizes import chunk_sizes
+from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.proofs.analysis import Analysis
+from hesscli.hessian.proofs.uses import Use
+from hesscli.hessian.routes.costs import Costs
+from hesscli.hessian.routes.cut_plan import CutPlan, plan_cuts
+from hesscli.hessian.routes.probes import Cut, Probed
+from hesscli.hessian.routes.rates import usual_rates
+
+
+class Cuts:
+    """Sigma at the cuts of every batch, made when it is needed and kept.
+
+    Args:
+        problem: what is differentiated.
+        chunk: rows per batched pass.
+    """
+
+    def __init__(self, problem: Problem, chunk: int) -> None:
+        self.problem, self.chunk = problem, chunk
+        # Kept as long as the batch is, which may be made anew for every pass.
+        self.plans: WeakKeyDictionary[Batch, CutPlan] = WeakKeyDictionary()
+        self.made: WeakKeyDictionary[Batch, dict[int, Cut]] = WeakKeyDictionary()
+
+    @cached_property
+    def samples(self) -> int:
+        return sum(map(len, self.problem.batches))
+
+    @property
+    def bytes(self) -> int:
+        """Of every Sigma, as far as cuts were planned: the plan of each batch counts the samples of all."""
+        return max((plan.bytes for plan in self.plans.values()), default=0)
+
+    def plan(self, batch: Batch, analysis: Analysis) -> CutPlan:
+        if batch not in self.plans:
+            itemsize, rates = self.problem.dtype.itemsize, usual_rates(self.problem.device)
+            costs = Costs(analysis.tape, itemsize, self.chunk, rates)
+            self.plans[batch] = plan_cuts(analysis, costs, self.samples)
+        return self.plans[batch]
+
+    def after(self, batch: Batch, analysis: Analysis, use: Use, workspace: int) -> Cut | None:
+        """The next cut behind a use."""
+        return self._at(batch, analysis, self.plan(batch, analysis).after(use.z), workspace)
+
+    def _at(
+        self, batch: Batch, analysis: Analysis, value: int | None, workspace: int
+    ) -> Cut | None:
+        if value is None:
+            return None
+        made = self.made.setdefault(batch, {})
+        if value not in made:
+            values = self.plan(batch, analysis).values
+            following = values[values.index(value) + 1 :]
+            after = self._at(batch, analysis, following[0] if following else None, workspace)
+            made[value] = _curvature(
+                Probed(self.problem, batch, analysis, [value], cut=after), value, workspace
+            )
+        return made[value]
+
+
+def _curvature(probed: Probed, value: int, workspace: int) -> Cut:
+    """dL/dc and d^2 L / dc^2 of each sample."""
+    probe = probed.probes[value]
+    (delta,) = torch.autograd.grad(probed.value, [probe], create_graph=True)
+    samples, size = probed.samples, delta.numel() // probed.samples
+    sigma = delta.new_zeros(samples, size, size)
+    chunk = max(1, min(chunk_sizes(delta.device).rows, workspace // (8 * delta.numel())))
+    if delta.requires_grad:
+        for first in range(0, size, chunk):
+            count = min(chunk, size - first)
+            units = unit_rows(delta, first, count, size).unsqueeze(1)
+            seeds = units.expand(count, samples, size).reshape(count, *delta.shape)
+            (found,) = probed.along(delta, [probe], seeds)
+            if found is not None:
+                sigma[:, first : first + count] = found.reshape(count, samples, size).transpose(
+                    0, 1
+                )
+    return Cut(value, delta.detach(), sigma.detach())

@@ -1,0 +1,157 @@
+"""A recorded pass with a zero probe at the output of each affine use, to differentiate by.
+
+With the probe eps_l added to z_l, `delta_l = dPhi / d eps_l` where
+
+    Phi = L + sum over l of <w_l, a_l>,      eps = 0, w = 0,
+
+and one more derivative of delta_k along a direction u of z_k gives both d delta_l / d z_k u (by eps_l: the mixed
+derivative is symmetric) and d a_l / d z_k u (by w_l) in one reverse pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.autodiff import batched_grad
+from hesscli.hessian.chunk_sizes import chunk_sizes
+from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.proofs.analysis import Analysis
+from hesscli.hessian.proofs.uses import Use
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The loss behind a value that everything passes through, to second order, for each sample.
+
+    Attributes:
+        value: its number.
+        gradient: dL/dc, of its shape.
+        curvature: d^2 L / dc^2, [B, N, N].
+    """
+
+    value: int
+    gradient: Tensor
+    curvature: Tensor
+
+
+class Probed:
+    """A batch's pass, replayed with probes.
+
+    Args:
+        problem: what is differentiated.
+        batch: the batch.
+        analysis: of its tape.
+        zs: the values that get a probe.
+        leaves: parameters to keep as variables.
+        activations: the values that get a dual.
+        cut: where the pass ends, if not at the output.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        batch: Batch,
+        analysis: Analysis,
+        zs: Iterable[int],
+        leaves: Sequence[str] = (),
+        activations: Iterable[int] = (),
+        cut: Cut | None = None,
+    ) -> None:
+        self.problem, self.batch = problem, batch
+        tape = analysis.tape
+        self.probes: dict[int, Tensor] = {}
+        wanted = set(zs)
+
+        def probed(number: int, value: Tensor) -> Tensor:
+            if number not in wanted:
+                return value
+            self.probes[number] = torch.zeros_like(value).requires_grad_()
+            return value + self.probes[number]
+
+        self.leaves = {
+            name: problem.parameters[name].detach().requires_grad_()
+            for name in leaves
+            if name in tape.parameters
+        }
+        given = {tape.parameters[name]: leaf for name, leaf in self.leaves.items()}
+        self.cut = cut
+        end = tape.output if cut is None else cut.value
+        self.known = tape.replay(given, probed, tape.until(end))
+        self.output = self.known[end]
+        if not self.output.requires_grad:  # a constant follows: there are derivatives, of zero
+            nothing = sum(probe.flatten()[:0].abs().sum() for probe in self.probes.values())
+            self.output = self.output + nothing
+        self.samples = tape.shapes[tape.output][0]
+        self.weight = None if cut is None else cut.gradient.clone().requires_grad_()
+        self.duals = {a: torch.zeros_like(self.known[a]).requires_grad_() for a in activations}
+
+    @cached_property
+    def value(self) -> Tensor:
+        """The loss; at a cut, what has the same derivative by everything before it."""
+        if self.weight is not None:
+            return (self.weight * self.output).sum()
+        return self.problem.exact_total(self.output, self.batch) / self.problem.denominator
+
+    @cached_property
+    def phi(self) -> Tensor:
+        return self.value + sum((self.known[a] * w).sum() for a, w in self.duals.items())
+
+    def along(
+        self, delta: Tensor, inputs: Sequence[Tensor], seeds: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """The derivatives of the inputs' gradients along directions of z.
+
+        Args:
+            delta: dPhi/dz, with its graph.
+            inputs: probes and duals.
+            seeds: [directions, *z.shape].
+        """
+        if self.cut is None or self.weight is None:
+            return batched_grad(delta, inputs, seeds)
+        moved, *bent = batched_grad(delta, [self.weight, *inputs], seeds)
+        if moved is None:
+            return tuple(bent)
+        # How far c moves, times Sigma, and back.
+        by_sample = moved.reshape(len(moved), self.samples, -1).transpose(0, 1)
+        turned = (by_sample @ self.cut.curvature).transpose(0, 1).reshape(moved.shape)
+        back = batched_grad(self.output, inputs, turned)
+        return tuple(
+            b if f is None else f if b is None else f + b for f, b in zip(bent, back, strict=True)
+        )
+
+    def columns(self, use: Use) -> Tensor:
+        with torch.no_grad():
+            return use.columns(self.known).detach()
+
+    def output_hessian(self) -> Tensor:
+        """The loss's own Hessian at the output, per sample: [samples, C, C], by differentiation."""
+        f = self.output.detach().requires_grad_()
+        total = self.problem.exact_total(f, self.batch)
+        size = f.numel() // self.samples
+        by_sample = f.new_zeros(self.samples, size, size)
+        if not total.requires_grad:
+            return by_sample
+        (gradient,) = torch.autograd.grad(total / self.problem.denominator, f, create_graph=True)
+        if not gradient.requires_grad:
+            return by_sample
+        count = max(1, chunk_sizes(f.device).output // max(1, f.numel()))
+        columns = by_sample.transpose(0, 1).split(count)
+        for part, seeds in zip(columns, self.output_seeds().split(count), strict=True):
+            (found,) = batched_grad(gradient, [f], seeds)
+            if found is None:
+                break
+            part.copy_(found.reshape(part.shape))
+        return by_sample
+
+    def output_seeds(self) -> Tensor:
+        """The unit vectors of the output, the same in every sample: [C, *output.shape]."""
+        size = self.output.numel() // self.samples
+        seeds = torch.eye(size, dtype=self.output.dtype, device=self.output.device)
+        shape = (size, self.samples, size)
+        return seeds.unsqueeze(1).expand(shape).reshape(size, *self.output.shape)

@@ -1,0 +1,84 @@
+"""`hesscli compute --dry-run`: the blocks, the route of each, and what they would take.
+
+The rates of this machine and the time of one gradient are measured; the rest of the time is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.differences.check import gradients
+from hesscli.hessian.planner import Choice, seconds_of
+from hesscli.hessian.routes.rates import Rates, measure_rates, seconds
+from hesscli.job import documents
+from hesscli.job.json_form import Document
+from hesscli.job.matrix.memory import Memory
+from hesscli.job.matrix.planning import Plan
+from hesscli.spectrum.statistics import QUICK_LIMIT
+
+START = 0.2  # seconds: what happens once, whatever the model
+WRITING = 1e9  # bytes per second
+_EIGENVALUES = 1e10  # floating-point operations per second, in LAPACK's symmetric solver
+
+
+def forecast(plan: Plan, memory: Memory) -> Document:
+    """The document that says what the command would take."""
+    itemsize = plan.problem.dtype.itemsize
+    document = documents.skeleton(plan.opened, plan.structure)
+    document["blocks"] = [
+        documents.block_facts(plan.opened, block)
+        | {
+            "method": choice.method,
+            "reason": choice.reason,
+            "plan": str(choice),
+            "bytes": block.entries(plan.diagonal) * itemsize,
+        }
+        for block, choice in zip(plan.blocks, plan.first_choices(plan.blocks), strict=True)
+    ]
+    document["total"] = {
+        "size": sum(block.size for block in plan.blocks),
+        "bytes": plan.bytes,
+        "memory": memory.needed(),
+        "estimated_seconds": _seconds(plan),
+    }
+    return document
+
+
+def _seconds(plan: Plan) -> float:
+    dtype, check = plan.problem.dtype, 0.0
+    if plan.options.check:
+        reference = plan.reference
+        names = list(reference.parameters)
+        # The faster of two: the first one is slower.
+        gradient = seconds(lambda: reference.gradient(names), reference.device, repeats=2)
+        check = gradient * gradients(len(plan.blocks), plan.diagonal, dtype, reference.dtype)
+    return estimate(
+        plan.first_choices(plan.blocks),
+        measure_rates(plan.problem.device, dtype),
+        check,
+        [block.size for block in plan.blocks if _decomposed(plan, block)],
+        plan.bytes,
+    )
+
+
+def estimate(
+    choices: Sequence[Choice], rates: Rates, check: float, decomposed: Sequence[int], size: int
+) -> float:
+    """What a plan takes, in seconds.
+
+    Args:
+        choices: the route of each block.
+        rates: of this machine.
+        check: seconds of the check.
+        decomposed: the size of each block whose eigenvalues are wanted.
+        size: bytes to write.
+    """
+    statistics = sum(2 * n**3 for n in decomposed) / _EIGENVALUES
+    return START + seconds_of(choices, rates) + check + statistics + size / WRITING
+
+
+def _decomposed(plan: Plan, block: Block) -> bool:
+    """Whether the extreme eigenvalues of a block are wanted, and take long."""
+    quick = plan.options.stats == "auto" and block.size <= QUICK_LIMIT
+    return not plan.diagonal and (quick or plan.options.stats == "all")

@@ -1,0 +1,214 @@
+"""What of an unfinished file is finished: a line per part, written after the part is safe on the disk.
+
+Beside `.NAME.partial` lies `.NAME.journal`: first the command, then the finished parts. A run that was killed is
+continued from there, and gives the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hesscli.errors import FileError, HesscliError, ResourceError, UsageError
+from hesscli.files.hessians.result_names import journal_path, journals, partial_path
+from hesscli.files.hessians.tensor_file import sync_folder
+from hesscli.job.json_form import Document
+
+SCHEMA = "hesscli.journal/1"
+
+
+class Journal:
+    """The finished parts of one output file.
+
+    Args:
+        path: the output file; None keeps no journal.
+        head: the command, as JSON: what must be the same for another run to go on.
+        command: all its options, as JSON, for `merge`.
+        writer: who writes it, where several processes share the file.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        head: Mapping[str, Any],
+        command: Mapping[str, Any],
+        writer: str = "",
+    ) -> None:
+        self.output = path
+        self.path = None if path is None else journal_path(path, writer)
+        self.head = json.loads(json.dumps(head, default=str))
+        self.command = command
+        self.start: int | None = None  # where the tensors of the unfinished file begin
+        self.finished: dict[str, Document] = {}
+        self.begun = False
+
+    def resume(self, wanted: bool, force: bool, shard: bool, merging: bool) -> None:
+        """Takes over what earlier runs, or other processes, have finished.
+
+        Args:
+            wanted: it is to be continued.
+            force: what is left may be thrown away; with `wanted`, only where it cannot be continued.
+            shard: others have their own, and what they have finished is no left-over.
+            merging: nothing is computed, so nothing is thrown away.
+
+        Raises:
+            UsageError: something was left, and neither is the case; or another command left it.
+            FileError: what was left cannot be read.
+        """
+        if self.path is None or self.output is None:
+            return
+        partial = partial_path(self.output)
+        if not partial.exists():
+            if merging:
+                raise UsageError(f"{partial}: no such file; what the shards computed was in it")
+            self.remove()  # of a file that was finished just before the end, or that somebody removed
+        if force and not wanted:
+            for path in [self.path] if shard else journals(self.output):
+                path.unlink(missing_ok=True)
+        own = 0
+        for path in journals(self.output):
+            lines = self._continued(path, wanted or shard, force, shard, merging)
+            if lines is not None:
+                own = len(lines.finished) if path == self.path else own
+                self.start = lines.start
+                self.finished |= lines.finished
+        if not wanted and (own if shard else self.finished):
+            count = own or len(self.finished)
+            finished = f"{count} finished part{'s' if count > 1 else ''}"
+            raise UsageError(
+                f"{self.output}: an interrupted run left {finished} in {partial.name}; "
+                "--force throws away what is finished",
+                "--resume",
+            )
+        self.begun = own > 0
+        if self.begun:
+            _cut(self.path)
+
+    def _continued(
+        self, path: Path, joined: bool, force: bool, shard: bool, merging: bool
+    ) -> Lines | None:
+        """What a journal says, or None where it says nothing; that is thrown away, unless others may be writing it.
+
+        With `force`, what cannot be read or joined is thrown away too.
+        """
+        try:
+            lines = read_journal(path)
+            if lines.head is not None and lines.finished:
+                if joined and self.head != lines.head:
+                    raise self._of_another(path, lines.head, merging)
+                return lines
+            useless = not shard
+        except HesscliError:
+            if not force:
+                raise
+            useless = True
+        if useless:
+            path.unlink(missing_ok=True)
+        return None
+
+    def _of_another(self, path: Path, head: Document, merging: bool) -> UsageError:
+        """That another command began it: other options, or files that have changed since."""
+        differ = f"{path}: another command began it: {_differences(self.head, head)} differ"
+        if not merging:
+            return UsageError(f"{differ}; --force throws away what is finished", "--force")
+        return UsageError(
+            f"{differ}; model and data must be as they were",
+            f"to compute them again: rm {shlex.quote(str(path))}",
+        )
+
+    def join(self, start: int, finished: Mapping[str, Document]) -> None:
+        """Takes over what the first of several processes knows."""
+        self.start, self.finished = start, dict(finished)
+
+    def gather(self) -> None:
+        """Takes over what other processes have finished in the meantime."""
+        if self.output is not None:
+            for path in journals(self.output):
+                self.finished |= read_journal(path).finished
+
+    def append(self, parts: Mapping[str, Document]) -> None:
+        """Writes the lines of parts that are on the disk.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
+        assert self.path is not None
+        lines: list[Document] = []
+        if not self.begun:
+            head = {"schema": SCHEMA, "start": self.start, "command": self.command}
+            lines.append(head | {"head": self.head})
+        lines += [{"part": part, **facts} for part, facts in parts.items()]
+        try:
+            with self.path.open("a" if self.begun else "w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if self.begun:
+                _cut(self.path)
+            else:
+                self.path.unlink(missing_ok=True)
+            raise ResourceError(f"{self.path}: {error.strerror}") from error
+        if not self.begun:
+            sync_folder(self.path.parent)
+        self.begun = True
+        self.finished |= parts
+
+    def remove(self) -> None:
+        """Forgets everything: the file is finished, or not to be."""
+        if self.output is not None:
+            for path in journals(self.output):
+                path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What a journal says; no head where the run ended before it was written."""
+
+    head: Document | None
+    command: Document
+    start: int
+    finished: dict[str, Document]
+
+
+def read_journal(path: Path) -> Lines:
+    """Reads a journal, but for a last line that was torn.
+
+    Raises:
+        FileError: it is none.
+    """
+    try:
+        lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
+        if not lines:
+            return Lines(None, {}, 0, {})
+        first, *others = (json.loads(line) for line in lines)
+        if first["schema"] != SCHEMA:
+            raise ValueError(f"it is of the format {first['schema']}, this hesscli reads {SCHEMA}")
+        finished = {facts.pop("part"): facts for facts in others}
+        return Lines(first["head"], first["command"], first["start"], finished)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(
+            f"{path}: cannot be read: {error}", f"rm {shlex.quote(str(path))}"
+        ) from None
+
+
+def _cut(path: Path) -> None:
+    """Takes away a last line that was torn, which others would follow."""
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
+def _differences(left: Document, right: Document, prefix: str = "") -> str:
+    """The names of what is not the same."""
+    found = []
+    for key in {**left, **right}:
+        mine, its = left.get(key), right.get(key)
+        if isinstance(mine, dict) and isinstance(its, dict):
+            found += [inner for inner in [_differences(mine, its, f"{prefix}{key}.")] if inner]
+        elif mine != its:
+            found.append(f"{prefix}{key}")
+    return ", ".join(found)

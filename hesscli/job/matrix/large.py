@@ -1,0 +1,179 @@
+"""Blocks too large to be held and symmetrised whole: computed in bands, written while the next one is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hesscli.files.hessians.result_writer import ResultWriter
+from hesscli.hessian.applicability import NotApplicable
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.layout import Layout, Span
+from hesscli.hessian.routes.base import Route, Rows, fitting
+from hesscli.hessian.routes.kronecker import mirror_
+from hesscli.hessian.symmetry import average_
+from hesscli.job import documents
+from hesscli.job.json_form import Document
+from hesscli.job.matrix.beside import Beside
+from hesscli.job.matrix.memory import Memory
+from hesscli.job.matrix.planning import Plan
+from hesscli.job.matrix.ranking import Ranking
+from hesscli.job.matrix.triangles import HeldTriangle, StreamedTriangle, Triangle
+from hesscli.job.matrix.unfinished import Unfinished
+
+Advance = Callable[[int, str], None]  # is told how many rows more are done, and of what
+
+
+@dataclass
+class LargeBlock:
+    """One large block of a plan, by the first of its routes that is exact."""
+
+    plan: Plan
+    block: Block
+    memory: Memory  # that the plan may use
+    most: int  # numbers in a band
+    progress: Advance
+
+    def __post_init__(self) -> None:
+        self.ranking = Ranking(self.plan, self.block)
+
+    def parts(self) -> list[tuple[str, float]]:
+        """The name of each band, and its share of the work; none if the route finds out that it cannot give any."""
+        try:
+            layout, bands = self._cut()
+        except NotApplicable:
+            return []
+        n = layout.size
+        area = [(stop - start) * (n - (start + stop) / 2) for start, stop in bands]
+        whole = self.ranking.choice.work.seconds(self.plan.rates)
+        return [
+            (self._part(index), whole * share / (n * n / 2)) for index, share in enumerate(area)
+        ]
+
+    def _part(self, index: int) -> str:
+        return f"{self.block.name}, {self.ranking.method}, band {index}"
+
+    def _cut(self) -> tuple[Layout, list[Span]]:
+        layout = self.ranking.route.layout(self.block)
+        return layout, layout.cut(self.most)
+
+    def contribute(self, unfinished: Unfinished, mine: Collection[str]) -> None:
+        """Computes and writes some of the bands; another process finishes the block."""
+        # Who finishes the block finds out too, and takes the next route.
+        with suppress(NotApplicable):
+            self._bands(unfinished, torch.zeros(self.block.size), mine)
+
+    def compute(self, unfinished: Unfinished) -> Document:
+        """Computes, writes and checks the block; by the next route, where one cannot or does not pass.
+
+        Returns:
+            the block's facts, without extreme eigenvalues.
+
+        Raises:
+            NumericalError: no route is exact.
+        """
+        certificate = self.plan.certificate
+        direction = torch.zeros(self.block.size)
+        if certificate is not None:
+            direction = certificate.direction(self.block)
+        while True:
+            method = self.ranking.method
+            failed = f"{self.block.name}, {method}, not exact"
+            if (known := unfinished.known(failed)) is not None:
+                self.plan.opened.note(*known["notes"])
+                self.ranking.skip()
+                continue
+            try:
+                matrix, symmetry = self._bands(unfinished, direction)
+            except NotApplicable as reason:
+                self.ranking.refuse(reason)
+                continue
+            error = None if certificate is None else certificate.matrix(self.block, matrix)
+            matrix.finish()
+            finite = math.isfinite(matrix.squares)  # which says more than a check that passes
+            if self.ranking.accepts(error if finite else None, partial(bool, finite)):
+                break
+            unfinished.add(failed, {"notes": list(self.plan.opened.note.texts)})
+        return documents.block_facts(self.plan.opened, self.block) | {
+            "method": method,
+            "trace": matrix.trace,
+            "eig_max": None,
+            "eig_min": None,
+            "fro_norm": matrix.squares**0.5,
+            "bytes": self.block.size**2 * self.plan.problem.dtype.itemsize,
+            "symmetry_error": symmetry,
+            "check_error": error,
+            "zero": matrix.squares == 0,
+        }
+
+    def _bands(
+        self, unfinished: Unfinished, direction: Tensor, mine: Collection[str] | None = None
+    ) -> tuple[Triangle, float]:
+        """The matrix, written, and its symmetry error; or some of its bands, where other processes have the others."""
+        route = self.ranking.route
+        layout, bands = self._cut()
+        matrix = self._triangle(layout, bands, unfinished.writer, direction)
+        gap = square = 0.0
+        with Beside() as beside:
+            for index, (start, stop) in enumerate(bands):
+                part = self._part(index)
+                facts = unfinished.known(part)
+                if mine is not None and (part not in mine or facts is not None):
+                    continue
+                if facts is not None:
+                    beside.run(matrix.restore, index)
+                else:
+                    upper, facts = self._band(route, start, stop)
+                    beside.run(_put, matrix, index, upper, unfinished, part, facts)
+                gap, square = gap + facts["gap"], square + facts["square"]
+                self.progress(stop - start, self.block.name)
+        return matrix, (gap / square) ** 0.5 if square else 0.0
+
+    def _triangle(
+        self, layout: Layout, bands: list[Span], writer: ResultWriter, direction: Tensor
+    ) -> Triangle:
+        """What takes the bands and multiplies the direction; it keeps them where there is room."""
+        writer.forget(self.block.name)
+        direction = direction.to("cpu", self.plan.problem.dtype)
+        device = self.memory.held_on(self.block)
+        if device is None:
+            return StreamedTriangle(self.block.name, layout, bands, writer, direction)
+        return HeldTriangle(self.block.name, layout, bands, writer, direction, device)
+
+    def _band(self, route: Route, start: int, stop: int) -> tuple[Tensor, Document]:
+        """Rows `start` to `stop` of the upper triangle, their square symmetric."""
+
+        def summed() -> Tensor:
+            like = next(iter(route.problem.parameters.values())).detach()
+            upper = like.new_zeros(stop - start, self.block.size - start)
+            route.sum([Rows(self.block, start, stop, upper)])
+            return upper
+
+        upper = fitting(route, summed)
+        own = upper[:, : stop - start]
+        facts = {"gap": 0.0, "square": 0.0}
+        if route.symmetric:
+            mirror_(own)
+        else:
+            facts = {"gap": average_(own), "square": float(own.double().square().sum())}
+        return _done(upper.to(self.plan.problem.dtype)), facts
+
+
+def _put(
+    matrix: Triangle, index: int, upper: Tensor, unfinished: Unfinished, part: str, facts: Document
+) -> None:
+    matrix.put(index, upper)
+    unfinished.add(part, facts)
+
+
+def _done(values: Tensor) -> Tensor:
+    """The values, computed to their end: a GPU may still have been at it."""
+    if values.device.type == "cuda":
+        torch.cuda.current_stream(values.device).synchronize()
+    return values

@@ -1,0 +1,66 @@
+"""What the blocks of a plan take of the memory, and how large blocks are cut so that it is enough."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from hesscli.files.resources import available_memory
+from hesscli.hessian.blocks import Block
+from hesscli.job.matrix.planning import Plan
+from hesscli.job.setup.batches import free_memory
+from hesscli.job.setup.team import ranks_here
+
+BAND = 1 << 24  # numbers in a band
+LONG_BAND = 1 << 26  # and in one of a matrix of more rows than `LONG`, for longer runs on the disk
+LONG = 1 << 15
+_SHARE = 0.6  # of the free memory, unless a limit is given
+_PROCESS = 256 << 20  # bytes that activations and the like are counted for
+
+
+class Memory:
+    """The memory that a plan may use, and what of it its blocks take.
+
+    Attributes:
+        limit: bytes of the host's memory that may be used.
+        process: bytes that are taken besides blocks.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.limit = plan.options.memory or int(_SHARE * available_memory()) // ranks_here()
+        numbers = sum(math.prod(shape) for shape in plan.shapes.values())
+        self.process = _PROCESS + plan.cut_bytes + 24 * numbers
+        self.itemsize = plan.problem.dtype.itemsize
+
+    def held_on(self, block: Block) -> torch.device | None:
+        """The device that holds the upper half of a large block until it is written; None where others write too."""
+        return None if self.plan.divided else self._roomy(block)
+
+    def _roomy(self, block: Block) -> torch.device | None:
+        """The device with room for the upper half of a block, the problem's rather than the host."""
+        device, upper = self.plan.problem.device, _upper(block) * self.itemsize
+        if device.type == "cuda" and upper <= _SHARE * free_memory(device):
+            return device
+        return torch.device("cpu") if self.process + upper <= self.limit else None
+
+    def band(self, block: Block) -> int:
+        """How many numbers of a large block are computed at once."""
+        # One is computed, one is written, and parts of it are turned.
+        room = (self.limit - self.process) // (3 * self.itemsize)
+        return max(block.size, min(LONG_BAND if block.size > LONG else BAND, room))
+
+    def needed(self) -> int:
+        """Bytes of the host's memory that the work holds at most."""
+        held = [block.entries(self.plan.diagonal) for block in self.plan.whole]
+        for block in self.plan.large:
+            device = self._roomy(block)
+            if device is None or device.type == "cpu":
+                held.append(_upper(block) if device else 3 * self.band(block))
+        return max(held, default=0) * self.itemsize + self.process
+
+
+def _upper(block: Block) -> int:
+    """Numbers in the upper half of a block, and in what is computed and written of it."""
+    return block.size**2 // 2 + 4 * BAND

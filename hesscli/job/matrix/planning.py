@@ -1,0 +1,104 @@
+"""What a command computes, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from hesscli.hessian.applicability import NotApplicable
+from hesscli.hessian.blocks import Block, partition
+from hesscli.hessian.curvatures import CURVATURES
+from hesscli.hessian.differences.check import Certificate
+from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.planner import Choice, seconds_of
+from hesscli.hessian.proofs.analysis import Analyses
+from hesscli.hessian.routes.base import Route
+from hesscli.hessian.routes.cuts import Cuts
+from hesscli.hessian.routes.rates import usual_rates
+from hesscli.hessian.words import HVP, STRUCTURES
+from hesscli.job.options import ComputeOptions, Listener
+from hesscli.job.remedies import inexact
+from hesscli.job.setup.opening import Opened
+
+LARGE = 4096
+"""Blocks of more rows than this are computed in bands, each written while the next one is computed."""
+
+
+class Plan:
+    """The blocks of a Hessian, and the routes of each.
+
+    Args:
+        options: what was asked for.
+        opened: the problem.
+        listener: hears the notes.
+        divided: other processes compute parts of it.
+
+    Raises:
+        NumericalError: the method asked for would not be exact.
+    """
+
+    def __init__(
+        self, options: ComputeOptions, opened: Opened, listener: Listener, divided: bool = False
+    ) -> None:
+        self.divided = divided
+        self.options, self.opened, self.listener = options, opened, listener
+        self.problem = opened.problem
+        self.rates = usual_rates(self.problem.device)
+        self.structure = STRUCTURES[options.blocks]
+        self.diagonal = self.structure == "elements"
+        self.shapes = {name: tuple(p.shape) for name, p in self.problem.parameters.items()}
+        self.blocks = partition(self.shapes, self.structure)
+        self.large = [b for b in self.blocks if not self.diagonal and b.size > LARGE]
+        self.whole = [b for b in self.blocks if b not in self.large]
+        entries = sum(block.entries(self.diagonal) for block in self.blocks)
+        self.bytes = entries * self.problem.dtype.itemsize
+        self.routes: dict[str, Route] = {}
+        self.choices: dict[str, list[Choice]] = {}
+        self.cut_bytes = 0  # that are kept where a deep model is cut
+        self._settle()
+
+    def _settle(self) -> None:
+        problem, curvature = self.problem, CURVATURES[self.options.curvature]
+        analyses, cuts = Analyses(problem), Cuts(problem, self.opened.chunk)
+        self.routes = curvature.routes(problem, analyses, cuts, lambda: self.reference)
+        curvature.require(problem, analyses)
+        planner = curvature.planner(problem, analyses, cuts)
+        method = self.options.method
+        for block in self.blocks:
+            try:
+                self.choices[block.name] = (
+                    planner.choices(block, self.diagonal)
+                    if method == "auto"
+                    else planner.forced(block, self.diagonal, method)
+                )
+            except NotApplicable as reason:
+                raise inexact(self.options, block, method, reason) from None
+        self.cut_bytes = cuts.bytes
+        if planner.refused and method == "auto":
+            self.opened.note(f"no fast route: {planner.refused}; hvp takes one pass per parameter")
+
+    def first_choices(self, blocks: Sequence[Block]) -> list[Choice]:
+        """The route that is tried first for each of some blocks."""
+        return [self.choices[block.name][0] for block in blocks]
+
+    def by_rows(self) -> float:
+        """Seconds of the whole as products with unit vectors, one per row, by the measure of `work`."""
+        every = [choice for ranked in self.choices.values() for choice in ranked]
+        return seconds_of([choice for choice in every if choice.method == HVP], self.rates)
+
+    @cached_property
+    def reference(self) -> Problem:
+        """Where gradients are taken that are compared with each other: in float64 if the model runs in it."""
+        return self.problem.double() or self.problem
+
+    @cached_property
+    def certificate(self) -> Certificate | None:
+        """What checks the blocks, if that is asked for."""
+        if not self.options.check:
+            return None
+        options, dtype = self.options, self.problem.dtype
+        return CURVATURES[options.curvature].certificate(self.reference, dtype, options.seed)
+
+    def work(self, blocks: Sequence[Block]) -> float:
+        """Seconds that some blocks take on a machine of no particular speed, to compare parts by."""
+        return seconds_of(self.first_choices(blocks), self.rates)

@@ -1,0 +1,84 @@
+"""The routes that may compute a block: which of them is taken, and what is said where one is not exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hesscli.errors import NumericalError
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.planner import Choice
+from hesscli.hessian.routes.base import Route
+from hesscli.job.matrix.planning import Plan
+from hesscli.job.remedies import inexact, more_digits, not_finite, other_way
+
+
+@dataclass
+class Ranking:
+    """A block of a plan, and the first of its routes that has not yet been found wanting."""
+
+    plan: Plan
+    block: Block
+    _place: int = 0
+
+    @property
+    def choice(self) -> Choice:
+        return self.plan.choices[self.block.name][self._place]
+
+    @property
+    def method(self) -> str:
+        return self.choice.method
+
+    @property
+    def route(self) -> Route:
+        return self.plan.routes[self.method]
+
+    def skip(self) -> None:
+        """Goes on to the next route, of which enough has been said."""
+        self._place += 1
+
+    def refuse(self, reason: Exception) -> None:
+        """Goes on to the next route, and says why this one cannot give the block.
+
+        Raises:
+            NumericalError: there is no other.
+        """
+        method, following = self.method, self._following()
+        if following is None:
+            raise inexact(self.plan.options, self.block, method, reason)
+        self.plan.opened.note(f"{reason}: {following} instead of {method}")
+        self.skip()
+
+    def accepts(self, error: float | None, finite: Callable[[], bool]) -> bool:
+        """Whether the route's result is exact; if not, says so, and goes on to the next route.
+
+        Args:
+            error: what the check found, if there is one.
+            finite: whether all numbers are, where the check does not tell.
+
+        Raises:
+            NumericalError: it is not finite, or there is no other route.
+        """
+        certificate, dtype = self.plan.certificate, self.plan.problem.dtype
+        passed = certificate is not None and error is not None and certificate.passed(error)
+        if passed:  # a comparison, which no NaN passes
+            return True
+        if not finite():
+            raise not_finite(f"{self.block.name}: its Hessian", self.plan.options, dtype)
+        if certificate is None or error is None:
+            return True
+        method, following = self.method, self._following()
+        said = f"{self.block.name}: {method} differs from gradients by {error:.1e}"
+        if following is None:
+            raise NumericalError(
+                f"{said}, more than {certificate.tolerance:.0e}; nothing was written",
+                more_digits(dtype) or other_way(self.plan.options, method),
+            )
+        self.plan.opened.note(f"{said}; {following} instead")
+        self.skip()
+        return False
+
+    def _following(self) -> str | None:
+        """The next route's name."""
+        rest = self.plan.choices[self.block.name][self._place + 1 :]
+        return rest[0].method if rest else None

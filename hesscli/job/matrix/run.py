@@ -1,0 +1,246 @@
+"""A plan of `hesscli compute` carried out: its blocks computed, checked and written, by one process or by several."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import BinaryIO
+
+from hesscli.errors import FileError, HesscliError, UsageError
+from hesscli.files.hessians.result_names import journals
+from hesscli.files.hessians.result_writer import ResultWriter
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.objective.first_gradient import first_gradient
+from hesscli.job import documents, statistics
+from hesscli.job.json_form import Document, timeless
+from hesscli.job.matrix.beside import Beside
+from hesscli.job.matrix.journal import Journal, read_journal
+from hesscli.job.matrix.large import LargeBlock
+from hesscli.job.matrix.memory import Memory
+from hesscli.job.matrix.planning import Plan
+from hesscli.job.matrix.unfinished import Unfinished
+from hesscli.job.matrix.whole import compute_blocks, groups
+from hesscli.job.options import command_of
+from hesscli.job.setup.loss import described
+from hesscli.job.setup.team import Team, balanced
+from hesscli.spectrum.eigen import extremes
+from hesscli.texts import dtype_name
+
+# What changes nothing in the file.
+_ELSEWHERE = {"model", "data", "output", "force", "resume", "shard", "memory", "device"}
+
+
+class Run:
+    """A plan carried out.
+
+    Args:
+        plan: the plan.
+        memory: that it may use.
+        team: the processes that share it.
+        merging: finishes what other processes have computed.
+        stdout: where the bytes go, if there is no output file.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        memory: Memory,
+        team: Team,
+        merging: bool = False,
+        stdout: BinaryIO | None = None,
+    ) -> None:
+        self.plan, self.options = plan, plan.options
+        self.team, self.merging, self.stdout = team, merging, stdout
+        # Numbers per band of each large block. Whoever goes on with another's file cuts as that one did.
+        bands = {block.name: memory.band(block) for block in plan.large}
+        self.bands: dict[str, int] = team.tell(self._begun(bands) or bands)
+        self.groups = list(groups(plan))
+        self.large = [
+            LargeBlock(plan, block, memory, self.bands[block.name], self._progress)
+            for block in plan.large
+        ]
+        self.parts = [(_part(group), plan.work(group)) for group in self.groups]
+        self.parts += [part for block in self.large for part in block.parts()]
+        self.rows = sum(block.size for block in plan.blocks)
+        self.done = 0
+
+    def _begun(self, bands: Mapping[str, int]) -> dict[str, int] | None:
+        """How the file that this run goes on with was cut into bands; free memory may have changed since."""
+        output = self.options.output
+        goes_on = self.options.resume or self.merging or self.options.shard is not None
+        if output is None or not goes_on:
+            return None
+        for path in journals(output):
+            with contextlib.suppress(FileError):  # told, or ignored, where the journal is opened
+                head = read_journal(path).head
+                if head is not None and head["bands"].keys() == bands.keys():
+                    return dict(head["bands"])
+        return None
+
+    def run(self) -> Document:
+        """Computes, checks and writes every block."""
+        plan = self.plan
+        gradient, norm, unused = first_gradient(plan.problem)
+        document = documents.skeleton(plan.opened, plan.structure) | {"gradient_norm": norm}
+        document["blocks"] = [documents.block_facts(plan.opened, block) for block in plan.blocks]
+        journal = self._journal(document)
+        if plan.divided and not self.merging:
+            self._contribute(document, journal)
+            if self.options.shard is not None or self.team.rank > 0:
+                return document
+            journal.gather()
+        with self._unfinished(document, journal, self.team.size > 1) as unfinished:
+            if self.options.gradient:
+                for name, g in gradient.items():
+                    unfinished.writer.write(f"gradient.{name}", g.cpu().numpy())
+            document |= self._results(self._blocks(unfinished, unused))
+            document |= unfinished.commit(timeless(document))
+            if self.options.output is None and self.stdout is not None:
+                unfinished.writer.copy_to(self.stdout)
+        return document
+
+    def _unfinished(self, document: Document, journal: Journal, shared: bool) -> Unfinished:
+        writer = ResultWriter(
+            self.options.output,
+            self._tensors(),
+            dtype_name(self.plan.problem.dtype),
+            document,
+            max_shard_size=self.options.max_shard_size,
+            start=journal.start,
+            shared=shared,
+        )
+        return Unfinished(writer, journal, len(self.parts), self.plan.divided, self.plan.listener)
+
+    def _journal(self, document: Document) -> Journal:
+        """The journal, with what earlier runs of this very command, or its other shards, have finished."""
+        command = json.loads(json.dumps(command_of(self.options), default=described))
+        head = {
+            "document": timeless(document),
+            "options": {k: v for k, v in command.items() if k not in _ELSEWHERE},
+            "bands": self.bands,
+        }
+        shard, output = self.options.shard, self.options.output
+        writer = "-of-".join(map(str, shard)) if shard else str(self.team.rank or "")
+        journal = Journal(output, head, command, writer)
+        if self.team.rank == 0:
+            journal.resume(self.options.resume, self.options.force, shard is not None, self.merging)
+        left = [name for name, _ in self.parts if name not in journal.finished]
+        if self.merging and left:
+            raise UsageError(
+                f"{output}: {len(left)} of {len(self.parts)} parts are missing, {left[0]} for one",
+                "run the other shards, or one that was cut off again with --resume",
+            )
+        if self.team.size > 1:
+            journal.join(*self.team.tell((journal.start, journal.finished)))
+        return journal
+
+    def _contribute(self, document: Document, journal: Journal) -> None:
+        """Computes this process's share, and waits for the others."""
+        if self.options.shard is not None:
+            number, count = self.options.shard
+            mine = balanced(self.parts, count)[number - 1]
+            if not mine:
+                return
+        else:
+            left = [part for part in self.parts if part[0] not in journal.finished]
+            mine = balanced(left, self.team.size)[self.team.rank]
+        with self._unfinished(document, journal, True) as unfinished:
+            unfinished.writer.keep()
+            try:
+                for group in self.groups:
+                    if _part(group) in mine and unfinished.known(_part(group)) is None:
+                        with Beside(enabled=False) as beside:
+                            self._group(group, unfinished, beside)
+                for block in self.large:
+                    block.contribute(unfinished, mine)
+                unfinished.flush()
+                self.team.wait()
+            except HesscliError as error:
+                error.of_share = True
+                raise
+
+    def _blocks(self, unfinished: Unfinished, unused: set[str]) -> list[Document]:
+        """Every block's facts, in model order; its values are in the file then."""
+        self.plan.listener.progress(0, self.rows, "")
+        finished: dict[str, Document] = {}
+        with Beside(enabled=self.plan.problem.device.type != "cpu") as beside:
+            for group in self.groups:
+                for facts in self._group(group, unfinished, beside):
+                    finished[facts["name"]] = facts
+        for large in self.large:
+            facts = large.compute(unfinished)
+            if self.options.stats == "all":
+                low, high = extremes(unfinished.writer.mapped(facts["name"]))
+                facts |= {"eig_max": high, "eig_min": low}
+            finished[facts["name"]] = facts
+        every = []
+        for block in self.plan.blocks:
+            facts = dict(finished[block.name])  # the journal's own is not on the disk yet
+            if facts.pop("zero") and unused.issuperset(block.parameters):
+                facts["unused"] = True
+                self.plan.opened.note(f"{block.name}: unused, its block is zero")
+            every.append(facts)
+        return every
+
+    def _group(
+        self, group: Sequence[Block], unfinished: Unfinished, beside: Beside
+    ) -> list[Document]:
+        """The facts of blocks that are computed together; from the journal, where they are in the file."""
+        part, writer = _part(group), unfinished.writer
+        known = unfinished.known(part)
+        if known is not None and writer.holds(known["checksums"]):
+            self.plan.opened.note(*known["notes"])
+            for facts in known["blocks"]:
+                self._progress(facts["size"], facts["name"])
+            return list(known["blocks"])
+        found = []
+        for facts, array in compute_blocks(self.plan, group):
+            beside.run(writer.write, facts["name"], array)
+            found.append(facts | {"zero": not array.any()})
+            self._progress(facts["size"], facts["name"])
+
+        def note() -> None:
+            checksums = writer.checksums()
+            unfinished.add(
+                part,
+                {
+                    "blocks": found,
+                    "notes": list(self.plan.opened.note.texts),
+                    "checksums": {block.name: checksums[block.name] for block in group},
+                },
+            )
+
+        beside.run(note)
+        return found
+
+    def _progress(self, rows: int, doing: str) -> None:
+        self.done += rows
+        self.plan.listener.progress(self.done, self.rows, doing)
+
+    def _results(self, blocks: list[Document]) -> Document:
+        errors = [
+            facts["symmetry_error"] for facts in blocks if facts["symmetry_error"] is not None
+        ]
+        return {
+            "blocks": blocks,
+            "total": statistics.total(blocks),
+            "method": " + ".join(sorted({facts["method"] for facts in blocks})),
+            "symmetry_error": max(errors, default=None),
+            "check": documents.block_check_facts(self.plan.certificate, blocks, self.plan.diagonal),
+            "notes": list(self.plan.opened.note.texts),
+        }
+
+    def _tensors(self) -> dict[str, tuple[int, ...]]:
+        shapes, diagonal = self.plan.shapes, self.plan.diagonal
+        tensors = {
+            block.name: shapes[block.name] if diagonal else (block.size, block.size)
+            for block in self.plan.blocks
+        }
+        if self.options.gradient:
+            tensors |= {f"gradient.{name}": shape for name, shape in shapes.items()}
+        return tensors
+
+
+def _part(group: Sequence[Block]) -> str:
+    return ", ".join(block.name for block in group)

@@ -1,0 +1,249 @@
+"""A large symmetric matrix on its way to the file: bands of its upper triangle come in, whole rows go out.
+
+Where the upper half fits the memory, the device's or the host's, a band's rows are completed from the bands before them
+and written in one run. Where it does not, a band and its mirror image go to their places at once, and whole rows are
+read back at the end. Either way the matrix is then there to be multiplied, for the check.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hesscli.files.hessians.result_writer import ResultWriter
+from hesscli.hessian.chunk_sizes import chunk_sizes
+from hesscli.hessian.layout import Layout, Placed, Span
+from hesscli.job.matrix.beside import Beside
+
+_TURNED = 1 << 22  # numbers that are transposed at a time
+_READ = 1 << 24  # numbers that are read back at a time
+_PAGE = 4096
+
+
+@dataclass(eq=False)
+class Triangle:
+    """What both kinds share: the bands, and what is known of the rows that went by.
+
+    `put` takes band after band, `restore` one that an earlier run wrote; `finish` ends it. Then trace and squares are
+    known, and `@` works.
+    """
+
+    name: str  # the tensor's
+    layout: Layout  # the order of the bands' rows
+    bands: list[Span]  # from where to where each goes
+    writer: ResultWriter  # of the file
+    direction: Tensor  # the vector [n] that the matrix will be multiplied by, of its dtype
+
+    def __post_init__(self) -> None:
+        self.dtype = self.direction.dtype
+        # Of each row its diagonal entry, its squares and its product: row by row, so that they are the same in
+        # whichever order and company the rows come.
+        self._facts = np.zeros((3, self.layout.size))
+
+    def put(self, index: int, upper: Tensor) -> None:
+        """Takes band `index`, [rows, size - start], computed to its end, its square symmetric, after all before it."""
+        raise NotImplementedError
+
+    def restore(self, index: int) -> None:
+        """Takes a band that is in the file already, in the same order."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """All bands are in."""
+
+    def _whole(self) -> Iterator[tuple[int, Tensor]]:
+        """The matrix, some whole rows at a time, with the first one's number."""
+        raise NotImplementedError
+
+    def _measure(self, first: int, rows: np.ndarray) -> None:
+        """Takes from some rows what is to be known of them; the first has this number."""
+        mine = slice(first, first + len(rows))
+        # Not by BLAS: its sums depend on how a row lies in memory, and its threads disturb the computing ones.
+        with np.errstate(over="ignore"):
+            squares = np.einsum("ij,ij->i", rows, rows).astype(np.float64)
+        if (beyond := ~np.isfinite(squares)).any():  # float32
+            part = rows[beyond]
+            squares[beyond] = np.einsum("ij,ij->i", part, part, dtype=np.float64)
+        along = np.einsum("ij,j->i", rows, self.direction.numpy())
+        self._facts[:, mine] = rows[:, mine].diagonal(), squares, along
+
+    @property
+    def trace(self) -> float:
+        return float(self._facts[0].sum())
+
+    @property
+    def squares(self) -> float:
+        """The square of the Frobenius norm."""
+        return float(self._facts[1].sum())
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        x = v.cpu()
+        if torch.equal(x, self.direction):
+            self.finish()
+            return torch.from_numpy(self._facts[2]).to(v.device, v.dtype)
+        out = torch.empty_like(x)
+        for first, rows in self._whole():
+            out[first : first + len(rows)] = rows @ x
+        return out.to(v.device)
+
+
+@dataclass(eq=False)
+class HeldTriangle(Triangle):
+    """Keeps the bands, and writes whole rows."""
+
+    device: torch.device  # where the bands are kept and their rows completed
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.uppers: list[Tensor] = []
+        device, size = self.device, self.layout.size
+        pieces = (piece for band in self.bands for piece in self._pieces(*band))
+        longest = max(piece.groups * piece.length for piece in pieces)
+        room = longest * size * self.dtype.itemsize + _PAGE
+        # Page-aligned, as direct writes want it; two of them, so that one is filled while the other is written.
+        self.memory = [_pages(room, device), _pages(room, device)]
+        self.scratch: Tensor | None = None
+        self.stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self.scratch = torch.empty(longest * size, dtype=self.dtype, device=device)
+            self.stream = torch.cuda.Stream(device)
+
+    def put(self, index: int, upper: Tensor) -> None:
+        with self._aside():
+            self.uppers.append(on_host(upper) if self.device.type == "cpu" else upper)
+            idle = self.device.type != "cpu"  # else all threads compute the next band meanwhile
+            with Beside() as placing, Beside(idle) as counting, Beside(idle) as measuring:
+                for place, rows in self._rows(index):
+                    measuring.run(self._measure, place, rows.numpy())
+                    counting.run(self.writer.count, self.name, rows.numpy(), place)
+                    placing.run(self.writer.place, self.name, rows.numpy(), place)
+
+    def _aside(self) -> AbstractContextManager[object]:
+        """On a GPU, does not wait for the next band, which is computed meanwhile."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def _pieces(self, start: int, stop: int) -> Iterator[Placed]:
+        """These rows in pieces that lie together in the block, no more than so many numbers or one group at a time."""
+        for placed in self.layout.placed(start, stop):
+            yield from placed.together(chunk_sizes(self.device).piece // self.layout.size)
+
+    def _rows(self, index: int) -> Iterator[tuple[int, Tensor]]:
+        """The rows of a band in the block's order, on the host, with the first one's place.
+
+        They are overwritten by those that come two steps later.
+        """
+        start, stop = self.bands[index]
+        for piece in self._pieces(start, stop):
+            rows = self._aligned(piece.place, piece.groups * piece.length)
+            out = rows if self.scratch is None else self.scratch[: rows.numel()].view(rows.shape)
+            grouped = out.unflatten(0, piece.shape)
+            for (first, last), upper in zip(self.bands[:index], self.uppers, strict=False):
+                turned = piece.of_rows(upper[:, start - first :]).movedim(0, -1)
+                self.layout.to_block(turned, grouped, first, last)
+            own = piece.of_rows(self.uppers[index].T).movedim(0, -1)
+            self.layout.to_block(own, grouped, start, self.layout.size)
+            if out is not rows:
+                rows.copy_(out)
+            yield piece.place, rows
+
+    def _whole(self) -> Iterator[tuple[int, Tensor]]:
+        for index in range(len(self.bands)):
+            yield from self._rows(index)
+
+    def _aligned(self, place: int, rows: int) -> Tensor:
+        """Room for rows that lies to a page as they will in the file."""
+        shift = self.writer.offset(self.name, place) % _PAGE
+        count = rows * self.layout.size
+        self.memory.reverse()
+        flat = self.memory[0][shift : shift + count * self.dtype.itemsize].view(self.dtype)
+        return flat.view(rows, self.layout.size)
+
+    def restore(self, index: int) -> None:
+        start, stop = self.bands[index]
+        shape = stop - start, self.layout.size - start
+        with self._aside():
+            upper = torch.empty(shape, dtype=self.dtype, device=self.device)
+            for piece in self._pieces(start, stop):
+                rows = self._aligned(piece.place, piece.groups * piece.length)
+                self.writer.read(self.name, piece.place, rows.numpy())
+                self.writer.count(self.name, rows.numpy(), piece.place)
+                self._measure(piece.place, rows.numpy())
+                mine = self.layout.from_block(rows.to(self.device))[:, start:].T
+                piece.of_rows(upper.T).copy_(mine.unflatten(1, piece.shape))
+            self.uppers.append(upper)
+            if self.stream is not None:
+                self.stream.synchronize()
+
+
+def _pages(size: int, device: torch.device) -> Tensor:
+    """So many bytes of the host's memory, whole pages, pinned where a GPU copies into them."""
+    if device.type == "cuda":
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+
+
+class StreamedTriangle(Triangle):
+    """Keeps nothing: what comes in goes to the file."""
+
+    counted = False
+
+    def put(self, index: int, upper: Tensor) -> None:
+        upper = on_host(upper)
+        start, stop = self.bands[index]
+        rows, columns = self.layout.places(start, stop), self.layout.places(start, self.layout.size)
+        row_order, column_order = rows.argsort(), columns.argsort()
+        row_spans, column_spans = spans(rows[row_order]), spans(columns[column_order])
+        step = max(1, _TURNED // upper.shape[1])
+        for first in range(0, len(rows), step):
+            part = row_order[first : first + step]
+            values = upper[part][:, column_order]
+            self.writer.write_runs(self.name, rows[part].tolist(), column_spans, values.numpy())
+        step = max(1, _TURNED // len(rows))
+        beyond = column_order[column_order >= stop - start]  # the square is there already
+        for first in range(0, len(beyond), step):
+            part = beyond[first : first + step]
+            turned = upper[:, part].T[:, row_order].contiguous()
+            self.writer.write_runs(self.name, columns[part].tolist(), row_spans, turned.numpy())
+
+    def restore(self, index: int) -> None:
+        pass  # nothing is kept of it
+
+    def finish(self) -> None:
+        if not self.counted:
+            for first, rows in self._whole():
+                self._measure(first, rows.numpy())
+                self.writer.count(self.name, rows.numpy(), first)
+            self.counted = True
+
+    def _whole(self) -> Iterator[tuple[int, Tensor]]:
+        n = self.layout.size
+        step = min(n, max(1, _READ // n))
+        buffer = torch.empty(step, n, dtype=self.dtype)
+        for first in range(0, n, step):
+            rows = buffer[: min(step, n - first)]
+            self.writer.read(self.name, first, rows.numpy())
+            yield first, rows
+
+
+def spans(places: Tensor) -> list[Span]:
+    """Ascending places as runs of neighbours."""
+    edges = (places.diff() != 1).nonzero().flatten() + 1
+    starts, stops = [0, *edges.tolist()], [*edges.tolist(), len(places)]
+    return [
+        (int(places[a]), int(places[b - 1]) + 1)
+        for a, b in zip(starts, stops, strict=True)
+        if b > a
+    ]
+
+
+def on_host(values: Tensor) -> Tensor:
+    """Values in the host's memory; from a GPU by way of pinned memory, several times as fast."""
+    if values.device.type == "cuda":
+        return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)
+    return values.cpu()

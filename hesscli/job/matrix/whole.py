@@ -1,0 +1,125 @@
+"""Blocks that are held whole: computed in groups that share passes, made symmetric, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hesscli.hessian.applicability import NotApplicable
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.differences.check import Certificate
+from hesscli.hessian.routes.base import ByRows, Route, Rows, fitting
+from hesscli.hessian.routes.kronecker import mirror_
+from hesscli.hessian.symmetry import symmetrise_
+from hesscli.job import documents, statistics
+from hesscli.job.json_form import Document
+from hesscli.job.matrix.planning import Plan
+from hesscli.job.matrix.ranking import Ranking
+from hesscli.job.matrix.triangles import on_host
+
+_SMALL = 1 << 22  # numbers that are always kept together
+
+
+def groups(plan: Plan) -> Iterator[list[Block]]:
+    """The blocks that are held whole, by the route that is first for them, as many as are held together."""
+    methods = [choice.method for choice in plan.first_choices(plan.whole)]
+    for method in dict.fromkeys(methods):
+        mine = [b for b, its in zip(plan.whole, methods, strict=True) if its == method]
+        yield from _group(mine, plan.diagonal)
+
+
+def _group(blocks: Sequence[Block], diagonal: bool) -> list[list[Block]]:
+    """Blocks that are computed together: as many as take little more memory than the largest alone."""
+    limit = max(int(1.1 * max((b.entries(diagonal) for b in blocks), default=0)), _SMALL)
+    groups: list[list[Block]] = []
+    held = 0
+    for block in blocks:
+        entries = block.entries(diagonal)
+        if not groups or held + entries > limit:
+            groups.append([])
+            held = 0
+        groups[-1].append(block)
+        held += entries
+    return groups
+
+
+def compute_blocks(plan: Plan, blocks: Sequence[Block]) -> Iterator[tuple[Document, np.ndarray]]:
+    """The facts and values of every block.
+
+    Raises:
+        NumericalError: no route is exact.
+    """
+    yield from _computed([Ranking(plan, block) for block in blocks])
+
+
+def _computed(rankings: Sequence[Ranking]) -> Iterator[tuple[Document, np.ndarray]]:
+    """All blocks by the route that is first for them, or each by its next."""
+    route, diagonal = rankings[0].route, rankings[0].plan.diagonal
+    try:
+        sums = fitting(route, lambda: _sums(route, [r.block for r in rankings], diagonal))
+    except NotApplicable as reason:
+        if len(rankings) > 1:  # perhaps only some of them cannot be done
+            for ranking in rankings:
+                yield from _computed([ranking])
+            return
+        rankings[0].refuse(reason)
+        yield from _computed(rankings)
+        return
+    for ranking in rankings:
+        found = _finished(ranking, sums.pop(ranking.block.name))
+        if found is None:
+            yield from _computed([ranking])
+        else:
+            yield found
+
+
+def _sums(route: Route, blocks: Sequence[Block], diagonal: bool) -> dict[str, Tensor]:
+    """The blocks' sums over batches, or those of their diagonals."""
+    like = next(iter(route.problem.parameters.values())).detach()
+    if diagonal:
+        sums = {block.name: like.new_zeros(block.size) for block in blocks}
+        route.sum_diagonal(blocks, sums)
+        return sums
+    rows = [Rows.whole(block, like) for block in blocks]
+    route.sum(rows)
+    return {part.block.name: part.out for part in rows}
+
+
+def _finished(ranking: Ranking, values: Tensor) -> tuple[Document, np.ndarray] | None:
+    """A block, made symmetric and certified; None if it does not pass."""
+    plan, block, route = ranking.plan, ranking.block, ranking.route
+    method, symmetry, error = ranking.method, None, None
+    if not plan.diagonal:
+        if route.symmetric:
+            mirror_(values)
+        values = route.layout(block).ordered(values)
+        symmetry = 0.0 if route.symmetric else symmetrise_(values)
+    if plan.certificate is not None and block.size:
+        error = _error(ranking, plan.certificate, values)
+    if not ranking.accepts(error, lambda: bool(torch.isfinite(values).all())):
+        return None
+    array = on_host(values.to(plan.problem.dtype)).numpy()
+    if plan.diagonal:
+        array = array.reshape(plan.shapes[block.name])
+    return documents.block_facts(plan.opened, block) | {
+        "method": method,
+        **statistics.of_block(array, plan.diagonal, plan.options.stats),
+        "bytes": array.nbytes,
+        "symmetry_error": symmetry,
+        "check_error": error,
+    }, array
+
+
+def _error(ranking: Ranking, certificate: Certificate, values: Tensor) -> float:
+    """The relative error of a block; if only the diagonal of its rows was kept, of a product with them too."""
+    block, route = ranking.block, ranking.route
+    if not ranking.plan.diagonal:
+        return certificate.matrix(block, values)
+    error = certificate.diagonal(block, values)
+    if isinstance(route, ByRows) and certificate.passed(error):
+        error = max(error, certificate.product(block, partial(route.product, block)))
+    return error

@@ -1,0 +1,65 @@
+"""Data that lies on this process alone. Importing this loads no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from hesscli.files.models.model_file import SavedModel
+    from hesscli.hessian.differences.check import Certificate
+    from hesscli.hessian.objective.problem import Problem
+    from hesscli.hessian.operator import LinearMap
+    from hesscli.job.options import Listener, ProblemOptions
+    from hesscli.job.setup.opening import Opened
+
+
+class Alone:
+    """This process, which has all of the data; `Share` is one of several.
+
+    Args:
+        model: the model, if it is no file.
+    """
+
+    size = 1
+
+    def __init__(self, model: SavedModel | None = None) -> None:
+        self.model = model
+
+    def serve(self) -> bool:
+        """Whether another process asks, and this one answered until it was done."""
+        return False
+
+    def open(self, options: ProblemOptions, listener: Listener) -> Opened:
+        """The problem with all the data."""
+        from hesscli.job.setup.opening import open_problem
+
+        return open_problem(options, listener, self.model, share=self, side_by_side=True)
+
+    def own(self, problem: Problem) -> Problem:
+        """The problem with this process's share of the batches."""
+        return problem
+
+    def totals(self, total: float, denominator: float) -> tuple[float, float]:
+        """The sums of both over all processes."""
+        return total, denominator
+
+    def problem(self, opened: Opened, source: int = 0) -> Problem:
+        """An opened problem whose gradients are sums over all processes."""
+        return opened.problem
+
+    def products(self, problem: Problem, curvature: str, rows: int) -> LinearMap:
+        """Products that are sums over all processes."""
+        from hesscli.hessian.curvatures import CURVATURES
+        from hesscli.job.setup.batches import free_memory
+
+        return CURVATURES[curvature].products(problem, free_memory(problem.device) // 2, rows)
+
+    def certificate(
+        self, problem: Problem, dtype: torch.dtype, seed: int, curvature: str
+    ) -> Certificate:
+        """What checks a curvature over the data of all processes."""
+        from hesscli.hessian.curvatures import CURVATURES
+
+        return CURVATURES[curvature].certificate(problem, dtype, seed)

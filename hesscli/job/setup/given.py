@@ -1,0 +1,175 @@
+"""A model and data as Python has them, a module and arrays or files of them, in the form that the job takes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.data import TensorDataset
+
+from hesscli.errors import HesscliError, MismatchError, UsageError
+from hesscli.files.models.live_models import live_model
+from hesscli.files.models.model_file import SavedModel
+from hesscli.files.models.ties import tie, tied_groups
+from hesscli.hessian.autodiff import differentiable
+from hesscli.hessian.objective.copies import copied
+from hesscli.job.options import ProblemOptions
+from hesscli.job.setup.opening import device_called
+from hesscli.job.setup.settings import random_kept, settings_kept
+
+PathLike = str | os.PathLike[str]
+Array = Tensor | np.ndarray
+Model = nn.Module | PathLike
+DataLike = PathLike | Mapping[str, Array] | Sequence[Array] | TensorDataset | Array
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+Options = TypeVar("Options", bound=ProblemOptions)
+
+
+class Folder:
+    """A temporary folder that goes when the last object that needs it goes."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="hesscli."))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+@contextmanager
+def given(
+    model: Model,
+    data: DataLike,
+    device: str | torch.device | None,
+    folder: Folder,
+    kind: type[Options],
+    options: Mapping[str, Any],
+) -> Iterator[tuple[Options, SavedModel | None]]:
+    """The options with a model and data; and a copy of the model, where it is a module.
+
+    Inside, torch's random state and settings may change; they are put back. What of the data is no file is one in the
+    folder.
+
+    Args:
+        model: a module, or the path of a model file.
+        data: the path of a data file; arrays by their names; (inputs, targets), or a `TensorDataset` of them; or the
+            inputs alone.
+        device: as `--device`; by default, or with "auto", that of the module.
+        folder: for temporary files.
+        kind: of the options.
+        options: the others.
+
+    Raises:
+        HesscliError: the model cannot be copied, the data is none, or there is no such option.
+    """
+    known = {field.name for field in fields(kind)} - {"model", "data"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        listed = ", ".join(sorted(known))
+        raise UsageError(f"no option is called {unknown[0]!r}; there are: {listed}")
+    if not isinstance(model, (nn.Module, str, os.PathLike)):
+        raise UsageError(f"model: {_kind(model)}; expected a module, or the path of a file")
+    path, named = _data_file(data, folder.path)
+    with settings_kept(), differentiable(), random_kept(), _called(path, named):
+        name = Path(type(model).__name__ if isinstance(model, nn.Module) else model)
+        asked = kind(model=name, data=path, device=str(device or "auto"), **options)
+        if not isinstance(model, nn.Module):
+            yield asked, None
+            return
+        wanted = None if asked.device == "auto" else device_called(asked.device)
+        saved = live_model(_copied(model), train_mode=asked.train_mode, device=wanted)
+        saved = replace(saved, originals=tuple(model.parameters()))
+        yield replace(asked, device=str(next(saved.module.parameters()).device)), saved
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    # What modules compute and keep, as pruning does, is no leaf, and has no copy of its own.
+    attributes = [x for part in module.modules() for x in vars(part).values()]
+    tensors = [x for x in [*attributes, *module.buffers()] if isinstance(x, Tensor)]
+    kept = {id(x): x.detach().clone() for x in tensors if not x.is_leaf}
+    every = module.named_parameters(remove_duplicate=False)
+    groups = tied_groups((name, p) for name, p in every if not is_lazy(p))
+    try:
+        copy = copied(module, kept)
+        tie(copy, groups)  # which share memory and are no one object
+        return copy
+    except Exception as error:  # a module may hold anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MismatchError(
+            f"{type(module).__name__}: cannot be copied: {reason}",
+            "save it, torch.save(model.state_dict(), 'net.pt'), and name its class with arch=",
+        ) from error
+
+
+def _data_file(data: DataLike, folder: Path) -> tuple[Path, Path]:
+    """The data as a file, which is what the job reads, and what errors call it."""
+    if isinstance(data, (str, os.PathLike)):
+        return Path(data), Path(data)
+    path = folder / "data.safetensors"
+    # Without the memory that views share.
+    save_file({name: t.clone().contiguous() for name, t in _tensors(data).items()}, path)
+    return path, Path("data")
+
+
+def _tensors(data: object) -> dict[str, Tensor]:
+    """By their names.
+
+    Raises:
+        UsageError: it is something else than arrays.
+    """
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if isinstance(data, (Tensor, np.ndarray)):
+        data = {"x": data}
+    elif isinstance(data, (tuple, list)) and len(data) == 2:
+        data = {"x": data[0], "y": data[1]}
+    if not isinstance(data, Mapping):
+        found = f"{len(data)} arrays" if isinstance(data, (tuple, list)) else _kind(data)
+        raise UsageError(f"data: {found}; expected (inputs, targets), or a dict of named arrays")
+    tensors = {}
+    for name, array in data.items():
+        if not isinstance(name, str):
+            raise UsageError(f"data: a key is {name!r}; expected the name of an array")
+        try:
+            tensor = _tensor(array)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"data: {name} is {_kind(array)}; expected an array") from error
+        if tensor.layout is not torch.strided:
+            layout = str(tensor.layout).removeprefix("torch.")
+            raise UsageError(f"data: {name} is {layout}; expected a dense tensor")
+        tensors[name] = tensor
+    return tensors
+
+
+def _tensor(array: Any) -> Tensor:
+    """On the CPU; of Python's numbers with all their digits."""
+    if isinstance(array, (np.ndarray, list, tuple)):
+        array = np.asarray(array)
+        # torch knows neither strides below zero nor another order of bytes.
+        array = array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
+    return torch.as_tensor(array).detach().cpu()
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__name__}"
+
+
+@contextmanager
+def _called(path: Path, named: Path) -> Iterator[None]:
+    """Errors speak of data in memory by the name that it has here."""
+    try:
+        yield
+    except HesscliError as error:
+        if path == named:
+            raise
+        hint = error.hint and error.hint.replace(str(path), str(named))
+        raise type(error)(error.message.replace(str(path), str(named)), hint) from error

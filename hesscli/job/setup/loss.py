@@ -1,0 +1,174 @@
+"""Which loss is differentiated: the one that was named, or the one that fits the targets."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hesscli.errors import MismatchError, UsageError
+from hesscli.files.data import Data, check_finite, describe
+from hesscli.files.digest import sha256_of
+from hesscli.files.models.importing import importable, imported
+from hesscli.hessian.aten.precision import in_precision_
+from hesscli.hessian.objective.copies import copied
+from hesscli.hessian.objective.loss import Loss
+from hesscli.hessian.objective.losses import ELEMENT_WEIGHTED, LOSSES, TENSORS, check_arguments
+from hesscli.job.options import ProblemOptions
+from hesscli.job.setup.source import move
+from hesscli.texts import dtype_name
+
+
+def loss_of(
+    options: ProblemOptions,
+    data: Data,
+    device: torch.device,
+    dtype: torch.dtype,
+    note: Callable[[str], None],
+) -> Loss:
+    """The loss that was named, or the one that fits the targets."""
+    name, function = _named(options, data, note)
+    if name != "output" and data.targets is None:
+        raise UsageError(
+            f"{options.data}: holds no targets, and {name} needs them", _name_them(options)
+        )
+    if isinstance(function, nn.Module):  # a copy: the user's stays as it is
+        function = in_precision_(copied(function), dtype).to(device)
+    loss = Loss(
+        name,
+        options.reduction,
+        dict(options.loss_arguments),
+        function,
+        wide=dtype is torch.float64,
+    )
+    check_arguments(name, loss.arguments)
+    loss = replace(loss, arguments=_arguments(options, data, loss, device, dtype))
+    if data.targets and name in LOSSES:  # one of the user's own may leave out what is missing
+        check_finite(options.data, *data.targets)
+    return loss
+
+
+def _named(
+    options: ProblemOptions, data: Data, note: Callable[[str], None]
+) -> tuple[str, Callable[..., Any] | None]:
+    """The loss's name and, unless that says it all, its function."""
+    name: Any = options.loss
+    function = None
+    if name == "auto":
+        if data.targets is None:
+            raise UsageError(
+                f"{options.data}: holds no targets, and the loss needs them",
+                f"name them with {_name_them(options)}, or use --loss output if the model returns its loss",
+            )
+        kind = dtype_name(data.targets[1].dtype)
+        name = "mse" if data.targets[1].is_floating_point() else "cross-entropy"
+        note(f"loss: {name}, inferred from {kind} targets")
+    elif callable(name):
+        name, function = getattr(name, "__name__", type(name).__name__), name
+        if name in LOSSES or name == "output":  # it is not that one
+            name = f"{function.__module__}:{name}"
+    elif ":" in name:
+        function = _import_function(name)
+        name = os.path.basename(name)  # no paths in files
+    elif name not in LOSSES and name != "output":
+        plain = name.lower().replace("_", "-").removesuffix("-loss")
+        near = difflib.get_close_matches(plain, LOSSES, 1)
+        raise UsageError(
+            f"no loss is called {name!r}; there are: auto, {', '.join(LOSSES)}, output, PKG.MOD:FN, FILE.py:FN",
+            f"--loss {near[0]}" if near else None,
+        )
+    return name, function
+
+
+def _name_them(options: ProblemOptions) -> str:
+    """The option that names the targets: an array of the file, or, beside an array alone, another file."""
+    return "--targets y.npy" if str(options.data).endswith(".npy") else "--targets KEY"
+
+
+def _arguments(
+    options: ProblemOptions, data: Data, loss: Loss, device: torch.device, dtype: torch.dtype
+) -> dict[str, object]:
+    """The loss's arguments, arrays as tensors: of all samples, also where some of them are used."""
+    target = None if data.targets is None else data.arrays[data.targets[0]]
+    arguments = dict(loss.arguments)
+    for key, value in loss.arguments.items():
+        array = _array(options, data, key, value, loss.name in LOSSES)
+        if array is not None:
+            if loss.name in ELEMENT_WEIGHTED and target is not None:
+                _demand_fit(key, array, target)
+            along = data.per_sample(array) and loss.goes_along(key, array, target)
+            used = array[slice(*data.range)] if along and not options.unbatched else array
+            check_finite(options.data, value[1:] if isinstance(value, str) else key, used)
+            arguments[key] = move(array, device, dtype)
+    return arguments
+
+
+def _array(
+    options: ProblemOptions, data: Data, key: str, value: object, weighs: bool
+) -> Tensor | None:
+    """A loss argument that is an array: of the data file, one in memory, or the numbers of a loss's weight."""
+    if isinstance(value, str) and value.startswith("@"):
+        if value[1:] not in data.arrays:
+            raise UsageError(
+                f"{options.data}: holds no array {value[1:]!r} for the loss argument {key}; "
+                f"it holds: {', '.join(data.arrays)}"
+            )
+        return data.arrays[value[1:]]
+    if isinstance(value, (Tensor, np.ndarray)):
+        return torch.as_tensor(value).detach()
+    if not weighs or key not in TENSORS or value is None:
+        return None
+    try:
+        return torch.tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise UsageError(
+            f"the loss argument {key} is {value!r}; expected numbers, or an array",
+            f"--loss-arg {key}=@KEY",
+        ) from None
+
+
+def _demand_fit(key: str, array: Tensor, target: Tensor) -> None:
+    """Refuses a weight of elements that does not fit all of them, though it may fit those of a batch."""
+    count = target.shape[0] if target.dim() else 1
+    apart = array.dim() == target.dim() and array.dim() > 0 and len(array) not in (1, count)
+    if apart or array.dim() > target.dim() + 1:
+        raise MismatchError(
+            f"the loss argument {key} has shape {list(array.shape)}, "
+            f"which does not fit targets of shape {list(target.shape)}"
+        )
+
+
+def _import_function(spec: str) -> Callable[..., Tensor]:
+    with importable():
+        function = imported("--loss", spec, "FN")
+    if isinstance(function, type) or not callable(function):
+        kind = "class" if isinstance(function, type) else type(function).__name__
+        raise UsageError(f"the loss {spec} is a {kind}, not a function of output and targets")
+    return function
+
+
+def printable(arguments: Mapping[str, object]) -> dict[str, object]:
+    """The arguments as JSON has them."""
+    plain = (bool, int, float, str, type(None))
+    return {
+        k: v if isinstance(v, plain) and _finite(v) else described(v) for k, v in arguments.items()
+    }
+
+
+def _finite(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def described(value: object) -> str:
+    """What stands for a value that JSON does not have: of an array, its type, shape and SHA-256."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        array = torch.as_tensor(value)
+        return f"{describe(array)} {sha256_of({'': array})}"
+    return str(value)

@@ -1,0 +1,288 @@
+"""Model file + data file + options -> the Problem, ready to be differentiated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from hesscli.errors import (
+    DeviceMismatchError,
+    MismatchError,
+    NumericalError,
+    ResourceError,
+    UsageError,
+)
+from hesscli.files.data import Data, check_finite, load_data
+from hesscli.files.models.model_file import SavedModel, load_model
+from hesscli.hessian.aten.precision import in_precision_
+from hesscli.hessian.curvatures import CURVATURES
+from hesscli.hessian.objective.measure import measure
+from hesscli.hessian.objective.problem import Problem
+from hesscli.job.json_form import Document
+from hesscli.job.options import Listener, ProblemOptions
+from hesscli.job.setup.alone import Alone
+from hesscli.job.setup.batches import split
+from hesscli.job.setup.loss import loss_of, printable
+from hesscli.job.setup.parameters import chosen_parameters
+from hesscli.job.setup.passing import as_columns, passed, scales
+from hesscli.job.setup.settings import settle
+from hesscli.job.setup.source import Source
+from hesscli.job.setup.team import rank_here, ranks
+
+_ALONE = Alone()
+
+
+class Notes:
+    """What a command has to say besides its result: tells a listener, each text once.
+
+    Attributes:
+        texts: those that were told.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+        self.texts: list[str] = []
+
+    def __call__(self, *texts: str) -> None:
+        for text in texts:
+            if text not in self.texts:
+                self.texts.append(text)
+                self.listener.note(text)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A problem, and what is worth saying about where it came from."""
+
+    problem: Problem
+    chunk: int  # rows of a matrix that go through at once
+    tied: dict[str, list[str]]  # first name -> the other names of the same tensor
+    frozen: list[str]  # parameters left out because they do not require a gradient
+    facts: Document  # model, data and loss, as in the JSON document
+    note: Notes
+
+
+def open_problem(
+    options: ProblemOptions,
+    listener: Listener,
+    model: SavedModel | None = None,
+    share: Alone = _ALONE,
+    side_by_side: bool = False,
+) -> Opened:
+    """Loads model and data, settles the loss, and makes one pass over the data.
+
+    Args:
+        options: what was asked for.
+        listener: hears the notes.
+        model: one in memory, in place of the file that the options name.
+        share: what other processes share the pass over the data through.
+        side_by_side: batches will be worked on side by side.
+
+    Raises:
+        HesscliError: of any kind; see `errors.py`.
+    """
+    device, note = device_called(options.device), Notes(listener)
+    try:
+        return _opened(options, device, note, model, share, side_by_side)
+    except DeviceMismatchError:
+        if options.device != "auto":
+            raise
+    note("the model makes tensors on the CPU, so all is done there")
+    return _opened(options, torch.device("cpu"), note, model, share, side_by_side)
+
+
+def _opened(
+    options: ProblemOptions,
+    device: torch.device,
+    note: Notes,
+    model: SavedModel | None,
+    share: Alone,
+    side_by_side: bool,
+) -> Opened:
+    """The same on one device.
+
+    Raises:
+        DeviceMismatchError: the model makes tensors on another.
+    """
+    torch.manual_seed(options.seed)
+    settle(options)
+    if options.tf32 and device.type != "cuda":
+        note(f"--tf32 has no effect: the device is {device.type}")
+    model, dtype = _model(options, device, model, note)
+    data = load_data(
+        options.data,
+        inputs=options.inputs,
+        targets=options.targets,
+        unbatched=options.unbatched,
+        samples=options.samples,
+        arguments=model.signature.names,
+        others=[
+            value[1:]
+            for value in options.loss_arguments.values()
+            if isinstance(value, str) and value.startswith("@")
+        ],
+    )
+    note(*data.notes)
+    loss = loss_of(options, data, device, dtype, note)
+    inputs, keywords = passed(options, model, data, loss, note)
+    parameters, tied, frozen = chosen_parameters(model.module, options.params, note)
+    fewest, most = _batch_sizes(options, model, data, note)
+    source = Source(
+        tuple(inputs.values()),
+        data.targets[1] if data.targets and loss.needs_target else None,
+        data.samples,
+        loss,
+        scales(options.scale, inputs, note),
+        keywords,
+        device,
+        dtype,
+        fewest,
+        most,
+        data.range[0],
+        data.recorded,
+    )
+    problem = Problem(
+        model.module,
+        parameters,
+        (),
+        loss,
+        output_key=options.output_key,
+        wide=loss.wide,
+        one_sample=options.unbatched,
+    )
+    if data.columns:
+        source = as_columns(problem, source, note)
+    problem, chunk = split(problem, source, options.batch_size, note, share.size, side_by_side)
+    _demand_own_parameters(model, problem)
+    if loss.wide:
+        problem, _ = problem.widened()
+        if problem.wide:
+            note("what the model itself computes in float32 is computed in float64")
+    problem, value = _measured(options, problem, share, data)
+    facts = _facts(options, model, data, inputs, problem, value)
+    return Opened(problem, chunk, tied, frozen, facts, note)
+
+
+def _model(
+    options: ProblemOptions, device: torch.device, model: SavedModel | None, note: Notes
+) -> tuple[SavedModel, torch.dtype]:
+    """The model, one in memory or as loaded, in the dtype that was asked for."""
+    model = model or load_model(
+        options.model,
+        arch=options.arch,
+        arch_arguments=options.arch_arguments,
+        allow_pickle=options.allow_pickle,
+        train_mode=options.train_mode,
+        device=device,
+    )
+    note(*model.notes)
+    return model, _cast(model, options.dtype)
+
+
+def _batch_sizes(
+    options: ProblemOptions, model: SavedModel, data: Data, note: Notes
+) -> tuple[int, int | None]:
+    """The fewest samples that the model takes at once, and the most."""
+    # In train mode batch norm couples the samples of a batch.
+    coupled = options.train_mode and model.batch_sizes == (1, None)
+    if not (options.unbatched or coupled):
+        return model.batch_sizes
+    if options.batch_size not in (None, data.samples):
+        note("--batch-size has no effect: all the data is one batch")
+    return data.samples, data.samples
+
+
+def _demand_own_parameters(model: SavedModel, problem: Problem) -> None:
+    """Refuses the copy of a module in memory that computes with parameters of the original."""
+    if model.originals and problem.depends_on(model.originals):
+        raise MismatchError(
+            f"{type(model.module).__name__}: forward finds parameters by a global name or a weak reference, "
+            "so that its copy would compute with those of the original",
+            "let forward find them by self",
+        )
+
+
+def _measured(
+    options: ProblemOptions, problem: Problem, share: Alone, data: Data
+) -> tuple[Problem, float]:
+    """The problem with its denominator, and the value of the loss, which is finite."""
+    measured, value = measure(share.own(problem), share.totals)
+    if not math.isfinite(value):
+        if data.targets:
+            check_finite(options.data, *data.targets)
+        raise NumericalError(f"the loss is {value}; its derivatives would mean nothing")
+    return replace(problem, denominator=measured.denominator), value
+
+
+def _facts(
+    options: ProblemOptions,
+    model: SavedModel,
+    data: Data,
+    inputs: Iterable[str],
+    problem: Problem,
+    value: float,
+) -> Document:
+    """Model, data and loss, as in the JSON document; the inputs' names are in the model's order."""
+    targets = data.targets[0] if data.targets and problem.loss.needs_target else None
+    return {
+        "curvature": CURVATURES[options.curvature].document_name,
+        "model": {"path": str(options.model), "kind": model.form, "sha256": model.sha256},
+        "data": {
+            "path": str(options.data),
+            "sha256": data.sha256,
+            "samples": data.samples,
+            "inputs": list(inputs),
+            "targets": targets,
+            **({"range": list(data.range)} if options.samples else {}),
+            **({"scale": dict(options.scale)} if options.scale else {}),
+        },
+        "loss": {
+            "name": problem.loss.name,
+            "arguments": printable(options.loss_arguments),
+            "reduction": problem.loss.reduction,
+            "denominator": problem.denominator,
+            "value": value,
+            "inferred": options.loss == "auto",
+        },
+    }
+
+
+def device_called(name: str) -> torch.device:
+    """A device of this machine, by what `--device` calls it.
+
+    Raises:
+        UsageError: it is no name of a device.
+        ResourceError: this machine has none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and ranks() > 1:  # one for each process
+        name = f"cuda:{rank_here() % max(1, torch.cuda.device_count())}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"no device is called {name!r}", "--device cpu") from None
+    available = {
+        "cpu": not device.index,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(device.type, False):
+        raise ResourceError(f"this machine has no device {name}", "--device cpu")
+    return device
+
+
+def _cast(model: SavedModel, name: str) -> torch.dtype:
+    """Brings the module to the dtype asked for, and says which one that is."""
+    floating = {p.dtype for p in model.module.parameters() if p.is_floating_point()}
+    if not floating:
+        raise MismatchError("the model has no floating-point parameters, so there is no Hessian")
+    wanted = {"float32": torch.float32, "float64": torch.float64}.get(name)
+    if wanted is None:
+        wanted = torch.float64 if torch.float64 in floating else torch.float32
+    if floating != {wanted}:
+        in_precision_(model.module, wanted)
+    return wanted

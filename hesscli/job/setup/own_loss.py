@@ -1,0 +1,107 @@
+"""What a loss of the user's own does, seen on a few samples: which of its arguments go along with them, what else it
+depends on, and whether it wants all samples at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hesscli.errors import MismatchError
+from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.problem import Problem
+from hesscli.job.setup.source import Source
+from hesscli.job.setup.together import first_accepted
+
+
+def inspect_loss(
+    problem: Problem, source: Source, some: Batch, note: Callable[[str], None]
+) -> tuple[Problem, Source, bool]:
+    """The problem and its source with what there is to know of the loss, and whether it wants all samples at once.
+
+    Args:
+        problem: before anything is known of its loss.
+        source: its data.
+        some: a few samples that the model takes.
+        note: hears of what makes the data one batch, and of arguments that are the same for all samples.
+    """
+    fixed = _fixed(problem, source, some)
+    if fixed:
+        listed = ", ".join(fixed)
+        note(f"loss arguments as long as the data, but the same for all samples: {listed}")
+        source = replace(source, loss=replace(source.loss, fixed=frozenset(fixed)))
+    tried, terms = _terms(problem, source, len(some))
+    with torch.no_grad():
+        output = problem.output(tried)
+    if problem.loss.reads_others(output, tried.target, tried.loss_arguments):
+        note(
+            f"the loss {problem.loss.name} depends on parameters besides the model's output: "
+            "they are constants here"
+        )
+    wants_all = len(tried) > len(some)
+    if wants_all:
+        note(f"the loss takes all {source.samples} samples at once, so all the data is one batch")
+    if terms.numel() == 1 and source.samples > 1 and (not terms.dim() or len(tried) > 1):
+        problem = replace(problem, loss=replace(problem.loss, whole=True))
+        note(
+            "the loss is one number for all data, so the data is not split into batches; "
+            "with a loss that returns one term per sample it would be, and faster"
+        )
+    return problem, source, wants_all or problem.loss.whole
+
+
+def _fixed(problem: Problem, source: Source, some: Batch) -> list[str]:
+    """Arguments that have as many entries as there are samples, but not one for each.
+
+    Another number of samples accepts them whole, as it does the weights of as many classes.
+    """
+    along = source.along()
+    counts = range(max(2, source.fewest), (source.most or source.recorded + source.fewest + 2) + 1)
+    # Not one, which any array broadcasts to, nor what divides theirs: terms of that length would tell nothing.
+    count = next((count for count in counts if source.recorded % count), None)
+    if not along or source.recorded < 2 or count is None:
+        return []
+    tried = _repeated(some, count, along)
+    fixed = []
+    with torch.no_grad():
+        try:
+            output = problem.output(tried)
+        except MismatchError:  # of copies
+            return []
+        for name, value in along.items():
+            whole = {**tried.loss_arguments, name: value}
+            try:
+                terms = problem.loss.terms(output, tried.target, whole)
+            except MismatchError:
+                continue
+            if not terms.dim() or len(terms) % count == 0:
+                fixed.append(name)
+    return fixed
+
+
+def _repeated(batch: Batch, count: int, along: Collection[str]) -> Batch:
+    """So many samples, copies of those of a batch; loss arguments of these names go along."""
+    index = torch.arange(count, device=batch.inputs[0].device) % len(batch)
+    arguments = dict(batch.loss_arguments)
+    for name in along:
+        value = arguments[name]
+        assert isinstance(value, torch.Tensor)
+        arguments[name] = value[index]
+    return replace(
+        batch,
+        inputs=tuple(x[index] for x in batch.inputs),
+        target=None if batch.target is None else batch.target[index],
+        loss_arguments=arguments,
+    )
+
+
+def _terms(problem: Problem, source: Source, count: int) -> tuple[Batch, Tensor]:
+    """So many samples, or all there are if the loss does not take them, and its terms."""
+
+    def terms(batch: Batch) -> Tensor:
+        return problem.loss.terms(problem.output(batch), batch.target, batch.loss_arguments)
+
+    counts = [min(count, source.samples), source.samples]  # fewer where there is no axis for them
+    return first_accepted(terms, source, list(dict.fromkeys(counts)))

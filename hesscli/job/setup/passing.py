@@ -1,0 +1,165 @@
+"""How the data is passed to the model: in which order, by which names, scaled, and as what."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hesscli.errors import MismatchError, UsageError
+from hesscli.files.data import TARGET_NAMES, Data, describe
+from hesscli.files.models.call_signature import CallSignature
+from hesscli.files.models.model_file import SavedModel
+from hesscli.hessian.objective.first_passes import first_output
+from hesscli.hessian.objective.loss import Loss
+from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES
+from hesscli.hessian.objective.problem import Problem
+from hesscli.job.options import EVERY, ProblemOptions
+from hesscli.job.setup.source import Source
+from hesscli.job.setup.together import first_accepted
+
+
+def passed(
+    options: ProblemOptions,
+    model: SavedModel,
+    data: Data,
+    loss: Loss,
+    note: Callable[[str], None],
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """What the model is given, in its order, and the names of the last inputs, which are passed by name.
+
+    The targets are among the inputs of a model that returns its loss and takes them.
+
+    Raises:
+        MismatchError: one that an exported model takes by name is not among them.
+    """
+    names, known = list(data.inputs), dict(data.inputs)
+    if data.targets:
+        target, known[target] = data.targets
+        if options.loss == "auto" and target in model.signature.names:
+            note(f"the model takes {target} too; --loss output is the loss that it returns then")
+        if loss.name == "output" and not options.inputs:
+            name = _target_of(model.signature, names, target)
+            if name is not None:
+                names.append(name)
+                known[name] = data.targets[1]
+                listed = ", ".join(names)
+                note(f"the model returns the loss and takes the targets too: inputs are {listed}")
+        if loss.name == "output" and options.targets and target not in names:
+            note("--targets has no effect: the model returns its loss and takes no targets")
+    names, keywords = _ordered(options, model, names, known, note)
+    return {name: known[name] for name in names}, keywords
+
+
+def _ordered(
+    options: ProblemOptions,
+    model: SavedModel,
+    names: list[str],
+    known: Mapping[str, Tensor],
+    note: Callable[[str], None],
+) -> tuple[list[str], tuple[str, ...]]:
+    """The inputs in the order in which they are passed, and the last ones that are passed by name.
+
+    By name go those that the model takes in no other way; and all, if each is called as one of forward's parameters
+    is, and their order is another.
+
+    Raises:
+        MismatchError: one that an exported model takes by name is not among them.
+    """
+    exported, signature = model.form == "exported", model.signature
+    keywords = signature.keywords
+    for name in keywords if exported else ():
+        if name not in known:
+            raise MismatchError(
+                f"{options.model}: takes {', '.join(keywords)} by name, "
+                f"the inputs are {', '.join(names)}",
+                " ".join(f"--inputs {shlex.quote(name)}" for name in signature.names),
+            )
+    if not exported:
+        keywords = tuple(name for name in names if name in keywords)
+    others = [name for name in names if name not in keywords]
+    positional = signature.positional
+    if others == positional[: len(others)] or not set(others) <= set(positional):
+        return [*others, *keywords], keywords
+    note(f"inputs are passed by name: {', '.join(names)}")
+    if exported:  # which has an order alone
+        named = [name for name in positional if name in others]
+        return [*named, *keywords], keywords
+    return [*others, *keywords], (*others, *keywords)
+
+
+def as_columns(problem: Problem, source: Source, note: Callable[[str], None]) -> Source:
+    """A table's numbers as what model and loss want.
+
+    Inputs: whole numbers as indices, if the model takes them as nothing else. Targets: whole numbers as classes,
+    others as a column [N, 1] like the output.
+    """
+    source = _as_indices(problem, source, note)
+    if source.target is None:
+        return source
+    if source.loss.name in OF_CLASSES:
+        classes = source.target.long()
+        if source.target.is_floating_point() and bool((classes == source.target).all()):
+            note("targets: whole numbers, taken as classes")
+            return replace(source, target=classes)
+        return source
+    with torch.no_grad():
+        output = problem.output(source.part(0, source.few))
+    if output.shape != (source.few, 1) or source.target.dim() != 1:
+        return source
+    note("targets: taken as a column [N, 1], as the model's output is")
+    columns = {name: value.unsqueeze(1) for name, value in source.along().items()}
+    loss = source.loss
+    if loss.name in LOSSES:
+        loss = replace(loss, arguments={**loss.arguments, **columns})
+    return replace(source, target=source.target.unsqueeze(1), loss=loss)
+
+
+def _as_indices(problem: Problem, source: Source, note: Callable[[str], None]) -> Source:
+    whole = [x.long() if bool((x == x.long()).all()) else x for x in source.inputs]
+    indices = replace(source, inputs=tuple(whole))
+    for each in (source, indices):
+        with suppress(MismatchError):
+            first_accepted(partial(first_output, problem), each, [source.few, source.samples])
+            if each is indices:
+                note("inputs: whole numbers, taken as indices")
+            return each
+    return source  # which is refused where all of it is passed
+
+
+def scales(
+    asked: Mapping[str, float], inputs: Mapping[str, Tensor], note: Callable[[str], None]
+) -> dict[int, float]:
+    """What each input is multiplied by, by its place."""
+    for name in asked:
+        if name not in inputs and name != EVERY:
+            raise UsageError(
+                f"--scale {name}: no input is called so; there are: {', '.join(inputs)}"
+            )
+    found: dict[int, float] = {}
+    for place, (name, array) in enumerate(inputs.items()):
+        factor = asked.get(name, asked.get(EVERY))
+        if factor is not None:
+            found[place] = factor
+            note(f"scaled: {name} ({describe(array)}) is multiplied by {factor:.9g}")
+    return found
+
+
+def _target_of(signature: CallSignature, names: Sequence[str], target: str) -> str | None:
+    """What a model that returns its own loss calls the targets, beside inputs of these names; None if it takes none."""
+    if set(names) <= set(signature.names):
+        left = [name for name in signature.names if name not in names]
+        for wanted in (target, *TARGET_NAMES):
+            if wanted in left:
+                return wanted
+        return next((name for name in left if name not in signature.optional), None)
+    if signature.most is None or signature.most <= len(names):
+        return None
+    following = signature.positional[len(names) :]
+    optional = following and following[0] in signature.optional and following[0] not in TARGET_NAMES
+    return None if optional else target

@@ -1,0 +1,222 @@
+"""Data that lies on several processes: one leads, and the others answer what it asks of theirs.
+
+What a command needs of the data are sums over batches: gradients, products, and what checks these. The first process
+runs the command as if it were alone. Where a sum is needed, it sends the question and a vector; each process answers
+for its own batches, and the answers are added up in float64. So the processes cannot get out of step, whatever the
+rounding of each, and the others hold neither a basis nor a result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscli.errors import HesscliError, MismatchError
+from hesscli.hessian.applicability import NotApplicable
+from hesscli.hessian.curvatures import CURVATURES
+from hesscli.hessian.differences.check import Certificate
+from hesscli.hessian.objective.batch import Batches
+from hesscli.hessian.objective.problem import Problem, parameters_at
+from hesscli.hessian.operator import LinearMap, Products
+from hesscli.job.options import Listener, ProblemOptions, Silent
+from hesscli.job.setup.alone import Alone
+from hesscli.job.setup.batches import free_memory
+from hesscli.job.setup.opening import Opened, open_problem
+from hesscli.job.setup.shared import (
+    Gradient,
+    Question,
+    Quotient,
+    SharedDifference,
+    SharedProblem,
+    SharedProducts,
+)
+from hesscli.job.setup.team import ProcessLost, Team, ranks_here
+
+
+class Share(Alone):
+    """One process's share of the data, and its place among the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.team = Team()
+        self.size = self.team.size
+        self.opened: list[Opened] = []
+        self.twins: dict[int, Problem | None] = {}  # in float64
+        self.kept: tuple[object, Products] | None = None  # those of the last question
+        self.asking = False
+        self.measured = False
+
+    def __enter__(self) -> Share:
+        self.team.__enter__()
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        """The others are told that this is the end; where they cannot be, they see this process end."""
+        if self.team.rank == 0 and not self.asking:
+            with contextlib.suppress(ProcessLost):
+                self.team.tell(None)
+                kind = error = traceback = None  # all leave together
+        self.team.__exit__(kind, error, traceback)
+
+    def serve(self) -> bool:
+        """Answers until there are no more questions; False at once for the process that asks.
+
+        Raises:
+            ProcessLost: another has ended.
+        """
+        if self.team.rank == 0:
+            return False
+        while (question := self.team.tell(None)) is not None:
+            try:
+                if isinstance(question, ProblemOptions):
+                    self._open(question, Silent())
+                else:
+                    dtype, device = question.dtype, self.opened[0].problem.device
+                    tensor = torch.empty(question.shape, dtype=dtype, device=device)
+                    self._answered(question, self.team.send(tensor))
+            except ProcessLost:
+                raise
+            except _SAID:
+                pass  # the first process has heard of it, and says it
+        return True
+
+    # What the first process asks
+
+    def open(self, options: ProblemOptions, listener: Listener) -> Opened:
+        """The problem with all the data, as every process opens it.
+
+        Raises:
+            HesscliError: of any kind, on any process.
+        """
+        with self._asking():
+            self.team.tell(options)
+            return self._open(options, listener)
+
+    def ask(self, question: Question, tensor: Tensor) -> Tensor:
+        """The sum of all processes' answers.
+
+        Raises:
+            HesscliError: of any kind, on any process.
+            NotApplicable: an operator lacks a derivative.
+        """
+        with self._asking():
+            self.team.tell(question)
+            return self._answered(question, self.team.send(tensor.contiguous()))
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Knows when the others are in the middle of something: they cannot be told anything else then."""
+        self.asking = True
+        try:
+            yield
+        except ProcessLost:
+            raise
+        except _SAID:
+            self.asking = False  # they have heard it too
+            raise
+        self.asking = False
+
+    def problem(self, opened: Opened, source: int = 0) -> SharedProblem:
+        return SharedProblem.of(opened.problem, self, source)
+
+    def products(self, problem: Problem, curvature: str, rows: int) -> LinearMap:
+        assert isinstance(problem, SharedProblem)
+        return SharedProducts(problem, curvature)
+
+    def certificate(
+        self, problem: Problem, dtype: torch.dtype, seed: int, curvature: str
+    ) -> Certificate:
+        checked = super().certificate(problem, dtype, seed, curvature)
+        return replace(checked, difference=partial(SharedDifference, curvature=curvature))
+
+    # What each process does
+
+    def own(self, problem: Problem) -> Problem:
+        rank, size, batches = self.team.rank, self.team.size, problem.batches
+        first, stop = (len(batches) * place // size for place in (rank, rank + 1))
+        mine = Batches(stop - first, lambda i: batches[first + i])
+        return replace(problem, batches=mine, narrow=problem.narrow and self.own(problem.narrow))
+
+    def totals(self, total: float, denominator: float) -> tuple[float, float]:
+        """The sums of both over all processes, the same bits on each."""
+        self.measured = True
+        found = self._agreed((total, denominator))
+        return sum(pair[0] for pair in found), sum(pair[1] for pair in found)
+
+    def twin(self, source: int) -> Problem | None:
+        """The problem with all the data in float64, or None."""
+        problem = self.opened[source].problem
+        if problem.dtype == torch.float64:
+            return problem
+        if source not in self.twins:
+            self.twins[source] = problem.double()
+        return self.twins[source]
+
+    def _open(self, options: ProblemOptions, listener: Listener) -> Opened:
+        self.measured = False
+        try:
+            opened = open_problem(options, listener, share=self)
+        except _SAID as error:
+            if not self.measured:  # the others wait for what was measured here
+                self._agreed(error)
+            raise
+        self.opened.append(opened)
+        return opened
+
+    def _answered(self, question: Question, tensor: Tensor) -> Tensor:
+        answer, failure = tensor, None
+        try:
+            answer = self._answer(question, tensor)
+        except _SAID as error:
+            failure = error
+        self._agreed(failure)
+        return self.team.sum(answer)
+
+    def _agreed(self, said: Any) -> list[Any]:
+        """What each process says; if one says an exception, all raise it."""
+        found = self.team.gather(said)
+        for each in found:
+            if isinstance(each, Exception):
+                raise each
+        return found
+
+    def _answer(self, question: Question, tensor: Tensor) -> Tensor:
+        opened = self.opened[question.source]
+        same = question.dtype == opened.problem.dtype
+        problem = opened.problem if same else self.twin(question.source)
+        if problem is None:
+            raise MismatchError("the model runs in float64 on some of the processes only")
+        problem = self.own(problem.restricted(question.parameters))
+        what = question.what
+        if isinstance(what, Gradient):
+            return _gradient_at(problem, what.names, tensor)
+        curvature = CURVATURES[what.curvature]
+        if isinstance(what, Quotient):
+            difference = curvature.difference(problem, what.block, tensor)
+            if not what.held:
+                return difference.quotient(what.step)
+            held = difference.held_quotient(what.step, what.narrow)
+            return torch.full_like(tensor, torch.nan) if held is None else held
+        key = replace(question, shape=())
+        if self.kept is None or self.kept[0] != key:
+            self.kept = None  # its graphs give way
+            memory = free_memory(problem.device) // (2 * ranks_here())
+            self.kept = key, curvature.products(problem, memory, opened.chunk)
+        return self.kept[1](tensor)
+
+
+_SAID = (HesscliError, NotApplicable, MemoryError, torch.OutOfMemoryError)
+"""What one process can say to the others, so that all know."""
+
+
+def _gradient_at(problem: Problem, names: Sequence[str], theta: Tensor) -> Tensor:
+    leaves = list(problem.parameters.values())
+    with parameters_at(leaves, theta.split([leaf.numel() for leaf in leaves])):
+        return problem.flat_gradient(names)

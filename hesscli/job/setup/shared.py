@@ -1,0 +1,129 @@
+"""A problem whose data lies on several processes: every sum over batches that it needs is a question to all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.differences.directional import DirectionalDifference
+from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.operator import LinearMap
+
+if TYPE_CHECKING:
+    from hesscli.job.setup.share import Share
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """dL / d theta of some parameters."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Product:
+    """H v."""
+
+    curvature: str
+
+
+@dataclass(frozen=True)
+class Quotient:
+    """The product with a vector by differences: see `DirectionalDifference`, whose kinks are held if `held`."""
+
+    block: Block
+    step: float
+    curvature: str
+    held: bool
+    narrow: bool
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about every process's data; a tensor goes with it."""
+
+    what: Gradient | Product | Quotient
+    source: int  # which of the problems that were opened
+    dtype: torch.dtype  # of that problem, or of its twin in float64
+    parameters: tuple[str, ...]  # the problem's, where it is restricted
+    shape: tuple[int, ...]  # of the tensor
+
+
+@dataclass(frozen=True)
+class SharedProblem(Problem):
+    """A problem whose gradients are sums over the data of all processes."""
+
+    _: KW_ONLY
+    share: Share  # this process's
+    source: int  # which of the problems that were opened
+
+    runs_here: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, problem: Problem, share: Share, source: int) -> SharedProblem:
+        plain = {f.name: getattr(problem, f.name) for f in fields(Problem)}
+        return cls(**plain, share=share, source=source)
+
+    def ask(self, what: Gradient | Product | Quotient, tensor: Tensor) -> Tensor:
+        names, shape = tuple(self.parameters), tuple(tensor.shape)
+        return self.share.ask(Question(what, self.source, self.dtype, names, shape), tensor)
+
+    def flat_gradient(self, names: Sequence[str]) -> Tensor:
+        theta = torch.cat([leaf.detach().reshape(-1) for leaf in self.parameters.values()])
+        return self.ask(Gradient(tuple(names)), theta)
+
+    def gradient(self, names: Sequence[str]) -> dict[str, Tensor]:
+        leaves = [self.parameters[name] for name in names]
+        parts = self.flat_gradient(names).split([leaf.numel() for leaf in leaves])
+        return {
+            name: part.view_as(leaf) for name, part, leaf in zip(names, parts, leaves, strict=True)
+        }
+
+    def gradient_norm(self) -> float:
+        """|dL/dtheta| over the chosen parameters: the others' are not shared."""
+        return float(self.flat_gradient(list(self.parameters)).norm())
+
+    def by_batch(self) -> Iterator[Problem]:
+        return iter((self,))
+
+    def double(self) -> Problem | None:
+        twin = self.share.twin(self.source)
+        return twin and SharedProblem.of(twin.restricted(self.parameters), self.share, self.source)
+
+
+class SharedProducts(LinearMap):
+    """v -> H v, the sum over the data of all processes."""
+
+    problem: SharedProblem
+
+    def __init__(self, problem: SharedProblem, curvature: str) -> None:
+        super().__init__(problem)
+        self.curvature = curvature
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        self.count += 1 if vectors.dim() == 1 else len(vectors)
+        return self.problem.ask(Product(self.curvature), vectors)
+
+
+@dataclass
+class SharedDifference(DirectionalDifference):
+    """Asks for what is not made of the problem's gradients: these are sums over all processes already."""
+
+    problem: SharedProblem
+    curvature: str
+
+    def quotient(self, step: float) -> Tensor:
+        return super().quotient(step) if self.curvature == "hessian" else self._ask(step)
+
+    def held_quotient(self, step: float, narrow: bool = False) -> Tensor | None:
+        held = self._ask(step, held=True, narrow=narrow)
+        return None if bool(held.isnan().any()) else held
+
+    def _ask(self, step: float, held: bool = False, narrow: bool = False) -> Tensor:
+        question = Quotient(self.block, step, self.curvature, held, narrow)
+        return self.problem.ask(question, self.direction)
