@@ -25,7 +25,7 @@ from torch import nn
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.setup.batches import _even
-from hesscli.job.setup.share import Share
+from hesscli.job.setup.many_processes import ManyProcesses
 
 # Each rank runs the commands one after the other in one group, and keeps what it printed and its exit code.
 COMMANDS = """
@@ -126,11 +126,11 @@ def test_every_sample_is_one_ranks(samples, most, ranks):
     assert len(lengths) >= min(samples, ranks)
     batches = [Batch((torch.arange(a, b),), None) for a, b in pairwise(bounds)]
     problem = Problem(nn.Identity(), {}, batches, None)  # type: ignore[arg-type]
-    share, seen = Share(), []
-    share.team.size = ranks
+    processes, seen = ManyProcesses(), []
+    processes.team.size = ranks
     for rank in range(ranks):
-        share.team.rank = rank
-        own = share.own(problem).batches
+        processes.team.rank = rank
+        own = processes.own(problem).batches
         seen.append([int(i) for index in range(len(own)) for i in own[index].inputs[0]])
         # Whatever batches another rank has room for, this one's samples are these.
         assert seen[-1] == list(range(rank * samples // ranks, (rank + 1) * samples // ranks))

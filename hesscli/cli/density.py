@@ -17,7 +17,7 @@ from hesscli.cli.options import (
     refuse_idle_force,
     takes_hessian_or_problem,
 )
-from hesscli.cli.ranks import sharing
+from hesscli.cli.ranks import started_processes
 from hesscli.job.options import ProblemOptions
 from hesscli.job.starting import start
 
@@ -71,8 +71,8 @@ def density(
     up to N M parameters, 512 at least and 4096 at most. Elsewhere by stochastic Lanczos quadrature:
     nodes with weights that add up to 1.
     """
-    with failing(debug), sharing() as share:
-        if share.serve():
+    with failing(debug), started_processes() as processes:
+        if processes.serve():
             return
         from hesscli.cli.output import Output
 
@@ -84,7 +84,7 @@ def density(
 
         with Output(quiet=quiet, json=json) as out:
             options = DensityOptions(probes, steps, output, plot, force)
-            document = run(hessian, problem, options, out, share)
+            document = run(hessian, problem, options, out, processes)
             out.result(document, print_density)
             if document["interrupted"]:
                 raise KeyboardInterrupt

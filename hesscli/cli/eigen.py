@@ -20,7 +20,7 @@ from hesscli.cli.options import (
     refuse_idle_force,
     takes_hessian_or_problem,
 )
-from hesscli.cli.ranks import sharing
+from hesscli.cli.ranks import started_processes
 from hesscli.cli.values import finite
 from hesscli.errors import NumericalError, UsageError
 from hesscli.job.options import ProblemOptions, Which
@@ -29,7 +29,7 @@ from hesscli.job.starting import start
 if TYPE_CHECKING:
     from hesscli.cli.output import Document, Output
     from hesscli.job.model_eigen import EigenOptions
-    from hesscli.job.setup.alone import Alone
+    from hesscli.job.setup.one_process import OneProcess
 
 
 _TOP = 10
@@ -111,8 +111,8 @@ def eigen(
     MODEL DATA gives those of the whole matrix, which is never formed: by Lanczos, with about three
     vectors of memory for each eigenvalue. An eigenvalue comes out as often as it occurs.
     """
-    with failing(debug), sharing() as share:
-        if share.serve():
+    with failing(debug), started_processes() as processes:
+        if processes.serve():
             return
         from hesscli.cli.output import Output
 
@@ -141,7 +141,7 @@ def eigen(
                 from hesscli.job.model_eigen import EigenOptions
 
                 options = EigenOptions(top, which, tol, max_products, per_block, output, force)
-                document = of_model(out, problem, options, share)
+                document = of_model(out, problem, options, processes)
             if output is not None:
                 out.wrote(str(output), output.stat().st_size)
         gate_eigenvalues(document, fail_above, fail_below)
@@ -150,12 +150,14 @@ def eigen(
 _USUAL = 30  # products for each eigenvalue, where they are neither crowded nor tiny
 
 
-def of_model(out: Output, problem: ProblemOptions, options: EigenOptions, share: Alone) -> Document:
+def of_model(
+    out: Output, problem: ProblemOptions, options: EigenOptions, processes: OneProcess
+) -> Document:
     """Runs and prints; then fails where it must."""
     from hesscli.cli.summary import counted
     from hesscli.job.model_eigen import model_eigen, reached
 
-    document = model_eigen(problem, options, out, share)
+    document = model_eigen(problem, options, out, processes)
     out.result(document, print_extremes if options.per_block else print_eigenpairs)
     if document["interrupted"]:
         raise KeyboardInterrupt

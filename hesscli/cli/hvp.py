@@ -9,7 +9,7 @@ import typer
 
 from hesscli.cli.failing import failing
 from hesscli.cli.options import Debug, Force, Json, Quiet, takes_problem
-from hesscli.cli.ranks import sharing
+from hesscli.cli.ranks import started_processes
 from hesscli.cli.values import finite
 from hesscli.job.options import ProblemOptions
 from hesscli.job.starting import start
@@ -64,8 +64,8 @@ def hvp(
     --per-fedavg writes the term of Per-FedAvg and MAML in one go: (I - ALPHA H(theta)) times the
     gradient at theta - ALPHA gradient(theta).
     """
-    with failing(debug), sharing() as share:
-        if share.serve():
+    with failing(debug), started_processes() as processes:
+        if processes.serve():
             return
         from hesscli.cli.output import Output
 
@@ -75,7 +75,7 @@ def hvp(
 
         with Output(quiet=quiet, json=json) as out:
             options = HvpOptions(vector, per_fedavg, query, gradient, output, force)
-            out.result(run(problem, options, out, share), print_products)
+            out.result(run(problem, options, out, processes), print_products)
             out.wrote(str(output), output.stat().st_size)
 
 

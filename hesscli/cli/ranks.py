@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hesscli.job.setup.alone import Alone
+from hesscli.job.setup.one_process import OneProcess
 from hesscli.job.setup.team import ranks
 
 
 @contextmanager
-def sharing() -> Iterator[Alone]:
-    """This process's share of the data."""
+def started_processes() -> Iterator[OneProcess]:
+    """Those that `torchrun` started, or this one."""
     if ranks() == 1:
-        yield Alone()
+        yield OneProcess()
         return
-    from hesscli.job.setup.share import Share
+    from hesscli.job.setup.many_processes import ManyProcesses
 
-    with Share() as share:
-        yield share
+    with ManyProcesses() as processes:
+        yield processes

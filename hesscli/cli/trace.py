@@ -10,7 +10,7 @@ import typer
 from hesscli.cli.failing import failing
 from hesscli.cli.gates import bound, gate
 from hesscli.cli.options import Debug, Json, Quiet, takes_problem
-from hesscli.cli.ranks import sharing
+from hesscli.cli.ranks import started_processes
 from hesscli.cli.values import finite
 from hesscli.errors import NumericalError
 from hesscli.job.options import ProblemOptions
@@ -57,8 +57,8 @@ def trace(
     random vectors, and printed with its standard error. The mean, trace / size, is the sensitivity
     that HAWQ-V2 quantizes by.
     """
-    with failing(debug), sharing() as share:
-        if share.serve():
+    with failing(debug), started_processes() as processes:
+        if processes.serve():
             return
         from hesscli.cli.output import Output
 
@@ -66,7 +66,7 @@ def trace(
             start()
             from hesscli.job.trace import trace as run
 
-            document = run(problem, rel_error, max_products, out, share)
+            document = run(problem, rel_error, max_products, out, processes)
             if not (document["converged"] or document["interrupted"]):
                 out.note(
                     f"the standard error is more than {rel_error:.3g} of the total after "

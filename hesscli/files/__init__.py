@@ -1,1 +1,1 @@
-"""Model files (`models/`), data files (`data.py`) and Hessian files (`hessians/`). Knows no mathematics and no terminal."""
+"""Model files (`models/`), data files (`data.py`) and Hessian files (`hessians/`). Knows no mathematics."""

@@ -19,7 +19,7 @@ from hesscli.job.writing import writable
 from hesscli.spectrum.density import Density, exact
 
 if TYPE_CHECKING:
-    from hesscli.job.setup.alone import Alone
+    from hesscli.job.setup.one_process import OneProcess
 
 SCHEMA = "hesscli.density/1"
 BINS = 24
@@ -40,7 +40,7 @@ def density(
     problem: ProblemOptions | None,
     options: DensityOptions,
     listener: Listener,
-    share: Alone,
+    processes: OneProcess,
 ) -> Document:
     """The density of a Hessian file, or of a model's curvature where `problem` is given.
 
@@ -65,7 +65,7 @@ def density(
         document, values = file_spectrum(hessian)
         found, products = exact(values), 0
     else:
-        document, found, products = _of_model(problem, options, listener, share)
+        document, found, products = _of_model(problem, options, listener, processes)
     edges, mass = found.histogram(BINS)
     document |= {
         "schema": SCHEMA,
@@ -86,13 +86,13 @@ def density(
 
 
 def _of_model(
-    problem: ProblemOptions, options: DensityOptions, listener: Listener, share: Alone
+    problem: ProblemOptions, options: DensityOptions, listener: Listener, processes: OneProcess
 ) -> tuple[Document, Density, int]:
     from hesscli.job.operator import open_operator
     from hesscli.spectrum.dense import DENSE, dense
     from hesscli.spectrum.quadrature import lanczos_quadrature
 
-    operator = open_operator(problem, listener, share)
+    operator = open_operator(problem, listener, processes)
     if operator.size <= max(DENSE, min(options.probes * options.steps, LARGEST)):
         fewer = f"--probes {max(1, (operator.size - 1) // options.steps)}"
         operator.needs(6 * operator.size, "the whole matrix", fewer)

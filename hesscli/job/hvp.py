@@ -21,7 +21,7 @@ from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.remedies import not_finite
 from hesscli.job.results import write_tensors
-from hesscli.job.setup.alone import Alone
+from hesscli.job.setup.one_process import OneProcess
 from hesscli.job.writing import demand_names, writable
 from hesscli.texts import dtype_name, listed
 
@@ -47,7 +47,7 @@ def hvp(
     problem: ProblemOptions,
     options: HvpOptions,
     listener: Listener,
-    share: Alone,
+    processes: OneProcess,
 ) -> Document:
     """Writes H v, or (I - alpha H(theta)) g', keyed and shaped as the parameters.
 
@@ -62,7 +62,7 @@ def hvp(
     for path in read:
         kind_of(path)  # before the work
     output = writable(options.output, options.force, read, name="hvp")
-    operator = open_operator(problem, listener, share)
+    operator = open_operator(problem, listener, processes)
     demand_names(operator.products.names, operator.products.names, options.gradient)
     vectors, result, facts = _product(operator, options)
     if not bool(torch.isfinite(result).all()):
@@ -199,10 +199,10 @@ def _adapted_gradient(operator: Operator, options: HvpOptions) -> tuple[Tensor, 
         other = replace(operator.options, data=options.query)
         if other.loss == "auto":  # that of the data, whatever the query's targets look like
             other = replace(other, loss=problem.loss.name)
-        opened = operator.share.open(other, operator.listener)
+        opened = operator.processes.open(other, operator.listener)
         if list(opened.problem.parameters) != list(problem.parameters):
             raise MismatchError(f"{options.query}: the model has other parameters with it")
-        problem, facts = operator.share.problem(opened, 1), opened.facts["data"]
+        problem, facts = operator.processes.problem(opened, 1), opened.facts["data"]
     if abs(options.per_fedavg) > torch.finfo(problem.dtype).max:
         raise NumericalError(
             f"a step of {options.per_fedavg:g} is more than float32 holds", "--dtype float64"

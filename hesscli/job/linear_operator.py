@@ -12,8 +12,8 @@ from hesscli.errors import UsageError
 from hesscli.hessian.autodiff import differentiable
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions, Silent
-from hesscli.job.setup.alone import Alone
 from hesscli.job.setup.given import DataLike, Folder, LossFunction, Model, given
+from hesscli.job.setup.one_process import OneProcess
 from hesscli.job.setup.settings import settings_kept, settle
 from hesscli.texts import dtype_name
 
@@ -51,7 +51,7 @@ def operator(
     folder = Folder()
     options["loss"] = loss
     with given(model, data, device, folder, ProblemOptions, options) as (asked, saved):
-        opened = open_operator(asked, listener or Silent(), Alone(saved))
+        opened = open_operator(asked, listener or Silent(), OneProcess(saved))
     return CurvatureOperator(opened, asked, folder)
 
 

@@ -19,7 +19,7 @@ from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions, Which
 from hesscli.job.progress import Convergence
 from hesscli.job.results import write_tensors
-from hesscli.job.setup.alone import Alone
+from hesscli.job.setup.one_process import OneProcess
 from hesscli.job.writing import writable
 from hesscli.spectrum.dense import DENSE, dense
 from hesscli.spectrum.eigen import DENSE_LIMIT, WHICH, allowed
@@ -41,7 +41,7 @@ def model_eigen(
     problem: ProblemOptions,
     options: EigenOptions,
     listener: Listener,
-    share: Alone,
+    processes: OneProcess,
 ) -> Document:
     """The first eigenvalues of a model's curvature; or the extremes of each parameter's own block.
 
@@ -55,7 +55,7 @@ def model_eigen(
     if options.output is not None:
         file = writable(options.output, options.force, problem.files, name="eigen")
         options = replace(options, output=file)
-    operator = open_operator(problem, listener, share, lean=True)
+    operator = open_operator(problem, listener, processes, lean=True)
     if options.per_block:
         found, blocks, operators = _per_block(operator, options)
     else:

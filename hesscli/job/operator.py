@@ -24,8 +24,8 @@ from hesscli.job import documents
 from hesscli.job.json_form import Document
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.remedies import more_digits, not_finite
-from hesscli.job.setup.alone import Alone
 from hesscli.job.setup.batches import free_memory
+from hesscli.job.setup.one_process import OneProcess
 from hesscli.job.setup.opening import Opened
 from hesscli.job.sizes import size
 from hesscli.spectrum.finite import NotFinite
@@ -41,12 +41,12 @@ class Operator:
     listener: Listener
     # Where it came from. Its own `problem` makes all passes on this process; parts of it are opened again.
     opened: Opened
-    # The same over all processes, which share its passes; products, gradients and checks are of this one.
+    # The same over all processes, which shares its passes; products, gradients and checks are of this one.
     problem: Problem
     products: LinearMap  # multiplies vectors
     method: str  # how
     gradient: Tensor  # dL / d theta [P]
-    share: Alone  # of the data
+    processes: OneProcess  # that have the data
     # The problem in float64, for the check and for differences, if the model runs in it.
     reference: Problem | None = None
     check: Document | None = None  # what the check found, as in the JSON document
@@ -88,7 +88,7 @@ class Operator:
             self.listener,
             opened,
             self.products.split(self.gradient)[name].reshape(-1),
-            self.share,
+            self.processes,
             self.reference and self.reference.restricted([name]),
         )
 
@@ -109,28 +109,28 @@ class Operator:
 
 
 def open_operator(
-    options: ProblemOptions, listener: Listener, share: Alone, lean: bool = False
+    options: ProblemOptions, listener: Listener, processes: OneProcess, lean: bool = False
 ) -> Operator:
     """Opens model and data, linearises, and checks a product along a random direction.
 
     Args:
         options: what was asked for.
         listener: hears the notes.
-        share: of the data.
+        processes: that have the data.
         lean: many vectors will be held; where they are long, this process keeps no memory that was freed.
 
     Raises:
         HesscliError: of any kind.
     """
-    opened = share.open(options, listener)
-    problem = share.problem(opened)
+    opened = processes.open(options, listener)
+    problem = processes.problem(opened)
     if not any(p.numel() for p in problem.parameters.values()):
         raise MismatchError(f"every parameter is empty: {', '.join(problem.parameters)}")
     grads, _, _ = first_gradient(problem)
     gradient = torch.cat([g.reshape(-1) for g in grads.values()])
     if lean and gradient.nbytes >= _LONG:
         release_at_once(gradient.nbytes // 6)
-    return _checked_operator(options, listener, opened, gradient, share)
+    return _checked_operator(options, listener, opened, gradient, processes)
 
 
 def _checked_operator(
@@ -138,10 +138,10 @@ def _checked_operator(
     listener: Listener,
     opened: Opened,
     gradient: Tensor,
-    share: Alone,
+    processes: OneProcess,
     double: Problem | None = None,
 ) -> Operator:
-    problem = share.problem(opened)
+    problem = processes.problem(opened)
     if options.method not in ("auto", HVP, FINITE_DIFFERENCE):
         raise UsageError(
             f"products are made by {HVP} or {FINITE_DIFFERENCE}, not by {options.method}",
@@ -152,7 +152,7 @@ def _checked_operator(
     double = double or (problem.double() if options.check else None)
     reference = double or problem
     methods: dict[str, Callable[[], LinearMap]] = {
-        HVP: lambda: share.products(problem, options.curvature, opened.chunk),
+        HVP: lambda: processes.products(problem, options.curvature, opened.chunk),
     }
     if options.curvature == "hessian":
         methods[FINITE_DIFFERENCE] = lambda: Differences(double or problem.double() or problem)
@@ -163,13 +163,13 @@ def _checked_operator(
         if reason:
             opened.note(f"{reason}: {method} instead")
         certificate = (
-            share.certificate(reference, problem.dtype, options.seed, options.curvature)
+            processes.certificate(reference, problem.dtype, options.seed, options.curvature)
             if options.check
             else None
         )
         try:
             made = Operator(
-                options, listener, opened, problem, make(), method, gradient, share, double
+                options, listener, opened, problem, make(), method, gradient, processes, double
             )
             made.check = _check(made, certificate)
             made.products.count = 0  # of what is asked for, not of the check

@@ -16,7 +16,7 @@ from hesscli.job.matrix.whole import compute_blocks, groups
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import ComputeOptions, Listener, ProblemOptions
 from hesscli.job.progress import Convergence
-from hesscli.job.setup.alone import Alone
+from hesscli.job.setup.one_process import OneProcess
 from hesscli.spectrum.dense import DENSE
 from hesscli.spectrum.trace import Estimate, estimate
 
@@ -31,7 +31,7 @@ def trace(
     relative_error: float,
     max_products: int,
     listener: Listener,
-    share: Alone,
+    processes: OneProcess,
 ) -> Document:
     """The traces of a model's curvature.
 
@@ -40,7 +40,7 @@ def trace(
         relative_error: the standard error of the total, relative to it, at which an estimate is good enough.
         max_products: at most.
         listener: hears how it goes.
-        share: of the data, if other processes have one too.
+        processes: that have the data.
 
     Returns:
         the JSON document: `blocks[].trace` and `total.trace`, each with `standard_error`, 0 where exact.
@@ -52,7 +52,7 @@ def trace(
     # The other routes make no products: with them there is the exact diagonal or nothing.
     forced = problem.method not in ("auto", HVP, FINITE_DIFFERENCE)
     of_products = replace(problem, method="auto") if forced else problem
-    operator = open_operator(of_products, listener, share)
+    operator = open_operator(of_products, listener, processes)
     plan = Plan(
         ComputeOptions(**vars(problem), blocks="elements", stats="basic", output=None),
         operator.opened,
@@ -103,7 +103,7 @@ def _exact_products(plan: Plan, operator: Operator) -> float:
     by_rows = plan.by_rows()
     ratio = plan.work(plan.blocks) / by_rows if by_rows else 0.0
     # This process does it alone; products are shared.
-    return ratio * operator.size * operator.share.size
+    return ratio * operator.size * operator.processes.size
 
 
 def _exact(plan: Plan, operator: Operator) -> Estimate:

@@ -23,16 +23,16 @@ from hesscli.hessian.objective.measure import measure
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.json_form import Document
 from hesscli.job.options import Listener, ProblemOptions
-from hesscli.job.setup.alone import Alone
 from hesscli.job.setup.batches import split
 from hesscli.job.setup.loss import loss_of, printable
+from hesscli.job.setup.one_process import OneProcess
 from hesscli.job.setup.parameters import chosen_parameters
 from hesscli.job.setup.passing import as_columns, passed, scales
 from hesscli.job.setup.settings import settle
 from hesscli.job.setup.source import Source
 from hesscli.job.setup.team import rank_here, ranks
 
-_ALONE = Alone()
+_ONE_PROCESS = OneProcess()
 
 
 class Notes:
@@ -69,7 +69,7 @@ def open_problem(
     options: ProblemOptions,
     listener: Listener,
     model: SavedModel | None = None,
-    share: Alone = _ALONE,
+    processes: OneProcess = _ONE_PROCESS,
     side_by_side: bool = False,
 ) -> Opened:
     """Loads model and data, settles the loss, and makes one pass over the data.
@@ -78,7 +78,7 @@ def open_problem(
         options: what was asked for.
         listener: hears the notes.
         model: one in memory, in place of the file that the options name.
-        share: what other processes share the pass over the data through.
+        processes: that share the pass over the data.
         side_by_side: batches will be worked on side by side.
 
     Raises:
@@ -86,12 +86,12 @@ def open_problem(
     """
     device, note = device_called(options.device), Notes(listener)
     try:
-        return _opened(options, device, note, model, share, side_by_side)
+        return _opened(options, device, note, model, processes, side_by_side)
     except DeviceMismatchError:
         if options.device != "auto":
             raise
     note("the model makes tensors on the CPU, so all is done there")
-    return _opened(options, torch.device("cpu"), note, model, share, side_by_side)
+    return _opened(options, torch.device("cpu"), note, model, processes, side_by_side)
 
 
 def _opened(
@@ -99,7 +99,7 @@ def _opened(
     device: torch.device,
     note: Notes,
     model: SavedModel | None,
-    share: Alone,
+    processes: OneProcess,
     side_by_side: bool,
 ) -> Opened:
     """The same on one device.
@@ -155,13 +155,13 @@ def _opened(
     )
     if data.columns:
         source = as_columns(problem, source, note)
-    problem, chunk = split(problem, source, options.batch_size, note, share.size, side_by_side)
+    problem, chunk = split(problem, source, options.batch_size, note, processes.size, side_by_side)
     _demand_own_parameters(model, problem)
     if loss.wide:
         problem, _ = problem.widened()
         if problem.wide:
             note("what the model itself computes in float32 is computed in float64")
-    problem, value = _measured(options, problem, share, data)
+    problem, value = _measured(options, problem, processes, data)
     facts = _facts(options, model, data, inputs, problem, value)
     return Opened(problem, chunk, tied, frozen, facts, note)
 
@@ -206,10 +206,10 @@ def _demand_own_parameters(model: SavedModel, problem: Problem) -> None:
 
 
 def _measured(
-    options: ProblemOptions, problem: Problem, share: Alone, data: Data
+    options: ProblemOptions, problem: Problem, processes: OneProcess, data: Data
 ) -> tuple[Problem, float]:
     """The problem with its denominator, and the value of the loss, which is finite."""
-    measured, value = measure(share.own(problem), share.totals)
+    measured, value = measure(processes.own(problem), processes.totals)
     if not math.isfinite(value):
         if data.targets:
             check_finite(options.data, *data.targets)

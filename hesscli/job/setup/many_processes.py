@@ -26,10 +26,10 @@ from hesscli.hessian.objective.batch import Batches
 from hesscli.hessian.objective.problem import Problem, parameters_at
 from hesscli.hessian.operator import LinearMap, Products
 from hesscli.job.options import Listener, ProblemOptions, Silent
-from hesscli.job.setup.alone import Alone
 from hesscli.job.setup.batches import free_memory
+from hesscli.job.setup.one_process import OneProcess
 from hesscli.job.setup.opening import Opened, open_problem
-from hesscli.job.setup.shared import (
+from hesscli.job.setup.shared_problem import (
     Gradient,
     Question,
     Quotient,
@@ -40,8 +40,8 @@ from hesscli.job.setup.shared import (
 from hesscli.job.setup.team import ProcessLost, Team, ranks_here
 
 
-class Share(Alone):
-    """One process's share of the data, and its place among the others."""
+class ManyProcesses(OneProcess):
+    """One of several processes: its share of the data, and what it asks of the others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Share(Alone):
         self.asking = False
         self.measured = False
 
-    def __enter__(self) -> Share:
+    def __enter__(self) -> ManyProcesses:
         self.team.__enter__()
         return self
 
@@ -162,7 +162,7 @@ class Share(Alone):
     def _open(self, options: ProblemOptions, listener: Listener) -> Opened:
         self.measured = False
         try:
-            opened = open_problem(options, listener, share=self)
+            opened = open_problem(options, listener, processes=self)
         except _SAID as error:
             if not self.measured:  # the others wait for what was measured here
                 self._agreed(error)

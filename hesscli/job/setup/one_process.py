@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from hesscli.job.setup.opening import Opened
 
 
-class Alone:
-    """This process, which has all of the data; `Share` is one of several.
+class OneProcess:
+    """This process, which has all of the data; `ManyProcesses` is one of several.
 
     Args:
         model: the model, if it is no file.
@@ -35,7 +35,7 @@ class Alone:
         """The problem with all the data."""
         from hesscli.job.setup.opening import open_problem
 
-        return open_problem(options, listener, self.model, share=self, side_by_side=True)
+        return open_problem(options, listener, self.model, processes=self, side_by_side=True)
 
     def own(self, problem: Problem) -> Problem:
         """The problem with this process's share of the batches."""

@@ -15,7 +15,7 @@ from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import LinearMap
 
 if TYPE_CHECKING:
-    from hesscli.job.setup.share import Share
+    from hesscli.job.setup.many_processes import ManyProcesses
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,19 @@ class SharedProblem(Problem):
     """A problem whose gradients are sums over the data of all processes."""
 
     _: KW_ONLY
-    share: Share  # this process's
+    processes: ManyProcesses  # this process's
     source: int  # which of the problems that were opened
 
     runs_here: ClassVar[bool] = False
 
     @classmethod
-    def of(cls, problem: Problem, share: Share, source: int) -> SharedProblem:
+    def of(cls, problem: Problem, processes: ManyProcesses, source: int) -> SharedProblem:
         plain = {f.name: getattr(problem, f.name) for f in fields(Problem)}
-        return cls(**plain, share=share, source=source)
+        return cls(**plain, processes=processes, source=source)
 
     def ask(self, what: Gradient | Product | Quotient, tensor: Tensor) -> Tensor:
         names, shape = tuple(self.parameters), tuple(tensor.shape)
-        return self.share.ask(Question(what, self.source, self.dtype, names, shape), tensor)
+        return self.processes.ask(Question(what, self.source, self.dtype, names, shape), tensor)
 
     def flat_gradient(self, names: Sequence[str]) -> Tensor:
         theta = torch.cat([leaf.detach().reshape(-1) for leaf in self.parameters.values()])
@@ -92,8 +92,10 @@ class SharedProblem(Problem):
         return iter((self,))
 
     def double(self) -> Problem | None:
-        twin = self.share.twin(self.source)
-        return twin and SharedProblem.of(twin.restricted(self.parameters), self.share, self.source)
+        twin = self.processes.twin(self.source)
+        return twin and SharedProblem.of(
+            twin.restricted(self.parameters), self.processes, self.source
+        )
 
 
 class SharedProducts(LinearMap):
