@@ -32,7 +32,7 @@ from hesscli.job.setup.parameters import chosen_parameters
 STRUCTURES = {
     "diag": "block_diagonal", "module": "module", "full": "full", "elements": "elements",
 }  # fmt: skip
-ARCH = ["--arch", f"{REPOSITORY / 'tests' / 'cases.py'}:build", "--arch-arg"]
+ARCH = ["--arch", f"{REPOSITORY / 'tests' / 'architectures.py'}:build", "--arch-arg"]
 
 
 def options(case: Case, kind: str) -> list[str]:
