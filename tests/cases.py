@@ -100,7 +100,7 @@ def expected(case: Case) -> Tensor:
 
 
 def build(case: str) -> nn.Module:
-    """The factory behind `--arch cases.py:build --arch-arg case=NAME`.
+    """The factory behind `--arch architectures.py:build --arch-arg case=NAME`.
 
     All its numbers are NaN, so that a file which was not loaded cannot go unnoticed.
     """
@@ -198,7 +198,7 @@ def case(
 ) -> Case:
     def make() -> nn.Module:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # no GPU's, which would keep the stack
             warnings.simplefilter("ignore", FutureWarning)  # the old weight_norm still has users
             module = model().float()
             for parameter in module.parameters():  # no zero biases, no unit gains

@@ -205,7 +205,7 @@ class Odd:
 def odd(name: str, function: Callable, *inputs: Tensor, loss: str = "mse", **parts) -> Odd:
     def make() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
+            torch.default_generator.manual_seed(3)
             built = {key: part() if callable(part) else part.clone() for key, part in parts.items()}
             return Net(function, **built).double()
 
