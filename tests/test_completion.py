@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,8 +17,9 @@ from safetensors.torch import save_file
 WEIGHTS = {"fc1.weight": torch.ones(2, 3), "fc1.bias": torch.ones(2), "head.scale": torch.ones(1)}
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp_path = tmp_path_factory.mktemp("completion")
     write(tmp_path / "hessian.safetensors", {"fc1.weight": symmetric(2), "fc2": symmetric(1)})
     write(tmp_path / "other", {"odd name": symmetric(2)})
     torch.save(WEIGHTS, tmp_path / "weights.pt")
@@ -31,54 +33,65 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def offered(folder: Path, line: str) -> list[str]:
-    """What bash would be offered at the end of a line."""
-    code = (
-        "import sys; from hesscli.cli import app\n"
-        "try:\n    app(prog_name='hesscli')\n"
-        "finally:\n    assert not {'torch', 'numpy'} & sys.modules.keys()"
-    )
-    words = line.split(" ")
+OFFERED = [
+    ("hesscli sh", ["show"]),
+    ("hesscli show --block ", ["fc1.weight", "fc2"]),
+    ("hesscli show --block fc2", ["fc2"]),
+    ("hesscli show other --block ", ["odd name"]),
+    ("hesscli show none --block ", []),
+    ("hesscli show broken.pt --block ", []),
+    ("hesscli eigen --block fc1", ["fc1.weight"]),
+    ("hesscli compute weights.pt d.npz --params ", list(WEIGHTS)),
+    ("hesscli compute weights.safetensors d.npz -p fc1", ["fc1.weight", "fc1.bias"]),
+    ("hesscli compute weights.pt d.npz --params !fc1.b", ["!fc1.bias"]),
+    ("hesscli compute linear.pt d.npz --params ", ["weight", "bias"]),
+    ("hesscli compute checkpoint.pt d.npz --params ", list(WEIGHTS)),
+    ("hesscli compute steering.pt d.npz --params ", ["b"]),
+    ("hesscli compute script.pt d.npz --params ", ["0.weight", "0.bias"]),
+    ("hesscli compute broken.pt d.npz --params ", []),
+    ("hesscli compute none.pt d.npz --params ", []),
+]
+
+EACH = """
+import json, os, sys
+from hesscli.cli import app
+for number, line in enumerate(json.load(sys.stdin)):
+    if not os.fork():
+        for descriptor, end in (1, "out"), (2, "err"):
+            os.dup2(os.open(f"{number}.{end}", os.O_WRONLY | os.O_CREAT), descriptor)
+        os.environ["COMP_WORDS"], os.environ["COMP_CWORD"] = line, str(line.count(" "))
+        try:
+            app(prog_name="hesscli")
+        finally:
+            assert not {"torch", "numpy"} & sys.modules.keys()
+        sys.exit()
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def offered(folder: Path) -> dict[str, list[str]]:
+    """What bash would be offered at the end of each line: a process of its own, but for its imports."""
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", EACH],
+        input=json.dumps([line for line, _ in OFFERED]),
         cwd=folder,
-        env=os.environ
-        | {
-            "_HESSCLI_COMPLETE": "complete_bash",
-            "COMP_WORDS": line,
-            "COMP_CWORD": str(len(words) - 1),
-        },
+        env=os.environ | {"_HESSCLI_COMPLETE": "complete_bash"},
         capture_output=True,
         encoding="utf-8",
         timeout=60,
     )
-    assert done.stderr == ""
-    return [name for name in done.stdout.split("\n") if name]
+    assert (done.returncode, done.stderr) == (0, "")
+    found = {}
+    for number, (line, _) in enumerate(OFFERED):
+        assert (folder / f"{number}.err").read_text() == "", line
+        found[line] = [name for name in (folder / f"{number}.out").read_text().split("\n") if name]
+    return found
 
 
-@pytest.mark.parametrize(
-    ("line", "names"),
-    [
-        ("hesscli sh", ["show"]),
-        ("hesscli show --block ", ["fc1.weight", "fc2"]),
-        ("hesscli show --block fc2", ["fc2"]),
-        ("hesscli show other --block ", ["odd name"]),
-        ("hesscli show none --block ", []),
-        ("hesscli show broken.pt --block ", []),
-        ("hesscli eigen --block fc1", ["fc1.weight"]),
-        ("hesscli compute weights.pt d.npz --params ", list(WEIGHTS)),
-        ("hesscli compute weights.safetensors d.npz -p fc1", ["fc1.weight", "fc1.bias"]),
-        ("hesscli compute weights.pt d.npz --params !fc1.b", ["!fc1.bias"]),
-        ("hesscli compute linear.pt d.npz --params ", ["weight", "bias"]),
-        ("hesscli compute checkpoint.pt d.npz --params ", list(WEIGHTS)),
-        ("hesscli compute steering.pt d.npz --params ", ["b"]),
-        ("hesscli compute script.pt d.npz --params ", ["0.weight", "0.bias"]),
-        ("hesscli compute broken.pt d.npz --params ", []),
-        ("hesscli compute none.pt d.npz --params ", []),
-    ],
-)
-def test_offered(folder: Path, line: str, names: list[str]) -> None:
-    assert sorted(offered(folder, line)) == sorted(names)
+@pytest.mark.parametrize(("line", "names"), OFFERED)
+def test_offered(offered: dict[str, list[str]], line: str, names: list[str]) -> None:
+    assert sorted(offered[line]) == sorted(names)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
