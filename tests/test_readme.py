@@ -18,7 +18,12 @@ from hesscli.schemas import commands
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-ENVIRONMENT = os.environ | {"PATH": PATH, "PYTHONIOENCODING": "utf-8", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = os.environ | {
+    "PATH": PATH,
+    "PYTHONIOENCODING": "utf-8",
+    "PYTHONWARNINGS": "ignore:`torch.jit.load` is deprecated",  # as PyTorch says from 2.14 on
+    "CUDA_VISIBLE_DEVICES": "",
+}
 
 # (language, code, the block without a language that follows at once, or ""), in the order in which they run
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```\n(?:```\n(.*?)```\n)?", README, re.DOTALL)

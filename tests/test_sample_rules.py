@@ -74,7 +74,7 @@ OF_SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
     "pooled-alone": lambda z: F.max_pool2d(z[:, :8].reshape(1, -1, 2, 4), 2)[0],
     "distances": lambda z: torch.cdist(z, torch.linspace(-1, 1, 18, dtype=z.dtype).view(2, 9)),
     "distances-1": lambda z: torch.cdist(torch.ones(2, 3, dtype=z.dtype), square(z), p=1),
-    "distances-inf": lambda z: torch.cdist(square(z), square(z.flip(1)), p=torch.inf),
+    "distances-inf": lambda z: torch.cdist(square(z), square(z.roll(1, 1)), p=torch.inf),
     "distances-itself": lambda z: torch.cdist(square(z), square(z)),
     "distances-by-products": lambda z: torch.cdist(
         z, torch.linspace(-1, 1, 270, dtype=z.dtype).view(30, 9)

@@ -83,7 +83,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             # TorchScript is deprecated since 2.11; the user of a saved model cannot change that.
-            warnings.filterwarnings("ignore", r".*torch\.jit\.", DeprecationWarning)
+            warnings.filterwarnings("ignore", r".*torch\.jit\.", Warning)
             warnings.filterwarnings("ignore", "This version of file is deprecated")
             warnings.filterwarnings("ignore", "Detected pickle protocol")
             warnings.filterwarnings("ignore", "The given buffer is not writable")

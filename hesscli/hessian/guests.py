@@ -37,6 +37,14 @@ def turned_gradients_off() -> bool:
     return bool(_inside.with_gradients) and not torch.is_grad_enabled()
 
 
+def is_in_function() -> bool:
+    """Whether the forward pass of a `torch.autograd.Function` is at work: it runs without any derivatives.
+
+    `torch.no_grad` leaves those of forward mode on.
+    """
+    return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+
+
 @contextmanager
 def guest(explained: Explain) -> Iterator[None]:
     """Inside runs code that is not ours, and its errors are made those of `explaining`."""

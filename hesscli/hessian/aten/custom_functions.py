@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from hesscli.errors import is_out_of_memory
 
@@ -22,15 +23,35 @@ _SEEDS = 3
 """Random u: none of them is orthogonal to J d."""
 
 
+def apply_in_python() -> None:
+    """Gives `Function` an `apply` in Python, as it had up to PyTorch 2.13.
+
+    What a model then keeps (`clip = Clip.apply`) calls that of the base, which `applied_by` stands in for. C's own does
+    not.
+    """
+    if not isinstance(vars(Function)["apply"], classmethod):
+
+        def apply(cls: type, /, *arguments: object, **named: object) -> object:
+            base: Any = super(Function, cls)
+            return base.apply(*arguments, **named)
+
+        set_apply(classmethod(apply))
+
+
+def set_apply(apply: object) -> None:
+    """Makes this the `apply` of `Function`."""
+    Function.apply = apply  # type: ignore[assignment, method-assign]
+
+
 @contextmanager
 def applied_by(handler: Handler) -> Iterator[None]:
     """Inside, every Function is applied by `handler(apply, arguments)`, which returns what stands for `apply()`."""
-    base = torch.autograd.Function.__mro__[1]  # whose `apply` a Function's own calls
+    base = Function.__mro__[1]  # whose `apply` a Function's own calls
     before = vars(base).get("apply")
 
-    def apply(cls: type, *arguments: object) -> object:
+    def apply(cls: type, /, *arguments: object, **named: object) -> object:
         own: Any = super(base, cls)
-        return handler(partial(own.apply, *arguments), arguments)
+        return handler(partial(own.apply, *arguments, **named), (*arguments, *named.values()))
 
     base.apply = classmethod(apply)  # type: ignore[attr-defined]
     try:

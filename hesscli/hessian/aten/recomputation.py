@@ -10,6 +10,8 @@ from typing import Any
 from torch.utils import checkpoint
 
 _MADE = "_checkpoint_without_reentrant_generator"
+if hasattr(checkpoint, f"{_MADE}_impl"):  # since PyTorch 2.14
+    _MADE += "_impl"
 _one_at_a_time = threading.RLock()  # several threads may be at backward passes
 _inside = 0
 

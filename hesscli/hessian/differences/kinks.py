@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from hesscli.hessian.aten.corners import CORNERS, CURVED, Corner, on_piece, side_of
 from hesscli.hessian.aten.custom_functions import applied_by, by_own_derivative
 from hesscli.hessian.aten.watcher import Watcher
-from hesscli.hessian.guests import is_guest, turned_gradients_off
+from hesscli.hessian.guests import is_guest, is_in_function, turned_gradients_off
 
 _STEPS = frozenset("sign sgn floor ceil round trunc heaviside".split())  # with values of floats
 _EQUAL = {"eq", "ne"}
@@ -157,6 +157,9 @@ class Kinks(Watcher):
             return self._picked(func, args, kwargs, result[1])
         if name == "embedding" and len(args) > 2 and args[2] >= 0:  # its padding is a constant
             return torch.where((args[1] == args[2]).unsqueeze(-1), self._first(result), result)
+        if is_in_function():  # that was applied past `_applied`
+            self.lost = True
+            return result
         own = all(made.alias_info is None for made in func._schema.returns)  # no view
         if own and turned_gradients_off() and isinstance(result, Tensor):
             return self._first(result).clone()  # may be written to

@@ -8,7 +8,9 @@ from threading import RLock
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import Function
 
+from hesscli.hessian.aten.custom_functions import apply_in_python, set_apply
 from hesscli.job.options import ProblemOptions
 
 Value = TypeVar("Value")
@@ -26,7 +28,8 @@ _ONE_AT_A_TIME = RLock()
 
 
 def settle(options: ProblemOptions) -> None:
-    """Sets the number of threads and the precision."""
+    """Sets the number of threads, the precision, and how Functions are applied."""
+    apply_in_python()
     if options.threads:
         torch.set_num_threads(options.threads)
     _BACKENDS.fp32_precision = "none"
@@ -48,9 +51,11 @@ def settings_kept() -> Iterator[None]:
         precisions = [each.fp32_precision for each in _PRECISIONS]
         matmul = _readable(torch.get_float32_matmul_precision)
         cudnn = _readable(lambda: _BACKENDS.cudnn.allow_tf32)
+        apply = vars(Function)["apply"]
         try:
             yield
         finally:
+            set_apply(apply)
             torch.set_num_threads(threads)
             torch.set_float32_matmul_precision(matmul or "highest")
             if cudnn is not None:
