@@ -21,6 +21,7 @@ from hesscli.hessian.curvatures import CURVATURES
 from hesscli.hessian.differences import quotients
 from hesscli.hessian.differences.check import Certificate, Comparison
 from hesscli.hessian.differences.directional import DirectionalDifference
+from hesscli.hessian.differences.kinks import held_difference
 from hesscli.hessian.differences.products import Differences
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import Products
@@ -41,6 +42,21 @@ class Between(nn.Module):
 
 
 TABLE = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+ONE = torch.ones((), dtype=torch.float64)
+QUANTIZED = (torch.tensor(0.2), torch.tensor(0, dtype=torch.int32))  # the step, and what is zero
+
+
+def of_three(pick: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Callable[[Tensor], Tensor]:
+    """What is picked of three units each."""
+    return lambda z: pick(z.view(-1, 8, 3), 2)[0]
+
+
+def observed(z: Tensor) -> Tensor:
+    """Fake quantization by what an observer has seen; of float32 alone."""
+    seen = (torch.tensor([low]) for low in (1, 1, -4.0, 4.0, 0.2, 0))
+    return torch.fused_moving_avg_obs_fake_quant(z.float(), *seen, 0.01, -30, 30, -1).to(z.dtype)
+
+
 KINKED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "relu": (F.relu, 24),
     "relu-in-place": (lambda z: (z + 0).relu_(), 24),
@@ -51,6 +67,8 @@ KINKED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "relu6": (lambda z: F.relu6(3 * z), 24),
     "relu6-twice": (lambda z: F.relu6(F.relu6(3 * z)), 24),
     "hardtanh-in-place": (lambda z: F.hardtanh_(z + 0, -0.5, 0.25), 24),
+    "rrelu": (F.rrelu, 24),
+    "elu": (lambda z: F.elu(z, 2.0), 24),
     "threshold": (lambda z: F.threshold(z, 0.2, -1.0), 24),
     "hardswish": (lambda z: F.hardswish(2 * z), 24),
     "hardsigmoid": (lambda z: F.hardsigmoid(2 * z), 24),
@@ -59,23 +77,53 @@ KINKED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "abs": (torch.abs, 24),
     "clamp": (lambda z: z.clamp(-0.5, 0.5), 24),
     "clamp-above": (lambda z: z.clamp_min(0.1), 24),
+    "clamp-below": (lambda z: z.clamp_max(-0.1), 24),
     "where": (lambda z: torch.where(z > 0, z, z.square()), 24),
     "maximum": (lambda z: torch.maximum(z[:, :12], z[:, 12:]), 12),
     "max-pool": (lambda z: F.max_pool1d(z.unsqueeze(1), 3).squeeze(1), 8),
+    "max-pool-3d": (lambda z: F.max_pool3d(z.view(-1, 1, 4, 2, 3), (2, 1, 3)).flatten(1), 4),
     "adaptive-max-pool": (lambda z: F.adaptive_max_pool2d(z.view(-1, 1, 4, 6), 2).flatten(1), 4),
+    "adaptive-max-pool-3d": (
+        lambda z: F.adaptive_max_pool3d(z.view(-1, 1, 4, 2, 3), (2, 1, 2)).flatten(1),
+        4,
+    ),
     "amax": (lambda z: z.view(-1, 6, 4).amax(2), 6),
     "sort": (lambda z: z.sort(1)[0] * torch.linspace(0, 1, 24, dtype=z.dtype), 24),
     "top": (lambda z: z.topk(5, 1)[0], 5),
-    "median": (lambda z: z.view(-1, 8, 3).median(2)[0], 8),
+    "max": (of_three(torch.max), 8),
+    "min": (of_three(torch.min), 8),
+    "median": (of_three(torch.median), 8),
+    "nanmedian": (of_three(torch.nanmedian), 8),
+    "kth": (lambda z: z.view(-1, 8, 3).kthvalue(2, 2)[0], 8),
+    "mode": (of_three(torch.mode), 8),
+    "cummax": (lambda z: z.cummax(1)[0], 24),
+    "cummin": (lambda z: z.cummin(1)[0], 24),
     "sign": (lambda z: z * z.sign(), 24),
+    "floor": (lambda z: z * z.floor(), 24),
+    "ceil": (lambda z: z * z.ceil(), 24),
     "round": (lambda z: z * z.round(), 24),
+    "trunc": (lambda z: z * z.trunc(), 24),
+    "heaviside": (lambda z: z * torch.heaviside((z + 0).detach_(), ONE), 24),
+    "quantized": (lambda z: torch.fake_quantize_per_tensor_affine(z, 0.2, 0, -5, 5), 24),
+    "quantized-by-tensors": (
+        lambda z: torch.fake_quantize_per_tensor_affine(z, *QUANTIZED, -5, 5),
+        24,
+    ),
+    "quantized-by-channel": (
+        lambda z: torch.fake_quantize_per_channel_affine(
+            z, *(x.expand(24) for x in QUANTIZED), 1, -5, 5
+        ),
+        24,
+    ),
+    "observed": (observed, 24),
     "table": (lambda z: z * TABLE[(2 * z).long().clamp(0, 2)], 24),
     "dead": (lambda z: F.relu(F.relu(-z.square()) + z * 0), 24),  # each unit lies at its corner
 }
 
 
 # Here units that cross do not go on in a straight line, but as they really do: that is off by a share of the step.
-CROSSING = {"hardswish", "abs", "where", "maximum", "amax", "sort", "top", "median"}
+CROSSING = {"hardswish", "abs", "where", "maximum", "amax"}
+LIMITS = {"elu": 2e-3, "observed": 1e-5}  # it bends below zero; of float32
 
 
 def pose(function: Callable[[Tensor], Tensor], inner: int) -> Problem:
@@ -105,11 +153,20 @@ def test_a_long_step_meets_no_kink_that_is_held(name):
         assert error == size == 0
         return
     assert float((plain - product).norm()) > max(0.1 * size, 20 * error)
-    assert name in CROSSING or error <= 1e-6 * size
+    assert name in CROSSING or error <= LIMITS.get(name, 1e-6) * size
 
 
 def test_nothing_is_held_where_all_is_smooth():
     assert along_weight(pose(torch.tanh, 24))[0].held_quotient(1e-2) is None
+
+
+@pytest.mark.parametrize("is_zero", [lambda x: x == 0, lambda x: ~(x != 0)])
+def test_a_piece_that_is_one_point_is_not_held(is_zero):
+    def gradient(h):
+        x = torch.tensor([h, 1.0])
+        return x.where(is_zero(x), 3 * x)
+
+    assert held_difference(gradient, 0.1) is None
 
 
 def test_a_pass_with_other_calls_is_not_trusted():
@@ -120,11 +177,12 @@ def test_a_pass_with_other_calls_is_not_trusted():
 
 
 class Deep(nn.Module):
-    """About a million ReLUs: some cross their corner with every step that rounding leaves."""
+    """A quarter of a million ReLUs: some lie so close to their corner that every step crosses it, or right at it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        nn.init.zeros_(self.first.bias)
         self.last = nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,11 +190,12 @@ class Deep(nn.Module):
         return self.last(z.mean((2, 3)))
 
 
-def test_a_million_kinks_are_no_reason_to_refuse_what_is_right():
+def test_many_kinks_are_no_reason_to_refuse_what_is_right():
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(32, 1, 32, 32, generator=generator)
-    y = torch.randint(3, (32,), generator=generator)
+    x = torch.randn(8, 1, 32, 32, generator=generator)
+    x[:, :, :4] = 0  # an empty border
+    y = torch.randint(3, (8,), generator=generator)
     problem = problem_of(Deep().double(), (x.double(),), y, "cross-entropy")
     bias = problem.parameters["first.bias"]
     alone = Problem(**{**vars(problem), "parameters": {"first.bias": bias}})
