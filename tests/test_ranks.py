@@ -22,6 +22,7 @@ from interruptions import MULTIPLYING
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from hesscli.cli import main
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.setup.batches import _even
@@ -295,6 +296,22 @@ def test_fewer_samples_than_ranks(cli: Callable[..., Ran], net, tmp_path):
     assert "the data is 2 batches, so 1 of 3 processes have nothing to do" in first.stderr
     assert cli(*words, "-o", "one.safetensors").code == 0
     same_files("three.safetensors", "one.safetensors", "float64")
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_what_is_not_shared_is_the_firsts(cli, net, monkeypatch, capsys, rank):
+    for place in ("1/2", "2/2"):
+        assert cli("compute", *net, "--shard", place).code == 0
+    for name, value in {"WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "RANK": rank}.items():
+        monkeypatch.setenv(name, str(value))
+    for words in (("merge",), ("show",), ("diff", *["hessian.safetensors"] * 2)):
+        ran = cli(*words)
+        assert ran.code == 0, ran.stderr
+        assert bool(ran.stdout + ran.stderr) == (rank == 0)
+    monkeypatch.setattr(sys, "argv", ["hesscli", "eigen", "--nope"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err.count("error: ") == (rank == 0)
 
 
 # --- when something goes wrong on one of them -----------------------------------------------------

@@ -23,10 +23,14 @@ from hesscli.cli.merge import merge
 from hesscli.cli.show import show
 from hesscli.cli.trace import trace
 from hesscli.errors import ExitCode
+from hesscli.job.setup.team import rank
 from hesscli.job.starting import leave
 
 # What typer raises for a command line that it cannot read; it has no public name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+_SHARED = {"compute", "eigen", "trace", "density", "hvp"}
+"""Commands for several processes; all others are those of the first alone."""
 
 app = typer.Typer(
     name="hesscli",
@@ -96,6 +100,8 @@ def hesscli_command(
       2 usage, missing file, output refused     6 device missing, not enough memory or disk
       3 file unreadable, unsupported, unsafe    70 a bug in hesscli, 130 Ctrl-C
     """
+    if rank() and context.invoked_subcommand not in _SHARED:
+        raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)
         raise typer.Exit(ExitCode.USAGE)

@@ -77,9 +77,10 @@ def report_usage(error: Any) -> int:
     """What is wrong with the command line itself, in the style of every other error."""
     from hesscli.cli.output import say
 
-    message = error.format_message().replace("Value error, ", "").rstrip(".")
-    say("error", message[:1].lower() + message[1:])
-    say("hint", f"{error.ctx.command_path if error.ctx else 'hesscli'} --help")
+    if rank() == 0:
+        message = error.format_message().replace("Value error, ", "").rstrip(".")
+        say("error", message[:1].lower() + message[1:])
+        say("hint", f"{error.ctx.command_path if error.ctx else 'hesscli'} --help")
     return ExitCode.USAGE
 
 

@@ -93,7 +93,7 @@ def merge(output: Path, listener: Listener) -> Document:
     options = options_of(command, output)
     writable(output, True, options.files, resumable=True)
     plan = Plan(options, open_problem(options, listener), listener, divided=True)
-    document = Run(plan, Memory(plan), Team(), merging=True).run()
+    document = Run(plan, Memory(plan), Team(alone=True), merging=True).run()
     return document | {"seconds": time.perf_counter() - started, "output": _called(output)}
 
 
