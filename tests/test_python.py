@@ -175,6 +175,24 @@ def test_compute_a_live_module(net, data, options):
     assert found.metadata["frozen"] == ["first.bias"]
 
 
+@pytest.mark.parametrize(
+    "scripted",
+    [
+        torch.jit.script,
+        lambda net: torch.jit.trace(net, X),
+        lambda net: nn.Sequential(torch.jit.script(net)),
+    ],
+    ids=["script", "trace", "within"],
+)
+def test_torchscript_in_memory(net, scripted):
+    model = scripted(net.eval())
+    found = hesscli.compute(model, (X, Y), blocks="full", framework="torch")
+    torch.testing.assert_close(found.matrix(), truth(net), rtol=1e-9, atol=1e-11)
+    assert [name.removeprefix("0.") for name in found.metadata["frozen"]] == ["first.bias"]
+    assert [p.requires_grad for p in model.parameters()].count(False) == 1
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_structures_and_options(net):
     whole = truth(net)
     diagonal = hesscli.compute(net, (X, Y), blocks="elements")

@@ -96,10 +96,13 @@ def _copied(module: nn.Module) -> nn.Module:
     attributes = [x for part in module.modules() for x in vars(part).values()]
     tensors = [x for x in [*attributes, *module.buffers()] if isinstance(x, Tensor)]
     kept = {id(x): x.detach().clone() for x in tensors if not x.is_leaf}
-    every = module.named_parameters(remove_duplicate=False)
-    groups = tied_groups((name, p) for name, p in every if not is_lazy(p))
+    every = dict(module.named_parameters(remove_duplicate=False))
+    groups = tied_groups((name, p) for name, p in every.items() if not is_lazy(p))
     try:
-        copy = copied(module, kept)
+        with torch.no_grad():  # TorchScript would record it
+            copy = copied(module, kept)
+        for name, p in copy.named_parameters(remove_duplicate=False):
+            p.requires_grad = every[name].requires_grad
         tie(copy, groups)  # which share memory and are no one object
         return copy
     except Exception as error:  # a module may hold anything
