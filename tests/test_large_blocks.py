@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -108,9 +109,11 @@ def test_a_triangle_is_the_matrix(held, most, layout, tmp_path):
         v = torch.arange(n, dtype=torch.float64)
         device = torch.device(held or "cpu")
         kind = partial(HeldTriangle, device=device) if held else StreamedTriangle
-        triangle = kind("h", layout, bands, writer, v)
+        triangle = kind("h", layout, bands, writer, v, whole=True)
         for index, (start, stop) in enumerate(bands):
-            triangle.put(index, ordered[start:stop, start:].to(device, copy=True))
+            upper = ordered[start:stop, start:].to(device, copy=True)
+            triangle.computed += triangle.bits(index, upper)
+            triangle.put(index, upper)
         assert torch.allclose(triangle @ (v + 1), truth @ (v + 1), rtol=1e-13)
         assert torch.allclose(triangle @ v, truth @ v, rtol=1e-13)
         triangle.finish()
@@ -119,7 +122,8 @@ def test_a_triangle_is_the_matrix(held, most, layout, tmp_path):
         assert np.array_equal(writer.mapped("h"), truth.numpy())
         sums = writer.checksums()
         writer.forget("h")
-        again = kind("h", layout, bands, writer, v)
+        again = kind("h", layout, bands, writer, v, whole=False)
+        again.computed = triangle.computed
         for index in range(len(bands)):
             again.restore(index)
         assert torch.equal(again @ v, triangle @ v)
@@ -561,7 +565,7 @@ def test_a_shard_of_another_command_is_refused(cli, net, small_bands):
     [
         ("", "", "options.seed"),
         ("{", "garbage", "cannot be read"),
-        ("journal/1", "journal/9", "it is of the format hesscli.journal/9"),
+        ("journal/2", "journal/9", "it is of the format hesscli.journal/9"),
     ],
 )
 def test_what_cannot_be_resumed_is_thrown_away(cli, net, small_bands, monkeypatch, old, new, said):
@@ -611,6 +615,33 @@ def test_what_cannot_be_merged_is_kept(cli, net, small_bands):
     Path(net[1]).write_bytes(data)
     assert set(Path().glob(".*")) == kept
     assert cli("merge", "h.safetensors").code == 0
+
+
+@pytest.mark.parametrize("at", [8, 9 * 149 * 4])  # in the first band, and in its mirror image
+@pytest.mark.parametrize("mode", ["held", "streamed", "merged"])
+def test_a_band_that_was_damaged_is_not_believed(cli, net, small_bands, monkeypatch, mode, at):
+    command = ("compute", *net, *COMMAND, "--method", "hvp")
+    shards = [("--shard", "1/2"), ("--shard", "2/2")] if mode == "merged" else [()]
+    if mode == "streamed":
+        monkeypatch.setattr(memory.Memory, "held_on", lambda self, block: None)
+    with monkeypatch.context() as patch:
+        if mode != "merged":
+            interrupt_after(patch, 3, KeyboardInterrupt())
+        for words in shards:
+            assert cli(*command, *words).code == (0 if words else 130)
+    again = ("merge", "h.safetensors") if mode == "merged" else (*command, "--resume")
+    first = next(Path().glob(".h.safetensors.journal*")).read_text().splitlines()[0]
+    with Path(".h.safetensors.partial").open("r+b") as file:
+        place = json.loads(first)["start"] + at
+        file.seek(place)
+        last = file.read(1)[0] ^ 1  # another last digit
+        file.seek(place)
+        file.write(bytes([last]))
+    assert "what was finished of hessian has changed" in cli(*again).fails(3)
+    assert not Path("h.safetensors").exists()
+    for words in shards:
+        assert cli(*command, *words).code == 0
+    assert mode != "merged" or cli(*again).code == 0
 
 
 def test_a_share_of_nothing_leaves_nothing(cli, net):

@@ -19,7 +19,7 @@ from hesscli.files.hessians.result_names import journal_path, journals, partial_
 from hesscli.files.hessians.tensor_file import sync_folder
 from hesscli.job.json_form import Document
 
-SCHEMA = "hesscli.journal/1"
+SCHEMA = "hesscli.journal/2"
 
 
 class Journal:

@@ -118,7 +118,8 @@ class LargeBlock:
         """The matrix, written, and its symmetry error; or some of its bands, where other processes have the others."""
         route = self.ranking.route
         layout, bands = self._cut()
-        matrix = self._triangle(layout, bands, unfinished.writer, direction)
+        whole = not any(unfinished.known(self._part(index)) for index in range(len(bands)))
+        matrix = self._triangle(layout, bands, unfinished.writer, direction, whole)
         gap = square = 0.0
         with Beside() as beside:
             for index, (start, stop) in enumerate(bands):
@@ -127,7 +128,7 @@ class LargeBlock:
                 if mine is not None and (part not in mine or facts is not None):
                     continue
                 if facts is not None:
-                    beside.run(matrix.restore, index)
+                    beside.run(_restore, matrix, index, facts)
                 else:
                     upper, facts = self._band(route, start, stop)
                     beside.run(_put, matrix, index, upper, unfinished, part, facts)
@@ -136,15 +137,20 @@ class LargeBlock:
         return matrix, (gap / square) ** 0.5 if square else 0.0
 
     def _triangle(
-        self, layout: Layout, bands: list[Span], writer: ResultWriter, direction: Tensor
+        self,
+        layout: Layout,
+        bands: list[Span],
+        writer: ResultWriter,
+        direction: Tensor,
+        whole: bool,
     ) -> Triangle:
         """What takes the bands and multiplies the direction; it keeps them where there is room."""
         writer.forget(self.block.name)
         direction = direction.to("cpu", self.plan.problem.dtype)
         device = self.memory.held_on(self.block)
         if device is None:
-            return StreamedTriangle(self.block.name, layout, bands, writer, direction)
-        return HeldTriangle(self.block.name, layout, bands, writer, direction, device)
+            return StreamedTriangle(self.block.name, layout, bands, writer, direction, whole)
+        return HeldTriangle(self.block.name, layout, bands, writer, direction, whole, device)
 
     def _band(self, route: Route, start: int, stop: int) -> tuple[Tensor, Document]:
         """Rows `start` to `stop` of the upper triangle, their square symmetric."""
@@ -168,8 +174,15 @@ class LargeBlock:
 def _put(
     matrix: Triangle, index: int, upper: Tensor, unfinished: Unfinished, part: str, facts: Document
 ) -> None:
+    facts["bits"] = matrix.bits(index, upper)
+    matrix.computed += facts["bits"]
     matrix.put(index, upper)
     unfinished.add(part, facts)
+
+
+def _restore(matrix: Triangle, index: int, facts: Document) -> None:
+    matrix.computed += facts["bits"]
+    matrix.restore(index)
 
 
 def _done(values: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hesscli.errors import FileError
 from hesscli.files.hessians.result_writer import ResultWriter
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.layout import Layout, Placed, Span
@@ -24,6 +25,7 @@ from hesscli.job.matrix.beside import Beside
 _TURNED = 1 << 22  # numbers that are transposed at a time
 _READ = 1 << 24  # numbers that are read back at a time
 _PAGE = 4096
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 @dataclass(eq=False)
@@ -32,6 +34,10 @@ class Triangle:
 
     `put` takes band after band, `restore` one that an earlier run wrote; `finish` ends it. Then trace and squares are
     known, and `@` works.
+
+    A band that lay on the disk may have been damaged there. So the bits of the matrix are added up twice, as they are
+    computed and as its rows go by: over its rows r, (2 r + 1) times the sum of the row's numbers read as integers,
+    modulo 2^32, or 2^64 for float64.
     """
 
     name: str  # the tensor's
@@ -39,9 +45,11 @@ class Triangle:
     bands: list[Span]  # from where to where each goes
     writer: ResultWriter  # of the file
     direction: Tensor  # the vector [n] that the matrix will be multiplied by, of its dtype
+    whole: bool  # whether all bands come from this run
 
     def __post_init__(self) -> None:
         self.dtype = self.direction.dtype
+        self.computed = self.found = 0  # bits
         # Of each row its diagonal entry, its squares and its product: row by row, so that they are the same in
         # whichever order and company the rows come.
         self._facts = np.zeros((3, self.layout.size))
@@ -55,7 +63,30 @@ class Triangle:
         raise NotImplementedError
 
     def finish(self) -> None:
-        """All bands are in."""
+        """All bands are in.
+
+        Raises:
+            FileError: one that an earlier run wrote is not in the file as it was written.
+        """
+        if not self.whole and (self.computed - self.found) % (1 << 8 * self.dtype.itemsize):
+            raise FileError(
+                f"{self.writer.path}: what was finished of {self.name} has changed since on the disk",
+                "compute it again",
+            )
+
+    def bits(self, index: int, upper: Tensor) -> int:
+        """Those of a band and of its mirror image."""
+        start, stop = self.bands[index]
+        with self._aside():
+            integers = upper.view(_INTEGERS[self.dtype])
+            along = integers.sum(1, dtype=integers.dtype).cpu()
+            beyond = integers[:, stop - start :].sum(0, dtype=integers.dtype).cpu()
+        sums = torch.cat([along, beyond]).numpy()
+        return _weighted(self.layout.places(start, self.layout.size).numpy(), sums)
+
+    def _aside(self) -> AbstractContextManager[object]:
+        """On a GPU, does not wait for the next band, which is computed meanwhile."""
+        return nullcontext()
 
     def _whole(self) -> Iterator[tuple[int, Tensor]]:
         """The matrix, some whole rows at a time, with the first one's number."""
@@ -64,6 +95,10 @@ class Triangle:
     def _measure(self, first: int, rows: np.ndarray) -> None:
         """Takes from some rows what is to be known of them; the first has this number."""
         mine = slice(first, first + len(rows))
+        if not self.whole:
+            integers = rows.view(np.dtype(f"i{rows.itemsize}"))
+            sums = integers.sum(1, dtype=integers.dtype)
+            self.found += _weighted(np.arange(mine.start, mine.stop), sums)
         # Not by BLAS: its sums depend on how a row lies in memory, and its threads disturb the computing ones.
         with np.errstate(over="ignore"):
             squares = np.einsum("ij,ij->i", rows, rows).astype(np.float64)
@@ -125,7 +160,6 @@ class HeldTriangle(Triangle):
                     placing.run(self.writer.place, self.name, rows.numpy(), place)
 
     def _aside(self) -> AbstractContextManager[object]:
-        """On a GPU, does not wait for the next band, which is computed meanwhile."""
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def _pieces(self, start: int, stop: int) -> Iterator[Placed]:
@@ -220,6 +254,7 @@ class StreamedTriangle(Triangle):
                 self._measure(first, rows.numpy())
                 self.writer.count(self.name, rows.numpy(), first)
             self.counted = True
+        super().finish()
 
     def _whole(self) -> Iterator[tuple[int, Tensor]]:
         n = self.layout.size
@@ -229,6 +264,11 @@ class StreamedTriangle(Triangle):
             rows = buffer[: min(step, n - first)]
             self.writer.read(self.name, first, rows.numpy())
             yield first, rows
+
+
+def _weighted(rows: np.ndarray, sums: np.ndarray) -> int:
+    """The sum of (2 r + 1) times each row's, modulo 2^64."""
+    return int(((2 * rows + 1) * sums.astype(np.int64)).sum())
 
 
 def spans(places: Tensor) -> list[Span]:
