@@ -23,6 +23,8 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from hesscli.cli import main
+from hesscli.cli.failing import report
+from hesscli.errors import InterruptedRun
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.setup.batches import _even
@@ -312,6 +314,18 @@ def test_what_is_not_shared_is_the_firsts(cli, net, monkeypatch, capsys, rank):
     with pytest.raises(SystemExit, match="2"):
         main()
     assert capsys.readouterr().err.count("error: ") == (rank == 0)
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_an_interruption_is_said_once(monkeypatch, capsys, rank):
+    for name, value in {"WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "RANK": rank}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(sys, "argv", ["hesscli", "compute", "net.pt", "d.npz", "--resume"])
+    assert report(InterruptedRun("interrupted; 2 of 9 parts are kept", "--resume")) == 130
+    said = (
+        "error: interrupted; 2 of 9 parts are kept\nhint: hesscli compute net.pt d.npz --resume\n"
+    )
+    assert capsys.readouterr().err == ("" if rank else said)
 
 
 # --- when something goes wrong on one of them -----------------------------------------------------

@@ -93,7 +93,7 @@ def report(error: BaseException, debug: bool = False) -> int:
 
         traceback.print_exception(error)
     if isinstance(error, HesscliError):
-        everywhere = (ExitCode.USAGE, ExitCode.FILE, ExitCode.MISMATCH)
+        everywhere = (ExitCode.USAGE, ExitCode.FILE, ExitCode.MISMATCH, ExitCode.INTERRUPTED)
         if rank() and error.exit_code in everywhere and not error.of_share:
             return error.exit_code  # the first process says the same
         say("error", f"rank {rank()}: {error.message}" if rank() else error.message)
@@ -145,8 +145,10 @@ def _pasteable(hint: str, instead_of: tuple[str, ...] = ()) -> str:
             break
         if word in replaced:
             next(words, None)  # its value
-        elif word.partition("=")[0] not in replaced and (
-            word.startswith("--") or word[:2] not in replaced
+        elif (
+            word != hint  # a flag that is there already
+            and word.partition("=")[0] not in replaced
+            and (word.startswith("--") or word[:2] not in replaced)
         ):
             kept.append(word)
     files = list(words)
