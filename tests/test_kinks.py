@@ -42,13 +42,18 @@ class Between(nn.Module):
 
 
 TABLE = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
-ONE = torch.ones((), dtype=torch.float64)
 QUANTIZED = (torch.tensor(0.2), torch.tensor(0, dtype=torch.int32))  # the step, and what is zero
 
 
 def of_three(pick: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Callable[[Tensor], Tensor]:
     """What is picked of three units each."""
     return lambda z: pick(z.view(-1, 8, 3), 2)[0]
+
+
+@torch.jit.script
+def heaviside(z: Tensor) -> Tensor:
+    """Of what no `TorchFunctionMode` sees to be a constant."""
+    return z * torch.heaviside(z.detach(), torch.ones([], dtype=z.dtype))
 
 
 def observed(z: Tensor) -> Tensor:
@@ -103,7 +108,7 @@ KINKED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "ceil": (lambda z: z * z.ceil(), 24),
     "round": (lambda z: z * z.round(), 24),
     "trunc": (lambda z: z * z.trunc(), 24),
-    "heaviside": (lambda z: z * torch.heaviside((z + 0).detach_(), ONE), 24),
+    "heaviside": (heaviside, 24),
     "quantized": (lambda z: torch.fake_quantize_per_tensor_affine(z, 0.2, 0, -5, 5), 24),
     "quantized-by-tensors": (
         lambda z: torch.fake_quantize_per_tensor_affine(z, *QUANTIZED, -5, 5),
@@ -420,6 +425,38 @@ def test_what_a_model_detaches_is_a_constant(net, blocks, method, saved, tmp_pat
             rtol=1e-8,
             atol=1e-9,
         )
+
+
+class Truncated(nn.Module):
+    """Truncated backpropagation, and a gate that is a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.r, self.b = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.a(x)
+        h = torch.tanh(z)
+        h.detach_()
+        h.mul_(0.7)
+        return self.b(torch.tanh(self.r(h) + z) * torch.sigmoid(torch.detach_(z.clone())))
+
+
+@pytest.mark.parametrize("blocks", ["full", "elements"])
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("scripted", [True, False])
+def test_what_is_detached_in_place_is_a_constant(tmp_path, scripted, check, blocks):
+    torch.manual_seed(0)
+    model = Truncated().double()
+    x, y = torch.randn(9, 4, dtype=torch.float64), torch.randn(9, 2, dtype=torch.float64)
+    saved = tmp_path / "net.pt"
+    torch.jit.script(model).save(saved)
+    given = saved if scripted else model
+    found = hesscli.compute(given, (x, y), blocks=blocks, check=check, framework="torch")
+    truth = hessian(model, F.mse_loss, (x,), y)
+    wanted = truth if blocks == "full" else truth.diagonal().diag()
+    assert relative_error(found.matrix(), wanted) < 1e-9
+    assert not [note for note in found.metadata["notes"] if "instead" in note]
 
 
 class Tied(nn.Module):

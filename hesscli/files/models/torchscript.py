@@ -24,11 +24,22 @@ _FILES = re.compile(rb"\b(from_file|save|load_tensor)\b")
 
 _LIBRARY = Library("hesscli", "DEF")
 _LIBRARY.define("detach(Tensor(a) x) -> Tensor(a)")
+_LIBRARY.define("detach_(Tensor(a!) x) -> Tensor(a!)")
+_OURS = {
+    "aten::detach": "hesscli::detach",
+    "prim::data": "hesscli::detach",
+    "aten::detach_": "hesscli::detach_",
+}
 
 
 @torch.library.impl(_LIBRARY, "detach", "CompositeImplicitAutograd")
 def _detach(x: Tensor) -> Tensor:
     return x.detach()
+
+
+@torch.library.impl(_LIBRARY, "detach_", "CompositeImplicitAutograd")
+def _detach_(x: Tensor) -> Tensor:
+    return x.detach_()
 
 
 def load_torchscript(
@@ -80,8 +91,8 @@ def _adapt(module: torch.jit.ScriptModule, device: torch.device) -> None:
     for node in graph.findAllNodes("prim::Constant"):
         if node.output().type().kind() == "DeviceObjType":
             node.s_("value", str(device))
-    for node in (*graph.findAllNodes("aten::detach"), *graph.findAllNodes("prim::data")):
-        ours = graph.create("hesscli::detach", list(node.inputs()), 1)
+    for node in (node for kind in _OURS for node in graph.findAllNodes(kind)):
+        ours = graph.create(_OURS[node.kind()], list(node.inputs()), 1)
         ours.insertBefore(node)
         ours.output().setType(node.output().type())
         node.output().replaceAllUsesWith(ours.output())

@@ -48,6 +48,7 @@ _STRAIGHT_THROUGH = {
 """Functions that return what they rounded, and where their derivative is that of the identity; elsewhere it is zero."""
 
 _DETACHED = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+DETACHED_IN_PLACE = (Tensor.detach_, torch.detach_)
 
 
 class _Detached(TorchFunctionMode):
@@ -65,6 +66,8 @@ class _Detached(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func in DETACHED_IN_PLACE and is_guest():
+            result.data = self.held(result).clone()  # may be written to
         return self.held(result) if func in _DETACHED and is_guest() else result
 
 

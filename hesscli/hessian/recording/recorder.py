@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.aten.precision import WIDE
 from hesscli.hessian.aten.watcher import Watcher
+from hesscli.hessian.differences.kinks import DETACHED_IN_PLACE
 from hesscli.hessian.guests import is_missing_derivative
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
@@ -60,7 +62,7 @@ def _recorded(
 ) -> Tape:
     recorder = _Recorder()
     try:
-        with exact_derivatives(), _unfused(), recorder:
+        with exact_derivatives(), _unfused(), _InPlace(recorder), recorder:
             output = function()
     except RuntimeError as error:
         if not is_missing_derivative(error):
@@ -115,6 +117,25 @@ def _unfused() -> Iterator[None]:
         yield
     finally:
         flags(_enabled=enabled, _fp32_precision=None)
+
+
+class _InPlace(TorchFunctionMode):
+    """Sees what a model detaches in place, which is no operator."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in DETACHED_IN_PLACE:
+            self.recorder._refuse("the model detaches in place")
+        return func(*args, **(kwargs or {}))
 
 
 class _Recorder(Watcher):
