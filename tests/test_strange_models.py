@@ -877,12 +877,19 @@ class Checkpointed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.stem, self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 4), nn.Linear(4, 2)
 
     def forward(self, x):
         dummy = torch.ones(1, dtype=x.dtype, requires_grad=True)
         h = checkpoint(lambda x, _: self.body(x), x, dummy, use_reentrant=True)
         return self.head(torch.tanh(h))
+
+
+class CheckpointedBehindAnother(Checkpointed):
+    """Where the checkpoint's input has a gradient if the layer before it has."""
+
+    def forward(self, x):
+        return self.head(torch.tanh(checkpoint(self.body, self.stem(x), use_reentrant=True)))
 
 
 def test_what_is_used_has_no_gradient_in_any_batch():
@@ -893,15 +900,20 @@ def test_what_is_used_has_no_gradient_in_any_batch():
     assert not any(facts.get("unused") for facts in found.blocks.values())
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("net", [Checkpointed, CheckpointedBehindAnother])
+@pytest.mark.parametrize("params", [["body.*"], ["body.*", "head.*"]], ids=" ".join)
 @pytest.mark.parametrize("command", ["compute", "trace"])
-def test_a_reentrant_checkpoint_is_refused(cli, tmp_path, command):
+def test_a_reentrant_checkpoint_is_refused(cli, tmp_path, command, params, net):
     (tmp_path / "net.py").write_text(
         "import torch\nfrom torch import nn\nfrom torch.utils.checkpoint import checkpoint\n\n"
         + inspect.getsource(Checkpointed)
+        + inspect.getsource(CheckpointedBehindAnother)
     )
-    torch.save(Checkpointed().state_dict(), tmp_path / "net.pt")
+    torch.save(net().state_dict(), tmp_path / "net.pt")
     np.savez(tmp_path / "data.npz", x=np.ones((4, 3), "f"), y=np.ones((4, 2), "f"))
-    ran = cli(command, "net.pt", "data.npz", "--arch", "net.py:Checkpointed")
+    some = [word for glob in params for word in ("--params", glob)]
+    ran = cli(command, "net.pt", "data.npz", "--arch", f"net.py:{net.__name__}", *some)
     assert "body.weight: its gradient comes by backward() alone" in ran.fails(4)
     assert "use_reentrant=False" in ran.hint
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hesscli.errors import MismatchError, NumericalError
 from hesscli.hessian.aten.definitions import right_gradients
 from hesscli.hessian.guests import explaining
-from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.objective.problem import Problem, all_differentiated
 from hesscli.hessian.objective.refusals import no_gradient
 
 
@@ -33,22 +33,24 @@ def _unused(problem: Problem, names: Sequence[str]) -> set[str]:
     """Those of the named parameters that L does not depend on, whatever the value of its gradient.
 
     Raises:
-        MismatchError: `backward()` alone reaches one, as it does behind a reentrant checkpoint.
+        MismatchError: `backward()` alone reaches one, as it does behind a reentrant checkpoint. That is entered only
+            where something before it requires a gradient, too.
     """
     left = {name: problem.parameters[name] for name in names}
     for batch in problem.batches:
         if not left:
             break
-        with right_gradients():
-            value = problem.value(batch)
-        if not value.requires_grad:
-            continue
-        with explaining(no_gradient, needed=True):
-            grads = torch.autograd.grad(
-                value, list(left.values()), allow_unused=True, retain_graph=True
-            )
-            left = {name: left[name] for name, g in zip(left, grads, strict=True) if g is None}
-            hidden = _reached_by_backward(value, problem.module, left) if left else []
+        with all_differentiated(problem.module):
+            with right_gradients():
+                value = problem.value(batch)
+            if not value.requires_grad:
+                continue
+            with explaining(no_gradient, needed=True):
+                grads = torch.autograd.grad(
+                    value, list(left.values()), allow_unused=True, retain_graph=True
+                )
+                left = {name: left[name] for name, g in zip(left, grads, strict=True) if g is None}
+                hidden = _reached_by_backward(value, problem.module, left) if left else []
         if hidden:
             raise MismatchError(
                 f"{hidden[0]}: its gradient comes by backward() alone, as behind a reentrant "

@@ -131,16 +131,9 @@ class Problem:
 
     def gradient_norm(self) -> float:
         """|dL/dtheta| over all parameters of the module, also those that were not chosen."""
-        every = {n: p for n, p in self.module.named_parameters() if p.is_floating_point()}
-        constant = [p for p in every.values() if not p.requires_grad]
-        for parameter in constant:
-            parameter.requires_grad_(True)
-        try:
+        with all_differentiated(self.module) as every:
             gradient = replace(self, parameters=every).gradient(list(every))
-            return math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
-        finally:
-            for parameter in constant:
-                parameter.requires_grad_(False)
+        return math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
 
     def restricted(self, names: Iterable[str]) -> Problem:
         """The problem as a function of these parameters alone."""
@@ -229,6 +222,20 @@ class Problem:
             atol=tolerance * float(mine.abs().max().clamp(min=1e-30)),
         )
         return twin if same else None
+
+
+@contextmanager
+def all_differentiated(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Inside, all parameters of the module, which are given, require gradients, also those that were not chosen."""
+    every: dict[str, Tensor] = {n: p for n, p in module.named_parameters() if p.is_floating_point()}
+    constant = [p for p in every.values() if not p.requires_grad]
+    for parameter in constant:
+        parameter.requires_grad_(True)
+    try:
+        yield every
+    finally:
+        for parameter in constant:
+            parameter.requires_grad_(False)
 
 
 @contextmanager
