@@ -169,6 +169,33 @@ def test_float64_that_a_model_does_not_have(net):
         torch.testing.assert_close(found.matrix().double(), truth, rtol=1e-3, atol=1e-4)
 
 
+class MaskedScores(Filled):
+    """Masks scores by the least number of their dtype, which is infinite in the mask's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.a(x) * self.b.weight + self.b.bias
+        mask = (1 - (x > 0).float()) * torch.finfo(scores.dtype).min
+        return torch.softmax(scores + mask, 1).square().sum(1, keepdim=True)
+
+
+def test_a_mask_that_is_not_a_number_in_float32():
+    torch.manual_seed(0)
+    model = MaskedScores()
+    found = hesscli.compute(
+        model, (X, Y), loss="mse", dtype="float64", blocks="full", framework="torch"
+    )
+    written = model.double()
+    written.forward = lambda x: (
+        (written.a(x) * written.b.weight + written.b.bias)
+        .masked_fill(x <= 0, torch.finfo(torch.float64).min)
+        .softmax(1)
+        .square()
+        .sum(1, keepdim=True)
+    )
+    truth = hessian(written, nn.functional.mse_loss, (X,), Y)
+    torch.testing.assert_close(found.matrix(), truth)
+
+
 class Started(Filled):
     """Begins with zeros in float32, as a traced recurrent layer does."""
 

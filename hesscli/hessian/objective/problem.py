@@ -148,6 +148,8 @@ class Problem:
     def widened(self) -> tuple[Problem, Tensor]:
         """The problem in float64 throughout, where the module computes parts of it in float32, or cannot without.
 
+        The least number of float64, which masks scores, is infinite in float32, and nothing times that is not a number.
+
         Returns:
             it, and its output for the first batch.
 
@@ -166,7 +168,7 @@ class Problem:
                 if wide:
                     raise
                 continue
-            if wide or not (narrowings.found or narrowings.stuck):
+            if wide or not (narrowings.found or narrowings.stuck or bool(output.isnan().any())):
                 break
         if narrowings.stuck:
             raise MismatchError(
