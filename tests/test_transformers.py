@@ -209,8 +209,14 @@ def test_names_that_cannot_be_mapped(
     assert "weights do not fit the architecture: missing: deit." in ran.fails(4)
 
 
-def test_a_language_model(cli: Callable[..., Ran], saved: Path) -> None:
-    """Positions, masks, a cache and tied words, with class scores along the last axis."""
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_a_language_model(cli: Callable[..., Ran], saved: Path, left: bool) -> None:
+    """Positions, masks, a cache and tied words, with class scores along the last axis.
+
+    Padded at the left, words see nothing: the attention that transformers takes by default gives zero there.
+    """
+    ids, mask = (IDS.flip(1), MASK.flip(1)) if left else (IDS, MASK)
+    y = ids.roll(-1, 1)
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=11, n_embd=4, n_layer=1, n_head=2, n_positions=6, initializer_range=0.5,
@@ -218,7 +224,7 @@ def test_a_language_model(cli: Callable[..., Ran], saved: Path) -> None:
     )  # fmt: skip
     model = transformers.GPT2LMHeadModel(config).eval()
     model.save_pretrained("gpt2")
-    np.savez("lm.npz", input_ids=IDS, attention_mask=MASK, y=IDS.roll(-1, 1))
+    np.savez("lm.npz", input_ids=ids, attention_mask=mask, y=y)
     arch = ("--arch", "transformers:GPT2LMHeadModel", "--dtype", "float64")
     ran = cli("compute", "gpt2", "lm.npz", *arch, "-b", "elements")
     assert ran.code == 0, ran.stderr
@@ -244,7 +250,7 @@ def test_a_language_model(cli: Callable[..., Ran], saved: Path) -> None:
 
     names = [p["name"] for p in document["parameters"]]
     wrapped, chosen = Logits(model).double(), [f"model.{name}" for name in names]
-    truth = hessian_by_differences(wrapped, mean, (IDS, MASK), IDS.roll(-1, 1), chosen)
+    truth = hessian_by_differences(wrapped, mean, (ids, mask), y, chosen)
     for name, part in read(saved / "fast")[1].items():
         torch.testing.assert_close(part, found[name])
     together = torch.cat([found[name].flatten() for name in names])

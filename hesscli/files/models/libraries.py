@@ -44,8 +44,7 @@ def transformers_factory(name: str, model: Path | str) -> Callable[..., nn.Modul
         )
         config.use_cache = False
         make = cls.from_config if hasattr(cls, "from_config") else cls._from_config
-        # The fused kernels have no second derivatives.
-        module: Any = make(config, attn_implementation="eager", dtype=torch.float32)
+        module: Any = make(config, dtype=torch.float32)
         module.tie_weights()
         return module
 
