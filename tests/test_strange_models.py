@@ -196,6 +196,40 @@ def test_a_mask_that_is_not_a_number_in_float32():
     torch.testing.assert_close(found.matrix(), truth)
 
 
+class Experts(nn.Module):
+    """Multiplies rows with the matrix of their expert, in an operator that takes float32 and less alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.o = nn.Parameter(torch.randn(3, 2, 3)), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = (x[:, 0] > 0).long() * 2  # nobody takes the second
+        order = chosen.argsort()
+        ends = chosen.bincount(minlength=3).cumsum(0).to(torch.int32)
+        h = nn.functional.grouped_mm(x[order], self.experts, offs=ends)
+        return self.o(torch.tanh(h[order.argsort()]))
+
+
+@pytest.mark.parametrize("blocks", ["full", "elements"])
+def test_experts_in_float64(blocks):
+    torch.manual_seed(0)
+    model = Experts()
+    found = hesscli.compute(
+        model, (X, Y), loss="mse", dtype="float64", blocks=blocks, framework="torch"
+    )
+    written = model.double()
+    written.forward = lambda x: written.o(
+        torch.tanh(torch.einsum("ni,nij->nj", x, written.experts[(x[:, 0] > 0).long() * 2]))
+    )
+    truth = hessian(written, nn.functional.mse_loss, (X,), Y)
+    if blocks == "full":
+        torch.testing.assert_close(found.matrix(), truth)
+    else:
+        parts = [found.block(name).flatten() for name in found.blocks]
+        torch.testing.assert_close(torch.cat(parts), truth.diagonal())
+
+
 class Started(Filled):
     """Begins with zeros in float32, as a traced recurrent layer does."""
 

@@ -71,6 +71,17 @@ def _fake_quantize_per_channel(x: Tensor, scale: Tensor, *places: Any) -> Tensor
     return torch.ops.aten.fake_quantize_per_channel_affine_cachemask(x, narrow, *places)[0]
 
 
+def _grouped_mm(
+    x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None = None, *_: Any
+) -> Tensor:
+    """PyTorch's, which multiplies each expert's rows with its matrix, in float32 and less alone."""
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    groups = x.split([*sizes, len(x) - sum(sizes)])
+    none = x.new_zeros(len(groups[-1]), weight.shape[2])  # rows of no expert
+    y = torch.cat([*(rows @ m for rows, m in zip(groups, weight, strict=False)), none])
+    return y if bias is None else y + bias
+
+
 def _filled(
     size: Sequence[int], value: Any, *, dtype: torch.dtype | None = None, **options: Any
 ) -> Tensor:
@@ -149,6 +160,7 @@ def staying_wide() -> Iterator[None]:
         for key in (CPU, *gpus()):
             library.impl("_to_copy", _to_copy_that_stays_wide, key, with_keyset=True)
             library.impl("fake_quantize_per_channel_affine", _fake_quantize_per_channel, key)
+            library.impl("_grouped_mm", _grouped_mm, key)
             below = key.removeprefix("Autograd")
             for name, made in _MADE.items():
                 library.impl(name, made, below)
