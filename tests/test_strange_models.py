@@ -230,6 +230,26 @@ def test_experts_in_float64(blocks):
         torch.testing.assert_close(torch.cat(parts), truth.diagonal())
 
 
+class Router(Filled):
+    """Gives its weights another dtype, as the routers of Switch Transformers do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.a.to(torch.float32)(x.to(torch.float32))
+        return torch.tanh(chosen).to(x.dtype) * self.b(x)
+
+
+def test_a_model_that_changes_the_dtype_of_its_weights():
+    torch.manual_seed(0)
+    model = Router()
+    found = hesscli.compute(
+        model, (X, Y), loss="mse", dtype="float64", blocks="full", framework="torch"
+    )
+    written = model.double()
+    written.forward = lambda x: torch.tanh(written.a(x)) * written.b(x)
+    truth = hessian(written, nn.functional.mse_loss, (X,), Y)
+    torch.testing.assert_close(found.matrix(), truth)
+
+
 class Started(Filled):
     """Begins with zeros in float32, as a traced recurrent layer does."""
 

@@ -28,16 +28,22 @@ def state_kept(function: Callable[..., object]) -> Iterator[None]:
     stored, one must not go without the other.
 
     A buffer that was written to is replaced, not written to again: autograd may have saved it.
+
+    A parameter that the module gave another dtype has its own again, be it but for an attempt in another.
     """
     module = function if isinstance(function, nn.Module) else None
     if module is not None and module not in _SAVED:
         _SAVED[module] = _saved(module)
     before = list(restores(function))
+    parameters = [(p, p.data) for p in module.parameters()] if module is not None else []
     try:
         yield
     finally:
         for restore in before:
             restore()
+        for parameter, data in parameters:
+            if parameter.dtype is not data.dtype:
+                parameter.data = data
         if module is not None:
             _put_back(module, _SAVED[module])
 
