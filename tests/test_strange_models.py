@@ -332,6 +332,27 @@ def test_a_derivative_that_nothing_has():
     assert refused.value.exit_code == 4
 
 
+class Halfway(nn.Module):
+    """One of its two branches is an operator through which PyTorch passes no gradient, with a warning."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.a(x) + torch.ops.hesscli_tests.cube(self.a(x))
+
+
+@pytest.mark.parametrize("call", [hesscli.compute, hesscli.operator])
+def test_an_operator_that_lets_no_gradient_pass(call):
+    with torch.library._scoped_library("hesscli_tests", "FRAGMENT") as library:
+        library.define("cube(Tensor x) -> Tensor")
+        library.impl("cube", lambda x: x**3, "CPU")
+        with pytest.raises(hesscli.HesscliError, match="hesscli_tests::cube has none") as refused:
+            call(Halfway(), (X.float(), Y.float()))
+    assert refused.value.exit_code == 4
+
+
 class Counting(nn.Module):
     """Keeps a range of what it has seen, as observers do, also in eval mode."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from hesscli.errors import MismatchError, NumericalError
 from hesscli.hessian.aten.definitions import right_gradients
 from hesscli.hessian.guests import explaining
 from hesscli.hessian.objective.problem import Problem, all_differentiated
-from hesscli.hessian.objective.refusals import no_gradient
+from hesscli.hessian.objective.refusals import UNREGISTERED, no_gradient
 
 
 def first_gradient(problem: Problem) -> tuple[dict[str, Tensor], float, set[str]]:
@@ -20,9 +21,11 @@ def first_gradient(problem: Problem) -> tuple[dict[str, Tensor], float, set[str]
 
     Raises:
         NumericalError: it is not finite.
-        MismatchError: `backward()` alone reaches a parameter.
+        MismatchError: `backward()` alone reaches a parameter, or none passes an operator between it and L.
     """
-    gradient = problem.gradient(list(problem.parameters))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", f".*{UNREGISTERED}")
+        gradient = problem.gradient(list(problem.parameters))
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
     if not math.isfinite(norm):
         raise NumericalError(f"the gradient's norm is {norm}; the Hessian would mean nothing")

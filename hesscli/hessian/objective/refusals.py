@@ -16,6 +16,9 @@ _UNLIKE = re.compile(
     r"expected scalar type \w+ but found (Float|Double|Half|BFloat16)"
 )
 
+UNREGISTERED = "an autograd kernel was not registered"
+"""What PyTorch warns of where it passes no gradient through an operator that has none, as if it were a constant."""
+
 
 def not_accepted(batch: Batch, reason: str, error: BaseException) -> MismatchError:
     """What is said where a model does not accept a batch's inputs."""
@@ -53,4 +56,7 @@ def _type_hint(error: str, batch: Batch) -> str | None:
 
 def no_gradient(reason: str, error: BaseException) -> MismatchError:
     """What is said where a plain gradient fails."""
+    unregistered = re.match(rf"(\S+): {UNREGISTERED}", str(error))
+    if unregistered:
+        reason = f"{unregistered[1]} has none"
     return MismatchError(f"the gradient of the model cannot be taken: {reason}")
