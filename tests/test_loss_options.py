@@ -149,7 +149,13 @@ def test_a_column_of_numbers_is_not_of_classes():
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("cross_entropy", "cross-entropy"), ("mse_loss", "mse")]
+    ("name", "near"),
+    [
+        ("cross_entropy", "cross-entropy"),
+        ("torch.nn.functional.mse_loss", "mse"),
+        ("CE", "cross-entropy"),
+        ("mae", "l1"),
+    ],
 )
 def test_other_names_of_losses(cli, tmp_path, name, near):
     torch.jit.script(net()).save(str(tmp_path / "m.pt"))

@@ -870,6 +870,13 @@ def test_factories(nets, source, capsys):
     ("arch", "arguments", "words", "hint"),
     [
         ("nets_of_test", {}, "expected PKG.MOD:FACTORY, FILE.py:FACTORY, ", ":FACTORY"),
+        (
+            "code.nets.Net",
+            {},
+            "expected PKG.MOD:FACTORY, FILE.py:FACTORY, ",
+            "--arch code.nets:Net",
+        ),
+        ("code/nets.py", {}, "expected PKG.MOD:FACTORY, FILE.py:FACTORY, ", "nets.py:FACTORY"),
         ("no.py:Net", {}, "no such file: no.py", "path/to/net.py:FACTORY"),
         ("no_such:Net", {}, "no module named no_such", "path/to/no_such.py:FACTORY"),
         ("no such:Net", {}, "no module named no such", "--arch 'path/to/no such.py:FACTORY'"),

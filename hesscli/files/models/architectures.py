@@ -105,4 +105,6 @@ def _guess(arch: str) -> str:
     if arch.lower() == "mlp":
         return "mlp"
     name = arch.strip(":") or "mypkg.nets"
-    return name + ":FACTORY"
+    source, _, attribute = name.rpartition(".")
+    dotted = source and attribute.isidentifier() and attribute != "py"
+    return f"{source}:{attribute}" if dotted else f"{name}:FACTORY"

@@ -25,6 +25,8 @@ from hesscli.job.options import ProblemOptions
 from hesscli.job.setup.source import move
 from hesscli.texts import dtype_name
 
+_ELSEWHERE = {"ce": "cross-entropy", "mae": "l1", "l2": "mse"}  # names that look like others here
+
 
 def loss_of(
     options: ProblemOptions,
@@ -78,8 +80,8 @@ def _named(
         function = _import_function(name)
         name = os.path.basename(name)  # no paths in files
     elif name not in LOSSES and name != "output":
-        plain = name.lower().replace("_", "-").removesuffix("-loss")
-        near = difflib.get_close_matches(plain, LOSSES, 1)
+        plain = name.lower().rpartition(".")[2].replace("_", "-").removesuffix("-loss")
+        near = difflib.get_close_matches(_ELSEWHERE.get(plain, plain), LOSSES, 1)
         raise UsageError(
             f"no loss is called {name!r}; there are: auto, {', '.join(LOSSES)}, output, PKG.MOD:FN, FILE.py:FN",
             f"--loss {near[0]}" if near else None,
