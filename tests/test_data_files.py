@@ -377,6 +377,11 @@ def test_inputs_that_are_skipped(tmp_path, monkeypatch, x, why):
     assert error.message == said + why
 
 
+def test_inputs_are_not_taken_for_targets(tmp_path):
+    np.save(tmp_path / "x.npy", X)
+    assert refused(UsageError, tmp_path / "x.npy", targets="y").hint == "--targets KEY"
+
+
 @pytest.mark.parametrize(
     ("field", "why"), [("1,5", "numbers with decimal commas"), ("1_5", "not numbers")]
 )
@@ -395,17 +400,30 @@ ROWS = "drop these samples: table = table.dropna(subset=['y'])"
     [
         (pa.array(["a", "b"]), "not numbers (string)", WORDS),
         (pa.array(["a", "b"]).dictionary_encode(), "not numbers (dictionary<", WORDS),
-        (pa.array([1, None]), "missing in 1 of 2 places", ROWS),
-        (pa.array([[1, 2], [3, None]]), "missing in 1 of 4 places", ROWS),
+        (pa.array([[1, 2], None]), "missing in 1 of 2 places", ROWS),
         (pa.array([[1], [2, 3]]), "rows of different lengths: pad them", None),
         (pa.array([0, 1], pa.timestamp("ms")), "not numbers (timestamp[ms])", None),
     ],
 )
 def test_targets_that_cannot_be_used(tmp_path, y, why, hint):
     pq.write_table(pa.table({"a": [1.0, 2.0], "y": y}), tmp_path / "d.parquet")
-    error = refused(FileError, tmp_path / "d.parquet")
-    assert f"d.parquet: the targets y are {why}" in error.message
-    assert error.hint == hint
+    for targets in (None, "y"):
+        error = refused(FileError, tmp_path / "d.parquet", targets=targets)
+        assert f"d.parquet: the targets y are {why}" in error.message
+        assert error.hint == hint
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.int64(), pa.bool_()])
+def test_what_is_missing_is_nan(tmp_path, kind):
+    """As in a `.csv`: inputs are refused, and a loss of one's own may look at no such targets."""
+    table = pa.table({"a": [1.0, 2.0], "y": pa.array([1, None], pa.int8()).cast(kind)})
+    pq.write_table(table, tmp_path / "d.parquet")
+    (tmp_path / "d.csv").write_text("a,y\n1,1\n2,\n")
+    for name in ("d.parquet", "d.csv"):
+        _, targets = load_data(tmp_path / name, targets="y").targets
+        assert targets[0] == 1
+        assert targets[1].isnan()
+        refused(NumericalError, tmp_path / name, inputs=["y"], targets="a")
 
 
 @pytest.mark.parametrize(

@@ -98,9 +98,13 @@ def _column(path: Path | str, values: Any) -> torch.Tensor | Unusable:
         return Unusable("too large for one Arrow array")
     shape = [len(values)]
     while True:
+        kind = values.type
+        if types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind):
+            if values.null_count and not types.is_floating(kind):
+                values = values.cast("float64", safe=False)  # what is missing is NaN, as in a .csv
+            return tensor(path, values.to_numpy(zero_copy_only=False).reshape(shape))
         if values.null_count:
             return Unusable(f"missing in {values.null_count} of {len(values)} places", ROWS)
-        kind = values.type
         if hasattr(values, "storage"):  # an extension: Array2D and the like of `datasets`
             values = values.storage
         elif types.is_fixed_size_list(kind):
@@ -112,8 +116,6 @@ def _column(path: Path | str, values: Any) -> torch.Tensor | Unusable:
                 return Unusable("rows of different lengths: pad them")
             shape.append(lengths[0].as_py() if len(lengths) else 0)
             values = values.flatten()
-        elif types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind):
-            return tensor(path, values.to_numpy(zero_copy_only=False).reshape(shape))
         else:
             words = (
                 types.is_string(kind) or types.is_large_string(kind) or types.is_dictionary(kind)

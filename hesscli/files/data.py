@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -16,10 +17,10 @@ from hesscli.files.digest import sha256_of_all
 from hesscli.files.unusable import Unusable
 from hesscli.texts import dtype_name, listed
 
-_INPUT_NAMES = ("x", "X", "input", "inputs", "data", "images", "features")
+_INPUT_NAMES: tuple[str, ...] = ("x", "X", "input", "inputs", "data", "images", "features")
 _STEP = 1 << 24  # numbers looked at together
 _INDEX = ("", "Unnamed: 0", "__index_level_0__")  # what the index is called in tables of pandas
-TARGET_NAMES = ("y", "Y", "target", "targets", "label", "labels")
+TARGET_NAMES: tuple[str, ...] = ("y", "Y", "target", "targets", "label", "labels")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def load_data(
         )
     for name in (*inputs, *([targets] if targets else [])):
         if name not in arrays:
+            if name == targets and name in found.skipped:
+                _refuse_unusable_targets(path, name, found.skipped[name])
             option = "--targets" if name == targets else "--inputs"
             raise choice.unclear(
                 f"no array of numbers is called {name}", f"{option} {choice.likely(option)}"
@@ -96,8 +99,9 @@ def load_data(
     if len(set(inputs)) < len(inputs):
         raise UsageError(f"--inputs names an array twice: {', '.join(inputs)}")
     if found.columns:
-        if not (inputs or targets or any(name in arrays for name in TARGET_NAMES)):
-            _refuse_unusable_targets(path, found.skipped)
+        meant = [name for name in found.skipped if name in TARGET_NAMES]
+        if meant and not (inputs or targets or any(name in arrays for name in TARGET_NAMES)):
+            _refuse_unusable_targets(path, meant[0], found.skipped[meant[0]])
         names, target = choice.of_columns(inputs, targets)
     else:
         names, target = choice.of_arrays(inputs, targets)
@@ -124,15 +128,9 @@ def is_other_file(name: str) -> bool:
     return name.endswith(".npy") and os.path.exists(name)
 
 
-def _refuse_unusable_targets(path: Path, skipped: Mapping[str, Unusable]) -> None:
-    """Refuses a table whose targets, by their name, are a column that cannot be used."""
-    meant = [name for name in skipped if name in TARGET_NAMES]
-    if meant:
-        unusable = skipped[meant[0]]
-        raise FileError(
-            f"{path}: the targets {meant[0]} are {unusable.why}",
-            unusable.remedy.format(meant[0]) or None,
-        )
+def _refuse_unusable_targets(path: Path, name: str, array: Unusable) -> NoReturn:
+    remedy = array.remedy.format(name)
+    raise FileError(f"{path}: the targets {name} are {array.why}", remedy or None)
 
 
 def _selected(
@@ -271,9 +269,11 @@ class _Choice:
 
     def likely(self, option: str) -> str:
         """The name of an array that may be the targets, or the inputs."""
-        known = TARGET_NAMES if option == "--targets" else _INPUT_NAMES
-        named = [name for name in self.arrays if name in known]
-        return shlex.quote((named or list(self.arrays)[:: -1 if option == "--targets" else 1])[0])
+        known, others, names = TARGET_NAMES, _INPUT_NAMES, list(self.arrays)[::-1]
+        if option == "--inputs":
+            known, others, names = others, known, names[::-1]
+        free = [name for name in names if name not in others]
+        return shlex.quote(([name for name in names if name in known] or free or ["KEY"])[0])
 
     def unclear(self, problem: str, hint: str = "--inputs KEY --targets KEY") -> UsageError:
         found = ", ".join(f"{name} ({describe(array)})" for name, array in self.arrays.items())
