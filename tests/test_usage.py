@@ -308,9 +308,15 @@ def test_a_gate_holds_where_the_reader_has_gone(tmp_path, bound, code):
 
 @pytest.mark.parametrize(
     "words",
-    [("diff", "-", "hessian.safetensors"), ("diff", "hessian.safetensors", "-"), ("merge", "-")],
+    [
+        ("diff", "-", "hessian.safetensors"),
+        ("diff", "hessian.safetensors", "-"),
+        ("merge", "-"),
+        ("compute", "-", "data.npz"),
+        ("compute", "net.pt", "-"),
+    ],
 )
-def test_what_does_not_read_standard_input(cli, words):
+def test_what_does_not_read_standard_input(net, cli, words):
     ran = cli(*words)
     assert "standard input" in ran.fails(2)
     assert "hint: " not in ran.stderr

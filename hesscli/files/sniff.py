@@ -102,9 +102,16 @@ def kind_of(path: Path | str) -> Kind:
         with open(path, "rb") as file:
             return _kind_of_content(file)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UsageError(f"{path}: no such file") from error
+        raise no_such_file(path) from error
     except OSError as error:
         raise FileError(f"{path}: cannot be opened: {error.strerror or error}") from error
+
+
+def no_such_file(path: Path | str, hint: str | None = None) -> UsageError:
+    """What is said where there is no file."""
+    if str(path) == "-":
+        return UsageError("-: only show, eigen and density read standard input")
+    return UsageError(f"{path}: no such file", hint)
 
 
 def beside(listing: Path, name: object, hint: str) -> Path:

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from hesscli.errors import FileError, UsageError
+from hesscli.errors import FileError
 from hesscli.files.hessians.checksums import Checksum, document_checksum
 from hesscli.files.hessians.hessian_index import SHARD_SCHEMA, Index, read_index
 from hesscli.files.hessians.result_names import index_of_shard, index_path, is_index
 from hesscli.files.safetensors_header import AGAIN, Header, document_of, is_regular, read_header
+from hesscli.files.sniff import no_such_file
 
 SCHEMA = "hesscli.hessian/1"
 _DTYPES = {"F32": "<f4", "F64": "<f8"}
@@ -88,11 +89,8 @@ def read_hessian(path: Path, shown: str | None = None) -> HessianFile:
     try:
         found: Header | Index = read_index(path) if is_index(path) else read_header(path, shown)
     except FileNotFoundError:
-        if shown == "-":
-            raise UsageError("-: only show, eigen and density read standard input") from None
-        raise UsageError(
-            f"{shown}: no such file",
-            f"hesscli compute model.pt data.npz -o {shlex.quote(shown)}",
+        raise no_such_file(
+            shown, f"hesscli compute model.pt data.npz -o {shlex.quote(shown)}"
         ) from None
     document = _document(path, shown, found.metadata)
     headers = (found,) if isinstance(found, Header) else found.headers(document)
