@@ -222,20 +222,27 @@ def test_ctrl_c_that_ends_in_something_else(cli, monkeypatch, error):
     assert cli("trace", *NET).fails(130) == "interrupted"
 
 
-def test_ctrl_c_while_the_command_line_is_imported():
+@pytest.mark.parametrize("module", ["typer", "numpy.linalg"])
+def test_ctrl_c_while_something_is_imported(tmp_path, module):
     code = """
-import sys
+import signal, sys
+
+modules = [sys.argv.pop()]
 
 class Interrupt:
     def find_spec(name, *_):
-        if name == "typer":
-            raise KeyboardInterrupt
+        if name in modules:
+            modules.clear()
+            signal.raise_signal(signal.SIGINT)
 
 sys.meta_path.insert(0, Interrupt)
 from hesscli.__main__ import main
 main()
 """
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    words = ["compute", *NET, module]
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path
+    )
     assert (ran.returncode, ran.stderr) == (130, "error: interrupted\n")
 
 

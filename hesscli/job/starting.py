@@ -13,6 +13,8 @@ from hesscli.files.malloc import keep_freed_memory
 def start() -> None:
     """Imports torch as something that is there to stay, and keeps the memory that is freed.
 
+    NumPy first: where torch imports it, in C++, Ctrl-C is lost, and NumPy with it.
+
     The garbage collector would look through all that it makes, again and again during the import and once more at
     exit: 0.3 s of 1.3 s. Nothing of it is garbage.
     """
@@ -20,6 +22,7 @@ def start() -> None:
     if "torch" in sys.modules:
         return
     gc.disable()
+    import numpy  # noqa: F401
     import torch  # noqa: F401
 
     gc.freeze()
