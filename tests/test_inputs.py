@@ -253,3 +253,16 @@ def test_integers_that_are_indices(wrong, dtype, highest, hint):
     with pytest.raises(hesscli.HesscliError, match="does not accept the inputs") as refused:
         hesscli.compute(Words(wrong), (words, Y.float()), framework="torch")
     assert refused.value.hint == hint
+
+
+class Named(Net):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        output = torch.tanh(self.a(x))
+        return {"features": x, "logits": output, "loss": output.sum(1)}
+
+
+@pytest.mark.parametrize(("loss", "name"), [("mse", "logits"), ("output", "loss")])
+def test_a_part_of_the_output_that_is_taken_for_its_name_is_said(loss, name):
+    for key in (None, name):
+        found = hesscli.compute(Named(), (X, Z), loss=loss, output_key=key)
+        assert (f"output: {name}, inferred from its name" in found.metadata["notes"]) is (not key)

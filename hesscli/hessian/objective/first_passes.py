@@ -6,6 +6,7 @@ second pass that goes on with what the first one computed, or that gives somethi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +23,10 @@ class UnrepeatableError(MismatchError):
     """A model whose passes are not alike."""
 
 
-def first_output(problem: Problem, batch: Batch) -> Tensor:
-    """The output of a model's first pass, of which the second is a repetition.
+def first_output(
+    problem: Problem, batch: Batch, note: Callable[[str], None] | None = None
+) -> Tensor:
+    """The output of a model's first pass, of which the second is a repetition; `note` hears if its name tells it.
 
     Raises:
         UnrepeatableError: it is none.
@@ -31,7 +34,7 @@ def first_output(problem: Problem, batch: Batch) -> Tensor:
     """
     problem = replace(problem, writes=True)  # into its inputs, perhaps
     with torch.enable_grad():  # without them, what is kept would be a constant, and not show
-        first, second = problem.output(batch), problem.output(batch)
+        first, second = problem.output(batch, note), problem.output(batch)
         again = _inner(first) & _inner(second)
     _demand_numbers(first)
     if again:

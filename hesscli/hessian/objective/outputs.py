@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from hesscli.errors import MismatchError
 
 
-def pick_output(result: object, key: str | None, prefer_loss: bool = False) -> Tensor:
+def pick_output(
+    result: object,
+    key: str | None,
+    prefer_loss: bool = False,
+    note: Callable[[str], None] | None = None,
+) -> Tensor:
     """The output tensor in what a module returned: the tensor itself, or the entry that `key` names.
 
     Without a key, a lone tensor in a tuple or dict is taken, and `logits` (or `loss`, where the model returns its
-    own loss) of a dict or object.
+    own loss) of a dict or object, which `note` hears if there are others.
 
     Raises:
         MismatchError: nothing or too much to choose from.
@@ -40,10 +45,12 @@ def pick_output(result: object, key: str | None, prefer_loss: bool = False) -> T
             raise MismatchError(f"the model's output is one tensor, without a part {key!r}")
         raise MismatchError(f"the model's output has no tensor {key!r}; it holds: {found}")
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
-    preferred = "loss" if prefer_loss else "logits"
     if len(tensors) == 1:
         return next(iter(tensors.values()))
+    preferred = "loss" if prefer_loss else "logits"
     if preferred in tensors:
+        if note:
+            note(f"output: {preferred}, inferred from its name")
         return tensors[preferred]
     first = next(iter(tensors), None)
     raise MismatchError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -70,8 +70,8 @@ class Problem:
     def device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
 
-    def output(self, batch: Batch) -> Tensor:
-        """The module's output for a batch.
+    def output(self, batch: Batch, note: Callable[[str], None] | None = None) -> Tensor:
+        """The module's output for a batch; `note` hears if it is one of several by its name alone.
 
         Raises:
             MismatchError: the model does not accept the data, or returns no tensor.
@@ -83,7 +83,7 @@ class Problem:
                 raise
             with torch.enable_grad():  # for a model that differentiates by itself
                 result = self._called(batch)
-        output = pick_output(result, self.output_key, prefer_loss=not self.loss.needs_target)
+        output = pick_output(result, self.output_key, not self.loss.needs_target, note)
         return output if torch.is_grad_enabled() else output.detach()
 
     def _called(self, batch: Batch) -> object:

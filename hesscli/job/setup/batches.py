@@ -105,11 +105,12 @@ def _accepted(
     if (fewest, most) != (1, None):
         _within(samples, count, fewest, most or samples, 1)  # before a pass of other samples fails
         batch = source.part(0, count)
-        first_output(problem, batch)
+        first_output(problem, batch, note)
         return batch, fewest, most
     asked = min(batch_size or samples, samples)
     counts = list(dict.fromkeys([count, asked, samples]))
-    batch, _ = first_accepted(partial(first_output, problem), source, counts)
+    first = partial(first_output, problem, note=note)
+    batch, _ = first_accepted(first, source, counts)
     if len(batch) == count:
         return batch, 1, None
     if len(batch) == samples:
