@@ -509,3 +509,10 @@ def test_two_samples_and_two_classes(batch_size):
     options = {"loss": loss, "loss_arguments": {"w": w}, "batch_size": batch_size}
     found = computed(net(2), (X[:2], y), **options)
     close(found, hessian(net(2), lambda f, y: loss(f, y, w).mean(), (X[:2],), y))
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, "torch.nn:CrossEntropyLoss"])
+def test_a_class_is_no_loss(loss):
+    with pytest.raises(hesscli.HesscliError, match="CrossEntropyLoss is a class, not a") as refused:
+        computed(net(3), (X, Y), loss=loss)
+    assert refused.value.exit_code == 2

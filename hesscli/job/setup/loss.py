@@ -73,7 +73,8 @@ def _named(
         name = "mse" if data.targets[1].is_floating_point() else "cross-entropy"
         note(f"loss: {name}, inferred from {kind} targets")
     elif callable(name):
-        name, function = getattr(name, "__name__", type(name).__name__), name
+        called = getattr(name, "__name__", type(name).__name__)
+        name, function = called, _demand_function(called, name)
         if name in LOSSES or name == "output":  # it is not that one
             name = f"{function.__module__}:{name}"
     elif ":" in name:
@@ -149,10 +150,13 @@ def _demand_fit(key: str, array: Tensor, target: Tensor) -> None:
 
 def _import_function(spec: str) -> Callable[..., Tensor]:
     with importable():
-        function = imported("--loss", spec, "FN")
+        return _demand_function(spec, imported("--loss", spec, "FN"))
+
+
+def _demand_function(name: str, function: object) -> Callable[..., Tensor]:
     if isinstance(function, type) or not callable(function):
         kind = "class" if isinstance(function, type) else type(function).__name__
-        raise UsageError(f"the loss {spec} is a {kind}, not a function of output and targets")
+        raise UsageError(f"the loss {name} is a {kind}, not a function of output and targets")
     return function
 
 
