@@ -118,6 +118,22 @@ def test_a_file_that_may_not_be_read(cli, monkeypatch, tmp_path, command):
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ("compute", *NET),
+        ("eigen", *NET),
+        ("hvp", *NET, "--per-fedavg", "0.1", "--query", "d.npz"),
+        ("diff", "hessian.safetensors", "hessian.safetensors"),
+        ("merge",),
+    ],
+)
+def test_only_opening_a_file_tells_whether_it_may_be_read(cli, monkeypatch, words):
+    """Which ends with 3; as a wrong argument it would with 2."""
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)
+    assert "is not readable" not in cli(*words).stderr
+
+
+@pytest.mark.parametrize(
     ("words", "option"),
     [
         ("eigen --tol 1e-9", "--tol"),

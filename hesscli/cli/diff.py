@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="The Hessian file to compare with.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="The Hessian file to compare.")],
+    a: Annotated[
+        Path, typer.Argument(metavar="A", help="The Hessian file to compare with.", readable=False)
+    ],
+    b: Annotated[
+        Path, typer.Argument(metavar="B", help="The Hessian file to compare.", readable=False)
+    ],
     rtol: Annotated[
         float,
         typer.Option(metavar="X", min=0, help="A block is equal if ||B - A|| <= X ||A||, ..."),

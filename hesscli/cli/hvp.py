@@ -40,7 +40,9 @@ def hvp(
     query: Annotated[
         Path | None,
         typer.Option(
-            metavar="DATA", help="The data of g', if it is not DATA; --samples is of both."
+            metavar="DATA",
+            help="The data of g', if it is not DATA; --samples is of both.",
+            readable=False,
         ),
     ] = None,
     gradient: Annotated[

@@ -14,7 +14,10 @@ from hesscli.job.starting import start
 
 def merge(
     hessian: Annotated[
-        Path, typer.Argument(metavar="HESSIAN", help="What the shards were told to write.")
+        Path,
+        typer.Argument(
+            metavar="HESSIAN", help="What the shards were told to write.", readable=False
+        ),
     ] = Path("hessian.safetensors"),
     json: Json = False,
     quiet: Quiet = False,

@@ -29,6 +29,7 @@ def problem_options(
         typer.Argument(
             metavar="MODEL",
             help="TorchScript, .pt2, a state dict or checkpoint (.pt, .safetensors), or a Hugging Face folder.",
+            readable=False,  # said where it is opened
         ),
     ],
     data: Annotated[
@@ -36,6 +37,7 @@ def problem_options(
         typer.Argument(
             metavar="DATA",
             help="Inputs and targets: .npz, .npy, .safetensors, .pt, .csv, .parquet or a datasets folder.",
+            readable=False,
         ),
     ],
     loss: Annotated[
@@ -249,7 +251,12 @@ _DATA = inspect.Parameter(
     default=None,
     annotation=Annotated[
         Path | None,
-        typer.Argument(metavar="DATA", help="With MODEL: inputs and targets.", show_default=False),
+        typer.Argument(
+            metavar="DATA",
+            help="With MODEL: inputs and targets.",
+            show_default=False,
+            readable=False,
+        ),
     ],
 )
 
