@@ -705,7 +705,7 @@ def test_weights_that_do_not_fit_are_listed(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"epoch": 3, "lr": 0.1}, "its keys are epoch, lr"),
+        ({"epoch": 3, "lr": 0.1}, "it holds epoch (int), lr (float)"),
         ({}, "it is empty"),
         ([torch.ones(1)], "holds a list"),
         (torch.ones(1), "holds a Tensor"),

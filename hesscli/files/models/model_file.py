@@ -213,8 +213,8 @@ def _state_dict(path: Path, content: object) -> dict[str, torch.Tensor]:
         raise FileError(f"{path}: holds a {type(content).__name__}; expected a state dict", hint)
     weights = {str(key): t for key, t in content.items() if isinstance(t, torch.Tensor)}
     if not weights:
-        keys = listed(map(str, content))
-        what = f"its keys are {keys}" if keys else "it is empty"
+        entries = listed(f"{key} ({type(each).__name__})" for key, each in content.items())
+        what = f"it holds {entries}" if entries else "it is empty"
         raise FileError(f"{path}: no weights at its top level; {what}", hint)
     nested = [name for name, t in weights.items() if t.is_nested]
     if nested:  # they have no shape
