@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -991,3 +992,12 @@ def test_weights_that_are_no_mlp(shapes, arguments, error, words):
         build("mlp", arguments, weights)
     assert words in caught.value.message
     assert "--arch" in caught.value.hint
+
+
+@pytest.mark.parametrize("argument", ["activation=tahn", "width=4"])
+def test_the_hint_of_a_wrong_argument_of_an_mlp(cli, tmp_path, argument):
+    torch.save({"a.weight": torch.ones(4, 3), "b.weight": torch.ones(2, 4)}, tmp_path / "w.pt")
+    np.savez(tmp_path / "d.npz", x=np.ones((5, 3), "f4"), y=np.ones((5, 2), "f4"))
+    ran = cli("compute", "w.pt", "d.npz", "--arch", "mlp", "--arch-arg", argument)
+    ran.fails(2)
+    assert cli(*shlex.split(ran.hint)[1:]).code == 0

@@ -117,6 +117,13 @@ def test_a_file_that_may_not_be_read(cli, monkeypatch, tmp_path, command):
     assert "permission denied" in ran.stderr.lower()
 
 
+def test_a_hint_of_two_options_takes_the_place_of_both(cli, tmp_path):
+    np.savez(tmp_path / "unnamed.npz", a=np.ones((4, 3)), b=np.ones((4, 2)), c=np.ones((4, 2)))
+    ran = cli("compute", "net.pt", "unnamed.npz", "--targets", "b", "--seed", "1")
+    ran.fails(2)
+    assert ran.hint == "hesscli compute net.pt unnamed.npz --seed 1 --inputs KEY --targets KEY"
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import shlex
 import signal
 import sys
@@ -130,13 +131,14 @@ def report(error: BaseException, debug: bool = False) -> int:
 def _pasteable(hint: str, instead_of: tuple[str, ...] = ()) -> str:
     """A hint that is an option, or the rest of a pipe, is appended to this very command.
 
-    An option that the command has already gives way to it, and so do those that it stands `instead_of`.
+    Options that the command has already give way to those in it, and so do those that it stands `instead_of`.
     """
     if not hint.startswith(("-", "| ")):
         # The rooms behind know no other command.
         return hint.replace("hesscli compute MODEL", f"hesscli {sys.argv[1]} MODEL")
-    flag, _, value = hint.partition(" ")
-    replaced = {*instead_of, *([flag] if value else [])}
+    flag, _, _ = hint.partition(" ")
+    with_values = [] if flag == "|" else re.findall(r"(?<!\S)(--?[a-z][\w-]*) (?!-\S)", hint)
+    replaced = {*instead_of, *with_values}
     replaced |= {_OTHER[name] for name in replaced if name in _OTHER}
     kept: list[str] = []
     words = iter(sys.argv[1:])
