@@ -736,6 +736,28 @@ class Fused(nn.Module):
         return self.function(F.relu(self.function(x, self.w)), self.v)
 
 
+class Target(nn.Module):
+    """A target of its own, which a Function makes without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        z = F.relu(self.a(x))
+        with torch.no_grad():
+            target = Once.apply(z, self.b.weight)
+        return z * (z - target)
+
+
+def test_what_a_function_computes_without_gradients_is_a_constant():
+    torch.manual_seed(0)
+    model = Target().double()
+    x, y = torch.randn(12, 3, dtype=torch.float64), torch.randn(12, 4, dtype=torch.float64)
+    found = hesscli.compute(model, (x, y), blocks="full", framework="torch")
+    assert relative_error(found.matrix(), hessian(model, F.mse_loss, (x,), y)) < 1e-10
+
+
 def own_apply(function):
     return function.apply
 

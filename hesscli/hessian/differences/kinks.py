@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from hesscli.hessian.aten.corners import CORNERS, CURVED, Corner, on_piece, side_of
 from hesscli.hessian.aten.custom_functions import applied_by, by_own_derivative
+from hesscli.hessian.aten.detaching import Detaching
 from hesscli.hessian.aten.watcher import Watcher
 from hesscli.hessian.guests import is_guest, is_in_function, turned_gradients_off
 
@@ -47,29 +47,6 @@ _STRAIGHT_THROUGH = {
 }
 """Functions that return what they rounded, and where their derivative is that of the identity; elsewhere it is zero."""
 
-_DETACHED = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
-DETACHED_IN_PLACE = (Tensor.detach_, torch.detach_)
-
-
-class _Detached(TorchFunctionMode):
-    """Sees what a model detaches; below, autograd's own copies of what it saves look the same."""
-
-    def __init__(self, held: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.held = held
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in DETACHED_IN_PLACE and is_guest():
-            result.data = self.held(result).clone()  # may be written to
-        return self.held(result) if func in _DETACHED and is_guest() else result
-
 
 class Kinks(Watcher):
     """On which side of each kink a pass is: noted in a first pass, and kept in those that are `held`.
@@ -85,10 +62,11 @@ class Kinks(Watcher):
         self._left: Iterator[Tensor] | None = None  # of the sides, while held
         self._around = ExitStack()
         self._inside = False  # a Function, whose calls are its own business
+        self._constant_inside = False  # one that gradients are turned off for
 
     def __enter__(self) -> Kinks:
         self._around.enter_context(applied_by(self._applied))
-        self._around.enter_context(_Detached(self._of_detached))
+        self._around.enter_context(Detaching(self._of_detached))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -105,13 +83,25 @@ class Kinks(Watcher):
         finally:
             self._left = None
 
-    def _of_detached(self, result: Tensor) -> Tensor:
-        return result if self._inside else self._first(result.clone())
+    def _of_detached(self, result: Tensor, in_place: bool) -> Tensor:
+        if self._inside or not is_guest():
+            return result
+        held = self._first(result.clone())
+        if not in_place:
+            return held
+        result.data = held.clone()  # may be written to
+        return result
 
     def _applied(self, apply: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
         """What a Function of the model's own gives, where it is not smooth as its derivative has it."""
-        if self._inside or not is_guest() or not torch.is_grad_enabled():
+        if self._inside or not is_guest():
             return apply()
+        if not torch.is_grad_enabled():
+            self._constant_inside = True
+            try:
+                return apply()
+            finally:
+                self._constant_inside = False
         self._inside = True
         try:
             inputs = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
@@ -160,7 +150,7 @@ class Kinks(Watcher):
             return self._picked(func, args, kwargs, result[1])
         if name == "embedding" and len(args) > 2 and args[2] >= 0:  # its padding is a constant
             return torch.where((args[1] == args[2]).unsqueeze(-1), self._first(result), result)
-        if is_in_function():  # that was applied past `_applied`
+        if is_in_function() and not self._constant_inside:  # one that was applied past `_applied`
             self.lost = True
             return result
         own = all(made.alias_info is None for made in func._schema.returns)  # no view

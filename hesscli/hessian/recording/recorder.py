@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.aten.definitions import exact_derivatives
+from hesscli.hessian.aten.detaching import Detaching
 from hesscli.hessian.aten.precision import WIDE
 from hesscli.hessian.aten.watcher import Watcher
-from hesscli.hessian.differences.kinks import DETACHED_IN_PLACE
 from hesscli.hessian.guests import is_missing_derivative
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
@@ -62,7 +61,7 @@ def _recorded(
 ) -> Tape:
     recorder = _Recorder()
     try:
-        with exact_derivatives(), _unfused(), _InPlace(recorder), recorder:
+        with exact_derivatives(), _unfused(), Detaching(recorder.detached), recorder:
             output = function()
     except RuntimeError as error:
         if not is_missing_derivative(error):
@@ -119,25 +118,6 @@ def _unfused() -> Iterator[None]:
         flags(_enabled=enabled, _fp32_precision=None)
 
 
-class _InPlace(TorchFunctionMode):
-    """Sees what a model detaches in place, which is no operator."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func in DETACHED_IN_PLACE:
-            self.recorder._refuse("the model detaches in place")
-        return func(*args, **(kwargs or {}))
-
-
 class _Recorder(Watcher):
     """Numbers every tensor that passes by.
 
@@ -157,6 +137,11 @@ class _Recorder(Watcher):
         self.aliases = Aliases()
         self.refusal = ""
         self.default = torch.get_default_dtype()
+
+    def detached(self, result: Tensor, in_place: bool) -> Tensor:
+        if in_place:
+            self._refuse("the model detaches in place")
+        return result
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled() and any(x.requires_grad for x in each(args, Tensor)):
