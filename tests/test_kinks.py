@@ -736,6 +736,25 @@ class Fused(nn.Module):
         return self.function(F.relu(self.function(x, self.w)), self.v)
 
 
+class OfNoFunction(Once):
+    """The same, with a gradient that no function has."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        of_x, of_w = pulled(ctx, gradient)
+        return of_x, of_w * torch.arange(1, 1 + of_w.numel(), dtype=of_w.dtype).view_as(of_w)
+
+
+@pytest.mark.parametrize("blocks", ["diag", "elements"])
+def test_a_gradient_that_is_no_functions_is_refused(blocks):
+    torch.manual_seed(0)
+    model = Fused(OfNoFunction.apply).double()
+    x, y = torch.randn(12, 3, dtype=torch.float64), torch.randn(12, 2, dtype=torch.float64)
+    with pytest.raises(hesscli.HesscliError, match="finite-difference differs from gradients"):
+        hesscli.compute(model, (x, y), blocks=blocks)
+
+
 class Target(nn.Module):
     """A target of its own, which a Function makes without gradients."""
 

@@ -12,7 +12,7 @@ where it is at theta (see `kinks.py`). Of millions of units float32 rounds a few
 that sums up to little shows in its third digit: kinks are also held where the pass has them that the block is of.
 
 Blocks by `finite-difference` are made of the same gradients. The check takes them elsewhere, along v where these went
-along e_i, and with other steps, so it finds a wrong step or a wrong place, but no gradient that is wrong.
+along e_i, and with other steps, so it finds a wrong step or a wrong place, and a gradient that is no function's.
 
 A block in float32 is held to less than what a difference from one side, (g_B(theta + h v) - g_B(theta)) / h, leaves
 out; so that comes first: all blocks share g(theta), and a small step seldom meets a kink.
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.differences.directional import DirectionalDifference
+from hesscli.hessian.differences.products import Differences
 from hesscli.hessian.objective.problem import Problem
 
 # Relative error of a gradient next to zero. A normalisation on the way multiplies what rounding makes; in float32 that
@@ -177,6 +178,20 @@ class Certificate:
         e[index] = 1
         value = diagonal[index].to(self.problem.dtype)
         return self._best(Comparison(self.along(block, e), index, value, scale))
+
+    def asymmetry(self, block: Block) -> float:
+        """|<u, H v> - <v, H u>| over the greater of |H u| and |H v|, for random u and v, with H v by differences alone.
+
+        What PyTorch says is a gradient may be that of no function: where a kernel's backward pass is wrong, or a score
+        is lost in a mask. Two differences with other steps agree all the same.
+        """
+        generator = self._generator(block)
+        vectors = torch.randn(2, block.size, generator=generator, dtype=torch.float64)
+        u, v = vectors.to(self.problem.device, self.problem.dtype)
+        multiply = Differences(self.problem.restricted(block.parameters))
+        along_u, along_v = multiply(u), multiply(v)
+        size = max(float(torch.linalg.norm(along_u)), float(torch.linalg.norm(along_v)))
+        return abs(float(u @ along_v - v @ along_u)) / size if size else 0.0
 
     def passed(self, error: float) -> bool:
         return error <= self.tolerance

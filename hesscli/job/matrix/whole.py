@@ -15,6 +15,7 @@ from hesscli.hessian.differences.check import Certificate
 from hesscli.hessian.routes.base import ByRows, Route, Rows, fitting
 from hesscli.hessian.routes.kronecker import mirror_
 from hesscli.hessian.symmetry import symmetrise_
+from hesscli.hessian.words import FINITE_DIFFERENCE
 from hesscli.job import documents, statistics
 from hesscli.job.json_form import Document
 from hesscli.job.matrix.planning import Plan
@@ -115,11 +116,16 @@ def _finished(ranking: Ranking, values: Tensor) -> tuple[Document, np.ndarray] |
 
 
 def _error(ranking: Ranking, certificate: Certificate, values: Tensor) -> float:
-    """The relative error of a block; if only the diagonal of its rows was kept, of a product with them too."""
+    """The relative error of a block; if only the diagonal of its rows was kept, of a product with them too.
+
+    Rows of differences are not made again: that these are symmetric says as much.
+    """
     block, route = ranking.block, ranking.route
     if not ranking.plan.diagonal:
         return certificate.matrix(block, values)
     error = certificate.diagonal(block, values)
     if isinstance(route, ByRows) and certificate.passed(error):
         error = max(error, certificate.product(block, partial(route.product, block)))
+    if route.name == FINITE_DIFFERENCE and certificate.passed(error):
+        error = max(error, certificate.asymmetry(block))
     return error
