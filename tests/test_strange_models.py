@@ -1004,7 +1004,7 @@ def test_what_is_used_has_no_gradient_in_any_batch():
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("net", [Checkpointed, CheckpointedBehindAnother])
-@pytest.mark.parametrize("params", [["body.*"], ["body.*", "head.*"]], ids=" ".join)
+@pytest.mark.parametrize("params", [["body.*"], ["body.*", "head.*"], ["*"]], ids=" ".join)
 @pytest.mark.parametrize("command", ["compute", "trace"])
 def test_a_reentrant_checkpoint_is_refused(cli, tmp_path, command, params, net):
     (tmp_path / "net.py").write_text(
@@ -1016,7 +1016,7 @@ def test_a_reentrant_checkpoint_is_refused(cli, tmp_path, command, params, net):
     np.savez(tmp_path / "data.npz", x=np.ones((4, 3), "f"), y=np.ones((4, 2), "f"))
     some = [word for glob in params for word in ("--params", glob)]
     ran = cli(command, "net.pt", "data.npz", "--arch", f"net.py:{net.__name__}", *some)
-    assert "body.weight: its gradient comes by backward() alone" in ran.fails(4)
+    assert ": its gradient comes by backward() alone" in ran.fails(4)
     assert "use_reentrant=False" in ran.hint
 
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hesscli.errors import MismatchError, NumericalError
+from hesscli.errors import NumericalError
 from hesscli.hessian.aten.definitions import right_gradients
 from hesscli.hessian.guests import explaining
 from hesscli.hessian.objective.problem import Problem, all_differentiated
-from hesscli.hessian.objective.refusals import UNREGISTERED, no_gradient
+from hesscli.hessian.objective.refusals import UNREGISTERED, behind_reentrant, no_gradient
 
 
 def first_gradient(problem: Problem) -> tuple[dict[str, Tensor], float, set[str]]:
@@ -55,11 +55,7 @@ def _unused(problem: Problem, names: Sequence[str]) -> set[str]:
                 left = {name: left[name] for name, g in zip(left, grads, strict=True) if g is None}
                 hidden = _reached_by_backward(value, problem.module, left) if left else []
         if hidden:
-            raise MismatchError(
-                f"{hidden[0]}: its gradient comes by backward() alone, as behind a reentrant "
-                "checkpoint; it cannot be differentiated again",
-                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
-            )
+            raise behind_reentrant(hidden[0])
     return set(left)
 
 

@@ -54,8 +54,19 @@ def _type_hint(error: str, batch: Batch) -> str | None:
     return "--scale 1" if len(integers) == 1 and floats_wanted else None
 
 
+def behind_reentrant(what: str) -> MismatchError:
+    """What is said where something has a gradient that `backward()` alone reaches."""
+    return MismatchError(
+        f"{what}: its gradient comes by backward() alone, as behind a reentrant checkpoint; "
+        "it cannot be differentiated again",
+        "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
+    )
+
+
 def no_gradient(reason: str, error: BaseException) -> MismatchError:
     """What is said where a plain gradient fails."""
+    if "use_reentrant=True" in str(error):
+        return behind_reentrant("the model")
     unregistered = re.match(rf"(\S+): {UNREGISTERED}", str(error))
     if unregistered:
         reason = f"{unregistered[1]} has none"
