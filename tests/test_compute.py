@@ -1064,3 +1064,28 @@ def test_numbers_whose_squares_leave_float32(cli, tmp_path, options, scale):
     own = 2 * x.astype("f8").T @ x.astype("f8") / 20
     if not options:
         assert blocks[0]["fro_norm"] == pytest.approx(np.linalg.norm(own), rel=1e-5, abs=0)
+
+
+class Keys(nn.Module):
+    """Attention to three vectors: what all keys have in common, their bias, changes no weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return (self.query(x) @ self.key(x).mT).softmax(-1) @ x
+
+
+def test_the_symmetry_error_is_that_of_all_blocks_together():
+    """What rounding leaves of a block that is zero is no more symmetric than not."""
+    torch.manual_seed(0)
+    model, data = Keys(), (torch.randn(5, 3, 4), torch.randn(5, 3, 4))
+    found = hesscli.compute(model, data, method="hvp")
+    worst = max(facts["symmetry_error"] for facts in found.blocks.values())
+    assert worst == found.blocks["key.bias"]["symmetry_error"] > 1e-2
+    assert 0 < found.metadata["symmetry_error"] < 1e-5
+    without_norms = hesscli.compute(model, data, method="hvp", stats="none")
+    assert without_norms.metadata["symmetry_error"] == worst
+    diagonal = hesscli.compute(model, data, blocks="elements")
+    assert diagonal.metadata["symmetry_error"] is None

@@ -35,3 +35,18 @@ def total(blocks: Sequence[Document]) -> Document:
         "fro_norm": math.sqrt(sum(squares)) if squares else None,
         "bytes": sum(facts["bytes"] for facts in blocks),
     }
+
+
+def symmetry_error(blocks: Sequence[Document]) -> float | None:
+    """||H - H^T||_F / ||H||_F of all blocks together, before they were made symmetric; None if none was computed.
+
+    A block that is zero but for rounding thus counts as little as it is. Where norms are left out, that of the worst.
+    """
+    found = [
+        (b["symmetry_error"], b["fro_norm"]) for b in blocks if b["symmetry_error"] is not None
+    ]
+    errors, norms = [error for error, _ in found], [norm for _, norm in found]
+    if not found or None in norms:
+        return max(errors, default=None)
+    norm = math.hypot(*norms)
+    return math.hypot(*map(math.prod, found)) / norm if norm else 0.0

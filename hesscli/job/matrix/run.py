@@ -219,14 +219,11 @@ class Run:
         self.plan.listener.progress(self.done, self.rows, doing)
 
     def _results(self, blocks: list[Document]) -> Document:
-        errors = [
-            facts["symmetry_error"] for facts in blocks if facts["symmetry_error"] is not None
-        ]
         return {
             "blocks": blocks,
             "total": statistics.total(blocks),
             "method": " + ".join(sorted({facts["method"] for facts in blocks})),
-            "symmetry_error": max(errors, default=None),
+            "symmetry_error": statistics.symmetry_error(blocks),
             "check": documents.block_check_facts(self.plan.certificate, blocks, self.plan.diagonal),
             "notes": list(self.plan.opened.note.texts),
         }
