@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -119,7 +119,11 @@ def load_data(
     _check_samples(path, whole, unbatched)
     data = _selected(path, whole, unbatched, samples)
     for name, array in data.inputs.items():
-        check_finite(path, name, array)
+        parts = (
+            zip(choice.beside, array.unbind(1), strict=True) if choice.beside else [(name, array)]
+        )
+        for part in parts:
+            check_finite(path, *part)
     return data
 
 
@@ -169,6 +173,7 @@ class _Choice:
     arguments: Sequence[str]  # what the model calls its inputs
     others: Collection[str]  # arrays that are neither, by what else they are for
     notes: list[str]  # gain what was inferred
+    beside: list[str] = field(default_factory=list)  # gain the columns that are put side by side
 
     def with_files(self, names: Sequence[str], files: list[Path]) -> dict[str, str]:
         """Takes in the array of each name that is the path of another `.npy` file; what these are called.
@@ -221,6 +226,7 @@ class _Choice:
             raise self.unclear("there is no column but the targets")
         if any(self.arrays[name].dim() > 1 for name in chosen):
             return list(inputs) or self._inputs(target), target
+        self.beside.extend(chosen)
         name = "columns" if target != "columns" else "inputs"
         self.arrays[name] = torch.stack([self.arrays[name].double() for name in chosen], 1)
         plural = "column" if len(chosen) == 1 else "columns"
