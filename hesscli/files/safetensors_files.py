@@ -73,6 +73,6 @@ def _refuse_hessian(path: Path | str, file: Any) -> None:
     if document is not None and '"hesscli.hvp/' not in document:
         opens = index_of_shard(Path(path)) or Path(path)
         raise FileError(
-            f"{path}: a Hessian that hesscli wrote; expected a model or data",
+            f"{path}: a Hessian that hesscli wrote; expected a model, data or vectors",
             f"hesscli show {shlex.quote(str(opens))}",
         )
