@@ -188,6 +188,27 @@ def test_a_module_that_does_not_find_its_parameters_by_self(kind: type[nn.Module
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
+class Alone(nn.Linear):
+    """There is one, which everyone shares."""
+
+    def __deepcopy__(self, memo: object) -> Alone:
+        return self
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_part_that_is_its_own_copy(frozen: bool) -> None:
+    """It would be in eval mode afterwards, and in float64."""
+    alone = Alone(3, 3).requires_grad_(not frozen)
+    module = nn.Sequential(alone, nn.Linear(3, 3))
+    for function in (hesscli.compute, hesscli.operator):
+        with pytest.raises(
+            hesscli.HesscliError, match="cannot be copied: the copy of 0 is 0 itself"
+        ):
+            function(module, (X.float(), Y.float()))
+    assert alone.training
+    assert alone.weight.dtype is torch.float32
+
+
 def test_what_cannot_be_copied_is_shared() -> None:
     numbers = (i for i in range(3))
     function = copied(lambda: numbers)

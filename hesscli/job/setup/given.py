@@ -101,6 +101,7 @@ def _copied(module: nn.Module) -> nn.Module:
     try:
         with torch.no_grad():  # TorchScript would record it
             copy = copied(module, kept)
+        _demand_own(copy, module)
         for name, p in copy.named_parameters(remove_duplicate=False):
             p.requires_grad = every[name].requires_grad
         tie(copy, groups)  # which share memory and are no one object
@@ -111,6 +112,16 @@ def _copied(module: nn.Module) -> nn.Module:
             f"{type(module).__name__}: cannot be copied: {reason}",
             "save it, torch.save(model.state_dict(), 'net.pt'), and name its class with arch=",
         ) from error
+
+
+def _demand_own(copy: nn.Module, module: nn.Module) -> None:
+    """Refuses a copy that is the module itself in parts, whose `__deepcopy__` returns them: those would change."""
+    originals = [*module.modules(), *module.parameters(), *module.buffers()]
+    known = {id(x) for x in originals}
+    parts = (*copy.named_modules(), *copy.named_parameters(), *copy.named_buffers())
+    for name, part in parts:
+        if id(part) in known:
+            raise ValueError(f"the copy of {name or 'it'} is {name or 'it'} itself")
 
 
 def _data_file(data: DataLike, folder: Path) -> tuple[Path, Path]:
