@@ -489,6 +489,22 @@ def test_it_listens(net):
     assert any("cross-entropy, inferred" in note for note in Ear.notes)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_interruption_is_no_error(net, tmp_path, kept):
+    class Interrupting:
+        def note(self, text: str) -> None: ...
+
+        def progress(self, done: int, total: int, doing: str) -> None:
+            if done > total / 2:
+                raise KeyboardInterrupt
+
+    output = tmp_path / "hessian.safetensors" if kept else None
+    with pytest.raises(KeyboardInterrupt, match=r"^interrupted; .* kept$" if kept else "^$"):
+        hesscli.compute(net, (X, Y), listener=Interrupting(), output=output)
+    if kept:
+        hesscli.compute(net, (X, Y), output=output, resume=True)
+
+
 @pytest.mark.parametrize("module", [True, False])
 def test_a_loss_that_holds_numbers_in_float32(module):
     """A module is brought to float64; a function cannot be, so its gradients are compared in float32."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.errors import UsageError
+from hesscli.errors import InterruptedRun, UsageError
 from hesscli.files.hessians.hessian_file import read_hessian
 from hesscli.job.compute import compute as run
 from hesscli.job.loaded import Framework, Hessian, converter
@@ -78,6 +78,7 @@ def compute(
 
     Raises:
         HesscliError: as the command; `hesscli.errors` has the kinds. `hint` speaks of the command line.
+        KeyboardInterrupt: Ctrl-C; where parts of an `output` are kept, for `resume=True`, it says how many.
     """
     convert, folder = converter(framework), Folder()
     path = folder.path / "hessian.safetensors" if output is None else Path(output)
@@ -86,7 +87,10 @@ def compute(
         if asked.shard is not None:
             hint = "hesscli compute MODEL DATA --shard 1/2"
             raise UsageError("shard: one share is no Hessian; expected None", hint)
-        run(asked, listener or Silent(), model=saved)
+        try:
+            run(asked, listener or Silent(), model=saved)
+        except InterruptedRun as error:  # is no error to a program, which may deal with errors
+            raise KeyboardInterrupt(*([] if output is None else [error.message])) from None
     if asked.data.parent == folder.path:
         asked.data.unlink()
     return Hessian(read_hessian(path), convert, folder)
