@@ -416,6 +416,23 @@ def test_any_mode_of_the_caller(net, tmp_path, mode):
             np.testing.assert_allclose(H @ np.eye(len(expected(case))), expected(case), atol=1e-9)
 
 
+def test_default_device_of_the_caller(net):
+    """As on a GPU, where no number can be drawn from a generator of the CPU; but of meta, which has no numbers."""
+    whole = truth(net)
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        assert torch.empty(0).is_meta
+        return nn.functional.cross_entropy(output, target, reduction="none")
+
+    for given in ("cross-entropy", loss):
+        with torch.device("meta"):
+            hessian = hesscli.compute(net, (X, Y), loss=given, blocks="full", framework="torch")
+            hesscli.compute(net, (X, Y), loss=given, blocks="elements")
+            products = hesscli.operator(net, (X, Y), loss=given) @ np.eye(len(whole))
+        torch.testing.assert_close(hessian.matrix(), whole, rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(products, whole, atol=1e-9)
+
+
 def test_autocast_of_the_caller() -> None:
     torch.manual_seed(0)
     model, data = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), (X.float(), Y)

@@ -11,13 +11,17 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from hesscli.errors import is_out_of_memory
-from hesscli.hessian.guests import is_missing_derivative
+from hesscli.hessian.guests import is_missing_derivative, on_host
 
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Derivatives are taken, of all digits, also in `torch.no_grad`, `torch.inference_mode` or `torch.autocast`."""
+    """Derivatives are taken, of all digits, also in `torch.no_grad`, `torch.inference_mode` or `torch.autocast`.
+
+    So they are where the caller's default device is a GPU, which does not draw from a generator of the CPU.
+    """
     with (
+        on_host(),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -22,6 +22,7 @@ class _Inside(threading.local):
     """Whether this thread runs a guest, and if so, whether that was called with gradients on."""
 
     with_gradients: bool | None = None
+    device: torch.device | None = None  # where guests make tensors, if not on the CPU
 
 
 _inside = _Inside()
@@ -50,10 +51,23 @@ def guest(explained: Explain) -> Iterator[None]:
     """Inside runs code that is not ours, and its errors are made those of `explaining`."""
     before, _inside.with_gradients = _inside.with_gradients, torch.is_grad_enabled()
     try:
-        with explaining(explained):
+        with _inside.device or nullcontext(), explaining(explained):
             yield
     finally:
         _inside.with_gradients = before
+
+
+@contextmanager
+def on_host() -> Iterator[None]:
+    """Inside, tensors are made on the CPU, whatever the caller's default device; guests make them on that one."""
+    device, before = torch.get_default_device(), _inside.device
+    on_cpu = device.type == "cpu"
+    _inside.device = None if on_cpu else device
+    try:
+        with nullcontext() if on_cpu else torch.device("cpu"):
+            yield
+    finally:
+        _inside.device = before
 
 
 @contextmanager

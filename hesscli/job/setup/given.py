@@ -78,7 +78,8 @@ def given(
         raise UsageError(f"no option is called {unknown[0]!r}; there are: {listed}")
     if not isinstance(model, (nn.Module, str, os.PathLike)):
         raise UsageError(f"model: {_kind(model)}; expected a module, or the path of a file")
-    path, named = _data_file(data, folder.path)
+    with differentiable():
+        path, named = _data_file(data, folder.path)
     with settings_kept(), differentiable(), random_kept(), _called(path, named):
         name = Path(type(model).__name__ if isinstance(model, nn.Module) else model)
         asked = kind(model=name, data=path, device=str(device or "auto"), **options)
