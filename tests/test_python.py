@@ -563,10 +563,33 @@ def test_a_tensor_dataset() -> None:
     assert np.array_equal(plain.block("weight"), same.block("weight"))
 
 
+class Frame:
+    """A table, as that of pandas, whose entries are its columns."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, name: object) -> object:
+        raise KeyError(name)
+
+    def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
+        return self.values
+
+
 @pytest.mark.parametrize(
     "inputs",
-    [X.flip(0).numpy()[::-1], X.numpy().astype(">f8"), np.asfortranarray(X), X.tolist()],
-    ids=["backwards", "big-endian", "by-columns", "lists"],
+    [
+        X.flip(0).numpy()[::-1],
+        X.numpy().astype(">f8"),
+        np.asfortranarray(X),
+        X.tolist(),
+        Frame(X.numpy()),
+        memoryview(X.numpy()),
+    ],
+    ids=["backwards", "big-endian", "by-columns", "lists", "table", "memory"],
 )
 def test_arrays_as_they_may_lie(net: Net, inputs: object) -> None:
     plain = hesscli.compute(net, (X, Y), blocks="full")
@@ -584,6 +607,8 @@ def test_arrays_as_they_may_lie(net: Net, inputs: object) -> None:
         ({"x": torch.ones(4, 3), "y": "words"}, "data: y is a str; expected an array"),
         ({0: torch.ones(4, 3)}, "data: a key is 0; expected the name of an array"),
         (torch.ones(4, 3).to_sparse(), "data: x is sparse_coo; expected a dense tensor"),
+        (torch.nested.as_nested_tensor([torch.ones(3)]), "data: x is nested; expected a dense"),
+        (np.ma.array([[1.0, 2, 3]], mask=[[0, 1, 0]]), "data: x is a MaskedArray; expected an"),
     ],
 )
 def test_data_that_is_none(data: object, said: str) -> None:

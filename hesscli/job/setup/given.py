@@ -158,16 +158,22 @@ def _tensors(data: object) -> dict[str, Tensor]:
             tensor = _tensor(array)
         except (TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"data: {name} is {_kind(array)}; expected an array") from error
-        if tensor.layout is not torch.strided:
-            layout = str(tensor.layout).removeprefix("torch.")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
             raise UsageError(f"data: {name} is {layout}; expected a dense tensor")
         tensors[name] = tensor
     return tensors
 
 
 def _tensor(array: Any) -> Tensor:
-    """On the CPU; of Python's numbers with all their digits."""
-    if isinstance(array, (np.ndarray, list, tuple)):
+    """On the CPU; of Python's numbers with all their digits.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: it has no tensor.
+    """
+    if np.ma.is_masked(array):
+        raise ValueError  # of what is masked there are numbers too
+    if not isinstance(array, Tensor):
         array = np.asarray(array)
         # torch knows neither strides below zero nor another order of bytes.
         array = array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
