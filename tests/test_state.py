@@ -465,3 +465,31 @@ def test_the_module_is_as_it_was() -> None:
     model = Attribute().double()
     hesscli.compute(model, (X, Y))
     assert model.kept is None
+
+
+@functools.cache
+def settings() -> dict[str, float]:
+    return {"factor": 1.0}
+
+
+class Configured(Plain):
+    def square(self) -> Tensor:
+        return super().square() * settings()["factor"]
+
+
+@pytest.mark.parametrize("of_the_loss", [True, False])
+def test_a_cache_that_was_there_stays(of_the_loss: bool) -> None:
+    """What was computed once for all of a program may have changed since."""
+    model = Plain().double() if of_the_loss else Configured().double()
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        factor = settings()["factor"] if of_the_loss else 1.0
+        return factor * F.mse_loss(output, target, reduction="none")
+
+    settings.cache_clear()
+    kept = settings()
+    kept["factor"] = 3.0
+    found = hesscli.compute(model, (X, Y), loss=loss, blocks="full", framework="torch")
+    assert settings() is kept
+    truth = hessian(model, lambda output, target: loss(output, target).mean(), (X,), Y)
+    assert relative_error(found.matrix(), truth) < 1e-9

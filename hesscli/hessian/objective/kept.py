@@ -42,7 +42,8 @@ def restores(root: Callable[..., object]) -> Iterator[Restore]:
     """What gives back all that is kept anywhere behind a module or a function, as it is now.
 
     That is the contents of dicts, lists, sets and deques, the attributes of objects and classes, and what functions
-    keep: in global names that their code has, in closures, in defaults, and by `functools.lru_cache`.
+    keep: in global names that their code has, in closures, in defaults, and by `functools.lru_cache`. Such a cache
+    cannot be taken apart: it is as it was where nothing new was computed for it, and empty otherwise.
     """
     found: list[object] = [root]
     known: set[int] = set()
@@ -72,7 +73,9 @@ def _held(each: object) -> tuple[Iterable[object], Restore | None]:
         return _of_function(each)
     if isinstance(each, _CACHED):
         function: Any = each.__wrapped__
-        return (function,), None if _foreign(function) else each.cache_clear
+        if _foreign(function):
+            return (function,), None
+        return (function,), partial(_forget, each, each.cache_info().misses)
     if isinstance(each, MethodType):
         return (each.__func__, each.__self__), None
     if isinstance(each, (staticmethod, classmethod)):
@@ -164,6 +167,12 @@ def _foreign(thing: type | FunctionType) -> bool:
     if str(thing.__module__).partition(".")[0] in _LIBRARIES:
         return True
     return isinstance(thing, FunctionType) and thing.__code__.co_filename.startswith(_INSTALLED)
+
+
+def _forget(cached: Any, misses: int) -> None:
+    """Clears a cache, if more was asked of it than it held."""
+    if cached.cache_info().misses != misses:
+        cached.cache_clear()
 
 
 def _refill(base: Any, now: Any, before: Any) -> None:
