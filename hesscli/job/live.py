@@ -93,4 +93,4 @@ def compute(
             raise KeyboardInterrupt(*([] if output is None else [error.message])) from None
     if asked.data.parent == folder.path:
         asked.data.unlink()
-    return Hessian(read_hessian(path), convert, folder)
+    return Hessian(read_hessian(path), convert, folder if output is None else None)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -38,11 +38,17 @@ Options = TypeVar("Options", bound=ProblemOptions)
 
 
 class Folder:
-    """A temporary folder that goes when the last object that needs it goes."""
+    """A temporary folder that goes when the last object that needs it goes; copies of objects need it too."""
 
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix="hesscli."))
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+    def __deepcopy__(self, memo: object) -> Folder:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError("a temporary folder cannot be pickled; a Hessian with an output can")
 
 
 @contextmanager
