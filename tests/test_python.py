@@ -6,6 +6,7 @@ import copy
 import gc
 import os
 import pickle
+import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -269,6 +270,28 @@ def test_nothing_of_the_user_changes(net):
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == tf32
     assert torch.equal(x, X)
     assert torch.equal(y, Y)
+
+
+def test_random_numbers_go_on_as_before() -> None:
+    """Of a model that draws some, of any kind, and needs none; and of each product that passes through it again."""
+
+    class Drawing(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            random.random()
+            np.random.rand()
+            torch.rand(())
+            return super().forward(x)
+
+    def states() -> list[str]:
+        of_torch = torch.get_rng_state().tolist()
+        return [str(state) for state in (random.getstate(), np.random.get_state(), of_torch)]
+
+    model, data, before = Drawing(3, 1), (torch.ones(4, 3), torch.ones(4, 1)), states()
+    hesscli.compute(model, data)
+    products = hesscli.operator(model, data, method="finite-difference")
+    assert states() == before
+    products @ np.ones(4)
+    assert states() == before
 
 
 def test_an_operator_changes_no_settings(net, tmp_path):

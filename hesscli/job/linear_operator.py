@@ -14,7 +14,7 @@ from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions, Silent
 from hesscli.job.setup.given import DataLike, Folder, LossFunction, Model, given
 from hesscli.job.setup.one_process import OneProcess
-from hesscli.job.setup.settings import settings_kept, settle
+from hesscli.job.setup.settings import random_kept, settings_kept, settle
 from hesscli.texts import dtype_name
 
 
@@ -75,7 +75,7 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]
     def _products(self, rows: np.ndarray) -> np.ndarray:
         if np.iscomplexobj(rows):
             raise UsageError("a complex vector; the curvature multiplies real ones")
-        with settings_kept(), differentiable():
+        with settings_kept(), differentiable(), random_kept():
             settle(self.options)
             vectors = torch.from_numpy(np.array(rows, self.dtype, order="C"))
             if not len(vectors):

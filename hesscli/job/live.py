@@ -58,7 +58,7 @@ def compute(
     """The exact Hessian of a model's loss over all the data, checked as `hesscli compute` checks it.
 
     A module is copied: its parameters, their `requires_grad`, its buffers and its mode stay as they are. The copy is in
-    eval mode, unless `train_mode=True`. Torch's random state and settings are put back too.
+    eval mode, unless `train_mode=True`. Torch's settings are put back too, and the state of random numbers.
 
     >>> hessian = hesscli.compute(model, (x, y), loss="cross-entropy", framework="torch")
     >>> hessian.block("fc.weight") @ v

@@ -62,8 +62,8 @@ def given(
 ) -> Iterator[tuple[Options, SavedModel | None]]:
     """The options with a model and data; and a copy of the model, where it is a module.
 
-    Inside, torch's random state and settings may change; they are put back. What of the data is no file is one in the
-    folder.
+    Inside, torch's settings and the state of random numbers may change; they are put back. What of the data is no file
+    is one in the folder.
 
     Args:
         model: a module, or the path of a model file.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from threading import RLock
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch.autograd import Function
 
@@ -71,6 +73,13 @@ def _readable(setting: Callable[[], Value]) -> Value | None:
         return None
 
 
-def random_kept() -> AbstractContextManager[None]:
-    """Puts back the state of the random numbers."""
-    return torch.random.fork_rng(range(torch.cuda.device_count()))
+@contextmanager
+def random_kept() -> Iterator[None]:
+    """Puts back the state of the random numbers: torch's, and those of Python and NumPy, which models may draw too."""
+    pythons, numpys = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(pythons)
+        np.random.set_state(numpys)
