@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import MethodType
 
 import numpy as np
@@ -225,10 +227,21 @@ def test_a_function_that_names_itself() -> None:
 
 
 def test_to_everyone_else_functions_are_constants(monkeypatch: pytest.MonkeyPatch) -> None:
-    import copy
-
     monkeypatch.setattr(copy, "_atomic_types", {int, type(made)}, raising=False)  # of Python 3.14
     model = made(Lambda)
     assert copied(model).act is not model.act
     assert copy.deepcopy(model).act is model.act
     assert copy._atomic_types == {int, type(made)}
+
+
+def test_to_other_threads_functions_are_constants_meanwhile() -> None:
+    function = made(Lambda).act
+
+    class Waiting:
+        def __deepcopy__(self, memo: object) -> list[object]:
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(copy.deepcopy, [function]).result()
+
+    inside, here = copied([Waiting(), function])
+    assert inside[0] is function
+    assert here is not function

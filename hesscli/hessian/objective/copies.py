@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from threading import get_ident
 from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar
 
@@ -28,7 +29,8 @@ def _functions_copied() -> Iterator[None]:
     ours: dict[type, Any] = {FunctionType: _function, MethodType: _method}
     before = {kind: _DISPATCH.get(kind) for kind in ours}
     constants = getattr(copy, _CONSTANTS, None)
-    _DISPATCH.update(ours)
+    for kind, make in ours.items():
+        _DISPATCH[kind] = _in_this_thread(make, before[kind] or (lambda value, memo: value))
     if constants is not None:
         setattr(copy, _CONSTANTS, set(constants) - {FunctionType})
     try:
@@ -41,6 +43,12 @@ def _functions_copied() -> Iterator[None]:
                 _DISPATCH[kind] = was
         if constants is not None:
             setattr(copy, _CONSTANTS, constants)
+
+
+def _in_this_thread(make: Any, others: Any) -> Any:
+    """`make` here; what `others` make to every other thread, which may copy something meanwhile."""
+    here = get_ident()
+    return lambda value, memo: (make if get_ident() == here else others)(value, memo)
 
 
 def _function(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
