@@ -474,6 +474,19 @@ def test_default_device_of_the_caller(net):
         np.testing.assert_allclose(products, whole, atol=1e-9)
 
 
+def test_saved_tensors_hooks_of_the_caller(net):
+    """They may compress what autograd saves."""
+    whole, x = truth(net), torch.tensor(2.0, requires_grad=True)
+    outside = hesscli.operator(net, (X, Y))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t + 100):  # put back too
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.bfloat16(), lambda t: t.double()):
+            found = hesscli.compute(net, (X, Y), blocks="full", framework="torch")
+            for H in (outside, hesscli.operator(net, (X, Y))):
+                np.testing.assert_allclose(H @ np.eye(len(whole)), whole, atol=1e-9)
+        assert torch.autograd.grad(x * x, x)[0] == 204
+    torch.testing.assert_close(found.matrix(), whole, rtol=1e-9, atol=1e-11)
+
+
 def test_autocast_of_the_caller() -> None:
     torch.manual_seed(0)
     model, data = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), (X.float(), Y)

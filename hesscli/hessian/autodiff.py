@@ -22,12 +22,31 @@ def differentiable() -> Iterator[None]:
     """
     with (
         on_host(),
+        _hooks_put_aside(),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
     ):
         yield
+
+
+@contextmanager
+def _hooks_put_aside() -> Iterator[None]:
+    """Inside, autograd saves tensors as they are: the caller's `saved_tensors_hooks` may round them, or move them.
+
+    What such a hook gives back has no second derivatives, and rounded gradients have no differences.
+    """
+    stack: Any = torch._C._autograd
+    hooks = []
+    while (top := stack._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(top)
+        stack._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            stack._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def unit_rows(like: Tensor, first: int, count: int, size: int) -> Tensor:
