@@ -974,6 +974,37 @@ def test_every_kind_and_tag_is_run():
     assert len(every - tags) <= 3, every - tags
 
 
+def test_group_norm_of_channels_last(tmp_path):
+    """PyTorch's gradient of its weight alone ends the process where its input has none."""
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = nn.GroupNorm(2, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            z = self.norm(x.contiguous(memory_format=torch.channels_last))
+            return self.head(torch.tanh(z).mean((2, 3)))
+
+    net = Net().double().eval()
+    x, y = torch.randn(5, 4, 3, 3).double(), torch.arange(5) % 3
+    np.savez(tmp_path / "data.npz", x=x.numpy(), y=y.numpy())
+    program = torch.export.export(net, (x,)).run_decompositions()
+    torch.export.save(program, tmp_path / "net.pt2")
+    hesscli = [sys.executable, "-m", "hesscli", "compute", "net.pt2", "data.npz"]
+    ran = subprocess.run([*hesscli, "--params", "norm.weight"], cwd=tmp_path, check=False)
+    assert ran.returncode == 0
+    _, found = read(tmp_path / "hessian.safetensors")
+
+    def loss(weight):
+        z = nn.functional.group_norm(x, 2, weight, net.norm.bias)
+        return nn.functional.cross_entropy(net.head(torch.tanh(z).mean((2, 3))), y)
+
+    expected = torch.autograd.functional.hessian(loss, net.norm.weight.detach())
+    assert relative_error(found["norm.weight"], expected) < 1e-12
+
+
 def test_instance_norm_before_a_recurrent_layer(cli):
     """PyTorch's first derivative is wrong there; the certificate must not take its word for it."""
     torch.manual_seed(0)

@@ -132,6 +132,32 @@ def _instance_norm_of_contiguous_gradients(
     return y
 
 
+def _group_norm_of_flat_groups(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    samples: int,
+    channels: int,
+    size: int,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's own, as a batch norm of one sample that has every sample's groups.
+
+    On the CPU its backward pass for channels-last ends the process where the weight has a gradient and the input none.
+    """
+    y, mean, inverse = torch.native_batch_norm(
+        x.reshape(1, samples * groups, -1), None, None, None, None, True, 0.0, eps
+    )
+    y = y.reshape(x.shape)
+    affine = (channels, *[1] * (x.ndim - 2))
+    if weight is not None:
+        y = y * weight.view(affine)
+    if bias is not None:
+        y = y + bias.view(affine)
+    return y, mean.view(samples, groups), inverse.view(samples, groups)
+
+
 def _weight_norm_of_all_digits(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     """PyTorch's own, as it computes it where it has no kernel: CUDA's keeps seven digits of float64."""
     norm = torch.norm_except_dim(v, 2, dim)
@@ -146,6 +172,7 @@ def right_gradients() -> Iterator[None]:
         also_recomputed(right_gradients),
     ):
         library.impl("instance_norm", _instance_norm_of_contiguous_gradients, CPU)
+        library.impl("native_group_norm", _group_norm_of_flat_groups, CPU)
         for key in (CPU, *gpus()):
             for operator, definition in OF_ALL_DIGITS.items():
                 library.impl(operator, definition, key)
