@@ -736,6 +736,70 @@ class Fused(nn.Module):
         return self.function(F.relu(self.function(x, self.w)), self.v)
 
 
+class Assigned(torch.autograd.Function):
+    """Writes into memory that others see."""
+
+    @staticmethod
+    def forward(ctx, scratch, value, place):
+        ctx.place = place
+        scratch.data[:, place] = value
+        return scratch
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, gradient[:, ctx.place], None
+
+
+class InScratch(nn.Module):
+    """Steps of a solver, each of which depends on the one before, in memory that held anything."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        k = Assigned.apply(torch.empty(len(x), 3, 4, dtype=x.dtype), F.relu(self.a(x)), 0)
+        for place in (1, 2):
+            k = Assigned.apply(k, torch.tanh(self.b(k[:, place - 1])), place)
+        return k.sum(1)
+
+
+class InLists(InScratch):
+    def forward(self, x):
+        k = [F.relu(self.a(x))]
+        for _ in range(2):
+            k.append(torch.tanh(self.b(k[-1])))
+        return sum(k)
+
+
+class Normalized(InScratch):
+    """The definition of a norm asks whether it is zero, which the norm itself does not."""
+
+    def forward(self, x):
+        return F.relu(self.b(F.normalize(F.relu(self.a(x) + 1))))
+
+
+@pytest.mark.parametrize(("net", "plain"), [(InScratch, InLists), (Normalized, Normalized)])
+def test_outputs_with_every_kink_held(net, plain, monkeypatch):
+    monkeypatch.setattr("hesscli.hessian.differences.output_difference.nullcontext", None)
+    torch.manual_seed(0)
+    model = net().double()
+    x, y = torch.randn(12, 3, dtype=torch.float64), torch.randn(12, 4, dtype=torch.float64)
+    found = hesscli.compute(model, (x, y), curvature="ggn", blocks="full", framework="torch")
+    same = plain().double()
+    same.load_state_dict(model.state_dict())
+    parameters = dict(same.named_parameters())
+    J = torch.autograd.functional.jacobian(
+        lambda *values: torch.func.functional_call(
+            same, dict(zip(parameters, values, strict=True)), (x,)
+        ),
+        tuple(parameters.values()),
+    )
+    J = torch.cat([part.reshape(y.numel(), -1) for part in J], 1)
+    assert relative_error(found.matrix(), 2 / y.numel() * J.T @ J) < 1e-10
+    assert found.metadata["check"]["relative_error"] < 1e-8
+
+
 class OfNoFunction(Once):
     """The same, with a gradient that no function has."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch.autograd import Function
 from hesscli.errors import is_out_of_memory
 
 Handler = Callable[[Callable[[], object], tuple[object, ...]], object]
+Pull = Callable[[Tensor], list[Tensor | None]]  # u -> J^T u, for each input
 
 _FAR = 0.1
 """Of what its derivative says: a function that departs so far from it in a small step has another one."""
@@ -64,7 +65,7 @@ def applied_by(handler: Handler) -> Iterator[None]:
 
 
 def by_own_derivative(
-    result: Tensor, inputs: Sequence[Tensor], before: Sequence[Tensor], made: Tensor
+    result: Tensor, inputs: Mapping[int, Tensor], moves: Sequence[Tensor], made: Tensor
 ) -> Tensor | None:
     """A Function's result; where its derivative is not that of what it computes, that derivative's instead.
 
@@ -73,25 +74,31 @@ def by_own_derivative(
     What J d = J (x - x0) is, is found in other ways, and compared with it: <u, J d> = <J^T u, d> for random u.
 
     Args:
-        result: of the inputs.
-        before: inputs nearby.
-        made: their result.
+        result: of the inputs, which it may have written to.
+        inputs: those with a gradient, by their places among the arguments.
+        moves: d, how far each was from x0.
+        made: y0.
 
     Returns:
         None where J d is not found.
     """
-    moves = [x.detach() - b for x, b in zip(inputs, before, strict=True)]
     moved = result.detach() - made
     generator = torch.Generator().manual_seed(0)
     seeds = [torch.randn(made.shape, generator=generator).to(made) for _ in range(_SEEDS)]
 
-    def along(seed: Tensor) -> float:
-        """<J^T u, d>"""
-        pulled = torch.autograd.grad(result, inputs, seed, retain_graph=True, allow_unused=True)
-        return sum(_inner(p, d) for p, d in zip(pulled, moves, strict=True) if p is not None)
+    def pull(u: Tensor) -> list[Tensor | None]:
+        """J^T u, by the Function's own backward pass: autograd's would add what one input owes to another."""
+        node: Any = result.grad_fn
+        grads = node.apply(u)
+        grads = grads if isinstance(grads, tuple) else (grads,)
+        found = ((grads[place], x) for place, x in inputs.items())
+        return [None if grad is None else grad.sum_to_size(x.shape) for grad, x in found]
 
     try:
-        expected = [along(seed) for seed in seeds]
+        expected = [
+            sum(_inner(p, d) for p, d in zip(pull(u), moves, strict=True) if p is not None)
+            for u in seeds
+        ]
 
         def is_of(change: Tensor) -> bool:
             found = [_inner(seed, change) for seed in seeds]
@@ -100,7 +107,7 @@ def by_own_derivative(
         if is_of(moved):
             return result
         for way in (_by_derivative, _by_entry):
-            change = way(result, inputs, moves)
+            change = way(result, pull, moves)
             if is_of(change):
                 return result - (moved - change)
     except RuntimeError as error:
@@ -114,12 +121,11 @@ def _inner(a: Tensor, b: Tensor) -> float:
     return float((a.conj() * b).sum().real)
 
 
-def _by_derivative(result: Tensor, inputs: Sequence[Tensor], moves: Sequence[Tensor]) -> Tensor:
+def _by_derivative(result: Tensor, pull: Pull, moves: Sequence[Tensor]) -> Tensor:
     """J d, by the derivative of J^T u along u, where the backward pass can be differentiated."""
     u = torch.zeros_like(result, requires_grad=True)
-    pulled = torch.autograd.grad(result, inputs, u, create_graph=True, allow_unused=True)
     pairs = [
-        (p, d) for p, d in zip(pulled, moves, strict=True) if p is not None and p.requires_grad
+        (p, d) for p, d in zip(pull(u), moves, strict=True) if p is not None and p.requires_grad
     ]
     if not pairs:
         return torch.zeros_like(result)
@@ -128,12 +134,10 @@ def _by_derivative(result: Tensor, inputs: Sequence[Tensor], moves: Sequence[Ten
     return torch.zeros_like(result) if along is None else along
 
 
-def _by_entry(result: Tensor, inputs: Sequence[Tensor], moves: Sequence[Tensor]) -> Tensor:
+def _by_entry(result: Tensor, pull: Pull, moves: Sequence[Tensor]) -> Tensor:
     """J d, where each entry of the result has a derivative by the same entry of the inputs alone."""
-    ones = torch.ones_like(result)
-    pulled = torch.autograd.grad(result, inputs, ones, retain_graph=True, allow_unused=True)
     along = torch.zeros_like(result)
-    for p, d in zip(pulled, moves, strict=True):
+    for p, d in zip(pull(torch.ones_like(result)), moves, strict=True):
         if p is not None and p.shape == result.shape:
             along += p * d
     return along

@@ -6,6 +6,9 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+BLANK = frozenset("empty empty_like empty_strided new_empty new_empty_strided".split())
+"""Operators that make memory and leave in it what was there."""
+
 
 class Watcher(TorchDispatchMode):
     """While it is on, `call` stands between every operator and its caller, backward passes included."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from hesscli.hessian.aten.corners import CORNERS, CURVED, Corner, on_piece, side_of
 from hesscli.hessian.aten.custom_functions import applied_by, by_own_derivative
 from hesscli.hessian.aten.detaching import Detaching
-from hesscli.hessian.aten.watcher import Watcher
+from hesscli.hessian.aten.watcher import BLANK, Watcher
 from hesscli.hessian.guests import is_guest, is_in_function, turned_gradients_off
 
 _STEPS = frozenset("sign sgn floor ceil round trunc heaviside".split())  # with values of floats
@@ -104,16 +104,21 @@ class Kinks(Watcher):
                 self._constant_inside = False
         self._inside = True
         try:
-            inputs = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
-            before = [x.detach().clone() for x in inputs]  # it may write to them
+            inputs = {
+                place: x
+                for place, x in enumerate(arguments)
+                if isinstance(x, Tensor) and x.requires_grad
+            }
+            values = [x.detach().clone() for x in inputs.values()]  # it may write to them
             result = apply()
             if not inputs or not isinstance(result, Tensor) or not result.requires_grad:
                 return result
-            before = [self._first(x) for x in before]
+            before = [self._first(x) for x in values]
             made = self._first(result.detach().clone())
             if self._left is None:
                 return result
-            held = by_own_derivative(result, inputs, before, made)
+            moves = [x - b for x, b in zip(values, before, strict=True)]
+            held = by_own_derivative(result, inputs, moves, made)
             self.lost |= held is None
             return result if held is None else held
         finally:
@@ -142,6 +147,8 @@ class Kinks(Watcher):
                 result = piece(side, *args, **kwargs)
                 return args[0].copy_(result) if name.endswith("_") else result
         result = func(*args, **kwargs)
+        if name in BLANK:  # the same in each pass
+            return result.zero_()
         if not any(isinstance(a, Tensor) and a.is_floating_point() for a in args):
             return result
         if name == "_local_scalar_dense" and is_guest():  # `item`: a number, so a constant
@@ -166,8 +173,11 @@ class Kinks(Watcher):
             return args[0] * mask + self._first(rounded - args[0] * mask), mask
         if isinstance(result, (tuple, list)):
             return type(result)(self._constant(name, part) for part in result)
+        at_a_point = name in _EQUAL and not isinstance(args[1], Tensor)
+        if at_a_point and bool((result == (name == "ne")).all()):
+            return result  # off it, as the definition of a norm nearly always is, which the norm itself does not ask
         constant = self._constant(name, result)
-        if self._left is not None and name in _EQUAL and not isinstance(args[1], Tensor):
+        if self._left is not None and at_a_point:
             self.lost |= not constant.equal(result)
         return constant
 

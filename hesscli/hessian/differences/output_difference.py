@@ -44,16 +44,19 @@ class OutputDifference(DirectionalDifference):
         """None: `quotient` keeps the kinks already, and differences of gradients are the Hessian's."""
 
     def _outputs(self, problem: Problem, step: float) -> tuple[Tensor, Tensor]:
-        """f(theta + step v) and f(theta - step v), where they can with every kink as it is at theta, for the result."""
+        """f(theta + step v) and f(theta - step v), where they can with every kink as it is at theta, for the result.
+
+        By the operators of the result's own pass: a definition may have more kinks than what it defines.
+        """
         (batch,) = problem.batches
         at = problem.narrow or problem
         kinks = Kinks()
         with kinks, exact_derivatives():
             at.output(at.batches[0])
         for mode in (kinks.held, nullcontext):
-            with self.moved(step), mode():
+            with self.moved(step), mode(), exact_derivatives():
                 ahead = self.problem.output(batch).detach()
-            with self.moved(-step), mode():
+            with self.moved(-step), mode(), exact_derivatives():
                 behind = self.problem.output(batch).detach()
             if not kinks.lost:
                 break

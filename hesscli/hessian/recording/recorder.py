@@ -16,7 +16,7 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.aten.detaching import Detaching
 from hesscli.hessian.aten.precision import WIDE
-from hesscli.hessian.aten.watcher import Watcher
+from hesscli.hessian.aten.watcher import BLANK, Watcher
 from hesscli.hessian.guests import is_missing_derivative
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
@@ -24,7 +24,6 @@ from hesscli.hessian.recording.aliases import Aliases
 from hesscli.hessian.recording.tape import Call, Ref, Tape, each
 from hesscli.hessian.recording.writes import fills_a_mask, functional, put_back
 
-_BLANK = frozenset("empty empty_like empty_strided new_empty new_empty_strided".split())
 _TELLING = frozenset(
     "_local_scalar_dense equal allclose is_nonzero nonzero masked_select "
     "_unique2 unique_dim unique_consecutive".split()
@@ -159,7 +158,7 @@ class _Recorder(Watcher):
         for target in each(written, Tensor):
             self._keep_given(target)
         result = func(*args, **kwargs)
-        if func.overloadpacket.__name__ in _BLANK:  # TorchScript fills these where nothing sees it
+        if func.overloadpacket.__name__ in BLANK:  # TorchScript fills these where nothing sees it
             self.given[self._number(result)] = result
             return result
         recorded = func
