@@ -800,6 +800,37 @@ def test_outputs_with_every_kink_held(net, plain, monkeypatch):
     assert found.metadata["check"]["relative_error"] < 1e-8
 
 
+class DoubledInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+class InView(InScratch):
+    def forward(self, x):
+        z = F.relu(self.a(x)).clone()
+        DoubledInPlace.apply(z[:, :2])
+        return self.b(z)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_a_function_that_writes_into_a_view(curvature):
+    torch.manual_seed(0)
+    model, x = InView().double(), torch.randn(12, 3, dtype=torch.float64)
+    y = torch.randn(12, 4, dtype=torch.float64)
+    found = hesscli.compute(model, (x, y), curvature=curvature, params=("b.*",), blocks="full")
+    z = torch.relu(model.a(x)).detach() * torch.tensor([2, 2, 1, 1])
+    z = torch.cat([z, torch.ones(12, 1)], 1)
+    block = 2 / y.numel() * (z.T @ z)  # of each row of the weight, and its bias
+    weight = torch.as_tensor(found.block("hessian"))[:16, :16]
+    assert relative_error(weight, torch.block_diag(*[block[:4, :4]] * 4)) < 1e-10
+
+
 class OfNoFunction(Once):
     """The same, with a gradient that no function has."""
 

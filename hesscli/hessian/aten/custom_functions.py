@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import BackwardCFunction
 
 from hesscli.errors import is_out_of_memory
 
@@ -80,15 +81,17 @@ def by_own_derivative(
         made: y0.
 
     Returns:
-        None where J d is not found.
+        None where J d is not found; or where the Function wrote into a view, behind which its backward pass is hidden.
     """
+    node: Any = result.grad_fn
+    if not isinstance(node, BackwardCFunction):
+        return None
     moved = result.detach() - made
     generator = torch.Generator().manual_seed(0)
     seeds = [torch.randn(made.shape, generator=generator).to(made) for _ in range(_SEEDS)]
 
     def pull(u: Tensor) -> list[Tensor | None]:
         """J^T u, by the Function's own backward pass: autograd's would add what one input owes to another."""
-        node: Any = result.grad_fn
         grads = node.apply(u)
         grads = grads if isinstance(grads, tuple) else (grads,)
         found = ((grads[place], x) for place, x in inputs.items())
