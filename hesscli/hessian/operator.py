@@ -205,7 +205,7 @@ class Products(LinearMap):
 def loss_hessian(problem: Problem, batch: Batch, output: Tensor) -> Linear:
     """u -> d^2 l / d f^2 u / D, the loss's own Hessian at a batch's output."""
     f = output.requires_grad_()
-    total, _ = problem.loss.total(f, batch.target, batch.loss_arguments)
+    total, _ = problem.loss.total(f, batch)
     if not total.requires_grad:
         return torch.zeros_like
     (delta,) = torch.autograd.grad(total / problem.denominator, f, create_graph=True)
@@ -223,7 +223,7 @@ def loss_hessian(problem: Problem, batch: Batch, output: Tensor) -> Linear:
 def gradient_outer(problem: Problem, batch: Batch, output: Tensor) -> Linear:
     """u -> delta_i <delta_i, u_i> / D of each sample i at a batch's output, delta = dl / df."""
     f = output.requires_grad_()
-    total, _ = problem.loss.total(f, batch.target, batch.loss_arguments)
+    total, _ = problem.loss.total(f, batch)
     if not total.requires_grad:
         return torch.zeros_like
     (delta,) = torch.autograd.grad(total, f)

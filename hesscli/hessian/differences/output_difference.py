@@ -71,7 +71,7 @@ class OutputDifference(DirectionalDifference):
         """dl / df."""
         f = f.detach().requires_grad_()
         with right_gradients():
-            total, _ = self.problem.loss.total(f, batch.target, batch.loss_arguments)
+            total, _ = self.problem.loss.total(f, batch)
         return torch.autograd.grad(total, f)[0] if total.requires_grad else torch.zeros_like(f)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hesscli.errors import MismatchError, UsageError
 from hesscli.hessian.aten.precision import in_precision_, staying_wide
 from hesscli.hessian.guests import guest
+from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.copies import copied
 from hesscli.hessian.objective.losses import (
     ELEMENT_WEIGHTED,
@@ -27,15 +28,15 @@ from hesscli.hessian.objective.state import state_kept
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss with its arguments: `total(output, target) -> (sum over the batch, divisor of the mean)`.
+    """A loss with its arguments: `total(output, batch) -> (sum over the batch, divisor of the mean)`.
 
     `function` is one of `LOSSES`, the user's own `(output, target, **arguments) -> Tensor`, or None where the
     model's output is the loss itself. Of the last two, a result with one axis per sample is summed and its
     mean divides by its number of elements; a single number is taken to be the loss of all data, reduced already
     (`whole` then says that the data must not be split into batches).
 
-    `fixed` names arguments that are the same for all samples, though as long as the data. `wide`: what the user's own
-    computes in less than float64 is computed in that.
+    `fixed` names arguments that are the same for all samples, though as long as the data. `wide`: what the user's own,
+    or the model, computes in less than float64 is computed in that.
     """
 
     name: str
@@ -59,14 +60,12 @@ class Loss:
         of_elements = argument in TENSORS and self.name in ELEMENT_WEIGHTED
         return of_elements and target is not None and value.dim() == target.dim()
 
-    def reads_others(
-        self, output: Tensor, target: Tensor | None, arguments: Mapping[str, object]
-    ) -> bool:
+    def reads_others(self, output: Tensor, batch: Batch) -> bool:
         """Whether the user's own loss depends on tensors with gradients of their own, which are constants here."""
         if self.function is None:
             return False
         with torch.enable_grad():
-            return self.terms(output.detach(), target, arguments).requires_grad
+            return self.terms(output.detach(), batch).requires_grad
 
     def doubled(self) -> Loss:
         """The same in float64."""
@@ -78,21 +77,18 @@ class Loss:
     def needs_target(self) -> bool:
         return self.name != "output"
 
-    def total(
-        self, output: Tensor, target: Tensor | None, arguments: Mapping[str, object]
-    ) -> Total:
+    def total(self, output: Tensor, batch: Batch) -> Total:
         if self.name in LOSSES:
+            arguments = batch.loss_arguments
             try:
-                return LOSSES[self.name](output, target, **arguments)
+                return LOSSES[self.name](output, batch.target, **arguments)
             except (TypeError, ValueError) as error:
                 given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
                 raise UsageError(f"the loss {self.name} cannot take {given}: {error}") from None
-        terms = self.terms(output, target, arguments)
+        terms = self.terms(output, batch)
         return terms.sum(), float(terms.numel())
 
-    def terms(
-        self, output: Tensor, target: Tensor | None, arguments: Mapping[str, object]
-    ) -> Tensor:
+    def terms(self, output: Tensor, batch: Batch) -> Tensor:
         """What is summed, of a loss that is the user's own or the model's.
 
         Raises:
@@ -105,9 +101,9 @@ class Loss:
         with (
             staying_wide() if self.wide else nullcontext(),
             state_kept(self.function),
-            guest(partial(self._failed, output, target)),
+            guest(partial(self._failed, output, batch.target)),
         ):
-            terms = self.function(output, target, **arguments)
+            terms = self.function(output, batch.target, **batch.loss_arguments)
         if not isinstance(terms, Tensor):
             raise MismatchError(
                 f"the loss {self.name} returned a {type(terms).__name__}, not a Tensor"

@@ -31,14 +31,14 @@ def measure(
             if index == 0:
                 demand_alike(output, problem.output(batch))
             again = output.clone()  # a loss may write to it
-            batch_total, share = problem.loss.total(output, batch.target, batch.loss_arguments)
+            batch_total, share = problem.loss.total(output, batch)
             if batch_total.is_complex():
                 raise MismatchError(
                     f"the loss {problem.loss.name} of a {output.dtype} output is complex; expected a loss of "
                     "your own that is real"
                 )
             if index == 0 and problem.loss.function is not None:
-                again, _ = problem.loss.total(again, batch.target, batch.loss_arguments)
+                again, _ = problem.loss.total(again, batch)
                 if not equal(batch_total, again):
                     raise MismatchError(
                         f"the loss {problem.loss.name} gives the same output two values: it draws random "

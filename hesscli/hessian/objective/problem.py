@@ -41,7 +41,6 @@ class Problem:
         loss: what is differentiated.
         denominator: see above; `measure` finds it.
         output_key: which entry of a dict or tuple that the module returns is its output.
-        wide: what the module itself computes in float32, whatever its dtype, is computed in float64.
         writes: the module writes into its inputs, so every pass has copies of them.
         separable: each sample could go through on its own.
         one_sample: the data is one sample, without a sample axis.
@@ -54,7 +53,6 @@ class Problem:
     loss: Loss
     denominator: float = 1.0
     output_key: str | None = None
-    wide: bool = False
     writes: bool = False
     separable: bool = True
     one_sample: bool = False
@@ -69,6 +67,11 @@ class Problem:
     @property
     def device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
+
+    @property
+    def wide(self) -> bool:
+        """Whether what module and loss themselves compute in float32 is computed in float64."""
+        return self.loss.wide
 
     def output(self, batch: Batch, note: Callable[[str], None] | None = None) -> Tensor:
         """The module's output for a batch; `note` hears if it is one of several by its name alone.
@@ -102,11 +105,11 @@ class Problem:
     def exact_total(self, output: Tensor, batch: Batch) -> Tensor:
         """The batch's sum of loss terms as a function of its output, to be differentiated twice."""
         with exact_derivatives():
-            return self.loss.total(output, batch.target, batch.loss_arguments)[0]
+            return self.loss.total(output, batch)[0]
 
     def value(self, batch: Batch) -> Tensor:
         """The batch's share of L(theta)."""
-        total, _ = self.loss.total(self.output(batch), batch.target, batch.loss_arguments)
+        total, _ = self.loss.total(self.output(batch), batch)
         return total / self.denominator
 
     def gradient(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -157,13 +160,13 @@ class Problem:
             MismatchError: it has constants in float32, which the parameters meet.
         """
         for wide in (False, True):
-            problem = replace(self, wide=wide, loss=replace(self.loss, wide=wide))
+            problem = replace(self, loss=replace(self.loss, wide=wide))
             batch = problem.batches[0]
             try:
                 with torch.enable_grad(), Narrowings() as narrowings:
                     output = problem.output(batch)
                     if problem.loss.function is not None:
-                        problem.loss.terms(output, batch.target, batch.loss_arguments)
+                        problem.loss.terms(output, batch)
             except MismatchError:  # float64 meets float32
                 if wide:
                     raise
@@ -211,7 +214,7 @@ class Problem:
             if twin.depends_on(self.parameters.values()):  # which would not move with the twin's
                 return None
             with torch.no_grad():  # a loss of the user's own may hold constants in float32
-                twin.loss.total(its, batch.target, batch.loss_arguments)
+                twin.loss.total(its, batch)
         except Exception as error:
             if is_out_of_memory(error):
                 raise

@@ -48,9 +48,7 @@ def record_terms(problem: Problem, batch: Batch) -> Tape:
     """
     with torch.no_grad():
         output = problem.output(batch)
-    return _recorded(
-        lambda: problem.loss.terms(output, batch.target, batch.loss_arguments), (output,)
-    )
+    return _recorded(lambda: problem.loss.terms(output, batch), (output,))
 
 
 def _recorded(

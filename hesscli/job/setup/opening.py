@@ -150,7 +150,6 @@ def _opened(
         (),
         loss,
         output_key=options.output_key,
-        wide=loss.wide,
         one_sample=options.unbatched,
     )
     if data.columns:

@@ -35,7 +35,7 @@ def inspect_loss(
     tried, terms = _terms(problem, source, len(some))
     with torch.no_grad():
         output = problem.output(tried)
-    if problem.loss.reads_others(output, tried.target, tried.loss_arguments):
+    if problem.loss.reads_others(output, tried):
         note(
             f"the loss {problem.loss.name} depends on parameters besides the model's output: "
             "they are constants here"
@@ -71,9 +71,9 @@ def _fixed(problem: Problem, source: Source, some: Batch) -> list[str]:
         except MismatchError:  # of copies
             return []
         for name, value in along.items():
-            whole = {**tried.loss_arguments, name: value}
+            whole = replace(tried, loss_arguments={**tried.loss_arguments, name: value})
             try:
-                terms = problem.loss.terms(output, tried.target, whole)
+                terms = problem.loss.terms(output, whole)
             except MismatchError:
                 continue
             if not terms.dim() or len(terms) % count == 0:
@@ -101,7 +101,7 @@ def _terms(problem: Problem, source: Source, count: int) -> tuple[Batch, Tensor]
     """So many samples, or all there are if the loss does not take them, and its terms."""
 
     def terms(batch: Batch) -> Tensor:
-        return problem.loss.terms(problem.output(batch), batch.target, batch.loss_arguments)
+        return problem.loss.terms(problem.output(batch), batch)
 
     counts = [min(count, source.samples), source.samples]  # fewer where there is no axis for them
     return first_accepted(terms, source, list(dict.fromkeys(counts)))

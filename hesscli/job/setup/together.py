@@ -179,9 +179,9 @@ def _loss_coupled(
 
     with exact_derivatives(), torch.enable_grad():
         z = output.detach().requires_grad_(output.is_floating_point())
-        terms = problem.loss.terms(z, together.target, together.loss_arguments)
+        terms = problem.loss.terms(z, together)
         parts = [
-            problem.loss.terms(part, of.target, of.loss_arguments)
+            problem.loss.terms(part, of)
             for part, of in zip(z.split([len(part) for part in outputs]), apart, strict=True)
         ]
         same = _same(terms, parts) and _bend_the_same(z, terms, parts)
