@@ -220,13 +220,16 @@ def loss_hessian(problem: Problem, batch: Batch, output: Tensor) -> Linear:
     return multiply
 
 
-def gradient_outer(problem: Problem, batch: Batch, output: Tensor) -> Linear:
-    """u -> delta_i <delta_i, u_i> / D of each sample i at a batch's output, delta = dl / df."""
+def loss_gradient(problem: Problem, batch: Batch, output: Tensor) -> Tensor:
+    """delta = dl / df at a batch's output, not divided by D."""
     f = output.requires_grad_()
     total, _ = problem.loss.total(f, batch)
-    if not total.requires_grad:
-        return torch.zeros_like
-    (delta,) = torch.autograd.grad(total, f)
+    return torch.autograd.grad(total, f)[0] if total.requires_grad else torch.zeros_like(f)
+
+
+def gradient_outer(problem: Problem, batch: Batch, output: Tensor) -> Linear:
+    """u -> delta_i <delta_i, u_i> / D of each sample i at a batch's output."""
+    delta = loss_gradient(problem, batch, output)
     axes = list(range(-delta.dim(), 0))  # of one sample
     if not problem.one_sample:
         axes = axes[1:]

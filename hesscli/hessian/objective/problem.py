@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscli.errors import MismatchError, is_out_of_memory
-from hesscli.hessian.aten.definitions import exact_derivatives, right_gradients
+from hesscli.hessian.aten.definitions import right_gradients
 from hesscli.hessian.aten.precision import Narrowings, in_precision_, staying_wide
 from hesscli.hessian.autodiff import graph_of
 from hesscli.hessian.guests import explaining, guest
@@ -101,11 +101,6 @@ class Problem:
             place = len(inputs) - len(batch.keywords)
             named = dict(zip(batch.keywords, inputs[place:], strict=True))
             return self.module(*inputs[:place], **named)
-
-    def exact_total(self, output: Tensor, batch: Batch) -> Tensor:
-        """The batch's sum of loss terms as a function of its output, to be differentiated twice."""
-        with exact_derivatives():
-            return self.loss.total(output, batch)[0]
 
     def value(self, batch: Batch) -> Tensor:
         """The batch's share of L(theta)."""

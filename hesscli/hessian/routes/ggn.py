@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import Tensor
 
+from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
-from hesscli.hessian.operator import Middle, Products
+from hesscli.hessian.operator import Middle, Products, loss_gradient
 from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.routes.base import ByRows, RowsOf
@@ -38,11 +38,10 @@ class GeneralisedGaussNewton(GaussNewton):
 class EmpiricalFisher(GeneralisedGaussNewton):
     def at_output(self, probed: Probed) -> tuple[Tensor, Tensor]:
         """The gradient of each sample's own loss terms, and 1 / D."""
-        f = probed.output.detach().requires_grad_()
-        total = self.problem.exact_total(f, probed.batch)
-        delta = torch.autograd.grad(total, f)[0] if total.requires_grad else torch.zeros_like(f)
-        curvature = f.new_full((probed.samples, 1, 1), 1 / self.problem.denominator)
-        return delta.unsqueeze(0), curvature.detach()
+        with exact_derivatives():
+            delta = loss_gradient(self.problem, probed.batch, probed.output.detach())
+        curvature = delta.new_full((probed.samples, 1, 1), 1 / self.problem.denominator)
+        return delta.unsqueeze(0), curvature
 
 
 class ProductRows(ByRows):

@@ -17,10 +17,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.operator import loss_hessian
 from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.proofs.uses import Use
 
@@ -96,7 +98,9 @@ class Probed:
         """The loss; at a cut, what has the same derivative by everything before it."""
         if self.weight is not None:
             return (self.weight * self.output).sum()
-        return self.problem.exact_total(self.output, self.batch) / self.problem.denominator
+        with exact_derivatives():
+            total, _ = self.problem.loss.total(self.output, self.batch)
+        return total / self.problem.denominator
 
     @cached_property
     def phi(self) -> Tensor:
@@ -130,23 +134,16 @@ class Probed:
             return use.columns(self.known).detach()
 
     def output_hessian(self) -> Tensor:
-        """The loss's own Hessian at the output, per sample: [samples, C, C], by differentiation."""
-        f = self.output.detach().requires_grad_()
-        total = self.problem.exact_total(f, self.batch)
+        """The loss's own Hessian at the output, per sample: [samples, C, C], a column for each seed."""
+        f = self.output.detach()
+        with exact_derivatives():
+            multiply = loss_hessian(self.problem, self.batch, f)
         size = f.numel() // self.samples
-        by_sample = f.new_zeros(self.samples, size, size)
-        if not total.requires_grad:
-            return by_sample
-        (gradient,) = torch.autograd.grad(total / self.problem.denominator, f, create_graph=True)
-        if not gradient.requires_grad:
-            return by_sample
+        by_sample = f.new_empty(self.samples, size, size)
         count = max(1, chunk_sizes(f.device).output // max(1, f.numel()))
         columns = by_sample.transpose(0, 1).split(count)
         for part, seeds in zip(columns, self.output_seeds().split(count), strict=True):
-            (found,) = batched_grad(gradient, [f], seeds)
-            if found is None:
-                break
-            part.copy_(found.reshape(part.shape))
+            part.copy_(multiply(seeds).reshape(part.shape))
         return by_sample
 
     def output_seeds(self) -> Tensor:
