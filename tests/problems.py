@@ -17,7 +17,7 @@ from hesscli.hessian.objective.losses import ELEMENT_WEIGHTED
 from hesscli.hessian.objective.measure import measure
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.analysis import Analyses
-from hesscli.hessian.routes.base import Route, Rows, fitting
+from hesscli.hessian.routes.base import Diagonal, Route, Rows, fitting
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.kronecker import mirror_
 from hesscli.hessian.symmetry import symmetrise_
@@ -99,9 +99,9 @@ def compute_blocks(
     """The blocks by one route, over all batches, as the job puts them together."""
     like = next(iter(route.problem.parameters.values())).detach()
     if diagonal:
-        sums = {block.name: like.new_zeros(block.size) for block in blocks}
-        fitting(route, lambda: route.sum_diagonal(blocks, sums))
-        return sums
+        diagonals = [Diagonal.whole(block, like) for block in blocks]
+        fitting(route, lambda: route.sum(diagonals))
+        return {part.block.name: part.out for part in diagonals}
     rows = [Rows.whole(block, like) for block in blocks]
     fitting(route, lambda: route.sum(rows))
     return {part.block.name: finished(route, part) for part in rows}

@@ -64,37 +64,25 @@ def break_route(
     monkeypatch: pytest.MonkeyPatch, name: str, damage: Callable[[Block, Tensor], None]
 ) -> None:
     """A route that does its work and then damages it, once per batch."""
-    right, right_diagonal = ROUTES[name].add, ROUTES[name].add_diagonal
+    right = ROUTES[name].add
 
-    def wrong(self, batch, rows):
-        right(self, batch, rows)
+    def wrong(self, batch, parts):
+        right(self, batch, parts)
         if batch is self.problem.batches[-1]:
-            for part in rows:
+            for part in parts:
                 damage(part.block, part.out)
 
-    def wrong_diagonal(self, batch, blocks, sums):
-        right_diagonal(self, batch, blocks, sums)
-        if batch is self.problem.batches[-1]:
-            for block in blocks:
-                damage(block, sums[block.name])
-
     monkeypatch.setattr(ROUTES[name], "add", wrong)
-    monkeypatch.setattr(ROUTES[name], "add_diagonal", wrong_diagonal)
 
 
 def drop_a_batch(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    right, right_diagonal = ROUTES[name].add, ROUTES[name].add_diagonal
+    right = ROUTES[name].add
 
-    def wrong(self, batch, rows):
+    def wrong(self, batch, parts):
         if batch is not self.problem.batches[-1]:
-            right(self, batch, rows)
-
-    def wrong_diagonal(self, batch, blocks, sums):
-        if batch is not self.problem.batches[-1]:
-            right_diagonal(self, batch, blocks, sums)
+            right(self, batch, parts)
 
     monkeypatch.setattr(ROUTES[name], "add", wrong)
-    monkeypatch.setattr(ROUTES[name], "add_diagonal", wrong_diagonal)
 
 
 # A one-layer ReLU-free model, so that every route applies to every block.

@@ -6,7 +6,7 @@ by what enters, c theta, entry by entry: with H that Hessian and C = diag(c), d^
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.affine import multiplier
 from hesscli.hessian.proofs.analysis import Analyses, Analysis
-from hesscli.hessian.routes.base import Route, Rows
+from hesscli.hessian.routes.base import Diagonal, Route, Wanted
 
 
 class AffineRoute(Route):
@@ -35,9 +35,14 @@ class AffineRoute(Route):
         self.analyses = analyses
         self._multipliers: dict[str, Tensor | None] = {}  # seen in each batch, the same in all
 
-    def sum(self, rows: Sequence[Rows]) -> None:
-        super().sum(rows)
-        for part in rows:
+    def sum(self, parts: Sequence[Wanted]) -> None:
+        super().sum(parts)
+        for part in parts:
+            if isinstance(part, Diagonal):
+                c = self._multiplier(part.block, part.block.parameters)
+                if c is not None:
+                    part.out.mul_(c * c)
+                continue
             parameters, first = self._by_use(part.block)
             c = self._multiplier(part.block, parameters)
             skipped = max(0, first - part.start)
@@ -45,13 +50,6 @@ class AffineRoute(Route):
                 c = self.layout(part.block).from_block(c)[part.start + skipped :]
                 mine = part.out[skipped:, skipped:]
                 mine.mul_(c[: len(mine)].unsqueeze(1)).mul_(c)
-
-    def sum_diagonal(self, blocks: Sequence[Block], sums: Mapping[str, Tensor]) -> None:
-        super().sum_diagonal(blocks, sums)
-        for block in blocks:
-            c = self._multiplier(block, block.parameters)
-            if c is not None:
-                sums[block.name].mul_(c * c)
 
     def _by_use(self, block: Block) -> tuple[Sequence[str], int]:
         """The parameters whose rows are derivatives by what enters, and the first of these rows in the layout."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -47,8 +47,34 @@ class Rows:
     @classmethod
     def whole(cls, block: Block, like: Tensor) -> Rows:
         """All rows of a block, of the dtype and on the device of `like`."""
-        out = torch.zeros(block.size, block.size, dtype=like.dtype, device=like.device)
-        return cls(block, 0, block.size, out)
+        return cls(block, 0, block.size, like.new_zeros(block.size, block.size))
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """The diagonal of a block, in the block's own order, and where it is added up: `out` is [block.size]."""
+
+    block: Block
+    out: Tensor
+    start = 0
+    is_whole = True
+
+    @property
+    def stop(self) -> int:
+        return self.block.size
+
+    def add(self, first: int, found: Tensor) -> None:
+        """Adds what some rows have of it: with all columns [rows, block.size], the first with this number."""
+        self.out[first : first + len(found)] += found.diagonal(offset=first)
+
+    @classmethod
+    def whole(cls, block: Block, like: Tensor) -> Diagonal:
+        """That of a block, of the dtype and on the device of `like`."""
+        return cls(block, like.new_zeros(block.size))
+
+
+Wanted = Rows | Diagonal
+"""What a route is asked for, one kind at a time."""
 
 
 class Route:
@@ -81,24 +107,13 @@ class Route:
     def _layout(self, block: Block) -> Layout:
         return Layout.plain(block.size)
 
-    def sum(self, rows: Sequence[Rows]) -> None:
-        """Fills rows of each block's Hessian, d^2 loss / d theta^2, over all batches; `out` is zero before."""
+    def sum(self, parts: Sequence[Wanted]) -> None:
+        """Fills parts of each block's Hessian, d^2 loss / d theta^2, over all batches; `out` is zero before."""
         for batch in self.problem.batches:
-            self.add(batch, rows)
+            self.add(batch, parts)
 
-    def sum_diagonal(self, blocks: Sequence[Block], sums: Mapping[str, Tensor]) -> None:
-        """Fills the diagonals, `sums[block.name]`, [n], over all batches; they are zero before."""
-        for batch in self.problem.batches:
-            self.add_diagonal(batch, blocks, sums)
-
-    def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
-        """Adds the batch's share of rows to their `out`."""
-        raise NotImplementedError
-
-    def add_diagonal(
-        self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]
-    ) -> None:
-        """The diagonals' share, to `sums[block.name]`, [n]."""
+    def add(self, batch: Batch, parts: Sequence[Wanted]) -> None:
+        """Adds the batch's share of each to its `out`."""
         raise NotImplementedError
 
     def shrink(self) -> bool:
@@ -130,19 +145,11 @@ class ByRows(Route):
         """H v [n] of a block, by the derivatives that its rows are made of."""
         raise NotImplementedError
 
-    def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
-        rows_of = self.rows(batch, [part.block for part in rows])
-        for part in rows:
+    def add(self, batch: Batch, parts: Sequence[Wanted]) -> None:
+        rows_of = self.rows(batch, [part.block for part in parts])
+        for part in parts:
             for first, found in rows_of(part.block, part.start, part.stop):
                 part.add(first, found)
-
-    def add_diagonal(
-        self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]
-    ) -> None:
-        rows_of = self.rows(batch, blocks)
-        for block in blocks:
-            for first, found in rows_of(block, 0, block.size):
-                sums[block.name][first : first + len(found)] += found.diagonal(offset=first)
 
 
 def fitting(route: Route, work: Callable[[], Result]) -> Result:

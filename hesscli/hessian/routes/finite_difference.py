@@ -5,7 +5,7 @@ Column i of a block is `(g(theta + h e_i) - g(theta - h e_i)) / 2h`, extrapolate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.differences.quotients import Quotients
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem, parameters_at
-from hesscli.hessian.routes.base import Route, Rows
+from hesscli.hessian.routes.base import Route, Wanted
 from hesscli.hessian.words import FINITE_DIFFERENCE
 
 _NEAR = 1e-3  # how far from theta a gradient is looked for
@@ -66,19 +66,11 @@ class FiniteDifference(Route):
                 if not constant[row]:
                     yield row, name, index
 
-    def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
-        for part in rows:
+    def add(self, batch: Batch, parts: Sequence[Wanted]) -> None:
+        for part in parts:
             for row, name, index in self._entries(part.block):
                 if part.start <= row < part.stop:
-                    values = self._column(batch, part.block, name, index)
-                    part.out[row - part.start] += values[part.start :]
-
-    def add_diagonal(
-        self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]
-    ) -> None:
-        for block in blocks:
-            for row, name, index in self._entries(block):
-                sums[block.name][row] += self._column(batch, block, name, index)[row]
+                    part.add(row, self._column(batch, part.block, name, index).unsqueeze(0))
 
     def _column(self, batch: Batch, block: Block, name: str, index: int) -> Tensor:
         leaf = self.problem.parameters[name]

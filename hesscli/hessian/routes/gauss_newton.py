@@ -9,7 +9,7 @@ sum_b J^T Lambda J.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.proofs.uses import CONVOLUTION, LINEAR, Use
 from hesscli.hessian.routes.affine import AffineRoute
-from hesscli.hessian.routes.base import Rows
+from hesscli.hessian.routes.base import Diagonal, Rows, Wanted
 from hesscli.hessian.routes.bend import Bend, add_bend, add_bend_diagonal, find_bend
 from hesscli.hessian.routes.kronecker import add_kronecker_rows
 from hesscli.hessian.routes.layers import Layer, plain_layer
@@ -100,21 +100,18 @@ class GaussNewton(AffineRoute):
     def _layout(self, block: Block) -> Layout:
         return _layout(block, self.uses(self.analyses.of(self.problem.batches[0]), block))
 
-    def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
-        factors = self.factors(batch, [part.block for part in rows])
-        for part in rows:
-            if part.block.name in factors:
-                mine = factors[part.block.name]
-                if _layout(part.block, mine.uses) != self.layout(part.block):
-                    raise NotApplicable("the batches take different paths through the model")
-                _add(part, mine)
-
-    def add_diagonal(
-        self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]
-    ) -> None:
-        factors = self.factors(batch, blocks)
-        for name, found in factors.items():
-            _add_diagonal(sums[name], found)
+    def add(self, batch: Batch, parts: Sequence[Wanted]) -> None:
+        factors = self.factors(batch, [part.block for part in parts])
+        for part in parts:
+            mine = factors.get(part.block.name)
+            if mine is None:
+                continue
+            if isinstance(part, Diagonal):
+                _add_diagonal(part.out, mine)
+                continue
+            if _layout(part.block, mine.uses) != self.layout(part.block):
+                raise NotApplicable("the batches take different paths through the model")
+            _add(part, mine)
 
     def factors(self, batch: Batch, blocks: Sequence[Block]) -> dict[str, Factors]:
         """The factors of each block that the output depends on."""

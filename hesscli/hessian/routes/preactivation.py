@@ -30,7 +30,7 @@ from hesscli.hessian.proofs.analysis import Analyses, Analysis
 from hesscli.hessian.proofs.uses import BIAS, CONVOLUTION, Use
 from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.assembly import add_layer, add_layer_diagonal
-from hesscli.hessian.routes.base import Rows
+from hesscli.hessian.routes.base import Diagonal, Rows, Wanted
 from hesscli.hessian.routes.chain import Step, chain_diagonals, curved_outputs, find_chain
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.layers import Layer
@@ -69,18 +69,21 @@ class Preactivation(AffineRoute):
         first = block.size - sum(layer.size for layer in layers)
         return [use.parameter for layer in layers for use in layer.uses], first
 
-    def add(self, batch: Batch, rows: Sequence[Rows]) -> None:
-        analysis = self._analysis(batch, [part.block for part in rows])
+    def add(self, batch: Batch, parts: Sequence[Wanted]) -> None:
+        analysis = self._analysis(batch, [part.block for part in parts])
+        diagonals = [part for part in parts if isinstance(part, Diagonal)]
+        if diagonals:
+            parts = self._add_chain(batch, analysis, diagonals)
         done: set[str] = set()
-        for part in sorted(rows, key=lambda part: -part.block.size):  # weights before their biases
+        for part in sorted(parts, key=lambda part: -part.block.size):  # weights before their biases
             block = part.block
             if block.name in done:
                 continue
             layers, others = split(analysis, block)
-            if _layout(block, layers, others) != self.layout(block):
+            if isinstance(part, Rows) and _layout(block, layers, others) != self.layout(block):
                 raise NotApplicable("the batches take different paths through the model")
             if not layers:
-                for first, found in self._alone(batch, analysis, block, part.start, part.stop):
+                for first, found in self._alone(batch, analysis, part):
                     part.add(first, found)
                 continue
             bias = None
@@ -88,54 +91,32 @@ class Preactivation(AffineRoute):
                 # A bias that is a block of its own needs nothing but its weight's derivatives.
                 z = layers[0].z
                 bias = next(
-                    (x for x in rows if x.is_whole and _is_bias_at(analysis, z, x.block)), None
+                    (x for x in parts if x.is_whole and _is_bias_at(analysis, z, x.block)), None
                 )
                 if bias is not None:
                     done.add(bias.block.name)
             bias_out = None if bias is None else bias.out
-            self._add_layers(batch, analysis, part, layers, others, bias_out)
-
-    def add_diagonal(
-        self, batch: Batch, blocks: Sequence[Block], sums: Mapping[str, Tensor]
-    ) -> None:
-        analysis = self._analysis(batch, blocks)
-        blocks = self._add_chain(batch, analysis, blocks, sums)
-        done: set[str] = set()
-        for block in sorted(blocks, key=lambda block: -block.size):
-            if block.name in done:
-                continue
-            layers, _ = split(analysis, block)
-            if not layers:
-                for first, found in self._alone(batch, analysis, block, 0, block.size):
-                    sums[block.name][first : first + len(found)] += found.diagonal(offset=first)
-                continue
-            (layer,) = layers
-            bias = next((b for b in blocks if _is_bias_at(analysis, layer.z, b)), None)
-            if bias is not None:
-                done.add(bias.name)
-            cut = self.cuts.after(batch, analysis, layer.weight, self.workspace)
-            probed = Probed(self.problem, batch, analysis, [layer.z], cut=cut)
-            (delta,) = torch.autograd.grad(
-                probed.value, [probed.probes[layer.z]], create_graph=True, allow_unused=True
-            )
-            bias_out = None if bias is None else sums[bias.name]
-            add_layer_diagonal(probed, layer, delta, sums[block.name], bias_out, self.workspace)
+            if isinstance(part, Diagonal):
+                self._add_diagonal(batch, analysis, part, layers[0], bias_out)
+            else:
+                self._add_layers(batch, analysis, part, layers, others, bias_out)
 
     def _add_chain(
-        self, batch: Batch, analysis: Analysis, blocks: Sequence[Block], sums: Mapping[str, Tensor]
-    ) -> list[Block]:
-        """Diagonals along a chain of layers, all in one sweep; returns the blocks that are not on it."""
-        uses = {block.name: analysis.use(block.parameters[0]) for block in blocks}
+        self, batch: Batch, analysis: Analysis, parts: Sequence[Diagonal]
+    ) -> list[Diagonal]:
+        """Diagonals along a chain of layers, all in one sweep; returns those that are not on it."""
+        uses = {part.block.name: analysis.use(part.block.parameters[0]) for part in parts}
         steps, mine = chain_of(analysis, uses)
         if mine:
             probed = Probed(self.problem, batch, analysis, curved_outputs(steps))
             if any(probed.known[step.before].is_complex() for step in steps):
-                return list(blocks)  # the recursion is that of real numbers
+                return list(parts)  # the recursion is that of real numbers
             output = analysis.tape.output
             found = chain_diagonals(probed, output, steps, {use.z for use in mine.values()})
             if not all(bool(torch.isfinite(d).all()) for d in found.values()):
                 # phi'' is infinite where a ReLU before it is off: backward passes mask that.
-                return list(blocks)
+                return list(parts)
+            sums = {part.block.name: part.out for part in parts}
             for name, use in mine.items():
                 d = found[use.z]  # [B, n]
                 a = probed.columns(use)[:, 0]
@@ -143,17 +124,17 @@ class Preactivation(AffineRoute):
                     sums[name].add_(use.stored(d.T @ a**2))
                 else:
                     sums[name].add_((d * a**2).sum(0))
-        return [block for block in blocks if block.name not in mine]
+        return [part for part in parts if part.block.name not in mine]
 
     def _alone(
-        self, batch: Batch, analysis: Analysis, block: Block, start: int, stop: int
+        self, batch: Batch, analysis: Analysis, part: Wanted
     ) -> Iterator[tuple[int, Tensor]]:
         """Rows of a parameter with no more entries than directions along z: u = A e_r for each entry r.
 
         Yields:
             some rows [rows, block.size], with the first one's number.
         """
-        use = analysis.use(block.parameters[0])
+        use = analysis.use(part.block.parameters[0])
         cut = self.cuts.after(batch, analysis, use, self.workspace)
         probed = Probed(self.problem, batch, analysis, [use.z], cut=cut)
         probe = probed.probes[use.z]
@@ -162,13 +143,29 @@ class Preactivation(AffineRoute):
             return
         a = probed.columns(use)
         chunk = max(1, min(self.sizes.rows // 2, self.workspace // (8 * delta.numel())))
-        for first in range(start, stop, chunk):
-            entries = range(first, min(first + chunk, stop))
+        for first in range(part.start, part.stop, chunk):
+            entries = range(first, min(first + chunk, part.stop))
             seeds = use.spread(_directions_of(use, a, entries, probed.samples), delta.shape)
             (found,) = probed.along(delta, [probe], seeds)
             if found is None:
                 return
             yield first, use.pull(use.rows(found).flatten(1, 2), a.flatten(0, 1))
+
+    def _add_diagonal(
+        self,
+        batch: Batch,
+        analysis: Analysis,
+        part: Diagonal,
+        layer: Layer,
+        bias: Tensor | None,
+    ) -> None:
+        """The diagonal of a layer's weight; `bias` as in `add_layer`."""
+        cut = self.cuts.after(batch, analysis, layer.weight, self.workspace)
+        probed = Probed(self.problem, batch, analysis, [layer.z], cut=cut)
+        (delta,) = torch.autograd.grad(
+            probed.value, [probed.probes[layer.z]], create_graph=True, allow_unused=True
+        )
+        add_layer_diagonal(probed, layer, delta, part.out, bias, self.workspace)
 
     def _add_layers(
         self,

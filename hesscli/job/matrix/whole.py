@@ -12,7 +12,7 @@ from torch import Tensor
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.differences.check import Certificate
-from hesscli.hessian.routes.base import ByRows, Route, Rows, fitting
+from hesscli.hessian.routes.base import ByRows, Diagonal, Route, Rows, Wanted, fitting
 from hesscli.hessian.routes.kronecker import mirror_
 from hesscli.hessian.symmetry import symmetrise_
 from hesscli.hessian.words import FINITE_DIFFERENCE
@@ -81,13 +81,10 @@ def _computed(rankings: Sequence[Ranking]) -> Iterator[tuple[Document, np.ndarra
 def _sums(route: Route, blocks: Sequence[Block], diagonal: bool) -> dict[str, Tensor]:
     """The blocks' sums over batches, or those of their diagonals."""
     like = next(iter(route.problem.parameters.values())).detach()
-    if diagonal:
-        sums = {block.name: like.new_zeros(block.size) for block in blocks}
-        route.sum_diagonal(blocks, sums)
-        return sums
-    rows = [Rows.whole(block, like) for block in blocks]
-    route.sum(rows)
-    return {part.block.name: part.out for part in rows}
+    kind = Diagonal if diagonal else Rows
+    parts: list[Wanted] = [kind.whole(block, like) for block in blocks]
+    route.sum(parts)
+    return {part.block.name: part.out for part in parts}
 
 
 def _finished(ranking: Ranking, values: Tensor) -> tuple[Document, np.ndarray] | None:
