@@ -83,10 +83,9 @@ def shapes_of(problem: Problem) -> dict[str, tuple[int, ...]]:
 
 
 def routes_of(problem: Problem, chunk: int = 7, curvature: str = "hessian") -> dict[str, Route]:
-    analyses, cuts = Analyses(problem), Cuts(problem, chunk)
-    return CURVATURES[curvature].routes(
-        problem, analyses, cuts, lambda: problem.double() or problem
-    )
+    analyses = Analyses(problem)
+    cuts = Cuts(analyses, chunk)
+    return CURVATURES[curvature].routes(analyses, cuts, lambda: problem.double() or problem)
 
 
 def blocks_of(problem: Problem, structure: str) -> list[Block]:

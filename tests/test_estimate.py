@@ -80,7 +80,8 @@ def _loss(problem: Problem, name: str, value: torch.Tensor) -> torch.Tensor:
 def test_the_sweep_along_a_chain_is_shared() -> None:
     layers = [nn.Linear(9, 9) if i % 2 == 0 else nn.Tanh() for i in range(9)]
     problem = problem_of(nn.Sequential(*layers), [normal(20, 9)], labels(9, 20), "cross-entropy")
-    planner = Planner(problem, Analyses(problem), Cuts(problem, chunk=64))
+    analyses = Analyses(problem)
+    planner = Planner(analyses, Cuts(analyses, chunk=64))
     chosen = [
         planner.forced(block, True, "preactivation")[0] for block in blocks_of(problem, "elements")
     ]

@@ -18,7 +18,8 @@ from hesscli.hessian.routes.rates import Rates
 
 
 def planner_of(problem: Problem) -> Planner:
-    return Planner(problem, Analyses(problem), Cuts(problem, chunk=64))
+    analyses = Analyses(problem)
+    return Planner(analyses, Cuts(analyses, chunk=64))
 
 
 def plan(problem: Problem, structure: str) -> dict[str, Choice]:

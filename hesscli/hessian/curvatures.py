@@ -48,12 +48,13 @@ class Curvature:
     middle: Middle | None = None
     by_sample: bool = False
 
-    def require(self, problem: Problem, analyses: Analyses) -> None:
+    def require(self, analyses: Analyses) -> None:
         """Refuses a problem that has no such matrix.
 
         Raises:
             MismatchError: the model returns its own loss; or samples may mix, so that none has a gradient of its own.
         """
+        problem = analyses.problem
         if self.middle is not None and not problem.loss.needs_target:
             raise MismatchError(
                 f"the model returns its own loss, so it has no output to take its {self.name} at",
@@ -72,22 +73,23 @@ class Curvature:
 
     def products(self, problem: Problem, memory: int = 0, rows: int | None = None) -> Products:
         """See `Products`; the problem must have this matrix."""
-        self.require(problem, Analyses(problem))
+        self.require(Analyses(problem))
         return Products(problem, self.middle, memory, rows)
 
     def routes(
-        self, problem: Problem, analyses: Analyses, cuts: Cuts, reference: Callable[[], Problem]
+        self, analyses: Analyses, cuts: Cuts, reference: Callable[[], Problem]
     ) -> dict[str, Route]:
         """Every route to the blocks of a problem, by name; differences are taken in what `reference` makes."""
+        problem = analyses.problem
         made: Sequence[Route] = (
             [
-                Preactivation(problem, analyses, cuts),
-                GaussNewton(problem, analyses),
+                Preactivation(analyses, cuts),
+                GaussNewton(analyses),
                 HessianVectorProducts(problem, cuts.chunk),
                 FiniteDifference(reference),
             ]
             if self.jacobians is None
-            else [self.jacobians(problem, analyses), ProductRows(problem, self.middle, cuts.chunk)]
+            else [self.jacobians(analyses), ProductRows(problem, self.middle, cuts.chunk)]
         )
         return {route.name: route for route in made}
 

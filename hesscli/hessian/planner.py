@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.analysis import Analyses, Analysis
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.recording.recorder import record
@@ -53,12 +52,12 @@ class Planner:
     """Ranks the routes of each block by their cost on the first batch.
 
     Args:
-        problem: what is differentiated.
-        analyses: of its batches.
-        cuts: of its batches.
+        analyses: of the batches of what is differentiated.
+        cuts: of these batches.
     """
 
-    def __init__(self, problem: Problem, analyses: Analyses, cuts: Cuts) -> None:
+    def __init__(self, analyses: Analyses, cuts: Cuts) -> None:
+        problem = analyses.problem
         self.problem, self.rates = problem, usual_rates(problem.device)
         self.batch, self.cuts = problem.batches[0], cuts
         self.analysis: Analysis | None = None
@@ -70,7 +69,7 @@ class Planner:
             self.refused = str(reason)
         with suppress(NotApplicable):  # what nothing is proven of still has a cost
             tape = self.analysis.tape if self.analysis is not None else record(problem, self.batch)
-            self.costs = Costs(tape, problem.dtype.itemsize, cuts.chunk, self.rates)
+            self.costs = cuts.costs(tape)
 
     def choices(self, block: Block, diagonal: bool) -> list[Choice]:
         """The exact routes of a block, the cheapest first, and what is the last resort, if anything is."""
@@ -135,8 +134,8 @@ class Planner:
 
     def _along(self, use: Use, count: int) -> Work:
         """Derivatives along directions of one layer alone, which end at the next cut."""
-        analysis, costs = self._proven()
-        return self.cuts.plan(self.batch, analysis).work(costs, use.z, count)
+        _, costs = self._proven()
+        return self.cuts.plan(self.batch).work(costs, use.z, count)
 
     def _gauss_newton(self, block: Block, diagonal: bool) -> Choice:
         analysis, costs = self._proven()

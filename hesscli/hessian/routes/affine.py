@@ -14,7 +14,6 @@ from torch import Tensor
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.objective.batch import Batch
-from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.affine import multiplier
 from hesscli.hessian.proofs.analysis import Analyses, Analysis
 from hesscli.hessian.routes.base import Diagonal, Route, Wanted
@@ -24,14 +23,13 @@ class AffineRoute(Route):
     """Blocks by what enters; c is multiplied in when all batches are summed up.
 
     Args:
-        problem: what is differentiated.
-        analyses: of its batches.
+        analyses: of the batches of what is differentiated.
     """
 
     symmetric = True
 
-    def __init__(self, problem: Problem, analyses: Analyses) -> None:
-        super().__init__(problem)
+    def __init__(self, analyses: Analyses) -> None:
+        super().__init__(analyses.problem)
         self.analyses = analyses
         self._multipliers: dict[str, Tensor | None] = {}  # seen in each batch, the same in all
 

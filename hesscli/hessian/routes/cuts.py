@@ -10,9 +10,9 @@ import torch
 from hesscli.hessian.autodiff import unit_rows
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.objective.batch import Batch
-from hesscli.hessian.objective.problem import Problem
-from hesscli.hessian.proofs.analysis import Analysis
+from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.proofs.uses import Use
+from hesscli.hessian.recording.tape import Tape
 from hesscli.hessian.routes.costs import Costs
 from hesscli.hessian.routes.cut_plan import CutPlan, plan_cuts
 from hesscli.hessian.routes.probes import Cut, Probed
@@ -23,12 +23,12 @@ class Cuts:
     """Sigma at the cuts of every batch, made when it is needed and kept.
 
     Args:
-        problem: what is differentiated.
+        analyses: of the batches.
         chunk: rows per batched pass.
     """
 
-    def __init__(self, problem: Problem, chunk: int) -> None:
-        self.problem, self.chunk = problem, chunk
+    def __init__(self, analyses: Analyses, chunk: int) -> None:
+        self.analyses, self.problem, self.chunk = analyses, analyses.problem, chunk
         # Kept as long as the batch is, which may be made anew for every pass.
         self.plans: WeakKeyDictionary[Batch, CutPlan] = WeakKeyDictionary()
         self.made: WeakKeyDictionary[Batch, dict[int, Cut]] = WeakKeyDictionary()
@@ -42,30 +42,31 @@ class Cuts:
         """Of every Sigma, as far as cuts were planned: the plan of each batch counts the samples of all."""
         return max((plan.bytes for plan in self.plans.values()), default=0)
 
-    def plan(self, batch: Batch, analysis: Analysis) -> CutPlan:
+    def costs(self, tape: Tape) -> Costs:
+        """What passes of a batch cost without cuts."""
+        problem = self.problem
+        return Costs(tape, problem.dtype.itemsize, self.chunk, usual_rates(problem.device))
+
+    def plan(self, batch: Batch) -> CutPlan:
         if batch not in self.plans:
-            itemsize, rates = self.problem.dtype.itemsize, usual_rates(self.problem.device)
-            costs = Costs(analysis.tape, itemsize, self.chunk, rates)
-            self.plans[batch] = plan_cuts(analysis, costs, self.samples)
+            analysis = self.analyses.of(batch)
+            self.plans[batch] = plan_cuts(analysis, self.costs(analysis.tape), self.samples)
         return self.plans[batch]
 
-    def after(self, batch: Batch, analysis: Analysis, use: Use, workspace: int) -> Cut | None:
+    def after(self, batch: Batch, use: Use, workspace: int) -> Cut | None:
         """The next cut behind a use."""
-        return self._at(batch, analysis, self.plan(batch, analysis).after(use.z), workspace)
+        return self._at(batch, self.plan(batch).after(use.z), workspace)
 
-    def _at(
-        self, batch: Batch, analysis: Analysis, value: int | None, workspace: int
-    ) -> Cut | None:
+    def _at(self, batch: Batch, value: int | None, workspace: int) -> Cut | None:
         if value is None:
             return None
         made = self.made.setdefault(batch, {})
         if value not in made:
-            values = self.plan(batch, analysis).values
+            values = self.plan(batch).values
             following = values[values.index(value) + 1 :]
-            after = self._at(batch, analysis, following[0] if following else None, workspace)
-            made[value] = _curvature(
-                Probed(self.problem, batch, analysis, [value], cut=after), value, workspace
-            )
+            after = self._at(batch, following[0] if following else None, workspace)
+            probed = Probed(self.analyses, batch, [value], cut=after)
+            made[value] = _curvature(probed, value, workspace)
         return made[value]
 
 

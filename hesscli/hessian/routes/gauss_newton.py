@@ -122,7 +122,7 @@ class GaussNewton(AffineRoute):
         bends = {name: self.bend(analysis, mine[0]) for name, mine in uses.items()}
         zs = list(dict.fromkeys(use.z for mine in uses.values() for use in mine))
         ys = list(dict.fromkeys(bend.after for bend in bends.values() if bend is not None))
-        probed = Probed(self.problem, batch, analysis, {*zs, *ys})
+        probed = Probed(self.analyses, batch, {*zs, *ys})
         slopes = _gradients(probed, ys)
         probes = [probed.probes[z] for z in zs]
         seeds, curvature = self.at_output(probed)

@@ -25,7 +25,6 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.layout import Layout, Part, Piece
 from hesscli.hessian.objective.batch import Batch
-from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.analysis import Analyses, Analysis
 from hesscli.hessian.proofs.uses import BIAS, CONVOLUTION, Use
 from hesscli.hessian.routes.affine import AffineRoute
@@ -41,11 +40,11 @@ from hesscli.hessian.words import PREACTIVATION
 class Preactivation(AffineRoute):
     name = PREACTIVATION
 
-    def __init__(self, problem: Problem, analyses: Analyses, cuts: Cuts) -> None:
-        super().__init__(problem, analyses)
+    def __init__(self, analyses: Analyses, cuts: Cuts) -> None:
+        super().__init__(analyses)
         self._splits: dict[Block, tuple[list[Layer], list[str]]] = {}
         self.cuts = cuts
-        self.sizes = chunk_sizes(problem.device)
+        self.sizes = chunk_sizes(self.problem.device)
         self.workspace = self.sizes.directions
 
     def shrink(self) -> bool:
@@ -73,7 +72,7 @@ class Preactivation(AffineRoute):
         analysis = self._analysis(batch, [part.block for part in parts])
         diagonals = [part for part in parts if isinstance(part, Diagonal)]
         if diagonals:
-            parts = self._add_chain(batch, analysis, diagonals)
+            parts = self._add_chain(batch, diagonals)
         done: set[str] = set()
         for part in sorted(parts, key=lambda part: -part.block.size):  # weights before their biases
             block = part.block
@@ -83,7 +82,7 @@ class Preactivation(AffineRoute):
             if isinstance(part, Rows) and _layout(block, layers, others) != self.layout(block):
                 raise NotApplicable("the batches take different paths through the model")
             if not layers:
-                for first, found in self._alone(batch, analysis, part):
+                for first, found in self._alone(batch, part):
                     part.add(first, found)
                 continue
             bias = None
@@ -97,18 +96,17 @@ class Preactivation(AffineRoute):
                     done.add(bias.block.name)
             bias_out = None if bias is None else bias.out
             if isinstance(part, Diagonal):
-                self._add_diagonal(batch, analysis, part, layers[0], bias_out)
+                self._add_diagonal(batch, part, layers[0], bias_out)
             else:
-                self._add_layers(batch, analysis, part, layers, others, bias_out)
+                self._add_layers(batch, part, layers, others, bias_out)
 
-    def _add_chain(
-        self, batch: Batch, analysis: Analysis, parts: Sequence[Diagonal]
-    ) -> list[Diagonal]:
+    def _add_chain(self, batch: Batch, parts: Sequence[Diagonal]) -> list[Diagonal]:
         """Diagonals along a chain of layers, all in one sweep; returns those that are not on it."""
+        analysis = self.analyses.of(batch)
         uses = {part.block.name: analysis.use(part.block.parameters[0]) for part in parts}
         steps, mine = chain_of(analysis, uses)
         if mine:
-            probed = Probed(self.problem, batch, analysis, curved_outputs(steps))
+            probed = Probed(self.analyses, batch, curved_outputs(steps))
             if any(probed.known[step.before].is_complex() for step in steps):
                 return list(parts)  # the recursion is that of real numbers
             output = analysis.tape.output
@@ -126,17 +124,15 @@ class Preactivation(AffineRoute):
                     sums[name].add_((d * a**2).sum(0))
         return [part for part in parts if part.block.name not in mine]
 
-    def _alone(
-        self, batch: Batch, analysis: Analysis, part: Wanted
-    ) -> Iterator[tuple[int, Tensor]]:
+    def _alone(self, batch: Batch, part: Wanted) -> Iterator[tuple[int, Tensor]]:
         """Rows of a parameter with no more entries than directions along z: u = A e_r for each entry r.
 
         Yields:
             some rows [rows, block.size], with the first one's number.
         """
-        use = analysis.use(part.block.parameters[0])
-        cut = self.cuts.after(batch, analysis, use, self.workspace)
-        probed = Probed(self.problem, batch, analysis, [use.z], cut=cut)
+        use = self.analyses.of(batch).use(part.block.parameters[0])
+        cut = self.cuts.after(batch, use, self.workspace)
+        probed = Probed(self.analyses, batch, [use.z], cut=cut)
         probe = probed.probes[use.z]
         (delta,) = torch.autograd.grad(probed.value, [probe], create_graph=True)
         if not delta.requires_grad:
@@ -152,16 +148,11 @@ class Preactivation(AffineRoute):
             yield first, use.pull(use.rows(found).flatten(1, 2), a.flatten(0, 1))
 
     def _add_diagonal(
-        self,
-        batch: Batch,
-        analysis: Analysis,
-        part: Diagonal,
-        layer: Layer,
-        bias: Tensor | None,
+        self, batch: Batch, part: Diagonal, layer: Layer, bias: Tensor | None
     ) -> None:
         """The diagonal of a layer's weight; `bias` as in `add_layer`."""
-        cut = self.cuts.after(batch, analysis, layer.weight, self.workspace)
-        probed = Probed(self.problem, batch, analysis, [layer.z], cut=cut)
+        cut = self.cuts.after(batch, layer.weight, self.workspace)
+        probed = Probed(self.analyses, batch, [layer.z], cut=cut)
         (delta,) = torch.autograd.grad(
             probed.value, [probed.probes[layer.z]], create_graph=True, allow_unused=True
         )
@@ -170,7 +161,6 @@ class Preactivation(AffineRoute):
     def _add_layers(
         self,
         batch: Batch,
-        analysis: Analysis,
         part: Rows,
         layers: Sequence[Layer],
         others: Sequence[str],
@@ -180,16 +170,15 @@ class Preactivation(AffineRoute):
         block = part.block
         cut = None
         if len(layers) == 1 and not others:
-            cut = self.cuts.after(batch, analysis, layers[0].weight, self.workspace)
+            cut = self.cuts.after(batch, layers[0].weight, self.workspace)
         lengths = [*(len(block.rows[name]) for name in others), *(x.size for x in layers)]
         named = [*others, *(layer.z for layer in layers)]
         first_rows = dict(zip(named, itertools.accumulate(lengths, initial=0), strict=False))
         layers = [x for x in layers if first_rows[x.z] + x.size > part.start]
         zs = [layer.z for layer in layers]
         probed = Probed(
-            self.problem,
+            self.analyses,
             batch,
-            analysis,
             zs,
             leaves=block.parameters if others else (),
             activations={x.weight.moving for x in layers[1:] if x.weight.moving is not None},

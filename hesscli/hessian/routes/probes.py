@@ -21,9 +21,8 @@ from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.objective.batch import Batch
-from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import loss_hessian
-from hesscli.hessian.proofs.analysis import Analysis
+from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.proofs.uses import Use
 
 
@@ -46,9 +45,8 @@ class Probed:
     """A batch's pass, replayed with probes.
 
     Args:
-        problem: what is differentiated.
-        batch: the batch.
-        analysis: of its tape.
+        analyses: of the batches.
+        batch: one of them.
         zs: the values that get a probe.
         leaves: parameters to keep as variables.
         activations: the values that get a dual.
@@ -57,16 +55,15 @@ class Probed:
 
     def __init__(
         self,
-        problem: Problem,
+        analyses: Analyses,
         batch: Batch,
-        analysis: Analysis,
         zs: Iterable[int],
         leaves: Sequence[str] = (),
         activations: Iterable[int] = (),
         cut: Cut | None = None,
     ) -> None:
-        self.problem, self.batch = problem, batch
-        tape = analysis.tape
+        self.problem, self.batch = analyses.problem, batch
+        tape = analyses.of(batch).tape
         self.probes: dict[int, Tensor] = {}
         wanted = set(zs)
 
@@ -77,7 +74,7 @@ class Probed:
             return value + self.probes[number]
 
         self.leaves = {
-            name: problem.parameters[name].detach().requires_grad_()
+            name: self.problem.parameters[name].detach().requires_grad_()
             for name in leaves
             if name in tape.parameters
         }

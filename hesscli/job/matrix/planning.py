@@ -58,11 +58,11 @@ class Plan:
         self._settle()
 
     def _settle(self) -> None:
-        problem, curvature = self.problem, CURVATURES[self.options.curvature]
-        analyses, cuts = Analyses(problem), Cuts(problem, self.opened.chunk)
-        self.routes = curvature.routes(problem, analyses, cuts, lambda: self.reference)
-        curvature.require(problem, analyses)
-        planner = curvature.planner(problem, analyses, cuts)
+        curvature, analyses = CURVATURES[self.options.curvature], Analyses(self.problem)
+        cuts = Cuts(analyses, self.opened.chunk)
+        self.routes = curvature.routes(analyses, cuts, lambda: self.reference)
+        curvature.require(analyses)
+        planner = curvature.planner(analyses, cuts)
         method = self.options.method
         for block in self.blocks:
             try:
