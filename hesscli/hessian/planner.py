@@ -48,6 +48,9 @@ class Choice:
         return f"{self.method} ({self.reason})"
 
 
+Option = Callable[[Block, bool], Choice]  # of a block, or of its diagonal alone
+
+
 class Planner:
     """Ranks the routes of each block by their cost on the first batch.
 
@@ -74,7 +77,7 @@ class Planner:
     def choices(self, block: Block, diagonal: bool) -> list[Choice]:
         """The exact routes of a block, the cheapest first, and what is the last resort, if anything is."""
         found, reasons = [], []
-        for option in (self._preactivation, self._gauss_newton):
+        for option in self._options().values():
             try:
                 found.append(option(block, diagonal))
             except NotApplicable as reason:
@@ -89,13 +92,12 @@ class Planner:
         Raises:
             NotApplicable: it would not be exact for this block.
         """
-        option: dict[str, Callable[[Block, bool], Choice]] = {
-            PREACTIVATION: self._preactivation,
-            GAUSS_NEWTON: self._gauss_newton,
-        }
-        if method in option:
-            return [option[method](block, diagonal)]
-        return [Choice(method, "", self._hvp_work(block))]
+        option = self._options().get(method)
+        return [option(block, diagonal) if option else Choice(method, "", self._hvp_work(block))]
+
+    def _options(self) -> dict[str, Option]:
+        """The routes that are not exact for every block."""
+        return {PREACTIVATION: self._preactivation, GAUSS_NEWTON: self._gauss_newton}
 
     def _proven(self) -> tuple[Analysis, Costs]:
         if self.analysis is None or self.costs is None:
@@ -168,19 +170,16 @@ class JacobianPlanner(Planner):
     """What a sample's Jacobian has a row for."""
 
     def choices(self, block: Block, diagonal: bool) -> list[Choice]:
-        rows = Choice(HVP, "", self._hvp_work(block))
-        try:
-            found = [self._jacobians(block, diagonal), rows]
-        except NotApplicable as reason:
-            return [Choice(HVP, str(reason), rows.work)]
-        return sorted(found, key=lambda choice: choice.work.seconds(self.rates))
+        *exact, _ = super().choices(block, diagonal)
+        return exact  # differences of gradients are the Hessian's
 
     def forced(self, block: Block, diagonal: bool, method: str) -> list[Choice]:
         if method in (PREACTIVATION, FINITE_DIFFERENCE):
             raise NotApplicable("it gives the Hessian alone")
-        if method == GAUSS_NEWTON:
-            return [self._jacobians(block, diagonal)]
         return super().forced(block, diagonal, method)
+
+    def _options(self) -> dict[str, Option]:
+        return {GAUSS_NEWTON: self._jacobians}
 
     def _jacobians(self, block: Block, diagonal: bool) -> Choice:
         analysis, costs = self._proven()
