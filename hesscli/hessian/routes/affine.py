@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
+from hesscli.hessian.layout import Layout
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.affine import multiplier
 from hesscli.hessian.proofs.analysis import Analyses, Analysis
@@ -31,7 +32,23 @@ class AffineRoute(Route):
     def __init__(self, analyses: Analyses) -> None:
         super().__init__(analyses.problem)
         self.analyses = analyses
+        self._layouts: dict[Block, Layout] = {}  # of the first batch, and the same in all
         self._multipliers: dict[str, Tensor | None] = {}  # seen in each batch, the same in all
+
+    def layout(self, block: Block) -> Layout:
+        if block not in self._layouts:
+            first = self.analyses.of(self.problem.batches[0])
+            self._layouts[block] = self.layout_in(first, block)
+        return self._layouts[block]
+
+    def layout_in(self, analysis: Analysis, block: Block) -> Layout:
+        """The order in which a batch gives a block's rows."""
+        raise NotImplementedError
+
+    def _demand_layout(self, analysis: Analysis, block: Block) -> None:
+        """Raises NotApplicable where a batch gives a block's rows in another order."""
+        if self.layout_in(analysis, block) != self.layout(block):
+            raise _other_path()
 
     def sum(self, parts: Sequence[Wanted]) -> None:
         super().sum(parts)
@@ -43,10 +60,10 @@ class AffineRoute(Route):
                 continue
             parameters, first = self._by_use(part.block)
             c = self._multiplier(part.block, parameters)
-            skipped = max(0, first - part.start)
-            if c is not None and skipped < len(part.out):
-                c = self.layout(part.block).from_block(c)[part.start + skipped :]
-                mine = part.out[skipped:, skipped:]
+            first = max(first, part.start)
+            if c is not None and first < part.stop:
+                c = self.layout(part.block).from_block(c)[first:]
+                mine = part.upper(first, part.stop)
                 mine.mul_(c[: len(mine)].unsqueeze(1)).mul_(c)
 
     def _by_use(self, block: Block) -> tuple[Sequence[str], int]:
@@ -74,8 +91,12 @@ class AffineRoute(Route):
             use = analysis.uses.get(name)
             c = None if use is None else multiplier(analysis.tape, use)
             if not _same(self._multipliers.setdefault(name, c), c):
-                raise NotApplicable("the batches take different paths through the model")
+                raise _other_path()
         return analysis
+
+
+def _other_path() -> NotApplicable:
+    return NotApplicable("the batches take different paths through the model")
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

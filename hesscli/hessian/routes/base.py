@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -38,6 +37,10 @@ class Rows:
         """Adds some of them, with all columns [rows, block.size], of which the first has this number."""
         at = first - self.start
         self.out[at : at + len(found)] += found[:, self.start :]
+
+    def upper(self, start: int, stop: int) -> Tensor:
+        """A view of some of them, with the columns from their own square on."""
+        return self.out[start - self.start : stop - self.start, start - self.start :]
 
     @property
     def is_whole(self) -> bool:
@@ -94,17 +97,8 @@ class Route:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
-    @cached_property
-    def _layouts(self) -> dict[Block, Layout]:
-        return {}
-
     def layout(self, block: Block) -> Layout:
-        """The order of a block's rows, and where they may be cut; found out once."""
-        if block not in self._layouts:
-            self._layouts[block] = self._layout(block)
-        return self._layouts[block]
-
-    def _layout(self, block: Block) -> Layout:
+        """The order of a block's rows, and where they may be cut."""
         return Layout.plain(block.size)
 
     def sum(self, parts: Sequence[Wanted]) -> None:

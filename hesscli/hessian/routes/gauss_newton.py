@@ -97,8 +97,10 @@ class GaussNewton(AffineRoute):
         """Directions of the output [C, *output.shape], and each sample's curvature along them [B, C, C]."""
         return probed.output_seeds(), probed.output_hessian()
 
-    def _layout(self, block: Block) -> Layout:
-        return _layout(block, self.uses(self.analyses.of(self.problem.batches[0]), block))
+    def layout_in(self, analysis: Analysis, block: Block) -> Layout:
+        """Neuron by neuron where the block is a plain layer."""
+        layer = plain_layer(self.uses(analysis, block))
+        return Layout.plain(block.size) if layer is None else Layout(tuple(layer.pieces(block)))
 
     def add(self, batch: Batch, parts: Sequence[Wanted]) -> None:
         factors = self.factors(batch, [part.block for part in parts])
@@ -109,8 +111,7 @@ class GaussNewton(AffineRoute):
             if isinstance(part, Diagonal):
                 _add_diagonal(part.out, mine)
                 continue
-            if _layout(part.block, mine.uses) != self.layout(part.block):
-                raise NotApplicable("the batches take different paths through the model")
+            self._demand_layout(self.analyses.of(batch), part.block)
             _add(part, mine)
 
     def factors(self, batch: Batch, blocks: Sequence[Block]) -> dict[str, Factors]:
@@ -143,12 +144,6 @@ class GaussNewton(AffineRoute):
         return factors
 
 
-def _layout(block: Block, uses: Sequence[Use]) -> Layout:
-    """Neuron by neuron where the block is a plain layer."""
-    layer = plain_layer(uses)
-    return Layout.plain(block.size) if layer is None else Layout(tuple(layer.pieces(block)))
-
-
 def _gradients(probed: Probed, values: Sequence[int]) -> dict[int, Tensor | None]:
     """dL/dy at some values with probes."""
     if not values or not probed.value.requires_grad:
@@ -170,8 +165,7 @@ def _add(part: Rows, factors: Factors) -> None:
             s = v[:, :, first : min(first + step, last)].transpose(1, 2) @ curved_v[:, :, first:]
             if factors.d is not None:
                 s.diagonal(dim1=1, dim2=2).add_(factors.d[:, 0, first : first + s.shape[1]])
-            skipped = first * width - part.start
-            out = part.out[skipped : skipped + s.shape[1] * width, skipped:]
+            out = part.upper(first * width, (first + s.shape[1]) * width)
             add_kronecker_rows(out, s.transpose(0, 1), a)
         return
     for jacobian, curvature in factors.jacobians():

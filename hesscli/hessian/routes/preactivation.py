@@ -42,7 +42,7 @@ class Preactivation(AffineRoute):
 
     def __init__(self, analyses: Analyses, cuts: Cuts) -> None:
         super().__init__(analyses)
-        self._splits: dict[Block, tuple[list[Layer], list[str]]] = {}
+        self._layers: dict[Block, list[Layer]] = {}  # of the last batch, and the same in all
         self.cuts = cuts
         self.sizes = chunk_sizes(self.problem.device)
         self.workspace = self.sizes.directions
@@ -51,17 +51,17 @@ class Preactivation(AffineRoute):
         self.workspace //= 2
         return self.workspace >= 1 << 16
 
-    def _split(self, block: Block) -> tuple[list[Layer], list[str]]:
-        """That of the first batch, found out once."""
-        if block not in self._splits:
-            self._splits[block] = split(self.analyses.of(self.problem.batches[0]), block)
-        return self._splits[block]
-
-    def _layout(self, block: Block) -> Layout:
-        return _layout(block, *self._split(block))
+    def layout_in(self, analysis: Analysis, block: Block) -> Layout:
+        """First what is no part of a layer, whose rows have all columns; then layer by layer, neuron by neuron."""
+        layers, others = split(analysis, block)
+        if not layers:
+            return Layout.plain(block.size)
+        pieces = [Piece(len(block.rows[x]), (Part(block.rows[x].start, 1),)) for x in others]
+        pieces += [piece for layer in layers for piece in layer.pieces(block)]
+        return Layout(tuple(pieces))
 
     def _by_use(self, block: Block) -> tuple[Sequence[str], int]:
-        layers, _ = self._split(block)
+        layers = self._layers.get(block)
         if not layers:
             return super()._by_use(block)
         # The rows of the others, which come first, are products with the parameters themselves.
@@ -79,8 +79,9 @@ class Preactivation(AffineRoute):
             if block.name in done:
                 continue
             layers, others = split(analysis, block)
-            if isinstance(part, Rows) and _layout(block, layers, others) != self.layout(block):
-                raise NotApplicable("the batches take different paths through the model")
+            self._layers[block] = layers
+            if isinstance(part, Rows):
+                self._demand_layout(analysis, block)
             if not layers:
                 for first, found in self._alone(batch, part):
                     part.add(first, found)
@@ -193,8 +194,7 @@ class Preactivation(AffineRoute):
             first = max(0, (part.start - at) // layer.width)
             last = min(layer.weight.n, (part.stop - at) // layer.width)
             if first < last:
-                skipped = at + first * layer.width - part.start
-                out = part.out[skipped : skipped + (last - first) * layer.width, skipped:]
+                out = part.upper(at + first * layer.width, at + last * layer.width)
                 neurons = range(first, last)
                 add_layer(probed, layers[index:], deltas, neurons, out, bias, self.workspace)
         for name, gradient in zip(with_rows, grads[len(zs) :], strict=True):
@@ -228,15 +228,6 @@ def chain_of(analysis: Analysis, uses: Mapping[str, Use]) -> tuple[list[Step], d
 def _is_bias_at(analysis: Analysis, z: int, block: Block) -> bool:
     use = analysis.uses.get(block.name)
     return use is not None and use.kind == BIAS and use.z == z
-
-
-def _layout(block: Block, layers: Sequence[Layer], others: Sequence[str]) -> Layout:
-    """First what is no part of a layer, whose rows have all columns; then layer by layer, neuron by neuron."""
-    if not layers:
-        return Layout.plain(block.size)
-    pieces = [Piece(len(block.rows[x]), (Part(block.rows[x].start, 1),)) for x in others]
-    pieces += [piece for layer in layers for piece in layer.pieces(block)]
-    return Layout(tuple(pieces))
 
 
 def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
