@@ -19,8 +19,7 @@ from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.routes.base import Diagonal, Route, Rows, fitting
 from hesscli.hessian.routes.cuts import Cuts
-from hesscli.hessian.routes.kronecker import mirror_
-from hesscli.hessian.symmetry import symmetrise_
+from hesscli.hessian.symmetry import mirror_, symmetrise_
 
 STRUCTURES = ("full", "module", "block_diagonal", "elements")
 FAST = ("preactivation", "gauss-newton")

@@ -1,4 +1,4 @@
-"""A Hessian is symmetric: what was computed is measured against its transpose, and then averaged with it."""
+"""A Hessian is symmetric: what was computed is measured against its transpose, and averaged with it; or mirrored."""
 
 from __future__ import annotations
 
@@ -36,3 +36,15 @@ def average_(matrix: Tensor) -> float:
             upper.copy_(mean)
             lower.copy_(mean.T)
     return float(difference)
+
+
+def mirror_(matrix: Tensor) -> None:
+    """Copies the upper triangle of a matrix onto the lower, in place."""
+    n, tile = len(matrix), chunk_sizes(matrix.device).tile
+    for i in range(0, n, tile):
+        for j in range(i, n, tile):
+            upper = matrix[i : i + tile, j : j + tile]
+            if i == j:
+                upper.copy_(upper.triu() + upper.triu(1).T)
+            else:
+                matrix[j : j + tile, i : i + tile].copy_(upper.T)

@@ -75,15 +75,3 @@ def _add_products(target: Tensor, s: Tensor, a: Tensor, edges: Sequence[Span], m
                     target[p, stop:, i, q:stop] += product[..., stop - q :].permute(0, 3, 1, 2)
 
     side_by_side(chunks, count, add)
-
-
-def mirror_(matrix: Tensor) -> None:
-    """Copies the upper triangle of a matrix onto the lower, in place."""
-    n, tile = len(matrix), chunk_sizes(matrix.device).tile
-    for i in range(0, n, tile):
-        for j in range(i, n, tile):
-            upper = matrix[i : i + tile, j : j + tile]
-            if i == j:
-                upper.copy_(upper.triu() + upper.triu(1).T)
-            else:
-                matrix[j : j + tile, i : i + tile].copy_(upper.T)

@@ -16,8 +16,7 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.layout import Layout, Span
 from hesscli.hessian.routes.base import Route, Rows, fitting
-from hesscli.hessian.routes.kronecker import mirror_
-from hesscli.hessian.symmetry import average_
+from hesscli.hessian.symmetry import average_, mirror_
 from hesscli.job import documents
 from hesscli.job.json_form import Document
 from hesscli.job.matrix.beside import Beside

@@ -13,8 +13,7 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.differences.check import Certificate
 from hesscli.hessian.routes.base import ByRows, Diagonal, Route, Rows, Wanted, fitting
-from hesscli.hessian.routes.kronecker import mirror_
-from hesscli.hessian.symmetry import symmetrise_
+from hesscli.hessian.symmetry import mirror_, symmetrise_
 from hesscli.hessian.words import FINITE_DIFFERENCE
 from hesscli.job import documents, statistics
 from hesscli.job.json_form import Document
