@@ -89,7 +89,7 @@ class Curvature:
                 FiniteDifference(reference),
             ]
             if self.jacobians is None
-            else [self.jacobians(analyses), ProductRows(problem, self.middle, cuts.chunk)]
+            else [self.jacobians(analyses), ProductRows(problem, cuts.chunk, self.middle)]
         )
         return {route.name: route for route in made}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -15,6 +15,8 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.layout import Layout
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.operator import Middle, Products
+from hesscli.hessian.words import HVP
 
 Result = TypeVar("Result")
 RowsOf = Callable[[Block, int, int], Iterator[tuple[int, Tensor]]]
@@ -121,11 +123,14 @@ class ByRows(Route):
     Args:
         problem: what is differentiated.
         chunk: how many rows share one pass.
+        middle: M, where the matrix is J^T M J; None for the Hessian.
     """
 
-    def __init__(self, problem: Problem, chunk: int) -> None:
+    name = HVP
+
+    def __init__(self, problem: Problem, chunk: int, middle: Middle | None = None) -> None:
         super().__init__(problem)
-        self.chunk = chunk
+        self.chunk, self.middle = chunk, middle
 
     def shrink(self) -> bool:
         self.chunk //= 2
@@ -137,7 +142,12 @@ class ByRows(Route):
 
     def product(self, block: Block, v: Tensor) -> Tensor:
         """H v [n] of a block, by the derivatives that its rows are made of."""
-        raise NotImplementedError
+        return self.products(block, self.problem.batches)(v.to(self.problem.dtype))
+
+    def products(self, block: Block, batches: Sequence[Batch]) -> Products:
+        """Products with a block's share of some batches."""
+        problem = replace(self.problem.restricted(block.parameters), batches=batches)
+        return Products(problem, self.middle, rows=self.chunk)
 
     def add(self, batch: Batch, parts: Sequence[Wanted]) -> None:
         rows_of = self.rows(batch, [part.block for part in parts])

@@ -9,7 +9,6 @@ gradient, and Lambda = 1 / D. Elsewhere the rows are products with unit vectors.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -17,14 +16,12 @@ from torch import Tensor
 from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.objective.batch import Batch
-from hesscli.hessian.objective.problem import Problem
-from hesscli.hessian.operator import Middle, Products, loss_gradient
+from hesscli.hessian.operator import loss_gradient
 from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.routes.base import ByRows, RowsOf
 from hesscli.hessian.routes.gauss_newton import GaussNewton
 from hesscli.hessian.routes.probes import Probed
-from hesscli.hessian.words import HVP
 
 
 class GeneralisedGaussNewton(GaussNewton):
@@ -47,17 +44,8 @@ class EmpiricalFisher(GeneralisedGaussNewton):
 class ProductRows(ByRows):
     """Rows as products with unit vectors: exact wherever a product is.
 
-    Args:
-        problem: what is differentiated; for Fisher, one whose samples were shown not to mix.
-        middle: M, where the matrix is J^T M J.
-        chunk: how many rows share one pass.
+    For Fisher, that is where samples were shown not to mix.
     """
-
-    name = HVP
-
-    def __init__(self, problem: Problem, middle: Middle | None, chunk: int) -> None:
-        super().__init__(problem, chunk)
-        self.middle = middle
 
     def rows(self, batch: Batch, blocks: Sequence[Block]) -> RowsOf:
         return partial(self._rows, batch)
@@ -65,13 +53,6 @@ class ProductRows(ByRows):
     def _rows(
         self, batch: Batch, block: Block, start: int, stop: int
     ) -> Iterator[tuple[int, Tensor]]:
-        products = self._products(block, [batch])
+        products = self.products(block, [batch])
         for first in range(start, stop, self.chunk):
             yield first, products.columns(first, min(first + self.chunk, stop))
-
-    def product(self, block: Block, v: Tensor) -> Tensor:
-        return self._products(block, self.problem.batches)(v.to(self.problem.dtype))
-
-    def _products(self, block: Block, batches: Sequence[Batch]) -> Products:
-        problem = replace(self.problem.restricted(block.parameters), batches=batches)
-        return Products(problem, self.middle, rows=self.chunk)

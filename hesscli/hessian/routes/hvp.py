@@ -17,19 +17,12 @@ from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.autodiff import batched_grad, unit_rows
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.objective.batch import Batch
-from hesscli.hessian.operator import Products
 from hesscli.hessian.routes.base import ByRows, RowsOf
-from hesscli.hessian.words import HVP
 
 
 class HessianVectorProducts(ByRows):
-    name = HVP
-
     def rows(self, batch: Batch, blocks: Sequence[Block]) -> RowsOf:
         return partial(self._rows, self._gradient(batch, blocks))
-
-    def product(self, block: Block, v: Tensor) -> Tensor:
-        return Products(self.problem.restricted(block.parameters))(v.to(self.problem.dtype))
 
     def _gradient(self, batch: Batch, blocks: Sequence[Block]) -> Mapping[str, Tensor | None]:
         """dL/dtheta of the blocks' parameters, with its graph; empty where L has none."""
