@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,6 +61,13 @@ class Context:
     @property
     def result(self) -> Sequence[int]:
         return next(self.shapes[n] for n in self.call.outputs if n is not None)
+
+    def one(self, axes: Iterable[SampleAxis | None]) -> SampleAxis:
+        """The axis that all of these are, but for those that do not depend on the samples."""
+        found = {axis for axis in axes if axis is not None}
+        if len(found) != 1:
+            raise mixes(self.call)
+        return found.pop()
 
     def only(self, index: int = 0) -> SampleAxis:
         """The axis of this argument, when no other argument depends on samples."""

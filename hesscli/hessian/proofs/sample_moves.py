@@ -89,11 +89,7 @@ def sliced(c: Context) -> SampleAxis | None:
 
 def joined(c: Context) -> SampleAxis | None:
     """Parts that do not depend on the samples, like a class token, may be among them."""
-    parts = c.named("tensors")
-    found = {axis for ref in parts if (axis := c.axes[ref.value])}
-    if len(found) != 1:
-        raise mixes(c.call)
-    axis = found.pop()
+    axis = c.one(c.axes[ref.value] for ref in c.named("tensors"))
     rank = len(c.result)  # a part may be an empty vector, of whatever rank the others are
     at = c.named("dim") % rank
     if c.call.name == "stack":
@@ -113,11 +109,10 @@ def repeated(c: Context) -> SampleAxis | None:
 
 def by_position(c: Context) -> SampleAxis | None:
     """`gather` and `scatter`: along one axis by an index; along the others each number stays in its place."""
-    found = {axis for n in c.call.reads if (axis := c.axes[n])}
+    axis = c.one(c.axes[n] for n in c.call.reads)
     ranks = {len(c.shapes[n]) for n in c.call.reads}
-    if len(found) != 1 or len(ranks) != 1 or ranks == {0} or "reduce" in c.call.keywords:
+    if len(ranks) != 1 or ranks == {0} or "reduce" in c.call.keywords:
         raise mixes(c.call)
-    axis = found.pop()
     if c.named("dim") % ranks.pop() == axis.axis:
         raise mixes(c.call)
     return axis

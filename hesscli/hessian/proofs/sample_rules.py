@@ -82,13 +82,11 @@ RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias flatten unflatten
 def _elementwise(c: Context) -> SampleAxis:
     """All arguments broadcast against each other: their sample axes must fall on the same axis of the result."""
     rank = len(c.result)
-    found: set[SampleAxis] = set()
-    for value in c.call.reads:
-        if axis := c.axes[value]:
-            found.add(replace(axis, axis=axis.axis + rank - len(c.shapes[value])))
-    if len(found) != 1:
-        raise mixes(c.call)
-    return found.pop()
+    return c.one(
+        replace(axis, axis=axis.axis + rank - len(c.shapes[value]))
+        for value in c.call.reads
+        if (axis := c.axes[value])
+    )
 
 
 def _reduction(c: Context) -> SampleAxis | None:
@@ -131,13 +129,10 @@ def _of_pair(c: Context) -> SampleAxis | None:
         left = c.call.name == "cholesky_solve" or c.named("left")
         if left and axis.axis == rank - 1 and rank == len(c.shape(1 - place)) == len(c.result):
             return axis
-    known = {axis for axis in (first, second) if axis is not None}
-    ranks = [len(c.shape(i)) for i, axis in enumerate((first, second)) if axis is not None]
+    axis = c.one((first, second))
+    ranks = [len(c.shape(i)) for i, of in enumerate((first, second)) if of is not None]
     vectors = c.call.name == "_linalg_solve_ex" and ranks == [3, 2]
-    if len(known) != 1 or (min(ranks) < 3 and not vectors):
-        raise mixes(c.call)
-    axis = known.pop()
-    if axis.axis != 0:
+    if axis.axis != 0 or (min(ranks) < 3 and not vectors):
         raise mixes(c.call)
     return axis
 
@@ -229,11 +224,8 @@ def _looked_up(c: Context) -> SampleAxis | None:
 def _trilinear(c: Context) -> SampleAxis | None:
     """As `nn.Bilinear` calls it: [B, i], [o, i, j], [B, j] -> [B, o]."""
     names, bilinear = ("expand1", "expand2", "expand3", "sumdim"), ((1, 3), (0,), (1, 2), (2, 3))
-    known = {axis for axis in (c.axis(0), c.axis(2)) if axis is not None}
-    if tuple(tuple(c.named(name)) for name in names) != bilinear or c.axis(1) or len(known) != 1:
-        raise mixes(c.call)
-    axis = known.pop()
-    if axis.axis != 0:
+    axis = c.one((c.axis(0), c.axis(2)))
+    if tuple(tuple(c.named(name)) for name in names) != bilinear or c.axis(1) or axis.axis != 0:
         raise mixes(c.call)
     return axis
 
