@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -162,23 +162,15 @@ class _Operand:
         return torch.equal(self.entries.flatten(), torch.arange(self.entries.numel()))
 
     def use(
-        self,
-        kind: str,
-        a: int | None,
-        channels: tuple[int, ...],
-        m: int,
-        axis: SampleAxis | None = None,
-        **stored: Any,
+        self, kind: str, a: int | None, channels: tuple[int, ...], m: int, **stored: Any
     ) -> Use | None:
         """The use, if its outputs do not lie along the samples.
 
         Args:
             kind, a, channels, m: as in `Use`.
-            axis: that of z, if it is to be taken for another.
             stored: further attributes of `Use`.
         """
-        axis = axis or self.axis
-        if axis.axis in channels or not self.z_shape.numel() or not m:
+        if self.axis.axis in channels or not self.z_shape.numel() or not m:
             return None
         n = math.prod(self.z_shape[c] for c in channels)
         return Use(
@@ -189,11 +181,11 @@ class _Operand:
             call=self.call,
             z=self.z,
             a=a,
-            axis=axis,
+            axis=self.axis,
             channels=channels,
             n=n,
             m=m,
-            positions=self.z_shape.numel() // n // axis.samples(self.z_shape),
+            positions=self.z_shape.numel() // n // self.axis.samples(self.z_shape),
             rank=len(self.z_shape),
             **stored,
         )
@@ -202,21 +194,21 @@ class _Operand:
 def _in_product(p: _Operand) -> Use | None:
     """a W + b: [..., B, m] times [..., m, n], both of rank two, or three with a product for each group of outputs."""
     first, rank = int(p.call.name in ("addmm", "baddbmm")), len(p.z_shape)
-    axis, groups = p.axis, 1 if rank == 2 else p.z_shape[0]
-    if rank == 3 and axis == SampleAxis(0, outer=groups):  # one sample: see `sample_axes`
-        axis = SampleAxis(1, outer=p.z_shape[1])
-    if not p.alone or axis.axis != rank - 2 or not p.shape.numel():
+    groups = 1 if rank == 2 else p.z_shape[0]
+    if rank == 3 and p.axis == SampleAxis(0, outer=groups):  # one sample: see `sample_axes`
+        p = replace(p, axis=SampleAxis(1, outer=p.z_shape[1]))
+    if not p.alone or p.axis.axis != rank - 2 or not p.shape.numel():
         return None
     channels = (rank - 1,) if groups == 1 else (0, 2)
     if p.place == first + 1 and (stored := _storage(p.entries)) is not None:
         a = p.call.arguments[first].value
-        return p.use(LINEAR, a, channels, p.shape[-2], axis, groups=groups, **stored)
+        return p.use(LINEAR, a, channels, p.shape[-2], groups=groups, **stored)
     if p.place == 0 and first and p.as_stored:
         wanted = [1] * rank
         for channel in channels:
             wanted[channel] = p.z_shape[channel]
         if [1] * (rank - len(p.shape)) + list(p.shape) == wanted:
-            return p.use(BIAS, None, channels, 1, axis)
+            return p.use(BIAS, None, channels, 1)
     return None
 
 

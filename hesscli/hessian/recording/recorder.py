@@ -80,16 +80,16 @@ def _recorded(
     numbers = {id(tensor): n for n, tensor in given.items()}
     seen = [recorder.first[id(x)] for x in inputs if id(x) in recorder.first]
     return Tape(
-        tuple(reversed(calls)),
-        {n: tensor.detach() for n, tensor in given.items()},
-        {n: recorder.shapes[n] for n in needed},
-        {name: numbers[id(p)] for name, p in parameters.items() if id(p) in numbers},
-        tuple(n for n in seen if n in needed),
-        number,
-        frozenset(recorder.complex & needed),
-        recorder.default,
-        _decided(recorder.calls, seen),
-        recorder.refusal,
+        calls=tuple(reversed(calls)),
+        given={n: tensor.detach() for n, tensor in given.items()},
+        shapes={n: recorder.shapes[n] for n in needed},
+        parameters={name: numbers[id(p)] for name, p in parameters.items() if id(p) in numbers},
+        inputs=tuple(n for n in seen if n in needed),
+        output=number,
+        complex=frozenset(recorder.complex & needed),
+        default=recorder.default,
+        decided=_decided(recorder.calls, seen),
+        refusal=recorder.refusal,
     )
 
 
