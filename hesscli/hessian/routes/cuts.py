@@ -55,19 +55,15 @@ class Cuts:
 
     def after(self, batch: Batch, use: Use, workspace: int) -> Cut | None:
         """The next cut behind a use."""
-        return self._at(batch, self.plan(batch).after(use.z), workspace)
-
-    def _at(self, batch: Batch, value: int | None, workspace: int) -> Cut | None:
-        if value is None:
-            return None
-        made = self.made.setdefault(batch, {})
-        if value not in made:
-            values = self.plan(batch).values
-            following = values[values.index(value) + 1 :]
-            after = self._at(batch, following[0] if following else None, workspace)
-            probed = Probed(self.analyses, batch, [value], cut=after)
-            made[value] = _curvature(probed, value, workspace)
-        return made[value]
+        plan, made = self.plan(batch), self.made.setdefault(batch, {})
+        first, cut = plan.after(use.z), None
+        behind = plan.values[plan.values.index(first) :] if first is not None else ()
+        for value in reversed(behind):  # each is made of the one after it
+            if value not in made:
+                probed = Probed(self.analyses, batch, [value], cut=cut)
+                made[value] = _curvature(probed, value, workspace)
+            cut = made[value]
+        return cut
 
 
 def _curvature(probed: Probed, value: int, workspace: int) -> Cut:
