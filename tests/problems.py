@@ -63,7 +63,7 @@ def problem_of(
         )
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     key = None if output_key is None else str(output_key)
-    posed = Problem(module, parameters, batches, Loss(loss, reduction, arguments), output_key=key)
+    posed = Problem(module, parameters, batches, Loss(loss, reduction), output_key=key)
     return measure(posed)[0]
 
 

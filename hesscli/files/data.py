@@ -41,10 +41,6 @@ class Data:
         """How many; 1 if the arrays are one sample without an axis for samples."""
         return self.range[1] - self.range[0]
 
-    def per_sample(self, array: torch.Tensor) -> bool:
-        """Whether an array of the file has an entry for each sample, as opposed to each class."""
-        return array.dim() > 0 and len(array) == self.recorded
-
 
 def load_data(
     path: Path,

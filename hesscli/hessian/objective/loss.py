@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,10 +16,8 @@ from hesscli.hessian.guests import guest
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.copies import copied
 from hesscli.hessian.objective.losses import (
-    ELEMENT_WEIGHTED,
     LOSSES,
     OF_CLASSES,
-    TENSORS,
     Total,
     classes_last,
 )
@@ -28,23 +26,20 @@ from hesscli.hessian.objective.state import state_kept
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss with its arguments: `total(output, batch) -> (sum over the batch, divisor of the mean)`.
+    """A loss: `total(output, batch) -> (sum over the batch, divisor of the mean)`, with the arguments of the batch.
 
     `function` is one of `LOSSES`, the user's own `(output, target, **arguments) -> Tensor`, or None where the
     model's output is the loss itself. Of the last two, a result with one axis per sample is summed and its
     mean divides by its number of elements; a single number is taken to be the loss of all data, reduced already
     (`whole` then says that the data must not be split into batches).
 
-    `fixed` names arguments that are the same for all samples, though as long as the data. `wide`: what the user's own,
-    or the model, computes in less than float64 is computed in that.
+    `wide`: what the user's own, or the model, computes in less than float64 is computed in that.
     """
 
     name: str
     reduction: str = "mean"
-    arguments: Mapping[str, object] = field(default_factory=dict)
     function: Callable[..., Tensor] | None = None
     whole: bool = False
-    fixed: frozenset[str] = frozenset()
     wide: bool = False
 
     def class_axis(self, shape: Sequence[int], target: Tensor | None) -> int | None:
@@ -52,13 +47,6 @@ class Loss:
         if self.name not in OF_CLASSES or target is None:
             return None
         return len(shape) - 1 if classes_last(shape, target.shape) else 1
-
-    def goes_along(self, argument: str, value: Tensor, target: Tensor | None) -> bool:
-        """Whether an argument, as long as there are samples, has an entry for each of them, and not for each class."""
-        if self.function is not None:
-            return argument not in self.fixed
-        of_elements = argument in TENSORS and self.name in ELEMENT_WEIGHTED
-        return of_elements and target is not None and value.dim() == target.dim()
 
     def reads_others(self, output: Tensor, batch: Batch) -> bool:
         """Whether the user's own loss depends on tensors with gradients of their own, which are constants here."""

@@ -6,7 +6,6 @@ import difflib
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from hesscli.hessian.objective.copies import copied
 from hesscli.hessian.objective.loss import Loss
 from hesscli.hessian.objective.losses import ELEMENT_WEIGHTED, LOSSES, TENSORS, check_arguments
 from hesscli.job.options import ProblemOptions
-from hesscli.job.setup.source import move
+from hesscli.job.setup.source import goes_along, move
 from hesscli.texts import dtype_name
 
 _ELSEWHERE = {"ce": "cross-entropy", "mae": "l1", "l2": "mse"}  # names that look like others here
@@ -34,8 +33,8 @@ def loss_of(
     device: torch.device,
     dtype: torch.dtype,
     note: Callable[[str], None],
-) -> Loss:
-    """The loss that was named, or the one that fits the targets."""
+) -> tuple[Loss, dict[str, object]]:
+    """The loss that was named, or the one that fits the targets, and its arguments."""
     name, function = _named(options, data, note)
     if name != "output" and data.targets is None:
         raise UsageError(
@@ -43,18 +42,11 @@ def loss_of(
         )
     if isinstance(function, nn.Module):  # a copy: the user's stays as it is
         function = in_precision_(copied(function), dtype).to(device)
-    loss = Loss(
-        name,
-        options.reduction,
-        dict(options.loss_arguments),
-        function,
-        wide=dtype is torch.float64,
-    )
-    check_arguments(name, loss.arguments)
-    loss = replace(loss, arguments=_arguments(options, data, loss, device, dtype))
+    loss = Loss(name, options.reduction, function, wide=dtype is torch.float64)
+    arguments = _arguments(options, data, loss, device, dtype)
     if data.targets and name in LOSSES:  # one of the user's own may leave out what is missing
         check_finite(options.data, *data.targets)
-    return loss
+    return loss, arguments
 
 
 def _named(
@@ -100,13 +92,14 @@ def _arguments(
 ) -> dict[str, object]:
     """The loss's arguments, arrays as tensors: of all samples, also where some of them are used."""
     target = None if data.targets is None else data.arrays[data.targets[0]]
-    arguments = dict(loss.arguments)
-    for key, value in loss.arguments.items():
+    arguments = dict(options.loss_arguments)
+    check_arguments(loss.name, arguments)
+    for key, value in options.loss_arguments.items():
         array = _array(options, data, key, value, loss.name in LOSSES)
         if array is not None:
             if loss.name in ELEMENT_WEIGHTED and target is not None:
                 _demand_fit(key, array, target)
-            along = data.per_sample(array) and loss.goes_along(key, array, target)
+            along = goes_along(loss, key, array, target, data.recorded)
             used = array[slice(*data.range)] if along and not options.unbatched else array
             check_finite(options.data, value[1:] if isinstance(value, str) else key, used)
             arguments[key] = move(array, device, dtype)

@@ -29,7 +29,7 @@ from hesscli.job.setup.one_process import OneProcess
 from hesscli.job.setup.parameters import chosen_parameters
 from hesscli.job.setup.passing import as_columns, passed, scales
 from hesscli.job.setup.settings import settle
-from hesscli.job.setup.source import Source
+from hesscli.job.setup.source import Source, parted
 from hesscli.job.setup.team import rank_here, ranks
 
 _ONE_PROCESS = OneProcess()
@@ -126,23 +126,26 @@ def _opened(
         ],
     )
     note(*data.notes)
-    loss = loss_of(options, data, device, dtype, note)
+    loss, arguments = loss_of(options, data, device, dtype, note)
     inputs, keywords = passed(options, model, data, loss, note)
     parameters, tied, frozen = chosen_parameters(model.module, options.params, note)
     fewest, most = _batch_sizes(options, model, data, note)
+    target = data.targets[1] if data.targets and loss.needs_target else None
+    same, along = parted(loss, arguments, target, data.recorded)
     source = Source(
-        tuple(inputs.values()),
-        data.targets[1] if data.targets and loss.needs_target else None,
-        data.samples,
-        loss,
-        scales(options.scale, inputs, note),
-        keywords,
-        device,
-        dtype,
-        fewest,
-        most,
-        data.range[0],
-        data.recorded,
+        inputs=tuple(inputs.values()),
+        target=target,
+        samples=data.samples,
+        arguments=same,
+        along=along,
+        scales=scales(options.scale, inputs, note),
+        keywords=keywords,
+        device=device,
+        dtype=dtype,
+        fewest=fewest,
+        most=most,
+        first=data.range[0],
+        recorded=data.recorded,
     )
     problem = Problem(
         model.module,

@@ -31,7 +31,11 @@ def inspect_loss(
     if fixed:
         listed = ", ".join(fixed)
         note(f"loss arguments as long as the data, but the same for all samples: {listed}")
-        source = replace(source, loss=replace(source.loss, fixed=frozenset(fixed)))
+        source = replace(
+            source,
+            arguments={**source.arguments, **fixed},
+            along={name: value for name, value in source.along.items() if name not in fixed},
+        )
     tried, terms = _terms(problem, source, len(some))
     with torch.no_grad():
         output = problem.output(tried)
@@ -52,32 +56,31 @@ def inspect_loss(
     return problem, source, wants_all or problem.loss.whole
 
 
-def _fixed(problem: Problem, source: Source, some: Batch) -> list[str]:
+def _fixed(problem: Problem, source: Source, some: Batch) -> dict[str, Tensor]:
     """Arguments that have as many entries as there are samples, but not one for each.
 
     Another number of samples accepts them whole, as it does the weights of as many classes.
     """
-    along = source.along()
     counts = range(max(2, source.fewest), (source.most or source.recorded + source.fewest + 2) + 1)
     # Not one, which any array broadcasts to, nor what divides theirs: terms of that length would tell nothing.
     count = next((count for count in counts if source.recorded % count), None)
-    if not along or source.recorded < 2 or count is None:
-        return []
-    tried = _repeated(some, count, along)
-    fixed = []
+    if not source.along or source.recorded < 2 or count is None:
+        return {}
+    tried = _repeated(some, count, source.along)
+    fixed = {}
     with torch.no_grad():
         try:
             output = problem.output(tried)
         except MismatchError:  # of copies
-            return []
-        for name, value in along.items():
+            return {}
+        for name, value in source.along.items():
             whole = replace(tried, loss_arguments={**tried.loss_arguments, name: value})
             try:
                 terms = problem.loss.terms(output, whole)
             except MismatchError:
                 continue
             if not terms.dim() or len(terms) % count == 0:
-                fixed.append(name)
+                fixed[name] = value
     return fixed
 
 

@@ -20,7 +20,7 @@ from hesscli.hessian.objective.loss import Loss
 from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.options import EVERY, ProblemOptions
-from hesscli.job.setup.source import Source
+from hesscli.job.setup.source import Source, parted
 from hesscli.job.setup.together import first_accepted
 
 
@@ -102,7 +102,7 @@ def as_columns(problem: Problem, source: Source, note: Callable[[str], None]) ->
     source = _as_indices(problem, source, note)
     if source.target is None:
         return source
-    if source.loss.name in OF_CLASSES:
+    if problem.loss.name in OF_CLASSES:
         classes = source.target.long()
         if source.target.is_floating_point() and bool((classes == source.target).all()):
             note("targets: whole numbers, taken as classes")
@@ -113,11 +113,12 @@ def as_columns(problem: Problem, source: Source, note: Callable[[str], None]) ->
     if output.shape != (source.few, 1) or source.target.dim() != 1:
         return source
     note("targets: taken as a column [N, 1], as the model's output is")
-    columns = {name: value.unsqueeze(1) for name, value in source.along().items()}
-    loss = source.loss
-    if loss.name in LOSSES:
-        loss = replace(loss, arguments={**loss.arguments, **columns})
-    return replace(source, target=source.target.unsqueeze(1), loss=loss)
+    target, arguments, along = source.target.unsqueeze(1), source.arguments, source.along
+    if problem.loss.name in LOSSES:
+        columns = {name: value.unsqueeze(1) for name, value in along.items()}
+        every = {**arguments, **columns}
+        arguments, along = parted(problem.loss, every, target, source.recorded)
+    return replace(source, target=target, arguments=arguments, along=along)
 
 
 def _as_indices(problem: Problem, source: Source, note: Callable[[str], None]) -> Source:

@@ -11,6 +11,7 @@ from torch import Tensor
 from hesscli.hessian.aten.precision import in_precision
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.loss import Loss
+from hesscli.hessian.objective.losses import ELEMENT_WEIGHTED, TENSORS
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Source:
     inputs: tuple[Tensor, ...]  # in the order of the model's
     target: Tensor | None  # what the loss compares with
     samples: int  # the length of their first axis; 1 if they are one sample without that axis
-    loss: Loss  # whose arguments go with each batch, weights per element cut like the target
+    arguments: Mapping[str, object]  # of the loss, the same for each batch
+    along: Mapping[str, Tensor]  # those that have an entry for each sample of the file
     scales: Mapping[int, float]  # what inputs are multiplied by, by their place
     keywords: tuple[str, ...]  # the names of the last inputs, if they are passed by name
     device: torch.device  # of the batches
@@ -28,8 +30,7 @@ class Source:
     fewest: int  # samples that the model accepts at once
     most: int | None  # and the most of them; None: any number
     first: int  # which of the file's samples is the first of these
-    # How many samples the file has: as long are loss arguments that have an entry for each.
-    recorded: int
+    recorded: int  # how many samples the file has
 
     @property
     def few(self) -> int:
@@ -56,31 +57,38 @@ class Source:
             self._scaled(place, move(array, self.device, self.dtype))
             for place, array in enumerate(inputs)
         )
+        recorded = slice(self.first + start, self.first + stop)
         return Batch(
             moved,
             None if target is None else move(target, self.device, self.dtype),
-            self._arguments(start, stop),
+            {**self.arguments, **{name: value[recorded] for name, value in self.along.items()}},
             self.keywords,
         )
 
-    def _arguments(self, start: int, stop: int) -> Mapping[str, object]:
-        mine = slice(self.first + start, self.first + stop)
-        cut = {name: value[mine] for name, value in self.along().items()}
-        return {**self.loss.arguments, **cut}
-
-    def along(self) -> dict[str, Tensor]:
-        """The loss arguments, whole, that are cut like the samples."""
-        return {
-            name: value
-            for name, value in self.loss.arguments.items()
-            if isinstance(value, Tensor)
-            and value.dim()
-            and len(value) == self.recorded
-            and self.loss.goes_along(name, value, self.target)
-        }
-
     def _scaled(self, place: int, array: Tensor) -> Tensor:
         return array.to(self.dtype) * self.scales[place] if place in self.scales else array
+
+
+def parted(
+    loss: Loss, arguments: Mapping[str, object], target: Tensor | None, recorded: int
+) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """The loss's arguments that are the same for all samples, and those that go along with them."""
+    along = {
+        name: value
+        for name, value in arguments.items()
+        if isinstance(value, Tensor) and goes_along(loss, name, value, target, recorded)
+    }
+    return {name: value for name, value in arguments.items() if name not in along}, along
+
+
+def goes_along(loss: Loss, name: str, value: Tensor, target: Tensor | None, recorded: int) -> bool:
+    """Whether an argument has an entry for each of the file's samples, and not for each class."""
+    if not value.dim() or len(value) != recorded:
+        return False
+    if loss.function is not None:  # of the user's own it is found out: `own_loss.py`
+        return True
+    of_elements = name in TENSORS and loss.name in ELEMENT_WEIGHTED
+    return of_elements and target is not None and value.dim() == target.dim()
 
 
 def move(array: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
