@@ -13,6 +13,8 @@ import typer
 from hesscli.cli.failing import failing
 from hesscli.cli.gates import bound, gate
 from hesscli.cli.options import Debug, Json, Quiet, takes_problem
+from hesscli.cli.output import Output
+from hesscli.cli.summary import print_hessian, print_plan
 from hesscli.cli.values import byte_count, shard_place
 from hesscli.errors import UsageError
 from hesscli.job.options import Blocks, ComputeOptions, ProblemOptions, Stats
@@ -109,9 +111,6 @@ def compute(
       hesscli compute model.pt data.npz -o - | hesscli eigen - --top 10
     """
     with failing(debug):
-        from hesscli.cli.output import Output
-        from hesscli.cli.summary import print_hessian, print_plan
-
         if output == "-" and not dry_run and sys.stdout.isatty():
             raise UsageError("-: standard output is a terminal", "| hesscli eigen -")
         if output == "-" and not dry_run and getattr(sys.stdout, "name", "") == os.devnull:

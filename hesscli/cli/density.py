@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -17,12 +17,11 @@ from hesscli.cli.options import (
     refuse_idle_force,
     takes_hessian_or_problem,
 )
+from hesscli.cli.output import Document, Output, encodable
 from hesscli.cli.ranks import started_processes
+from hesscli.cli.summary import counted, matrix, products_headline, source
 from hesscli.job.options import ProblemOptions
 from hesscli.job.starting import start
-
-if TYPE_CHECKING:
-    from hesscli.cli.output import Document, Output
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -71,33 +70,27 @@ def density(
     up to N M parameters, 512 at least and 4096 at most. Elsewhere by stochastic Lanczos quadrature:
     nodes with weights that add up to 1.
     """
-    with failing(debug), started_processes() as processes:
+    with failing(debug), started_processes() as processes, Output(quiet=quiet, json=json) as out:
         if processes.serve():
             return
-        from hesscli.cli.output import Output
-
         refuse_idle_force(force, "-o density.safetensors", output, plot)
         if problem is not None:
             start()
         from hesscli.job.density import DensityOptions
         from hesscli.job.density import density as run
 
-        with Output(quiet=quiet, json=json) as out:
-            options = DensityOptions(probes, steps, output, plot, force)
-            document = run(hessian, problem, options, out, processes)
-            out.result(document, print_density)
-            if document["interrupted"]:
-                raise KeyboardInterrupt
-            for path in (output, plot):
-                if path is not None:
-                    out.wrote(str(path), path.stat().st_size)
+        options = DensityOptions(probes, steps, output, plot, force)
+        document = run(hessian, problem, options, out, processes)
+        out.result(document, print_density)
+        if document["interrupted"]:
+            raise KeyboardInterrupt
+        for path in (output, plot):
+            if path is not None:
+                out.wrote(path)
 
 
 def print_density(out: Output, document: Document) -> None:
     """A histogram with the share of each bin, as bars whose length is the share's logarithm."""
-    from hesscli.cli.output import encodable
-    from hesscli.cli.summary import counted, matrix, products_headline, source
-
     size = document["size"]
     how = "exact"
     if not document["exact"]:

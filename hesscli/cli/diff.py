@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from hesscli.cli.failing import failing
 from hesscli.cli.options import Debug, Json, Quiet
+from hesscli.cli.output import Document, Output, error, number
 from hesscli.cli.show import Markdown, one_format
 from hesscli.errors import CheckError
-
-if TYPE_CHECKING:
-    from hesscli.cli.output import Document, Output
 
 
 def diff(
@@ -54,22 +52,18 @@ def diff(
     Both files are read whole, in pieces, so they may be larger than the memory. The changes d_trace,
     d_eig_max and d_eig_min are B less A.
     """
-    with failing(debug):
-        from hesscli.cli.output import Output
+    with failing(debug), Output(quiet=quiet, json=json, markdown=markdown) as out:
         from hesscli.job.diff import diff as run
 
         one_format(json, markdown)
-        with Output(quiet=quiet, json=json, markdown=markdown) as out:
-            document = run(a, b, rtol, atol, force, out.progress)
-            out.result(document, print_difference)
+        document = run(a, b, rtol, atol, force, out.progress)
+        out.result(document, print_difference)
         if not document["equal"]:
             raise CheckError(_verdict(document))
 
 
 def print_difference(out: Output, document: Document) -> None:
     """What differs, block by block."""
-    from hesscli.cli.output import error, number
-
     a, b = document["a"], document["b"]
     rows = [
         [
@@ -88,8 +82,6 @@ def print_difference(out: Output, document: Document) -> None:
 
 
 def _described(side: Document) -> str:
-    from hesscli.cli.output import number
-
     loss = side["loss"]
     of = f"{loss['name']} {number(loss['value'])}"
     return f"{side['path']} ({side['structure']}, {side['dtype']}), {of}"
@@ -103,8 +95,6 @@ def _apart(document: Document) -> dict[str, str]:
 
 def _verdict(document: Document) -> str:
     """The one line that says why the files differ."""
-    from hesscli.cli.output import error
-
     said = [f"{label}: {names}" for label, names in _apart(document).items()]
     unequal = [facts for facts in document["blocks"] if not facts["equal"]]
     if unequal:

@@ -20,14 +20,15 @@ from hesscli.cli.options import (
     refuse_idle_force,
     takes_hessian_or_problem,
 )
+from hesscli.cli.output import Document, Output, error
 from hesscli.cli.ranks import started_processes
+from hesscli.cli.summary import counted, matrix, products_headline, shape_text, source
 from hesscli.cli.values import finite
 from hesscli.errors import NumericalError, UsageError
 from hesscli.job.options import ProblemOptions, Which
 from hesscli.job.starting import start
 
 if TYPE_CHECKING:
-    from hesscli.cli.output import Document, Output
     from hesscli.job.model_eigen import EigenOptions
     from hesscli.job.setup.one_process import OneProcess
 
@@ -111,11 +112,9 @@ def eigen(
     MODEL DATA gives those of the whole matrix, which is never formed: by Lanczos, with about three
     vectors of memory for each eigenvalue. An eigenvalue comes out as often as it occurs.
     """
-    with failing(debug), started_processes() as processes:
+    with failing(debug), started_processes() as processes, Output(quiet=quiet, json=json) as out:
         if processes.serve():
             return
-        from hesscli.cli.output import Output
-
         if per_block and (top, which) != (_TOP, "largest"):
             raise UsageError(
                 "--per-block gives the largest and the smallest of each block, and takes no --top or --which",
@@ -124,26 +123,25 @@ def eigen(
         refuse_idle_force(force, "-o eigen.safetensors", output)
         ends, count = ("both", 2) if per_block else (which, top)
         refuse_unseen_end(ends, count, fail_above, fail_below)
-        with Output(quiet=quiet, json=json) as out:
-            if problem is None:
-                from hesscli.job.eigen import eigen as run
+        if problem is None:
+            from hesscli.job.eigen import eigen as run
 
-                document: Document = run(hessian, top, which, block, output, force)
-                out.result(document, print_eigenpairs)
-            else:
-                if block is not None:
-                    raise UsageError(
-                        "--block goes with a Hessian file",
-                        f"--params {shlex.quote(glob.escape(block))}",
-                        instead_of=("--block",),
-                    )
-                start()
-                from hesscli.job.model_eigen import EigenOptions
+            document: Document = run(hessian, top, which, block, output, force)
+            out.result(document, print_eigenpairs)
+        else:
+            if block is not None:
+                raise UsageError(
+                    "--block goes with a Hessian file",
+                    f"--params {shlex.quote(glob.escape(block))}",
+                    instead_of=("--block",),
+                )
+            start()
+            from hesscli.job.model_eigen import EigenOptions
 
-                options = EigenOptions(top, which, tol, max_products, per_block, output, force)
-                document = of_model(out, problem, options, processes)
-            if output is not None:
-                out.wrote(str(output), output.stat().st_size)
+            options = EigenOptions(top, which, tol, max_products, per_block, output, force)
+            document = of_model(out, problem, options, processes)
+        if output is not None:
+            out.wrote(output)
         gate_eigenvalues(document, fail_above, fail_below)
 
 
@@ -154,7 +152,6 @@ def of_model(
     out: Output, problem: ProblemOptions, options: EigenOptions, processes: OneProcess
 ) -> Document:
     """Runs and prints; then fails where it must."""
-    from hesscli.cli.summary import counted
     from hesscli.job.model_eigen import model_eigen, reached
 
     document = model_eigen(problem, options, out, processes)
@@ -176,8 +173,6 @@ def of_model(
 
 def print_eigenpairs(out: Output, document: Document) -> None:
     """The first eigenvalues of a Hessian."""
-    from hesscli.cli.output import error
-
     values = zip(document["eigenvalues"], document["residuals"], document["blocks"], strict=True)
     rows = [
         [str(index), f"{value:.6g}", error(residual), block]
@@ -196,9 +191,6 @@ def print_eigenpairs(out: Output, document: Document) -> None:
 
 def print_extremes(out: Output, document: Document) -> None:
     """The largest and smallest eigenvalue of each parameter's own block."""
-    from hesscli.cli.output import error
-    from hesscli.cli.summary import shape_text
-
     shapes = {facts["name"]: facts["shape"] for facts in document["parameters"]}
     found: dict[str, list[tuple[float, float]]] = {}
     parts = zip(document["blocks"], document["eigenvalues"], document["residuals"], strict=True)
@@ -220,8 +212,6 @@ def print_extremes(out: Output, document: Document) -> None:
 
 def headline(document: Document) -> dict[str, str]:
     """What stands above eigenvalues."""
-    from hesscli.cli.summary import matrix, products_headline, source
-
     if "model" in document:
         return products_headline(document)
     part = f"block {document['block']}" if document["block"] else document["structure"]

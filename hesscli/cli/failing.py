@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from hesscli.cli.output import say, silence
 from hesscli.errors import ExitCode, HesscliError, Terminated, is_out_of_memory, signalled
 from hesscli.job.setup.team import rank
 
@@ -76,8 +77,6 @@ def _interrupted(number: int, frame: FrameType | None) -> NoReturn:
 
 def report_usage(error: Any) -> int:
     """What is wrong with the command line itself, in the style of every other error."""
-    from hesscli.cli.output import say
-
     if rank() == 0:
         message = error.format_message().replace("Value error, ", "").rstrip(".")
         say("error", message[:1].lower() + message[1:])
@@ -87,8 +86,6 @@ def report_usage(error: Any) -> int:
 
 def report(error: BaseException, debug: bool = False) -> int:
     """Says what went wrong; returns the exit code."""
-    from hesscli.cli.output import say, silence
-
     if debug:
         import traceback
 

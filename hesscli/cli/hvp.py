@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from hesscli.cli.failing import failing
 from hesscli.cli.options import Debug, Force, Json, Quiet, takes_problem
+from hesscli.cli.output import Document, Output, number
 from hesscli.cli.ranks import started_processes
+from hesscli.cli.summary import products_headline, shape_text
 from hesscli.cli.values import finite
 from hesscli.job.options import ProblemOptions
 from hesscli.job.starting import start
-
-if TYPE_CHECKING:
-    from hesscli.cli.output import Document, Output
 
 
 @takes_problem
@@ -66,26 +65,20 @@ def hvp(
     --per-fedavg writes the term of Per-FedAvg and MAML in one go: (I - ALPHA H(theta)) times the
     gradient at theta - ALPHA gradient(theta).
     """
-    with failing(debug), started_processes() as processes:
+    with failing(debug), started_processes() as processes, Output(quiet=quiet, json=json) as out:
         if processes.serve():
             return
-        from hesscli.cli.output import Output
-
         start()
         from hesscli.job.hvp import HvpOptions
         from hesscli.job.hvp import hvp as run
 
-        with Output(quiet=quiet, json=json) as out:
-            options = HvpOptions(vector, per_fedavg, query, gradient, output, force)
-            out.result(run(problem, options, out, processes), print_products)
-            out.wrote(str(output), output.stat().st_size)
+        options = HvpOptions(vector, per_fedavg, query, gradient, output, force)
+        out.result(run(problem, options, out, processes), print_products)
+        out.wrote(output)
 
 
 def print_products(out: Output, document: Document) -> None:
     """Norms of what was multiplied and of what was written, by parameter."""
-    from hesscli.cli.output import number
-    from hesscli.cli.summary import products_headline, shape_text
-
     facts = products_headline(document)
     if document["per_fedavg"] is not None:
         names = ["|g'|", "|(I - aH)g'|"]

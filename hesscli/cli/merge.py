@@ -9,6 +9,8 @@ import typer
 
 from hesscli.cli.failing import failing
 from hesscli.cli.options import Debug, Json, Quiet
+from hesscli.cli.output import Output
+from hesscli.cli.summary import print_hessian
 from hesscli.job.starting import start
 
 
@@ -33,14 +35,10 @@ def merge(
 
     Model and data are read again, for the check. The file is read once.
     """
-    with failing(debug):
-        from hesscli.cli.output import Output
-        from hesscli.cli.summary import print_hessian
-
+    with failing(debug), Output(quiet=quiet, json=json) as out:
         start()
         from hesscli.job.compute import merge as run
         from hesscli.job.results import written
 
-        with Output(quiet=quiet, json=json) as out:
-            out.result(run(hessian, out), print_hessian)
-            out.wrote(*written(hessian))
+        out.result(run(hessian, out), print_hessian)
+        out.wrote(*written(hessian))

@@ -94,10 +94,11 @@ class Output:
         doing = _clean(doing, sys.stderr)
         self.bar.update(self.bar.task_ids[0], completed=done, total=total, description=doing)
 
-    def wrote(self, path: str | Path, count: int) -> None:
+    def wrote(self, path: Path, count: int | None = None) -> None:
+        """Says what was written; of several files, with the bytes of all."""
         self._flush()  # the table comes first, also where both streams are one
         if not self.quiet:
-            say("wrote", f"{path} ({size(count)})")
+            say("wrote", f"{path} ({size(path.stat().st_size if count is None else count)})")
 
     # Results
 

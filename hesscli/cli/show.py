@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from hesscli.cli.completion import block_names
 from hesscli.cli.failing import failing
+from hesscli.cli.heatmap import draw, room
 from hesscli.cli.options import Debug, Json, Quiet, refuse_idle_force
+from hesscli.cli.output import Document, Output
+from hesscli.cli.summary import COLUMNS, WIDE, print_block, print_hessian
 from hesscli.errors import UsageError
-
-if TYPE_CHECKING:
-    from hesscli.cli.output import Document
 
 Markdown = Annotated[
     bool, typer.Option("--md", help="Print Markdown, for $GITHUB_STEP_SUMMARY say.")
@@ -80,10 +80,8 @@ def show(
       hesscli show --plot hessian.png
       hesscli show --md >> "$GITHUB_STEP_SUMMARY"
     """
-    with failing(debug):
+    with failing(debug), Output(quiet=quiet, json=json, markdown=markdown) as out:
         one_format(json, markdown)
-        from hesscli.cli.output import Output
-        from hesscli.cli.summary import COLUMNS, WIDE, print_block, print_hessian
         from hesscli.job.show import show as run
 
         refuse_idle_force(force, "--plot figure.png", plot)
@@ -91,22 +89,18 @@ def show(
             from hesscli.job.figures import drawable
 
             plot = drawable(plot, force, () if hessian == "-" else (Path(hessian),))
-        heatmap = heatmap and not (json or quiet)
-        if heatmap:
-            from hesscli.cli.heatmap import draw, room
-        with Output(quiet=quiet, json=json, markdown=markdown) as out:
-            screen = room(out) if heatmap else None
-            shown = run(hessian, block, wide, screen, plot is not None, verify, out.progress)
-            table = partial(print_hessian, columns=WIDE if wide else COLUMNS)
-            out.result(shown.document, table if block is None else print_block)
-            if shown.heatmap is not None:
-                out.line("")
-                draw(out, shown.heatmap)
-            if plot is not None and shown.figure is not None:
-                from hesscli.job.figures import plot_matrix
+        screen = room(out) if heatmap and not (json or quiet) else None
+        shown = run(hessian, block, wide, screen, plot is not None, verify, out.progress)
+        table = partial(print_hessian, columns=WIDE if wide else COLUMNS)
+        out.result(shown.document, table if block is None else print_block)
+        if shown.heatmap is not None:
+            out.line("")
+            draw(out, shown.heatmap)
+        if plot is not None and shown.figure is not None:
+            from hesscli.job.figures import plot_matrix
 
-                plot_matrix(plot, shown.figure, _title(shown.document))
-                out.wrote(str(plot), plot.stat().st_size)
+            plot_matrix(plot, shown.figure, _title(shown.document))
+            out.wrote(plot)
 
 
 def one_format(json: bool, markdown: bool) -> None:

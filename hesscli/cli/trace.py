@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from hesscli.cli.failing import failing
 from hesscli.cli.gates import bound, gate
 from hesscli.cli.options import Debug, Json, Quiet, takes_problem
+from hesscli.cli.output import Document, Output, number
 from hesscli.cli.ranks import started_processes
+from hesscli.cli.summary import products_headline, shape_text
 from hesscli.cli.values import finite
 from hesscli.errors import NumericalError
 from hesscli.job.options import ProblemOptions
 from hesscli.job.starting import start
-
-if TYPE_CHECKING:
-    from hesscli.cli.output import Document, Output
 
 
 @takes_problem
@@ -57,24 +56,21 @@ def trace(
     random vectors, and printed with its standard error. The mean, trace / size, is the sensitivity
     that HAWQ-V2 quantizes by.
     """
-    with failing(debug), started_processes() as processes:
+    with failing(debug), started_processes() as processes, Output(quiet=quiet, json=json) as out:
         if processes.serve():
             return
-        from hesscli.cli.output import Output
+        start()
+        from hesscli.job.trace import trace as run
 
-        with Output(quiet=quiet, json=json) as out:
-            start()
-            from hesscli.job.trace import trace as run
-
-            document = run(problem, rel_error, max_products, out, processes)
-            if not (document["converged"] or document["interrupted"]):
-                out.note(
-                    f"the standard error is more than {rel_error:.3g} of the total after "
-                    f"{max_products} products; --max-products {4 * max_products} would halve it"
-                )
-            out.result(document, print_traces)
-            if document["interrupted"]:
-                raise KeyboardInterrupt
+        document = run(problem, rel_error, max_products, out, processes)
+        if not (document["converged"] or document["interrupted"]):
+            out.note(
+                f"the standard error is more than {rel_error:.3g} of the total after "
+                f"{max_products} products; --max-products {4 * max_products} would halve it"
+            )
+        out.result(document, print_traces)
+        if document["interrupted"]:
+            raise KeyboardInterrupt
         if fail_above is not None and not document["converged"]:
             raise NumericalError(
                 "not converged: the estimate is too rough for --fail-above",
@@ -85,9 +81,6 @@ def trace(
 
 def print_traces(out: Output, document: Document) -> None:
     """One row per tensor, and the total."""
-    from hesscli.cli.output import number
-    from hesscli.cli.summary import products_headline, shape_text
-
     rows = [
         [
             facts["name"],
