@@ -56,7 +56,7 @@ def compute(
             raise UsageError(f"-: several {what} to a pipe", "-o hessian.safetensors")
         if options.output is None and options.resume:
             raise UsageError("-: a pipe keeps nothing to resume", "-o hessian.safetensors")
-        plan = Plan(options, open_problem(options, listener, model=model), listener, several)
+        plan = Plan(options, open_problem(options, listener, model=model), several)
         memory = Memory(plan)
         demand_names((block.name for block in plan.blocks), plan.shapes, options.gradient)
         if dry_run:
@@ -92,7 +92,7 @@ def merge(output: Path, listener: Listener) -> Document:
         )
     options = options_of(command, output)
     writable(output, True, options.files, resumable=True)
-    plan = Plan(options, open_problem(options, listener), listener, divided=True)
+    plan = Plan(options, open_problem(options, listener), divided=True)
     document = Run(plan, Memory(plan), Team(alone=True), merging=True).run()
     return document | {"seconds": time.perf_counter() - started, "output": _called(output)}
 

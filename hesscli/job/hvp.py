@@ -19,7 +19,6 @@ from hesscli.hessian.objective.problem import parameters_at
 from hesscli.job.json_form import Document, timeless
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions
-from hesscli.job.remedies import not_finite
 from hesscli.job.results import write_tensors
 from hesscli.job.setup.one_process import OneProcess
 from hesscli.job.writing import demand_names, writable
@@ -66,7 +65,7 @@ def hvp(
     demand_names(operator.products.names, operator.products.names, options.gradient)
     vectors, result, facts = _product(operator, options)
     if not bool(torch.isfinite(result).all()):
-        raise not_finite("the product", problem, operator.problem.dtype)
+        raise operator.not_finite("the product")
     document = operator.document(SCHEMA) | facts | _norms(operator, vectors, result)
     _write(output, operator, options, result, document)
     return document | {
@@ -196,10 +195,10 @@ def _adapted_gradient(operator: Operator, options: HvpOptions) -> tuple[Tensor, 
     assert options.per_fedavg is not None
     problem, facts = operator.problem, None
     if options.query is not None:
-        other = replace(operator.options, data=options.query)
+        other = replace(operator.opened.options, data=options.query)
         if other.loss == "auto":  # that of the data, whatever the query's targets look like
             other = replace(other, loss=problem.loss.name)
-        opened = operator.processes.open(other, operator.listener)
+        opened = operator.processes.open(other, operator.opened.listener)
         if list(opened.problem.parameters) != list(problem.parameters):
             raise MismatchError(f"{options.query}: the model has other parameters with it")
         problem, facts = operator.processes.problem(opened, 1), opened.facts["data"]

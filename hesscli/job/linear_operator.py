@@ -52,16 +52,16 @@ def operator(
     options["loss"] = loss
     with given(model, data, device, folder, ProblemOptions, options) as (asked, saved):
         opened = open_operator(asked, listener or Silent(), OneProcess(saved))
-    return CurvatureOperator(opened, asked, folder)
+    return CurvatureOperator(opened, folder)
 
 
 class CurvatureOperator(LinearOperator):  # type: ignore[misc]
     """An opened operator that multiplies NumPy's vectors, and the folder of its data, if these were in memory."""
 
-    def __init__(self, operator: Operator, options: ProblemOptions, folder: Folder) -> None:
+    def __init__(self, operator: Operator, folder: Folder) -> None:
         dtype = np.dtype(dtype_name(operator.problem.dtype))
         super().__init__(dtype, (operator.size, operator.size))
-        self.operator, self.options, self.folder = operator, options, folder
+        self.operator, self.folder = operator, folder
 
     def _matvec(self, x: np.ndarray) -> np.ndarray:
         return self._products(x.reshape(-1))
@@ -76,7 +76,7 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]
         if np.iscomplexobj(rows):
             raise UsageError("a complex vector; the curvature multiplies real ones")
         with settings_kept(), differentiable(), random_kept():
-            settle(self.options)
+            settle(self.operator.opened.options)
             vectors = torch.from_numpy(np.array(rows, self.dtype, order="C"))
             if not len(vectors):
                 return np.zeros(rows.shape, self.dtype)

@@ -122,7 +122,9 @@ def _dense(operator: Operator, options: EigenOptions) -> Found:
     size = operator.size
     operator.needs(3 * size, "the whole matrix", f"--top {max(1, size // 4)}")
     try:
-        values, columns, errors = dense(operator.products.columns, size, operator.listener.progress)
+        values, columns, errors = dense(
+            operator.products.columns, size, operator.opened.listener.progress
+        )
     except KeyboardInterrupt:
         return _interrupted(size)
     best = WHICH[options.which](values)[: options.top]
@@ -147,7 +149,7 @@ def _lanczos(operator: Operator, options: EigenOptions, max_products: int) -> Fo
         options.tolerance,
         operator.generator(),
         operator.gradient,  # mostly among the largest: Gur-Ari, Roberts and Dyer, arXiv:1812.04754
-        Convergence(operator.listener).residual,
+        Convergence(operator.opened.listener).residual,
     )
     return lanczos.run(max_products)
 

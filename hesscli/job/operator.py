@@ -37,8 +37,6 @@ _LONG = 1 << 23  # bytes of a vector
 class Operator:
     """A problem's curvature, as products."""
 
-    options: ProblemOptions
-    listener: Listener
     # Where it came from. Its own `problem` makes all passes on this process; parts of it are opened again.
     opened: Opened
     # The same over all processes, which shares its passes; products, gradients and checks are of this one.
@@ -56,7 +54,7 @@ class Operator:
         return self.products.size
 
     def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.options.seed)
+        return torch.Generator().manual_seed(self.opened.options.seed)
 
     def block(self) -> Block:
         return Block("hessian", tuple(self.products.names), tuple(self.products.sizes))
@@ -67,7 +65,11 @@ class Operator:
         try:
             yield
         except NotFinite:
-            raise not_finite("a product", self.options, self.problem.dtype) from None
+            raise self.not_finite("a product") from None
+
+    def not_finite(self, what: str) -> NumericalError:
+        """The error that says so."""
+        return not_finite(what, self.opened.options, self.problem.dtype)
 
     def document(self, schema: str) -> Document:
         """What every command says of the model, the data and the curvature."""
@@ -84,8 +86,6 @@ class Operator:
         """The own block of one parameter, checked too."""
         opened = replace(self.opened, problem=self.opened.problem.restricted([name]))
         return _checked_operator(
-            self.options,
-            self.listener,
             opened,
             self.products.split(self.gradient)[name].reshape(-1),
             self.processes,
@@ -130,18 +130,13 @@ def open_operator(
     gradient = torch.cat([g.reshape(-1) for g in grads.values()])
     if lean and gradient.nbytes >= _LONG:
         release_at_once(gradient.nbytes // 6)
-    return _checked_operator(options, listener, opened, gradient, processes)
+    return _checked_operator(opened, gradient, processes)
 
 
 def _checked_operator(
-    options: ProblemOptions,
-    listener: Listener,
-    opened: Opened,
-    gradient: Tensor,
-    processes: OneProcess,
-    double: Problem | None = None,
+    opened: Opened, gradient: Tensor, processes: OneProcess, double: Problem | None = None
 ) -> Operator:
-    problem = processes.problem(opened)
+    options, problem = opened.options, processes.problem(opened)
     if options.method not in ("auto", HVP, FINITE_DIFFERENCE):
         raise UsageError(
             f"products are made by {HVP} or {FINITE_DIFFERENCE}, not by {options.method}",
@@ -168,9 +163,7 @@ def _checked_operator(
             else None
         )
         try:
-            made = Operator(
-                options, listener, opened, problem, make(), method, gradient, processes, double
-            )
+            made = Operator(opened, problem, make(), method, gradient, processes, double)
             made.check = _check(made, certificate)
             made.products.count = 0  # of what is asked for, not of the check
             return made
@@ -193,13 +186,13 @@ def _check(made: Operator, certificate: Certificate | None) -> Document | None:
     if certificate is None:
         probe = torch.ones(made.size, dtype=made.problem.dtype, device=made.problem.device)
         if not bool(torch.isfinite(made.products(probe)).all()):
-            raise not_finite("a product", made.options, made.problem.dtype)
+            raise made.not_finite("a product")
         return None
     error = certificate.product(made.block(), lambda v: made.products(v.to(made.problem.dtype)))
     if certificate.passed(error):
         return documents.check_facts(certificate, 1, error)
     if not math.isfinite(error):
-        raise not_finite("a product", made.options, made.problem.dtype)
+        raise made.not_finite("a product")
     raise NotApplicable(
         f"{made.method} differs from {certificate.kind} by {error:.1e}, "
         f"more than {certificate.tolerance:.0e}"

@@ -56,7 +56,6 @@ def trace(
     plan = Plan(
         ComputeOptions(**vars(problem), blocks="elements", stats="basic", output=None),
         operator.opened,
-        listener,
     )
     exact_products = _exact_products(plan, operator)
     if forced or exact_products <= min(AFFORDABLE, max_products):
@@ -114,7 +113,7 @@ def _exact(plan: Plan, operator: Operator) -> Estimate:
             for facts, _ in compute_blocks(plan, group):
                 found[facts["name"]] = facts
                 done = sum(f["size"] for f in found.values())
-                operator.listener.progress(done, operator.size, "exact")
+                operator.opened.listener.progress(done, operator.size, "exact")
     except KeyboardInterrupt:
         names = operator.products.names
         parts = np.array([found[name]["trace"] if name in found else np.nan for name in names])
@@ -134,5 +133,5 @@ def _estimated(operator: Operator, relative_error: float, max_products: int) -> 
         max_products,
         operator.generator(),
         operator.gradient,
-        Convergence(operator.listener).standard_error,
+        Convergence(operator.opened.listener).standard_error,
     )

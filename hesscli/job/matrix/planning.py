@@ -16,7 +16,7 @@ from hesscli.hessian.routes.base import Route
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.rates import usual_rates
 from hesscli.hessian.words import HVP, STRUCTURES
-from hesscli.job.options import ComputeOptions, Listener
+from hesscli.job.options import ComputeOptions
 from hesscli.job.remedies import inexact
 from hesscli.job.setup.opening import Opened
 
@@ -30,18 +30,14 @@ class Plan:
     Args:
         options: what was asked for.
         opened: the problem.
-        listener: hears the notes.
         divided: other processes compute parts of it.
 
     Raises:
         NumericalError: the method asked for would not be exact.
     """
 
-    def __init__(
-        self, options: ComputeOptions, opened: Opened, listener: Listener, divided: bool = False
-    ) -> None:
-        self.divided = divided
-        self.options, self.opened, self.listener = options, opened, listener
+    def __init__(self, options: ComputeOptions, opened: Opened, divided: bool = False) -> None:
+        self.options, self.opened, self.divided = options, opened, divided
         self.problem = opened.problem
         self.rates = usual_rates(self.problem.device)
         self.structure = STRUCTURES[options.blocks]

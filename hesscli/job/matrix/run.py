@@ -110,7 +110,9 @@ class Run:
             start=journal.start,
             shared=shared,
         )
-        return Unfinished(writer, journal, len(self.parts), self.plan.divided, self.plan.listener)
+        return Unfinished(
+            writer, journal, len(self.parts), self.plan.divided, self.plan.opened.listener
+        )
 
     def _journal(self, document: Document) -> Journal:
         """The journal, with what earlier runs of this very command, or its other shards, have finished."""
@@ -162,7 +164,7 @@ class Run:
 
     def _blocks(self, unfinished: Unfinished, unused: set[str]) -> list[Document]:
         """Every block's facts, in model order; its values are in the file then."""
-        self.plan.listener.progress(0, self.rows, "")
+        self.plan.opened.listener.progress(0, self.rows, "")
         finished: dict[str, Document] = {}
         with Beside(enabled=self.plan.problem.device.type != "cpu") as beside:
             for group in self.groups:
@@ -216,7 +218,7 @@ class Run:
 
     def _progress(self, rows: int, doing: str) -> None:
         self.done += rows
-        self.plan.listener.progress(self.done, self.rows, doing)
+        self.plan.opened.listener.progress(self.done, self.rows, doing)
 
     def _results(self, blocks: list[Document]) -> Document:
         return {

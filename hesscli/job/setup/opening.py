@@ -57,12 +57,18 @@ class Notes:
 class Opened:
     """A problem, and what is worth saying about where it came from."""
 
+    options: ProblemOptions  # that it was opened with
     problem: Problem
     chunk: int  # rows of a matrix that go through at once
     tied: dict[str, list[str]]  # first name -> the other names of the same tensor
     frozen: list[str]  # parameters left out because they do not require a gradient
     facts: Document  # model, data and loss, as in the JSON document
     note: Notes
+
+    @property
+    def listener(self) -> Listener:
+        """Who hears the notes, and how the work goes."""
+        return self.note.listener
 
 
 def open_problem(
@@ -165,7 +171,7 @@ def _opened(
             note("what the model itself computes in float32 is computed in float64")
     problem, value = _measured(options, problem, processes, data)
     facts = _facts(options, model, data, inputs, problem, value)
-    return Opened(problem, chunk, tied, frozen, facts, note)
+    return Opened(options, problem, chunk, tied, frozen, facts, note)
 
 
 def _model(
