@@ -14,7 +14,6 @@ from hesscli.files.models.model_file import SavedModel
 from hesscli.job.json_form import Document
 from hesscli.job.matrix.dry_run import forecast
 from hesscli.job.matrix.journal import read_journal
-from hesscli.job.matrix.memory import Memory
 from hesscli.job.matrix.planning import Plan
 from hesscli.job.matrix.room import require_room
 from hesscli.job.matrix.run import Run
@@ -57,13 +56,12 @@ def compute(
         if options.output is None and options.resume:
             raise UsageError("-: a pipe keeps nothing to resume", "-o hessian.safetensors")
         plan = Plan(options, open_problem(options, listener, model=model), several)
-        memory = Memory(plan)
         demand_names((block.name for block in plan.blocks), plan.shapes, options.gradient)
         if dry_run:
-            document = forecast(plan, memory)
+            document = forecast(plan)
         else:
-            require_room(plan, memory)
-            document = Run(plan, memory, team, stdout=stdout).run()
+            require_room(plan)
+            document = Run(plan, team, stdout=stdout).run()
         if options.shard is not None and not dry_run:
             del document["blocks"]  # no numbers of theirs are known
             document["shard"] = list(options.shard)
@@ -93,7 +91,7 @@ def merge(output: Path, listener: Listener) -> Document:
     options = options_of(command, output)
     writable(output, True, options.files, resumable=True)
     plan = Plan(options, open_problem(options, listener), divided=True)
-    document = Run(plan, Memory(plan), Team(alone=True), merging=True).run()
+    document = Run(plan, Team(alone=True), merging=True).run()
     return document | {"seconds": time.perf_counter() - started, "output": _called(output)}
 
 

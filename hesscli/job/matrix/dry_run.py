@@ -13,7 +13,6 @@ from hesscli.hessian.planner import Choice, seconds_of
 from hesscli.hessian.routes.rates import Rates, measure_rates, seconds
 from hesscli.job import documents
 from hesscli.job.json_form import Document
-from hesscli.job.matrix.memory import Memory
 from hesscli.job.matrix.planning import Plan
 from hesscli.spectrum.statistics import QUICK_LIMIT
 
@@ -22,7 +21,7 @@ WRITING = 1e9  # bytes per second
 _EIGENVALUES = 1e10  # floating-point operations per second, in LAPACK's symmetric solver
 
 
-def forecast(plan: Plan, memory: Memory) -> Document:
+def forecast(plan: Plan) -> Document:
     """The document that says what the command would take."""
     itemsize = plan.problem.dtype.itemsize
     document = documents.skeleton(plan.opened, plan.structure)
@@ -39,7 +38,7 @@ def forecast(plan: Plan, memory: Memory) -> Document:
     document["total"] = {
         "size": sum(block.size for block in plan.blocks),
         "bytes": plan.bytes,
-        "memory": memory.needed(),
+        "memory": plan.memory.needed(),
         "estimated_seconds": _seconds(plan),
     }
     return document

@@ -20,7 +20,6 @@ from hesscli.hessian.symmetry import average_, mirror_
 from hesscli.job import documents
 from hesscli.job.json_form import Document
 from hesscli.job.matrix.beside import Beside
-from hesscli.job.matrix.memory import Memory
 from hesscli.job.matrix.planning import Plan
 from hesscli.job.matrix.ranking import Ranking
 from hesscli.job.matrix.triangles import HeldTriangle, StreamedTriangle, Triangle
@@ -35,7 +34,6 @@ class LargeBlock:
 
     plan: Plan
     block: Block
-    memory: Memory  # that the plan may use
     most: int  # numbers in a band
     progress: Advance
 
@@ -146,7 +144,7 @@ class LargeBlock:
         """What takes the bands and multiplies the direction; it keeps them where there is room."""
         writer.forget(self.block.name)
         direction = direction.to("cpu", self.plan.problem.dtype)
-        device = self.memory.held_on(self.block)
+        device = self.plan.memory.held_on(self.block)
         if device is None:
             return StreamedTriangle(self.block.name, layout, bands, writer, direction, whole)
         return HeldTriangle(self.block.name, layout, bands, writer, direction, whole, device)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
 from hesscli.files.resources import available_memory
 from hesscli.hessian.blocks import Block
-from hesscli.job.matrix.planning import Plan
 from hesscli.job.setup.batches import free_memory
 from hesscli.job.setup.team import ranks_here
+
+if TYPE_CHECKING:
+    from hesscli.job.matrix.planning import Plan
 
 BAND = 1 << 24  # numbers in a band
 LONG_BAND = 1 << 26  # and in one of a matrix of more rows than `LONG`, for longer runs on the disk

@@ -16,6 +16,7 @@ from hesscli.hessian.routes.base import Route
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.rates import usual_rates
 from hesscli.hessian.words import HVP, STRUCTURES
+from hesscli.job.matrix.memory import Memory
 from hesscli.job.options import ComputeOptions
 from hesscli.job.remedies import inexact
 from hesscli.job.setup.opening import Opened
@@ -81,6 +82,11 @@ class Plan:
         """Seconds of the whole as products with unit vectors, one per row, by the measure of `work`."""
         every = [choice for ranked in self.choices.values() for choice in ranked]
         return seconds_of([choice for choice in every if choice.method == HVP], self.rates)
+
+    @cached_property
+    def memory(self) -> Memory:
+        """The memory that it may use."""
+        return Memory(self)
 
     @cached_property
     def reference(self) -> Problem:

@@ -9,18 +9,17 @@ from hesscli.files.hessians.result_names import partial_paths
 from hesscli.files.resources import disk_used, free_disk
 from hesscli.hessian.blocks import partition
 from hesscli.hessian.words import STRUCTURES
-from hesscli.job.matrix.memory import Memory
 from hesscli.job.matrix.planning import Plan
 from hesscli.job.sizes import size
 
 
-def require_room(plan: Plan, memory: Memory) -> None:
+def require_room(plan: Plan) -> None:
     """Refuses what memory or disk cannot hold.
 
     Raises:
         ResourceError: with the command that would fit.
     """
-    output = plan.options.output
+    output, memory = plan.options.output, plan.memory
     needs = [(memory.needed(), memory.limit, "of memory", "may be used")]
     if output is not None:
         free = free_disk(output.parent) + sum(map(disk_used, partial_paths(output)))
@@ -31,15 +30,15 @@ def require_room(plan: Plan, memory: Memory) -> None:
             raise ResourceError(
                 f"{plan.structure} needs {size(needed)} {kind} (its largest block is "
                 f"{largest} x {largest}), {size(free)} {where}",
-                _smaller(plan, free) if kind == "of disk" else _with_less(plan, memory, needed),
+                _smaller(plan, free) if kind == "of disk" else _with_less(plan, needed),
             )
 
 
-def _with_less(plan: Plan, memory: Memory, needed: int) -> str:
+def _with_less(plan: Plan, needed: int) -> str:
     """The option with which the memory is enough: more of it, where no blocks take as little."""
-    least = memory.process + _bytes(plan, "elements")
-    if plan.options.memory is None or least <= memory.limit:
-        return _smaller(plan, memory.limit)
+    least = plan.memory.process + _bytes(plan, "elements")
+    if plan.options.memory is None or least <= plan.memory.limit:
+        return _smaller(plan, plan.memory.limit)
     return f"--memory {math.ceil(needed / 1e6)}MB"
 
 

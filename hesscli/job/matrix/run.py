@@ -17,7 +17,6 @@ from hesscli.job.json_form import Document, timeless
 from hesscli.job.matrix.beside import Beside
 from hesscli.job.matrix.journal import Journal, read_journal
 from hesscli.job.matrix.large import LargeBlock
-from hesscli.job.matrix.memory import Memory
 from hesscli.job.matrix.planning import Plan
 from hesscli.job.matrix.unfinished import Unfinished
 from hesscli.job.matrix.whole import compute_blocks, groups
@@ -36,7 +35,6 @@ class Run:
 
     Args:
         plan: the plan.
-        memory: that it may use.
         team: the processes that share it.
         merging: finishes what other processes have computed.
         stdout: where the bytes go, if there is no output file.
@@ -45,7 +43,6 @@ class Run:
     def __init__(
         self,
         plan: Plan,
-        memory: Memory,
         team: Team,
         merging: bool = False,
         stdout: BinaryIO | None = None,
@@ -53,12 +50,11 @@ class Run:
         self.plan, self.options = plan, plan.options
         self.team, self.merging, self.stdout = team, merging, stdout
         # Numbers per band of each large block. Whoever goes on with another's file cuts as that one did.
-        bands = {block.name: memory.band(block) for block in plan.large}
+        bands = {block.name: plan.memory.band(block) for block in plan.large}
         self.bands: dict[str, int] = team.tell(self._begun(bands) or bands)
         self.groups = list(groups(plan))
         self.large = [
-            LargeBlock(plan, block, memory, self.bands[block.name], self._progress)
-            for block in plan.large
+            LargeBlock(plan, block, self.bands[block.name], self._progress) for block in plan.large
         ]
         self.parts = [(_part(group), plan.work(group)) for group in self.groups]
         self.parts += [part for block in self.large for part in block.parts()]
