@@ -333,11 +333,11 @@ def test_an_interruption_is_said_once(monkeypatch, capsys, rank):
 LATE = """
 import os
 from hesscli.errors import MismatchError
-from hesscli.job.matrix import run
+from hesscli.job.matrix import whole
 def failing(plan, group):
     raise MismatchError("the model: not here")
 if os.environ["RANK"] == "1":
-    run.compute_blocks = failing
+    whole.compute_blocks = failing
 from hesscli.cli import main
 main()
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +23,8 @@ from hesscli.job.matrix.beside import Beside
 from hesscli.job.matrix.planning import Plan
 from hesscli.job.matrix.ranking import Ranking
 from hesscli.job.matrix.triangles import HeldTriangle, StreamedTriangle, Triangle
-from hesscli.job.matrix.unfinished import Unfinished
-
-Advance = Callable[[int, str], None]  # is told how many rows more are done, and of what
+from hesscli.job.matrix.unfinished import Advance, Unfinished
+from hesscli.spectrum.eigen import extremes
 
 
 @dataclass
@@ -70,7 +69,7 @@ class LargeBlock:
         """Computes, writes and checks the block; by the next route, where one cannot or does not pass.
 
         Returns:
-            the block's facts, without extreme eigenvalues.
+            the block's facts, with extreme eigenvalues if those of all blocks are wanted.
 
         Raises:
             NumericalError: no route is exact.
@@ -97,11 +96,14 @@ class LargeBlock:
             if self.ranking.accepts(error if finite else None, partial(bool, finite)):
                 break
             unfinished.add(failed, {"notes": list(self.plan.opened.note.texts)})
+        low = high = None
+        if self.plan.options.stats == "all":
+            low, high = extremes(unfinished.writer.mapped(self.block.name))
         return documents.block_facts(self.plan.opened, self.block) | {
             "method": method,
             "trace": matrix.trace,
-            "eig_max": None,
-            "eig_min": None,
+            "eig_max": high,
+            "eig_min": low,
             "fro_norm": matrix.squares**0.5,
             "bytes": self.block.size**2 * self.plan.problem.dtype.itemsize,
             "symmetry_error": symmetry,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import BinaryIO
 
 from hesscli.errors import FileError, HesscliError, UsageError
 from hesscli.files.hessians.result_names import journals
 from hesscli.files.hessians.result_writer import ResultWriter
-from hesscli.hessian.blocks import Block
 from hesscli.hessian.objective.first_gradient import first_gradient
 from hesscli.job import documents, statistics
 from hesscli.job.json_form import Document, timeless
@@ -19,11 +18,10 @@ from hesscli.job.matrix.journal import Journal, read_journal
 from hesscli.job.matrix.large import LargeBlock
 from hesscli.job.matrix.planning import Plan
 from hesscli.job.matrix.unfinished import Unfinished
-from hesscli.job.matrix.whole import compute_blocks, groups
+from hesscli.job.matrix.whole import Group, groups
 from hesscli.job.options import command_of
 from hesscli.job.setup.loss import described
 from hesscli.job.setup.team import Team, balanced
-from hesscli.spectrum.eigen import extremes
 from hesscli.texts import dtype_name
 
 # What changes nothing in the file.
@@ -52,12 +50,12 @@ class Run:
         # Numbers per band of each large block. Whoever goes on with another's file cuts as that one did.
         bands = {block.name: plan.memory.band(block) for block in plan.large}
         self.bands: dict[str, int] = team.tell(self._begun(bands) or bands)
-        self.groups = list(groups(plan))
+        self.groups = [Group(plan, blocks, self._progress) for blocks in groups(plan)]
         self.large = [
             LargeBlock(plan, block, self.bands[block.name], self._progress) for block in plan.large
         ]
-        self.parts = [(_part(group), plan.work(group)) for group in self.groups]
-        self.parts += [part for block in self.large for part in block.parts()]
+        self.work: list[Group | LargeBlock] = [*self.groups, *self.large]
+        self.parts = [part for each in self.work for part in each.parts()]
         self.rows = sum(block.size for block in plan.blocks)
         self.done = 0
 
@@ -146,12 +144,8 @@ class Run:
         with self._unfinished(document, journal, True) as unfinished:
             unfinished.writer.keep()
             try:
-                for group in self.groups:
-                    if _part(group) in mine and unfinished.known(_part(group)) is None:
-                        with Beside(enabled=False) as beside:
-                            self._group(group, unfinished, beside)
-                for block in self.large:
-                    block.contribute(unfinished, mine)
+                for each in self.work:
+                    each.contribute(unfinished, mine)
                 unfinished.flush()
                 self.team.wait()
             except HesscliError as error:
@@ -161,17 +155,12 @@ class Run:
     def _blocks(self, unfinished: Unfinished, unused: set[str]) -> list[Document]:
         """Every block's facts, in model order; its values are in the file then."""
         self.plan.opened.listener.progress(0, self.rows, "")
-        finished: dict[str, Document] = {}
+        found: list[Document] = []
         with Beside(enabled=self.plan.problem.device.type != "cpu") as beside:
             for group in self.groups:
-                for facts in self._group(group, unfinished, beside):
-                    finished[facts["name"]] = facts
-        for large in self.large:
-            facts = large.compute(unfinished)
-            if self.options.stats == "all":
-                low, high = extremes(unfinished.writer.mapped(facts["name"]))
-                facts |= {"eig_max": high, "eig_min": low}
-            finished[facts["name"]] = facts
+                found += group.compute(unfinished, beside)
+        found += [large.compute(unfinished) for large in self.large]
+        finished = {facts["name"]: facts for facts in found}
         every = []
         for block in self.plan.blocks:
             facts = dict(finished[block.name])  # the journal's own is not on the disk yet
@@ -180,37 +169,6 @@ class Run:
                 self.plan.opened.note(f"{block.name}: unused, its block is zero")
             every.append(facts)
         return every
-
-    def _group(
-        self, group: Sequence[Block], unfinished: Unfinished, beside: Beside
-    ) -> list[Document]:
-        """The facts of blocks that are computed together; from the journal, where they are in the file."""
-        part, writer = _part(group), unfinished.writer
-        known = unfinished.known(part)
-        if known is not None and writer.holds(known["checksums"]):
-            self.plan.opened.note(*known["notes"])
-            for facts in known["blocks"]:
-                self._progress(facts["size"], facts["name"])
-            return list(known["blocks"])
-        found = []
-        for facts, array in compute_blocks(self.plan, group):
-            beside.run(writer.write, facts["name"], array)
-            found.append(facts | {"zero": not array.any()})
-            self._progress(facts["size"], facts["name"])
-
-        def note() -> None:
-            checksums = writer.checksums()
-            unfinished.add(
-                part,
-                {
-                    "blocks": found,
-                    "notes": list(self.plan.opened.note.texts),
-                    "checksums": {block.name: checksums[block.name] for block in group},
-                },
-            )
-
-        beside.run(note)
-        return found
 
     def _progress(self, rows: int, doing: str) -> None:
         self.done += rows
@@ -235,7 +193,3 @@ class Run:
         if self.options.gradient:
             tensors |= {f"gradient.{name}": shape for name, shape in shapes.items()}
         return tensors
-
-
-def _part(group: Sequence[Block]) -> str:
-    return ", ".join(block.name for block in group)

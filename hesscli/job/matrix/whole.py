@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -17,11 +18,71 @@ from hesscli.hessian.symmetry import mirror_, symmetrise_
 from hesscli.hessian.words import FINITE_DIFFERENCE
 from hesscli.job import documents, statistics
 from hesscli.job.json_form import Document
+from hesscli.job.matrix.beside import Beside
 from hesscli.job.matrix.planning import Plan
 from hesscli.job.matrix.ranking import Ranking
 from hesscli.job.matrix.triangles import on_host
+from hesscli.job.matrix.unfinished import Advance, Unfinished
 
 _SMALL = 1 << 22  # numbers that are always kept together
+
+
+@dataclass
+class Group:
+    """Blocks of a plan that are computed together."""
+
+    plan: Plan
+    blocks: Sequence[Block]
+    progress: Advance
+
+    def __post_init__(self) -> None:
+        self.part = ", ".join(block.name for block in self.blocks)
+
+    def parts(self) -> list[tuple[str, float]]:
+        """The name of what is computed together, and its share of the work."""
+        return [(self.part, self.plan.work(self.blocks))]
+
+    def contribute(self, unfinished: Unfinished, mine: Collection[str]) -> None:
+        """Computes and writes the blocks, if that is for this process; another finishes the file."""
+        if self.part in mine and unfinished.known(self.part) is None:
+            with Beside(enabled=False) as beside:
+                self.compute(unfinished, beside)
+
+    def compute(self, unfinished: Unfinished, beside: Beside) -> list[Document]:
+        """Computes, writes and checks the blocks, unless they are in the file already.
+
+        Returns:
+            the facts of each.
+
+        Raises:
+            NumericalError: no route is exact.
+        """
+        writer = unfinished.writer
+        known = unfinished.known(self.part)
+        if known is not None and writer.holds(known["checksums"]):
+            self.plan.opened.note(*known["notes"])
+            for facts in known["blocks"]:
+                self.progress(facts["size"], facts["name"])
+            return list(known["blocks"])
+        found = []
+        for facts, array in compute_blocks(self.plan, self.blocks):
+            beside.run(writer.write, facts["name"], array)
+            found.append(facts | {"zero": not array.any()})
+            self.progress(facts["size"], facts["name"])
+
+        def note() -> None:
+            checksums = writer.checksums()
+            unfinished.add(
+                self.part,
+                {
+                    "blocks": found,
+                    "notes": list(self.plan.opened.note.texts),
+                    "checksums": {block.name: checksums[block.name] for block in self.blocks},
+                },
+            )
+
+        beside.run(note)
+        return found
 
 
 def groups(plan: Plan) -> Iterator[list[Block]]:
