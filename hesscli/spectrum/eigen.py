@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -59,6 +60,14 @@ class Eigenpairs:
     blocks: list[str]  # [k]
 
 
+class _Pair(NamedTuple):
+    value: float
+    vector: np.ndarray  # within its block
+    residual: float
+    block: str
+    offset: int  # of the block
+
+
 def top_eigenpairs(
     blocks: Iterable[tuple[str, int, np.ndarray]], size: int, top: int, which: str
 ) -> Eigenpairs:
@@ -70,34 +79,27 @@ def top_eigenpairs(
         top: how many eigenpairs, at most.
         which: one of `WHICH`.
     """
-    values: list[float] = []
-    vectors: list[np.ndarray] = []
-    residuals: list[float] = []
-    offsets: list[int] = []
-    names: list[str] = []
+    pairs: list[_Pair] = []
     for name, offset, array in blocks:
         solve = _diagonal if array.ndim == 1 else _matrix
-        found, columns, errors = solve(array, min(top, array.shape[0]), which)
-        values.extend(found)
-        vectors.extend(columns.T)
-        residuals.extend(errors)
-        offsets.extend([offset] * len(found))
-        names.extend([name] * len(found))
-        best = WHICH[which](np.array(values))[:top]
-        values = [values[i] for i in best]
-        vectors = [vectors[i] for i in best]
-        residuals = [residuals[i] for i in best]
-        offsets = [offsets[i] for i in best]
-        names = [names[i] for i in best]
-    if which == "both" and values:
-        order = np.argsort(-np.array(values), kind="stable")
-        values, vectors, residuals, offsets, names = (
-            [part[i] for i in order] for part in (values, vectors, residuals, offsets, names)
-        )
-    rows = np.zeros((len(values), size))
-    for row, offset, vector in zip(rows, offsets, vectors, strict=True):
-        row[offset : offset + len(vector)] = vector
-    return Eigenpairs(np.array(values), rows, np.array(residuals), names)
+        values, columns, errors = solve(array, min(top, array.shape[0]), which)
+        pairs += [
+            _Pair(value, vector, error, name, offset)
+            for value, vector, error in zip(values, columns.T, errors, strict=True)
+        ]
+        best = WHICH[which](np.array([pair.value for pair in pairs]))[:top]
+        pairs = [pairs[i] for i in best]
+    if which == "both":
+        pairs.sort(key=lambda pair: -pair.value)
+    rows = np.zeros((len(pairs), size))
+    for row, pair in zip(rows, pairs, strict=True):
+        row[pair.offset : pair.offset + len(pair.vector)] = pair.vector
+    return Eigenpairs(
+        np.array([pair.value for pair in pairs]),
+        rows,
+        np.array([pair.residual for pair in pairs]),
+        [pair.block for pair in pairs],
+    )
 
 
 def extremes(matrix: np.ndarray) -> tuple[float, float]:
