@@ -127,7 +127,7 @@ class LargeBlock:
                 if mine is not None and (part not in mine or facts is not None):
                     continue
                 if facts is not None:
-                    beside.run(_restore, matrix, index, facts)
+                    beside.run(matrix.restore, index, facts["bits"])
                 else:
                     upper, facts = self._band(route, start, stop)
                     beside.run(_put, matrix, index, upper, unfinished, part, facts)
@@ -173,15 +173,8 @@ class LargeBlock:
 def _put(
     matrix: Triangle, index: int, upper: Tensor, unfinished: Unfinished, part: str, facts: Document
 ) -> None:
-    facts["bits"] = matrix.bits(index, upper)
-    matrix.computed += facts["bits"]
-    matrix.put(index, upper)
+    facts["bits"] = matrix.put(index, upper)
     unfinished.add(part, facts)
-
-
-def _restore(matrix: Triangle, index: int, facts: Document) -> None:
-    matrix.computed += facts["bits"]
-    matrix.restore(index)
 
 
 def _done(values: Tensor) -> Tensor:

@@ -54,12 +54,26 @@ class Triangle:
         # whichever order and company the rows come.
         self._facts = np.zeros((3, self.layout.size))
 
-    def put(self, index: int, upper: Tensor) -> None:
-        """Takes band `index`, [rows, size - start], computed to its end, its square symmetric, after all before it."""
+    def put(self, index: int, upper: Tensor) -> int:
+        """Takes band `index`, [rows, size - start], computed to its end, its square symmetric, after all before it.
+
+        Returns:
+            its bits, which `restore` wants.
+        """
+        bits = self._bits(index, upper)
+        self.computed += bits
+        self._put(index, upper)
+        return bits
+
+    def restore(self, index: int, bits: int) -> None:
+        """Takes a band that is in the file already, in the same order."""
+        self.computed += bits
+        self._restore(index)
+
+    def _put(self, index: int, upper: Tensor) -> None:
         raise NotImplementedError
 
-    def restore(self, index: int) -> None:
-        """Takes a band that is in the file already, in the same order."""
+    def _restore(self, index: int) -> None:
         raise NotImplementedError
 
     def finish(self) -> None:
@@ -74,7 +88,7 @@ class Triangle:
                 "compute it again",
             )
 
-    def bits(self, index: int, upper: Tensor) -> int:
+    def _bits(self, index: int, upper: Tensor) -> int:
         """Those of a band and of its mirror image."""
         start, stop = self.bands[index]
         with self._aside():
@@ -149,7 +163,7 @@ class HeldTriangle(Triangle):
             self.scratch = torch.empty(longest * size, dtype=self.dtype, device=device)
             self.stream = torch.cuda.Stream(device)
 
-    def put(self, index: int, upper: Tensor) -> None:
+    def _put(self, index: int, upper: Tensor) -> None:
         with self._aside():
             self.uppers.append(on_host(upper) if self.device.type == "cpu" else upper)
             idle = self.device.type != "cpu"  # else all threads compute the next band meanwhile
@@ -198,7 +212,7 @@ class HeldTriangle(Triangle):
         flat = self.memory[0][shift : shift + count * self.dtype.itemsize].view(self.dtype)
         return flat.view(rows, self.layout.size)
 
-    def restore(self, index: int) -> None:
+    def _restore(self, index: int) -> None:
         start, stop = self.bands[index]
         shape = stop - start, self.layout.size - start
         with self._aside():
@@ -227,7 +241,7 @@ class StreamedTriangle(Triangle):
 
     counted = False
 
-    def put(self, index: int, upper: Tensor) -> None:
+    def _put(self, index: int, upper: Tensor) -> None:
         upper = on_host(upper)
         start, stop = self.bands[index]
         rows, columns = self.layout.places(start, stop), self.layout.places(start, self.layout.size)
@@ -245,7 +259,7 @@ class StreamedTriangle(Triangle):
             turned = upper[:, part].T[:, row_order].contiguous()
             self.writer.write_runs(self.name, columns[part].tolist(), row_spans, turned.numpy())
 
-    def restore(self, index: int) -> None:
+    def _restore(self, index: int) -> None:
         pass  # nothing is kept of it
 
     def finish(self) -> None:
@@ -273,13 +287,9 @@ def _weighted(rows: np.ndarray, sums: np.ndarray) -> int:
 
 def spans(places: Tensor) -> list[Span]:
     """Ascending places as runs of neighbours."""
-    edges = (places.diff() != 1).nonzero().flatten() + 1
-    starts, stops = [0, *edges.tolist()], [*edges.tolist(), len(places)]
-    return [
-        (int(places[a]), int(places[b - 1]) + 1)
-        for a, b in zip(starts, stops, strict=True)
-        if b > a
-    ]
+    array = places.numpy()
+    runs = np.split(array, np.flatnonzero(np.diff(array) != 1) + 1)
+    return [(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
 
 
 def on_host(values: Tensor) -> Tensor:
