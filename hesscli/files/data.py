@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from hesscli.errors import FileError, MismatchError, NumericalError, UsageError
-from hesscli.files.arrays import load_arrays
+from hesscli.files.arrays import Arrays, load_arrays
 from hesscli.files.digest import sha256_of_all
-from hesscli.files.unusable import Unusable
 from hesscli.texts import dtype_name, listed
 
 _INPUT_NAMES: tuple[str, ...] = ("x", "X", "input", "inputs", "data", "images", "features")
@@ -72,42 +70,20 @@ def load_data(
         ResourceError: what must be in memory does not fit into it.
     """
     found = load_arrays(path)
-    arrays, files = dict(found.numbers), list(found.files)
-    skipped = [f"array {name} skipped: {each.why}" for name, each in found.skipped.items()]
-    notes = [*skipped, *found.notes]
-    choice = _Choice(path, arrays, skipped, arguments, others, notes)
-    called = choice.with_files((*inputs, *([targets] if targets else [])), files)
-    inputs = [called.get(name, name) for name in inputs]
-    targets = called.get(targets, targets) if targets else None
-    if not arrays:
-        raise FileError(
-            f"{path}: holds no numeric arrays" + (f" ({skipped[0]})" if skipped else ""),
-            "np.savez('data.npz', x=x, y=y)",
-        )
-    for name in (*inputs, *([targets] if targets else [])):
-        if name not in arrays:
-            if name == targets and name in found.skipped:
-                _refuse_unusable_targets(path, name, found.skipped[name])
-            option = "--targets" if name == targets else "--inputs"
-            raise choice.unclear(
-                f"no array of numbers is called {name}", f"{option} {choice.likely(option)}"
-            )
-    if len(set(inputs)) < len(inputs):
-        raise UsageError(f"--inputs names an array twice: {', '.join(inputs)}")
-    if found.columns:
-        meant = [name for name in found.skipped if name in TARGET_NAMES]
-        if meant and not (inputs or targets or any(name in arrays for name in TARGET_NAMES)):
-            _refuse_unusable_targets(path, meant[0], found.skipped[meant[0]])
-        names, target = choice.of_columns(inputs, targets)
-    else:
-        names, target = choice.of_arrays(inputs, targets)
+    choice = _Choice(path, found, arguments, others)
+    called = {name: choice.called(name) for name in (*inputs, *([targets] if targets else []))}
+    inputs, targets = [called[name] for name in inputs], targets and called[targets]
+    choice.demand(inputs, targets)
+    choose = choice.of_columns if found.columns else choice.of_arrays
+    names, target = choose(inputs, targets)
+    arrays = choice.arrays
     count = 1 if unbatched or not arrays[names[0]].dim() else len(arrays[names[0]])
     whole = Data(
         arrays,
         {name: arrays[name] for name in names},
         None if target is None else (target, arrays[target]),
-        sha256_of_all(files),
-        tuple(notes),
+        sha256_of_all(choice.files),
+        tuple(choice.notes),
         (0, count),
         count,
         found.columns,
@@ -126,11 +102,6 @@ def load_data(
 def is_other_file(name: str) -> bool:
     """Whether the name of inputs or targets is the path of a file beside the data, unless an array is called so."""
     return name.endswith(".npy") and os.path.exists(name)
-
-
-def _refuse_unusable_targets(path: Path, name: str, array: Unusable) -> NoReturn:
-    remedy = array.remedy.format(name)
-    raise FileError(f"{path}: the targets {name} are {array.why}", remedy or None)
 
 
 def _selected(
@@ -159,37 +130,68 @@ def _selected(
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Choice:
-    """Which arrays of a file are inputs and targets."""
+    """Which arrays are inputs and targets.
+
+    Attributes:
+        arrays: those of the file, of others that were named, and a table's columns together.
+        files: that were read.
+        skipped: the other arrays and why, one line each.
+        notes: that, and what was inferred.
+        beside: the columns that are put side by side.
+    """
 
     path: Path
-    arrays: dict[str, torch.Tensor]  # gain those of other files, and a table's columns together
-    skipped: Sequence[str]  # the other arrays and why, one line each
+    found: Arrays  # in the file
     arguments: Sequence[str]  # what the model calls its inputs
     others: Collection[str]  # arrays that are neither, by what else they are for
-    notes: list[str]  # gain what was inferred
-    beside: list[str] = field(default_factory=list)  # gain the columns that are put side by side
 
-    def with_files(self, names: Sequence[str], files: list[Path]) -> dict[str, str]:
-        """Takes in the array of each name that is the path of another `.npy` file; what these are called.
+    def __post_init__(self) -> None:
+        self.arrays, self.files = dict(self.found.numbers), list(self.found.files)
+        skipped = self.found.skipped.items()
+        self.skipped = [f"array {name} skipped: {each.why}" for name, each in skipped]
+        self.notes = [*self.skipped, *self.found.notes]
+        self.beside: list[str] = []
 
-        Args:
-            names: of inputs and targets.
-            files: gain what was read.
-        """
-        called: dict[str, str] = {}
-        for name in names:
-            if name not in self.arrays and is_other_file(name):
-                other = load_arrays(name)
-                files += other.files
-                if not other.numbers:
-                    why = next((each.why for each in other.skipped.values()), "holds no arrays")
-                    raise self.unclear(f"{name}: {why}")
-                file = os.path.basename(name)
-                called[name] = name if file in self.arrays else file
-                self.arrays[called[name]] = next(iter(other.numbers.values()))
-        return called
+    def called(self, name: str) -> str:
+        """What an array is called whose name may be the path of another `.npy` file, which is taken in."""
+        if name in self.arrays or not is_other_file(name):
+            return name
+        other = load_arrays(name)
+        self.files += other.files
+        if not other.numbers:
+            why = next((each.why for each in other.skipped.values()), "holds no arrays")
+            raise self.unclear(f"{name}: {why}")
+        file = os.path.basename(name)
+        file = name if file in self.arrays else file
+        self.arrays[file] = next(iter(other.numbers.values()))
+        return file
+
+    def demand(self, inputs: Sequence[str], targets: str | None) -> None:
+        """Refuses names that no array of numbers has, and a file without any."""
+        if not self.arrays:
+            why = f" ({self.skipped[0]})" if self.skipped else ""
+            raise FileError(
+                f"{self.path}: holds no numeric arrays{why}", "np.savez('data.npz', x=x, y=y)"
+            )
+        for name in (*inputs, *([targets] if targets else [])):
+            if name not in self.arrays:
+                if name == targets:
+                    self._demand_usable(name)
+                option = "--targets" if name == targets else "--inputs"
+                raise self.unclear(
+                    f"no array of numbers is called {name}", f"{option} {self.likely(option)}"
+                )
+        if len(set(inputs)) < len(inputs):
+            raise UsageError(f"--inputs names an array twice: {', '.join(inputs)}")
+
+    def _demand_usable(self, targets: str) -> None:
+        """Refuses targets that are no numbers."""
+        if targets in self.found.skipped:
+            array = self.found.skipped[targets]
+            remedy = array.remedy.format(targets)
+            raise FileError(f"{self.path}: the targets {targets} are {array.why}", remedy or None)
 
     def of_arrays(self, inputs: Sequence[str], targets: str | None) -> tuple[list[str], str | None]:
         """Inputs and targets: those that were asked for, the others by their names."""
@@ -203,6 +205,9 @@ class _Choice:
 
         But those that are called as several of the model's inputs are.
         """
+        meant = [name for name in self.found.skipped if name in TARGET_NAMES]
+        if meant and not (inputs or targets or any(name in self.arrays for name in TARGET_NAMES)):
+            self._demand_usable(meant[0])
         known = [name for name in self.arrays if name in TARGET_NAMES and name not in inputs]
         target = targets or (known[0] if len(known) == 1 else None)
         if target is not None and targets is None:
