@@ -328,6 +328,24 @@ def test_an_interruption_is_said_once(monkeypatch, capsys, rank):
     assert capsys.readouterr().err == ("" if rank else said)
 
 
+def test_what_a_model_prints_is_no_result(tmp_path):
+    (tmp_path / "talking.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        print('hello')\n"
+        "        return super().forward(x)\n"
+    )
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "net.pt")
+    np.savez(tmp_path / "data.npz", x=np.ones((4, 3), np.float32), y=np.arange(4) % 2)
+    arch = ("--arch", "talking.py:Net", "--arch-arg", "in_features=3", "--arch-arg")
+    words = ("eigen", "net.pt", "data.npz", *arch, "out_features=2", "--json")
+    first, second = on_ranks(2, tmp_path, {"eigen": words})["eigen"]
+    assert first.document["size"] == 8
+    assert second.stdout == ""
+    assert "hello" in second.stderr
+
+
 # --- when something goes wrong on one of them -----------------------------------------------------
 
 LATE = """
