@@ -131,14 +131,8 @@ def _norms(operator: Operator, vectors: Tensor, result: Tensor) -> Document:
 
     v, r = operator.products.split(vectors), operator.products.split(result)
     blocks = [
-        {
-            "name": name,
-            "shape": list(operator.problem.parameters[name].shape),
-            "size": size,
-            "vector_norm": norm(v[name]),
-            "product_norm": norm(r[name]),
-        }
-        for name, size in zip(operator.products.names, operator.products.sizes, strict=True)
+        facts | {"vector_norm": norm(v[facts["name"]]), "product_norm": norm(r[facts["name"]])}
+        for facts in operator.parameter_facts()
     ]
     rows, products = vectors.reshape(-1, operator.size), result.reshape(-1, operator.size)
     along = (rows.double() * products.double()).sum(1).tolist()

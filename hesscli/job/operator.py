@@ -71,6 +71,13 @@ class Operator:
         """The error that says so."""
         return not_finite(what, self.opened.options, self.problem.dtype)
 
+    def parameter_facts(self) -> list[Document]:
+        """Name, shape and size of each parameter, in the order of the rows."""
+        return [
+            {"name": name, "shape": list(p.shape), "size": p.numel()}
+            for name, p in self.problem.parameters.items()
+        ]
+
     def document(self, schema: str) -> Document:
         """What every command says of the model, the data and the curvature."""
         return documents.skeleton(self.opened, "full") | {

@@ -67,20 +67,18 @@ def trace(
         if within and not (found.converged or found.interrupted):  # as many again, and it is exact
             exact = _exact(plan, operator)
             found = replace(found, interrupted=True) if exact.interrupted else exact
-    names, sizes = operator.products.names, operator.products.sizes
-    blocks: list[Document] = [
-        {
-            "name": name,
-            "shape": list(operator.problem.parameters[name].shape),
-            "size": size,
+    document = operator.document(SCHEMA)
+    document["blocks"] = [
+        facts
+        | {
             "trace": float(value),
             "standard_error": float(error),
-            "mean": float(value) / size if size else None,
+            "mean": float(value) / facts["size"] if facts["size"] else None,
         }
-        for name, size, value, error in zip(names, sizes, found.parts, found.errors, strict=True)
+        for facts, value, error in zip(
+            operator.parameter_facts(), found.parts, found.errors, strict=True
+        )
     ]
-    document = operator.document(SCHEMA)
-    document["blocks"] = blocks
     document["total"] = {
         "size": operator.size,
         "trace": found.total,
