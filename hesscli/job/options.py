@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, get_origin
 
 from hesscli.errors import UsageError
 
@@ -22,12 +22,7 @@ Stats = Literal["basic", "auto", "all", "none"]
 Which = Literal["largest", "smallest", "magnitude", "both"]
 
 _CHOICES = {
-    "Reduction": get_args(Reduction),
-    "DType": get_args(DType),
-    "Method": get_args(Method),
-    "Curvature": get_args(Curvature),
-    "Blocks": get_args(Blocks),
-    "Stats": get_args(Stats),
+    name: get_args(kind) for name, kind in list(globals().items()) if get_origin(kind) is Literal
 }
 """Type of an option -> what it may be."""
 
