@@ -20,10 +20,10 @@ from hesscli.hessian.symmetry import average_, mirror_
 from hesscli.job import documents
 from hesscli.job.json_form import Document
 from hesscli.job.matrix.beside import Beside
-from hesscli.job.matrix.planning import Plan
+from hesscli.job.matrix.planning import Advance, Plan
 from hesscli.job.matrix.ranking import Ranking
 from hesscli.job.matrix.triangles import HeldTriangle, StreamedTriangle, Triangle
-from hesscli.job.matrix.unfinished import Advance, Unfinished
+from hesscli.job.matrix.unfinished import Unfinished
 from hesscli.spectrum.eigen import extremes
 
 

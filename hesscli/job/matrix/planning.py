@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from hesscli.hessian.applicability import NotApplicable
@@ -20,6 +20,8 @@ from hesscli.job.matrix.memory import Memory
 from hesscli.job.options import ComputeOptions
 from hesscli.job.remedies import inexact
 from hesscli.job.setup.opening import Opened
+
+Advance = Callable[[int, str], None]  # is told how many rows more are done, and of what
 
 LARGE = 4096
 """Blocks of more rows than this are computed in bands, each written while the next one is computed."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,6 @@ from hesscli.files.hessians.result_writer import ResultWriter
 from hesscli.job.json_form import Document
 from hesscli.job.matrix.journal import Journal
 from hesscli.job.options import Listener
-
-Advance = Callable[[int, str], None]  # is told how many rows more are done, and of what
 
 INTERVAL = 1.0
 """Seconds between two waits for the disk. What is finished in less is computed again after a crash."""

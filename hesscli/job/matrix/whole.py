@@ -19,10 +19,10 @@ from hesscli.hessian.words import FINITE_DIFFERENCE
 from hesscli.job import documents, statistics
 from hesscli.job.json_form import Document
 from hesscli.job.matrix.beside import Beside
-from hesscli.job.matrix.planning import Plan
+from hesscli.job.matrix.planning import Advance, Plan
 from hesscli.job.matrix.ranking import Ranking
 from hesscli.job.matrix.triangles import on_host
-from hesscli.job.matrix.unfinished import Advance, Unfinished
+from hesscli.job.matrix.unfinished import Unfinished
 
 _SMALL = 1 << 22  # numbers that are always kept together
 
