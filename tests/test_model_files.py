@@ -689,6 +689,68 @@ def test_sparse_buffers_that_the_architecture_wants(tmp_path):
     assert torch.equal(module.edges.to_dense(), torch.eye(2))
 
 
+class Versioned(nn.Module):
+    """Its first version had the weight transposed, and no file of another one is known to it."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(3) + torch.arange(9.0).reshape(3, 3))
+
+    def _load_from_state_dict(self, state, prefix, facts, *rest):
+        if facts.get("version") not in (1, 2):
+            raise ValueError(f"unknown version: {facts.get('version')}")
+        if facts["version"] == 1:
+            state[f"{prefix}weight"] = state[f"{prefix}weight"].T
+        super()._load_from_state_dict(state, prefix, facts, *rest)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+class OfVersions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Versioned()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda model: model,
+        nn.DataParallel,
+        lambda model: nn.Sequential(nn.Identity(), model),
+        torch.compile,
+    ],
+    ids=["plain", "parallel", "part", "compiled"],
+)
+@pytest.mark.parametrize("entry", [None, "state_dict"])
+def test_weights_of_another_version_are_brought_up_to_date(
+    tmp_path, monkeypatch, version, wrapped, entry
+):
+    module = OfVersions()
+    monkeypatch.setattr(Versioned, "_version", version)
+    state = wrapped(module).state_dict()
+    monkeypatch.undo()
+    torch.save(state if entry is None else {entry: state, "epoch": 3}, tmp_path / "net.pt")
+    loaded = load_model(tmp_path / "net.pt", arch=f"{__file__}:OfVersions").module
+    weight = module.inner.weight
+    assert torch.equal(loaded.inner.weight, weight.T if version == 1 else weight)
+
+
+def test_weights_that_the_architecture_does_not_take(tmp_path):
+    save_file(OfVersions().state_dict(), tmp_path / "net.safetensors")
+    words = "net.safetensors: the architecture does not take the weights: ValueError: unknown version: None"
+    with pytest.raises(MismatchError, match=words) as caught:
+        load_model(tmp_path / "net.safetensors", arch=f"{__file__}:OfVersions")
+    assert caught.value.hint == "torch.save(model.state_dict(), 'net.pt')"
+
+
 def test_weights_that_do_not_fit_are_listed(tmp_path):
     path = tmp_path / "net.pt"
     extra = {f"extra{i}": torch.ones(1) for i in range(12)}

@@ -90,6 +90,23 @@ def fitted(
     return named
 
 
+def versions(content: object, weights: Mapping[str, torch.Tensor]) -> dict[str, object]:
+    """The versions of its modules that a state dict keeps, under the names that its weights were given."""
+    kept = getattr(content, "_metadata", None)
+    if not isinstance(content, Mapping) or not isinstance(kept, Mapping):
+        return {}
+    new_names = {id(tensor): name for name, tensor in weights.items()}
+    found: dict[str, object] = {}
+    for old, tensor in content.items():
+        new = new_names.get(id(tensor), "")
+        parts = str(old).split(".")
+        for end in range(len(parts)):  # what is wrapped comes after its wrapper
+            module, inner = ".".join(parts[:end]), _unwrapped(".".join(parts[end:]))
+            if module in kept and f".{new}".endswith(f".{inner}"):
+                found[new.removesuffix(inner).removesuffix(".")] = kept[module]
+    return found
+
+
 def _names_that_fit(
     path: Path,
     expected: Mapping[str, object],

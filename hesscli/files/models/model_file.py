@@ -16,7 +16,7 @@ from hesscli.errors import FileError, UsageError
 from hesscli.files.digest import sha256_of_all
 from hesscli.files.models.architectures import build
 from hesscli.files.models.call_signature import CallSignature, signature_of
-from hesscli.files.models.checkpoints import fitted, unwrap, without_wrappers
+from hesscli.files.models.checkpoints import fitted, unwrap, versions, without_wrappers
 from hesscli.files.models.exported import Exported, load_exported
 from hesscli.files.models.importing import importable
 from hesscli.files.models.libraries import arch_of
@@ -195,7 +195,8 @@ def _with_architecture(
         notes.append(f"mlp: {module}, in this order")
     narrow = _narrow(weights.values())
     weights = fitted(path, module, weights, notes)
-    load_weights(path, module, weights, content if isinstance(content, Mapping) else {})
+    others = content if isinstance(content, Mapping) else {}
+    load_weights(path, module, weights, others, versions(content, weights))
     if narrow:
         notes.append(_narrow_note(narrow))
     return module

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from hesscli.errors import MismatchError
+from hesscli.files.models.importing import first_line
 from hesscli.texts import dtype_name, listed
 
 _EXTRA = "_extra_state"
@@ -20,6 +23,7 @@ def load_weights(
     module: nn.Module,
     weights: Mapping[str, torch.Tensor],
     others: Mapping[str, object],
+    versions: Mapping[str, object],
 ) -> None:
     """Loads the weights of the file into the module, at their full precision, float32 at least.
 
@@ -28,6 +32,7 @@ def load_weights(
         module: where they go.
         weights: by their names in the module.
         others: what else the file holds; of that the module gets what it asks for by `get_extra_state`.
+        versions: of the modules they were saved from, by which modules bring weights of older ones up to date.
 
     Raises:
         MismatchError: names or shapes differ; each is listed. Or weights are no dense floating point numbers.
@@ -48,14 +53,21 @@ def load_weights(
             tensor.data = tensor.data.to(torch.float64 if wide else torch.float32)
     asked = [name for name in module.state_dict() if name.rpartition(".")[2] == _EXTRA]
     extra = {name: others[name] for name in asked if name in others}
+    state: Any = OrderedDict({**content, **extra})
+    state._metadata = versions
     try:
-        module.load_state_dict({**content, **extra})
+        module.load_state_dict(state)
     except RuntimeError as error:
         differences = _differences(expected, content)
         raise MismatchError(
             f"{path}: the weights do not fit the architecture: "
             + (differences or str(error).splitlines()[-1].strip()),
             "name the architecture they were saved from, with its sizes: --arch-arg K=V",
+        ) from error
+    except Exception as error:  # what a module does with its weights is its own
+        raise MismatchError(
+            f"{path}: the architecture does not take the weights: {first_line(error)}",
+            None if versions else "torch.save(model.state_dict(), 'net.pt')",  # keeps them
         ) from error
 
 
