@@ -516,3 +516,4 @@ def test_a_class_is_no_loss(loss):
     with pytest.raises(hesscli.HesscliError, match="CrossEntropyLoss is a class, not a") as refused:
         computed(net(3), (X, Y), loss=loss)
     assert refused.value.exit_code == 2
+    assert refused.value.hint == "write loss = CrossEntropyLoss() into FILE.py: --loss FILE.py:loss"

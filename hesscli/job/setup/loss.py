@@ -147,8 +147,13 @@ def _import_function(spec: str) -> Callable[..., Tensor]:
 
 
 def _demand_function(name: str, function: object) -> Callable[..., Tensor]:
-    if isinstance(function, type) or not callable(function):
-        kind = "class" if isinstance(function, type) else type(function).__name__
+    if isinstance(function, type):
+        raise UsageError(
+            f"the loss {name} is a class, not a function of output and targets",
+            f"write loss = {function.__name__}() into FILE.py: --loss FILE.py:loss",
+        )
+    if not callable(function):
+        kind = type(function).__name__
         raise UsageError(f"the loss {name} is a {kind}, not a function of output and targets")
     return function
 
