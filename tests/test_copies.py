@@ -211,6 +211,47 @@ def test_a_part_that_is_its_own_copy(frozen: bool) -> None:
     assert alone.weight.dtype is torch.float32
 
 
+class Forgetful(nn.Linear):
+    """It is copied, or pickled, without what it computes with."""
+
+    factor = 1.0
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.factor = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor
+
+
+class NewWeights(Forgetful):
+    def __deepcopy__(self, memo: object) -> NewWeights:
+        return type(self)()
+
+
+class LostFactor(Forgetful):
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if name != "factor"}
+
+
+@pytest.mark.parametrize(("kind", "other"), [(NewWeights, "weight"), (LostFactor, "factor")])
+def test_a_copy_that_is_another_model(kind: type[nn.Module], other: str) -> None:
+    """Its Hessian is not that of the module, and the check would not see it."""
+    module = nn.Sequential(kind(), nn.Tanh())
+    for function in (hesscli.compute, hesscli.operator):
+        with pytest.raises(
+            hesscli.HesscliError, match=f"cannot be copied: the copy has another 0.{other}"
+        ):
+            function(module, (X.float(), Y.float()))
+
+
+def test_what_is_not_a_number_is_copied() -> None:
+    module = nn.Linear(3, 3).double()
+    module.register_buffer("unknown", torch.full((3,), float("nan")))
+    module.limit = float("nan")
+    hesscli.compute(module, (X, Y))
+
+
 def test_what_cannot_be_copied_is_shared() -> None:
     numbers = (i for i in range(3))
     function = copied(lambda: numbers)

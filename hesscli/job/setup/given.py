@@ -16,16 +16,14 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils.data import TensorDataset
 
-from hesscli.errors import HesscliError, MismatchError, UsageError
+from hesscli.errors import HesscliError, UsageError
 from hesscli.files.models.live_models import live_model
 from hesscli.files.models.model_file import SavedModel
-from hesscli.files.models.ties import tie, tied_groups
 from hesscli.hessian.autodiff import differentiable
-from hesscli.hessian.objective.copies import copied
 from hesscli.job.options import ProblemOptions
+from hesscli.job.setup.module_copy import own_copy
 from hesscli.job.setup.opening import device_called
 from hesscli.job.setup.settings import random_kept, settings_kept
 
@@ -93,42 +91,9 @@ def given(
             yield asked, None
             return
         wanted = None if asked.device == "auto" else device_called(asked.device)
-        saved = live_model(_copied(model), train_mode=asked.train_mode, device=wanted)
+        saved = live_model(own_copy(model), train_mode=asked.train_mode, device=wanted)
         saved = replace(saved, originals=tuple(model.parameters()))
         yield replace(asked, device=str(next(saved.module.parameters()).device)), saved
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    # What modules compute and keep, as pruning does, is no leaf, and has no copy of its own.
-    attributes = [x for part in module.modules() for x in vars(part).values()]
-    tensors = [x for x in [*attributes, *module.buffers()] if isinstance(x, Tensor)]
-    kept = {id(x): x.detach().clone() for x in tensors if not x.is_leaf}
-    every = dict(module.named_parameters(remove_duplicate=False))
-    groups = tied_groups((name, p) for name, p in every.items() if not is_lazy(p))
-    try:
-        with torch.no_grad():  # TorchScript would record it
-            copy = copied(module, kept)
-        _demand_own(copy, module)
-        for name, p in copy.named_parameters(remove_duplicate=False):
-            p.requires_grad = every[name].requires_grad
-        tie(copy, groups)  # which share memory and are no one object
-        return copy
-    except Exception as error:  # a module may hold anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MismatchError(
-            f"{type(module).__name__}: cannot be copied: {reason}",
-            "save it, torch.save(model.state_dict(), 'net.pt'), and name its class with arch=",
-        ) from error
-
-
-def _demand_own(copy: nn.Module, module: nn.Module) -> None:
-    """Refuses a copy that is the module itself in parts, whose `__deepcopy__` returns them: those would change."""
-    originals = [*module.modules(), *module.parameters(), *module.buffers()]
-    known = {id(x) for x in originals}
-    parts = (*copy.named_modules(), *copy.named_parameters(), *copy.named_buffers())
-    for name, part in parts:
-        if id(part) in known:
-            raise ValueError(f"the copy of {name or 'it'} is {name or 'it'} itself")
 
 
 def _data_file(data: DataLike, folder: Path) -> tuple[Path, Path]:
