@@ -72,12 +72,14 @@ def test_rows_near_the_output_are_cheap() -> None:
     assert last < first / 10
 
 
-def test_what_is_used_twice_goes_by_products_and_says_so() -> None:
-    layer = nn.Linear(6, 6)
+def test_what_is_used_twice() -> None:
+    """A weight has its directions at both values; a bias would gain nothing by them, and goes by products."""
+    layer = nn.Linear(60, 60)
     chosen = plan(
-        classify(nn.Sequential(layer, nn.Tanh(), layer), 8, 6, classes=6), "block_diagonal"
+        classify(nn.Sequential(layer, nn.Tanh(), layer), 8, 60, classes=60), "block_diagonal"
     )
-    assert str(chosen["0.weight"]) == "hvp: used twice"
+    assert str(chosen["0.weight"]) == "preactivation (120 seeds)"
+    assert str(chosen["0.bias"]) == "hvp: used twice"
 
 
 def test_samples_that_mix_are_named() -> None:

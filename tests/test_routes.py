@@ -36,7 +36,7 @@ from hesscli.hessian.objective.measure import measure
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.proofs.uses import Use
-from hesscli.hessian.routes.base import Route
+from hesscli.hessian.routes.base import Route, Rows
 
 Counts = dict[str, dict[str, list[int]]]  # by route and structure
 
@@ -158,10 +158,11 @@ def test_float32(case):
 MUST_REFUSE = [  # (case, block of `block_diagonal`, route)
     *((c, b, r) for r in FAST for c, b in (
         ("tied-names", "embed.weight"), ("tied-transpose", "encode.weight"),
-        ("twice", "layer.weight"), ("twice", "layer.bias"), ("twice-conv", "layer.weight"),
+        ("twice", "layer.bias"), ("twice-conv", "layer.weight"),
         ("gru-cell", "cell.weight_ih"), ("output-mean", "body.0.weight"),
         ("weight-norm", "2.parametrizations.weight.original1"), ("unused", "spare.weight"),
     )),
+    ("twice", "layer.weight", "gauss-newton"),
     ("mlp-deep", "0.0.weight", "gauss-newton"), ("mlp-softmax", "0.weight", "gauss-newton"),
 ]  # fmt: skip
 
@@ -920,6 +921,118 @@ def test_a_last_batch_of_one_sample(name):
     route = routes_of(problem)["preactivation"]
     right, _ = applies(route, truth, "block_diagonal", 1e-10)
     assert right >= 1
+
+
+# --- parameters that enter several times ------------------------------------------------------
+
+
+def recurrent(s: Net, x: Tensor) -> Tensor:
+    h = torch.tanh(s.i(x))
+    for _ in range(3):
+        h = h + torch.tanh(s.a(h))
+    return s.b(h)
+
+
+def by_tokens(s: Net, x: Tensor) -> Tensor:
+    for _ in range(2):
+        x = s.n(x + F.gelu(s.a(x)))
+    return s.b(x.mean(1))
+
+
+def encoders(s: Net, x: Tensor, y: Tensor) -> Tensor:
+    return s.b(hidden(s, x)) - s.b(hidden(s, y)) ** 2
+
+
+def from_zeros(s: Net, x: Tensor) -> Tensor:
+    h = x.new_zeros(len(x), 5)
+    for step in x.unbind(1):
+        h = torch.tanh(s.i(step) + s.a(h))
+    return s.b(h)
+
+
+def mixed_zeros(s: Net, x: Tensor) -> Tensor:
+    """The rows of the constant change places, which the samples do not."""
+    return torch.tanh(s.a(hidden(s, x)) + s.a(torch.eye(5, 6, dtype=x.dtype)).flip(0))
+
+
+def between(s: Net, x: Tensor) -> Tensor:
+    """A layer of its own between the two."""
+    return s.a(torch.tanh(s.i(torch.tanh(s.a(x)))))
+
+
+WIDE = numbers(5, 6, seed=5)
+SHARED = [  # the model, and its weights that enter as they are at several values
+    (odd("recurrent", recurrent, ROWS, i=layer(3, 5), a=layer(5, 5), b=layer(5, 2)), {"a.weight"}),
+    (odd("between", between, WIDE, a=layer(6, 6), i=layer(6, 6)), {"a.weight"}),
+    (odd("encoders", encoders, WIDE, numbers(5, 6, seed=7), a=layer(6, 4), b=layer(4, 3)),
+        {"a.weight", "b.weight"}),
+    (odd("encoders-relu", lambda s, x, y: s.b(s.a(x).relu()) * s.b(s.a(y).relu()), WIDE,
+        numbers(5, 6, seed=7), a=layer(6, 4), b=layer(4, 3)), {"a.weight", "b.weight"}),
+    (odd("once-with-a-bias", lambda s, x: s.b(F.linear(torch.tanh(F.linear(x, s.w, s.c)), s.w).tanh()),
+        WIDE, w=numbers(6, 6), c=numbers(6), b=layer(6, 2)), {"w"}),
+    (odd("one-bias-of-two", lambda s, x: F.linear(torch.tanh(F.linear(x, s.w, s.c)), s.v, s.c), WIDE,
+        w=numbers(4, 6), v=numbers(4, 4), c=numbers(4)), {"w", "v"}),
+    (odd("stored-inputs-first", lambda s, x: torch.tanh(torch.tanh(x @ s.w) @ s.w) @ s.v, WIDE,
+        w=numbers(6, 6), v=numbers(6, 2)), {"w"}),
+    (odd("both-ways-up", lambda s, x: torch.tanh(x @ s.w) @ s.w.T, WIDE, w=numbers(6, 4)), set()),
+    (odd("masked-once", lambda s, x: torch.tanh(x @ s.w) @ (s.w * 2), WIDE, w=numbers(6, 6)), set()),
+    (odd("by-tokens", by_tokens, numbers(5, 3, 8), a=layer(8, 8), n=layer(8, kind=nn.LayerNorm),
+        b=layer(8, 2)), {"a.weight"}),
+    (odd("convolutions", lambda s, x: s.b(torch.tanh(s.a(torch.tanh(s.a(x)))).flatten(1)),
+        numbers(5, 3, 2, 2), a=layer(3, 3, 3, kind=nn.Conv2d, padding=1), b=layer(12, 2)), {"a.weight"}),
+    (odd("tokens-and-types", lambda s, x: s.b(s.a(x.argsort(1)[:, 0]) * s.a(x.argsort(1)[:, 1]).sin()),
+        WIDE, a=layer(6, 3, kind=nn.Embedding), b=layer(3, 2)), {"a.weight"}),
+    (odd("from-zeros", from_zeros, numbers(5, 3, 4), i=layer(4, 5), a=layer(5, 5), b=layer(5, 2)),
+        {"a.weight"}),
+    (odd("mixed-zeros", mixed_zeros, WIDE, a=layer(6, 6)), set()),
+    (odd("gru-of-two", lambda s, x: s.b(s.r(x)[0][:, -1]), numbers(5, 3, 4),
+        r=layer(4, 5, 2, kind=nn.GRU, batch_first=True), b=layer(5, 2)),
+        {"r.weight_hh_l0", "r.weight_hh_l1"}),
+    (odd("lstm-of-two-ways", lambda s, x: s.b(s.r(x)[0].sum(1)), numbers(5, 3, 4),
+        r=layer(4, 5, kind=nn.LSTM, batch_first=True, bidirectional=True), b=layer(10, 2)),
+        {"r.weight_hh_l0", "r.weight_hh_l0_reverse"}),
+]  # fmt: skip
+
+
+@either
+@pytest.mark.parametrize(("model", "weights"), SHARED, ids=[str(model) for model, _ in SHARED])
+def test_a_weight_that_enters_several_times(model, weights, traced):
+    problem, truth = pose(model, traced)
+    route = routes_of(problem)["preactivation"]
+    for structure in STRUCTURES:
+        applies(route, truth, structure, 1e-10, model.name)
+    blocks = [b for b in blocks_of(problem, "block_diagonal") if b.name in weights]
+    assert {block.name for block in blocks} == weights
+    for block, diagonal in product(blocks, (False, True)):
+        assert compute_blocks(route, [block], diagonal)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("recurrent", [4, 1]),
+        ("from-zeros", [4, 1]),
+        ("convolutions", [4, 1]),
+        ("gru-of-two", [3, 2]),
+    ],
+)
+def test_a_shared_weight_in_bands_and_batches(name, sizes):
+    """Rows of some neurons alone, few directions at a time, and a last batch of one sample."""
+    (model,) = [m for m, _ in SHARED if m.name == name]
+    problem, truth = pose(model)
+    (batch,) = problem.batches
+    problem = problem_of(model.make(), model.inputs, batch.target, model.loss, batch_size=sizes[0])
+    assert [len(batch.inputs[0]) for batch in problem.batches] == sizes
+    route = routes_of(problem)["preactivation"]
+    route.workspace = 1
+    (block,) = blocks_of(problem, "full")
+    layout, found = route.layout(block), torch.zeros_like(truth)
+    for start, stop in layout.cut(1):
+        out = truth.new_zeros(stop - start, block.size - start)
+        route.sum([Rows(block, start, stop, out)])
+        found[start:stop, start:] = out
+    found = layout.ordered(found.triu() + found.triu(1).T)
+    assert compare(found, truth, truth) <= 1e-10
 
 
 # --- positions --------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
@@ -107,7 +107,7 @@ class Planner:
     def _preactivation(self, block: Block, diagonal: bool) -> Choice:
         analysis, costs = self._proven()
         if diagonal:
-            steps, mine = chain_of(analysis, {block.name: analysis.use(block.parameters[0])})
+            steps, mine = chain_of(analysis, [block.name])
             use = mine.get(block.name)
             if use is not None:
                 own, sweep = costs.own(use, True, False), costs.chain(steps)
@@ -117,15 +117,19 @@ class Planner:
             use = analysis.use(block.parameters[0])
             work = self._along(use, use.size) + costs.own(use, diagonal, by_directions=True)
             return Choice(PREACTIVATION, f"{use.size} seeds", self._all(work))
-        alone = len(layers) == 1 and not others
+        alone = len(layers) == 1 and not layers[0].again and not others
         work, count, tail = Work(), 0, 0
         for layer in reversed(layers):
-            seeds = layer.weight.n * layer.weight.positions
-            z = layer.weight.z
-            work += self._along(layer.weight, seeds) if alone else costs.directions(z, seeds)
-            work += costs.own(layer.weight, diagonal, by_directions=False)
+            use = replace(layer.weight, positions=layer.positions)  # at all its values
+            seeds = use.n * use.positions
+            work += self._along(use, seeds) if alone else costs.directions(use.z, seeds)
+            if layer.again and not diagonal:  # the inputs move as well, seen from each of them
+                work += costs.directions(use.z, use.m * use.positions // 2)
+                work += costs.cross(use, layer.size)
+            else:
+                work += costs.own(use, diagonal, by_directions=False)
             if tail:
-                work += costs.cross(layer.weight, tail)
+                work += costs.cross(use, tail)
             tail += layer.size
             count += seeds
         rows = sum(len(block.rows[name]) for name in others)
@@ -185,7 +189,9 @@ class JacobianPlanner(Planner):
         analysis, costs = self._proven()
         work = Work()
         for name in block.parameters:
-            work += costs.gauss_newton(analysis.use(name), diagonal)
+            use, *again = analysis.all_uses(name)
+            positions = use.positions + sum(other.positions for other in again)
+            work += costs.gauss_newton(replace(use, positions=positions), diagonal)
         return Choice(GAUSS_NEWTON, self.rows.format(costs.classes), self._all(work))
 
 

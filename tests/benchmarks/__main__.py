@@ -43,7 +43,7 @@ EXAMPLES = """examples:
   python -m tests.benchmarks --limit 600 full-mlp      rows one by one to the end, for one task
   python -m tests.benchmarks elements-cnn --peer backpack    against one peer
   python -m tests.benchmarks eigen-mlp product-mlp    without a matrix
-  python -m tests.benchmarks losing-conv losing-tied losing-vocabulary    where there is little to gain
+  python -m tests.benchmarks losing-conv losing-vocabulary    where there is little to gain
   python -m tests.benchmarks --device cuda full-mlp full-wide    on a GPU
   python -m tests.benchmarks --toy                     only that all agree; no times
 """

@@ -267,6 +267,15 @@ TASKS = (
         ("curvlinops", "pyhessian"),
         (Goal(GRADIENT, 1.8, 1.2),),
     ),
+    Task(
+        "full-tied",
+        "full, one 48 x 48 layer used three times, B = 256",
+        "tied",
+        {"samples": 256, "width": 48, "times": 3},
+        {"samples": 8, "width": 4, "times": 2},
+        "full",
+        ("vmap-jvp-grad", "is-grads-batched"),
+    ),
     # Where hesscli has little or nothing to gain.
     Task(
         "losing-conv",
@@ -276,15 +285,6 @@ TASKS = (
         _cnn(6, "GELU", 2, 3),
         "diag",
         BLOCK_PEERS,
-    ),
-    Task(
-        "losing-tied",
-        "losing case: full, one 48 x 48 layer used three times, B = 256",
-        "tied",
-        {"samples": 256, "width": 48, "times": 3},
-        {"samples": 8, "width": 4, "times": 2},
-        "full",
-        ("vmap-jvp-grad", "is-grads-batched"),
     ),
     Task(
         "losing-vocabulary",

@@ -1,4 +1,4 @@
-"""Finds the affine use of each parameter on a tape, or why it has none."""
+"""Finds the affine uses of each parameter on a tape, or why it has none."""
 
 from __future__ import annotations
 
@@ -21,62 +21,111 @@ _MULTIPLIES = frozenset("mul div neg".split())
 _MOST_UNITS = 1 << 26  # numbers in the unit vectors of all tokens
 
 
-def find_uses(tape: Tape, axes: Axes) -> tuple[dict[str, Use], dict[str, str]]:
-    """The affine use of each parameter, or the reason why it has none."""
+@dataclass(frozen=True)
+class Uses:
+    """How the parameters of a tape enter.
+
+    Attributes:
+        single: the affine use of each parameter that has one alone.
+        shared: those of each that enters at several values, as it is, in the order of execution.
+        reasons: why the others have none, and what is shared no single one.
+    """
+
+    single: dict[str, Use]
+    shared: dict[str, tuple[Use, ...]]
+    reasons: dict[str, str]
+
+
+def find_uses(tape: Tape, axes: Axes) -> Uses:
     trained = tape.dependent([*tape.parameters.values()])
     constants = {n for n, axis in axes.items() if axis is None and n not in trained}
-    uses, reasons = {}, {}
+    found = Uses({}, {}, {})
     for name, number in tape.parameters.items():
-        found = _use(tape, axes, constants, name, number)
-        if isinstance(found, Use):
-            uses[name] = found
+        way = _Way(tape, axes, constants, name)
+        uses = way.uses(number)
+        if isinstance(uses, str):
+            found.reasons[name] = uses
+        elif len(uses) == 1:
+            found.single[name] = uses[0]
         else:
-            reasons[name] = found
-    return uses, reasons
+            found.reasons[name] = way.times(number)
+            moves = [call.name for use in uses for call in use.moves]
+            if _MULTIPLIES.isdisjoint(moves) and len({use.z for use in uses}) == len(uses):
+                found.shared[name] = tuple(sorted(uses, key=lambda use: tape.maker[use.z]))
+    return found
 
 
-def _use(tape: Tape, axes: Axes, constants: Collection[int], name: str, number: int) -> Use | str:
-    value, moves = number, list[Call]()
-    lookup: Call | None = None  # of the same rows for every sample, as those of positions are
-    while True:
-        readers = tape.readers.get(value, ())
-        if len(readers) != 1:
-            times = {0: "unused", 2: "used twice"}.get(len(readers), f"used {len(readers)} times")
-            return times if value == number or not readers else "used more than once"
-        (call,) = readers
+@dataclass(frozen=True)
+class _Way:
+    """From a parameter to where it enters."""
+
+    tape: Tape
+    axes: Axes
+    constants: Collection[int]
+    parameter: str
+
+    def times(self, value: int) -> str:
+        """How often a value is read, if not once."""
+        count = len(self.tape.readers.get(value, ()))
+        if count and value != self.tape.parameters[self.parameter]:
+            return "used more than once"
+        return {0: "unused", 2: "used twice"}.get(count, f"used {count} times")
+
+    def uses(
+        self, value: int, moves: tuple[Call, ...] = (), lookup: Call | None = None
+    ) -> list[Use] | str:
+        """The uses of what the moves have made of the parameter, or the reason why one of them is none.
+
+        Args:
+            value: the number of that.
+            moves: views, copies, and products with constants.
+            lookup: what took it from a table, of the same rows for every sample, as those of positions are.
+        """
+        readers = self.tape.readers.get(value, ())
+        if len(readers) == 1:
+            return self._in(readers[0], value, moves, lookup)
+        found: list[Use] = []
+        for call in readers:
+            more = self._in(call, value, moves, lookup)
+            if lookup or isinstance(more, str):
+                return self.times(value)
+            found += more
+        return found or self.times(value)
+
+    def _in(
+        self, call: Call, value: int, moves: tuple[Call, ...], lookup: Call | None
+    ) -> list[Use] | str:
+        """Those that it has through one call."""
+        shapes = self.tape.shapes
         made = next(output for output in call.outputs if output is not None)
-        if lookup or axes[made] is not None:
-            break
-        if call.name == "embedding":
-            lookup, value = call, made
-            continue
-        whole = tape.shapes[made] == tape.shapes[value]
-        if not (
-            call.name in _VIEWS | _COPIES
-            or (call.name in _OF_ALL and whole)
-            or (_multiplies(call, value, constants) and whole)
-        ):
-            break
-        moves.append(call)
-        value = made
-    z, reason = call.outputs[0], f"not an affine use ({call.name})"
-    if not tape.complex.isdisjoint([value, *call.reads, *([] if z is None else [z])]):
-        return "complex numbers"
-    if z is None or (axis := axes[z]) is None:
-        return reason
-    if lookup:
-        if not _adds_rows(tape, call, value, z):
+        if not lookup and self.axes[made] is None:
+            whole = shapes[made] == shapes[value]
+            if call.name == "embedding":
+                return self.uses(made, moves, call)
+            if (
+                call.name in _VIEWS | _COPIES
+                or (call.name in _OF_ALL and whole)
+                or (_multiplies(call, value, self.constants) and whole)
+            ):
+                return self.uses(made, (*moves, call), lookup)
+        z, reason = call.outputs[0], f"not an affine use ({call.name})"
+        if not self.tape.complex.isdisjoint([value, *call.reads, *([] if z is None else [z])]):
+            return "complex numbers"
+        if z is None or (axis := self.axes[z]) is None:
             return reason
-        call, value = lookup, lookup.named("weight").value
-    try:
-        entries = _moved(tape.shapes[number], moves)
-    except RuntimeError:  # not a view of the parameter as it lies in the file
-        return f"not an affine use ({moves[-1].name})"
-    operand = _Operand(
-        name, value, tuple(moves), entries, call, call.place(value), z, tape.shapes[z], axis
-    )
-    find = _FINDERS.get(call.name)
-    return (find and find(operand)) or reason
+        if lookup:
+            if not _adds_rows(self.tape, call, value, z):
+                return reason
+            call, value = lookup, lookup.named("weight").value
+        try:
+            entries = _moved(shapes[self.tape.parameters[self.parameter]], moves)
+        except RuntimeError:  # not a view of the parameter as it lies in the file
+            return f"not an affine use ({moves[-1].name})"
+        place = call.place(value)
+        operand = _Operand(self.parameter, value, moves, entries, call, place, z, shapes[z], axis)
+        find = _FINDERS.get(call.name)
+        use = find and find(operand)
+        return [use] if use else reason
 
 
 def _adds_rows(tape: Tape, call: Call, rows: int, total: int) -> bool:

@@ -25,8 +25,9 @@ class Analysis:
 
     tape: Tape
     axes: Axes
-    uses: dict[str, Use]
-    reasons: dict[str, str]  # why a parameter has no affine use
+    uses: dict[str, Use]  # of each parameter that has one affine use alone
+    shared: dict[str, tuple[Use, ...]]  # of each that enters at several values
+    reasons: dict[str, str]  # why a parameter has no affine use alone
     class_axis: int | None = None  # of the output, where the loss couples what lies along it
     terms: Tape | None = None  # of a loss of the user's own
     # Whether positions stay apart behind some values, as far as that was asked for.
@@ -46,6 +47,10 @@ class Analysis:
         if parameter not in self.uses:
             raise NotApplicable(self.reasons.get(parameter, "unused"))
         return self.uses[parameter]
+
+    def all_uses(self, parameter: str) -> tuple[Use, ...]:
+        """The affine uses of a parameter, in the order of execution."""
+        return self.shared[parameter] if parameter in self.shared else (self.use(parameter),)
 
     def uses_apart(self, parameters: Iterable[str]) -> dict[str, Use]:
         """The uses of some parameters, with positions as samples if none sees another behind any of them."""
@@ -100,14 +105,14 @@ def _analyse(problem: Problem, batch: Batch) -> Analysis:
     if loss.name in OF_CLASSES and len(tape.shapes[tape.output]) < 2:
         raise NotApplicable("one sample without a sample axis")  # axis 0 holds its classes
     axes = sample_axes(tape, len(batch.inputs[0]))
-    uses, reasons = find_uses(tape, axes)
+    uses = find_uses(tape, axes)
     terms = None
     if loss.function is not None:
         terms = record_terms(problem, batch)
         if terms.refusal:
             raise NotApplicable(f"{terms.refusal} in the loss {loss.name}")
     classes = loss.class_axis(tape.shapes[tape.output], batch.target)
-    analysis = Analysis(tape, axes, uses, reasons, classes, terms)
+    analysis = Analysis(tape, axes, uses.single, uses.shared, uses.reasons, classes, terms)
     if analysis.loss_couples(SampleAxis(0), len(batch.inputs[0])):
         raise NotApplicable(f"the loss {loss.name} may mix samples")
     return analysis

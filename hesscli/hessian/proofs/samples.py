@@ -7,12 +7,15 @@ anything else counts as mixing. One sample alone has nothing to mix with: any ax
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.proofs.sample_axis import Axes, Context, SampleAxis, mixes
 from hesscli.hessian.proofs.sample_rules import rule_of
 from hesscli.hessian.recording.tape import Call, Tape
+
+_PRODUCTS = frozenset("mm addmm bmm baddbmm convolution".split())
 
 
 def sample_axes(tape: Tape, samples: int) -> Axes:
@@ -25,10 +28,25 @@ def sample_axes(tape: Tape, samples: int) -> Axes:
     Raises:
         NotApplicable: an operator mixes samples, or is not known not to.
     """
-    axes = follow(tape, dict.fromkeys(tape.inputs, SampleAxis(0)), samples)
+    start = dict.fromkeys(tape.inputs, SampleAxis(0))
+    axes = follow(tape, start, samples)
     if axes[tape.output] != SampleAxis(0):
         raise NotApplicable("the output has no sample axis in front")
+    states = dict.fromkeys(_states(tape, axes, samples), SampleAxis(0))
+    if states:
+        with suppress(NotApplicable):
+            return follow(tape, start | states, samples)
     return axes
+
+
+def _states(tape: Tape, axes: Axes, samples: int) -> Iterator[int]:
+    """Constants with a row for each sample that layers are applied to, as the first state of a recurrent one."""
+    trained = tape.dependent([*tape.parameters.values()])
+    for call in tape.calls:
+        applied = call.name in _PRODUCTS and not trained.isdisjoint(call.reads)
+        if applied and not any(axes[n] for n in call.reads):
+            rows = (n for n in call.reads if tape.shapes[n][:1] == (samples,))
+            yield from (n for n in rows if n not in trained)
 
 
 def follow(
@@ -65,8 +83,10 @@ def follow(
                 continue
             if samples == 1:
                 result = _only_sample(call, tape.shapes[made])
-            if made in start and start[made] != result:
-                raise mixes(call)
+            if made in start:
+                if result not in (None, start[made]):
+                    raise mixes(call)
+                continue
             axes[made] = result
             if result is not None:
                 _verify(call, result, tape.shapes[made], samples)

@@ -1,13 +1,15 @@
-"""The one place where a parameter enters a tape, in an affine way.
+"""A place where a parameter enters a tape, in an affine way.
 
-At such a use, z = A(a) theta with some activation a, and everything after z sees the parameter through z alone. Then,
-with delta = dL/dz and S = d^2 L / dz^2 of each sample, its own block of the Hessian is the sum over samples of A^T S A.
+At such a use, z = A(a) theta with some activation a. Where it is the only one, everything after z sees the parameter
+through z alone. Then, with delta = dL/dz and S = d^2 L / dz^2 of each sample, its own block of the Hessian is the sum
+over samples of A^T S A.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ _OF_CONVOLUTION = ("stride", "padding", "dilation", "transposed", "output_paddin
 
 @dataclass(frozen=True)
 class Use:
-    """The one affine use of a parameter.
+    """An affine use of a parameter.
 
     Attributes:
         parameter: its name.
@@ -67,6 +69,11 @@ class Use:
     runs: int = 1
     order: tuple[int, ...] = ()
     apart: int = 1
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """How its entries lie in it: the same, where a parameter enters at several values in the same way."""
+        return self.kind, self.n, self.m, self.groups, self.sections, self.runs, self.order
 
     def rows(self, u: Tensor) -> Tensor:
         """[..., *z.shape] -> [..., samples, positions, n]."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.routes.kronecker import FEWEST, add_kronecker_rows
@@ -27,7 +30,8 @@ def add_layer(
     """The rows of some neurons of the first layer: their columns from their own on, and those of all later layers.
 
     Args:
-        probed: a pass with probes at every layer, and duals at the inputs of all but the first.
+        probed: a pass with probes at every layer, and duals at the inputs of all but the first; of that too, if it is
+            shared.
         layers: in the order of execution.
         deltas: dPhi / dz of each, with its graph.
         neurons: which of the first layer.
@@ -36,26 +40,27 @@ def add_layer(
         workspace: how many numbers a chunk of directions may make.
     """
     layer = layers[0]
+    if layer.again:
+        _add_shared(probed, layers, deltas, neurons, out, workspace)
+        return
     use, delta = layer.weight, deltas[layer.z]
     if delta is None or not delta.requires_grad:
         return
     a = layer.inputs(probed)
-    inputs = [probed.probes[other.z] for other in layers]
-    moving = [other.weight.moving for other in layers[1:]]
-    inputs += [probed.duals[a] for a in moving if a is not None]
+    gradients = _Gradients(probed, layers[1:], deltas)
+    inputs = [probed.probes[layer.z], *gradients.variables]
     per_direction = 4 * delta.numel() * len(inputs)
     if not layer.plain:
         per_direction += len(a) * layer.size
-    later = _Later(probed, layers[1:], deltas)
+    later = _Later(gradients)
     own = (use.n - neurons.start) * layer.width  # columns
     for t, chunk, seeds in _directions(use, delta, neurons, max(1, workspace // per_direction)):
-        found = probed.along(delta, inputs, seeds)
-        curvature, tangents = found[: len(layers)], found[len(layers) :]
+        curvature, *found = probed.along(delta, inputs, seeds)
         skipped = (chunk.start - neurons.start) * layer.width
         rows = out[skipped : skipped + len(chunk) * layer.width]
         at = a[:, t]  # [B, width]
-        if curvature[0] is not None:
-            s = use.rows(curvature[0])[..., chunk.start :]  # [directions, B, T, n - first]
+        if curvature is not None:
+            s = use.rows(curvature)[..., chunk.start :]  # [directions, B, T, n - first]
             mine = rows[:, skipped:own]
             if layer.plain:
                 add_kronecker_rows(mine, s[:, :, 0], at)
@@ -66,92 +71,186 @@ def add_layer(
                 first = chunk.start - neurons.start
                 bias_out[first : first + len(chunk), first:] += s.sum((1, 2))
         if later.size:
-            later.add(rows[:, own:], at, curvature[1:], tangents)
+            later.add(_by_neuron(layer, rows[:, own:]), at, gradients.along(found, len(chunk)))
+
+
+def _add_shared(
+    probed: Probed,
+    layers: Sequence[Layer],
+    deltas: Mapping[int, Tensor | None],
+    neurons: range,
+    out: Tensor,
+    workspace: int,
+) -> None:
+    """The same where the first layer is shared: every pair of its values, and of one with another layer's, counts.
+
+    For an earlier value z' = W' a' and a later one z = W a
+
+        d^2 L / dW[p, q] dW'[i, j] = sum_b a[q] S'[i; p] a'[j] + delta[p] d a[q] / d z'[i] a'[j]
+
+    where S' is the derivative of delta' along z_p; and likewise with the two exchanged.
+    """
+    layer, gradients = layers[0], _Gradients(probed, layers, deltas)
+    behind = _Later(gradients)
+    skipped = neurons.start * layer.width
+    by_neuron = _by_neuron(layer, out)
+    for place in layer.places:
+        use, delta = place.weight, deltas[place.z]
+        if delta is None:
+            continue
+        if delta.requires_grad:
+            a = place.inputs(probed)
+            chunk = max(1, workspace // (4 * delta.numel() * len(gradients.variables)))
+            for t, part, seeds in _directions(use, delta, neurons, chunk):
+                found = probed.along(delta, gradients.variables, seeds)
+                mine = by_neuron[part.start - neurons.start : part.stop - neurons.start]
+                behind.add(mine, a[:, t], gradients.along(found, len(part)), skipped)
+        inputs = use.columns(probed.known)  # which move with earlier values
+        if inputs.requires_grad:
+            rows = use.rows(delta.detach())[..., neurons.start : neurons.stop]
+            chunk = max(1, workspace // (4 * sum(probe.numel() for probe in gradients.probes)))
+            for t, first in itertools.product(range(use.positions), range(0, use.m, chunk)):
+                count = min(chunk, use.m - first)
+                seeds = inputs.new_zeros(count, *inputs.shape)
+                seeds[:, :, t, first : first + count].diagonal(dim1=0, dim2=2).fill_(1)
+                found = batched_grad(inputs, gradients.probes, seeds)
+                mine = by_neuron[:, first : first + count].transpose(0, 1)
+                behind.add(mine, rows[:, t], gradients.along(found, count), skipped)
+
+
+def _by_neuron(layer: Layer, rows: Tensor) -> Tensor:
+    """[neurons * width, columns] -> [neurons, width, columns]."""
+    return rows.unflatten(0, (-1, layer.width))
 
 
 def add_layer_diagonal(
     probed: Probed,
     layer: Layer,
-    delta: Tensor | None,
+    deltas: Mapping[int, Tensor | None],
     out: Tensor,
     bias_out: Tensor | None,
     workspace: int,
 ) -> None:
-    """The diagonal of a layer's own block: `out` [n * m], and of its bias's, [n]."""
-    use = layer.weight
-    if delta is None or not delta.requires_grad:
-        return
-    a = probed.columns(use)
-    per_direction = 4 * delta.numel()
-    if not layer.plain:
-        per_direction += len(a) * use.size
-    for t, chunk, seeds in _directions(
-        use, delta, range(use.n), max(1, workspace // per_direction)
-    ):
-        (curvature,) = probed.along(delta, [probed.probes[layer.z]], seeds)
-        if curvature is None:
-            return
-        s = use.rows(curvature)  # [directions, B, T, n]
-        for row, p in enumerate(chunk):
-            same = torch.einsum("bt,btq->bq", s[row, :, :, p], a)
-            entries = use.entries(out, p)
-            entries += (same * a[:, t]).sum(0).view_as(entries)
-            if bias_out is not None:
-                bias_out[p] += s[row, :, :, p].sum()
+    """The diagonal of a layer's own block: `out` [n * m], and of its bias's, [n].
+
+    Two values of a shared layer give the same, seen from either: from the earlier one it counts twice.
+    """
+    for index, place in enumerate(layer.places):
+        use, delta = place.weight, deltas[place.z]
+        if delta is None or not delta.requires_grad:
+            continue
+        own = _Gradients(probed, [Layer.shared(layer.places[index:])], deltas)
+        (a,), (delta_rows,) = own.inputs, own.deltas
+        twice = a.new_full((a.shape[1],), 2.0)
+        twice[: use.positions] = 1
+        per_direction = 4 * delta.numel() * len(own.variables)
+        if not layer.plain:
+            per_direction += len(a) * use.size
+        chunk = max(1, workspace // per_direction)
+        for t, part, seeds in _directions(use, delta, range(use.n), chunk):
+            found = probed.along(delta, own.variables, seeds)
+            motion = own.along(found, len(part))
+            (s,), (shifts,) = motion.deltas, motion.inputs
+            for row, p in enumerate(part):
+                entries = use.entries(out, p)
+                sums = [] if s is None else [(s[row], a)]
+                if delta_rows is not None and shifts is not None:
+                    sums.append((delta_rows, shifts[row]))
+                for u, columns in sums:
+                    same = torch.einsum("bt,btq->bq", u[:, :, p] * twice, columns)
+                    entries += (same * a[:, t]).sum(0).view_as(entries)
+                if bias_out is not None and s is not None:
+                    bias_out[p] += s[row, :, :, p].sum()
 
 
-class _Later:
-    """The layers behind one: each sample's derivative of their gradients, times the inputs of the first."""
+@dataclass(frozen=True)
+class _Motion:
+    """How deltas and inputs of some layers move along some directions; None is not at all.
+
+    Attributes:
+        deltas: of each layer, [directions, B, T, n].
+        inputs: of each layer, for each direction [B, T, m].
+    """
+
+    deltas: list[Tensor | None]
+    inputs: list[list[Tensor] | None]
+
+
+class _Gradients:
+    """The gradients of some layers' parameters in each sample, sum over positions of delta a^T, as a z moves.
+
+    The positions of a shared layer are those at all its values, one after the other.
+
+    Attributes:
+        probes: at every value of every layer.
+        variables: what a direction's derivatives are asked for: probes, then duals.
+        inputs: a of each layer, [B, T, width].
+        deltas: dPhi / dz of each, [B, T, n].
+    """
 
     def __init__(
         self, probed: Probed, layers: Sequence[Layer], deltas: Mapping[int, Tensor | None]
     ) -> None:
         self.probed, self.layers = probed, layers
-        self.size = sum(layer.size for layer in layers)
+        places = [place for layer in layers for place in layer.places]
+        self.moving = [place.weight.moving for place in places]
+        self.probes = [probed.probes[place.z] for place in places]
+        duals = [probed.duals[a] for a in self.moving if a in probed.duals]
+        self.variables = [*self.probes, *duals]
         self.inputs = [layer.inputs(probed) for layer in layers]
-        self.deltas = [
-            None if delta is None else layer.weight.rows(delta.detach())
-            for layer, delta in ((layer, deltas[layer.z]) for layer in layers)
-        ]
-        together = chunk_sizes(probed.output.device).gradients
+        known = {z: None if delta is None else delta.detach() for z, delta in deltas.items()}
+        self.deltas = [layer.rows([known[x.z] for x in layer.places]) for layer in layers]
+
+    @torch.no_grad()
+    def along(self, found: Sequence[Tensor | None], count: int) -> _Motion:
+        """How they move along each direction, by the derivatives of the variables, or of the probes alone."""
+        parts = iter(found)
+        deltas = [layer.rows([next(parts) for _ in layer.places]) for layer in self.layers]
+        known = [next(parts, None) if a in self.probed.duals else None for a in self.moving]
+        tangents, inputs = iter(known), list[list[Tensor] | None]()
+        for layer, delta in zip(self.layers, self.deltas, strict=True):
+            mine = [next(tangents) for _ in layer.places]
+            if delta is None or all(tangent is None for tangent in mine):
+                inputs.append(None)
+                continue
+            rows = [[x if x is None else x[row] for x in mine] for row in range(count)]
+            inputs.append([layer.moved(each, self.probed) for each in rows])
+        return _Motion(deltas, inputs)
+
+
+class _Later:
+    """The layers behind one: each sample's derivative of their gradients, times the inputs of the first."""
+
+    def __init__(self, gradients: _Gradients) -> None:
+        self.layers, self.inputs, self.deltas = gradients.layers, gradients.inputs, gradients.deltas
+        self.size = sum(layer.size for layer in self.layers)
+        together = chunk_sizes(gradients.probed.output.device).gradients
         step = max(FEWEST, together // max(1, self.size))
-        samples = len(self.inputs[0]) if layers else 0
+        samples = len(self.inputs[0]) if self.layers else 0
         self.parts = [slice(start, min(start + step, samples)) for start in range(0, samples, step)]
         self.buffers: list[Tensor] = []  # one of each worker
 
     @torch.no_grad()
-    def add(
-        self,
-        out: Tensor,
-        at: Tensor,
-        curvature: Sequence[Tensor | None],
-        tangents: Sequence[Tensor | None],
-    ) -> None:
-        """out[(p, q), :] += sum_b at[b, q] d g_b / d z_p, for every direction p.
+    def add(self, out: Tensor, left: Tensor, motion: _Motion, skipped: int = 0) -> None:
+        """out[r, i, :] += sum_b left[b, i] d g_b, for every direction r.
 
         Args:
-            out: [directions * width, columns].
-            at: the first layer's inputs where the directions are, [B, width].
-            curvature: the derivative of each later delta, [directions, *z.shape].
-            tangents: that of each later layer's input, [directions, *a.shape].
+            out: [directions, width, columns].
+            left: [B, width].
+            motion: of the layers, along the directions.
+            skipped: columns before those of `out`.
         """
-        width = at.shape[1]
-        count = out.shape[0] // width
-        moved = [
-            None if u is None else x.weight.rows(u)
-            for x, u in zip(self.layers, curvature, strict=True)
-        ]
-        shifts = self._shifts(tangents, count)
-        threads = workers(out.device, count)
+        threads = workers(out.device, len(out))
         while len(self.buffers) < threads:
-            self.buffers.append(out.new_empty(len(at[self.parts[0]]), self.size))
+            self.buffers.append(out.new_empty(len(left[self.parts[0]]), self.size))
 
         def add(worker: int, rows: Iterator[int]) -> None:
             buffer = self.buffers[worker][: part.stop - part.start]
             for row in rows:
                 column = 0
                 for index, layer in enumerate(self.layers):
-                    u, shift, delta = moved[index], shifts[index], self.deltas[index]
+                    u, shift = motion.deltas[index], motion.inputs[index]
+                    delta = self.deltas[index]
                     _fill(
                         buffer[:, column : column + layer.size].unflatten(1, (-1, layer.width)),
                         layer,
@@ -161,26 +260,11 @@ class _Later:
                         None if delta is None else delta[part],
                     )
                     column += layer.size
-                out[row * width : (row + 1) * width].addmm_(left, buffer)
+                out[row].addmm_(turned, buffer[:, skipped:])
 
         for part in self.parts:
-            left = at[part].T.contiguous()
-            side_by_side(range(count), threads, add)
-
-    def _shifts(self, tangents: Sequence[Tensor | None], count: int) -> list[list[Tensor] | None]:
-        """How the inputs of each later layer move along each direction: [B, T, m] each."""
-        found = iter(tangents)
-        shifts: list[list[Tensor] | None] = []
-        for layer, delta in zip(self.layers, self.deltas, strict=True):
-            use = layer.weight
-            tangent = None if use.moving is None else next(found)
-            if use.a is None or tangent is None or delta is None:
-                shifts.append(None)
-                continue
-            shifts.append(
-                [use.columns({**self.probed.known, use.a: tangent[row]}) for row in range(count)]
-            )
-        return shifts
+            turned = left[part].T.contiguous()
+            side_by_side(range(len(out)), threads, add)
 
 
 def _fill(
@@ -197,13 +281,13 @@ def _fill(
     elif layer.plain:
         torch.mul(u.transpose(1, 2), a, out=target)
     else:
-        target.copy_(u.transpose(1, 2) @ a)
+        torch.baddbmm(target, u.transpose(1, 2), a, beta=0, out=target)
     if shift is not None and delta is not None:
         weights = target[..., : layer.weight.m]
         if layer.plain:
             weights.addcmul_(delta.transpose(1, 2), shift)
         else:
-            weights += delta.transpose(1, 2) @ shift
+            weights.baddbmm_(delta.transpose(1, 2), shift)
 
 
 def _directions(

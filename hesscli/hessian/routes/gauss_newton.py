@@ -49,7 +49,7 @@ class Factors:
     """What a block is made of.
 
     Attributes:
-        uses: its parameters'.
+        uses: its parameters', in their order; several of one that enters several times.
         inputs: of each use, [B, T, m].
         vs: df/dz at each use, [B, C, T, n].
         curvature: Lambda, [B, C, C].
@@ -69,11 +69,15 @@ class Factors:
         step = max(1, most // (classes * sum(use.size for use in self.uses)))
         for first in range(0, samples, step):
             mine = slice(first, first + step)
-            parts = [
-                _jacobian(use, v[mine], a[mine])
-                for use, v, a in zip(self.uses, self.vs, self.inputs, strict=True)
-            ]
-            yield parts[0] if len(parts) == 1 else torch.cat(parts, -1), self.curvature[mine]
+            parts: dict[str, Tensor] = {}
+            for use, v, a in zip(self.uses, self.vs, self.inputs, strict=True):
+                part = _jacobian(use, v[mine], a[mine])
+                known = parts.get(use.parameter)
+                parts[use.parameter] = part if known is None else known.add_(part)
+            whole = (
+                next(iter(parts.values())) if len(parts) == 1 else torch.cat([*parts.values()], -1)
+            )
+            yield whole, self.curvature[mine]
 
     def of(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """df/dz of a plain layer, [B, C, n], and its inputs, [B, width]."""

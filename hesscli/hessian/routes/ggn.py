@@ -26,7 +26,7 @@ from hesscli.hessian.routes.probes import Probed
 
 class GeneralisedGaussNewton(GaussNewton):
     def uses(self, analysis: Analysis, block: Block) -> list[Use]:
-        return [analysis.use(name) for name in block.parameters]
+        return [use for name in block.parameters for use in analysis.all_uses(name)]
 
     def bend(self, analysis: Analysis, use: Use) -> None:
         """None: whatever follows, these matrices have no such term."""

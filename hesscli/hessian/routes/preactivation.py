@@ -6,7 +6,8 @@ once),
     H[(k,p,q), (l,i,j)] = sum_b a_k[q] ( S_l[i;p] a_l[j] + delta_l[i] a'_l[j;p] )
 
 where S_l and a'_l are the derivatives of delta_l and a_l along z_k,p. For a layer's own block a' is zero. A layer has
-as many directions as neurons (times positions, where it is shared over them), not as many as parameters.
+as many directions as neurons (times positions, where it is shared over them), not as many as parameters. A layer that
+enters at several values has them at each; see `assembly.py`.
 
 Source: C. Bishop, Exact calculation of the Hessian matrix for the multilayer perceptron, 1992; here on any graph.
 """
@@ -14,7 +15,7 @@ Source: C. Bishop, Exact calculation of the Hessian matrix for the multilayer pe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ from hesscli.hessian.routes.base import Diagonal, Rows, Wanted
 from hesscli.hessian.routes.chain import Step, chain_diagonals, curved_outputs, find_chain
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.layers import Layer
-from hesscli.hessian.routes.probes import Probed
+from hesscli.hessian.routes.probes import Cut, Probed
 from hesscli.hessian.words import PREACTIVATION
 
 
@@ -89,10 +90,8 @@ class Preactivation(AffineRoute):
             bias = None
             if len(layers) == 1 and layers[0].bias is None and not others and part.is_whole:
                 # A bias that is a block of its own needs nothing but its weight's derivatives.
-                z = layers[0].z
-                bias = next(
-                    (x for x in parts if x.is_whole and _is_bias_at(analysis, z, x.block)), None
-                )
+                wholes = (x for x in parts if x.is_whole)
+                bias = next((x for x in wholes if _is_bias_at(analysis, layers[0], x.block)), None)
                 if bias is not None:
                     done.add(bias.block.name)
             bias_out = None if bias is None else bias.out
@@ -104,8 +103,7 @@ class Preactivation(AffineRoute):
     def _add_chain(self, batch: Batch, parts: Sequence[Diagonal]) -> list[Diagonal]:
         """Diagonals along a chain of layers, all in one sweep; returns those that are not on it."""
         analysis = self.analyses.of(batch)
-        uses = {part.block.name: analysis.use(part.block.parameters[0]) for part in parts}
-        steps, mine = chain_of(analysis, uses)
+        steps, mine = chain_of(analysis, [part.block.name for part in parts])
         if mine:
             probed = Probed(self.analyses, batch, curved_outputs(steps))
             if any(probed.known[step.before].is_complex() for step in steps):
@@ -152,12 +150,18 @@ class Preactivation(AffineRoute):
         self, batch: Batch, part: Diagonal, layer: Layer, bias: Tensor | None
     ) -> None:
         """The diagonal of a layer's weight; `bias` as in `add_layer`."""
-        cut = self.cuts.after(batch, layer.weight, self.workspace)
-        probed = Probed(self.analyses, batch, [layer.z], cut=cut)
-        (delta,) = torch.autograd.grad(
-            probed.value, [probed.probes[layer.z]], create_graph=True, allow_unused=True
-        )
-        add_layer_diagonal(probed, layer, delta, part.out, bias, self.workspace)
+        zs, cut = [place.z for place in layer.places], self._cut(batch, [layer])
+        probed = Probed(self.analyses, batch, zs, activations=_moving([layer]), cut=cut)
+        probes = [probed.probes[z] for z in zs]
+        grads = torch.autograd.grad(probed.phi, probes, create_graph=True, allow_unused=True)
+        deltas = dict(zip(zs, grads, strict=True))
+        add_layer_diagonal(probed, layer, deltas, part.out, bias, self.workspace)
+
+    def _cut(self, batch: Batch, layers: Sequence[Layer], others: Sequence[str] = ()) -> Cut | None:
+        """The cut behind a layer; none for several, for one that is shared, and beside parameters of none."""
+        if len(layers) > 1 or layers[0].again or others:
+            return None
+        return self.cuts.after(batch, layers[0].weight, self.workspace)
 
     def _add_layers(
         self,
@@ -168,21 +172,18 @@ class Preactivation(AffineRoute):
         bias: Tensor | None,
     ) -> None:
         """Rows of a block of layers, and of parameters that are no part of one; `bias` as in `add_layer`."""
-        block = part.block
-        cut = None
-        if len(layers) == 1 and not others:
-            cut = self.cuts.after(batch, layers[0].weight, self.workspace)
+        block, cut = part.block, self._cut(batch, layers, others)
         lengths = [*(len(block.rows[name]) for name in others), *(x.size for x in layers)]
         named = [*others, *(layer.z for layer in layers)]
         first_rows = dict(zip(named, itertools.accumulate(lengths, initial=0), strict=False))
         layers = [x for x in layers if first_rows[x.z] + x.size > part.start]
-        zs = [layer.z for layer in layers]
+        zs = [place.z for layer in layers for place in layer.places]
         probed = Probed(
             self.analyses,
             batch,
             zs,
             leaves=block.parameters if others else (),
-            activations={x.weight.moving for x in layers[1:] if x.weight.moving is not None},
+            activations=_moving(layers),
             cut=cut,
         )
         with_rows = [x for x in probed.leaves if x in others and first_rows[x] < part.stop]
@@ -218,33 +219,48 @@ class Preactivation(AffineRoute):
             part.add(at + first, self.layout(part.block).from_block(rows))
 
 
-def chain_of(analysis: Analysis, uses: Mapping[str, Use]) -> tuple[list[Step], dict[str, Use]]:
-    """The chain from the output to the first of these uses, and those whose diagonal a sweep along it gives."""
+def chain_of(analysis: Analysis, parameters: Iterable[str]) -> tuple[list[Step], dict[str, Use]]:
+    """The chain from the output to the first of these parameters, and those whose diagonal a sweep along it gives."""
+    uses = {name: analysis.uses[name] for name in parameters if name in analysis.uses}
     fit = {n: u for n, u in uses.items() if u.positions == 1 and u.kind != CONVOLUTION}
     steps, reached = find_chain(analysis, {use.z for use in fit.values()})
     return steps, {name: use for name, use in fit.items() if use.z in reached}
 
 
-def _is_bias_at(analysis: Analysis, z: int, block: Block) -> bool:
+def _is_bias_at(analysis: Analysis, layer: Layer, block: Block) -> bool:
     use = analysis.uses.get(block.name)
-    return use is not None and use.kind == BIAS and use.z == z
+    return use is not None and use.kind == BIAS and use.z == layer.z and not layer.again
+
+
+def _moving(layers: Sequence[Layer]) -> set[int]:
+    """The operands that move along directions of a layer: those of the layers behind, and its own if it is shared."""
+    behind = [layer for index, layer in enumerate(layers) if index or layer.again]
+    moving = (place.weight.moving for layer in behind for place in layer.places)
+    return {a for a in moving if a is not None}
 
 
 def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
     """A block's layers in the order of execution, and its parameters that are no part of one.
 
-    A layer is a weight with fewer directions along z than entries, and the bias that enters with it. A block of one
-    parameter that enters once needs none.
+    A layer is a weight with fewer directions along z than entries, and the bias that enters with it, at one value or at
+    several. A block of one parameter that enters once needs none.
 
     Raises:
         NotApplicable: with the reason.
     """
-    uses = analysis.uses_apart(block.parameters)
-    biases = {use.z: use for use in uses.values() if use.kind == BIAS}
+    shared = {name: analysis.shared[name] for name in block.parameters if name in analysis.shared}
+    single = {name: analysis.uses[name] for name in block.parameters if name in analysis.uses}
+    if not shared:
+        single = analysis.uses_apart(block.parameters)
+    every = [*((use,) for use in single.values()), *shared.values()]
+    biases = {_zs(uses): uses for uses in every if uses[0].kind == BIAS}
     layers = []
-    for use in uses.values():
-        if use.is_layer and use.positions < use.m:
-            layers.append(Layer(use, biases.get(use.z)))
+    for weights in every:
+        places = map(Layer, weights, biases.get(_zs(weights), itertools.repeat(None)))
+        layer = Layer.shared(list(places))
+        alike = len({use.form for use in weights}) == 1
+        if alike and layer.weight.is_layer and layer.positions < layer.weight.m:
+            layers.append(layer)
     layers.sort(key=lambda layer: analysis.tape.maker[layer.z])
     if not layers:
         if len(block.parameters) > 1:
@@ -252,6 +268,10 @@ def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
         analysis.use(block.parameters[0])
     taken = {use.parameter for layer in layers for use in layer.uses}
     return layers, [name for name in block.parameters if name not in taken]
+
+
+def _zs(uses: Sequence[Use]) -> tuple[int, ...]:
+    return tuple(use.z for use in uses)
 
 
 def _directions_of(use: Use, a: Tensor, entries: range, samples: int) -> Tensor:
