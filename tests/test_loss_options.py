@@ -511,6 +511,18 @@ def test_two_samples_and_two_classes(batch_size):
     close(found, hessian(net(2), lambda f, y: loss(f, y, w).mean(), (X[:2],), y))
 
 
+def test_arguments_that_a_loss_misses():
+    def loss(f, y, alpha, *, beta):
+        return alpha * F.cross_entropy(f, y, reduction="none") ** beta
+
+    with pytest.raises(hesscli.HesscliError, match=r"missing 1 required .*: 'alpha'") as refused:
+        computed(net(3), (X, Y), loss=loss)
+    assert refused.value.hint == "--loss-arg alpha=VALUE"
+    with pytest.raises(hesscli.HesscliError, match=r"missing 1 required .*: 'beta'") as refused:
+        computed(net(3), (X, Y), loss=loss, loss_arguments={"alpha": 2.0})
+    assert refused.value.hint == "--loss-arg beta=VALUE"
+
+
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, "torch.nn:CrossEntropyLoss"])
 def test_a_class_is_no_loss(loss):
     with pytest.raises(hesscli.HesscliError, match="CrossEntropyLoss is a class, not a") as refused:

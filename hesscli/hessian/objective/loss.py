@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -107,6 +108,9 @@ class Loss:
     ) -> MismatchError:
         given = [f"output {list(output.shape)}"]
         given += [] if target is None else [f"target {list(target.shape)}"]
+        own = reason.startswith(f"{getattr(self.function, '__qualname__', None)}() missing")
+        missing = re.findall(r"'(\w+)'", reason) if own else []
         return MismatchError(
-            f"the loss {self.name} does not accept {' and '.join(given)}: {reason}"
+            f"the loss {self.name} does not accept {' and '.join(given)}: {reason}",
+            " ".join(f"--loss-arg {name}=VALUE" for name in missing) or None,
         )
