@@ -1035,6 +1035,44 @@ def test_a_shared_weight_in_bands_and_batches(name, sizes):
     assert compare(found, truth, truth) <= 1e-10
 
 
+VIEWS = WIDE, numbers(5, 6, seed=7)
+STRAIGHT = [  # the model, and a structure whose blocks are all their Gauss-Newton blocks
+    (odd("two-views", lambda s, x, y: s.b((s.a(x).relu() - s.a(y).relu()).abs()), *VIEWS, a=layer(6, 4),
+        b=layer(4, 3)), "module"),
+    (odd("two-images", lambda s, x, y: s.b((s.a(x).relu() + 2 * s.a(y).relu()).flatten(1)), numbers(5, 2, 3, 3),
+        numbers(5, 2, 3, 3, seed=7), a=layer(2, 3, 2, kind=nn.Conv2d), b=layer(12, 2)), "module"),
+    (odd("two-tokens", lambda s, x: s.b((s.a(x.argsort(1)[:, 0]) - s.a(x.argsort(1)[:, 1])).relu()), WIDE,
+        a=layer(6, 3, kind=nn.Embedding), b=layer(3, 2)), "block_diagonal"),
+    (odd("two-towers", lambda s, x, y: torch.maximum(s.a(x), s.b(y)), *VIEWS, a=layer(6, 3), b=layer(6, 3)), "full"),
+    (odd("bias-behind", lambda s, x: ((x @ s.w).relu() + s.c).abs(), WIDE, w=numbers(6, 3), c=numbers(3)), "full"),
+]  # fmt: skip
+BEHIND = [  # and why one is not
+    (odd("twice-in-a-row", lambda s, x: s.a(s.a(x).relu()), WIDE, a=layer(6, 6)), "one behind another"),
+    (odd("views-multiplied", lambda s, x, y: s.a(x).relu() * s.a(y).relu(), *VIEWS, a=layer(6, 3)), "mul is not"),
+    (odd("scaled-behind", lambda s, x: F.linear(x, s.w).relu() * s.g, WIDE, w=numbers(3, 6), g=numbers(3)),
+        "one behind another"),
+]  # fmt: skip
+
+
+@either
+@pytest.mark.parametrize(
+    ("model", "structure"), STRAIGHT, ids=[str(model) for model, _ in STRAIGHT]
+)
+def test_gauss_newton_of_what_enters_side_by_side(model, structure, traced):
+    problem, truth = pose(model, traced)
+    route = routes_of(problem)["gauss-newton"]
+    right, reasons = applies(route, truth, structure, 1e-10)
+    assert (right, reasons) == (len(blocks_of(problem, structure)), [])
+    applies(route, truth, "elements", 1e-10)
+
+
+@pytest.mark.parametrize(("model", "reason"), BEHIND, ids=[str(model) for model, _ in BEHIND])
+def test_gauss_newton_refuses_what_enters_one_behind_another(model, reason):
+    problem, _ = pose(model)
+    with pytest.raises(NotApplicable, match=reason):
+        compute_blocks(routes_of(problem)["gauss-newton"], blocks_of(problem, "full"))
+
+
 # --- positions --------------------------------------------------------------------------------
 
 FRAMES = numbers(4, 2, 2, 4)

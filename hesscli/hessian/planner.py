@@ -14,7 +14,7 @@ from hesscli.hessian.recording.recorder import record
 from hesscli.hessian.routes.bend import find_bend
 from hesscli.hessian.routes.costs import PASSES, Costs, Work
 from hesscli.hessian.routes.cuts import Cuts
-from hesscli.hessian.routes.gauss_newton import block_uses
+from hesscli.hessian.routes.gauss_newton import block_uses, values_of
 from hesscli.hessian.routes.preactivation import chain_of, split
 from hesscli.hessian.routes.rates import Rates, usual_rates
 from hesscli.hessian.words import FINITE_DIFFERENCE, GAUSS_NEWTON, HVP, PREACTIVATION
@@ -146,11 +146,10 @@ class Planner:
     def _gauss_newton(self, block: Block, diagonal: bool) -> Choice:
         analysis, costs = self._proven()
         uses = block_uses(analysis, block)
-        bend = find_bend(analysis.tape, uses[0].z)
-        passes, work = costs.class_passes(uses[0]), Work()
-        for use in uses:
-            work += costs.gauss_newton(use, diagonal)
-            if bend is not None:
+        zs = values_of(uses)
+        passes, work = costs.class_passes(zs), _jacobian_work(analysis, costs, block, diagonal)
+        if find_bend(analysis.tape, zs) is not None:
+            for use in uses:
                 work += costs.bend(use, diagonal)
         said = f"{costs.classes} classes"
         return Choice(GAUSS_NEWTON, said, self._all(work), self._all(passes))
@@ -187,11 +186,7 @@ class JacobianPlanner(Planner):
 
     def _jacobians(self, block: Block, diagonal: bool) -> Choice:
         analysis, costs = self._proven()
-        work = Work()
-        for name in block.parameters:
-            use, *again = analysis.all_uses(name)
-            positions = use.positions + sum(other.positions for other in again)
-            work += costs.gauss_newton(replace(use, positions=positions), diagonal)
+        work = _jacobian_work(analysis, costs, block, diagonal)
         return Choice(GAUSS_NEWTON, self.rows.format(costs.classes), self._all(work))
 
 
@@ -202,6 +197,16 @@ class FisherPlanner(JacobianPlanner):
         if self.problem.one_sample:
             raise NotApplicable("one sample without a sample axis")
         return super()._jacobians(block, diagonal)
+
+
+def _jacobian_work(analysis: Analysis, costs: Costs, block: Block, diagonal: bool) -> Work:
+    """A block from its parameters' Jacobians."""
+    work = Work()
+    for name in block.parameters:
+        uses = analysis.all_uses(name)
+        at_all = replace(uses[0], positions=sum(use.positions for use in uses))
+        work += costs.gauss_newton(at_all, diagonal)
+    return work
 
 
 def seconds_of(choices: Sequence[Choice], rates: Rates) -> float:

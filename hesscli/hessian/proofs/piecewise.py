@@ -1,6 +1,8 @@
-"""Proof on a tape that everything after a value is piecewise linear in it."""
+"""Proof on a tape that everything after some values is piecewise linear in them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from hesscli.hessian.proofs.sample_rules import RESAMPLING, RESHAPES
 from hesscli.hessian.recording.tape import Tape
@@ -28,9 +30,9 @@ PIECEWISE = frozenset(
 MULTILINEAR = frozenset("mul mm mv addmm bmm baddbmm convolution".split())
 
 
-def curved(tape: Tape, value: int) -> str | None:
-    """The first operator after this value that is not piecewise linear in it, or None if there is none."""
-    reached = tape.dependent([value])
+def curved(tape: Tape, values: Sequence[int]) -> str | None:
+    """The first operator after these values that is not piecewise linear in them, or None if there is none."""
+    reached = tape.dependent(values)
     for call in tape.calls:
         hits = [n for n in call.reads if n in reached]
         if not hits or call.name in LINEAR_OPERATORS:

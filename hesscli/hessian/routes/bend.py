@@ -48,23 +48,24 @@ class Bend:
         return use.rows((second * gradient).reshape(probed.known[use.z].shape))
 
 
-def find_bend(tape: Tape, z: int) -> Bend | None:
-    """The curved function right after a value, or None where none follows it at all.
+def find_bend(tape: Tape, zs: Sequence[int]) -> Bend | None:
+    """The curved function right after a value, or None where none follows it, or any of several, at all.
 
     Raises:
         NotApplicable: one follows elsewhere.
     """
-    operator, value = curved(tape, z), z
+    operator = curved(tape, zs)
     if operator is None:
         return None
-    while len(readers := tape.readers.get(value, ())) == 1:
+    value = zs[0]
+    while len(zs) == 1 and len(readers := tape.readers.get(value, ())) == 1:
         call, after = readers[0], readers[0].outputs[0]
         if after is None or after in tape.complex:
             break
         shifted = call.name == "add" and not call.keywords
         if call.name in RESHAPES or (shifted and tape.shapes[after] == tape.shapes[value]):
             value = after
-        elif call.name in UNARY and call.reads == [value] and curved(tape, after) is None:
+        elif call.name in UNARY and call.reads == [value] and curved(tape, [after]) is None:
             return Bend(call, value, after)
         else:
             break

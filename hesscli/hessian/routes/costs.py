@@ -141,9 +141,9 @@ class Costs:
         moved = self._moved(3 * count * samples * columns)
         return moved + self._product(count * samples * use.m * columns)
 
-    def class_passes(self, use: Use) -> Work:
-        """The backward passes of all outputs, and the loss's Hessian there."""
-        return self.after(use.z).times(2 * self.classes, 2) + self.forward.times(2)
+    def class_passes(self, values: Sequence[int]) -> Work:
+        """The backward passes of all outputs to some values, and the loss's Hessian there."""
+        return self.after(*values).times(2 * self.classes, 2) + self.forward.times(2)
 
     def gauss_newton(self, use: Use, diagonal: bool) -> Work:
         """A block from the backward passes of all outputs."""

@@ -4,7 +4,8 @@ If the output f is piecewise linear in z, d^2 L / dz^2 = V^T Lambda V per sample
 Hessian at the output; one curved function right after z adds a diagonal (see `bend.py`). All V come out of one batched
 backward pass with C = dim f seeds. A linear layer's block is the Kronecker form sum_b (V^T Lambda V)_b (x) a_b a_b^T,
 where a_b ends with a one if the bias belongs to the block; elsewhere J = V A per sample, and the block is
-sum_b J^T Lambda J.
+sum_b J^T Lambda J. So it is, with J = sum over z of V A, for parameters that enter at several values of which none is
+behind another: f is piecewise linear in all of them together.
 """
 
 from __future__ import annotations
@@ -33,15 +34,21 @@ from hesscli.hessian.words import GAUSS_NEWTON
 
 
 def block_uses(analysis: Analysis, block: Block) -> list[Use]:
-    """The uses of a block's parameters, which must all enter at the same value.
+    """The uses of a block's parameters, of which none may be behind another: z is linear in all of them together.
 
     Raises:
-        NotApplicable: they do not.
+        NotApplicable: one is.
     """
-    uses = [analysis.use(name) for name in block.parameters]
-    if len({use.z for use in uses}) != 1:
-        raise NotApplicable("parameters enter at several places")
+    uses = [use for name in block.parameters for use in analysis.all_uses(name)]
+    moving = analysis.tape.dependent(values_of(uses))
+    if any(use.a in moving for use in uses):
+        raise NotApplicable("parameters enter one behind another")
     return uses
+
+
+def values_of(uses: Sequence[Use]) -> list[int]:
+    """Where they enter, each value once."""
+    return list(dict.fromkeys(use.z for use in uses))
 
 
 @dataclass(frozen=True)
@@ -94,8 +101,8 @@ class GaussNewton(AffineRoute):
         """The uses of a block's parameters."""
         return block_uses(analysis, block)
 
-    def bend(self, analysis: Analysis, use: Use) -> Bend | None:
-        return find_bend(analysis.tape, use.z)
+    def bend(self, analysis: Analysis, uses: Sequence[Use]) -> Bend | None:
+        return find_bend(analysis.tape, values_of(uses))
 
     def at_output(self, probed: Probed) -> tuple[Tensor, Tensor]:
         """Directions of the output [C, *output.shape], and each sample's curvature along them [B, C, C]."""
@@ -124,8 +131,8 @@ class GaussNewton(AffineRoute):
         if analysis.tape.output in analysis.tape.complex:
             raise NotApplicable("the output is complex")
         uses = {block.name: self.uses(analysis, block) for block in blocks}
-        bends = {name: self.bend(analysis, mine[0]) for name, mine in uses.items()}
-        zs = list(dict.fromkeys(use.z for mine in uses.values() for use in mine))
+        bends = {name: self.bend(analysis, mine) for name, mine in uses.items()}
+        zs = values_of([use for mine in uses.values() for use in mine])
         ys = list(dict.fromkeys(bend.after for bend in bends.values() if bend is not None))
         probed = Probed(self.analyses, batch, {*zs, *ys})
         slopes = _gradients(probed, ys)

@@ -28,7 +28,7 @@ class GeneralisedGaussNewton(GaussNewton):
     def uses(self, analysis: Analysis, block: Block) -> list[Use]:
         return [use for name in block.parameters for use in analysis.all_uses(name)]
 
-    def bend(self, analysis: Analysis, use: Use) -> None:
+    def bend(self, analysis: Analysis, uses: Sequence[Use]) -> None:
         """None: whatever follows, these matrices have no such term."""
 
 
