@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.proofs.analysis import Analyses, Analysis
-from hesscli.hessian.proofs.uses import Use
+from hesscli.hessian.proofs.uses import Use, values_of
 from hesscli.hessian.recording.recorder import record
 from hesscli.hessian.routes.bend import find_bend
 from hesscli.hessian.routes.costs import PASSES, Costs, Work
 from hesscli.hessian.routes.cuts import Cuts
-from hesscli.hessian.routes.gauss_newton import block_uses, values_of
+from hesscli.hessian.routes.gauss_newton import block_uses
 from hesscli.hessian.routes.preactivation import chain_of, split
 from hesscli.hessian.routes.rates import Rates, usual_rates
 from hesscli.hessian.words import FINITE_DIFFERENCE, GAUSS_NEWTON, HVP, PREACTIVATION

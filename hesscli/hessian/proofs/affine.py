@@ -37,6 +37,7 @@ class Uses:
 
 
 def find_uses(tape: Tape, axes: Axes) -> Uses:
+    """The affine uses of each parameter, or the reason why it has none."""
     trained = tape.dependent([*tape.parameters.values()])
     constants = {n for n, axis in axes.items() if axis is None and n not in trained}
     found = Uses({}, {}, {})

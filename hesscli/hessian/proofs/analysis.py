@@ -14,7 +14,7 @@ from hesscli.hessian.proofs.affine import find_uses
 from hesscli.hessian.proofs.positions import positions_stay_apart
 from hesscli.hessian.proofs.sample_axis import Axes, SampleAxis
 from hesscli.hessian.proofs.samples import follow, sample_axes
-from hesscli.hessian.proofs.uses import Use
+from hesscli.hessian.proofs.uses import Use, values_of
 from hesscli.hessian.recording.recorder import record, record_terms
 from hesscli.hessian.recording.tape import Tape
 
@@ -55,7 +55,7 @@ class Analysis:
     def uses_apart(self, parameters: Iterable[str]) -> dict[str, Use]:
         """The uses of some parameters, with positions as samples if none sees another behind any of them."""
         uses = {name: self.uses[name] for name in parameters if name in self.uses}
-        zs = tuple(dict.fromkeys(use.z for use in uses.values()))
+        zs = values_of(uses.values())
         if zs not in self._apart:
             mine = list(uses.values())
             apart = bool(zs) and positions_stay_apart(self.tape, self.axes, mine, self.loss_couples)

@@ -7,7 +7,7 @@ over samples of A^T S A.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,11 @@ from hesscli.hessian.recording.tape import Call
 LINEAR, CONVOLUTION, SCALE, BIAS = "linear", "convolution", "scale", "bias"
 
 _OF_CONVOLUTION = ("stride", "padding", "dilation", "transposed", "output_padding")
+
+
+def values_of(uses: Iterable[Use]) -> tuple[int, ...]:
+    """Where some uses enter, each value once."""
+    return tuple(dict.fromkeys(use.z for use in uses))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.layout import Layout
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analysis
-from hesscli.hessian.proofs.uses import CONVOLUTION, LINEAR, Use
+from hesscli.hessian.proofs.uses import CONVOLUTION, LINEAR, Use, values_of
 from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.base import Diagonal, Rows, Wanted
 from hesscli.hessian.routes.bend import Bend, add_bend, add_bend_diagonal, find_bend
@@ -44,11 +44,6 @@ def block_uses(analysis: Analysis, block: Block) -> list[Use]:
     if any(use.a in moving for use in uses):
         raise NotApplicable("parameters enter one behind another")
     return uses
-
-
-def values_of(uses: Sequence[Use]) -> list[int]:
-    """Where they enter, each value once."""
-    return list(dict.fromkeys(use.z for use in uses))
 
 
 @dataclass(frozen=True)
@@ -132,7 +127,7 @@ class GaussNewton(AffineRoute):
             raise NotApplicable("the output is complex")
         uses = {block.name: self.uses(analysis, block) for block in blocks}
         bends = {name: self.bend(analysis, mine) for name, mine in uses.items()}
-        zs = values_of([use for mine in uses.values() for use in mine])
+        zs = values_of(use for mine in uses.values() for use in mine)
         ys = list(dict.fromkeys(bend.after for bend in bends.values() if bend is not None))
         probed = Probed(self.analyses, batch, {*zs, *ys})
         slopes = _gradients(probed, ys)

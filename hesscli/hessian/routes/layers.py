@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,12 +38,12 @@ class Layer:
     def uses(self) -> list[Use]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
-    @property
+    @cached_property
     def places(self) -> list[Layer]:
         """Itself at each of its values."""
         return [replace(self, again=()), *self.again]
 
-    @property
+    @cached_property
     def positions(self) -> int:
         """At how many places of one sample the weight is applied, at all its values."""
         return sum(place.weight.positions for place in self.places)

@@ -27,7 +27,7 @@ from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.layout import Layout, Part, Piece
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analyses, Analysis
-from hesscli.hessian.proofs.uses import BIAS, CONVOLUTION, Use
+from hesscli.hessian.proofs.uses import BIAS, CONVOLUTION, Use, values_of
 from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.assembly import add_layer, add_layer_diagonal
 from hesscli.hessian.routes.base import Diagonal, Rows, Wanted
@@ -250,17 +250,14 @@ def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
     """
     shared = {name: analysis.shared[name] for name in block.parameters if name in analysis.shared}
     single = {name: analysis.uses[name] for name in block.parameters if name in analysis.uses}
-    if not shared:
+    if not any(map(_are_layer, shared.values())):  # whose positions stay positions
         single = analysis.uses_apart(block.parameters)
     every = [*((use,) for use in single.values()), *shared.values()]
-    biases = {_zs(uses): uses for uses in every if uses[0].kind == BIAS}
+    biases = {values_of(uses): uses for uses in every if uses[0].kind == BIAS}
     layers = []
-    for weights in every:
-        places = map(Layer, weights, biases.get(_zs(weights), itertools.repeat(None)))
-        layer = Layer.shared(list(places))
-        alike = len({use.form for use in weights}) == 1
-        if alike and layer.weight.is_layer and layer.positions < layer.weight.m:
-            layers.append(layer)
+    for weights in filter(_are_layer, every):
+        places = map(Layer, weights, biases.get(values_of(weights), itertools.repeat(None)))
+        layers.append(Layer.shared(list(places)))
     layers.sort(key=lambda layer: analysis.tape.maker[layer.z])
     if not layers:
         if len(block.parameters) > 1:
@@ -270,8 +267,10 @@ def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
     return layers, [name for name in block.parameters if name not in taken]
 
 
-def _zs(uses: Sequence[Use]) -> tuple[int, ...]:
-    return tuple(use.z for use in uses)
+def _are_layer(uses: Sequence[Use]) -> bool:
+    """Whether they are a weight's, all in one way, with fewer directions along z than entries."""
+    alike = len({use.form for use in uses}) == 1
+    return alike and uses[0].is_layer and sum(use.positions for use in uses) < uses[0].m
 
 
 def _directions_of(use: Use, a: Tensor, entries: range, samples: int) -> Tensor:
