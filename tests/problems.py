@@ -82,9 +82,8 @@ def shapes_of(problem: Problem) -> dict[str, tuple[int, ...]]:
 
 
 def routes_of(problem: Problem, chunk: int = 7, curvature: str = "hessian") -> dict[str, Route]:
-    analyses = Analyses(problem)
-    cuts = Cuts(analyses, chunk)
-    return CURVATURES[curvature].routes(analyses, cuts, lambda: problem.double() or problem)
+    cuts = Cuts(Analyses(problem), chunk)
+    return CURVATURES[curvature].routes(cuts, lambda: problem.double() or problem)
 
 
 def blocks_of(problem: Problem, structure: str) -> list[Block]:

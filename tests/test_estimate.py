@@ -81,7 +81,7 @@ def test_the_sweep_along_a_chain_is_shared() -> None:
     layers = [nn.Linear(9, 9) if i % 2 == 0 else nn.Tanh() for i in range(9)]
     problem = problem_of(nn.Sequential(*layers), [normal(20, 9)], labels(9, 20), "cross-entropy")
     analyses = Analyses(problem)
-    planner = Planner(analyses, Cuts(analyses, chunk=64))
+    planner = Planner(Cuts(analyses, chunk=64))
     chosen = [
         planner.forced(block, True, "preactivation")[0] for block in blocks_of(problem, "elements")
     ]

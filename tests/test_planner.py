@@ -19,7 +19,7 @@ from hesscli.hessian.routes.rates import Rates
 
 def planner_of(problem: Problem) -> Planner:
     analyses = Analyses(problem)
-    return Planner(analyses, Cuts(analyses, chunk=64))
+    return Planner(Cuts(analyses, chunk=64))
 
 
 def plan(problem: Problem, structure: str) -> dict[str, Choice]:

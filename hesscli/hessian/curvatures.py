@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import Middle, Products, gradient_outer, loss_hessian
 from hesscli.hessian.planner import FisherPlanner, JacobianPlanner, Planner
 from hesscli.hessian.proofs.analysis import Analyses
+from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.base import Route
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.finite_difference import FiniteDifference
@@ -24,6 +25,8 @@ from hesscli.hessian.routes.gauss_newton import GaussNewton
 from hesscli.hessian.routes.ggn import EmpiricalFisher, GeneralisedGaussNewton, ProductRows
 from hesscli.hessian.routes.hvp import HessianVectorProducts
 from hesscli.hessian.routes.preactivation import Preactivation
+from hesscli.hessian.routes.through_weights import ThroughWeights
+from hesscli.hessian.words import THROUGH_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -76,22 +79,18 @@ class Curvature:
         self.require(Analyses(problem))
         return Products(problem, self.middle, memory, rows)
 
-    def routes(
-        self, analyses: Analyses, cuts: Cuts, reference: Callable[[], Problem]
-    ) -> dict[str, Route]:
+    def routes(self, cuts: Cuts, reference: Callable[[], Problem]) -> dict[str, Route]:
         """Every route to the blocks of a problem, by name; differences are taken in what `reference` makes."""
-        problem = analyses.problem
-        made: Sequence[Route] = (
-            [
-                Preactivation(analyses, cuts),
-                GaussNewton(analyses),
-                HessianVectorProducts(problem, cuts.chunk),
-                FiniteDifference(reference),
-            ]
-            if self.jacobians is None
-            else [self.jacobians(analyses), ProductRows(problem, cuts.chunk, self.middle)]
-        )
-        return {route.name: route for route in made}
+        problem, chunk = cuts.problem, cuts.chunk
+        affine: list[type[AffineRoute]] = [Preactivation, GaussNewton]
+        others: list[Route] = [HessianVectorProducts(problem, chunk), FiniteDifference(reference)]
+        if self.jacobians is not None:
+            affine, others = [self.jacobians], [ProductRows(problem, chunk, self.middle)]
+        routes = {route.name: route for route in others}
+        for kind in affine:
+            routes[kind.name] = kind(cuts)
+            routes[kind.name + THROUGH_WEIGHTS] = ThroughWeights(kind, cuts)
+        return routes
 
     def certificate(self, problem: Problem, dtype: torch.dtype, seed: int) -> Certificate:
         """See `Certificate`."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.proofs.analysis import Analyses, Analysis
+from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.proofs.uses import Use, values_of
 from hesscli.hessian.recording.recorder import record
 from hesscli.hessian.routes.bend import find_bend
@@ -17,7 +18,14 @@ from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.gauss_newton import block_uses
 from hesscli.hessian.routes.preactivation import chain_of, split
 from hesscli.hessian.routes.rates import Rates, usual_rates
-from hesscli.hessian.words import FINITE_DIFFERENCE, GAUSS_NEWTON, HVP, PREACTIVATION
+from hesscli.hessian.routes.through_weights import numbers_held
+from hesscli.hessian.words import (
+    FINITE_DIFFERENCE,
+    GAUSS_NEWTON,
+    HVP,
+    PREACTIVATION,
+    THROUGH_WEIGHTS,
+)
 
 
 @dataclass(frozen=True)
@@ -29,12 +37,21 @@ class Choice:
         reason: "64 seeds"; for hvp, why nothing better is exact.
         own: the work that this block alone needs.
         common: the work that serves all blocks of this route at once, if they are computed together.
+        through_weights: whether it takes this route to the weights that the block's parameters make.
+        held: numbers that the route keeps beside the block.
     """
 
     method: str
     reason: str
     own: Work
     common: Work = Work()  # noqa: RUF009 - immutable
+    through_weights: bool = False
+    held: int = 0
+
+    @property
+    def route(self) -> str:
+        """The name of what computes the block."""
+        return f"{self.method}{THROUGH_WEIGHTS}" if self.through_weights else self.method
 
     @property
     def work(self) -> Work:
@@ -55,19 +72,18 @@ class Planner:
     """Ranks the routes of each block by their cost on the first batch.
 
     Args:
-        analyses: of the batches of what is differentiated.
-        cuts: of these batches.
+        cuts: of the batches of what is differentiated.
     """
 
-    def __init__(self, analyses: Analyses, cuts: Cuts) -> None:
-        problem = analyses.problem
+    def __init__(self, cuts: Cuts) -> None:
+        problem = cuts.problem
         self.problem, self.rates = problem, usual_rates(problem.device)
         self.batch, self.cuts = problem.batches[0], cuts
         self.analysis: Analysis | None = None
         self.costs: Costs | None = None
         self.refused = ""
         try:
-            self.analysis = analyses.of(self.batch)
+            self.analysis = cuts.analyses.of(self.batch)
         except NotApplicable as reason:
             self.refused = str(reason)
         with suppress(NotApplicable):  # what nothing is proven of still has a cost
@@ -77,11 +93,10 @@ class Planner:
     def choices(self, block: Block, diagonal: bool) -> list[Choice]:
         """The exact routes of a block, the cheapest first, and what is the last resort, if anything is."""
         found, reasons = [], []
-        for option in self._options().values():
-            try:
-                found.append(option(block, diagonal))
-            except NotApplicable as reason:
-                reasons.append(str(reason))
+        for method in self._options():
+            exact, reason = self._exact(method, block, diagonal)
+            found += exact
+            reasons.append(reason)
         found.append(Choice(HVP, "" if found else reasons[0], self._hvp_work(block)))
         found.sort(key=lambda choice: choice.work.seconds(self.rates))
         return [*found, Choice(FINITE_DIFFERENCE, "", self._hvp_work(block).times(4))]
@@ -92,8 +107,23 @@ class Planner:
         Raises:
             NotApplicable: it would not be exact for this block.
         """
-        option = self._options().get(method)
-        return [option(block, diagonal) if option else Choice(method, "", self._hvp_work(block))]
+        if method not in self._options():
+            return [Choice(method, "", self._hvp_work(block))]
+        found, reason = self._exact(method, block, diagonal)
+        if not found:
+            raise NotApplicable(reason)
+        return found
+
+    def _exact(self, method: str, block: Block, diagonal: bool) -> tuple[list[Choice], str]:
+        """The block by a route, itself and through weights, the cheapest first; or why it cannot be itself."""
+        found, reason = [], ""
+        try:
+            found.append(self._options()[method](block, diagonal))
+        except NotApplicable as refusal:
+            reason = str(refusal)
+        with suppress(NotApplicable):
+            found.append(self._through_weights(method, block, diagonal))
+        return sorted(found, key=lambda choice: choice.work.seconds(self.rates)), reason
 
     def _options(self) -> dict[str, Option]:
         """The routes that are not exact for every block."""
@@ -103,6 +133,21 @@ class Planner:
         if self.analysis is None or self.costs is None:
             raise NotApplicable(self.refused)
         return self.analysis, self.costs
+
+    @cached_property
+    def _behind_weights(self) -> Planner:
+        """That of the blocks of the weights."""
+        return type(self)(self.cuts.behind_weights)
+
+    def _through_weights(self, method: str, block: Block, diagonal: bool) -> Choice:
+        analysis, costs = self._proven()
+        made = analysis.weights_of(block)
+        neurons = analysis.neurons_of(block, made) if diagonal else None
+        held = numbers_held(block, made, neurons)
+        choice = self._behind_weights._options()[method](made, neurons is not None)
+        work = self._all(costs.through(analysis.weights, block, made, neurons))
+        reason, own = choice.reason + THROUGH_WEIGHTS, choice.own + work
+        return replace(choice, reason=reason, own=own, through_weights=True, held=held)
 
     def _preactivation(self, block: Block, diagonal: bool) -> Choice:
         analysis, costs = self._proven()
@@ -212,7 +257,7 @@ def _jacobian_work(analysis: Analysis, costs: Costs, block: Block, diagonal: boo
 def seconds_of(choices: Sequence[Choice], rates: Rates) -> float:
     """Seconds of a plan: what routes share counts once, for the block that needs most of it."""
     seconds = sum(choice.own.seconds(rates) for choice in choices)
-    for method in {choice.method for choice in choices}:
-        mine = [choice.common.seconds(rates) for choice in choices if choice.method == method]
+    for route in {choice.route for choice in choices}:
+        mine = [choice.common.seconds(rates) for choice in choices if choice.route == route]
         seconds += max(mine)
     return seconds

@@ -79,14 +79,25 @@ def points(samples: int, places: int, widths: tuple[int, ...]) -> Built:
     return ByPlace(body), torch.randn(samples, places, widths[0])
 
 
-def cnn(samples: int, channels: tuple[int, int], activation: str) -> Built:
-    act = getattr(nn, activation)
+class Standardised(nn.Conv2d):
+    """A convolution by kernels of mean zero and variance one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(self.weight, (1, 2, 3), keepdim=True, correction=0)
+        weight = (self.weight - mean) * torch.rsqrt(variance + 1e-5)
+        return F.conv2d(x, weight / self.weight[0].numel() ** 0.5, self.bias, padding=self.padding)
+
+
+def cnn(
+    samples: int, channels: tuple[int, int], activation: str, standardised: bool = False
+) -> Built:
+    act, convolution = getattr(nn, activation), Standardised if standardised else nn.Conv2d
     few, many = channels
     module = nn.Sequential(
         OrderedDict(
-            conv1=nn.Conv2d(1, few, 3, padding=1),
+            conv1=convolution(1, few, 3, padding=1),
             act1=act(),
-            conv2=nn.Conv2d(few, many, 3, padding=1),
+            conv2=convolution(few, many, 3, padding=1),
             act2=act(),
             pool=nn.MaxPool2d(2),
             flatten=nn.Flatten(),

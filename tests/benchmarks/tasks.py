@@ -276,6 +276,15 @@ TASKS = (
         "full",
         ("vmap-jvp-grad", "is-grads-batched"),
     ),
+    Task(
+        "diag-standardised",
+        "diag, ReLU CNN 12-24 channels on 8x8 with standardised kernels, B = 128",
+        "cnn",
+        _cnn(128, "ReLU", 12, 24) | {"standardised": True},
+        TOY_CNN | {"standardised": True},
+        "diag",
+        BLOCK_PEERS,
+    ),
     # Where hesscli has little or nothing to gain.
     Task(
         "losing-conv",

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
+from torch import Tensor
+
 from hesscli.hessian.applicability import NotApplicable
+from hesscli.hessian.blocks import Block
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.losses import OF_CLASSES
 from hesscli.hessian.objective.problem import Problem
@@ -15,6 +19,7 @@ from hesscli.hessian.proofs.positions import positions_stay_apart
 from hesscli.hessian.proofs.sample_axis import Axes, SampleAxis
 from hesscli.hessian.proofs.samples import follow, sample_axes
 from hesscli.hessian.proofs.uses import Use, values_of
+from hesscli.hessian.proofs.weights import Neurons, Weights, find_weights
 from hesscli.hessian.recording.recorder import record, record_terms
 from hesscli.hessian.recording.tape import Tape
 
@@ -30,8 +35,9 @@ class Analysis:
     reasons: dict[str, str]  # why a parameter has no affine use alone
     class_axis: int | None = None  # of the output, where the loss couples what lies along it
     terms: Tape | None = None  # of a loss of the user's own
-    # Whether positions stay apart behind some values, as far as that was asked for.
+    # Whether positions stay apart behind some values, and a parameter's neurons, as far as that was asked for.
     _apart: dict[tuple[int, ...], bool] = field(default_factory=dict, init=False)
+    _neurons: dict[str, Neurons | None] = field(default_factory=dict, init=False)
 
     def loss_couples(self, axis: SampleAxis, count: int) -> bool:
         """Whether the loss has terms of more than one of the places, so many, along an axis of the output."""
@@ -64,6 +70,49 @@ class Analysis:
             return uses
         return {n: replace(use, positions=1, apart=use.positions) for n, use in uses.items()}
 
+    @cached_property
+    def weights(self) -> Weights:
+        """What enters of the parameters."""
+        return find_weights(self.tape, self.axes)
+
+    @cached_property
+    def behind_weights(self) -> Analysis:
+        """The same of the tape whose parameters are the weights."""
+        tape = self.weights.tape
+        found = find_uses(tape, self.axes)
+        return replace(
+            self, tape=tape, uses=found.single, shared=found.shared, reasons=found.reasons
+        )
+
+    def weights_of(self, block: Block) -> Block:
+        """The block of the weights that the parameters of a block make.
+
+        Raises:
+            NotApplicable: all enter once, as they are; or a weight is of another dtype.
+        """
+        made: dict[str, Tensor] = {}
+        if any(name not in self.uses for name in block.parameters):
+            mine = {w for name in block.parameters for w in self.weights.of.get(name, ())}
+            made = {name: w for name, w in self.weights.values.items() if name in mine}
+        if not made:
+            raise NotApplicable("no weights are made of it")
+        dtypes = {self.tape.given[number].dtype for number in self.tape.parameters.values()}
+        if any(w.dtype not in dtypes for w in made.values()):
+            raise NotApplicable("weights of another dtype")
+        return Block(", ".join(made), tuple(made), tuple(w.numel() for w in made.values()))
+
+    def neurons_of(self, block: Block, made: Block) -> Neurons | None:
+        """Those of the only weight that a block's only parameter makes, if each is made of entries of its own."""
+        if len(block.parameters) > 1 or len(made.parameters) > 1:
+            return None
+        (parameter,), (weight,) = block.parameters, made.parameters
+        use, *others = self.behind_weights.all_uses(weight)
+        if not use.is_layer or any(other.form != use.form for other in others):
+            return None
+        if parameter not in self._neurons:
+            self._neurons[parameter] = self.weights.neurons(parameter, use)
+        return self._neurons[parameter]
+
 
 class Analyses:
     """The analysis of each batch, kept as long as the batch is: one whose data is made anew is analysed anew.
@@ -91,6 +140,23 @@ class Analyses:
         if isinstance(found, NotApplicable):
             raise NotApplicable(str(found))
         return found
+
+
+class WeightAnalyses(Analyses):
+    """Those of the problem as a function of its weights: `Analysis.behind_weights` of each batch.
+
+    Raises:
+        NotApplicable: nothing is proven of the first batch.
+    """
+
+    def __init__(self, analyses: Analyses) -> None:
+        problem = analyses.problem
+        weights = analyses.of(problem.batches[0]).weights
+        super().__init__(replace(problem, parameters=weights.values))
+        self.analyses = analyses
+
+    def of(self, batch: Batch) -> Analysis:
+        return self.analyses.of(batch).behind_weights
 
 
 def _analyse(problem: Problem, batch: Batch) -> Analysis:

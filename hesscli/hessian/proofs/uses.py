@@ -151,6 +151,12 @@ class Use:
         values = values.unflatten(-2, (self.sections, -1)).unflatten(-1, (self.runs, -1))
         return values.transpose(-3, -2).flatten(-4)
 
+    @property
+    def places(self) -> Tensor:
+        """Where the entries of each output lie in the parameter, in the order of its inputs: [n, m]."""
+        split = (self.sections, self.runs, self.n // self.sections, self.m // self.runs)
+        return torch.arange(self.size).view(split).transpose(1, 2).reshape(self.n, self.m)
+
     def entries(self, values: Tensor, output: int) -> Tensor:
         """Those of one output, as a view: [size], as the parameter lies, -> [runs, m / runs]."""
         section, place = divmod(output, self.n // self.sections)

@@ -16,22 +16,25 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.layout import Layout
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.affine import multiplier
-from hesscli.hessian.proofs.analysis import Analyses, Analysis
+from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.routes.base import Diagonal, Route, Wanted
+from hesscli.hessian.routes.cuts import Cuts
 
 
 class AffineRoute(Route):
     """Blocks by what enters; c is multiplied in when all batches are summed up.
 
     Args:
-        analyses: of the batches of what is differentiated.
+        cuts: of the batches of what is differentiated.
     """
 
     symmetric = True
+    curved = True
+    """Whether the matrix has a term of the second derivatives of what parameters go through."""
 
-    def __init__(self, analyses: Analyses) -> None:
-        super().__init__(analyses.problem)
-        self.analyses = analyses
+    def __init__(self, cuts: Cuts) -> None:
+        super().__init__(cuts.problem)
+        self.cuts, self.analyses = cuts, cuts.analyses
         self._layouts: dict[Block, Layout] = {}  # of the first batch, and the same in all
         self._multipliers: dict[str, Tensor | None] = {}  # seen in each batch, the same in all
 
@@ -48,7 +51,7 @@ class AffineRoute(Route):
     def _demand_layout(self, analysis: Analysis, block: Block) -> None:
         """Raises NotApplicable where a batch gives a block's rows in another order."""
         if self.layout_in(analysis, block) != self.layout(block):
-            raise _other_path()
+            raise other_path()
 
     def sum(self, parts: Sequence[Wanted]) -> None:
         super().sum(parts)
@@ -91,11 +94,12 @@ class AffineRoute(Route):
             use = analysis.uses.get(name)
             c = None if use is None else multiplier(analysis.tape, use)
             if not _same(self._multipliers.setdefault(name, c), c):
-                raise _other_path()
+                raise other_path()
         return analysis
 
 
-def _other_path() -> NotApplicable:
+def other_path() -> NotApplicable:
+    """The refusal of batches that must not be added up."""
     return NotApplicable("the batches take different paths through the model")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.proofs.uses import Use
+from hesscli.hessian.routes.base import Diagonal
 from hesscli.hessian.routes.kronecker import FEWEST, add_kronecker_rows
 from hesscli.hessian.routes.layers import Layer
 from hesscli.hessian.routes.probes import Probed
@@ -127,11 +128,11 @@ def add_layer_diagonal(
     probed: Probed,
     layer: Layer,
     deltas: Mapping[int, Tensor | None],
-    out: Tensor,
+    wanted: Diagonal,
     bias_out: Tensor | None,
     workspace: int,
 ) -> None:
-    """The diagonal of a layer's own block: `out` [n * m], and of its bias's, [n].
+    """The diagonal of a layer's own block, and of its bias's, [n].
 
     Two values of a shared layer give the same, seen from either: from the earlier one it counts twice.
     """
@@ -147,18 +148,17 @@ def add_layer_diagonal(
         if not layer.plain:
             per_direction += len(a) * use.size
         chunk = max(1, workspace // per_direction)
-        for t, part, seeds in _directions(use, delta, range(use.n), chunk):
+        for t, part, seeds in _directions(use, delta, wanted.neurons(use), chunk):
             found = probed.along(delta, own.variables, seeds)
             motion = own.along(found, len(part))
             (s,), (shifts,) = motion.deltas, motion.inputs
             for row, p in enumerate(part):
-                entries = use.entries(out, p)
                 sums = [] if s is None else [(s[row], a)]
                 if delta_rows is not None and shifts is not None:
                     sums.append((delta_rows, shifts[row]))
                 for u, columns in sums:
                     same = torch.einsum("bt,btq->bq", u[:, :, p] * twice, columns)
-                    entries += (same * a[:, t]).sum(0).view_as(entries)
+                    wanted.add_neuron(use, p, a[:, t], same)
                 if bias_out is not None and s is not None:
                     bias_out[p] += s[row, :, :, p].sum()
 

@@ -16,6 +16,7 @@ from hesscli.hessian.layout import Layout
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import Middle, Products
+from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.words import HVP
 
 Result = TypeVar("Result")
@@ -71,6 +72,23 @@ class Diagonal:
     def add(self, first: int, found: Tensor) -> None:
         """Adds what some rows have of it: with all columns [rows, block.size], the first with this number."""
         self.out[first : first + len(found)] += found.diagonal(offset=first)
+
+    def neurons(self, use: Use) -> range:
+        """The neurons of a weight that it has entries of."""
+        return range(use.n)
+
+    def add_neuron(self, use: Use, p: int, left: Tensor, right: Tensor) -> None:
+        """Adds what neuron p of a weight has of it, with the rows sum_b left[b]^T right[b], both [B, m]."""
+        entries = use.entries(self.out, p)
+        entries += (left * right).sum(0).view_as(entries)
+
+    def add_weighted(self, use: Use, d: Tensor, a: Tensor) -> None:
+        """The same of every neuron p, with the rows sum_b d[b, p] a[b]^T a[b]: [B, n] and [B, m]."""
+        self.out.add_(use.stored(d.T @ a**2))
+
+    def add_pairs(self, left: Tensor, right: Tensor) -> None:
+        """Adds what is of it in left^T right, both [B, size]."""
+        self.out.add_((left * right).sum(0))
 
     @classmethod
     def whole(cls, block: Block, like: Tensor) -> Diagonal:

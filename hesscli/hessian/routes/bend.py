@@ -21,7 +21,7 @@ from hesscli.hessian.proofs.piecewise import curved
 from hesscli.hessian.proofs.sample_rules import RESHAPES
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.recording.tape import Call, Tape
-from hesscli.hessian.routes.base import Rows
+from hesscli.hessian.routes.base import Diagonal, Rows
 from hesscli.hessian.routes.chain import UNARY, derivatives
 from hesscli.hessian.routes.probes import Probed
 
@@ -89,12 +89,13 @@ def add_bend(part: Rows, uses: Sequence[Use], inputs: Sequence[Tensor], d: Tenso
         part.out[at[rows].unsqueeze(1), at[columns]] += values
 
 
-def add_bend_diagonal(
-    out: Tensor, uses: Sequence[Use], inputs: Sequence[Tensor], d: Tensor
-) -> None:
-    """The same for the diagonal alone, [size]."""
-    for index, x, weights in _neurons(uses, inputs, d):
-        out[index] += (x * x * weights).sum(0)
+def add_bend_diagonal(part: Diagonal, use: Use, inputs: Tensor, d: Tensor) -> None:
+    """The same for the diagonal of one parameter's block."""
+    if use.is_layer:
+        part.add_weighted(use, d.flatten(0, 1), inputs.flatten(0, 1))
+        return
+    for index, x, weights in _neurons([use], [inputs], d):
+        part.out[index] += (x * x * weights).sum(0)
 
 
 def _neurons(

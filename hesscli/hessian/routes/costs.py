@@ -11,7 +11,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from hesscli.hessian.blocks import Block
 from hesscli.hessian.proofs.uses import CONVOLUTION, LINEAR, Use
+from hesscli.hessian.proofs.weights import Neurons, Weights
 from hesscli.hessian.recording.tape import Call, Ref, Tape
 from hesscli.hessian.routes.chain import MOST_ROWS, PRODUCTS, Step
 from hesscli.hessian.routes.rates import Rates
@@ -46,6 +48,9 @@ PASSES = 4.0
 CUT_PASSES = 5.5
 """The same where the direction ends at a cut: it goes the way back twice."""
 
+
+_THROUGH = 200
+"""Calls' worth of time that a block takes through weights, whatever its size."""
 
 _LOSS = 4.0
 """Elementwise operators in a loss: a softmax's exponential, sum, quotient and logarithm."""
@@ -155,6 +160,26 @@ class Costs:
             4 * b * c * use.size
         )
         return pulled + (Work() if diagonal else self._product(b * c * use.size**2))
+
+    def through(self, weights: Weights, block: Block, made: Block, neurons: Neurons | None) -> Work:
+        """A block from that of the weights which its parameters make; its diagonal, from the squares of neurons."""
+        numbers = self.tape.parameters
+        reached = self.tape.dependent([numbers[n] for n in block.parameters if n in numbers])
+        making = set(map(id, weights.calls))
+        way = _sum(
+            work
+            for call, work in zip(self.tape.calls, self._each, strict=True)
+            if id(call) in making and not reached.isdisjoint(call.reads)
+        )
+        if neurons is None:
+            rows = 2 * (made.size + block.size) + PASSES * block.size
+            assembly = self._moved(3 * (made.size + block.size) ** 2)
+        else:
+            use = neurons.use
+            rows = 4 * use.m + PASSES * neurons.entries.shape[1]
+            assembly = self._product(self.samples * use.positions * use.size * use.m)
+        once = self.forward.times(3) + Work(calls=_THROUGH)
+        return way.times(rows, math.ceil(rows / self.chunk)) + assembly + once
 
     def bend(self, use: Use, diagonal: bool) -> Work:
         """A block's diagonal share, one product per neuron."""

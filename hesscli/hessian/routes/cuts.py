@@ -10,7 +10,7 @@ import torch
 from hesscli.hessian.autodiff import unit_rows
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.objective.batch import Batch
-from hesscli.hessian.proofs.analysis import Analyses
+from hesscli.hessian.proofs.analysis import Analyses, WeightAnalyses
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.recording.tape import Tape
 from hesscli.hessian.routes.costs import Costs
@@ -40,7 +40,14 @@ class Cuts:
     @property
     def bytes(self) -> int:
         """Of every Sigma, as far as cuts were planned: the plan of each batch counts the samples of all."""
-        return max((plan.bytes for plan in self.plans.values()), default=0)
+        weights = vars(self).get("behind_weights")
+        mine = max((plan.bytes for plan in self.plans.values()), default=0)
+        return mine + (weights.bytes if weights is not None else 0)
+
+    @cached_property
+    def behind_weights(self) -> Cuts:
+        """Those of the problem as a function of its weights."""
+        return Cuts(WeightAnalyses(self.analyses), self.chunk)
 
     def costs(self, tape: Tape) -> Costs:
         """What passes of a batch cost without cuts."""

@@ -115,7 +115,7 @@ class GaussNewton(AffineRoute):
             if mine is None:
                 continue
             if isinstance(part, Diagonal):
-                _add_diagonal(part.out, mine)
+                _add_diagonal(part, mine)
                 continue
             self._demand_layout(self.analyses.of(batch), part.block)
             _add(part, mine)
@@ -182,18 +182,17 @@ def _add(part: Rows, factors: Factors) -> None:
         add_bend(part, factors.uses, factors.inputs, factors.d)
 
 
-def _add_diagonal(out: Tensor, factors: Factors) -> None:
+def _add_diagonal(part: Diagonal, factors: Factors) -> None:
     layer = plain_layer(factors.uses)
     if layer is not None and layer.bias is None:
         v, a = factors.of(layer)
-        product = (v * (factors.curvature @ v)).sum(1).T @ a**2
-        out += layer.weight.stored(product)
+        part.add_weighted(layer.weight, (v * (factors.curvature @ v)).sum(1), a)
     else:
         for jacobian, curvature in factors.jacobians():
-            curved_jacobian = curvature @ jacobian
-            out += jacobian.mul_(curved_jacobian).sum((0, 1))
+            part.add_pairs(jacobian.flatten(0, 1), (curvature @ jacobian).flatten(0, 1))
     if factors.d is not None:
-        add_bend_diagonal(out, factors.uses, factors.inputs, factors.d)
+        (use,), (inputs,) = factors.uses, factors.inputs
+        add_bend_diagonal(part, use, inputs, factors.d)
 
 
 def _jacobian(use: Use, v: Tensor, columns: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ from hesscli.hessian.routes.probes import Probed
 
 
 class GeneralisedGaussNewton(GaussNewton):
+    curved = False
+
     def uses(self, analysis: Analysis, block: Block) -> list[Use]:
         return [use for name in block.parameters for use in analysis.all_uses(name)]
 

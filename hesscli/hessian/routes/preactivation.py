@@ -26,7 +26,7 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.layout import Layout, Part, Piece
 from hesscli.hessian.objective.batch import Batch
-from hesscli.hessian.proofs.analysis import Analyses, Analysis
+from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.proofs.uses import BIAS, CONVOLUTION, Use, values_of
 from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.assembly import add_layer, add_layer_diagonal
@@ -41,10 +41,9 @@ from hesscli.hessian.words import PREACTIVATION
 class Preactivation(AffineRoute):
     name = PREACTIVATION
 
-    def __init__(self, analyses: Analyses, cuts: Cuts) -> None:
-        super().__init__(analyses)
+    def __init__(self, cuts: Cuts) -> None:
+        super().__init__(cuts)
         self._layers: dict[Block, list[Layer]] = {}  # of the last batch, and the same in all
-        self.cuts = cuts
         self.sizes = chunk_sizes(self.problem.device)
         self.workspace = self.sizes.directions
 
@@ -113,14 +112,14 @@ class Preactivation(AffineRoute):
             if not all(bool(torch.isfinite(d).all()) for d in found.values()):
                 # phi'' is infinite where a ReLU before it is off: backward passes mask that.
                 return list(parts)
-            sums = {part.block.name: part.out for part in parts}
-            for name, use in mine.items():
+            for part in (part for part in parts if part.block.name in mine):
+                use = mine[part.block.name]
                 d = found[use.z]  # [B, n]
                 a = probed.columns(use)[:, 0]
                 if use.is_layer:
-                    sums[name].add_(use.stored(d.T @ a**2))
+                    part.add_weighted(use, d, a)
                 else:
-                    sums[name].add_((d * a**2).sum(0))
+                    part.add_pairs(d * a, a)
         return [part for part in parts if part.block.name not in mine]
 
     def _alone(self, batch: Batch, part: Wanted) -> Iterator[tuple[int, Tensor]]:
@@ -155,7 +154,7 @@ class Preactivation(AffineRoute):
         probes = [probed.probes[z] for z in zs]
         grads = torch.autograd.grad(probed.phi, probes, create_graph=True, allow_unused=True)
         deltas = dict(zip(zs, grads, strict=True))
-        add_layer_diagonal(probed, layer, deltas, part.out, bias, self.workspace)
+        add_layer_diagonal(probed, layer, deltas, part, bias, self.workspace)
 
     def _cut(self, batch: Batch, layers: Sequence[Layer], others: Sequence[str] = ()) -> Cut | None:
         """The cut behind a layer; none for several, for one that is shared, and beside parameters of none."""

@@ -46,22 +46,28 @@ class Memory:
         device, upper = self.plan.problem.device, _upper(block) * self.itemsize
         if device.type == "cuda" and upper <= _SHARE * free_memory(device):
             return device
-        return torch.device("cpu") if self.process + upper <= self.limit else None
+        needed = self.process + self._beside(block) + upper
+        return torch.device("cpu") if needed <= self.limit else None
+
+    def _beside(self, block: Block) -> int:
+        """Bytes that the first route of a block keeps beside it."""
+        return self.plan.choices[block.name][0].held * self.itemsize
 
     def band(self, block: Block) -> int:
         """How many numbers of a large block are computed at once."""
         # One is computed, one is written, and parts of it are turned.
-        room = (self.limit - self.process) // (3 * self.itemsize)
+        room = (self.limit - self.process - self._beside(block)) // (3 * self.itemsize)
         return max(block.size, min(LONG_BAND if block.size > LONG else BAND, room))
 
     def needed(self) -> int:
         """Bytes of the host's memory that the work holds at most."""
-        held = [block.entries(self.plan.diagonal) for block in self.plan.whole]
+        held = {block: block.entries(self.plan.diagonal) for block in self.plan.whole}
         for block in self.plan.large:
             device = self._roomy(block)
             if device is None or device.type == "cpu":
-                held.append(_upper(block) if device else 3 * self.band(block))
-        return max(held, default=0) * self.itemsize + self.process
+                held[block] = _upper(block) if device else 3 * self.band(block)
+        taken = (n * self.itemsize + self._beside(block) for block, n in held.items())
+        return max(taken, default=0) + self.process
 
 
 def _upper(block: Block) -> int:

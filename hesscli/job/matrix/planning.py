@@ -59,9 +59,9 @@ class Plan:
     def _settle(self) -> None:
         curvature, analyses = CURVATURES[self.options.curvature], Analyses(self.problem)
         cuts = Cuts(analyses, self.opened.chunk)
-        self.routes = curvature.routes(analyses, cuts, lambda: self.reference)
+        self.routes = curvature.routes(cuts, lambda: self.reference)
         curvature.require(analyses)
-        planner = curvature.planner(analyses, cuts)
+        planner = curvature.planner(cuts)
         method = self.options.method
         for block in self.blocks:
             try:

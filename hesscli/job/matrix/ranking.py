@@ -31,7 +31,7 @@ class Ranking:
 
     @property
     def route(self) -> Route:
-        return self.plan.routes[self.method]
+        return self.plan.routes[self.choice.route]
 
     def skip(self) -> None:
         """Goes on to the next route, of which enough has been said."""
@@ -43,10 +43,10 @@ class Ranking:
         Raises:
             NumericalError: there is no other.
         """
-        method, following = self.method, self._following()
+        following = self._following()
         if following is None:
-            raise inexact(self.plan.options, self.block, method, reason)
-        self.plan.opened.note(f"{reason}: {following} instead of {method}")
+            raise inexact(self.plan.options, self.block, self.method, reason)
+        self.plan.opened.note(f"{reason}: {following} instead of {self.choice.route}")
         self.skip()
 
     def accepts(self, error: float | None, finite: Callable[[], bool]) -> bool:
@@ -67,12 +67,12 @@ class Ranking:
             raise not_finite(f"{self.block.name}: its Hessian", self.plan.options, dtype)
         if certificate is None or error is None:
             return True
-        method, following = self.method, self._following()
-        said = f"{self.block.name}: {method} differs from gradients by {error:.1e}"
+        following = self._following()
+        said = f"{self.block.name}: {self.choice.route} differs from gradients by {error:.1e}"
         if following is None:
             raise NumericalError(
                 f"{said}, more than {certificate.tolerance:.0e}; nothing was written",
-                more_digits(dtype) or other_way(self.plan.options, method),
+                more_digits(dtype) or other_way(self.plan.options, self.method),
             )
         self.plan.opened.note(f"{said}; {following} instead")
         self.skip()
@@ -81,4 +81,4 @@ class Ranking:
     def _following(self) -> str | None:
         """The next route's name."""
         rest = self.plan.choices[self.block.name][self._place + 1 :]
-        return rest[0].method if rest else None
+        return rest[0].route if rest else None

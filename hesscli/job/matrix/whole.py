@@ -87,9 +87,9 @@ class Group:
 
 def groups(plan: Plan) -> Iterator[list[Block]]:
     """The blocks that are held whole, by the route that is first for them, as many as are held together."""
-    methods = [choice.method for choice in plan.first_choices(plan.whole)]
-    for method in dict.fromkeys(methods):
-        mine = [b for b, its in zip(plan.whole, methods, strict=True) if its == method]
+    routes = [choice.route for choice in plan.first_choices(plan.whole)]
+    for route in dict.fromkeys(routes):
+        mine = [b for b, its in zip(plan.whole, routes, strict=True) if its == route]
         yield from _group(mine, plan.diagonal)
 
 

@@ -1,0 +1,276 @@
+"""Blocks of parameters that enter through weights which the model makes of them: w = w(theta), whatever the data.
+
+With J = dw/dtheta, by the chain rule,
+
+    d^2 L / dtheta^2 = J^T (d^2 L / dw^2) J + sum_k (dL/dw_k) d^2 w_k / dtheta^2.
+
+The weights' own block comes from a route by affine uses; J and the second term take no pass over the data. Gauss-Newton
+and Fisher matrices have the first term alone. Where each neuron's weights are made of entries of its own, J and the
+second term have a block for every neuron: the diagonal then takes the square of each neuron alone, and one direction
+serves all neurons at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.applicability import NotApplicable
+from hesscli.hessian.autodiff import batched_grad
+from hesscli.hessian.blocks import Block
+from hesscli.hessian.chunk_sizes import chunk_sizes
+from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.proofs.weights import Neurons
+from hesscli.hessian.routes.affine import AffineRoute, other_path
+from hesscli.hessian.routes.base import Diagonal, Route, Rows, Wanted
+from hesscli.hessian.routes.cuts import Cuts
+from hesscli.hessian.routes.probes import Probed
+from hesscli.hessian.routes.squares import Squares
+from hesscli.hessian.symmetry import mirror_
+from hesscli.hessian.words import THROUGH_WEIGHTS
+
+Item = TypeVar("Item")
+
+_ROWS = 8192  # of a block that is held whole; of its weights' there may be twice as many
+_SQUARES = 1 << 26  # numbers in the squares of some neurons
+_TOGETHER = 1 << 24  # and in the weights' own blocks, that share passes
+
+
+def numbers_held(block: Block, made: Block, neurons: Neurons | None) -> int:
+    """How many numbers are held beside a block of parameters, or beside its diagonal.
+
+    Raises:
+        NotApplicable: too many.
+    """
+    if neurons is not None and neurons.use.m**2 <= _SQUARES:
+        return min(_SQUARES, neurons.use.n * neurons.use.m**2)
+    if neurons is not None or block.size > _ROWS or made.size > 2 * _ROWS:
+        raise NotApplicable("more weights than are held together")
+    return made.size**2 + made.size * block.size + block.size**2
+
+
+class ThroughWeights(Route):
+    """By a route to the weights' own blocks.
+
+    Args:
+        kind: that route.
+        cuts: of the batches of what is differentiated.
+    """
+
+    symmetric = True
+
+    def __init__(self, kind: type[AffineRoute], cuts: Cuts) -> None:
+        super().__init__(cuts.problem)
+        self.kind, self.cuts = kind, cuts
+        self.name = kind.name + THROUGH_WEIGHTS
+        self._large: Rows | None = None  # all of the one whose rows are asked for band by band
+
+    @cached_property
+    def route(self) -> AffineRoute:
+        """To the weights' own blocks."""
+        return self.kind(self.cuts.behind_weights)
+
+    def shrink(self) -> bool:
+        return self.route.shrink()
+
+    def sum(self, parts: Sequence[Wanted]) -> None:
+        if whole := [part for part in parts if part.is_whole]:
+            super().sum(whole)
+        for part in (part for part in parts if isinstance(part, Rows) and not part.is_whole):
+            if self._large is None or self._large.block != part.block:
+                rows = Rows.whole(part.block, part.out)
+                super().sum([rows])
+                self._large = rows
+            part.out.add_(self._large.upper(part.start, part.stop))
+            if part.stop == part.block.size:
+                self._large = None
+
+    def add(self, batch: Batch, parts: Sequence[Wanted]) -> None:
+        analysis = self.cuts.analyses.of(batch)
+        whole: dict[Block, list[Wanted]] = {}
+        by_neuron: dict[Block, list[tuple[Diagonal, Neurons]]] = {}
+        for part in parts:
+            made, neurons = analysis.weights_of(part.block), None
+            if isinstance(part, Diagonal):
+                neurons = analysis.neurons_of(part.block, made)
+            numbers_held(part.block, made, neurons)
+            if isinstance(part, Diagonal) and neurons is not None:
+                by_neuron.setdefault(made, []).append((part, neurons))
+            else:
+                whole.setdefault(made, []).append(part)
+        passage = self._passage(batch, [part.block for part in parts], [*whole, *by_neuron])
+        self._add_whole(batch, whole, passage)
+        self._add_by_neuron(batch, by_neuron, passage)
+
+    def _add_whole(
+        self, batch: Batch, wanted: Mapping[Block, Sequence[Wanted]], passage: _Passage
+    ) -> None:
+        for some in _groups(wanted, lambda made: made.size**2, _TOGETHER):
+            owns = [Rows.whole(made, passage.like) for made in some]
+            self.route.add(batch, owns)
+            for made, own in zip(some, owns, strict=True):
+                mirror_(own.out)
+                h = self.route.layout(made).ordered(own.out)
+                for part in wanted[made]:
+                    part.add(0, passage.way(part.block, made).block(h))
+
+    def _add_by_neuron(
+        self,
+        batch: Batch,
+        wanted: Mapping[Block, Sequence[tuple[Diagonal, Neurons]]],
+        passage: _Passage,
+    ) -> None:
+        every = [
+            (made, neurons.use, some)
+            for made, ((_, neurons), *_) in wanted.items()
+            for some in _ranges(neurons.use.n, _SQUARES // neurons.use.m**2)
+        ]
+        for some in _groups(every, lambda each: len(each[2]) * each[1].m ** 2, _SQUARES):
+            squares = [Squares.of(made, use, passage.like, neurons) for made, use, neurons in some]
+            self.route.add(batch, squares)
+            for each in squares:
+                for part, _ in wanted[each.block]:
+                    part.out.add_(passage.way(part.block, each.block).diagonal(each))
+        for made, parts in wanted.items():
+            for part, neurons in parts:
+                part.out.add_(passage.way(part.block, made).bent_diagonal(neurons.entries))
+
+    def _passage(self, batch: Batch, blocks: Sequence[Block], mades: Sequence[Block]) -> _Passage:
+        """From the parameters of blocks to their weights, which must be those of the first batch."""
+        weights, first = self.cuts.analyses.of(batch).weights, self.route.problem.parameters
+        known, names = (
+            weights.values,
+            list(dict.fromkeys(n for made in mades for n in made.parameters)),
+        )
+        if not all(n in first and torch.equal(first[n], known[n]) for n in names):
+            raise other_path()
+        parameters = {n: self.problem.parameters[n] for block in blocks for n in block.parameters}
+        theta = {n: p.detach().requires_grad_() for n, p in parameters.items()}
+        deltas: dict[str, Tensor] = {}
+        if self.route.curved:
+            probed = Probed(self.route.analyses, batch, [], leaves=names)
+            leaves = list(probed.leaves.values())
+            found = torch.autograd.grad(probed.value, leaves, materialize_grads=True)
+            deltas = dict(zip(probed.leaves, found, strict=True))
+        return _Passage(theta, dict(zip(names, weights.made_of(theta, names), strict=True)), deltas)
+
+
+@dataclass(frozen=True)
+class _Passage:
+    """How weights depend on the parameters that they are made of.
+
+    Attributes:
+        theta: the parameters.
+        weights: with their graph.
+        deltas: dL/dw of each; empty where the matrix has no second term.
+    """
+
+    theta: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+    deltas: Mapping[str, Tensor]
+
+    @property
+    def like(self) -> Tensor:
+        return next(iter(self.weights.values())).detach()
+
+    def way(self, block: Block, made: Block) -> _Way:
+        """From the parameters of one block."""
+        theta = [self.theta[name] for name in block.parameters]
+        w, slope = _flat(self.weights[name] for name in made.parameters), None
+        if self.deltas:
+            delta = _flat(self.deltas[name] for name in made.parameters)
+            grads = torch.autograd.grad(w @ delta, theta, create_graph=True, materialize_grads=True)
+            slope = _flat(grads)
+        return _Way(theta, w, slope)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """The same of one block.
+
+    Attributes:
+        theta: its parameters.
+        w: the weights, one after the other, with their graph.
+        slope: (dL/dw) J, as a function of theta, with its graph; None where the matrix has no second term.
+    """
+
+    theta: list[Tensor]
+    w: Tensor
+    slope: Tensor | None
+
+    def block(self, own: Tensor) -> Tensor:
+        """The block, by d^2 L / dw^2."""
+        found = self._pulled(self._pulled(own).T)
+        if self.slope is not None and self.slope.requires_grad:
+            units = torch.eye(len(found), dtype=found.dtype, device=found.device)
+            found += self._along(self.slope, units)
+        return found
+
+    def diagonal(self, squares: Squares) -> Tensor:
+        """The diagonal of the block's first term, as far as it is that of some neurons."""
+        found = self.w.new_zeros(len(_flat(self.theta)))
+        for inputs in self._chunks(squares.out.shape[1]):
+            found += (self._pulled(squares.units(inputs)) * self._pulled(squares.rows(inputs))).sum(
+                0
+            )
+        return found
+
+    def bent_diagonal(self, entries: Tensor) -> Tensor:
+        """That of the second term, where neurons are made of entries of their own, [n, entries]."""
+        found = self.w.new_zeros(entries.numel())
+        if self.slope is None or not self.slope.requires_grad:
+            return found
+        for some in self._chunks(entries.shape[1]):
+            units = found.new_zeros(len(some), len(found))
+            units.scatter_(1, entries[:, some.start : some.stop].T.to(found.device), 1)
+            found += (units * self._along(self.slope, units)).sum(0)
+        return found
+
+    def _pulled(self, rows: Tensor) -> Tensor:
+        """rows @ J: [k, weights] -> [k, parameters]."""
+        return self._along(self.w, rows)
+
+    def _along(self, values: Tensor, rows: Tensor) -> Tensor:
+        """rows @ d values / d theta."""
+        lengths = [leaf.numel() for leaf in self.theta]
+        found = rows.new_zeros(len(rows), sum(lengths))
+        for some in self._chunks(len(rows)):
+            mine = slice(some.start, some.stop)
+            parts = batched_grad(values, self.theta, rows[mine])
+            for part, columns in zip(parts, found[mine].split(lengths, 1), strict=True):
+                if part is not None:
+                    columns.copy_(part.reshape(len(some), -1))
+        return found
+
+    def _chunks(self, count: int) -> list[range]:
+        """So many rows, in parts that one pass takes."""
+        sizes = chunk_sizes(self.w.device)
+        return _ranges(count, min(sizes.rows, sizes.directions // (8 * len(self.w))))
+
+
+def _flat(values: Iterable[Tensor]) -> Tensor:
+    """All their entries, one after the other."""
+    return torch.cat([value.reshape(-1) for value in values])
+
+
+def _ranges(count: int, most: int) -> list[range]:
+    """The numbers below a count, so many at a time."""
+    step = max(1, most)
+    return [range(first, min(first + step, count)) for first in range(0, count, step)]
+
+
+def _groups(items: Iterable[Item], size: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
+    """Items that follow each other, as many as are not larger together, but for one that is alone."""
+    group: list[Item] = []
+    for item in items:
+        if group and sum(map(size, group)) + size(item) > most:
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
