@@ -107,6 +107,7 @@ KINKED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "floor": (lambda z: z * z.floor(), 24),
     "ceil": (lambda z: z * z.ceil(), 24),
     "round": (lambda z: z * z.round(), 24),
+    "round-in-place": (lambda z: z * (z + 0).round_(), 24),
     "trunc": (lambda z: z * z.trunc(), 24),
     "heaviside": (heaviside, 24),
     "quantized": (lambda z: torch.fake_quantize_per_tensor_affine(z, 0.2, 0, -5, 5), 24),
@@ -425,6 +426,61 @@ def test_what_a_model_detaches_is_a_constant(net, blocks, method, saved, tmp_pat
             rtol=1e-8,
             atol=1e-9,
         )
+
+
+def assigned(w: Tensor) -> Tensor:
+    out = torch.zeros_like(w)
+    out[:, :2] = w[:, 2:]
+    return out
+
+
+CONSTANTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "corner": F.relu,
+    "piece": F.elu,
+    "bounds": lambda w: w.clamp(-0.5, 0.5),
+    "picked": lambda w: w.max(1, keepdim=True).values,
+    "sorted": lambda w: w.sort(1)[0],
+    "joined": lambda w: torch.cat([w[:, 2:], w[:, :2]], 1),
+    "copied": lambda w: torch.empty_like(w).copy_(w),
+    "assigned": assigned,
+    "summed-up": lambda w: torch.ones_like(w).add_(w).add_(w),
+    "at-the-end": lambda w: torch.add(w, 1, out=torch.empty_like(w)),
+}
+
+
+class Scaling(nn.Module):
+    """Scales that are made of the weights, and are constants."""
+
+    def __init__(self, scales: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.w, self.scales = nn.Parameter(torch.randn(3, 4)), scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.w.T) @ (self.w * self.scales(self.w))
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+@pytest.mark.parametrize(
+    "scales",
+    [
+        *(torch.no_grad()(function) for function in CONSTANTS.values()),
+        lambda w: w.mul(1).detach().mul_(0.5).add_(1),
+    ],
+    ids=[*CONSTANTS, "written-to"],
+)
+def test_what_is_made_of_weights_without_gradients_is_a_constant(
+    scales: Callable[[Tensor], Tensor], curvature: str
+) -> None:
+    torch.manual_seed(0)
+    model = Scaling(scales).double()
+    x, y = torch.randn(9, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    options = {"curvature": curvature, "blocks": "full", "framework": "torch"}
+    found = hesscli.compute(model, (x, y), **options).matrix()
+    fixed = scales(model.w).detach()
+    model.scales = lambda w: fixed
+    assert relative_error(found, hesscli.compute(model, (x, y), **options).matrix()) < 1e-12
+    if curvature == "hessian":
+        assert relative_error(found, hessian(model, F.mse_loss, (x,), y)) < 1e-9
 
 
 class Truncated(nn.Module):

@@ -59,7 +59,7 @@ class OutputDifference(DirectionalDifference):
                 ahead = self.problem.output(batch).detach()
             with self.moved(-step), mode(), exact_derivatives():
                 behind = self.problem.output(batch).detach()
-            if not kinks.lost:
+            if not kinks.sides.lost:
                 break
         return ahead, behind
 
