@@ -44,7 +44,7 @@ class Call:
     operator: Any  # torch._ops.OpOverload
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
-    outputs: tuple[int | None, ...]
+    outputs: tuple[int | None, ...] = ()
 
     @cached_property
     def name(self) -> str:

@@ -6,16 +6,36 @@ that is the view's inverse.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hesscli.hessian.recording.draft import Draft
 from hesscli.hessian.recording.tape import Call, Ref
 
 _aten = torch.ops.aten
 _SAME_ORDER = frozenset("view _unsafe_view _reshape_alias unsqueeze squeeze".split())
+
+
+def without_writing(draft: Draft, call: Call, args: tuple[Any, ...]) -> Call:
+    """The call that gives what this one, of these arguments, writes into the first of them."""
+    if call.operator is _aten.copy_.default:
+        target, source = args[:2]
+        ref = call.arguments[1]
+        if source.dtype is not target.dtype:
+            dtype = {"dtype": target.dtype}
+            ref = draft.made(target, _aten._to_copy.default, (ref,), source.shape, dtype)
+        return Call(_aten.expand.default, (ref, tuple(target.shape)), call.keywords)
+    if _fills_a_mask(call.operator, args):
+        x, mask, value, *_ = call.arguments
+        return Call(_aten.masked_fill.Tensor, (x, *mask, value), call.keywords)
+    twin = functional(call.operator)
+    if twin is None:
+        draft.refuse(f"{call.name} writes in place")
+        return call
+    return Call(twin, call.arguments, call.keywords)
 
 
 def functional(operator: Any) -> Any:
@@ -35,7 +55,7 @@ def _types(operator: Any) -> list[str]:
     return [str(argument.type) for argument in operator._schema.arguments]
 
 
-def fills_a_mask(operator: Any, args: tuple[Any, ...]) -> bool:
+def _fills_a_mask(operator: Any, args: tuple[Any, ...]) -> bool:
     """Whether this is `x[mask] = number`, with a mask of x's own shape."""
     if operator is not _aten.index_put_.default or len(args[1]) != 1 or any(args[3:]):
         return False
@@ -44,26 +64,20 @@ def fills_a_mask(operator: Any, args: tuple[Any, ...]) -> bool:
     return is_mask and not value.dim()
 
 
-def put_back(
-    view: Call,
-    whole: Ref,
-    part: Ref,
-    shape: torch.Size,
-    made: Callable[[Any, tuple[Any, ...], Sequence[int]], Ref],
-    constant: Callable[[list[int]], Ref],
-) -> tuple[Any, tuple[Any, ...]] | None:
-    """The operator, and its arguments, that gives the tensor that this is a view of, with the part replaced.
+def put_back(draft: Draft, view: Call, whole: Tensor, was: Ref, part: Ref) -> Ref | None:
+    """The tensor that this is a view of, with the part replaced; None where nothing gives that.
 
     `index_copy` and not `slice_scatter` or `select_scatter`, whose derivatives take ten times as long in batches.
 
     Args:
+        draft: where that is made.
         view: how the part was taken.
-        whole: the tensor as it was.
+        whole: of what.
+        was: what that was.
         part: what the part is now.
-        shape: of the whole.
-        made: the result of another operator, from its arguments and shape.
-        constant: a vector of numbers.
     """
+    shape = whole.shape
+    made = partial(draft.made, whole)
     if view.keywords:
         return None
     if view.name in ("slice", "select"):
@@ -76,15 +90,18 @@ def put_back(
             start, stop, step = map(view.named, ("start", "end", "step"))
             places = list(range(length)[start:stop:step])
         if len(places) < length:
-            return _aten.index_copy.default, (whole, dim, constant(places), part)
-        return _aten.reshape.default, (part, tuple(shape))
+            index = draft.constant(places, whole.device)
+            return made(_aten.index_copy.default, (was, dim, index, part), shape)
+        return made(_aten.reshape.default, (part, tuple(shape)), shape)
     if view.name == "diagonal":
-        return _aten.diagonal_scatter.default, (whole, part, *view.arguments[1:])
+        arguments = (was, part, *view.arguments[1:])
+        return made(_aten.diagonal_scatter.default, arguments, shape)
     if view.name in ("transpose", "t"):
-        return view.operator, (part, *view.arguments[1:])
+        return made(view.operator, (part, *view.arguments[1:]), shape)
     if view.name == "permute":
         order = [d % len(shape) for d in view.named("dims")]
-        return view.operator, (part, tuple(map(order.index, range(len(order)))))
+        back = tuple(map(order.index, range(len(order))))
+        return made(view.operator, (part, back), shape)
     if view.name in _SAME_ORDER:
-        return _aten.reshape.default, (part, tuple(shape))
+        return made(_aten.reshape.default, (part, tuple(shape)), shape)
     return None
