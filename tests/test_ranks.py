@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from hesscli.cli.failing import report
 from hesscli.errors import InterruptedRun
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
-from hesscli.job.setup.batches import _even
+from hesscli.job.setup.batches import _bounds
 from hesscli.job.setup.many_processes import ManyProcesses
 
 # Each rank runs the commands one after the other in one group, and keeps what it printed and its exit code.
@@ -121,7 +122,8 @@ def same_files(a: str, b: str, dtype: str) -> None:
 @pytest.mark.parametrize("most", [1, 2, 4, 100])
 @pytest.mark.parametrize("ranks", [2, 3, 5])
 def test_every_sample_is_one_ranks(samples, most, ranks):
-    bounds = _even(samples, most, ranks)
+    source: Any = SimpleNamespace(samples=samples, fewest=1, most=None)
+    bounds = _bounds(source, most, ranks)
     lengths = np.diff(bounds)
     assert (bounds[0], bounds[-1]) == (0, samples)
     assert max(lengths) <= most
@@ -138,6 +140,20 @@ def test_every_sample_is_one_ranks(samples, most, ranks):
         # Whatever batches another rank has room for, this one's samples are these.
         assert seen[-1] == list(range(rank * samples // ranks, (rank + 1) * samples // ranks))
     assert list(chain(*seen)) == list(range(samples))
+
+
+@pytest.mark.parametrize("limits", [(1, 8), (3, None), (2, 5), (4, 8), (5, 5)])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_every_sample_is_one_ranks_where_a_model_has_limits(limits, ranks):
+    fewest, most = limits
+    source: Any = SimpleNamespace(samples=30, fewest=fewest, most=most)
+    shares = set()
+    for room in range(1, 31):  # which each rank has its own of
+        bounds = _bounds(source, room, ranks)
+        assert (bounds[0], bounds[-1]) == (0, 30)
+        assert all(fewest <= length <= (most or 30) for length in np.diff(bounds))
+        shares.add(tuple(bounds[(len(bounds) - 1) * rank // ranks] for rank in range(ranks)))
+    assert len(shares) == 1
 
 
 # --- the same results -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from itertools import chain
 
 import torch
 
@@ -48,49 +49,41 @@ def split(
     Raises:
         MismatchError: the data cannot be cut into batches that the model accepts.
     """
-    samples = source.samples
     some, fewest, most = _accepted(problem, source, batch_size, note)
-    if problem.loss.name in OF_CLASSES and some.target is not None and some.target.dim() > 1:
-        with torch.no_grad():
-            output = problem.output(some)
-        if classes_last(output.shape, some.target.shape):
-            note(f"classes: {output.shape[-1]}, along the last axis of the model's output")
-        elif output.dim() > 2 and some.target.shape == output.shape[:-1]:
-            note(
-                f"classes: {output.shape[1]}, along the second axis of the model's output, as "
-                "PyTorch has them; the last would fit the targets too"
-            )
+    _say_where_classes_are(problem, some, note)
     if problem.loss.name not in LOSSES:
         problem, source, whole = inspect_loss(problem, source, some, note)
         if whole:
-            fewest = most = samples
+            fewest = most = source.samples
+    source = replace(source, fewest=fewest, most=most)
     as_given = [x._version for x in some.inputs]
     saved = saved_bytes(problem, some, problem.output) // max(1, len(some))
-    sizes = _sizes(problem, saved, samples, parts, side_by_side)
     if [x._version for x in some.inputs] != as_given:
         problem = replace(problem, writes=True)
-    batch = min(batch_size or sizes.batch, samples)
-    if (fewest, most) == (1, None):
-        bounds = _even(samples, batch, parts)
-    else:
-        bounds = _within(samples, batch, fewest, most or samples, parts)
-    if most is not None and most < samples:
-        if (seeing := coupled_in_place(problem, source, bounds[1])) is not None:
-            how = f"{bounds[1]} at a time, as the model accepts them"
-            note(f"{seeing} sees several samples at once: {how}")
-        problem = replace(problem, separable=False)
-    else:
-        problem = replace(problem, separable=fewest == 1)
-        each = max(1, saved, 2 * source.bytes // samples)
-        room = free_memory(problem.device) // (2 * ranks_here() * each)
-        if len(bounds) > 2 and (seeing := coupled(problem, source, bounds, room, note)) is not None:
-            note(f"{seeing} sees several samples at once, so all the data is one batch")
-            problem, bounds = replace(problem, separable=False), [0, samples]
+    sizes = _sizes(problem, saved, source.samples, parts, side_by_side)
+    bounds = _bounds(source, batch_size or sizes.batch, parts)
+    problem, bounds = _taken_apart(problem, source, bounds, saved, note)
     count = len(bounds) - 1
     if count < parts:
         listed = f"{count} batch" + ("es" if count > 1 else "")
         note(f"the data is {listed}, so {parts - count} of {parts} processes have nothing to do")
     return replace(problem, batches=_batches(source, bounds, parts)), sizes.chunk
+
+
+def _say_where_classes_are(problem: Problem, some: Batch, note: Callable[[str], None]) -> None:
+    """Notes which axis of an output of several has the classes."""
+    target = some.target
+    if problem.loss.name not in OF_CLASSES or target is None or target.dim() < 2:
+        return
+    with torch.no_grad():
+        output = problem.output(some)
+    if classes_last(output.shape, target.shape):
+        note(f"classes: {output.shape[-1]}, along the last axis of the model's output")
+    elif output.dim() > 2 and target.shape == output.shape[:-1]:
+        note(
+            f"classes: {output.shape[1]}, along the second axis of the model's output, as "
+            "PyTorch has them; the last would fit the targets too"
+        )
 
 
 def _accepted(
@@ -103,7 +96,7 @@ def _accepted(
     """
     samples, count, fewest, most = source.samples, source.few, source.fewest, source.most
     if (fewest, most) != (1, None):
-        _within(samples, count, fewest, most or samples, 1)  # before a pass of other samples fails
+        _bounds(source, count, 1)  # before a pass of other samples fails
         batch = source.part(0, count)
         first_output(problem, batch, note)
         return batch, fewest, most
@@ -144,13 +137,19 @@ def _for_threads(samples: int, saved: int, enough: int) -> int:
     return -(-samples // max(1, few, many))
 
 
-def _within(samples: int, batch: int, fewest: int, most: int, parts: int) -> list[int]:
-    """Where batches begin and end: as equal as can be, and of no more samples than wanted where the model accepts that.
+def _bounds(source: Source, batch: int, parts: int) -> list[int]:
+    """Where batches begin and end: as few as can be, and as equal, of no more samples than wanted where that can be.
+
+    There are as many for each of the processes, so that each has the same samples whatever batches another has room
+    for. Where the model does not accept that, there are as many as it accepts.
 
     Raises:
         MismatchError: there are none that it accepts.
     """
-    for count in range(min(samples, max(parts, -(-samples // min(batch, most)))), 0, -1):
+    samples, fewest, most = source.samples, source.fewest, source.most or source.samples
+    wanted = -(-samples // (min(batch, most) * parts))
+    equal = (min(samples, each * parts) for each in range(wanted, 0, -1))
+    for count in chain(equal, range(samples // fewest, 0, -1)):
         if samples // count >= fewest and -(-samples // count) <= most:
             return [index * samples // count for index in range(count + 1)]
     accepted = f"exactly {most}" if fewest == most else f"{fewest} to {most}"
@@ -162,10 +161,26 @@ def _within(samples: int, batch: int, fewest: int, most: int, parts: int) -> lis
     )
 
 
-def _even(samples: int, most: int, parts: int) -> list[int]:
-    """Where batches begin and end: as few as can be, so many for each of the processes, and as equal as can be."""
-    count = min(samples, -(-samples // (most * parts)) * parts)
-    return [index * samples // count for index in range(count + 1)]
+def _taken_apart(
+    problem: Problem,
+    source: Source,
+    bounds: list[int],
+    saved: int,
+    note: Callable[[str], None],
+) -> tuple[Problem, list[int]]:
+    """The problem with whether its samples are separable, and the bounds of its batches: of one, if they are not."""
+    sees = "sees several samples at once"
+    if source.most is not None and source.most < source.samples:
+        if (seeing := coupled_in_place(problem, source, bounds[1])) is not None:
+            note(f"{seeing} {sees}: {bounds[1]} at a time, as the model accepts them")
+        return replace(problem, separable=False), bounds
+    problem = replace(problem, separable=source.fewest == 1)
+    each = max(1, saved, 2 * source.bytes // source.samples)
+    room = free_memory(problem.device) // (2 * ranks_here() * each)
+    if len(bounds) == 2 or (seeing := coupled(problem, source, bounds, room, note)) is None:
+        return problem, bounds
+    note(f"{seeing} {sees}, so all the data is one batch")
+    return replace(problem, separable=False), [0, source.samples]
 
 
 def _batches(source: Source, bounds: Sequence[int], parts: int) -> Sequence[Batch]:
