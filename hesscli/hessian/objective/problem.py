@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -154,26 +154,27 @@ class Problem:
         Raises:
             MismatchError: it has constants in float32, which the parameters meet.
         """
-        for wide in (False, True):
-            problem = replace(self, loss=replace(self.loss, wide=wide))
-            batch = problem.batches[0]
-            try:
-                with torch.enable_grad(), Narrowings() as narrowings:
-                    output = problem.output(batch)
-                    if problem.loss.function is not None:
-                        problem.loss.terms(output, batch)
-            except MismatchError:  # float64 meets float32
-                if wide:
-                    raise
-                continue
-            if wide or not (narrowings.found or narrowings.stuck or bool(output.isnan().any())):
-                break
+        with suppress(MismatchError):  # float64 meets float32
+            problem, output, narrowings = self._seen_narrowing(wide=False)
+            if not (narrowings.found or narrowings.stuck or bool(output.isnan().any())):
+                return problem, output
+        problem, output, narrowings = self._seen_narrowing(wide=True)
         if narrowings.stuck:
             raise MismatchError(
                 f"the model computes in float32 ({narrowings.stuck}), whatever the dtype of its weights",
                 "--dtype float32",
             )
-        return problem, output.detach()
+        return problem, output
+
+    def _seen_narrowing(self, wide: bool) -> tuple[Problem, Tensor, Narrowings]:
+        """The problem computed so, its output for the first batch, and what that goes through in float32."""
+        problem = replace(self, loss=replace(self.loss, wide=wide))
+        batch = problem.batches[0]
+        with torch.enable_grad(), Narrowings() as narrowings:
+            output = problem.output(batch)
+            if problem.loss.function is not None:
+                problem.loss.terms(output, batch)
+        return problem, output.detach(), narrowings
 
     def depends_on(self, parameters: Iterable[Tensor]) -> bool:
         """Whether the output is computed with any of these, be they the module's or found by a global name.
@@ -191,37 +192,35 @@ class Problem:
             # Leaves no graph in attributes that hooks compute, which could not be copied.
             with torch.no_grad():
                 mine = self.output(self.batches[0])
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of what is deprecated inside exported graphs
-                    module = copied(self.module)  # TorchScript would record it
-                    module = in_precision_(module, torch.float64)
-            named = dict(module.named_parameters(remove_duplicate=False))
-            twin = replace(
-                self,
-                module=module,
-                parameters={name: named[name].requires_grad_() for name in self.parameters},
-                batches=doubled(self.batches),
-                loss=self.loss.doubled(),
-                narrow=None if self.dtype == torch.float64 else self,
-            )
+                twin = self._copy_in_float64()
             twin, its = twin.widened()
-            batch = twin.batches[0]
             if twin.depends_on(self.parameters.values()):  # which would not move with the twin's
                 return None
             with torch.no_grad():  # a loss of the user's own may hold constants in float32
-                twin.loss.total(its, batch)
+                twin.loss.total(its, twin.batches[0])
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             return None  # TorchScript and exported graphs fail in many ways; each means "not in float64"
         tolerance = 1e-2 if self.dtype == torch.float32 else 1e-8
-        same = its.dtype == torch.float64 and torch.allclose(
-            mine.double(),
-            its,
-            rtol=tolerance,
-            atol=tolerance * float(mine.abs().max().clamp(min=1e-30)),
-        )
+        least = tolerance * float(mine.abs().max().clamp(min=1e-30))
+        same = its.dtype == torch.float64 and torch.allclose(mine.double(), its, tolerance, least)
         return twin if same else None
+
+    def _copy_in_float64(self) -> Problem:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is deprecated inside exported graphs
+            module = copied(self.module)  # TorchScript would record it
+            module = in_precision_(module, torch.float64)
+        named = dict(module.named_parameters(remove_duplicate=False))
+        return replace(
+            self,
+            module=module,
+            parameters={name: named[name].requires_grad_() for name in self.parameters},
+            batches=doubled(self.batches),
+            loss=self.loss.doubled(),
+            narrow=None if self.dtype == torch.float64 else self,
+        )
 
 
 @contextmanager
