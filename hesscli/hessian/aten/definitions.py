@@ -149,12 +149,8 @@ def _group_norm_of_flat_groups(
     y, mean, inverse = torch.native_batch_norm(
         x.reshape(1, samples * groups, -1), None, None, None, None, True, 0.0, eps
     )
-    y = y.reshape(x.shape)
-    affine = (channels, *[1] * (x.ndim - 2))
-    if weight is not None:
-        y = y * weight.view(affine)
-    if bias is not None:
-        y = y + bias.view(affine)
+    per_channel = (channels, *[1] * (x.ndim - 2))
+    y = formulas.scale_and_shift(y.reshape(x.shape), weight, bias, per_channel)
     return y, mean.view(samples, groups), inverse.view(samples, groups)
 
 

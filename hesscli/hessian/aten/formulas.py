@@ -17,7 +17,7 @@ def _normalise(x: Tensor, axes: list[int], eps: float) -> tuple[Tensor, Tensor, 
     return centred * rstd, mean, rstd
 
 
-def _scale_and_shift(
+def scale_and_shift(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]
 ) -> Tensor:
     if weight is not None:
@@ -31,7 +31,7 @@ def layer_norm(
     x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, mean, rstd = _normalise(x, list(range(-len(shape), 0)), eps)
-    return _scale_and_shift(y, weight, bias, shape), mean, rstd
+    return scale_and_shift(y, weight, bias, shape), mean, rstd
 
 
 def group_norm(
@@ -46,7 +46,7 @@ def group_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, mean, rstd = _normalise(x.reshape(samples, groups, -1), [-1], eps)
     per_channel = [1, channels] + [1] * (x.dim() - 2)
-    y = _scale_and_shift(y.reshape(x.shape), weight, bias, per_channel)
+    y = scale_and_shift(y.reshape(x.shape), weight, bias, per_channel)
     return y, mean.reshape(samples, groups), rstd.reshape(samples, groups)
 
 
@@ -73,7 +73,7 @@ def _channel_norm(across: list[int]) -> Callable[..., Tensor]:
         else:
             rstd = torch.rsqrt(running_var.reshape(per_channel) + eps)
             y = (x - running_mean.reshape(per_channel)) * rstd
-        return _scale_and_shift(y, weight, bias, per_channel)
+        return scale_and_shift(y, weight, bias, per_channel)
 
     return norm
 

@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ from hesscli.hessian.objective.problem import Problem
 # Relative error of a gradient next to zero. A normalisation on the way multiplies what rounding makes; in float32 that
 # much would hide what is wrong.
 _ROUNDING = {torch.float64: 1000 * 2**-52, torch.float32: 64 * 2**-23}
+# The last is the largest.
 _STEPS = {torch.float64: (1e-6, 1e-7, 1e-5, 1e-8, 1e-4), torch.float32: (1e-2, 3e-3, 3e-2)}
 _HELD = {torch.float64: (1e-5, 1e-4, 1e-6), torch.float32: (1e-2, 3e-2)}  # with kinks held
 _ONE_SIDED = 1e-8  # leaves out about as much: far below the tolerance of float32, not of float64
@@ -61,7 +62,11 @@ def gradients(blocks: int, diagonal: bool, dtype: torch.dtype, reference: torch.
     return directions + 1 if one_sided(dtype, reference) else 2 * directions
 
 
-Try = tuple[float, Callable[[float], Tensor | None]]  # a step, and the quotient with it
+class Try(NamedTuple):
+    """A difference quotient with a step."""
+
+    step: float
+    quotient: Callable[[float], Tensor | None]
 
 
 class Matrix(Protocol):
@@ -209,23 +214,21 @@ class Certificate:
             if difference <= self.tolerance * size:
                 return difference / size if size else 0.0
         dtype = self.problem.dtype
-        narrow: list[Try] = []
-        if self.problem.narrow is not None:
-            narrow = [(h, partial(along.held_quotient, narrow=True)) for h in _HELD[dtype]]
-        held: list[Try] = [(h, along.held_quotient) for h in _HELD[dtype]]
-        plain: list[Try] = [(h, along.quotient) for h in _STEPS[dtype]]
-        largest = plain.pop(_STEPS[dtype].index(max(_STEPS[dtype])))
+        first, *others, largest = [Try(h, along.quotient) for h in _STEPS[dtype]]
+        held = [Try(h, along.held_quotient) for h in _HELD[dtype]]
+        narrowed = partial(along.held_quotient, narrow=True)
+        narrow = [Try(h, narrowed) for h in _HELD[dtype] if self.problem.narrow is not None]
         errors: list[float] = []
-        for tries in ([*narrow[:1], plain[0], largest], [*narrow[1:], *held, *plain[1:]]):
+        for tries in ([*narrow[:1], first, largest], [*narrow[1:], *held, *others]):
             least = math.inf  # difference with the largest step
             for step, quotient in tries:
                 difference, size = comparison.distance(quotient(step))
                 errors.append(difference / size if size else 0.0)
                 if self.passed(errors[-1]):
                     return errors[-1]
-                if step == largest[0]:
+                if step == largest.step:
                     least = min(least, difference)
-            noise = self._noise(comparison, largest[0], least)
+            noise = self._noise(comparison, largest.step, least)
             if least <= noise:
                 return self.tolerance * least / noise
         return min(errors)

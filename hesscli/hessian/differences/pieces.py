@@ -32,11 +32,11 @@ def between_kinks(sides: Sides, func: Any, args: Arguments, kwargs: Keywords) ->
     """What `func(*args, **kwargs)` gives on the piece where the first pass was."""
     name = func.overloadpacket.__name__
     rule = _RULES.get(name.removesuffix("_"))
-    if rule is None:
+    twin = functional(func) if rule is not None and name.endswith("_") else func
+    if rule is None or twin is None:
         return _with_constant_indices(sides, func, args, kwargs)
-    if not name.endswith("_"):
-        return rule(sides, func, args, kwargs)
-    return args[0].copy_(rule(sides, functional(func), args, kwargs))
+    result = rule(sides, twin, args, kwargs)
+    return result if twin is func else args[0].copy_(result)
 
 
 def _with_constant_indices(sides: Sides, func: Any, args: Arguments, kwargs: Keywords) -> Any:
