@@ -45,16 +45,17 @@ class Journal:
         self.command = command
         self.start: int | None = None  # where the tensors of the unfinished file begin
         self.finished: dict[str, Document] = {}
-        self.begun = False
+        self.own = 0  # parts in its own file; there is none before the first
+        self.shard = (
+            writer != ""
+        )  # others have files of their own: what they have finished is no left-over
 
-    def resume(self, wanted: bool, force: bool, shard: bool, merging: bool) -> None:
-        """Takes over what earlier runs, or other processes, have finished.
+    def resume(self, wanted: bool, force: bool) -> None:
+        """Takes over what earlier runs, or the other shards, have finished.
 
         Args:
             wanted: it is to be continued.
             force: what is left may be thrown away; with `wanted`, only where it cannot be continued.
-            shard: others have their own, and what they have finished is no left-over.
-            merging: nothing is computed, so nothing is thrown away.
 
         Raises:
             UsageError: something was left, and neither is the case; or another command left it.
@@ -64,62 +65,69 @@ class Journal:
             return
         partial = partial_path(self.output)
         if not partial.exists():
-            if merging:
-                raise UsageError(f"{partial}: no such file; what the shards computed was in it")
             self.remove()  # of a file that was finished just before the end, or that somebody removed
         if force and not wanted:
-            for path in [self.path] if shard else journals(self.output):
+            for path in [self.path] if self.shard else journals(self.output):
                 path.unlink(missing_ok=True)
-        own = 0
         for path in journals(self.output):
-            lines = self._continued(path, wanted or shard, force, shard, merging)
-            if lines is not None:
-                own = len(lines.finished) if path == self.path else own
-                self.start = lines.start
-                self.finished |= lines.finished
-        if not wanted and (own if shard else self.finished):
-            count = own or len(self.finished)
-            finished = f"{count} finished part{'s' if count > 1 else ''}"
+            try:
+                lines = read_journal(path)
+                if (wanted or self.shard) and (differ := self._differences(path, lines)):
+                    raise UsageError(f"{differ}; --force throws away what is finished", "--force")
+            except HesscliError:
+                if not force:
+                    raise
+                path.unlink(missing_ok=True)
+            else:
+                self._take_over(path, lines)
+        left = self.own or (0 if self.shard else len(self.finished))
+        if left and not wanted:
+            finished = f"{left} finished part{'s' if left > 1 else ''}"
             raise UsageError(
                 f"{self.output}: an interrupted run left {finished} in {partial.name}; "
                 "--force throws away what is finished",
                 "--resume",
             )
-        self.begun = own > 0
-        if self.begun:
+        if self.own:
             _cut(self.path)
 
-    def _continued(
-        self, path: Path, joined: bool, force: bool, shard: bool, merging: bool
-    ) -> Lines | None:
-        """What a journal says, or None where it says nothing; that is thrown away, unless others may be writing it.
+    def merge(self) -> None:
+        """Takes over what the shards have finished.
 
-        With `force`, what cannot be read or joined is thrown away too.
+        Raises:
+            UsageError: the file that it is in is gone, or model or data have changed since.
+            FileError: what a shard left cannot be read.
         """
-        try:
+        if self.path is None or self.output is None:
+            return
+        partial = partial_path(self.output)
+        if not partial.exists():
+            raise UsageError(f"{partial}: no such file; what the shards computed was in it")
+        for path in journals(self.output):
             lines = read_journal(path)
-            if lines.head is not None and lines.finished:
-                if joined and self.head != lines.head:
-                    raise self._of_another(path, lines.head, merging)
-                return lines
-            useless = not shard
-        except HesscliError:
-            if not force:
-                raise
-            useless = True
-        if useless:
-            path.unlink(missing_ok=True)
-        return None
+            if differ := self._differences(path, lines):
+                raise UsageError(
+                    f"{differ}; model and data must be as they were",
+                    f"to compute them again: rm {shlex.quote(str(path))}",
+                )
+            self._take_over(path, lines)
+        if self.own:
+            _cut(self.path)
 
-    def _of_another(self, path: Path, head: Document, merging: bool) -> UsageError:
-        """That another command began it: other options, or files that have changed since."""
-        differ = f"{path}: another command began it: {_differences(self.head, head)} differ"
-        if not merging:
-            return UsageError(f"{differ}; --force throws away what is finished", "--force")
-        return UsageError(
-            f"{differ}; model and data must be as they were",
-            f"to compute them again: rm {shlex.quote(str(path))}",
-        )
+    def _differences(self, path: Path, lines: Lines) -> str:
+        """What of the command is not as in a journal: other options, or files that have changed since."""
+        if not lines.finished or lines.head is None or lines.head == self.head:
+            return ""
+        return f"{path}: another command began it: {_differences(self.head, lines.head)} differ"
+
+    def _take_over(self, path: Path, lines: Lines) -> None:
+        if lines.finished:
+            self.start = lines.start
+            self.finished |= lines.finished
+        elif not self.shard:  # another shard may be about to write its first part
+            path.unlink(missing_ok=True)
+        if path == self.path:
+            self.own = len(lines.finished)
 
     def join(self, start: int, finished: Mapping[str, Document]) -> None:
         """Takes over what the first of several processes knows."""
@@ -139,24 +147,24 @@ class Journal:
         """
         assert self.path is not None
         lines: list[Document] = []
-        if not self.begun:
+        if not self.own:
             head = {"schema": SCHEMA, "start": self.start, "command": self.command}
             lines.append(head | {"head": self.head})
         lines += [{"part": part, **facts} for part, facts in parts.items()]
         try:
-            with self.path.open("a" if self.begun else "w") as file:
+            with self.path.open("a" if self.own else "w") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            if self.begun:
+            if self.own:
                 _cut(self.path)
             else:
                 self.path.unlink(missing_ok=True)
             raise ResourceError(f"{self.path}: {error.strerror}") from error
-        if not self.begun:
+        if not self.own:
             sync_folder(self.path.parent)
-        self.begun = True
+        self.own += len(parts)
         self.finished |= parts
 
     def remove(self) -> None:

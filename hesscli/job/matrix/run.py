@@ -119,8 +119,10 @@ class Run:
         shard, output = self.options.shard, self.options.output
         writer = "-of-".join(map(str, shard)) if shard else str(self.team.rank or "")
         journal = Journal(output, head, command, writer)
-        if self.team.rank == 0:
-            journal.resume(self.options.resume, self.options.force, shard is not None, self.merging)
+        if self.merging:
+            journal.merge()
+        elif self.team.rank == 0:
+            journal.resume(self.options.resume, self.options.force)
         left = [name for name, _ in self.parts if name not in journal.finished]
         if self.merging and left:
             raise UsageError(
