@@ -80,6 +80,11 @@ def load_arrays(path: Path | str) -> Arrays:
     return Arrays(numbers, skipped, files, kind in ("text", "parquet", "dataset"), notes)
 
 
+def describe(array: torch.Tensor) -> str:
+    """dtype and shape, as in `float32 [1, 3]`."""
+    return f"{dtype_name(array.dtype)} {list(array.shape)}"
+
+
 def _only_npy(file: Path) -> None:
     kind = kind_of(file)
     if kind != "npy":

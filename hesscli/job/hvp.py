@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hesscli.errors import MismatchError, NumericalError, UsageError
 from hesscli.files.arrays import load_arrays
-from hesscli.files.data import is_other_file
+from hesscli.files.roles import is_other_file
 from hesscli.files.sniff import kind_of
 from hesscli.hessian.objective.problem import parameters_at
 from hesscli.job.json_form import Document, timeless

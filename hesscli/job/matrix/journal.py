@@ -46,9 +46,7 @@ class Journal:
         self.start: int | None = None  # where the tensors of the unfinished file begin
         self.finished: dict[str, Document] = {}
         self.own = 0  # parts in its own file; there is none before the first
-        self.shard = (
-            writer != ""
-        )  # others have files of their own: what they have finished is no left-over
+        self.shard = writer != ""  # others have their own: what they have finished is no left-over
 
     def resume(self, wanted: bool, force: bool) -> None:
         """Takes over what earlier runs, or the other shards, have finished.

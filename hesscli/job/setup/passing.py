@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import MismatchError, UsageError
-from hesscli.files.data import TARGET_NAMES, Data, describe
+from hesscli.files.arrays import describe
+from hesscli.files.data import Data
 from hesscli.files.models.call_signature import CallSignature
 from hesscli.files.models.model_file import SavedModel
+from hesscli.files.roles import TARGET_NAMES
 from hesscli.hessian.objective.first_passes import first_output
 from hesscli.hessian.objective.loss import Loss
 from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES
