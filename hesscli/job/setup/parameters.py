@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -25,40 +25,41 @@ def chosen_parameters(
     Raises:
         UsageError: nothing is left.
     """
-    every = module.named_parameters(remove_duplicate=False)
-    floating: dict[str, Tensor] = {name: p for name, p in every if p.is_floating_point()}
-    tied = {first: others for first, *others in tied_groups(floating.items())}
-    # A tied parameter is selected, and excluded, by any of its names.
-    canonical = {other: name for name, others in tied.items() for other in others}
-    unique = {name: p for name, p in floating.items() if name not in canonical}
-    known = [*unique, *canonical]
-    named = tuple(p for p in patterns if not p.startswith("!"))
-    excluded = tuple(p.removeprefix("!") for p in patterns if p.startswith("!"))
-    left_out = {canonical.get(n, n) for n in select(known, excluded)} if excluded else set()
-    chosen = {canonical.get(name, name) for name in select(known, named)} - left_out
-    asked = chosen if named else set()
-    frozen = [n for n in unique if n in chosen and not unique[n].requires_grad and n not in asked]
-    parameters = {n: p for n, p in unique.items() if n in chosen and n not in frozen}
+    every = dict(module.named_parameters(remove_duplicate=False))
+    floating = {name: p for name, p in every.items() if p.is_floating_point()}
+    names = _names(floating)
+    named = [p for p in patterns if not p.startswith("!")]
+    excluded = [p.removeprefix("!") for p in patterns if p.startswith("!")]
+    left = {n: its for n, its in names.items() if not (excluded and select(its, excluded))}
+    chosen = [name for name, its in left.items() if select(its, named)]
+    frozen = [name for name in chosen if not (named or floating[name].requires_grad)]
+    parameters: dict[str, Tensor] = {n: floating[n] for n in chosen if n not in frozen}
+    if not chosen:
+        known = [*names, *(other for _, *others in names.values() for other in others)]
+        raise UsageError(
+            f"no parameter matches {' '.join(patterns)}; the model has: {listed(known)}",
+            f"--params {shlex.quote(glob.escape(next(iter(left or names))))}",
+        )
     if not parameters:
-        if not chosen:
-            likely = next((n for n in known if canonical.get(n, n) not in left_out), known[0])
-            raise UsageError(
-                f"no parameter matches {' '.join(patterns)}; the model has: {listed(known)}",
-                f"--params {shlex.quote(glob.escape(likely))}",
-            )
         raise UsageError(
             f"every parameter is frozen (requires_grad=False): {listed(frozen)}",
             "--params '*'",
         )
-    for name, parameter in unique.items():
-        parameter.requires_grad_(name in parameters)  # unwanted gradients are not paid for
+    for name in names:  # unwanted gradients are not paid for
+        floating[name].requires_grad_(name in parameters)
     skipped = [name for name, p in module.named_parameters() if p.is_complex()]
     if skipped:
         note(f"skipped, complex: {', '.join(skipped)}")
-    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
     for pattern in patterns:
-        if not select(names, (pattern.removeprefix("!"),)):
+        if not select(every, (pattern.removeprefix("!"),)):
             note(f"no parameter matches {pattern}")
     if frozen:
         note(f"skipped, frozen: {', '.join(frozen)} (name them with --params to include them)")
-    return parameters, {n: tied[n] for n in parameters if n in tied}, frozen
+    return parameters, {n: names[n][1:] for n in parameters if names[n][1:]}, frozen
+
+
+def _names(parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """The first name of each tensor -> all of its names, by any of which it is selected, and excluded."""
+    groups = {group[0]: group for group in tied_groups(parameters.items())}
+    others = {name for _, *rest in groups.values() for name in rest}
+    return {name: groups.get(name, [name]) for name in parameters if name not in others}
