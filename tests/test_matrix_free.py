@@ -324,6 +324,14 @@ def test_a_trace_by_a_route_that_makes_no_products(cli, method):
     assert ran.document["total"]["trace"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_an_exact_trace_has_one_copy_in_float64(cli, monkeypatch):
+    """Of the check of a product, and of that of the diagonal."""
+    double, copies = Problem.double, []
+    monkeypatch.setattr(Problem, "double", lambda self: copies.append(1) or double(self))
+    assert cli("trace", *MLP, "--samples", 20).code == 0
+    assert len(copies) == 1
+
+
 def test_estimated_trace(cli):
     matrix = dense(cli, *MLP)
     estimate = ("--method", "hvp", "--json", "--max-products", 400)

@@ -151,13 +151,15 @@ def _checked_operator(
         )
     if options.method == FINITE_DIFFERENCE and options.curvature != "hessian":
         raise UsageError(f"{FINITE_DIFFERENCE} gives the Hessian alone", f"--method {HVP}")
-    double = double or (problem.double() if options.check else None)
+    double = double or (processes.double(opened) if options.check else None)
     reference = double or problem
     methods: dict[str, Callable[[], LinearMap]] = {
         HVP: lambda: processes.products(problem, options.curvature, opened.chunk),
     }
     if options.curvature == "hessian":
-        methods[FINITE_DIFFERENCE] = lambda: Differences(double or problem.double() or problem)
+        methods[FINITE_DIFFERENCE] = lambda: Differences(
+            double or processes.double(opened) or problem
+        )
     if options.method != "auto":
         methods = {options.method: methods[options.method]}
     reason = ""

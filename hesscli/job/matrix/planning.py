@@ -90,10 +90,10 @@ class Plan:
         """The memory that it may use."""
         return Memory(self)
 
-    @cached_property
+    @property
     def reference(self) -> Problem:
         """Where gradients are taken that are compared with each other: in float64 if the model runs in it."""
-        return self.problem.double() or self.problem
+        return self.opened.double or self.problem
 
     @cached_property
     def certificate(self) -> Certificate | None:

@@ -48,7 +48,6 @@ class ManyProcesses(OneProcess):
         self.team = Team()
         self.size = self.team.size
         self.opened: list[Opened] = []
-        self.twins: dict[int, Problem | None] = {}  # in float64
         self.kept: tuple[object, Products] | None = None  # those of the last question
         self.asking = False
         self.measured = False
@@ -126,6 +125,9 @@ class ManyProcesses(OneProcess):
     def problem(self, opened: Opened, source: int = 0) -> SharedProblem:
         return SharedProblem.of(opened.problem, self, source)
 
+    def double(self, opened: Opened) -> Problem | None:
+        return self.problem(opened).double()
+
     def products(self, problem: Problem, curvature: str, rows: int) -> LinearMap:
         assert isinstance(problem, SharedProblem)
         return SharedProducts(problem, curvature)
@@ -152,12 +154,8 @@ class ManyProcesses(OneProcess):
 
     def twin(self, source: int) -> Problem | None:
         """The problem with all the data in float64, or None."""
-        problem = self.opened[source].problem
-        if problem.dtype == torch.float64:
-            return problem
-        if source not in self.twins:
-            self.twins[source] = problem.double()
-        return self.twins[source]
+        opened = self.opened[source]
+        return opened.problem if opened.problem.dtype == torch.float64 else opened.double
 
     def _open(self, options: ProblemOptions, listener: Listener) -> Opened:
         self.measured = False

@@ -49,6 +49,10 @@ class OneProcess:
         """An opened problem whose gradients are sums over all processes."""
         return opened.problem
 
+    def double(self, opened: Opened) -> Problem | None:
+        """The same in float64, for checks and for differences; None if the model does not run in it."""
+        return opened.double
+
     def products(self, problem: Problem, curvature: str, rows: int) -> LinearMap:
         """Products that are sums over all processes."""
         from hesscli.hessian.curvatures import CURVATURES

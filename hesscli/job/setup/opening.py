@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -65,6 +66,11 @@ class Opened:
     frozen: list[str]  # parameters left out because they do not require a gradient
     facts: Document  # model, data and loss, as in the JSON document
     note: Notes
+
+    @cached_property
+    def double(self) -> Problem | None:
+        """The problem in float64, for checks and for differences; None if the model does not run in it."""
+        return self.problem.double()
 
     @property
     def listener(self) -> Listener:
