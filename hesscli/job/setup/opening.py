@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -99,170 +98,166 @@ def open_problem(
     """
     device, note = device_called(options.device), Notes(listener)
     try:
-        return _opened(options, device, note, model, processes, side_by_side)
+        return _Opening(options, device, note, model).opened(processes, side_by_side)
     except DeviceMismatchError:
         if options.device != "auto":
             raise
     note("the model makes tensors on the CPU, so all is done there")
-    return _opened(options, torch.device("cpu"), note, model, processes, side_by_side)
+    cpu = torch.device("cpu")
+    return _Opening(options, cpu, note, model).opened(processes, side_by_side)
 
 
-def _opened(
-    options: ProblemOptions,
-    device: torch.device,
-    note: Notes,
-    model: SavedModel | None,
-    processes: OneProcess,
-    side_by_side: bool,
-) -> Opened:
-    """The same on one device.
+class _Opening:
+    """Model, data and loss on one device, and how they go together.
 
     Raises:
         DeviceMismatchError: the model makes tensors on another.
     """
-    torch.manual_seed(options.seed)
-    settle(options)
-    if options.tf32 and device.type != "cuda":
-        note(f"--tf32 has no effect: the device is {device.type}")
-    model, dtype = _model(options, device, model, note)
-    data = load_data(
-        options.data,
-        inputs=options.inputs,
-        targets=options.targets,
-        unbatched=options.unbatched,
-        samples=options.samples,
-        arguments=model.signature.names,
-        others=[
-            value[1:]
-            for value in options.loss_arguments.values()
-            if isinstance(value, str) and value.startswith("@")
-        ],
-    )
-    note(*data.notes)
-    loss, arguments = loss_of(options, data, device, dtype, note)
-    inputs, keywords = passed(options, model, data, loss, note)
-    parameters, tied, frozen = chosen_parameters(model.module, options.params, note)
-    fewest, most = _batch_sizes(options, model, data, note)
-    target = data.targets[1] if data.targets and loss.needs_target else None
-    same, along = parted(loss, arguments, target, data.recorded)
-    source = Source(
-        inputs=tuple(inputs.values()),
-        target=target,
-        samples=data.samples,
-        arguments=same,
-        along=along,
-        scales=scales(options.scale, inputs, note),
-        keywords=keywords,
-        device=device,
-        dtype=dtype,
-        fewest=fewest,
-        most=most,
-        first=data.range[0],
-        recorded=data.recorded,
-    )
-    problem = Problem(
-        model.module,
-        parameters,
-        (),
-        loss,
-        output_key=options.output_key,
-        one_sample=options.unbatched,
-    )
-    if data.columns:
-        source = as_columns(problem, source, note)
-    problem, chunk = split(problem, source, options.batch_size, note, processes.size, side_by_side)
-    _demand_own_parameters(model, problem)
-    if loss.wide:
-        problem, _ = problem.widened()
-        if problem.wide:
-            note("what the model itself computes in float32 is computed in float64")
-    problem, value = _measured(options, problem, processes, data)
-    facts = _facts(options, model, data, inputs, problem, value)
-    return Opened(options, problem, chunk, tied, frozen, facts, note)
 
-
-def _model(
-    options: ProblemOptions, device: torch.device, model: SavedModel | None, note: Notes
-) -> tuple[SavedModel, torch.dtype]:
-    """The model, one in memory or as loaded, in the dtype that was asked for."""
-    model = model or load_model(
-        options.model,
-        arch=options.arch,
-        arch_arguments=options.arch_arguments,
-        allow_pickle=options.allow_pickle,
-        train_mode=options.train_mode,
-        device=device,
-    )
-    note(*model.notes)
-    return model, _cast(model, options.dtype)
-
-
-def _batch_sizes(
-    options: ProblemOptions, model: SavedModel, data: Data, note: Notes
-) -> tuple[int, int | None]:
-    """The fewest samples that the model takes at once, and the most."""
-    # In train mode batch norm couples the samples of a batch.
-    coupled = options.train_mode and model.batch_sizes == (1, None)
-    if not (options.unbatched or coupled):
-        return model.batch_sizes
-    if options.batch_size not in (None, data.samples):
-        note("--batch-size has no effect: all the data is one batch")
-    return data.samples, data.samples
-
-
-def _demand_own_parameters(model: SavedModel, problem: Problem) -> None:
-    """Refuses the copy of a module in memory that computes with parameters of the original."""
-    if model.originals and problem.depends_on(model.originals):
-        raise MismatchError(
-            f"{type(model.module).__name__}: forward finds parameters by a global name or a weak reference, "
-            "so that its copy would compute with those of the original",
-            "let forward find them by self",
+    def __init__(
+        self,
+        options: ProblemOptions,
+        device: torch.device,
+        note: Notes,
+        model: SavedModel | None,
+    ) -> None:
+        self.options, self.device, self.note = options, device, note
+        torch.manual_seed(options.seed)
+        settle(options)
+        if options.tf32 and device.type != "cuda":
+            note(f"--tf32 has no effect: the device is {device.type}")
+        self.model = model or self._load_model()
+        note(*self.model.notes)
+        self.dtype = _cast(self.model, options.dtype)
+        self.data = self._load_data()
+        note(*self.data.notes)
+        self.loss, self.arguments = loss_of(options, self.data, device, self.dtype, note)
+        self.inputs, self.keywords = passed(options, self.model, self.data, self.loss, note)
+        self.parameters, self.tied, self.frozen = chosen_parameters(
+            self.model.module, options.params, note
         )
 
+    def opened(self, processes: OneProcess, side_by_side: bool) -> Opened:
+        """The problem, after one pass over the data."""
+        options, note, source = self.options, self.note, self._source()
+        problem = Problem(
+            self.model.module,
+            self.parameters,
+            (),
+            self.loss,
+            output_key=options.output_key,
+            one_sample=options.unbatched,
+        )
+        if self.data.columns:
+            source = as_columns(problem, source, note)
+        problem, chunk = split(
+            problem, source, options.batch_size, note, processes.size, side_by_side
+        )
+        self._demand_own_parameters(problem)
+        if self.loss.wide:
+            problem, _ = problem.widened()
+            if problem.wide:
+                note("what the model itself computes in float32 is computed in float64")
+        problem, value = self._measured(problem, processes)
+        facts = self._facts(problem, value)
+        return Opened(options, problem, chunk, self.tied, self.frozen, facts, note)
 
-def _measured(
-    options: ProblemOptions, problem: Problem, processes: OneProcess, data: Data
-) -> tuple[Problem, float]:
-    """The problem with its denominator, and the value of the loss, which is finite."""
-    measured, value = measure(processes.own(problem), processes.totals)
-    if not math.isfinite(value):
-        if data.targets:
-            check_finite(options.data, *data.targets)
-        raise NumericalError(f"the loss is {value}; its derivatives would mean nothing")
-    return replace(problem, denominator=measured.denominator), value
+    def _load_model(self) -> SavedModel:
+        return load_model(
+            self.options.model,
+            arch=self.options.arch,
+            arch_arguments=self.options.arch_arguments,
+            allow_pickle=self.options.allow_pickle,
+            train_mode=self.options.train_mode,
+            device=self.device,
+        )
 
+    def _load_data(self) -> Data:
+        arguments = self.options.loss_arguments.values()
+        named = [text for text in arguments if isinstance(text, str) and text.startswith("@")]
+        return load_data(
+            self.options.data,
+            inputs=self.options.inputs,
+            targets=self.options.targets,
+            unbatched=self.options.unbatched,
+            samples=self.options.samples,
+            arguments=self.model.signature.names,
+            others=[text[1:] for text in named],
+        )
 
-def _facts(
-    options: ProblemOptions,
-    model: SavedModel,
-    data: Data,
-    inputs: Iterable[str],
-    problem: Problem,
-    value: float,
-) -> Document:
-    """Model, data and loss, as in the JSON document; the inputs' names are in the model's order."""
-    targets = data.targets[0] if data.targets and problem.loss.needs_target else None
-    return {
-        "curvature": CURVATURES[options.curvature].document_name,
-        "model": {"path": str(options.model), "kind": model.form, "sha256": model.sha256},
-        "data": {
-            "path": str(options.data),
-            "sha256": data.sha256,
-            "samples": data.samples,
-            "inputs": list(inputs),
-            "targets": targets,
-            **({"range": list(data.range)} if options.samples else {}),
-            **({"scale": dict(options.scale)} if options.scale else {}),
-        },
-        "loss": {
-            "name": problem.loss.name,
-            "arguments": printable(options.loss_arguments),
-            "reduction": problem.loss.reduction,
-            "denominator": problem.denominator,
-            "value": value,
-            "inferred": options.loss == "auto",
-        },
-    }
+    def _source(self) -> Source:
+        """What batches are cut from."""
+        data, (fewest, most) = self.data, self._batch_sizes()
+        target = data.targets[1] if data.targets and self.loss.needs_target else None
+        same, along = parted(self.loss, self.arguments, target, data.recorded)
+        return Source(
+            inputs=self.inputs,
+            keywords=self.keywords,
+            scales=scales(self.options.scale, self.inputs, self.note),
+            target=target,
+            arguments=same,
+            along=along,
+            range=data.range,
+            recorded=data.recorded,
+            fewest=fewest,
+            most=most,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def _batch_sizes(self) -> tuple[int, int | None]:
+        """The fewest samples that the model takes at once, and the most."""
+        options, sizes, samples = self.options, self.model.batch_sizes, self.data.samples
+        # In train mode batch norm couples the samples of a batch.
+        coupled = options.train_mode and sizes == (1, None)
+        if not (options.unbatched or coupled):
+            return sizes
+        if options.batch_size not in (None, samples):
+            self.note("--batch-size has no effect: all the data is one batch")
+        return samples, samples
+
+    def _demand_own_parameters(self, problem: Problem) -> None:
+        """Refuses the copy of a module in memory that computes with parameters of the original."""
+        if self.model.originals and problem.depends_on(self.model.originals):
+            raise MismatchError(
+                f"{type(self.model.module).__name__}: forward finds parameters by a global name or a weak reference, "
+                "so that its copy would compute with those of the original",
+                "let forward find them by self",
+            )
+
+    def _measured(self, problem: Problem, processes: OneProcess) -> tuple[Problem, float]:
+        """The problem with its denominator, and the value of the loss, which is finite."""
+        measured, value = measure(processes.own(problem), processes.totals)
+        if not math.isfinite(value):
+            if self.data.targets:
+                check_finite(self.options.data, *self.data.targets)
+            raise NumericalError(f"the loss is {value}; its derivatives would mean nothing")
+        return replace(problem, denominator=measured.denominator), value
+
+    def _facts(self, problem: Problem, value: float) -> Document:
+        """Model, data and loss, as in the JSON document; the inputs' names are in the model's order."""
+        options, model, data, loss = self.options, self.model, self.data, problem.loss
+        return {
+            "curvature": CURVATURES[options.curvature].document_name,
+            "model": {"path": str(options.model), "kind": model.form, "sha256": model.sha256},
+            "data": {
+                "path": str(options.data),
+                "sha256": data.sha256,
+                "samples": data.samples,
+                "inputs": list(self.inputs),
+                "targets": data.targets[0] if data.targets and loss.needs_target else None,
+                **({"range": list(data.range)} if options.samples else {}),
+                **({"scale": dict(options.scale)} if options.scale else {}),
+            },
+            "loss": {
+                "name": loss.name,
+                "arguments": printable(options.loss_arguments),
+                "reduction": loss.reduction,
+                "denominator": problem.denominator,
+                "value": value,
+                "inferred": options.loss == "auto",
+            },
+        }
 
 
 def device_called(name: str) -> torch.device:

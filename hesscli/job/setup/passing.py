@@ -124,8 +124,8 @@ def as_columns(problem: Problem, source: Source, note: Callable[[str], None]) ->
 
 
 def _as_indices(problem: Problem, source: Source, note: Callable[[str], None]) -> Source:
-    whole = [x.long() if bool((x == x.long()).all()) else x for x in source.inputs]
-    indices = replace(source, inputs=tuple(whole))
+    whole = {n: x.long() if bool((x == x.long()).all()) else x for n, x in source.inputs.items()}
+    indices = replace(source, inputs=whole)
     for each in (source, indices):
         with suppress(MismatchError):
             first_accepted(partial(first_output, problem), each, [source.few, source.samples])
@@ -137,18 +137,18 @@ def _as_indices(problem: Problem, source: Source, note: Callable[[str], None]) -
 
 def scales(
     asked: Mapping[str, float], inputs: Mapping[str, Tensor], note: Callable[[str], None]
-) -> dict[int, float]:
-    """What each input is multiplied by, by its place."""
+) -> dict[str, float]:
+    """What inputs are multiplied by."""
     for name in asked:
         if name not in inputs and name != EVERY:
             raise UsageError(
                 f"--scale {name}: no input is called so; there are: {', '.join(inputs)}"
             )
-    found: dict[int, float] = {}
-    for place, (name, array) in enumerate(inputs.items()):
+    found = {}
+    for name, array in inputs.items():
         factor = asked.get(name, asked.get(EVERY))
         if factor is not None:
-            found[place] = factor
+            found[name] = factor
             note(f"scaled: {name} ({describe(array)}) is multiplied by {factor:.9g}")
     return found
 

@@ -18,19 +18,23 @@ from hesscli.hessian.objective.losses import ELEMENT_WEIGHTED, TENSORS
 class Source:
     """What batches are cut from: arrays on the CPU that may lie in a file larger than the memory."""
 
-    inputs: tuple[Tensor, ...]  # in the order of the model's
+    inputs: Mapping[str, Tensor]  # in the order of the model's
+    keywords: tuple[str, ...]  # the last of them, if they are passed by name
+    scales: Mapping[str, float]  # what some of them are multiplied by
     target: Tensor | None  # what the loss compares with
-    samples: int  # the length of their first axis; 1 if they are one sample without that axis
     arguments: Mapping[str, object]  # of the loss, the same for each batch
     along: Mapping[str, Tensor]  # those that have an entry for each sample of the file
-    scales: Mapping[int, float]  # what inputs are multiplied by, by their place
-    keywords: tuple[str, ...]  # the names of the last inputs, if they are passed by name
-    device: torch.device  # of the batches
-    dtype: torch.dtype
+    range: tuple[int, int]  # which of the file's samples these are: from, up to
+    recorded: int  # how many samples the file has
     fewest: int  # samples that the model accepts at once
     most: int | None  # and the most of them; None: any number
-    first: int  # which of the file's samples is the first of these
-    recorded: int  # how many samples the file has
+    device: torch.device  # of the batches
+    dtype: torch.dtype
+
+    @property
+    def samples(self) -> int:
+        """How many; 1 if the arrays are one sample without an axis for samples."""
+        return self.range[1] - self.range[0]
 
     @property
     def few(self) -> int:
@@ -40,24 +44,24 @@ class Source:
     @property
     def bytes(self) -> int:
         """What all batches take together."""
-        arrays = [*self.inputs, *([] if self.target is None else [self.target])]
+        arrays = [*self.inputs.values(), *([] if self.target is None else [self.target])]
         return sum(
             array.numel()
             * max(array.itemsize, self.dtype.itemsize if array.is_floating_point() else 0)
             for array in arrays
-        ) + sum(self.inputs[place].numel() * self.dtype.itemsize for place in self.scales)
+        ) + sum(self.inputs[name].numel() * self.dtype.itemsize for name in self.scales)
 
     def part(self, start: int, stop: int) -> Batch:
         """The samples from `start` up to `stop`."""
         inputs, target = self.inputs, self.target
         if (start, stop) != (0, self.samples):  # one sample may have no axis for samples
-            inputs = tuple(array[start:stop] for array in inputs)
+            inputs = {name: array[start:stop] for name, array in inputs.items()}
             target = None if target is None else target[start:stop]
         moved = tuple(
-            self._scaled(place, move(array, self.device, self.dtype))
-            for place, array in enumerate(inputs)
+            self._scaled(name, move(array, self.device, self.dtype))
+            for name, array in inputs.items()
         )
-        recorded = slice(self.first + start, self.first + stop)
+        recorded = slice(self.range[0] + start, self.range[0] + stop)
         return Batch(
             moved,
             None if target is None else move(target, self.device, self.dtype),
@@ -65,8 +69,8 @@ class Source:
             self.keywords,
         )
 
-    def _scaled(self, place: int, array: Tensor) -> Tensor:
-        return array.to(self.dtype) * self.scales[place] if place in self.scales else array
+    def _scaled(self, name: str, array: Tensor) -> Tensor:
+        return array.to(self.dtype) * self.scales[name] if name in self.scales else array
 
 
 def parted(
