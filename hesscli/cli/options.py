@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -193,15 +194,16 @@ def _problem(arguments: dict[str, Any]) -> ProblemOptions:
         raise typer.BadParameter(error.message) from None
 
 
+Call = Callable[[dict[str, Any], dict[str, Any]], None]  # takes what is shared, and a command's own
+
+
 def takes_problem(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command the shared options: `problem` becomes the parameters of `problem_options`."""
-    own = inspect.signature(command).parameters
 
-    def run(**arguments: Any) -> None:
-        mine = {name: arguments.pop(name) for name in own if name != "problem"}
-        command(problem=_problem(arguments), **mine)
+    def call(arguments: dict[str, Any], own: dict[str, Any]) -> None:
+        command(problem=_problem(arguments), **own)
 
-    return _with_options(command, run, ("problem",), {})
+    return _with_shared_options(command, call)
 
 
 def takes_hessian_or_problem(
@@ -214,21 +216,16 @@ def takes_hessian_or_problem(
     """
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command).parameters
-        replaced = ("hessian", "problem")
-        shared = inspect.signature(problem_options).parameters
-
-        def run(**arguments: Any) -> None:
-            mine = {name: arguments.pop(name) for name in own if name not in replaced}
+        def call(arguments: dict[str, Any], own: dict[str, Any]) -> None:
             if arguments["data"] is None:
-                _refuse_given(arguments, shared.values())
-                _refuse_given(mine, [own[name] for name in of_model])
-                command(hessian=arguments["model"], problem=None, **mine)
+                _refuse_given(problem_options, arguments)
+                _refuse_given(command, {name: own[name] for name in of_model})
+                command(hessian=arguments["model"], problem=None, **own)
             else:
                 arguments["model"] = Path(arguments["model"])
-                command(hessian="", problem=_problem(arguments), **mine)
+                command(hessian="", problem=_problem(arguments), **own)
 
-        return _with_options(command, run, replaced, {"model": _SOURCE, "data": _DATA})
+        return _with_shared_options(command, call, {"model": _SOURCE, "data": _DATA})
 
     return decorated
 
@@ -261,16 +258,17 @@ _DATA = inspect.Parameter(
 )
 
 
-def _refuse_given(arguments: dict[str, Any], options: Iterable[inspect.Parameter]) -> None:
-    """Refuses what only a model and data have, where a Hessian file is given.
+def _refuse_given(command: Callable[..., None], arguments: dict[str, Any]) -> None:
+    """Refuses options of a command that only a model and data have, where a Hessian file is given.
 
     Raises:
-        typer.BadParameter: the first such option.
+        typer.BadParameter: the first of them that is not as it is by default.
     """
-    for each in options:
-        if each.default is not each.empty and arguments[each.name] != each.default:
-            option = "--no-check" if each.name == "check" else f"--{each.name.replace('_', '-')}"
-            raise typer.BadParameter("needs MODEL and DATA, not a Hessian file", param_hint=option)
+    for name, option in inspect.signature(command).parameters.items():
+        optional = option.default is not option.empty
+        if optional and name in arguments and arguments[name] != option.default:
+            said = "--no-check" if name == "check" else f"--{name.replace('_', '-')}"
+            raise typer.BadParameter("needs MODEL and DATA, not a Hessian file", param_hint=said)
 
 
 def refuse_idle_force(force: bool, hint: str, *outputs: Path | None) -> None:
@@ -283,23 +281,32 @@ def refuse_idle_force(force: bool, hint: str, *outputs: Path | None) -> None:
         raise UsageError("--force replaces a file, and none is written", hint)
 
 
-def _with_options(
+def _with_shared_options(
     command: Callable[..., None],
-    run: Callable[..., None],
-    replaced: tuple[str, ...],
-    positional: dict[str, inspect.Parameter],
+    call: Call,
+    positional: Mapping[str, inspect.Parameter] = MappingProxyType({}),
 ) -> Callable[..., None]:
-    """`run` with the signature of `command`, in which the shared options stand for the parameters replaced."""
-    shared = inspect.signature(problem_options).parameters
-    own = inspect.signature(command).parameters
-    hints = get_type_hints(problem_options, include_extras=True) | get_type_hints(
-        command, include_extras=True
-    )
+    """`call` with the signature of `command`, in which the shared options stand for `hessian` and `problem`.
+
+    Args:
+        command: the command.
+        call: takes the values of the shared options, and those of the command's own.
+        positional: what stands for some of the shared options.
+    """
+    hints = get_type_hints(problem_options, include_extras=True)
+    hints |= get_type_hints(command, include_extras=True)
     hints |= {name: p.annotation for name, p in positional.items()}
-    first = [positional.get(p.name, p) for p in shared.values() if p.default is p.empty]
-    parameters = first + [p for name, p in own.items() if name not in replaced]
-    parameters += [p for p in shared.values() if p.default is not p.empty]
-    wraps(command)(run)
+    shared = inspect.signature(problem_options).parameters.values()
+    signature = inspect.signature(command).parameters
+    own = [p for name, p in signature.items() if name not in ("hessian", "problem")]
+    first = [positional.get(p.name, p) for p in shared if p.default is p.empty]
+    parameters = [*first, *own, *(p for p in shared if p.default is not p.empty)]
+
+    @wraps(command)
+    def run(**arguments: Any) -> None:
+        mine = {p.name: arguments.pop(p.name) for p in own}
+        call(arguments, mine)
+
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]) for p in parameters]
     )
