@@ -14,7 +14,8 @@ import pytest
 from hesscli.cli import output
 from hesscli.cli.diff import print_difference
 from hesscli.cli.eigen import print_eigenpairs
-from hesscli.cli.output import Output, error, number, seconds
+from hesscli.cli.numbers import error, number, seconds
+from hesscli.cli.output import Output
 from hesscli.cli.summary import WIDE, print_block, print_hessian, print_plan
 from hesscli.job.sizes import size
 

@@ -17,9 +17,10 @@ from hesscli.cli.options import (
     refuse_idle_force,
     takes_hessian_or_problem,
 )
-from hesscli.cli.output import Document, Output, encodable
+from hesscli.cli.output import Document, Output
 from hesscli.cli.ranks import started_processes
 from hesscli.cli.summary import counted, matrix, products_headline, source
+from hesscli.cli.terminal import encodable
 from hesscli.job.options import ProblemOptions
 from hesscli.job.starting import start
 

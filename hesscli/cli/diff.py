@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from hesscli.cli.failing import failing
+from hesscli.cli.numbers import error, number
 from hesscli.cli.options import Debug, Json, Quiet
-from hesscli.cli.output import Document, Output, error, number
+from hesscli.cli.output import Document, Output
 from hesscli.cli.show import Markdown, one_format
 from hesscli.errors import CheckError
 

@@ -12,6 +12,7 @@ import typer
 from hesscli.cli.completion import block_names
 from hesscli.cli.failing import failing
 from hesscli.cli.gates import FailAbove, FailBelow, gate_eigenvalues, refuse_unseen_end
+from hesscli.cli.numbers import error
 from hesscli.cli.options import (
     Debug,
     Force,
@@ -20,7 +21,7 @@ from hesscli.cli.options import (
     refuse_idle_force,
     takes_hessian_or_problem,
 )
-from hesscli.cli.output import Document, Output, error
+from hesscli.cli.output import Document, Output
 from hesscli.cli.ranks import started_processes
 from hesscli.cli.summary import counted, matrix, products_headline, shape_text, source
 from hesscli.cli.values import finite

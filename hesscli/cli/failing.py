@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 import typer
 
-from hesscli.cli.output import say, silence
+from hesscli.cli.output import say
+from hesscli.cli.terminal import silence
 from hesscli.errors import ExitCode, HesscliError, Terminated, is_out_of_memory, signalled
 from hesscli.job.setup.team import rank
 

@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hesscli.cli.output import Output, colour_wanted, encodable, number
+from hesscli.cli.numbers import number
+from hesscli.cli.output import Output
+from hesscli.cli.terminal import colour_wanted, encodable
 
 if TYPE_CHECKING:
     from hesscli.job.picture import Picture

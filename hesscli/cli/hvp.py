@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from hesscli.cli.failing import failing
+from hesscli.cli.numbers import number
 from hesscli.cli.options import Debug, Force, Json, Quiet, takes_problem
-from hesscli.cli.output import Document, Output, number
+from hesscli.cli.output import Document, Output
 from hesscli.cli.ranks import started_processes
 from hesscli.cli.summary import products_headline, shape_text
 from hesscli.cli.values import finite

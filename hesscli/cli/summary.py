@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from hesscli.cli.output import Document, Output, error, number, seconds
+from hesscli.cli.numbers import error, number, seconds
+from hesscli.cli.output import Document, Output
 from hesscli.job.sizes import size
 
 COLUMNS = ("trace", "eig_max", "eig_min", "fro_norm")
