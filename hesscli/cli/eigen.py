@@ -30,7 +30,7 @@ from hesscli.job.options import ProblemOptions, Which
 from hesscli.job.starting import start
 
 if TYPE_CHECKING:
-    from hesscli.job.model_eigen import EigenOptions
+    from hesscli.job.eigen import EigenOptions
     from hesscli.job.setup.one_process import OneProcess
 
 
@@ -124,12 +124,7 @@ def eigen(
         refuse_idle_force(force, "-o eigen.safetensors", output)
         ends, count = ("both", 2) if per_block else (which, top)
         refuse_unseen_end(ends, count, fail_above, fail_below)
-        if problem is None:
-            from hesscli.job.eigen import eigen as run
-
-            document: Document = run(hessian, top, which, block, output, force)
-            out.result(document, print_eigenpairs)
-        else:
+        if problem is not None:
             if block is not None:
                 raise UsageError(
                     "--block goes with a Hessian file",
@@ -137,9 +132,14 @@ def eigen(
                     instead_of=("--block",),
                 )
             start()
-            from hesscli.job.model_eigen import EigenOptions
+        from hesscli.job.eigen import EigenOptions
+        from hesscli.job.eigen import eigen as run
 
-            options = EigenOptions(top, which, tol, max_products, per_block, output, force)
+        options = EigenOptions(top, which, tol, max_products, per_block, block, output, force)
+        if problem is None:
+            document: Document = run(hessian, options)
+            out.result(document, print_eigenpairs)
+        else:
             document = of_model(out, problem, options, processes)
         if output is not None:
             out.wrote(output)

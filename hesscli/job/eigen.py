@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from hesscli.errors import NumericalError, ResourceError
 from hesscli.files.hessians.hessian_file import HessianFile
 from hesscli.files.resources import available_memory
 from hesscli.job.json_form import Document
+from hesscli.job.options import Which
 from hesscli.job.results import write_tensors
 from hesscli.job.sizes import size
 from hesscli.job.stored import chosen, opened_file, values_of
@@ -20,29 +22,37 @@ from hesscli.spectrum.eigen import top_eigenpairs
 SCHEMA = "hesscli.eigen/1"
 
 
-def eigen(
-    source: str, top: int, which: str, block: str | None, output: Path | None, force: bool
-) -> Document:
+@dataclass(frozen=True)
+class EigenOptions:
+    top: int  # how many
+    which: Which
+    tolerance: float  # of a model
+    max_products: int  # of a model
+    per_block: bool  # of a model: the extremes of each parameter's own block
+    block: str | None  # of a file: of this block alone
+    output: Path | None  # where `eigenvalues` [k] and `eigenvectors` [k, n] go, if anywhere
+    force: bool  # replace a file there that hesscli did not write
+
+
+def eigen(source: str, options: EigenOptions) -> Document:
     """The first eigenvalues of a Hessian file.
 
     Args:
         source: the file's path, or "-" for standard input.
-        top: how many.
-        which: one of `WHICH`.
-        block: of this block alone.
-        output: where `eigenvalues` [k] and `eigenvectors` [k, n] go, if anywhere.
-        force: replace a file there that hesscli did not write.
+        options: those that are of a file.
 
     Returns:
         the JSON document.
     """
+    which, block, output = options.which, options.block, options.output
     if output is not None:
-        output = writable(output, force, () if source == "-" else (Path(source),), name="eigen")
+        inputs = () if source == "-" else (Path(source),)
+        output = writable(output, options.force, inputs, name="eigen")
     with opened_file(source, "eigen") as file:
         document = file.document
         blocks = chosen(document, block, source)
         order = sum(facts["size"] for facts in blocks)
-        pairs = top_eigenpairs(_blocks(file, blocks), order, top, which)
+        pairs = top_eigenpairs(_blocks(file, blocks), order, options.top, which)
     result = {
         "schema": SCHEMA,
         "hessian": source,

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hesscli.files.malloc import release_memory
-from hesscli.job.eigen import SCHEMA
+from hesscli.job.eigen import SCHEMA, EigenOptions
 from hesscli.job.json_form import Document, timeless
 from hesscli.job.operator import Operator, open_operator
-from hesscli.job.options import Listener, ProblemOptions, Which
+from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.progress import Convergence
 from hesscli.job.results import write_tensors
 from hesscli.job.setup.one_process import OneProcess
@@ -24,17 +23,6 @@ from hesscli.job.writing import writable
 from hesscli.spectrum.dense import DENSE, dense
 from hesscli.spectrum.eigen import DENSE_LIMIT, WHICH, allowed
 from hesscli.spectrum.lanczos import Found, Lanczos
-
-
-@dataclass(frozen=True)
-class EigenOptions:
-    top: int
-    which: Which
-    tolerance: float
-    max_products: int
-    per_block: bool
-    output: Path | None
-    force: bool
 
 
 def model_eigen(
