@@ -72,6 +72,18 @@ WRITING = [
 ]
 
 
+def test_options_that_are_not_given_are_as_in_python(cli, monkeypatch):
+    asked = []
+
+    def run(given, *_args, **_keywords):
+        asked.append(given)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(jobs, "compute", run)
+    cli("compute", *NET).fails(2)
+    assert asked == [options.ComputeOptions(Path("net.pt"), Path("d.npz"))]
+
+
 @pytest.mark.parametrize("command", WRITING, ids=" ".join)
 def test_a_folder_that_may_not_be_written_to(cli, idle, monkeypatch, command):
     may = os.access
