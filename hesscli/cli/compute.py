@@ -111,17 +111,11 @@ def compute(
       hesscli compute model.pt data.npz -o - | hesscli eigen - --top 10
     """
     with failing(debug):
-        if output == "-" and not dry_run and sys.stdout.isatty():
-            raise UsageError("-: standard output is a terminal", "| hesscli eigen -")
-        if output == "-" and not dry_run and getattr(sys.stdout, "name", "") == os.devnull:
-            raise UsageError("-: standard output is closed", "-o hessian.safetensors")
-        if fail_above is not None and stats in ("basic", "none"):
-            raise UsageError(
-                f"--fail-above needs eigenvalues, and --stats {stats} computes none",
-                "--stats all",
-            )
-        if fail_above is not None and shard is not None:
-            raise UsageError("--fail-above needs the whole Hessian, and a shard is a part of it")
+        piped = output == "-" and not dry_run
+        if piped:
+            _demand_reader()
+        if fail_above is not None:
+            _demand_eigenvalues(stats, shard)
         options = ComputeOptions(
             **vars(problem),
             blocks=blocks,
@@ -138,7 +132,7 @@ def compute(
         with Output(
             quiet=quiet or not first,
             json=json and first,
-            data_on_stdout=output == "-" and not dry_run,
+            data_on_stdout=piped,
         ) as out:
             start()
             from hesscli.job.compute import compute as run
@@ -158,6 +152,23 @@ def compute(
                 out.result(document, print_hessian)
                 if options.output is not None:
                     out.wrote(*written(options.output))
-        if first and not dry_run and shard is None:
-            blocks_with_rows = [b for b in document["blocks"] if b["size"]]
-            gate([(f"eig_max of {b['name']}", b["eig_max"]) for b in blocks_with_rows], fail_above)
+                filled = [facts for facts in document["blocks"] if facts["size"]]
+                gate([(f"eig_max of {b['name']}", b["eig_max"]) for b in filled], fail_above)
+
+
+def _demand_reader() -> None:
+    """Refuses to write bytes to a terminal, or to nobody."""
+    if sys.stdout.isatty():
+        raise UsageError("-: standard output is a terminal", "| hesscli eigen -")
+    if getattr(sys.stdout, "name", "") == os.devnull:
+        raise UsageError("-: standard output is closed", "-o hessian.safetensors")
+
+
+def _demand_eigenvalues(stats: Stats, shard: str | None) -> None:
+    """Refuses a bound on the largest eigenvalues where they are not all computed."""
+    if stats in ("basic", "none"):
+        raise UsageError(
+            f"--fail-above needs eigenvalues, and --stats {stats} computes none", "--stats all"
+        )
+    if shard is not None:
+        raise UsageError("--fail-above needs the whole Hessian, and a shard is a part of it")
