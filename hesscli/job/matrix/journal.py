@@ -70,7 +70,7 @@ class Journal:
         for path in journals(self.output):
             try:
                 lines = read_journal(path)
-                if (wanted or self.shard) and (differ := self._differences(path, lines)):
+                if (wanted or self.shard) and (differ := self._of_another(path, lines)):
                     raise UsageError(f"{differ}; --force throws away what is finished", "--force")
             except HesscliError:
                 if not force:
@@ -103,7 +103,7 @@ class Journal:
             raise UsageError(f"{partial}: no such file; what the shards computed was in it")
         for path in journals(self.output):
             lines = read_journal(path)
-            if differ := self._differences(path, lines):
+            if differ := self._of_another(path, lines):
                 raise UsageError(
                     f"{differ}; model and data must be as they were",
                     f"to compute them again: rm {shlex.quote(str(path))}",
@@ -112,8 +112,8 @@ class Journal:
         if self.own:
             _cut(self.path)
 
-    def _differences(self, path: Path, lines: Lines) -> str:
-        """What of the command is not as in a journal: other options, or files that have changed since."""
+    def _of_another(self, path: Path, lines: Lines) -> str:
+        """That another command began a journal: other options, or files that have changed since; empty if none did."""
         if not lines.finished or lines.head is None or lines.head == self.head:
             return ""
         return f"{path}: another command began it: {_differences(self.head, lines.head)} differ"
