@@ -18,6 +18,7 @@ from cases import BY_NAME, expected, save
 from conftest import read
 from hessian_files import symmetric, write
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import hesscli
 
@@ -671,6 +672,14 @@ def test_arrays_as_they_may_lie(net: Net, inputs: object) -> None:
 def test_data_that_is_none(data: object, said: str) -> None:
     with pytest.raises(hesscli.HesscliError, match=said):
         hesscli.compute(nn.Linear(3, 1), data)
+
+
+def test_several_inputs_side_by_side_are_refused_with_how_they_are_given() -> None:
+    model, a, b, y = nn.Bilinear(2, 3, 1), torch.ones(4, 2), torch.ones(4, 3), torch.ones(4, 1)
+    for data in (((a, b), y), ({"a": a, "b": b}, y), (a, b, y), TensorDataset(a, b, y)):
+        with pytest.raises(hesscli.HesscliError) as caught:
+            hesscli.compute(model, data)
+        assert isinstance(eval(caught.value.hint or ""), hesscli.Hessian)
 
 
 @pytest.mark.parametrize("model", [None, len])

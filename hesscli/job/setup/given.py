@@ -34,6 +34,8 @@ DataLike = PathLike | Mapping[str, Array] | Sequence[Array] | TensorDataset | Ar
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Options = TypeVar("Options", bound=ProblemOptions)
 
+SEVERAL_INPUTS = """hesscli.compute(model, {"a": a, "b": b, "y": y}, inputs=("a", "b"))"""
+
 
 class Folder:
     """A temporary folder that goes when the last object that needs it goes; copies of objects need it too."""
@@ -119,8 +121,11 @@ def _tensors(data: object) -> dict[str, Tensor]:
     elif isinstance(data, (tuple, list)) and len(data) == 2:
         data = {"x": data[0], "y": data[1]}
     if not isinstance(data, Mapping):
-        found = f"{len(data)} arrays" if isinstance(data, (tuple, list)) else _kind(data)
-        raise UsageError(f"data: {found}; expected (inputs, targets), or a dict of named arrays")
+        found, hint = _kind(data), None
+        if isinstance(data, (tuple, list)):
+            found, hint = f"{len(data)} arrays", SEVERAL_INPUTS
+        expected = "expected (inputs, targets), or a dict of named arrays"
+        raise UsageError(f"data: {found}; {expected}", hint)
     tensors = {}
     for name, array in data.items():
         if not isinstance(name, str):
@@ -128,7 +133,8 @@ def _tensors(data: object) -> dict[str, Tensor]:
         try:
             tensor = _tensor(array)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise UsageError(f"data: {name} is {_kind(array)}; expected an array") from error
+            hint = SEVERAL_INPUTS if isinstance(array, (tuple, list, Mapping)) else None
+            raise UsageError(f"data: {name} is {_kind(array)}; expected an array", hint) from error
         if tensor.layout is not torch.strided or tensor.is_nested:
             layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
             raise UsageError(f"data: {name} is {layout}; expected a dense tensor")
