@@ -378,6 +378,8 @@ def test_what_does_not_read_standard_input(net, cli, words):
         ("hvp net.pt d.npz --vector d.npz", "hvp net.pt d.npz --vector gradient"),
         ("trace net.pt d.npz -p 'zz*' -p'!0.*'", "trace net.pt d.npz --params 1.weight"),
         ("trace -p 'zz*' -- net.pt d.npz", "trace --params 0.weight -- net.pt d.npz"),
+        ("trace net.pt d.npz -p 0", "trace net.pt d.npz --params '0.*'"),
+        ("trace net.pt d.npz -p 0 -p 1 -p '!*s'", "trace net.pt d.npz --params '0.*' --params '1.*' --params '!*s'"),
         ("trace weights.pt d.npz", "trace weights.pt d.npz --arch mypkg.nets:make_mlp"),
         ("hvp net.pt two.npz --vector random", "hvp net.pt two.npz --vector random --inputs KEY --targets KEY"),
         ("trace d.npz net.pt", "the model comes first: hesscli trace MODEL DATA"),

@@ -36,9 +36,14 @@ def chosen_parameters(
     parameters: dict[str, Tensor] = {n: floating[n] for n in chosen if n not in frozen}
     if not chosen:
         known = [*names, *(other for _, *others in names.values() for other in others)]
+        rest = [name for its in left.values() for name in its]
+        modules = [f"{p}.*" for p in named if select(rest, (f"{p}.*",))]
+        likely = [glob.escape(next(iter(left or names)))]
+        if modules:
+            likely = [*modules, *(f"!{p}" for p in excluded)]
         raise UsageError(
             f"no parameter matches {' '.join(patterns)}; the model has: {listed(known)}",
-            f"--params {shlex.quote(glob.escape(next(iter(left or names))))}",
+            " ".join(f"--params {shlex.quote(pattern)}" for pattern in likely),
         )
     if not parameters:
         raise UsageError(
