@@ -76,7 +76,7 @@ def _named(
         name = os.path.basename(name)  # no paths in files
     elif name not in LOSSES and name != "output":
         plain = name.lower().rpartition(".")[2].replace("_", "-").removesuffix("-loss")
-        near = difflib.get_close_matches(_ELSEWHERE.get(plain, plain), LOSSES, 1)
+        near = difflib.get_close_matches(_ELSEWHERE.get(plain, plain), LOSSES, 1, 0.7)
         raise UsageError(
             f"no loss is called {name!r}; there are: auto, {', '.join(LOSSES)}, output, PKG.MOD:FN, FILE.py:FN",
             f"--loss {near[0]}" if near else None,
