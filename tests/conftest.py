@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import subprocess
@@ -17,9 +18,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from typer.testing import CliRunner
+from typer import testing
+from typer.main import get_command
 
 torch.set_num_threads(1)  # the models are too small to share
+# Else typer makes all commands anew for each that runs, which takes as long as the Hessian of a small model.
+testing._get_command = functools.cache(get_command)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -100,7 +104,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
     def run(*words: object, stdin: bytes | None = None) -> Ran:
         arguments = [str(word) for word in words]
         monkeypatch.setattr(sys, "argv", ["hesscli", *arguments])
-        done = CliRunner().invoke(app, arguments, input=stdin)
+        done = testing.CliRunner().invoke(app, arguments, input=stdin)
         try:
             stdout = done.stdout_bytes.decode()
         except UnicodeDecodeError:
