@@ -6,8 +6,11 @@ import errno
 import functools
 import json
 import os
+import shlex
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,11 @@ torch.set_num_threads(1)  # the models are too small to share
 testing._get_command = functools.cache(get_command)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+PLAIN = {
+    "PYTHONIOENCODING": "utf-8",
+    "PYTHONWARNINGS": "ignore:`torch.jit.load` is deprecated",  # as PyTorch says from 2.14 on
+}
+"""What a process takes from its environment where its output is compared."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +69,29 @@ class Ran:
         return [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
 
 
-def torchrun(ranks: int, folder: Path, script: str, *words: object) -> subprocess.Popen[bytes]:
+@pytest.fixture(scope="session")
+def warm() -> Iterator[str]:
+    """A Python whose processes begin with torch and hesscli imported."""
+    file = REPOSITORY / "tests" / "warm.py"
+    with tempfile.TemporaryDirectory() as folder:
+        python, path = Path(folder, "python"), Path(folder, "socket")
+        asking = shlex.join([sys.executable, "-IS", str(file), "ask", str(path)])
+        python.write_text(f'#!/bin/sh\nexec {asking} "$@"\n')
+        python.chmod(0o700)
+        environment = os.environ | PLAIN | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        serving = [sys.executable, str(file), "serve", str(path), str(python)]
+        with subprocess.Popen(serving, stdin=subprocess.PIPE, env=environment):
+            while not path.exists():
+                time.sleep(0.01)
+            yield str(python)
+
+
+def torchrun(
+    python: str, ranks: int, folder: Path, script: str, *words: object
+) -> subprocess.Popen[bytes]:
     """A script on several ranks."""
     (folder / "run.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [python, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={ranks}", "run.py", *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.Popen(

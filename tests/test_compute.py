@@ -974,7 +974,7 @@ def test_every_kind_and_tag_is_run():
     assert len(every - tags) <= 3, every - tags
 
 
-def test_group_norm_of_channels_last(tmp_path):
+def test_group_norm_of_channels_last(warm, tmp_path):
     """PyTorch's gradient of its weight alone ends the process where its input has none."""
     torch.manual_seed(0)
 
@@ -992,7 +992,7 @@ def test_group_norm_of_channels_last(tmp_path):
     np.savez(tmp_path / "data.npz", x=x.numpy(), y=y.numpy())
     program = torch.export.export(net, (x,)).run_decompositions()
     torch.export.save(program, tmp_path / "net.pt2")
-    hesscli = [sys.executable, "-m", "hesscli", "compute", "net.pt2", "data.npz"]
+    hesscli = [warm, "-m", "hesscli", "compute", "net.pt2", "data.npz"]
     ran = subprocess.run([*hesscli, "--params", "norm.weight"], cwd=tmp_path, check=False)
     assert ran.returncode == 0
     _, found = read(tmp_path / "hessian.safetensors")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -188,10 +187,10 @@ def test_standard_input(cli, written, tmp_path):
     assert piped.document["eigenvalues"] == direct["eigenvalues"]
 
 
-def test_a_pipe(tmp_path):
-    """The card's pipe, through real processes."""
+def test_a_pipe(warm, tmp_path):
+    """The card's pipe, through processes."""
     model, data = save(BY_NAME["mlp-tanh"], "script", tmp_path)
-    hesscli = [sys.executable, "-m", "hesscli"]
+    hesscli = [warm, "-m", "hesscli"]
     compute = [*hesscli, "compute", str(model), str(data), "-l", "cross-entropy", "-o", "-"]
     with subprocess.Popen(
         compute, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path

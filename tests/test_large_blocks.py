@@ -7,7 +7,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -443,15 +442,14 @@ def test_a_disk_that_fills_up(cli, net, small_bands, streamed, monkeypatch):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_and_resumed(cli, net, small_bands, tmp_path, sent):
-    """A real process, ended from outside as soon as it has finished something."""
+def test_killed_and_resumed(cli, warm, net, small_bands, tmp_path, sent):
+    """A process of its own, ended from outside as soon as it has finished something."""
     assert cli("compute", *net, *COMMAND).code == 0
     result = tmp_path / "h.safetensors"
     undisturbed = result.read_bytes()
     result.unlink()
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, "compute", *map(str, net), *COMMAND, "-q"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [warm, "-c", SLOW, "compute", *map(str, net), *COMMAND, "-q"],
         stderr=subprocess.PIPE,
     )
     left = tmp_path / ".h.safetensors.journal"
@@ -459,8 +457,8 @@ def test_killed_and_resumed(cli, net, small_bands, tmp_path, sent):
     while not left.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(sent)
-    code = process.wait()
-    assert code == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
+    process.communicate()
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
     assert not result.exists()
     assert left.exists()
     assert cli("compute", *net, *COMMAND, "--resume").code == 0
@@ -659,13 +657,13 @@ def test_what_is_no_shard(cli, net, text):
     assert "--shard" in ran.stderr
 
 
-def test_two_ranks_write_the_bytes_of_one(cli, net, small_bands, tmp_path):
+def test_two_ranks_write_the_bytes_of_one(cli, warm, net, small_bands, tmp_path):
     words = ("compute", *net, *COMMAND)
     alone = cli(*words)
     result = tmp_path / "h.safetensors"
     undisturbed = result.read_bytes()
     result.unlink()
-    process = torchrun(2, tmp_path, SLOW, *words)
+    process = torchrun(warm, 2, tmp_path, SLOW, *words)
     printed, said = process.communicate()
     assert process.returncode == 0, said.decode()
     assert result.read_bytes() == undisturbed
@@ -683,20 +681,20 @@ DIES = SLOW.replace(
 ).replace("import sys, time", "import sys, time\ncalls = []")
 
 
-def test_a_rank_that_dies_ends_the_job_and_others_go_on(cli, net, small_bands, tmp_path):
+def test_a_rank_that_dies_ends_the_job_and_others_go_on(cli, warm, net, small_bands, tmp_path):
     words = ("compute", *net, *COMMAND)
     assert cli(*words).code == 0
     result = tmp_path / "h.safetensors"
     undisturbed = result.read_bytes()
     result.unlink()
-    process = torchrun(2, tmp_path, DIES, *words)
+    process = torchrun(warm, 2, tmp_path, DIES, *words)
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
     assert not result.exists()
     assert b"exitcode  : 9" in said or b"exitcode: 9" in said
     left = list(tmp_path.glob(".h.safetensors.journal*"))
     assert left
-    process = torchrun(3, tmp_path, SLOW, *words, "--resume")
+    process = torchrun(warm, 3, tmp_path, SLOW, *words, "--resume")
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said.decode()
     assert result.read_bytes() == undisturbed

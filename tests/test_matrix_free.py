@@ -717,7 +717,7 @@ def test_products_load_neither_scipy_nor_sympy():
 
 
 @pytest.mark.parametrize("command", ["eigen", "trace", "density"])
-def test_interrupted(tmp_path, command):
+def test_interrupted(warm, tmp_path, command):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 10))
     x = torch.randn(3000, 200).numpy()
@@ -728,7 +728,7 @@ def test_interrupted(tmp_path, command):
         "density": ["--probes", "100000", "--steps", "4"],
     }[command]
     child = subprocess.Popen(
-        [sys.executable, "-c", MULTIPLYING, command, *files, *options, "--json"],
+        [warm, "-c", MULTIPLYING, command, *files, *options, "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

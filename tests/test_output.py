@@ -367,10 +367,9 @@ def test_a_bar_that_never_started_leaves_nothing(monkeypatch: pytest.MonkeyPatch
     assert stream.getvalue() == ""
 
 
-def hesscli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def hesscli(python: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "hesscli", *arguments],
-        env=os.environ | environment,
+        [python, "-m", "hesscli", *arguments],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
@@ -389,8 +388,8 @@ def hesscli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         (("eigen", "no.st"), "error: no.st: no such file\nhint: "),
     ],
 )
-def test_usage_errors(arguments: tuple[str, ...], found: str) -> None:
-    done = hesscli(*arguments)
+def test_usage_errors(warm: str, arguments: tuple[str, ...], found: str) -> None:
+    done = hesscli(warm, *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     assert found.lower() in done.stderr.replace("python -m hesscli", "hesscli").lower()

@@ -512,7 +512,7 @@ def test_autocast_of_the_caller() -> None:
         ("torch.backends.fp32_precision = 'tf32'", "torch.backends.fp32_precision"),
     ],
 )
-def test_precision_of_the_caller(set_by_the_caller: str, read: str) -> None:
+def test_precision_of_the_caller(warm: str, set_by_the_caller: str, read: str) -> None:
     code = (
         f"import hesscli, torch; {set_by_the_caller}; before = {read}\n"
         "x, y = torch.ones(5, 3), torch.ones(5, 2)\n"
@@ -521,7 +521,7 @@ def test_precision_of_the_caller(set_by_the_caller: str, read: str) -> None:
         "hesscli.operator(torch.nn.Linear(3, 2), (x, y)) @ torch.ones(8).numpy()\n"
         f"assert {read} == before"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    done = subprocess.run([warm, "-c", code], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
 
 

@@ -68,12 +68,16 @@ class Rank:
 
 
 def on_ranks(
-    ranks: int, folder: Path, commands: dict[str, tuple[object, ...]], before: str = ""
+    python: str,
+    ranks: int,
+    folder: Path,
+    commands: dict[str, tuple[object, ...]],
+    before: str = "",
 ) -> dict[str, list[Rank]]:
     """Runs the commands on so many ranks."""
     listed = {name: [str(word) for word in words] for name, words in commands.items()}
     (folder / "commands.json").write_text(json.dumps(listed))
-    process = torchrun(ranks, folder, before + COMMANDS)
+    process = torchrun(python, ranks, folder, before + COMMANDS)
     _, said = process.communicate(timeout=100)
     assert process.returncode == 0, said.decode()
 
@@ -238,7 +242,7 @@ def on_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, li
     commands |= kinked_commands(folder)
     commands["bad"] = ("eigen", *net, "-o", "bad.safetensors")
     commands["good"] = ("hvp", *net, "--vector", "gradient")
-    found = on_ranks(2, folder, commands, before=FAILING)
+    found = on_ranks(sys.executable, 2, folder, commands, before=FAILING)
     for dtype in ("float32", "float64"):
         for name in WRITES:
             path = folder / f"{name}.{dtype}.safetensors"
@@ -305,10 +309,10 @@ def test_an_error_on_one_rank_is_the_commands(on_two):
     assert [rank.code for rank in found["good"]] == [0, 0]
 
 
-def test_fewer_samples_than_ranks(cli: Callable[..., Ran], net, tmp_path):
+def test_fewer_samples_than_ranks(cli: Callable[..., Ran], warm, net, tmp_path):
     words = ("hvp", *net, "--samples", 2, "--vector", "random", "--dtype", "float64", "--json")
     commands = {"h": (*words, "-o", "three.safetensors")}
-    first, *others = on_ranks(3, tmp_path, commands)["h"]
+    first, *others = on_ranks(warm, 3, tmp_path, commands)["h"]
     assert first.code == 0, first.stderr
     assert [rank.stdout + rank.stderr for rank in others] == ["", ""]
     assert "the data is 2 batches, so 1 of 3 processes have nothing to do" in first.stderr
@@ -344,7 +348,7 @@ def test_an_interruption_is_said_once(monkeypatch, capsys, rank):
     assert capsys.readouterr().err == ("" if rank else said)
 
 
-def test_what_a_model_prints_is_no_result(tmp_path):
+def test_what_a_model_prints_is_no_result(warm, tmp_path):
     (tmp_path / "talking.py").write_text(
         "import torch\n"
         "class Net(torch.nn.Linear):\n"
@@ -356,7 +360,7 @@ def test_what_a_model_prints_is_no_result(tmp_path):
     np.savez(tmp_path / "data.npz", x=np.ones((4, 3), np.float32), y=np.arange(4) % 2)
     arch = ("--arch", "talking.py:Net", "--arch-arg", "in_features=3", "--arch-arg")
     words = ("eigen", "net.pt", "data.npz", *arch, "out_features=2", "--json")
-    first, second = on_ranks(2, tmp_path, {"eigen": words})["eigen"]
+    first, second = on_ranks(warm, 2, tmp_path, {"eigen": words})["eigen"]
     assert first.document["size"] == 8
     assert second.stdout == ""
     assert "hello" in second.stderr
@@ -377,8 +381,8 @@ main()
 """
 
 
-def test_an_error_in_a_share_of_the_blocks_says_whose(net, tmp_path):
-    process = torchrun(2, tmp_path, LATE, "compute", *net, "-o", "h.safetensors")
+def test_an_error_in_a_share_of_the_blocks_says_whose(warm, net, tmp_path):
+    process = torchrun(warm, 2, tmp_path, LATE, "compute", *net, "-o", "h.safetensors")
     _, said = process.communicate(timeout=60)
     assert process.returncode != 0
     assert b"error: rank 1: the model: not here" in said
@@ -399,9 +403,9 @@ main()
 """
 
 
-def test_a_dead_rank_ends_the_job(net, tmp_path, monkeypatch):
+def test_a_dead_rank_ends_the_job(warm, net, tmp_path, monkeypatch):
     monkeypatch.setenv("DIES", "1")
-    process = torchrun(2, tmp_path, DYING, "eigen", *net, "-o", "e.safetensors")
+    process = torchrun(warm, 2, tmp_path, DYING, "eigen", *net, "-o", "e.safetensors")
     printed, said = process.communicate(timeout=60)
     assert process.returncode != 0
     assert printed == b""
@@ -411,7 +415,7 @@ def test_a_dead_rank_ends_the_job(net, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dies", [0, 1])
-def test_what_the_other_rank_says(net, tmp_path, dies):
+def test_what_the_other_rank_says(warm, net, tmp_path, dies):
     """Under a launcher that only sets the environment, the one that is left ends by itself.
 
     It says how many share the machine, and with it a GPU, if there is one.
@@ -423,7 +427,7 @@ def test_what_the_other_rank_says(net, tmp_path, dies):
     shared |= {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "DIES": str(dies)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", DYING, "eigen", *map(str, net), "-o", "e.safetensors"],
+            [warm, "-c", DYING, "eigen", *map(str, net), "-o", "e.safetensors"],
             cwd=tmp_path,
             env=os.environ | shared | {"RANK": str(rank)},
             stdout=subprocess.PIPE,
@@ -442,12 +446,12 @@ def test_what_the_other_rank_says(net, tmp_path, dies):
     assert not (tmp_path / "e.safetensors").exists()
 
 
-def test_interrupted(net, tmp_path):
+def test_interrupted(warm, net, tmp_path):
     model, data = net
     wide = nn.Sequential(nn.Linear(20, 200), nn.Tanh(), nn.Linear(200, 6)).eval()  # 5406: not exact
     torch.jit.trace(wide, torch.randn(11, 20)).save(model)
     words = ("density", model, data, "--probes", 100000, "--steps", 4, "--json")
-    process = torchrun(2, tmp_path, MULTIPLYING, *words)
+    process = torchrun(warm, 2, tmp_path, MULTIPLYING, *words)
     assert process.stderr is not None
     while b"multiplying" not in process.stderr.readline():
         assert process.poll() is None

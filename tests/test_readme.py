@@ -11,19 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Ran
+from conftest import PLAIN, Ran
 
 from hesscli.schemas import commands
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-ENVIRONMENT = os.environ | {
-    "PATH": PATH,
-    "PYTHONIOENCODING": "utf-8",
-    "PYTHONWARNINGS": "ignore:`torch.jit.load` is deprecated",  # as PyTorch says from 2.14 on
-    "CUDA_VISIBLE_DEVICES": "",
-}
+INSTALLED = Path(sys.executable).parent
+ENVIRONMENT = os.environ | PLAIN | {"CUDA_VISIBLE_DEVICES": ""}
 
 # (language, code, the block without a language that follows at once, or ""), in the order in which they run
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```\n(?:```\n(.*?)```\n)?", README, re.DOTALL)
@@ -56,11 +51,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: str, folder: Path) -> str:
+def run(command: str, folder: Path, programs: Path = INSTALLED) -> str:
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command],
         cwd=folder,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | {"PATH": os.pathsep.join([str(programs), os.environ.get("PATH", "")])},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -71,14 +66,19 @@ def run(command: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_commands_print_what_is_shown(folder: Path) -> None:
-    """In the README's order: `eigen` reads what the command before it wrote."""
+def test_commands_print_what_is_shown(folder: Path, warm: str) -> None:
+    """In the README's order: `eigen` reads what the command before it wrote. The first is as installed."""
+    programs = INSTALLED
+    (folder / "bin").mkdir()
+    (folder / "bin" / "hesscli").write_text(f'#!/bin/sh\nexec {warm} -m hesscli "$@"\n')
+    (folder / "bin" / "hesscli").chmod(0o700)
     for language, code, shown in BLOCKS:
         if language == "python":
             (folder / "script.py").write_text(code)
             printed = run(f"{sys.executable} -W ignore::DeprecationWarning script.py", folder)
         elif language == "sh":
-            printed = run(code.removeprefix("pip install torch==2.13.0 . && "), folder)
+            printed = run(code.removeprefix("pip install torch==2.13.0 . && "), folder, programs)
+            programs = folder / "bin"
         else:
             continue
         assert same(shown, printed), f"{code}{printed}"

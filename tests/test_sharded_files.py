@@ -8,7 +8,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -460,11 +459,10 @@ def test_no_room_from_the_start(cli, net, monkeypatch):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_killed_and_resumed(cli, net, undisturbed, tmp_path, sent):
-    """A real process, ended from outside as soon as it has finished something."""
+def test_killed_and_resumed(cli, warm, net, undisturbed, tmp_path, sent):
+    """A process of its own, ended from outside as soon as it has finished something."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, "compute", *map(str, net), *COMMAND, "-q"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [warm, "-c", SLOW, "compute", *map(str, net), *COMMAND, "-q"],
         stderr=subprocess.PIPE,
     )
     journal = Path(".h.safetensors.journal")

@@ -311,9 +311,11 @@ def test_a_step_is_finite(cli, alpha):
     assert cli("hvp", *NET, "--per-fedavg", alpha).code == 2
 
 
-def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def shell(
+    line: str, folder: Path, python: str = sys.executable
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", "-c", line.replace("hesscli", f"{shlex.quote(sys.executable)} -m hesscli")],
+        ["bash", "-c", line.replace("hesscli", f"{shlex.quote(python)} -m hesscli")],
         cwd=folder, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True,
         text=True, timeout=60,
     )  # fmt: skip
@@ -340,11 +342,11 @@ def test_a_reader_that_has_gone(tmp_path, option):
 
 
 @pytest.mark.parametrize(("bound", "code"), [("1e-9", 1), ("1e9", 0)])
-def test_a_gate_holds_where_the_reader_has_gone(tmp_path, bound, code):
+def test_a_gate_holds_where_the_reader_has_gone(warm, tmp_path, bound, code):
     samples = REPOSITORY / "sample_models"
     files = f"{samples / 'digits_mlp.pt'} {samples / 'digits.npz'}"
     command = f"hesscli trace {files} -q --json --fail-above {bound}"
-    shell(f"(sleep 1; {command}; echo $? > rc) | true", tmp_path)
+    shell(f"(sleep 1; {command}; echo $? > rc) | true", tmp_path, warm)
     assert (tmp_path / "rc").read_text() == f"{code}\n"
 
 
@@ -570,8 +572,9 @@ def test_a_link_that_leads_to_itself(cli, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
-def test_talk_that_cannot_be_written_stops_nothing(tmp_path):
-    ran = shell("hesscli compute net.pt d.npz 2>/dev/full; hesscli show no 2>/dev/full", tmp_path)
+def test_talk_that_cannot_be_written_stops_nothing(warm, tmp_path):
+    line = "hesscli compute net.pt d.npz 2>/dev/full; hesscli show no 2>/dev/full"
+    ran = shell(line, tmp_path, warm)
     assert ran.returncode == 2
     assert "total" in ran.stdout
     assert (tmp_path / "hessian.safetensors").exists()
