@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 import torch
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,25 @@ class ChunkSizes:
     product: int = 1 << 19
     tile: int = 512
     piece: int = 1 << 22
+
+
+def ranges(count: int, most: int) -> list[range]:
+    """The numbers below a count, at most so many at a time, but never less than one."""
+    step = max(1, most)
+    return [range(first, min(first + step, count)) for first in range(0, count, step)]
+
+
+def grouped(items: Iterable[Item], size: Callable[[Item], int], most: int) -> list[list[Item]]:
+    """Items in groups of those that follow each other, of at most so much, but never less than one."""
+    groups: list[list[Item]] = []
+    held = 0
+    for item in items:
+        if not groups or held + size(item) > most:
+            groups.append([])
+            held = 0
+        groups[-1].append(item)
+        held += size(item)
+    return groups
 
 
 def chunk_sizes(device: torch.device) -> ChunkSizes:

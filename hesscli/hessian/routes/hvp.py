@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.aten.definitions import exact_derivatives
-from hesscli.hessian.autodiff import batched_grad, unit_rows
+from hesscli.hessian.autodiff import batched_rows, unit_rows
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.routes.base import ByRows, RowsOf
@@ -50,11 +50,4 @@ class HessianVectorProducts(ByRows):
             for first in range(max(start, own.start), last, self.chunk):
                 count = min(self.chunk, last - first)
                 seeds = unit_rows(flat, first - own.start, count, len(own))
-                parts = batched_grad(flat, leaves, seeds)
-                columns = [
-                    seeds.new_zeros(count, leaf.numel())
-                    if part is None
-                    else part.reshape(count, -1)
-                    for part, leaf in zip(parts, leaves, strict=True)
-                ]
-                yield first, columns[0] if len(columns) == 1 else torch.cat(columns, 1)
+                yield first, batched_rows(flat, leaves, seeds)

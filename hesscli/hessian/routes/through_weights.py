@@ -12,18 +12,17 @@ serves all neurons at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from hesscli.hessian.applicability import NotApplicable
-from hesscli.hessian.autodiff import batched_grad
+from hesscli.hessian.autodiff import batched_rows
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.chunk_sizes import chunk_sizes
+from hesscli.hessian.chunk_sizes import chunk_sizes, grouped, ranges
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.weights import Neurons
 from hesscli.hessian.routes.affine import AffineRoute, other_path
@@ -33,8 +32,6 @@ from hesscli.hessian.routes.probes import Probed
 from hesscli.hessian.routes.squares import Squares
 from hesscli.hessian.symmetry import mirror_
 from hesscli.hessian.words import THROUGH_WEIGHTS
-
-Item = TypeVar("Item")
 
 _ROWS = 8192  # of a block that is held whole; of its weights' there may be twice as many
 _SQUARES = 1 << 26  # numbers in the squares of some neurons
@@ -110,7 +107,7 @@ class ThroughWeights(Route):
     def _add_whole(
         self, batch: Batch, wanted: Mapping[Block, Sequence[Wanted]], passage: _Passage
     ) -> None:
-        for some in _groups(wanted, lambda made: made.size**2, _TOGETHER):
+        for some in grouped(wanted, lambda made: made.size**2, _TOGETHER):
             owns = [Rows.whole(made, passage.like) for made in some]
             self.route.add(batch, owns)
             for made, own in zip(some, owns, strict=True):
@@ -128,9 +125,9 @@ class ThroughWeights(Route):
         every = [
             (made, neurons.use, some)
             for made, ((_, neurons), *_) in wanted.items()
-            for some in _ranges(neurons.use.n, _SQUARES // neurons.use.m**2)
+            for some in ranges(neurons.use.n, _SQUARES // neurons.use.m**2)
         ]
-        for some in _groups(every, lambda each: len(each[2]) * each[1].m ** 2, _SQUARES):
+        for some in grouped(every, lambda each: len(each[2]) * each[1].m ** 2, _SQUARES):
             squares = [Squares.of(made, use, passage.like, neurons) for made, use, neurons in some]
             self.route.add(batch, squares)
             for each in squares:
@@ -237,40 +234,18 @@ class _Way:
 
     def _along(self, values: Tensor, rows: Tensor) -> Tensor:
         """rows @ d values / d theta."""
-        lengths = [leaf.numel() for leaf in self.theta]
-        found = rows.new_zeros(len(rows), sum(lengths))
+        found = rows.new_empty(len(rows), sum(leaf.numel() for leaf in self.theta))
         for some in self._chunks(len(rows)):
             mine = slice(some.start, some.stop)
-            parts = batched_grad(values, self.theta, rows[mine])
-            for part, columns in zip(parts, found[mine].split(lengths, 1), strict=True):
-                if part is not None:
-                    columns.copy_(part.reshape(len(some), -1))
+            found[mine] = batched_rows(values, self.theta, rows[mine])
         return found
 
     def _chunks(self, count: int) -> list[range]:
         """So many rows, in parts that one pass takes."""
         sizes = chunk_sizes(self.w.device)
-        return _ranges(count, min(sizes.rows, sizes.directions // (8 * len(self.w))))
+        return ranges(count, min(sizes.rows, sizes.directions // (8 * len(self.w))))
 
 
 def _flat(values: Iterable[Tensor]) -> Tensor:
     """All their entries, one after the other."""
     return torch.cat([value.reshape(-1) for value in values])
-
-
-def _ranges(count: int, most: int) -> list[range]:
-    """The numbers below a count, so many at a time."""
-    step = max(1, most)
-    return [range(first, min(first + step, count)) for first in range(0, count, step)]
-
-
-def _groups(items: Iterable[Item], size: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
-    """Items that follow each other, as many as are not larger together, but for one that is alone."""
-    group: list[Item] = []
-    for item in items:
-        if group and sum(map(size, group)) + size(item) > most:
-            yield group
-            group = []
-        group.append(item)
-    if group:
-        yield group

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
+from hesscli.hessian.chunk_sizes import grouped
 from hesscli.hessian.differences.check import Certificate
 from hesscli.hessian.routes.base import ByRows, Diagonal, Route, Rows, Wanted, fitting
 from hesscli.hessian.symmetry import mirror_, symmetrise_
@@ -90,22 +91,10 @@ def groups(plan: Plan) -> Iterator[list[Block]]:
     routes = [choice.route for choice in plan.first_choices(plan.whole)]
     for route in dict.fromkeys(routes):
         mine = [b for b, its in zip(plan.whole, routes, strict=True) if its == route]
-        yield from _group(mine, plan.diagonal)
-
-
-def _group(blocks: Sequence[Block], diagonal: bool) -> list[list[Block]]:
-    """Blocks that are computed together: as many as take little more memory than the largest alone."""
-    limit = max(int(1.1 * max((b.entries(diagonal) for b in blocks), default=0)), _SMALL)
-    groups: list[list[Block]] = []
-    held = 0
-    for block in blocks:
-        entries = block.entries(diagonal)
-        if not groups or held + entries > limit:
-            groups.append([])
-            held = 0
-        groups[-1].append(block)
-        held += entries
-    return groups
+        # As many as take little more memory than the largest alone.
+        sizes = [block.entries(plan.diagonal) for block in mine]
+        limit = max(int(1.1 * max(sizes)), _SMALL)
+        yield from grouped(mine, lambda block: block.entries(plan.diagonal), limit)
 
 
 def compute_blocks(plan: Plan, blocks: Sequence[Block]) -> Iterator[tuple[Document, np.ndarray]]:
