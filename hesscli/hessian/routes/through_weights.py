@@ -140,10 +140,8 @@ class ThroughWeights(Route):
     def _passage(self, batch: Batch, blocks: Sequence[Block], mades: Sequence[Block]) -> _Passage:
         """From the parameters of blocks to their weights, which must be those of the first batch."""
         weights, first = self.cuts.analyses.of(batch).weights, self.route.problem.parameters
-        known, names = (
-            weights.values,
-            list(dict.fromkeys(n for made in mades for n in made.parameters)),
-        )
+        known = weights.values
+        names = list(dict.fromkeys(name for made in mades for name in made.parameters))
         if not all(n in first and torch.equal(first[n], known[n]) for n in names):
             raise other_path()
         parameters = {n: self.problem.parameters[n] for block in blocks for n in block.parameters}
@@ -178,12 +176,9 @@ class _Passage:
     def way(self, block: Block, made: Block) -> _Way:
         """From the parameters of one block."""
         theta = [self.theta[name] for name in block.parameters]
-        w, slope = _flat(self.weights[name] for name in made.parameters), None
-        if self.deltas:
-            delta = _flat(self.deltas[name] for name in made.parameters)
-            grads = torch.autograd.grad(w @ delta, theta, create_graph=True, materialize_grads=True)
-            slope = _flat(grads)
-        return _Way(theta, w, slope)
+        w = _flat(self.weights[name] for name in made.parameters)
+        delta = _flat(self.deltas[name] for name in made.parameters) if self.deltas else None
+        return _Way(theta, w, delta)
 
 
 @dataclass(frozen=True)
@@ -193,17 +188,27 @@ class _Way:
     Attributes:
         theta: its parameters.
         w: the weights, one after the other, with their graph.
-        slope: (dL/dw) J, as a function of theta, with its graph; None where the matrix has no second term.
+        delta: dL/dw; None where the matrix has no second term.
     """
 
     theta: list[Tensor]
     w: Tensor
-    slope: Tensor | None
+    delta: Tensor | None
+
+    @cached_property
+    def slope(self) -> Tensor | None:
+        """(dL/dw) J, as a function of theta, with its graph; None where there is no second term."""
+        if self.delta is None:
+            return None
+        value = self.w @ self.delta
+        grads = torch.autograd.grad(value, self.theta, create_graph=True, materialize_grads=True)
+        slope = _flat(grads)
+        return slope if slope.requires_grad else None
 
     def block(self, own: Tensor) -> Tensor:
         """The block, by d^2 L / dw^2."""
         found = self._pulled(self._pulled(own).T)
-        if self.slope is not None and self.slope.requires_grad:
+        if self.slope is not None:
             units = torch.eye(len(found), dtype=found.dtype, device=found.device)
             found += self._along(self.slope, units)
         return found
@@ -212,15 +217,14 @@ class _Way:
         """The diagonal of the block's first term, as far as it is that of some neurons."""
         found = self.w.new_zeros(len(_flat(self.theta)))
         for inputs in self._chunks(squares.out.shape[1]):
-            found += (self._pulled(squares.units(inputs)) * self._pulled(squares.rows(inputs))).sum(
-                0
-            )
+            units, rows = self._pulled(squares.units(inputs)), self._pulled(squares.rows(inputs))
+            found += (units * rows).sum(0)
         return found
 
     def bent_diagonal(self, entries: Tensor) -> Tensor:
         """That of the second term, where neurons are made of entries of their own, [n, entries]."""
         found = self.w.new_zeros(entries.numel())
-        if self.slope is None or not self.slope.requires_grad:
+        if self.slope is None:
             return found
         for some in self._chunks(entries.shape[1]):
             units = found.new_zeros(len(some), len(found))
