@@ -40,7 +40,7 @@ class ChunkSizes:
     vectors: int = 32
     directions: int = 1 << 25
     output: int = 1 << 20
-    gradients: int = 1 << 21
+    gradients: int = 1 << 19
     jacobians: int = 1 << 20
     curvature: int = 1 << 23
     chain: int = 1 << 26
@@ -50,10 +50,10 @@ class ChunkSizes:
     piece: int = 1 << 22
 
 
-def ranges(count: int, most: int) -> list[range]:
-    """The numbers below a count, at most so many at a time, but never less than one."""
+def ranges(stop: int, most: int, start: int = 0) -> list[range]:
+    """The numbers from `start` to below `stop`, at most so many at a time, but never less than one."""
     step = max(1, most)
-    return [range(first, min(first + step, count)) for first in range(0, count, step)]
+    return [range(first, min(first + step, stop)) for first in range(start, stop, step)]
 
 
 def grouped(items: Iterable[Item], size: Callable[[Item], int], most: int) -> list[list[Item]]:

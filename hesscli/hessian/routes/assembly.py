@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.autodiff import batched_grad
-from hesscli.hessian.chunk_sizes import chunk_sizes
+from hesscli.hessian.chunk_sizes import chunk_sizes, grouped, ranges
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.routes.base import Diagonal
 from hesscli.hessian.routes.kronecker import FEWEST, add_kronecker_rows
 from hesscli.hessian.routes.layers import Layer
 from hesscli.hessian.routes.probes import Probed
 from hesscli.hessian.workers import side_by_side, workers
+
+_COLUMNS = 512  # of gradients, at least, for as many samples as fit beside
 
 
 def add_layer(
@@ -92,8 +94,7 @@ def _add_shared(
     where S' is the derivative of delta' along z_p; and likewise with the two exchanged.
     """
     layer, gradients = layers[0], _Gradients(probed, layers, deltas)
-    behind = _Later(gradients)
-    skipped = neurons.start * layer.width
+    behind = _Later(gradients, neurons.start)
     by_neuron = _by_neuron(layer, out)
     for place in layer.places:
         use, delta = place.weight, deltas[place.z]
@@ -105,7 +106,7 @@ def _add_shared(
             for t, part, seeds in _directions(use, delta, neurons, chunk):
                 found = probed.along(delta, gradients.variables, seeds)
                 mine = by_neuron[part.start - neurons.start : part.stop - neurons.start]
-                behind.add(mine, a[:, t], gradients.along(found, len(part)), skipped)
+                behind.add(mine, a[:, t], gradients.along(found, len(part)))
         inputs = use.columns(probed.known)  # which move with earlier values
         if inputs.requires_grad:
             rows = use.rows(delta.detach())[..., neurons.start : neurons.stop]
@@ -116,7 +117,7 @@ def _add_shared(
                 seeds[:, :, t, first : first + count].diagonal(dim1=0, dim2=2).fill_(1)
                 found = batched_grad(inputs, gradients.probes, seeds)
                 mine = by_neuron[:, first : first + count].transpose(0, 1)
-                behind.add(mine, rows[:, t], gradients.along(found, count), skipped)
+                behind.add(mine, rows[:, t], gradients.along(found, count))
 
 
 def _by_neuron(layer: Layer, rows: Tensor) -> Tensor:
@@ -219,52 +220,87 @@ class _Gradients:
 
 
 class _Later:
-    """The layers behind one: each sample's derivative of their gradients, times the inputs of the first."""
+    """The layers behind one: each sample's derivative of their gradients, times the inputs of the first.
 
-    def __init__(self, gradients: _Gradients) -> None:
+    The gradients of some samples, by some columns, are made and multiplied at a time, in the cache.
+
+    Args:
+        gradients: of the layers.
+        skipped: how many neurons of the first of them have no columns.
+    """
+
+    def __init__(self, gradients: _Gradients, skipped: int = 0) -> None:
         self.layers, self.inputs, self.deltas = gradients.layers, gradients.inputs, gradients.deltas
         self.size = sum(layer.size for layer in self.layers)
-        together = chunk_sizes(gradients.probed.output.device).gradients
-        step = max(FEWEST, together // max(1, self.size))
-        samples = len(self.inputs[0]) if self.layers else 0
-        self.parts = [slice(start, min(start + step, samples)) for start in range(0, samples, step)]
+        self.samples: list[range] = []
+        self.tiles: list[list[tuple[int, range]]] = []  # neurons of layers, by the layers' numbers
         self.buffers: list[Tensor] = []  # one of each worker
+        if self.layers:
+            most = chunk_sizes(gradients.probed.output.device).gradients
+            widest = max(_COLUMNS, *(layer.width for layer in self.layers))
+            self.samples = ranges(len(self.inputs[0]), max(FEWEST, most // widest))
+            columns = most // len(self.samples[0])
+            neurons = [
+                (index, each)
+                for index, layer in enumerate(self.layers)
+                for each in ranges(layer.weight.n, columns // layer.width, 0 if index else skipped)
+            ]
+            self.tiles = grouped(neurons, self._columns, columns)
+
+    def _columns(self, neurons: tuple[int, range]) -> int:
+        return len(neurons[1]) * self.layers[neurons[0]].width
 
     @torch.no_grad()
-    def add(self, out: Tensor, left: Tensor, motion: _Motion, skipped: int = 0) -> None:
+    def add(self, out: Tensor, left: Tensor, motion: _Motion) -> None:
         """out[r, i, :] += sum_b left[b, i] d g_b, for every direction r.
 
         Args:
             out: [directions, width, columns].
             left: [B, width].
             motion: of the layers, along the directions.
-            skipped: columns before those of `out`.
         """
         threads = workers(out.device, len(out))
+        sizes = [sum(map(self._columns, tile)) for tile in self.tiles]
         while len(self.buffers) < threads:
-            self.buffers.append(out.new_empty(len(left[self.parts[0]]), self.size))
+            self.buffers.append(out.new_empty(len(self.samples[0]) * max(sizes)))
 
         def add(worker: int, rows: Iterator[int]) -> None:
-            buffer = self.buffers[worker][: part.stop - part.start]
             for row in rows:
-                column = 0
-                for index, layer in enumerate(self.layers):
-                    u, shift = motion.deltas[index], motion.inputs[index]
-                    delta = self.deltas[index]
-                    _fill(
-                        buffer[:, column : column + layer.size].unflatten(1, (-1, layer.width)),
-                        layer,
-                        None if u is None else u[row, part],
-                        self.inputs[index][part],
-                        None if shift is None else shift[row][part],
-                        None if delta is None else delta[part],
-                    )
-                    column += layer.size
-                out[row].addmm_(turned, buffer[:, skipped:])
+                start = 0
+                for tile, size in zip(self.tiles, sizes, strict=True):
+                    made = self.buffers[worker][: turned.shape[1] * size].view(-1, size)
+                    self._make(made, tile, part, motion, row)
+                    out[row, :, start : start + size].addmm_(turned, made)
+                    start += size
 
-        for part in self.parts:
+        for samples in self.samples:
+            part = slice(samples.start, samples.stop)
             turned = left[part].T.contiguous()
             side_by_side(range(len(out)), threads, add)
+
+    def _make(
+        self,
+        out: Tensor,
+        tile: Sequence[tuple[int, range]],
+        part: slice,
+        motion: _Motion,
+        row: int,
+    ) -> None:
+        """The derivatives of some samples' gradients along one direction, by these neurons: [samples, columns]."""
+        column = 0
+        for index, neurons in tile:
+            layer, mine = self.layers[index], slice(neurons.start, neurons.stop)
+            u, shift, delta = motion.deltas[index], motion.inputs[index], self.deltas[index]
+            size = len(neurons) * layer.width
+            _fill(
+                out[:, column : column + size].unflatten(1, (-1, layer.width)),
+                layer,
+                None if u is None else u[row, part, :, mine],
+                self.inputs[index][part],
+                None if shift is None else shift[row][part],
+                None if delta is None else delta[part, :, mine],
+            )
+            column += size
 
 
 def _fill(
