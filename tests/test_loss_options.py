@@ -132,13 +132,28 @@ def test_ignored_classes_of_probabilities():
         (4, F.one_hot(CLASSES, 4), "store the class numbers: y.argmax(1)"),
         (5, F.one_hot(CLASSES, 4), "store the class numbers: y.argmax(1)"),
         (5, 2 * F.one_hot(CLASSES, 4), None),
-        (4, CLASSES[:, None], None),
+        (4, CLASSES[:, None], "store the class numbers without that axis: y.squeeze(1)"),
     ],
 )
 @pytest.mark.parametrize("loss", ["cross-entropy", "nll"])
 def test_a_column_for_each_class(outputs, y, hint, loss):
     with pytest.raises(hesscli.HesscliError, match="class targets have shape") as refused:
         computed(net(outputs), (X, y), loss=loss)
+    assert refused.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    ("y", "hint"),
+    [
+        (CLASSES % 4 + 1, "classes are counted from 0: y - 1"),
+        (CLASSES % 4 - 1, "--loss-arg ignore_index=-1"),
+        (CLASSES % 4 + 2, None),
+        (CLASSES % 4 - 2, None),
+    ],
+)
+def test_classes_out_of_range(y, hint):
+    with pytest.raises(hesscli.HesscliError, match="class targets range from") as refused:
+        computed(net(4), (X, y), loss="cross-entropy")
     assert refused.value.hint == hint
 
 

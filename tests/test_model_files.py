@@ -143,16 +143,19 @@ def test_kinds_are_told_by_content(net, exported, tmp_path, monkeypatch):
         archive.writestr("notes.txt", "x")
     np.savez("20.npz")
     os.mkfifo("21")
+    Path("22").write_bytes(b'[\n {"x": [1, 2]}]')
+    Path("23").write_bytes(b"[a],[b]\n1,2\n")
     files = {int(path.stem): path for path in Path().iterdir()}
     kinds = [kind_of(files[number]) for number in sorted(files)]
     expected = (
         "torchscript torchscript torch_zip torch_legacy safetensors npz npz npy empty hdf5 onnx "
-        "lfs_pointer html text zip_damaged pickle unknown gzip zip npz special"
+        "lfs_pointer html text zip_damaged pickle unknown gzip zip npz special json "
+        "text"
     )
     assert " ".join(kinds) == expected
     assert {kind_of(path) for path in exported.values()} == {"exported"}
-    Path("22").mkdir()
-    assert kind_of("22") == "folder"
+    Path("24").mkdir()
+    assert kind_of("24") == "folder"
     assert kind_of(tmp_path) == "npy_folder"
 
 

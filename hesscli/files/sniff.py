@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import stat
 import zipfile
@@ -32,6 +33,7 @@ Kind = Literal[
     "parquet",
     "arrow",
     "weights_index",
+    "json",
     "text",
     "empty",
     "transformers",
@@ -65,6 +67,7 @@ DESCRIPTIONS: dict[Kind, str] = {
     "parquet": "a Parquet file",
     "arrow": "an Arrow file",
     "weights_index": "the index of weights in several files",
+    "json": "a JSON file",
     "text": "a text file",
     "empty": "an empty file",
     "transformers": "a Hugging Face model folder",
@@ -81,6 +84,7 @@ COPY_AGAIN = "copy or download the file again"
 
 _HEAD = 512
 _LONGEST_INDEX = 1 << 24
+_JSON = re.compile(rb"\s*(\{\s*[\"}]|\[\s*[\[{])")  # a table may begin with [a name]
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.serialization.MAGIC_NUMBER, pickled
 
 
@@ -170,7 +174,9 @@ def _kind_of_content(file: BinaryIO) -> Kind:
         return "unknown"
     if head.startswith(b"{") and b'"metadata"' in head:  # it may be long, and comes first
         head += file.read(_LONGEST_INDEX)
-    return "weights_index" if head.startswith(b"{") and b'"weight_map"' in head else "text"
+    if not _JSON.match(head):
+        return "text"
+    return "weights_index" if head.startswith(b"{") and b'"weight_map"' in head else "json"
 
 
 def _kind_of_folder(path: Path | str) -> Kind:

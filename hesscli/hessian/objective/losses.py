@@ -201,9 +201,17 @@ def _check_classes(output: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     if valid.numel() and (int(valid.min()) < 0 or int(valid.max()) >= classes):
         raise MismatchError(
             f"class targets range from {int(valid.min())} to {int(valid.max())}, "
-            f"the model's output has {classes} classes"
+            f"the model's output has {classes} classes",
+            _range_hint(int(valid.min()), int(valid.max()), classes),
         )
     return target
+
+
+def _range_hint(first: int, last: int, classes: int) -> str | None:
+    """What to do about classes counted from 1, or about -1 where none counts."""
+    if first == 1 and last == classes:
+        return "classes are counted from 0: y - 1"
+    return "--loss-arg ignore_index=-1" if first == -1 and last < classes else None
 
 
 def _column_hint(output: Tensor, target: Tensor, axis: int) -> str | None:
@@ -213,6 +221,8 @@ def _column_hint(output: Tensor, target: Tensor, axis: int) -> str | None:
         marks = bool(((target == 0) | (target == 1)).all())
         if same or (marks and bool((target.sum(axis) == 1).all())):
             return f"store the class numbers: y.argmax({axis})"
+    if output.dim() == target.dim() and output.shape[axis] > 1 and target.shape[axis] == 1:
+        return f"store the class numbers without that axis: y.squeeze({axis})"
     return "--loss mse" if same else None
 
 
