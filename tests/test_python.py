@@ -250,6 +250,12 @@ def test_a_function_is_not_the_loss_of_its_name(net):
     assert found.metadata["loss"]["name"] == "test_python:mse"
 
 
+def test_dropout_in_train_mode(net):
+    with pytest.raises(hesscli.HesscliError, match="dropout left on") as refused:
+        hesscli.compute(net, (X, Y), train_mode=True)
+    assert "--train-mode" in refused.value.hint
+
+
 def test_nothing_of_the_user_changes(net):
     net.last.weight.grad = torch.ones(2, 4, dtype=torch.float64)
     state = {name: value.clone() for name, value in net.state_dict().items()}

@@ -43,7 +43,7 @@ def first_output(
             "pass goes on with a result of the first",
             "compute it in every pass, or keep it in an attribute of the module",
         )
-    demand_alike(first.detach(), second.detach())
+    demand_alike(problem, first.detach(), second.detach())
     return first.detach()
 
 
@@ -66,17 +66,19 @@ def _inner(output: Tensor) -> set[Any]:
     return {node for node in graph_of(output) if not hasattr(node, "variable")}
 
 
-def demand_alike(first: Tensor, second: Tensor) -> None:
-    """Refuses two passes of the same data that give something else.
+def demand_alike(problem: Problem, first: Tensor, second: Tensor) -> None:
+    """Refuses two passes of the same data through the model that give something else.
 
     Raises:
         UnrepeatableError: they do.
     """
     if not equal(first, second):
+        asked = "leave out --train-mode, or build the model with a dropout of 0"
+        saved = "save it after model.eval(); traced and exported models keep the mode they had"
         raise UnrepeatableError(
             "two passes of the same data through the model differ: it draws random numbers (dropout left on?), or "
             "writes to an array that is no buffer, so it has no Hessian",
-            "save it after model.eval(); a traced or exported model keeps the mode it was saved in",
+            asked if problem.module.training else saved,
         )
 
 

@@ -29,7 +29,7 @@ def measure(
         for index, batch in enumerate(problem.batches):
             output = problem.output(batch)
             if index == 0:
-                demand_alike(output, problem.output(batch))
+                demand_alike(problem, output, problem.output(batch))
             again = output.clone()  # a loss may write to it
             batch_total, share = problem.loss.total(output, batch)
             if batch_total.is_complex():
