@@ -194,8 +194,10 @@ def test_other_files_are_refused_by_name(tmp_path, content, words, hint):
 
 def test_data_in_place_of_the_model(tmp_path):
     np.savez(tmp_path / "data.npz", x=1)
-    error = refused(FileError, tmp_path / "data.npz")
-    assert error.hint == "the model comes first: hesscli compute MODEL DATA"
+    (tmp_path / "data.csv").write_text("a,b\n1,2\n")
+    for name in ("data.npz", "data.csv"):
+        error = refused(FileError, tmp_path / name)
+        assert error.hint == "the model comes first: hesscli compute MODEL DATA"
 
 
 def test_a_pipe_and_a_folder_are_refused_without_waiting(tmp_path):

@@ -140,14 +140,15 @@ def _tensors_or_module(path: Path, kind: Kind, pickle_hint: str | None) -> objec
         return load_safetensors(path)
     if kind not in ("torch_zip", "torch_legacy"):
         wanted = "a TorchScript, state dict, safetensors or .pt2 model"
-        raise unsupported(path, kind, wanted, _hint(kind))
+        raise unsupported(path, kind, wanted, _hint(path, kind))
     with suppress(NeedsPickleError):
         return read_torch_file(path, kind, pickle_hint)
     return _unpickle(path, kind)
 
 
-def _hint(kind: Kind) -> str:
-    if kind in ("npz", "npy", "npy_folder", "parquet", "dataset"):
+def _hint(path: Path, kind: Kind) -> str:
+    table = kind == "text" and path.suffix in (".csv", ".tsv")
+    if table or kind in ("npz", "npy", "npy_folder", "parquet", "dataset"):
         return "the model comes first: hesscli compute MODEL DATA"
     if kind == "onnx":  # its converters do not keep up with it, and lose the parameters' names
         return "export it as .pt2: torch.export.save(torch.export.export(model, (x,)), 'net.pt2')"
