@@ -688,6 +688,24 @@ def test_several_inputs_side_by_side_are_refused_with_how_they_are_given() -> No
         assert isinstance(eval(caught.value.hint or ""), hesscli.Hessian)
 
 
+@pytest.mark.parametrize("pair", [tuple, list])
+def test_several_inputs_of_one_shape_are_not_taken_for_one(pair: type) -> None:
+    model, a, y = nn.Bilinear(3, 3, 1), torch.ones(4, 3), torch.ones(4, 1)
+    b = a.clone()
+    for arrays in ((a, b), (a.numpy(), b.numpy())):
+        for data in ((pair(arrays), y), {"x": pair(arrays), "y": y.tolist()}):
+            with pytest.raises(hesscli.HesscliError, match="data: x is a ") as caught:
+                hesscli.compute(model, data)
+            assert isinstance(eval(caught.value.hint or ""), hesscli.Hessian)
+
+
+def test_samples_may_be_arrays_in_a_list(net: Net) -> None:
+    plain = hesscli.compute(net, (X, Y), blocks="full")
+    for data in ((list(X), Y), {"x": list(X), "y": Y.tolist(), "w": torch.ones(3)}):
+        same = hesscli.compute(net, data, blocks="full")
+        np.testing.assert_array_equal(same.matrix(), plain.matrix())
+
+
 @pytest.mark.parametrize("model", [None, len])
 def test_models_that_are_none(model: object) -> None:
     with pytest.raises(hesscli.HesscliError, match="expected a module, or the path of a file"):

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -131,6 +131,8 @@ def _tensors(data: object) -> dict[str, Tensor]:
         if not isinstance(name, str):
             raise UsageError(f"data: a key is {name!r}; expected the name of an array")
         try:
+            if _several(array, data.values()):
+                raise TypeError
             tensor = _tensor(array)
         except (TypeError, ValueError, RuntimeError) as error:
             hint = SEVERAL_INPUTS if isinstance(array, (tuple, list, Mapping)) else None
@@ -140,6 +142,21 @@ def _tensors(data: object) -> dict[str, Tensor]:
             raise UsageError(f"data: {name} is {layout}; expected a dense tensor")
         tensors[name] = tensor
     return tensors
+
+
+def _several(value: object, values: Iterable[object]) -> bool:
+    """Whether it is several arrays with an entry per sample, as others have, and not one array, sample by sample."""
+    if not isinstance(value, (tuple, list)) or not all(isinstance(part, Array) for part in value):
+        return False
+    sizes = {_length(other) for other in values if other is not value}
+    return len(value) not in sizes and any(_length(part) in sizes - {0} for part in value)
+
+
+def _length(value: object) -> int:
+    """How many entries the first axis has; 0 without one."""
+    if isinstance(value, Array):
+        return len(value) if value.ndim else 0
+    return len(value) if isinstance(value, (tuple, list)) else 0
 
 
 def _tensor(array: Any) -> Tensor:
