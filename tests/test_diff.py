@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,6 @@ LOSS = {
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"structure": "module"}, "another structure (module, not block_diagonal)"),
         ({"loss": LOSS | {"name": "huber"}}, "another loss (huber, not mse)"),
         ({"loss": LOSS | {"reduction": "sum"}}, "another loss reduction (sum, not mean)"),
         ({"loss": LOSS | {"arguments": {"delta": 2}}}, "another loss arguments ({'delta': 2}"),
@@ -179,6 +179,67 @@ def test_elements(cli, tmp_path):
     write(tmp_path / "b", {"p": a["p"] + 1, "scale": a["scale"]}, "elements")
     p, scale = json.loads(cli("diff", "a", "b", "--json").stdout)["blocks"]
     assert (p["d_trace"], p["max_diff"], scale["equal"]) == (6, 1, True)
+
+
+SHAPES = {"m.w": (2, 3), "n.w": (4,), "m.b": (2,)}  # m's rows are not side by side
+ROWS = {"m.w": [*range(6)], "n.w": [*range(6, 10)], "m.b": [10, 11]}
+ROWS |= {"m": [*ROWS["m.w"], *ROWS["m.b"]], "n": ROWS["n.w"]}
+
+
+def in_structure(matrix, structure):
+    """The blocks of a whole matrix."""
+    if structure == "full":
+        return {"hessian": matrix}
+    if structure == "elements":
+        return {
+            name: matrix.diagonal()[ROWS[name]].reshape(shape) for name, shape in SHAPES.items()
+        }
+    names = ("m", "n") if structure == "module" else SHAPES
+    return {name: matrix[np.ix_(ROWS[name], ROWS[name])] for name in names}
+
+
+FROM_FINEST = ("elements", "block_diagonal", "module", "full")
+
+
+@pytest.mark.parametrize(("fine", "coarse"), [*combinations(FROM_FINEST, 2)])
+def test_of_two_structures_the_blocks_of_the_finer_compare(
+    cli, tmp_path, monkeypatch, fine, coarse
+):
+    monkeypatch.chdir(tmp_path)
+    a, b = symmetric(12), symmetric(12, 1)
+    write(tmp_path / "a", in_structure(a, fine), fine, SHAPES)
+    write(tmp_path / "same", in_structure(a, coarse), coarse, SHAPES)
+    write(tmp_path / "b", in_structure(b, coarse), coarse, SHAPES)
+    ran = cli("diff", "a", "same")
+    assert f"another structure ({coarse}, not {fine})" in ran.fails(2)
+    assert ran.hint == "hesscli diff a same --force"
+    ran = cli("diff", "a", "same", "--force")
+    assert (ran.code, ran.stderr) == (0, "")
+    assert f"compared  the blocks of {fine}, which both have\n" in ran.stdout
+    for words, sign in ((("a", "b"), 1), (("b", "a"), -1)):
+        found = json.loads(cli("diff", *words, "--force", "--json").stdout)
+        pairs = zip(in_structure(a, fine).items(), in_structure(b, fine).values(), strict=True)
+        for facts, ((name, ours), theirs) in zip(found["blocks"], pairs, strict=True):
+            assert (facts["name"], facts["size"], facts["equal"]) == (name, len(ROWS[name]), False)
+            base = ours if sign == 1 else theirs
+            norms = [np.linalg.norm(x.ravel()) for x in (theirs - ours, base)]
+            assert facts["rel_diff"] == pytest.approx(norms[0] / norms[1])
+            trace = (np.sum if fine == "elements" else np.trace)(theirs - ours)
+            assert facts["d_trace"] == pytest.approx(sign * trace)
+            assert facts["d_eig_max"] is None  # the coarser file says that of its own blocks alone
+        assert (found["structure"], found["only_a"], found["only_b"]) == (fine, [], [])
+
+
+def test_what_the_finer_structure_lacks(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a = symmetric(12)
+    write(tmp_path / "a", {"hessian": a}, "full", SHAPES)
+    write(tmp_path / "b", {"m.w": a[:6, :6], "new": symmetric(2)})
+    ran = cli("diff", "a", "b", "--force")
+    assert ran.code == 1
+    assert "only in a  n.w, m.b\nonly in b  new\n" in ran.stdout
+    assert ran.stdout.splitlines()[-1].split()[0] == "m.w"
+    assert ran.stdout.splitlines()[-1].split()[-1] == "yes"
 
 
 def test_files_that_are_missing(cli, pair):

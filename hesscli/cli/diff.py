@@ -77,7 +77,10 @@ def print_difference(out: Output, document: Document) -> None:
         ]
         for facts in document["blocks"]
     ]
-    out.facts({"a": _described(a), "b": _described(b)} | _apart(document))
+    described = {"a": _described(a), "b": _described(b)}
+    if a["structure"] != b["structure"]:
+        described["compared"] = f"the blocks of {document['structure']}, which both have"
+    out.facts(described | _apart(document))
     changes = ["rel_diff", "max_diff", "d_trace", "d_eig_max", "d_eig_min"]
     out.table(["block", "size", *changes, "equal"], rows, words=(0, 7))
 

@@ -9,10 +9,10 @@ from itertools import zip_longest
 from pathlib import Path
 
 from hesscli.errors import UsageError
-from hesscli.files.hessians.hessian_file import HessianFile, read_hessian
+from hesscli.files.hessians.hessian_file import read_hessian
+from hesscli.job.finer import Finer, finest
 from hesscli.job.json_form import Document
 from hesscli.job.options import Progress
-from hesscli.job.stored import values_of
 from hesscli.spectrum.difference import difference
 
 SCHEMA = "hesscli.diff/1"
@@ -23,7 +23,8 @@ Shapes = Mapping[str, Sequence[int]]
 def diff(a: Path, b: Path, rtol: float, atol: float, force: bool, progress: Progress) -> Document:
     """Compares B with A; with `force` what both have, whatever they are Hessians of.
 
-    A block is equal if ||B - A|| <= rtol ||A|| in the Frobenius norm, or no entry differs by more than atol.
+    A block is equal if ||B - A|| <= rtol ||A|| in the Frobenius norm, or no entry differs by more than atol. Of two
+    structures the coarser one is compared in the blocks of the finer.
 
     Raises:
         UsageError: the files hold different structures, or the Hessians of different losses or parameters.
@@ -35,26 +36,25 @@ def diff(a: Path, b: Path, rtol: float, atol: float, force: bool, progress: Prog
             f"{b}: {', '.join(unlike)} than in {a}",
             shlex.join(["hesscli", "diff", str(a), str(b), "--force"]),
         )
-    a_blocks, b_blocks = _blocks(ours), _blocks(theirs)
-    common = [
-        name
-        for name, facts in a_blocks.items()
-        if name in b_blocks and ours.entries[name]["shape"] == theirs.entries[name]["shape"]
-    ]
-    total, done = sum(a_blocks[name]["size"] for name in common), 0
+    structure = finest(ours, theirs)
+    one, other = Finer(ours, structure), Finer(theirs, structure)
+    shared = [name for name in one.blocks if name in other.blocks]
+    common = [name for name in shared if one.blocks[name]["size"] == other.blocks[name]["size"]]
+    total, done = sum(one.blocks[name]["size"] for name in common), 0
     rows = []
     for name in common:
-        rows.append(_compared(ours, theirs, a_blocks[name], b_blocks[name], rtol, atol))
-        done += a_blocks[name]["size"]
+        rows.append(_compared(one, other, name, rtol, atol))
+        done += one.blocks[name]["size"]
         progress(done, total, name)
-    only_a = [name for name in a_blocks if name not in b_blocks]
-    only_b = [name for name in b_blocks if name not in a_blocks]
-    other_size = [name for name in a_blocks if name in b_blocks and name not in common]
+    only_a = [name for name in one.blocks if name not in other.blocks]
+    only_b = [name for name in other.blocks if name not in one.blocks]
+    other_size = [name for name in shared if name not in common]
     return {
         "schema": SCHEMA,
         "a": _side(a, ours.document),
         "b": _side(b, theirs.document),
         "unlike": unlike,
+        "structure": structure,
         "rtol": rtol,
         "atol": atol,
         "blocks": rows,
@@ -63,10 +63,6 @@ def diff(a: Path, b: Path, rtol: float, atol: float, force: bool, progress: Prog
         "other_size": other_size,
         "equal": all(row["equal"] for row in rows) and not (only_a or only_b or other_size),
     }
-
-
-def _blocks(file: HessianFile) -> dict[str, Document]:
-    return {facts["name"]: facts for facts in file.document["blocks"]}
 
 
 def _side(path: Path, document: Document) -> Document:
@@ -86,7 +82,8 @@ def _unlike(a: Document, b: Document) -> list[str]:
         if ours != theirs:
             what = "loss" if key == "name" else f"loss {key}"
             found.append(f"another {what} ({theirs}, not {ours})")
-    return found + _unlike_parameters(_shapes(a), _shapes(b), a["structure"] == "full")
+    full = a["structure"] == b["structure"] == "full"
+    return found + _unlike_parameters(_shapes(a), _shapes(b), full)
 
 
 def _unlike_parameters(ours: Shapes, theirs: Shapes, full: bool) -> list[str]:
@@ -108,16 +105,9 @@ def _shapes(document: Document) -> Shapes:
     return {facts["name"]: facts["shape"] for facts in document["parameters"]}
 
 
-def _compared(
-    ours: HessianFile,
-    theirs: HessianFile,
-    a: Document,
-    b: Document,
-    rtol: float,
-    atol: float,
-) -> Document:
-    name = a["name"]
-    found = difference(values_of(ours, name), values_of(theirs, name))
+def _compared(one: Finer, other: Finer, name: str, rtol: float, atol: float) -> Document:
+    a, b = one.blocks[name], other.blocks[name]
+    found = difference(one.values(name), other.values(name))
     return {
         "name": name,
         "shape": a["shape"],
