@@ -220,6 +220,19 @@ def failing(self, vectors):
 Products.__call__ = failing
 """
 
+# The second rank sees, with more samples than the first has room for, that they mix; or fails while the first waits.
+SEEING = """
+from hesscli.job.setup import batches
+tried = batches.coupled
+def seeing(*words):
+    if name.startswith("mixed") and os.environ["RANK"] == "1":
+        return "the model"
+    if name == "untried" and os.environ["RANK"] == "1":
+        raise MismatchError("data: not tried")
+    return tried(*words)
+batches.coupled = seeing
+"""
+
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Rank]]]:
@@ -242,7 +255,11 @@ def on_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, li
     commands |= kinked_commands(folder)
     commands["bad"] = ("eigen", *net, "-o", "bad.safetensors")
     commands["good"] = ("hvp", *net, "--vector", "gradient")
-    found = on_ranks(sys.executable, 2, folder, commands, before=FAILING)
+    small = (*net, "--batch-size", 2, "--dtype", "float64", "--json")
+    commands["untried"] = ("hvp", *small, "--vector", "gradient")
+    commands["mixed"] = (*commands["untried"], "-o", "mixed.safetensors")
+    commands["mixed blocks"] = ("compute", *small, "-o", "mixed-blocks.safetensors")
+    found = on_ranks(sys.executable, 2, folder, commands, before=FAILING + SEEING)
     for dtype in ("float32", "float64"):
         for name in WRITES:
             path = folder / f"{name}.{dtype}.safetensors"
@@ -296,6 +313,26 @@ def test_kinks_are_held_by_all(on_two):
         assert command.document["check"]["relative_error"] < 1e-4
     assert found["trace"].document["method"] == "hvp"
     assert {b["method"] for b in found["alone"].document["blocks"]} == {"gauss-newton"}
+
+
+def test_that_samples_mix_is_seen_by_all_where_one_sees_it(
+    cli: Callable[..., Ran], on_two, monkeypatch
+):
+    folder, shared = on_two
+    monkeypatch.chdir(folder)
+    said = "the model sees several samples at once, so all the data is one batch"
+    for name in ("mixed", "mixed blocks"):
+        assert shared[name][0].code == 0, shared[name][0].stderr
+        assert said in shared[name][0].document["notes"]
+    words = ("hvp", "net.pt", "data.npz", "--dtype", "float64", "--vector", "gradient")
+    assert cli(*words, "-o", "alone.safetensors").code == 0
+    same_files("mixed.safetensors", "alone.safetensors", "float64")
+
+
+def test_an_error_on_one_rank_while_samples_are_tried_apart_is_the_commands(on_two):
+    first, second = on_two[1]["untried"]
+    assert (first.code, second.stderr) == (4, "")
+    assert first.stderr.splitlines()[-1] == "error: data: not tried"
 
 
 def test_an_error_on_one_rank_is_the_commands(on_two):

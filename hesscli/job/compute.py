@@ -19,6 +19,7 @@ from hesscli.job.matrix.room import require_room
 from hesscli.job.matrix.run import Run
 from hesscli.job.options import ComputeOptions, Listener, options_of
 from hesscli.job.results import written
+from hesscli.job.setup.one_process import AllAlike
 from hesscli.job.setup.opening import open_problem
 from hesscli.job.setup.team import Team
 from hesscli.job.writing import demand_names, writable
@@ -55,7 +56,8 @@ def compute(
             raise UsageError(f"-: several {what} to a pipe", "-o hessian.safetensors")
         if options.output is None and options.resume:
             raise UsageError("-: a pipe keeps nothing to resume", "-o hessian.safetensors")
-        plan = Plan(options, open_problem(options, listener, model=model), several)
+        opened = open_problem(options, listener, model=model, processes=AllAlike(team))
+        plan = Plan(options, opened, several)
         demand_names((block.name for block in plan.blocks), plan.shapes, options.gradient)
         if dry_run:
             document = forecast(plan)

@@ -18,6 +18,7 @@ from hesscli.hessian.objective.first_passes import first_output
 from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES, classes_last
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.objective.saved import saved_bytes
+from hesscli.job.setup.one_process import OneProcess
 from hesscli.job.setup.own_loss import inspect_loss
 from hesscli.job.setup.source import Source
 from hesscli.job.setup.team import ranks_here
@@ -33,7 +34,7 @@ def split(
     source: Source,
     batch_size: int | None,
     note: Callable[[str], None],
-    parts: int = 1,
+    processes: OneProcess,
     side_by_side: bool = False,
 ) -> tuple[Problem, int]:
     """The problem with its data in batches, unless model or loss want it whole; and the rows of a chunk.
@@ -43,12 +44,13 @@ def split(
         source: its data.
         batch_size: samples per batch, if asked for.
         note: hears what is made of the data.
-        parts: how many processes share the batches; there is at least one for each, where that can be.
+        processes: that share the batches; there is at least one for each, where that can be.
         side_by_side: batches will be worked on side by side: a few for each thread, unless they would be small.
 
     Raises:
         MismatchError: the data cannot be cut into batches that the model accepts.
     """
+    parts = processes.size
     some, fewest, most = _accepted(problem, source, batch_size, note)
     _say_where_classes_are(problem, some, note)
     if problem.loss.name not in LOSSES:
@@ -62,7 +64,7 @@ def split(
         problem = replace(problem, writes=True)
     sizes = _sizes(problem, saved, source.samples, parts, side_by_side)
     bounds = _bounds(source, batch_size or sizes.batch, parts)
-    problem, bounds = _taken_apart(problem, source, bounds, saved, note)
+    problem, bounds = _taken_apart(problem, source, bounds, saved, note, processes)
     count = len(bounds) - 1
     if count < parts:
         listed = f"{count} batch" + ("es" if count > 1 else "")
@@ -167,18 +169,31 @@ def _taken_apart(
     bounds: list[int],
     saved: int,
     note: Callable[[str], None],
+    processes: OneProcess,
 ) -> tuple[Problem, list[int]]:
-    """The problem with whether its samples are separable, and the bounds of its batches: of one, if they are not."""
-    sees = "sees several samples at once"
-    if source.most is not None and source.most < source.samples:
-        if (seeing := coupled_in_place(problem, source, bounds[1])) is not None:
+    """The problem with whether its samples are separable, and the bounds of its batches: of one, if they are not.
+
+    A process with more memory tries it with more samples, so what any of them sees counts for all.
+    """
+    sees, limited = (
+        "sees several samples at once",
+        bool(source.most and source.most < source.samples),
+    )
+    if limited:
+        seeing = coupled_in_place(problem, source, bounds[1])
+    elif len(bounds) > 2:
+        each = max(1, saved, 2 * source.bytes // source.samples)
+        room = free_memory(problem.device) // (2 * ranks_here() * each)
+        seeing = coupled(problem, source, bounds, room, note)
+    else:
+        seeing = None
+    seeing = processes.any_says(seeing)
+    if limited:
+        if seeing is not None:
             note(f"{seeing} {sees}: {bounds[1]} at a time, as the model accepts them")
         return replace(problem, separable=False), bounds
-    problem = replace(problem, separable=source.fewest == 1)
-    each = max(1, saved, 2 * source.bytes // source.samples)
-    room = free_memory(problem.device) // (2 * ranks_here() * each)
-    if len(bounds) == 2 or (seeing := coupled(problem, source, bounds, room, note)) is None:
-        return problem, bounds
+    if seeing is None:
+        return replace(problem, separable=source.fewest == 1), bounds
     note(f"{seeing} {sees}, so all the data is one batch")
     return replace(problem, separable=False), [0, source.samples]
 

@@ -50,7 +50,9 @@ class ManyProcesses(OneProcess):
         self.opened: list[Opened] = []
         self.kept: tuple[object, Products] | None = None  # those of the last question
         self.asking = False
-        self.measured = False
+        self.awaited = (
+            False  # whether the others wait for what this one has to say of what it opens
+        )
 
     def __enter__(self) -> ManyProcesses:
         self.team.__enter__()
@@ -146,9 +148,12 @@ class ManyProcesses(OneProcess):
         mine = Batches(stop - first, lambda i: batches[first + i])
         return replace(problem, batches=mine, narrow=problem.narrow and self.own(problem.narrow))
 
+    def any_says(self, said: str | None) -> str | None:
+        return next((each for each in self._agreed(said) if each is not None), None)
+
     def totals(self, total: float, denominator: float) -> tuple[float, float]:
         """The sums of both over all processes, the same bits on each."""
-        self.measured = True
+        self.awaited = False
         found = self._agreed((total, denominator))
         return sum(pair[0] for pair in found), sum(pair[1] for pair in found)
 
@@ -158,11 +163,11 @@ class ManyProcesses(OneProcess):
         return opened.problem if opened.problem.dtype == torch.float64 else opened.double
 
     def _open(self, options: ProblemOptions, listener: Listener) -> Opened:
-        self.measured = False
+        self.awaited = True
         try:
             opened = open_problem(options, listener, processes=self)
         except _SAID as error:
-            if not self.measured:  # the others wait for what was measured here
+            if self.awaited:
                 self._agreed(error)
             raise
         self.opened.append(opened)
@@ -182,6 +187,7 @@ class ManyProcesses(OneProcess):
         found = self.team.gather(said)
         for each in found:
             if isinstance(each, Exception):
+                self.awaited = False  # all know of it
                 raise each
         return found
 

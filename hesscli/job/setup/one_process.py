@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from hesscli.hessian.operator import LinearMap
     from hesscli.job.options import Listener, ProblemOptions
     from hesscli.job.setup.opening import Opened
+    from hesscli.job.setup.team import Team
 
 
 class OneProcess:
-    """This process, which has all of the data; `ManyProcesses` is one of several.
+    """This process, which has all of the data; `ManyProcesses` has a share of it.
 
     Args:
         model: the model, if it is no file.
@@ -40,6 +41,10 @@ class OneProcess:
     def own(self, problem: Problem) -> Problem:
         """The problem with this process's share of the batches."""
         return problem
+
+    def any_says(self, said: str | None) -> str | None:
+        """What this process says, or else what another does."""
+        return said
 
     def totals(self, total: float, denominator: float) -> tuple[float, float]:
         """The sums of both over all processes."""
@@ -67,3 +72,14 @@ class OneProcess:
         from hesscli.hessian.curvatures import CURVATURES
 
         return CURVATURES[curvature].certificate(problem, dtype, seed)
+
+
+class AllAlike(OneProcess):
+    """One of several processes that each have all of the data: they see alike whether its samples mix."""
+
+    def __init__(self, team: Team) -> None:
+        super().__init__()
+        self.team = team
+
+    def any_says(self, said: str | None) -> str | None:
+        return next((each for each in self.team.gather(said) if each is not None), None)

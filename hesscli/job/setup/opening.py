@@ -90,7 +90,7 @@ def open_problem(
         options: what was asked for.
         listener: hears the notes.
         model: one in memory, in place of the file that the options name.
-        processes: that share the pass over the data.
+        processes: that share the pass over the data, or see alike whether its samples mix.
         side_by_side: batches will be worked on side by side.
 
     Raises:
@@ -150,9 +150,7 @@ class _Opening:
         )
         if self.data.columns:
             source = as_columns(problem, source, note)
-        problem, chunk = split(
-            problem, source, options.batch_size, note, processes.size, side_by_side
-        )
+        problem, chunk = split(problem, source, options.batch_size, note, processes, side_by_side)
         self._demand_own_parameters(problem)
         if self.loss.wide:
             problem, _ = problem.widened()
