@@ -1,11 +1,13 @@
 """Operators whose derivatives PyTorch gets wrong or lacks, replaced by their definitions.
 
-Inside `exact_derivatives()` these operators run as the formulas of `formulas.py`, so that autograd differentiates them:
+Inside `exact_derivatives()` these operators run as the formulas of `formulas.py` and `loss_formulas.py`, so that
+autograd differentiates them:
 
 - `weight_norm`: its double backward treats the saved norms as constants and is wrong by tens of percent.
 - `batch_norm`, `layer_norm`, `group_norm`, `instance_norm`: forward-over-reverse and batched double backward are
   wrong or missing.
-- `hardsigmoid`, `embedding_bag`, `cdist`, `pdist`: no second derivative.
+- `hardsigmoid`, `embedding_bag`, `cdist`, `pdist`, `multi_margin_loss`, `multilabel_margin_loss`, `ctc_loss`: no second
+  derivative.
 - `log_softmax`, `logsigmoid`, `binary_cross_entropy_with_logits`: they take 1 - p of a p that may have been rounded
   to 1, where all their derivatives then are 0.
 - `logcumsumexp`, `sinc`, `std`, norms of vectors: their second derivatives are NaN where a gradient, or x, is zero.
@@ -32,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscli.hessian.aten import formulas
+from hesscli.hessian.aten import formulas, loss_formulas
 from hesscli.hessian.aten.recomputation import also_recomputed
 
 
@@ -96,6 +98,10 @@ DEFINITIONS: dict[str, Callable[..., object]] = {
     "_embedding_bag": formulas.embedding_bag,
     "_cdist_forward": formulas.cdist,
     "_pdist_forward": formulas.pdist,
+    "multi_margin_loss": loss_formulas.multi_margin_loss,
+    "multilabel_margin_loss_forward": loss_formulas.multilabel_margin_loss,
+    "_ctc_loss": loss_formulas.ctc_loss,
+    "_ctc_loss.Tensor": loss_formulas.ctc_loss,
 }
 
 
