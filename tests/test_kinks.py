@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import hesscli
+from hesscli.errors import HesscliError
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.curvatures import CURVATURES
 from hesscli.hessian.differences import quotients
@@ -23,6 +24,7 @@ from hesscli.hessian.differences.check import Certificate, Comparison
 from hesscli.hessian.differences.directional import DirectionalDifference
 from hesscli.hessian.differences.kinks import held_difference
 from hesscli.hessian.differences.products import Differences
+from hesscli.hessian.guests import guest
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import Products
 from hesscli.hessian.routes.finite_difference import FiniteDifference
@@ -173,6 +175,19 @@ def test_a_piece_that_is_one_point_is_not_held(is_zero):
         return x.where(is_zero(x), 3 * x)
 
     assert held_difference(gradient, 0.1) is None
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_write_through_a_view_without_gradients_is_not_held(written):
+    def gradient(h):
+        x = torch.tensor([h, 1.0], requires_grad=True) * 2
+        with guest(lambda reason, error: HesscliError(reason)), torch.no_grad():
+            view = x.view(1, 2)
+            if written:
+                view[:, 0].mul_(3)
+        return x.detach() * x.detach()
+
+    assert (held_difference(gradient, 0.1) is None) == written
 
 
 def test_a_pass_with_other_calls_is_not_trusted():
@@ -445,6 +460,9 @@ CONSTANTS: dict[str, Callable[[Tensor], Tensor]] = {
     "assigned": assigned,
     "summed-up": lambda w: torch.ones_like(w).add_(w).add_(w),
     "at-the-end": lambda w: torch.add(w, 1, out=torch.empty_like(w)),
+    "viewed": lambda w: w.t().t(),
+    "parts": lambda w: w.view(-1).unflatten(0, (3, 4)),
+    "split": lambda w: w.unbind(0)[0],
 }
 
 

@@ -41,8 +41,10 @@ class Kinks(Watcher):
         self.sides = Sides()
         self._around = ExitStack()
         self._inside = False  # a Function, whose calls are its own business
+        self._copies: dict[int, Tensor] = {}  # that stand for views, by where they lie
 
     def __enter__(self) -> Kinks:
+        self._copies.clear()
         self._around.enter_context(applied_by(self._applied))
         self._around.enter_context(Detaching(self._detached))
         return super().__enter__()
@@ -104,6 +106,9 @@ class Kinks(Watcher):
             return func(*args, **kwargs).zero_()
         if not any(x.is_floating_point() for x in each(args, Tensor)):
             return func(*args, **kwargs)
+        if self._copies and func._schema.is_mutable:
+            written = each((args[0], *kwargs.values()), Tensor)
+            self.sides.lost |= any(x.untyped_storage().data_ptr() in self._copies for x in written)
         if is_in_function():  # one that was applied past `_applied`
             self.sides.lost = True
             return func(*args, **kwargs)
@@ -114,11 +119,18 @@ class Kinks(Watcher):
         return between_kinks(self.sides, func, args, kwargs)
 
     def _without_gradients(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What is computed with gradients off is a constant to autograd, wherever it is kept."""
+        """What is computed with gradients off is a constant to autograd, wherever it is kept.
+
+        So is a view of what moves, which is copied therefore; other views may be of memory that is to be written.
+        """
         result = func(*args, **kwargs)
         aliases = [made.alias_info for made in func._schema.returns]
         if all(alias is None for alias in aliases):
             return self.sides.constant(result)
+        if not func._schema.is_mutable and any(x.requires_grad for x in each(args, Tensor)):
+            copies = self.sides.constant(result)
+            self._copies |= {x.untyped_storage().data_ptr(): x for x in each(copies, Tensor)}
+            return copies
         for part, alias in zip(each(result, Tensor), aliases, strict=False):
             if alias is not None and alias.is_write and not part.requires_grad:
                 part.copy_(self.sides.first(part.clone()))
