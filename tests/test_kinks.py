@@ -501,6 +501,27 @@ def test_what_is_made_of_weights_without_gradients_is_a_constant(
         assert relative_error(found, hessian(model, F.mse_loss, (x,), y)) < 1e-9
 
 
+class RoundedToZero(nn.Module):
+    """What straight-through rounding makes zero still moves, to autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = 0.1 * self.a(x)
+        return self.b(z + (z.round() - z).detach())
+
+
+@pytest.mark.parametrize("method", ["auto", "finite-difference"])
+def test_what_is_rounded_to_zero(method: str) -> None:
+    torch.manual_seed(0)
+    model = RoundedToZero().double()
+    x, y = torch.randn(9, 4, dtype=torch.float64), torch.randn(9, 2, dtype=torch.float64)
+    found = hesscli.compute(model, (x, y), blocks="full", method=method, framework="torch")
+    assert relative_error(found.matrix(), hessian(model, F.mse_loss, (x,), y)) < 1e-6
+
+
 class Truncated(nn.Module):
     """Truncated backpropagation, and a gate that is a constant."""
 

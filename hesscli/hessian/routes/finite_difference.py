@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.blocks import Block
+from hesscli.hessian.differences.products import Differences
 from hesscli.hessian.differences.quotients import Quotients
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem, parameters_at
 from hesscli.hessian.routes.base import Route, Wanted
 from hesscli.hessian.words import FINITE_DIFFERENCE
-
-_NEAR = 1e-3  # how far from theta a gradient is looked for
 
 
 class FiniteDifference(Route):
@@ -42,20 +41,15 @@ class FiniteDifference(Route):
         return Quotients(self.problem.dtype)
 
     def _is_constant(self, block: Block) -> Tensor:
-        """Which entries have no gradient, at theta or near it.
+        """Which entries have no gradient, at theta or in any direction from there.
 
         To PyTorch they are constants, though the loss may depend on them (an embedding's padding row).
         """
         if block not in self._constants:
-            generator = torch.Generator().manual_seed(0)
-            leaves = [self.problem.parameters[name] for name in block.parameters]
-            found = self.problem.flat_gradient(block.parameters) == 0
-            for _ in range(2):
-                noise = [torch.randn(leaf.shape, generator=generator).to(leaf) for leaf in leaves]
-                moved = [leaf.detach() + _NEAR * z for leaf, z in zip(leaves, noise, strict=True)]
-                with parameters_at(leaves, moved):
-                    found &= self.problem.flat_gradient(block.parameters) == 0
-            self._constants[block] = found
+            problem = self.problem.restricted(block.parameters)
+            v = torch.randn(block.size, generator=torch.Generator().manual_seed(0))
+            along = Differences(problem)(v.to(problem.device, problem.dtype))
+            self._constants[block] = (problem.flat_gradient(block.parameters) == 0) & (along == 0)
         return self._constants[block]
 
     def _entries(self, block: Block) -> Iterator[tuple[int, str, int]]:
