@@ -209,6 +209,59 @@ class Sinc(nn.Module):
         )
 
 
+class Angles(nn.Module):
+    """Angles of numbers that are zero for a padded sample: constants there, by hand."""
+
+    def __init__(self, angle: Callable[[Tensor, Tensor], Tensor], by_hand: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4, bias=False), nn.Linear(3, 4, bias=False)
+        self.angle, self.by_hand = angle, by_hand
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, z = self.a(x), self.b(x)
+        if self.by_hand:
+            zero = (x == 0).all(1, keepdim=True)
+            return self.angle(y.masked_fill(zero, 0), z.masked_fill(zero, 1))
+        return self.angle(y, z)
+
+
+ANGLES = {
+    "atan2": torch.atan2,
+    "angle": lambda y, x: torch.angle(torch.complex(x, y)),
+    "of-real": lambda y, x: torch.angle(y) * x,
+}
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", "elements"])
+@pytest.mark.parametrize("angle", ANGLES)
+def test_angles_of_zeros(angle: str, structure: str) -> None:
+    torch.manual_seed(0)
+    model, by_hand = Angles(ANGLES[angle], False).double(), Angles(ANGLES[angle], True).double()
+    by_hand.load_state_dict(model.state_dict())
+    x, y = normal(6, 3), normal(6, 4)
+    x[2] = 0
+    found = hesscli.compute(model, (x, y), blocks=structure, framework="torch")
+    assert not any("instead" in note for note in found.metadata["notes"])
+    truth = hessian(by_hand, nn.functional.mse_loss, (x,), y)
+    assert relative_error(found.matrix().diagonal(), truth.diagonal()) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_angles_of_all_quarters(dtype: torch.dtype) -> None:
+    numbers = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.5, -3e-9, 1e-30, 7e9], dtype=dtype)
+    y, x = torch.meshgrid(numbers, numbers, indexing="ij")
+    y, x = y.clone().requires_grad_(), x.clone().requires_grad_()
+    theirs, whole = torch.atan2(y, x), torch.angle(x)
+    with definitions.exact_derivatives():
+        ours, real = torch.atan2(y, x), torch.angle(x)
+        slopes = torch.autograd.grad(ours.sum() + real.sum(), (y, x))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(real, whole)
+    wanted = torch.autograd.grad(theirs.sum() + whole.sum(), (y, x))
+    if dtype is torch.float64:  # in float32 the square of 1e-30 is zero to PyTorch
+        torch.testing.assert_close(slopes, wanted)
+
+
 @pytest.mark.parametrize("structure", ["full", "diag", "elements"])
 @pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
 def test_a_parallel_scan(structure: str, curvature: str) -> None:

@@ -212,6 +212,23 @@ def std_mean(
     return std(x, dim, correction, keepdim), x.mean(dim, keepdim)
 
 
+def atan2(y: Tensor, x: Tensor) -> Tensor:
+    """The angle of (x, y), by the smaller over the larger; of zero it is constant, as its first derivative says."""
+    y, x = torch.broadcast_tensors(y, x)
+    none, steep = (y == 0) & (x == 0), y.abs() > x.abs()
+    above, below = torch.where(steep, x, y), torch.where(steep, y, x)
+    angle = torch.atan(above.masked_fill(none, 0) / below.masked_fill(none, 1))
+    half = torch.copysign(torch.full_like(angle, math.pi), y.detach())
+    return torch.where(steep, half / 2 - angle, torch.where(x.signbit(), angle + half, angle))
+
+
+def angle(z: Tensor) -> Tensor:
+    """That of a complex number; of a real one, 0 or pi, whose derivative is zero."""
+    if z.is_complex():
+        return atan2(z.imag, z.real)
+    return torch.where(z < 0, math.pi, z.masked_fill(~z.isnan(), 0))
+
+
 def cosine_similarity(x: Tensor, y: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     def normed(z: Tensor) -> Tensor:
         return z / vector_norm(z, dim=[dim], keepdim=True).clamp(min=eps)
