@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from hesscli.files.npy import load_npy, load_npz
 from hesscli.files.safetensors_files import map_safetensors
 from hesscli.files.sniff import Kind, kind_of, unsupported
 from hesscli.files.torch_files import read_torch_file
-from hesscli.files.unusable import DECIMALS, Unusable
+from hesscli.files.unusable import DECIMALS, Found, Unusable
 from hesscli.texts import dtype_name
 
 _SAVE = "np.savez('data.npz', x=x, y=y)"
@@ -44,40 +44,17 @@ def load_arrays(path: Path | str) -> Arrays:
         FileError: the file is damaged, of another kind, or holds Python objects.
         ResourceError: it does not fit into the memory.
     """
-    kind = kind_of(path)
-    files: tuple[Path, ...] = (Path(path),)
-    notes: tuple[str, ...] = ()
-    if kind == "npz":
-        found = load_npz(path)
-    elif kind == "npy":
-        found = load_npy(path, Path(path).stem)
-    elif kind == "npy_folder":
-        files = tuple(sorted(Path(path).glob("*.npy")))
-        found = {}
-        for file in files:
-            _only_npy(file)
-            found |= load_npy(file, file.stem)
-    elif kind == "safetensors":
-        found = map_safetensors(path)
-    elif kind in ("torch_zip", "torch_legacy"):
-        found = _torch(path, kind)
-    elif kind == "text":
+    kind, notes = kind_of(path), tuple[str, ...]()
+    if kind == "text":
         found, notes = load_csv(path)
-        unusable = [value for value in found.values() if isinstance(value, Unusable)]
-        if len(unusable) == len(found):
-            decimals = any(value.remedy == DECIMALS for value in unusable)
-            hint = DECIMALS if decimals else "a table wants columns of numbers: x1,x2,y"
-            raise unsupported(path, kind, _EXPECTED, hint)
-    elif kind == "parquet":
-        found = load_parquet(path)
-    elif kind == "dataset":
-        files = tuple(dataset_files(path))
-        found = load_dataset(path)
+        _demand_numbers(path, found)
+    elif kind in _READERS:
+        found = _READERS[kind](path)
     else:
         raise _unreadable(path, kind)
     numbers = {name: value for name, value in found.items() if not isinstance(value, Unusable)}
     skipped = {name: value for name, value in found.items() if isinstance(value, Unusable)}
-    return Arrays(numbers, skipped, files, kind in ("text", "parquet", "dataset"), notes)
+    return Arrays(numbers, skipped, _files(path, kind), kind in _TABLES, notes)
 
 
 def describe(array: torch.Tensor) -> str:
@@ -85,10 +62,13 @@ def describe(array: torch.Tensor) -> str:
     return f"{dtype_name(array.dtype)} {list(array.shape)}"
 
 
-def _only_npy(file: Path) -> None:
-    kind = kind_of(file)
-    if kind != "npy":
-        raise unsupported(file, kind, "an npy array", "np.save('x.npy', x)")
+def _demand_numbers(path: Path | str, table: Found) -> None:
+    """Refuses a text without a column of numbers."""
+    unusable = [column for column in table.values() if isinstance(column, Unusable)]
+    if len(unusable) == len(table):
+        decimals = any(column.remedy == DECIMALS for column in unusable)
+        hint = DECIMALS if decimals else "a table wants columns of numbers: x1,x2,y"
+        raise unsupported(path, "text", _EXPECTED, hint)
 
 
 def _unreadable(path: Path | str, kind: Kind) -> FileError | UsageError:
@@ -104,8 +84,24 @@ def _unreadable(path: Path | str, kind: Kind) -> FileError | UsageError:
     return unsupported(path, kind, _EXPECTED, hint)
 
 
-def _torch(path: Path | str, kind: Kind) -> dict[str, torch.Tensor | Unusable]:
-    content = read_torch_file(path, kind, _SAVE_TORCH)
+def _files(path: Path | str, kind: Kind) -> tuple[Path, ...]:
+    """Those that are read."""
+    if kind == "npy_folder":
+        return tuple(sorted(Path(path).glob("*.npy")))
+    return tuple(dataset_files(path)) if kind == "dataset" else (Path(path),)
+
+
+def _load_npy_folder(folder: Path | str) -> Found:
+    found: Found = {}
+    for file in _files(folder, "npy_folder"):
+        if (kind := kind_of(file)) != "npy":
+            raise unsupported(file, kind, "an npy array", "np.save('x.npy', x)")
+        found |= load_npy(file)
+    return found
+
+
+def _load_torch(path: Path | str) -> Found:
+    content = read_torch_file(path, kind_of(path), _SAVE_TORCH)
     if isinstance(content, Mapping):
         return _tensors({str(name): value for name, value in content.items()})
     if isinstance(content, (tuple, list)) and len(content) == 2:
@@ -116,8 +112,8 @@ def _torch(path: Path | str, kind: Kind) -> dict[str, torch.Tensor | Unusable]:
     )
 
 
-def _tensors(content: Mapping[str, object]) -> dict[str, torch.Tensor | Unusable]:
-    found: dict[str, torch.Tensor | Unusable] = {}
+def _tensors(content: Mapping[str, object]) -> Found:
+    found: Found = {}
     for name, value in content.items():
         if not isinstance(value, torch.Tensor):
             found[name] = Unusable(f"not a tensor ({type(value).__name__})")
@@ -139,3 +135,16 @@ def _indexable(array: torch.Tensor) -> torch.Tensor | Unusable:
         return array
     wide = array.to(torch.int64)
     return Unusable("integers too large for int64") if wide.lt(0).any() else wide
+
+
+_READERS: dict[Kind, Callable[[Path | str], Found]] = {
+    "npz": load_npz,
+    "npy": load_npy,
+    "npy_folder": _load_npy_folder,
+    "safetensors": map_safetensors,
+    "torch_zip": _load_torch,
+    "torch_legacy": _load_torch,
+    "parquet": load_parquet,
+    "dataset": load_dataset,
+}
+_TABLES = ("text", "parquet", "dataset")

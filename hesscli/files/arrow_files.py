@@ -15,10 +15,10 @@ from hesscli.files.npy import tensor
 from hesscli.files.resources import available_memory
 from hesscli.files.sniff import beside
 from hesscli.files.torch_files import reading
-from hesscli.files.unusable import CODES, ROWS, Unusable
+from hesscli.files.unusable import CODES, ROWS, Found, Unusable
 
 
-def load_parquet(path: Path | str) -> dict[str, torch.Tensor | Unusable]:
+def load_parquet(path: Path | str) -> Found:
     """The columns by name; or, in a column's place, why it cannot be used.
 
     Raises:
@@ -52,7 +52,7 @@ def dataset_files(folder: Path | str) -> list[Path]:
     return [beside(state, name, "save it again: dataset.save_to_disk('data')") for name in names]
 
 
-def load_dataset(folder: Path | str) -> dict[str, torch.Tensor | Unusable]:
+def load_dataset(folder: Path | str) -> Found:
     """The columns of a `datasets` folder, mapped where they lie in one file.
 
     Raises:
@@ -79,7 +79,7 @@ def _pyarrow(path: Path | str) -> Any:
     return pyarrow
 
 
-def _columns(path: Path | str, table: Any) -> dict[str, torch.Tensor | Unusable]:
+def _columns(path: Path | str, table: Any) -> Found:
     names: Sequence[str] = table.column_names
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:

@@ -18,7 +18,7 @@ from hesscli.errors import FileError, ResourceError
 from hesscli.files.resources import available_memory
 from hesscli.files.sniff import COPY_AGAIN
 from hesscli.files.torch_files import reading
-from hesscli.files.unusable import Unusable
+from hesscli.files.unusable import Found, Unusable
 from hesscli.files.zip_files import check_zip
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
@@ -30,18 +30,18 @@ _LOCAL_HEADER = 30  # bytes of a zip member's own header before its name
 _STEP = 1 << 24  # numbers looked at together
 
 
-def load_npy(path: Path | str, name: str) -> dict[str, torch.Tensor | Unusable]:
-    """The array of an `.npy` file under a name; or, in its place, why it cannot be used.
+def load_npy(path: Path | str) -> Found:
+    """The array of an `.npy` file by the file's name; or, in its place, why it cannot be used.
 
     Raises:
         FileError: the file is damaged, or its array holds Python objects.
     """
     with reading(path, "npy"), open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+        name, size = Path(path).stem, os.fstat(file.fileno()).st_size
         return {name: _array(path, name, file, size, 0)}
 
 
-def load_npz(path: Path | str) -> dict[str, torch.Tensor | Unusable]:
+def load_npz(path: Path | str) -> Found:
     """The arrays of an `.npz` file by name; or, in an array's place, why it cannot be used.
 
     Raises:
@@ -49,7 +49,7 @@ def load_npz(path: Path | str) -> dict[str, torch.Tensor | Unusable]:
         ResourceError: what is compressed in it does not fit into the memory.
     """
     check_zip(path)
-    arrays: dict[str, torch.Tensor | Unusable] = {}
+    arrays: Found = {}
     with reading(path, "npz"), zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 CODES = "classes are whole numbers from 0 on: table.{0} = table.{0}.astype('category').cat.codes"
 ROWS = "drop these samples: table = table.dropna(subset=['{0}'])"
 
@@ -23,3 +25,7 @@ class Unusable:
 
     why: str
     remedy: str = ""
+
+
+Found = dict[str, Tensor | Unusable]
+"""The arrays of a data file, by their names."""
