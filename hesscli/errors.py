@@ -39,7 +39,7 @@ class HesscliError(Exception):
     Args:
         message: what was found, and what was wanted.
         hint: a command; or an option, which goes to the command that failed.
-        instead_of: options with a value that the command must do without then.
+        instead_of: options that are not in it, and that the command must do without then.
     """
 
     exit_code = ExitCode.BUG

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import re
 import shlex
 import signal
 import sys
@@ -18,12 +17,6 @@ from hesscli.cli.output import say
 from hesscli.cli.terminal import silence
 from hesscli.errors import ExitCode, HesscliError, Terminated, is_out_of_memory, signalled
 from hesscli.job.setup.team import rank
-
-_OTHER = {
-    "--blocks": "-b", "--loss": "-l", "--device": "-d", "--arch": "-a", "--params": "-p",
-    "-o": "--output",
-}  # fmt: skip
-"""Another name of an option."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -134,26 +127,30 @@ def _pasteable(hint: str, instead_of: tuple[str, ...] = ()) -> str:
     if not hint.startswith(("-", "| ")):
         # The rooms behind know no other command.
         return hint.replace("hesscli compute MODEL", f"hesscli {sys.argv[1]} MODEL")
-    flag, _, _ = hint.partition(" ")
-    with_values = [] if flag == "|" else re.findall(r"(?<!\S)(--?[a-z][\w-]*) (?!-\S)", hint)
-    replaced = {*instead_of, *with_values}
-    replaced |= {_OTHER[name] for name in replaced if name in _OTHER}
+    options = _options()
+    given = (word for word in (*instead_of, *hint.split()) if word in options)
+    replaced = {name for word in given for name in options[word].opts}
     kept: list[str] = []
     words = iter(sys.argv[1:])
     for word in words:
         if word == "--":
             break
-        if word in replaced:
-            next(words, None)  # its value
-        elif (
-            word != hint  # a flag that is there already
-            and word.partition("=")[0] not in replaced
-            and (word.startswith("--") or word[:2] not in replaced)
-        ):
+        name = word.partition("=")[0] if word.startswith("--") else word[:2]
+        if name not in replaced:
             kept.append(word)
-    files = list(words)
-    command = shlex.join(["hesscli", *kept])
+        elif word == name and not options[name].is_flag:
+            next(words, None)  # its value
+    command, files = shlex.join(["hesscli", *kept]), list(words)
     if not files:
         return f"{command} {hint}"
     last = shlex.join(["--", *files])
-    return f"{command} {last} {hint}" if flag == "|" else f"{command} {hint} {last}"
+    return f"{command} {last} {hint}" if hint.startswith("|") else f"{command} {hint} {last}"
+
+
+def _options() -> dict[str, Any]:
+    """The options of this very command, each by all of its names."""
+    from hesscli.cli import app
+
+    group: Any = typer.main.get_command(app)
+    parameters = group.commands[sys.argv[1]].params
+    return {name: each for each in parameters for name in each.opts if name.startswith("-")}

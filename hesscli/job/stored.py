@@ -57,7 +57,6 @@ def chosen(document: Document, block: str | None, source: str) -> list[Document]
         raise UsageError(
             f"{source}: has no block {block!r}; it has: {listed(names)}",
             f"--block {shlex.quote(close)}",
-            instead_of=("--block",),
         )
     return found
 
