@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 Restore = Callable[[], None]
+Held = tuple[Iterable[object], Restore | None]
+"""What an object holds, and what gives it back that; None for what cannot change."""
 
 _CONTAINERS = (OrderedDict, dict, list, set, deque)  # and their subclasses
 _PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None)})
@@ -62,42 +64,17 @@ def restores(root: Callable[..., object]) -> Iterator[Restore]:
             yield restore
 
 
-def _held(each: object) -> tuple[Iterable[object], Restore | None]:
-    """What an object holds, and what gives it back that; None for what cannot change."""
-    kind = type(each)
-    if isinstance(each, _CONTAINERS):
-        return _of_container(each)
-    if isinstance(each, tuple):
-        return each, None
-    if isinstance(each, FunctionType):
-        return _of_function(each)
-    if isinstance(each, _CACHED):
-        function: Any = each.__wrapped__
-        if _foreign(function):
-            return (function,), None
-        return (function,), partial(_forget, each, each.cache_info().misses)
-    if isinstance(each, MethodType):
-        return (each.__func__, each.__self__), None
-    if isinstance(each, (staticmethod, classmethod)):
-        return (each.__func__,), None
-    if isinstance(each, property):
-        return (each.fget,), None
-    if isinstance(each, cached_property):
-        return (each.func,), None
-    if isinstance(each, partial):
-        return (each.func, each.args, each.keywords), None
-    if isinstance(each, type):
-        if _foreign(each) or not each.__flags__ & _HEAP_TYPE:
-            return (), None
-        attributes = dict(vars(each))
-        return (*attributes.values(), *each.__bases__), partial(_reset, each, attributes)
-    if isinstance(each, _OTHERS) or (_foreign(kind) and not isinstance(each, nn.Module)):
+def _held(each: object) -> Held:
+    for kind, of in _KINDS.items():
+        if isinstance(each, kind):
+            return of(each)
+    if _foreign(type(each)) and not isinstance(each, nn.Module):
         return (), None
     return _of_object(each)
 
 
-def _of_container(each: Any) -> tuple[Iterable[object], Restore]:
-    """The same of a dict, list, set or deque; of a subclass, by the methods that it has from there."""
+def _of_container(each: Any) -> Held:
+    """Of a dict, list, set or deque; of a subclass, by the methods that it has from there."""
     base: Any = type(each)
     own: tuple[object, ...] = ()
     if base not in _CONTAINERS:
@@ -110,7 +87,7 @@ def _of_container(each: Any) -> tuple[Iterable[object], Restore]:
     return (*own, *values), partial(_refill, base, each, before)
 
 
-def _of_object(each: object) -> tuple[Iterable[object], Restore | None]:
+def _of_object(each: object) -> Held:
     attributes = getattr(each, "__dict__", None)
     kind = type(each)
     held = [kind] + ([attributes] if type(attributes) is dict else [])
@@ -125,7 +102,7 @@ def _of_object(each: object) -> tuple[Iterable[object], Restore | None]:
     return (*held, *before.values()), partial(_reslot, each, kind, before)
 
 
-def _of_function(function: FunctionType) -> tuple[Iterable[object], Restore | None]:
+def _of_function(function: FunctionType) -> Held:
     cells = [(cell, _contents(cell)) for cell in function.__closure__ or ()]
     held = [value for _, value in cells]
     if _foreign(function):  # a decorator, perhaps, of one that is not
@@ -140,6 +117,40 @@ def _of_function(function: FunctionType) -> tuple[Iterable[object], Restore | No
     held += [value for _, values in bound for value in values.values()]
     held += [function.__defaults__, function.__kwdefaults__, function.__dict__]
     return held, partial(_rebind, bound, cells)
+
+
+def _of_cache(cached: Any) -> Held:
+    function = cached.__wrapped__
+    misses = cached.cache_info().misses
+    return (function,), None if _foreign(function) else partial(_forget, cached, misses)
+
+
+def _of_class(kind: type) -> Held:
+    if _foreign(kind) or not kind.__flags__ & _HEAP_TYPE:
+        return (), None
+    attributes = dict(vars(kind))
+    return (*attributes.values(), *kind.__bases__), partial(_reset, kind, attributes)
+
+
+def _always(*names: str) -> Callable[[object], Held]:
+    """Of what cannot be given other attributes than it has."""
+    return lambda each: ([getattr(each, name) for name in names], None)
+
+
+_KINDS: dict[type | tuple[type, ...], Callable[[Any], Held]] = {
+    _CONTAINERS: _of_container,
+    tuple: lambda each: (each, None),
+    FunctionType: _of_function,
+    _CACHED: _of_cache,
+    MethodType: _always("__func__", "__self__"),
+    (staticmethod, classmethod): _always("__func__"),
+    property: _always("fget"),
+    cached_property: _always("func"),
+    partial: _always("func", "args", "keywords"),
+    type: _of_class,
+    _OTHERS: _always(),
+}
+"""Anything else is an object with attributes, or belongs to a library."""
 
 
 def _own(module: ModuleType) -> bool:
