@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -69,8 +69,7 @@ _REPLACED = {
 _UNLIMITED = 1 << 31  # samples
 
 
-@dataclass(frozen=True)
-class Exported:
+class Exported(NamedTuple):
     """A program as a module, and what its signature tells."""
 
     module: nn.Module

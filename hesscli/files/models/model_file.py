@@ -17,11 +17,11 @@ from hesscli.files.digest import sha256_of_all
 from hesscli.files.models.architectures import build
 from hesscli.files.models.call_signature import CallSignature, signature_of
 from hesscli.files.models.checkpoints import fitted, unwrap, versions, without_wrappers
-from hesscli.files.models.exported import Exported, load_exported
+from hesscli.files.models.exported import load_exported
 from hesscli.files.models.importing import importable
 from hesscli.files.models.libraries import arch_of
 from hesscli.files.models.mlp import MLP
-from hesscli.files.models.shards import load_part, load_shards, weights_in
+from hesscli.files.models.shards import load_folder, load_shards
 from hesscli.files.models.ties import tie, tied_groups
 from hesscli.files.models.torchscript import load_torchscript
 from hesscli.files.models.weights import load_weights
@@ -76,23 +76,24 @@ def load_model(
         FileError: damaged, unsupported, or unsafe without `allow_pickle`.
         MismatchError: the weights do not fit the architecture.
     """
-    kind = kind_of(path)
-    files: tuple[Path, ...] = (path,)
-    notes: list[str] = []
+    kind, notes = kind_of(path), list[str]()
     pickle_hint = None if allow_pickle else "--allow-pickle"
-    program: Exported | None = None
+    files: tuple[Path, ...] = (path,)
+    signature: CallSignature | None = None
+    batch_sizes: tuple[int, int | None] = (1, None)
     form: Form
+    content: object
     if kind == "torchscript":
-        module = load_torchscript(path, device, pickle_hint, train_mode, notes)
-        form = "torchscript"
+        module, form = load_torchscript(path, device, pickle_hint, train_mode, notes), kind
     elif kind == "exported":
-        program = load_exported(path, device, pickle_hint)
-        module, form = program.module, "exported"
+        (module, signature, batch_sizes), form = load_exported(path, device, pickle_hint), kind
         if train_mode:
             notes.append("train mode has no effect: an exported model keeps the mode it had")
     else:
-        if kind in ("transformers", "weights_index"):
-            content, files = _weights_of_several(path, kind)
+        if kind == "transformers":
+            content, files = load_folder(path)
+        elif kind == "weights_index":
+            content, files = load_shards(path)
         else:
             content = _tensors_or_module(path, kind, pickle_hint)
         content = unwrap(content, notes)
@@ -109,30 +110,10 @@ def load_model(
         raise without_parameters(path, form)
     prepare(module, notes)
     module.to(device)
-    if program is None:
+    if form != "exported":
         module.train(train_mode)
-    return SavedModel(
-        module,
-        form,
-        sha256_of_all(files),
-        tuple(notes),
-        program.signature if program else signature_of(module),
-        program.batch_sizes if program else (1, None),
-    )
-
-
-def _weights_of_several(path: Path, kind: Kind) -> tuple[object, tuple[Path, ...]]:
-    """The weights of a Hugging Face folder, or those that an index lists, and the files they are in."""
-    if kind == "weights_index":
-        return load_shards(path)
-    weights = weights_in(path)
-    files: tuple[Path, ...] = (weights,)
-    if kind_of(weights) == "weights_index":
-        content, files = load_shards(weights)
-    else:
-        content = load_part(weights)
-    config = path / "config.json"
-    return content, (*files, *([config] if config.is_file() else []))
+    signature = signature or signature_of(module)
+    return SavedModel(module, form, sha256_of_all(files), tuple(notes), signature, batch_sizes)
 
 
 def _tensors_or_module(path: Path, kind: Kind, pickle_hint: str | None) -> object:
@@ -183,7 +164,9 @@ def _with_architecture(
 ) -> nn.Module:
     weights = _state_dict(path, content)
     if arch is None:
-        raise _without_architecture(path)
+        named = Path(path, "config.json").is_file()
+        hint = arch_of(path) if named else "--arch mypkg.nets:make_mlp"
+        raise FileError(f"{path}: a state dict holds weights but no architecture", hint)
     if arch == "mlp":
         weights = without_wrappers(weights, notes)
     module = build(arch, arch_arguments, weights, path)
@@ -201,12 +184,6 @@ def _with_architecture(
     if narrow:
         notes.append(_narrow_note(narrow))
     return module
-
-
-def _without_architecture(path: Path) -> FileError:
-    named = Path(path, "config.json").is_file()
-    arch = arch_of(path) if named else "--arch mypkg.nets:make_mlp"
-    return FileError(f"{path}: a state dict holds weights but no architecture", arch)
 
 
 def _state_dict(path: Path, content: object) -> dict[str, torch.Tensor]:

@@ -22,12 +22,24 @@ _NAMES = (
 )
 
 
-def weights_in(folder: Path) -> Path:
-    """The file of the folder that holds the weights, or their index.
+def load_folder(folder: Path) -> tuple[dict[str, torch.Tensor], tuple[Path, ...]]:
+    """The weights of a Hugging Face folder, and the files that say what the model is.
 
     Raises:
-        FileError: there is none, or more than one may be it.
+        UsageError: a file is missing.
+        FileError: none holds the weights, or more than one may do; or it is damaged, of another kind, or unsafe.
     """
+    path = _weights_in(folder)
+    if kind_of(path) == "weights_index":
+        weights, files = load_shards(path)
+    else:
+        weights, files = load_part(path), (path,)
+    config = folder / "config.json"
+    return weights, (*files, config) if config.is_file() else files
+
+
+def _weights_in(folder: Path) -> Path:
+    """The file that holds the weights, or their index."""
     for name in _NAMES:
         if (path := folder / name).exists():
             return path
