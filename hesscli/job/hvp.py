@@ -15,7 +15,6 @@ from hesscli.errors import MismatchError, NumericalError, UsageError
 from hesscli.files.arrays import load_arrays
 from hesscli.files.roles import is_other_file
 from hesscli.files.sniff import kind_of
-from hesscli.hessian.objective.problem import parameters_at
 from hesscli.job.json_form import Document, timeless
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions
@@ -200,8 +199,5 @@ def _adapted_gradient(operator: Operator, options: HvpOptions) -> tuple[Tensor, 
         raise NumericalError(
             f"a step of {options.per_fedavg:g} is more than float32 holds", "--dtype float64"
         )
-    steps = operator.products.split(operator.gradient)
-    leaves = problem.parameters
-    adapted = [leaf.detach().sub(steps[n], alpha=options.per_fedavg) for n, leaf in leaves.items()]
-    with parameters_at(list(leaves.values()), adapted):
-        return problem.flat_gradient(list(leaves)), facts
+    names = list(problem.parameters)
+    return problem.moved_gradient(names, operator.gradient, -options.per_fedavg), facts

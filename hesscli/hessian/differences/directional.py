@@ -70,8 +70,8 @@ class DirectionalDifference:
 
     def gradient(self, step: float) -> Tensor:
         """g_B(theta + step v), the step relative to the parameters."""
-        with self.moved(step):
-            return self.problem.flat_gradient(self.block.parameters)
+        names = self.block.parameters
+        return self.problem.moved_gradient(names, self.direction, step * self.scale)
 
     def moved(self, step: float) -> AbstractContextManager[None]:
         """The parameters at theta + step v, the step relative to them."""

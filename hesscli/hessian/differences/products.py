@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.differences.quotients import Quotients
-from hesscli.hessian.objective.problem import Problem, parameters_moved
+from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import LinearMap
 
 
@@ -36,10 +36,5 @@ class Differences(LinearMap):
         direction = vectors.to(self.problem.dtype) / norm
         scale = max(1.0, float(sum(leaf.detach().square().sum() for leaf in self.leaves)) ** 0.5)
         for problem in self.problem.by_batch():
-            total += self.quotient(partial(self._gradient, problem, direction), scale)
+            total += self.quotient(partial(problem.moved_gradient, self.names, direction), scale)
         return (total * norm).to(vectors.dtype)
-
-    def _gradient(self, problem: Problem, direction: Tensor, h: float) -> Tensor:
-        """A part's gradient at theta + h v."""
-        with parameters_moved(self.leaves, direction, h):
-            return problem.flat_gradient(self.names)

@@ -127,6 +127,11 @@ class Problem:
         """The same as one vector [n], parameter after parameter."""
         return torch.cat([grad.reshape(-1) for grad in self.gradient(names).values()])
 
+    def moved_gradient(self, names: Sequence[str], direction: Tensor, step: float) -> Tensor:
+        """The same at theta + step v; v [n] has the parameters' entries one after the other."""
+        with parameters_moved([self.parameters[name] for name in names], direction, step):
+            return self.flat_gradient(names)
+
     def gradient_norm(self) -> float:
         """|dL/dtheta| over all parameters of the module, also those that were not chosen."""
         with all_differentiated(self.module) as every:

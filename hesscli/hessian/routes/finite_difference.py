@@ -5,18 +5,19 @@ Column i of a block is `(g(theta + h e_i) - g(theta - h e_i)) / 2h`, extrapolate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
+from hesscli.hessian.autodiff import unit_rows
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.differences.products import Differences
 from hesscli.hessian.differences.quotients import Quotients
 from hesscli.hessian.objective.batch import Batch
-from hesscli.hessian.objective.problem import Problem, parameters_at
+from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.routes.base import Route, Wanted
 from hesscli.hessian.words import FINITE_DIFFERENCE
 
@@ -52,28 +53,14 @@ class FiniteDifference(Route):
             self._constants[block] = (problem.flat_gradient(block.parameters) == 0) & (along == 0)
         return self._constants[block]
 
-    def _entries(self, block: Block) -> Iterator[tuple[int, str, int]]:
-        """(row, parameter, entry of the parameter) of every row of a block that is not constant."""
-        constant = self._is_constant(block).tolist()
-        for name, own in block.rows.items():
-            for index, row in enumerate(own):
-                if not constant[row]:
-                    yield row, name, index
-
     def add(self, batch: Batch, parts: Sequence[Wanted]) -> None:
+        problem = replace(self.problem, batches=[batch])
         for part in parts:
-            for row, name, index in self._entries(part.block):
-                if part.start <= row < part.stop:
-                    part.add(row, self._column(batch, part.block, name, index).unsqueeze(0))
-
-    def _column(self, batch: Batch, block: Block, name: str, index: int) -> Tensor:
-        leaf = self.problem.parameters[name]
-        one = replace(self.problem, batches=[batch])
-
-        def gradient(step: float) -> Tensor:
-            moved = leaf.detach().clone(memory_format=torch.contiguous_format)
-            moved.view(-1)[index] += step
-            with parameters_at([leaf], [moved]):
-                return one.flat_gradient(block.parameters)
-
-        return self.quotient(gradient, max(1.0, float(leaf.detach().reshape(-1)[index].abs())))
+            names, constant = part.block.parameters, self._is_constant(part.block)
+            theta = torch.cat([problem.parameters[name].detach().reshape(-1) for name in names])
+            for row in range(part.start, part.stop):
+                if not constant[row]:
+                    unit = unit_rows(theta, row, 1, len(theta))[0]
+                    gradient = partial(problem.moved_gradient, names, unit)
+                    column = self.quotient(gradient, max(1.0, float(theta[row].abs())))
+                    part.add(row, column.unsqueeze(0))
