@@ -16,12 +16,7 @@ from hesscli.hessian.aten.precision import in_precision_, staying_wide
 from hesscli.hessian.guests import guest
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.copies import copied
-from hesscli.hessian.objective.losses import (
-    LOSSES,
-    OF_CLASSES,
-    Total,
-    classes_last,
-)
+from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES, Total, class_axis
 from hesscli.hessian.objective.state import state_kept
 
 
@@ -47,7 +42,7 @@ class Loss:
         """The axis of an output of this shape that the loss couples; None where each number has a term of its own."""
         if self.name not in OF_CLASSES or target is None:
             return None
-        return len(shape) - 1 if classes_last(shape, target.shape) else 1
+        return class_axis(shape, target.shape)
 
     def reads_others(self, output: Tensor, batch: Batch) -> bool:
         """Whether the user's own loss depends on tensors with gradients of their own, which are constants here."""

@@ -149,29 +149,28 @@ def poisson_nll(
     return _mean_by_count(terms)
 
 
-def classes_last(output: Sequence[int], target: Sequence[int]) -> bool:
-    """Whether an output of this shape has its classes along the last axis, as a language model's has.
+def class_axis(output: Sequence[int], target: Sequence[int]) -> int:
+    """The axis that the classes lie along in an output of this shape: to PyTorch the second, or the only one.
 
-    PyTorch wants them along the second; so the targets' shape must fit the last axis alone.
+    The last, as a language model has them, where the targets' shape fits that alone.
     """
     second = (*output[:1], *output[2:])
-    return len(output) > 2 and tuple(target) == tuple(output[:-1]) != second
+    last = len(output) > 2 and tuple(target) == tuple(output[:-1]) != second
+    return len(output) - 1 if last else int(len(output) > 1)
 
 
-def _classes_second(output: Tensor, target: Tensor) -> Tensor:
-    # Contiguous, as PyTorch's own derivative wants it.
-    last = classes_last(output.shape, target.shape)
-    return output.movedim(-1, 1).contiguous() if last else output
+def _classes_second(output: Tensor, target: Tensor) -> tuple[Tensor, int]:
+    """The output with its classes along the second axis, or the only one; and which it is."""
+    axis = class_axis(output.shape, target.shape)
+    if axis > 1:  # contiguous, as PyTorch's own derivative wants it
+        return output.movedim(axis, 1).contiguous(), 1
+    return output, axis
 
 
-def _class_axis(output: Tensor) -> int:
-    return 1 if output.dim() > 1 else 0
-
-
-def _class_weight(output: Tensor, weight: Tensor | None) -> Tensor | None:
+def _class_weight(output: Tensor, axis: int, weight: Tensor | None) -> Tensor | None:
     if weight is None:
         return None
-    classes = output.shape[_class_axis(output)]
+    classes = output.shape[axis]
     if weight.shape != (classes,):
         raise MismatchError(
             f"the loss argument weight has shape {_shape(weight)}, the model's output "
@@ -180,8 +179,7 @@ def _class_weight(output: Tensor, weight: Tensor | None) -> Tensor | None:
     return weight.to(output.dtype)
 
 
-def _check_classes(output: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    axis = _class_axis(output)
+def _class_numbers(output: Tensor, axis: int, target: Tensor, ignore_index: int) -> Tensor:
     wanted = output.shape[:axis] + output.shape[axis + 1 :]
     if output.dim() == 0 or target.shape != wanted:
         raise MismatchError(
@@ -229,9 +227,9 @@ def _column_hint(output: Tensor, target: Tensor, axis: int) -> str | None:
 def nll(
     output: Tensor, target: Tensor, weight: Tensor | None = None, ignore_index: int = -100
 ) -> Total:
-    output = _classes_second(output, target)
-    target = _check_classes(output, target, ignore_index)
-    weight = _class_weight(output, weight)
+    output, axis = _classes_second(output, target)
+    target = _class_numbers(output, axis, target, ignore_index)
+    weight = _class_weight(output, axis, weight)
     kept = target[target != ignore_index]
     denominator = float(kept.numel() if weight is None else weight[kept].sum())
     total = F.nll_loss(output, target, weight, ignore_index=ignore_index, reduction="sum")
@@ -245,8 +243,7 @@ def cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Total:
-    output = _classes_second(output, target)
-    axis = _class_axis(output)
+    output, axis = _classes_second(output, target)
     if output.dim() == 0 or output.shape[axis] < 2:
         raise MismatchError(
             f"cross-entropy needs two classes or more, the model's output has shape "
@@ -257,9 +254,8 @@ def cross_entropy(
     if not 0 <= label_smoothing <= 1:
         raise UsageError(f"cross-entropy: label_smoothing is {label_smoothing}, expected 0 to 1")
     classes = output.shape[axis]
-    weight = _class_weight(output, weight)
-    per_class = [1] * output.dim()
-    per_class[axis] = classes
+    weight = _class_weight(output, axis, weight)
+    per_class = (classes, *[1] * (output.dim() - axis - 1))
 
     if target.is_floating_point() and target.shape == output.shape:  # class probabilities
         if ignore_index >= 0:

@@ -15,7 +15,7 @@ from hesscli.hessian.batch_size import PREFERRED_ROWS, Sizes, choose_sizes
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.objective.batch import Batch, Batches
 from hesscli.hessian.objective.first_passes import first_output
-from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES, classes_last
+from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES, class_axis
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.objective.saved import saved_bytes
 from hesscli.job.setup.one_process import OneProcess
@@ -79,7 +79,7 @@ def _say_where_classes_are(problem: Problem, some: Batch, note: Callable[[str], 
         return
     with torch.no_grad():
         output = problem.output(some)
-    if classes_last(output.shape, target.shape):
+    if class_axis(output.shape, target.shape) > 1:
         note(f"classes: {output.shape[-1]}, along the last axis of the model's output")
     elif output.dim() > 2 and target.shape == output.shape[:-1]:
         note(
