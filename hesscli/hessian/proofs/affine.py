@@ -301,7 +301,6 @@ def _in_convolution(p: _Operand) -> Use | None:
         p.call.named("input").value,
         (1,),
         fan_in,
-        kernel=tuple(p.shape[2:]),
         groups=groups,
         sections=sections,
         runs=runs,

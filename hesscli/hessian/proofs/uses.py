@@ -48,7 +48,6 @@ class Use:
         positions: at how many places of one sample the parameter is applied.
         apart: at how many further places, each of which counts as a sample.
         rank: the number of axes of z.
-        kernel: a convolution's spatial extent.
         groups: of outputs, each with inputs of its own.
         sections: of outputs, whose entries lie one section after the other.
         runs: how many runs of its section an output's entries lie in; 1 where they lie together.
@@ -68,7 +67,6 @@ class Use:
     m: int
     positions: int
     rank: int
-    kernel: tuple[int, ...] = ()
     groups: int = 1
     sections: int = 1
     runs: int = 1
@@ -120,7 +118,8 @@ class Use:
         if self.kind == SCALE:
             return self.rows(a.expand(known[self.z].shape))
         if self.kind == CONVOLUTION:
-            patches = convolved(a, self.kernel, *map(self.call.named, _OF_CONVOLUTION))
+            kernel = known[self.value].shape[2:]
+            patches = convolved(a, kernel, *map(self.call.named, _OF_CONVOLUTION))
             split = (self.axis.outer, -1, self.axis.inner, *patches.shape[1:])
             whole = (-1, self.positions, self.groups * self.m)
             return patches.reshape(split).transpose(0, 1).reshape(whole)
