@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hesscli.errors import UsageError
@@ -56,54 +56,43 @@ def writable(
     suffix = path.suffix if path.suffix.lower() in PICTURES else ".safetensors"
     usual = f"{name}{suffix}"
 
-    def instead(other: Path) -> str:
+    def instead(other: Path | str) -> str:
         return f"{option} {shlex.quote(str(other))}"
 
+    def refused(why: str, hint: str | None) -> UsageError:
+        return UsageError(f"{path}: {why}", hint)
+
     if path in _STANDARD_OUTPUT:
-        raise UsageError(f"{path}: is standard output", instead(Path("-" if resumable else usual)))
+        raise refused("is standard output", instead("-" if resumable else usual))
     if path == Path("-"):
-        raise UsageError(
-            "-: is no file's name, and only compute writes to standard output",
-            instead(Path(f"out{suffix}")),
-        )
-    _refuse_name(path, instead, usual)
+        why = "is no file's name, and only compute writes to standard output"
+        raise refused(why, instead(f"out{suffix}"))
+    if _is_too_long(path):
+        raise refused("a longer name than can be written here", instead(path.parent / usual))
+    if path.exists() and not (path.is_file() or path.is_dir()):  # or a link to a pipe
+        raise refused("is not a regular file; not replaced", instead(usual))
     path = followed(path)
-    _refuse_place(path, instead, usual)
+    folder = path.parent
+    if not folder.is_dir():
+        raise refused("no such folder", f"mkdir -p {shlex.quote(str(folder))}")
+    if path.is_dir():
+        raise refused("is a folder", instead(path / usual))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise refused(f"the folder {folder} may not be written to", None)
+    if is_index(path):
+        whole = path.with_name(path.name.removesuffix(".index.json"))
+        raise refused("is the name of an index", instead(whole))
     other = instead(path.with_name(f"other{suffix}"))
     if not resumable and not force and journals(path):
-        raise UsageError(f"{path}: holds the finished parts of an interrupted compute", other)
+        raise refused("holds the finished parts of an interrupted compute", other)
     _refuse_replacing(path, force, inputs, other)
     return path
 
 
-def _refuse_name(path: Path, instead: Callable[[Path], str], usual: str) -> None:
-    """Refuses a name that is too long, and one of a pipe or a device, whose link may lead nowhere.
-
-    Args:
-        path: not yet followed, where it is a link.
-        instead: the option for another path.
-        usual: a file name that would do.
-    """
-    folder = path.parent
+def _is_too_long(path: Path) -> bool:
+    """Whether a file, or the index of several, cannot have this name in its folder."""
     longest = len(os.fsencode(index_path(path).name)) if path.name else 0
-    if folder.is_dir() and longest > os.pathconf(folder, "PC_NAME_MAX"):
-        raise UsageError(f"{path}: a longer name than can be written here", instead(folder / usual))
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise UsageError(f"{path}: is not a regular file; not replaced", instead(Path(usual)))
-
-
-def _refuse_place(path: Path, instead: Callable[[Path], str], usual: str) -> None:
-    """Refuses a path at which there can be no file, and the name of an index."""
-    folder = path.parent
-    if not folder.is_dir():
-        raise UsageError(f"{path}: no such folder", f"mkdir -p {shlex.quote(str(folder))}")
-    if path.is_dir():
-        raise UsageError(f"{path}: is a folder", instead(path / usual))
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"{path}: the folder {folder} may not be written to")
-    if is_index(path):
-        whole = path.with_name(path.name.removesuffix(".index.json"))
-        raise UsageError(f"{path}: is the name of an index", instead(whole))
+    return path.parent.is_dir() and longest > os.pathconf(path.parent, "PC_NAME_MAX")
 
 
 def _refuse_replacing(path: Path, force: bool, inputs: Sequence[Path], other: str) -> None:
