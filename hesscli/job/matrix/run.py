@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
 from typing import BinaryIO
 
 from hesscli.errors import FileError, HesscliError, UsageError
@@ -47,9 +46,7 @@ class Run:
     ) -> None:
         self.plan, self.options = plan, plan.options
         self.team, self.merging, self.stdout = team, merging, stdout
-        # Numbers per band of each large block. Whoever goes on with another's file cuts as that one did.
-        bands = {block.name: plan.memory.band(block) for block in plan.large}
-        self.bands: dict[str, int] = team.tell(self._begun(bands) or bands)
+        self.bands: dict[str, int] = team.tell(self._bands())
         self.groups = [Group(plan, blocks, self._progress) for blocks in groups(plan)]
         self.large = [
             LargeBlock(plan, block, self.bands[block.name], self._progress) for block in plan.large
@@ -59,18 +56,17 @@ class Run:
         self.rows = sum(block.size for block in plan.blocks)
         self.done = 0
 
-    def _begun(self, bands: Mapping[str, int]) -> dict[str, int] | None:
-        """How the file that this run goes on with was cut into bands; free memory may have changed since."""
+    def _bands(self) -> dict[str, int]:
+        """Numbers per band of each large block: as in the file that this run goes on with, or as many as fit now."""
+        bands = {block.name: self.plan.memory.band(block) for block in self.plan.large}
         output = self.options.output
         goes_on = self.options.resume or self.merging or self.options.shard is not None
-        if output is None or not goes_on:
-            return None
-        for path in journals(output):
+        for path in journals(output) if output is not None and goes_on else ():
             with contextlib.suppress(FileError):  # told, or ignored, where the journal is opened
                 head = read_journal(path).head
                 if head is not None and head["bands"].keys() == bands.keys():
                     return dict(head["bands"])
-        return None
+        return bands
 
     def run(self) -> Document:
         """Computes, checks and writes every block."""
