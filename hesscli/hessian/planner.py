@@ -155,12 +155,12 @@ class Planner:
             steps, mine = chain_of(analysis, [block.name])
             use = mine.get(block.name)
             if use is not None:
-                own, sweep = costs.own(use, True, False), costs.chain(steps)
+                own, sweep = costs.own(use, diagonal), costs.chain(steps)
                 return Choice(PREACTIVATION, "chain", self._all(own), self._all(sweep))
         layers, others = split(analysis, block)
         if not layers:
             use = analysis.use(block.parameters[0])
-            work = self._along(use, use.size) + costs.own(use, diagonal, by_directions=True)
+            work = self._along(use, use.size) + costs.own(use, diagonal)
             return Choice(PREACTIVATION, f"{use.size} seeds", self._all(work))
         alone = len(layers) == 1 and not layers[0].again and not others
         work, count, tail = Work(), 0, 0
@@ -172,7 +172,7 @@ class Planner:
                 work += costs.directions(use.z, use.m * use.positions // 2)
                 work += costs.cross(use, layer.size)
             else:
-                work += costs.own(use, diagonal, by_directions=False)
+                work += costs.own(use, diagonal)
             if tail:
                 work += costs.cross(use, tail)
             tail += layer.size

@@ -26,12 +26,12 @@ class Uses:
     """How the parameters of a tape enter.
 
     Attributes:
-        single: the affine use of each parameter that has one alone.
+        uses: the affine use of each parameter that has one alone.
         shared: those of each that enters at several values, as it is, in the order of execution.
         reasons: why the others have none, and what is shared no single one.
     """
 
-    single: dict[str, Use]
+    uses: dict[str, Use]
     shared: dict[str, tuple[Use, ...]]
     reasons: dict[str, str]
 
@@ -47,7 +47,7 @@ def find_uses(tape: Tape, axes: Axes) -> Uses:
         if isinstance(uses, str):
             found.reasons[name] = uses
         elif len(uses) == 1:
-            found.single[name] = uses[0]
+            found.uses[name] = uses[0]
         else:
             found.reasons[name] = way.times(number)
             moves = [call.name for use in uses for call in use.moves]

@@ -79,10 +79,7 @@ class Analysis:
     def behind_weights(self) -> Analysis:
         """The same of the tape whose parameters are the weights."""
         tape = self.weights.tape
-        found = find_uses(tape, self.axes)
-        return replace(
-            self, tape=tape, uses=found.single, shared=found.shared, reasons=found.reasons
-        )
+        return replace(self, tape=tape, **vars(find_uses(tape, self.axes)))
 
     def weights_of(self, block: Block) -> Block:
         """The block of the weights that the parameters of a block make.
@@ -171,14 +168,13 @@ def _analyse(problem: Problem, batch: Batch) -> Analysis:
     if loss.name in OF_CLASSES and len(tape.shapes[tape.output]) < 2:
         raise NotApplicable("one sample without a sample axis")  # axis 0 holds its classes
     axes = sample_axes(tape, len(batch.inputs[0]))
-    uses = find_uses(tape, axes)
-    terms = None
+    uses, terms = find_uses(tape, axes), None
     if loss.function is not None:
         terms = record_terms(problem, batch)
         if terms.refusal:
             raise NotApplicable(f"{terms.refusal} in the loss {loss.name}")
     classes = loss.class_axis(tape.shapes[tape.output], batch.target)
-    analysis = Analysis(tape, axes, uses.single, uses.shared, uses.reasons, classes, terms)
+    analysis = Analysis(tape, axes, **vars(uses), class_axis=classes, terms=terms)
     if analysis.loss_couples(SampleAxis(0), len(batch.inputs[0])):
         raise NotApplicable(f"the loss {loss.name} may mix samples")
     return analysis

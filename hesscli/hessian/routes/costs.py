@@ -114,7 +114,7 @@ class Costs:
         passes = PASSES if cut is None else CUT_PASSES
         return way.times(passes * count, passes * chunks) + product + self.forward.times(3)
 
-    def own(self, use: Use, diagonal: bool, by_directions: bool) -> Work:
+    def own(self, use: Use, diagonal: bool) -> Work:
         """The assembly of a parameter's own block from its derivatives along z."""
         b, t, n, m = self.samples * use.apart, use.positions, use.n, use.m
         if diagonal:
@@ -123,7 +123,8 @@ class Costs:
             return self._product(b * n * n * m * m / 4) + self._moved(3 * use.size**2)
         if use.kind not in (LINEAR, CONVOLUTION):
             return self._moved(b * t * n * n)
-        if by_directions:  # a direction per entry: one product of [n, B T] and [B T, m] each
+        if not use.is_layer or t >= m:
+            # A direction per entry: one product of [n, B T] and [B T, m] each.
             return self._product(use.size * b * t * n * m)
         return self._product(2 * b * t * t * n * n * m + b * t * use.size**2)
 
@@ -155,7 +156,7 @@ class Costs:
         b, c, t, n, m = self.samples, self.classes, use.positions, use.n, use.m
         if use.kind == LINEAR and use.is_layer and t == 1:
             curvature = self._product(b * c * n * (c + (1 if diagonal else n)))
-            return curvature + self.own(use, diagonal, False)
+            return curvature + self.own(use, diagonal)
         pulled = self._product(b * c * (t * n * m + c * use.size)) + self._moved(
             4 * b * c * use.size
         )
