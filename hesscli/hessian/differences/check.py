@@ -44,13 +44,6 @@ _HELD = {torch.float64: (1e-5, 1e-4, 1e-6), torch.float32: (1e-2, 3e-2)}  # with
 _ONE_SIDED = 1e-8  # leaves out about as much: far below the tolerance of float32, not of float64
 
 
-def tolerance(dtype: torch.dtype, reference: torch.dtype) -> float:
-    """The relative error up to which a block in `dtype` passes, checked by gradients in `reference`."""
-    if reference != torch.float64:
-        return 5e-2
-    return 1e-6 if dtype == torch.float64 else 1e-3
-
-
 def one_sided(dtype: torch.dtype, reference: torch.dtype) -> bool:
     """Whether a difference from one side is tried first."""
     return dtype == torch.float32 and reference == torch.float64
@@ -84,7 +77,7 @@ class Certificate:
 
     Args:
         problem: the reference, whose gradients these are: in float64 where the model runs in it.
-        dtype: of the blocks, which says how well they must agree.
+        dtype: of the blocks; it and the reference's say how well they must agree.
         seed: of the random directions.
         difference: says what a product along a direction is, by differences.
         of: what these are of, "gradients" or "outputs".
@@ -97,7 +90,9 @@ class Certificate:
     of: str = "gradients"
 
     def __post_init__(self) -> None:
-        self.tolerance = tolerance(self.dtype, self.problem.dtype)
+        self.tolerance = 1e-6 if self.dtype == torch.float64 else 1e-3
+        if self.problem.dtype != torch.float64:
+            self.tolerance = 5e-2
         self.kind = f"differences of {self.of}"
         self.one_sided = self.of == "gradients" and one_sided(self.dtype, self.problem.dtype)
 
