@@ -23,7 +23,7 @@ from hesscli.files.models.libraries import arch_of
 from hesscli.files.models.mlp import MLP
 from hesscli.files.models.shards import load_folder, load_shards
 from hesscli.files.models.ties import tie, tied_groups
-from hesscli.files.models.torchscript import load_torchscript
+from hesscli.files.models.torchscript import is_trace, load_torchscript
 from hesscli.files.models.weights import load_weights
 from hesscli.files.safetensors_files import load_safetensors
 from hesscli.files.sniff import Kind, kind_of, unsupported
@@ -84,7 +84,9 @@ def load_model(
     form: Form
     content: object
     if kind == "torchscript":
-        module, form = load_torchscript(path, device, pickle_hint, train_mode, notes), kind
+        module, form = load_torchscript(path, device, pickle_hint), kind
+        if train_mode and is_trace(path):
+            notes.append("train mode has no effect: a traced model keeps the mode it had")
     elif kind == "exported":
         (module, signature, batch_sizes), form = load_exported(path, device, pickle_hint), kind
         if train_mode:

@@ -42,9 +42,7 @@ def _detach_(x: Tensor) -> Tensor:
     return x.detach_()
 
 
-def load_torchscript(
-    path: Path, device: torch.device, pickle_hint: str | None, train_mode: bool, notes: list[str]
-) -> nn.Module:
+def load_torchscript(path: Path, device: torch.device, pickle_hint: str | None) -> nn.Module:
     """Reads a module onto the device; one that would open other files only if there is no hint against that.
 
     Raises:
@@ -62,11 +60,13 @@ def load_torchscript(
             "save the model itself: torch.jit.script(model).save('net.pt')",
         )
     _adapt(module, device)
-    if train_mode:
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("traced_inputs.pkl") for name in archive.namelist()):
-                notes.append("train mode has no effect: a traced model keeps the mode it had")
     return module
+
+
+def is_trace(path: Path) -> bool:
+    """Whether the model was traced, and so keeps the mode that it had."""
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("traced_inputs.pkl") for name in archive.namelist())
 
 
 def _refuse_files(path: Path, hint: str) -> None:
