@@ -20,20 +20,16 @@ def check_finite(path: Path, name: str, array: torch.Tensor) -> None:
     """
     if not (array.is_floating_point() or array.is_complex()):
         return
-    count, where = 0, None
-    parts = (
-        array.split(max(1, _STEP * len(array) // max(1, array.numel()))) if array.dim() else [array]
-    )
-    start = 0
-    for part in parts:
-        bad = ~torch.isfinite(part)
+    rows = array if array.dim() else array.unsqueeze(0)
+    step = max(1, _STEP * len(rows) // max(1, rows.numel()))
+    count, where = 0, list[int]()
+    for start in range(0, len(rows), step):
+        bad = ~torch.isfinite(rows[start : start + step])
         found = int(bad.sum())
-        if found and where is None:
-            where = bad.nonzero()[0].tolist()
-            if where:
-                where[0] += start
+        if found and not count:
+            row, *others = bad.nonzero()[0].tolist()
+            where = [start + row, *others][: array.dim()]
         count += found
-        start += len(part) if part.dim() else 0
     if count:
         raise NumericalError(
             f"{path}: array {name} ({describe(array)}) holds NaN or infinity "
