@@ -18,11 +18,10 @@ from hesscli.job.matrix.planning import Plan
 from hesscli.job.matrix.room import require_room
 from hesscli.job.matrix.run import Run
 from hesscli.job.options import ComputeOptions, Listener, options_of
-from hesscli.job.results import written
+from hesscli.job.results import demand_names, writable, written
 from hesscli.job.setup.one_process import AllAlike
 from hesscli.job.setup.opening import open_problem
 from hesscli.job.setup.team import Team
-from hesscli.job.writing import demand_names, writable
 
 
 def compute(

@@ -14,8 +14,7 @@ from hesscli.errors import UsageError
 from hesscli.job.figures import drawable, plot_density
 from hesscli.job.json_form import Document, timeless
 from hesscli.job.options import Listener, ProblemOptions
-from hesscli.job.results import replacing, write_tensors
-from hesscli.job.writing import writable
+from hesscli.job.results import replacing, writable, write_tensors
 from hesscli.spectrum.density import Density, exact
 
 if TYPE_CHECKING:

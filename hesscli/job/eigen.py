@@ -13,10 +13,9 @@ from hesscli.files.hessians.hessian_file import HessianFile
 from hesscli.files.resources import available_memory
 from hesscli.job.json_form import Document
 from hesscli.job.options import Which
-from hesscli.job.results import write_tensors
+from hesscli.job.results import writable, write_tensors
 from hesscli.job.sizes import size
 from hesscli.job.stored import chosen, opened_file, values_of
-from hesscli.job.writing import writable
 from hesscli.spectrum.eigen import top_eigenpairs
 
 SCHEMA = "hesscli.eigen/1"

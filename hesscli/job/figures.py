@@ -12,8 +12,7 @@ import numpy as np
 
 from hesscli.errors import UsageError
 from hesscli.job.json_form import Document
-from hesscli.job.results import replacing
-from hesscli.job.writing import PICTURES, writable
+from hesscli.job.results import PICTURES, replacing, writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

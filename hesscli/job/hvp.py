@@ -18,9 +18,8 @@ from hesscli.files.sniff import kind_of
 from hesscli.job.json_form import Document, timeless
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions
-from hesscli.job.results import write_tensors
+from hesscli.job.results import demand_names, writable, write_tensors
 from hesscli.job.setup.one_process import OneProcess
-from hesscli.job.writing import demand_names, writable
 from hesscli.texts import dtype_name, listed
 
 SCHEMA = "hesscli.hvp/1"

@@ -17,9 +17,8 @@ from hesscli.job.json_form import Document, timeless
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.progress import Convergence
-from hesscli.job.results import write_tensors
+from hesscli.job.results import writable, write_tensors
 from hesscli.job.setup.one_process import OneProcess
-from hesscli.job.writing import writable
 from hesscli.spectrum.dense import DENSE, dense
 from hesscli.spectrum.eigen import DENSE_LIMIT, WHICH, allowed
 from hesscli.spectrum.lanczos import Found, Lanczos
