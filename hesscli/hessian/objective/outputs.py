@@ -13,13 +13,13 @@ from hesscli.errors import MismatchError
 def pick_output(
     result: object,
     key: str | None,
-    prefer_loss: bool = False,
+    preferred: str = "logits",
     note: Callable[[str], None] | None = None,
 ) -> Tensor:
     """The output tensor in what a module returned: the tensor itself, or the entry that `key` names.
 
-    Without a key, a lone tensor in a tuple or dict is taken, and `logits` (or `loss`, where the model returns its
-    own loss) of a dict or object, which `note` hears if there are others.
+    Without a key, a lone tensor in a tuple or dict is taken, or the `preferred` entry of a dict or object, of which
+    `note` hears.
 
     Raises:
         MismatchError: nothing or too much to choose from.
@@ -47,7 +47,6 @@ def pick_output(
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     if len(tensors) == 1:
         return next(iter(tensors.values()))
-    preferred = "loss" if prefer_loss else "logits"
     if preferred in tensors:
         if note:
             note(f"output: {preferred}, inferred from its name")

@@ -86,7 +86,8 @@ class Problem:
                 raise
             with torch.enable_grad():  # for a model that differentiates by itself
                 result = self._called(batch)
-        output = pick_output(result, self.output_key, not self.loss.needs_target, note)
+        preferred = "logits" if self.loss.needs_target else "loss"
+        output = pick_output(result, self.output_key, preferred, note)
         return output if torch.is_grad_enabled() else output.detach()
 
     def _called(self, batch: Batch) -> object:
