@@ -31,11 +31,13 @@ from problems import (
 from torch import Tensor, nn
 
 from hesscli.hessian.applicability import NotApplicable
+from hesscli.hessian.chunk_sizes import ChunkSizes
 from hesscli.hessian.objective.loss import Loss
 from hesscli.hessian.objective.measure import measure
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.proofs.uses import Use
+from hesscli.hessian.routes import assembly
 from hesscli.hessian.routes.base import Route, Rows
 
 Counts = dict[str, dict[str, list[int]]]  # by route and structure
@@ -1033,6 +1035,28 @@ def test_a_shared_weight_in_bands_and_batches(name, sizes):
         found[start:stop, start:] = out
     found = layout.ordered(found.triu() + found.triu(1).T)
     assert compare(found, truth, truth) <= 1e-10
+
+
+@pytest.mark.parametrize("columns", [1, 7])
+@pytest.mark.parametrize(
+    "name", ["recurrent", "between", "by-tokens", "convolutions", "gru-of-two"]
+)
+def test_gradients_of_later_layers_in_tiles(monkeypatch, name, columns):
+    """Two samples at a time, by few columns: one neuron, or the last ones of a layer with the first of the next."""
+    monkeypatch.setattr(assembly, "FEWEST", 2)
+    monkeypatch.setattr(assembly, "chunk_sizes", lambda device: ChunkSizes(gradients=2 * columns))
+    tiles: list[list[tuple[int, range]]] = []
+    real = assembly._Later._make
+
+    def watched(self, out, tile, part, motion, row):
+        tiles.append(tile)
+        real(self, out, tile, part, motion, row)
+
+    monkeypatch.setattr(assembly._Later, "_make", watched)
+    (model,) = [m for m, _ in SHARED if m.name == name]
+    problem, truth = pose(model)
+    applies(routes_of(problem)["preactivation"], truth, "full", 1e-10, model.name)
+    assert len({tuple(tile) for tile in tiles}) > 2
 
 
 VIEWS = WIDE, numbers(5, 6, seed=7)
