@@ -152,7 +152,6 @@ def _checked_operator(
     if options.method == FINITE_DIFFERENCE and options.curvature != "hessian":
         raise UsageError(f"{FINITE_DIFFERENCE} gives the Hessian alone", f"--method {HVP}")
     double = double or (processes.double(opened) if options.check else None)
-    reference = double or problem
     methods: dict[str, Callable[[], LinearMap]] = {
         HVP: lambda: processes.products(problem, options.curvature, opened.chunk),
     }
@@ -162,15 +161,15 @@ def _checked_operator(
         )
     if options.method != "auto":
         methods = {options.method: methods[options.method]}
+    certificate = None
+    if options.check:
+        certificate = processes.certificate(
+            double or problem, problem.dtype, options.seed, options.curvature
+        )
     reason = ""
     for method, make in methods.items():
         if reason:
             opened.note(f"{reason}: {method} instead")
-        certificate = (
-            processes.certificate(reference, problem.dtype, options.seed, options.curvature)
-            if options.check
-            else None
-        )
         try:
             made = Operator(opened, problem, make(), method, gradient, processes, double)
             made.check = _check(made, certificate)
