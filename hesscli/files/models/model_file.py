@@ -82,7 +82,6 @@ def load_model(
     signature: CallSignature | None = None
     batch_sizes: tuple[int, int | None] = (1, None)
     form: Form
-    content: object
     if kind == "torchscript":
         module, form = load_torchscript(path, device, pickle_hint), kind
         if train_mode and is_trace(path):
@@ -92,13 +91,8 @@ def load_model(
         if train_mode:
             notes.append("train mode has no effect: an exported model keeps the mode it had")
     else:
-        if kind == "transformers":
-            content, files = load_folder(path)
-        elif kind == "weights_index":
-            content, files = load_shards(path)
-        else:
-            content = _tensors_or_module(path, kind, pickle_hint)
-        content = unwrap(content, notes)
+        found, files = _content(path, kind, pickle_hint)
+        content = unwrap(found, notes)
         if isinstance(content, nn.Module):
             tie(content, tied_groups(content.named_parameters(remove_duplicate=False)))
             module, form = content, "pickle"
@@ -118,15 +112,20 @@ def load_model(
     return SavedModel(module, form, sha256_of_all(files), tuple(notes), signature, batch_sizes)
 
 
-def _tensors_or_module(path: Path, kind: Kind, pickle_hint: str | None) -> object:
+def _content(path: Path, kind: Kind, pickle_hint: str | None) -> tuple[object, tuple[Path, ...]]:
+    """What weights, or a module, were saved as, and the files that were read."""
+    if kind == "transformers":
+        return load_folder(path)
+    if kind == "weights_index":
+        return load_shards(path)
     if kind == "safetensors":
-        return load_safetensors(path)
+        return load_safetensors(path), (path,)
     if kind not in ("torch_zip", "torch_legacy"):
         wanted = "a TorchScript, state dict, safetensors or .pt2 model"
         raise unsupported(path, kind, wanted, _hint(path, kind))
     with suppress(NeedsPickleError):
-        return read_torch_file(path, kind, pickle_hint)
-    return _unpickle(path, kind)
+        return read_torch_file(path, kind, pickle_hint), (path,)
+    return _unpickle(path, kind), (path,)
 
 
 def _hint(path: Path, kind: Kind) -> str:
