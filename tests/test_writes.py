@@ -60,6 +60,14 @@ def strided(h, x):
 
 
 @seen
+def into_nothing(h, x):
+    out = h * 1
+    for start, stop in ((0, 2), (2, 6), (6, 6)):
+        out[:, start:stop] = h[:, start:stop] * h[:, :1]
+    return out
+
+
+@seen
 def two_views_at_once(h, x):
     out = h.clone()
     a, b = out[:, :3], out[:, 3:]

@@ -61,8 +61,8 @@ class Draft:
         return Ref(number)
 
     def constant(self, numbers: list[int], device: torch.device) -> Ref:
-        """A vector of numbers."""
-        vector = torch.tensor(numbers, device=device)
+        """A vector of whole numbers, of none perhaps."""
+        vector = torch.tensor(numbers, dtype=torch.long, device=device)
         number = self.value(vector)
         self.given[number] = vector
         return Ref(number)
