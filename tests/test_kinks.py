@@ -635,6 +635,17 @@ def test_units_at_their_corner_whose_second_derivative_is_not_pytorchs(unit, sam
     assert relative_error(found.matrix().diagonal(), truth.diagonal()) < 1e-9
 
 
+def test_a_random_slope_is_one_number_in_eval_mode():
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(4, 5), nn.RReLU(0.1, 0.4), nn.Linear(5, 2)).double()
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    found = hesscli.compute(layers, (x, y), framework="torch")
+    assert {facts["method"] for facts in found.blocks.values()} == {"gauss-newton"}
+    truth = hessian(layers.eval(), F.mse_loss, (x,), y)
+    assert relative_error(found.block("0.weight"), truth[:20, :20]) < 1e-9
+    hesscli.compute(layers, (x, y), curvature="fisher")
+
+
 @pytest.mark.parametrize(
     "pick",
     [

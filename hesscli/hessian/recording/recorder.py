@@ -25,6 +25,7 @@ from hesscli.hessian.recording.tape import Call, Ref, Tape, each
 from hesscli.hessian.recording.tensors import Known, Tensors
 from hesscli.hessian.recording.writes import put_back, without_writing
 
+_RANDOM_SLOPE = torch.ops.aten.rrelu_with_noise.default
 _CONVOLUTION_OF_TRACES = torch.ops.aten._convolution.default
 
 
@@ -98,6 +99,9 @@ class _Recorder(Watcher):
         return result
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is _RANDOM_SLOPE and not (asked := Call(func, args, kwargs)).named("training"):
+            slope = (asked.named("lower") + asked.named("upper")) / 2
+            func, args, kwargs = torch.ops.aten.leaky_relu.default, (args[0], slope), {}
         self._look_around(args)
         call = Call(func, self._read(args), {n: self._read(value) for n, value in kwargs.items()})
         written = _written(func, args)
