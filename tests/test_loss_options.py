@@ -157,6 +157,16 @@ def test_classes_out_of_range(y, hint):
     assert refused.value.hint == hint
 
 
+@pytest.mark.parametrize(
+    ("y", "hint"), [(CLASSES.float(), "store the class numbers as int64"), (Y[:, 0], None)]
+)
+def test_class_numbers_stored_as_floats(y, hint):
+    """To them the loss is the squared error, which compares element by element."""
+    with pytest.raises(hesscli.HesscliError, match="element by element") as refused:
+        computed(net(4), (X, y))
+    assert refused.value.hint == hint
+
+
 def test_a_column_of_numbers_is_not_of_classes():
     with pytest.raises(hesscli.HesscliError, match="class targets have shape") as refused:
         computed(net(1), (X, Y[:, :1]), loss="nll")

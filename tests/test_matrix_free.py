@@ -557,8 +557,12 @@ def test_per_fedavg(cli, tmp_path, other):
     adapted = gradient(qx, qy)
     truth = adapted - a * H @ adapted
     query = ("--query", "query.npz") if other else ()
-    ran = cli("hvp", *files, "--per-fedavg", a, *query)
+    ran = cli("hvp", *files, "--per-fedavg", a, *query, "--json")
     assert ran.code == 0, ran.stderr
+    told = [line.partition(": ") for line in ran.stderr.splitlines()]
+    notes = [text for kind, _, text in told if kind == "note"]
+    assert len(notes) == len(set(notes)) == (5 if other else 3)  # of inputs, targets and loss
+    assert set(json.loads(ran.stdout)["notes"]) == set(notes)
     found = load_file(tmp_path / "hvp.safetensors")
     names = [name for name, _ in model.named_parameters()]
     flat = np.concatenate([found[name].reshape(-1) for name in names])

@@ -36,12 +36,19 @@ def _same_shape(output: Tensor, target: Tensor) -> Tensor:
         hint = None
         if output.numel() == target.numel():
             hint = f"store the targets with shape {_shape(output)}; broadcasting would be wrong"
+        elif target.shape == output.shape[:-1] and _are_classes(target, output.shape[-1]):
+            hint = "store the class numbers as int64"
         raise MismatchError(
             f"the model's output has shape {_shape(output)}, the targets {_shape(target)}; "
             "this loss compares them element by element",
             hint,
         )
     return target.to(output.dtype)
+
+
+def _are_classes(target: Tensor, count: int) -> bool:
+    whole = (target == target.round()) & (target >= 0) & (target < count)
+    return count > 1 and bool(whole.all())
 
 
 def _weighted(

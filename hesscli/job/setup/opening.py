@@ -53,6 +53,13 @@ class Notes:
                 self.texts.append(text)
                 self.listener.note(text)
 
+    def note(self, text: str) -> None:
+        """The same, as a listener to what is opened beside."""
+        self(text)
+
+    def progress(self, done: int, total: int, doing: str) -> None:
+        self.listener.progress(done, total, doing)
+
 
 @dataclass(frozen=True)
 class Opened:
