@@ -175,26 +175,22 @@ def _taken_apart(
 
     A process with more memory tries it with more samples, so what any of them sees counts for all.
     """
-    sees, limited = (
-        "sees several samples at once",
-        bool(source.most and source.most < source.samples),
-    )
+    limited = source.most is not None and source.most < source.samples
+    seeing = None
     if limited:
         seeing = coupled_in_place(problem, source, bounds[1])
     elif len(bounds) > 2:
         each = max(1, saved, 2 * source.bytes // source.samples)
         room = free_memory(problem.device) // (2 * ranks_here() * each)
         seeing = coupled(problem, source, bounds, room, note)
-    else:
-        seeing = None
     seeing = processes.any_says(seeing)
-    if limited:
-        if seeing is not None:
-            note(f"{seeing} {sees}: {bounds[1]} at a time, as the model accepts them")
-        return replace(problem, separable=False), bounds
     if seeing is None:
-        return replace(problem, separable=source.fewest == 1), bounds
-    note(f"{seeing} {sees}, so all the data is one batch")
+        return replace(problem, separable=source.fewest == 1 and not limited), bounds
+    sees = f"{seeing} sees several samples at once"
+    if limited:
+        note(f"{sees}: {bounds[1]} at a time, as the model accepts them")
+        return replace(problem, separable=False), bounds
+    note(f"{sees}, so all the data is one batch")
     return replace(problem, separable=False), [0, source.samples]
 
 

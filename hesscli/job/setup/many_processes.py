@@ -50,9 +50,7 @@ class ManyProcesses(OneProcess):
         self.opened: list[Opened] = []
         self.kept: tuple[object, Products] | None = None  # those of the last question
         self.asking = False
-        self.awaited = (
-            False  # whether the others wait for what this one has to say of what it opens
-        )
+        self.awaited = False  # whether the others wait for what it says of a problem
 
     def __enter__(self) -> ManyProcesses:
         self.team.__enter__()
