@@ -73,7 +73,7 @@ def add_layer(
             if bias_out is not None:
                 first = chunk.start - neurons.start
                 bias_out[first : first + len(chunk), first:] += s.sum((1, 2))
-        if later.size:
+        if later.tiles:
             later.add(_by_neuron(layer, rows[:, own:]), at, gradients.along(found, len(chunk)))
 
 
@@ -231,9 +231,9 @@ class _Later:
 
     def __init__(self, gradients: _Gradients, skipped: int = 0) -> None:
         self.layers, self.inputs, self.deltas = gradients.layers, gradients.inputs, gradients.deltas
-        self.size = sum(layer.size for layer in self.layers)
         self.samples: list[range] = []
         self.tiles: list[list[tuple[int, range]]] = []  # neurons of layers, by the layers' numbers
+        self.sizes: list[int] = []  # columns of each tile
         self.buffers: list[Tensor] = []  # one of each worker
         if self.layers:
             most = chunk_sizes(gradients.probed.output.device).gradients
@@ -246,6 +246,7 @@ class _Later:
                 for each in ranges(layer.weight.n, columns // layer.width, 0 if index else skipped)
             ]
             self.tiles = grouped(neurons, self._columns, columns)
+            self.sizes = [sum(map(self._columns, tile)) for tile in self.tiles]
 
     def _columns(self, neurons: tuple[int, range]) -> int:
         return len(neurons[1]) * self.layers[neurons[0]].width
@@ -260,14 +261,13 @@ class _Later:
             motion: of the layers, along the directions.
         """
         threads = workers(out.device, len(out))
-        sizes = [sum(map(self._columns, tile)) for tile in self.tiles]
         while len(self.buffers) < threads:
-            self.buffers.append(out.new_empty(len(self.samples[0]) * max(sizes)))
+            self.buffers.append(out.new_empty(len(self.samples[0]) * max(self.sizes)))
 
         def add(worker: int, rows: Iterator[int]) -> None:
             for row in rows:
                 start = 0
-                for tile, size in zip(self.tiles, sizes, strict=True):
+                for tile, size in zip(self.tiles, self.sizes, strict=True):
                     made = self.buffers[worker][: turned.shape[1] * size].view(-1, size)
                     self._make(made, tile, part, motion, row)
                     out[row, :, start : start + size].addmm_(turned, made)
@@ -291,7 +291,7 @@ class _Later:
         for index, neurons in tile:
             layer, mine = self.layers[index], slice(neurons.start, neurons.stop)
             u, shift, delta = motion.deltas[index], motion.inputs[index], self.deltas[index]
-            size = len(neurons) * layer.width
+            size = self._columns((index, neurons))
             _fill(
                 out[:, column : column + size].unflatten(1, (-1, layer.width)),
                 layer,

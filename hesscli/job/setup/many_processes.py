@@ -146,9 +146,6 @@ class ManyProcesses(OneProcess):
         mine = Batches(stop - first, lambda i: batches[first + i])
         return replace(problem, batches=mine, narrow=problem.narrow and self.own(problem.narrow))
 
-    def any_says(self, said: str | None) -> str | None:
-        return next((each for each in self._agreed(said) if each is not None), None)
-
     def totals(self, total: float, denominator: float) -> tuple[float, float]:
         """The sums of both over all processes, the same bits on each."""
         self.awaited = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +43,12 @@ class OneProcess:
         return problem
 
     def any_says(self, said: str | None) -> str | None:
-        """What this process says, or else what another does."""
-        return said
+        """What the first process says that has something to say."""
+        return next((each for each in self._agreed(said) if each is not None), None)
+
+    def _agreed(self, said: Any) -> list[Any]:
+        """What each process says."""
+        return [said]
 
     def totals(self, total: float, denominator: float) -> tuple[float, float]:
         """The sums of both over all processes."""
@@ -81,5 +85,5 @@ class AllAlike(OneProcess):
         super().__init__()
         self.team = team
 
-    def any_says(self, said: str | None) -> str | None:
-        return next((each for each in self.team.gather(said) if each is not None), None)
+    def _agreed(self, said: Any) -> list[Any]:
+        return self.team.gather(said)
