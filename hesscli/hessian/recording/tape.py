@@ -17,13 +17,20 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.aten.precision import default_of
+from hesscli.hessian.aten.smooth import smooth
 
 Kind = TypeVar("Kind")
 
-# What was written in place lies elsewhere in its replay, where not every view is one.
-_VIEWS_OR_COPIES = {
-    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
-    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+_aten = torch.ops.aten
+_REPLAYED_AS = {
+    # What was written in place lies elsewhere in its replay, where not every view is one.
+    _aten.view.default: _aten.reshape.default,
+    _aten._unsafe_view.default: _aten.reshape.default,
+    # Their derivatives cannot be batched.
+    **{
+        f.default: smooth(f.default)
+        for f in (_aten.tanh, _aten.gelu, _aten.silu, _aten.mish, _aten.softplus, _aten.elu)
+    },
 }
 
 # Their schemas promise that nobody will see that they are views.
@@ -175,7 +182,7 @@ class Tape:
             for call in self.calls if calls is None else calls:
                 arguments = _filled(call.arguments, known)
                 keywords = {name: _filled(value, known) for name, value in call.keywords.items()}
-                operator = _VIEWS_OR_COPIES.get(call.operator, call.operator)
+                operator = _REPLAYED_AS.get(call.operator, call.operator)
                 result = operator(*arguments, **keywords)
                 parts = result if isinstance(result, (tuple, list)) else (result,)
                 for number, part in zip(call.outputs, parts, strict=True):

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hesscli.hessian.aten.smooth import slope_and_bend
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.proofs.sample_axis import SampleAxis
@@ -156,18 +157,13 @@ def _back(
 
 def derivatives(call: Call, at: Tensor) -> tuple[Tensor, Tensor | None]:
     """phi' and phi'' of an elementwise function; None where phi'' is zero."""
-    with torch.enable_grad():
-        u = at.clone().requires_grad_()
+
+    def phi(u: Tensor) -> Tensor:
         arguments = [u if isinstance(a, Ref) else a for a in call.arguments]
         result = call.operator(*arguments, **call.keywords)
-        y = result[0] if isinstance(result, (tuple, list)) else result
-        if not y.requires_grad:
-            return torch.zeros_like(at), None
-        (slope,) = torch.autograd.grad(y.sum(), u, create_graph=True)
-        if not slope.requires_grad:
-            return slope, None
-        (bend,) = torch.autograd.grad(slope.sum(), u, allow_unused=True)
-    return slope.detach(), bend
+        return result[0] if isinstance(result, (tuple, list)) else result
+
+    return slope_and_bend(phi, at)
 
 
 class FactoredHessian:

@@ -24,6 +24,7 @@ from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.operator import loss_hessian
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.proofs.uses import Use
+from hesscli.hessian.workers import in_order, workers
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,25 @@ class Probed:
     def along(
         self, delta: Tensor, inputs: Sequence[Tensor], seeds: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """The derivatives of the inputs' gradients along directions of z.
+        """The derivatives of the inputs' gradients along directions of z; some of them on each thread.
 
         Args:
             delta: dPhi/dz, with its graph.
             inputs: probes and duals.
             seeds: [directions, *z.shape].
         """
+        threads = workers(seeds.device, len(seeds))
+        if threads == 1:
+            return self._along(delta, inputs, seeds)
+        found: list[tuple[Tensor | None, ...]] = []
+        parts = seeds.chunk(threads)
+        in_order(parts, threads, lambda some: self._along(delta, inputs, some), found.append)
+        every = [[x for x in each if x is not None] for each in zip(*found, strict=True)]
+        return tuple(torch.cat(each) if each else None for each in every)
+
+    def _along(
+        self, delta: Tensor, inputs: Sequence[Tensor], seeds: Tensor
+    ) -> tuple[Tensor | None, ...]:
         if self.cut is None or self.weight is None:
             return batched_grad(delta, inputs, seeds)
         moved, *bent = batched_grad(delta, [self.weight, *inputs], seeds)
