@@ -127,6 +127,18 @@ def pin(name: str, found: Counts) -> None:
         file.write("{\n" + ",\n".join(lines) + "\n}\n")
 
 
+@pytest.mark.parametrize(
+    "name",
+    "mlp-gelu conv2d conv-conv embedding gru twice multihead-attention "
+    "transformer-gelu residual-norm batch-norm2d scale two-inputs".split(),
+)
+def test_directions_on_two_threads(name, two_threads):
+    _, routes = posed(name)
+    for structure in STRUCTURES:
+        right, _ = applies(routes["preactivation"], expected(BY_NAME[name]), structure, 1e-10)
+        assert right
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_finite_difference(case):
     """Of each model's smallest tensor: several gradients for each of its entries."""

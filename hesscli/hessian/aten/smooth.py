@@ -78,7 +78,7 @@ class _Scaled(Function):
         if not torch.is_grad_enabled():
             slope, bent = ctx.kept
             return c * slope, c * bent, None, None, None
-        # For third derivatives, PyTorch's own.
-        g, z = ctx.saved_tensors
+        # For third derivatives, PyTorch's own. Of views: g itself may be made of z.
+        g, z = (x.view_as(x) for x in ctx.saved_tensors)
         (pulled,) = torch.autograd.grad(ctx.phi(z), z, g, create_graph=True)
         return *torch.autograd.grad(pulled, (g, z), c, create_graph=True), None, None, None

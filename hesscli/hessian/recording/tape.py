@@ -22,11 +22,11 @@ from hesscli.hessian.aten.smooth import smooth
 Kind = TypeVar("Kind")
 
 _aten = torch.ops.aten
-_REPLAYED_AS = {
+_REPLAYED_AS: dict[Any, Callable[..., Any]] = {
     # What was written in place lies elsewhere in its replay, where not every view is one.
     _aten.view.default: _aten.reshape.default,
     _aten._unsafe_view.default: _aten.reshape.default,
-    # Their derivatives cannot be batched.
+    # PyTorch takes their derivatives for one direction after the other.
     **{
         f.default: smooth(f.default)
         for f in (_aten.tanh, _aten.gelu, _aten.silu, _aten.mish, _aten.softplus, _aten.elu)
