@@ -974,7 +974,8 @@ def test_every_kind_and_tag_is_run():
     assert len(every - tags) <= 3, every - tags
 
 
-def test_group_norm_of_channels_last(warm, tmp_path):
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_group_norm_of_channels_last(warm, tmp_path, curvature):
     """PyTorch's gradient of its weight alone ends the process where its input has none."""
     torch.manual_seed(0)
 
@@ -993,15 +994,24 @@ def test_group_norm_of_channels_last(warm, tmp_path):
     program = torch.export.export(net, (x,)).run_decompositions()
     torch.export.save(program, tmp_path / "net.pt2")
     hesscli = [warm, "-m", "hesscli", "compute", "net.pt2", "data.npz"]
-    ran = subprocess.run([*hesscli, "--params", "norm.weight"], cwd=tmp_path, check=False)
+    options = ["--params", "norm.weight", "--curvature", curvature]
+    ran = subprocess.run([*hesscli, *options], cwd=tmp_path, check=False)
     assert ran.returncode == 0
     _, found = read(tmp_path / "hessian.safetensors")
 
-    def loss(weight):
+    def output(weight):
         z = nn.functional.group_norm(x, 2, weight, net.norm.bias)
-        return nn.functional.cross_entropy(net.head(torch.tanh(z).mean((2, 3))), y)
+        return net.head(torch.tanh(z).mean((2, 3)))
 
-    expected = torch.autograd.functional.hessian(loss, net.norm.weight.detach())
+    def loss(f):
+        return nn.functional.cross_entropy(f, y)
+
+    weight = net.norm.weight.detach()
+    expected = torch.autograd.functional.hessian(lambda w: loss(output(w)), weight)
+    if curvature == "ggn":
+        jacobian = torch.autograd.functional.jacobian(output, weight).flatten(0, 1)
+        of_loss = torch.autograd.functional.hessian(loss, output(weight).detach())
+        expected = jacobian.T @ of_loss.view(15, 15) @ jacobian
     assert relative_error(found["norm.weight"], expected) < 1e-12
 
 

@@ -28,7 +28,8 @@ class OutputDifference(DirectionalDifference):
             (batch,) = problem.batches
             ahead, behind = self._outputs(problem, step)
             along = ((ahead - behind) / (2 * h)).where(ahead.isfinite() & behind.isfinite(), 0)
-            f = self.problem.output(batch)
+            with right_gradients():
+                f = self.problem.output(batch)
             if not f.requires_grad:
                 continue
             seed = self._middle(batch, f.detach(), along, step) / self.problem.denominator
