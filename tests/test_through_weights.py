@@ -94,6 +94,19 @@ class Words(nn.Module):
         return F.linear(torch.tanh(self.layer(words)).sum(1), self.table.weight)
 
 
+class Shaped(nn.Module):
+    """Rows that are normalised and added to ones, which are made in the likeness of what depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.rows = nn.Linear(4, 5), nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.layer(x))
+        state = hidden.new_zeros(hidden.shape) + hidden
+        return F.linear(state, F.normalize(self.rows, dim=-1) + hidden.new_ones(3, 5))
+
+
 def stack(first: nn.Module, activation: nn.Module, *rest: nn.Module) -> nn.Module:
     return nn.Sequential(first, activation, *rest)
 
@@ -123,10 +136,11 @@ MADE = {  # the model, its inputs, and how many of its parameters have blocks th
     "both-ways": (BothWays, ROWS, 1),
     "scaled": (Scaled, ROWS, 2),
     "words": (Words, ROWS, 1),
+    "shaped": (Shaped, ROWS[:6], 1),
 }  # fmt: skip
 
 BY_NEURON = {  # those whose neurons are made of entries of their own
-    "weight-norm", "normalised-relu", "softmax", "standardised", "standardised-relu", "adapted", "merged",
+    "weight-norm", "normalised-relu", "softmax", "standardised", "standardised-relu", "adapted", "merged", "shaped",
 }  # fmt: skip
 
 

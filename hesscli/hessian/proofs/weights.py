@@ -41,7 +41,7 @@ class Weights:
         tape: the calls behind the weights, which are its parameters.
         calls: those that make them, of parameters and constants.
         of: the names of the weights that are made of each parameter.
-        whole: the tape with what makes them.
+        whole: the tape with what makes them; what takes the shape of data alone is given.
     """
 
     tape: Tape
@@ -91,6 +91,7 @@ def _ordered(rows: Tensor) -> Tensor:
 
 def find_weights(tape: Tape, axes: Axes) -> Weights:
     """The weights of a tape, by names that no parameter has."""
+    tape = _with_shapes_given(tape, axes)
     trained = tape.dependent([*tape.parameters.values()])
     alone = {n for n in trained if axes[n] is None}  # the same for every sample
 
@@ -109,3 +110,18 @@ def find_weights(tape: Tape, axes: Axes) -> Weights:
     given = {**tape.given, **{n: known[n] for n in entering}}
     weights = replace(tape, calls=behind, given=given, parameters=names)
     return Weights(weights, calls, of, tape)
+
+
+def _with_shapes_given(tape: Tape, axes: Axes) -> Tape:
+    """A tape to which is given what takes the shape of data alone, as zeros in its likeness: no number enters it."""
+
+    def shaped(call: Call) -> bool:
+        same = all(axes[n] is None for n in call.outputs if n is not None)
+        return same and any(axes[n] for n in call.reads)
+
+    made = {n for call in tape.calls if shaped(call) for n in call.outputs if n is not None}
+    if not made:
+        return tape
+    known = tape.replay({})
+    calls = tuple(call for call in tape.calls if not shaped(call))
+    return replace(tape, calls=calls, given={**tape.given, **{n: known[n] for n in made}})
