@@ -373,7 +373,10 @@ def test_compute_errors(net):
     with pytest.raises(hesscli.HesscliError, match="ReLU: a model without parameters"):
         hesscli.compute(nn.ReLU(), (X, X))
     net.cache = [net(X)]
-    with pytest.raises(hesscli.HesscliError, match="Net: cannot be copied"):
+    with pytest.raises(
+        hesscli.HesscliError,
+        match="Net: cannot be copied: cache holds what an earlier pass computed",
+    ):
         hesscli.compute(net, (X, Y))
 
 
