@@ -17,6 +17,7 @@ import torch
 from cases import BY_NAME, expected, save
 from conftest import read
 from hessian_files import symmetric, write
+from oracles import relative_error
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -713,3 +714,23 @@ def test_samples_may_be_arrays_in_a_list(net: Net) -> None:
 def test_models_that_are_none(model: object) -> None:
     with pytest.raises(hesscli.HesscliError, match="expected a module, or the path of a file"):
         hesscli.operator(model, torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("method", ["hvp", "preactivation", "gauss-newton"])
+def test_sums_over_many_samples_keep_their_digits(method):
+    """In float32: one long sum rounds as often as it has terms."""
+    torch.manual_seed(0)
+    x = torch.rand(1 << 18, 2)
+    y, options = torch.randn(len(x), 1), {"loss": "mse", "method": method, "check": False}
+    found = hesscli.compute(nn.Linear(2, 1), (x, y), framework="torch", **options)
+    expected = 2 * x.double().T @ x.double() / len(x)
+    assert relative_error(found.block("weight").double(), expected) < 5e-6
+
+
+def test_a_bias_of_many_samples_keeps_its_digits():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+    x, y = torch.randn(100_000, 2), torch.randn(100_000, 1)
+    options = {"loss": "mse", "method": "gauss-newton", "params": "2.bias", "check": False}
+    found = hesscli.compute(net, (x, y), **options)
+    np.testing.assert_allclose(found.block("2.bias"), 2, rtol=1e-5)

@@ -40,6 +40,6 @@ def choose_sizes(
     """
     workspace = min(usual.activations, memory // 4)
     per_sample = max(1, _GRAPHS * saved_per_sample)
-    batch = max(1, min(samples, workspace // (per_sample * rows)))
+    batch = max(1, min(samples, usual.samples, workspace // (per_sample * rows)))
     per_row = per_sample * batch + 3 * largest_block * itemsize
     return Sizes(batch, max(1, min(usual.rows, workspace // per_row)))

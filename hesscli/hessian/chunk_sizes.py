@@ -21,6 +21,7 @@ class ChunkSizes:
 
     Attributes:
         activations: bytes that those of a batch may take.
+        samples: of a batch at most; a sum over more of them rounds more, and takes longer.
         rows: that share a pass at most; more gain nothing measurable.
         vectors: that share a product at most.
         directions: that one chunk of directions may make.
@@ -36,6 +37,7 @@ class ChunkSizes:
     """
 
     activations: int = 1 << 30
+    samples: int = 1 << 15
     rows: int = 128
     vectors: int = 32
     directions: int = 1 << 25
@@ -81,6 +83,7 @@ def _of_gpu(device: torch.device) -> ChunkSizes:
     many = memory >> 8  # 80 GB: 1.2 GB of float32
     return ChunkSizes(
         activations=memory >> 3,
+        samples=1 << 20,
         rows=1024,
         vectors=256,
         directions=many,

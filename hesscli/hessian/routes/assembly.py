@@ -16,6 +16,7 @@ from hesscli.hessian.routes.base import Diagonal
 from hesscli.hessian.routes.kronecker import FEWEST, add_kronecker_rows
 from hesscli.hessian.routes.layers import Layer
 from hesscli.hessian.routes.probes import Probed
+from hesscli.hessian.routes.sums import add_product
 from hesscli.hessian.workers import side_by_side, workers
 
 _COLUMNS = 512  # of gradients, at least, for as many samples as fit beside
@@ -270,7 +271,7 @@ class _Later:
                 for tile, size in zip(self.tiles, self.sizes, strict=True):
                     made = self.buffers[worker][: turned.shape[1] * size].view(-1, size)
                     self._make(made, tile, part, motion, row)
-                    out[row, :, start : start + size].addmm_(turned, made)
+                    add_product(out[row, :, start : start + size], turned, made)
                     start += size
 
         for samples in self.samples:

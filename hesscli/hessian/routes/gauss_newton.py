@@ -30,7 +30,10 @@ from hesscli.hessian.routes.bend import Bend, add_bend, add_bend_diagonal, find_
 from hesscli.hessian.routes.kronecker import add_kronecker_rows
 from hesscli.hessian.routes.layers import Layer, plain_layer
 from hesscli.hessian.routes.probes import Probed
+from hesscli.hessian.routes.sums import add_product
 from hesscli.hessian.words import GAUSS_NEWTON
+
+_SUMMED = 1 << 11  # samples at most whose Jacobians one product sums: it rounds as often
 
 
 def block_uses(analysis: Analysis, block: Block) -> list[Use]:
@@ -68,7 +71,7 @@ class Factors:
         """df/dtheta of some samples after the other, [samples, C, size], with their Lambda."""
         samples, classes, *_ = self.curvature.shape
         most = chunk_sizes(self.curvature.device).jacobians
-        step = max(1, most // (classes * sum(use.size for use in self.uses)))
+        step = min(_SUMMED, max(1, most // (classes * sum(use.size for use in self.uses))))
         for first in range(0, samples, step):
             mine = slice(first, first + step)
             parts: dict[str, Tensor] = {}
@@ -177,7 +180,7 @@ def _add(part: Rows, factors: Factors) -> None:
     for jacobian, curvature in factors.jacobians():
         curved_jacobian = curvature @ jacobian[..., part.start :]
         mine = jacobian[..., part.start : part.stop].flatten(0, 1)
-        part.out.addmm_(mine.T, curved_jacobian.flatten(0, 1))
+        add_product(part.out, mine.T, curved_jacobian.flatten(0, 1))
     if factors.d is not None:
         add_bend(part, factors.uses, factors.inputs, factors.d)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.routes.base import Diagonal
+from hesscli.hessian.routes.sums import add_product
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Squares(Diagonal):
         return range(self.first, self.first + len(self.out))
 
     def add_neuron(self, use: Use, p: int, left: Tensor, right: Tensor) -> None:
-        self.out[p - self.first].addmm_(left.T, right)
+        add_product(self.out[p - self.first], left.T, right)
 
     def add_weighted(self, use: Use, d: Tensor, a: Tensor) -> None:
         for p in self.neurons(use):
@@ -48,7 +49,7 @@ class Squares(Diagonal):
 
     def add_pairs(self, left: Tensor, right: Tensor) -> None:
         for out, mine in zip(self.out, self.own, strict=True):
-            out.addmm_(left[:, mine].T, right[:, mine])
+            add_product(out, left[:, mine].T, right[:, mine])
 
     def rows(self, inputs: range) -> Tensor:
         """The rows of these inputs' entries of every neuron: [inputs, block.size]."""
