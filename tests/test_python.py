@@ -693,8 +693,9 @@ def test_several_inputs_side_by_side_are_refused_with_how_they_are_given() -> No
 
 
 @pytest.mark.parametrize("pair", [tuple, list])
-def test_several_inputs_of_one_shape_are_not_taken_for_one(pair: type) -> None:
-    model, a, y = nn.Bilinear(3, 3, 1), torch.ones(4, 3), torch.ones(4, 1)
+@pytest.mark.parametrize("samples", [2, 4])
+def test_several_inputs_of_one_shape_are_not_taken_for_one(pair: type, samples: int) -> None:
+    model, a, y = nn.Bilinear(3, 3, 1), torch.ones(samples, 3), torch.ones(samples, 1)
     b = a.clone()
     for arrays in ((a, b), (a.numpy(), b.numpy())):
         for data in ((pair(arrays), y), {"x": pair(arrays), "y": y.tolist()}):

@@ -145,11 +145,15 @@ def _tensors(data: object) -> dict[str, Tensor]:
 
 
 def _several(value: object, values: Iterable[object]) -> bool:
-    """Whether it is several arrays with an entry per sample, as others have, and not one array, sample by sample."""
+    """Whether it is several arrays with an entry per sample, as others have, and not one array, sample by sample.
+
+    Two arrays of two entries, say, may be either.
+    """
     if not isinstance(value, (tuple, list)) or not all(isinstance(part, Array) for part in value):
         return False
     sizes = {_length(other) for other in values if other is not value}
-    return len(value) not in sizes and any(_length(part) in sizes - {0} for part in value)
+    lengths = {_length(part) for part in value}
+    return lengths == {len(value)} if len(value) in sizes else bool(lengths & sizes - {0})
 
 
 def _length(value: object) -> int:
