@@ -25,7 +25,7 @@ from hesscli.errors import FileError, HesscliError, MismatchError, UsageError
 from hesscli.files.models.architectures import build
 from hesscli.files.models.call_signature import CallSignature
 from hesscli.files.models.model_file import load_model
-from hesscli.files.sniff import kind_of
+from hesscli.files.sniff import Kind, kind_of
 
 
 class Net(nn.Module):
@@ -146,17 +146,17 @@ def test_kinds_are_told_by_content(net, exported, tmp_path, monkeypatch):
     Path("22").write_bytes(b'[\n {"x": [1, 2]}]')
     Path("23").write_bytes(b"[a],[b]\n1,2\n")
     files = {int(path.stem): path for path in Path().iterdir()}
-    kinds = [kind_of(files[number]) for number in sorted(files)]
+    kinds = [kind_of(files[number]).name.lower() for number in sorted(files)]
     expected = (
         "torchscript torchscript torch_zip torch_legacy safetensors npz npz npy empty hdf5 onnx "
         "lfs_pointer html text zip_damaged pickle unknown gzip zip npz special json "
         "text"
     )
     assert " ".join(kinds) == expected
-    assert {kind_of(path) for path in exported.values()} == {"exported"}
+    assert {kind_of(path) for path in exported.values()} == {Kind.EXPORTED}
     Path("24").mkdir()
-    assert kind_of("24") == "folder"
-    assert kind_of(tmp_path) == "npy_folder"
+    assert kind_of("24") is Kind.FOLDER
+    assert kind_of(tmp_path) is Kind.NPY_FOLDER
 
 
 def test_sniffing_loads_neither_torch_nor_numpy():

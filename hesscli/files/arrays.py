@@ -45,7 +45,7 @@ def load_arrays(path: Path | str) -> Arrays:
         ResourceError: it does not fit into the memory.
     """
     kind, notes = kind_of(path), tuple[str, ...]()
-    if kind == "text":
+    if kind is Kind.TEXT:
         found, notes = load_csv(path)
         _demand_numbers(path, found)
     elif kind in _READERS:
@@ -68,33 +68,33 @@ def _demand_numbers(path: Path | str, table: Found) -> None:
     if len(unusable) == len(table):
         decimals = any(column.remedy == DECIMALS for column in unusable)
         hint = DECIMALS if decimals else "a table wants columns of numbers: x1,x2,y"
-        raise unsupported(path, "text", _EXPECTED, hint)
+        raise unsupported(path, Kind.TEXT, _EXPECTED, hint)
 
 
 def _unreadable(path: Path | str, kind: Kind) -> FileError | UsageError:
-    if kind == "dataset_splits":
+    if kind is Kind.DATASET_SPLITS:
         splits = sorted(entry.name for entry in Path(path).iterdir() if entry.is_dir())
         first = os.path.join(path, splits[0] if splits else "SPLIT")
         return UsageError(
             f"{path}: a Hugging Face datasets folder of several splits: {', '.join(splits)}",
             f"hesscli compute MODEL {shlex.quote(first)}",
         )
-    swapped = kind in ("torchscript", "exported", "transformers", "onnx")
+    swapped = kind in (Kind.TORCHSCRIPT, Kind.EXPORTED, Kind.TRANSFORMERS, Kind.ONNX)
     hint = "the data comes second: hesscli compute MODEL DATA" if swapped else _SAVE
     return unsupported(path, kind, _EXPECTED, hint)
 
 
 def _files(path: Path | str, kind: Kind) -> tuple[Path, ...]:
     """Those that are read."""
-    if kind == "npy_folder":
+    if kind is Kind.NPY_FOLDER:
         return tuple(sorted(Path(path).glob("*.npy")))
-    return tuple(dataset_files(path)) if kind == "dataset" else (Path(path),)
+    return tuple(dataset_files(path)) if kind is Kind.DATASET else (Path(path),)
 
 
 def _load_npy_folder(folder: Path | str) -> Found:
     found: Found = {}
-    for file in _files(folder, "npy_folder"):
-        if (kind := kind_of(file)) != "npy":
+    for file in _files(folder, Kind.NPY_FOLDER):
+        if (kind := kind_of(file)) is not Kind.NPY:
             raise unsupported(file, kind, "an npy array", "np.save('x.npy', x)")
         found |= load_npy(file)
     return found
@@ -138,13 +138,13 @@ def _indexable(array: torch.Tensor) -> torch.Tensor | Unusable:
 
 
 _READERS: dict[Kind, Callable[[Path | str], Found]] = {
-    "npz": load_npz,
-    "npy": load_npy,
-    "npy_folder": _load_npy_folder,
-    "safetensors": map_safetensors,
-    "torch_zip": _load_torch,
-    "torch_legacy": _load_torch,
-    "parquet": load_parquet,
-    "dataset": load_dataset,
+    Kind.NPZ: load_npz,
+    Kind.NPY: load_npy,
+    Kind.NPY_FOLDER: _load_npy_folder,
+    Kind.SAFETENSORS: map_safetensors,
+    Kind.TORCH_ZIP: _load_torch,
+    Kind.TORCH_LEGACY: _load_torch,
+    Kind.PARQUET: load_parquet,
+    Kind.DATASET: load_dataset,
 }
-_TABLES = ("text", "parquet", "dataset")
+_TABLES = (Kind.TEXT, Kind.PARQUET, Kind.DATASET)

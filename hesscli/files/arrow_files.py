@@ -13,7 +13,7 @@ import torch
 from hesscli.errors import FileError, ResourceError, UsageError
 from hesscli.files.npy import tensor
 from hesscli.files.resources import available_memory
-from hesscli.files.sniff import beside
+from hesscli.files.sniff import Kind, beside
 from hesscli.files.torch_files import reading
 from hesscli.files.unusable import CODES, ROWS, Found, Unusable
 
@@ -29,7 +29,7 @@ def load_parquet(path: Path | str) -> Found:
     _pyarrow(path)
     import pyarrow.parquet as parquet
 
-    with reading(path, "parquet"), parquet.ParquetFile(path, memory_map=True) as file:
+    with reading(path, Kind.PARQUET), parquet.ParquetFile(path, memory_map=True) as file:
         groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
         needed, free = sum(group.total_byte_size for group in groups), available_memory()
         if needed > free:
@@ -47,7 +47,7 @@ def dataset_files(folder: Path | str) -> list[Path]:
         FileError: the folder is not what was written, or it names files outside of it.
     """
     state = Path(folder, "state.json")
-    with reading(state, "text"):
+    with reading(state, Kind.TEXT):
         names = [str(entry["filename"]) for entry in json.loads(state.read_text())["_data_files"]]
     return [beside(state, name, "save it again: dataset.save_to_disk('data')") for name in names]
 
@@ -62,9 +62,9 @@ def load_dataset(folder: Path | str) -> Found:
     arrow = _pyarrow(folder)
     tables = []
     for file in dataset_files(folder):
-        with reading(file, "arrow"):
+        with reading(file, Kind.ARROW):
             tables.append(arrow.ipc.open_stream(arrow.memory_map(str(file))).read_all())
-    with reading(folder, "dataset"):
+    with reading(folder, Kind.DATASET):
         return _columns(folder, arrow.concat_tables(tables))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from hesscli.errors import FileError, HesscliError
+from hesscli.files.sniff import Kind
 from hesscli.files.torch_files import reading
 from hesscli.files.unusable import CODES, DECIMALS, Found, Unusable
 
@@ -36,7 +37,7 @@ def load_csv(path: Path | str) -> tuple[Found, tuple[str, ...]]:
     Raises:
         FileError: lines of different lengths, a name given twice, or no text.
     """
-    with reading(path, "text"), open(path, encoding="utf-8-sig", newline="") as file:
+    with reading(path, Kind.TEXT), open(path, encoding="utf-8-sig", newline="") as file:
         line = file.readline()
         file.seek(0)
         delimiter = max(_DELIMITERS, key=line.count)

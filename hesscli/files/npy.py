@@ -16,7 +16,7 @@ from numpy.lib import format as npy_format
 
 from hesscli.errors import FileError, ResourceError
 from hesscli.files.resources import available_memory
-from hesscli.files.sniff import COPY_AGAIN
+from hesscli.files.sniff import COPY_AGAIN, Kind
 from hesscli.files.torch_files import reading
 from hesscli.files.unusable import Found, Unusable
 from hesscli.files.zip_files import check_zip
@@ -36,7 +36,7 @@ def load_npy(path: Path | str) -> Found:
     Raises:
         FileError: the file is damaged, or its array holds Python objects.
     """
-    with reading(path, "npy"), open(path, "rb") as file:
+    with reading(path, Kind.NPY), open(path, "rb") as file:
         name, size = Path(path).stem, os.fstat(file.fileno()).st_size
         return {name: _array(path, name, file, size, 0)}
 
@@ -50,7 +50,7 @@ def load_npz(path: Path | str) -> Found:
     """
     check_zip(path)
     arrays: Found = {}
-    with reading(path, "npz"), zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+    with reading(path, Kind.NPZ), zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
             if name == member.filename:

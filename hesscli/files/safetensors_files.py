@@ -14,6 +14,7 @@ from hesscli.errors import FileError
 from hesscli.files.hessians.result_names import index_of_shard
 from hesscli.files.npy import tensor
 from hesscli.files.safetensors_header import parse
+from hesscli.files.sniff import Kind
 from hesscli.files.torch_files import reading
 from hesscli.files.unusable import Found, Unusable
 
@@ -34,7 +35,7 @@ def load_safetensors(path: Path | str) -> dict[str, torch.Tensor]:
     Raises:
         FileError: the file is damaged, or it is a Hessian and not a model or data.
     """
-    with reading(path, "safetensors"), safe_open(path, framework="pt") as file:
+    with reading(path, Kind.SAFETENSORS), safe_open(path, framework="pt") as file:
         _refuse_hessian(path, file)
         return {name: file.get_tensor(name) for name in file.offset_keys()}
 
@@ -45,7 +46,7 @@ def map_safetensors(path: Path | str) -> Found:
     Raises:
         FileError: as above.
     """
-    with reading(path, "safetensors"):
+    with reading(path, Kind.SAFETENSORS):
         with safe_open(path, framework="np") as file:  # checks the header, offsets included
             _refuse_hessian(path, file)
             names = file.offset_keys()

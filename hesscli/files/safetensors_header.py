@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from hesscli.errors import FileError
-from hesscli.files.sniff import kind_of, unsupported
+from hesscli.files.sniff import Kind, kind_of, unsupported
 
 AGAIN = "compute it again, or copy the file again"
 _LONGEST = 100_000_000  # bytes, by the format
-_MODELS = ("torchscript", "exported", "torch_zip", "torch_legacy")
+_MODELS = (Kind.TORCHSCRIPT, Kind.EXPORTED, Kind.TORCH_ZIP, Kind.TORCH_LEGACY)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def read_header(path: Path, shown: str) -> Header:
     except PermissionError:
         raise FileError(f"{shown}: permission denied") from None
     except (SafetensorError, OSError, ValueError) as error:
-        if (kind := kind_of(path)) not in ("safetensors", "unknown"):
+        if (kind := kind_of(path)) not in (Kind.SAFETENSORS, Kind.UNKNOWN):
             model = shlex.quote(shown) if kind in _MODELS else "model.pt"
             hint = f"hesscli compute {model} data.npz"
             raise unsupported(shown, kind, "a Hessian file", hint) from None

@@ -7,77 +7,47 @@ import re
 import shlex
 import stat
 import zipfile
+from enum import Enum
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 from hesscli.errors import FileError, UsageError
 
-Kind = Literal[
-    "torchscript",
-    "exported",
-    "aotinductor",
-    "torch_zip",
-    "torch_legacy",
-    "pickle",
-    "safetensors",
-    "npz",
-    "npy",
-    "zip",
-    "zip_damaged",
-    "hdf5",
-    "onnx",
-    "gguf",
-    "gzip",
-    "html",
-    "lfs_pointer",
-    "parquet",
-    "arrow",
-    "weights_index",
-    "json",
-    "text",
-    "empty",
-    "transformers",
-    "dataset",
-    "dataset_splits",
-    "npy_folder",
-    "folder",
-    "special",
-    "unknown",
-]
 
-# With its article, to follow "net.pt: " or "expected".
-DESCRIPTIONS: dict[Kind, str] = {
-    "torchscript": "a TorchScript model",
-    "exported": "a torch.export program",
-    "aotinductor": "an AOTInductor package: compiled code, without a graph to differentiate",
-    "torch_zip": "a torch.save file",
-    "torch_legacy": "a torch.save file of the old format",
-    "pickle": "a plain Python pickle, which torch.save did not write",
-    "safetensors": "a safetensors file",
-    "npz": "an npz archive",
-    "npy": "an npy array",
-    "zip": "a zip archive that neither PyTorch nor NumPy wrote",
-    "zip_damaged": "a zip archive that is damaged or cut off",
-    "hdf5": "an HDF5 file",
-    "onnx": "an ONNX model",
-    "gguf": "a GGUF model",
-    "gzip": "a gzip file",
-    "html": "an HTML page",
-    "lfs_pointer": "a Git LFS pointer, not the file itself",
-    "parquet": "a Parquet file",
-    "arrow": "an Arrow file",
-    "weights_index": "the index of weights in several files",
-    "json": "a JSON file",
-    "text": "a text file",
-    "empty": "an empty file",
-    "transformers": "a Hugging Face model folder",
-    "dataset": "a Hugging Face datasets folder",
-    "dataset_splits": "a Hugging Face datasets folder of several splits",
-    "npy_folder": "a folder of npy arrays",
-    "folder": "a folder",
-    "special": "not a regular file",
-    "unknown": "a file of unknown format",
-}
+class Kind(Enum):
+    """What a file may be, with its article, to follow "net.pt: " or "expected"."""
+
+    TORCHSCRIPT = "a TorchScript model"
+    EXPORTED = "a torch.export program"
+    AOTINDUCTOR = "an AOTInductor package: compiled code, without a graph to differentiate"
+    TORCH_ZIP = "a torch.save file"
+    TORCH_LEGACY = "a torch.save file of the old format"
+    PICKLE = "a plain Python pickle, which torch.save did not write"
+    SAFETENSORS = "a safetensors file"
+    NPZ = "an npz archive"
+    NPY = "an npy array"
+    ZIP = "a zip archive that neither PyTorch nor NumPy wrote"
+    ZIP_DAMAGED = "a zip archive that is damaged or cut off"
+    HDF5 = "an HDF5 file"
+    ONNX = "an ONNX model"
+    GGUF = "a GGUF model"
+    GZIP = "a gzip file"
+    HTML = "an HTML page"
+    LFS_POINTER = "a Git LFS pointer, not the file itself"
+    PARQUET = "a Parquet file"
+    ARROW = "an Arrow file"
+    WEIGHTS_INDEX = "the index of weights in several files"
+    JSON = "a JSON file"
+    TEXT = "a text file"
+    EMPTY = "an empty file"
+    TRANSFORMERS = "a Hugging Face model folder"
+    DATASET = "a Hugging Face datasets folder"
+    DATASET_SPLITS = "a Hugging Face datasets folder of several splits"
+    NPY_FOLDER = "a folder of npy arrays"
+    FOLDER = "a folder"
+    SPECIAL = "not a regular file"
+    UNKNOWN = "a file of unknown format"
+
 
 COPY_AGAIN = "copy or download the file again"
 """The way out of a damaged file."""
@@ -100,9 +70,9 @@ def kind_of(path: Path | str) -> Kind:
         if stat.S_ISDIR(status.st_mode):
             return _kind_of_folder(path)
         if not stat.S_ISREG(status.st_mode):
-            return "special"
+            return Kind.SPECIAL
         if status.st_size == 0:
-            return "empty"
+            return Kind.EMPTY
         with open(path, "rb") as file:
             return _kind_of_content(file)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -132,11 +102,11 @@ def beside(listing: Path, name: object, hint: str) -> Path:
 def unsupported(path: Path | str, kind: Kind, wanted: str, hint: str) -> FileError:
     """The refusal of a file of the wrong kind. A hint about the file itself goes before `hint`."""
     hints: dict[Kind, str] = {
-        "lfs_pointer": f"git lfs pull --include {shlex.quote(os.path.basename(path))}",
-        "zip_damaged": COPY_AGAIN,
-        "html": "the download failed: fetch the file again",
+        Kind.LFS_POINTER: f"git lfs pull --include {shlex.quote(os.path.basename(path))}",
+        Kind.ZIP_DAMAGED: COPY_AGAIN,
+        Kind.HTML: "the download failed: fetch the file again",
     }
-    return FileError(f"{path}: {DESCRIPTIONS[kind]}; expected {wanted}", hints.get(kind, hint))
+    return FileError(f"{path}: {kind.value}; expected {wanted}", hints.get(kind, hint))
 
 
 def _kind_of_content(file: BinaryIO) -> Kind:
@@ -144,50 +114,50 @@ def _kind_of_content(file: BinaryIO) -> Kind:
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _kind_of_zip(file)
     if _LEGACY_MAGIC in head[:40]:
-        return "torch_legacy"
+        return Kind.TORCH_LEGACY
     if head.startswith(b"\x93NUMPY"):
-        return "npy"
+        return Kind.NPY
     if head[8:10] in (b'{"', b"{}"):
-        return "safetensors"
+        return Kind.SAFETENSORS
     if head.startswith(b"version https://git-lfs"):
-        return "lfs_pointer"
+        return Kind.LFS_POINTER
     if head.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
-        return "html"
+        return Kind.HTML
     signatures: dict[bytes, Kind] = {
-        b"\x89HDF\r\n\x1a\n": "hdf5",
-        b"GGUF": "gguf",
-        b"PAR1": "parquet",
-        b"ARROW1": "arrow",
-        b"\x1f\x8b": "gzip",
-        b"\x80\x02": "pickle",
-        b"\x80\x03": "pickle",
-        b"\x80\x04": "pickle",
-        b"\x80\x05": "pickle",
+        b"\x89HDF\r\n\x1a\n": Kind.HDF5,
+        b"GGUF": Kind.GGUF,
+        b"PAR1": Kind.PARQUET,
+        b"ARROW1": Kind.ARROW,
+        b"\x1f\x8b": Kind.GZIP,
+        b"\x80\x02": Kind.PICKLE,
+        b"\x80\x03": Kind.PICKLE,
+        b"\x80\x04": Kind.PICKLE,
+        b"\x80\x05": Kind.PICKLE,
     }
     for signature, kind in signatures.items():
         if head.startswith(signature):
             return kind
     # ONNX is a protobuf without a signature: field 1 (the version, a small number), then another.
     if len(head) > 2 and head[0] == 0x08 and head[1] < 0x20 and head[2] in (0x12, 0x1A, 0x3A):
-        return "onnx"
+        return Kind.ONNX
     if not _is_text(head):
-        return "unknown"
+        return Kind.UNKNOWN
     if head.startswith(b"{") and b'"metadata"' in head:  # it may be long, and comes first
         head += file.read(_LONGEST_INDEX)
     if not _JSON.match(head):
-        return "text"
-    return "weights_index" if head.startswith(b"{") and b'"weight_map"' in head else "json"
+        return Kind.TEXT
+    return Kind.WEIGHTS_INDEX if head.startswith(b"{") and b'"weight_map"' in head else Kind.JSON
 
 
 def _kind_of_folder(path: Path | str) -> Kind:
     names = os.listdir(path)
     if "dataset_dict.json" in names:
-        return "dataset_splits"
+        return Kind.DATASET_SPLITS
     if "state.json" in names and any(name.endswith(".arrow") for name in names):
-        return "dataset"
+        return Kind.DATASET
     if any(name.endswith((".safetensors", ".index.json", ".bin")) for name in names):
-        return "transformers"
-    return "npy_folder" if any(name.endswith(".npy") for name in names) else "folder"
+        return Kind.TRANSFORMERS
+    return Kind.NPY_FOLDER if any(name.endswith(".npy") for name in names) else Kind.FOLDER
 
 
 def _kind_of_zip(file: BinaryIO) -> Kind:
@@ -195,21 +165,21 @@ def _kind_of_zip(file: BinaryIO) -> Kind:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError):
-        return "zip_damaged"
+        return Kind.ZIP_DAMAGED
     # PyTorch puts everything into one folder named after the file.
     inner = {name.partition("/")[2] or name for name in names}
     if "serialized_exported_program.json" in inner:  # torch.export before 2.8
-        return "exported"
+        return Kind.EXPORTED
     if "archive_format" in inner:
         has_graph = any(name.startswith("models/") and name.endswith(".json") for name in inner)
-        return "exported" if has_graph else "aotinductor"
+        return Kind.EXPORTED if has_graph else Kind.AOTINDUCTOR
     if "constants.pkl" in inner:  # what torch.load itself goes by
-        return "torchscript"
+        return Kind.TORCHSCRIPT
     if "data.pkl" in inner:
-        return "torch_zip"
+        return Kind.TORCH_ZIP
     if not names or any(name.endswith(".npy") for name in names):
-        return "npz"
-    return "zip"
+        return Kind.NPZ
+    return Kind.ZIP
 
 
 def _is_text(head: bytes) -> bool:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import torch
 
 from hesscli.errors import FileError, HesscliError, ResourceError, is_out_of_memory
-from hesscli.files.sniff import COPY_AGAIN, DESCRIPTIONS, Kind
+from hesscli.files.sniff import COPY_AGAIN, Kind
 from hesscli.files.storages import check_storages
 from hesscli.files.zip_files import check_zip, stored
 
@@ -57,7 +57,7 @@ def reading(path: Path | str, kind: Kind) -> Iterator[None]:
             raise ResourceError(f"{path}: not enough memory to load it") from error
         reason = _reason(error, kind)
         raise FileError(
-            f"{path}: {DESCRIPTIONS[kind]} that cannot be read: {reason}",
+            f"{path}: {kind.value} that cannot be read: {reason}",
             COPY_AGAIN
             if reason == _DAMAGED
             else "save it again, with the versions of its libraries that are installed here",
@@ -104,7 +104,7 @@ def read_torch_file(path: Path | str, kind: Kind, hint: str | None) -> object:
 
     Args:
         path: the file.
-        kind: "torch_zip" or "torch_legacy".
+        kind: `Kind.TORCH_ZIP` or `Kind.TORCH_LEGACY`.
         hint: what to do about Python objects in it; None to leave them to the caller.
 
     Raises:
@@ -112,7 +112,7 @@ def read_torch_file(path: Path | str, kind: Kind, hint: str | None) -> object:
         NeedsPickleError: these objects, without a hint.
         ResourceError: the memory did not suffice.
     """
-    mapped = kind == "torch_zip"
+    mapped = kind is Kind.TORCH_ZIP
     if mapped:
         check_zip(path)
         check_storages(path)
@@ -198,7 +198,7 @@ def _reason(error: Exception, kind: Kind) -> str:
     )
     # These two come without a check of their content beforehand, and their readers then stumble
     # over damage wherever it is.
-    if kind in ("torch_legacy", "npz"):
+    if kind in (Kind.TORCH_LEGACY, Kind.NPZ):
         return _DAMAGED
     if not text.strip() or isinstance(error, (EOFError, UnicodeDecodeError)):
         return _DAMAGED

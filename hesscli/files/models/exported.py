@@ -18,6 +18,7 @@ from hesscli.files.models.call_signature import CallSignature
 from hesscli.files.models.control_flow import IN_PYTHON
 from hesscli.files.models.exported_code import refuse_code
 from hesscli.files.models.ties import tie, tied_groups
+from hesscli.files.sniff import Kind
 from hesscli.files.torch_files import NeedsPickleError, pickled_objects, quiet, reading
 from hesscli.files.zip_files import check_zip
 
@@ -89,7 +90,7 @@ def load_exported(path: Path, device: torch.device, pickle_hint: str | None) -> 
         FileError: damaged, of another version, or with numbers among its inputs that vary.
     """
     check_zip(path)
-    with reading(path, "exported"):
+    with reading(path, Kind.EXPORTED):
         if pickle_hint is not None:
             try:
                 refuse_code(path)

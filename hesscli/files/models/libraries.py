@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hesscli.errors import FileError, UsageError
+from hesscli.files.sniff import Kind
 from hesscli.files.torch_files import reading
 
 
@@ -94,7 +95,7 @@ def configuration(folder: Path) -> Mapping[str, object]:
             f"{path}: not there; it says what the weights belong to",
             "model.save_pretrained('folder') writes both",
         )
-    with reading(path, "text"):
+    with reading(path, Kind.TEXT):
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise TypeError("not a JSON object")

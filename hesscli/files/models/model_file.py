@@ -82,12 +82,13 @@ def load_model(
     signature: CallSignature | None = None
     batch_sizes: tuple[int, int | None] = (1, None)
     form: Form
-    if kind == "torchscript":
-        module, form = load_torchscript(path, device, pickle_hint), kind
+    if kind is Kind.TORCHSCRIPT:
+        module, form = load_torchscript(path, device, pickle_hint), "torchscript"
         if train_mode and is_trace(path):
             notes.append("train mode has no effect: a traced model keeps the mode it had")
-    elif kind == "exported":
-        (module, signature, batch_sizes), form = load_exported(path, device, pickle_hint), kind
+    elif kind is Kind.EXPORTED:
+        module, signature, batch_sizes = load_exported(path, device, pickle_hint)
+        form = "exported"
         if train_mode:
             notes.append("train mode has no effect: an exported model keeps the mode it had")
     else:
@@ -114,13 +115,13 @@ def load_model(
 
 def _content(path: Path, kind: Kind, pickle_hint: str | None) -> tuple[object, tuple[Path, ...]]:
     """What weights, or a module, were saved as, and the files that were read."""
-    if kind == "transformers":
+    if kind is Kind.TRANSFORMERS:
         return load_folder(path)
-    if kind == "weights_index":
+    if kind is Kind.WEIGHTS_INDEX:
         return load_shards(path)
-    if kind == "safetensors":
+    if kind is Kind.SAFETENSORS:
         return load_safetensors(path), (path,)
-    if kind not in ("torch_zip", "torch_legacy"):
+    if kind not in (Kind.TORCH_ZIP, Kind.TORCH_LEGACY):
         wanted = "a TorchScript, state dict, safetensors or .pt2 model"
         raise unsupported(path, kind, wanted, _hint(path, kind))
     with suppress(NeedsPickleError):
@@ -129,10 +130,10 @@ def _content(path: Path, kind: Kind, pickle_hint: str | None) -> tuple[object, t
 
 
 def _hint(path: Path, kind: Kind) -> str:
-    table = kind == "text" and path.suffix in (".csv", ".tsv")
-    if table or kind in ("npz", "npy", "npy_folder", "parquet", "dataset"):
+    table = kind is Kind.TEXT and path.suffix in (".csv", ".tsv")
+    if table or kind in (Kind.NPZ, Kind.NPY, Kind.NPY_FOLDER, Kind.PARQUET, Kind.DATASET):
         return "the model comes first: hesscli compute MODEL DATA"
-    if kind == "onnx":  # its converters do not keep up with it, and lose the parameters' names
+    if kind is Kind.ONNX:  # its converters do not keep up with it, and lose the parameters' names
         return "export it as .pt2: torch.export.save(torch.export.export(model, (x,)), 'net.pt2')"
     return "torch.jit.script(model).save('net.pt'), or save model.state_dict()"
 

@@ -9,7 +9,7 @@ import torch
 
 from hesscli.errors import FileError
 from hesscli.files.safetensors_files import load_safetensors
-from hesscli.files.sniff import beside, kind_of, unsupported
+from hesscli.files.sniff import Kind, beside, kind_of, unsupported
 from hesscli.files.torch_files import read_torch_file, reading
 from hesscli.texts import listed
 
@@ -30,7 +30,7 @@ def load_folder(folder: Path) -> tuple[dict[str, torch.Tensor], tuple[Path, ...]
         FileError: none holds the weights, or more than one may do; or it is damaged, of another kind, or unsafe.
     """
     path = _weights_in(folder)
-    if kind_of(path) == "weights_index":
+    if kind_of(path) is Kind.WEIGHTS_INDEX:
         weights, files = load_shards(path)
     else:
         weights, files = load_part(path), (path,)
@@ -57,7 +57,7 @@ def load_shards(index: Path) -> tuple[dict[str, torch.Tensor], tuple[Path, ...]]
         UsageError: a file is missing.
         FileError: the index names files outside of its folder, or weights that are not where it says.
     """
-    with reading(index, "weights_index"):
+    with reading(index, Kind.WEIGHTS_INDEX):
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = list(dict.fromkeys(places.values()))
     files = [beside(index, name, _SAVE) for name in names]
@@ -81,9 +81,9 @@ def load_part(path: Path) -> dict[str, torch.Tensor]:
         FileError: damaged, of another kind, or unsafe.
     """
     kind = kind_of(path)
-    if kind == "safetensors":
+    if kind is Kind.SAFETENSORS:
         return load_safetensors(path)
-    if kind not in ("torch_zip", "torch_legacy"):
+    if kind not in (Kind.TORCH_ZIP, Kind.TORCH_LEGACY):
         raise unsupported(path, kind, "weights in safetensors or a torch.save file", _SAVE)
     content = read_torch_file(path, kind, _SAVE)
     if not isinstance(content, dict):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.library import Library
 
 from hesscli.errors import FileError
+from hesscli.files.sniff import Kind
 from hesscli.files.storages import check_storages
 from hesscli.files.torch_files import quiet, reading
 from hesscli.files.zip_files import check_zip, read
@@ -52,7 +53,7 @@ def load_torchscript(path: Path, device: torch.device, pickle_hint: str | None) 
     check_storages(path)
     if pickle_hint is not None:
         _refuse_files(path, pickle_hint)
-    with reading(path, "torchscript"), quiet():
+    with reading(path, Kind.TORCHSCRIPT), quiet():
         module = torch.jit.load(path, map_location=device)
     if not hasattr(module, "forward"):
         raise FileError(
