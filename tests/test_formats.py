@@ -485,6 +485,21 @@ def test_parquet(same):
     same("reference.pt", "d.parquet")
 
 
+@pytest.mark.parametrize("write", [pa.ipc.new_stream, pa.ipc.new_file])
+@pytest.mark.parametrize("packed", [None, "lz4"])
+def test_arrow(same, cli, write, packed):
+    table = pa.table({"features": X.tolist(), "label": Y, "name": ["iris"] * 5})
+    for rows in (5, 2):
+        options = pa.ipc.IpcWriteOptions(compression=packed)
+        with write("d.arrow", table.schema, options=options) as file:
+            file.write_table(table, rows)
+        ran = same("reference.pt", "d.arrow")
+        assert "targets: label (int64 [5]), inferred from its name" in ran.notes
+    swapped = cli("compute", "d.arrow", "reference.pt")
+    assert "d.arrow: an Arrow file; expected a TorchScript" in swapped.fails(3)
+    assert swapped.hint == "the model comes first: hesscli compute MODEL DATA"
+
+
 def test_datasets(same, cli):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"features": X.tolist(), "label": Y.tolist()})

@@ -64,9 +64,9 @@ def _npy(path: str) -> None:
         np.save(file, X)
 
 
-def _arrow(path: str) -> None:
+def _arrow(path: str, write: Callable[..., object] = pa.ipc.new_stream) -> None:
     table = pa.table({"x": X.tolist(), "y": Y})
-    with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+    with pa.OSFile(path, "wb") as file, write(file, table.schema) as stream:
         stream.write_table(table)
 
 
@@ -94,6 +94,7 @@ DATA: dict[str, Callable[[str], object]] = {
     "csv": lambda p: Path(p).write_text("a,b,y\n1.5,2,0\n-3,4e1,1\n0.25,1,1\n"),
     "parquet": _parquet,
     "arrow": _arrow,
+    "arrow_file": lambda p: _arrow(p, pa.ipc.new_file),
     "state": lambda p: Path(p).write_text('{"_data_files": [{"filename": "data.arrow"}]}'),
     "data_safetensors": lambda p: save_file({"x": torch.tensor(X), "y": torch.tensor(Y)}, p),
     "data_zip": lambda p: torch.save({"x": torch.tensor(X), "y": torch.tensor(Y)}, p),

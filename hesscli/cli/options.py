@@ -37,7 +37,7 @@ def problem_options(
         Path,
         typer.Argument(
             metavar="DATA",
-            help="Inputs and targets: .npz, .npy, .safetensors, .pt, .csv, .parquet or a datasets folder.",
+            help="Inputs and targets: .npz, .npy, .safetensors, .pt, .csv, .parquet, .arrow or a datasets folder.",
             readable=False,
         ),
     ],

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from hesscli.errors import FileError, UsageError
-from hesscli.files.arrow_files import dataset_files, load_dataset, load_parquet
+from hesscli.files.arrow_files import dataset_files, load_arrow, load_dataset, load_parquet
 from hesscli.files.csv_files import load_csv
 from hesscli.files.npy import load_npy, load_npz
 from hesscli.files.safetensors_files import map_safetensors
@@ -22,7 +22,7 @@ from hesscli.texts import dtype_name
 
 _SAVE = "np.savez('data.npz', x=x, y=y)"
 _SAVE_TORCH = "torch.save({'x': x, 'y': y}, 'data.pt')"
-_EXPECTED = "data as .npz, .npy, .safetensors, .csv, .parquet, a dict of tensors in .pt or a datasets folder"
+_EXPECTED = "data as .npz, .npy, .safetensors, .csv, .parquet, .arrow, a dict of tensors in .pt or a datasets folder"
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ _READERS: dict[Kind, Callable[[Path | str], Found]] = {
     Kind.TORCH_ZIP: _load_torch,
     Kind.TORCH_LEGACY: _load_torch,
     Kind.PARQUET: load_parquet,
+    Kind.ARROW: load_arrow,
     Kind.DATASET: load_dataset,
 }
-_TABLES = (Kind.TEXT, Kind.PARQUET, Kind.DATASET)
+_TABLES = (Kind.TEXT, Kind.PARQUET, Kind.ARROW, Kind.DATASET)

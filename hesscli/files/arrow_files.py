@@ -1,4 +1,4 @@
-"""Reading what Apache Arrow writes: `.parquet` files and Hugging Face `datasets` folders."""
+"""Reading what Apache Arrow writes: `.parquet` and `.arrow` files, and Hugging Face `datasets` folders."""
 
 from __future__ import annotations
 
@@ -31,13 +31,18 @@ def load_parquet(path: Path | str) -> Found:
 
     with reading(path, Kind.PARQUET), parquet.ParquetFile(path, memory_map=True) as file:
         groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
-        needed, free = sum(group.total_byte_size for group in groups), available_memory()
-        if needed > free:
-            raise ResourceError(
-                f"{path}: unpacks to {needed} bytes; {free} bytes of memory are free",
-                "save it as .npy files, which are read in parts: np.save('x.npy', x)",
-            )
+        _demand_room(path, sum(group.total_byte_size for group in groups))
         return _columns(path, file.read())
+
+
+def load_arrow(path: Path | str) -> Found:
+    """The same of an Arrow file or stream, mapped where it is in one part.
+
+    Raises:
+        UsageError, FileError, ResourceError: as above.
+    """
+    with reading(path, Kind.ARROW):
+        return _columns(path, _mapped(path))
 
 
 def dataset_files(folder: Path | str) -> list[Path]:
@@ -58,14 +63,30 @@ def load_dataset(folder: Path | str) -> Found:
     Raises:
         UsageError: pyarrow is not installed.
         FileError: a file is damaged.
+        ResourceError: several parts do not fit into the memory.
     """
     arrow = _pyarrow(folder)
-    tables = []
-    for file in dataset_files(folder):
-        with reading(file, Kind.ARROW):
-            tables.append(arrow.ipc.open_stream(arrow.memory_map(str(file))).read_all())
+    tables = [_mapped(file) for file in dataset_files(folder)]
     with reading(folder, Kind.DATASET):
         return _columns(folder, arrow.concat_tables(tables))
+
+
+def _mapped(path: Path | str) -> Any:
+    """The table in an Arrow file, or in a stream, which is what `datasets` writes."""
+    arrow = _pyarrow(path)
+    with reading(path, Kind.ARROW):
+        file = arrow.memory_map(str(path))
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        return (arrow.ipc.open_file if is_file else arrow.ipc.open_stream)(file).read_all()
+
+
+def _demand_room(path: Path | str, needed: int) -> None:
+    if needed > (free := available_memory()):
+        raise ResourceError(
+            f"{path}: unpacks to {needed} bytes; {free} bytes of memory are free",
+            "save it as .npy files, which are read in parts: np.save('x.npy', x)",
+        )
 
 
 def _pyarrow(path: Path | str) -> Any:
@@ -84,6 +105,8 @@ def _columns(path: Path | str, table: Any) -> Found:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise FileError(f"{path}: two columns are called {twice[0]!r}", "give them different names")
+    parts = (column.nbytes for column in table.columns if column.num_chunks > 1)
+    _demand_room(path, max(parts, default=0))  # to put them into one
     return {
         name: _column(path, table.column(place).combine_chunks())
         for place, name in enumerate(names)

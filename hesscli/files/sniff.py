@@ -128,6 +128,7 @@ def _kind_of_content(file: BinaryIO) -> Kind:
         b"GGUF": Kind.GGUF,
         b"PAR1": Kind.PARQUET,
         b"ARROW1": Kind.ARROW,
+        b"\xff\xff\xff\xff": Kind.ARROW,  # a stream
         b"\x1f\x8b": Kind.GZIP,
         b"\x80\x02": Kind.PICKLE,
         b"\x80\x03": Kind.PICKLE,

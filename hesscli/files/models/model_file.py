@@ -32,7 +32,7 @@ from hesscli.texts import dtype_name, listed
 
 _NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
 _CPU = torch.device("cpu")
-
+_DATA = (Kind.NPZ, Kind.NPY, Kind.NPY_FOLDER, Kind.PARQUET, Kind.ARROW, Kind.DATASET)
 Form = Literal["torchscript", "state_dict", "exported", "pickle", "module"]
 
 
@@ -131,7 +131,7 @@ def _content(path: Path, kind: Kind, pickle_hint: str | None) -> tuple[object, t
 
 def _hint(path: Path, kind: Kind) -> str:
     table = kind is Kind.TEXT and path.suffix in (".csv", ".tsv")
-    if table or kind in (Kind.NPZ, Kind.NPY, Kind.NPY_FOLDER, Kind.PARQUET, Kind.DATASET):
+    if table or kind in _DATA:
         return "the model comes first: hesscli compute MODEL DATA"
     if kind is Kind.ONNX:  # its converters do not keep up with it, and lose the parameters' names
         return "export it as .pt2: torch.export.save(torch.export.export(model, (x,)), 'net.pt2')"
