@@ -537,6 +537,48 @@ def test_two_samples_and_two_classes(batch_size):
     close(found, hessian(net(2), lambda f, y: loss(f, y, w).mean(), (X[:2],), y))
 
 
+def backwards(output, target):
+    F.mse_loss(output, target).backward()
+
+
+@pytest.mark.parametrize(
+    ("loss", "said", "hint"),
+    [
+        (lambda f, y: F.mse_loss(f, y).item(), "returned a float; expected", "without .item()"),
+        (lambda f, y: (f - y).square().detach().numpy(), "returned a ndarray", "with torch"),
+        (lambda f, y: np.mean(f.detach().numpy()), "returned a float64", "without .item()"),
+        (lambda f, y: (F.mse_loss(f, y), f), "returned a tuple", "return loss, not"),
+        (lambda f, y: {"loss": F.mse_loss(f, y)}, "returned a dict", "losses['loss']"),
+        (lambda f, y: list((f - y).square()), "returned a list", "torch.stack(terms)"),
+        (lambda f, y: None, "returned nothing; expected a tensor", "end it with: return loss"),
+        (lambda f, y: F.mse_loss(f, y).detach(), "has no gradient", "take out .item()"),
+        (
+            lambda f, y: torch.tensor(F.mse_loss(f, y).item(), requires_grad=True),
+            "has no gradient: it detaches, rounds, returns a new tensor",
+            "torch.tensor(...)",
+        ),
+        (backwards, "does not require grad", "leave out loss.backward()"),
+        (lambda f, y: f[:0], "has no terms: the mean divides by 0", ""),
+    ],
+)
+def test_what_is_no_loss(loss, said, hint):
+    with pytest.raises(hesscli.HesscliError) as caught:
+        computed(net(), (X, Y), loss=loss)
+    assert caught.value.exit_code == 4
+    assert said in caught.value.message
+    assert hint in (caught.value.hint or "")
+
+
+def test_a_loss_of_nothing_is_a_new_zero():
+    """As losses return it for a batch without what they look at."""
+
+    def loss(f, y):
+        kept = y[:, 0] > 100
+        return F.mse_loss(f[kept], y[kept]) if kept.any() else torch.zeros((), requires_grad=True)
+
+    assert not computed(net(), (X, Y), loss=loss).matrix().any()
+
+
 def test_arguments_that_a_loss_misses():
     def loss(f, y, alpha, *, beta):
         return alpha * F.cross_entropy(f, y, reduction="none") ** beta

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,16 @@ from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.copies import copied
 from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES, Total, class_axis
 from hesscli.hessian.objective.state import state_kept
+
+_INSTEAD: dict[type | tuple[type, ...], str] = {
+    type(None): "end it with: return loss",
+    (int, float, np.number): "return the tensor itself, without .item() and float()",
+    np.ndarray: "compute it with torch, without .numpy(): NumPy has no gradients",
+    tuple: "return the first alone: return loss, not return loss, other",
+    list: "return torch.stack(terms)",
+    Mapping: "return the loss alone: return losses['loss']",
+}
+"""What a loss of the user's own is to return, by what it returns."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +98,20 @@ class Loss:
             state_kept(self.function),
             guest(partial(self._failed, output, batch.target)),
         ):
-            terms = self.function(output, batch.target, **batch.loss_arguments)
+            terms: object = self.function(output, batch.target, **batch.loss_arguments)
         if not isinstance(terms, Tensor):
+            hint = next((hint for kind, hint in _INSTEAD.items() if isinstance(terms, kind)), None)
+            returned = "nothing" if terms is None else f"a {type(terms).__name__}"
             raise MismatchError(
-                f"the loss {self.name} returned a {type(terms).__name__}, not a Tensor"
+                f"the loss {self.name} returned {returned}; expected a tensor", hint
             )
-        if torch.is_grad_enabled() and output.requires_grad and not terms.requires_grad:
+        # A new tensor of zeros stands for a batch with nothing to compare.
+        constant = not terms.requires_grad or (terms.is_leaf and bool(terms.any()))
+        if torch.is_grad_enabled() and output.requires_grad and constant:
             raise MismatchError(
-                f"the loss {self.name} has no gradient: it detaches, rounds, or turns gradients off"
+                f"the loss {self.name} has no gradient: it detaches, rounds, returns a new tensor, or "
+                "turns gradients off",
+                "take out .item(), .detach(), .numpy(), argmax, round, torch.tensor(...) and torch.no_grad()",
             )
         return terms
 
@@ -105,7 +122,9 @@ class Loss:
         given += [] if target is None else [f"target {list(target.shape)}"]
         own = reason.startswith(f"{getattr(self.function, '__qualname__', None)}() missing")
         missing = re.findall(r"'(\w+)'", reason) if own else []
+        hint = " ".join(f"--loss-arg {name}=VALUE" for name in missing)
+        if "does not require grad" in reason:
+            hint = "return the loss: leave out loss.backward(), and other gradients of it"
         return MismatchError(
-            f"the loss {self.name} does not accept {' and '.join(given)}: {reason}",
-            " ".join(f"--loss-arg {name}=VALUE" for name in missing) or None,
+            f"the loss {self.name} does not accept {' and '.join(given)}: {reason}", hint or None
         )

@@ -9,6 +9,7 @@ import torch
 
 from hesscli.errors import MismatchError
 from hesscli.hessian.objective.first_passes import demand_alike, equal
+from hesscli.hessian.objective.losses import LOSSES
 from hesscli.hessian.objective.problem import Problem
 
 
@@ -51,5 +52,7 @@ def measure(
     if problem.loss.reduction == "sum":
         denominator = 1.0
     if denominator == 0:
+        if problem.loss.name not in LOSSES:
+            raise MismatchError(f"the loss {problem.loss.name} has no terms: the mean divides by 0")
         raise MismatchError("every target is ignored or has weight 0: the mean divides by 0")
     return replace(problem, denominator=denominator), total / denominator
