@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,6 +12,26 @@ from hesscli.errors import MismatchError
 from hesscli.hessian.objective.first_passes import demand_alike, equal
 from hesscli.hessian.objective.losses import LOSSES
 from hesscli.hessian.objective.problem import Problem
+from hesscli.texts import listed
+
+
+def protected(problem: Problem) -> Problem:
+    """The problem of a model that writes to its weights, with them as a pass over the data leaves them.
+
+    Raises:
+        MismatchError: it computes something else where they stay so.
+    """
+    _, written = measure(problem)
+    problem = replace(problem, protected=True)
+    _, value = measure(problem)
+    rounding = 1e-4 if problem.dtype == torch.float32 else 1e-8
+    if not math.isclose(written, value, rel_tol=rounding) and math.isfinite(written):
+        raise MismatchError(
+            f"the model writes to its weights ({listed(problem.written)}), and computes something else "
+            f"where it cannot: its loss is {value:.3g} then, and not {written:.3g}",
+            "leave them as they are, and compute with a function of them: F.linear(x, f(self.weight))",
+        )
+    return problem
 
 
 def measure(

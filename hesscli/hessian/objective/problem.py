@@ -24,6 +24,7 @@ from hesscli.hessian.objective.loss import Loss
 from hesscli.hessian.objective.outputs import pick_output
 from hesscli.hessian.objective.refusals import no_gradient, not_accepted
 from hesscli.hessian.objective.state import state_kept
+from hesscli.hessian.objective.weight_writes import weight_writes
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Problem:
         denominator: see above; `measure` finds it.
         output_key: which entry of a dict or tuple that the module returns is its output.
         writes: the module writes into its inputs, so every pass has copies of them.
+        written: those of the parameters that it writes to.
+        protected: it cannot: see `weight_writes.py`.
         separable: each sample could go through on its own.
         one_sample: the data is one sample, without a sample axis.
         narrow: the problem that this is a copy of, in another dtype.
@@ -54,6 +57,8 @@ class Problem:
     denominator: float = 1.0
     output_key: str | None = None
     writes: bool = False
+    written: tuple[str, ...] = ()
+    protected: bool = False
     separable: bool = True
     one_sample: bool = False
     narrow: Problem | None = None
@@ -96,12 +101,17 @@ class Problem:
             state_kept(self.module),
             staying_wide() if self.wide else nullcontext(),
             torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
+            self._protecting() if self.protected else nullcontext(),
             guest(partial(not_accepted, batch)),
         ):
             inputs = [x.clone() for x in batch.inputs] if self.writes else batch.inputs
             place = len(inputs) - len(batch.keywords)
             named = dict(zip(batch.keywords, inputs[place:], strict=True))
             return self.module(*inputs[:place], **named)
+
+    def _protecting(self) -> AbstractContextManager[object]:
+        every = self.module.named_parameters(remove_duplicate=False)
+        return weight_writes({n: p for n, p in every if n in self.written}, prevented=True)
 
     def value(self, batch: Batch) -> Tensor:
         """The batch's share of L(theta)."""

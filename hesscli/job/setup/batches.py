@@ -16,8 +16,9 @@ from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.objective.batch import Batch, Batches
 from hesscli.hessian.objective.first_passes import first_output
 from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES, class_axis
-from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.objective.problem import Problem, parameters_at
 from hesscli.hessian.objective.saved import saved_bytes
+from hesscli.hessian.objective.weight_writes import weight_writes
 from hesscli.job.setup.one_process import OneProcess
 from hesscli.job.setup.own_loss import inspect_loss
 from hesscli.job.setup.source import Source
@@ -59,7 +60,12 @@ def split(
             fewest = most = source.samples
     source = replace(source, fewest=fewest, most=most)
     as_given = [x._version for x in some.inputs]
-    saved = saved_bytes(problem, some, problem.output) // max(1, len(some))
+    leaves = list(problem.parameters.values())
+    grown = [1.001 * leaf.detach() for leaf in leaves]  # out of what a model keeps them in
+    weights = problem.parameters
+    with parameters_at(leaves, grown), weight_writes(weights, prevented=False) as written:
+        saved = saved_bytes(problem, some, problem.output) // max(1, len(some))
+    problem = replace(problem, written=tuple(written))
     if [x._version for x in some.inputs] != as_given:
         problem = replace(problem, writes=True)
     sizes = _sizes(problem, saved, source.samples, parts, side_by_side)

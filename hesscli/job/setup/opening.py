@@ -20,7 +20,7 @@ from hesscli.files.finite import check_finite
 from hesscli.files.models.model_file import SavedModel, load_model
 from hesscli.hessian.aten.precision import in_precision_
 from hesscli.hessian.curvatures import CURVATURES
-from hesscli.hessian.objective.measure import measure
+from hesscli.hessian.objective.measure import measure, protected
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.json_form import Document
 from hesscli.job.options import Listener, ProblemOptions
@@ -32,6 +32,7 @@ from hesscli.job.setup.passing import as_columns, passed, scales
 from hesscli.job.setup.settings import settle
 from hesscli.job.setup.source import Source, parted
 from hesscli.job.setup.team import rank_here, ranks
+from hesscli.texts import listed
 
 _ONE_PROCESS = OneProcess()
 
@@ -163,6 +164,11 @@ class _Opening:
             problem, _ = problem.widened()
             if problem.wide:
                 note("what the model itself computes in float32 is computed in float64")
+        if problem.written:
+            problem = protected(problem)
+            note(
+                f"the model writes to its weights ({listed(problem.written)}): the Hessian is at what it writes"
+            )
         problem, value = self._measured(problem, processes)
         facts = self._facts(problem, value)
         return Opened(options, problem, chunk, self.tied, self.frozen, facts, note)
