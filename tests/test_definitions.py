@@ -229,6 +229,10 @@ ANGLES = {
     "atan2": torch.atan2,
     "angle": lambda y, x: torch.angle(torch.complex(x, y)),
     "of-real": lambda y, x: torch.angle(y) * x,
+    "sgn": lambda y, x: torch.view_as_real(torch.sgn(torch.complex(x, y))).sum(-1),
+    "sgn-of-real": lambda y, x: torch.sgn(y) * x * x,
+    "abs": lambda y, x: torch.complex(x, y).abs(),
+    "modrelu": lambda y, x: (torch.relu(x.abs() - 0.1) * torch.sgn(torch.complex(x, y))).real,
 }
 
 

@@ -10,8 +10,8 @@ autograd differentiates them:
   derivative.
 - `log_softmax`, `logsigmoid`, `binary_cross_entropy_with_logits`: they take 1 - p of a p that may have been rounded
   to 1, where all their derivatives then are 0.
-- `logcumsumexp`, `sinc`, `std`, `atan2`, `angle`, norms of vectors: their second derivatives are NaN where a gradient,
-  or x, is zero.
+- `logcumsumexp`, `sinc`, `std`, `atan2`, `angle`, `sgn`, norms of vectors: their second derivatives are NaN where a
+  gradient, or x, is zero.
 - `prelu`: at zero its first derivative is that of one side, its second that of the other.
 - `cosine_similarity`: bounds its norms with gradients off, about which nothing can be proven.
 - `pad` in a circle: writes into memory that is not yet filled, about which nothing can be proven.
@@ -95,6 +95,7 @@ DEFINITIONS: dict[str, Callable[..., object]] = {
     "_pad_circular": formulas.pad_circular,
     "atan2": formulas.atan2,
     "angle": formulas.angle,
+    "sgn": formulas.sgn,
     "cosine_similarity": formulas.cosine_similarity,
     "adaptive_avg_pool2d": formulas.adaptive_avg_pool(2, "_adaptive_avg_pool2d"),
     "adaptive_avg_pool3d": formulas.adaptive_avg_pool(3, "_adaptive_avg_pool3d"),

@@ -229,6 +229,15 @@ def angle(z: Tensor) -> Tensor:
     return torch.where(z < 0, math.pi, z.masked_fill(~z.isnan(), 0))
 
 
+def sgn(z: Tensor) -> Tensor:
+    """z / |z|; of zero it is constant, as its first derivative says. Of a real number, its sign."""
+    if not z.is_complex():
+        return torch.sign(z)
+    zero = z == 0
+    other = z.masked_fill(zero, 1)
+    return (other / other.abs()).masked_fill(zero, 0)
+
+
 def cosine_similarity(x: Tensor, y: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     def normed(z: Tensor) -> Tensor:
         return z / vector_norm(z, dim=[dim], keepdim=True).clamp(min=eps)

@@ -52,8 +52,9 @@ def _with_constant_indices(sides: Sides, func: Any, args: Arguments, kwargs: Key
 
 
 def _step(sides: Sides, func: Any, args: Arguments, kwargs: Keywords) -> Tensor:
-    """A function that is constant between its jumps."""
-    return sides.constant(func(*args, **kwargs))
+    """A function that is constant between its jumps, as that of a complex number, z / |z|, is not."""
+    result = func(*args, **kwargs)
+    return result if result.is_complex() else sides.constant(result)
 
 
 def _compared(sides: Sides, func: Any, args: Arguments, kwargs: Keywords) -> Tensor:
