@@ -88,6 +88,20 @@ OF_SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
     "fourier-power": lambda z: torch.fft.rfft(z, norm="ortho").abs(),
     "fourier-plane": lambda z: torch.view_as_real(torch.fft.fft2(square(z))).flatten(2).tanh(),
     "polar": lambda z: torch.polar(z[:, :4].exp(), z[:, 4:8]).imag,
+    "own-kernels": lambda z: F.conv1d(
+        z.view(1, -1, 3), z[:, :6].tanh().reshape(-1, 3, 2), groups=len(z)
+    ).view(len(z), -1),
+    "own-kernels-transposed": lambda z: F.conv_transpose1d(
+        z.view(1, -1, 3), z[:, :6].tanh().reshape(-1, 1, 2), z[:, 0] ** 2, groups=len(z)
+    ).view(len(z), -1),
+    "own-kernels-on-a-constant": lambda z: F.conv1d(
+        torch.ones(1, 3 * len(z), 4, dtype=z.dtype), z.view(-1, 1, 3), groups=3 * len(z)
+    ).view(len(z), -1),
+    "own-groups": lambda z: F.conv1d(
+        z.view(1, -1, 3), torch.linspace(-1, 1, 6, dtype=z.dtype).view(1, 3, 2).repeat(len(z), 1, 1),
+        groups=len(z),
+    ).view(len(z), -1),
+    "bounded-norm": lambda z: torch.renorm(z, 2, 0, 0.5),
     "complex": lambda z: (
         torch.complex(z[:, :4], z[:, 4:8]).conj() * torch.view_as_complex(z[:, :8].clone().view(-1, 4, 2))
     ).real,
@@ -172,6 +186,11 @@ def test_operators_that_inference_mode_does_not_take_apart(name: str) -> None:
     lambda z: z[torch.arange(6)[:, None], z[:, :6].argsort(1).T],
     lambda z: z.reshape(18, 3)[torch.arange(6)],
     lambda z: z[:, z.argsort(1)[:, 0]],
+    lambda z: torch.renorm(z, 2, 1, 0.5),
+    lambda z: F.conv1d(z.T.reshape(1, 54, 1), z.view(6, 9, 1), groups=6).view(6, 1),
+    lambda z: F.conv1d(z.view(1, 18, 3), z[:, :6].reshape(6, 6, 1), groups=3).view(6, 3),
+    lambda z: F.conv1d(z.view(1, 18, 3), z.T.reshape(18, 3, 1), groups=6).view(6, 9),
+    lambda z: F.conv1d(z.view(6, 3, 3), z[:2].view(6, 3, 1)).flatten(1),
     lambda z: torch.zeros_like(z).index_add(1, z.argsort(1)[:, 0], z[:, :6]),
 ])  # fmt: skip
 def test_matrices_of_samples_mix_them(mixed: Callable[[Tensor], Tensor]) -> None:

@@ -44,7 +44,7 @@ COMPLEX = frozenset(
 )
 # Samples along the first axis, and no way for an output sample to see another.
 FIRST_AXIS = frozenset(
-    "convolution affine_grid_generator pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im "
+    "affine_grid_generator pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im "
     "native_batch_norm".split()
 )
 # Of each channel's picture, which is the last one, two or three axes: as the name says.
@@ -140,10 +140,6 @@ def _of_pair(c: Context) -> SampleAxis | None:
 def _first(c: Context) -> SampleAxis | None:
     axis, rank = c.only(), len(c.shape())
     least = {"native_batch_norm": 2, "pixel_shuffle": 4, "im2col": 4}.get(c.call.name, 3)
-    if c.call.name == "convolution":
-        least = len(c.shape(1))
-        if axis.axis > 1 and _pointwise(c):
-            return axis
     if axis.axis != 0 or rank < least:
         raise mixes(c.call)
     if c.call.name == "native_batch_norm" and c.named("training"):
@@ -173,6 +169,28 @@ def _distances(c: Context) -> SampleAxis | None:
     if others and (others != [first] or first.axis >= len(c.result) - 2):
         raise mixes(c.call)
     return first
+
+
+def _convolved(c: Context) -> SampleAxis | None:
+    """Samples lie along the first axis; or along the channels, in groups, with kernels of their own perhaps."""
+    axis, *own = (c.axis(i) for i in range(3))
+    if axis is not None and not any(own) and (axis.axis == 0 or (axis.axis > 1 and _pointwise(c))):
+        return axis
+    places = [each for each in (axis and replace(axis, axis=axis.axis - 1), *own) if each]
+    outer = places[0].outer
+    if any((each.axis, each.outer) != (0, outer) for each in places):
+        raise mixes(c.call)
+    if c.named("groups") % (outer * c.samples):
+        raise mixes(c.call)
+    return SampleAxis(1, outer, c.result[1] // (outer * c.samples))
+
+
+def _renormed(c: Context) -> SampleAxis | None:
+    """Each slice along an axis by itself."""
+    axis = c.only()
+    if c.named("dim") % len(c.shape()) != axis.axis:
+        raise mixes(c.call)
+    return axis
 
 
 def _pointwise(c: Context) -> bool:
@@ -274,6 +292,8 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("embedding", "searchsorted"), _looked_up),
     **dict.fromkeys(("bucketize", "isin"), Context.only),
     "linalg_cross": _cross,
+    "convolution": _convolved,
+    "renorm": _renormed,
     "_euclidean_dist": _distances,
     **dict.fromkeys(PICTURE, _of_picture),
     **dict.fromkeys(("cat", "stack"), moves.joined),
