@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,9 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.planner import Planner
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.routes import through_weights
-from hesscli.hessian.routes.base import Rows
 from hesscli.hessian.routes.cuts import Cuts
+from hesscli.hessian.routes.through_weights import ThroughWeights
+from hesscli.job.matrix import memory
 
 ROWS, IMAGES = normal(7, 4, seed=1), normal(5, 2, 4, 4, seed=1)
 
@@ -248,20 +250,34 @@ def test_squares_of_a_neuron_at_a_time(name, monkeypatch):
             assert torch.linalg.norm(found[block.name] - its) <= limit(name) * truth.norm()
 
 
-def test_a_large_block_band_by_band():
-    """Is computed once, and no more of it is kept than its bands need."""
-    module, x, y, truth, _ = pose("adapted")
-    problem = problem_of(module, (x,), y, "cross-entropy", batch_size=4)
-    route = through(problem)
-    (block,) = blocks_of(problem, "full")
-    found = torch.zeros_like(truth)
-    for start in range(0, block.size, 9):
-        stop = min(start + 9, block.size)
-        out = truth.new_zeros(stop - start, block.size - start)
-        route.sum([Rows(block, start, stop, out)])
-        found[start:stop, start:] = out
-        assert (route._large is None) == (stop == block.size)
-    assert torch.linalg.norm(found.triu() - truth.triu()) <= 1e-10 * truth.norm()
+def test_a_large_block_is_made_once(cli, tmp_path, monkeypatch, small_bands):
+    """By one of two processes, while the other makes what is left."""
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\n"
+        "from torch.nn.utils.parametrizations import weight_norm\n"
+        "net = lambda: nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 3))
+    torch.save(model.state_dict(), "m.pt")
+    np.savez("d.npz", x=np.ones((5, 3), "f4"), y=np.arange(5) % 3)
+    made, whole = [], ThroughWeights.add
+
+    def add(self, batch, parts):
+        made.extend(part.block.name for part in parts)
+        whole(self, batch, parts)
+
+    monkeypatch.setattr(ThroughWeights, "add", add)
+    monkeypatch.setattr(memory, "BAND", 30)  # two or three of the 12 rows
+    words = ("compute", "m.pt", "d.npz", "--arch", "nets.py:net", "--method", "preactivation")
+    for shard in ("1/2", "2/2"):
+        ran = cli(*words, "--shard", shard)
+        assert ran.code == 0, ran.stderr
+    assert cli("merge", "hessian.safetensors").code == 0
+    assert made.count("0.parametrizations.weight.original1") == 1
+    assert cli(*words, "-o", "alone.safetensors").code == 0
+    assert cli("diff", "hessian.safetensors", "alone.safetensors", "--rtol", "1e-5").code == 0
 
 
 def test_too_many_weights_are_refused(monkeypatch):

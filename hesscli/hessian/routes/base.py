@@ -113,6 +113,8 @@ class Route:
     name: str
     symmetric = False
     """Whether rows may be filled right of the diagonal alone: they are mirrored when all batches are in."""
+    at_once = False
+    """Whether all rows of a block are made together, so that some take as long as all."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem

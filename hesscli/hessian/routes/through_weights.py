@@ -59,13 +59,12 @@ class ThroughWeights(Route):
         cuts: of the batches of what is differentiated.
     """
 
-    symmetric = True
+    symmetric, at_once = True, True
 
     def __init__(self, kind: type[AffineRoute], cuts: Cuts) -> None:
         super().__init__(cuts.problem)
         self.kind, self.cuts = kind, cuts
         self.name = kind.name + THROUGH_WEIGHTS
-        self._large: Rows | None = None  # all of the one whose rows are asked for band by band
 
     @cached_property
     def route(self) -> AffineRoute:
@@ -74,18 +73,6 @@ class ThroughWeights(Route):
 
     def shrink(self) -> bool:
         return self.route.shrink()
-
-    def sum(self, parts: Sequence[Wanted]) -> None:
-        if whole := [part for part in parts if part.is_whole]:
-            super().sum(whole)
-        for part in (part for part in parts if isinstance(part, Rows) and not part.is_whole):
-            if self._large is None or self._large.block != part.block:
-                rows = Rows.whole(part.block, part.out)
-                super().sum([rows])
-                self._large = rows
-            part.out.add_(self._large.upper(part.start, part.stop))
-            if part.stop == part.block.size:
-                self._large = None
 
     def add(self, batch: Batch, parts: Sequence[Wanted]) -> None:
         analysis = self.cuts.analyses.of(batch)

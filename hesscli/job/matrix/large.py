@@ -56,8 +56,9 @@ class LargeBlock:
         return f"{self.block.name}, {self.ranking.choice.route}, band {index}"
 
     def _cut(self) -> tuple[Layout, list[Span]]:
-        layout = self.ranking.route.layout(self.block)
-        return layout, layout.cut(self.most)
+        route = self.ranking.route
+        layout = route.layout(self.block)
+        return layout, [(0, layout.size)] if route.at_once else layout.cut(self.most)
 
     def contribute(self, unfinished: Unfinished, mine: Collection[str]) -> None:
         """Computes and writes some of the bands; another process finishes the block."""
