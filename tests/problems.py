@@ -16,6 +16,7 @@ from hesscli.hessian.objective.loss import Loss
 from hesscli.hessian.objective.losses import ELEMENT_WEIGHTED
 from hesscli.hessian.objective.measure import measure
 from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.planner import Planner
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.routes.base import Diagonal, Route, Rows, fitting
 from hesscli.hessian.routes.cuts import Cuts
@@ -84,6 +85,11 @@ def shapes_of(problem: Problem) -> dict[str, tuple[int, ...]]:
 def routes_of(problem: Problem, chunk: int = 7, curvature: str = "hessian") -> dict[str, Route]:
     cuts = Cuts(Analyses(problem), chunk)
     return CURVATURES[curvature].routes(cuts, lambda: problem.double() or problem)
+
+
+def planner_of(problem: Problem) -> Planner:
+    cuts = Cuts(Analyses(problem), chunk=64)
+    return Planner(cuts, CURVATURES["hessian"].routes(cuts, lambda: problem))
 
 
 def blocks_of(problem: Problem, structure: str) -> list[Block]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import labels, normal
-from problems import blocks_of, problem_of
+from problems import blocks_of, planner_of, problem_of
 from torch import nn
 
 from hesscli.hessian.differences.check import Certificate, gradients
 from hesscli.hessian.objective.problem import Problem
-from hesscli.hessian.planner import Choice, Planner, seconds_of
-from hesscli.hessian.proofs.analysis import Analyses
+from hesscli.hessian.routes.choice import Choice, seconds_of
 from hesscli.hessian.routes.costs import Work
-from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.rates import Rates
 from hesscli.job.matrix.dry_run import START, estimate
 
@@ -80,8 +78,7 @@ def _loss(problem: Problem, name: str, value: torch.Tensor) -> torch.Tensor:
 def test_the_sweep_along_a_chain_is_shared() -> None:
     layers = [nn.Linear(9, 9) if i % 2 == 0 else nn.Tanh() for i in range(9)]
     problem = problem_of(nn.Sequential(*layers), [normal(20, 9)], labels(9, 20), "cross-entropy")
-    analyses = Analyses(problem)
-    planner = Planner(Cuts(analyses, chunk=64))
+    planner = planner_of(problem)
     chosen = [
         planner.forced(block, True, "preactivation")[0] for block in blocks_of(problem, "elements")
     ]

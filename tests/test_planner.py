@@ -5,21 +5,21 @@ from itertools import pairwise
 import pytest
 import torch
 from cases import labels, normal
-from problems import blocks_and_truth, blocks_of, compute_blocks, problem_of, routes_of
+from problems import (
+    blocks_and_truth,
+    blocks_of,
+    compute_blocks,
+    planner_of,
+    problem_of,
+    routes_of,
+)
 from torch import nn
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.objective.problem import Problem
-from hesscli.hessian.planner import Choice, Planner
-from hesscli.hessian.proofs.analysis import Analyses
+from hesscli.hessian.routes.choice import Choice
 from hesscli.hessian.routes.costs import Work
-from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.rates import Rates
-
-
-def planner_of(problem: Problem) -> Planner:
-    analyses = Analyses(problem)
-    return Planner(Cuts(analyses, chunk=64))
 
 
 def plan(problem: Problem, structure: str) -> dict[str, Choice]:
@@ -127,7 +127,7 @@ def test_what_is_added_moves_through_memory_and_views_do_not() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.cat([x + 1, x.cumsum(1)], 1).t().unsqueeze(0)[0].t()
 
-    costs = planner_of(classify(nn.Sequential(nn.Linear(5, 5), Flow()), 8, 5)).costs
+    costs = planner_of(classify(nn.Sequential(nn.Linear(5, 5), Flow()), 8, 5)).first.costs
     assert costs is not None
     works = zip(costs.tape.calls, costs._each, strict=True)
     moved = {call.name: work.bytes for call, work in works}

@@ -10,15 +10,21 @@ import torch
 import torch.nn.functional as F
 from cases import normal
 from oracles import hessian, hessian_by_differences
-from problems import STRUCTURES, blocks_and_truth, blocks_of, compute_blocks, problem_of, routes_of
+from problems import (
+    STRUCTURES,
+    blocks_and_truth,
+    blocks_of,
+    compute_blocks,
+    planner_of,
+    problem_of,
+    routes_of,
+)
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 from hesscli.hessian.applicability import NotApplicable
-from hesscli.hessian.planner import Planner
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.routes import through_weights
-from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.through_weights import ThroughWeights
 from hesscli.job.matrix import memory
 
@@ -334,7 +340,7 @@ def planned(module: nn.Module, x: Tensor, structure: str) -> dict[str, str]:
     problem = problem_of(
         module, (x,), torch.arange(len(x)) % 5, "cross-entropy", dtype=torch.float32
     )
-    planner = Planner(Cuts(Analyses(problem), chunk=64))
+    planner = planner_of(problem)
     diagonal = structure == "elements"
     return {b.name: str(planner.choices(b, diagonal)[0]) for b in blocks_of(problem, structure)}
 

@@ -15,7 +15,6 @@ from hesscli.hessian.differences.output_difference import FisherDifference, Gaus
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import Middle, Products, gradient_outer, loss_hessian
-from hesscli.hessian.planner import FisherPlanner, JacobianPlanner, Planner
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.base import Route
@@ -26,7 +25,6 @@ from hesscli.hessian.routes.ggn import EmpiricalFisher, GeneralisedGaussNewton, 
 from hesscli.hessian.routes.hvp import HessianVectorProducts
 from hesscli.hessian.routes.preactivation import Preactivation
 from hesscli.hessian.routes.through_weights import ThroughWeights
-from hesscli.hessian.words import THROUGH_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,6 @@ class Curvature:
     Attributes:
         name: of the `--curvature` option.
         document_name: in table, JSON and metadata.
-        planner: ranks the routes of its blocks.
         difference: what checks a product with it.
         jacobians: the route by per-sample Jacobians J, where the matrix is J^T M J; None for the Hessian.
         middle: M; None for the Hessian.
@@ -45,7 +42,6 @@ class Curvature:
 
     name: str
     document_name: str
-    planner: type[Planner]
     difference: type[DirectionalDifference]
     jacobians: type[GeneralisedGaussNewton] | None = None
     middle: Middle | None = None
@@ -80,17 +76,14 @@ class Curvature:
         return Products(problem, self.middle, memory, rows)
 
     def routes(self, cuts: Cuts, reference: Callable[[], Problem]) -> dict[str, Route]:
-        """Every route to the blocks of a problem, by name; differences are taken in what `reference` makes."""
+        """Every route to the blocks of a problem, by name, the fast ones first; differences are of `reference`."""
         problem, chunk = cuts.problem, cuts.chunk
-        affine: list[type[AffineRoute]] = [Preactivation, GaussNewton]
+        fast: list[type[AffineRoute]] = [Preactivation, GaussNewton]
         others: list[Route] = [HessianVectorProducts(problem, chunk), FiniteDifference(reference)]
         if self.jacobians is not None:
-            affine, others = [self.jacobians], [ProductRows(problem, chunk, self.middle)]
-        routes = {route.name: route for route in others}
-        for kind in affine:
-            routes[kind.name] = kind(cuts)
-            routes[kind.name + THROUGH_WEIGHTS] = ThroughWeights(kind, cuts)
-        return routes
+            fast, others = [self.jacobians], [ProductRows(problem, chunk, self.middle)]
+        routes = [made for kind in fast for made in (kind(cuts), ThroughWeights(kind, cuts))]
+        return {route.name: route for route in (*routes, *others)}
 
     def certificate(self, problem: Problem, dtype: torch.dtype, seed: int) -> Certificate:
         """See `Certificate`."""
@@ -106,12 +99,10 @@ def _is_one(problem: Problem, batch: Batch) -> bool:
         return problem.output(batch).shape[:1] == (1,)
 
 
-HESSIAN = Curvature("hessian", "hessian", Planner, DirectionalDifference)
-GGN = Curvature(
-    "ggn", "ggn", JacobianPlanner, GaussNewtonDifference, GeneralisedGaussNewton, loss_hessian
-)
+HESSIAN = Curvature("hessian", "hessian", DirectionalDifference)
+GGN = Curvature("ggn", "ggn", GaussNewtonDifference, GeneralisedGaussNewton, loss_hessian)
 FISHER = Curvature(
-    "fisher", "empirical_fisher", FisherPlanner, FisherDifference, EmpiricalFisher, gradient_outer,
+    "fisher", "empirical_fisher", FisherDifference, EmpiricalFisher, gradient_outer,
     by_sample=True,
 )  # fmt: skip
 CURVATURES = {curvature.name: curvature for curvature in (HESSIAN, GGN, FISHER)}

@@ -17,7 +17,9 @@ from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import Middle, Products
 from hesscli.hessian.proofs.uses import Use
-from hesscli.hessian.words import HVP
+from hesscli.hessian.routes.choice import Choice
+from hesscli.hessian.routes.first_batch import FirstBatch
+from hesscli.hessian.words import HVP, THROUGH_WEIGHTS
 
 Result = TypeVar("Result")
 RowsOf = Callable[[Block, int, int], Iterator[tuple[int, Tensor]]]
@@ -119,6 +121,15 @@ class Route:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
+    @property
+    def method(self) -> str:
+        """What `--method` calls it."""
+        return self.name.removesuffix(THROUGH_WEIGHTS)
+
+    def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
+        """What a block takes, or its diagonal alone."""
+        raise NotImplementedError
+
     def layout(self, block: Block) -> Layout:
         """The order of a block's rows, and where they may be cut."""
         return Layout.plain(block.size)
@@ -151,6 +162,9 @@ class ByRows(Route):
     def __init__(self, problem: Problem, chunk: int, middle: Middle | None = None) -> None:
         super().__init__(problem)
         self.chunk, self.middle = chunk, middle
+
+    def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
+        return Choice(self.name, "", first.rows(block))
 
     def shrink(self) -> bool:
         self.chunk //= 2

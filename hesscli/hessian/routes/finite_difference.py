@@ -19,6 +19,8 @@ from hesscli.hessian.differences.quotients import Quotients
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.routes.base import Route, Wanted
+from hesscli.hessian.routes.choice import Choice
+from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.words import FINITE_DIFFERENCE
 
 
@@ -40,6 +42,9 @@ class FiniteDifference(Route):
     @cached_property
     def quotient(self) -> Quotients:
         return Quotients(self.problem.dtype)
+
+    def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
+        return Choice(self.name, "", first.rows(block).times(4))
 
     def _is_constant(self, block: Block) -> Tensor:
         """Which entries have no gradient, at theta or in any direction from there.

@@ -11,7 +11,7 @@ behind another: f is piecewise linear in all of them together.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from hesscli.hessian.proofs.uses import CONVOLUTION, LINEAR, Use, values_of
 from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.base import Diagonal, Rows, Wanted
 from hesscli.hessian.routes.bend import Bend, add_bend, add_bend_diagonal, find_bend
+from hesscli.hessian.routes.choice import Choice
+from hesscli.hessian.routes.costs import Costs, Work
+from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.routes.kronecker import add_kronecker_rows
 from hesscli.hessian.routes.layers import Layer, plain_layer
 from hesscli.hessian.routes.probes import Probed
@@ -47,6 +50,16 @@ def block_uses(analysis: Analysis, block: Block) -> list[Use]:
     if any(use.a in moving for use in uses):
         raise NotApplicable("parameters enter one behind another")
     return uses
+
+
+def jacobian_work(analysis: Analysis, costs: Costs, block: Block, diagonal: bool) -> Work:
+    """A block from its parameters' Jacobians."""
+    work = Work()
+    for name in block.parameters:
+        uses = analysis.all_uses(name)
+        at_all = replace(uses[0], positions=sum(use.positions for use in uses))
+        work += costs.gauss_newton(at_all, diagonal)
+    return work
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,17 @@ class GaussNewton(AffineRoute):
     def uses(self, analysis: Analysis, block: Block) -> list[Use]:
         """The uses of a block's parameters."""
         return block_uses(analysis, block)
+
+    def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
+        analysis, costs = first.proven()
+        uses = self.uses(analysis, block)
+        passes = costs.class_passes(values_of(uses))
+        work = jacobian_work(analysis, costs, block, diagonal)
+        if self.bend(analysis, uses) is not None:
+            for use in uses:
+                work += costs.bend(use, diagonal)
+        said = f"{costs.classes} classes"
+        return Choice(self.name, said, first.in_all(work), first.in_all(passes))
 
     def bend(self, analysis: Analysis, uses: Sequence[Use]) -> Bend | None:
         return find_bend(analysis.tape, values_of(uses))

@@ -9,10 +9,12 @@ gradient, and Lambda = 1 / D. Elsewhere the rows are products with unit vectors.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
 
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.objective.batch import Batch
@@ -20,12 +22,19 @@ from hesscli.hessian.operator import loss_gradient
 from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.routes.base import ByRows, RowsOf
-from hesscli.hessian.routes.gauss_newton import GaussNewton
+from hesscli.hessian.routes.choice import Choice
+from hesscli.hessian.routes.first_batch import FirstBatch
+from hesscli.hessian.routes.gauss_newton import GaussNewton, jacobian_work
 from hesscli.hessian.routes.probes import Probed
 
 
 class GeneralisedGaussNewton(GaussNewton):
     curved = False
+
+    def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
+        analysis, costs = first.proven()
+        work = jacobian_work(analysis, costs, block, diagonal)
+        return Choice(self.name, f"{costs.classes} classes", first.in_all(work))
 
     def uses(self, analysis: Analysis, block: Block) -> list[Use]:
         return [use for name in block.parameters for use in analysis.all_uses(name)]
@@ -35,6 +44,11 @@ class GeneralisedGaussNewton(GaussNewton):
 
 
 class EmpiricalFisher(GeneralisedGaussNewton):
+    def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
+        if self.problem.one_sample:
+            raise NotApplicable("one sample without a sample axis")
+        return replace(super().choice(first, block, diagonal), reason="1 gradient per sample")
+
     def at_output(self, probed: Probed) -> tuple[Tensor, Tensor]:
         """The gradient of each sample's own loss terms, and 1 / D."""
         with exact_derivatives():

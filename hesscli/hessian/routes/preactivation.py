@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,7 +33,10 @@ from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.assembly import add_layer, add_layer_diagonal
 from hesscli.hessian.routes.base import Diagonal, Rows, Wanted
 from hesscli.hessian.routes.chain import Step, chain_diagonals, curved_outputs, find_chain
+from hesscli.hessian.routes.choice import Choice
+from hesscli.hessian.routes.costs import Work
 from hesscli.hessian.routes.cuts import Cuts
+from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.routes.layers import Layer
 from hesscli.hessian.routes.probes import Cut, Probed
 from hesscli.hessian.words import PREACTIVATION
@@ -46,6 +50,38 @@ class Preactivation(AffineRoute):
         self._layers: dict[Block, list[Layer]] = {}  # of the last batch, and the same in all
         self.sizes = chunk_sizes(self.problem.device)
         self.workspace = self.sizes.directions
+
+    def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
+        analysis, costs = first.proven()
+        if diagonal:
+            steps, mine = chain_of(analysis, [block.name])
+            if (use := mine.get(block.name)) is not None:
+                own, sweep = costs.own(use, diagonal), costs.chain(steps)
+                return Choice(self.name, "chain", first.in_all(own), first.in_all(sweep))
+        layers, others = split(analysis, block)
+        if not layers:
+            use = analysis.use(block.parameters[0])
+            work = first.along(use, use.size) + costs.own(use, diagonal)
+            return Choice(self.name, f"{use.size} seeds", first.in_all(work))
+        alone, work, seeds, tail = _are_alone(layers, others), Work(), 0, 0
+        for layer in reversed(layers):
+            use = replace(layer.weight, positions=layer.positions)  # at all its values
+            count = use.n * use.positions
+            work += first.along(use, count) if alone else costs.directions(use.z, count)
+            if layer.again and not diagonal:  # the inputs move as well, seen from each of them
+                work += costs.directions(use.z, use.m * use.positions // 2)
+                work += costs.cross(use, layer.size)
+            else:
+                work += costs.own(use, diagonal)
+            if tail:
+                work += costs.cross(use, tail)
+            tail += layer.size
+            seeds += count
+        rows = sum(len(block.rows[name]) for name in others)
+        if rows:
+            work += costs.hvp(block.parameters, rows)
+        said = f"{seeds} seeds" + (f", {rows} rows by hvp" if rows else "")
+        return Choice(self.name, said, first.in_all(work))
 
     def shrink(self) -> bool:
         self.workspace //= 2
@@ -157,8 +193,8 @@ class Preactivation(AffineRoute):
         add_layer_diagonal(probed, layer, deltas, part, bias, self.workspace)
 
     def _cut(self, batch: Batch, layers: Sequence[Layer], others: Sequence[str] = ()) -> Cut | None:
-        """The cut behind a layer; none for several, for one that is shared, and beside parameters of none."""
-        if len(layers) > 1 or layers[0].again or others:
+        """The cut behind a layer that is alone."""
+        if not _are_alone(layers, others):
             return None
         return self.cuts.after(batch, layers[0].weight, self.workspace)
 
@@ -224,6 +260,11 @@ def chain_of(analysis: Analysis, parameters: Iterable[str]) -> tuple[list[Step],
     fit = {n: u for n, u in uses.items() if u.positions == 1 and u.kind != CONVOLUTION}
     steps, reached = find_chain(analysis, {use.z for use in fit.values()})
     return steps, {name: use for name, use in fit.items() if use.z in reached}
+
+
+def _are_alone(layers: Sequence[Layer], others: Sequence[str]) -> bool:
+    """Whether it is one layer, at one value, beside parameters of none: its directions end at the next cut."""
+    return len(layers) == 1 and not layers[0].again and not others
 
 
 def _is_bias_at(analysis: Analysis, layer: Layer, block: Block) -> bool:

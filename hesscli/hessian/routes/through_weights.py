@@ -13,7 +13,7 @@ serves all neurons at once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -27,7 +27,9 @@ from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.weights import Neurons
 from hesscli.hessian.routes.affine import AffineRoute, other_path
 from hesscli.hessian.routes.base import Diagonal, Route, Rows, Wanted
+from hesscli.hessian.routes.choice import Choice
 from hesscli.hessian.routes.cuts import Cuts
+from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.routes.probes import Probed
 from hesscli.hessian.routes.squares import Squares
 from hesscli.hessian.symmetry import mirror_
@@ -70,6 +72,16 @@ class ThroughWeights(Route):
     def route(self) -> AffineRoute:
         """To the weights' own blocks."""
         return self.kind(self.cuts.behind_weights)
+
+    def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
+        analysis, costs = first.proven()
+        made = analysis.weights_of(block)
+        neurons = analysis.neurons_of(block, made) if diagonal else None
+        held = numbers_held(block, made, neurons)
+        choice = self.route.choice(first.behind_weights, made, neurons is not None)
+        work = first.in_all(costs.through(analysis.weights, block, made, neurons))
+        reason, own = choice.reason + THROUGH_WEIGHTS, choice.own + work
+        return replace(choice, route=self.name, reason=reason, own=own, held=held)
 
     def shrink(self) -> bool:
         return self.route.shrink()

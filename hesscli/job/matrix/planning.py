@@ -10,9 +10,10 @@ from hesscli.hessian.blocks import Block, partition
 from hesscli.hessian.curvatures import CURVATURES
 from hesscli.hessian.differences.check import Certificate
 from hesscli.hessian.objective.problem import Problem
-from hesscli.hessian.planner import Choice, seconds_of
+from hesscli.hessian.planner import Planner
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.routes.base import Route
+from hesscli.hessian.routes.choice import Choice, seconds_of
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.rates import usual_rates
 from hesscli.hessian.words import HVP, STRUCTURES
@@ -61,7 +62,7 @@ class Plan:
         cuts = Cuts(analyses, self.opened.chunk)
         self.routes = curvature.routes(cuts, lambda: self.reference)
         curvature.require(analyses)
-        planner = curvature.planner(cuts)
+        planner = Planner(cuts, self.routes)
         method = self.options.method
         for block in self.blocks:
             try:
@@ -73,8 +74,10 @@ class Plan:
             except NotApplicable as reason:
                 raise inexact(self.options, block, method, reason) from None
         self.cut_bytes = cuts.bytes
-        if planner.refused and method == "auto":
-            self.opened.note(f"no fast route: {planner.refused}; hvp takes one pass per parameter")
+        if planner.first.refused and method == "auto":
+            self.opened.note(
+                f"no fast route: {planner.first.refused}; hvp takes one pass per parameter"
+            )
 
     def first_choices(self, blocks: Sequence[Block]) -> list[Choice]:
         """The route that is tried first for each of some blocks."""
