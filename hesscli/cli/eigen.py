@@ -31,7 +31,7 @@ from hesscli.job.starting import start
 
 if TYPE_CHECKING:
     from hesscli.job.eigen import EigenOptions
-    from hesscli.job.setup.one_process import OneProcess
+    from hesscli.job.setup.processes import Processes
 
 
 _TOP = 10
@@ -150,7 +150,7 @@ _USUAL = 30  # products for each eigenvalue, where they are neither crowded nor 
 
 
 def of_model(
-    out: Output, problem: ProblemOptions, options: EigenOptions, processes: OneProcess
+    out: Output, problem: ProblemOptions, options: EigenOptions, processes: Processes
 ) -> Document:
     """Runs and prints; then fails where it must."""
     from hesscli.job.model_eigen import model_eigen, reached

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hesscli.job.setup.one_process import OneProcess
+from hesscli.job.setup.processes import Processes
 from hesscli.job.setup.team import ranks
 
 
 @contextmanager
-def started_processes() -> Iterator[OneProcess]:
+def started_processes() -> Iterator[Processes]:
     """Those that `torchrun` started, or this one."""
     if ranks() == 1:
-        yield OneProcess()
+        yield Processes()
         return
     from hesscli.job.setup.many_processes import ManyProcesses
 

@@ -19,8 +19,8 @@ from hesscli.job.matrix.room import require_room
 from hesscli.job.matrix.run import Run
 from hesscli.job.options import ComputeOptions, Listener, options_of
 from hesscli.job.results import demand_names, writable, written
-from hesscli.job.setup.one_process import AllAlike
 from hesscli.job.setup.opening import open_problem
+from hesscli.job.setup.processes import Processes
 from hesscli.job.setup.team import Team
 
 
@@ -55,7 +55,7 @@ def compute(
             raise UsageError(f"-: several {what} to a pipe", "-o hessian.safetensors")
         if options.output is None and options.resume:
             raise UsageError("-: a pipe keeps nothing to resume", "-o hessian.safetensors")
-        opened = open_problem(options, listener, model=model, processes=AllAlike(team))
+        opened = open_problem(options, listener, Processes(model, team))
         plan = Plan(options, opened, several)
         demand_names((block.name for block in plan.blocks), plan.shapes, options.gradient)
         if dry_run:

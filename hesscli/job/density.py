@@ -18,7 +18,7 @@ from hesscli.job.results import replacing, writable, write_tensors
 from hesscli.spectrum.density import Density, exact
 
 if TYPE_CHECKING:
-    from hesscli.job.setup.one_process import OneProcess
+    from hesscli.job.setup.processes import Processes
 
 SCHEMA = "hesscli.density/1"
 BINS = 24
@@ -39,7 +39,7 @@ def density(
     problem: ProblemOptions | None,
     options: DensityOptions,
     listener: Listener,
-    processes: OneProcess,
+    processes: Processes,
 ) -> Document:
     """The density of a Hessian file, or of a model's curvature where `problem` is given.
 
@@ -85,7 +85,7 @@ def density(
 
 
 def _of_model(
-    problem: ProblemOptions, options: DensityOptions, listener: Listener, processes: OneProcess
+    problem: ProblemOptions, options: DensityOptions, listener: Listener, processes: Processes
 ) -> tuple[Document, Density, int]:
     from hesscli.job.operator import open_operator
     from hesscli.spectrum.dense import DENSE, dense

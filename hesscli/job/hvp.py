@@ -19,7 +19,7 @@ from hesscli.job.json_form import Document, timeless
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.results import demand_names, writable, write_tensors
-from hesscli.job.setup.one_process import OneProcess
+from hesscli.job.setup.processes import Processes
 from hesscli.texts import dtype_name, listed
 
 SCHEMA = "hesscli.hvp/1"
@@ -44,7 +44,7 @@ def hvp(
     problem: ProblemOptions,
     options: HvpOptions,
     listener: Listener,
-    processes: OneProcess,
+    processes: Processes,
 ) -> Document:
     """Writes H v, or (I - alpha H(theta)) g', keyed and shaped as the parameters.
 

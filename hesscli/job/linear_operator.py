@@ -13,7 +13,7 @@ from hesscli.hessian.autodiff import differentiable
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions, Silent
 from hesscli.job.setup.given import DataLike, Folder, LossFunction, Model, given
-from hesscli.job.setup.one_process import OneProcess
+from hesscli.job.setup.processes import Processes
 from hesscli.job.setup.settings import random_kept, settings_kept, settle
 from hesscli.texts import dtype_name
 
@@ -51,7 +51,7 @@ def operator(
     folder = Folder()
     options["loss"] = loss
     with given(model, data, device, folder, ProblemOptions, options) as (asked, saved):
-        opened = open_operator(asked, listener or Silent(), OneProcess(saved))
+        opened = open_operator(asked, listener or Silent(), Processes(saved))
     return CurvatureOperator(opened, folder)
 
 

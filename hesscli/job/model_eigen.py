@@ -18,7 +18,7 @@ from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.progress import Convergence
 from hesscli.job.results import writable, write_tensors
-from hesscli.job.setup.one_process import OneProcess
+from hesscli.job.setup.processes import Processes
 from hesscli.spectrum.dense import DENSE, dense
 from hesscli.spectrum.eigen import DENSE_LIMIT, WHICH, allowed
 from hesscli.spectrum.lanczos import Found, Lanczos
@@ -28,7 +28,7 @@ def model_eigen(
     problem: ProblemOptions,
     options: EigenOptions,
     listener: Listener,
-    processes: OneProcess,
+    processes: Processes,
 ) -> Document:
     """The first eigenvalues of a model's curvature; or the extremes of each parameter's own block.
 
@@ -110,7 +110,7 @@ def _dense(operator: Operator, options: EigenOptions) -> Found:
     operator.needs(3 * size, "the whole matrix", f"--top {max(1, size // 4)}")
     try:
         values, columns, errors = dense(
-            operator.products.columns, size, operator.opened.listener.progress
+            operator.products.columns, size, operator.opened.note.progress
         )
     except KeyboardInterrupt:
         return _interrupted(size)
@@ -136,7 +136,7 @@ def _lanczos(operator: Operator, options: EigenOptions, max_products: int) -> Fo
         options.tolerance,
         operator.generator(),
         operator.gradient,  # mostly among the largest: Gur-Ari, Roberts and Dyer, arXiv:1812.04754
-        Convergence(operator.opened.listener).residual,
+        Convergence(operator.opened.note).residual,
     )
     return lanczos.run(max_products)
 

@@ -25,8 +25,8 @@ from hesscli.job.json_form import Document
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.remedies import more_digits, not_finite
 from hesscli.job.setup.batches import free_memory
-from hesscli.job.setup.one_process import OneProcess
 from hesscli.job.setup.opening import Opened
+from hesscli.job.setup.processes import Processes
 from hesscli.job.sizes import size
 from hesscli.spectrum.finite import NotFinite
 
@@ -44,7 +44,7 @@ class Operator:
     products: LinearMap  # multiplies vectors
     method: str  # how
     gradient: Tensor  # dL / d theta [P]
-    processes: OneProcess  # that have the data
+    processes: Processes  # that have the data
     # The problem in float64, for the check and for differences, if the model runs in it.
     reference: Problem | None = None
     check: Document | None = None  # what the check found, as in the JSON document
@@ -116,7 +116,7 @@ class Operator:
 
 
 def open_operator(
-    options: ProblemOptions, listener: Listener, processes: OneProcess, lean: bool = False
+    options: ProblemOptions, listener: Listener, processes: Processes, lean: bool = False
 ) -> Operator:
     """Opens model and data, linearises, and checks a product along a random direction.
 
@@ -141,7 +141,7 @@ def open_operator(
 
 
 def _checked_operator(
-    opened: Opened, gradient: Tensor, processes: OneProcess, double: Problem | None = None
+    opened: Opened, gradient: Tensor, processes: Processes, double: Problem | None = None
 ) -> Operator:
     options, problem = opened.options, processes.problem(opened)
     if options.method not in ("auto", HVP, FINITE_DIFFERENCE):

@@ -16,7 +16,7 @@ from hesscli.job.matrix.whole import compute_blocks, groups
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import ComputeOptions, Listener, ProblemOptions
 from hesscli.job.progress import Convergence
-from hesscli.job.setup.one_process import OneProcess
+from hesscli.job.setup.processes import Processes
 from hesscli.spectrum.dense import DENSE
 from hesscli.spectrum.trace import Estimate, estimate
 
@@ -31,7 +31,7 @@ def trace(
     relative_error: float,
     max_products: int,
     listener: Listener,
-    processes: OneProcess,
+    processes: Processes,
 ) -> Document:
     """The traces of a model's curvature.
 
@@ -111,7 +111,7 @@ def _exact(plan: Plan, operator: Operator) -> Estimate:
             for facts, _ in compute_blocks(plan, group):
                 found[facts["name"]] = facts
                 done = sum(f["size"] for f in found.values())
-                operator.opened.listener.progress(done, operator.size, "exact")
+                operator.opened.note.progress(done, operator.size, "exact")
     except KeyboardInterrupt:
         names = operator.products.names
         parts = np.array([found[name]["trace"] if name in found else np.nan for name in names])
@@ -131,5 +131,5 @@ def _estimated(operator: Operator, relative_error: float, max_products: int) -> 
         max_products,
         operator.generator(),
         operator.gradient,
-        Convergence(operator.opened.listener).standard_error,
+        Convergence(operator.opened.note).standard_error,
     )

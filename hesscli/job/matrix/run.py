@@ -101,7 +101,7 @@ class Run:
             shared=shared,
         )
         return Unfinished(
-            writer, journal, len(self.parts), self.plan.divided, self.plan.opened.listener
+            writer, journal, len(self.parts), self.plan.divided, self.plan.opened.note
         )
 
     def _journal(self, document: Document) -> Journal:
@@ -152,7 +152,7 @@ class Run:
 
     def _blocks(self, unfinished: Unfinished, unused: set[str]) -> list[Document]:
         """Every block's facts, in model order; its values are in the file then."""
-        self.plan.opened.listener.progress(0, self.rows, "")
+        self.plan.opened.note.progress(0, self.rows, "")
         found: list[Document] = []
         with Beside(enabled=self.plan.problem.device.type != "cpu") as beside:
             for group in self.groups:
@@ -170,7 +170,7 @@ class Run:
 
     def _progress(self, rows: int, doing: str) -> None:
         self.done += rows
-        self.plan.opened.listener.progress(self.done, self.rows, doing)
+        self.plan.opened.note.progress(self.done, self.rows, doing)
 
     def _results(self, blocks: list[Document]) -> Document:
         return {

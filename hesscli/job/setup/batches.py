@@ -19,8 +19,8 @@ from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES, class_axis
 from hesscli.hessian.objective.problem import Problem, parameters_at
 from hesscli.hessian.objective.saved import saved_bytes
 from hesscli.hessian.objective.weight_writes import weight_writes
-from hesscli.job.setup.one_process import OneProcess
 from hesscli.job.setup.own_loss import inspect_loss
+from hesscli.job.setup.processes import Processes
 from hesscli.job.setup.source import Source
 from hesscli.job.setup.team import ranks_here
 from hesscli.job.setup.together import coupled, coupled_in_place, first_accepted
@@ -35,7 +35,7 @@ def split(
     source: Source,
     batch_size: int | None,
     note: Callable[[str], None],
-    processes: OneProcess,
+    processes: Processes,
     side_by_side: bool = False,
 ) -> tuple[Problem, int]:
     """The problem with its data in batches, unless model or loss want it whole; and the rows of a chunk.
@@ -175,7 +175,7 @@ def _taken_apart(
     bounds: list[int],
     saved: int,
     note: Callable[[str], None],
-    processes: OneProcess,
+    processes: Processes,
 ) -> tuple[Problem, list[int]]:
     """The problem with whether its samples are separable, and the bounds of its batches: of one, if they are not.
 

@@ -27,8 +27,8 @@ from hesscli.hessian.objective.problem import Problem, parameters_at
 from hesscli.hessian.operator import LinearMap, Products
 from hesscli.job.options import Listener, ProblemOptions, Silent
 from hesscli.job.setup.batches import free_memory
-from hesscli.job.setup.one_process import OneProcess
 from hesscli.job.setup.opening import Opened, open_problem
+from hesscli.job.setup.processes import Processes
 from hesscli.job.setup.shared_problem import (
     Gradient,
     Question,
@@ -40,12 +40,11 @@ from hesscli.job.setup.shared_problem import (
 from hesscli.job.setup.team import ProcessLost, Team, ranks_here
 
 
-class ManyProcesses(OneProcess):
+class ManyProcesses(Processes):
     """One of several processes: its share of the data, and what it asks of the others."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.team = Team()
+        super().__init__(team=Team())
         self.size = self.team.size
         self.opened: list[Opened] = []
         self.kept: tuple[object, Products] | None = None  # those of the last question
@@ -160,7 +159,7 @@ class ManyProcesses(OneProcess):
     def _open(self, options: ProblemOptions, listener: Listener) -> Opened:
         self.awaited = True
         try:
-            opened = open_problem(options, listener, processes=self)
+            opened = open_problem(options, listener, self)
         except _SAID as error:
             if self.awaited:
                 self._agreed(error)
@@ -179,7 +178,7 @@ class ManyProcesses(OneProcess):
 
     def _agreed(self, said: Any) -> list[Any]:
         """What each process says; if one says an exception, all raise it."""
-        found = self.team.gather(said)
+        found = super()._agreed(said)
         for each in found:
             if isinstance(each, Exception):
                 self.awaited = False  # all know of it

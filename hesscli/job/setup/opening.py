@@ -26,15 +26,15 @@ from hesscli.job.json_form import Document
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.setup.batches import split
 from hesscli.job.setup.loss import loss_of, printable
-from hesscli.job.setup.one_process import OneProcess
 from hesscli.job.setup.parameters import chosen_parameters
 from hesscli.job.setup.passing import as_columns, passed, scales
+from hesscli.job.setup.processes import Processes
 from hesscli.job.setup.settings import settle
 from hesscli.job.setup.source import Source, parted
 from hesscli.job.setup.team import rank_here, ranks
 from hesscli.texts import listed
 
-_ONE_PROCESS = OneProcess()
+_THIS_ONE = Processes()
 
 
 class Notes:
@@ -54,9 +54,7 @@ class Notes:
                 self.texts.append(text)
                 self.listener.note(text)
 
-    def note(self, text: str) -> None:
-        """The same, as a listener to what is opened beside."""
-        self(text)
+    note = __call__  # as a listener
 
     def progress(self, done: int, total: int, doing: str) -> None:
         self.listener.progress(done, total, doing)
@@ -79,17 +77,11 @@ class Opened:
         """The problem in float64, for checks and for differences; None if the model does not run in it."""
         return self.problem.double()
 
-    @property
-    def listener(self) -> Listener:
-        """Who hears the notes, and how the work goes."""
-        return self.note.listener
-
 
 def open_problem(
     options: ProblemOptions,
     listener: Listener,
-    model: SavedModel | None = None,
-    processes: OneProcess = _ONE_PROCESS,
+    processes: Processes = _THIS_ONE,
     side_by_side: bool = False,
 ) -> Opened:
     """Loads model and data, settles the loss, and makes one pass over the data.
@@ -97,14 +89,13 @@ def open_problem(
     Args:
         options: what was asked for.
         listener: hears the notes.
-        model: one in memory, in place of the file that the options name.
-        processes: that share the pass over the data, or see alike whether its samples mix.
+        processes: that have the data; and the model, where it is in place of the file that the options name.
         side_by_side: batches will be worked on side by side.
 
     Raises:
         HesscliError: of any kind; see `errors.py`.
     """
-    device, note = device_called(options.device), Notes(listener)
+    device, note, model = device_called(options.device), Notes(listener), processes.model
     try:
         return _Opening(options, device, note, model).opened(processes, side_by_side)
     except DeviceMismatchError:
@@ -145,7 +136,7 @@ class _Opening:
             self.model.module, options.params, note
         )
 
-    def opened(self, processes: OneProcess, side_by_side: bool) -> Opened:
+    def opened(self, processes: Processes, side_by_side: bool) -> Opened:
         """The problem, after one pass over the data."""
         options, note, source = self.options, self.note, self._source()
         problem = Problem(
@@ -236,7 +227,7 @@ class _Opening:
                 "let forward find them by self",
             )
 
-    def _measured(self, problem: Problem, processes: OneProcess) -> tuple[Problem, float]:
+    def _measured(self, problem: Problem, processes: Processes) -> tuple[Problem, float]:
         """The problem with its denominator, and the value of the loss, which is finite."""
         measured, value = measure(processes.own(problem), processes.totals)
         if not math.isfinite(value):

@@ -1,8 +1,10 @@
-"""Data that lies on this process alone. Importing this loads no torch."""
+"""The processes that have the data: here, this one alone. Importing this loads no torch."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from hesscli.job.setup.team import Team
 
 if TYPE_CHECKING:
     import torch
@@ -13,20 +15,20 @@ if TYPE_CHECKING:
     from hesscli.hessian.operator import LinearMap
     from hesscli.job.options import Listener, ProblemOptions
     from hesscli.job.setup.opening import Opened
-    from hesscli.job.setup.team import Team
 
 
-class OneProcess:
+class Processes:
     """This process, which has all of the data; `ManyProcesses` has a share of it.
 
     Args:
         model: the model, if it is no file.
+        team: others that have all of the data too, and so see alike whether its samples mix.
     """
 
-    size = 1
+    size = 1  # that share the data
 
-    def __init__(self, model: SavedModel | None = None) -> None:
-        self.model = model
+    def __init__(self, model: SavedModel | None = None, team: Team | None = None) -> None:
+        self.model, self.team = model, team or Team(alone=True)
 
     def serve(self) -> bool:
         """Whether another process asks, and this one answered until it was done."""
@@ -36,7 +38,7 @@ class OneProcess:
         """The problem with all the data."""
         from hesscli.job.setup.opening import open_problem
 
-        return open_problem(options, listener, self.model, processes=self, side_by_side=True)
+        return open_problem(options, listener, self, side_by_side=True)
 
     def own(self, problem: Problem) -> Problem:
         """The problem with this process's share of the batches."""
@@ -48,7 +50,7 @@ class OneProcess:
 
     def _agreed(self, said: Any) -> list[Any]:
         """What each process says."""
-        return [said]
+        return self.team.gather(said)
 
     def totals(self, total: float, denominator: float) -> tuple[float, float]:
         """The sums of both over all processes."""
@@ -76,14 +78,3 @@ class OneProcess:
         from hesscli.hessian.curvatures import CURVATURES
 
         return CURVATURES[curvature].certificate(problem, dtype, seed)
-
-
-class AllAlike(OneProcess):
-    """One of several processes that each have all of the data: they see alike whether its samples mix."""
-
-    def __init__(self, team: Team) -> None:
-        super().__init__()
-        self.team = team
-
-    def _agreed(self, said: Any) -> list[Any]:
-        return self.team.gather(said)
