@@ -335,7 +335,7 @@ def test_kinks_are_held_where_float32_has_them():
     product = Products(narrow)(v.float()).double()
     along = certificate.along(block, v)
     comparison = Comparison(along, slice(None), product, float(product.norm()))
-    quotients = [along.held_quotient(step, narrow=True) for step in (1e-5, 1e-4)]
+    quotients = [along.held_quotient(step, by_original=True) for step in (1e-5, 1e-4)]
     quotients += [along.held_quotient(step) for step in (1e-5, 1e-4)]
     errors = [found / size for found, size in map(comparison.distance, quotients)]
     assert max(errors[:2]) < 1e-6

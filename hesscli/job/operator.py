@@ -46,7 +46,7 @@ class Operator:
     gradient: Tensor  # dL / d theta [P]
     processes: Processes  # that have the data
     # The problem in float64, for the check and for differences, if the model runs in it.
-    reference: Problem | None = None
+    double: Problem | None = None
     check: Document | None = None  # what the check found, as in the JSON document
 
     @property
@@ -96,7 +96,7 @@ class Operator:
             opened,
             self.products.split(self.gradient)[name].reshape(-1),
             self.processes,
-            self.reference and self.reference.restricted([name]),
+            self.double and self.double.restricted([name]),
         )
 
     def needs(self, vectors: int, what: str, smaller: str) -> None:

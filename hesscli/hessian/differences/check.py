@@ -211,10 +211,11 @@ class Certificate:
         dtype = self.problem.dtype
         first, *others, largest = [Try(h, along.quotient) for h in _STEPS[dtype]]
         held = [Try(h, along.held_quotient) for h in _HELD[dtype]]
-        narrowed = partial(along.held_quotient, narrow=True)
-        narrow = [Try(h, narrowed) for h in _HELD[dtype] if self.problem.narrow is not None]
+        by_original = partial(along.held_quotient, by_original=True)
+        has_original = self.problem.original is not None
+        of_original = [Try(h, by_original) for h in _HELD[dtype] if has_original]
         errors: list[float] = []
-        for tries in ([*narrow[:1], first, largest], [*narrow[1:], *held, *others]):
+        for tries in ([*of_original[:1], first, largest], [*of_original[1:], *held, *others]):
             least = math.inf  # difference with the largest step
             for step, quotient in tries:
                 difference, size = comparison.distance(quotient(step))

@@ -33,12 +33,12 @@ class DirectionalDifference:
         """(g_B(theta + h v) - g_B(theta)) / h, `here` being g_B(theta)."""
         return (self.gradient(step) - here) / (step * self.scale)
 
-    def held_quotient(self, step: float, narrow: bool = False) -> Tensor | None:
+    def held_quotient(self, step: float, by_original: bool = False) -> Tensor | None:
         """The quotient of gradients that have all their kinks where they are at theta, batch by batch.
 
         Args:
             step: h.
-            narrow: where they are in the pass that the block is of, rounding included.
+            by_original: where they are in the pass that the block is of, rounding included.
 
         Returns:
             None where there is no kink, or one that cannot be held.
@@ -46,8 +46,8 @@ class DirectionalDifference:
         total = torch.zeros_like(self.direction)
         for problem in self.problem.by_batch():
             first = None
-            if narrow and problem.narrow is not None:
-                first = partial(_pass_of_routes, problem.narrow, self.block.parameters)
+            if by_original and problem.original is not None:
+                first = partial(_pass_of_routes, problem.original, self.block.parameters)
             difference = held_difference(replace(self, problem=problem).gradient, step, first)
             if difference is None:
                 return None

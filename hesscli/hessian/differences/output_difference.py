@@ -42,7 +42,7 @@ class OutputDifference(DirectionalDifference):
             )
         return total
 
-    def held_quotient(self, step: float, narrow: bool = False) -> None:
+    def held_quotient(self, step: float, by_original: bool = False) -> None:
         """None: `quotient` keeps the kinks already, and differences of gradients are the Hessian's."""
 
     def _outputs(self, problem: Problem, step: float) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ class OutputDifference(DirectionalDifference):
         By the operators of the result's own pass: a definition may have more kinks than what it defines.
         """
         (batch,) = problem.batches
-        at = problem.narrow or problem
+        at = problem.original or problem
         kinks = Kinks()
         with kinks, exact_derivatives():
             at.output(at.batches[0])

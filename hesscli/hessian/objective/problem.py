@@ -47,7 +47,7 @@ class Problem:
         protected: it cannot: see `weight_writes.py`.
         separable: each sample could go through on its own.
         one_sample: the data is one sample, without a sample axis.
-        narrow: the problem that this is a copy of, in another dtype.
+        original: the problem that this is a copy of, in float64.
     """
 
     module: nn.Module
@@ -61,7 +61,7 @@ class Problem:
     protected: bool = False
     separable: bool = True
     one_sample: bool = False
-    narrow: Problem | None = None
+    original: Problem | None = None
 
     runs_here: ClassVar[bool] = True  # whether this process makes all passes
 
@@ -156,8 +156,10 @@ class Problem:
     def by_batch(self) -> Iterator[Problem]:
         """The problem in parts that add up to it."""
         for index, batch in enumerate(self.batches):
-            narrow = self.narrow and replace(self.narrow, batches=[self.narrow.batches[index]])
-            yield replace(self, batches=[batch], narrow=narrow)
+            original = self.original
+            if original is not None:
+                original = replace(original, batches=[original.batches[index]])
+            yield replace(self, batches=[batch], original=original)
 
     def widened(self) -> tuple[Problem, Tensor]:
         """The problem in float64 throughout, where the module computes parts of it in float32, or cannot without.
@@ -208,12 +210,12 @@ class Problem:
             # Leaves no graph in attributes that hooks compute, which could not be copied.
             with torch.no_grad():
                 mine = self.output(self.batches[0])
-                twin = self._copy_in_float64()
-            twin, its = twin.widened()
-            if twin.depends_on(self.parameters.values()):  # which would not move with the twin's
+                copy = self._copy_in_float64()
+            copy, its = copy.widened()
+            if copy.depends_on(self.parameters.values()):  # which would not move with the copy's
                 return None
             with torch.no_grad():  # a loss of the user's own may hold constants in float32
-                twin.loss.total(its, twin.batches[0])
+                copy.loss.total(its, copy.batches[0])
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -221,7 +223,7 @@ class Problem:
         tolerance = 1e-2 if self.dtype == torch.float32 else 1e-8
         least = tolerance * float(mine.abs().max().clamp(min=1e-30))
         same = its.dtype == torch.float64 and torch.allclose(mine.double(), its, tolerance, least)
-        return twin if same else None
+        return copy if same else None
 
     def _copy_in_float64(self) -> Problem:
         with warnings.catch_warnings():
@@ -235,7 +237,7 @@ class Problem:
             parameters={name: named[name].requires_grad_() for name in self.parameters},
             batches=doubled(self.batches),
             loss=self.loss.doubled(),
-            narrow=None if self.dtype == torch.float64 else self,
+            original=None if self.dtype == torch.float64 else self,
         )
 
 

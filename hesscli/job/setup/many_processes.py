@@ -143,7 +143,8 @@ class ManyProcesses(Processes):
         rank, size, batches = self.team.rank, self.team.size, problem.batches
         first, stop = (len(batches) * place // size for place in (rank, rank + 1))
         mine = Batches(stop - first, lambda i: batches[first + i])
-        return replace(problem, batches=mine, narrow=problem.narrow and self.own(problem.narrow))
+        original = problem.original and self.own(problem.original)
+        return replace(problem, batches=mine, original=original)
 
     def totals(self, total: float, denominator: float) -> tuple[float, float]:
         """The sums of both over all processes, the same bits on each."""
@@ -151,7 +152,7 @@ class ManyProcesses(Processes):
         found = self._agreed((total, denominator))
         return sum(pair[0] for pair in found), sum(pair[1] for pair in found)
 
-    def twin(self, source: int) -> Problem | None:
+    def in_float64(self, source: int) -> Problem | None:
         """The problem with all the data in float64, or None."""
         opened = self.opened[source]
         return opened.problem if opened.problem.dtype == torch.float64 else opened.double
@@ -188,7 +189,7 @@ class ManyProcesses(Processes):
     def _answer(self, question: Question, tensor: Tensor) -> Tensor:
         opened = self.opened[question.source]
         same = question.dtype == opened.problem.dtype
-        problem = opened.problem if same else self.twin(question.source)
+        problem = opened.problem if same else self.in_float64(question.source)
         if problem is None:
             raise MismatchError("the model runs in float64 on some of the processes only")
         problem = self.own(problem.restricted(question.parameters))
@@ -200,7 +201,7 @@ class ManyProcesses(Processes):
             difference = curvature.difference(problem, what.block, tensor)
             if not what.held:
                 return difference.quotient(what.step)
-            held = difference.held_quotient(what.step, what.narrow)
+            held = difference.held_quotient(what.step, what.by_original)
             return torch.full_like(tensor, torch.nan) if held is None else held
         key = replace(question, shape=())
         if self.kept is None or self.kept[0] != key:

@@ -40,7 +40,7 @@ class Quotient:
     step: float
     curvature: str
     held: bool
-    narrow: bool
+    by_original: bool
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Question:
 
     what: Gradient | Product | Quotient
     source: int  # which of the problems that were opened
-    dtype: torch.dtype  # of that problem, or of its twin in float64
+    dtype: torch.dtype  # of that problem, or of its copy in float64
     parameters: tuple[str, ...]  # the problem's, where it is restricted
     shape: tuple[int, ...]  # of the tensor
 
@@ -92,9 +92,9 @@ class SharedProblem(Problem):
         return iter((self,))
 
     def double(self) -> Problem | None:
-        twin = self.processes.twin(self.source)
-        return twin and SharedProblem.of(
-            twin.restricted(self.parameters), self.processes, self.source
+        copy = self.processes.in_float64(self.source)
+        return copy and SharedProblem.of(
+            copy.restricted(self.parameters), self.processes, self.source
         )
 
 
@@ -122,10 +122,10 @@ class SharedDifference(DirectionalDifference):
     def quotient(self, step: float) -> Tensor:
         return super().quotient(step) if self.curvature == "hessian" else self._ask(step)
 
-    def held_quotient(self, step: float, narrow: bool = False) -> Tensor | None:
-        held = self._ask(step, held=True, narrow=narrow)
+    def held_quotient(self, step: float, by_original: bool = False) -> Tensor | None:
+        held = self._ask(step, held=True, by_original=by_original)
         return None if bool(held.isnan().any()) else held
 
-    def _ask(self, step: float, held: bool = False, narrow: bool = False) -> Tensor:
-        question = Quotient(self.block, step, self.curvature, held, narrow)
+    def _ask(self, step: float, held: bool = False, by_original: bool = False) -> Tensor:
+        question = Quotient(self.block, step, self.curvature, held, by_original)
         return self.problem.ask(question, self.direction)
