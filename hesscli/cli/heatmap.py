@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hesscli.cli.numbers import number
@@ -30,6 +31,7 @@ _LEGEND = 24  # columns of the legend's scale
 _MARGIN = 2  # between the picture and the names beside it
 
 Colour = tuple[int, int, int]
+Cells = Sequence[Sequence[float]]  # one row of them, or two
 
 
 def room(out: Output) -> int:
@@ -48,7 +50,7 @@ def draw(out: Output, picture: Picture) -> None:
     paint = _painter(out)
     grid = picture.levels().tolist()
     if picture.diagonal:
-        lines = [paint([row], single=True) for row in grid]
+        lines = [paint([row]) for row in grid]
         starts = list(range(len(grid)))
     else:
         scale = max(1, min(_LARGEST, room(out) // len(grid)))
@@ -66,7 +68,7 @@ def draw(out: Output, picture: Picture) -> None:
     for i, line in enumerate(lines):
         out.line(f"{line}{' ' * _MARGIN}{out.fitted(beside.get(i, ''), names)}".rstrip())
     out.line("")
-    scale_shown = paint([[i / (_LEGEND - 1) for i in range(_LEGEND)]], single=True)
+    scale_shown = paint([[i / (_LEGEND - 1) for i in range(_LEGEND)]])
     out.line(f"{number(picture.low)} {scale_shown} {number(picture.high)}")
     out.line(_explained(picture))
     if out.as_markdown:
@@ -98,58 +100,48 @@ def _beside(names: Sequence[str], starts: Sequence[int]) -> dict[int, str]:
     }
 
 
-class _Colours:
+def _in_colour(rows: Cells, true_colour: bool) -> str:
     """Two cells in a character: the upper one its foreground, the lower one its background."""
-
-    def __init__(self, true_colour: bool) -> None:
-        self.true_colour = true_colour
-
-    def __call__(self, rows: Sequence[Sequence[float]], single: bool = False) -> str:
-        text, before = [], ""
-        for upper, lower in zip(rows[0], rows[0] if single else rows[1], strict=True):
-            if math.isnan(upper) and math.isnan(lower):
-                code, character = _RESET, " "
-            elif math.isnan(upper):
-                code, character = _RESET + self._code(38, lower), _LOWER
-            elif math.isnan(lower):
-                code, character = _RESET + self._code(38, upper), _UPPER
-            else:
-                code, character = self._code(38, upper) + self._code(48, lower), _UPPER
-            text.append(character if code == before else code + character)
-            before = code
-        return "".join(text) + _RESET
-
-    def _code(self, ground: int, level: float) -> str:
-        if self.true_colour:
-            red, green, blue = _cividis(level)
-            return f"\033[{ground};2;{red};{green};{blue}m"
-        return f"\033[{ground};5;{OF_256[min(len(OF_256) - 1, int(level * len(OF_256)))]}m"
+    text, before = [], ""
+    for upper, lower in zip(rows[0], rows[-1], strict=True):
+        if math.isnan(upper) and math.isnan(lower):
+            code, character = _RESET, " "
+        elif math.isnan(upper):
+            code, character = _RESET + _code(38, lower, true_colour), _LOWER
+        elif math.isnan(lower):
+            code, character = _RESET + _code(38, upper, true_colour), _UPPER
+        else:
+            code = _code(38, upper, true_colour) + _code(48, lower, true_colour)
+            character = _UPPER
+        text.append(character if code == before else code + character)
+        before = code
+    return "".join(text) + _RESET
 
 
-class _Shades:
+def _code(ground: int, level: float, true_colour: bool) -> str:
+    if true_colour:
+        red, green, blue = _cividis(level)
+        return f"\033[{ground};2;{red};{green};{blue}m"
+    return f"\033[{ground};5;{OF_256[min(len(OF_256) - 1, int(level * len(OF_256)))]}m"
+
+
+def _in_shades(rows: Cells, shades: str) -> str:
     """A character for two cells: the shade of the larger."""
-
-    def __init__(self, shades: str) -> None:
-        self.shades = shades
-
-    def __call__(self, rows: Sequence[Sequence[float]], single: bool = False) -> str:
-        return "".join(map(self._shade, zip(*rows, strict=True)))
-
-    def _shade(self, levels: Sequence[float]) -> str:
+    text, steps = "", len(shades) - 1
+    for levels in zip(*rows, strict=True):
         level = max((x for x in levels if not math.isnan(x)), default=None)
-        if level is None:
-            return self.shades[0]
-        steps = len(self.shades) - 1
-        return self.shades[1 + min(steps - 1, int(level * steps))]
+        text += shades[0 if level is None else 1 + min(steps - 1, int(level * steps))]
+    return text
 
 
-def _painter(out: Output) -> _Colours | _Shades:
+def _painter(out: Output) -> Callable[[Cells], str]:
+    """A line of the picture from one row of cells, or from two."""
     blocks = encodable(_SHADES + _UPPER + _LOWER, out.stream)
     true_colour = os.environ.get("COLORTERM", "") in ("truecolor", "24bit")
     many = true_colour or "256color" in os.environ.get("TERM", "")
     if blocks and many and colour_wanted(out.stream) and not out.as_markdown:
-        return _Colours(true_colour)
-    return _Shades(_SHADES if blocks else _ASCII)
+        return partial(_in_colour, true_colour=true_colour)
+    return partial(_in_shades, shades=_SHADES if blocks else _ASCII)
 
 
 def _cividis(level: float) -> Colour:

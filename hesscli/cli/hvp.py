@@ -12,7 +12,7 @@ from hesscli.cli.numbers import number
 from hesscli.cli.options import Debug, Force, Json, Quiet, takes_problem
 from hesscli.cli.output import Document, Output
 from hesscli.cli.ranks import started_processes
-from hesscli.cli.summary import products_headline, shape_text
+from hesscli.cli.summary import first_cells, products_headline, with_total
 from hesscli.cli.values import finite
 from hesscli.job.options import ProblemOptions
 from hesscli.job.starting import start
@@ -96,14 +96,8 @@ def print_products(out: Output, document: Document) -> None:
             + (", ..." if len(values) > 5 else "")
         )
     rows = [
-        [
-            part["name"],
-            shape_text(part["shape"]),
-            str(part["size"]),
-            number(part["vector_norm"]),
-            number(part["product_norm"]),
-        ]
-        for part in (*document["blocks"], {"name": "total", "shape": [], **document["total"]})
+        [*first_cells(part), number(part["vector_norm"]), number(part["product_norm"])]
+        for part in with_total(document)
     ]
     out.facts(facts)
     out.table(["block", "shape", "size", *names], rows)

@@ -16,9 +16,9 @@ WIDE = (*COLUMNS, "mean_eig", "negative", "condition", "symmetry_error")
 
 def print_hessian(out: Output, document: Document, columns: Sequence[str] = COLUMNS) -> None:
     """The summary of a Hessian, with these statistics."""
-    rows = [_row(facts, columns) for facts in document["blocks"]]
+    *blocks, total = with_total(document)
+    rows = [_row(facts, columns) for facts in blocks]
     if len(rows) > 1:
-        total = {"name": "total", "shape": [], **document["total"]}
         rows.append(_row(total, columns, {"eig_max": ">=", "eig_min": "<="}))
     out.facts(headline(document))
     out.table(["block", "shape", "size", *columns, "bytes"], rows)
@@ -44,16 +44,9 @@ def print_plan(out: Output, document: Document) -> None:
     """What a command would take."""
     total = document["total"]
     rows = [
-        [
-            facts["name"],
-            shape_text(facts["shape"]),
-            str(facts["size"]),
-            str(facts["bytes"]),
-            facts["plan"],
-        ]
-        for facts in document["blocks"]
+        [*first_cells(facts), str(facts["bytes"]), facts.get("plan", "")]
+        for facts in with_total(document)
     ]
-    rows.append(["total", "", str(total["size"]), str(total["bytes"]), ""])
     out.facts(headline(document))
     out.table(["block", "shape", "size", "bytes", "method"], rows, words=(0, 1, 4))
     out.line(
@@ -127,12 +120,20 @@ def _row(
     """A row of the table; a statistic that only bounds the matrix's own has its sign in `bounds`."""
     cells = {key: statistic(facts, key) for key in columns}
     return [
-        facts["name"],
-        shape_text(facts["shape"]),
-        str(facts["size"]),
+        *first_cells(facts),
         *(cell if cell == "-" else bounds.get(key, "") + cell for key, cell in cells.items()),
         str(facts["bytes"]),
     ]
+
+
+def with_total(document: Document) -> list[Document]:
+    """What is said of each block, and of all."""
+    return [*document["blocks"], {"name": "total", "shape": [], **document["total"]}]
+
+
+def first_cells(facts: Document) -> list[str]:
+    """Name, shape and size of a block, with which every row begins."""
+    return [facts["name"], shape_text(facts["shape"]), str(facts["size"])]
 
 
 def statistic(facts: Document, key: str) -> str:

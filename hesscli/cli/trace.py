@@ -13,7 +13,7 @@ from hesscli.cli.numbers import number
 from hesscli.cli.options import Debug, Json, Quiet, takes_problem
 from hesscli.cli.output import Document, Output
 from hesscli.cli.ranks import started_processes
-from hesscli.cli.summary import products_headline, shape_text
+from hesscli.cli.summary import first_cells, products_headline, with_total
 from hesscli.cli.values import finite
 from hesscli.errors import NumericalError
 from hesscli.job.options import ProblemOptions
@@ -84,14 +84,12 @@ def print_traces(out: Output, document: Document) -> None:
     """One row per tensor, and the total."""
     rows = [
         [
-            facts["name"],
-            shape_text(facts["shape"]),
-            str(facts["size"]),
+            *first_cells(facts),
             f"{facts['trace']:.4g}" if math.isfinite(facts["trace"]) else "-",
             _error(facts["standard_error"]),
             number(facts["mean"]),
         ]
-        for facts in (*document["blocks"], {"name": "total", "shape": [], **document["total"]})
+        for facts in with_total(document)
     ]
     out.facts(products_headline(document))
     out.table(["block", "shape", "size", "trace", "error", "mean"], rows)
