@@ -17,11 +17,11 @@ from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import Middle, Products, gradient_outer, loss_hessian
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.routes.affine import AffineRoute
-from hesscli.hessian.routes.base import Route
+from hesscli.hessian.routes.base import ByRows, Route
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.finite_difference import FiniteDifference
 from hesscli.hessian.routes.gauss_newton import GaussNewton
-from hesscli.hessian.routes.ggn import EmpiricalFisher, GeneralisedGaussNewton, ProductRows
+from hesscli.hessian.routes.ggn import EmpiricalFisher, GeneralisedGaussNewton
 from hesscli.hessian.routes.hvp import HessianVectorProducts
 from hesscli.hessian.routes.preactivation import Preactivation
 from hesscli.hessian.routes.through_weights import ThroughWeights
@@ -81,7 +81,7 @@ class Curvature:
         fast: list[type[AffineRoute]] = [Preactivation, GaussNewton]
         others: list[Route] = [HessianVectorProducts(problem, chunk), FiniteDifference(reference)]
         if self.jacobians is not None:
-            fast, others = [self.jacobians], [ProductRows(problem, chunk, self.middle)]
+            fast, others = [self.jacobians], [ByRows(problem, chunk, self.middle)]
         routes = [made for kind in fast for made in (kind(cuts), ThroughWeights(kind, cuts))]
         return {route.name: route for route in (*routes, *others)}
 

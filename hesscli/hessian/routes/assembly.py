@@ -333,8 +333,7 @@ def _directions(
     """Unit vectors of z, the same in every sample: (position, neurons, [directions, *z.shape])."""
     samples = delta.numel() // (use.positions * use.n)
     for t in range(use.positions):
-        for first in range(neurons.start, neurons.stop, chunk):
-            part = range(first, min(first + chunk, neurons.stop))
+        for part in ranges(neurons.stop, chunk, neurons.start):
             u = delta.new_zeros(len(part), samples, use.positions, use.n)
             u[:, :, t, part.start : part.stop].diagonal(dim1=0, dim2=2).fill_(1)
             yield t, part, use.spread(u, delta.shape)

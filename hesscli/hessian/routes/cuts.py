@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from hesscli.hessian.autodiff import unit_rows
-from hesscli.hessian.chunk_sizes import chunk_sizes
+from hesscli.hessian.chunk_sizes import chunk_sizes, ranges
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analyses, WeightAnalyses
 from hesscli.hessian.proofs.uses import Use
@@ -81,13 +81,12 @@ def _curvature(probed: Probed, value: int, workspace: int) -> Cut:
     sigma = delta.new_zeros(samples, size, size)
     chunk = max(1, min(chunk_sizes(delta.device).rows, workspace // (8 * delta.numel())))
     if delta.requires_grad:
-        for first in range(0, size, chunk):
-            count = min(chunk, size - first)
-            units = unit_rows(delta, first, count, size).unsqueeze(1)
+        for some in ranges(size, chunk):
+            count = len(some)
+            units = unit_rows(delta, some.start, count, size).unsqueeze(1)
             seeds = units.expand(count, samples, size).reshape(count, *delta.shape)
             (found,) = probed.along(delta, [probe], seeds)
             if found is not None:
-                sigma[:, first : first + count] = found.reshape(count, samples, size).transpose(
-                    0, 1
-                )
+                rows = found.reshape(count, samples, size).transpose(0, 1)
+                sigma[:, some.start : some.stop] = rows
     return Cut(value, delta.detach(), sigma.detach())

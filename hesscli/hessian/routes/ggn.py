@@ -8,20 +8,17 @@ gradient, and Lambda = 1 / D. Elsewhere the rows are products with unit vectors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 from torch import Tensor
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.operator import loss_gradient
 from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.proofs.uses import Use
-from hesscli.hessian.routes.base import ByRows, RowsOf
 from hesscli.hessian.routes.choice import Choice
 from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.routes.gauss_newton import GaussNewton, jacobian_work
@@ -55,20 +52,3 @@ class EmpiricalFisher(GeneralisedGaussNewton):
             delta = loss_gradient(self.problem, probed.batch, probed.output.detach())
         curvature = delta.new_full((probed.samples, 1, 1), 1 / self.problem.denominator)
         return delta.unsqueeze(0), curvature
-
-
-class ProductRows(ByRows):
-    """Rows as products with unit vectors: exact wherever a product is.
-
-    For Fisher, that is where samples were shown not to mix.
-    """
-
-    def rows(self, batch: Batch, blocks: Sequence[Block]) -> RowsOf:
-        return partial(self._rows, batch)
-
-    def _rows(
-        self, batch: Batch, block: Block, start: int, stop: int
-    ) -> Iterator[tuple[int, Tensor]]:
-        products = self.products(block, [batch])
-        for first in range(start, stop, self.chunk):
-            yield first, products.columns(first, min(first + self.chunk, stop))

@@ -16,6 +16,7 @@ from torch import Tensor
 from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.autodiff import batched_rows, unit_rows
 from hesscli.hessian.blocks import Block
+from hesscli.hessian.chunk_sizes import ranges
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.routes.base import ByRows, RowsOf
 
@@ -47,7 +48,6 @@ class HessianVectorProducts(ByRows):
             if g is None or not g.requires_grad:
                 continue
             flat, last = g.reshape(-1), min(stop, own.stop)
-            for first in range(max(start, own.start), last, self.chunk):
-                count = min(self.chunk, last - first)
-                seeds = unit_rows(flat, first - own.start, count, len(own))
-                yield first, batched_rows(flat, leaves, seeds)
+            for some in ranges(last, self.chunk, max(start, own.start)):
+                seeds = unit_rows(flat, some.start - own.start, len(some), len(own))
+                yield some.start, batched_rows(flat, leaves, seeds)

@@ -24,7 +24,7 @@ from torch import Tensor
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.autodiff import batched_grad, unit_rows
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.chunk_sizes import chunk_sizes
+from hesscli.hessian.chunk_sizes import chunk_sizes, ranges
 from hesscli.hessian.layout import Layout, Part, Piece
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analysis
@@ -173,13 +173,12 @@ class Preactivation(AffineRoute):
             return
         a = probed.columns(use)
         chunk = max(1, min(self.sizes.rows // 2, self.workspace // (8 * delta.numel())))
-        for first in range(part.start, part.stop, chunk):
-            entries = range(first, min(first + chunk, part.stop))
+        for entries in ranges(part.stop, chunk, part.start):
             seeds = use.spread(_directions_of(use, a, entries, probed.samples), delta.shape)
             (found,) = probed.along(delta, [probe], seeds)
             if found is None:
                 return
-            yield first, use.pull(use.rows(found).flatten(1, 2), a.flatten(0, 1))
+            yield entries.start, use.pull(use.rows(found).flatten(1, 2), a.flatten(0, 1))
 
     def _add_diagonal(
         self, batch: Batch, part: Diagonal, layer: Layer, bias: Tensor | None
@@ -243,15 +242,14 @@ class Preactivation(AffineRoute):
         activations = sum(x.numel() for x in probed.known.values())
         chunk = max(1, min(self.sizes.rows, self.workspace // (activations + part.block.size)))
         last = min(size, part.stop - at)
-        for first in range(max(0, part.start - at), last, chunk):
-            count = min(chunk, last - first)
-            seeds = unit_rows(gradient, first, count, size)
-            found = batched_grad(gradient, leaves, seeds.view(count, *gradient.shape))
-            rows = seeds.new_zeros(count, part.block.size)
+        for some in ranges(last, chunk, max(0, part.start - at)):
+            seeds = unit_rows(gradient, some.start, len(some), size)
+            found = batched_grad(gradient, leaves, seeds.view(len(some), *gradient.shape))
+            rows = seeds.new_zeros(len(some), part.block.size)
             for name, values in zip(probed.leaves, found, strict=True):
                 if values is not None:
-                    rows[:, own[name].start : own[name].stop] = values.reshape(count, -1)
-            part.add(at + first, self.layout(part.block).from_block(rows))
+                    rows[:, own[name].start : own[name].stop] = values.reshape(len(some), -1)
+            part.add(at + some.start, self.layout(part.block).from_block(rows))
 
 
 def chain_of(analysis: Analysis, parameters: Iterable[str]) -> tuple[list[Step], dict[str, Use]]:
