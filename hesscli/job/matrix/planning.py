@@ -12,7 +12,6 @@ from hesscli.hessian.differences.check import Certificate
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.planner import Planner
 from hesscli.hessian.proofs.analysis import Analyses
-from hesscli.hessian.routes.base import Route
 from hesscli.hessian.routes.choice import Choice, seconds_of
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.rates import usual_rates
@@ -52,32 +51,30 @@ class Plan:
         self.whole = [b for b in self.blocks if b not in self.large]
         entries = sum(block.entries(self.diagonal) for block in self.blocks)
         self.bytes = entries * self.problem.dtype.itemsize
-        self.routes: dict[str, Route] = {}
-        self.choices: dict[str, list[Choice]] = {}
-        self.cut_bytes = 0  # that are kept where a deep model is cut
-        self._settle()
-
-    def _settle(self) -> None:
-        curvature, analyses = CURVATURES[self.options.curvature], Analyses(self.problem)
-        cuts = Cuts(analyses, self.opened.chunk)
+        curvature, analyses = CURVATURES[options.curvature], Analyses(self.problem)
+        cuts = Cuts(analyses, opened.chunk)
         self.routes = curvature.routes(cuts, lambda: self.reference)
         curvature.require(analyses)
-        planner = Planner(cuts, self.routes)
-        method = self.options.method
+        self.choices = self._choices(Planner(cuts, self.routes))
+        self.cut_bytes = cuts.bytes  # that are kept where a deep model is cut
+
+    def _choices(self, planner: Planner) -> dict[str, list[Choice]]:
+        """The routes of each block, the one that is tried first in front."""
+        found, method = dict[str, list[Choice]](), self.options.method
         for block in self.blocks:
             try:
-                self.choices[block.name] = (
+                found[block.name] = (
                     planner.choices(block, self.diagonal)
                     if method == "auto"
                     else planner.forced(block, self.diagonal, method)
                 )
             except NotApplicable as reason:
                 raise inexact(self.options, block, method, reason) from None
-        self.cut_bytes = cuts.bytes
         if planner.first.refused and method == "auto":
             self.opened.note(
                 f"no fast route: {planner.first.refused}; hvp takes one pass per parameter"
             )
+        return found
 
     def first_choices(self, blocks: Sequence[Block]) -> list[Choice]:
         """The route that is tried first for each of some blocks."""
