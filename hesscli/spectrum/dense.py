@@ -24,7 +24,6 @@ def dense(
 
     Args:
         columns: start, stop -> rows (or columns) start to stop of its matrix, [stop - start, n].
-        size: n.
         report: hears (rows done, n, what is done).
 
     Raises:

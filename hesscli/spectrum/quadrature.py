@@ -30,11 +30,7 @@ def lanczos_quadrature(
     """The density of an operator.
 
     Args:
-        multiply: v [n] -> H v [n].
-        size: n.
-        probes: random vectors.
         steps: products for each, at most n.
-        generator: of the random vectors.
         like: a tensor of the dtype and on the device of the vectors.
         report: hears (products done, products in all, what is done).
 

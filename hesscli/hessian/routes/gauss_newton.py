@@ -39,19 +39,6 @@ from hesscli.hessian.words import GAUSS_NEWTON
 _SUMMED = 1 << 11  # samples at most whose Jacobians one product sums: it rounds as often
 
 
-def block_uses(analysis: Analysis, block: Block) -> list[Use]:
-    """The uses of a block's parameters, of which none may be behind another: z is linear in all of them together.
-
-    Raises:
-        NotApplicable: one is.
-    """
-    uses = [use for name in block.parameters for use in analysis.all_uses(name)]
-    moving = analysis.tape.dependent(values_of(uses))
-    if any(use.a in moving for use in uses):
-        raise NotApplicable("parameters enter one behind another")
-    return uses
-
-
 def jacobian_work(analysis: Analysis, costs: Costs, block: Block, diagonal: bool) -> Work:
     """A block from its parameters' Jacobians."""
     work = Work()
@@ -109,8 +96,16 @@ class GaussNewton(AffineRoute):
     name = GAUSS_NEWTON
 
     def uses(self, analysis: Analysis, block: Block) -> list[Use]:
-        """The uses of a block's parameters."""
-        return block_uses(analysis, block)
+        """The uses of a block's parameters, of which none may be behind another: z is linear in all of them together.
+
+        Raises:
+            NotApplicable: one is.
+        """
+        uses = [use for name in block.parameters for use in analysis.all_uses(name)]
+        moving = analysis.tape.dependent(values_of(uses))
+        if any(use.a in moving for use in uses):
+            raise NotApplicable("parameters enter one behind another")
+        return uses
 
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
         analysis, costs = first.proven()
