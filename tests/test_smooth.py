@@ -77,3 +77,14 @@ def test_without_gradients_it_is_the_operator():
         found = smooth(aten.gelu.default)(x.requires_grad_())
     assert torch.equal(found, torch.nn.functional.gelu(x))
     assert not found.requires_grad
+
+
+def test_complex_numbers_have_pytorchs_own_derivatives():
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).requires_grad_()
+
+    def first(tanh):
+        y = tanh(torch.complex(x, x * 0.5))
+        (gradient,) = torch.autograd.grad(y.abs().square().sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+    assert torch.allclose(first(smooth(aten.tanh.default)), first(torch.tanh), rtol=1e-12)

@@ -32,13 +32,14 @@ def slope_and_bend(phi: Elementwise, z: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def smooth(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The operator phi(z, ...), which gives the same with the same derivatives."""
+    """The operator phi(z, ...), which gives the same with the same derivatives. Of complex z, it is PyTorch's own."""
 
     def apply(z: Tensor, *arguments: object, **named: object) -> Tensor:
         def phi(z: Tensor) -> Tensor:
             return operator(z, *arguments, **named)
 
-        return _Smooth.apply(z, phi) if z.requires_grad and torch.is_grad_enabled() else phi(z)
+        followed = torch.is_grad_enabled() and z.requires_grad and not z.is_complex()
+        return _Smooth.apply(z, phi) if followed else phi(z)
 
     return apply
 

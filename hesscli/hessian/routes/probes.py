@@ -26,6 +26,8 @@ from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.workers import in_order, workers
 
+_ABREAST = 2  # passes through one graph; more would wait: each of its nodes serves one at a time
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -107,19 +109,18 @@ class Probed:
     def along(
         self, delta: Tensor, inputs: Sequence[Tensor], seeds: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """The derivatives of the inputs' gradients along directions of z; some of them on each thread.
+        """The derivatives of the inputs' gradients along directions of z; on two threads, half of them on each.
 
         Args:
             delta: dPhi/dz, with its graph.
             inputs: probes and duals.
             seeds: [directions, *z.shape].
         """
-        threads = workers(seeds.device, len(seeds))
-        if threads == 1:
+        if workers(seeds.device, len(seeds)) != _ABREAST:
             return self._along(delta, inputs, seeds)
         found: list[tuple[Tensor | None, ...]] = []
-        parts = seeds.chunk(threads)
-        in_order(parts, threads, lambda some: self._along(delta, inputs, some), found.append)
+        parts = seeds.chunk(_ABREAST)
+        in_order(parts, _ABREAST, lambda some: self._along(delta, inputs, some), found.append)
         every = [[x for x in each if x is not None] for each in zip(*found, strict=True)]
         return tuple(torch.cat(each) if each else None for each in every)
 
