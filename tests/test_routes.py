@@ -1248,6 +1248,7 @@ OWN = {
     "words": (by_words, (4, 4, 4), torch.arange(16).reshape(4, 4) % 4),
     "words-behind": (lambda z, y: F.cross_entropy(z.mT, y, reduction="none"), (4, 4, 4),
         torch.arange(16).reshape(4, 4) % 4),
+    "output-itself": (lambda z, y: z, (5, 2), numbers(5, 2)),
 }  # fmt: skip
 
 OF_ALL = {

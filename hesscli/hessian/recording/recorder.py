@@ -46,7 +46,12 @@ def record_terms(problem: Problem, batch: Batch) -> Tape:
     """
     with torch.no_grad():
         output = problem.output(batch)
-    return _recorded(lambda: problem.loss.terms(output, batch), (output,))
+
+    def terms() -> Tensor:
+        found = problem.loss.terms(output, batch)
+        return found.view_as(found)  # recorded, also where it is the output itself
+
+    return _recorded(terms, (output,))
 
 
 def _recorded(
