@@ -49,7 +49,7 @@ class ChunkSizes:
     pairs: int = 1 << 26
     product: int = 1 << 19
     tile: int = 512
-    piece: int = 1 << 21
+    piece: int = 3 << 20
 
 
 def ranges(stop: int, most: int, start: int = 0) -> list[range]:
