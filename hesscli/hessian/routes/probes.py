@@ -10,9 +10,10 @@ derivative is symmetric) and d a_l / d z_k u (by w_l) in one reverse pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from hesscli.hessian.operator import loss_hessian
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.workers import in_order, workers
+
+Item = TypeVar("Item")
 
 _ABREAST = 2  # passes through one graph; more would wait: each of its nodes serves one at a time
 
@@ -122,7 +125,8 @@ class Probed:
         parts = seeds.chunk(_ABREAST)
         in_order(parts, _ABREAST, lambda some: self._along(delta, inputs, some), found.append)
         every = [[x for x in each if x is not None] for each in zip(*found, strict=True)]
-        return tuple(torch.cat(each) if each else None for each in every)
+        found.clear()  # so that halves go as soon as they are joined
+        return tuple(torch.cat(each) if each else None for each in _taken_out(every))
 
     def _along(
         self, delta: Tensor, inputs: Sequence[Tensor], seeds: Tensor
@@ -163,3 +167,9 @@ class Probed:
         seeds = torch.eye(size, dtype=self.output.dtype, device=self.output.device)
         shape = (size, self.samples, size)
         return seeds.unsqueeze(1).expand(shape).reshape(size, *self.output.shape)
+
+
+def _taken_out(items: list[Item]) -> Iterator[Item]:
+    """Each of them in order, of which the list keeps none."""
+    while items:
+        yield items.pop(0)
