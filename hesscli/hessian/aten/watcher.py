@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 from torch.utils._python_dispatch import TorchDispatchMode
+
+Kind = TypeVar("Kind")
 
 BLANK = frozenset("empty empty_like empty_strided new_empty new_empty_strided".split())
 """Operators that make memory and leave in it what was there."""
@@ -29,3 +32,12 @@ class Watcher(TorchDispatchMode):
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of `func(*args, **kwargs)`, or what shall stand for it."""
         raise NotImplementedError
+
+
+def each(value: Any, kind: type[Kind]) -> Iterator[Kind]:
+    """Whatever is of a kind in an argument, or in its lists."""
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from each(item, kind)

@@ -22,11 +22,10 @@ from torch import Tensor
 
 from hesscli.hessian.aten.custom_functions import applied_by, by_own_derivative
 from hesscli.hessian.aten.detaching import Detaching
-from hesscli.hessian.aten.watcher import BLANK, Watcher
+from hesscli.hessian.aten.watcher import BLANK, Watcher, each
 from hesscli.hessian.differences.pieces import between_kinks
 from hesscli.hessian.differences.sides import Sides
 from hesscli.hessian.guests import is_guest, is_in_function, turned_gradients_off
-from hesscli.hessian.recording.tape import each
 
 
 class Kinks(Watcher):

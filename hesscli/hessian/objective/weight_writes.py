@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hesscli.hessian.aten.watcher import Watcher
+from hesscli.hessian.aten.watcher import Watcher, each
 
 
 @contextmanager
@@ -65,7 +65,6 @@ class _Writing(Watcher):
             given = {a.name: x for a, x in zip(schema.arguments, args, strict=False)} | kwargs
             aliases = {a.name: a.alias_info for a in schema.arguments}
             written = [x for n, x in given.items() if aliases[n] and aliases[n].is_write]
-            parts = (part for x in written for part in (x if isinstance(x, (tuple, list)) else [x]))
-            if any(isinstance(part, Tensor) and self.prevented(part) for part in parts):
+            if any(self.prevented(part) for part in each(written, Tensor)):
                 return written[0] if schema.returns else None
         return func(*args, **kwargs)

@@ -16,12 +16,12 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.aten.detaching import Detaching
 from hesscli.hessian.aten.precision import WIDE
-from hesscli.hessian.aten.watcher import BLANK, Watcher
+from hesscli.hessian.aten.watcher import BLANK, Watcher, each
 from hesscli.hessian.guests import is_missing_derivative
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.recording.draft import Draft
-from hesscli.hessian.recording.tape import Call, Ref, Tape, each
+from hesscli.hessian.recording.tape import Call, Ref, Tape
 from hesscli.hessian.recording.tensors import Known, Tensors
 from hesscli.hessian.recording.writes import put_back, without_writing
 

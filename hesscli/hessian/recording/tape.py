@@ -7,19 +7,18 @@ control flow that depends on the data is exact, and nothing needs to be exportab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hesscli.hessian.aten.precision import default_of
 from hesscli.hessian.aten.smooth import smooth
-
-Kind = TypeVar("Kind")
+from hesscli.hessian.aten.watcher import each
 
 _aten = torch.ops.aten
 _REPLAYED_AS: dict[Any, Callable[..., Any]] = {
@@ -189,15 +188,6 @@ class Tape:
                     if number is not None:
                         known[number] = changed(number, part)
         return known
-
-
-def each(value: Any, kind: type[Kind]) -> Iterator[Kind]:
-    """Whatever is of a kind in an argument, or in its lists."""
-    if isinstance(value, kind):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from each(item, kind)
 
 
 def _filled(value: Any, known: Mapping[int, Tensor]) -> Any:

@@ -62,8 +62,8 @@ def split(
     as_given = [x._version for x in some.inputs]
     leaves = list(problem.parameters.values())
     grown = [1.001 * leaf.detach() for leaf in leaves]  # out of what a model keeps them in
-    weights = problem.parameters
-    with parameters_at(leaves, grown), weight_writes(weights, prevented=False) as written:
+    watched = weight_writes(problem.parameters, prevented=False)
+    with parameters_at(leaves, grown), watched as written:
         saved = saved_bytes(problem, some, problem.output) // max(1, len(some))
     problem = replace(problem, written=tuple(written))
     if [x._version for x in some.inputs] != as_given:
