@@ -51,6 +51,20 @@ class Context:
     def named(self, name: str) -> Any:
         return self.call.named(name)
 
+    def require(self, apart: bool) -> None:
+        """Goes on only where this keeps the samples apart.
+
+        Raises:
+            NotApplicable: it may not.
+        """
+        if not apart:
+            raise mixes(self.call)
+
+    @property
+    def dim(self) -> int:
+        """The axis of the first argument that the call names."""
+        return int(self.named("dim")) % len(self.shape())
+
     def axis(self, index: int) -> SampleAxis | None:
         ref = self.argument(index)
         return self.axes[ref.value] if isinstance(ref, Ref) else None
@@ -65,8 +79,7 @@ class Context:
     def one(self, axes: Iterable[SampleAxis | None]) -> SampleAxis:
         """The axis that all of these are, but for those that do not depend on the samples."""
         found = {axis for axis in axes if axis is not None}
-        if len(found) != 1:
-            raise mixes(self.call)
+        self.require(len(found) == 1)
         return found.pop()
 
     def only(self, index: int = 0) -> SampleAxis:
@@ -83,8 +96,7 @@ class Context:
 
     def reduced(self, axis: SampleAxis, gone: Collection[int]) -> SampleAxis:
         """The axis where these axes of the argument are gone."""
-        if axis.axis in gone:
-            raise mixes(self.call)
+        self.require(axis.axis not in gone)
         return replace(axis, axis=axis.axis - sum(d < axis.axis for d in gone))
 
     def dims(self, value: Any, rank: int) -> set[int]:

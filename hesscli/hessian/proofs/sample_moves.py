@@ -58,7 +58,7 @@ def squeezed(c: Context) -> SampleAxis | None:
 
 
 def selected(c: Context) -> SampleAxis | None:
-    return c.reduced(c.only(), {c.named("dim") % len(c.shape())})
+    return c.reduced(c.only(), {c.dim})
 
 
 def diagonals(c: Context) -> SampleAxis | None:
@@ -68,8 +68,7 @@ def diagonals(c: Context) -> SampleAxis | None:
         return c.reduced(axis, c.dims([c.named(name) for name in names], len(c.shape())))
     rank = len(c.result)
     dims = c.dims([c.named(name) for name in names], rank)
-    if axis.axis == rank - 2:
-        raise mixes(c.call)
+    c.require(axis.axis != rank - 2)
     others = [d for d in range(rank) if d not in dims]
     return replace(axis, axis=others[axis.axis])
 
@@ -77,8 +76,8 @@ def diagonals(c: Context) -> SampleAxis | None:
 def along_another(c: Context) -> SampleAxis | None:
     """Operators that work along one axis and leave the others alone; `unfold` puts its windows' own axis last."""
     axis = c.only()
-    if c.named("dimension" if c.call.name == "unfold" else "dim") % len(c.shape()) == axis.axis:
-        raise mixes(c.call)
+    name = "dimension" if c.call.name == "unfold" else "dim"
+    c.require(c.named(name) % len(c.shape()) != axis.axis)
     return axis
 
 
@@ -94,16 +93,14 @@ def joined(c: Context) -> SampleAxis | None:
     at = c.named("dim") % rank
     if c.call.name == "stack":
         return replace(axis, axis=axis.axis + (at <= axis.axis))
-    if at == axis.axis:
-        raise mixes(c.call)
+    c.require(at != axis.axis)
     return axis
 
 
 def repeated(c: Context) -> SampleAxis | None:
     axis, times = c.only(), c.named("repeats")
     at = axis.axis + len(times) - len(c.shape())
-    if times[at] != 1:
-        raise mixes(c.call)
+    c.require(times[at] == 1)
     return replace(axis, axis=at)
 
 
@@ -111,10 +108,8 @@ def by_position(c: Context) -> SampleAxis | None:
     """`gather` and `scatter`: along one axis by an index; along the others each number stays in its place."""
     axis = c.one(c.axes[n] for n in c.call.reads)
     ranks = {len(c.shapes[n]) for n in c.call.reads}
-    if len(ranks) != 1 or ranks == {0} or "reduce" in c.call.keywords:
-        raise mixes(c.call)
-    if c.named("dim") % ranks.pop() == axis.axis:
-        raise mixes(c.call)
+    c.require(len(ranks) == 1 and ranks != {0} and "reduce" not in c.call.keywords)
+    c.require(c.named("dim") % ranks.pop() != axis.axis)
     return axis
 
 
@@ -141,8 +136,8 @@ def indexed(c: Context) -> SampleAxis | None:
     Or each sample's own numbers: `mask[arange(B)[:, None], j]`, where j may depend on the samples too.
     """
     indices, places = c.named("indices"), Indices(c)
-    if len(c.result) != len(c.shape()) - len(places.at) + places.rank:
-        raise mixes(c.call)  # a mask of several axes
+    # A mask may be of several axes.
+    c.require(len(c.result) == len(c.shape()) - len(places.at) + places.rank)
     shapes = {place: c.shapes[indices[place].value] for place in places.at}
     taken = {
         replace(axis, axis=places.first + axis.axis + places.rank - len(shape))
@@ -155,8 +150,7 @@ def indexed(c: Context) -> SampleAxis | None:
     if mine is not None and mine.axis in places.at:
         own = _counted(c, mine, indices[mine.axis].value)
         result = SampleAxis(places.first + own + places.rank - len(shapes[mine.axis]))
-        if taken - {result}:
-            raise mixes(c.call)
+        c.require(not taken - {result})
         return result
     if mine is None or taken:
         raise mixes(c.call)
@@ -179,6 +173,5 @@ def padded(c: Context) -> SampleAxis | None:
     axis, rank = c.only(), len(c.shape())
     pads = c.named("pad")
     from_end = rank - 1 - axis.axis
-    if any(pads[2 * from_end : 2 * from_end + 2]):
-        raise mixes(c.call)
+    c.require(not any(pads[2 * from_end : 2 * from_end + 2]))
     return axis

@@ -99,22 +99,19 @@ def _reduction(c: Context) -> SampleAxis | None:
 def _along(c: Context) -> SampleAxis | None:
     axis = c.only()
     name = "dims" if c.call.name in ("flip", "roll", "rot90") else "dim"
-    if axis.axis in c.dims(c.named(name), len(c.shape())):
-        raise mixes(c.call)
+    c.require(axis.axis not in c.dims(c.named(name), len(c.shape())))
     return axis
 
 
 def _cross(c: Context) -> SampleAxis | None:
     axis = _elementwise(c)
-    if axis.axis in c.dims(c.named("dim"), len(c.result)):
-        raise mixes(c.call)
+    c.require(axis.axis not in c.dims(c.named("dim"), len(c.result)))
     return axis
 
 
 def _of_matrix(c: Context) -> SampleAxis | None:
     axis = c.only()
-    if axis.axis >= len(c.shape()) - 2:  # what becomes of a number depends on its row
-        raise mixes(c.call)
+    c.require(axis.axis < len(c.shape()) - 2)  # what becomes of a number depends on its row
     return axis
 
 
@@ -132,16 +129,14 @@ def _of_pair(c: Context) -> SampleAxis | None:
     axis = c.one((first, second))
     ranks = [len(c.shape(i)) for i, of in enumerate((first, second)) if of is not None]
     vectors = c.call.name == "_linalg_solve_ex" and ranks == [3, 2]
-    if axis.axis != 0 or (min(ranks) < 3 and not vectors):
-        raise mixes(c.call)
+    c.require(axis.axis == 0 and (min(ranks) > 2 or vectors))
     return axis
 
 
 def _first(c: Context) -> SampleAxis | None:
     axis, rank = c.only(), len(c.shape())
     least = {"native_batch_norm": 2, "pixel_shuffle": 4, "im2col": 4}.get(c.call.name, 3)
-    if axis.axis != 0 or rank < least:
-        raise mixes(c.call)
+    c.require(axis.axis == 0 and rank >= least)
     if c.call.name == "native_batch_norm" and c.named("training"):
         raise NotApplicable("batch_norm in train mode mixes samples")
     return axis
@@ -150,8 +145,7 @@ def _first(c: Context) -> SampleAxis | None:
 def _of_picture(c: Context) -> SampleAxis | None:
     axis = _elementwise(c)
     axes = next(int(letter) for letter in c.call.name if letter.isdigit())
-    if axis.axis >= len(c.shape()) - axes:
-        raise mixes(c.call)
+    c.require(axis.axis < len(c.shape()) - axes)
     return axis
 
 
@@ -162,12 +156,10 @@ def _distances(c: Context) -> SampleAxis | None:
         axis, rank = c.axis(argument), len(c.shape(argument))
         if axis is not None:
             at = axis.axis - rank
-            if at == -1:
-                raise mixes(c.call)
+            c.require(at != -1)
             axes[argument] = replace(axis, axis=len(c.result) + (-place if at == -2 else at))
     first, *others = axes.values()
-    if others and (others != [first] or first.axis >= len(c.result) - 2):
-        raise mixes(c.call)
+    c.require(not others or (others == [first] and first.axis < len(c.result) - 2))
     return first
 
 
@@ -178,18 +170,15 @@ def _convolved(c: Context) -> SampleAxis | None:
         return axis
     places = [each for each in (axis and replace(axis, axis=axis.axis - 1), *own) if each]
     outer = places[0].outer
-    if any((each.axis, each.outer) != (0, outer) for each in places):
-        raise mixes(c.call)
-    if c.named("groups") % (outer * c.samples):
-        raise mixes(c.call)
+    c.require(all((each.axis, each.outer) == (0, outer) for each in places))
+    c.require(c.named("groups") % (outer * c.samples) == 0)
     return SampleAxis(1, outer, c.result[1] // (outer * c.samples))
 
 
 def _renormed(c: Context) -> SampleAxis | None:
     """Each slice along an axis by itself."""
     axis = c.only()
-    if c.named("dim") % len(c.shape()) != axis.axis:
-        raise mixes(c.call)
+    c.require(c.dim == axis.axis)
     return axis
 
 
@@ -200,38 +189,23 @@ def _pointwise(c: Context) -> bool:
     return set(kernel) | set(stride) == {1} and not any(padding)
 
 
-def _matrix(c: Context) -> SampleAxis | None:
-    """mm, mv and addmm: samples may lie along the rows of the first or the columns of the second matrix."""
-    shift = 1 if c.call.name == "addmm" else 0
+def _product(c: Context) -> SampleAxis | None:
+    """Samples lie along the rows of the first matrix, the columns of the second, or the batch of both or of one.
+
+    What is added has them where the product has them, or none.
+    """
+    batched, shift = int("bmm" in c.call.name), int("add" in c.call.name)
     left, right = c.axis(shift), c.axis(shift + 1)
-    if left is not None and right is None and left.axis == 0:
-        return _added(c, left) if shift else left
-    if right is not None and left is None and right.axis == 1:
-        return _added(c, right) if shift else right
-    raise mixes(c.call)
-
-
-def _added(c: Context, axis: SampleAxis) -> SampleAxis:
-    """What is added to a product has its samples where the product has them, or none."""
-    added = c.axis(0)
-    if added is not None and (added != axis or len(c.shape(0)) != len(c.result)):
+    found = {axis for axis in (left, right) if axis is not None}
+    if len(found) != 1:
         raise mixes(c.call)
+    axis = found.pop()
+    alone = left is None or right is None
+    rows_or_columns = alone and axis.axis == (batched if right is None else batched + 1)
+    c.require(rows_or_columns or (batched == 1 and axis.axis == 0))
+    added = c.axis(0) if shift else None
+    c.require(added is None or (added == axis and len(c.shape(0)) == len(c.result)))
     return axis
-
-
-def _batched_matrix(c: Context) -> SampleAxis | None:
-    shift = 1 if c.call.name == "baddbmm" else 0
-    left, right = c.axis(shift), c.axis(shift + 1)
-    known = [axis for axis in (left, right) if axis is not None]
-    if all(axis.axis == 0 for axis in known) and len(set(known)) == 1:
-        axis = known[0]
-    elif left is not None and right is None and left.axis == 1:
-        axis = left
-    elif right is not None and left is None and right.axis == 2:
-        axis = right
-    else:
-        raise mixes(c.call)
-    return _added(c, axis) if shift else axis
 
 
 def _looked_up(c: Context) -> SampleAxis | None:
@@ -243,14 +217,13 @@ def _trilinear(c: Context) -> SampleAxis | None:
     """As `nn.Bilinear` calls it: [B, i], [o, i, j], [B, j] -> [B, o]."""
     names, bilinear = ("expand1", "expand2", "expand3", "sumdim"), ((1, 3), (0,), (1, 2), (2, 3))
     axis = c.one((c.axis(0), c.axis(2)))
-    if tuple(tuple(c.named(name)) for name in names) != bilinear or c.axis(1) or axis.axis != 0:
-        raise mixes(c.call)
+    dims = tuple(tuple(c.named(name)) for name in names)
+    c.require(dims == bilinear and c.axis(1) is None and axis.axis == 0)
     return axis
 
 
 def _terms(c: Context) -> SampleAxis | None:
-    if c.named("reduction") != 0:
-        raise mixes(c.call)
+    c.require(c.named("reduction") == 0)
     return _elementwise(c)
 
 
@@ -260,8 +233,7 @@ def _likelihood(c: Context) -> SampleAxis | None:
     if axis is None or c.named("reduction") != 0 or axis.axis == 1:
         raise mixes(c.call)
     made = replace(axis, axis=axis.axis - (axis.axis > 1))
-    if target not in (None, made):
-        raise mixes(c.call)
+    c.require(target in (None, made))
     return made
 
 
@@ -270,8 +242,7 @@ def _constant(c: Context) -> SampleAxis | None:
 
 
 def _filled(c: Context) -> SampleAxis | None:
-    if c.axis(1) is not None:
-        raise mixes(c.call)
+    c.require(c.axis(1) is None)
     return None
 
 
@@ -284,8 +255,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(LIKELIHOODS, _likelihood),
     **dict.fromkeys(RESHAPES, moves.reshaped),
     **dict.fromkeys(("t", "transpose", "permute"), moves.transposed),
-    **dict.fromkeys(("mm", "mv", "addmm"), _matrix),
-    **dict.fromkeys(("bmm", "baddbmm"), _batched_matrix),
+    **dict.fromkeys(("mm", "mv", "addmm", "bmm", "baddbmm"), _product),
     "_trilinear": _trilinear,
     **dict.fromkeys(MATRIX, _of_matrix),
     **dict.fromkeys(PAIRS, _of_pair),

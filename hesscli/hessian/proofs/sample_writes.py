@@ -18,14 +18,12 @@ _REDUCTIONS = frozenset(["sum", "mean", "amax", "amin"])
 
 
 def into_slice(c: Context) -> SampleAxis | None:
-    dim = c.named("dim") % len(c.shape())
     whole = list(c.shape(0)) == list(c.shape(1))
-    return _replaced(c, 1, lambda axis: None if axis == dim and not whole else axis)
+    return _replaced(c, 1, lambda axis: None if axis == c.dim and not whole else axis)
 
 
 def into_selection(c: Context) -> SampleAxis | None:
-    dim = c.named("dim") % len(c.shape())
-    return _replaced(c, 1, lambda axis: None if axis == dim else axis - (axis > dim))
+    return _replaced(c, 1, lambda axis: None if axis == c.dim else axis - (axis > c.dim))
 
 
 def into_diagonal(c: Context) -> SampleAxis | None:
@@ -37,14 +35,11 @@ def into_diagonal(c: Context) -> SampleAxis | None:
 
 def by_index(c: Context) -> SampleAxis | None:
     """`index_add`, `index_copy` and `index_fill`: along one axis by an index, which no sample has of its own."""
-    dim = c.named("dim") % len(c.shape())
-    if c.axis(2) is not None:
-        raise mixes(c.call)
+    c.require(c.axis(2) is None)
     if c.call.name == "index_fill":
-        if c.axis(3) is not None or c.only().axis == dim:
-            raise mixes(c.call)
+        c.require(c.axis(3) is None and c.only().axis != c.dim)
         return c.only()
-    return _replaced(c, 3, lambda axis: None if axis == dim else axis)
+    return _replaced(c, 3, lambda axis: None if axis == c.dim else axis)
 
 
 def put(c: Context) -> SampleAxis | None:
@@ -52,18 +47,16 @@ def put(c: Context) -> SampleAxis | None:
     indices = Indices(c)
     numbers = [index.value for index in c.named("indices") if index is not None]
     for number in numbers:
-        if c.axes[number] is not None:
-            raise mixes(c.call)
-        if len(c.shapes[number]) > 1 and c.tape.recorded(number).dtype is torch.bool:
-            raise mixes(c.call)  # a mask of several axes
+        c.require(c.axes[number] is None)
+        # A mask may be of several axes.
+        c.require(len(c.shapes[number]) < 2 or c.tape.recorded(number).dtype is not torch.bool)
     shift = len(c.shape()) - len(numbers) + indices.rank - len(c.shape(2))
     return _replaced(c, 2, lambda axis: None if axis in indices.at else indices.moved(axis) - shift)
 
 
 def reduced_by_position(c: Context) -> SampleAxis | None:
     """`scatter_reduce`."""
-    if c.named("reduce") not in _REDUCTIONS:
-        raise mixes(c.call)
+    c.require(c.named("reduce") in _REDUCTIONS)
     return by_position(c)
 
 
