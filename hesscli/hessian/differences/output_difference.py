@@ -33,13 +33,8 @@ class OutputDifference(DirectionalDifference):
             if not f.requires_grad:
                 continue
             seed = self._middle(batch, f.detach(), along, step) / self.problem.denominator
-            grads = torch.autograd.grad(f, leaves, seed, allow_unused=True)
-            total += torch.cat(
-                [
-                    (torch.zeros_like(leaf) if g is None else g).reshape(-1)
-                    for g, leaf in zip(grads, leaves, strict=True)
-                ]
-            )
+            grads = torch.autograd.grad(f, leaves, seed, materialize_grads=True)
+            total += torch.cat([g.reshape(-1) for g in grads])
         return total
 
     def held_quotient(self, step: float, by_original: bool = False) -> None:

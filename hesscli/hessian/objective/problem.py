@@ -128,10 +128,9 @@ class Problem:
             if not value.requires_grad:
                 continue
             with explaining(no_gradient, needed=True):
-                grads = torch.autograd.grad(value, leaves, allow_unused=True)
+                grads = torch.autograd.grad(value, leaves, materialize_grads=True)
             for total, grad in zip(sums, grads, strict=True):
-                if grad is not None:
-                    total += grad
+                total += grad
         return dict(zip(names, sums, strict=True))
 
     def flat_gradient(self, names: Sequence[str]) -> Tensor:

@@ -92,9 +92,7 @@ def chain_diagonals(
         steps: of `find_chain`.
         zs: where it is wanted.
     """
-    probes = list(probed.probes.values())
-    grads = torch.autograd.grad(probed.value, probes, allow_unused=True) if probes else ()
-    gradient = dict(zip(probed.probes, grads, strict=True))
+    gradient = probed.gradients(list(probed.probes))
     start = probed.output_hessian()
     # From the last linear layer on, the diagonal is all that is needed, and all that is kept.
     last = max((i for i, s in enumerate(steps) if s.call.name in PRODUCTS), default=0)

@@ -7,7 +7,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from hesscli.hessian.autodiff import unit_rows
 from hesscli.hessian.chunk_sizes import chunk_sizes, ranges
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analyses, WeightAnalyses
@@ -82,11 +81,8 @@ def _curvature(probed: Probed, value: int, workspace: int) -> Cut:
     chunk = max(1, min(chunk_sizes(delta.device).rows, workspace // (8 * delta.numel())))
     if delta.requires_grad:
         for some in ranges(size, chunk):
-            count = len(some)
-            units = unit_rows(delta, some.start, count, size).unsqueeze(1)
-            seeds = units.expand(count, samples, size).reshape(count, *delta.shape)
-            (found,) = probed.along(delta, [probe], seeds)
+            (found,) = probed.along(delta, [probe], probed.unit_seeds(delta, some))
             if found is not None:
-                rows = found.reshape(count, samples, size).transpose(0, 1)
+                rows = found.reshape(len(some), samples, size).transpose(0, 1)
                 sigma[:, some.start : some.stop] = rows
     return Cut(value, delta.detach(), sigma.detach())

@@ -152,7 +152,7 @@ class GaussNewton(AffineRoute):
         zs = values_of(use for mine in uses.values() for use in mine)
         ys = list(dict.fromkeys(bend.after for bend in bends.values() if bend is not None))
         probed = Probed(self.analyses, batch, {*zs, *ys})
-        slopes = _gradients(probed, ys)
+        slopes = probed.gradients(ys)
         probes = [probed.probes[z] for z in zs]
         seeds, curvature = self.at_output(probed)
         of = dict(zip(zs, batched_grad(probed.output, probes, seeds), strict=True))
@@ -170,15 +170,6 @@ class GaussNewton(AffineRoute):
             d = None if bend is None else bend.diagonal(probed, slopes[bend.after], mine[0])
             factors[name] = Factors(mine, inputs, vs, curvature, d)
         return factors
-
-
-def _gradients(probed: Probed, values: Sequence[int]) -> dict[int, Tensor | None]:
-    """dL/dy at some values with probes."""
-    if not values or not probed.value.requires_grad:
-        return dict.fromkeys(values)
-    probes = [probed.probes[y] for y in values]
-    grads = torch.autograd.grad(probed.value, probes, retain_graph=True, allow_unused=True)
-    return dict(zip(values, grads, strict=True))
 
 
 def _add(part: Rows, factors: Factors) -> None:

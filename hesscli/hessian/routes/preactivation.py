@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.applicability import NotApplicable
-from hesscli.hessian.autodiff import batched_grad, unit_rows
+from hesscli.hessian.autodiff import batched_rows, unit_rows
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.chunk_sizes import chunk_sizes, ranges
 from hesscli.hessian.layout import Layout, Part, Piece
@@ -238,17 +238,13 @@ class Preactivation(AffineRoute):
 
     def _add_rows(self, probed: Probed, part: Rows, at: int, gradient: Tensor) -> None:
         """Rows of a parameter that is no part of a layer, by Hessian-vector products; `at` is its first."""
-        leaves, own, size = list(probed.leaves.values()), part.block.rows, gradient.numel()
+        leaves, size = list(probed.leaves.values()), gradient.numel()
         activations = sum(x.numel() for x in probed.known.values())
         chunk = max(1, min(self.sizes.rows, self.workspace // (activations + part.block.size)))
         last = min(size, part.stop - at)
         for some in ranges(last, chunk, max(0, part.start - at)):
             seeds = unit_rows(gradient, some.start, len(some), size)
-            found = batched_grad(gradient, leaves, seeds.view(len(some), *gradient.shape))
-            rows = seeds.new_zeros(len(some), part.block.size)
-            for name, values in zip(probed.leaves, found, strict=True):
-                if values is not None:
-                    rows[:, own[name].start : own[name].stop] = values.reshape(len(some), -1)
+            rows = batched_rows(gradient, leaves, seeds.view(len(some), *gradient.shape))
             part.add(at + some.start, self.layout(part.block).from_block(rows))
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.aten.definitions import exact_derivatives
-from hesscli.hessian.autodiff import batched_grad
+from hesscli.hessian.autodiff import batched_grad, unit_rows
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.operator import loss_hessian
@@ -79,12 +79,9 @@ class Probed:
             self.probes[number] = torch.zeros_like(value).requires_grad_()
             return value + self.probes[number]
 
-        self.leaves = {
-            name: self.problem.parameters[name].detach().requires_grad_()
-            for name in leaves
-            if name in tape.parameters
-        }
-        given = {tape.parameters[name]: leaf for name, leaf in self.leaves.items()}
+        parameters, numbers = self.problem.parameters, tape.parameters
+        self.leaves = {name: parameters[name].detach().requires_grad_() for name in leaves}
+        given = {numbers[name]: leaf for name, leaf in self.leaves.items() if name in numbers}
         self.cut = cut
         end = tape.output if cut is None else cut.value
         self.known = tape.replay(given, probed, tape.until(end))
@@ -108,6 +105,14 @@ class Probed:
     @cached_property
     def phi(self) -> Tensor:
         return self.value + sum((self.known[a] * w).sum() for a, w in self.duals.items())
+
+    def gradients(self, values: Sequence[int]) -> dict[int, Tensor | None]:
+        """dL/dy at some values with probes; None where L does not depend on one."""
+        if not values or not self.value.requires_grad:
+            return dict.fromkeys(values)
+        probes = [self.probes[y] for y in values]
+        grads = torch.autograd.grad(self.value, probes, retain_graph=True, allow_unused=True)
+        return dict(zip(values, grads, strict=True))
 
     def along(
         self, delta: Tensor, inputs: Sequence[Tensor], seeds: Tensor
@@ -163,10 +168,13 @@ class Probed:
 
     def output_seeds(self) -> Tensor:
         """The unit vectors of the output, the same in every sample: [C, *output.shape]."""
-        size = self.output.numel() // self.samples
-        seeds = torch.eye(size, dtype=self.output.dtype, device=self.output.device)
-        shape = (size, self.samples, size)
-        return seeds.unsqueeze(1).expand(shape).reshape(size, *self.output.shape)
+        return self.unit_seeds(self.output, range(self.output.numel() // self.samples))
+
+    def unit_seeds(self, like: Tensor, entries: range) -> Tensor:
+        """Some unit vectors of a value [B, ...], the same in every sample: [entries, *like.shape]."""
+        size = like.numel() // self.samples
+        units = unit_rows(like, entries.start, len(entries), size).unsqueeze(1)
+        return units.expand(-1, self.samples, -1).reshape(len(entries), *like.shape)
 
 
 def _taken_out(items: list[Item]) -> Iterator[Item]:

@@ -150,7 +150,7 @@ class ThroughWeights(Route):
             probed = Probed(self.route.analyses, batch, [], leaves=names)
             leaves = list(probed.leaves.values())
             found = torch.autograd.grad(probed.value, leaves, materialize_grads=True)
-            deltas = dict(zip(probed.leaves, found, strict=True))
+            deltas = dict(zip(names, found, strict=True))
         return _Passage(theta, dict(zip(names, weights.made_of(theta, names), strict=True)), deltas)
 
 
