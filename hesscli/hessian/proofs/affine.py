@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.proofs.sample_axis import Axes, SampleAxis
+from hesscli.hessian.proofs.storage import Storage
 from hesscli.hessian.proofs.uses import BIAS, CONVOLUTION, LINEAR, SCALE, Use
 from hesscli.hessian.recording.tape import Call, Tape
 
@@ -217,8 +218,9 @@ class _Operand:
         """The use, if its outputs do not lie along the samples.
 
         Args:
-            kind, a, channels, m: as in `Use`.
-            stored: further attributes of `Use`.
+            kind, a, channels: as in `Use`.
+            m: inputs per output.
+            stored: further attributes of its `Storage`.
         """
         if self.axis.axis in channels or not self.z_shape.numel() or not m:
             return None
@@ -233,11 +235,9 @@ class _Operand:
             a=a,
             axis=self.axis,
             channels=channels,
-            n=n,
-            m=m,
-            positions=self.z_shape.numel() // n // self.axis.samples(self.z_shape),
             rank=len(self.z_shape),
-            **stored,
+            positions=self.z_shape.numel() // n // self.axis.samples(self.z_shape),
+            storage=Storage(n, m, **stored),
         )
 
 
@@ -263,7 +263,7 @@ def _in_product(p: _Operand) -> Use | None:
 
 
 def _storage(weight: Tensor) -> dict[str, Any] | None:
-    """How a `Use` with these entries, [m, n] or [groups, m, n], is stored; None if in a way that it does not know."""
+    """The `Storage` of these entries, [m, n] or [groups, m, n]; None if they lie in a way that it does not know."""
     m = weight.shape[-2]
     if weight.is_meta:
         if weight.mT.is_contiguous():

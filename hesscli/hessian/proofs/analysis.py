@@ -104,7 +104,7 @@ class Analysis:
             return None
         (parameter,), (weight,) = block.parameters, made.parameters
         use, *others = self.behind_weights.all_uses(weight)
-        if not use.is_layer or any(other.form != use.form for other in others):
+        if not use.is_layer or not all(map(use.enters_as, others)):
             return None
         if parameter not in self._neurons:
             self._neurons[parameter] = self.weights.neurons(parameter, use)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hesscli.hessian.layout import Part
 from hesscli.hessian.proofs.patches import convolved
 from hesscli.hessian.proofs.sample_axis import SampleAxis
+from hesscli.hessian.proofs.storage import Storage
 from hesscli.hessian.recording.tape import Call
 
 LINEAR, CONVOLUTION, SCALE, BIAS = "linear", "convolution", "scale", "bias"
@@ -43,15 +42,10 @@ class Use:
         a: the number of the other operand; None for a bias.
         axis: the sample axis of z.
         channels: the axes of z that the parameter's outputs lie along.
-        n: outputs per position.
-        m: inputs per output (fan-in); 1 for scale and bias.
-        positions: at how many places of one sample the parameter is applied.
-        apart: at how many further places, each of which counts as a sample.
         rank: the number of axes of z.
-        groups: of outputs, each with inputs of its own.
-        sections: of outputs, whose entries lie one section after the other.
-        runs: how many runs of its section an output's entries lie in; 1 where they lie together.
-        order: which of its inputs each of an output's entries belongs to; empty where they follow one another.
+        positions: at how many places of one sample the parameter is applied.
+        storage: how its entries lie in it.
+        apart: at how many further places, each of which counts as a sample.
     """
 
     parameter: str
@@ -63,20 +57,28 @@ class Use:
     a: int | None
     axis: SampleAxis
     channels: tuple[int, ...]
-    n: int
-    m: int
-    positions: int
     rank: int
-    groups: int = 1
-    sections: int = 1
-    runs: int = 1
-    order: tuple[int, ...] = ()
+    positions: int
+    storage: Storage
     apart: int = 1
 
     @property
-    def form(self) -> tuple[Any, ...]:
-        """How its entries lie in it: the same, where a parameter enters at several values in the same way."""
-        return self.kind, self.n, self.m, self.groups, self.sections, self.runs, self.order
+    def n(self) -> int:
+        """Outputs per position."""
+        return self.storage.n
+
+    @property
+    def m(self) -> int:
+        """Inputs per output (fan-in); 1 for scale and bias."""
+        return self.storage.m
+
+    @property
+    def size(self) -> int:
+        return self.storage.size
+
+    def enters_as(self, other: Use) -> bool:
+        """Whether a parameter that has both enters in the same way."""
+        return (self.kind, self.storage) == (other.kind, other.storage)
 
     def rows(self, u: Tensor) -> Tensor:
         """[..., *z.shape] -> [..., samples, positions, n]."""
@@ -121,7 +123,7 @@ class Use:
             kernel = known[self.value].shape[2:]
             patches = convolved(a, kernel, *map(self.call.named, _OF_CONVOLUTION))
             split = (self.axis.outer, -1, self.axis.inner, *patches.shape[1:])
-            whole = (-1, self.positions, self.groups * self.m)
+            whole = (-1, self.positions, self.storage.groups * self.m)
             return patches.reshape(split).transpose(0, 1).reshape(whole)
         if self.call.name == "embedding":  # a product with the tokens' unit vectors
             a = torch.nn.functional.one_hot(a, self.m).to(known[self.z].dtype)
@@ -129,10 +131,10 @@ class Use:
             if padding >= 0:  # to PyTorch a constant
                 a[..., padding] = 0
             a = a.expand(*known[self.z].shape[:-1], self.m)
-        rows = self.rows(a)
-        if not self.order:
+        rows, order = self.rows(a), self.storage.order
+        if not order:
             return rows
-        return rows.unflatten(-1, (self.groups, -1))[..., self.order].flatten(-2)
+        return rows.unflatten(-1, (self.storage.groups, -1))[..., order].flatten(-2)
 
     def pull(self, u: Tensor, columns: Tensor) -> Tensor:
         """A^T u, the sum over positions: [..., T, n] with columns [..., T, groups m] -> [..., size], as it lies."""
@@ -140,39 +142,11 @@ class Use:
             return u.sum(-2)
         if self.kind == SCALE:
             return (u * columns).sum(-2)
-        if self.groups > 1:
-            u, columns = (x.unflatten(-1, (self.groups, -1)).movedim(-2, -3) for x in (u, columns))
+        groups = self.storage.groups
+        if groups > 1:
+            u, columns = (x.unflatten(-1, (groups, -1)).movedim(-2, -3) for x in (u, columns))
         product = u.transpose(-1, -2) @ columns  # [..., n, m]; or of each group
-        return self.stored(product if self.groups == 1 else product.flatten(-3, -2))
-
-    def stored(self, values: Tensor) -> Tensor:
-        """Of each output and input, [..., n, m], as the parameter lies: [..., size]."""
-        values = values.unflatten(-2, (self.sections, -1)).unflatten(-1, (self.runs, -1))
-        return values.transpose(-3, -2).flatten(-4)
-
-    @property
-    def places(self) -> Tensor:
-        """Where the entries of each output lie in the parameter, in the order of its inputs: [n, m]."""
-        split = (self.sections, self.runs, self.n // self.sections, self.m // self.runs)
-        return torch.arange(self.size).view(split).transpose(1, 2).reshape(self.n, self.m)
-
-    def entries(self, values: Tensor, output: int) -> Tensor:
-        """Those of one output, as a view: [size], as the parameter lies, -> [runs, m / runs]."""
-        section, place = divmod(output, self.n // self.sections)
-        return values.view(self.sections, self.runs, self.n // self.sections, -1)[section, :, place]
-
-    def inputs_of(self, output: int) -> slice:
-        """Which of the columns an output is made of."""
-        group = output * self.groups // self.n
-        return slice(group * self.m, (group + 1) * self.m)
-
-    def parts(self, first: int, sections: int) -> list[Part]:
-        """Where an output's entries lie in a block in which the parameter's start at `first`, for each section.
-
-        There are as many as those of the weight that the outputs belong to.
-        """
-        starts = range(first, first + self.size, self.size // sections)
-        return [Part(start, self.size // self.n, self.runs) for start in starts]
+        return self.storage.stored(product if groups == 1 else product.flatten(-3, -2))
 
     @property
     def moving(self) -> int | None:
@@ -187,8 +161,4 @@ class Use:
     @property
     def is_layer(self) -> bool:
         """Whether it is a weight whose outputs all have the same inputs."""
-        return self.kind in (LINEAR, CONVOLUTION) and self.groups == 1
-
-    @property
-    def size(self) -> int:
-        return self.n if self.kind in (SCALE, BIAS) else self.n * self.m
+        return self.kind in (LINEAR, CONVOLUTION) and self.storage.groups == 1

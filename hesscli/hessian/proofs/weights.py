@@ -68,7 +68,7 @@ class Weights:
         """
         tape, number = replace(self.whole, calls=self.calls), self.whole.parameters[parameter]
         w = self.tape.parameters[use.parameter]
-        neurons = _ordered(use.places)
+        neurons = _ordered(use.storage.places)
         for axis, length in enumerate(tape.shapes[number]):
             if length != use.n or length == 1:
                 continue

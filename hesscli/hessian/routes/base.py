@@ -82,12 +82,12 @@ class Diagonal:
 
     def add_neuron(self, use: Use, p: int, left: Tensor, right: Tensor) -> None:
         """Adds what neuron p of a weight has of it, with the rows sum_b left[b]^T right[b], both [B, m]."""
-        entries = use.entries(self.out, p)
+        entries = use.storage.entries(self.out, p)
         entries += (left * right).sum(0).view_as(entries)
 
     def add_weighted(self, use: Use, d: Tensor, a: Tensor) -> None:
         """The same of every neuron p, with the rows sum_b d[b, p] a[b]^T a[b]: [B, n] and [B, m]."""
-        self.out.add_(use.stored(d.T @ a**2))
+        self.out.add_(use.storage.stored(d.T @ a**2))
 
     def add_pairs(self, left: Tensor, right: Tensor) -> None:
         """Adds what is of it in left^T right, both [B, size]."""

@@ -106,7 +106,7 @@ def _neurons(
     places = every.split([use.size for use in uses])
     weights = d.flatten(0, 1)
     for p in range(uses[0].n):
-        mine = [use.entries(of, p) for use, of in zip(uses, places, strict=True)]
+        mine = [use.storage.entries(of, p) for use, of in zip(uses, places, strict=True)]
         index = torch.cat([of.flatten() for of in mine])
-        given = [a[..., use.inputs_of(p)] for use, a in zip(uses, inputs, strict=True)]
+        given = [a[..., use.storage.inputs_of(p)] for use, a in zip(uses, inputs, strict=True)]
         yield index, torch.cat(given, -1).flatten(0, 1), weights[:, p : p + 1]

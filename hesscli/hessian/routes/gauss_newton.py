@@ -213,7 +213,9 @@ def _jacobian(use: Use, v: Tensor, columns: Tensor) -> Tensor:
     if use.kind not in (LINEAR, CONVOLUTION):
         return use.pull(v, columns.unsqueeze(1))
     # All classes in one product: a broadcast one would copy the columns for each.
-    rows = v.unflatten(3, (use.groups, -1)).permute(0, 3, 1, 4, 2)  # [B, groups, C, n / groups, T]
-    inputs = columns.unflatten(2, (use.groups, -1)).transpose(1, 2)  # [B, groups, T, m]
+    rows = v.unflatten(3, (use.storage.groups, -1)).permute(
+        0, 3, 1, 4, 2
+    )  # [B, groups, C, n / groups, T]
+    inputs = columns.unflatten(2, (use.storage.groups, -1)).transpose(1, 2)  # [B, groups, T, m]
     product = (rows.flatten(2, 3) @ inputs).view(*rows.shape[:-1], use.m)
-    return use.stored(product.transpose(1, 2).flatten(2, 3))  # of [B, C, n, m]
+    return use.storage.stored(product.transpose(1, 2).flatten(2, 3))  # of [B, C, n, m]

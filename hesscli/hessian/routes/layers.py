@@ -99,8 +99,9 @@ class Layer:
 
     def pieces(self, block: Block) -> list[Piece]:
         """Its rows of a block, neuron by neuron."""
-        sections = self.weight.sections
-        parts = [use.parts(block.rows[use.parameter].start, sections) for use in self.uses]
+        sections = self.weight.storage.sections
+        starts = [block.rows[use.parameter].start for use in self.uses]
+        parts = [u.storage.parts(at, sections) for u, at in zip(self.uses, starts, strict=True)]
         return [Piece(self.weight.n // sections, each) for each in zip(*parts, strict=True)]
 
 

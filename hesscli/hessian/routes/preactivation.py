@@ -303,18 +303,15 @@ def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
 
 def _are_layer(uses: Sequence[Use]) -> bool:
     """Whether they are a weight's, all in one way, with fewer directions along z than entries."""
-    alike = len({use.form for use in uses}) == 1
-    return alike and uses[0].is_layer and sum(use.positions for use in uses) < uses[0].m
+    first = uses[0]
+    alike = all(map(first.enters_as, uses))
+    return alike and first.is_layer and sum(use.positions for use in uses) < first.m
 
 
 def _directions_of(use: Use, a: Tensor, entries: range, samples: int) -> Tensor:
     """A e_r for each of these entries r of the parameter: [entries, B, T, n]."""
-    u, length = a.new_zeros(len(entries), samples, use.positions, use.n), use.m // use.runs
-    outputs = use.n // use.sections
+    u = a.new_zeros(len(entries), samples, use.positions, use.n)
     for row, entry in enumerate(entries):
-        section, rest = divmod(entry, outputs * use.m)
-        run, rest = divmod(rest, outputs * length)
-        place, within = divmod(rest, length)
-        p = section * outputs + place
-        u[row, :, :, p] = a[:, :, use.inputs_of(p)][:, :, run * length + within]
+        p, q = use.storage.owner(entry)
+        u[row, :, :, p] = a[:, :, use.storage.inputs_of(p)][:, :, q]
     return u

@@ -67,4 +67,4 @@ class Squares(Diagonal):
     def of(cls, block: Block, use: Use, like: Tensor, neurons: range) -> Squares:
         """Those of some neurons, of the dtype and on the device of `like`."""
         out = like.new_zeros(len(neurons), use.m, use.m)
-        return cls(block, out, use.places.to(like.device), neurons.start)
+        return cls(block, out, use.storage.places.to(like.device), neurons.start)

@@ -1,0 +1,75 @@
+"""How the entries of a weight lie in it: those of each output, by its inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.layout import Part
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Of a weight [n, m], stored as [sections, runs, n / sections, m / runs].
+
+    Attributes:
+        n: outputs.
+        m: inputs of each (fan-in); 1 for scale and bias.
+        groups: of outputs, each with inputs of its own.
+        sections: of outputs, whose entries lie one section after the other.
+        runs: how many runs of its section an output's entries lie in; 1 where they lie together.
+        order: which of its inputs each of an output's entries belongs to; empty where they follow one another.
+    """
+
+    n: int
+    m: int
+    groups: int = 1
+    sections: int = 1
+    runs: int = 1
+    order: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return self.n * self.m
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.sections, self.runs, self.n // self.sections, self.m // self.runs
+
+    def stored(self, values: Tensor) -> Tensor:
+        """Of each output and input, [..., n, m], as the weight lies: [..., size]."""
+        values = values.unflatten(-2, (self.sections, -1)).unflatten(-1, (self.runs, -1))
+        return values.transpose(-3, -2).flatten(-4)
+
+    @property
+    def places(self) -> Tensor:
+        """Where the entries of each output lie in the weight, in the order of its inputs: [n, m]."""
+        return torch.arange(self.size).view(self.shape).transpose(1, 2).reshape(self.n, self.m)
+
+    def owner(self, entry: int) -> tuple[int, int]:
+        """Which output an entry is of, and which of its inputs: the inverse of `places`."""
+        *_, outputs, length = self.shape
+        run, rest = divmod(entry, outputs * length)
+        section, run = divmod(run, self.runs)
+        output, place = divmod(rest, length)
+        return section * outputs + output, run * length + place
+
+    def entries(self, values: Tensor, output: int) -> Tensor:
+        """Those of one output, as a view: [size], as the weight lies, -> [runs, m / runs]."""
+        section, place = divmod(output, self.n // self.sections)
+        return values.view(self.shape)[section, :, place]
+
+    def inputs_of(self, output: int) -> slice:
+        """Which of the inputs of all groups, [groups m], an output is made of."""
+        group = output * self.groups // self.n
+        return slice(group * self.m, (group + 1) * self.m)
+
+    def parts(self, first: int, sections: int) -> list[Part]:
+        """Where an output's entries lie in a block in which the weight's start at `first`, for each section.
+
+        There are as many as those of the weight that the outputs belong to.
+        """
+        starts = range(first, first + self.size, self.size // sections)
+        return [Part(start, self.m, self.runs) for start in starts]
