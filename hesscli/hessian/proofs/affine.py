@@ -22,39 +22,30 @@ _MULTIPLIES = frozenset("mul div neg".split())
 _MOST_UNITS = 1 << 26  # numbers in the unit vectors of all tokens
 
 
-@dataclass(frozen=True)
-class Uses:
+def find_uses(tape: Tape, axes: Axes) -> tuple[dict[str, tuple[Use, ...]], dict[str, str]]:
     """How the parameters of a tape enter.
 
-    Attributes:
-        uses: the affine use of each parameter that has one alone.
-        shared: those of each that enters at several values, as it is, in the order of execution.
-        reasons: why the others have none, and what is shared no single one.
+    Returns:
+        the affine uses of each, in the order of execution: one, or several at values of their own, as it is; and why
+        the others have none, or one that is shared no single one.
     """
-
-    uses: dict[str, Use]
-    shared: dict[str, tuple[Use, ...]]
-    reasons: dict[str, str]
-
-
-def find_uses(tape: Tape, axes: Axes) -> Uses:
-    """The affine uses of each parameter, or the reason why it has none."""
     trained = tape.dependent([*tape.parameters.values()])
     constants = {n for n, axis in axes.items() if axis is None and n not in trained}
-    found = Uses({}, {}, {})
+    found: dict[str, tuple[Use, ...]] = {}
+    reasons: dict[str, str] = {}
     for name, number in tape.parameters.items():
         way = _Way(tape, axes, constants, name)
         uses = way.uses(number)
         if isinstance(uses, str):
-            found.reasons[name] = uses
-        elif len(uses) == 1:
-            found.uses[name] = uses[0]
-        else:
-            found.reasons[name] = way.times(number)
+            reasons[name] = uses
+            continue
+        if len(uses) > 1:
+            reasons[name] = way.times(number)
             moves = [call.name for use in uses for call in use.moves]
-            if _MULTIPLIES.isdisjoint(moves) and len({use.z for use in uses}) == len(uses):
-                found.shared[name] = tuple(sorted(uses, key=lambda use: tape.maker[use.z]))
-    return found
+            if not _MULTIPLIES.isdisjoint(moves) or len({use.z for use in uses}) < len(uses):
+                continue
+        found[name] = tuple(sorted(uses, key=lambda use: tape.maker[use.z]))
+    return found, reasons
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,7 @@ class Analysis:
 
     tape: Tape
     axes: Axes
-    uses: dict[str, Use]  # of each parameter that has one affine use alone
-    shared: dict[str, tuple[Use, ...]]  # of each that enters at several values
+    all_uses: dict[str, tuple[Use, ...]]  # of each parameter whose uses are affine, as executed
     reasons: dict[str, str]  # why a parameter has no affine use alone
     class_axis: int | None = None  # of the output, where the loss couples what lies along it
     terms: Tape | None = None  # of a loss of the user's own
@@ -49,14 +48,23 @@ class Analysis:
             return True
         return False
 
-    def use(self, parameter: str) -> Use:
-        if parameter not in self.uses:
-            raise NotApplicable(self.reasons.get(parameter, "unused"))
-        return self.uses[parameter]
+    @cached_property
+    def uses(self) -> dict[str, Use]:
+        """The affine use of each parameter that has one alone."""
+        return {name: use for name, (use, *others) in self.all_uses.items() if not others}
 
-    def all_uses(self, parameter: str) -> tuple[Use, ...]:
-        """The affine uses of a parameter, in the order of execution."""
-        return self.shared[parameter] if parameter in self.shared else (self.use(parameter),)
+    def uses_of(self, parameter: str) -> tuple[Use, ...]:
+        """The affine uses of a parameter; raises NotApplicable where it has others, or none."""
+        if parameter not in self.all_uses:
+            raise NotApplicable(self.reasons.get(parameter, "unused"))
+        return self.all_uses[parameter]
+
+    def use(self, parameter: str) -> Use:
+        """The only one; raises NotApplicable where there are several, too."""
+        use, *others = self.uses_of(parameter)
+        if others:
+            raise NotApplicable(self.reasons[parameter])
+        return use
 
     def uses_apart(self, parameters: Iterable[str]) -> dict[str, Use]:
         """The uses of some parameters, with positions as samples if none sees another behind any of them."""
@@ -79,7 +87,8 @@ class Analysis:
     def behind_weights(self) -> Analysis:
         """The same of the tape whose parameters are the weights."""
         tape = self.weights.tape
-        return replace(self, tape=tape, **vars(find_uses(tape, self.axes)))
+        all_uses, reasons = find_uses(tape, self.axes)
+        return replace(self, tape=tape, all_uses=all_uses, reasons=reasons)
 
     def weights_of(self, block: Block) -> Block:
         """The block of the weights that the parameters of a block make.
@@ -103,7 +112,7 @@ class Analysis:
         if len(block.parameters) > 1 or len(made.parameters) > 1:
             return None
         (parameter,), (weight,) = block.parameters, made.parameters
-        use, *others = self.behind_weights.all_uses(weight)
+        use, *others = self.behind_weights.uses_of(weight)
         if not use.is_layer or not all(map(use.enters_as, others)):
             return None
         if parameter not in self._neurons:
@@ -168,13 +177,14 @@ def _analyse(problem: Problem, batch: Batch) -> Analysis:
     if loss.name in OF_CLASSES and len(tape.shapes[tape.output]) < 2:
         raise NotApplicable("one sample without a sample axis")  # axis 0 holds its classes
     axes = sample_axes(tape, len(batch.inputs[0]))
-    uses, terms = find_uses(tape, axes), None
+    all_uses, reasons = find_uses(tape, axes)
+    terms = None
     if loss.function is not None:
         terms = record_terms(problem, batch)
         if terms.refusal:
             raise NotApplicable(f"{terms.refusal} in the loss {loss.name}")
     classes = loss.class_axis(tape.shapes[tape.output], batch.target)
-    analysis = Analysis(tape, axes, **vars(uses), class_axis=classes, terms=terms)
+    analysis = Analysis(tape, axes, all_uses, reasons, classes, terms)
     if analysis.loss_couples(SampleAxis(0), len(batch.inputs[0])):
         raise NotApplicable(f"the loss {loss.name} may mix samples")
     return analysis

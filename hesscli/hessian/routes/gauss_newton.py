@@ -43,7 +43,7 @@ def jacobian_work(analysis: Analysis, costs: Costs, block: Block, diagonal: bool
     """A block from its parameters' Jacobians."""
     work = Work()
     for name in block.parameters:
-        uses = analysis.all_uses(name)
+        uses = analysis.uses_of(name)
         at_all = replace(uses[0], positions=sum(use.positions for use in uses))
         work += costs.gauss_newton(at_all, diagonal)
     return work
@@ -101,7 +101,7 @@ class GaussNewton(AffineRoute):
         Raises:
             NotApplicable: one is.
         """
-        uses = [use for name in block.parameters for use in analysis.all_uses(name)]
+        uses = [use for name in block.parameters for use in analysis.uses_of(name)]
         moving = analysis.tape.dependent(values_of(uses))
         if any(use.a in moving for use in uses):
             raise NotApplicable("parameters enter one behind another")

@@ -34,7 +34,7 @@ class GeneralisedGaussNewton(GaussNewton):
         return Choice(self.name, f"{costs.classes} classes", first.in_all(work))
 
     def uses(self, analysis: Analysis, block: Block) -> list[Use]:
-        return [use for name in block.parameters for use in analysis.all_uses(name)]
+        return [use for name in block.parameters for use in analysis.uses_of(name)]
 
     def bend(self, analysis: Analysis, uses: Sequence[Use]) -> None:
         """None: whatever follows, these matrices have no such term."""

@@ -282,11 +282,10 @@ def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
     Raises:
         NotApplicable: with the reason.
     """
-    shared = {name: analysis.shared[name] for name in block.parameters if name in analysis.shared}
-    single = {name: analysis.uses[name] for name in block.parameters if name in analysis.uses}
-    if not any(map(_are_layer, shared.values())):  # whose positions stay positions
-        single = analysis.uses_apart(block.parameters)
-    every = [*((use,) for use in single.values()), *shared.values()]
+    every = [analysis.all_uses[x] for x in block.parameters if x in analysis.all_uses]
+    if not any(len(uses) > 1 and _are_layer(uses) for uses in every):
+        apart = analysis.uses_apart(block.parameters)  # else positions stay positions
+        every = [(apart[uses[0].parameter],) if len(uses) == 1 else uses for uses in every]
     biases = {values_of(uses): uses for uses in every if uses[0].kind == BIAS}
     layers = []
     for weights in filter(_are_layer, every):
