@@ -10,6 +10,7 @@ from torch import nn
 
 from hesscli.hessian.differences.check import Certificate, gradients
 from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.routes.base import Route
 from hesscli.hessian.routes.choice import Choice, seconds_of
 from hesscli.hessian.routes.costs import Work
 from hesscli.hessian.routes.rates import Rates
@@ -17,17 +18,19 @@ from hesscli.job.matrix.dry_run import START, estimate
 
 RATES = Rates(flops=1e9, memory=1e9, call=1e-3)
 SECOND = Work(flops=1e9)
+PROBLEM = problem_of(nn.Linear(2, 1), [normal(3, 2)], normal(3, 1))
 
 
 def test_the_parts_add_up() -> None:
-    choices = [Choice("hvp", "", SECOND.times(3))]
+    choices = [Choice(Route(PROBLEM), "", SECOND.times(3))]
     found = estimate(choices, RATES, check=2.0, decomposed=[1000, 1000], size=2 * 10**9)
     assert found == pytest.approx(START + 3 + 2 + 0.4 + 2)
 
 
 def test_what_blocks_share_counts_once_for_each_route() -> None:
-    chain = [Choice("preactivation", "chain", SECOND, common=SECOND.times(n)) for n in (5, 7, 2)]
-    classes = [Choice("gauss-newton", "", SECOND, common=SECOND.times(4))] * 2
+    one, other = Route(PROBLEM), Route(PROBLEM)
+    chain = [Choice(one, "chain", SECOND, common=SECOND.times(n)) for n in (5, 7, 2)]
+    classes = [Choice(other, "", SECOND, common=SECOND.times(4))] * 2
     assert seconds_of(chain, RATES) == 3 + 7
     assert seconds_of([*chain, *classes], RATES) == 3 + 7 + 2 + 4
     assert seconds_of([], RATES) == 0

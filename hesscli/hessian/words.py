@@ -4,8 +4,6 @@ from __future__ import annotations
 
 PREACTIVATION, GAUSS_NEWTON = "preactivation", "gauss-newton"
 HVP, FINITE_DIFFERENCE = "hvp", "finite-difference"
-THROUGH_WEIGHTS = ", through weights"
-"""Ends the name of a route that gives blocks of the weights that parameters make."""
 
 STRUCTURES = {
     "diag": "block_diagonal",

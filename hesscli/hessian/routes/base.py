@@ -20,7 +20,7 @@ from hesscli.hessian.operator import Middle, Products
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.routes.choice import Choice
 from hesscli.hessian.routes.first_batch import FirstBatch
-from hesscli.hessian.words import HVP, THROUGH_WEIGHTS
+from hesscli.hessian.words import HVP
 
 Result = TypeVar("Result")
 RowsOf = Callable[[Block, int, int], Iterator[tuple[int, Tensor]]]
@@ -113,7 +113,8 @@ class Route:
         NotApplicable: this route would be wrong or impossible here; nothing that was added is to be used.
     """
 
-    name: str
+    method: str
+    """What `--method` calls it."""
     symmetric = False
     """Whether rows may be filled right of the diagonal alone: they are mirrored when all batches are in."""
     at_once = False
@@ -123,9 +124,9 @@ class Route:
         self.problem = problem
 
     @property
-    def method(self) -> str:
-        """What `--method` calls it."""
-        return self.name.removesuffix(THROUGH_WEIGHTS)
+    def name(self) -> str:
+        """Its own: that of the method, but for a route that leads through another of the same."""
+        return self.method
 
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
         """What a block takes, or its diagonal alone."""
@@ -160,14 +161,14 @@ class ByRows(Route):
         middle: M, where the matrix is J^T M J; None for the Hessian.
     """
 
-    name = HVP
+    method = HVP
 
     def __init__(self, problem: Problem, chunk: int, middle: Middle | None = None) -> None:
         super().__init__(problem)
         self.chunk, self.middle = chunk, middle
 
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
-        return Choice(self.name, "", first.rows(block))
+        return Choice(self, "", first.rows(block))
 
     def shrink(self) -> bool:
         self.chunk //= 2

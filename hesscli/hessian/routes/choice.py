@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from hesscli.hessian.routes.costs import Work
 from hesscli.hessian.routes.rates import Rates
-from hesscli.hessian.words import HVP, THROUGH_WEIGHTS
+from hesscli.hessian.words import HVP
+
+if TYPE_CHECKING:
+    from hesscli.hessian.routes.base import Route
 
 
 @dataclass(frozen=True)
@@ -15,14 +19,13 @@ class Choice:
     """A route for a block.
 
     Attributes:
-        route: its name.
         reason: "64 seeds"; for hvp, why nothing better is exact.
         own: the work that this block alone needs.
         common: the work that serves all blocks of this route at once, if they are computed together.
         held: numbers that the route keeps beside the block.
     """
 
-    route: str
+    route: Route
     reason: str
     own: Work
     common: Work = Work()  # noqa: RUF009 - immutable
@@ -30,7 +33,7 @@ class Choice:
 
     @property
     def method(self) -> str:
-        return self.route.removesuffix(THROUGH_WEIGHTS)
+        return self.route.method
 
     @property
     def work(self) -> Work:

@@ -25,7 +25,7 @@ from hesscli.hessian.words import FINITE_DIFFERENCE
 
 
 class FiniteDifference(Route):
-    name = FINITE_DIFFERENCE
+    method = FINITE_DIFFERENCE
 
     def __init__(self, reference: Callable[[], Problem]) -> None:
         """
@@ -44,7 +44,7 @@ class FiniteDifference(Route):
         return Quotients(self.problem.dtype)
 
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
-        return Choice(self.name, "", first.rows(block).times(4))
+        return Choice(self, "", first.rows(block).times(4))
 
     def _is_constant(self, block: Block) -> Tensor:
         """Which entries have no gradient, at theta or in any direction from there.

@@ -93,7 +93,7 @@ class Factors:
 
 
 class GaussNewton(AffineRoute):
-    name = GAUSS_NEWTON
+    method = GAUSS_NEWTON
 
     def uses(self, analysis: Analysis, block: Block) -> list[Use]:
         """The uses of a block's parameters, of which none may be behind another: z is linear in all of them together.
@@ -116,7 +116,7 @@ class GaussNewton(AffineRoute):
             for use in uses:
                 work += costs.bend(use, diagonal)
         said = f"{costs.classes} classes"
-        return Choice(self.name, said, first.in_all(work), first.in_all(passes))
+        return Choice(self, said, first.in_all(work), first.in_all(passes))
 
     def bend(self, analysis: Analysis, uses: Sequence[Use]) -> Bend | None:
         return find_bend(analysis.tape, values_of(uses))

@@ -31,7 +31,7 @@ class GeneralisedGaussNewton(GaussNewton):
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
         analysis, costs = first.proven()
         work = jacobian_work(analysis, costs, block, diagonal)
-        return Choice(self.name, f"{costs.classes} classes", first.in_all(work))
+        return Choice(self, f"{costs.classes} classes", first.in_all(work))
 
     def uses(self, analysis: Analysis, block: Block) -> list[Use]:
         return [use for name in block.parameters for use in analysis.uses_of(name)]

@@ -43,7 +43,7 @@ from hesscli.hessian.words import PREACTIVATION
 
 
 class Preactivation(AffineRoute):
-    name = PREACTIVATION
+    method = PREACTIVATION
 
     def __init__(self, cuts: Cuts) -> None:
         super().__init__(cuts)
@@ -57,12 +57,12 @@ class Preactivation(AffineRoute):
             steps, mine = chain_of(analysis, [block.name])
             if (use := mine.get(block.name)) is not None:
                 own, sweep = costs.own(use, diagonal), costs.chain(steps)
-                return Choice(self.name, "chain", first.in_all(own), first.in_all(sweep))
+                return Choice(self, "chain", first.in_all(own), first.in_all(sweep))
         layers, others = split(analysis, block)
         if not layers:
             use = analysis.use(block.parameters[0])
             work = first.along(use, use.size) + costs.own(use, diagonal)
-            return Choice(self.name, f"{use.size} seeds", first.in_all(work))
+            return Choice(self, f"{use.size} seeds", first.in_all(work))
         alone, work, seeds, tail = _are_alone(layers, others), Work(), 0, 0
         for layer in reversed(layers):
             use = replace(layer.weight, positions=layer.positions)  # at all its values
@@ -81,7 +81,7 @@ class Preactivation(AffineRoute):
         if rows:
             work += costs.hvp(block.parameters, rows)
         said = f"{seeds} seeds" + (f", {rows} rows by hvp" if rows else "")
-        return Choice(self.name, said, first.in_all(work))
+        return Choice(self, said, first.in_all(work))
 
     def shrink(self) -> bool:
         self.workspace //= 2

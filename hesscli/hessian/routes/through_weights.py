@@ -33,8 +33,8 @@ from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.routes.probes import Probed
 from hesscli.hessian.routes.squares import Squares
 from hesscli.hessian.symmetry import mirror_
-from hesscli.hessian.words import THROUGH_WEIGHTS
 
+_THROUGH_WEIGHTS = ", through weights"
 _ROWS = 8192  # of a block that is held whole; of its weights' there may be twice as many
 _SQUARES = 1 << 26  # numbers in the squares of some neurons
 _TOGETHER = 1 << 24  # and in the weights' own blocks, that share passes
@@ -65,8 +65,11 @@ class ThroughWeights(Route):
 
     def __init__(self, kind: type[AffineRoute], cuts: Cuts) -> None:
         super().__init__(cuts.problem)
-        self.kind, self.cuts = kind, cuts
-        self.name = kind.name + THROUGH_WEIGHTS
+        self.kind, self.cuts, self.method = kind, cuts, kind.method
+
+    @property
+    def name(self) -> str:
+        return self.method + _THROUGH_WEIGHTS
 
     @cached_property
     def route(self) -> AffineRoute:
@@ -80,8 +83,8 @@ class ThroughWeights(Route):
         held = numbers_held(block, made, neurons)
         choice = self.route.choice(first.behind_weights, made, neurons is not None)
         work = first.in_all(costs.through(analysis.weights, block, made, neurons))
-        reason, own = choice.reason + THROUGH_WEIGHTS, choice.own + work
-        return replace(choice, route=self.name, reason=reason, own=own, held=held)
+        reason, own = choice.reason + _THROUGH_WEIGHTS, choice.own + work
+        return replace(choice, route=self, reason=reason, own=own, held=held)
 
     def shrink(self) -> bool:
         return self.route.shrink()

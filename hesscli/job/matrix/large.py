@@ -53,7 +53,7 @@ class LargeBlock:
         ]
 
     def _part(self, index: int) -> str:
-        return f"{self.block.name}, {self.ranking.choice.route}, band {index}"
+        return f"{self.block.name}, {self.ranking.route.name}, band {index}"
 
     def _cut(self) -> tuple[Layout, list[Span]]:
         route = self.ranking.route
@@ -81,7 +81,7 @@ class LargeBlock:
             direction = certificate.direction(self.block)
         while True:
             method = self.ranking.method
-            failed = f"{self.block.name}, {self.ranking.choice.route}, not exact"
+            failed = f"{self.block.name}, {self.ranking.route.name}, not exact"
             if (known := unfinished.known(failed)) is not None:
                 self.plan.opened.note(*known["notes"])
                 self.ranking.skip()

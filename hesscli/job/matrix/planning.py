@@ -53,9 +53,9 @@ class Plan:
         self.bytes = entries * self.problem.dtype.itemsize
         curvature, analyses = CURVATURES[options.curvature], Analyses(self.problem)
         cuts = Cuts(analyses, opened.chunk)
-        self.routes = curvature.routes(cuts, lambda: self.reference)
+        routes = curvature.routes(cuts, lambda: self.reference)
         curvature.require(analyses)
-        self.choices = self._choices(Planner(cuts, self.routes))
+        self.choices = self._choices(Planner(cuts, routes))
         self.cut_bytes = cuts.bytes  # that are kept where a deep model is cut
 
     def _choices(self, planner: Planner) -> dict[str, list[Choice]]:

@@ -31,7 +31,7 @@ class Ranking:
 
     @property
     def route(self) -> Route:
-        return self.plan.routes[self.choice.route]
+        return self.choice.route
 
     def skip(self) -> None:
         """Goes on to the next route, of which enough has been said."""
@@ -46,7 +46,7 @@ class Ranking:
         following = self._following()
         if following is None:
             raise inexact(self.plan.options, self.block, self.method, reason)
-        self.plan.opened.note(f"{reason}: {following} instead of {self.choice.route}")
+        self.plan.opened.note(f"{reason}: {following} instead of {self.route.name}")
         self.skip()
 
     def accepts(self, error: float | None, finite: Callable[[], bool]) -> bool:
@@ -68,7 +68,7 @@ class Ranking:
         if certificate is None or error is None:
             return True
         following = self._following()
-        said = f"{self.block.name}: {self.choice.route} differs from gradients by {error:.1e}"
+        said = f"{self.block.name}: {self.route.name} differs from gradients by {error:.1e}"
         if following is None:
             raise NumericalError(
                 f"{said}, more than {certificate.tolerance:.0e}; nothing was written",
@@ -81,4 +81,4 @@ class Ranking:
     def _following(self) -> str | None:
         """The next route's name."""
         rest = self.plan.choices[self.block.name][self._place + 1 :]
-        return rest[0].route if rest else None
+        return rest[0].route.name if rest else None

@@ -172,6 +172,6 @@ def _error(ranking: Ranking, certificate: Certificate, values: Tensor) -> float:
     error = certificate.diagonal(block, values)
     if isinstance(route, ByRows) and certificate.passed(error):
         error = max(error, certificate.product(block, partial(route.product, block)))
-    if route.name == FINITE_DIFFERENCE and certificate.passed(error):
+    if route.method == FINITE_DIFFERENCE and certificate.passed(error):
         error = max(error, certificate.asymmetry(block))
     return error
