@@ -11,7 +11,6 @@ of most networks is such a place.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,36 +19,16 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.proofs.piecewise import curved
 from hesscli.hessian.proofs.sample_rules import RESHAPES
 from hesscli.hessian.proofs.uses import Use
-from hesscli.hessian.recording.tape import Call, Tape
+from hesscli.hessian.recording.tape import Tape
 from hesscli.hessian.routes.base import Diagonal, Rows
-from hesscli.hessian.routes.chain import UNARY, derivatives
+from hesscli.hessian.routes.chain import UNARY, Step, derivatives
 from hesscli.hessian.routes.probes import Probed
 
 
-@dataclass(frozen=True)
-class Bend:
-    """`call` gives `after` from `before`, which is z, but for its shape and what was added."""
-
-    call: Call
-    before: int
-    after: int
-
-    def diagonal(self, probed: Probed, gradient: Tensor | None, use: Use) -> Tensor | None:
-        """d at z: [B, T, n]; None where it is zero.
-
-        Args:
-            probed: the pass.
-            gradient: dL/dy.
-            use: a use at z.
-        """
-        _, second = derivatives(self.call, probed.known[self.before].detach())
-        if second is None or gradient is None:
-            return None
-        return use.rows((second * gradient).reshape(probed.known[use.z].shape))
-
-
-def find_bend(tape: Tape, zs: Sequence[int]) -> Bend | None:
+def find_bend(tape: Tape, zs: Sequence[int]) -> Step | None:
     """The curved function right after a value, or None where none follows it, or any of several, at all.
+
+    It is of z, but for its shape and what was added.
 
     Raises:
         NotApplicable: one follows elsewhere.
@@ -66,10 +45,25 @@ def find_bend(tape: Tape, zs: Sequence[int]) -> Bend | None:
         if call.name in RESHAPES or (shifted and tape.shapes[after] == tape.shapes[value]):
             value = after
         elif call.name in UNARY and call.reads == [value] and curved(tape, [after]) is None:
-            return Bend(call, value, after)
+            return Step(call, value, after)
         else:
             break
     raise NotApplicable(f"{operator} is not piecewise linear")
+
+
+def bend_diagonal(bend: Step, probed: Probed, gradient: Tensor | None, use: Use) -> Tensor | None:
+    """d at z: [B, T, n]; None where it is zero.
+
+    Args:
+        bend: phi.
+        probed: the pass.
+        gradient: dL/dy.
+        use: a use at z.
+    """
+    _, second = derivatives(bend.call, probed.known[bend.before].detach())
+    if second is None or gradient is None:
+        return None
+    return use.rows((second * gradient).reshape(probed.known[use.z].shape))
 
 
 def add_bend(part: Rows, uses: Sequence[Use], inputs: Sequence[Tensor], d: Tensor) -> None:

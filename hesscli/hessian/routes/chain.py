@@ -165,7 +165,7 @@ def derivatives(call: Call, at: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 class FactoredHessian:
-    """S = sum of L^T R + sum of V^T diag(w) V + diag(d), for each sample.
+    """S = L^T R + sum of V^T diag(w) V + diag(d), for each sample.
 
     Args:
         whole: S itself, [B, n, n].
@@ -176,14 +176,14 @@ class FactoredHessian:
 
     def _begin_with(self, whole: Tensor) -> None:
         identity = torch.eye(whole.shape[1], dtype=whole.dtype, device=whole.device)
-        self.pairs = [(identity.unsqueeze(0), whole)]  # L [B or 1, r, n], R [B, r, n]
+        self.left, self.right = identity.unsqueeze(0), whole  # [B or 1, r, n], [B, r, n]
         self.weighted: list[tuple[Tensor, Tensor]] = []  # V [B or 1, r, n], w [B, r]
         self.d: Tensor | None = None  # [B, n]
 
     def scale(self, g: Tensor) -> None:
         """S <- diag(g) S diag(g), g [B, n]."""
         g = g.unsqueeze(1)
-        self.pairs = [(left * g, right * g) for left, right in self.pairs]
+        self.left, self.right = self.left * g, self.right * g
         self.weighted = [(v * g, w) for v, w in self.weighted]
         if self.d is not None:
             self.d = self.d * g.squeeze(1) ** 2
@@ -194,51 +194,38 @@ class FactoredHessian:
     def linear(self, matrix: Tensor, last: bool) -> None:
         """S <- M S M^T with M [n', n]; the last time, only the diagonal of that."""
         m = matrix.T.contiguous()  # [n, n']
-        if self._rows() > MOST_ROWS * m.shape[0]:
-            self._make_whole()
+        if 2 * self.left.shape[1] + sum(v.shape[1] for v, _ in self.weighted) > MOST_ROWS * len(m):
+            self._multiply_out()
         if last:
-            d = self._diagonal_of_product(m)
-            self.pairs, self.weighted, self.d = [], [], d
+            self.d, self.weighted = self.diagonal(m), []
+            self.left = self.right = m[:0].unsqueeze(0)
             return
-        self.pairs = [(left @ m, right @ m) for left, right in self.pairs]
+        self.left, self.right = self.left @ m, self.right @ m
         self.weighted = [(v @ m, w) for v, w in self.weighted]
         if self.d is not None:
             self.weighted.append((m.unsqueeze(0), self.d))
             self.d = None
 
-    def diagonal(self) -> Tensor:
-        """[B, n]"""
-        total = 0.0 if self.d is None else self.d
-        for left, right in self.pairs:
-            total = total + (left * right).sum(1)
+    def diagonal(self, m: Tensor | None = None) -> Tensor:
+        """diag(S), [B, n]; or, with m = M^T, diag(M S M^T), [B, n']."""
+        left, right = (self.left, self.right) if m is None else (self.left @ m, self.right @ m)
+        total = (left * right).sum(1)
+        if self.d is not None:
+            total = total + (self.d if m is None else self.d @ (m * m))
         for v, w in self.weighted:
-            total = total + _weighted_squares(v, w)
-        assert isinstance(total, Tensor)
+            if m is None:
+                total = total + _weighted_squares(v, w)
+                continue
+            for some, weights in zip(v.split(64, 1), w.split(64, 1), strict=True):  # [B, 64, n']
+                total = total + _weighted_squares(some @ m, weights)
         return total
 
-    def _diagonal_of_product(self, m: Tensor) -> Tensor:
-        total = 0.0 if self.d is None else self.d @ (m * m)
-        for left, right in self.pairs:
-            total = total + ((left @ m) * (right @ m)).sum(1)
-        for v, w in self.weighted:
-            for start in range(0, v.shape[1], 64):  # [B, 64, n'] at a time
-                part = slice(start, start + 64)
-                total = total + _weighted_squares(v[:, part] @ m, w[:, part])
-        assert isinstance(total, Tensor)
-        return total
-
-    def _rows(self) -> int:
-        return sum(2 * left.shape[1] for left, _ in self.pairs) + sum(
-            v.shape[1] for v, _ in self.weighted
-        )
-
-    def _make_whole(self) -> None:
-        whole = sum(left.transpose(1, 2) @ right for left, right in self.pairs)
+    def _multiply_out(self) -> None:
+        whole = self.left.transpose(1, 2) @ self.right
         for v, w in self.weighted:
             whole = whole + (v * w.unsqueeze(2)).transpose(1, 2) @ v
         if self.d is not None:
             whole = whole + torch.diag_embed(self.d)
-        assert isinstance(whole, Tensor)
         self._begin_with(whole)
 
 

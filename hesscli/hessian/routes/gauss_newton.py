@@ -26,7 +26,8 @@ from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.proofs.uses import CONVOLUTION, LINEAR, Use, values_of
 from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.base import Diagonal, Rows, Wanted
-from hesscli.hessian.routes.bend import Bend, add_bend, add_bend_diagonal, find_bend
+from hesscli.hessian.routes.bend import add_bend, add_bend_diagonal, bend_diagonal, find_bend
+from hesscli.hessian.routes.chain import Step
 from hesscli.hessian.routes.choice import Choice
 from hesscli.hessian.routes.costs import Costs, Work
 from hesscli.hessian.routes.first_batch import FirstBatch
@@ -118,7 +119,7 @@ class GaussNewton(AffineRoute):
         said = f"{costs.classes} classes"
         return Choice(self, said, first.in_all(work), first.in_all(passes))
 
-    def bend(self, analysis: Analysis, uses: Sequence[Use]) -> Bend | None:
+    def bend(self, analysis: Analysis, uses: Sequence[Use]) -> Step | None:
         return find_bend(analysis.tape, values_of(uses))
 
     def at_output(self, probed: Probed) -> tuple[Tensor, Tensor]:
@@ -167,7 +168,7 @@ class GaussNewton(AffineRoute):
                     jacobian = seeds.new_zeros(len(seeds), *probed.probes[use.z].shape)
                 vs.append(use.rows(jacobian).transpose(0, 1))
             inputs = [probed.columns(use) for use in mine]
-            d = None if bend is None else bend.diagonal(probed, slopes[bend.after], mine[0])
+            d = None if bend is None else bend_diagonal(bend, probed, slopes[bend.after], mine[0])
             factors[name] = Factors(mine, inputs, vs, curvature, d)
         return factors
 
