@@ -34,13 +34,13 @@ def find_uses(tape: Tape, axes: Axes) -> tuple[dict[str, tuple[Use, ...]], dict[
     found: dict[str, tuple[Use, ...]] = {}
     reasons: dict[str, str] = {}
     for name, number in tape.parameters.items():
-        way = _Way(tape, axes, constants, name)
-        uses = way.uses(number)
+        search = _Search(tape, axes, constants, name)
+        uses = search.uses(number)
         if isinstance(uses, str):
             reasons[name] = uses
             continue
         if len(uses) > 1:
-            reasons[name] = way.times(number)
+            reasons[name] = search.times(number)
             moves = [call.name for use in uses for call in use.moves]
             if not _MULTIPLIES.isdisjoint(moves) or len({use.z for use in uses}) < len(uses):
                 continue
@@ -49,7 +49,7 @@ def find_uses(tape: Tape, axes: Axes) -> tuple[dict[str, tuple[Use, ...]], dict[
 
 
 @dataclass(frozen=True)
-class _Way:
+class _Search:
     """From a parameter to where it enters."""
 
     tape: Tape

@@ -12,7 +12,7 @@ serves all neurons at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -35,6 +35,9 @@ from hesscli.hessian.routes.squares import Squares
 from hesscli.hessian.symmetry import mirror_
 
 _THROUGH_WEIGHTS = ", through weights"
+Ways = Callable[
+    [Block, Block], "_Way"
+]  # a block of parameters, that of their weights -> between them
 _ROWS = 8192  # of a block that is held whole; of its weights' there may be twice as many
 _SQUARES = 1 << 26  # numbers in the squares of some neurons
 _TOGETHER = 1 << 24  # and in the weights' own blocks, that share passes
@@ -102,27 +105,25 @@ class ThroughWeights(Route):
                 by_neuron.setdefault(made, []).append((part, neurons))
             else:
                 whole.setdefault(made, []).append(part)
-        passage = self._passage(batch, [part.block for part in parts], [*whole, *by_neuron])
-        self._add_whole(batch, whole, passage)
-        self._add_by_neuron(batch, by_neuron, passage)
+        way = self._ways(batch, [part.block for part in parts], [*whole, *by_neuron])
+        self._add_whole(batch, whole, way)
+        self._add_by_neuron(batch, by_neuron, way)
 
-    def _add_whole(
-        self, batch: Batch, wanted: Mapping[Block, Sequence[Wanted]], passage: _Passage
-    ) -> None:
+    def _add_whole(self, batch: Batch, wanted: Mapping[Block, Sequence[Wanted]], way: Ways) -> None:
         for some in grouped(wanted, lambda made: made.size**2, _TOGETHER):
-            owns = [Rows.whole(made, passage.like) for made in some]
+            owns = [Rows.whole(made, self._like) for made in some]
             self.route.add(batch, owns)
             for made, own in zip(some, owns, strict=True):
                 mirror_(own.out)
                 h = self.route.layout(made).ordered(own.out)
                 for part in wanted[made]:
-                    part.add(0, passage.way(part.block, made).block(h))
+                    part.add(0, way(part.block, made).block(h))
 
     def _add_by_neuron(
         self,
         batch: Batch,
         wanted: Mapping[Block, Sequence[tuple[Diagonal, Neurons]]],
-        passage: _Passage,
+        way: Ways,
     ) -> None:
         every = [
             (made, neurons.use, some)
@@ -130,17 +131,21 @@ class ThroughWeights(Route):
             for some in ranges(neurons.use.n, _SQUARES // neurons.use.m**2)
         ]
         for some in grouped(every, lambda each: len(each[2]) * each[1].m ** 2, _SQUARES):
-            squares = [Squares.of(made, use, passage.like, neurons) for made, use, neurons in some]
+            squares = [Squares.of(made, use, self._like, neurons) for made, use, neurons in some]
             self.route.add(batch, squares)
             for each in squares:
                 for part, _ in wanted[each.block]:
-                    part.out.add_(passage.way(part.block, each.block).diagonal(each))
+                    part.out.add_(way(part.block, each.block).diagonal(each))
         for made, parts in wanted.items():
             for part, neurons in parts:
-                part.out.add_(passage.way(part.block, made).bent_diagonal(neurons.entries))
+                part.out.add_(way(part.block, made).bent_diagonal(neurons.entries))
 
-    def _passage(self, batch: Batch, blocks: Sequence[Block], mades: Sequence[Block]) -> _Passage:
-        """From the parameters of blocks to their weights, which must be those of the first batch."""
+    @property
+    def _like(self) -> Tensor:
+        return next(iter(self.problem.parameters.values())).detach()
+
+    def _ways(self, batch: Batch, blocks: Sequence[Block], mades: Sequence[Block]) -> Ways:
+        """From the parameters of a block to the weights they make, which must be those of the first batch."""
         weights, first = self.cuts.analyses.of(batch).weights, self.route.problem.parameters
         known = weights.values
         names = list(dict.fromkeys(name for made in mades for name in made.parameters))
@@ -154,41 +159,22 @@ class ThroughWeights(Route):
             leaves = list(probed.leaves.values())
             found = torch.autograd.grad(probed.value, leaves, materialize_grads=True)
             deltas = dict(zip(names, found, strict=True))
-        return _Passage(theta, dict(zip(names, weights.made_of(theta, names), strict=True)), deltas)
+        made = dict(zip(names, weights.made_of(theta, names), strict=True))
 
+        def way(block: Block, of: Block) -> _Way:
+            delta = _flat(deltas[name] for name in of.parameters) if deltas else None
+            w = _flat(made[name] for name in of.parameters)
+            return _Way([theta[name] for name in block.parameters], w, delta)
 
-@dataclass(frozen=True)
-class _Passage:
-    """How weights depend on the parameters that they are made of.
-
-    Attributes:
-        theta: the parameters.
-        weights: with their graph.
-        deltas: dL/dw of each; empty where the matrix has no second term.
-    """
-
-    theta: Mapping[str, Tensor]
-    weights: Mapping[str, Tensor]
-    deltas: Mapping[str, Tensor]
-
-    @property
-    def like(self) -> Tensor:
-        return next(iter(self.weights.values())).detach()
-
-    def way(self, block: Block, made: Block) -> _Way:
-        """From the parameters of one block."""
-        theta = [self.theta[name] for name in block.parameters]
-        w = _flat(self.weights[name] for name in made.parameters)
-        delta = _flat(self.deltas[name] for name in made.parameters) if self.deltas else None
-        return _Way(theta, w, delta)
+        return way
 
 
 @dataclass(frozen=True)
 class _Way:
-    """The same of one block.
+    """How weights depend on the parameters of a block that they are made of.
 
     Attributes:
-        theta: its parameters.
+        theta: the parameters.
         w: the weights, one after the other, with their graph.
         delta: dL/dw; None where the matrix has no second term.
     """
