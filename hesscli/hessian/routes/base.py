@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -23,7 +23,6 @@ from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.words import HVP
 
 Result = TypeVar("Result")
-RowsOf = Callable[[Block, int, int], Iterator[tuple[int, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -174,16 +173,6 @@ class ByRows(Route):
         self.chunk //= 2
         return self.chunk >= 1
 
-    def rows(self, batch: Batch, blocks: Sequence[Block]) -> RowsOf:
-        """What gives rows of these blocks: block, start, stop -> (first row, [rows, n]) of those that are not zero."""
-
-        def rows_of(block: Block, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-            products = self.products(block, [batch])
-            for some in ranges(stop, self.chunk, start):
-                yield some.start, products.columns(some.start, some.stop)
-
-        return rows_of
-
     def product(self, block: Block, v: Tensor) -> Tensor:
         """H v [n] of a block, by the derivatives that its rows are made of."""
         return self.products(block, self.problem.batches)(v.to(self.problem.dtype))
@@ -194,10 +183,10 @@ class ByRows(Route):
         return Products(problem, self.middle, rows=self.chunk)
 
     def add(self, batch: Batch, parts: Sequence[Wanted]) -> None:
-        rows_of = self.rows(batch, [part.block for part in parts])
         for part in parts:
-            for first, found in rows_of(part.block, part.start, part.stop):
-                part.add(first, found)
+            products = self.products(part.block, [batch])
+            for some in ranges(part.stop, self.chunk, part.start):
+                part.add(some.start, products.columns(some.start, some.stop))
 
 
 def fitting(route: Route, work: Callable[[], Result]) -> Result:

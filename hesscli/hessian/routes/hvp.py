@@ -7,8 +7,7 @@ makes it one row at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,12 +17,14 @@ from hesscli.hessian.autodiff import batched_rows, unit_rows
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.chunk_sizes import ranges
 from hesscli.hessian.objective.batch import Batch
-from hesscli.hessian.routes.base import ByRows, RowsOf
+from hesscli.hessian.routes.base import ByRows, Wanted
 
 
 class HessianVectorProducts(ByRows):
-    def rows(self, batch: Batch, blocks: Sequence[Block]) -> RowsOf:
-        return partial(self._rows, self._gradient(batch, blocks))
+    def add(self, batch: Batch, parts: Sequence[Wanted]) -> None:
+        gradient = self._gradient(batch, [part.block for part in parts])
+        for part in parts:
+            self._add(part, gradient)
 
     def _gradient(self, batch: Batch, blocks: Sequence[Block]) -> Mapping[str, Tensor | None]:
         """dL/dtheta of the blocks' parameters, with its graph; empty where L has none."""
@@ -38,16 +39,14 @@ class HessianVectorProducts(ByRows):
             )
         return dict(zip(names, grads, strict=True))
 
-    def _rows(
-        self, gradient: Mapping[str, Tensor | None], block: Block, start: int, stop: int
-    ) -> Iterator[tuple[int, Tensor]]:
-        """The block's rows from `start` to `stop` that can differ from zero, in chunks: (first row, [rows, n])."""
-        leaves = [self.problem.parameters[name] for name in block.parameters]
-        for name, own in block.rows.items():
+    def _add(self, part: Wanted, gradient: Mapping[str, Tensor | None]) -> None:
+        """The rows that can differ from zero, in chunks."""
+        leaves = [self.problem.parameters[name] for name in part.block.parameters]
+        for name, own in part.block.rows.items():
             g = gradient.get(name)
             if g is None or not g.requires_grad:
                 continue
-            flat, last = g.reshape(-1), min(stop, own.stop)
-            for some in ranges(last, self.chunk, max(start, own.start)):
+            flat, last = g.reshape(-1), min(part.stop, own.stop)
+            for some in ranges(last, self.chunk, max(part.start, own.start)):
                 seeds = unit_rows(flat, some.start - own.start, len(some), len(own))
-                yield some.start, batched_rows(flat, leaves, seeds)
+                part.add(some.start, batched_rows(flat, leaves, seeds))
