@@ -15,10 +15,10 @@ def pool_matrix(
     """Draws a diagonal block onto the grid of the whole matrix, reading it in tiles.
 
     Args:
-        grid: [k, k] for a whole matrix of `size` rows; k <= size. Cells only grow.
-        matrix: [n, n], the block whose first row is the whole matrix's row `offset`.
-        offset: see above.
-        size: see above.
+        grid: [k, k], k <= size. Cells only grow.
+        matrix: [n, n], the block.
+        offset: the row of the whole matrix that the block begins with.
+        size: rows of the whole matrix.
         done: told how many rows of the block have been read.
     """
     n = matrix.shape[0]

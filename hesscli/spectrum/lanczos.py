@@ -248,14 +248,8 @@ class Lanczos(Krylov):
     def _outermost(self) -> list[float]:
         """Those of the wanted values that are first to show."""
         found = self.values[self._wanted()]
-        if self.which == "magnitude":
-            return [float(found[0])]
-        ends = {
-            "largest": [found.max()],
-            "smallest": [found.min()],
-            "both": [found.max(), found.min()],
-        }
-        return [float(value) for value in ends[self.which]]
+        ends = {"magnitude": [found[0]], "both": [found.max(), found.min()]}
+        return [float(value) for value in ends.get(self.which, [found[0]])]
 
     def _repeated(self) -> bool:
         """Whether some of the wanted values are the same, as far as can be told: rounding brings copies in, too."""
@@ -281,17 +275,16 @@ class Lanczos(Krylov):
         """
         best = self._wanted()
         if self.copies and self.products + len(best) <= max_products:
-            rests = [
-                self.multiply(x) - v * x for x, v in zip(found.vectors, found.values, strict=True)
-            ]
+            pairs = zip(found.vectors, found.values, strict=True)
+            residuals = np.array([norm(self.multiply(x) - v * x) for x, v in pairs])
             self.products += len(best)
-            residuals = np.array([norm(r) for r in rests])
-            return replace(
-                found,
-                residuals=residuals,
-                converged=residuals <= self._limit(found.values),
-                products=self.products,
-            )
+        else:
+            residuals = found.residuals + self._relation_error(found, best)
+        converged = residuals <= self._limit(found.values)
+        return replace(found, residuals=residuals, converged=converged, products=self.products)
+
+    def _relation_error(self, found: Found, best: np.ndarray) -> float:
+        """What the product with a random combination of the eigenvectors has beyond the Krylov relation."""
         signs = torch.randint(0, 2, (len(best),), generator=self.generator).double() * 2 - 1
         c = signs.to(found.vectors)
         product = self.multiply(c @ found.vectors)
@@ -301,7 +294,4 @@ class Lanczos(Krylov):
         expected += float(self.coupling @ y) * self.pending
         beyond = norm(product.sub_(expected)) ** 2
         left = float(y @ self.R[: self.count, : self.count] @ y)
-        error = (max(0.0, beyond - left) / len(best)) ** 0.5
-        residuals = found.residuals + error
-        converged = residuals <= self._limit(found.values)
-        return Found(found.values, found.vectors, residuals, converged, self.products)
+        return float((max(0.0, beyond - left) / len(best)) ** 0.5)
