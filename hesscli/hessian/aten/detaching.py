@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from hesscli.hessian.aten.watcher import FunctionWatcher
 
 _DETACHED = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 _IN_PLACE = (Tensor.detach_, torch.detach_)
 
 
-class Detaching(TorchFunctionMode):
+class Detaching(FunctionWatcher):
     """While it is on, `handler(result, in_place)` returns what stands for each tensor that is detached.
 
     Below autograd, `detach_` does not show at all, and `detach` looks like autograd's own copies of what it saves.
@@ -23,13 +24,7 @@ class Detaching(TorchFunctionMode):
         super().__init__()
         self.handler = handler
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
         in_place = func in _IN_PLACE
         return self.handler(result, in_place) if in_place or func in _DETACHED else result

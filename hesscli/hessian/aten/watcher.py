@@ -1,10 +1,11 @@
-"""What sees every operator call of a pass, below autograd."""
+"""What sees every call of a pass: operators below autograd, and functions above it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Kind = TypeVar("Kind")
@@ -26,6 +27,19 @@ class Watcher(TorchDispatchMode):
         types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return self.call(func, args, kwargs or {})
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of `func(*args, **kwargs)`, or what shall stand for it."""
+        raise NotImplementedError
+
+
+class FunctionWatcher(TorchFunctionMode):
+    """The same of every function of `torch`, above autograd."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         return self.call(func, args, kwargs or {})
 

@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -55,11 +55,7 @@ def gradients(blocks: int, diagonal: bool, dtype: torch.dtype, reference: torch.
     return directions + 1 if one_sided(dtype, reference) else 2 * directions
 
 
-class Try(NamedTuple):
-    """A difference quotient with a step."""
-
-    step: float
-    quotient: Callable[[float], Tensor | None]
+Try = tuple[float, Callable[[float], Tensor | None]]  # a step, and the quotient with it
 
 
 class Matrix(Protocol):
@@ -209,22 +205,26 @@ class Certificate:
             if difference <= self.tolerance * size:
                 return difference / size if size else 0.0
         dtype = self.problem.dtype
-        first, *others, largest = [Try(h, along.quotient) for h in _STEPS[dtype]]
-        held = [Try(h, along.held_quotient) for h in _HELD[dtype]]
+        first, *others, largest = [(h, along.quotient) for h in _STEPS[dtype]]
+        held = [(h, along.held_quotient) for h in _HELD[dtype]]
         by_original = partial(along.held_quotient, by_original=True)
         has_original = self.problem.original is not None
-        of_original = [Try(h, by_original) for h in _HELD[dtype] if has_original]
+        of_original = [(h, by_original) for h in _HELD[dtype] if has_original]
         errors: list[float] = []
-        for tries in ([*of_original[:1], first, largest], [*of_original[1:], *held, *others]):
+        rounds: list[list[Try]] = [
+            [*of_original[:1], first, largest],
+            [*of_original[1:], *held, *others],
+        ]
+        for tries in rounds:
             least = math.inf  # difference with the largest step
             for step, quotient in tries:
                 difference, size = comparison.distance(quotient(step))
                 errors.append(difference / size if size else 0.0)
                 if self.passed(errors[-1]):
                     return errors[-1]
-                if step == largest.step:
+                if step == largest[0]:
                     least = min(least, difference)
-            noise = self._noise(comparison, largest.step, least)
+            noise = self._noise(comparison, largest[0], least)
             if least <= noise:
                 return self.tolerance * least / noise
         return min(errors)

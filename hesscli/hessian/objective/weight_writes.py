@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from hesscli.hessian.aten.watcher import Watcher, each
+from hesscli.hessian.aten.watcher import FunctionWatcher, Watcher, each
 
 
 @contextmanager
@@ -37,19 +36,17 @@ def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else -1
 
 
-class _Replacing(TorchFunctionMode):
+class _Replacing(FunctionWatcher):
     """Sees `weight.data = other`."""
 
     def __init__(self, prevented: Callable[[Tensor], bool]) -> None:
         super().__init__()
         self.prevented = prevented
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func == Tensor.data.__set__ and self.prevented(args[0]):  # type: ignore[attr-defined]
             return None
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class _Writing(Watcher):
