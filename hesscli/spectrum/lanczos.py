@@ -8,6 +8,8 @@ One starting vector sees every eigenvalue once, however often it occurs: the cop
 iteration ever builds. So when the wanted pairs have converged, they alone are kept, what is left of their residuals is
 R, and a random vector starts a chain in their complement. What that finds either cannot be among the wanted, or joins
 them, and the search goes on.
+
+Source: K. Wu and H. Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems, 2000.
 """
 
 from __future__ import annotations

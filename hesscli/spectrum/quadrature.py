@@ -4,6 +4,8 @@ m steps of Lanczos from a random unit vector give a tridiagonal T, whose eigenva
 of its eigenvectors are the Gauss quadrature of that vector's spectral measure. The mean over random vectors estimates
 the density, with a Wasserstein error of about the spectrum's width over m, plus what is left of the chance,
 1 / sqrt(n probes).
+
+Source: S. Ubaru, J. Chen and Y. Saad, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature, 2017.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ For a random vector z of signs, E[z_b . (H z)_b] is the trace of H over the coor
 2 ||H||^2 less the diagonal, and often a few large eigenvalues make most of it. They also skew the samples: most are too
 small, and so is the error that these show. So the first samples serve as a sketch, by which the leading directions are
 taken out and their trace is had exactly: where they skew the samples, and where it saves products.
+
+Source: M. Hutchinson, A stochastic estimator of the trace, 1989; the sketch is that of R. Meyer et al., Hutch++, 2021.
 """
 
 from __future__ import annotations

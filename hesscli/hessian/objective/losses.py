@@ -78,10 +78,12 @@ def _mean_by_count(terms: Tensor, weight: Tensor | None = None) -> Total:
 
 
 def mse(output: Tensor, target: Tensor, weight: Tensor | None = None) -> Total:
+    """sum of w (z - y)^2, by the sum of w."""
     return _mean_by_weight((output - _same_shape(output, target)) ** 2, weight)
 
 
 def l1(output: Tensor, target: Tensor, weight: Tensor | None = None) -> Total:
+    """sum of w |z - y|, by the sum of w."""
     return _mean_by_weight((output - _same_shape(output, target)).abs(), weight)
 
 
@@ -96,6 +98,7 @@ def _quadratic_then_linear(error: Tensor, width: float) -> Tensor:
 def huber(
     output: Tensor, target: Tensor, delta: float = 1.0, weight: Tensor | None = None
 ) -> Total:
+    """sum of w e^2 / 2 up to |e| = delta and w delta (|e| - delta / 2) beyond, e = z - y, by the number of terms."""
     if delta <= 0:
         raise UsageError(f"huber: delta is {delta}, it must be positive")
     error = output - _same_shape(output, target)
@@ -103,6 +106,7 @@ def huber(
 
 
 def smooth_l1(output: Tensor, target: Tensor, beta: float = 1.0) -> Total:
+    """`huber` of delta = beta, divided by beta; `l1` where that is zero."""
     if beta < 0:
         raise UsageError(f"smooth-l1: beta is {beta}, it must not be negative")
     if beta == 0:
@@ -112,6 +116,7 @@ def smooth_l1(output: Tensor, target: Tensor, beta: float = 1.0) -> Total:
 
 
 def bce(output: Tensor, target: Tensor, weight: Tensor | None = None) -> Total:
+    """-sum of w (y log p + (1 - y) log(1 - p)) of probabilities p, by the number of terms."""
     target = _same_shape(output, target)
     if bool(((output < 0) | (output > 1)).any()):
         raise MismatchError(
@@ -131,6 +136,7 @@ def bce_with_logits(
     weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
 ) -> Total:
+    """The same of p = sigmoid(z), with pos_weight times y log p."""
     target = _same_shape(output, target)
     positive, _ = _weighted(target, pos_weight, "pos_weight")
     terms = positive * log_sigmoid(output) + (1 - target) * log_sigmoid(-output)
@@ -138,6 +144,7 @@ def bce_with_logits(
 
 
 def kl_div(output: Tensor, target: Tensor, log_target: bool = False) -> Total:
+    """sum of y (log y - z) of log-probabilities z, by the number of terms."""
     target = _same_shape(output, target)
     if log_target:
         return _mean_by_count(target.exp() * (target - output))
@@ -147,6 +154,7 @@ def kl_div(output: Tensor, target: Tensor, log_target: bool = False) -> Total:
 def poisson_nll(
     output: Tensor, target: Tensor, log_input: bool = True, full: bool = False, eps: float = 1e-8
 ) -> Total:
+    """sum of exp(z) - y z, or of z - y log(z + eps), with `full` plus Stirling's log y! of y > 1, by their number."""
     target = _same_shape(output, target)
     rate, log_rate = (output.exp(), output) if log_input else (output, torch.log(output + eps))
     terms = rate - target * log_rate
@@ -234,6 +242,7 @@ def _column_hint(output: Tensor, target: Tensor, axis: int) -> str | None:
 def nll(
     output: Tensor, target: Tensor, weight: Tensor | None = None, ignore_index: int = -100
 ) -> Total:
+    """-sum of w_y z_y of log-probabilities z [B, C, ...], by the sum of w_y; without targets that are ignored."""
     output, axis = _classes_second(output, target)
     target = _class_numbers(output, axis, target, ignore_index)
     weight = _class_weight(output, axis, weight)
@@ -250,6 +259,10 @@ def cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Total:
+    """`nll` of log softmax z, by the same; targets may be probabilities [B, C, ...], then by B.
+
+    With label smoothing s, (1 - s) times that, and -s / C times the sum over all classes.
+    """
     output, axis = _classes_second(output, target)
     if output.dim() == 0 or output.shape[axis] < 2:
         raise MismatchError(
