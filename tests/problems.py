@@ -102,10 +102,10 @@ def compute_blocks(
     """The blocks by one route, over all batches, as the job puts them together."""
     like = next(iter(route.problem.parameters.values())).detach()
     if diagonal:
-        diagonals = [Diagonal.whole(block, like) for block in blocks]
+        diagonals = [Diagonal.of(block, like) for block in blocks]
         fitting(route, lambda: route.sum(diagonals))
         return {part.block.name: part.out for part in diagonals}
-    rows = [Rows.whole(block, like) for block in blocks]
+    rows = [Rows.of(block, like) for block in blocks]
     fitting(route, lambda: route.sum(rows))
     return {part.block.name: finished(route, part) for part in rows}
 

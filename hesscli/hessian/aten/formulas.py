@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -193,23 +194,15 @@ def _root(x: Tensor, p: float) -> Tensor:
     return x.masked_fill(zero, 1).pow(1 / p).masked_fill(zero, 0)
 
 
-def std(
-    x: Tensor,
-    dim: list[int] | None = None,
-    correction: float | None = None,
-    keepdim: bool = False,
-) -> Tensor:
+def std(x: Tensor, dim: list[int] | None = None, **options: Any) -> Tensor:
     """The square root of the variance; constant where that is zero."""
-    return _root(torch.var(x, dim, correction=correction, keepdim=keepdim), 2)
+    return _root(torch.var(x, dim, **options), 2)
 
 
 def std_mean(
-    x: Tensor,
-    dim: list[int] | None = None,
-    correction: float | None = None,
-    keepdim: bool = False,
+    x: Tensor, dim: list[int] | None = None, keepdim: bool = False, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    return std(x, dim, correction, keepdim), x.mean(dim, keepdim)
+    return std(x, dim, keepdim=keepdim, **options), x.mean(dim, keepdim)
 
 
 def atan2(y: Tensor, x: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class Rows:
         return len(self.out) == self.block.size
 
     @classmethod
-    def whole(cls, block: Block, like: Tensor) -> Rows:
+    def of(cls, block: Block, like: Tensor) -> Rows:
         """All rows of a block, of the dtype and on the device of `like`."""
         return cls(block, 0, block.size, like.new_zeros(block.size, block.size))
 
@@ -93,7 +93,7 @@ class Diagonal:
         self.out.add_((left * right).sum(0))
 
     @classmethod
-    def whole(cls, block: Block, like: Tensor) -> Diagonal:
+    def of(cls, block: Block, like: Tensor) -> Diagonal:
         """That of a block, of the dtype and on the device of `like`."""
         return cls(block, like.new_zeros(block.size))
 

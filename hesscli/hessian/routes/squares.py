@@ -64,7 +64,7 @@ class Squares(Diagonal):
         return found.scatter_(1, self.own[:, inputs.start : inputs.stop].T, 1)
 
     @classmethod
-    def of(cls, block: Block, use: Use, like: Tensor, neurons: range) -> Squares:
+    def of_neurons(cls, block: Block, use: Use, like: Tensor, neurons: range) -> Squares:
         """Those of some neurons, of the dtype and on the device of `like`."""
         out = like.new_zeros(len(neurons), use.m, use.m)
         return cls(block, out, use.storage.places.to(like.device), neurons.start)

@@ -111,7 +111,7 @@ class ThroughWeights(Route):
 
     def _add_whole(self, batch: Batch, wanted: Mapping[Block, Sequence[Wanted]], way: Ways) -> None:
         for some in grouped(wanted, lambda made: made.size**2, _TOGETHER):
-            owns = [Rows.whole(made, self._like) for made in some]
+            owns = [Rows.of(made, self._like) for made in some]
             self.route.add(batch, owns)
             for made, own in zip(some, owns, strict=True):
                 mirror_(own.out)
@@ -131,7 +131,9 @@ class ThroughWeights(Route):
             for some in ranges(neurons.use.n, _SQUARES // neurons.use.m**2)
         ]
         for some in grouped(every, lambda each: len(each[2]) * each[1].m ** 2, _SQUARES):
-            squares = [Squares.of(made, use, self._like, neurons) for made, use, neurons in some]
+            squares = [
+                Squares.of_neurons(made, use, self._like, neurons) for made, use, neurons in some
+            ]
             self.route.add(batch, squares)
             for each in squares:
                 for part, _ in wanted[each.block]:

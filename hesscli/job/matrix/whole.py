@@ -131,7 +131,7 @@ def _sums(route: Route, blocks: Sequence[Block], diagonal: bool) -> dict[str, Te
     """The blocks' sums over batches, or those of their diagonals."""
     like = next(iter(route.problem.parameters.values())).detach()
     kind = Diagonal if diagonal else Rows
-    parts: list[Wanted] = [kind.whole(block, like) for block in blocks]
+    parts: list[Wanted] = [kind.of(block, like) for block in blocks]
     route.sum(parts)
     return {part.block.name: part.out for part in parts}
 
