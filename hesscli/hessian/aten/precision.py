@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,56 +82,42 @@ def _grouped_mm(
     return y if bias is None else y + bias
 
 
-def _filled(
-    size: Sequence[int], value: Any, *, dtype: torch.dtype | None = None, **options: Any
-) -> Tensor:
-    return torch.empty(size, dtype=_widened(dtype), **options).fill_(value)
-
-
 def _filled_like(
     x: Tensor, value: Any, *, dtype: torch.dtype | None = None, **options: Any
 ) -> Tensor:
     return torch.empty_like(x, dtype=_widened(dtype), **options).fill_(value)
 
 
-def _full(
-    size: Sequence[int], value: Any, *, dtype: torch.dtype | None = None, **options: Any
-) -> Tensor:
-    return _filled(size, value, dtype=dtype or torch.tensor(value).dtype, **options)
+def _made_by(
+    out: Callable[..., Tensor], inferred: Callable[..., torch.dtype | None] = lambda *_: None
+) -> Callable[..., Tensor]:
+    """What makes a tensor of the dtype that it is told, or that is inferred from its arguments: of a wider one."""
+
+    def make(*arguments: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        blank = torch.empty(0, dtype=_widened(dtype or inferred(*arguments)), **options)
+        return out(*arguments, out=blank)
+
+    return make
 
 
-def _eye(n: int, m: int | None = None, **options: Any) -> Tensor:
-    return _filled((n, n if m is None else m), 0, **options).fill_diagonal_(1)
+def _dtype_of(*numbers: Any) -> torch.dtype:
+    return torch.tensor(numbers).dtype
 
 
-def _arange(
-    start: Any, end: Any, step: Any = 1, *, dtype: torch.dtype | None = None, **options: Any
-) -> Tensor:
-    dtype = dtype or torch.tensor([start, end, step]).dtype
-    blank = torch.empty(0, dtype=_widened(dtype), **options)
-    return torch.ops.aten.arange.start_out(start, end, step, out=blank)
-
-
-def _linspace(
-    start: Any, end: Any, steps: int, *, dtype: torch.dtype | None = None, **options: Any
-) -> Tensor:
-    blank = torch.empty(0, dtype=_widened(dtype), **options)
-    return torch.ops.aten.linspace.out(start, end, steps, out=blank)
-
-
-_MADE: dict[str, Callable[..., Tensor]] = {  # what makes tensors of a dtype that it is told
-    "zeros": lambda size, **options: _filled(size, 0, **options),
-    "ones": lambda size, **options: _filled(size, 1, **options),
-    "full": _full,
+_aten = torch.ops.aten
+_MADE: dict[str, Callable[..., Tensor]] = {
+    "zeros": _made_by(_aten.zeros.out),
+    "ones": _made_by(_aten.ones.out),
+    "full": _made_by(_aten.full.out, lambda _, value: _dtype_of(value)),
     "zeros_like": lambda x, **options: _filled_like(x, 0, **options),
     "ones_like": lambda x, **options: _filled_like(x, 1, **options),
     "full_like": _filled_like,
-    "eye": _eye,
-    "eye.m": _eye,
-    "arange": lambda end, **options: _arange(0, end, **options),
-    "arange.start": _arange,
-    "arange.start_step": _arange,
-    "linspace": _linspace,
+    "eye": _made_by(_aten.eye.out),
+    "eye.m": _made_by(_aten.eye.m_out),
+    "arange": _made_by(_aten.arange.out, _dtype_of),
+    "arange.start": _made_by(_aten.arange.start_out, _dtype_of),
+    "arange.start_step": _made_by(_aten.arange.start_out, _dtype_of),
+    "linspace": _made_by(_aten.linspace.out),
 }
 
 
