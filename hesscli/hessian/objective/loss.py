@@ -38,7 +38,7 @@ class Loss:
     `function` is one of `LOSSES`, the user's own `(output, target, **arguments) -> Tensor`, or None where the
     model's output is the loss itself. Of the last two, a result with one axis per sample is summed and its
     mean divides by its number of elements; a single number is taken to be the loss of all data, reduced already
-    (`whole` then says that the data must not be split into batches).
+    (`reduced` then says that the data must not be split into batches).
 
     `wide`: what the user's own, or the model, computes in less than float64 is computed in that.
     """
@@ -46,7 +46,7 @@ class Loss:
     name: str
     reduction: str = "mean"
     function: Callable[..., Tensor] | None = None
-    whole: bool = False
+    reduced: bool = False
     wide: bool = False
 
     def class_axis(self, shape: Sequence[int], target: Tensor | None) -> int | None:

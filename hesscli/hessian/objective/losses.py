@@ -47,8 +47,8 @@ def _same_shape(output: Tensor, target: Tensor) -> Tensor:
 
 
 def _are_classes(target: Tensor, count: int) -> bool:
-    whole = (target == target.round()) & (target >= 0) & (target < count)
-    return count > 1 and bool(whole.all())
+    numbers = (target == target.round()) & (target >= 0) & (target < count)
+    return count > 1 and bool(numbers.all())
 
 
 def _weighted(

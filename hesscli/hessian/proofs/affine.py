@@ -92,13 +92,13 @@ class _Search:
         shapes = self.tape.shapes
         made = next(output for output in call.outputs if output is not None)
         if not lookup and self.axes[made] is None:
-            whole = shapes[made] == shapes[value]
+            same_shape = shapes[made] == shapes[value]
             if call.name == "embedding":
                 return self.uses(made, moves, call)
             if (
                 call.name in _VIEWS | _COPIES
-                or (call.name in _OF_ALL and whole)
-                or (_multiplies(call, value, self.constants) and whole)
+                or (call.name in _OF_ALL and same_shape)
+                or (_multiplies(call, value, self.constants) and same_shape)
             ):
                 return self.uses(made, (*moves, call), lookup)
         z, reason = call.outputs[0], f"not an affine use ({call.name})"
@@ -130,9 +130,10 @@ def _adds_rows(tape: Tape, call: Call, rows: int, total: int) -> bool:
 def _multiplies(call: Call, value: int, constants: Collection[int]) -> bool:
     """Whether a call multiplies each entry of a value by a constant, or divides it by one."""
     others = [n for n in call.reads if n != value]
-    known = call.name in _MULTIPLIES and not call.keywords
-    whole = known and (call.name != "div" or call.place(value) == 0)
-    return whole and all(n in constants for n in others)
+    if call.name not in _MULTIPLIES or call.keywords:
+        return False
+    divides_it = call.name != "div" or call.place(value) == 0
+    return divides_it and all(n in constants for n in others)
 
 
 def _moved(shape: torch.Size, moves: Sequence[Call], numbered: bool = False) -> Tensor:

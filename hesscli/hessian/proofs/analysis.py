@@ -167,7 +167,7 @@ class WeightAnalyses(Analyses):
 
 def _analyse(problem: Problem, batch: Batch) -> Analysis:
     loss = problem.loss
-    if loss.whole:
+    if loss.reduced:
         raise NotApplicable(f"the loss {loss.name} is one number for all data")
     if not batch.inputs or not batch.inputs[0].dim():
         raise NotApplicable("the inputs have no sample axis")

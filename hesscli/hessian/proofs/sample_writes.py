@@ -18,8 +18,8 @@ _REDUCTIONS = frozenset(["sum", "mean", "amax", "amin"])
 
 
 def into_slice(c: Context) -> SampleAxis | None:
-    whole = list(c.shape(0)) == list(c.shape(1))
-    return _replaced(c, 1, lambda axis: None if axis == c.dim and not whole else axis)
+    covers = list(c.shape(0)) == list(c.shape(1))
+    return _replaced(c, 1, lambda axis: None if axis == c.dim and not covers else axis)
 
 
 def into_selection(c: Context) -> SampleAxis | None:

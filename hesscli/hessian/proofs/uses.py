@@ -123,8 +123,8 @@ class Use:
             kernel = known[self.value].shape[2:]
             patches = convolved(a, kernel, *map(self.call.named, _OF_CONVOLUTION))
             split = (self.axis.outer, -1, self.axis.inner, *patches.shape[1:])
-            whole = (-1, self.positions, self.storage.groups * self.m)
-            return patches.reshape(split).transpose(0, 1).reshape(whole)
+            shape = (-1, self.positions, self.storage.groups * self.m)
+            return patches.reshape(split).transpose(0, 1).reshape(shape)
         if self.call.name == "embedding":  # a product with the tokens' unit vectors
             a = torch.nn.functional.one_hot(a, self.m).to(known[self.z].dtype)
             padding = self.call.named("padding_idx")

@@ -41,13 +41,13 @@ class Weights:
         tape: the calls behind the weights, which are its parameters.
         calls: those that make them, of parameters and constants.
         of: the names of the weights that are made of each parameter.
-        whole: the tape with what makes them; what takes the shape of data alone is given.
+        full: the tape with what makes them; what takes the shape of data alone is given.
     """
 
     tape: Tape
     calls: tuple[Call, ...]
     of: Mapping[str, tuple[str, ...]]
-    whole: Tape
+    full: Tape
 
     @property
     def values(self) -> dict[str, Tensor]:
@@ -56,9 +56,9 @@ class Weights:
 
     def made_of(self, parameters: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
         """Some weights, made anew of these parameters."""
-        numbers = self.whole.parameters
+        numbers = self.full.parameters
         given = {numbers[name]: x for name, x in parameters.items() if name in numbers}
-        known = self.whole.replay(given, calls=self.calls)
+        known = self.full.replay(given, calls=self.calls)
         return [known[self.tape.parameters[name]] for name in names]
 
     def neurons(self, parameter: str, use: Use) -> Neurons | None:
@@ -66,7 +66,7 @@ class Weights:
 
         Whatever else the weight is made of are constants.
         """
-        tape, number = replace(self.whole, calls=self.calls), self.whole.parameters[parameter]
+        tape, number = replace(self.full, calls=self.calls), self.full.parameters[parameter]
         w = self.tape.parameters[use.parameter]
         neurons = _ordered(use.storage.places)
         for axis, length in enumerate(tape.shapes[number]):

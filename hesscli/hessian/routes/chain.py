@@ -168,15 +168,15 @@ class FactoredHessian:
     """S = L^T R + sum of V^T diag(w) V + diag(d), for each sample.
 
     Args:
-        whole: S itself, [B, n, n].
+        S: [B, n, n].
     """
 
-    def __init__(self, whole: Tensor) -> None:
-        self._begin_with(whole)
+    def __init__(self, S: Tensor) -> None:
+        self._begin_with(S)
 
-    def _begin_with(self, whole: Tensor) -> None:
-        identity = torch.eye(whole.shape[1], dtype=whole.dtype, device=whole.device)
-        self.left, self.right = identity.unsqueeze(0), whole  # [B or 1, r, n], [B, r, n]
+    def _begin_with(self, S: Tensor) -> None:
+        identity = torch.eye(S.shape[1], dtype=S.dtype, device=S.device)
+        self.left, self.right = identity.unsqueeze(0), S  # [B or 1, r, n], [B, r, n]
         self.weighted: list[tuple[Tensor, Tensor]] = []  # V [B or 1, r, n], w [B, r]
         self.d: Tensor | None = None  # [B, n]
 
@@ -221,12 +221,12 @@ class FactoredHessian:
         return total
 
     def _multiply_out(self) -> None:
-        whole = self.left.transpose(1, 2) @ self.right
+        S = self.left.transpose(1, 2) @ self.right
         for v, w in self.weighted:
-            whole = whole + (v * w.unsqueeze(2)).transpose(1, 2) @ v
+            S = S + (v * w.unsqueeze(2)).transpose(1, 2) @ v
         if self.d is not None:
-            whole = whole + torch.diag_embed(self.d)
-        self._begin_with(whole)
+            S = S + torch.diag_embed(self.d)
+        self._begin_with(S)
 
 
 def _weighted_squares(v: Tensor, w: Tensor) -> Tensor:

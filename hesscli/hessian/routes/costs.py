@@ -83,11 +83,11 @@ class Costs:
     def after(self, *values: int) -> Work:
         """One forward pass over everything that depends on some values, and the loss."""
         if values not in self._after:
-            self._after[values] = self._way(values, self.tape.calls) + self.loss
+            self._after[values] = self._pass(values, self.tape.calls) + self.loss
         return self._after[values]
 
-    def _way(self, values: Sequence[int], calls: Sequence[Call]) -> Work:
-        """That of the first so many calls, as far as they depend on some values."""
+    def _pass(self, values: Sequence[int], calls: Sequence[Call]) -> Work:
+        """A forward pass over the first so many calls, as far as they depend on some values."""
         reached = self.tape.dependent(values)
         pairs = zip(calls, self._each, strict=False)
         return _sum(work for call, work in pairs if not reached.isdisjoint(call.reads))
@@ -109,7 +109,7 @@ class Costs:
         chunks, way = math.ceil(count / self.chunk), self.after(z)
         product = Work()
         if cut is not None:
-            way = self._way([z], self.tape.until(cut))
+            way = self._pass([z], self.tape.until(cut))
             product = self._product(self.samples * self.size(cut) ** 2).times(count, chunks)
         passes = PASSES if cut is None else CUT_PASSES
         return way.times(passes * count, passes * chunks) + product + self.forward.times(3)

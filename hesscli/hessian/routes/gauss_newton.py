@@ -80,10 +80,9 @@ class Factors:
                 part = _jacobian(use, v[mine], a[mine])
                 known = parts.get(use.parameter)
                 parts[use.parameter] = part if known is None else known.add_(part)
-            whole = (
-                next(iter(parts.values())) if len(parts) == 1 else torch.cat([*parts.values()], -1)
-            )
-            yield whole, self.curvature[mine]
+            every = list(parts.values())
+            jacobian = every[0] if len(every) == 1 else torch.cat(every, -1)
+            yield jacobian, self.curvature[mine]
 
     def of(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """df/dz of a plain layer, [B, C, n], and its inputs, [B, width]."""

@@ -48,12 +48,12 @@ def inspect_loss(
     if wants_all:
         note(f"the loss takes all {source.samples} samples at once, so all the data is one batch")
     if terms.numel() == 1 and source.samples > 1 and (not terms.dim() or len(tried) > 1):
-        problem = replace(problem, loss=replace(problem.loss, whole=True))
+        problem = replace(problem, loss=replace(problem.loss, reduced=True))
         note(
             "the loss is one number for all data, so the data is not split into batches; "
             "with a loss that returns one term per sample it would be, and faster"
         )
-    return problem, source, wants_all or problem.loss.whole
+    return problem, source, wants_all or problem.loss.reduced
 
 
 def _fixed(problem: Problem, source: Source, some: Batch) -> dict[str, Tensor]:
