@@ -143,18 +143,15 @@ class Products(LinearMap):
         if index in self.kept:
             return self.kept[index]
         batch = self.problem.batches[index]
-        with exact_derivatives():
-            made = self._output(batch, self.middle) if self.middle else self._hessian(batch)
+        if self.middle is None:
+            grads = gradient_graph(self.problem, batch, self.leaves)
+            made = self._transposed(self._joined(grads))
+        else:
+            with exact_derivatives():
+                made = self._output(batch, self.middle)
         if index < self.keeps:
             self.kept[index] = made
         return made
-
-    def _hessian(self, batch: Batch) -> Callable[[Tensor], Row]:
-        value = self.problem.value(batch)
-        if not value.requires_grad:
-            return self._zeros
-        grads = torch.autograd.grad(value, self.leaves, create_graph=True, allow_unused=True)
-        return self._transposed(self._joined(grads))
 
     def _output(self, batch: Batch, at_output: Middle) -> Callable[[Tensor], Row]:
         """v -> J^T M J v. J v is the derivative of J^T u, which is linear in u, along v."""
@@ -203,6 +200,17 @@ class Products(LinearMap):
             ]
 
         return multiply
+
+
+def gradient_graph(
+    problem: Problem, batch: Batch, leaves: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """A batch's share of dL/dtheta by these parameters, with its graph; None where L does not depend on one."""
+    with exact_derivatives():
+        value = problem.value(batch)
+        if not value.requires_grad:
+            return [None] * len(leaves)
+        return torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
 
 
 def loss_hessian(problem: Problem, batch: Batch, output: Tensor) -> Linear:
