@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.proofs.sample_axis import Axes, SampleAxis
 from hesscli.hessian.proofs.storage import Storage
 from hesscli.hessian.proofs.uses import BIAS, CONVOLUTION, LINEAR, SCALE, Use
@@ -35,9 +37,10 @@ def find_uses(tape: Tape, axes: Axes) -> tuple[dict[str, tuple[Use, ...]], dict[
     reasons: dict[str, str] = {}
     for name, number in tape.parameters.items():
         search = _Search(tape, axes, constants, name)
-        uses = search.uses(number)
-        if isinstance(uses, str):
-            reasons[name] = uses
+        try:
+            uses = search.uses(number)
+        except NotApplicable as reason:
+            reasons[name] = str(reason)
             continue
         if len(uses) > 1:
             reasons[name] = search.times(number)
@@ -66,28 +69,28 @@ class _Search:
 
     def uses(
         self, value: int, moves: tuple[Call, ...] = (), lookup: Call | None = None
-    ) -> list[Use] | str:
-        """The uses of what the moves have made of the parameter, or the reason why one of them is none.
+    ) -> list[Use]:
+        """The uses of what the moves have made of the parameter.
 
         Args:
             value: the number of that.
             moves: views, copies, and products with constants.
             lookup: what took it from a table, of the same rows for every sample, as those of positions are.
+
+        Raises:
+            NotApplicable: one of them is none, or there are none.
         """
         readers = self.tape.readers.get(value, ())
         if len(readers) == 1:
             return self._in(readers[0], value, moves, lookup)
-        found: list[Use] = []
-        for call in readers:
-            more = self._in(call, value, moves, lookup)
-            if lookup or isinstance(more, str):
-                return self.times(value)
-            found += more
-        return found or self.times(value)
+        with suppress(NotApplicable):
+            if readers and not lookup:
+                return [use for call in readers for use in self._in(call, value, moves, lookup)]
+        raise NotApplicable(self.times(value))
 
     def _in(
         self, call: Call, value: int, moves: tuple[Call, ...], lookup: Call | None
-    ) -> list[Use] | str:
+    ) -> list[Use]:
         """Those that it has through one call."""
         shapes = self.tape.shapes
         made = next(output for output in call.outputs if output is not None)
@@ -101,24 +104,25 @@ class _Search:
                 or (_multiplies(call, value, self.constants) and same_shape)
             ):
                 return self.uses(made, (*moves, call), lookup)
-        z, reason = call.outputs[0], f"not an affine use ({call.name})"
+        z, refusal = call.outputs[0], NotApplicable(f"not an affine use ({call.name})")
         if not self.tape.complex.isdisjoint([value, *call.reads, *([] if z is None else [z])]):
-            return "complex numbers"
+            raise NotApplicable("complex numbers")
         if z is None or (axis := self.axes[z]) is None:
-            return reason
+            raise refusal
         if lookup:
             if not _adds_rows(self.tape, call, value, z):
-                return reason
+                raise refusal
             call, value = lookup, lookup.named("weight").value
         try:
             entries = _moved(shapes[self.tape.parameters[self.parameter]], moves)
         except RuntimeError:  # not a view of the parameter as it lies in the file
-            return f"not an affine use ({moves[-1].name})"
+            raise NotApplicable(f"not an affine use ({moves[-1].name})") from None
         place = call.place(value)
         operand = _Operand(self.parameter, value, moves, entries, call, place, z, shapes[z], axis)
-        find = _FINDERS.get(call.name)
-        use = find and find(operand)
-        return [use] if use else reason
+        use = _FINDERS[call.name](operand) if call.name in _FINDERS else None
+        if use is None:
+            raise refusal
+        return [use]
 
 
 def _adds_rows(tape: Tape, call: Call, rows: int, total: int) -> bool:
