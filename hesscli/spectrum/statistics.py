@@ -17,6 +17,8 @@ _RUN = 1 << 14  # numbers
 
 @dataclass(frozen=True)
 class Statistics:
+    """Of one block; eigenvalues and norm have the unit of its entries."""
+
     trace: float
     fro_norm: float
     eig_max: float | None = None  # None: not computed

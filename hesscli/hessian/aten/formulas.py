@@ -31,6 +31,7 @@ def scale_and_shift(
 def layer_norm(
     x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(x - mean) / sqrt(var + eps), times weight, plus bias, over the last axes; its mean, and 1 / sqrt(var + eps)."""
     y, mean, rstd = _normalise(x, list(range(-len(shape), 0)), eps)
     return scale_and_shift(y, weight, bias, shape), mean, rstd
 
@@ -45,6 +46,7 @@ def group_norm(
     groups: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The same over the channels of each group, and all positions."""
     y, mean, rstd = _normalise(x.reshape(samples, groups, -1), [-1], eps)
     per_channel = [1, channels] + [1] * (x.dim() - 2)
     y = scale_and_shift(y.reshape(x.shape), weight, bias, per_channel)
@@ -84,6 +86,7 @@ batch_norm = _channel_norm([0])
 
 
 def weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """g v / |v| and |v|, the norm over all axes but `dim`; over all of them where that is -1."""
     if dim == -1:  # the norm of the whole tensor
         norm = (v * v).sum().sqrt()
     else:
@@ -93,6 +96,7 @@ def weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, T
 
 
 def hardsigmoid(x: Tensor) -> Tensor:
+    """min(max(x / 6 + 1 / 2, 0), 1)"""
     return F.hardtanh(x, -3, 3) / 6 + 0.5  # flat at +-3, as PyTorch's
 
 
@@ -101,10 +105,12 @@ def hardsigmoid_(x: Tensor) -> Tensor:
 
 
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
+    """x where it is positive, weight x elsewhere."""
     return torch.where(x > 0, x, weight * x)
 
 
 def logcumsumexp(x: Tensor, dim: int) -> Tensor:
+    """log sum of exp(x_i) over all i up to each place."""
     if not x.dim():
         return x.clone()
     reach = 1  # each entry has summed up so many
@@ -120,6 +126,7 @@ def logcumsumexp(x: Tensor, dim: int) -> Tensor:
 
 
 def pad_circular(x: Tensor, pad: Sequence[int]) -> Tensor:
+    """x as one period of what goes on at its ends; a negative pad cuts it."""
     for place in range(len(pad) // 2):
         axis, (before, after) = x.dim() - 1 - place, pad[2 * place : 2 * place + 2]
         start, stop = max(-before, 0), x.shape[axis] - max(-after, 0)
@@ -130,6 +137,7 @@ def pad_circular(x: Tensor, pad: Sequence[int]) -> Tensor:
 
 
 def sinc(x: Tensor) -> Tensor:
+    """sin(pi x) / (pi x); at 0 its series, of the same derivatives."""
     zero, z = x == 0, torch.pi * x
     other = z.masked_fill(zero, 1)
     return torch.where(zero, 1 - z * z / 6, other.sin() / other)
@@ -157,6 +165,7 @@ def binary_cross_entropy_with_logits(
     pos_weight: Tensor | None = None,
     reduction: int = 1,
 ) -> Tensor:
+    """-w (pos_weight y log s(x) + (1 - y) log(1 - s(x))), s being the sigmoid."""
     positive = target if pos_weight is None else pos_weight * target
     terms = -(positive * log_sigmoid(x) + (1 - target) * log_sigmoid(-x))
     if weight is not None:
@@ -232,6 +241,8 @@ def sgn(z: Tensor) -> Tensor:
 
 
 def cosine_similarity(x: Tensor, y: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """<x, y> / (max(|x|, eps) max(|y|, eps))"""
+
     def normed(z: Tensor) -> Tensor:
         return z / vector_norm(z, dim=[dim], keepdim=True).clamp(min=eps)
 
@@ -240,6 +251,8 @@ def cosine_similarity(x: Tensor, y: Tensor, dim: int = 1, eps: float = 1e-8) -> 
 
 
 def adaptive_avg_pool(axes: int, elsewhere: str) -> Callable[..., Tensor]:
+    """The mean over the last axes, where one place is asked for; PyTorch's own operator elsewhere."""
+
     def pool(x: Tensor, size: Sequence[int]) -> Tensor:
         if all(length == 1 for length in size):
             return x.mean(list(range(-axes, 0)), keepdim=True)
@@ -259,6 +272,7 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum (mode 0), mean (1) or maximum (2) of each bag's rows, without the padding."""
     count = len(offsets) - include_last_offset
     starts, places = offsets[:count], torch.arange(len(indices), device=offsets.device)
     bag = torch.bucketize(places, starts, right=True) - 1
@@ -287,9 +301,11 @@ def embedding_bag(
 
 
 def cdist(x: Tensor, y: Tensor, p: float, compute_mode: int | None = None) -> Tensor:
+    """|x_i - y_j|_p of all rows: [..., P, M], [..., R, M] -> [..., P, R]."""
     return vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), p, [-1])
 
 
 def pdist(x: Tensor, p: float = 2) -> Tensor:
+    """|x_i - x_j|_p of all rows i < j: [N, M] -> [N (N - 1) / 2]."""
     first, second = torch.triu_indices(len(x), len(x), 1, device=x.device)
     return vector_norm(x[first] - x[second], p, [-1])

@@ -73,6 +73,12 @@ class Loss:
         return self.name != "output"
 
     def total(self, output: Tensor, batch: Batch) -> Total:
+        """The sum of the batch's loss terms, and its share of what the mean divides by.
+
+        Raises:
+            UsageError: the loss does not take its arguments.
+            MismatchError: nor the output, or the target.
+        """
         if self.name in LOSSES:
             arguments = batch.loss_arguments
             try:

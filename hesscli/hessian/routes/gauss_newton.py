@@ -93,6 +93,8 @@ class Factors:
 
 
 class GaussNewton(AffineRoute):
+    """sum_b J^T Lambda J, and the bend: exact where the output is piecewise linear in z."""
+
     method = GAUSS_NEWTON
 
     def uses(self, analysis: Analysis, block: Block) -> list[Use]:

@@ -26,6 +26,8 @@ from hesscli.hessian.routes.probes import Probed
 
 
 class GeneralisedGaussNewton(GaussNewton):
+    """sum_b J^T Lambda J of any model."""
+
     curved = False
 
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
@@ -41,6 +43,8 @@ class GeneralisedGaussNewton(GaussNewton):
 
 
 class EmpiricalFisher(GeneralisedGaussNewton):
+    """sum_b g_b g_b^T / D, g_b being the gradient of a sample's own loss terms."""
+
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
         if self.problem.one_sample:
             raise NotApplicable("one sample without a sample axis")

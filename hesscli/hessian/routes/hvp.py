@@ -17,6 +17,8 @@ from hesscli.hessian.routes.base import ByRows, Wanted
 
 
 class HessianVectorProducts(ByRows):
+    """d(g[r]) / d theta_B for each row r."""
+
     def add(self, batch: Batch, parts: Sequence[Wanted]) -> None:
         """Adds the rows that can differ from zero, in chunks."""
         parameters = self.problem.parameters

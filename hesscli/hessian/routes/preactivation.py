@@ -43,6 +43,8 @@ from hesscli.hessian.words import PREACTIVATION
 
 
 class Preactivation(AffineRoute):
+    """sum_b A^T S A by derivatives along z; H of several layers by the formula above."""
+
     method = PREACTIVATION
 
     def __init__(self, cuts: Cuts) -> None:

@@ -104,6 +104,7 @@ class Probed:
 
     @cached_property
     def phi(self) -> Tensor:
+        """Phi: the loss, and <w_l, a_l> of each dual."""
         return self.value + sum((self.known[a] * w).sum() for a, w in self.duals.items())
 
     def gradients(self, values: Sequence[int]) -> dict[int, Tensor | None]:
@@ -150,6 +151,7 @@ class Probed:
         )
 
     def columns(self, use: Use) -> Tensor:
+        """The inputs of a use's affine map, [B, T, groups m], without their graph."""
         with torch.no_grad():
             return use.columns(self.known).detach()
 
