@@ -84,7 +84,8 @@ def shapes_of(problem: Problem) -> dict[str, tuple[int, ...]]:
 
 def routes_of(problem: Problem, chunk: int = 7, curvature: str = "hessian") -> dict[str, Route]:
     cuts = Cuts(Analyses(problem), chunk)
-    return CURVATURES[curvature].routes(cuts, lambda: problem.double() or problem)
+    routes = CURVATURES[curvature].routes(cuts, lambda: problem.double() or problem)
+    return {route.name: route for route in routes}
 
 
 def planner_of(problem: Problem) -> Planner:

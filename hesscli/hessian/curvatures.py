@@ -75,15 +75,14 @@ class Curvature:
         self.require(Analyses(problem))
         return Products(problem, self.middle, memory, rows)
 
-    def routes(self, cuts: Cuts, reference: Callable[[], Problem]) -> dict[str, Route]:
-        """Every route to the blocks of a problem, by name, the fast ones first; differences are of `reference`."""
+    def routes(self, cuts: Cuts, reference: Callable[[], Problem]) -> list[Route]:
+        """Every route to the blocks of a problem, the fast ones first; differences are of `reference`."""
         problem, chunk = cuts.problem, cuts.chunk
         fast: list[type[AffineRoute]] = [Preactivation, GaussNewton]
         others: list[Route] = [HessianVectorProducts(problem, chunk), FiniteDifference(reference)]
         if self.jacobians is not None:
             fast, others = [self.jacobians], [ByRows(problem, chunk, self.middle)]
-        routes = [made for kind in fast for made in (kind(cuts), ThroughWeights(kind, cuts))]
-        return {route.name: route for route in (*routes, *others)}
+        return [each for kind in fast for each in (kind(cuts), ThroughWeights(kind, cuts))] + others
 
     def certificate(self, problem: Problem, dtype: torch.dtype, seed: int) -> Certificate:
         """See `Certificate`."""

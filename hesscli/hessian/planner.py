@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from hesscli.hessian.applicability import NotApplicable
@@ -23,13 +23,13 @@ class Planner:
         routes: those that there are, the fast ones first.
     """
 
-    def __init__(self, cuts: Cuts, routes: Mapping[str, Route]) -> None:
+    def __init__(self, cuts: Cuts, routes: Sequence[Route]) -> None:
         self.first, self.routes = FirstBatch(cuts), routes
         self.rates = usual_rates(cuts.problem.device)
 
     def choices(self, block: Block, diagonal: bool) -> list[Choice]:
         """The exact routes of a block, the cheapest first, and what is the last resort, if anything is."""
-        found, reasons = self._exact(self.routes.values(), block, diagonal)
+        found, reasons = self._exact(self.routes, block, diagonal)
         if all(choice.method in (HVP, FINITE_DIFFERENCE) for choice in found):
             found[0] = replace(found[0], reason=reasons[0])
         return found
@@ -40,7 +40,7 @@ class Planner:
         Raises:
             NotApplicable: none would be exact for this block.
         """
-        mine = [route for route in self.routes.values() if route.method == method]
+        mine = [route for route in self.routes if route.method == method]
         if not mine:
             raise NotApplicable("it gives the Hessian alone")
         found, reasons = self._exact(mine, block, diagonal)
