@@ -43,7 +43,8 @@ class Krylov:
         coupling: b [count].
         pending: q [n].
         values, columns, residuals: the Ritz values, ascending, their coordinates in the basis, and their residuals.
-        largest: of all Ritz values so far, those that were let go too, in magnitude.
+        largest: the norm of the largest product so far, or the magnitude of the largest Ritz value, those that were let
+            go too: |H| is no less.
         products: so far.
     """
 
@@ -70,7 +71,7 @@ class Krylov:
         self.solve()
 
     def step(self) -> bool:
-        """Multiplies the pending vector; what is new in the product is the next one.
+        """Multiplies the pending vector; what is new in the product is the next one. `solve` is the caller's.
 
         Returns:
             whether anything was new.
@@ -80,7 +81,8 @@ class Krylov:
         size = norm(product)
         if not math.isfinite(size):
             raise NotFinite
-        if 0 < max(size, self.largest) < _LEAST:
+        self.largest = max(self.largest, size)
+        if 0 < self.largest < _LEAST:
             raise NumericalError(
                 f"a product of norm {size:.1g}: the squares of residuals would be zero in float64",
                 "scale the loss: a constant factor scales all eigenvalues by as much",
@@ -97,14 +99,13 @@ class Krylov:
             left = norm(product)
         self.T[j, : self.count] = self.T[: self.count, j] = parts
         self.coupling = np.zeros(self.count)
-        least = 16 * torch.finfo(product.dtype).eps * max(size, self.largest)
+        least = 16 * torch.finfo(product.dtype).eps * self.largest
         new = left > least and self.count < self.size
         if new:
             self.coupling[j] = left
             self.pending = product.div_(left)
         elif self.count < self.size:  # an invariant subspace: on elsewhere
             self.pending = self.random()
-        self.solve()
         return new
 
     def _subtract(self, v: Tensor, parts: np.ndarray) -> None:

@@ -114,6 +114,7 @@ class Lanczos(Krylov):
     def _step(self) -> bool:
         """One product; whether anything in it was new."""
         new = self.step()
+        self.solve()
         self.report(self.products, self._worst(), self.tolerance)
         return new
 

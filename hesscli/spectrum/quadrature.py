@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hesscli.spectrum.density import Density
-from hesscli.spectrum.finite import finite, norm
+from hesscli.spectrum.krylov import Krylov
 
 
 def lanczos_quadrature(
@@ -41,16 +41,17 @@ def lanczos_quadrature(
     steps = min(steps, size)
     found: list[tuple[np.ndarray, np.ndarray]] = []
     interrupted = False
-    basis = torch.zeros(steps, size, dtype=like.dtype, device=like.device)
     try:
         for probe in range(probes):
-
-            def said(step: int, probe: int = probe) -> None:
-                done = probe * steps + step
+            krylov = Krylov(multiply, size, steps, generator, like.new_zeros(size))
+            new = True
+            while new and krylov.count < steps:
+                new = krylov.step()
+                done = probe * steps + krylov.count
                 report(done, probes * steps, f"{done} products, probe {probe + 1} of {probes}")
-
-            start = torch.randn(size, generator=generator, dtype=torch.float64)
-            found.append(_quadrature(multiply, start.to(basis), basis, said))
+            krylov.solve()
+            found.append((krylov.values, krylov.columns[0] ** 2))
+            del krylov  # its basis, before there is another
     except KeyboardInterrupt:
         interrupted = True
     nodes = np.concatenate([values for values, _ in found]) if found else np.zeros(0)
@@ -58,35 +59,3 @@ def lanczos_quadrature(
     order = np.argsort(nodes, kind="stable")
     weights = weights[order] / max(1, len(found))
     return Density(nodes[order], weights, False, len(found), interrupted)
-
-
-def _quadrature(
-    multiply: Callable[[Tensor], Tensor],
-    start: Tensor,
-    basis: Tensor,
-    report: Callable[[int], None],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights of one vector's spectral measure, by Lanczos with full reorthogonalisation."""
-    steps = len(basis)
-    diagonal: list[float] = []
-    off: list[float] = []
-    v = start / norm(start)
-    scale = 0.0
-    for j in range(steps):
-        basis[j] = v
-        w = finite(multiply(v))
-        scale = max(scale, norm(w))
-        diagonal.append(float(v @ w))
-        w = w - diagonal[-1] * v
-        if j:
-            w -= off[-1] * basis[j - 1]
-        w -= (basis[: j + 1] @ w) @ basis[: j + 1]  # what rounding left of the basis
-        report(j + 1)
-        left = norm(w)
-        if j + 1 == steps or left <= 16 * torch.finfo(w.dtype).eps * scale:
-            break
-        off.append(left)
-        v = w / left
-    T = np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1)
-    values, columns = np.linalg.eigh(T)
-    return values, columns[0] ** 2
