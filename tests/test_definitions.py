@@ -77,7 +77,7 @@ class Positions(nn.Module):
 def test_integers_stay_with_what_is_wide() -> None:
     x, y = normal(4, 2, seed=1), normal(4, 2, seed=2)
     problem, output = problem_of(Positions(), [x], y).widened()
-    assert problem.wide
+    assert problem.loss.wide
     rate = problem.parameters["rate"].detach()
     angles = torch.arange(3, dtype=torch.float64).unsqueeze(1) @ rate
     torch.testing.assert_close(problem.output(problem.batches[0]), x * angles.sin().sum())

@@ -73,11 +73,6 @@ class Problem:
     def device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
 
-    @property
-    def wide(self) -> bool:
-        """Whether what module and loss themselves compute in float32 is computed in float64."""
-        return self.loss.wide
-
     def output(self, batch: Batch, note: Callable[[str], None] | None = None) -> Tensor:
         """The module's output for a batch; `note` hears if it is one of several by its name alone.
 
@@ -99,7 +94,7 @@ class Problem:
         # TorchScript's optimiser would put derivatives of its own into the graph that it caches.
         with (
             state_kept(self.module),
-            staying_wide() if self.wide else nullcontext(),
+            staying_wide() if self.loss.wide else nullcontext(),
             torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
             self._protecting() if self.protected else nullcontext(),
             guest(partial(not_accepted, batch)),

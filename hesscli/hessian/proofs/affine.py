@@ -93,7 +93,7 @@ class _Search:
     ) -> list[Use]:
         """Those that it has through one call."""
         shapes = self.tape.shapes
-        made = next(output for output in call.outputs if output is not None)
+        made = call.makes[0]
         if not lookup and self.axes[made] is None:
             same_shape = shapes[made] == shapes[value]
             if call.name == "embedding":

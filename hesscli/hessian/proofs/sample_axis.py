@@ -74,7 +74,7 @@ class Context:
 
     @property
     def result(self) -> Sequence[int]:
-        return next(self.shapes[n] for n in self.call.outputs if n is not None)
+        return self.shapes[self.call.makes[0]]
 
     def one(self, axes: Iterable[SampleAxis | None]) -> SampleAxis:
         """The axis that all of these are, but for those that do not depend on the samples."""

@@ -73,14 +73,12 @@ def follow(
         if picked:
             if depends or len(picked) > 1 or not start.keys().isdisjoint(call.outputs):
                 raise mixes(call)
-            alone.update(dict.fromkeys((n for n in call.outputs if n is not None), *picked))
+            alone.update(dict.fromkeys(call.makes, *picked))
             continue
         if not depends:
             continue
         result = rule_of(call)(Context(call, axes, tape, samples)) if samples > 1 else None
-        for made in call.outputs:
-            if made is None:
-                continue
+        for made in call.makes:
             if samples == 1:
                 result = _only_sample(call, tape.shapes[made])
             if made in start:

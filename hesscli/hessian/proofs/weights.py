@@ -95,13 +95,10 @@ def find_weights(tape: Tape, axes: Axes) -> Weights:
     trained = tape.dependent([*tape.parameters.values()])
     alone = {n for n in trained if axes[n] is None}  # the same for every sample
 
-    def makes(call: Call) -> bool:
-        return all(n in alone for n in call.outputs if n is not None)
-
-    behind = tuple(call for call in tape.calls if not makes(call))
+    behind = tuple(call for call in tape.calls if not alone.issuperset(call.makes))
     entering = sorted({n for call in behind for n in call.reads if n in alone})
     names = {f"weight #{i}": n for i, n in enumerate(entering, start=1)}
-    calls = tuple(c for c in tape.calls if all(axes[n] is None for n in c.outputs if n is not None))
+    calls = tuple(c for c in tape.calls if all(axes[n] is None for n in c.makes))
     known = tape.replay({}, calls=calls)
     of = {}
     for parameter, number in tape.parameters.items():
@@ -116,10 +113,9 @@ def _with_shapes_given(tape: Tape, axes: Axes) -> Tape:
     """A tape to which is given what takes the shape of data alone, as zeros in its likeness: no number enters it."""
 
     def shaped(call: Call) -> bool:
-        same = all(axes[n] is None for n in call.outputs if n is not None)
-        return same and any(axes[n] for n in call.reads)
+        return all(axes[n] is None for n in call.makes) and any(axes[n] for n in call.reads)
 
-    made = {n for call in tape.calls if shaped(call) for n in call.outputs if n is not None}
+    made = {n for call in tape.calls if shaped(call) for n in call.makes}
     if not made:
         return tape
     known = tape.replay({})

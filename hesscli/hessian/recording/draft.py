@@ -100,5 +100,5 @@ class Draft:
             if not reached.isdisjoint(call.reads):
                 if call.name in _TELLING:
                     return True
-                reached.update(n for n in call.outputs if n is not None)
+                reached.update(call.makes)
         return False

@@ -58,7 +58,13 @@ class Call:
 
     @cached_property
     def reads(self) -> list[int]:
+        """The values among its arguments."""
         return [ref.value for ref in each((self.arguments, *self.keywords.values()), Ref)]
+
+    @cached_property
+    def makes(self) -> list[int]:
+        """The values that it gives, and that are used."""
+        return [n for n in self.outputs if n is not None]
 
     @cached_property
     def is_view(self) -> bool:
@@ -126,9 +132,8 @@ class Tape:
         reach: dict[int, int] = {}
         for call in reversed(self.calls):
             made = 0
-            for n in call.outputs:
-                if n is not None:
-                    made |= reach.get(n, 1 << n)
+            for n in call.makes:
+                made |= reach.get(n, 1 << n)
             for n in call.reads:
                 reach[n] = reach.get(n, 1 << n) | made
         return reach
@@ -145,7 +150,7 @@ class Tape:
     @cached_property
     def maker(self) -> Mapping[int, int]:
         """The place of the call that makes each value, but for those that are given."""
-        return {n: i for i, call in enumerate(self.calls) for n in call.outputs if n is not None}
+        return {n: i for i, call in enumerate(self.calls) for n in call.makes}
 
     def until(self, value: int) -> tuple[Call, ...]:
         """The calls up to the one that makes a value."""

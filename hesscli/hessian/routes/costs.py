@@ -195,7 +195,7 @@ class Costs:
         return Work(bytes=numbers * self.itemsize, calls=2)
 
     def _work(self, call: Call) -> Work:
-        size = sum(self.tape.shapes[n].numel() for n in call.outputs if n is not None)
+        size = sum(self.tape.shapes[n].numel() for n in call.makes)
         moved = 0 if call.is_view else 2 * size * self.itemsize
         return Work(self._flops(call, size), moved, 1)
 

@@ -59,7 +59,7 @@ def separators(tape: Tape, zs: Sequence[int]) -> list[int]:
     live: set[int] = set()
     found: list[int] = []
     for i, call in enumerate(tape.calls):
-        live |= {n for n in call.outputs if n is not None and n in reached}
+        live |= reached.intersection(call.makes)
         live = {n for n in live if last.get(n, -1) > i}
         if len(live) == 1 and live != set(found[-1:]):
             found.extend(live)

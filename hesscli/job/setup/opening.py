@@ -153,7 +153,7 @@ class _Opening:
         self._demand_own_parameters(problem)
         if self.loss.wide:
             problem, _ = problem.widened()
-            if problem.wide:
+            if problem.loss.wide:
                 note("what the model itself computes in float32 is computed in float64")
         if problem.written:
             problem = protected(problem)
