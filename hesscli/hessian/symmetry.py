@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -21,30 +23,28 @@ def symmetrise_(matrix: Tensor) -> float:
 
 def average_(matrix: Tensor) -> float:
     """Replaces H by (H + H^T) / 2; returns ||H - H^T||_F^2 of what it was before."""
-    n, tile = len(matrix), chunk_sizes(matrix.device).tile
     difference = torch.zeros((), dtype=torch.float64, device=matrix.device)
-    for i in range(0, n, tile):
-        for j in range(i, n, tile):
-            upper = matrix[i : i + tile, j : j + tile]
-            lower = matrix[j : j + tile, i : i + tile]
-            gap = upper - lower.T
-            weight = 1 if i == j else 2
-            difference += weight * gap.double().square().sum()
-            mean = lower.T + gap / 2
-            if i == j:  # rounding differs above and below the diagonal of a tile
-                mean = mean.triu() + mean.triu(1).T
-            upper.copy_(mean)
-            lower.copy_(mean.T)
+    for upper, lower, on_diagonal in _tiles(matrix):
+        gap = upper - lower.T
+        weight = 1 if on_diagonal else 2
+        difference += weight * gap.double().square().sum()
+        mean = lower.T + gap / 2
+        if on_diagonal:  # rounding differs above and below the diagonal of a tile
+            mean = mean.triu() + mean.triu(1).T
+        upper.copy_(mean)
+        lower.copy_(mean.T)
     return float(difference)
 
 
 def mirror_(matrix: Tensor) -> None:
     """Copies the upper triangle of a matrix onto the lower, in place."""
+    for upper, lower, on_diagonal in _tiles(matrix):
+        lower.copy_(upper.triu() + upper.triu(1).T if on_diagonal else upper.T)
+
+
+def _tiles(matrix: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """Each tile on or above the diagonal, the one that it mirrors, and whether that is itself."""
     n, tile = len(matrix), chunk_sizes(matrix.device).tile
     for i in range(0, n, tile):
         for j in range(i, n, tile):
-            upper = matrix[i : i + tile, j : j + tile]
-            if i == j:
-                upper.copy_(upper.triu() + upper.triu(1).T)
-            else:
-                matrix[j : j + tile, i : i + tile].copy_(upper.T)
+            yield matrix[i : i + tile, j : j + tile], matrix[j : j + tile, i : i + tile], i == j

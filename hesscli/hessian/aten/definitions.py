@@ -71,6 +71,8 @@ OF_ALL_DIGITS: dict[str, Callable[..., object]] = {  # PyTorch's gradients lose 
     "binary_cross_entropy_with_logits": formulas.binary_cross_entropy_with_logits,
 }
 
+_NORMS = "linalg_vector_norm norm.Scalar norm.ScalarOpt_dim norm.ScalarOpt_dtype norm.ScalarOpt_dim_dtype".split()
+
 DEFINITIONS: dict[str, Callable[..., object]] = {
     "native_layer_norm": formulas.layer_norm,
     "native_group_norm": formulas.group_norm,
@@ -84,14 +86,10 @@ DEFINITIONS: dict[str, Callable[..., object]] = {
     **OF_ALL_DIGITS,
     "logcumsumexp": formulas.logcumsumexp,
     "sinc": formulas.sinc,
-    "linalg_vector_norm": formulas.vector_norm,
+    **dict.fromkeys(_NORMS, formulas.vector_norm),
     "std.correction": formulas.std,
     "std_mean.correction": formulas.std_mean,
     "dist": lambda x, y, p=2: formulas.vector_norm(x - y, p),
-    "norm.Scalar": formulas.vector_norm,
-    "norm.ScalarOpt_dim": formulas.vector_norm,
-    "norm.ScalarOpt_dtype": formulas.vector_norm,
-    "norm.ScalarOpt_dim_dtype": formulas.vector_norm,
     "_pad_circular": formulas.pad_circular,
     "atan2": formulas.atan2,
     "angle": formulas.angle,

@@ -36,7 +36,7 @@ REDUCTION = frozenset(
 )
 ALONG = frozenset(
     "_softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod cummax cummin sort topk "
-    "flip roll rot90 _fft_r2c _fft_c2r _fft_c2c".split()
+    "flip roll rot90 _fft_r2c _fft_c2r _fft_c2c linalg_cross".split()
 )
 # Between real and complex numbers: an axis that comes or goes is the last.
 COMPLEX = frozenset(
@@ -75,7 +75,7 @@ LOSS_OPERATORS = frozenset(
 )
 LIKELIHOODS = frozenset("nll_loss_forward nll_loss2d_forward".split())
 # A fresh tensor in the likeness of another, whose numbers it does not take.
-CONSTANT = frozenset("new_zeros new_ones new_full zero".split())
+CONSTANT = frozenset("new_zeros new_ones new_full zero fill".split())
 RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias flatten unflatten".split())
 
 
@@ -97,15 +97,9 @@ def _reduction(c: Context) -> SampleAxis | None:
 
 
 def _along(c: Context) -> SampleAxis | None:
-    axis = c.only()
-    name = "dims" if c.call.name in ("flip", "roll", "rot90") else "dim"
-    c.require(axis.axis not in c.dims(c.named(name), len(c.shape())))
-    return axis
-
-
-def _cross(c: Context) -> SampleAxis | None:
     axis = _elementwise(c)
-    c.require(axis.axis not in c.dims(c.named("dim"), len(c.result)))
+    name = "dims" if c.call.name in ("flip", "roll", "rot90") else "dim"
+    c.require(axis.axis not in c.dims(c.named(name), len(c.result)))
     return axis
 
 
@@ -238,10 +232,7 @@ def _likelihood(c: Context) -> SampleAxis | None:
 
 
 def _constant(c: Context) -> SampleAxis | None:
-    return None
-
-
-def _filled(c: Context) -> SampleAxis | None:
+    """The first argument gives its shape; a number to fill it with must be the same for all samples."""
     c.require(c.axis(1) is None)
     return None
 
@@ -261,7 +252,6 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(PAIRS, _of_pair),
     **dict.fromkeys(("embedding", "searchsorted"), _looked_up),
     **dict.fromkeys(("bucketize", "isin"), Context.only),
-    "linalg_cross": _cross,
     "convolution": _convolved,
     "renorm": _renormed,
     "_euclidean_dist": _distances,
@@ -282,7 +272,6 @@ _RULES: dict[str, Rule] = {
     "select_scatter": writes.into_selection,
     "diagonal_scatter": writes.into_diagonal,
     **dict.fromkeys(("diagonal", "diag_embed"), moves.diagonals),
-    "fill": _filled,
     "repeat": moves.repeated,
     "expand": moves.expanded,
     "unsqueeze": moves.unsqueezed,
