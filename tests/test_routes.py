@@ -413,6 +413,28 @@ def class_token(s: Net, x: Tensor) -> Tensor:
     return s.b(weights.softmax(-1) @ tokens)[:, 0]
 
 
+def prompted(s: Net, x: Tensor) -> Tensor:
+    """Trained tokens that each sample gets, through a layer of their own, in the middle of time-major ones."""
+    prompts = s.p(s.token[:, None].repeat(1, len(x), 1))
+    tokens = torch.cat([prompts, s.a(x).transpose(0, 1)]).transpose(0, 1)
+    return s.b((tokens @ tokens.mT).softmax(-1) @ tokens)[:, 0]
+
+
+def trained_state(s: Net, x: Tensor) -> Tensor:
+    state = s.state.expand(len(x), -1)
+    for t in range(x.shape[1]):
+        state = s.r(x[:, t], state)
+    return s.b(state)
+
+
+def own_copies(s: Net, x: Tensor) -> Tensor:
+    return s.b(torch.tanh(torch.bmm(x, s.w.expand(len(x), -1, -1))).mean(1))
+
+
+def heads_by_matmul(s: Net, x: Tensor) -> Tensor:
+    return s.b(torch.tanh(x[:, None] @ s.w).mean(1))
+
+
 def with_state(s: Net, x: Tensor) -> Tensor:
     state = x.new_zeros(len(x), 4)
     for t in range(x.shape[1]):
@@ -687,6 +709,14 @@ INDEPENDENT = [
         a=layer(4, 2, kind=nn.MultiheadAttention, batch_first=True)),
     odd("first-of-features", lambda s, x: s.b(hidden(s, x)[:, 0]), CUBE, **SQ),
     odd("class-token", class_token, CUBE, token=numbers(1, 1, 4), place=numbers(1, 5, 4), **SQ),
+    odd("prompts", prompted, CUBE, token=numbers(3, 4), p=layer(4, 4), **SQ),
+    odd("copied-over-time", lambda s, x: s.b(torch.tanh(s.a(x) + s.c.expand(4, 4))), CUBE, c=numbers(1, 4), **SQ),
+    odd("copied-over-time-and-mixed", lambda s, x: s.b(torch.tanh(s.a(x) + s.c.expand(4, 4).softmax(0))), CUBE,
+        c=numbers(1, 4), **SQ),
+    odd("trained-state", trained_state, numbers(5, 3, 3), state=numbers(1, 4), r=layer(3, 4, kind=nn.GRUCell),
+        b=layer(4, 2)),
+    odd("own-copies", own_copies, CUBE, w=numbers(4, 4), b=layer(4, 2)),
+    odd("heads-by-matmul", heads_by_matmul, CUBE, w=numbers(3, 4, 4), b=layer(4, 2)),
     odd("index-of-features", lambda s, x: s.b(hidden(s, x)[:, [2, 0, 1]]), ROWS, **TWO),
     odd("index-of-pairs",
         lambda s, x: s.b((lambda h: h @ h.mT)(hidden(s, x))[:, [0, 0, 1, 2], [1, 2, 2, 3]]), CUBE,
@@ -919,9 +949,20 @@ def test_preactivation_sees_the_rows_of_positions(name, traced):
         assert (right, reasons) == (len(blocks_of(problem, structure)), [])
 
 
+@either
+@pytest.mark.parametrize(
+    "name", ["class-token", "prompts", "trained-state", "own-copies", "heads-by-matmul"]
+)
+def test_routes_see_what_each_sample_gets_a_copy_of(name, traced):
+    (model,) = [m for m in INDEPENDENT if m.name == name]
+    problem, _ = pose(model, traced)
+    uses = Analyses(problem).of(problem.batches[0]).uses
+    assert not {"token", "state", "w"}.isdisjoint(uses)
+
+
 @pytest.mark.parametrize(
     "name",
-    ["positions", "own-rows",
+    ["positions", "own-rows", "prompts", "trained-state",
      "square-over-time", "attention-heads-square", "class-token", "time-major-flat", "gru", "conv-uneven",
      "weight-by-einsum-over-time", "scale-over-equal-axes"],
 )  # fmt: skip

@@ -315,13 +315,13 @@ def _in_embedding(p: _Operand) -> Use | None:
 
 
 def _broadcast(p: _Operand) -> Use | None:
-    """z = a * w or z = ... + b: the parameter lies along the axes where it is longer than one."""
+    """z = a * w, z = ... + b or z = b for each sample: it lies along the axes where it is longer than one."""
     lengths = [1] * (len(p.z_shape) - len(p.shape)) + list(p.shape)
     channels = tuple(i for i, length in enumerate(lengths) if length > 1)
     fits = len(lengths) == len(p.z_shape) and all(lengths[i] == p.z_shape[i] for i in channels)
     if not fits or not p.alone or len(p.call.arguments) != 2 or not p.as_stored:
         return None
-    if p.call.name == "add":
+    if p.call.name in ("add", "expand", "repeat"):
         return p.use(BIAS, None, channels, 1)
     other = p.call.arguments[1 - p.place].value  # which depends on the samples, as z does
     outputs = math.prod(p.z_shape[c] for c in channels)
@@ -332,5 +332,5 @@ _FINDERS: dict[str, Callable[[_Operand], Use | None]] = {
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _in_product),
     "convolution": _in_convolution,
     "embedding": _in_embedding,
-    **dict.fromkeys(("mul", "add"), _broadcast),
+    **dict.fromkeys(("mul", "add", "expand", "repeat"), _broadcast),
 }

@@ -16,6 +16,7 @@ from hesscli.hessian.proofs.sample_rules import rule_of
 from hesscli.hessian.recording.tape import Call, Tape
 
 _PRODUCTS = frozenset("mm addmm bmm baddbmm convolution".split())
+_EXPANDS = frozenset("expand repeat".split())
 
 
 def sample_axes(tape: Tape, samples: int) -> Axes:
@@ -32,21 +33,37 @@ def sample_axes(tape: Tape, samples: int) -> Axes:
     axes = follow(tape, start, samples)
     if axes[tape.output] != SampleAxis(0):
         raise NotApplicable("the output has no sample axis in front")
-    states = dict.fromkeys(_states(tape, axes, samples), SampleAxis(0))
-    if states:
-        with suppress(NotApplicable):
-            return follow(tape, start | states, samples)
+    for find in (_states, _expanded):
+        found = dict(find(tape, axes, samples))
+        if found:
+            with suppress(NotApplicable):
+                axes = follow(tape, start | found, samples)
+                start |= found
     return axes
 
 
-def _states(tape: Tape, axes: Axes, samples: int) -> Iterator[int]:
+def _states(tape: Tape, axes: Axes, samples: int) -> Iterator[tuple[int, SampleAxis]]:
     """Constants with a row for each sample that layers are applied to, as the first state of a recurrent one."""
     trained = tape.dependent([*tape.parameters.values()])
     for call in tape.calls:
         applied = call.name in _PRODUCTS and not trained.isdisjoint(call.reads)
         if applied and not any(axes[n] for n in call.reads):
             rows = (n for n in call.reads if tape.shapes[n][:1] == (samples,))
-            yield from (n for n in rows if n not in trained)
+            yield from ((n, SampleAxis(0)) for n in rows if n not in trained)
+
+
+def _expanded(tape: Tape, axes: Axes, samples: int) -> Iterator[tuple[int, SampleAxis]]:
+    """What gives each sample its own copy of trained values, as of a class token or of learned queries."""
+    trained = tape.dependent([*tape.parameters.values()])
+    for call in tape.calls:
+        made = call.outputs[0]
+        if call.name not in _EXPANDS or made is None or axes[made] or made not in trained:
+            continue
+        old, new = tape.shapes[call.reads[0]], tape.shapes[made]
+        lengths = [1] * (len(new) - len(old)) + list(old)
+        fresh = [i for i, length in enumerate(lengths) if length == 1 and new[i] == samples]
+        if fresh:
+            yield made, SampleAxis(fresh[0])
 
 
 def follow(
