@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 import hesscli
 from hesscli.hessian.blocks import Block
+from hesscli.hessian.curvatures import CURVATURES
 from hesscli.hessian.differences.check import Certificate
+from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.routes.finite_difference import FiniteDifference
 from hesscli.hessian.routes.gauss_newton import GaussNewton
 from hesscli.hessian.routes.hvp import HessianVectorProducts
@@ -296,6 +298,24 @@ def test_what_is_wrong_fails_in_float32(factor):
     for block, truth in blocks_and_truth(problem, whole, "block_diagonal"):
         assert judge(certificate, block, truth.clone()), block.name
         assert not judge(certificate, block, factor * truth), block.name
+
+
+@pytest.mark.parametrize("structure", ["block_diagonal", "elements"])
+@pytest.mark.parametrize("curvature", ["ggn", "fisher"])
+def test_a_direction_of_the_output_takes_one_pass_in_float32(curvature, structure, monkeypatch):
+    """All directions share the output at theta; and what is wrong fails."""
+    narrow = problem_of_case(BY_NAME["mlp-tanh"], torch.float32)
+    problem, passes, output = narrow.double(), [], Problem.output
+    monkeypatch.setattr(Problem, "output", lambda *x: passes.append(1) or output(*x))
+    certificate = CURVATURES[curvature].certificate(problem, torch.float32, 0)
+    products = CURVATURES[curvature].products(narrow)
+    whole = products(torch.eye(products.size))
+    for block, truth in blocks_and_truth(narrow, whole, structure):
+        passes.clear()
+        assert judge(certificate, block, truth.clone()), block.name
+        assert 0 < len(passes) <= 3
+        assert not judge(certificate, block, 1.01 * truth), block.name
+        assert not judge(certificate, block, 0 * truth), block.name
 
 
 def test_rows_of_constants_are_zero():

@@ -15,7 +15,7 @@ Blocks by `finite-difference` are made of the same gradients. The check takes th
 along e_i, and with other steps, so it finds a wrong step or a wrong place, and a gradient that is no function's.
 
 A block in float32 is held to less than what a difference from one side, (g_B(theta + h v) - g_B(theta)) / h, leaves
-out; so that comes first: all blocks share g(theta), and a small step seldom meets a kink.
+out; so that comes first: all blocks share what is at theta, and a small step seldom meets a kink.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.differences.directional import DirectionalDifference
+from hesscli.hessian.differences.here import Here
 from hesscli.hessian.differences.products import Differences
 from hesscli.hessian.objective.problem import Problem
 
@@ -90,12 +91,8 @@ class Certificate:
         if self.problem.dtype != torch.float64:
             self.tolerance = 5e-2
         self.kind = f"differences of {self.of}"
-        self.one_sided = self.of == "gradients" and one_sided(self.dtype, self.problem.dtype)
-
-    @cached_property
-    def gradient(self) -> dict[str, Tensor]:
-        """g(theta)"""
-        return self.problem.gradient(list(self.problem.parameters))
+        self.one_sided = one_sided(self.dtype, self.problem.dtype)
+        self.here = Here(self.problem)
 
     @cached_property
     def gradient_norm(self) -> float:
@@ -200,8 +197,7 @@ class Certificate:
         """
         along = comparison.along
         if self.one_sided:
-            here = torch.cat([self.gradient[name].reshape(-1) for name in along.block.parameters])
-            difference, size = comparison.distance(along.one_sided_quotient(_ONE_SIDED, here))
+            difference, size = comparison.distance(along.one_sided_quotient(_ONE_SIDED, self.here))
             if difference <= self.tolerance * size:
                 return difference / size if size else 0.0
         dtype = self.problem.dtype

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.blocks import Block
+from hesscli.hessian.differences.here import Here
 from hesscli.hessian.differences.kinks import held_difference
 from hesscli.hessian.objective.problem import Problem, parameters_moved
 
@@ -29,9 +30,9 @@ class DirectionalDifference:
         """(g_B(theta + h v) - g_B(theta - h v)) / 2h"""
         return (self.gradient(step) - self.gradient(-step)) / (2 * step * self.scale)
 
-    def one_sided_quotient(self, step: float, here: Tensor) -> Tensor:
-        """(g_B(theta + h v) - g_B(theta)) / h, `here` being g_B(theta)."""
-        return (self.gradient(step) - here) / (step * self.scale)
+    def one_sided_quotient(self, step: float, here: Here) -> Tensor | None:
+        """(g_B(theta + h v) - g_B(theta)) / h; None where there is none."""
+        return (self.gradient(step) - here.gradient(self.block.parameters)) / (step * self.scale)
 
     def held_quotient(self, step: float, by_original: bool = False) -> Tensor | None:
         """The quotient of gradients that have all their kinks where they are at theta, batch by batch.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hesscli.hessian.aten.definitions import exact_derivatives, right_gradients
 from hesscli.hessian.differences.directional import DirectionalDifference
+from hesscli.hessian.differences.here import Here, output
 from hesscli.hessian.differences.kinks import Kinks, held_difference
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
@@ -22,20 +24,40 @@ class OutputDifference(DirectionalDifference):
     """
 
     def quotient(self, step: float) -> Tensor:
-        leaves, h = self.leaves(), step * self.scale
+        return self._product(step, output, self._central)
+
+    def one_sided_quotient(self, step: float, here: Here) -> Tensor:
+        return self._product(step, here.output, self._one_sided)
+
+    def _product(
+        self,
+        step: float,
+        output: Callable[[Problem], Tensor],
+        differentiated: Callable[[Problem, Tensor, float], Tensor],
+    ) -> Tensor:
+        """J^T M J v, with J v of each batch from its output and the step."""
+        leaves = self.leaves()
         total = torch.zeros_like(self.direction)
         for problem in self.problem.by_batch():
             (batch,) = problem.batches
-            ahead, behind = self._outputs(problem, step)
-            along = ((ahead - behind) / (2 * h)).where(ahead.isfinite() & behind.isfinite(), 0)
-            with right_gradients():
-                f = self.problem.output(batch)
+            f = output(problem)
             if not f.requires_grad:
                 continue
+            along = differentiated(problem, f.detach(), step)
             seed = self._middle(batch, f.detach(), along, step) / self.problem.denominator
-            grads = torch.autograd.grad(f, leaves, seed, materialize_grads=True)
+            grads = torch.autograd.grad(f, leaves, seed, retain_graph=True, materialize_grads=True)
             total += torch.cat([g.reshape(-1) for g in grads])
         return total
+
+    def _central(self, problem: Problem, f: Tensor, step: float) -> Tensor:
+        ahead, behind = self._outputs(problem, step)
+        return _where_finite(ahead, behind, 2 * step * self.scale)
+
+    def _one_sided(self, problem: Problem, f: Tensor, step: float) -> Tensor:
+        (batch,) = problem.batches
+        with self.moved(step), exact_derivatives(), torch.no_grad():
+            ahead = self.problem.output(batch)
+        return _where_finite(ahead, f, step * self.scale)
 
     def held_quotient(self, step: float, by_original: bool = False) -> None:
         """None: `quotient` keeps the kinks already, and differences of gradients are the Hessian's."""
@@ -69,6 +91,11 @@ class OutputDifference(DirectionalDifference):
         with right_gradients():
             total, _ = self.problem.loss.total(f, batch)
         return torch.autograd.grad(total, f)[0] if total.requires_grad else torch.zeros_like(f)
+
+
+def _where_finite(ahead: Tensor, behind: Tensor, h: float) -> Tensor:
+    """(ahead - behind) / h; zero where one of them is infinite, as what masks a class is."""
+    return ((ahead - behind) / h).where(ahead.isfinite() & behind.isfinite(), 0)
 
 
 class GaussNewtonDifference(OutputDifference):

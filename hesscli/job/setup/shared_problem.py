@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.differences.directional import DirectionalDifference
+from hesscli.hessian.differences.here import Here
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import LinearMap
 
@@ -121,6 +122,9 @@ class SharedDifference(DirectionalDifference):
 
     def quotient(self, step: float) -> Tensor:
         return super().quotient(step) if self.curvature == "hessian" else self._ask(step)
+
+    def one_sided_quotient(self, step: float, here: Here) -> Tensor | None:
+        return super().one_sided_quotient(step, here) if self.curvature == "hessian" else None
 
     def held_quotient(self, step: float, by_original: bool = False) -> Tensor | None:
         held = self._ask(step, held=True, by_original=by_original)

@@ -1,0 +1,42 @@
+"""What differences have in common, whatever their direction: gradient and output at theta."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.aten.definitions import right_gradients
+from hesscli.hessian.objective.problem import Problem
+
+
+class Here:
+    """Both of a problem, made when they are first asked for."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def gradient(self, names: Sequence[str]) -> Tensor:
+        """g(theta) of some parameters, one after the other, [n]."""
+        return torch.cat([self._gradient[name].reshape(-1) for name in names])
+
+    def output(self, problem: Problem) -> Tensor:
+        """f(theta) of one batch of the problem, with its graph: kept where there is no other batch."""
+        return self._only if len(self.problem.batches) == 1 else output(problem)
+
+    @cached_property
+    def _gradient(self) -> dict[str, Tensor]:
+        return self.problem.gradient(list(self.problem.parameters))
+
+    @cached_property
+    def _only(self) -> Tensor:
+        return output(self.problem)
+
+
+def output(problem: Problem) -> Tensor:
+    """f(theta) of a problem's only batch, by operators of PyTorch's own that have right gradients."""
+    (batch,) = problem.batches
+    with right_gradients():
+        return problem.output(batch)
