@@ -72,7 +72,7 @@ class OutputDifference(DirectionalDifference):
         kinks = Kinks()
         with kinks, exact_derivatives():
             at.output(at.batches[0])
-        for mode in (kinks.held, nullcontext):
+        for mode in (kinks.held, nullcontext) if kinks.sides.noted else (nullcontext,):
             with self.moved(step), mode(), exact_derivatives():
                 ahead = self.problem.output(batch).detach()
             with self.moved(-step), mode(), exact_derivatives():
