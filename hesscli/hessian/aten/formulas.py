@@ -309,3 +309,12 @@ def pdist(x: Tensor, p: float = 2) -> Tensor:
     """|x_i - x_j|_p of all rows i < j: [N, M] -> [N (N - 1) / 2]."""
     first, second = torch.triu_indices(len(x), len(x), 1, device=x.device)
     return vector_norm(x[first] - x[second], p, [-1])
+
+
+def repeat(x: Tensor, repeats: Sequence[int]) -> Tensor:
+    """Copies one after the other along each axis: what expands along new axes, taken together with the old."""
+    lengths = [1] * (len(repeats) - x.dim()) + list(x.shape)
+    apart = x.reshape([n for length in lengths for n in (1, length)])
+    expanded = apart.expand([n for pair in zip(repeats, lengths, strict=True) for n in pair])
+    copies = expanded.clone(memory_format=torch.contiguous_format)
+    return copies.view([times * n for times, n in zip(repeats, lengths, strict=True)])

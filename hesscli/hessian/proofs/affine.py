@@ -321,7 +321,7 @@ def _broadcast(p: _Operand) -> Use | None:
     fits = len(lengths) == len(p.z_shape) and all(lengths[i] == p.z_shape[i] for i in channels)
     if not fits or not p.alone or len(p.call.arguments) != 2 or not p.as_stored:
         return None
-    if p.call.name in ("add", "expand", "repeat"):
+    if p.call.name in ("add", "expand"):
         return p.use(BIAS, None, channels, 1)
     other = p.call.arguments[1 - p.place].value  # which depends on the samples, as z does
     outputs = math.prod(p.z_shape[c] for c in channels)
@@ -332,5 +332,5 @@ _FINDERS: dict[str, Callable[[_Operand], Use | None]] = {
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _in_product),
     "convolution": _in_convolution,
     "embedding": _in_embedding,
-    **dict.fromkeys(("mul", "add", "expand", "repeat"), _broadcast),
+    **dict.fromkeys(("mul", "add", "expand"), _broadcast),
 }

@@ -97,13 +97,6 @@ def joined(c: Context) -> SampleAxis | None:
     return axis
 
 
-def repeated(c: Context) -> SampleAxis | None:
-    axis, times = c.only(), c.named("repeats")
-    at = axis.axis + len(times) - len(c.shape())
-    c.require(times[at] == 1)
-    return replace(axis, axis=at)
-
-
 def by_position(c: Context) -> SampleAxis | None:
     """`gather` and `scatter`: along one axis by an index; along the others each number stays in its place."""
     axis = c.one(c.axes[n] for n in c.call.reads)

@@ -272,7 +272,6 @@ _RULES: dict[str, Rule] = {
     "select_scatter": writes.into_selection,
     "diagonal_scatter": writes.into_diagonal,
     **dict.fromkeys(("diagonal", "diag_embed"), moves.diagonals),
-    "repeat": moves.repeated,
     "expand": moves.expanded,
     "unsqueeze": moves.unsqueezed,
     "squeeze": moves.squeezed,

@@ -16,7 +16,6 @@ from hesscli.hessian.proofs.sample_rules import rule_of
 from hesscli.hessian.recording.tape import Call, Tape
 
 _PRODUCTS = frozenset("mm addmm bmm baddbmm convolution".split())
-_EXPANDS = frozenset("expand repeat".split())
 
 
 def sample_axes(tape: Tape, samples: int) -> Axes:
@@ -57,7 +56,7 @@ def _expanded(tape: Tape, axes: Axes, samples: int) -> Iterator[tuple[int, Sampl
     trained = tape.dependent([*tape.parameters.values()])
     for call in tape.calls:
         made = call.outputs[0]
-        if call.name not in _EXPANDS or made is None or axes[made] or made not in trained:
+        if call.name != "expand" or made is None or axes[made] or made not in trained:
             continue
         old, new = tape.shapes[call.reads[0]], tape.shapes[made]
         lengths = [1] * (len(new) - len(old)) + list(old)
