@@ -267,6 +267,7 @@ SQ = {"a": layer(4, 4), "b": layer(4, 4)}
 
 # Samples see each other: no fast route may answer.
 MIXING = [
+    odd("uneven-mask", lambda s, x: s.b(hidden(s, x)[x[:, :, 0] > 0][:4]), CUBE, **SQ),
     odd("softmax-over-batch", lambda s, x: s.b(s.a(x).softmax(0)), ROWS, **TWO),
     odd("log-softmax-over-batch", lambda s, x: s.a(x).log_softmax(0), ROWS, **TWO),
     odd("centred", lambda s, x: (lambda h: h - h.mean(0))(hidden(s, x)), ROWS, **TWO),
@@ -727,6 +728,9 @@ INDEPENDENT = [
     odd("mask-of-features",
         lambda s, x: s.b(hidden(s, x)[:, torch.tensor([True, False, True, True])]), SQUARE,
         a=layer(4, 4), b=layer(3, 2)),
+    odd("own-step-by-mask", lambda s, x: s.b(hidden(s, x)[F.one_hot(x[:, :, 0].argmax(1), 4).bool()]), CUBE, **SQ),
+    odd("own-steps-by-mask",
+        lambda s, x: s.b(hidden(s, x)[F.one_hot(x[:, :, 0].argmax(1), 4) == 0].view(4, 3, 4).mean(1)), CUBE, **SQ),
     odd("own-step", lambda s, x: s.b(hidden(s, x)[torch.arange(4), x[:, :, 0].argmax(1)]), CUBE,
         **SQ),
     odd("own-rows",
@@ -912,6 +916,7 @@ SEEN = {
     "weight-transposed", "bias-later", "scale-over-axes", "numbers-alone", "residual", "dense",
     "product-of-branches", "time-major-flat", "conv-uneven", "attention-square", "first-of-features",
     "class-token", "index-of-features", "index-of-pairs", "index-apart", "mask-of-features", "table",
+    "own-step-by-mask", "own-steps-by-mask",
     "pooled-of-channels-last", "pooled-of-channels-last-3d", "own-step", "own-rows",
     "own-rows-of-a-mask", "with-nothing-before", "gather-by-data", "one-hot",
     "scatter-of-features", "roll-of-features", "highest-features", "repeat-of-features",

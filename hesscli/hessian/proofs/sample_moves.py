@@ -126,9 +126,11 @@ class Indices:
 def indexed(c: Context) -> SampleAxis | None:
     """`x[:, i, j]` by constant indices, or a constant by indices that depend on the samples: a table.
 
-    Or each sample's own numbers: `mask[arange(B)[:, None], j]`, where j may depend on the samples too.
+    Or each sample's own numbers: `mask[arange(B)[:, None], j]`, where j may depend on the samples too; or `x[mask]`.
     """
     indices, places = c.named("indices"), Indices(c)
+    if places.at == [0] and (masked := _masked(c, indices[0].value)):
+        return masked
     # A mask may be of several axes.
     c.require(len(c.result) == len(c.shape()) - len(places.at) + places.rank)
     shapes = {place: c.shapes[indices[place].value] for place in places.at}
@@ -148,6 +150,17 @@ def indexed(c: Context) -> SampleAxis | None:
     if mine is None or taken:
         raise mixes(c.call)
     return replace(mine, axis=places.moved(mine.axis))
+
+
+def _masked(c: Context, mask: int) -> SampleAxis | None:
+    """One sample's after the other's, where a mask takes as many numbers of each."""
+    if (c.axis(0), c.axes[mask]) != (SampleAxis(0), SampleAxis(0)):
+        return None
+    taken = c.tape.recorded(mask)
+    if taken.dtype is not torch.bool:
+        return None
+    counts = taken.flatten(1).sum(1) if taken.dim() > 1 else taken.long()
+    return SampleAxis(0, inner=int(counts[0])) if bool((counts == counts[0]).all()) else None
 
 
 def _counted(c: Context, mine: SampleAxis, index: int) -> int:
