@@ -19,30 +19,10 @@ from hesscli.job.setup.given import DataLike, Folder, LossFunction, Model, PathL
 
 @overload
 def compute(
-    model: Model,
-    data: DataLike,
-    *,
-    loss: str | LossFunction = ...,
-    blocks: str = ...,
-    output: PathLike | None = ...,
-    framework: Literal["numpy"] = ...,
-    device: str | torch.device | None = ...,
-    listener: Listener | None = ...,
-    **options: Any,
-) -> Hessian[np.ndarray]: ...
-@overload
-def compute(
-    model: Model,
-    data: DataLike,
-    *,
-    loss: str | LossFunction = ...,
-    blocks: str = ...,
-    output: PathLike | None = ...,
-    framework: Literal["torch"],
-    device: str | torch.device | None = ...,
-    listener: Listener | None = ...,
-    **options: Any,
+    model: Model, data: DataLike, *, framework: Literal["torch"], **options: Any
 ) -> Hessian[Tensor]: ...
+@overload
+def compute(model: Model, data: DataLike, **options: Any) -> Hessian[np.ndarray]: ...
 def compute(
     model: Model,
     data: DataLike,

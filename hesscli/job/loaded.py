@@ -166,11 +166,7 @@ def converter(framework: Framework) -> Callable[[np.ndarray], Any]:
     """
     if framework not in ("numpy", "torch"):
         raise UsageError(f"no framework is called {framework!r}; there are: numpy, torch")
-    return _tensor if framework == "torch" else _array
-
-
-def _array(array: np.ndarray) -> np.ndarray:
-    return array
+    return _tensor if framework == "torch" else np.asanyarray
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
