@@ -37,7 +37,7 @@ def skeleton(opened: Opened, structure: str) -> Document:
         "device": opened.problem.device.type,
         "parameters": parameters,
         "frozen": opened.frozen,
-        "notes": list(opened.note.texts),
+        "notes": list(opened.listener.notes),
     }
 
 

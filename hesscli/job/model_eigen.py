@@ -84,7 +84,7 @@ def search(operator: Operator, options: EigenOptions) -> Found:
     with operator.finite():
         found = _search(operator, options)
     if not found.copies_sought and found.converged.all():
-        operator.opened.note(
+        operator.opened.listener.note(
             f"--max-products {options.max_products} ended the search for copies of repeated eigenvalues: "
             "some may be missing"
         )
@@ -110,7 +110,7 @@ def _dense(operator: Operator, options: EigenOptions) -> Found:
     operator.needs(3 * size, "the whole matrix", f"--top {max(1, size // 4)}")
     try:
         values, columns, errors = dense(
-            operator.products.columns, size, operator.opened.note.progress
+            operator.products.columns, size, operator.opened.listener.progress
         )
     except KeyboardInterrupt:
         return _interrupted(size)
@@ -136,7 +136,7 @@ def _lanczos(operator: Operator, options: EigenOptions, max_products: int) -> Fo
         options.tolerance,
         operator.generator(),
         operator.gradient,  # mostly among the largest: Gur-Ari, Roberts and Dyer, arXiv:1812.04754
-        Convergence(operator.opened.note).residual,
+        Convergence(operator.opened.listener).residual,
     )
     return lanczos.run(max_products)
 

@@ -86,7 +86,7 @@ class Operator:
             "gradient_norm": float(torch.linalg.norm(self.gradient.double())),
             "check": self.check,
             "size": self.size,
-            "notes": list(self.opened.note.texts),
+            "notes": list(self.opened.listener.notes),
         }
 
     def restricted(self, name: str) -> Operator:
@@ -169,7 +169,7 @@ def _checked_operator(
     reason = ""
     for method, make in methods.items():
         if reason:
-            opened.note(f"{reason}: {method} instead")
+            opened.listener.note(f"{reason}: {method} instead")
         try:
             made = Operator(opened, problem, make(), method, gradient, processes, double)
             made.check = _check(made, certificate)

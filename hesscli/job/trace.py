@@ -111,7 +111,7 @@ def _exact(plan: Plan, operator: Operator) -> Estimate:
             for facts, _ in compute_blocks(plan, group):
                 found[facts["name"]] = facts
                 done = sum(f["size"] for f in found.values())
-                operator.opened.note.progress(done, operator.size, "exact")
+                operator.opened.listener.progress(done, operator.size, "exact")
     except KeyboardInterrupt:
         names = operator.products.names
         parts = np.array([found[name]["trace"] if name in found else np.nan for name in names])
@@ -131,5 +131,5 @@ def _estimated(operator: Operator, relative_error: float, max_products: int) -> 
         max_products,
         operator.generator(),
         operator.gradient,
-        Convergence(operator.opened.note).standard_error,
+        Convergence(operator.opened.listener).standard_error,
     )

@@ -83,7 +83,7 @@ class LargeBlock:
             method = self.ranking.method
             failed = f"{self.block.name}, {self.ranking.route.name}, not exact"
             if (known := unfinished.known(failed)) is not None:
-                self.plan.opened.note(*known["notes"])
+                self.plan.opened.listener.note(*known["notes"])
                 self.ranking.skip()
                 continue
             try:
@@ -96,7 +96,7 @@ class LargeBlock:
             finite = math.isfinite(matrix.squares)  # which says more than a check that passes
             if self.ranking.accepts(error if finite else None, partial(bool, finite)):
                 break
-            unfinished.add(failed, {"notes": list(self.plan.opened.note.texts)})
+            unfinished.add(failed, {"notes": list(self.plan.opened.listener.notes)})
         low = high = None
         if self.plan.options.stats == "all":
             low, high = extremes(unfinished.writer.mapped(self.block.name))

@@ -71,7 +71,7 @@ class Plan:
             except NotApplicable as reason:
                 raise inexact(self.options, block, method, reason) from None
         if planner.first.refused and method == "auto":
-            self.opened.note(
+            self.opened.listener.note(
                 f"no fast route: {planner.first.refused}; hvp takes one pass per parameter"
             )
         return found

@@ -46,7 +46,7 @@ class Ranking:
         following = self._following()
         if following is None:
             raise inexact(self.plan.options, self.block, self.method, reason)
-        self.plan.opened.note(f"{reason}: {following} instead of {self.route.name}")
+        self.plan.opened.listener.note(f"{reason}: {following} instead of {self.route.name}")
         self.skip()
 
     def accepts(self, error: float | None, finite: Callable[[], bool]) -> bool:
@@ -74,7 +74,7 @@ class Ranking:
                 f"{said}, more than {certificate.tolerance:.0e}; nothing was written",
                 more_digits(dtype) or other_way(self.plan.options, self.method),
             )
-        self.plan.opened.note(f"{said}; {following} instead")
+        self.plan.opened.listener.note(f"{said}; {following} instead")
         self.skip()
         return False
 

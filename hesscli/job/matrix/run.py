@@ -101,7 +101,7 @@ class Run:
             shared=shared,
         )
         return Unfinished(
-            writer, journal, len(self.parts), self.plan.divided, self.plan.opened.note
+            writer, journal, len(self.parts), self.plan.divided, self.plan.opened.listener
         )
 
     def _journal(self, document: Document) -> Journal:
@@ -152,7 +152,7 @@ class Run:
 
     def _blocks(self, unfinished: Unfinished, unused: set[str]) -> list[Document]:
         """Every block's facts, in model order; its values are in the file then."""
-        self.plan.opened.note.progress(0, self.rows, "")
+        self.plan.opened.listener.progress(0, self.rows, "")
         found: list[Document] = []
         with Beside(enabled=self.plan.problem.device.type != "cpu") as beside:
             for group in self.groups:
@@ -164,13 +164,13 @@ class Run:
             facts = dict(finished[block.name])  # the journal's own is not on the disk yet
             if facts.pop("zero") and unused.issuperset(block.parameters):
                 facts["unused"] = True
-                self.plan.opened.note(f"{block.name}: unused, its block is zero")
+                self.plan.opened.listener.note(f"{block.name}: unused, its block is zero")
             every.append(facts)
         return every
 
     def _progress(self, rows: int, doing: str) -> None:
         self.done += rows
-        self.plan.opened.note.progress(self.done, self.rows, doing)
+        self.plan.opened.listener.progress(self.done, self.rows, doing)
 
     def _results(self, blocks: list[Document]) -> Document:
         return {
@@ -179,7 +179,7 @@ class Run:
             "method": " + ".join(sorted({facts["method"] for facts in blocks})),
             "symmetry_error": statistics.symmetry_error(blocks),
             "check": documents.block_check_facts(self.plan.certificate, blocks, self.plan.diagonal),
-            "notes": list(self.plan.opened.note.texts),
+            "notes": list(self.plan.opened.listener.notes),
         }
 
     def _tensors(self) -> dict[str, tuple[int, ...]]:

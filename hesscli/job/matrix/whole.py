@@ -61,7 +61,7 @@ class Group:
         writer = unfinished.writer
         known = unfinished.known(self.part)
         if known is not None and writer.holds(known["checksums"]):
-            self.plan.opened.note(*known["notes"])
+            self.plan.opened.listener.note(*known["notes"])
             for facts in known["blocks"]:
                 self.progress(facts["size"], facts["name"])
             return list(known["blocks"])
@@ -77,7 +77,7 @@ class Group:
                 self.part,
                 {
                     "blocks": found,
-                    "notes": list(self.plan.opened.note.texts),
+                    "notes": list(self.plan.opened.listener.notes),
                     "checksums": {block.name: checksums[block.name] for block in self.blocks},
                 },
             )

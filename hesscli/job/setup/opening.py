@@ -37,24 +37,18 @@ from hesscli.texts import listed
 _THIS_ONE = Processes()
 
 
-class Notes:
-    """What a command has to say besides its result: tells a listener, each text once.
-
-    Attributes:
-        texts: those that were told.
-    """
+class NoteKeeper(Listener):
+    """Passes on to a listener what it hears, each note once, and keeps the notes for the document."""
 
     def __init__(self, listener: Listener) -> None:
         self.listener = listener
-        self.texts: list[str] = []
+        self.notes: list[str] = []
 
-    def __call__(self, *texts: str) -> None:
+    def note(self, *texts: str) -> None:
         for text in texts:
-            if text not in self.texts:
-                self.texts.append(text)
+            if text not in self.notes:
+                self.notes.append(text)
                 self.listener.note(text)
-
-    note = __call__  # as a listener
 
     def progress(self, done: int, total: int, doing: str) -> None:
         self.listener.progress(done, total, doing)
@@ -70,7 +64,7 @@ class Opened:
     tied: dict[str, list[str]]  # first name -> the other names of the same tensor
     frozen: list[str]  # parameters left out because they do not require a gradient
     facts: Document  # model, data and loss, as in the JSON document
-    note: Notes
+    listener: NoteKeeper
 
     @cached_property
     def double(self) -> Problem | None:
@@ -95,15 +89,15 @@ def open_problem(
     Raises:
         HesscliError: of any kind; see `errors.py`.
     """
-    device, note, model = device_called(options.device), Notes(listener), processes.model
+    device, keeper, model = device_called(options.device), NoteKeeper(listener), processes.model
     try:
-        return _Opening(options, device, note, model).opened(processes, side_by_side)
+        return _Opening(options, device, keeper, model).opened(processes, side_by_side)
     except DeviceMismatchError:
         if options.device != "auto":
             raise
-    note("the model makes tensors on the CPU, so all is done there")
+    keeper.note("the model makes tensors on the CPU, so all is done there")
     cpu = torch.device("cpu")
-    return _Opening(options, cpu, note, model).opened(processes, side_by_side)
+    return _Opening(options, cpu, keeper, model).opened(processes, side_by_side)
 
 
 class _Opening:
@@ -117,10 +111,11 @@ class _Opening:
         self,
         options: ProblemOptions,
         device: torch.device,
-        note: Notes,
+        listener: NoteKeeper,
         model: SavedModel | None,
     ) -> None:
-        self.options, self.device, self.note = options, device, note
+        self.options, self.device, self.listener = options, device, listener
+        self.note = note = listener.note
         torch.manual_seed(options.seed)
         settle(options)
         if options.tf32 and device.type != "cuda":
@@ -162,7 +157,7 @@ class _Opening:
             )
         problem, value = self._measured(problem, processes)
         facts = self._facts(problem, value)
-        return Opened(options, problem, chunk, self.tied, self.frozen, facts, note)
+        return Opened(options, problem, chunk, self.tied, self.frozen, facts, self.listener)
 
     def _load_model(self) -> SavedModel:
         return load_model(
