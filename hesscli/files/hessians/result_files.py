@@ -23,7 +23,13 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 class ResultFiles:
-    """What both kinds share: which tensor is in which file, and not too many of them open."""
+    """The one file of a result, which has the document in its metadata; and what several files do in the same way.
+
+    Args:
+        partial: the unfinished file, or index.
+        descriptor: of it.
+        files: those that hold the tensors.
+    """
 
     def __init__(self, partial: Path, descriptor: int, files: Sequence[TensorFile]) -> None:
         self.partial, self.descriptor, self.files = partial, descriptor, files
@@ -40,19 +46,21 @@ class ResultFiles:
             OSError: of the file system; ENOSPC when there is no room.
             FileError: what was begun is gone.
         """
-        raise NotImplementedError
+        self.files[0].reserve(self.descriptor)
 
     def finish(self, text: str, checksum: str) -> None:
         """Writes the document, and all that goes around tensors; all is on the disk then."""
-        raise NotImplementedError
+        self.files[0].finish({"hesscli": text})
 
     def rename(self, path: Path) -> None:
         """Gives every file its name, in an order in which no reader takes half of a result for one."""
-        raise NotImplementedError
+        keep_mode(path, self.partial)
+        os.replace(self.partial, path)
+        sync_folder(path.parent)
 
     def names(self, path: Path) -> list[Path]:
         """The names that the files get."""
-        raise NotImplementedError
+        return [path]
 
     def discard(self) -> None:
         """Removes what has no name yet."""
@@ -79,49 +87,6 @@ class ResultFiles:
     def close(self) -> None:
         for file in self.files:
             file.close()
-
-
-class OneFile(ResultFiles):
-    """The document is in the file's own metadata.
-
-    Args:
-        partial: the unfinished file.
-        descriptor: of it.
-        shapes: of its tensors.
-        dtype: of all of them.
-        text: the document, as far as it is known.
-        spare: characters that may join it.
-        start: where the tensors begin, if that is known.
-    """
-
-    def __init__(
-        self,
-        partial: Path,
-        descriptor: int,
-        shapes: Shapes,
-        dtype: str,
-        text: str,
-        spare: int,
-        start: int | None,
-    ) -> None:
-        file = TensorFile(partial, shapes, dtype, {"hesscli": text}, spare, start)
-        super().__init__(partial, descriptor, [file])
-
-    def reserve(self, begun: bool) -> None:
-        (file,) = self.files
-        file.reserve(self.descriptor)
-
-    def finish(self, text: str, checksum: str) -> None:
-        (file,) = self.files
-        file.finish({"hesscli": text})
-
-    def rename(self, path: Path) -> None:
-        keep_mode(path, self.partial)
-        os.replace(self.partial, path)
-        sync_folder(path.parent)
-
-    def names(self, path: Path) -> list[Path]:
-        return [path]
 
 
 class SeveralFiles(ResultFiles):

@@ -18,9 +18,9 @@ import numpy as np
 from hesscli.errors import ResourceError, UsageError
 from hesscli.files.hessians.checksums import Checksum, document_checksum
 from hesscli.files.hessians.hessian_file import is_part_of
-from hesscli.files.hessians.result_files import OneFile, ResultFiles, SeveralFiles
+from hesscli.files.hessians.result_files import ResultFiles, SeveralFiles
 from hesscli.files.hessians.result_names import partial_path, partial_paths, result_paths, split
-from hesscli.files.hessians.tensor_file import OPEN_FLAGS
+from hesscli.files.hessians.tensor_file import OPEN_FLAGS, TensorFile
 
 Span = tuple[int, int]  # first and last + 1
 
@@ -65,9 +65,9 @@ class ResultWriter:
         # Twenty numbers of up to 32 characters may still join each block, and some notes the document.
         spare = 640 * len(shapes) + 8192
         partial, descriptor = self._begin(start is None and not shared, shared)
-        self.files: ResultFiles
         if path is None or len(groups) == 1:
-            self.files = OneFile(partial, descriptor, shapes, dtype, text, spare, start)
+            file = TensorFile(partial, shapes, dtype, {"hesscli": text}, spare, start)
+            self.files = ResultFiles(partial, descriptor, [file])
         else:
             self.files = SeveralFiles(path, partial, descriptor, groups, dtype, text, spare)
         self.start = self.files.files[0].start
