@@ -23,7 +23,7 @@ from hesscli.hessian.objective.copies import copied
 from hesscli.hessian.objective.loss import Loss
 from hesscli.hessian.objective.losses import ELEMENT_WEIGHTED, LOSSES, TENSORS, check_arguments
 from hesscli.job.options import ProblemOptions
-from hesscli.job.setup.source import goes_along, move
+from hesscli.job.setup.source import move, per_sample
 from hesscli.texts import dtype_name
 
 _ELSEWHERE = {"ce": "cross-entropy", "mae": "l1", "l2": "mse"}  # names that look like others here
@@ -101,8 +101,8 @@ def _arguments(
         if array is not None:
             if loss.name in ELEMENT_WEIGHTED and target is not None:
                 _demand_fit(key, array, target)
-            along = goes_along(loss, key, array, target, data.recorded)
-            used = array[slice(*data.range)] if along and not options.unbatched else array
+            whole = options.unbatched or not per_sample(loss, {key: array}, target, data.recorded)
+            used = array if whole else array[slice(*data.range)]
             check_finite(options.data, value[1:] if isinstance(value, str) else key, used)
             arguments[key] = move(array, device, dtype)
     return arguments

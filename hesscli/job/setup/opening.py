@@ -30,7 +30,7 @@ from hesscli.job.setup.parameters import chosen_parameters
 from hesscli.job.setup.passing import as_columns, passed, scales
 from hesscli.job.setup.processes import Processes
 from hesscli.job.setup.settings import settle
-from hesscli.job.setup.source import Source, parted
+from hesscli.job.setup.source import Source, per_sample
 from hesscli.job.setup.team import rank_here, ranks
 from hesscli.texts import listed
 
@@ -186,14 +186,13 @@ class _Opening:
         """What batches are cut from."""
         data, (fewest, most) = self.data, self._batch_sizes()
         target = data.targets[1] if data.targets and self.loss.needs_target else None
-        same, along = parted(self.loss, self.arguments, target, data.recorded)
         return Source(
             inputs=self.inputs,
             keywords=self.keywords,
             scales=scales(self.options.scale, self.inputs, self.note),
             target=target,
-            arguments=same,
-            along=along,
+            arguments=self.arguments,
+            per_sample=per_sample(self.loss, self.arguments, target, data.recorded),
             range=data.range,
             recorded=data.recorded,
             fewest=fewest,

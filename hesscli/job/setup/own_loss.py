@@ -31,11 +31,8 @@ def inspect_loss(
     if fixed:
         listed = ", ".join(fixed)
         note(f"loss arguments as long as the data, but the same for all samples: {listed}")
-        source = replace(
-            source,
-            arguments={**source.arguments, **fixed},
-            along={name: value for name, value in source.along.items() if name not in fixed},
-        )
+        left = [name for name in source.per_sample if name not in fixed]
+        source = replace(source, per_sample=left)
     tried, terms = _terms(problem, source, len(some))
     with torch.no_grad():
         output = problem.output(tried)
@@ -56,7 +53,7 @@ def inspect_loss(
     return problem, source, wants_all or problem.loss.reduced
 
 
-def _fixed(problem: Problem, source: Source, some: Batch) -> dict[str, Tensor]:
+def _fixed(problem: Problem, source: Source, some: Batch) -> list[str]:
     """Arguments that have as many entries as there are samples, but not one for each.
 
     Another number of samples accepts them whole, as it does the weights of as many classes.
@@ -64,31 +61,31 @@ def _fixed(problem: Problem, source: Source, some: Batch) -> dict[str, Tensor]:
     counts = range(max(2, source.fewest), (source.most or source.recorded + source.fewest + 2) + 1)
     # Not one, which any array broadcasts to, nor what divides theirs: terms of that length would tell nothing.
     count = next((count for count in counts if source.recorded % count), None)
-    if not source.along or source.recorded < 2 or count is None:
-        return {}
-    tried = _repeated(some, count, source.along)
-    fixed = {}
+    if not source.per_sample or source.recorded < 2 or count is None:
+        return []
+    tried = _repeated(some, count, source.per_sample)
+    fixed = []
     with torch.no_grad():
         try:
             output = problem.output(tried)
         except MismatchError:  # of copies
-            return {}
-        for name, value in source.along.items():
-            whole = replace(tried, loss_arguments={**tried.loss_arguments, name: value})
+            return []
+        for name in source.per_sample:
+            arguments = {**tried.loss_arguments, name: source.arguments[name]}
             try:
-                terms = problem.loss.terms(output, whole)
+                terms = problem.loss.terms(output, replace(tried, loss_arguments=arguments))
             except MismatchError:
                 continue
             if not terms.dim() or len(terms) % count == 0:
-                fixed[name] = value
+                fixed.append(name)
     return fixed
 
 
-def _repeated(batch: Batch, count: int, along: Collection[str]) -> Batch:
-    """So many samples, copies of those of a batch; loss arguments of these names go along."""
+def _repeated(batch: Batch, count: int, per_sample: Collection[str]) -> Batch:
+    """So many samples, copies of those of a batch; loss arguments of these names have an entry for each."""
     index = torch.arange(count, device=batch.inputs[0].device) % len(batch)
     arguments = dict(batch.loss_arguments)
-    for name in along:
+    for name in per_sample:
         value = arguments[name]
         assert isinstance(value, torch.Tensor)
         arguments[name] = value[index]

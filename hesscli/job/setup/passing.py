@@ -22,7 +22,7 @@ from hesscli.hessian.objective.loss import Loss
 from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.options import EVERY, ProblemOptions
-from hesscli.job.setup.source import Source, parted
+from hesscli.job.setup.source import Source, per_sample
 from hesscli.job.setup.together import first_accepted
 
 
@@ -115,12 +115,13 @@ def as_columns(problem: Problem, source: Source, note: Callable[[str], None]) ->
     if output.shape != (source.few, 1) or source.target.dim() != 1:
         return source
     note("targets: taken as a column [N, 1], as the model's output is")
-    target, arguments, along = source.target.unsqueeze(1), source.arguments, source.along
-    if problem.loss.name in LOSSES:
-        columns = {name: value.unsqueeze(1) for name, value in along.items()}
-        every = {**arguments, **columns}
-        arguments, along = parted(problem.loss, every, target, source.recorded)
-    return replace(source, target=target, arguments=arguments, along=along)
+    source = replace(source, target=source.target.unsqueeze(1))
+    if problem.loss.name not in LOSSES:
+        return source
+    columns = {name: source.arguments[name].unsqueeze(1) for name in source.per_sample}
+    arguments = {**source.arguments, **columns}
+    names = per_sample(problem.loss, arguments, source.target, source.recorded)
+    return replace(source, arguments=arguments, per_sample=names)
 
 
 def _as_indices(problem: Problem, source: Source, note: Callable[[str], None]) -> Source:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ class Source:
     keywords: tuple[str, ...]  # the last of them, if they are passed by name
     scales: Mapping[str, float]  # what some of them are multiplied by
     target: Tensor | None  # what the loss compares with
-    arguments: Mapping[str, object]  # of the loss, the same for each batch
-    along: Mapping[str, Tensor]  # those that have an entry for each sample of the file
+    arguments: Mapping[str, Any]  # of the loss
+    per_sample: Collection[str]  # those that have an entry for each sample of the file
     range: tuple[int, int]  # which of the file's samples these are: from, up to
     recorded: int  # how many samples the file has
     fewest: int  # samples that the model accepts at once
@@ -65,7 +66,10 @@ class Source:
         return Batch(
             moved,
             None if target is None else move(target, self.device, self.dtype),
-            {**self.arguments, **{name: value[recorded] for name, value in self.along.items()}},
+            {
+                name: value[recorded] if name in self.per_sample else value
+                for name, value in self.arguments.items()
+            },
             self.keywords,
         )
 
@@ -73,26 +77,20 @@ class Source:
         return array.to(self.dtype) * self.scales[name] if name in self.scales else array
 
 
-def parted(
+def per_sample(
     loss: Loss, arguments: Mapping[str, object], target: Tensor | None, recorded: int
-) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """The loss's arguments that are the same for all samples, and those that go along with them."""
-    along = {
-        name: value
-        for name, value in arguments.items()
-        if isinstance(value, Tensor) and goes_along(loss, name, value, target, recorded)
-    }
-    return {name: value for name, value in arguments.items() if name not in along}, along
-
-
-def goes_along(loss: Loss, name: str, value: Tensor, target: Tensor | None, recorded: int) -> bool:
-    """Whether an argument has an entry for each of the file's samples, and not for each class."""
-    if not value.dim() or len(value) != recorded:
-        return False
-    if loss.function is not None:  # of the user's own it is found out: `own_loss.py`
-        return True
-    of_elements = name in TENSORS and loss.name in ELEMENT_WEIGHTED
-    return of_elements and target is not None and value.dim() == target.dim()
+) -> list[str]:
+    """The loss's arguments that have an entry for each of the file's samples, and not for each class."""
+    axes = target.dim() if target is not None and loss.name in ELEMENT_WEIGHTED else None
+    found = []
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.dim() and len(value) == recorded:
+            of_elements = name in TENSORS and value.dim() == axes
+            if (
+                of_elements or loss.function is not None
+            ):  # which it is then, `own_loss.py` finds out
+                found.append(name)
+    return found
 
 
 def move(array: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
