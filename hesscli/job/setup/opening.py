@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -89,171 +90,159 @@ def open_problem(
     Raises:
         HesscliError: of any kind; see `errors.py`.
     """
-    device, keeper, model = device_called(options.device), NoteKeeper(listener), processes.model
+    device, keeper = device_called(options.device), NoteKeeper(listener)
     try:
-        return _Opening(options, device, keeper, model).opened(processes, side_by_side)
+        return _opened(options, device, keeper, processes, side_by_side)
     except DeviceMismatchError:
         if options.device != "auto":
             raise
     keeper.note("the model makes tensors on the CPU, so all is done there")
-    cpu = torch.device("cpu")
-    return _Opening(options, cpu, keeper, model).opened(processes, side_by_side)
+    return _opened(options, torch.device("cpu"), keeper, processes, side_by_side)
 
 
-class _Opening:
-    """Model, data and loss on one device, and how they go together.
+def _opened(
+    options: ProblemOptions,
+    device: torch.device,
+    listener: NoteKeeper,
+    processes: Processes,
+    side_by_side: bool,
+) -> Opened:
+    """The same on one device.
 
     Raises:
         DeviceMismatchError: the model makes tensors on another.
     """
+    note = listener.note
+    torch.manual_seed(options.seed)
+    settle(options)
+    if options.tf32 and device.type != "cuda":
+        note(f"--tf32 has no effect: the device is {device.type}")
+    model = processes.model or load_model(
+        options.model,
+        arch=options.arch,
+        arch_arguments=options.arch_arguments,
+        allow_pickle=options.allow_pickle,
+        train_mode=options.train_mode,
+        device=device,
+    )
+    note(*model.notes)
+    dtype = _cast(model, options.dtype)
+    named = [v for v in options.loss_arguments.values() if isinstance(v, str) and v.startswith("@")]
+    data = load_data(
+        options.data,
+        inputs=options.inputs,
+        targets=options.targets,
+        unbatched=options.unbatched,
+        samples=options.samples,
+        arguments=model.signature.names,
+        others=[value[1:] for value in named],
+    )
+    note(*data.notes)
+    loss, arguments = loss_of(options, data, device, dtype, note)
+    inputs, keywords = passed(options, model, data, loss, note)
+    parameters, tied, frozen = chosen_parameters(model.module, options.params, note)
 
-    def __init__(
-        self,
-        options: ProblemOptions,
-        device: torch.device,
-        listener: NoteKeeper,
-        model: SavedModel | None,
-    ) -> None:
-        self.options, self.device, self.listener = options, device, listener
-        self.note = note = listener.note
-        torch.manual_seed(options.seed)
-        settle(options)
-        if options.tf32 and device.type != "cuda":
-            note(f"--tf32 has no effect: the device is {device.type}")
-        self.model = model or self._load_model()
-        note(*self.model.notes)
-        self.dtype = _cast(self.model, options.dtype)
-        self.data = self._load_data()
-        note(*self.data.notes)
-        self.loss, self.arguments = loss_of(options, self.data, device, self.dtype, note)
-        self.inputs, self.keywords = passed(options, self.model, self.data, self.loss, note)
-        self.parameters, self.tied, self.frozen = chosen_parameters(
-            self.model.module, options.params, note
+    fewest, most = _batch_sizes(options, model, data, note)
+    target = data.targets[1] if data.targets and loss.needs_target else None
+    source = Source(
+        inputs=inputs,
+        keywords=keywords,
+        scales=scales(options.scale, inputs, note),
+        target=target,
+        arguments=arguments,
+        per_sample=per_sample(loss, arguments, target, data.recorded),
+        range=data.range,
+        recorded=data.recorded,
+        fewest=fewest,
+        most=most,
+        device=device,
+        dtype=dtype,
+    )
+    problem = Problem(
+        model.module,
+        parameters,
+        (),
+        loss,
+        output_key=options.output_key,
+        one_sample=options.unbatched,
+    )
+    if data.columns:
+        source = as_columns(problem, source, note)
+    problem, chunk = split(problem, source, options.batch_size, note, processes, side_by_side)
+    _demand_own_parameters(model, problem)
+    if loss.wide:
+        problem, _ = problem.widened()
+        if problem.loss.wide:
+            note("what the model itself computes in float32 is computed in float64")
+    if problem.written:
+        problem = protected(problem)
+        names = listed(problem.written)
+        note(f"the model writes to its weights ({names}): the Hessian is at what it writes")
+    measured, value = measure(processes.own(problem), processes.totals)
+    if not math.isfinite(value):
+        if data.targets:
+            check_finite(options.data, *data.targets)
+        raise NumericalError(f"the loss is {value}; its derivatives would mean nothing")
+    problem = replace(problem, denominator=measured.denominator)
+    facts = _facts(options, model, data, list(inputs), problem, value)
+    return Opened(options, problem, chunk, tied, frozen, facts, listener)
+
+
+def _batch_sizes(
+    options: ProblemOptions, model: SavedModel, data: Data, note: Callable[[str], None]
+) -> tuple[int, int | None]:
+    """The fewest samples that the model takes at once, and the most."""
+    sizes, samples = model.batch_sizes, data.samples
+    # In train mode batch norm couples the samples of a batch.
+    coupled = options.train_mode and sizes == (1, None)
+    if not (options.unbatched or coupled):
+        return sizes
+    if options.batch_size not in (None, samples):
+        note("--batch-size has no effect: all the data is one batch")
+    return samples, samples
+
+
+def _demand_own_parameters(model: SavedModel, problem: Problem) -> None:
+    """Refuses the copy of a module in memory that computes with parameters of the original."""
+    if model.originals and problem.depends_on(model.originals):
+        raise MismatchError(
+            f"{type(model.module).__name__}: forward finds parameters by a global name or a weak reference, "
+            "so that its copy would compute with those of the original",
+            "let forward find them by self",
         )
 
-    def opened(self, processes: Processes, side_by_side: bool) -> Opened:
-        """The problem, after one pass over the data."""
-        options, note, source = self.options, self.note, self._source()
-        problem = Problem(
-            self.model.module,
-            self.parameters,
-            (),
-            self.loss,
-            output_key=options.output_key,
-            one_sample=options.unbatched,
-        )
-        if self.data.columns:
-            source = as_columns(problem, source, note)
-        problem, chunk = split(problem, source, options.batch_size, note, processes, side_by_side)
-        self._demand_own_parameters(problem)
-        if self.loss.wide:
-            problem, _ = problem.widened()
-            if problem.loss.wide:
-                note("what the model itself computes in float32 is computed in float64")
-        if problem.written:
-            problem = protected(problem)
-            note(
-                f"the model writes to its weights ({listed(problem.written)}): the Hessian is at what it writes"
-            )
-        problem, value = self._measured(problem, processes)
-        facts = self._facts(problem, value)
-        return Opened(options, problem, chunk, self.tied, self.frozen, facts, self.listener)
 
-    def _load_model(self) -> SavedModel:
-        return load_model(
-            self.options.model,
-            arch=self.options.arch,
-            arch_arguments=self.options.arch_arguments,
-            allow_pickle=self.options.allow_pickle,
-            train_mode=self.options.train_mode,
-            device=self.device,
-        )
-
-    def _load_data(self) -> Data:
-        arguments = self.options.loss_arguments.values()
-        named = [text for text in arguments if isinstance(text, str) and text.startswith("@")]
-        return load_data(
-            self.options.data,
-            inputs=self.options.inputs,
-            targets=self.options.targets,
-            unbatched=self.options.unbatched,
-            samples=self.options.samples,
-            arguments=self.model.signature.names,
-            others=[text[1:] for text in named],
-        )
-
-    def _source(self) -> Source:
-        """What batches are cut from."""
-        data, (fewest, most) = self.data, self._batch_sizes()
-        target = data.targets[1] if data.targets and self.loss.needs_target else None
-        return Source(
-            inputs=self.inputs,
-            keywords=self.keywords,
-            scales=scales(self.options.scale, self.inputs, self.note),
-            target=target,
-            arguments=self.arguments,
-            per_sample=per_sample(self.loss, self.arguments, target, data.recorded),
-            range=data.range,
-            recorded=data.recorded,
-            fewest=fewest,
-            most=most,
-            device=self.device,
-            dtype=self.dtype,
-        )
-
-    def _batch_sizes(self) -> tuple[int, int | None]:
-        """The fewest samples that the model takes at once, and the most."""
-        options, sizes, samples = self.options, self.model.batch_sizes, self.data.samples
-        # In train mode batch norm couples the samples of a batch.
-        coupled = options.train_mode and sizes == (1, None)
-        if not (options.unbatched or coupled):
-            return sizes
-        if options.batch_size not in (None, samples):
-            self.note("--batch-size has no effect: all the data is one batch")
-        return samples, samples
-
-    def _demand_own_parameters(self, problem: Problem) -> None:
-        """Refuses the copy of a module in memory that computes with parameters of the original."""
-        if self.model.originals and problem.depends_on(self.model.originals):
-            raise MismatchError(
-                f"{type(self.model.module).__name__}: forward finds parameters by a global name or a weak reference, "
-                "so that its copy would compute with those of the original",
-                "let forward find them by self",
-            )
-
-    def _measured(self, problem: Problem, processes: Processes) -> tuple[Problem, float]:
-        """The problem with its denominator, and the value of the loss, which is finite."""
-        measured, value = measure(processes.own(problem), processes.totals)
-        if not math.isfinite(value):
-            if self.data.targets:
-                check_finite(self.options.data, *self.data.targets)
-            raise NumericalError(f"the loss is {value}; its derivatives would mean nothing")
-        return replace(problem, denominator=measured.denominator), value
-
-    def _facts(self, problem: Problem, value: float) -> Document:
-        """Model, data and loss, as in the JSON document; the inputs' names are in the model's order."""
-        options, model, data, loss = self.options, self.model, self.data, problem.loss
-        return {
-            "curvature": CURVATURES[options.curvature].document_name,
-            "model": {"path": str(options.model), "kind": model.form, "sha256": model.sha256},
-            "data": {
-                "path": str(options.data),
-                "sha256": data.sha256,
-                "samples": data.samples,
-                "inputs": list(self.inputs),
-                "targets": data.targets[0] if data.targets and loss.needs_target else None,
-                **({"range": list(data.range)} if options.samples else {}),
-                **({"scale": dict(options.scale)} if options.scale else {}),
-            },
-            "loss": {
-                "name": loss.name,
-                "arguments": printable(options.loss_arguments),
-                "reduction": loss.reduction,
-                "denominator": problem.denominator,
-                "value": value,
-                "inferred": options.loss == "auto",
-            },
-        }
+def _facts(
+    options: ProblemOptions,
+    model: SavedModel,
+    data: Data,
+    inputs: list[str],
+    problem: Problem,
+    value: float,
+) -> Document:
+    """Model, data and loss, as in the JSON document; the inputs' names are in the model's order."""
+    loss = problem.loss
+    return {
+        "curvature": CURVATURES[options.curvature].document_name,
+        "model": {"path": str(options.model), "kind": model.form, "sha256": model.sha256},
+        "data": {
+            "path": str(options.data),
+            "sha256": data.sha256,
+            "samples": data.samples,
+            "inputs": inputs,
+            "targets": data.targets[0] if data.targets and loss.needs_target else None,
+            **({"range": list(data.range)} if options.samples else {}),
+            **({"scale": dict(options.scale)} if options.scale else {}),
+        },
+        "loss": {
+            "name": loss.name,
+            "arguments": printable(options.loss_arguments),
+            "reduction": loss.reduction,
+            "denominator": problem.denominator,
+            "value": value,
+            "inferred": options.loss == "auto",
+        },
+    }
 
 
 def device_called(name: str) -> torch.device:
