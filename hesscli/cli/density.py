@@ -29,8 +29,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 @takes_hessian_or_problem("probes", "steps")
 def density(
-    hessian: str,
-    problem: ProblemOptions | None,
+    hessian: str | ProblemOptions,
     probes: Annotated[
         int, typer.Option(metavar="N", min=1, help="Of a model: random vectors to average over.")
     ] = 10,
@@ -75,13 +74,13 @@ def density(
         if processes.serve():
             return
         refuse_idle_force(force, "-o density.safetensors", output, plot)
-        if problem is not None:
+        if not isinstance(hessian, str):
             start()
         from hesscli.job.density import DensityOptions
         from hesscli.job.density import density as run
 
         options = DensityOptions(probes, steps, output, plot, force)
-        document = run(hessian, problem, options, out, processes)
+        document = run(hessian, options, out, processes)
         out.result(document, print_density)
         if document["interrupted"]:
             raise KeyboardInterrupt

@@ -39,8 +39,7 @@ _TOP = 10
 
 @takes_hessian_or_problem("per_block", "tol", "max_products")
 def eigen(
-    hessian: str,
-    problem: ProblemOptions | None,
+    hessian: str | ProblemOptions,
     top: Annotated[
         int, typer.Option("--top", metavar="K", min=1, help="How many eigenvalues.")
     ] = _TOP,
@@ -124,7 +123,7 @@ def eigen(
         refuse_idle_force(force, "-o eigen.safetensors", output)
         ends, count = ("both", 2) if per_block else (which, top)
         refuse_unseen_end(ends, count, fail_above, fail_below)
-        if problem is not None:
+        if not isinstance(hessian, str):
             if block is not None:
                 raise UsageError(
                     "--block goes with a Hessian file",
@@ -136,11 +135,11 @@ def eigen(
         from hesscli.job.eigen import eigen as run
 
         options = EigenOptions(top, which, tol, max_products, per_block, block, output, force)
-        if problem is None:
+        if isinstance(hessian, str):
             document: Document = run(hessian, options)
             out.result(document, print_eigenpairs)
         else:
-            document = of_model(out, problem, options, processes)
+            document = of_model(out, hessian, options, processes)
         if output is not None:
             out.wrote(output)
         gate_eigenvalues(document, fail_above, fail_below)

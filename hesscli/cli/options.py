@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -194,59 +193,43 @@ def _problem(arguments: dict[str, Any]) -> ProblemOptions:
         raise typer.BadParameter(error.message) from None
 
 
-Call = Callable[[dict[str, Any], dict[str, Any]], None]  # takes what is shared, and a command's own
+Command = Callable[..., None]
 
 
-def takes_problem(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the shared options: `problem` becomes the parameters of `problem_options`."""
-
-    def call(arguments: dict[str, Any], own: dict[str, Any]) -> None:
-        command(problem=_problem(arguments), **own)
-
-    return _with_shared_options(command, call)
+def takes_problem(command: Command) -> Command:
+    """Gives a command the shared options: they make the `ProblemOptions` that are its first parameter."""
+    return _with_shared_options(command, lambda arguments, own: _problem(arguments))
 
 
-def takes_hessian_or_problem(
-    *of_model: str,
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The same for a command that reads a Hessian file too: `hessian` is its path, or `problem` is not None.
+def takes_hessian_or_problem(*of_model: str) -> Callable[[Command], Command]:
+    """The same for a command that reads a Hessian file too: where there is no DATA, its first parameter is the path.
 
     Args:
         of_model: which of its own options mean nothing for a file.
     """
 
-    def decorated(command: Callable[..., None]) -> Callable[..., None]:
-        def call(arguments: dict[str, Any], own: dict[str, Any]) -> None:
-            if arguments["data"] is None:
-                _refuse_given(problem_options, arguments)
-                _refuse_given(command, {name: own[name] for name in of_model})
-                command(hessian=arguments["model"], problem=None, **own)
-            else:
-                arguments["model"] = Path(arguments["model"])
-                command(hessian="", problem=_problem(arguments), **own)
+    def decorated(command: Command) -> Command:
+        def hessian(arguments: dict[str, Any], own: dict[str, Any]) -> str | ProblemOptions:
+            if arguments["data"] is not None:
+                return _problem(arguments | {"model": Path(arguments["model"])})
+            _refuse_given(problem_options, arguments)
+            _refuse_given(command, {name: own[name] for name in of_model})
+            return str(arguments["model"])
 
-        return _with_shared_options(command, call, {"model": _SOURCE, "data": _DATA})
+        return _with_shared_options(command, hessian, _hessian_or_model)
 
     return decorated
 
 
-_SOURCE = inspect.Parameter(
-    "model",
-    inspect.Parameter.KEYWORD_ONLY,
-    default="hessian.safetensors",
-    annotation=Annotated[
+def _hessian_or_model(
+    model: Annotated[
         str,
         typer.Argument(
             metavar="HESSIAN|-|MODEL",
             help="A Hessian file or index (- is standard input), or, with DATA, a model.",
         ),
-    ],
-)
-_DATA = inspect.Parameter(
-    "data",
-    inspect.Parameter.KEYWORD_ONLY,
-    default=None,
-    annotation=Annotated[
+    ] = "hessian.safetensors",
+    data: Annotated[
         Path | None,
         typer.Argument(
             metavar="DATA",
@@ -254,11 +237,12 @@ _DATA = inspect.Parameter(
             show_default=False,
             readable=False,
         ),
-    ],
-)
+    ] = None,
+) -> None:
+    """What stands for MODEL DATA on the command line where a Hessian file will do too."""
 
 
-def _refuse_given(command: Callable[..., None], arguments: dict[str, Any]) -> None:
+def _refuse_given(command: Command, arguments: dict[str, Any]) -> None:
     """Refuses options of a command that only a model and data have, where a Hessian file is given.
 
     Raises:
@@ -282,30 +266,32 @@ def refuse_idle_force(force: bool, hint: str, *outputs: Path | None) -> None:
 
 
 def _with_shared_options(
-    command: Callable[..., None],
-    call: Call,
-    positional: Mapping[str, inspect.Parameter] = MappingProxyType({}),
-) -> Callable[..., None]:
-    """`call` with the signature of `command`, in which the shared options stand for `hessian` and `problem`.
+    command: Command,
+    first: Callable[[dict[str, Any], dict[str, Any]], str | ProblemOptions],
+    files: Callable[..., None] = problem_options,
+) -> Command:
+    """The command with the shared options in its signature, in place of its first parameter.
 
     Args:
         command: the command.
-        call: takes the values of the shared options, and those of the command's own.
-        positional: what stands for some of the shared options.
+        first: makes that parameter of the values of the shared options, and of those of the command's own.
+        files: a function with the parameters MODEL and DATA, where they are not those of `problem_options`.
     """
-    hints = get_type_hints(problem_options, include_extras=True)
-    hints |= get_type_hints(command, include_extras=True)
-    hints |= {name: p.annotation for name, p in positional.items()}
     shared = inspect.signature(problem_options).parameters.values()
-    signature = inspect.signature(command).parameters
-    own = [p for name, p in signature.items() if name not in ("hessian", "problem")]
-    first = [positional.get(p.name, p) for p in shared if p.default is p.empty]
-    parameters = [*first, *own, *(p for p in shared if p.default is not p.empty)]
+    _, *own = inspect.signature(command).parameters.values()
+    parameters = [
+        *list(inspect.signature(files).parameters.values())[:2],
+        *own,
+        *(p for p in shared if p.default is not p.empty),
+    ]
+    hints: dict[str, Any] = {}
+    for function in (problem_options, files, command):
+        hints |= get_type_hints(function, include_extras=True)
 
     @wraps(command)
     def run(**arguments: Any) -> None:
         mine = {p.name: arguments.pop(p.name) for p in own}
-        call(arguments, mine)
+        command(first(arguments, mine), **mine)
 
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]) for p in parameters]

@@ -35,13 +35,12 @@ class DensityOptions:
 
 
 def density(
-    hessian: str,
-    problem: ProblemOptions | None,
+    hessian: str | ProblemOptions,
     options: DensityOptions,
     listener: Listener,
     processes: Processes,
 ) -> Document:
-    """The density of a Hessian file, or of a model's curvature where `problem` is given.
+    """The density of a Hessian file, by its path, or of a model's curvature.
 
     Returns:
         the JSON document.
@@ -50,7 +49,7 @@ def density(
         HesscliError: of any kind.
     """
     started = time.perf_counter()
-    inputs = (Path(hessian),) if problem is None else problem.files
+    inputs = (Path(hessian),) if isinstance(hessian, str) else hessian.files
     output, plot = options.output, options.plot
     if output is not None:
         if output.suffix.lower() not in (".safetensors", ".json") and output != Path("-"):
@@ -58,13 +57,13 @@ def density(
         output = writable(output, options.force, inputs, name="density")
     if plot is not None:
         plot = drawable(plot, options.force, inputs)
-    if problem is None:
+    if isinstance(hessian, str):
         from hesscli.job.eigen import file_spectrum
 
         document, values = file_spectrum(hessian)
         found, products = exact(values), 0
     else:
-        document, found, products = _of_model(problem, options, listener, processes)
+        document, found, products = _of_model(hessian, options, listener, processes)
     edges, mass = found.histogram(BINS)
     document |= {
         "schema": SCHEMA,
