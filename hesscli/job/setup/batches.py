@@ -19,11 +19,11 @@ from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES, class_axis
 from hesscli.hessian.objective.problem import Problem, parameters_at
 from hesscli.hessian.objective.saved import saved_bytes
 from hesscli.hessian.objective.weight_writes import weight_writes
+from hesscli.job.setup.mixing import what_mixes, what_mixes_in_place
 from hesscli.job.setup.own_loss import inspect_loss
 from hesscli.job.setup.processes import Processes
 from hesscli.job.setup.source import Source
 from hesscli.job.setup.team import ranks_here
-from hesscli.job.setup.together import coupled, coupled_in_place, first_accepted
 
 _EACH = 2  # batches per thread, where they are worked on side by side
 _WORTH = 1 << 21  # bytes that a batch's pass keeps at least
@@ -111,7 +111,7 @@ def _accepted(
     asked = min(batch_size or samples, samples)
     counts = list(dict.fromkeys([count, asked, samples]))
     first = partial(first_output, problem, note=note)
-    batch, _ = first_accepted(first, source, counts)
+    batch, _ = source.first_accepted(first, counts)
     if len(batch) == count:
         return batch, 1, None
     if len(batch) == samples:
@@ -182,17 +182,17 @@ def _taken_apart(
     A process with more memory tries it with more samples, so what any of them sees counts for all.
     """
     limited = source.most is not None and source.most < source.samples
-    seeing = None
+    mixing = None
     if limited:
-        seeing = coupled_in_place(problem, source, bounds[1])
+        mixing = what_mixes_in_place(problem, source, bounds[1])
     elif len(bounds) > 2:
         each = max(1, saved, 2 * source.bytes // source.samples)
         room = free_memory(problem.device) // (2 * ranks_here() * each)
-        seeing = coupled(problem, source, bounds, room, note)
-    seeing = processes.any_says(seeing)
-    if seeing is None:
+        mixing = what_mixes(problem, source, bounds, room, note)
+    mixing = processes.any_says(mixing)
+    if mixing is None:
         return replace(problem, separable=source.fewest == 1 and not limited), bounds
-    sees = f"{seeing} sees several samples at once"
+    sees = f"{mixing} sees several samples at once"
     if limited:
         note(f"{sees}: {bounds[1]} at a time, as the model accepts them")
         return replace(problem, separable=False), bounds

@@ -13,7 +13,6 @@ from hesscli.errors import MismatchError
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.setup.source import Source
-from hesscli.job.setup.together import first_accepted
 
 
 def inspect_loss(
@@ -104,4 +103,4 @@ def _terms(problem: Problem, source: Source, count: int) -> tuple[Batch, Tensor]
         return problem.loss.terms(problem.output(batch), batch)
 
     counts = [min(count, source.samples), source.samples]  # fewer where there is no axis for them
-    return first_accepted(terms, source, list(dict.fromkeys(counts)))
+    return source.first_accepted(terms, list(dict.fromkeys(counts)))

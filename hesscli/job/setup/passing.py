@@ -23,7 +23,6 @@ from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.options import EVERY, ProblemOptions
 from hesscli.job.setup.source import Source, per_sample
-from hesscli.job.setup.together import first_accepted
 
 
 def passed(
@@ -129,7 +128,7 @@ def _as_indices(problem: Problem, source: Source, note: Callable[[str], None]) -
     indices = replace(source, inputs=whole)
     for each in (source, indices):
         with suppress(MismatchError):
-            first_accepted(partial(first_output, problem), each, [source.few, source.samples])
+            each.first_accepted(partial(first_output, problem), [source.few, source.samples])
             if each is indices:
                 note("inputs: whole numbers, taken as indices")
             return each

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hesscli.errors import DeviceMismatchError, MismatchError
+from hesscli.files.resources import available_memory
 from hesscli.hessian.aten.precision import in_precision
 from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.first_passes import UnrepeatableError
 from hesscli.hessian.objective.loss import Loss
 from hesscli.hessian.objective.losses import ELEMENT_WEIGHTED, TENSORS
 
@@ -72,6 +75,31 @@ class Source:
             },
             self.keywords,
         )
+
+    def first_accepted(
+        self, function: Callable[[Batch], Tensor], counts: Sequence[int]
+    ) -> tuple[Batch, Tensor]:
+        """The first so many samples that a function takes, of these numbers of samples in turn, and what it gives.
+
+        Raises:
+            MismatchError: it takes none of them; why it does not take the last: a graph's nodes want all others.
+            DeviceMismatchError: what it makes lies on another device.
+            UnrepeatableError: its passes are not alike.
+        """
+        refused: MismatchError | None = None
+        with torch.no_grad():
+            for count in counts:
+                if refused and self.bytes * count // self.samples > available_memory() // 8:
+                    break
+                batch = self.part(0, count)
+                try:
+                    return batch, function(batch)
+                except (DeviceMismatchError, UnrepeatableError):
+                    raise
+                except MismatchError as error:
+                    refused = error
+        assert refused is not None
+        raise refused
 
     def _scaled(self, name: str, array: Tensor) -> Tensor:
         return array.to(self.dtype) * self.scales[name] if name in self.scales else array

@@ -1,7 +1,8 @@
-"""Whether samples can be taken apart: whether a model, or a loss, makes the same of some without the others."""
+"""Whether samples mix: whether a model, or a loss, makes something else of samples together than apart."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -9,12 +10,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from hesscli.errors import DeviceMismatchError, MismatchError, is_out_of_memory
-from hesscli.files.resources import available_memory
+from hesscli.errors import MismatchError, is_out_of_memory
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.aten.definitions import exact_derivatives, right_gradients
 from hesscli.hessian.objective.batch import Batch
-from hesscli.hessian.objective.first_passes import UnrepeatableError
 from hesscli.hessian.objective.losses import OF_CLASSES
 from hesscli.hessian.objective.problem import Problem, parameters_at
 from hesscli.hessian.proofs.analysis import Analyses
@@ -23,33 +22,7 @@ from hesscli.job.setup.source import Source
 _FEWEST = 4  # samples passed together and apart
 
 
-def first_accepted(
-    function: Callable[[Batch], Tensor], source: Source, counts: Sequence[int]
-) -> tuple[Batch, Tensor]:
-    """The first so many samples that a function takes, of these numbers of samples in turn, and what it gives.
-
-    Raises:
-        MismatchError: it takes none of them; why it does not take the last: a graph's nodes want all others.
-        DeviceMismatchError: what it makes lies on another device.
-        UnrepeatableError: its passes are not alike.
-    """
-    refused: MismatchError | None = None
-    with torch.no_grad():
-        for count in counts:
-            if refused and source.bytes * count // source.samples > available_memory() // 8:
-                break
-            batch = source.part(0, count)
-            try:
-                return batch, function(batch)
-            except (DeviceMismatchError, UnrepeatableError):
-                raise
-            except MismatchError as error:
-                refused = error
-    assert refused is not None
-    raise refused
-
-
-def coupled(
+def what_mixes(
     problem: Problem,
     source: Source,
     bounds: Sequence[int],
@@ -72,25 +45,25 @@ def coupled(
             takes no more at once.
         note: hears of that.
     """
-    proven = _proven(problem, source)
+    proven = _proven_apart(problem, source)
     wider = not proven and problem.dtype is not torch.float64
     count = min(source.samples, max(_FEWEST, source.fewest, room // 2 if wider else room))
     tried = [*(b for b in bounds if b < count), count]
     if len(tried) == 2:
         tried.insert(1, count // 2)
     try:
-        seeing = _seeing(problem, source, tried, proven, wider)
+        found = _found_mixing(problem, source, tried, proven, wider)
     except MismatchError:
         if count <= bounds[1]:
             raise
         count = bounds[1]
-        seeing = _seeing(problem, source, sorted({0, count // 2, count}), proven, wider)
+        found = _found_mixing(problem, source, sorted({0, count // 2, count}), proven, wider)
     if count < source.samples and not (proven and problem.loss.function is None):
         note(f"whether samples mix was tried with {count} of them; --unbatched takes all at once")
-    return seeing
+    return found
 
 
-def _seeing(
+def _found_mixing(
     problem: Problem, source: Source, tried: Sequence[int], proven: bool, wider: bool
 ) -> str | None:
     """What makes something else of the first samples than of these parts of them.
@@ -104,7 +77,7 @@ def _seeing(
         problem = problem.double() or problem
     together, *apart = problem.batches
     leaves = list(problem.parameters.values())
-    for values in (leaves, _near(leaves)):
+    for values in (leaves, _moved(leaves)):
         with (
             torch.set_grad_enabled(not proven),
             right_gradients(),
@@ -115,14 +88,14 @@ def _seeing(
                 outputs = [problem.output(part) for part in apart]
             except MismatchError:  # it wants more samples, or those it was traced with
                 return "the model"
-            if not (_same(output, outputs) and _pull_the_same(output, outputs, leaves)):
+            if not (_same_values(output, outputs) and _same_gradients(output, outputs, leaves)):
                 return "the model"
-        if (loss := _loss_coupled(problem, output, together, outputs, apart)) is not None:
+        if (loss := _mixing_loss(problem, output, together, outputs, apart)) is not None:
             return loss
     return None
 
 
-def _proven(problem: Problem, source: Source) -> bool:
+def _proven_apart(problem: Problem, source: Source) -> bool:
     """Whether each of the first few samples goes its own way through the model, and others go the same way."""
     try:
         few = min(source.samples, max(_FEWEST, source.fewest))
@@ -132,7 +105,7 @@ def _proven(problem: Problem, source: Source) -> bool:
     return not analysis.tape.decided
 
 
-def _near(leaves: Sequence[Tensor]) -> list[Tensor]:
+def _moved(leaves: Sequence[Tensor]) -> list[Tensor]:
     """Parameters, moved by about a hundredth of their size."""
     generator, near = torch.Generator().manual_seed(0), []
     for leaf in leaves:
@@ -142,7 +115,7 @@ def _near(leaves: Sequence[Tensor]) -> list[Tensor]:
     return near
 
 
-def coupled_in_place(problem: Problem, source: Source, batch: int) -> str | None:
+def what_mixes_in_place(problem: Problem, source: Source, batch: int) -> str | None:
     """The same of a model that does not take any number of samples: whether an output depends on the others' inputs."""
     half = batch // 2
     if not half or source.samples < 2 * batch:
@@ -158,13 +131,13 @@ def coupled_in_place(problem: Problem, source: Source, batch: int) -> str | None
         alone, beside_others = problem.output(first), problem.output(mixed)
         if not alone.dim() or len(alone) != batch:
             return None
-        if not _same(alone[:half], [beside_others[:half]]):
+        if not _same_values(alone[:half], [beside_others[:half]]):
             return "the model"
         apart = [source.part(0, half), source.part(half, batch)]
-        return _loss_coupled(problem, alone, first, [alone[:half], alone[half:]], apart)
+        return _mixing_loss(problem, alone, first, [alone[:half], alone[half:]], apart)
 
 
-def _loss_coupled(
+def _mixing_loss(
     problem: Problem,
     output: Tensor,
     together: Batch,
@@ -184,67 +157,73 @@ def _loss_coupled(
             problem.loss.terms(part, of)
             for part, of in zip(z.split([len(part) for part in outputs]), apart, strict=True)
         ]
-        same = _same(terms, parts) and _bend_the_same(z, terms, parts)
+        same = _same_values(terms, parts) and _same_loss_derivatives(z, terms, parts)
     return None if same else f"the loss {problem.loss.name}"
 
 
-def _bend_the_same(z: Tensor, terms: Tensor, parts: Sequence[Tensor]) -> bool:
-    """Whether a loss's first and second derivatives are alike too, in a random direction, where it has any.
+def _same_loss_derivatives(z: Tensor, together: Tensor, apart: Sequence[Tensor]) -> bool:
+    """Whether a loss's first and second derivatives by outputs z are the same too, in a random direction.
 
     What couples the samples may be little beside large terms, and still be most of their second derivatives.
     """
     generator = torch.Generator().manual_seed(0)
     seeds, direction = (
-        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (terms, z)
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (together, z)
     )
 
-    def derivatives(of: Sequence[Tensor]) -> list[Tensor]:
-        shares = seeds.split([len(each) for each in of])
-        (slope,) = torch.autograd.grad(of, z, shares, create_graph=True, materialize_grads=True)
+    def derivatives(terms: Sequence[Tensor]) -> list[Tensor]:
+        shares = seeds.split([len(each) for each in terms])
+        (slope,) = torch.autograd.grad(terms, z, shares, create_graph=True, materialize_grads=True)
         if not slope.requires_grad:
             return [slope]
         (bend,) = torch.autograd.grad(slope, z, direction, materialize_grads=True)
         return [slope, bend]
 
-    try:
-        whole, summed = derivatives([terms]), derivatives(parts)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        return True  # the gradient of the loss will say why there is none
-    return all(_same(a, [b]) for a, b in zip(whole, summed, strict=True))
+    return all(_same_values(a, [b]) for a, b in _pairs(derivatives, together, apart))
 
 
-def _pull_the_same(output: Tensor, outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
-    """Whether derivatives are alike too, in one random direction of the output, where there are any.
+def _same_gradients(together: Tensor, apart: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
+    """Whether gradients by the parameters are the same too, in one random direction of the outputs.
 
     Batch renormalisation has the values of running statistics, and the derivatives of the batch's own.
     """
-    if not output.requires_grad:
+    if not together.requires_grad:
         return True
-    seeds = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
-    parts = seeds.split([len(part) for part in outputs])
+    seeds = torch.randn(together.shape, generator=torch.Generator().manual_seed(0)).to(together)
+
+    def gradients(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        shares = seeds.split([len(each) for each in outputs])
+        return torch.autograd.grad(outputs, leaves, shares, materialize_grads=True)
+
+    pairs = _pairs(gradients, together, apart)
+    size = _norm([a for a, _ in pairs])
+    if together.dtype is not torch.float64:
+        # Rounding takes a unit across its kink here and there, which is no mixing.
+        return not _norm([a - b for a, b in pairs]) > 1e-2 * size
+    least = 1e-10 * size  # one of a bias before a normalisation is nothing but rounding
+    return not any(_norm([a - b]) > 1e-6 * _norm([a]) + least for a, b in pairs)
+
+
+def _pairs(
+    derivatives: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+    together: Tensor,
+    apart: Sequence[Tensor],
+) -> list[tuple[Tensor, Tensor]]:
+    """Each derivative of what was made together, and of the same apart; none where there are none."""
     try:
-        whole = torch.autograd.grad(output, leaves, seeds, materialize_grads=True)
-        summed = torch.autograd.grad(outputs, leaves, parts, materialize_grads=True)
+        found = derivatives([together]), derivatives(apart)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        return True  # the gradient of the loss will say why there is none
-    differences = [a - b for a, b in zip(whole, summed, strict=True)]
-    if output.dtype is not torch.float64:
-        # Rounding takes a unit across its kink here and there, which is no mixing.
-        return not _norm(differences) > 1e-2 * _norm(whole)
-    least = 1e-10 * _norm(whole)  # one of a bias before a normalisation is nothing but rounding
-    pairs = zip(differences, whole, strict=True)
-    return not any(_norm([d]) > 1e-6 * _norm([g]) + least for d, g in pairs)
+        return []  # the gradient of the loss will say why there is none
+    return list(zip(*found, strict=True))
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([t.double().norm() for t in tensors]).norm())
+    return math.hypot(*(float(t.double().norm()) for t in tensors))
 
 
-def _same(together: Tensor, apart: Sequence[Tensor]) -> bool:
+def _same_values(together: Tensor, apart: Sequence[Tensor]) -> bool:
     together = together.detach()
     joined = torch.cat([part.detach().reshape(-1) for part in apart])
     if joined.numel() != together.numel():
