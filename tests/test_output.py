@@ -178,8 +178,11 @@ def eigen() -> dict[str, Any]:
     }
 
 
-def show(table: str, document: dict[str, Any], stream: Stream, **options: Any) -> str:
+def show(
+    table: str, document: dict[str, Any], stream: Stream, markdown: bool = False, **options: Any
+) -> str:
     with Output(**options) as out:
+        out.use_markdown(markdown)
         out.stream = stream
         out.result(document, PRINTERS[table])
     return stream.getvalue()

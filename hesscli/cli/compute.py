@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
 
 import typer
 
-from hesscli.cli.failing import failing
+from hesscli.cli.commands import prints, takes_problem
 from hesscli.cli.gates import bound, gate
-from hesscli.cli.options import Debug, Json, Quiet, takes_problem
 from hesscli.cli.output import Output
 from hesscli.cli.summary import print_hessian, print_plan
 from hesscli.cli.values import byte_count, shard_place
@@ -23,7 +20,9 @@ from hesscli.job.starting import start
 
 
 @takes_problem
+@prints
 def compute(
+    out: Output,
     problem: ProblemOptions,
     blocks: Annotated[
         Blocks,
@@ -98,9 +97,6 @@ def compute(
             help="Exit 1 if the largest eigenvalue of any block is above X; implies --stats all.",
         ),
     ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Write the Hessian of a saved model's loss to safetensors, and print a summary table.
 
@@ -110,58 +106,44 @@ def compute(
       hesscli compute weights.safetensors data.npz --arch nets.py:make_cnn --blocks full
       hesscli compute model.pt data.npz -o - | hesscli eigen - --top 10
     """
-    with failing(debug):
-        piped = output == "-" and not dry_run
-        if piped:
-            _demand_reader()
+    first = rank() == 0  # of the processes that torchrun started
+    piped = output == "-" and not dry_run
+    if piped:
+        out.leave_stdout()
+    if fail_above is not None:
+        _demand_eigenvalues(stats, shard)
+    options = ComputeOptions(
+        **vars(problem),
+        blocks=blocks,
+        gradient=gradient,
+        stats=stats if fail_above is None else "all",
+        output=None if output == "-" else Path(output),
+        force=force,
+        max_shard_size=byte_count(max_shard_size, "--max-shard-size"),
+        memory=byte_count(memory, "--memory"),
+        resume=resume,
+        shard=shard_place(shard),
+    )
+    start()
+    from hesscli.job.compute import compute as run
+    from hesscli.job.results import written
+
+    document = run(options, out, dry_run, stdout=out.stdout.buffer)
+    if dry_run:
+        if shard is not None:
+            out.note("--shard has no effect on a plan: it is of the whole Hessian")
         if fail_above is not None:
-            _demand_eigenvalues(stats, shard)
-        options = ComputeOptions(
-            **vars(problem),
-            blocks=blocks,
-            gradient=gradient,
-            stats=stats if fail_above is None else "all",
-            output=None if output == "-" else Path(output),
-            force=force,
-            max_shard_size=byte_count(max_shard_size, "--max-shard-size"),
-            memory=byte_count(memory, "--memory"),
-            resume=resume,
-            shard=shard_place(shard),
-        )
-        first = rank() == 0  # of the processes that torchrun started; the others are silent
-        with Output(
-            quiet=quiet or not first,
-            json=json and first,
-            data_on_stdout=piped,
-        ) as out:
-            start()
-            from hesscli.job.compute import compute as run
-            from hesscli.job.results import written
-
-            document = run(options, out, dry_run, stdout=out.stdout.buffer)
-            if dry_run:
-                if shard is not None:
-                    out.note("--shard has no effect on a plan: it is of the whole Hessian")
-                if fail_above is not None:
-                    out.note("--fail-above has no effect on a plan: nothing is computed")
-                out.result(document, print_plan)
-            elif shard is not None:
-                out.result(document)
-                out.note(f"shard {shard} is done; when all are: hesscli merge {quote(output)}")
-            elif first:
-                out.result(document, print_hessian)
-                if options.output is not None:
-                    out.wrote(*written(options.output))
-                filled = [facts for facts in document["blocks"] if facts["size"]]
-                gate([(f"eig_max of {b['name']}", b["eig_max"]) for b in filled], fail_above)
-
-
-def _demand_reader() -> None:
-    """Refuses to write bytes to a terminal, or to nobody."""
-    if sys.stdout.isatty():
-        raise UsageError("-: standard output is a terminal", "| hesscli eigen -")
-    if getattr(sys.stdout, "name", "") == os.devnull:
-        raise UsageError("-: standard output is closed", "-o hessian.safetensors")
+            out.note("--fail-above has no effect on a plan: nothing is computed")
+        out.result(document, print_plan)
+    elif shard is not None:
+        out.result(document)
+        out.note(f"shard {shard} is done; when all are: hesscli merge {quote(output)}")
+    elif first:
+        out.result(document, print_hessian)
+        if options.output is not None:
+            out.wrote(*written(options.output))
+        filled = [facts for facts in document["blocks"] if facts["size"]]
+        gate([(f"eig_max of {b['name']}", b["eig_max"]) for b in filled], fail_above)
 
 
 def _demand_eigenvalues(stats: Stats, shard: str | None) -> None:

@@ -9,26 +9,24 @@ from typing import Annotated
 
 import typer
 
-from hesscli.cli.failing import failing
-from hesscli.cli.options import (
-    Debug,
-    Json,
-    Quiet,
-    refuse_idle_force,
-    takes_hessian_or_problem,
-)
+from hesscli.cli.commands import on_all_processes, prints, takes_hessian_or_problem
+from hesscli.cli.options import refuse_idle_force
 from hesscli.cli.output import Document, Output
-from hesscli.cli.ranks import started_processes
 from hesscli.cli.summary import counted, matrix, products_headline, source
 from hesscli.cli.terminal import encodable
 from hesscli.job.options import ProblemOptions
+from hesscli.job.setup.processes import Processes
 from hesscli.job.starting import start
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 @takes_hessian_or_problem("probes", "steps")
+@prints
+@on_all_processes
 def density(
+    out: Output,
+    processes: Processes,
     hessian: str | ProblemOptions,
     probes: Annotated[
         int, typer.Option(metavar="N", min=1, help="Of a model: random vectors to average over.")
@@ -55,9 +53,6 @@ def density(
     force: Annotated[
         bool, typer.Option("--force", "-f", help="Replace files that hesscli did not write.")
     ] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Print the spectral density: which share of the eigenvalues lies where.
 
@@ -70,23 +65,20 @@ def density(
     up to N M parameters, 512 at least and 4096 at most. Elsewhere by stochastic Lanczos quadrature:
     nodes with weights that add up to 1.
     """
-    with failing(debug), started_processes() as processes, Output(quiet=quiet, json=json) as out:
-        if processes.serve():
-            return
-        refuse_idle_force(force, "-o density.safetensors", output, plot)
-        if not isinstance(hessian, str):
-            start()
-        from hesscli.job.density import DensityOptions
-        from hesscli.job.density import density as run
+    refuse_idle_force(force, "-o density.safetensors", output, plot)
+    if not isinstance(hessian, str):
+        start()
+    from hesscli.job.density import DensityOptions
+    from hesscli.job.density import density as run
 
-        options = DensityOptions(probes, steps, output, plot, force)
-        document = run(hessian, options, out, processes)
-        out.result(document, print_density)
-        if document["interrupted"]:
-            raise KeyboardInterrupt
-        for path in (output, plot):
-            if path is not None:
-                out.wrote(path)
+    options = DensityOptions(probes, steps, output, plot, force)
+    document = run(hessian, options, out, processes)
+    out.result(document, print_density)
+    if document["interrupted"]:
+        raise KeyboardInterrupt
+    for path in (output, plot):
+        if path is not None:
+            out.wrote(path)
 
 
 def print_density(out: Output, document: Document) -> None:

@@ -8,15 +8,16 @@ from typing import Annotated
 
 import typer
 
-from hesscli.cli.failing import failing
+from hesscli.cli.commands import prints
 from hesscli.cli.numbers import error, number
-from hesscli.cli.options import Debug, Json, Quiet
+from hesscli.cli.options import Markdown
 from hesscli.cli.output import Document, Output
-from hesscli.cli.show import Markdown, one_format
 from hesscli.errors import CheckError
 
 
+@prints
 def diff(
+    out: Output,
     a: Annotated[
         Path, typer.Argument(metavar="A", help="The Hessian file to compare with.", readable=False)
     ],
@@ -38,9 +39,6 @@ def diff(
         ),
     ] = False,
     markdown: Markdown = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Compare two Hessian files block by block; exit 1 when they differ. Loads no torch.
 
@@ -53,14 +51,13 @@ def diff(
     Both files are read whole, in pieces, so they may be larger than the memory. The changes d_trace,
     d_eig_max and d_eig_min are B less A.
     """
-    with failing(debug), Output(quiet=quiet, json=json, markdown=markdown) as out:
-        from hesscli.job.diff import diff as run
+    from hesscli.job.diff import diff as run
 
-        one_format(json, markdown)
-        document = run(a, b, rtol, atol, force, out.progress)
-        out.result(document, print_difference)
-        if not document["equal"]:
-            raise CheckError(_verdict(document))
+    out.use_markdown(markdown)
+    document = run(a, b, rtol, atol, force, out.progress)
+    out.result(document, print_difference)
+    if not document["equal"]:
+        raise CheckError(_verdict(document))
 
 
 def print_difference(out: Output, document: Document) -> None:

@@ -9,36 +9,32 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hesscli.cli.commands import on_all_processes, prints, takes_hessian_or_problem
 from hesscli.cli.completion import block_names
-from hesscli.cli.failing import failing
 from hesscli.cli.gates import FailAbove, FailBelow, gate_eigenvalues, refuse_unseen_end
 from hesscli.cli.numbers import error
-from hesscli.cli.options import (
-    Debug,
-    Force,
-    Json,
-    Quiet,
-    refuse_idle_force,
-    takes_hessian_or_problem,
-)
+from hesscli.cli.options import Force, refuse_idle_force
 from hesscli.cli.output import Document, Output
-from hesscli.cli.ranks import started_processes
 from hesscli.cli.summary import counted, matrix, products_headline, shape_text, source
 from hesscli.cli.values import finite
 from hesscli.errors import NumericalError, UsageError
 from hesscli.job.options import ProblemOptions, Which
+from hesscli.job.setup.processes import Processes
 from hesscli.job.starting import start
 
 if TYPE_CHECKING:
     from hesscli.job.eigen import EigenOptions
-    from hesscli.job.setup.processes import Processes
 
 
 _TOP = 10
 
 
 @takes_hessian_or_problem("per_block", "tol", "max_products")
+@prints
+@on_all_processes
 def eigen(
+    out: Output,
+    processes: Processes,
     hessian: str | ProblemOptions,
     top: Annotated[
         int, typer.Option("--top", metavar="K", min=1, help="How many eigenvalues.")
@@ -91,9 +87,6 @@ def eigen(
     force: Force = False,
     fail_above: FailAbove = None,
     fail_below: FailBelow = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Print the first eigenvalues of a Hessian file, or of a model without its Hessian.
 
@@ -112,37 +105,34 @@ def eigen(
     MODEL DATA gives those of the whole matrix, which is never formed: by Lanczos, with about three
     vectors of memory for each eigenvalue. An eigenvalue comes out as often as it occurs.
     """
-    with failing(debug), started_processes() as processes, Output(quiet=quiet, json=json) as out:
-        if processes.serve():
-            return
-        if per_block and (top, which) != (_TOP, "largest"):
+    if per_block and (top, which) != (_TOP, "largest"):
+        raise UsageError(
+            "--per-block gives the largest and the smallest of each block, and takes no --top or --which",
+            "hesscli eigen --help",
+        )
+    refuse_idle_force(force, "-o eigen.safetensors", output)
+    ends, count = ("both", 2) if per_block else (which, top)
+    refuse_unseen_end(ends, count, fail_above, fail_below)
+    if not isinstance(hessian, str):
+        if block is not None:
             raise UsageError(
-                "--per-block gives the largest and the smallest of each block, and takes no --top or --which",
-                "hesscli eigen --help",
+                "--block goes with a Hessian file",
+                f"--params {shlex.quote(glob.escape(block))}",
+                instead_of=("--block",),
             )
-        refuse_idle_force(force, "-o eigen.safetensors", output)
-        ends, count = ("both", 2) if per_block else (which, top)
-        refuse_unseen_end(ends, count, fail_above, fail_below)
-        if not isinstance(hessian, str):
-            if block is not None:
-                raise UsageError(
-                    "--block goes with a Hessian file",
-                    f"--params {shlex.quote(glob.escape(block))}",
-                    instead_of=("--block",),
-                )
-            start()
-        from hesscli.job.eigen import EigenOptions
-        from hesscli.job.eigen import eigen as run
+        start()
+    from hesscli.job.eigen import EigenOptions
+    from hesscli.job.eigen import eigen as run
 
-        options = EigenOptions(top, which, tol, max_products, per_block, block, output, force)
-        if isinstance(hessian, str):
-            document: Document = run(hessian, options)
-            out.result(document, print_eigenpairs)
-        else:
-            document = of_model(out, hessian, options, processes)
-        if output is not None:
-            out.wrote(output)
-        gate_eigenvalues(document, fail_above, fail_below)
+    options = EigenOptions(top, which, tol, max_products, per_block, block, output, force)
+    if isinstance(hessian, str):
+        document: Document = run(hessian, options)
+        out.result(document, print_eigenpairs)
+    else:
+        document = of_model(out, hessian, options, processes)
+    if output is not None:
+        out.wrote(output)
+    gate_eigenvalues(document, fail_above, fail_below)
 
 
 _USUAL = 30  # products for each eigenvalue, where they are neither crowded nor tiny

@@ -7,19 +7,23 @@ from typing import Annotated
 
 import typer
 
-from hesscli.cli.failing import failing
+from hesscli.cli.commands import on_all_processes, prints, takes_problem
 from hesscli.cli.numbers import number
-from hesscli.cli.options import Debug, Force, Json, Quiet, takes_problem
+from hesscli.cli.options import Force
 from hesscli.cli.output import Document, Output
-from hesscli.cli.ranks import started_processes
 from hesscli.cli.summary import first_cells, products_headline, with_total
 from hesscli.cli.values import finite
 from hesscli.job.options import ProblemOptions
+from hesscli.job.setup.processes import Processes
 from hesscli.job.starting import start
 
 
 @takes_problem
+@prints
+@on_all_processes
 def hvp(
+    out: Output,
+    processes: Processes,
     problem: ProblemOptions,
     vector: Annotated[
         str | None,
@@ -52,9 +56,6 @@ def hvp(
         Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write.")
     ] = Path("hvp.safetensors"),
     force: Force = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Write Hessian-vector products to safetensors, keyed and shaped as the parameters.
 
@@ -66,16 +67,13 @@ def hvp(
     --per-fedavg writes the term of Per-FedAvg and MAML in one go: (I - ALPHA H(theta)) times the
     gradient at theta - ALPHA gradient(theta).
     """
-    with failing(debug), started_processes() as processes, Output(quiet=quiet, json=json) as out:
-        if processes.serve():
-            return
-        start()
-        from hesscli.job.hvp import HvpOptions
-        from hesscli.job.hvp import hvp as run
+    start()
+    from hesscli.job.hvp import HvpOptions
+    from hesscli.job.hvp import hvp as run
 
-        options = HvpOptions(vector, per_fedavg, query, gradient, output, force)
-        out.result(run(problem, options, out, processes), print_products)
-        out.wrote(output)
+    options = HvpOptions(vector, per_fedavg, query, gradient, output, force)
+    out.result(run(problem, options, out, processes), print_products)
+    out.wrote(output)
 
 
 def print_products(out: Output, document: Document) -> None:

@@ -7,23 +7,21 @@ from typing import Annotated
 
 import typer
 
-from hesscli.cli.failing import failing
-from hesscli.cli.options import Debug, Json, Quiet
+from hesscli.cli.commands import prints
 from hesscli.cli.output import Output
 from hesscli.cli.summary import print_hessian
 from hesscli.job.starting import start
 
 
+@prints
 def merge(
+    out: Output,
     hessian: Annotated[
         Path,
         typer.Argument(
             metavar="HESSIAN", help="What the shards were told to write.", readable=False
         ),
     ] = Path("hessian.safetensors"),
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Finish a file that was computed in shards: check it, and give it its name.
 
@@ -35,10 +33,9 @@ def merge(
 
     Model and data are read again, for the check. The file is read once.
     """
-    with failing(debug), Output(quiet=quiet, json=json) as out:
-        start()
-        from hesscli.job.compute import merge as run
-        from hesscli.job.results import written
+    start()
+    from hesscli.job.compute import merge as run
+    from hesscli.job.results import written
 
-        out.result(run(hessian, out), print_hessian)
-        out.wrote(*written(hessian))
+    out.result(run(hessian, out), print_hessian)
+    out.wrote(*written(hessian))

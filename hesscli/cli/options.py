@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +16,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Force = Annotated[
     bool, typer.Option("--force", "-f", help="Replace a file that hesscli did not write.")
+]
+Markdown = Annotated[
+    bool, typer.Option("--md", help="Print Markdown, for $GITHUB_STEP_SUMMARY say.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
 
@@ -173,55 +173,7 @@ def problem_options(
     """The shared options: the parameters that they are on the command line."""
 
 
-def _problem(arguments: dict[str, Any]) -> ProblemOptions:
-    """The options of a problem, from what the command line says."""
-    batch_size, samples = arguments["batch_size"], arguments["samples"]
-    if batch_size != "auto" and not whole(batch_size):
-        raise typer.BadParameter(
-            f"{batch_size!r} is not auto or a number", param_hint="--batch-size"
-        )
-    read = {
-        "loss_arguments": key_values(arguments.pop("loss_arg"), "--loss-arg"),
-        "arch_arguments": key_values(arguments.pop("arch_arg"), "--arch-arg"),
-        "samples": None if samples is None else sample_range(samples),
-        "scale": factors(arguments["scale"]),
-        "batch_size": whole(batch_size),
-    }
-    try:
-        return ProblemOptions(**(arguments | read))
-    except UsageError as error:
-        raise typer.BadParameter(error.message) from None
-
-
-Command = Callable[..., None]
-
-
-def takes_problem(command: Command) -> Command:
-    """Gives a command the shared options: they make the `ProblemOptions` that are its first parameter."""
-    return _with_shared_options(command, lambda arguments, own: _problem(arguments))
-
-
-def takes_hessian_or_problem(*of_model: str) -> Callable[[Command], Command]:
-    """The same for a command that reads a Hessian file too: where there is no DATA, its first parameter is the path.
-
-    Args:
-        of_model: which of its own options mean nothing for a file.
-    """
-
-    def decorated(command: Command) -> Command:
-        def hessian(arguments: dict[str, Any], own: dict[str, Any]) -> str | ProblemOptions:
-            if arguments["data"] is not None:
-                return _problem(arguments | {"model": Path(arguments["model"])})
-            _refuse_given(problem_options, arguments)
-            _refuse_given(command, {name: own[name] for name in of_model})
-            return str(arguments["model"])
-
-        return _with_shared_options(command, hessian, _hessian_or_model)
-
-    return decorated
-
-
-def _hessian_or_model(
+def hessian_or_model(
     model: Annotated[
         str,
         typer.Argument(
@@ -242,17 +194,24 @@ def _hessian_or_model(
     """What stands for MODEL DATA on the command line where a Hessian file will do too."""
 
 
-def _refuse_given(command: Command, arguments: dict[str, Any]) -> None:
-    """Refuses options of a command that only a model and data have, where a Hessian file is given.
-
-    Raises:
-        typer.BadParameter: the first of them that is not as it is by default.
-    """
-    for name, option in inspect.signature(command).parameters.items():
-        optional = option.default is not option.empty
-        if optional and name in arguments and arguments[name] != option.default:
-            said = "--no-check" if name == "check" else f"--{name.replace('_', '-')}"
-            raise typer.BadParameter("needs MODEL and DATA, not a Hessian file", param_hint=said)
+def problem_of(arguments: dict[str, Any]) -> ProblemOptions:
+    """The options of a problem, from what the command line says."""
+    batch_size, samples = arguments["batch_size"], arguments["samples"]
+    if batch_size != "auto" and not whole(batch_size):
+        raise typer.BadParameter(
+            f"{batch_size!r} is not auto or a number", param_hint="--batch-size"
+        )
+    read = {
+        "loss_arguments": key_values(arguments.pop("loss_arg"), "--loss-arg"),
+        "arch_arguments": key_values(arguments.pop("arch_arg"), "--arch-arg"),
+        "samples": None if samples is None else sample_range(samples),
+        "scale": factors(arguments["scale"]),
+        "batch_size": whole(batch_size),
+    }
+    try:
+        return ProblemOptions(**(arguments | read))
+    except UsageError as error:
+        raise typer.BadParameter(error.message) from None
 
 
 def refuse_idle_force(force: bool, hint: str, *outputs: Path | None) -> None:
@@ -263,38 +222,3 @@ def refuse_idle_force(force: bool, hint: str, *outputs: Path | None) -> None:
     """
     if force and not any(outputs):
         raise UsageError("--force replaces a file, and none is written", hint)
-
-
-def _with_shared_options(
-    command: Command,
-    first: Callable[[dict[str, Any], dict[str, Any]], str | ProblemOptions],
-    files: Callable[..., None] = problem_options,
-) -> Command:
-    """The command with the shared options in its signature, in place of its first parameter.
-
-    Args:
-        command: the command.
-        first: makes that parameter of the values of the shared options, and of those of the command's own.
-        files: a function with the parameters MODEL and DATA, where they are not those of `problem_options`.
-    """
-    shared = inspect.signature(problem_options).parameters.values()
-    _, *own = inspect.signature(command).parameters.values()
-    parameters = [
-        *list(inspect.signature(files).parameters.values())[:2],
-        *own,
-        *(p for p in shared if p.default is not p.empty),
-    ]
-    hints: dict[str, Any] = {}
-    for function in (problem_options, files, command):
-        hints |= get_type_hints(function, include_extras=True)
-
-    @wraps(command)
-    def run(**arguments: Any) -> None:
-        mine = {p.name: arguments.pop(p.name) for p in own}
-        command(first(arguments, mine), **mine)
-
-    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]) for p in parameters]
-    )
-    run.__annotations__ = {p.name: hints[p.name] for p in parameters} | {"return": None}
-    return run

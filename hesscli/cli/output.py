@@ -7,6 +7,7 @@ no number is ever cut, and nothing but text.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import IO, Any
 from hesscli.cli.bar import Bar
 from hesscli.cli.table import GAP, code, markdown_table, tables
 from hesscli.cli.terminal import clean, coloured, silence
+from hesscli.errors import UsageError
 from hesscli.job.json_form import without_infinities
 from hesscli.job.sizes import size
 
@@ -39,14 +41,12 @@ class Output:
         self,
         quiet: bool = False,
         json: bool = False,
-        data_on_stdout: bool = False,
-        markdown: bool = False,
     ) -> None:
         self.quiet = quiet
         self.as_json = json
-        self.as_markdown = markdown
+        self.as_markdown = False
         self.stdout = sys.stdout
-        self.stream: IO[str] = sys.stderr if data_on_stdout else sys.stdout
+        self.stream: IO[str] = sys.stdout
         self.bar: Bar | None = None
 
     def __enter__(self) -> Output:
@@ -57,6 +57,28 @@ class Output:
         sys.stdout = self.stdout
         self._stop_bar()
         self._flush()
+
+    def leave_stdout(self) -> None:
+        """Prints on stderr, as bytes go to stdout.
+
+        Raises:
+            UsageError: that is a terminal, or nobody.
+        """
+        if self.stdout.isatty():
+            raise UsageError("-: standard output is a terminal", "| hesscli eigen -")
+        if getattr(self.stdout, "name", "") == os.devnull:
+            raise UsageError("-: standard output is closed", "-o hessian.safetensors")
+        self.stream = sys.stderr
+
+    def use_markdown(self, wanted: bool) -> None:
+        """Prints a result as Markdown, if that is wanted.
+
+        Raises:
+            UsageError: JSON is wanted too.
+        """
+        if wanted and self.as_json:
+            raise UsageError("--json and --md are two ways to print one result; take one of them")
+        self.as_markdown = wanted
 
     # Talk
 

@@ -8,20 +8,17 @@ from typing import Annotated
 
 import typer
 
+from hesscli.cli.commands import prints
 from hesscli.cli.completion import block_names
-from hesscli.cli.failing import failing
 from hesscli.cli.heatmap import draw, room
-from hesscli.cli.options import Debug, Json, Quiet, refuse_idle_force
+from hesscli.cli.options import Markdown, refuse_idle_force
 from hesscli.cli.output import Document, Output
 from hesscli.cli.summary import COLUMNS, WIDE, print_block, print_hessian
-from hesscli.errors import UsageError
-
-Markdown = Annotated[
-    bool, typer.Option("--md", help="Print Markdown, for $GITHUB_STEP_SUMMARY say.")
-]
 
 
+@prints
 def show(
+    out: Output,
     hessian: Annotated[
         str,
         typer.Argument(metavar="HESSIAN|-", help="A Hessian file or index; - is standard input."),
@@ -66,9 +63,6 @@ def show(
         bool, typer.Option("--force", "-f", help="Replace a figure that hesscli did not draw.")
     ] = False,
     markdown: Markdown = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Print the summary of a Hessian file, draw it, or say all about one block. Loads no torch.
 
@@ -80,33 +74,26 @@ def show(
       hesscli show --plot hessian.png
       hesscli show --md >> "$GITHUB_STEP_SUMMARY"
     """
-    with failing(debug), Output(quiet=quiet, json=json, markdown=markdown) as out:
-        one_format(json, markdown)
-        from hesscli.job.show import show as run
+    out.use_markdown(markdown)
+    from hesscli.job.show import show as run
 
-        refuse_idle_force(force, "--plot figure.png", plot)
-        if plot is not None:
-            from hesscli.job.figures import drawable
+    refuse_idle_force(force, "--plot figure.png", plot)
+    if plot is not None:
+        from hesscli.job.figures import drawable
 
-            plot = drawable(plot, force, () if hessian == "-" else (Path(hessian),))
-        screen = room(out) if heatmap and not (json or quiet) else None
-        shown = run(hessian, block, wide, screen, plot is not None, verify, out.progress)
-        table = partial(print_hessian, columns=WIDE if wide else COLUMNS)
-        out.result(shown.document, table if block is None else print_block)
-        if shown.heatmap is not None:
-            out.line("")
-            draw(out, shown.heatmap)
-        if plot is not None and shown.figure is not None:
-            from hesscli.job.figures import plot_matrix
+        plot = drawable(plot, force, () if hessian == "-" else (Path(hessian),))
+    screen = room(out) if heatmap and not (out.as_json or out.quiet) else None
+    shown = run(hessian, block, wide, screen, plot is not None, verify, out.progress)
+    table = partial(print_hessian, columns=WIDE if wide else COLUMNS)
+    out.result(shown.document, table if block is None else print_block)
+    if shown.heatmap is not None:
+        out.line("")
+        draw(out, shown.heatmap)
+    if plot is not None and shown.figure is not None:
+        from hesscli.job.figures import plot_matrix
 
-            plot_matrix(plot, shown.figure, _title(shown.document))
-            out.wrote(plot)
-
-
-def one_format(json: bool, markdown: bool) -> None:
-    """Refuses to print one result in two ways."""
-    if json and markdown:
-        raise UsageError("--json and --md are two ways to print one result; take one of them")
+        plot_matrix(plot, shown.figure, _title(shown.document))
+        out.wrote(plot)
 
 
 def _title(document: Document) -> str:

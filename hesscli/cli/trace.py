@@ -7,21 +7,24 @@ from typing import Annotated
 
 import typer
 
-from hesscli.cli.failing import failing
+from hesscli.cli.commands import on_all_processes, prints, takes_problem
 from hesscli.cli.gates import bound, gate
 from hesscli.cli.numbers import number
-from hesscli.cli.options import Debug, Json, Quiet, takes_problem
 from hesscli.cli.output import Document, Output
-from hesscli.cli.ranks import started_processes
 from hesscli.cli.summary import first_cells, products_headline, with_total
 from hesscli.cli.values import finite
 from hesscli.errors import NumericalError
 from hesscli.job.options import ProblemOptions
+from hesscli.job.setup.processes import Processes
 from hesscli.job.starting import start
 
 
 @takes_problem
+@prints
+@on_all_processes
 def trace(
+    out: Output,
+    processes: Processes,
     problem: ProblemOptions,
     rel_error: Annotated[
         float,
@@ -41,9 +44,6 @@ def trace(
             metavar="X", callback=bound, help="Exit 1 if the trace of the whole is above X."
         ),
     ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Print the trace of the Hessian, of each tensor's own block and in all.
 
@@ -57,27 +57,24 @@ def trace(
     random vectors, and printed with its standard error. The mean, trace / size, is the sensitivity
     that HAWQ-V2 quantizes by.
     """
-    with failing(debug), started_processes() as processes, Output(quiet=quiet, json=json) as out:
-        if processes.serve():
-            return
-        start()
-        from hesscli.job.trace import trace as run
+    start()
+    from hesscli.job.trace import trace as run
 
-        document = run(problem, rel_error, max_products, out, processes)
-        if not (document["converged"] or document["interrupted"]):
-            out.note(
-                f"the standard error is more than {rel_error:.3g} of the total after "
-                f"{max_products} products; --max-products {4 * max_products} would halve it"
-            )
-        out.result(document, print_traces)
-        if document["interrupted"]:
-            raise KeyboardInterrupt
-        if fail_above is not None and not document["converged"]:
-            raise NumericalError(
-                "not converged: the estimate is too rough for --fail-above",
-                f"--max-products {4 * max_products}",
-            )
-        gate([("the trace", document["total"]["trace"])], fail_above)
+    document = run(problem, rel_error, max_products, out, processes)
+    if not (document["converged"] or document["interrupted"]):
+        out.note(
+            f"the standard error is more than {rel_error:.3g} of the total after "
+            f"{max_products} products; --max-products {4 * max_products} would halve it"
+        )
+    out.result(document, print_traces)
+    if document["interrupted"]:
+        raise KeyboardInterrupt
+    if fail_above is not None and not document["converged"]:
+        raise NumericalError(
+            "not converged: the estimate is too rough for --fail-above",
+            f"--max-products {4 * max_products}",
+        )
+    gate([("the trace", document["total"]["trace"])], fail_above)
 
 
 def print_traces(out: Output, document: Document) -> None:

@@ -1,0 +1,124 @@
+"""What makes a command of a function: each decorator gives it options, and makes one of its parameters of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import typer
+
+from hesscli.cli.failing import failing
+from hesscli.cli.options import Debug, Json, Quiet, hessian_or_model, problem_of, problem_options
+from hesscli.cli.output import Output
+from hesscli.job.options import ProblemOptions
+from hesscli.job.setup.processes import Processes
+from hesscli.job.setup.team import rank, ranks
+
+Command = Callable[..., None]
+
+
+def prints(command: Command) -> Command:
+    """--json, --quiet and --debug: `out` is where the command prints, and what goes wrong is said."""
+
+    def run(json: Json = False, quiet: Quiet = False, debug: Debug = False, **others: Any) -> None:
+        first = rank() == 0  # of the processes that torchrun started; the others are silent
+        with failing(debug), Output(quiet=quiet or not first, json=json and first) as out:
+            command(out=out, **others)
+
+    return _replaced(command, "out", run, after=_parameters(run))
+
+
+def on_all_processes(command: Command) -> Command:
+    """No options: `processes` are those that torchrun started, or this one; the first one runs the command."""
+
+    def run(**others: Any) -> None:
+        if ranks() == 1:
+            command(processes=Processes(), **others)
+            return
+        from hesscli.job.setup.many_processes import ManyProcesses
+
+        with ManyProcesses() as processes:
+            if not processes.serve():
+                command(processes=processes, **others)
+
+    return _replaced(command, "processes", run)
+
+
+def takes_problem(command: Command) -> Command:
+    """MODEL, DATA and the options of both: `problem` is what they say."""
+
+    def run(**arguments: Any) -> None:
+        shared = {name: arguments.pop(name) for name in _SHARED}
+        command(problem=problem_of(shared), **arguments)
+
+    return _replaced(command, "problem", run, _FILES, _OPTIONS)
+
+
+def takes_hessian_or_problem(*of_model: str) -> Callable[[Command], Command]:
+    """The same, or a Hessian file alone: `hessian` is what they say, or the file's path.
+
+    Args:
+        of_model: which of the command's own options mean nothing for a file.
+    """
+
+    def decorated(command: Command) -> Command:
+        def run(**arguments: Any) -> None:
+            shared = {name: arguments.pop(name) for name in _SHARED}
+            hessian: str | ProblemOptions = shared["model"]
+            if shared["data"] is None:
+                _refuse_given(problem_options, shared)
+                _refuse_given(command, {name: arguments[name] for name in of_model})
+            else:
+                hessian = problem_of(shared | {"model": Path(shared["model"])})
+            command(hessian=hessian, **arguments)
+
+        return _replaced(command, "hessian", run, _parameters(hessian_or_model), _OPTIONS)
+
+    return decorated
+
+
+def _refuse_given(command: Command, arguments: dict[str, Any]) -> None:
+    """Refuses options of a command that only a model and data have, where a Hessian file is given.
+
+    Raises:
+        typer.BadParameter: the first of them that is not as it is by default.
+    """
+    for name, option in inspect.signature(command).parameters.items():
+        optional = option.default is not option.empty
+        if optional and name in arguments and arguments[name] != option.default:
+            said = "--no-check" if name == "check" else f"--{name.replace('_', '-')}"
+            raise typer.BadParameter("needs MODEL and DATA, not a Hessian file", param_hint=said)
+
+
+def _parameters(function: Callable[..., None]) -> list[inspect.Parameter]:
+    """A function's parameters by name, with their types."""
+    hints = get_type_hints(function, include_extras=True)
+    return [
+        p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name])
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is not p.VAR_KEYWORD
+    ]
+
+
+_SHARED = {p.name: p for p in _parameters(problem_options)}
+_FILES = [p for p in _SHARED.values() if p.default is p.empty]
+_OPTIONS = [p for p in _SHARED.values() if p.default is not p.empty]
+
+
+def _replaced(
+    command: Command,
+    name: str,
+    run: Command,
+    before: Iterable[inspect.Parameter] = (),
+    after: Iterable[inspect.Parameter] = (),
+) -> Command:
+    """`run` as the command: other parameters stand for the one of this name, before and after the others."""
+    own = [p for p in _parameters(command) if p.name != name]
+    parameters = [*before, *own, *after]
+    wraps(command)(run)
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
