@@ -907,7 +907,7 @@ def test_a_bug_says_so(cli, mlp, tmp_path, monkeypatch):
     def broken(*arguments, **options):
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("hesscli.job.matrix.whole.statistics.of_block", broken)
+    monkeypatch.setattr("hesscli.job.matrix.small.statistics.of_block", broken)
     ran = cli("compute", *mlp, *CE)
     assert ran.code == 70
     assert "Traceback" in ran.stderr
@@ -921,7 +921,7 @@ def test_ctrl_c(cli, mlp, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hesscli.job.matrix.whole.statistics.of_block", interrupted)
+    monkeypatch.setattr("hesscli.job.matrix.small.statistics.of_block", interrupted)
     ran = cli("compute", *mlp, *CE)
     assert ran.code == 130
     assert "Traceback" not in ran.stderr

@@ -108,7 +108,7 @@ def test_a_triangle_is_the_matrix(held, most, layout, tmp_path):
         v = torch.arange(n, dtype=torch.float64)
         device = torch.device(held or "cpu")
         kind = partial(HeldTriangle, device=device) if held else StreamedTriangle
-        triangle = kind("h", layout, bands, writer, v, whole=True)
+        triangle = kind("h", layout, bands, writer, v, fresh=True)
         bits = [
             triangle.put(index, ordered[start:stop, start:].to(device, copy=True))
             for index, (start, stop) in enumerate(bands)
@@ -121,7 +121,7 @@ def test_a_triangle_is_the_matrix(held, most, layout, tmp_path):
         assert np.array_equal(writer.mapped("h"), truth.numpy())
         sums = writer.checksums()
         writer.forget("h")
-        again = kind("h", layout, bands, writer, v, whole=False)
+        again = kind("h", layout, bands, writer, v, fresh=False)
         for index in range(len(bands)):
             again.restore(index, bits[index])
         assert torch.equal(again @ v, triangle @ v)

@@ -223,14 +223,14 @@ Products.__call__ = failing
 # The second rank sees, with more samples than the first has room for, that they mix; or fails while the first waits.
 SEEING = """
 from hesscli.job.setup import batches
-tried = batches.coupled
+tried = batches.what_mixes
 def seeing(*words):
     if name.startswith("mixed") and os.environ["RANK"] == "1":
         return "the model"
     if name == "untried" and os.environ["RANK"] == "1":
         raise MismatchError("data: not tried")
     return tried(*words)
-batches.coupled = seeing
+batches.what_mixes = seeing
 """
 
 
@@ -408,11 +408,11 @@ def test_what_a_model_prints_is_no_result(warm, tmp_path):
 LATE = """
 import os
 from hesscli.errors import MismatchError
-from hesscli.job.matrix import whole
+from hesscli.job.matrix import small
 def failing(plan, group):
     raise MismatchError("the model: not here")
 if os.environ["RANK"] == "1":
-    whole.compute_blocks = failing
+    small.compute_blocks = failing
 from hesscli.cli import main
 main()
 """

@@ -12,7 +12,7 @@ from hesscli.hessian.words import FINITE_DIFFERENCE, HVP
 from hesscli.job import documents
 from hesscli.job.json_form import Document
 from hesscli.job.matrix.planning import Plan
-from hesscli.job.matrix.whole import compute_blocks, groups
+from hesscli.job.matrix.small import compute_blocks, groups
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import ComputeOptions, Listener, ProblemOptions
 from hesscli.job.progress import Convergence

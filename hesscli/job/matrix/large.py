@@ -82,8 +82,8 @@ class LargeBlock:
         while True:
             method = self.ranking.method
             failed = f"{self.block.name}, {self.ranking.route.name}, not exact"
-            if (known := unfinished.known(failed)) is not None:
-                self.plan.opened.listener.note(*known["notes"])
+            if failed in unfinished.finished:
+                self.plan.opened.listener.note(*unfinished.finished[failed]["notes"])
                 self.ranking.skip()
                 continue
             try:
@@ -118,20 +118,25 @@ class LargeBlock:
         """The matrix, written, and its symmetry error; or some of its bands, where other processes have the others."""
         route = self.ranking.route
         layout, bands = self._cut()
-        whole = not any(unfinished.known(self._part(index)) for index in range(len(bands)))
-        matrix = self._triangle(layout, bands, unfinished.writer, direction, whole)
+        fresh = not any(self._part(index) in unfinished.finished for index in range(len(bands)))
+        matrix = self._triangle(layout, bands, unfinished.writer, direction, fresh)
+
+        def put(index: int, upper: Tensor, facts: Document) -> None:
+            facts["bits"] = matrix.put(index, upper)
+            unfinished.add(self._part(index), facts)
+
         gap = square = 0.0
         with Beside() as beside:
             for index, (start, stop) in enumerate(bands):
                 part = self._part(index)
-                facts = unfinished.known(part)
+                facts = unfinished.finished.get(part)
                 if mine is not None and (part not in mine or facts is not None):
                     continue
                 if facts is not None:
                     beside.run(matrix.restore, index, facts["bits"])
                 else:
                     upper, facts = self._band(route, start, stop)
-                    beside.run(_put, matrix, index, upper, unfinished, part, facts)
+                    beside.run(put, index, upper, facts)
                 gap, square = gap + facts["gap"], square + facts["square"]
                 self.progress(stop - start, self.block.name)
         return matrix, (gap / square) ** 0.5 if square else 0.0
@@ -142,15 +147,14 @@ class LargeBlock:
         bands: list[Span],
         writer: ResultWriter,
         direction: Tensor,
-        whole: bool,
+        fresh: bool,
     ) -> Triangle:
         """What takes the bands and multiplies the direction; it keeps them where there is room."""
         writer.forget(self.block.name)
         direction = direction.to("cpu", self.plan.problem.dtype)
+        facts = self.block.name, layout, bands, writer, direction, fresh
         device = self.plan.memory.held_on(self.block)
-        if device is None:
-            return StreamedTriangle(self.block.name, layout, bands, writer, direction, whole)
-        return HeldTriangle(self.block.name, layout, bands, writer, direction, whole, device)
+        return StreamedTriangle(*facts) if device is None else HeldTriangle(*facts, device)
 
     def _band(self, route: Route, start: int, stop: int) -> tuple[Tensor, Document]:
         """Rows `start` to `stop` of the upper triangle, their square symmetric."""
@@ -169,13 +173,6 @@ class LargeBlock:
         else:
             facts = {"gap": average_(own), "square": float(own.double().square().sum())}
         return _done(upper.to(self.plan.problem.dtype)), facts
-
-
-def _put(
-    matrix: Triangle, index: int, upper: Tensor, unfinished: Unfinished, part: str, facts: Document
-) -> None:
-    facts["bits"] = matrix.put(index, upper)
-    unfinished.add(part, facts)
 
 
 def _done(values: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class Memory:
 
     def needed(self) -> int:
         """Bytes of the host's memory that the work holds at most."""
-        held = {block: block.entries(self.plan.diagonal) for block in self.plan.whole}
+        held = {block: block.entries(self.plan.diagonal) for block in self.plan.small}
         for block in self.plan.large:
             device = self._roomy(block)
             if device is None or device.type == "cpu":

@@ -48,7 +48,7 @@ class Plan:
         self.shapes = {name: tuple(p.shape) for name, p in self.problem.parameters.items()}
         self.blocks = partition(self.shapes, self.structure)
         self.large = [b for b in self.blocks if not self.diagonal and b.size > LARGE]
-        self.whole = [b for b in self.blocks if b not in self.large]
+        self.small = [b for b in self.blocks if b not in self.large]
         entries = sum(block.entries(self.diagonal) for block in self.blocks)
         self.bytes = entries * self.problem.dtype.itemsize
         curvature, analyses = CURVATURES[options.curvature], Analyses(self.problem)

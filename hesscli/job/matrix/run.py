@@ -16,8 +16,8 @@ from hesscli.job.matrix.beside import Beside
 from hesscli.job.matrix.journal import Journal, read_journal
 from hesscli.job.matrix.large import LargeBlock
 from hesscli.job.matrix.planning import Plan
+from hesscli.job.matrix.small import Group, groups
 from hesscli.job.matrix.unfinished import Unfinished
-from hesscli.job.matrix.whole import Group, groups
 from hesscli.job.options import command_of
 from hesscli.job.setup.loss import described
 from hesscli.job.setup.team import Team, balanced
@@ -80,7 +80,7 @@ class Run:
             if self.options.shard is not None or self.team.rank > 0:
                 return document
             journal.gather()
-        with self._unfinished(document, journal, self.team.size > 1) as unfinished:
+        with self._unfinished(document, journal) as unfinished:
             if self.options.gradient:
                 for name, g in gradient.items():
                     unfinished.writer.write(f"gradient.{name}", g.cpu().numpy())
@@ -90,7 +90,7 @@ class Run:
                 unfinished.writer.copy_to(self.stdout)
         return document
 
-    def _unfinished(self, document: Document, journal: Journal, shared: bool) -> Unfinished:
+    def _unfinished(self, document: Document, journal: Journal) -> Unfinished:
         writer = ResultWriter(
             self.options.output,
             self._tensors(),
@@ -98,7 +98,7 @@ class Run:
             document,
             max_shard_size=self.options.max_shard_size,
             start=journal.start,
-            shared=shared,
+            shared=self.plan.divided and not self.merging,
         )
         return Unfinished(
             writer, journal, len(self.parts), self.plan.divided, self.plan.opened.listener
@@ -139,13 +139,13 @@ class Run:
         else:
             left = [part for part in self.parts if part[0] not in journal.finished]
             mine = balanced(left, self.team.size)[self.team.rank]
-        with self._unfinished(document, journal, True) as unfinished:
+        with self._unfinished(document, journal) as unfinished:
             unfinished.writer.keep()
             try:
                 for each in self.work:
                     each.contribute(unfinished, mine)
                 unfinished.flush()
-                self.team.wait()
+                self.team.gather(None)  # until all are here
             except HesscliError as error:
                 error.of_share = True
                 raise

@@ -45,7 +45,7 @@ class Triangle:
     bands: list[Span]  # from where to where each goes
     writer: ResultWriter  # of the file
     direction: Tensor  # the vector [n] that the matrix will be multiplied by, of its dtype
-    whole: bool  # whether all bands come from this run
+    fresh: bool  # whether all bands come from this run
 
     def __post_init__(self) -> None:
         self.dtype = self.direction.dtype
@@ -62,19 +62,11 @@ class Triangle:
         """
         bits = self._bits(index, upper)
         self.computed += bits
-        self._put(index, upper)
         return bits
 
     def restore(self, index: int, bits: int) -> None:
         """Takes a band that is in the file already, in the same order."""
         self.computed += bits
-        self._restore(index)
-
-    def _put(self, index: int, upper: Tensor) -> None:
-        raise NotImplementedError
-
-    def _restore(self, index: int) -> None:
-        raise NotImplementedError
 
     def finish(self) -> None:
         """All bands are in.
@@ -82,7 +74,7 @@ class Triangle:
         Raises:
             FileError: one that an earlier run wrote is not in the file as it was written.
         """
-        if not self.whole and (self.computed - self.found) % (1 << 8 * self.dtype.itemsize):
+        if not self.fresh and (self.computed - self.found) % (1 << 8 * self.dtype.itemsize):
             raise FileError(
                 f"{self.writer.path}: what was finished of {self.name} has changed since on the disk",
                 "compute it again",
@@ -102,14 +94,14 @@ class Triangle:
         """On a GPU, does not wait for the next band, which is computed meanwhile."""
         return nullcontext()
 
-    def _whole(self) -> Iterator[tuple[int, Tensor]]:
+    def _all_rows(self) -> Iterator[tuple[int, Tensor]]:
         """The matrix, some whole rows at a time, with the first one's number."""
         raise NotImplementedError
 
     def _measure(self, first: int, rows: np.ndarray) -> None:
         """Takes from some rows what is to be known of them; the first has this number."""
         mine = slice(first, first + len(rows))
-        if not self.whole:
+        if not self.fresh:
             integers = rows.view(np.dtype(f"i{rows.itemsize}"))
             sums = integers.sum(1, dtype=integers.dtype)
             self.found += _weighted(np.arange(mine.start, mine.stop), sums)
@@ -137,7 +129,7 @@ class Triangle:
             self.finish()
             return torch.from_numpy(self._facts[2]).to(v.device, v.dtype)
         out = torch.empty_like(x)
-        for first, rows in self._whole():
+        for first, rows in self._all_rows():
             out[first : first + len(rows)] = rows @ x
         return out.to(v.device)
 
@@ -163,7 +155,8 @@ class HeldTriangle(Triangle):
             self.scratch = torch.empty(longest * size, dtype=self.dtype, device=device)
             self.stream = torch.cuda.Stream(device)
 
-    def _put(self, index: int, upper: Tensor) -> None:
+    def put(self, index: int, upper: Tensor) -> int:
+        bits = super().put(index, upper)
         with self._aside():
             self.uppers.append(on_host(upper) if self.device.type == "cpu" else upper)
             idle = self.device.type != "cpu"  # else all threads compute the next band meanwhile
@@ -172,6 +165,7 @@ class HeldTriangle(Triangle):
                     measuring.run(self._measure, place, rows.numpy())
                     counting.run(self.writer.count, self.name, rows.numpy(), place)
                     placing.run(self.writer.place, self.name, rows.numpy(), place)
+        return bits
 
     def _aside(self) -> AbstractContextManager[object]:
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
@@ -200,7 +194,7 @@ class HeldTriangle(Triangle):
                 rows.copy_(out)
             yield piece.place, rows
 
-    def _whole(self) -> Iterator[tuple[int, Tensor]]:
+    def _all_rows(self) -> Iterator[tuple[int, Tensor]]:
         for index in range(len(self.bands)):
             yield from self._rows(index)
 
@@ -212,7 +206,8 @@ class HeldTriangle(Triangle):
         flat = self.memory[0][shift : shift + count * self.dtype.itemsize].view(self.dtype)
         return flat.view(rows, self.layout.size)
 
-    def _restore(self, index: int) -> None:
+    def restore(self, index: int, bits: int) -> None:
+        super().restore(index, bits)
         start, stop = self.bands[index]
         shape = stop - start, self.layout.size - start
         with self._aside():
@@ -241,7 +236,8 @@ class StreamedTriangle(Triangle):
 
     counted = False
 
-    def _put(self, index: int, upper: Tensor) -> None:
+    def put(self, index: int, upper: Tensor) -> int:
+        bits = super().put(index, upper)
         upper = on_host(upper)
         start, stop = self.bands[index]
         rows, columns = self.layout.places(start, stop), self.layout.places(start, self.layout.size)
@@ -258,19 +254,17 @@ class StreamedTriangle(Triangle):
             part = beyond[first : first + step]
             turned = upper[:, part].T[:, row_order].contiguous()
             self.writer.write_runs(self.name, columns[part].tolist(), row_spans, turned.numpy())
-
-    def _restore(self, index: int) -> None:
-        pass  # nothing is kept of it
+        return bits
 
     def finish(self) -> None:
         if not self.counted:
-            for first, rows in self._whole():
+            for first, rows in self._all_rows():
                 self._measure(first, rows.numpy())
                 self.writer.count(self.name, rows.numpy(), first)
             self.counted = True
         super().finish()
 
-    def _whole(self) -> Iterator[tuple[int, Tensor]]:
+    def _all_rows(self) -> Iterator[tuple[int, Tensor]]:
         n = self.layout.size
         step = min(n, max(1, _READ // n))
         buffer = torch.empty(step, n, dtype=self.dtype)

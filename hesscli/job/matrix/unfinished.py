@@ -42,9 +42,10 @@ class Unfinished:
         finally:
             self.writer.__exit__(kind, error, traceback)
 
-    def known(self, part: str) -> Document | None:
-        """The facts of a part that is in the file already."""
-        return self.journal.finished.get(part)
+    @property
+    def finished(self) -> dict[str, Document]:
+        """The facts of each part that is in the file already."""
+        return self.journal.finished
 
     def add(self, part: str, facts: Document) -> None:
         """Notes that a part was written; it is safe at the next wait for the disk."""
@@ -83,11 +84,10 @@ class Unfinished:
             return
         with contextlib.suppress(HesscliError, OSError):
             self.flush()
-        finished = self.journal.finished
-        if not finished or self.journal.output is None:
+        if not self.finished or self.journal.output is None:
             return
         self.writer.keep()
-        kept = f"{len(finished)} of {self.parts} parts are kept"
+        kept = f"{len(self.finished)} of {self.parts} parts are kept"
         if isinstance(error, KeyboardInterrupt):
             raise InterruptedRun(f"interrupted; {kept}", "--resume") from None
         if out_of_room:

@@ -48,7 +48,11 @@ class ProcessLost(ResourceError):  # noqa: N818 - reads as what happened
 
 
 class Team:
-    """All processes of a job, as seen from one of them."""
+    """All processes of a job, as seen from one of them.
+
+    Raises:
+        ProcessLost: another has ended.
+    """
 
     def __init__(self, alone: bool = False) -> None:
         self.rank, self.size = (0, 1) if alone else (rank(), ranks())
@@ -74,11 +78,7 @@ class Team:
             dist.destroy_process_group()
 
     def tell(self, value: Any) -> Any:
-        """What the first process says, to all.
-
-        Raises:
-            ProcessLost: one has ended.
-        """
+        """What the first process says, to all."""
         if self.size == 1:
             return value
         box = [value]
@@ -87,11 +87,7 @@ class Team:
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process says, to all.
-
-        Raises:
-            ProcessLost: one has ended.
-        """
+        """What each process says, to all."""
         if self.size == 1:
             return [value]
         said: list[Any] = [None] * self.size
@@ -100,22 +96,14 @@ class Team:
         return said
 
     def send(self, tensor: Tensor) -> Tensor:
-        """The first process's tensor, in place of that of all others.
-
-        Raises:
-            ProcessLost: one has ended.
-        """
+        """The first process's tensor, in place of that of all others."""
         sent = tensor if self.nccl else tensor.cpu()
         with _together() as dist:
             dist.broadcast(sent, 0)
         return sent.to(tensor.device)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, added up in float64; on the first process alone.
-
-        Raises:
-            ProcessLost: one has ended.
-        """
+        """The sum over all processes, added up in float64; on the first process alone."""
         import torch
 
         device = tensor.device if self.nccl else torch.device("cpu")
@@ -123,14 +111,6 @@ class Team:
         with _together() as dist:
             dist.reduce(total, 0)
         return total.to(tensor.device, tensor.dtype)
-
-    def wait(self) -> None:
-        """Until all processes are here.
-
-        Raises:
-            ProcessLost: one has ended.
-        """
-        self.gather(None)
 
 
 @contextmanager

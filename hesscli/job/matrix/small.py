@@ -1,4 +1,4 @@
-"""Blocks that are held whole: computed in groups that share passes, made symmetric, checked."""
+"""Small blocks: computed in groups that share passes, and held whole to be made symmetric and checked."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Group:
 
     def contribute(self, unfinished: Unfinished, mine: Collection[str]) -> None:
         """Computes and writes the blocks, if that is for this process; another finishes the file."""
-        if self.part in mine and unfinished.known(self.part) is None:
+        if self.part in mine and self.part not in unfinished.finished:
             with Beside(enabled=False) as beside:
                 self.compute(unfinished, beside)
 
@@ -59,12 +59,12 @@ class Group:
             NumericalError: no route is exact.
         """
         writer = unfinished.writer
-        known = unfinished.known(self.part)
-        if known is not None and writer.holds(known["checksums"]):
-            self.plan.opened.listener.note(*known["notes"])
-            for facts in known["blocks"]:
+        earlier = unfinished.finished.get(self.part)
+        if earlier is not None and writer.holds(earlier["checksums"]):
+            self.plan.opened.listener.note(*earlier["notes"])
+            for facts in earlier["blocks"]:
                 self.progress(facts["size"], facts["name"])
-            return list(known["blocks"])
+            return list(earlier["blocks"])
         found = []
         for facts, array in compute_blocks(self.plan, self.blocks):
             beside.run(writer.write, facts["name"], array)
@@ -87,10 +87,10 @@ class Group:
 
 
 def groups(plan: Plan) -> Iterator[list[Block]]:
-    """The blocks that are held whole, by the route that is first for them, as many as are held together."""
-    routes = [choice.route for choice in plan.first_choices(plan.whole)]
+    """The small blocks, by the route that is first for them, as many as are held together."""
+    routes = [choice.route for choice in plan.first_choices(plan.small)]
     for route in dict.fromkeys(routes):
-        mine = [b for b, its in zip(plan.whole, routes, strict=True) if its == route]
+        mine = [b for b, its in zip(plan.small, routes, strict=True) if its == route]
         # As many as take little more memory than the largest alone.
         sizes = [block.entries(plan.diagonal) for block in mine]
         limit = max(int(1.1 * max(sizes)), _SMALL)
