@@ -11,7 +11,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hesscli.files.hessians.result_writer import ResultWriter
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.layout import Layout, Span
@@ -116,10 +115,14 @@ class LargeBlock:
         self, unfinished: Unfinished, direction: Tensor, mine: Collection[str] | None = None
     ) -> tuple[Triangle, float]:
         """The matrix, written, and its symmetry error; or some of its bands, where other processes have the others."""
-        route = self.ranking.route
+        name, writer, route = self.block.name, unfinished.writer, self.ranking.route
         layout, bands = self._cut()
+        writer.forget(name)
         fresh = not any(self._part(index) in unfinished.finished for index in range(len(bands)))
-        matrix = self._triangle(layout, bands, unfinished.writer, direction, fresh)
+        direction = direction.to("cpu", self.plan.problem.dtype)
+        given = name, layout, bands, writer, direction, fresh
+        device = self.plan.memory.held_on(self.block)
+        matrix = StreamedTriangle(*given) if device is None else HeldTriangle(*given, device)
 
         def put(index: int, upper: Tensor, facts: Document) -> None:
             facts["bits"] = matrix.put(index, upper)
@@ -138,23 +141,8 @@ class LargeBlock:
                     upper, facts = self._band(route, start, stop)
                     beside.run(put, index, upper, facts)
                 gap, square = gap + facts["gap"], square + facts["square"]
-                self.progress(stop - start, self.block.name)
+                self.progress(stop - start, name)
         return matrix, (gap / square) ** 0.5 if square else 0.0
-
-    def _triangle(
-        self,
-        layout: Layout,
-        bands: list[Span],
-        writer: ResultWriter,
-        direction: Tensor,
-        fresh: bool,
-    ) -> Triangle:
-        """What takes the bands and multiplies the direction; it keeps them where there is room."""
-        writer.forget(self.block.name)
-        direction = direction.to("cpu", self.plan.problem.dtype)
-        facts = self.block.name, layout, bands, writer, direction, fresh
-        device = self.plan.memory.held_on(self.block)
-        return StreamedTriangle(*facts) if device is None else HeldTriangle(*facts, device)
 
     def _band(self, route: Route, start: int, stop: int) -> tuple[Tensor, Document]:
         """Rows `start` to `stop` of the upper triangle, their square symmetric."""
@@ -172,11 +160,7 @@ class LargeBlock:
             mirror_(own)
         else:
             facts = {"gap": average_(own), "square": float(own.double().square().sum())}
-        return _done(upper.to(self.plan.problem.dtype)), facts
-
-
-def _done(values: Tensor) -> Tensor:
-    """The values, computed to their end: a GPU may still have been at it."""
-    if values.device.type == "cuda":
-        torch.cuda.current_stream(values.device).synchronize()
-    return values
+        upper = upper.to(self.plan.problem.dtype)
+        if upper.device.type == "cuda":  # which may still be at it
+            torch.cuda.current_stream(upper.device).synchronize()
+        return upper, facts
