@@ -12,7 +12,7 @@ import typer
 from hesscli.cli.commands import on_all_processes, prints, takes_hessian_or_problem
 from hesscli.cli.options import refuse_idle_force
 from hesscli.cli.output import Document, Output
-from hesscli.cli.summary import counted, matrix, products_headline, source
+from hesscli.cli.summary import counted, spectrum_headline
 from hesscli.cli.terminal import encodable
 from hesscli.job.options import ProblemOptions
 from hesscli.job.setup.processes import Processes
@@ -87,11 +87,7 @@ def print_density(out: Output, document: Document) -> None:
     how = "exact"
     if not document["exact"]:
         how = f"{counted(document['probes'], 'probe')} of {counted(document['steps'], 'step')}"
-    if "model" in document:
-        facts = products_headline(document)
-    else:
-        facts = matrix(document, f"{source(document)} ({document['structure']}, {size} x {size})")
-    out.facts(facts | {"density": how})
+    out.facts(spectrum_headline(document) | {"density": how})
     edges, mass = document["histogram"]["edges"], document["histogram"]["mass"]
     if not any(mass):
         return

@@ -15,7 +15,7 @@ from hesscli.cli.gates import FailAbove, FailBelow, gate_eigenvalues, refuse_uns
 from hesscli.cli.numbers import error
 from hesscli.cli.options import Force, refuse_idle_force
 from hesscli.cli.output import Document, Output
-from hesscli.cli.summary import counted, matrix, products_headline, shape_text, source
+from hesscli.cli.summary import counted, shape_text, spectrum_headline
 from hesscli.cli.values import finite
 from hesscli.errors import NumericalError, UsageError
 from hesscli.job.options import ProblemOptions, Which
@@ -172,7 +172,7 @@ def print_eigenpairs(out: Output, document: Document) -> None:
         "magnitude": "largest in magnitude first",
         "both": "half from each end, largest first",
     }.get(document["which"], f"{document['which']} first")
-    out.facts(headline(document) | {"order": order})
+    out.facts(spectrum_headline(document) | {"order": order})
     if "model" in document:
         out.table(["#", "eigenvalue", "residual"], [row[:3] for row in rows], words=(0,))
     else:
@@ -196,13 +196,5 @@ def print_extremes(out: Output, document: Document) -> None:
         ]
         for block, pairs in found.items()
     ]
-    out.facts(headline(document))
+    out.facts(spectrum_headline(document))
     out.table(["block", "shape", "eig_max", "eig_min", "residual"], rows)
-
-
-def headline(document: Document) -> dict[str, str]:
-    """What stands above eigenvalues."""
-    if "model" in document:
-        return products_headline(document)
-    part = f"block {document['block']}" if document["block"] else document["structure"]
-    return matrix(document, f"{source(document)} ({part}, {document['size']} x {document['size']})")

@@ -66,7 +66,7 @@ def headline(document: Document) -> dict[str, str]:
         "loss": f"{loss['name']} ({', '.join(terms)}) = {number(loss['value'])}",
     }
     shape = f"{document['structure']}, {document['dtype']} on {document['device']}"
-    ((label, text),) = matrix(document, shape).items()
+    ((label, text),) = _matrix(document, shape).items()
     facts[label] = text
     if "gradient_norm" not in document:
         return facts
@@ -81,12 +81,7 @@ def headline(document: Document) -> dict[str, str]:
     return facts
 
 
-def source(document: Document) -> str:
-    """The Hessian file that was read."""
-    return "standard input" if document["hessian"] == "-" else document["hessian"]
-
-
-def matrix(document: Document, text: str) -> dict[str, str]:
+def _matrix(document: Document, text: str) -> dict[str, str]:
     """The line that says which matrix it is, and the text of it."""
     curvature = document["curvature"]
     if curvature == "hessian":
@@ -107,6 +102,15 @@ def products_headline(document: Document) -> dict[str, str]:
         check, *rest = facts["check"].split(", ")
         facts["check"] = ", ".join([check, counted(document["products"], "product"), *rest])
     return facts
+
+
+def spectrum_headline(document: Document) -> dict[str, str]:
+    """What stands above the eigenvalues, or the density, of a Hessian file or of a model."""
+    if "model" in document:
+        return products_headline(document)
+    source = "standard input" if document["hessian"] == "-" else document["hessian"]
+    part = f"block {document['block']}" if document.get("block") else document["structure"]
+    return _matrix(document, f"{source} ({part}, {document['size']} x {document['size']})")
 
 
 def _named(file: Document) -> str:
