@@ -72,7 +72,8 @@ def _named(
         if name in LOSSES or name == "output":  # it is not that one
             name = f"{function.__module__}:{name}"
     elif ":" in name:
-        function = _import_function(name)
+        with importable():
+            function = _demand_function(name, imported("--loss", name, "FN"))
         name = os.path.basename(name)  # no paths in files
     elif name not in LOSSES and name != "output":
         plain = name.lower().rpartition(".")[2].replace("_", "-").removesuffix("-loss")
@@ -143,11 +144,6 @@ def _demand_fit(key: str, array: Tensor, target: Tensor) -> None:
         )
 
 
-def _import_function(spec: str) -> Callable[..., Tensor]:
-    with importable():
-        return _demand_function(spec, imported("--loss", spec, "FN"))
-
-
 def _demand_function(name: str, function: object) -> Callable[..., Tensor]:
     if isinstance(function, type):
         raise UsageError(
@@ -162,14 +158,13 @@ def _demand_function(name: str, function: object) -> Callable[..., Tensor]:
 
 def printable(arguments: Mapping[str, object]) -> dict[str, object]:
     """The arguments as JSON has them."""
-    plain = (bool, int, float, str, type(None))
-    return {
-        k: v if isinstance(v, plain) and _finite(v) else described(v) for k, v in arguments.items()
-    }
 
+    def is_plain(value: object) -> bool:
+        if isinstance(value, float):
+            return math.isfinite(value)
+        return isinstance(value, (bool, int, str, type(None)))
 
-def _finite(value: object) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
+    return {k: v if is_plain(v) else described(v) for k, v in arguments.items()}
 
 
 def described(value: object) -> str:
