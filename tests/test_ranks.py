@@ -139,7 +139,7 @@ def test_every_sample_is_one_ranks(samples, most, ranks):
     processes.team.size = ranks
     for rank in range(ranks):
         processes.team.rank = rank
-        own = processes.own(problem).batches
+        own = processes.share_of(problem).batches
         seen.append([int(i) for index in range(len(own)) for i in own[index].inputs[0]])
         # Whatever batches another rank has room for, this one's samples are these.
         assert seen[-1] == list(range(rank * samples // ranks, (rank + 1) * samples // ranks))

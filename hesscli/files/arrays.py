@@ -17,7 +17,7 @@ from hesscli.files.npy import load_npy, load_npz
 from hesscli.files.safetensors_files import map_safetensors
 from hesscli.files.sniff import Kind, kind_of, unsupported
 from hesscli.files.torch_files import read_torch_file
-from hesscli.files.unusable import DECIMALS, Found, Unusable
+from hesscli.files.unusable import DECIMALS, NamedArrays, Unusable
 from hesscli.texts import dtype_name
 
 _SAVE = "np.savez('data.npz', x=x, y=y)"
@@ -62,7 +62,7 @@ def describe(array: torch.Tensor) -> str:
     return f"{dtype_name(array.dtype)} {list(array.shape)}"
 
 
-def _demand_numbers(path: Path | str, table: Found) -> None:
+def _demand_numbers(path: Path | str, table: NamedArrays) -> None:
     """Refuses a text without a column of numbers."""
     unusable = [column for column in table.values() if isinstance(column, Unusable)]
     if len(unusable) == len(table):
@@ -91,8 +91,8 @@ def _files(path: Path | str, kind: Kind) -> tuple[Path, ...]:
     return tuple(dataset_files(path)) if kind is Kind.DATASET else (Path(path),)
 
 
-def _load_npy_folder(folder: Path | str) -> Found:
-    found: Found = {}
+def _load_npy_folder(folder: Path | str) -> NamedArrays:
+    found: NamedArrays = {}
     for file in _files(folder, Kind.NPY_FOLDER):
         if (kind := kind_of(file)) is not Kind.NPY:
             raise unsupported(file, kind, "an npy array", "np.save('x.npy', x)")
@@ -100,7 +100,7 @@ def _load_npy_folder(folder: Path | str) -> Found:
     return found
 
 
-def _load_torch(path: Path | str) -> Found:
+def _load_torch(path: Path | str) -> NamedArrays:
     content = read_torch_file(path, kind_of(path), _SAVE_TORCH)
     if isinstance(content, Mapping):
         return _tensors({str(name): value for name, value in content.items()})
@@ -112,8 +112,8 @@ def _load_torch(path: Path | str) -> Found:
     )
 
 
-def _tensors(content: Mapping[str, object]) -> Found:
-    found: Found = {}
+def _tensors(content: Mapping[str, object]) -> NamedArrays:
+    found: NamedArrays = {}
     for name, value in content.items():
         if not isinstance(value, torch.Tensor):
             found[name] = Unusable(f"not a tensor ({type(value).__name__})")
@@ -137,7 +137,7 @@ def _indexable(array: torch.Tensor) -> torch.Tensor | Unusable:
     return Unusable("integers too large for int64") if wide.lt(0).any() else wide
 
 
-_READERS: dict[Kind, Callable[[Path | str], Found]] = {
+_READERS: dict[Kind, Callable[[Path | str], NamedArrays]] = {
     Kind.NPZ: load_npz,
     Kind.NPY: load_npy,
     Kind.NPY_FOLDER: _load_npy_folder,

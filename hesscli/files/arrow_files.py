@@ -13,12 +13,12 @@ import torch
 from hesscli.errors import FileError, ResourceError, UsageError
 from hesscli.files.npy import tensor
 from hesscli.files.resources import available_memory
-from hesscli.files.sniff import Kind, beside
+from hesscli.files.sniff import Kind, file_beside
 from hesscli.files.torch_files import reading
-from hesscli.files.unusable import CODES, ROWS, Found, Unusable
+from hesscli.files.unusable import CODES, ROWS, NamedArrays, Unusable
 
 
-def load_parquet(path: Path | str) -> Found:
+def load_parquet(path: Path | str) -> NamedArrays:
     """The columns by name; or, in a column's place, why it cannot be used.
 
     Raises:
@@ -35,7 +35,7 @@ def load_parquet(path: Path | str) -> Found:
         return _columns(path, file.read())
 
 
-def load_arrow(path: Path | str) -> Found:
+def load_arrow(path: Path | str) -> NamedArrays:
     """The same of an Arrow file or stream, mapped where it is in one part.
 
     Raises:
@@ -54,10 +54,12 @@ def dataset_files(folder: Path | str) -> list[Path]:
     state = Path(folder, "state.json")
     with reading(state, Kind.TEXT):
         names = [str(entry["filename"]) for entry in json.loads(state.read_text())["_data_files"]]
-    return [beside(state, name, "save it again: dataset.save_to_disk('data')") for name in names]
+    return [
+        file_beside(state, name, "save it again: dataset.save_to_disk('data')") for name in names
+    ]
 
 
-def load_dataset(folder: Path | str) -> Found:
+def load_dataset(folder: Path | str) -> NamedArrays:
     """The columns of a `datasets` folder, mapped where they lie in one file.
 
     Raises:
@@ -100,7 +102,7 @@ def _pyarrow(path: Path | str) -> Any:
     return pyarrow
 
 
-def _columns(path: Path | str, table: Any) -> Found:
+def _columns(path: Path | str, table: Any) -> NamedArrays:
     names: Sequence[str] = table.column_names
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:

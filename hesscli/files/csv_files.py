@@ -16,7 +16,7 @@ import torch
 from hesscli.errors import FileError, HesscliError
 from hesscli.files.sniff import Kind
 from hesscli.files.torch_files import reading
-from hesscli.files.unusable import CODES, DECIMALS, Found, Unusable
+from hesscli.files.unusable import CODES, DECIMALS, NamedArrays, Unusable
 
 _DELIMITERS = ",;\t"
 _SPACES = " \t"
@@ -24,7 +24,7 @@ _EXACT = 2**53  # up to here every integer is a float64
 _WORDS = {"true": 1.0, "false": 0.0, "": float("nan"), "na": float("nan"), "null": float("nan")}
 
 
-def load_csv(path: Path | str) -> tuple[Found, tuple[str, ...]]:
+def load_csv(path: Path | str) -> tuple[NamedArrays, tuple[str, ...]]:
     """The columns by name; or, in a column's place, why it cannot be used.
 
     Columns of a file without a line of names are called 0, 1, ... Integers that count up, as the names that

@@ -75,7 +75,7 @@ def load_data(
         start, stop = _range(path, samples, recorded, unbatched)
         chosen = {name: array[start:stop] for name, array in chosen.items()}
         target = target and (target[0], target[1][start:stop])
-    _demand_finite(path, chosen, roles.beside)
+    _demand_finite(path, chosen, roles.joined)
     return Data(
         roles.arrays,
         chosen,
@@ -136,11 +136,11 @@ def _range(
     return start, stop
 
 
-def _demand_finite(path: Path, inputs: Tensors, beside: Sequence[str]) -> None:
+def _demand_finite(path: Path, inputs: Tensors, joined: Sequence[str]) -> None:
     """Refuses inputs that are not finite: of columns that are side by side, by the column's name."""
     named: Iterable[Named] = inputs.items()
-    if beside:
+    if joined:
         (table,) = inputs.values()
-        named = zip(beside, table.unbind(1), strict=True)
+        named = zip(joined, table.unbind(1), strict=True)
     for name, array in named:
         check_finite(path, name, array)

@@ -18,7 +18,7 @@ from hesscli.errors import FileError, ResourceError
 from hesscli.files.resources import available_memory
 from hesscli.files.sniff import COPY_AGAIN, Kind
 from hesscli.files.torch_files import reading
-from hesscli.files.unusable import Found, Unusable
+from hesscli.files.unusable import NamedArrays, Unusable
 from hesscli.files.zip_files import check_zip
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
@@ -30,7 +30,7 @@ _LOCAL_HEADER = 30  # bytes of a zip member's own header before its name
 _STEP = 1 << 24  # numbers looked at together
 
 
-def load_npy(path: Path | str) -> Found:
+def load_npy(path: Path | str) -> NamedArrays:
     """The array of an `.npy` file by the file's name; or, in its place, why it cannot be used.
 
     Raises:
@@ -41,7 +41,7 @@ def load_npy(path: Path | str) -> Found:
         return {name: _array(path, name, file, size, 0)}
 
 
-def load_npz(path: Path | str) -> Found:
+def load_npz(path: Path | str) -> NamedArrays:
     """The arrays of an `.npz` file by name; or, in an array's place, why it cannot be used.
 
     Raises:
@@ -49,7 +49,7 @@ def load_npz(path: Path | str) -> Found:
         ResourceError: what is compressed in it does not fit into the memory.
     """
     check_zip(path)
-    arrays: Found = {}
+    arrays: NamedArrays = {}
     with reading(path, Kind.NPZ), zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")

@@ -42,7 +42,7 @@ class Roles:
         columns: whether the arrays are the columns of a table.
         inputs: their names, in the order in which they are passed.
         targets: their name; None without.
-        beside: the columns that are put side by side, as the only input.
+        joined: the columns that are put side by side, as the only input.
 
     Raises:
         UsageError: the names do not tell which is which, or an array that was named is not there.
@@ -63,7 +63,7 @@ class Roles:
         self.skipped = [f"array {n} skipped: {each.why}" for n, each in found.skipped.items()]
         self.notes = [*self.skipped, *found.notes]
         self.columns = found.columns
-        self.beside: list[str] = []
+        self.joined: list[str] = []
         named = (*inputs, *([targets] if targets else []))
         called = {name: self._called(name) for name in named}
         self.inputs = [called[name] for name in inputs]
@@ -171,7 +171,7 @@ class Roles:
         if any(self.arrays[name].dim() > 1 for name in columns):
             self.inputs = self.inputs or self._likely_inputs()
         else:
-            self._put_beside(columns)
+            self._join(columns)
 
     def _column_of_targets(self) -> str | None:
         named = [name for name in self.arrays if name in TARGET_NAMES]
@@ -181,13 +181,13 @@ class Roles:
         free = [name for name in named if name not in self.inputs]
         return self._noted("targets", free[0], "from its name") if len(free) == 1 else None
 
-    def _put_beside(self, columns: list[str]) -> None:
+    def _join(self, columns: list[str]) -> None:
         name = "columns" if self.targets != "columns" else "inputs"
         array = torch.stack([self.arrays[column].double() for column in columns], 1)
         plural = "column" if len(columns) == 1 else "columns"
         self.notes.append(f"inputs: the {plural} {listed(columns)} ({describe(array)})")
         self.arrays[name] = array
-        self.inputs, self.beside = [name], columns
+        self.inputs, self.joined = [name], columns
 
     # What is said
 

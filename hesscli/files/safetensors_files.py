@@ -16,7 +16,7 @@ from hesscli.files.npy import tensor
 from hesscli.files.safetensors_header import parse
 from hesscli.files.sniff import Kind
 from hesscli.files.torch_files import reading
-from hesscli.files.unusable import Found, Unusable
+from hesscli.files.unusable import NamedArrays, Unusable
 
 # As NumPy reads the bytes, and what they are for torch if NumPy does not know.
 _TYPES: dict[str, tuple[str, torch.dtype | None]] = {
@@ -40,7 +40,7 @@ def load_safetensors(path: Path | str) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.offset_keys()}
 
 
-def map_safetensors(path: Path | str) -> Found:
+def map_safetensors(path: Path | str) -> NamedArrays:
     """The same without reading them: the tensors lie in the file, and must not be written to.
 
     Raises:

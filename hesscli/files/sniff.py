@@ -88,7 +88,7 @@ def no_such_file(path: Path | str, hint: str | None = None) -> UsageError:
     return UsageError(f"{path}: no such file", hint)
 
 
-def beside(listing: Path, name: object, hint: str) -> Path:
+def file_beside(listing: Path, name: object, hint: str) -> Path:
     """The file of this name in the folder of the file that lists it, and in no other.
 
     Raises:

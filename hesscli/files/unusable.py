@@ -27,5 +27,5 @@ class Unusable:
     remedy: str = ""
 
 
-Found = dict[str, Tensor | Unusable]
+NamedArrays = dict[str, Tensor | Unusable]
 """The arrays of a data file, by their names."""

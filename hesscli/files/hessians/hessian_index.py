@@ -9,7 +9,7 @@ from typing import Any
 
 from hesscli.errors import FileError
 from hesscli.files.safetensors_header import Header, document_of, is_regular, read_header
-from hesscli.files.sniff import beside
+from hesscli.files.sniff import file_beside
 
 SHARD_SCHEMA = "hesscli.shard/1"
 _AGAIN = "compute it again, or copy all of its files again"
@@ -43,7 +43,7 @@ class Index:
         return found
 
     def _header(self, name: str) -> Header:
-        path = beside(self.path, name, _AGAIN)
+        path = file_beside(self.path, name, _AGAIN)
         try:
             return read_header(path, str(path))
         except FileNotFoundError:

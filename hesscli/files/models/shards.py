@@ -9,7 +9,7 @@ import torch
 
 from hesscli.errors import FileError
 from hesscli.files.safetensors_files import load_safetensors
-from hesscli.files.sniff import Kind, beside, kind_of, unsupported
+from hesscli.files.sniff import Kind, file_beside, kind_of, unsupported
 from hesscli.files.torch_files import read_torch_file, reading
 from hesscli.texts import listed
 
@@ -60,7 +60,7 @@ def load_shards(index: Path) -> tuple[dict[str, torch.Tensor], tuple[Path, ...]]
     with reading(index, Kind.WEIGHTS_INDEX):
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = list(dict.fromkeys(places.values()))
-    files = [beside(index, name, _SAVE) for name in names]
+    files = [file_beside(index, name, _SAVE) for name in names]
     content = {path.name: load_part(path) for path in files}
     weights = {}
     for weight, name in places.items():

@@ -18,7 +18,7 @@ from hesscli.hessian.routes.base import Route, Rows, fitting
 from hesscli.hessian.symmetry import average_, mirror_
 from hesscli.job import documents
 from hesscli.job.json_form import Document
-from hesscli.job.matrix.beside import Beside
+from hesscli.job.matrix.background import Background
 from hesscli.job.matrix.planning import Advance, Plan
 from hesscli.job.matrix.ranking import Ranking
 from hesscli.job.matrix.triangles import HeldTriangle, StreamedTriangle, Triangle
@@ -129,17 +129,17 @@ class LargeBlock:
             unfinished.add(self._part(index), facts)
 
         gap = square = 0.0
-        with Beside() as beside:
+        with Background() as background:
             for index, (start, stop) in enumerate(bands):
                 part = self._part(index)
                 facts = unfinished.finished.get(part)
                 if mine is not None and (part not in mine or facts is not None):
                     continue
                 if facts is not None:
-                    beside.run(matrix.restore, index, facts["bits"])
+                    background.run(matrix.restore, index, facts["bits"])
                 else:
                     upper, facts = self._band(route, start, stop)
-                    beside.run(put, index, upper, facts)
+                    background.run(put, index, upper, facts)
                 gap, square = gap + facts["gap"], square + facts["square"]
                 self.progress(stop - start, name)
         return matrix, (gap / square) ** 0.5 if square else 0.0

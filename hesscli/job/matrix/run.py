@@ -12,7 +12,7 @@ from hesscli.files.hessians.result_writer import ResultWriter
 from hesscli.hessian.objective.first_gradient import first_gradient
 from hesscli.job import documents, statistics
 from hesscli.job.json_form import Document, timeless
-from hesscli.job.matrix.beside import Beside
+from hesscli.job.matrix.background import Background
 from hesscli.job.matrix.journal import Journal, read_journal
 from hesscli.job.matrix.large import LargeBlock
 from hesscli.job.matrix.planning import Plan
@@ -46,7 +46,7 @@ class Run:
     ) -> None:
         self.plan, self.options = plan, plan.options
         self.team, self.merging, self.stdout = team, merging, stdout
-        self.bands: dict[str, int] = team.tell(self._bands())
+        self.bands: dict[str, int] = team.broadcast(self._bands())
         self.groups = [Group(plan, blocks, self._progress) for blocks in groups(plan)]
         self.large = [
             LargeBlock(plan, block, self.bands[block.name], self._progress) for block in plan.large
@@ -126,7 +126,7 @@ class Run:
                 "run the other shards, or one that was cut off again with --resume",
             )
         if self.team.size > 1:
-            journal.join(*self.team.tell((journal.start, journal.finished)))
+            journal.join(*self.team.broadcast((journal.start, journal.finished)))
         return journal
 
     def _contribute(self, document: Document, journal: Journal) -> None:
@@ -145,7 +145,7 @@ class Run:
                 for each in self.work:
                     each.contribute(unfinished, mine)
                 unfinished.flush()
-                self.team.gather(None)  # until all are here
+                self.team.all_gather(None)  # until all are here
             except HesscliError as error:
                 error.of_share = True
                 raise
@@ -154,9 +154,9 @@ class Run:
         """Every block's facts, in model order; its values are in the file then."""
         self.plan.opened.listener.progress(0, self.rows, "")
         found: list[Document] = []
-        with Beside(enabled=self.plan.problem.device.type != "cpu") as beside:
+        with Background(enabled=self.plan.problem.device.type != "cpu") as background:
             for group in self.groups:
-                found += group.compute(unfinished, beside)
+                found += group.compute(unfinished, background)
         found += [large.compute(unfinished) for large in self.large]
         finished = {facts["name"]: facts for facts in found}
         every = []

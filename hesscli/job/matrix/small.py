@@ -19,7 +19,7 @@ from hesscli.hessian.symmetry import mirror_, symmetrise_
 from hesscli.hessian.words import FINITE_DIFFERENCE
 from hesscli.job import documents, statistics
 from hesscli.job.json_form import Document
-from hesscli.job.matrix.beside import Beside
+from hesscli.job.matrix.background import Background
 from hesscli.job.matrix.planning import Advance, Plan
 from hesscli.job.matrix.ranking import Ranking
 from hesscli.job.matrix.triangles import on_host
@@ -46,10 +46,10 @@ class Group:
     def contribute(self, unfinished: Unfinished, mine: Collection[str]) -> None:
         """Computes and writes the blocks, if that is for this process; another finishes the file."""
         if self.part in mine and self.part not in unfinished.finished:
-            with Beside(enabled=False) as beside:
-                self.compute(unfinished, beside)
+            with Background(enabled=False) as background:
+                self.compute(unfinished, background)
 
-    def compute(self, unfinished: Unfinished, beside: Beside) -> list[Document]:
+    def compute(self, unfinished: Unfinished, background: Background) -> list[Document]:
         """Computes, writes and checks the blocks, unless they are in the file already.
 
         Returns:
@@ -67,7 +67,7 @@ class Group:
             return list(earlier["blocks"])
         found = []
         for facts, array in compute_blocks(self.plan, self.blocks):
-            beside.run(writer.write, facts["name"], array)
+            background.run(writer.write, facts["name"], array)
             found.append(facts | {"zero": not array.any()})
             self.progress(facts["size"], facts["name"])
 
@@ -82,7 +82,7 @@ class Group:
                 },
             )
 
-        beside.run(note)
+        background.run(note)
         return found
 
 

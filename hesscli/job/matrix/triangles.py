@@ -20,7 +20,7 @@ from hesscli.errors import FileError
 from hesscli.files.hessians.result_writer import ResultWriter
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.layout import Layout, Placed, Span
-from hesscli.job.matrix.beside import Beside
+from hesscli.job.matrix.background import Background
 
 _TURNED = 1 << 22  # numbers that are transposed at a time
 _READ = 1 << 24  # numbers that are read back at a time
@@ -160,7 +160,11 @@ class HeldTriangle(Triangle):
         with self._aside():
             self.uppers.append(on_host(upper) if self.device.type == "cpu" else upper)
             idle = self.device.type != "cpu"  # else all threads compute the next band meanwhile
-            with Beside() as placing, Beside(idle) as counting, Beside(idle) as measuring:
+            with (
+                Background() as placing,
+                Background(idle) as counting,
+                Background(idle) as measuring,
+            ):
                 for place, rows in self._rows(index):
                     measuring.run(self._measure, place, rows.numpy())
                     counting.run(self.writer.count, self.name, rows.numpy(), place)

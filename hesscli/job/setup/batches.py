@@ -105,7 +105,7 @@ def _accepted(
     samples, count, fewest, most = source.samples, source.few, source.fewest, source.most
     if (fewest, most) != (1, None):
         _bounds(source, count, 1)  # before a pass of other samples fails
-        batch = source.part(0, count)
+        batch = source.batch(0, count)
         first_output(problem, batch, note)
         return batch, fewest, most
     asked = min(batch_size or samples, samples)
@@ -189,7 +189,7 @@ def _taken_apart(
         each = max(1, saved, 2 * source.bytes // source.samples)
         room = free_memory(problem.device) // (2 * ranks_here() * each)
         mixing = what_mixes(problem, source, bounds, room, note)
-    mixing = processes.any_says(mixing)
+    mixing = next((each for each in processes.agreed(mixing) if each is not None), None)
     if mixing is None:
         return replace(problem, separable=source.fewest == 1 and not limited), bounds
     sees = f"{mixing} sees several samples at once"
@@ -204,7 +204,7 @@ def _batches(source: Source, bounds: Sequence[int], parts: int) -> Sequence[Batc
     """All batches at once where they take a small part of the memory; else each when it is needed."""
 
     def make(index: int) -> Batch:
-        return source.part(bounds[index], bounds[index + 1])
+        return source.batch(bounds[index], bounds[index + 1])
 
     small = source.bytes <= free_memory(source.device) // 8
     if parts > 1:  # a process needs its own alone

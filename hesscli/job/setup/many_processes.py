@@ -59,7 +59,7 @@ class ManyProcesses(Processes):
         """The others are told that this is the end; where they cannot be, they see this process end."""
         if self.team.rank == 0 and not self.asking:
             with contextlib.suppress(ProcessLost):
-                self.team.tell(None)
+                self.team.broadcast(None)
                 kind = error = traceback = None  # all leave together
         self.team.__exit__(kind, error, traceback)
 
@@ -71,14 +71,14 @@ class ManyProcesses(Processes):
         """
         if self.team.rank == 0:
             return False
-        while (question := self.team.tell(None)) is not None:
+        while (question := self.team.broadcast(None)) is not None:
             try:
                 if isinstance(question, ProblemOptions):
                     self._open(question, Silent())
                 else:
                     dtype, device = question.dtype, self.opened[0].problem.device
                     tensor = torch.empty(question.shape, dtype=dtype, device=device)
-                    self._answered(question, self.team.send(tensor))
+                    self._answered(question, self.team.broadcast_tensor(tensor))
             except ProcessLost:
                 raise
             except _SAID:
@@ -94,7 +94,7 @@ class ManyProcesses(Processes):
             HesscliError: of any kind, on any process.
         """
         with self._asking():
-            self.team.tell(options)
+            self.team.broadcast(options)
             return self._open(options, listener)
 
     def ask(self, question: Question, tensor: Tensor) -> Tensor:
@@ -105,8 +105,8 @@ class ManyProcesses(Processes):
             NotApplicable: an operator lacks a derivative.
         """
         with self._asking():
-            self.team.tell(question)
-            return self._answered(question, self.team.send(tensor.contiguous()))
+            self.team.broadcast(question)
+            return self._answered(question, self.team.broadcast_tensor(tensor.contiguous()))
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
@@ -139,17 +139,17 @@ class ManyProcesses(Processes):
 
     # What each process does
 
-    def own(self, problem: Problem) -> Problem:
+    def share_of(self, problem: Problem) -> Problem:
         rank, size, batches = self.team.rank, self.team.size, problem.batches
         first, stop = (len(batches) * place // size for place in (rank, rank + 1))
         mine = Batches(stop - first, lambda i: batches[first + i])
-        original = problem.original and self.own(problem.original)
+        original = problem.original and self.share_of(problem.original)
         return replace(problem, batches=mine, original=original)
 
     def totals(self, total: float, denominator: float) -> tuple[float, float]:
         """The sums of both over all processes, the same bits on each."""
         self.awaited = False
-        found = self._agreed((total, denominator))
+        found = self.agreed((total, denominator))
         return sum(pair[0] for pair in found), sum(pair[1] for pair in found)
 
     def in_float64(self, source: int) -> Problem | None:
@@ -163,7 +163,7 @@ class ManyProcesses(Processes):
             opened = open_problem(options, listener, self)
         except _SAID as error:
             if self.awaited:
-                self._agreed(error)
+                self.agreed(error)
             raise
         self.opened.append(opened)
         return opened
@@ -174,12 +174,12 @@ class ManyProcesses(Processes):
             answer = self._answer(question, tensor)
         except _SAID as error:
             failure = error
-        self._agreed(failure)
-        return self.team.sum(answer)
+        self.agreed(failure)
+        return self.team.reduce(answer)
 
-    def _agreed(self, said: Any) -> list[Any]:
+    def agreed(self, said: Any) -> list[Any]:
         """What each process says; if one says an exception, all raise it."""
-        found = super()._agreed(said)
+        found = super().agreed(said)
         for each in found:
             if isinstance(each, Exception):
                 self.awaited = False  # all know of it
@@ -192,7 +192,7 @@ class ManyProcesses(Processes):
         problem = opened.problem if same else self.in_float64(question.source)
         if problem is None:
             raise MismatchError("the model runs in float64 on some of the processes only")
-        problem = self.own(problem.restricted(question.parameters))
+        problem = self.share_of(problem.restricted(question.parameters))
         what = question.what
         if isinstance(what, Gradient):
             return _gradient_at(problem, what.names, tensor)

@@ -71,8 +71,8 @@ def _found_mixing(
     Raises:
         MismatchError: the model does not take them all at once.
     """
-    parts = [source.part(start, stop) for start, stop in pairwise(tried)]
-    problem = replace(problem, batches=[source.part(0, tried[-1]), *parts])
+    parts = [source.batch(start, stop) for start, stop in pairwise(tried)]
+    problem = replace(problem, batches=[source.batch(0, tried[-1]), *parts])
     if wider:
         problem = problem.double() or problem
     together, *apart = problem.batches
@@ -99,7 +99,7 @@ def _proven_apart(problem: Problem, source: Source) -> bool:
     """Whether each of the first few samples goes its own way through the model, and others go the same way."""
     try:
         few = min(source.samples, max(_FEWEST, source.fewest))
-        analysis = Analyses(problem).of(source.part(0, few))
+        analysis = Analyses(problem).of(source.batch(0, few))
     except NotApplicable:
         return False
     return not analysis.tape.decided
@@ -120,7 +120,7 @@ def what_mixes_in_place(problem: Problem, source: Source, batch: int) -> str | N
     half = batch // 2
     if not half or source.samples < 2 * batch:
         return None
-    first, other = source.part(0, batch), source.part(batch, 2 * batch)
+    first, other = source.batch(0, batch), source.batch(batch, 2 * batch)
     mixed = replace(
         first,
         inputs=tuple(
@@ -133,7 +133,7 @@ def what_mixes_in_place(problem: Problem, source: Source, batch: int) -> str | N
             return None
         if not _same_values(alone[:half], [beside_others[:half]]):
             return "the model"
-        apart = [source.part(0, half), source.part(half, batch)]
+        apart = [source.batch(0, half), source.batch(half, batch)]
         return _mixing_loss(problem, alone, first, [alone[:half], alone[half:]], apart)
 
 

@@ -178,7 +178,7 @@ def _opened(
         problem = protected(problem)
         names = listed(problem.written)
         note(f"the model writes to its weights ({names}): the Hessian is at what it writes")
-    measured, value = measure(processes.own(problem), processes.totals)
+    measured, value = measure(processes.share_of(problem), processes.totals)
     if not math.isfinite(value):
         if data.targets:
             check_finite(options.data, *data.targets)

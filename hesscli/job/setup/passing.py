@@ -110,7 +110,7 @@ def as_columns(problem: Problem, source: Source, note: Callable[[str], None]) ->
             return replace(source, target=classes)
         return source
     with torch.no_grad():
-        output = problem.output(source.part(0, source.few))
+        output = problem.output(source.batch(0, source.few))
     if output.shape != (source.few, 1) or source.target.dim() != 1:
         return source
     note("targets: taken as a column [N, 1], as the model's output is")

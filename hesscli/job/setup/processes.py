@@ -40,17 +40,13 @@ class Processes:
 
         return open_problem(options, listener, self, side_by_side=True)
 
-    def own(self, problem: Problem) -> Problem:
+    def share_of(self, problem: Problem) -> Problem:
         """The problem with this process's share of the batches."""
         return problem
 
-    def any_says(self, said: str | None) -> str | None:
-        """What the first process says that has something to say."""
-        return next((each for each in self._agreed(said) if each is not None), None)
-
-    def _agreed(self, said: Any) -> list[Any]:
+    def agreed(self, said: Any) -> list[Any]:
         """What each process says."""
-        return self.team.gather(said)
+        return self.team.all_gather(said)
 
     def totals(self, total: float, denominator: float) -> tuple[float, float]:
         """The sums of both over all processes."""

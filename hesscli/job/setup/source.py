@@ -55,7 +55,7 @@ class Source:
             for array in arrays
         ) + sum(self.inputs[name].numel() * self.dtype.itemsize for name in self.scales)
 
-    def part(self, start: int, stop: int) -> Batch:
+    def batch(self, start: int, stop: int) -> Batch:
         """The samples from `start` up to `stop`."""
         inputs, target = self.inputs, self.target
         if (start, stop) != (0, self.samples):  # one sample may have no axis for samples
@@ -91,7 +91,7 @@ class Source:
             for count in counts:
                 if refused and self.bytes * count // self.samples > available_memory() // 8:
                     break
-                batch = self.part(0, count)
+                batch = self.batch(0, count)
                 try:
                     return batch, function(batch)
                 except (DeviceMismatchError, UnrepeatableError):

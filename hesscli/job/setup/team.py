@@ -77,7 +77,7 @@ class Team:
 
             dist.destroy_process_group()
 
-    def tell(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """What the first process says, to all."""
         if self.size == 1:
             return value
@@ -86,7 +86,7 @@ class Team:
             dist.broadcast_object_list(box)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """What each process says, to all."""
         if self.size == 1:
             return [value]
@@ -95,14 +95,14 @@ class Team:
             dist.all_gather_object(said, value)
         return said
 
-    def send(self, tensor: Tensor) -> Tensor:
+    def broadcast_tensor(self, tensor: Tensor) -> Tensor:
         """The first process's tensor, in place of that of all others."""
         sent = tensor if self.nccl else tensor.cpu()
         with _together() as dist:
             dist.broadcast(sent, 0)
         return sent.to(tensor.device)
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, added up in float64; on the first process alone."""
         import torch
 

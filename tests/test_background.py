@@ -1,18 +1,18 @@
-"""Writing beside computing: in order, one ahead, and no error is lost."""
+"""Writing in the background of computing: in order, one ahead, and no error is lost."""
 
 import threading
 
 import pytest
 
-from hesscli.job.matrix.beside import Beside
+from hesscli.job.matrix.background import Background
 
 
 @pytest.mark.parametrize("enabled", [False, True])
 def test_calls_are_made_in_order(enabled: bool) -> None:
     seen: list[int] = []
-    with Beside(enabled) as beside:
+    with Background(enabled) as background:
         for number in range(20):
-            beside.run(seen.append, number)
+            background.run(seen.append, number)
     assert seen == list(range(20))
 
 
@@ -23,10 +23,10 @@ def test_at_most_one_is_ahead() -> None:
         started.set()
         assert release.wait(10)
 
-    with Beside(enabled=True) as beside:
-        beside.run(wait)
+    with Background(enabled=True) as background:
+        background.run(wait)
         assert started.wait(10)  # it runs while this thread goes on
-        second = threading.Thread(target=beside.run, args=(started.clear,))
+        second = threading.Thread(target=background.run, args=(started.clear,))
         second.start()
         second.join(0.2)
         assert second.is_alive()  # it waits for the first
@@ -42,16 +42,16 @@ def test_no_error_is_lost(enabled: bool, later: int) -> None:
     def fail() -> None:
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"), Beside(enabled) as beside:  # noqa: PT012
-        beside.run(fail)
+    with pytest.raises(OSError, match="disk full"), Background(enabled) as background:  # noqa: PT012
+        background.run(fail)
         for _ in range(later):
-            beside.run(lambda: None)
+            background.run(lambda: None)
 
 
 def test_an_error_of_the_main_thread_goes_first() -> None:
     def fail() -> None:
         raise OSError("disk full")
 
-    with pytest.raises(ValueError, match="mine"), Beside(enabled=True) as beside:  # noqa: PT012
-        beside.run(fail)
+    with pytest.raises(ValueError, match="mine"), Background(enabled=True) as background:  # noqa: PT012
+        background.run(fail)
         raise ValueError("mine")

@@ -1,4 +1,4 @@
-"""One piece of work beside the main thread: writing one block or band while the next one is computed."""
+"""One piece of work in the background: writing one block or band while the next one is computed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 
-class Beside:
+class Background:
     """Runs calls one after the other, at most one at a time and one ahead.
 
     Two blocks are then held at once, the one that is written and the one that is computed. Where the memory has no room
@@ -18,7 +18,7 @@ class Beside:
         self.pool = ThreadPoolExecutor(1) if enabled else None
         self.pending: Future[Any] | None = None
 
-    def __enter__(self) -> Beside:
+    def __enter__(self) -> Background:
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
