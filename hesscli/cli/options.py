@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from hesscli.cli.completion import parameter_names
-from hesscli.cli.values import factors, key_values, sample_range, whole
+from hesscli.cli.values import digits, factors, key_values, sample_range
 from hesscli.errors import UsageError
 from hesscli.job.options import Curvature, DType, Method, ProblemOptions, Reduction
 
@@ -197,7 +197,7 @@ def hessian_or_model(
 def problem_of(arguments: dict[str, Any]) -> ProblemOptions:
     """The options of a problem, from what the command line says."""
     batch_size, samples = arguments["batch_size"], arguments["samples"]
-    if batch_size != "auto" and not whole(batch_size):
+    if batch_size != "auto" and not digits(batch_size):
         raise typer.BadParameter(
             f"{batch_size!r} is not auto or a number", param_hint="--batch-size"
         )
@@ -206,7 +206,7 @@ def problem_of(arguments: dict[str, Any]) -> ProblemOptions:
         "arch_arguments": key_values(arguments.pop("arch_arg"), "--arch-arg"),
         "samples": None if samples is None else sample_range(samples),
         "scale": factors(arguments["scale"]),
-        "batch_size": whole(batch_size),
+        "batch_size": digits(batch_size),
     }
     try:
         return ProblemOptions(**(arguments | read))

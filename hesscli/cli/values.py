@@ -36,7 +36,7 @@ def finite(value: float | None) -> float | None:
     return value
 
 
-def whole(text: str) -> int | None:
+def digits(text: str) -> int | None:
     """The digits as a number; None where they are none, or more than any count has."""
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
@@ -44,8 +44,8 @@ def whole(text: str) -> int | None:
 def sample_range(text: str) -> tuple[int, int | None]:
     """`N`, `A:B`, `A:` or `:B` as from, up to; up to None is up to the last."""
     first, _, last = text.rpartition(":")
-    if text and all(whole(part or "0") is not None for part in (first, last)):
-        return whole(first) or 0, whole(last)
+    if text and all(digits(part or "0") is not None for part in (first, last)):
+        return digits(first) or 0, digits(last)
     raise typer.BadParameter(f"{text!r} is not of the form N or A:B", param_hint="--samples")
 
 
@@ -61,7 +61,7 @@ def shard_place(text: str | None) -> tuple[int, int] | None:
     """`I/N` as two numbers."""
     if text is None:
         return None
-    number, count = map(whole, text.partition("/")[::2])
+    number, count = map(digits, text.partition("/")[::2])
     if not number or not count or number > count:
         raise typer.BadParameter(f"{text!r} is not I/N with I from 1 to N", param_hint="--shard")
     return number, count

@@ -55,7 +55,7 @@ def compute(
             raise UsageError(f"-: several {what} to a pipe", "-o hessian.safetensors")
         if options.output is None and options.resume:
             raise UsageError("-: a pipe keeps nothing to resume", "-o hessian.safetensors")
-        opened = open_problem(options, listener, Processes(model, team))
+        opened = open_problem(options, listener, Processes(model, team, side_by_side=False))
         plan = Plan(options, opened, several)
         demand_names((block.name for block in plan.blocks), plan.shapes, options.gradient)
         if dry_run:

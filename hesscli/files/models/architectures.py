@@ -43,14 +43,14 @@ def build(
     if not colon or not source or not attribute:
         raise UsageError(f"--arch {arch}: expected {_FORMS}", f"--arch {shlex.quote(_guess(arch))}")
     with importable():
-        module = module_of("--arch", arch, "FACTORY")
+        module = module_of("--arch", arch)
         factory: object
         if source == "transformers":
             factory = transformers_factory(attribute, model)
         elif source == "timm":
             factory = timm_factory(attribute)
         else:
-            factory = attribute_of("--arch", arch, module, "FACTORY")
+            factory = attribute_of("--arch", arch, module)
         return _call(arch, factory, attribute, arch_arguments)
 
 

@@ -19,6 +19,7 @@ from hesscli.texts import listed
 
 # Where architectures come from; each is installed under its own name.
 _LIBRARIES = ("timm", "torchaudio", "torchvision", "transformers")
+_WANTED = {"--arch": "FACTORY", "--loss": "FN"}  # what an option names
 
 
 @contextlib.contextmanager
@@ -37,35 +38,34 @@ def importable() -> Iterator[None]:
         sys.path[:] = [*before, *(folder for folder in sys.path if folder not in before)]
 
 
-def imported(option: str, spec: str, wanted: str) -> object:
+def imported(option: str, spec: str) -> object:
     """What `PKG.MOD:NAME` or `FILE.py:NAME` names.
 
     Args:
-        option: where it was asked for, `--arch`.
+        option: where it was asked for: `--arch` or `--loss`.
         spec: see above.
-        wanted: what the name should be of, `FACTORY`.
 
     Raises:
         UsageError: it is not there, or its module cannot be imported.
     """
-    return attribute_of(option, spec, module_of(option, spec, wanted), wanted)
+    return attribute_of(option, spec, module_of(option, spec))
 
 
-def module_of(option: str, spec: str, wanted: str) -> ModuleType:
+def module_of(option: str, spec: str) -> ModuleType:
     """The module or file in which `spec` names something; the same arguments, the same errors."""
     source = spec.rpartition(":")[0]
     is_file = source.endswith(".py")
     if is_file and not os.path.isfile(source):
         raise UsageError(
             f"{option} {spec}: no such file: {source}",
-            f"the path is relative to the current folder: {option} path/to/net.py:{wanted}",
+            f"the path is relative to the current folder: {option} path/to/net.py:{_WANTED[option]}",
         )
     try:
         return _import_file(source) if is_file else importlib.import_module(source)
     except ModuleNotFoundError as error:
         missing = error.name or source
         if not is_file and (source == missing or source.startswith(missing + ".")):
-            named = shlex.quote(f"path/to/{source.split('.')[-1]}.py:{wanted}")
+            named = shlex.quote(f"path/to/{source.split('.')[-1]}.py:{_WANTED[option]}")
             raise UsageError(
                 f"{option} {spec}: no module named {missing} here or among the installed packages",
                 f"pip install {missing}"
@@ -101,7 +101,7 @@ def _import_file(path: str) -> ModuleType:
     return module
 
 
-def attribute_of(option: str, spec: str, module: ModuleType, wanted: str) -> object:
+def attribute_of(option: str, spec: str, module: ModuleType) -> object:
     """What `spec` names in its module; the same arguments, the same errors."""
     source, _, dotted = spec.rpartition(":")
     value: object = module
@@ -112,7 +112,7 @@ def attribute_of(option: str, spec: str, module: ModuleType, wanted: str) -> obj
             raise UsageError(
                 f"{option} {spec}: {source} has no {name}"
                 + (f"; it has: {listed(choices)}" if choices else ""),
-                f"{option} {shlex.quote(f'{source}:{near[0] if near else wanted}')}",
+                f"{option} {shlex.quote(f'{source}:{near[0] if near else _WANTED[option]}')}",
             )
         value = getattr(value, name)
     return value

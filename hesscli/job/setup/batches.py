@@ -36,7 +36,6 @@ def split(
     batch_size: int | None,
     note: Callable[[str], None],
     processes: Processes,
-    side_by_side: bool = False,
 ) -> tuple[Problem, int]:
     """The problem with its data in batches, unless model or loss want it whole; and the rows of a chunk.
 
@@ -45,8 +44,8 @@ def split(
         source: its data.
         batch_size: samples per batch, if asked for.
         note: hears what is made of the data.
-        processes: that share the batches; there is at least one for each, where that can be.
-        side_by_side: batches will be worked on side by side: a few for each thread, unless they would be small.
+        processes: that share the batches; there is at least one for each, where that can be, and if threads work on
+            them side by side, a few for each thread, unless they would be small.
 
     Raises:
         MismatchError: the data cannot be cut into batches that the model accepts.
@@ -68,7 +67,7 @@ def split(
     problem = replace(problem, written=tuple(written))
     if [x._version for x in some.inputs] != as_given:
         problem = replace(problem, writes=True)
-    sizes = _sizes(problem, saved, source.samples, parts, side_by_side)
+    sizes = _sizes(problem, saved, source.samples, processes)
     bounds = _bounds(source, batch_size or sizes.batch, parts)
     problem, bounds = _taken_apart(problem, source, bounds, saved, note, processes)
     count = len(bounds) - 1
@@ -119,16 +118,16 @@ def _accepted(
     return batch, len(batch), len(batch)
 
 
-def _sizes(problem: Problem, saved: int, samples: int, parts: int, side_by_side: bool) -> Sizes:
+def _sizes(problem: Problem, saved: int, samples: int, processes: Processes) -> Sizes:
     """How much goes through at once, where `saved` bytes of a sample's forward pass are kept."""
     size = sum(p.numel() for p in problem.parameters.values())
     free = free_memory(problem.device)
-    if parts > 1 and problem.device.type == "cpu":
+    if processes.size > 1 and problem.device.type == "cpu":
         free //= ranks_here()
     usual = chunk_sizes(problem.device)
-    rows = 1 if side_by_side and problem.device.type == "cuda" else PREFERRED_ROWS
+    rows = 1 if processes.side_by_side and problem.device.type == "cuda" else PREFERRED_ROWS
     sizes = choose_sizes(samples, saved, size, problem.dtype.itemsize, free, usual, rows)
-    if side_by_side and problem.device.type == "cpu":
+    if processes.side_by_side and problem.device.type == "cpu":
         enough = max(_ENOUGH, size * problem.dtype.itemsize // 2)
         sizes = replace(sizes, batch=min(sizes.batch, _for_threads(samples, saved, enough)))
     return sizes

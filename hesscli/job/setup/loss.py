@@ -73,7 +73,7 @@ def _named(
             name = f"{function.__module__}:{name}"
     elif ":" in name:
         with importable():
-            function = _demand_function(name, imported("--loss", name, "FN"))
+            function = _demand_function(name, imported("--loss", name))
         name = os.path.basename(name)  # no paths in files
     elif name not in LOSSES and name != "output":
         plain = name.lower().rpartition(".")[2].replace("_", "-").removesuffix("-loss")

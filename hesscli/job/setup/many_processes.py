@@ -44,7 +44,7 @@ class ManyProcesses(Processes):
     """One of several processes: its share of the data, and what it asks of the others."""
 
     def __init__(self) -> None:
-        super().__init__(team=Team())
+        super().__init__(team=Team(), side_by_side=False)
         self.size = self.team.size
         self.opened: list[Opened] = []
         self.kept: tuple[object, Products] | None = None  # those of the last question

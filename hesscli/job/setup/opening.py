@@ -35,7 +35,7 @@ from hesscli.job.setup.source import Source, per_sample
 from hesscli.job.setup.team import rank_here, ranks
 from hesscli.texts import listed
 
-_THIS_ONE = Processes()
+_THIS_ONE = Processes(side_by_side=False)
 
 
 class NoteKeeper(Listener):
@@ -77,7 +77,6 @@ def open_problem(
     options: ProblemOptions,
     listener: Listener,
     processes: Processes = _THIS_ONE,
-    side_by_side: bool = False,
 ) -> Opened:
     """Loads model and data, settles the loss, and makes one pass over the data.
 
@@ -85,19 +84,18 @@ def open_problem(
         options: what was asked for.
         listener: hears the notes.
         processes: that have the data; and the model, where it is in place of the file that the options name.
-        side_by_side: batches will be worked on side by side.
 
     Raises:
         HesscliError: of any kind; see `errors.py`.
     """
     device, keeper = device_called(options.device), NoteKeeper(listener)
     try:
-        return _opened(options, device, keeper, processes, side_by_side)
+        return _opened(options, device, keeper, processes)
     except DeviceMismatchError:
         if options.device != "auto":
             raise
     keeper.note("the model makes tensors on the CPU, so all is done there")
-    return _opened(options, torch.device("cpu"), keeper, processes, side_by_side)
+    return _opened(options, torch.device("cpu"), keeper, processes)
 
 
 def _opened(
@@ -105,7 +103,6 @@ def _opened(
     device: torch.device,
     listener: NoteKeeper,
     processes: Processes,
-    side_by_side: bool,
 ) -> Opened:
     """The same on one device.
 
@@ -168,7 +165,7 @@ def _opened(
     )
     if data.columns:
         source = as_columns(problem, source, note)
-    problem, chunk = split(problem, source, options.batch_size, note, processes, side_by_side)
+    problem, chunk = split(problem, source, options.batch_size, note, processes)
     _demand_own_parameters(model, problem)
     if loss.wide:
         problem, _ = problem.widened()

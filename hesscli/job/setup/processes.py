@@ -23,12 +23,19 @@ class Processes:
     Args:
         model: the model, if it is no file.
         team: others that have all of the data too, and so see alike whether its samples mix.
+        side_by_side: threads will work on batches side by side, as they do for products.
     """
 
     size = 1  # that share the data
 
-    def __init__(self, model: SavedModel | None = None, team: Team | None = None) -> None:
+    def __init__(
+        self,
+        model: SavedModel | None = None,
+        team: Team | None = None,
+        side_by_side: bool = True,
+    ) -> None:
         self.model, self.team = model, team or Team(alone=True)
+        self.side_by_side = side_by_side
 
     def serve(self) -> bool:
         """Whether another process asks, and this one answered until it was done."""
@@ -38,7 +45,7 @@ class Processes:
         """The problem with all the data."""
         from hesscli.job.setup.opening import open_problem
 
-        return open_problem(options, listener, self, side_by_side=True)
+        return open_problem(options, listener, self)
 
     def share_of(self, problem: Problem) -> Problem:
         """The problem with this process's share of the batches."""
