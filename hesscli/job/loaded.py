@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -102,18 +103,14 @@ class Hessian(Generic[Array]):
         """
         if self.structure == "full":
             return self.block("hessian")
-        offsets, size = {}, 0
-        for name, shape in self.parameters.items():
-            offsets[name] = size
-            size += int(np.prod(shape, dtype=np.int64))
+        rows_of = {
+            p["name"]: p["offset"] + np.arange(math.prod(p["shape"]))
+            for p in self.metadata["parameters"]
+        }
+        size = sum(map(len, rows_of.values()))
         matrix = np.zeros((size, size), self.metadata["dtype"])
         for block in partition(self.parameters, self.structure):
-            rows = np.concatenate(
-                [
-                    np.arange(offsets[name], offsets[name] + count)
-                    for name, count in zip(block.parameters, block.sizes, strict=True)
-                ]
-            )
+            rows = np.concatenate([rows_of[name] for name in block.parameters])
             values = self._file.tensor(block.name)
             if self.structure == "elements":
                 matrix[rows, rows] = values.reshape(-1)

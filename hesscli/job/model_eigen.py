@@ -117,9 +117,7 @@ def _dense(operator: Operator, options: EigenOptions) -> Found:
     best = WHICH[options.which](values)[: options.top]
     largest = float(np.abs(values).max(initial=0.0))
     errors = errors[best]
-    rounding = float(
-        errors.max(initial=0.0)
-    )  # of products, which make the matrix: nothing else is left
+    rounding = float(errors.max(initial=0.0))  # of products, and nothing else is left
     converged = errors <= allowed(values[best], options.tolerance, largest, rounding)
     vectors = torch.from_numpy(columns[:, best].T.copy())
     return Found(values[best], vectors, errors, converged, size)
