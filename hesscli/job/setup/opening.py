@@ -114,27 +114,7 @@ def _opened(
     settle(options)
     if options.tf32 and device.type != "cuda":
         note(f"--tf32 has no effect: the device is {device.type}")
-    model = processes.model or load_model(
-        options.model,
-        arch=options.arch,
-        arch_arguments=options.arch_arguments,
-        allow_pickle=options.allow_pickle,
-        train_mode=options.train_mode,
-        device=device,
-    )
-    note(*model.notes)
-    dtype = _cast(model, options.dtype)
-    named = [v for v in options.loss_arguments.values() if isinstance(v, str) and v.startswith("@")]
-    data = load_data(
-        options.data,
-        inputs=options.inputs,
-        targets=options.targets,
-        unbatched=options.unbatched,
-        samples=options.samples,
-        arguments=model.signature.names,
-        others=[value[1:] for value in named],
-    )
-    note(*data.notes)
+    model, dtype, data = _loaded(options, processes.model, device, listener)
     loss, arguments = loss_of(options, data, device, dtype, note)
     inputs, keywords = passed(options, model, data, loss, note)
     parameters, tied, frozen = chosen_parameters(model.module, options.params, note)
@@ -183,6 +163,37 @@ def _opened(
     problem = replace(problem, denominator=measured.denominator)
     facts = _facts(options, model, data, list(inputs), problem, value)
     return Opened(options, problem, chunk, tied, frozen, facts, listener)
+
+
+def _loaded(
+    options: ProblemOptions,
+    model: SavedModel | None,
+    device: torch.device,
+    listener: NoteKeeper,
+) -> tuple[SavedModel, torch.dtype, Data]:
+    """The model, which may be in memory already, in the dtype asked for; that dtype; and the data."""
+    model = model or load_model(
+        options.model,
+        arch=options.arch,
+        arch_arguments=options.arch_arguments,
+        allow_pickle=options.allow_pickle,
+        train_mode=options.train_mode,
+        device=device,
+    )
+    listener.note(*model.notes)
+    dtype = _cast(model, options.dtype)
+    named = [v for v in options.loss_arguments.values() if isinstance(v, str) and v.startswith("@")]
+    data = load_data(
+        options.data,
+        inputs=options.inputs,
+        targets=options.targets,
+        unbatched=options.unbatched,
+        samples=options.samples,
+        arguments=model.signature.names,
+        others=[value[1:] for value in named],
+    )
+    listener.note(*data.notes)
+    return model, dtype, data
 
 
 def _batch_sizes(
