@@ -26,7 +26,7 @@ from hesscli.hessian.blocks import partition
 from hesscli.job.matrix import memory, room
 from hesscli.job.matrix.journal import Journal, read_journal
 from hesscli.job.matrix.unfinished import Unfinished
-from hesscli.job.options import Silent
+from hesscli.job.options import Listener
 from hesscli.job.setup.parameters import chosen_parameters
 
 STRUCTURES = {
@@ -877,7 +877,7 @@ def test_a_journal_names_what_is_on_the_disk(tmp_path):
 
     before = []
     journal = Journal(tmp_path / "h", {}, {})
-    unfinished = Unfinished(Writer(), journal, 1, False, Silent())
+    unfinished = Unfinished(Writer(), journal, 1, False, Listener())
     unfinished.add("a", {})
     unfinished.flush()
     assert before == [{}]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import hesscli
-from hesscli.job.options import ProblemOptions, Silent
+from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.setup.opening import open_problem
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -193,7 +193,7 @@ def test_batches_that_a_program_accepts(cli, data, tmp_path, limits, asked, batc
     _, tensors = read(tmp_path / "hessian.safetensors")
     assert relative_error(tensors["hessian"], truth(model, X)) < 1e-9
     options = ProblemOptions(tmp_path / "m.pt2", tmp_path / data, batch_size=asked)
-    assert len(open_problem(options, Silent()).problem.batches) == batches
+    assert len(open_problem(options, Listener()).problem.batches) == batches
 
 
 def test_batches_that_no_program_accepts(cli, data, tmp_path):

@@ -20,6 +20,7 @@ from hesscli.cli.table import GAP, code, markdown_table, tables
 from hesscli.cli.terminal import clean, coloured, silence
 from hesscli.errors import UsageError
 from hesscli.job.json_form import without_infinities
+from hesscli.job.options import Listener
 from hesscli.job.sizes import size
 
 Document = Mapping[str, Any]
@@ -34,7 +35,7 @@ def say(kind: str, text: str) -> None:
         silence(sys.stderr)
 
 
-class Output:
+class Output(Listener):
     """What one command prints. Also the job's listener."""
 
     def __init__(

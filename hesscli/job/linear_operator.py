@@ -11,7 +11,7 @@ from scipy.sparse.linalg import LinearOperator
 from hesscli.errors import UsageError
 from hesscli.hessian.autodiff import differentiable
 from hesscli.job.operator import Operator, open_operator
-from hesscli.job.options import Listener, ProblemOptions, Silent
+from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.setup.given import DataLike, Folder, LossFunction, Model, given
 from hesscli.job.setup.processes import Processes
 from hesscli.job.setup.settings import random_kept, settings_kept, settle
@@ -51,7 +51,7 @@ def operator(
     folder = Folder()
     options["loss"] = loss
     with given(model, data, device, folder, ProblemOptions, options) as (asked, saved):
-        opened = open_operator(asked, listener or Silent(), Processes(saved))
+        opened = open_operator(asked, listener or Listener(), Processes(saved))
     return CurvatureOperator(opened, folder)
 
 

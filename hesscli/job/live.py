@@ -13,7 +13,7 @@ from hesscli.errors import InterruptedRun, UsageError
 from hesscli.files.hessians.hessian_file import read_hessian
 from hesscli.job.compute import compute as run
 from hesscli.job.loaded import Framework, Hessian, converter
-from hesscli.job.options import ComputeOptions, Listener, Silent
+from hesscli.job.options import ComputeOptions, Listener
 from hesscli.job.setup.given import DataLike, Folder, LossFunction, Model, PathLike, given
 
 
@@ -68,7 +68,7 @@ def compute(
             hint = "hesscli compute MODEL DATA --shard 1/2"
             raise UsageError("shard: one share is no Hessian; expected None", hint)
         try:
-            run(asked, listener or Silent(), model=saved)
+            run(asked, listener or Listener(), model=saved)
         except InterruptedRun as error:  # is no error to a program, which may deal with errors
             raise KeyboardInterrupt(*([] if output is None else [error.message])) from None
     if asked.data.parent == folder.path:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from hesscli.errors import UsageError
 
@@ -27,22 +27,14 @@ _CHOICES = {
 """Type of an option -> what it may be."""
 
 
-class Listener(Protocol):
-    """Who is told how a job goes."""
+class Listener:
+    """Who is told how a job goes; this one, for nobody."""
 
     def note(self, text: str) -> None:
         """Something the user should know."""
 
     def progress(self, done: int, total: int, doing: str) -> None:
         """How far the work has come."""
-
-
-class Silent:
-    """Nobody listens."""
-
-    def note(self, text: str) -> None: ...
-
-    def progress(self, done: int, total: int, doing: str) -> None: ...
 
 
 def _wrong(name: str, value: object, expected: str) -> UsageError:

@@ -25,7 +25,7 @@ from hesscli.hessian.differences.check import Certificate
 from hesscli.hessian.objective.batch import Batches
 from hesscli.hessian.objective.problem import Problem, parameters_at
 from hesscli.hessian.operator import LinearMap, Products
-from hesscli.job.options import Listener, ProblemOptions, Silent
+from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.setup.batches import free_memory
 from hesscli.job.setup.opening import Opened, open_problem
 from hesscli.job.setup.processes import Processes
@@ -74,7 +74,7 @@ class ManyProcesses(Processes):
         while (question := self.team.broadcast(None)) is not None:
             try:
                 if isinstance(question, ProblemOptions):
-                    self._open(question, Silent())
+                    self._open(question, Listener())
                 else:
                     dtype, device = question.dtype, self.opened[0].problem.device
                     tensor = torch.empty(question.shape, dtype=dtype, device=device)
