@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from functools import wraps
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import typer
@@ -49,12 +48,7 @@ def on_all_processes(command: Command) -> Command:
 
 def takes_problem(command: Command) -> Command:
     """MODEL, DATA and the options of both: `problem` is what they say."""
-
-    def run(**arguments: Any) -> None:
-        shared = {name: arguments.pop(name) for name in _SHARED}
-        command(problem=problem_of(shared), **arguments)
-
-    return _replaced(command, "problem", run, _FILES, _OPTIONS)
+    return _takes(command, "problem", _FILES)
 
 
 def takes_hessian_or_problem(*of_model: str) -> Callable[[Command], Command]:
@@ -63,21 +57,24 @@ def takes_hessian_or_problem(*of_model: str) -> Callable[[Command], Command]:
     Args:
         of_model: which of the command's own options mean nothing for a file.
     """
+    files = _parameters(hessian_or_model)
+    return lambda command: _takes(command, "hessian", files, of_model)
 
-    def decorated(command: Command) -> Command:
-        def run(**arguments: Any) -> None:
-            shared = {name: arguments.pop(name) for name in _SHARED}
-            hessian: str | ProblemOptions = shared["model"]
-            if shared["data"] is None:
-                _refuse_given(problem_options, shared)
-                _refuse_given(command, {name: arguments[name] for name in of_model})
-            else:
-                hessian = problem_of(shared | {"model": Path(shared["model"])})
-            command(hessian=hessian, **arguments)
 
-        return _replaced(command, "hessian", run, _parameters(hessian_or_model), _OPTIONS)
+def _takes(
+    command: Command, name: str, files: list[inspect.Parameter], of_model: Iterable[str] = ()
+) -> Command:
+    def run(**arguments: Any) -> None:
+        shared = {option: arguments.pop(option) for option in _SHARED}
+        value: str | ProblemOptions = shared["model"]
+        if shared["data"] is not None:
+            value = problem_of(shared)
+        else:
+            _refuse_given(problem_options, shared)
+            _refuse_given(command, {option: arguments[option] for option in of_model})
+        command(**{name: value}, **arguments)
 
-    return decorated
+    return _replaced(command, name, run, files, _OPTIONS)
 
 
 def _refuse_given(command: Command, arguments: dict[str, Any]) -> None:

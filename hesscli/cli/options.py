@@ -202,6 +202,7 @@ def problem_of(arguments: dict[str, Any]) -> ProblemOptions:
             f"{batch_size!r} is not auto or a number", param_hint="--batch-size"
         )
     read = {
+        "model": Path(arguments["model"]),
         "loss_arguments": key_values(arguments.pop("loss_arg"), "--loss-arg"),
         "arch_arguments": key_values(arguments.pop("arch_arg"), "--arch-arg"),
         "samples": None if samples is None else sample_range(samples),
