@@ -90,8 +90,8 @@ class LargeBlock:
             except NotApplicable as reason:
                 self.ranking.refuse(reason)
                 continue
-            error = None if certificate is None else certificate.matrix(self.block, matrix)
             matrix.finish()
+            error = None if certificate is None else certificate.matrix(self.block, matrix)
             finite = math.isfinite(matrix.squares)  # which says more than a check that passes
             if self.ranking.accepts(error if finite else None, partial(bool, finite)):
                 break

@@ -58,9 +58,15 @@ class Triangle:
         """Takes band `index`, [rows, size - start], computed to its end, its square symmetric, after all before it.
 
         Returns:
-            its bits, which `restore` wants.
+            its bits and those of its mirror image, which `restore` wants.
         """
-        bits = self._bits(index, upper)
+        start, stop = self.bands[index]
+        with self._aside():
+            integers = upper.view(_INTEGERS[self.dtype])
+            along = integers.sum(1, dtype=integers.dtype).cpu()
+            beyond = integers[:, stop - start :].sum(0, dtype=integers.dtype).cpu()
+        sums = torch.cat([along, beyond]).numpy()
+        bits = _weighted(self.layout.places(start, self.layout.size).numpy(), sums)
         self.computed += bits
         return bits
 
@@ -79,16 +85,6 @@ class Triangle:
                 f"{self.writer.path}: what was finished of {self.name} has changed since on the disk",
                 "compute it again",
             )
-
-    def _bits(self, index: int, upper: Tensor) -> int:
-        """Those of a band and of its mirror image."""
-        start, stop = self.bands[index]
-        with self._aside():
-            integers = upper.view(_INTEGERS[self.dtype])
-            along = integers.sum(1, dtype=integers.dtype).cpu()
-            beyond = integers[:, stop - start :].sum(0, dtype=integers.dtype).cpu()
-        sums = torch.cat([along, beyond]).numpy()
-        return _weighted(self.layout.places(start, self.layout.size).numpy(), sums)
 
     def _aside(self) -> AbstractContextManager[object]:
         """On a GPU, does not wait for the next band, which is computed meanwhile."""
@@ -126,7 +122,6 @@ class Triangle:
     def __matmul__(self, v: Tensor) -> Tensor:
         x = v.cpu()
         if torch.equal(x, self.direction):
-            self.finish()
             return torch.from_numpy(self._facts[2]).to(v.device, v.dtype)
         out = torch.empty_like(x)
         for first, rows in self._all_rows():
@@ -238,8 +233,6 @@ def _pages(size: int, device: torch.device) -> Tensor:
 class StreamedTriangle(Triangle):
     """Keeps nothing: what comes in goes to the file."""
 
-    counted = False
-
     def put(self, index: int, upper: Tensor) -> int:
         bits = super().put(index, upper)
         upper = on_host(upper)
@@ -261,11 +254,9 @@ class StreamedTriangle(Triangle):
         return bits
 
     def finish(self) -> None:
-        if not self.counted:
-            for first, rows in self._all_rows():
-                self._measure(first, rows.numpy())
-                self.writer.count(self.name, rows.numpy(), first)
-            self.counted = True
+        for first, rows in self._all_rows():
+            self._measure(first, rows.numpy())
+            self.writer.count(self.name, rows.numpy(), first)
         super().finish()
 
     def _all_rows(self) -> Iterator[tuple[int, Tensor]]:
