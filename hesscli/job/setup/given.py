@@ -66,10 +66,7 @@ def given(
     is one in the folder.
 
     Args:
-        model: a module, or the path of a model file.
-        data: the path of a data file; arrays by their names; (inputs, targets), or a `TensorDataset` of them; or the
-            inputs alone.
-        device: as `--device`; by default, or with "auto", that of the module.
+        model, data, device: as of `hesscli.compute`.
         folder: for temporary files.
         kind: of the options.
         options: the others.

@@ -28,7 +28,7 @@ from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.setup.batches import split
 from hesscli.job.setup.loss import loss_of, printable
 from hesscli.job.setup.parameters import chosen_parameters
-from hesscli.job.setup.passing import as_columns, passed, scales
+from hesscli.job.setup.passing import as_columns, model_inputs, scales
 from hesscli.job.setup.processes import Processes
 from hesscli.job.setup.settings import settle
 from hesscli.job.setup.source import Source, per_sample
@@ -116,7 +116,7 @@ def _opened(
         note(f"--tf32 has no effect: the device is {device.type}")
     model, dtype, data = _loaded(options, processes.model, device, listener)
     loss, arguments = loss_of(options, data, device, dtype, note)
-    inputs, keywords = passed(options, model, data, loss, note)
+    inputs, keywords = model_inputs(options, model, data, loss, note)
     parameters, tied, frozen = chosen_parameters(model.module, options.params, note)
 
     fewest, most = _batch_sizes(options, model, data, note)

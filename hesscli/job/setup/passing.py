@@ -25,7 +25,7 @@ from hesscli.job.options import EVERY, ProblemOptions
 from hesscli.job.setup.source import Source, per_sample
 
 
-def passed(
+def model_inputs(
     options: ProblemOptions,
     model: SavedModel,
     data: Data,
