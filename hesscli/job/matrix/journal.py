@@ -46,7 +46,7 @@ class Journal:
         self.start: int | None = None  # where the tensors of the unfinished file begin
         self.finished: dict[str, Document] = {}
         self.own = 0  # parts in its own file; there is none before the first
-        self.shard = writer != ""  # others have their own: what they have finished is no left-over
+        self.shared = writer != ""  # others have their own: what they have finished is no left-over
 
     def resume(self, wanted: bool, force: bool) -> None:
         """Takes over what earlier runs, or the other shards, have finished.
@@ -65,12 +65,12 @@ class Journal:
         if not partial.exists():
             self.remove()  # of a file that was finished just before the end, or that somebody removed
         if force and not wanted:
-            for path in [self.path] if self.shard else journals(self.output):
+            for path in [self.path] if self.shared else journals(self.output):
                 path.unlink(missing_ok=True)
         for path in journals(self.output):
             try:
                 lines = read_journal(path)
-                if (wanted or self.shard) and (differ := self._of_another(path, lines)):
+                if (wanted or self.shared) and (differ := self._of_another(path, lines)):
                     raise UsageError(f"{differ}; --force throws away what is finished", "--force")
             except HesscliError:
                 if not force:
@@ -78,7 +78,7 @@ class Journal:
                 path.unlink(missing_ok=True)
             else:
                 self._take_over(path, lines)
-        left = self.own or (0 if self.shard else len(self.finished))
+        left = self.own or (0 if self.shared else len(self.finished))
         if left and not wanted:
             finished = f"{left} finished part{'s' if left > 1 else ''}"
             raise UsageError(
@@ -122,7 +122,7 @@ class Journal:
         if lines.finished:
             self.start = lines.start
             self.finished |= lines.finished
-        elif not self.shard:  # another shard may be about to write its first part
+        elif not self.shared:  # another shard may be about to write its first part
             path.unlink(missing_ok=True)
         if path == self.path:
             self.own = len(lines.finished)

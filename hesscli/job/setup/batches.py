@@ -50,7 +50,7 @@ def split(
     Raises:
         MismatchError: the data cannot be cut into batches that the model accepts.
     """
-    parts = processes.size
+    shares = processes.size
     some, fewest, most = _accepted(problem, source, batch_size, note)
     _say_where_classes_are(problem, some, note)
     if problem.loss.name not in LOSSES:
@@ -68,13 +68,13 @@ def split(
     if [x._version for x in some.inputs] != as_given:
         problem = replace(problem, writes=True)
     sizes = _sizes(problem, saved, source.samples, processes)
-    bounds = _bounds(source, batch_size or sizes.batch, parts)
+    bounds = _bounds(source, batch_size or sizes.batch, shares)
     problem, bounds = _taken_apart(problem, source, bounds, saved, note, processes)
     count = len(bounds) - 1
-    if count < parts:
+    if count < shares:
         listed = f"{count} batch" + ("es" if count > 1 else "")
-        note(f"the data is {listed}, so {parts - count} of {parts} processes have nothing to do")
-    return replace(problem, batches=_batches(source, bounds, parts)), sizes.chunk
+        note(f"the data is {listed}, so {shares - count} of {shares} processes have nothing to do")
+    return replace(problem, batches=_batches(source, bounds, shares)), sizes.chunk
 
 
 def _say_where_classes_are(problem: Problem, some: Batch, note: Callable[[str], None]) -> None:
@@ -144,7 +144,7 @@ def _for_threads(samples: int, saved: int, enough: int) -> int:
     return -(-samples // max(1, few, many))
 
 
-def _bounds(source: Source, batch: int, parts: int) -> list[int]:
+def _bounds(source: Source, batch: int, shares: int) -> list[int]:
     """Where batches begin and end: as few as can be, and as equal, of no more samples than wanted where that can be.
 
     There are as many for each of the processes, so that each has the same samples whatever batches another has room
@@ -154,8 +154,8 @@ def _bounds(source: Source, batch: int, parts: int) -> list[int]:
         MismatchError: there are none that it accepts.
     """
     samples, fewest, most = source.samples, source.fewest, source.most or source.samples
-    wanted = -(-samples // (min(batch, most) * parts))
-    equal = (min(samples, each * parts) for each in range(wanted, 0, -1))
+    wanted = -(-samples // (min(batch, most) * shares))
+    equal = (min(samples, each * shares) for each in range(wanted, 0, -1))
     for count in chain(equal, range(samples // fewest, 0, -1)):
         if samples // count >= fewest and -(-samples // count) <= most:
             return [index * samples // count for index in range(count + 1)]
@@ -199,14 +199,14 @@ def _taken_apart(
     return replace(problem, separable=False), [0, source.samples]
 
 
-def _batches(source: Source, bounds: Sequence[int], parts: int) -> Sequence[Batch]:
+def _batches(source: Source, bounds: Sequence[int], shares: int) -> Sequence[Batch]:
     """All batches at once where they take a small part of the memory; else each when it is needed."""
 
     def make(index: int) -> Batch:
         return source.batch(bounds[index], bounds[index + 1])
 
     small = source.bytes <= free_memory(source.device) // 8
-    if parts > 1:  # a process needs its own alone
+    if shares > 1:  # a process needs its own alone
         return Batches(len(bounds) - 1, cache(make) if small else make)
     lazy = Batches(len(bounds) - 1, make)
     return list(lazy) if small else lazy
