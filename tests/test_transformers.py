@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -51,6 +53,21 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     bert().save_pretrained(tmp_path / "bert")
     np.savez(tmp_path / "d.npz", input_ids=IDS, attention_mask=MASK, labels=Y)
     return tmp_path
+
+
+@pytest.mark.parametrize("arch", ["transformers:AutoModel", "timm:resnet18"])
+def test_the_hub_is_never_asked(saved, arch):
+    """The libraries decide that when they are imported."""
+    pytest.importorskip(arch.partition(":")[0])
+    code = """
+import sys
+from hesscli.files.models.architectures import build
+build(sys.argv[1], {}, {}, "bert")
+from huggingface_hub.constants import HF_HUB_OFFLINE
+sys.exit(not HF_HUB_OFFLINE)
+"""
+    left = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    subprocess.run([sys.executable, "-c", code, arch], env=left, cwd=saved, check=True)
 
 
 class Logits(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,6 +44,8 @@ def build(
     if not colon or not source or not attribute:
         raise UsageError(f"--arch {arch}: expected {_FORMS}", f"--arch {shlex.quote(_guess(arch))}")
     with importable():
+        if source in ("transformers", "timm"):
+            os.environ["HF_HUB_OFFLINE"] = "1"  # read when they are imported
         module = module_of("--arch", arch)
         factory: object
         if source == "transformers":

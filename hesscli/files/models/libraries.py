@@ -29,7 +29,6 @@ def transformers_factory(name: str, model: Path | str) -> Callable[..., nn.Modul
     """
     folder = Path(model) if os.path.isdir(model) else Path(model).parent
     configuration(folder)
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported
     import transformers
 
     transformers.logging.set_verbosity_error()
