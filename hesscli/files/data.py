@@ -44,7 +44,7 @@ def load_data(
     targets: str | None = None,
     unbatched: bool = False,
     samples: tuple[int, int | None] | None = None,
-    arguments: Sequence[str] = (),
+    model_names: Sequence[str] = (),
     others: Collection[str] = (),
 ) -> Data:
     """Loads a data file or folder, told by its content, and picks inputs and targets.
@@ -56,7 +56,7 @@ def load_data(
         targets: the array the loss compares with; inferred if None. The file may hold none.
         unbatched: whether the arrays are one sample, without an axis for samples.
         samples: from which to which; all of them if None.
-        arguments: what the model calls its inputs: arrays of these names are the inputs, if no others are.
+        model_names: what the model calls its inputs: arrays of these names are the inputs, if no others are.
         others: arrays that are neither inputs nor targets, unless they are named as such.
 
     Raises:
@@ -66,7 +66,8 @@ def load_data(
         NumericalError: inputs hold NaN or infinity. Those of targets may mean something to the loss.
         ResourceError: what must be in memory does not fit into it.
     """
-    roles = Roles(path, load_arrays(path), inputs, targets, arguments, others)
+    found = load_arrays(path)
+    roles = Roles(path, found, inputs, targets, model_names, others)
     chosen = {name: roles.arrays[name] for name in roles.inputs}
     target = None if roles.targets is None else (roles.targets, roles.arrays[roles.targets])
     recorded = _count(path, chosen, target, unbatched)
@@ -84,7 +85,7 @@ def load_data(
         tuple(roles.notes),
         (start, stop),
         recorded,
-        roles.columns,
+        found.columns,
     )
 
 

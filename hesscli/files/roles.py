@@ -31,7 +31,7 @@ class Roles:
         found: what it holds.
         inputs: the arrays that are to be the inputs, if they were named.
         targets: the one that is to be the targets, if it was named.
-        arguments: what the model calls its inputs.
+        model_names: what the model calls its inputs.
         others: arrays that are neither, by what else they are for.
 
     Attributes:
@@ -39,7 +39,6 @@ class Roles:
         files: that were read.
         skipped: the other arrays and why, one line each.
         notes: that, and what was inferred.
-        columns: whether the arrays are the columns of a table.
         inputs: their names, in the order in which they are passed.
         targets: their name; None without.
         joined: the columns that are put side by side, as the only input.
@@ -55,14 +54,13 @@ class Roles:
         found: Arrays,
         inputs: Sequence[str],
         targets: str | None,
-        arguments: Sequence[str],
+        model_names: Sequence[str],
         others: Collection[str],
     ) -> None:
-        self.path, self.found, self.arguments, self.others = path, found, arguments, others
+        self.path, self.found, self.model_names, self.others = path, found, model_names, others
         self.arrays, self.files = dict(found.numbers), list(found.files)
         self.skipped = [f"array {n} skipped: {each.why}" for n, each in found.skipped.items()]
         self.notes = [*self.skipped, *found.notes]
-        self.columns = found.columns
         self.joined: list[str] = []
         named = (*inputs, *([targets] if targets else []))
         called = {name: self._called(name) for name in named}
@@ -123,7 +121,7 @@ class Roles:
         free = [name for name in self.arrays if name != self.targets and name not in self.others]
         known = [name for name in free if name in _INPUT_NAMES]
         others = [name for name in free if self.targets or name not in TARGET_NAMES]
-        called = [name for name in self.arguments if name in others]
+        called = [name for name in self.model_names if name in others]
         if len(known) == 1 and (len(called) < 2 or known[0] not in called):
             return [self._noted("inputs", known[0], "from its name")]
         if called:
@@ -159,7 +157,7 @@ class Roles:
             raise self._unclear("the names do not tell the targets", f"--targets {last}")
         left = (self.targets, *_INDEX, *self.others)
         columns = self.inputs or [name for name in self.arrays if name not in left]
-        called = [name for name in self.arguments if name in columns]
+        called = [name for name in self.model_names if name in columns]
         if len(called) > 1 and (not self.inputs or len(called) == len(self.inputs)):
             self.inputs = self.inputs or self._as_called(called)
             return

@@ -189,7 +189,7 @@ def _loaded(
         targets=options.targets,
         unbatched=options.unbatched,
         samples=options.samples,
-        arguments=model.signature.names,
+        model_names=model.signature.names,
         others=[value[1:] for value in named],
     )
     listener.note(*data.notes)
