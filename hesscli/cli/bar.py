@@ -5,17 +5,32 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 
 class Bar:
     """A bar on stderr, for work that lasts over a second."""
 
     def __init__(self, total: int) -> None:
-        self.progress = _progress(total)
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.progress = Progress(
+            TextColumn("{task.percentage:>3.0f}%"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left  {task.description}", markup=False),
+            # Room for the ^C that a terminal echoes: a line that it breaks is not erased.
+            console=Console(file=sys.stderr, width=max(20, shutil.get_terminal_size().columns - 4)),
+            transient=True,
+        )
+        self.task = self.progress.add_task("", total=total)
         self.timer = threading.Timer(1, self.progress.start)
         self.timer.start()
 
@@ -24,9 +39,7 @@ class Bar:
         return self.progress.live.is_started
 
     def update(self, done: int, total: int, doing: str) -> None:
-        self.progress.update(
-            self.progress.task_ids[0], completed=done, total=total, description=doing
-        )
+        self.progress.update(self.task, completed=done, total=total, description=doing)
 
     def say(self, line: str) -> None:
         """A line of talk above it."""
@@ -37,27 +50,3 @@ class Bar:
         self.timer.join()
         if self.shown:
             self.progress.stop()
-
-
-def _progress(total: int) -> Progress:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    bar = Progress(
-        TextColumn("{task.percentage:>3.0f}%"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("left  {task.description}", markup=False),
-        # Room for the ^C that a terminal echoes: a line that it breaks is not erased.
-        console=Console(file=sys.stderr, width=max(20, shutil.get_terminal_size().columns - 4)),
-        transient=True,
-    )
-    bar.add_task("", total=total)
-    return bar

@@ -130,10 +130,7 @@ def _kind_of_content(file: BinaryIO) -> Kind:
         b"ARROW1": Kind.ARROW,
         b"\xff\xff\xff\xff": Kind.ARROW,  # a stream
         b"\x1f\x8b": Kind.GZIP,
-        b"\x80\x02": Kind.PICKLE,
-        b"\x80\x03": Kind.PICKLE,
-        b"\x80\x04": Kind.PICKLE,
-        b"\x80\x05": Kind.PICKLE,
+        **{bytes((0x80, protocol)): Kind.PICKLE for protocol in (2, 3, 4, 5)},
     }
     for signature, kind in signatures.items():
         if head.startswith(signature):

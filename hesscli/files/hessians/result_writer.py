@@ -140,7 +140,7 @@ class ResultWriter:
 
     def forget(self, name: str) -> None:
         """Begins a tensor's checksum anew: all its rows will be written or counted."""
-        self.sums[name] = Checksum(self._shape(name))
+        self.sums[name] = Checksum(self.sums[name].shape)
 
     def holds(self, checksums: Mapping[str, str]) -> bool:
         """Whether tensors that an earlier run wrote are as it wrote them; then their checksums are taken over."""
@@ -153,7 +153,7 @@ class ResultWriter:
     def mapped(self, name: str) -> np.ndarray:
         """A tensor that was written, read-only and read from the disk as it is used."""
         path = self.files.homes[name].path
-        return np.memmap(path, self.dtype, "r", self.offset(name), self._shape(name))
+        return np.memmap(path, self.dtype, "r", self.offset(name), self.sums[name].shape)
 
     def write_runs(
         self, name: str, rows: Iterable[int], columns: Sequence[Span], values: np.ndarray
@@ -220,9 +220,6 @@ class ResultWriter:
         with self.files.partial.open("rb") as file:
             shutil.copyfileobj(file, stream, 1 << 20)
         stream.flush()
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return self.sums[name].shape
 
     def _sums_of(self, document: Mapping[str, Any]) -> dict[str, Any]:
         sums: dict[str, Any] = {"checksums": self.checksums()}

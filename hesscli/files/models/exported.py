@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -70,21 +70,19 @@ _REPLACED = {
 _UNLIMITED = 1 << 31  # samples
 
 
-class Exported(NamedTuple):
-    """A program as a module, and what its signature tells."""
-
-    module: nn.Module
-    signature: CallSignature  # with the names that the graph gives its inputs
-    batch_sizes: tuple[int, int | None]  # the fewest samples that it takes, and the most
-
-
-def load_exported(path: Path, device: torch.device, pickle_hint: str | None) -> Exported:
+def load_exported(
+    path: Path, device: torch.device, pickle_hint: str | None
+) -> tuple[nn.Module, CallSignature, tuple[int, int | None]]:
     """Reads a program, moves it to the device and ties again what was tied when it was saved.
 
     Args:
         path: the file.
         device: where parameters and constants go.
         pickle_hint: the hint when the file would run code; None to let it.
+
+    Returns:
+        the program as a module; its signature, with the names that the graph gives its inputs; and the fewest and the
+        most samples that it takes.
 
     Raises:
         FileError: damaged, of another version, or with numbers among its inputs that vary.
@@ -131,7 +129,7 @@ def load_exported(path: Path, device: torch.device, pickle_hint: str | None) -> 
             if buffer is not None and buffer.requires_grad:  # a parameter's memory, which is moved
                 part._buffers[name] = buffer.detach().clone()
     signature = CallSignature(count, tuple(tensors), keywords=names)
-    return Exported(module, signature, _batch_sizes(program))
+    return module, signature, _batch_sizes(program)
 
 
 @dataclass(eq=False)
