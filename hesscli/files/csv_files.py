@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hesscli.errors import FileError, HesscliError
+from hesscli.errors import FileError
 from hesscli.files.sniff import Kind
 from hesscli.files.torch_files import reading
 from hesscli.files.unusable import CODES, DECIMALS, NamedArrays, Unusable
@@ -52,7 +52,10 @@ def load_csv(path: Path | str) -> tuple[NamedArrays, tuple[str, ...]]:
             )
         for number, fields in lines:
             if len(fields) != len(first):
-                raise _ragged(path, number, len(fields), len(first))
+                raise FileError(
+                    f"{path}: line {number} has {len(fields)} fields, the first line has {len(first)}",
+                    f"look at it: sed -n {number}p {shlex.quote(str(path))}",
+                )
             for column, field in zip(columns, fields, strict=True):
                 column.add(number, field.strip(_SPACES))
     names, notes = _named(first, columns)
@@ -140,10 +143,3 @@ def _number(field: str) -> float | None:
         return float(field) if "_" not in field else None
     except ValueError:
         return None
-
-
-def _ragged(path: Path | str, line: int, found: int, wanted: int) -> HesscliError:
-    return FileError(
-        f"{path}: line {line} has {found} fields, the first line has {wanted}",
-        f"look at it: sed -n {line}p {shlex.quote(str(path))}",
-    )

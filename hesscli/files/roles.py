@@ -70,7 +70,8 @@ class Roles:
         if found.columns:
             self._choose_columns()
         else:
-            self._choose_arrays()
+            self.inputs = self.inputs or self._likely_inputs()
+            self.targets = self.targets or self._likely_targets()
 
     def _called(self, name: str) -> str:
         """What an array is called whose name may be the path of another `.npy` file, which is taken in."""
@@ -112,10 +113,6 @@ class Roles:
             raise FileError(f"{self.path}: the targets {targets} are {array.why}", remedy or None)
 
     # Arrays: those that were not named, by their names
-
-    def _choose_arrays(self) -> None:
-        self.inputs = self.inputs or self._likely_inputs()
-        self.targets = self.targets or self._likely_targets()
 
     def _likely_inputs(self) -> list[str]:
         free = [name for name in self.arrays if name != self.targets and name not in self.others]

@@ -84,7 +84,15 @@ class Run:
             if self.options.gradient:
                 for name, g in gradient.items():
                     unfinished.writer.write(f"gradient.{name}", g.cpu().numpy())
-            document |= self._results(self._blocks(unfinished, unused))
+            blocks = self._blocks(unfinished, unused)
+            document |= {
+                "blocks": blocks,
+                "total": statistics.total(blocks),
+                "method": " + ".join(sorted({facts["method"] for facts in blocks})),
+                "symmetry_error": statistics.symmetry_error(blocks),
+                "check": documents.block_check_facts(plan.certificate, blocks, plan.diagonal),
+                "notes": list(plan.opened.listener.notes),
+            }
             document |= unfinished.commit(timeless(document))
             if self.options.output is None and self.stdout is not None:
                 unfinished.writer.copy_to(self.stdout)
@@ -171,16 +179,6 @@ class Run:
     def _progress(self, rows: int, doing: str) -> None:
         self.done += rows
         self.plan.opened.listener.progress(self.done, self.rows, doing)
-
-    def _results(self, blocks: list[Document]) -> Document:
-        return {
-            "blocks": blocks,
-            "total": statistics.total(blocks),
-            "method": " + ".join(sorted({facts["method"] for facts in blocks})),
-            "symmetry_error": statistics.symmetry_error(blocks),
-            "check": documents.block_check_facts(self.plan.certificate, blocks, self.plan.diagonal),
-            "notes": list(self.plan.opened.listener.notes),
-        }
 
     def _tensors(self) -> dict[str, tuple[int, ...]]:
         shapes, diagonal = self.plan.shapes, self.plan.diagonal
