@@ -1,4 +1,4 @@
-"""What makes a command of a function: each decorator gives it options, and makes one of its parameters of them."""
+"""What makes a command of a function: decorators that add options, and make one of its parameters of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Command = Callable[..., None]
 
 
 def prints(command: Command) -> Command:
-    """--json, --quiet and --debug: `out` is where the command prints, and what goes wrong is said."""
+    """Adds --json, --quiet and --debug. The parameter `out` is where the command prints; what goes wrong is said."""
 
     def run(json: Json = False, quiet: Quiet = False, debug: Debug = False, **others: Any) -> None:
         first = rank() == 0  # of the processes that torchrun started; the others are silent
@@ -31,7 +31,7 @@ def prints(command: Command) -> Command:
 
 
 def on_all_processes(command: Command) -> Command:
-    """No options: `processes` are those that torchrun started, or this one; the first one runs the command."""
+    """Runs a command on the first process; its parameter `processes` are those that torchrun started, or this one."""
 
     def run(**others: Any) -> None:
         if ranks() == 1:
@@ -47,12 +47,12 @@ def on_all_processes(command: Command) -> Command:
 
 
 def takes_problem(command: Command) -> Command:
-    """MODEL, DATA and the options of both: `problem` is what they say."""
+    """Adds MODEL, DATA and the options of both, which make the parameter `problem`."""
     return _takes(command, "problem", _FILES)
 
 
 def takes_hessian_or_problem(*of_model: str) -> Callable[[Command], Command]:
-    """The same, or a Hessian file alone: `hessian` is what they say, or the file's path.
+    """The same, or a Hessian file alone: the parameter `hessian` is such a problem, or the file's path.
 
     Args:
         of_model: which of the command's own options mean nothing for a file.
