@@ -10,7 +10,6 @@ from typing import BinaryIO
 
 from hesscli.errors import UsageError
 from hesscli.files.hessians.result_names import followed, journals
-from hesscli.files.models.model_file import SavedModel
 from hesscli.job.json_form import Document
 from hesscli.job.matrix.dry_run import forecast
 from hesscli.job.matrix.journal import read_journal
@@ -28,13 +27,11 @@ def compute(
     options: ComputeOptions,
     listener: Listener,
     dry_run: bool = False,
-    model: SavedModel | None = None,
     stdout: BinaryIO | None = None,
 ) -> Document:
     """Computes the Hessian that the options ask for and writes it; with `dry_run`, only says what that takes.
 
-    A `model` in memory is taken in place of the file that the options name. Without an output file the bytes go to
-    `stdout`.
+    Without an output file the bytes go to `stdout`.
 
     Where `torchrun` started several processes, each computes its share, and the first finishes the file.
 
@@ -55,7 +52,7 @@ def compute(
             raise UsageError(f"-: several {what} to a pipe", "-o hessian.safetensors")
         if options.output is None and options.resume:
             raise UsageError("-: a pipe keeps nothing to resume", "-o hessian.safetensors")
-        opened = open_problem(options, listener, Processes(model, team, side_by_side=False))
+        opened = open_problem(options, listener, Processes(team, side_by_side=False))
         plan = Plan(options, opened, several)
         demand_names((block.name for block in plan.blocks), plan.shapes, options.gradient)
         if dry_run:

@@ -50,8 +50,8 @@ def operator(
     """
     folder = Folder()
     options["loss"] = loss
-    with given(model, data, device, folder, ProblemOptions, options) as (asked, saved):
-        opened = open_operator(asked, listener or Listener(), Processes(saved))
+    with given(model, data, device, folder, ProblemOptions, options) as asked:
+        opened = open_operator(asked, listener or Listener(), Processes())
     return CurvatureOperator(opened, folder)
 
 

@@ -63,12 +63,12 @@ def compute(
     convert, folder = converter(framework), Folder()
     path = folder.path / "hessian.safetensors" if output is None else Path(output)
     options |= {"loss": loss, "blocks": blocks, "output": path}
-    with given(model, data, device, folder, ComputeOptions, options) as (asked, saved):
+    with given(model, data, device, folder, ComputeOptions, options) as asked:
         if asked.shard is not None:
             hint = "hesscli compute MODEL DATA --shard 1/2"
             raise UsageError("shard: one share is no Hessian; expected None", hint)
         try:
-            run(asked, listener or Listener(), model=saved)
+            run(asked, listener or Listener())
         except InterruptedRun as error:  # is no error to a program, which may deal with errors
             raise KeyboardInterrupt(*([] if output is None else [error.message])) from None
     if asked.data.parent == folder.path:

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from hesscli.errors import UsageError
+
+if TYPE_CHECKING:
+    from hesscli.files.models.model_file import SavedModel
 
 EVERY = "*"  # every input
 Progress = Callable[[int, int, str], None]  # hears how much is done, of how much, and of what
@@ -77,7 +80,7 @@ class ProblemOptions:
         UsageError: an option has a value that it cannot have; the message says what it can be.
     """
 
-    model: Path
+    model: Path | SavedModel  # a file, or what is in memory
     data: Path
     loss: str | Callable[..., Any] = "auto"
     loss_arguments: Mapping[str, object] = field(default_factory=dict)
@@ -108,7 +111,8 @@ class ProblemOptions:
         """The files that these options name: those of the model and the data, of arrays and of code."""
         code = [text.rpartition(":")[0] for text in (self.arch, self.loss) if isinstance(text, str)]
         named = [*self.inputs, *([self.targets] if self.targets else []), *code]
-        return (self.model, self.data, *(Path(name) for name in named if Path(name).is_file()))
+        model = [self.model] if isinstance(self.model, Path) else []
+        return (*model, self.data, *(Path(name) for name in named if Path(name).is_file()))
 
     def __post_init__(self) -> None:
         for name in ("inputs", "params"):

@@ -48,6 +48,9 @@ class SavedModel:
     batch_sizes: tuple[int, int | None] = (1, None)  # the fewest samples it takes, and the most
     originals: tuple[nn.Parameter, ...] = ()  # of a module in memory that it is a copy of
 
+    def __str__(self) -> str:
+        return type(self.module).__name__
+
 
 def load_model(
     path: Path,

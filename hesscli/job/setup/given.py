@@ -20,7 +20,6 @@ from torch.utils.data import TensorDataset
 
 from hesscli.errors import HesscliError, UsageError
 from hesscli.files.models.live_models import live_model
-from hesscli.files.models.model_file import SavedModel
 from hesscli.hessian.autodiff import differentiable
 from hesscli.job.options import ProblemOptions
 from hesscli.job.setup.module_copy import own_copy
@@ -59,8 +58,8 @@ def given(
     folder: Folder,
     kind: type[Options],
     options: Mapping[str, Any],
-) -> Iterator[tuple[Options, SavedModel | None]]:
-    """The options with a model and data; and a copy of the model, where it is a module.
+) -> Iterator[Options]:
+    """The options with a model, a copy of it where it is a module, and data.
 
     Inside, torch's settings and the state of random numbers may change; they are put back. What of the data is no file
     is one in the folder.
@@ -87,12 +86,13 @@ def given(
         name = Path(type(model).__name__ if isinstance(model, nn.Module) else model)
         asked = kind(model=name, data=path, device=str(device or "auto"), **options)
         if not isinstance(model, nn.Module):
-            yield asked, None
+            yield asked
             return
         wanted = None if asked.device == "auto" else device_called(asked.device)
         saved = live_model(own_copy(model), train_mode=asked.train_mode, device=wanted)
         saved = replace(saved, originals=tuple(model.parameters()))
-        yield replace(asked, device=str(next(saved.module.parameters()).device)), saved
+        device = next(saved.module.parameters()).device
+        yield replace(asked, model=saved, device=str(device))
 
 
 def _data_file(data: DataLike, folder: Path) -> tuple[Path, Path]:

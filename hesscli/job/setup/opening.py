@@ -83,7 +83,7 @@ def open_problem(
     Args:
         options: what was asked for.
         listener: hears the notes.
-        processes: that have the data; and the model, where it is in place of the file that the options name.
+        processes: that have the data.
 
     Raises:
         HesscliError: of any kind; see `errors.py`.
@@ -114,7 +114,7 @@ def _opened(
     settle(options)
     if options.tf32 and device.type != "cuda":
         note(f"--tf32 has no effect: the device is {device.type}")
-    model, dtype, data = _loaded(options, processes.model, device, listener)
+    model, dtype, data = _loaded(options, device, listener)
     loss, arguments = loss_of(options, data, device, dtype, note)
     inputs, keywords = model_inputs(options, model, data, loss, note)
     parameters, tied, frozen = chosen_parameters(model.module, options.params, note)
@@ -166,20 +166,19 @@ def _opened(
 
 
 def _loaded(
-    options: ProblemOptions,
-    model: SavedModel | None,
-    device: torch.device,
-    listener: NoteKeeper,
+    options: ProblemOptions, device: torch.device, listener: NoteKeeper
 ) -> tuple[SavedModel, torch.dtype, Data]:
-    """The model, which may be in memory already, in the dtype asked for; that dtype; and the data."""
-    model = model or load_model(
-        options.model,
-        arch=options.arch,
-        arch_arguments=options.arch_arguments,
-        allow_pickle=options.allow_pickle,
-        train_mode=options.train_mode,
-        device=device,
-    )
+    """The model in the dtype asked for, that dtype, and the data."""
+    model = options.model
+    if not isinstance(model, SavedModel):
+        model = load_model(
+            model,
+            arch=options.arch,
+            arch_arguments=options.arch_arguments,
+            allow_pickle=options.allow_pickle,
+            train_mode=options.train_mode,
+            device=device,
+        )
     listener.note(*model.notes)
     dtype = _cast(model, options.dtype)
     named = [v for v in options.loss_arguments.values() if isinstance(v, str) and v.startswith("@")]

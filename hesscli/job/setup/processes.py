@@ -9,7 +9,6 @@ from hesscli.job.setup.team import Team
 if TYPE_CHECKING:
     import torch
 
-    from hesscli.files.models.model_file import SavedModel
     from hesscli.hessian.differences.check import Certificate
     from hesscli.hessian.objective.problem import Problem
     from hesscli.hessian.operator import LinearMap
@@ -21,7 +20,6 @@ class Processes:
     """This process, which has all of the data; `ManyProcesses` has a share of it.
 
     Args:
-        model: the model, if it is no file.
         team: others that have all of the data too, and so see alike whether its samples mix.
         side_by_side: threads will work on batches side by side, as they do for products.
     """
@@ -30,11 +28,10 @@ class Processes:
 
     def __init__(
         self,
-        model: SavedModel | None = None,
         team: Team | None = None,
         side_by_side: bool = True,
     ) -> None:
-        self.model, self.team = model, team or Team(alone=True)
+        self.team = team or Team(alone=True)
         self.side_by_side = side_by_side
 
     def serve(self) -> bool:
