@@ -125,17 +125,19 @@ def compute(
         shard=shard_place(shard),
     )
     start()
-    from hesscli.job.compute import compute as run
+    from hesscli.job import compute as job
     from hesscli.job.results import written
 
-    document = run(options, out, dry_run, stdout=out.stdout.buffer)
     if dry_run:
+        document = job.dry_run(options, out)
         if shard is not None:
             out.note("--shard has no effect on a plan: it is of the whole Hessian")
         if fail_above is not None:
             out.note("--fail-above has no effect on a plan: nothing is computed")
         out.result(document, print_plan)
-    elif shard is not None:
+        return
+    document = job.compute(options, out, out.stdout.buffer)
+    if shard is not None:
         out.result(document)
         out.note(f"shard {shard} is done; when all are: hesscli merge {quote(output)}")
     elif first:

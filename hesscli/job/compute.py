@@ -24,14 +24,9 @@ from hesscli.job.setup.team import Team
 
 
 def compute(
-    options: ComputeOptions,
-    listener: Listener,
-    dry_run: bool = False,
-    stdout: BinaryIO | None = None,
+    options: ComputeOptions, listener: Listener, stdout: BinaryIO | None = None
 ) -> Document:
-    """Computes the Hessian that the options ask for and writes it; with `dry_run`, only says what that takes.
-
-    Without an output file the bytes go to `stdout`.
+    """Computes the Hessian that the options ask for and writes it; without an output file, to `stdout`.
 
     Where `torchrun` started several processes, each computes its share, and the first finishes the file.
 
@@ -42,30 +37,40 @@ def compute(
         HesscliError: of any kind; nothing is written then.
     """
     started = time.perf_counter()
-    if options.output is not None and not dry_run:
+    if options.output is not None:
         output = writable(options.output, options.force, options.files, resumable=True)
         options = replace(options, output=output)
     with Team() as team:
-        several = options.shard is not None or team.size > 1
-        if options.output is None and (several or options.max_shard_size is not None):
-            what = "processes cannot write" if several else "files cannot go"
-            raise UsageError(f"-: several {what} to a pipe", "-o hessian.safetensors")
-        if options.output is None and options.resume:
-            raise UsageError("-: a pipe keeps nothing to resume", "-o hessian.safetensors")
-        opened = open_problem(options, listener, Processes(team, side_by_side=False))
-        plan = Plan(options, opened, several)
-        demand_names((block.name for block in plan.blocks), plan.shapes, options.gradient)
-        if dry_run:
-            document = forecast(plan)
-        else:
-            require_room(plan)
-            document = Run(plan, team, stdout=stdout).run()
-        if options.shard is not None and not dry_run:
-            del document["blocks"]  # no numbers of theirs are known
-            document["shard"] = list(options.shard)
-        document["seconds"] = time.perf_counter() - started
-        document["output"] = _called(options.output, dry_run)
-        return document
+        plan = _planned(options, listener, team)
+        require_room(plan)
+        document = Run(plan, team, stdout=stdout).run()
+    if options.shard is not None:
+        del document["blocks"]  # no numbers of theirs are known
+        document["shard"] = list(options.shard)
+    output_name = "-" if options.output is None else str(written(options.output)[0])
+    return document | {"seconds": time.perf_counter() - started, "output": output_name}
+
+
+def dry_run(options: ComputeOptions, listener: Listener) -> Document:
+    """What `compute` would take, as a JSON document."""
+    started = time.perf_counter()
+    with Team() as team:
+        document = forecast(_planned(options, listener, team))
+    output_name = "-" if options.output is None else str(options.output)
+    return document | {"seconds": time.perf_counter() - started, "output": output_name}
+
+
+def _planned(options: ComputeOptions, listener: Listener, team: Team) -> Plan:
+    several = options.shard is not None or team.size > 1
+    if options.output is None and (several or options.max_shard_size is not None):
+        what = "processes cannot write" if several else "files cannot go"
+        raise UsageError(f"-: several {what} to a pipe", "-o hessian.safetensors")
+    if options.output is None and options.resume:
+        raise UsageError("-: a pipe keeps nothing to resume", "-o hessian.safetensors")
+    opened = open_problem(options, listener, Processes(team, side_by_side=False))
+    plan = Plan(options, opened, several)
+    demand_names((block.name for block in plan.blocks), plan.shapes, options.gradient)
+    return plan
 
 
 def merge(output: Path, listener: Listener) -> Document:
@@ -90,10 +95,5 @@ def merge(output: Path, listener: Listener) -> Document:
     writable(output, True, options.files, resumable=True)
     plan = Plan(options, open_problem(options, listener), divided=True)
     document = Run(plan, Team(alone=True), merging=True).run()
-    return document | {"seconds": time.perf_counter() - started, "output": _called(output)}
-
-
-def _called(output: Path | None, dry_run: bool = False) -> str:
-    if output is None:
-        return "-"
-    return str(output if dry_run else written(output)[0])
+    seconds = time.perf_counter() - started
+    return document | {"seconds": seconds, "output": str(written(output)[0])}
