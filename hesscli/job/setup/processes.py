@@ -26,17 +26,9 @@ class Processes:
 
     size = 1  # that share the data
 
-    def __init__(
-        self,
-        team: Team | None = None,
-        side_by_side: bool = True,
-    ) -> None:
+    def __init__(self, team: Team | None = None, side_by_side: bool = True) -> None:
         self.team = team or Team(alone=True)
         self.side_by_side = side_by_side
-
-    def serve(self) -> bool:
-        """Whether another process asks, and this one answered until it was done."""
-        return False
 
     def open(self, options: ProblemOptions, listener: Listener) -> Opened:
         """The problem with all the data."""
