@@ -728,6 +728,18 @@ def test_sums_over_many_samples_keep_their_digits(method):
     assert relative_error(found.block("weight").double(), expected) < 5e-6
 
 
+@pytest.mark.parametrize("places", [1, 3])
+def test_a_layer_of_many_samples_keeps_its_digits(places):
+    """In float32: terms that are alike are rounded in one direction."""
+    torch.manual_seed(0)
+    x = torch.rand(1 << 17, places, 2)
+    net = nn.Sequential(nn.Linear(2, 1), nn.Flatten())
+    options = {"loss": "mse", "method": "preactivation", "blocks": "full", "check": False}
+    found = hesscli.compute(net, (x, torch.randn(len(x), places)), framework="torch", **options)
+    rows = torch.cat([x.double(), torch.ones(len(x), places, 1)], 2).flatten(0, 1)
+    assert relative_error(found.matrix().double(), 2 * rows.T @ rows / len(rows)) < 1e-6
+
+
 def test_a_bias_of_many_samples_keeps_its_digits():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))

@@ -70,7 +70,8 @@ def add_layer(
                 add_kronecker_rows(mine, s[:, :, 0], at)
             else:
                 pulled = s.transpose(-1, -2) @ a  # [directions, B, n - first, width]
-                mine += (at.T @ pulled.flatten(2)).flatten(0, 1)
+                for target, each in zip(_by_neuron(layer, mine), pulled.flatten(2), strict=True):
+                    add_product(target, at.T, each)
             if bias_out is not None:
                 first = chunk.start - neurons.start
                 bias_out[first : first + len(chunk), first:] += s.sum((1, 2))

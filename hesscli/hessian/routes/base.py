@@ -20,6 +20,7 @@ from hesscli.hessian.operator import Middle, Products
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.routes.choice import Choice
 from hesscli.hessian.routes.first_batch import FirstBatch
+from hesscli.hessian.routes.sums import product
 from hesscli.hessian.words import HVP
 
 Result = TypeVar("Result")
@@ -86,7 +87,7 @@ class Diagonal:
 
     def add_weighted(self, use: Use, d: Tensor, a: Tensor) -> None:
         """The same of every neuron p, with the rows sum_b d[b, p] a[b]^T a[b]: [B, n] and [B, m]."""
-        self.out.add_(use.storage.stored(d.T @ a**2))
+        self.out.add_(use.storage.stored(product(d.T, a**2)))
 
     def add_pairs(self, left: Tensor, right: Tensor) -> None:
         """Adds what is of it in left^T right, both [B, size]."""

@@ -23,6 +23,7 @@ from hesscli.hessian.recording.tape import Tape
 from hesscli.hessian.routes.base import Diagonal, Rows
 from hesscli.hessian.routes.chain import UNARY, Step, derivatives
 from hesscli.hessian.routes.probes import Probed
+from hesscli.hessian.routes.sums import product
 
 
 def find_bend(tape: Tape, zs: Sequence[int]) -> Step | None:
@@ -78,7 +79,7 @@ def add_bend(part: Rows, uses: Sequence[Use], inputs: Sequence[Tensor], d: Tenso
     for index, x, weights in _neurons(uses, inputs, d):
         columns = index >= part.start
         rows = columns & (index < part.stop)
-        values = (x[:, rows] * weights).T @ x[:, columns]
+        values = product((x[:, rows] * weights).T, x[:, columns])
         at = index - part.start
         part.out[at[rows].unsqueeze(1), at[columns]] += values
 

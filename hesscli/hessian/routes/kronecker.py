@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.layout import Span
+from hesscli.hessian.routes.sums import product
 from hesscli.hessian.workers import side_by_side, workers
 
 _WIDTH = 32  # columns of a that are multiplied together
@@ -69,9 +69,9 @@ def _add_products(target: Tensor, s: Tensor, a: Tensor, edges: Sequence[Span], m
             part = s[p, :, i].transpose(1, 2).reshape(-1, samples)
             for (q, stop), pair in zip(edges, pairs, strict=True):
                 flat = buffers[worker][: part.shape[0] * pair.shape[1]].view(-1, pair.shape[1])
-                product = torch.mm(part, pair, out=flat).view(len(chunk), -1, stop - q, m - q)
-                target[p, q:stop, i, q:] += product.permute(0, 2, 1, 3)
+                sums = product(part, pair, out=flat).view(len(chunk), -1, stop - q, m - q)
+                target[p, q:stop, i, q:] += sums.permute(0, 2, 1, 3)
                 if stop < m:
-                    target[p, stop:, i, q:stop] += product[..., stop - q :].permute(0, 3, 1, 2)
+                    target[p, stop:, i, q:stop] += sums[..., stop - q :].permute(0, 3, 1, 2)
 
     side_by_side(chunks, count, add)
