@@ -267,6 +267,22 @@ def test_large_gradients_excuse_little(size):
     assert not judge(Certificate(problem, torch.float64, 0), block, 1.5 * truth.diagonal())
 
 
+@pytest.mark.parametrize("blocks", ["diag", "elements"])
+def test_gradients_of_terms_that_nearly_cancel(blocks):
+    """Small steps drown in their rounding, and larger ones leave out too much, unless two of them are combined."""
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.zeros(5, 1, dtype=torch.float64)
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return 1e7 * (output.exp().log() - output) + output.cosh()
+
+    net = nn.Linear(3, 1, dtype=torch.float64)
+    found = hesscli.compute(net, (x, y), loss=loss, blocks=blocks, framework="torch")
+    expected = x.T @ (net(x).detach().cosh() * x) / len(x)
+    expected = expected if blocks == "diag" else expected.diagonal().view(1, 3)
+    assert relative_error(found.block("weight"), expected) < 1e-7
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("structure", ["diag", "full", "elements"])
 def test_a_loss_that_is_constant_but_for_rounding(structure, dtype):

@@ -42,6 +42,10 @@ _ROUNDING = {torch.float64: 1000 * 2**-52, torch.float32: 64 * 2**-23}
 # The last is the largest.
 _STEPS = {torch.float64: (1e-6, 1e-7, 1e-5, 1e-8, 1e-4), torch.float32: (1e-2, 3e-3, 3e-2)}
 _HELD = {torch.float64: (1e-5, 1e-4, 1e-6), torch.float32: (1e-2, 3e-2)}  # with kinks held
+_EXTRAPOLATED = {
+    torch.float64: (3e-3,),
+    torch.float32: (),
+}  # for gradients of terms that nearly cancel
 _ONE_SIDED = 1e-8  # leaves out about as much: far below the tolerance of float32, not of float64
 
 
@@ -206,10 +210,11 @@ class Certificate:
         by_original = partial(along.held_quotient, by_original=True)
         has_original = self.problem.original is not None
         of_original = [(h, by_original) for h in _HELD[dtype] if has_original]
+        extrapolated = [(h, along.extrapolated_quotient) for h in _EXTRAPOLATED[dtype]]
         errors: list[float] = []
         rounds: list[list[Try]] = [
             [*of_original[:1], first, largest],
-            [*of_original[1:], *held, *others],
+            [*of_original[1:], *held, *others, *extrapolated],
         ]
         for tries in rounds:
             least = math.inf  # difference with the largest step
