@@ -144,7 +144,7 @@ MADE = {  # the model, its inputs, and how many of its parameters have blocks th
     "both-ways": (BothWays, ROWS, 1),
     "scaled": (Scaled, ROWS, 2),
     "words": (Words, ROWS, 1),
-    "shaped": (Shaped, ROWS[:6], 1),
+    "shaped": (Shaped, ROWS, 1),
 }  # fmt: skip
 
 BY_NEURON = {  # those whose neurons are made of entries of their own

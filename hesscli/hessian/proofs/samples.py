@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.proofs.sample_axis import Axes, Context, SampleAxis, mixes
-from hesscli.hessian.proofs.sample_rules import rule_of
+from hesscli.hessian.proofs.sample_rules import CONSTANT, rule_of
 from hesscli.hessian.recording.tape import Call, Tape
 
 _PRODUCTS = frozenset("mm addmm bmm baddbmm convolution".split())
@@ -95,7 +95,7 @@ def follow(
             continue
         result = rule_of(call)(Context(call, axes, tape, samples)) if samples > 1 else None
         for made in call.makes:
-            if samples == 1:
+            if samples == 1 and call.name not in CONSTANT:
                 result = _only_sample(call, tape.shapes[made])
             if made in start:
                 if result not in (None, start[made]):
