@@ -983,6 +983,57 @@ def test_a_last_batch_of_one_sample(name):
     assert right >= 1
 
 
+# --- constants --------------------------------------------------------------------------------
+
+
+def with_constants(s: Net, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        size, state = s.a.weight.norm(), hidden(s, x)
+        column, rows = state[:, :1], x.new_zeros(len(x), 3)
+    h = torch.tanh(s.a(x) / size) * column
+    rows[:, 1:] = h[:, :2] + s.a.bias.detach().mean()
+    return s.b(rows) - s.b.bias.data * state[:, :2]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_what_is_made_with_gradients_off_is_a_constant(structure):
+    problem, truth = pose(odd("with-constants", with_constants, ROWS, **TWO))
+    routes = routes_of(problem)
+    assert applies(routes["preactivation"], truth, structure, 1e-10)[1] == []
+    applies(routes["gauss-newton"], truth, structure, 1e-10)
+
+
+@pytest.mark.parametrize(
+    "doubled",
+    [lambda x: 2 * x, lambda x: 2 * x.detach(), lambda x: torch.from_numpy(2 * x.detach().numpy()),
+     lambda x: x, lambda x: x.mT, lambda x: torch.empty(5, 3, dtype=x.dtype).copy_(x.detach()),
+     lambda x: x.mul_(2), lambda x: x.data.mul_(2)],
+)  # fmt: skip
+def test_nothing_is_proven_of_a_function_of_the_models_own(doubled):
+    """Gradients are off inside, and it has one all the same."""
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            result = doubled(x)
+            if result is x and x._version:
+                ctx.mark_dirty(x)
+            return result
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 2 * (gradient if gradient.shape == (5, 3) else gradient.mT)
+
+    def forward(s: Net, x: Tensor) -> Tensor:
+        z = s.a(x).clone()
+        return s.b(torch.tanh(Doubled.apply(z).reshape(5, 3)) + z)
+
+    model = odd("function", forward, ROWS, **TWO).make()
+    problem = problem_of(model, (ROWS,), numbers(5, 2))
+    with pytest.raises(NotApplicable, match=r"Function of its own|gradients off|wrote in place"):
+        Analyses(problem).of(problem.batches[0])
+
+
 # --- parameters that enter several times ------------------------------------------------------
 
 

@@ -60,9 +60,13 @@ class _Search:
     constants: Collection[int]
     parameter: str
 
+    def _readers(self, value: int) -> list[Call]:
+        """The calls that read a value, and do not make a constant of it."""
+        return [call for call in self.tape.readers.get(value, ()) if call.name != "detach"]
+
     def times(self, value: int) -> str:
         """How often a value is read, if not once."""
-        count = len(self.tape.readers.get(value, ()))
+        count = len(self._readers(value))
         if count and value != self.tape.parameters[self.parameter]:
             return "used more than once"
         return {0: "unused", 2: "used twice"}.get(count, f"used {count} times")
@@ -80,7 +84,7 @@ class _Search:
         Raises:
             NotApplicable: one of them is none, or there are none.
         """
-        readers = self.tape.readers.get(value, ())
+        readers = self._readers(value)
         if len(readers) == 1:
             return self._in(readers[0], value, moves, lookup)
         with suppress(NotApplicable):

@@ -26,6 +26,7 @@ from hesscli.hessian.recording.tensors import Known, Tensors
 from hesscli.hessian.recording.writes import put_back, without_writing
 
 _RANDOM_SLOPE = torch.ops.aten.rrelu_with_noise.default
+_DETACH = torch.ops.aten.detach.default
 _CONVOLUTION_OF_TRACES = torch.ops.aten._convolution.default
 
 
@@ -107,7 +108,9 @@ class _Recorder(Watcher):
         if func is _RANDOM_SLOPE and not (asked := Call(func, args, kwargs)).named("training"):
             slope = (asked.named("lower") + asked.named("upper")) / 2
             func, args, kwargs = torch.ops.aten.leaky_relu.default, (args[0], slope), {}
-        self._look_around(args)
+        self._look_around()
+        off = not torch.is_grad_enabled()
+        constant = off and any(x.requires_grad for x in each(args, Tensor))
         call = Call(func, self._read(args), {n: self._read(value) for n, value in kwargs.items()})
         written = _written(func, args)
         for target in each(written, Tensor):
@@ -119,6 +122,8 @@ class _Recorder(Watcher):
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.draft.refuse(f"{call.name} draws random numbers")
         if written is not None:
+            if constant:
+                self.draft.refuse("the model writes where it turns gradients off")
             call = self._without_writing(call, args, written)
         if call.operator is _CONVOLUTION_OF_TRACES:  # its further arguments are cuDNN's business
             call = Call(torch.ops.aten.convolution.default, call.arguments[:9], call.keywords)
@@ -135,14 +140,14 @@ class _Recorder(Watcher):
         self.draft.calls.append(call)
         if written is not None:
             self._put_back(result)
-        elif _is_view(func, args, result):
+        elif _is_view(func, args, result) and not constant:
             self.tensors[result].taken = args[0], call
+        for part in each(result, Tensor):
+            self.tensors[part].off = off
         return result
 
-    def _look_around(self, args: tuple[Any, ...]) -> None:
+    def _look_around(self) -> None:
         """Whether the model is doing what a replay would not."""
-        if not torch.is_grad_enabled() and any(x.requires_grad for x in each(args, Tensor)):
-            self.draft.refuse("the model turns gradients off, or applies a Function of its own")
         if torch._C._current_graph_task_id() != -1:
             # What autograd saved of the pass looks like what the model detaches.
             self.draft.refuse("the model differentiates itself")
@@ -188,9 +193,13 @@ class _Recorder(Watcher):
             part = whole
 
     def _read(self, value: Any) -> Any:
-        """An argument of a call, with a `Ref` for each tensor."""
+        """An argument of a call, with a `Ref` for each tensor.
+
+        Where gradients are off, it is a detached one: in a replay they are on.
+        """
         if isinstance(value, Tensor):
-            return self.ref(value)
+            ref, off = self.ref(value), value.requires_grad and not torch.is_grad_enabled()
+            return self.draft.made(value, _DETACH, (ref,), value.shape) if off else ref
         return tuple(map(self._read, value)) if isinstance(value, (tuple, list)) else value
 
     def ref(self, tensor: Tensor) -> Ref:
@@ -198,6 +207,9 @@ class _Recorder(Watcher):
         if tensor not in self.tensors:
             self._give(tensor)
         known = self.tensors[tensor]
+        # A Function computes where gradients are off, and gives its result one after that.
+        if tensor.grad_fn is not None and (known.off or known.now in self.draft.given):
+            self.draft.refuse("the model applies a Function of its own")
         if known.is_stale:
             self._take_again(known)
         return Ref(known.now)

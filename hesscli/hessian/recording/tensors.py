@@ -29,6 +29,7 @@ class Known:
     now: int  # and of the one that it is, or was
     writes: int  # when its memory had been written to so often
     taken: tuple[Tensor, Call] | None = None  # what it is a view of, and how it was taken
+    off: bool = False  # whether gradients were, where it was made
 
     @property
     def is_stale(self) -> bool:
@@ -57,7 +58,7 @@ class Tensors:
             memory.tensors.append(tensor)
             self._known[id(tensor)] = Known(tensor, memory, value, value, memory.writes)
         else:
-            known.now, known.writes = value, known.memory.writes
+            known.now, known.writes, known.off = value, known.memory.writes, False
 
     def write(self, tensor: Tensor) -> bool:
         """Leaves the others behind that share its memory; returns whether there are any."""
