@@ -35,7 +35,7 @@ def load_csv(path: Path | str) -> tuple[NamedArrays, tuple[str, ...]]:
         the columns, and notes on what was inferred.
 
     Raises:
-        FileError: lines of different lengths, a name given twice, or no text.
+        FileError: lines of different lengths, a name given twice, names alone, or no text.
     """
     with reading(path, Kind.TEXT), open(path, encoding="utf-8-sig", newline="") as file:
         line = file.readline()
@@ -58,6 +58,11 @@ def load_csv(path: Path | str) -> tuple[NamedArrays, tuple[str, ...]]:
                 )
             for column, field in zip(columns, fields, strict=True):
                 column.add(number, field.strip(_SPACES))
+        if first[1:] and not _numbers(first) and not any(column.found for column in columns):
+            raise FileError(
+                f"{path}: a line of names of {len(first)} columns, and no samples",
+                "a table wants a line of numbers for each sample: 0.5,1.2,3",
+            )
     names, notes = _named(first, columns)
     return {name: column.finish() for name, column in zip(names, columns, strict=True)}, notes
 
@@ -114,6 +119,11 @@ class _Column:
         self.booleans &= boolean
         self.integers &= field.lstrip("+-").isdecimal() and abs(value) <= _EXACT
         self.values.append(value)
+
+    @property
+    def found(self) -> bool:
+        """Whether a line had this field."""
+        return bool(self.values or self.unusable)
 
     def put_first(self, field: str) -> None:
         """Adds a number that comes before the others."""
