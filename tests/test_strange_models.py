@@ -86,6 +86,11 @@ def test_complex_parameters_are_said():
     assert "skipped, complex: phase" in found.metadata["notes"]
 
 
+def test_complex_parameters_alone_are_refused():
+    with pytest.raises(MismatchError, match="the model's parameters are complex"):
+        hesscli.compute(nn.Linear(2, 1, dtype=torch.cfloat), (X, Y))
+
+
 class Noisy(nn.Module):
     """The same numbers in every pass."""
 

@@ -280,6 +280,11 @@ def device_called(name: str) -> torch.device:
 def _cast(model: SavedModel, name: str) -> torch.dtype:
     """Brings the module to the dtype asked for, and says which one that is."""
     floating = {p.dtype for p in model.module.parameters() if p.is_floating_point()}
+    if not floating and any(p.is_complex() for p in model.module.parameters()):
+        raise MismatchError(
+            "the model's parameters are complex; a Hessian is made of derivatives along real ones",
+            "hold real and imaginary parts in one real parameter: torch.view_as_complex(w)",
+        )
     if not floating:
         raise MismatchError("the model has no floating-point parameters, so there is no Hessian")
     wanted = {"float32": torch.float32, "float64": torch.float64}.get(name)
