@@ -248,6 +248,15 @@ def test_sharded(same, net, stem, form):
     same(listing, "reference.npz", *ARCH)
 
 
+def test_one_of_several_files(cli, same, net, tmp_path):
+    test_sharded(same, net, "model", "safetensors")
+    Path("m", "another.index.json").write_text("[]")
+    ran = cli("compute", "m/part-1.safetensors", "reference.npz", *ARCH)
+    ran.fails(4)
+    words = "it is one of several files: give their index, m/model.safetensors.index.json"
+    assert ran.hint.endswith(words)
+
+
 def test_shards_that_are_gone(cli, same, net, tmp_path):
     test_sharded(same, net, "model", "safetensors")
     index = Path("m", "model.safetensors.index.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -72,6 +73,15 @@ def load_shards(index: Path) -> tuple[dict[str, torch.Tensor], tuple[Path, ...]]
             )
         weights[weight] = tensor
     return weights, (index, *files)
+
+
+def index_beside(part: Path) -> Path | None:
+    """The index in the folder of a file that lists this file."""
+    for index in sorted(part.parent.glob("*.index.json")):
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            if part.name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
+                return index
+    return None
 
 
 def load_part(path: Path) -> dict[str, torch.Tensor]:

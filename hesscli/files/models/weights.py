@@ -12,6 +12,7 @@ from torch import nn
 
 from hesscli.errors import MismatchError
 from hesscli.files.models.importing import first_line
+from hesscli.files.models.shards import index_beside
 from hesscli.texts import dtype_name, listed
 
 _EXTRA = "_extra_state"
@@ -62,13 +63,21 @@ def load_weights(
         raise MismatchError(
             f"{path}: the weights do not fit the architecture: "
             + (differences or str(error).splitlines()[-1].strip()),
-            "name the architecture they were saved from, with its sizes: --arch-arg K=V",
+            _way_out(path),
         ) from error
     except Exception as error:  # what a module does with its weights is its own
         raise MismatchError(
             f"{path}: the architecture does not take the weights: {first_line(error)}",
             None if versions else "torch.save(model.state_dict(), 'net.pt')",  # keeps them
         ) from error
+
+
+def _way_out(path: Path) -> str:
+    """What to do about weights that do not fit: those of one file of several lack the others'."""
+    index = index_beside(path)
+    if index is not None:
+        return f"it is one of several files: give their index, {index}"
+    return "name the architecture they were saved from, with its sizes: --arch-arg K=V"
 
 
 def _refuse_other_kinds(
