@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from enum import Enum
@@ -647,7 +648,7 @@ def test_weights_that_are_not_floating_point(tmp_path, arch, dtype):
     )
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:TypedStorage")
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("arch", ["mlp", f"{__name__}:Plain"])
 @pytest.mark.parametrize(
     ("kind", "make", "hint"),
@@ -663,7 +664,8 @@ def test_weights_that_are_not_floating_point(tmp_path, arch, dtype):
 )
 def test_weights_that_are_not_dense(tmp_path, arch, kind, make, hint):
     weights = Plain().state_dict()
-    torch.save({**weights, "fc.weight": make(weights["fc.weight"])}, tmp_path / "net.pt")
+    with warnings.catch_warnings(action="ignore"):
+        torch.save({**weights, "fc.weight": make(weights["fc.weight"])}, tmp_path / "net.pt")
     error = refused(MismatchError, tmp_path / "net.pt", arch=arch)
     message = f": fc.weight is a {kind} tensor; the architecture wants a dense one"
     assert error.message.endswith(message)
@@ -768,6 +770,22 @@ def test_weights_that_do_not_fit_are_listed(tmp_path):
         "of another shape: fc.weight [2, 5] (the architecture has [2, 3])"
     )
     assert error.hint.endswith("--arch-arg K=V")
+
+
+@pytest.mark.parametrize("arch", [None, f"{__name__}:Plain", "transformers:AutoModel"])
+def test_an_adapter_alone(tmp_path, arch):
+    factors = {"lora_A": torch.ones(1, 3), "lora_B": torch.ones(2, 1)}
+    weights = {f"base_model.model.fc.{name}.weight": t for name, t in factors.items()}
+    weights["base_model.model.head.weight"] = torch.ones(2)  # of `modules_to_save`
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        error = refused(FileError, path, arch=arch)
+        assert "an adapter's weights (PEFT) without those of the model" in error.message
+        assert "merge_and_unload()" in error.hint
+    weights["base_model.model.fc.base_layer.weight"] = torch.ones(2, 3)
+    save_file(weights, tmp_path / "whole.safetensors")
+    error = refused(MismatchError, tmp_path / "whole.safetensors", arch=f"{__name__}:Plain")
+    assert "do not fit the architecture" in error.message
 
 
 @pytest.mark.parametrize(

@@ -200,10 +200,23 @@ def _state_dict(path: Path, content: object) -> dict[str, torch.Tensor]:
         entries = listed(f"{key} ({type(each).__name__})" for key, each in content.items())
         what = f"it holds {entries}" if entries else "it is empty"
         raise FileError(f"{path}: no weights at its top level; {what}", hint)
+    if _of_adapter_alone(weights):
+        raise FileError(
+            f"{path}: an adapter's weights (PEFT) without those of the model that it adapts",
+            "model.merge_and_unload().save_pretrained('folder')",
+        )
     nested = [name for name, t in weights.items() if t.is_nested]
     if nested:  # they have no shape
         raise FileError(f"{path}: {nested[0]} is a nested tensor; expected a dense one", hint)
     return weights
+
+
+def _of_adapter_alone(names: Iterable[str]) -> bool:
+    """Whether they are those that PEFT's `save_pretrained` gives LoRA's factors; the whole has `base_layer` too."""
+    factors = any(".lora_A." in name for name in names)
+    return factors and all(
+        name.startswith("base_model.") and ".base_layer." not in name for name in names
+    )
 
 
 def _narrow(tensors: Iterable[torch.Tensor]) -> set[torch.dtype]:
