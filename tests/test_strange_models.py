@@ -91,6 +91,42 @@ def test_complex_parameters_alone_are_refused():
         hesscli.compute(nn.Linear(2, 1, dtype=torch.cfloat), (X, Y))
 
 
+class Positioned(nn.Module):
+    """A network that scales its hidden layer by a function of positions."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.a, self.b, self.scale = nn.Linear(2, 3), nn.Linear(3, 1), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)) * self.scale(x))
+
+
+def angles(x: Tensor) -> Tensor:
+    return (torch.arange(3, dtype=x.dtype) * 0.7 + 0.1).cos()
+
+
+def multiples(x: Tensor) -> Tensor:
+    return 1 + torch.arange(3) * 0.1 / 3 - 0.2
+
+
+@pytest.mark.parametrize("scale", [angles, multiples])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float64", 1e-12)])
+@pytest.mark.parametrize("kind", ["trace", "exported"])
+def test_a_file_has_the_digits_of_its_module(tmp_path, scale, dtype, tolerance, kind):
+    model, path = Positioned(scale), tmp_path / "net.pt2"
+    x, y = X.float(), Y.float()
+    if kind == "trace":
+        torch.jit.trace(model, x).save(path)
+    else:
+        torch.export.save(torch.export.export(model, (x,)), path)
+    of_file, of_module = (
+        hesscli.compute(each, {"x": x, "y": y}, blocks="full", dtype=dtype, framework="torch")
+        for each in (path, model)
+    )
+    assert relative_error(of_file.matrix(), of_module.matrix()) < tolerance
+
+
 class Noisy(nn.Module):
     """The same numbers in every pass."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from hesscli.files.zip_files import check_zip, read
 
 # Every operator that takes the name of a file. As words anywhere, for there is more than one way to name an operator.
 _FILES = re.compile(rb"\b(from_file|save|load_tensor)\b")
+
+_ARITHMETIC = ("aten::add", "aten::sub", "aten::mul", "aten::div")
 
 _LIBRARY = Library("hesscli", "DEF")
 _LIBRARY.define("detach(Tensor(a) x) -> Tensor(a)")
@@ -82,7 +85,7 @@ def _refuse_files(path: Path, hint: str) -> None:
 
 
 def _adapt(module: torch.jit.ScriptModule, device: torch.device) -> None:
-    """Lets a module, not yet called, make its tensors on a device, and detach them in Python.
+    """Lets a module, not yet called, make its tensors on a device, detach them in Python, and know numbers as such.
 
     A trace names the device of every tensor that it makes, a recurrent layer's first state for one; parameters and
     buffers alone go where the file is loaded to. And what TorchScript detaches no `TorchFunctionMode` sees.
@@ -92,9 +95,27 @@ def _adapt(module: torch.jit.ScriptModule, device: torch.device) -> None:
     for node in graph.findAllNodes("prim::Constant"):
         if node.output().type().kind() == "DeviceObjType":
             node.s_("value", str(device))
+    _make_numbers(graph)
     for node in (node for kind in _OURS for node in graph.findAllNodes(kind)):
         ours = graph.create(_OURS[node.kind()], list(node.inputs()), 1)
         ours.insertBefore(node)
         ours.output().setType(node.output().type())
         node.output().replaceAllUsesWith(ours.output())
         node.destroy()
+
+
+def _make_numbers(graph: Any) -> None:
+    """Makes numbers again of the tensors without axes that a trace keeps them as.
+
+    As TorchScript's optimiser does (`CanonicalizeOps`), under which alone traces are right: whole numbers times one of
+    float64 are of float64, which no weight of float32 meets.
+    """
+    for node in (node for kind in _ARITHMETIC for node in graph.findAllNodes(kind)):
+        _, other, *_ = node.inputs()
+        constant = other.node()
+        if constant.kind() != "prim::Constant" or other.type().kind() != "TensorType":
+            continue
+        if constant.hasAttribute("value") and constant.t("value").dim() == 0:
+            number = graph.insertConstant(constant.t("value").item())
+            number.node().moveBefore(node)
+            node.replaceInput(1, number)

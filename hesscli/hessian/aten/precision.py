@@ -120,6 +120,8 @@ _MADE: dict[str, Callable[..., Tensor]] = {
     "linspace": _made_by(_aten.linspace.out),
 }
 
+_MAKERS = frozenset(name.partition(".")[0] for name in _MADE)
+
 
 @contextmanager
 def default_of(dtype: torch.dtype) -> Iterator[None]:
@@ -158,15 +160,18 @@ class Narrowings(Watcher):
 
     Attributes:
         found: by a conversion, which `staying_wide` leaves out.
+        made: whether it makes tensors that it is told to make narrower, as traces and exported graphs are.
         stuck: the operator that meets a narrower constant of the model, and gives what that has.
     """
 
-    found, stuck = False, ""
+    found, made, stuck = False, False, ""
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
         if func is torch.ops.aten._to_copy.default:
             self.found |= args[0].dtype in WIDE and kwargs.get("dtype") in _NARROW
+        elif func.overloadpacket.__name__ in _MAKERS:
+            self.made |= kwargs.get("dtype") in _NARROW
         elif _is_narrow(result) and any(map(_is_wide_variable, args)):
             self.stuck = func.overloadpacket.__name__
         return result

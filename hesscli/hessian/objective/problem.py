@@ -166,11 +166,21 @@ class Problem:
         Raises:
             MismatchError: it has constants in float32, which the parameters meet.
         """
+        plain = None
         with suppress(MismatchError):  # float64 meets float32
             problem, output, narrowings = self._seen_narrowing(wide=False)
             if not (narrowings.found or narrowings.stuck or bool(output.isnan().any())):
-                return problem, output
-        problem, output, narrowings = self._seen_narrowing(wide=True)
+                plain = problem, output
+                if not narrowings.made:
+                    return plain
+        try:
+            problem, output, narrowings = self._seen_narrowing(wide=True)
+        except MismatchError:
+            if plain is None:
+                raise
+            return plain
+        if plain is not None and (narrowings.stuck or torch.equal(plain[1], output)):
+            return plain  # zeros, masks: nothing was rounded
         if narrowings.stuck:
             raise MismatchError(
                 f"the model computes in float32 ({narrowings.stuck}), whatever the dtype of its weights",
