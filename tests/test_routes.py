@@ -408,17 +408,21 @@ def in_place_part(s: Net, x: Tensor) -> Tensor:
     return s.b(torch.tanh(torch.cat([turned.t(), second.add_(1.0)], 1)))
 
 
+def attended_to(tokens: Tensor) -> Tensor:
+    """The first of them, when all have looked at all."""
+    return ((tokens @ tokens.mT).softmax(-1) @ tokens)[:, 0]
+
+
 def class_token(s: Net, x: Tensor) -> Tensor:
     tokens = torch.cat([s.token.expand(len(x), -1, -1), s.a(x)], 1) + s.place
-    weights = tokens @ tokens.transpose(1, 2)
-    return s.b(weights.softmax(-1) @ tokens)[:, 0]
+    return s.b(attended_to(tokens))
 
 
 def prompted(s: Net, x: Tensor) -> Tensor:
     """Trained tokens that each sample gets, through a layer of their own, in the middle of time-major ones."""
     prompts = s.p(s.token[:, None].repeat(1, len(x), 1))
     tokens = torch.cat([prompts, s.a(x).transpose(0, 1)]).transpose(0, 1)
-    return s.b((tokens @ tokens.mT).softmax(-1) @ tokens)[:, 0]
+    return s.b(attended_to(tokens))
 
 
 def trained_state(s: Net, x: Tensor) -> Tensor:
@@ -710,6 +714,28 @@ INDEPENDENT = [
         a=layer(4, 2, kind=nn.MultiheadAttention, batch_first=True)),
     odd("first-of-features", lambda s, x: s.b(hidden(s, x)[:, 0]), CUBE, **SQ),
     odd("class-token", class_token, CUBE, token=numbers(1, 1, 4), place=numbers(1, 5, 4), **SQ),
+    odd("weight-in-front", lambda s, x: s.b(torch.tanh((s.w @ x.T).T)), ROWS, w=numbers(4, 3), b=layer(4, 2)),
+    odd("weight-in-front-relu", lambda s, x: s.b((s.w @ x.T).relu().T), ROWS, w=numbers(4, 3), b=layer(4, 2),
+        loss="cross-entropy"),
+    odd("weight-in-front-with-a-bias", lambda s, x: s.b(torch.tanh(torch.addmm(s.c, s.w, x.T).T)), SQUARE,
+        w=numbers(4, 4), c=numbers(4, 1), b=layer(4, 2)),
+    odd("weight-in-front-over-time",
+        lambda s, x: s.b(torch.tanh(torch.einsum("oi,nti->nto", s.w, x)).mean(1)), CUBE, w=numbers(4, 4),
+        b=layer(4, 2)),
+    odd("weight-in-front-of-heads",
+        lambda s, x: s.b(torch.tanh(torch.einsum("hoi,ni->nho", s.w, x)).mean(1)), SQUARE, w=numbers(2, 4, 4),
+        b=layer(4, 2)),
+    odd("query", lambda s, x: s.b(((hidden(s, x) @ s.q).softmax(1)[..., None] * x).sum(1)), CUBE, q=numbers(4), **SQ),
+    odd("query-by-einsum",
+        lambda s, x: s.b((torch.einsum("i,nti->nt", s.q, hidden(s, x)).softmax(1)[..., None] * x).sum(1)), CUBE,
+        q=numbers(4), **SQ),
+    odd("centres", lambda s, x: s.b(torch.exp(-(hidden(s, x)[:, None] - s.c).square().sum(-1))), SQUARE,
+        c=numbers(3, 4), a=layer(4, 4), b=layer(3, 2)),
+    odd("centres-first", lambda s, x: s.b(torch.tanh(s.c - x)), SQUARE, c=numbers(4), b=layer(4, 2)),
+    odd("centres-twice", lambda s, x: s.b(torch.tanh(s.a(x) - s.c) + (x - s.c)), SQUARE, c=numbers(4), **SQ),
+    odd("centres-of-half", lambda s, x: s.b(torch.tanh(torch.sub(s.a(x), s.c, alpha=2))), SQUARE, c=numbers(4), **SQ),
+    odd("token-by-adding", lambda s, x: s.b(attended_to(torch.cat([x.new_zeros(len(x), 1, 4) + s.token, s.a(x)], 1))),
+        CUBE, token=numbers(4), **SQ),
     odd("prompts", prompted, CUBE, token=numbers(3, 4), p=layer(4, 4), **SQ),
     odd("copied-over-time", lambda s, x: s.b(torch.tanh(s.a(x) + s.c.expand(4, 4))), CUBE, c=numbers(1, 4), **SQ),
     odd("copied-over-time-and-mixed", lambda s, x: s.b(torch.tanh(s.a(x) + s.c.expand(4, 4).softmax(0))), CUBE,
@@ -916,6 +942,7 @@ SEEN = {
     "weight-transposed", "bias-later", "scale-over-axes", "numbers-alone", "residual", "dense",
     "product-of-branches", "time-major-flat", "conv-uneven", "attention-square", "first-of-features",
     "class-token", "index-of-features", "index-of-pairs", "index-apart", "mask-of-features", "table",
+    "weight-in-front-over-time", "query", "query-by-einsum", "centres-first",
     "own-step-by-mask", "own-steps-by-mask",
     "pooled-of-channels-last", "pooled-of-channels-last-3d", "own-step", "own-rows",
     "own-rows-of-a-mask", "with-nothing-before", "gather-by-data", "one-hot",
@@ -956,18 +983,21 @@ def test_preactivation_sees_the_rows_of_positions(name, traced):
 
 @either
 @pytest.mark.parametrize(
-    "name", ["class-token", "prompts", "trained-state", "own-copies", "heads-by-matmul"]
+    "name",
+    ["class-token", "prompts", "trained-state", "own-copies", "heads-by-matmul", "token-by-adding",
+     "weight-in-front", "weight-in-front-over-time", "weight-in-front-of-heads", "query", "query-by-einsum",
+     "centres", "centres-first"],
 )
-def test_routes_see_what_each_sample_gets_a_copy_of(name, traced):
+def test_uses_of_other_kinds_are_seen(name, traced):
     (model,) = [m for m in INDEPENDENT if m.name == name]
     problem, _ = pose(model, traced)
     uses = Analyses(problem).of(problem.batches[0]).uses
-    assert not {"token", "state", "w"}.isdisjoint(uses)
+    assert not {"token", "state", "w", "q", "c"}.isdisjoint(uses)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["positions", "own-rows", "prompts", "trained-state",
+    ["positions", "own-rows", "prompts", "trained-state", "weight-in-front-over-time", "query-by-einsum",
      "square-over-time", "attention-heads-square", "class-token", "time-major-flat", "gru", "conv-uneven",
      "weight-by-einsum-over-time", "scale-over-equal-axes"],
 )  # fmt: skip

@@ -14,7 +14,7 @@ autograd differentiates them:
   gradient, or x, is zero.
 - `prelu`: at zero its first derivative is that of one side, its second that of the other.
 - `cosine_similarity`: bounds its norms with gradients off, about which nothing can be proven.
-- `repeat`: says less than the axes that it expands.
+- `repeat`: says less than the axes that it expands; and `mv` less than the product of matrices that it is.
 - `pad` in a circle: writes into memory that is not yet filled, about which nothing can be proven.
 - fused attention: no second derivative; computed as softmax(Q K^T / sqrt(d)) V instead.
 - `adaptive_avg_pool2d`, `adaptive_avg_pool3d` to one place: of channels-last memory, PyTorch's ends with `as_strided`,
@@ -93,6 +93,7 @@ DEFINITIONS: dict[str, Callable[..., object]] = {
     "dist": lambda x, y, p=2: formulas.vector_norm(x - y, p),
     "_pad_circular": formulas.pad_circular,
     "repeat": formulas.repeat,
+    "mv": lambda x, v: x.mm(v.unsqueeze(1)).squeeze(1),
     "atan2": formulas.atan2,
     "angle": formulas.angle,
     "sgn": formulas.sgn,

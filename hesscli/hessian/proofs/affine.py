@@ -44,8 +44,7 @@ def find_uses(tape: Tape, axes: Axes) -> tuple[dict[str, tuple[Use, ...]], dict[
             continue
         if len(uses) > 1:
             reasons[name] = search.times(number)
-            moves = [call.name for use in uses for call in use.moves]
-            if not _MULTIPLIES.isdisjoint(moves) or len({use.z for use in uses}) < len(uses):
+            if any(map(_is_multiplied, uses)) or len({use.z for use in uses}) < len(uses):
                 continue
         found[name] = tuple(sorted(uses, key=lambda use: tape.maker[use.z]))
     return found, reasons
@@ -161,13 +160,22 @@ def _moved(shape: torch.Size, moves: Sequence[Call], numbered: bool = False) -> 
 
 def multiplier(tape: Tape, use: Use) -> Tensor | None:
     """What each entry of a parameter is multiplied by before it enters, [size]; None if nothing."""
-    if all(call.name not in _MULTIPLIES for call in use.moves):
+    if not _is_multiplied(use):
         return None
     number = tape.parameters[use.parameter]
     ones = torch.ones_like(tape.given[number])
     moved = tape.recorded(use.value, {number: ones})
     entries = _moved(ones.shape, use.moves, numbered=True).to(moved.device)
-    return torch.empty_like(ones).view(-1).index_copy_(0, entries.flatten(), moved.flatten())
+    c = torch.empty_like(ones).view(-1).index_copy_(0, entries.flatten(), moved.flatten())
+    return -c if _is_subtracted(use) else c
+
+
+def _is_multiplied(use: Use) -> bool:
+    return _is_subtracted(use) or any(call.name in _MULTIPLIES for call in use.moves)
+
+
+def _is_subtracted(use: Use) -> bool:
+    return use.call.name == "sub" and use.call.place(use.value) == 1
 
 
 @dataclass(frozen=True)
@@ -242,17 +250,24 @@ class _Operand:
 
 
 def _in_product(p: _Operand) -> Use | None:
-    """a W + b: [..., B, m] times [..., m, n], both of rank two, or three with a product for each group of outputs."""
+    """a W + b, [..., B, m] times [..., m, n]; or W a + b, each of them transposed.
+
+    Both are of rank two, or three with a product for each group of outputs.
+    """
     first, rank = int(p.call.name in ("addmm", "baddbmm")), len(p.z_shape)
-    groups = 1 if rank == 2 else p.z_shape[0]
-    if rank == 3 and p.axis == SampleAxis(0, outer=groups):  # one sample: see `sample_axes`
-        p = replace(p, axis=SampleAxis(1, outer=p.z_shape[1]))
-    if not p.alone or p.axis.axis != rank - 2 or not p.shape.numel():
+    groups, axis = 1 if rank == 2 else p.z_shape[0], p.axis
+    if axis == SampleAxis(0, outer=p.z_shape[0]):  # one sample: see `sample_axes`
+        at = rank - 1 if p.place == first else rank - 2
+        axis = SampleAxis(at, outer=p.z_shape[at])
+    if not p.alone or axis.axis < rank - 2 or not p.shape.numel():
         return None
-    channels = (rank - 1,) if groups == 1 else (0, 2)
-    if p.place == first + 1 and (stored := _storage(p.entries)) is not None:
-        a = p.call.arguments[first].value
-        return p.use(LINEAR, a, channels, p.shape[-2], groups=groups, **stored)
+    transposed = axis.axis == rank - 1
+    p, entries = replace(p, axis=axis), p.entries.mT if transposed else p.entries
+    outputs = rank - 2 if transposed else rank - 1
+    channels = (outputs,) if groups == 1 else (0, outputs)
+    if p.place == first + (not transposed) and (stored := _storage(entries)) is not None:
+        a = p.call.arguments[first + transposed].value
+        return p.use(LINEAR, a, channels, entries.shape[-2], groups=groups, **stored)
     if p.place == 0 and first and p.as_stored:
         wanted = [1] * rank
         for channel in channels:
@@ -319,13 +334,16 @@ def _in_embedding(p: _Operand) -> Use | None:
 
 
 def _broadcast(p: _Operand) -> Use | None:
-    """z = a * w, z = ... + b or z = b for each sample: it lies along the axes where it is longer than one."""
+    """z = a * w, z = ... + b, z = ... - b, or z = b for each sample.
+
+    The parameter lies along the axes where it is longer than one.
+    """
     lengths = [1] * (len(p.z_shape) - len(p.shape)) + list(p.shape)
     channels = tuple(i for i, length in enumerate(lengths) if length > 1)
     fits = len(lengths) == len(p.z_shape) and all(lengths[i] == p.z_shape[i] for i in channels)
     if not fits or not p.alone or len(p.call.arguments) != 2 or not p.as_stored:
         return None
-    if p.call.name in ("add", "expand"):
+    if p.call.name != "mul":
         return p.use(BIAS, None, channels, 1)
     other = p.call.arguments[1 - p.place].value  # which depends on the samples, as z does
     outputs = math.prod(p.z_shape[c] for c in channels)
@@ -336,5 +354,5 @@ _FINDERS: dict[str, Callable[[_Operand], Use | None]] = {
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _in_product),
     "convolution": _in_convolution,
     "embedding": _in_embedding,
-    **dict.fromkeys(("mul", "add", "expand"), _broadcast),
+    **dict.fromkeys(("mul", "add", "sub", "expand"), _broadcast),
 }

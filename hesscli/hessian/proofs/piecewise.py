@@ -27,7 +27,7 @@ PIECEWISE = frozenset(
     "scatter_reduce where eq ne lt le gt ge masked_fill nan_to_num".split()
 )
 # Linear in each argument, so linear in a value that reaches one of them alone.
-MULTILINEAR = frozenset("mul mm mv addmm bmm baddbmm convolution".split())
+MULTILINEAR = frozenset("mul mm addmm bmm baddbmm convolution".split())
 
 
 def curved(tape: Tape, values: Sequence[int]) -> str | None:

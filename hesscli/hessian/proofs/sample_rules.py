@@ -246,7 +246,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(LIKELIHOODS, _likelihood),
     **dict.fromkeys(RESHAPES, moves.reshaped),
     **dict.fromkeys(("t", "transpose", "permute"), moves.transposed),
-    **dict.fromkeys(("mm", "mv", "addmm", "bmm", "baddbmm"), _product),
+    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _product),
     "_trilinear": _trilinear,
     **dict.fromkeys(MATRIX, _of_matrix),
     **dict.fromkeys(PAIRS, _of_pair),

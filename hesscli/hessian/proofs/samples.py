@@ -56,9 +56,10 @@ def _expanded(tape: Tape, axes: Axes, samples: int) -> Iterator[tuple[int, Sampl
     trained = tape.dependent([*tape.parameters.values()])
     for call in tape.calls:
         made = call.outputs[0]
-        if call.name != "expand" or made is None or axes[made] or made not in trained:
+        if call.name not in ("expand", "add") or made is None or axes[made] or made not in trained:
             continue
-        old, new = tape.shapes[call.reads[0]], tape.shapes[made]
+        mine = next(n for n in call.reads if n in trained)
+        old, new = tape.shapes[mine], tape.shapes[made]
         lengths = [1] * (len(new) - len(old)) + list(old)
         fresh = [i for i, length in enumerate(lengths) if length == 1 and new[i] == samples]
         if fresh:

@@ -201,7 +201,7 @@ class Costs:
 
     def _flops(self, call: Call, size: int) -> float:
         shapes = [self.tape.shapes[a.value] for a in call.arguments if isinstance(a, Ref)]
-        if call.name in ("mm", "bmm", "mv"):
+        if call.name in ("mm", "bmm"):
             return 2.0 * size * shapes[0][-1]
         if call.name in ("addmm", "baddbmm"):
             return 2.0 * size * shapes[1][-1]
