@@ -52,6 +52,30 @@ def test_a_layout_is_a_permutation():
     assert in_runs.tolist() == [2, 3, 6, 7, 10, 11, 0, 4, 5, 8, 9, 12, 13, 1, 14]
 
 
+ALONE = (Part(2, 5, runs=5), Part(7, 1))  # a column of weights and a bias, of one neuron
+
+
+@pytest.mark.parametrize(
+    ("pieces", "plain"),
+    [
+        ((Piece(2, (Part(0, 1),)), Piece(1, ALONE)), True),
+        ((Piece(2, (Part(6, 1),)), Piece(1, (Part(0, 5), Part(5, 1)))), False),
+        ((Piece(2, (Part(0, 1),)), Piece(1, (Part(3, 5), Part(2, 1)))), False),
+        ((Piece(2, (Part(0, 4, runs=4),)),), False),
+        ((Piece(2, (Part(0, 3), Part(6, 1))),), False),
+        ((Piece(2, (Part(0, 4),)),), True),
+    ],
+)
+def test_rows_that_lie_in_place_are_not_copied(pieces, plain):
+    layout = Layout(pieces)
+    matrix = symmetric(layout.size)
+    places = layout.places(0, layout.size)
+    assert plain == torch.equal(places, torch.arange(layout.size))
+    ordered = layout.ordered(matrix)
+    assert plain == (ordered is matrix)
+    assert torch.equal(ordered[places][:, places], matrix)
+
+
 @pytest.mark.parametrize("most", [1, 7, 40, 100, 10**6])
 def test_bands_are_all_rows_once_and_cut_no_group(most):
     layout = Layout((Piece(3, (Part(0, 1),)), Piece(4, (Part(3, 2), Part(11, 1)))))

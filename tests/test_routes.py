@@ -984,9 +984,21 @@ def test_preactivation_sees_the_rows_of_positions(name, traced):
 @either
 @pytest.mark.parametrize(
     "name",
-    ["class-token", "prompts", "trained-state", "own-copies", "heads-by-matmul", "token-by-adding",
-     "weight-in-front", "weight-in-front-over-time", "weight-in-front-of-heads", "query", "query-by-einsum",
-     "centres", "centres-first"],
+    [
+        "class-token",
+        "prompts",
+        "trained-state",
+        "own-copies",
+        "heads-by-matmul",
+        "token-by-adding",
+        "weight-in-front",
+        "weight-in-front-over-time",
+        "weight-in-front-of-heads",
+        "query",
+        "query-by-einsum",
+        "centres",
+        "centres-first",
+    ],
 )
 def test_uses_of_other_kinds_are_seen(name, traced):
     (model,) = [m for m in INDEPENDENT if m.name == name]

@@ -7,6 +7,7 @@ after parameter. A layout is the permutation between the two, in slices.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -114,6 +115,13 @@ class Piece:
     def size(self) -> int:
         return self.groups * self.width
 
+    def lies_at(self, place: int) -> bool:
+        """Whether its rows lie in the block as they are computed, from this place on."""
+        if self.groups > 1:  # several parts, or runs, take turns
+            return self.parts == (Part(place, self.parts[0].length),)
+        places = itertools.accumulate((part.length for part in self.parts), initial=place)
+        return all(part.place == at for part, at in zip(self.parts, places, strict=False))
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -133,7 +141,7 @@ class Layout:
     @property
     def is_plain(self) -> bool:
         """Whether the rows already lie as in the block."""
-        return all(piece.parts == (Part(at, piece.parts[0].length),) for at, piece in self.starts())
+        return all(piece.lies_at(at) for at, piece in self.starts())
 
     def starts(self) -> Iterator[tuple[int, Piece]]:
         """Every piece with its first row."""
