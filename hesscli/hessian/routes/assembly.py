@@ -16,7 +16,7 @@ from hesscli.hessian.routes.base import Diagonal
 from hesscli.hessian.routes.kronecker import FEWEST, add_kronecker_rows
 from hesscli.hessian.routes.layers import Layer
 from hesscli.hessian.routes.probes import Probed
-from hesscli.hessian.routes.sums import add_product
+from hesscli.hessian.routes.sums import add_product, add_products
 from hesscli.hessian.workers import side_by_side, workers
 
 _COLUMNS = 512  # of gradients, at least, for as many samples as fit beside
@@ -70,8 +70,7 @@ def add_layer(
                 add_kronecker_rows(mine, s[:, :, 0], at)
             else:
                 pulled = s.transpose(-1, -2) @ a  # [directions, B, n - first, width]
-                for target, each in zip(_by_neuron(layer, mine), pulled.flatten(2), strict=True):
-                    add_product(target, at.T, each)
+                add_products(_by_neuron(layer, mine), at.T, pulled.flatten(2))
             if bias_out is not None:
                 first = chunk.start - neurons.start
                 bias_out[first : first + len(chunk), first:] += s.sum((1, 2))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 _SMALL = 1 << 16  # numbers
 _TINY = 1 << 14
+_FEW = 1 << 11  # samples, of which a tiny product rounds as little as a large one
 _TERMS = 1 << 8  # samples
 
 
@@ -20,7 +21,7 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         out: where a product that is not tiny is put.
     """
     samples = len(right)
-    if samples <= _TERMS or len(left) * right.shape[1] > _TINY:
+    if not _in_parts(samples, len(left) * right.shape[1]):
         return torch.mm(left, right, out=out)
     whole = samples - samples % _TERMS
     parts = left[:, :whole].unflatten(1, (-1, _TERMS)).transpose(0, 1)
@@ -36,3 +37,18 @@ def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
         out += product(left, right)
     else:
         out.addmm_(left, right)
+
+
+def add_products(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out[i] += left @ right[i], [k, p, q], for left [p, samples] and right [k, samples, q]: small ones at once."""
+    size = out[0].numel()
+    if size <= _SMALL and not _in_parts(left.shape[1], size):
+        out += left @ right
+        return
+    for target, each in zip(out, right, strict=True):
+        add_product(target, left, each)
+
+
+def _in_parts(samples: int, size: int) -> bool:
+    """Whether a product, of so many numbers, is the sum of several."""
+    return samples > _FEW and size <= _TINY
