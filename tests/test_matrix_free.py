@@ -277,6 +277,7 @@ def test_a_product_that_is_wrong_is_refused(cli, monkeypatch):
         (["eigen", "none.pt", MLP[1]], 2, "none.pt"),
         (["hvp", *MLP], 2, "expected one of --vector and --per-fedavg"),
         (["hvp", *MLP, "--vector", "gradient", "--query", MLP[1]], 2, "--query goes with"),
+        (["hvp", *MLP, "--query", MLP[1]], 2, "--query goes with"),
         (["hvp", *MLP, "--vector", "none.safetensors"], 2, "none.safetensors"),
         (["density", *MLP, "--plot", "p.gif"], 2, ".png, .svg, .pdf"),
         (["density", *MLP, "-o", "p.txt"], 2, ".safetensors nor .json"),
@@ -285,6 +286,13 @@ def test_a_product_that_is_wrong_is_refused(cli, monkeypatch):
 )
 def test_refused(cli, words, code, said):
     assert said in cli(*words).fails(code)
+
+
+def test_what_another_command_wrote_is_no_hessian(cli):
+    cli("hvp", *MLP, "--vector", "gradient", "-o", "products.safetensors", "-q")
+    for command in ("show", "eigen"):
+        ran = cli(command, "products.safetensors")
+        assert "products.safetensors: what hesscli hvp wrote, and no Hessian" in ran.fails(3)
 
 
 def test_options_of_a_problem_do_not_go_with_a_file(cli):

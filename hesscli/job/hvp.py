@@ -74,15 +74,15 @@ def hvp(
 
 def _demand_sense(problem: ProblemOptions, options: HvpOptions) -> None:
     """Raises UsageError where options do not go together."""
+    if options.query is not None and options.per_fedavg is None:
+        raise UsageError(
+            "--query goes with --per-fedavg", "--per-fedavg 0.01", instead_of=("--vector",)
+        )
     if (options.vector is None) == (options.per_fedavg is None):
         raise UsageError(
             "expected one of --vector and --per-fedavg",
             f"--vector {shlex.quote(options.vector or 'gradient')}",
             instead_of=("--per-fedavg", "--query"),
-        )
-    if options.query is not None and options.per_fedavg is None:
-        raise UsageError(
-            "--query goes with --per-fedavg", "--per-fedavg 0.01", instead_of=("--vector",)
         )
     named = (*problem.inputs, *([problem.targets] if problem.targets else []))
     beside = [name for name in named if is_other_file(name)]

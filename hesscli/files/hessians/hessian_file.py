@@ -19,6 +19,7 @@ from hesscli.files.safetensors_header import AGAIN, Header, document_of, is_regu
 from hesscli.files.sniff import no_such_file
 
 SCHEMA = "hesscli.hessian/1"
+_OTHERS = ("eigen", "density", "hvp")  # commands whose files hold something else
 _DTYPES = {"F32": "<f4", "F64": "<f8"}
 # Of a document, for the commands that read it.
 _REQUIRED = tuple(
@@ -119,6 +120,11 @@ def _document(path: Path, shown: str, metadata: dict[str, str]) -> dict[str, Any
             f"{shown}: holds a part of a Hessian ({document.get('number')} of "
             f"{document.get('count')}); the index opens it",
             f"hesscli show {shlex.quote(str(index))}" if index else None,
+        )
+    if wrote := [name for name in _OTHERS if schema == f"hesscli.{name}/1"]:
+        raise FileError(
+            f"{shown}: what hesscli {wrote[0]} wrote, and no Hessian",
+            "hesscli compute model.pt data.npz",
         )
     if schema != SCHEMA:
         raise FileError(f"{shown}: written in the format {schema}; this hesscli reads {SCHEMA}")
