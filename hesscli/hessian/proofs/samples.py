@@ -62,7 +62,7 @@ def _expanded(tape: Tape, axes: Axes, samples: int) -> Iterator[tuple[int, Sampl
         old, new = tape.shapes[mine], tape.shapes[made]
         lengths = [1] * (len(new) - len(old)) + list(old)
         fresh = [i for i, length in enumerate(lengths) if length == 1 and new[i] == samples]
-        if fresh:
+        if fresh and (call.name == "expand" or old != new):  # of one sample, anything may be added
             yield made, SampleAxis(fresh[0])
 
 
