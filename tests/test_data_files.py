@@ -19,7 +19,7 @@ from hesscli.errors import (
     ResourceError,
     UsageError,
 )
-from hesscli.files import arrow_files, npy
+from hesscli.files import npy
 from hesscli.files.data import load_data
 from hesscli.files.unusable import DECIMALS
 
@@ -315,25 +315,6 @@ def test_types(tmp_path, stored, loaded, order):
     x = load_data(tmp_path / "d.npz").inputs["x"]
     assert x.dtype is loaded
     assert np.array_equal(x.numpy(), array)
-
-
-@pytest.mark.parametrize("write", [pa.ipc.new_stream, pa.ipc.new_file])
-@pytest.mark.parametrize("packed", [None, "lz4", "zstd"])
-def test_arrow_that_unpacks_to_more_than_is_free(monkeypatch, tmp_path, write, packed):
-    """Is refused before it is unpacked; what is not compressed is mapped where it lies."""
-    words = pa.array(["a", "b"] * 4000).dictionary_encode()
-    table = pa.table({"x": np.zeros(8000), "y": np.arange(8000), "words": words})
-    path, options = tmp_path / "d.arrow", pa.ipc.IpcWriteOptions(compression=packed)
-    with write(path, table.schema, options=options) as file:
-        file.write_table(table)
-    monkeypatch.setattr(arrow_files, "available_memory", lambda: 8000 * (8 + 8 + 4) - 1)
-    if packed is None:
-        assert set(arrow_files.load_arrow(path)) == {"x", "y", "words"}
-        return
-    allocated = pa.total_allocated_bytes()
-    with pytest.raises(ResourceError, match=r"unpacks to 1600\d\d bytes; 159999"):
-        arrow_files.load_arrow(path)
-    assert pa.total_allocated_bytes() == allocated
 
 
 def test_a_type_to_convert_for_which_there_is_no_memory(tmp_path, monkeypatch):

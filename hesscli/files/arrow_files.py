@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from hesscli.errors import FileError, ResourceError, UsageError
-from hesscli.files.arrow_messages import unpacked_size
 from hesscli.files.npy import tensor
 from hesscli.files.resources import available_memory
 from hesscli.files.sniff import Kind, file_beside
@@ -80,8 +79,6 @@ def _mapped(path: Path | str) -> Any:
     with reading(path, Kind.ARROW):
         file = arrow.memory_map(str(path))
         is_file = file.read(6) == b"ARROW1"
-        file.seek(8 if is_file else 0)
-        _demand_room(path, unpacked_size(arrow.ipc.MessageReader.open_stream(file)))
         file.seek(0)
         return (arrow.ipc.open_file if is_file else arrow.ipc.open_stream)(file).read_all()
 
