@@ -18,7 +18,7 @@ from hesscli.hessian.objective.problem import Problem
 
 
 class OutputDifference(DirectionalDifference):
-    """J^T M J v in three steps that share no derivative with the products: J v by central differences of the output, M
+    """J^T M J v in three steps that share no derivative with the products: J v by differences of the output, M
     by the loss's gradient there, J^T by a plain backward pass. The output is that of the operators' definitions, the
     backward pass that of PyTorch's own operators, so that a wrong definition shows.
     """
