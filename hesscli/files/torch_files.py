@@ -87,9 +87,10 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", "This version of file is deprecated")
             warnings.filterwarnings("ignore", "Detected pickle protocol")
             warnings.filterwarnings("ignore", "The given buffer is not writable")
-            # Of quantised weights: whether they will do is said elsewhere.
+            # Of quantised and sparse weights: whether they will do is said elsewhere.
             warnings.filterwarnings("ignore", "TypedStorage is deprecated")
             warnings.filterwarnings("ignore", r"torch\.quantize_per_tensor")
+            warnings.filterwarnings("ignore", "Validating sparse tensor invariants")
             yield
     except Exception as error:
         if logged:
