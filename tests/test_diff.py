@@ -230,15 +230,6 @@ def test_of_two_structures_the_blocks_of_the_finer_compare(
         assert (found["structure"], found["only_a"], found["only_b"]) == (fine, [], [])
 
 
-def test_many_that_only_one_file_has_are_counted(cli, pair):
-    same = symmetric(3)
-    pair({"same": same, **{f"layer.{i}": same for i in range(30)}}, {"same": same})
-    ran = cli("diff", "a", "b")
-    assert "layer.8, layer.9 and 20 more" in ran.stdout
-    assert ran.stderr.endswith("layer.8, layer.9 and 20 more\n")
-    assert len(json.loads(cli("diff", "a", "b", "--json").stdout)["only_a"]) == 30
-
-
 def test_what_the_finer_structure_lacks(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     a = symmetric(12)

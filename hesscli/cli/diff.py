@@ -13,7 +13,6 @@ from hesscli.cli.numbers import error, number
 from hesscli.cli.options import Markdown
 from hesscli.cli.output import Document, Output
 from hesscli.errors import CheckError
-from hesscli.texts import listed
 
 
 @prints
@@ -92,7 +91,7 @@ def _described(side: Document) -> str:
 def _apart(document: Document) -> dict[str, str]:
     """The blocks that could not be compared."""
     named = {"only in a": "only_a", "only in b": "only_b", "other size": "other_size"}
-    return {label: listed(document[key]) for label, key in named.items() if document[key]}
+    return {label: ", ".join(document[key]) for label, key in named.items() if document[key]}
 
 
 def _verdict(document: Document) -> str:
