@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,40 +25,37 @@ class OutputDifference(DirectionalDifference):
     """
 
     def quotient(self, step: float) -> Tensor:
-        return self._product(step, output, self._central)
+        return self._product(step, partial(self._central, step))
 
     def one_sided_quotient(self, step: float, here: Here) -> Tensor:
-        return self._product(step, here.output, self._one_sided)
+        return self._product(step, partial(self._one_sided, step, here))
 
     def _product(
-        self,
-        step: float,
-        output: Callable[[Problem], Tensor],
-        differentiated: Callable[[Problem, Tensor, float], Tensor],
+        self, step: float, differentiated: Callable[[Problem], tuple[Tensor, Tensor]]
     ) -> Tensor:
-        """J^T M J v, with J v of each batch from its output and the step."""
-        leaves = self.leaves()
+        """J^T M J v, of what gives each batch's output and J v."""
+        leaves, kept = self.leaves(), len(self.problem.batches) == 1  # see `Here.output`
         total = torch.zeros_like(self.direction)
         for problem in self.problem.by_batch():
             (batch,) = problem.batches
-            f = output(problem)
+            f, along = differentiated(problem)
             if not f.requires_grad:
                 continue
-            along = differentiated(problem, f.detach(), step)
             seed = self._middle(batch, f.detach(), along, step) / self.problem.denominator
-            grads = torch.autograd.grad(f, leaves, seed, retain_graph=True, materialize_grads=True)
+            grads = torch.autograd.grad(f, leaves, seed, retain_graph=kept, materialize_grads=True)
             total += torch.cat([g.reshape(-1) for g in grads])
         return total
 
-    def _central(self, problem: Problem, f: Tensor, step: float) -> Tensor:
+    def _central(self, step: float, problem: Problem) -> tuple[Tensor, Tensor]:
         ahead, behind = self._outputs(problem, step)
-        return _where_finite(ahead, behind, 2 * step * self.scale)
+        return output(problem), _where_finite(ahead, behind, 2 * step * self.scale)
 
-    def _one_sided(self, problem: Problem, f: Tensor, step: float) -> Tensor:
+    def _one_sided(self, step: float, here: Here, problem: Problem) -> tuple[Tensor, Tensor]:
         (batch,) = problem.batches
+        f = here.output(problem)
         with self.moved(step), exact_derivatives(), torch.no_grad():
             ahead = self.problem.output(batch)
-        return _where_finite(ahead, f, step * self.scale)
+        return f, _where_finite(ahead, f.detach(), step * self.scale)
 
     def held_quotient(self, step: float, by_original: bool = False) -> None:
         """None: `quotient` keeps the kinks already, and differences of gradients are the Hessian's."""
