@@ -28,8 +28,7 @@ def find_uses(tape: Tape, axes: Axes) -> tuple[dict[str, tuple[Use, ...]], dict[
         the affine uses of each, in the order of execution: one, or several at values of their own, as it is; and why
         the others have none, or one that is shared no single one.
     """
-    trained = tape.dependent([*tape.parameters.values()])
-    constants = {n for n, axis in axes.items() if axis is None and n not in trained}
+    constants = {n for n, axis in axes.items() if axis is None and n not in tape.trained}
     found: dict[str, tuple[Use, ...]] = {}
     reasons: dict[str, str] = {}
     for name, number in tape.parameters.items():

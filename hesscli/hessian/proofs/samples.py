@@ -43,22 +43,25 @@ def sample_axes(tape: Tape, samples: int) -> Axes:
 
 def _states(tape: Tape, axes: Axes, samples: int) -> Iterator[tuple[int, SampleAxis]]:
     """Constants with a row for each sample that layers are applied to, as the first state of a recurrent one."""
-    trained = tape.dependent([*tape.parameters.values()])
     for call in tape.calls:
-        applied = call.name in _PRODUCTS and not trained.isdisjoint(call.reads)
+        applied = call.name in _PRODUCTS and not tape.trained.isdisjoint(call.reads)
         if applied and not any(axes[n] for n in call.reads):
             rows = (n for n in call.reads if tape.shapes[n][:1] == (samples,))
-            yield from ((n, SampleAxis(0)) for n in rows if n not in trained)
+            yield from ((n, SampleAxis(0)) for n in rows if n not in tape.trained)
 
 
 def _expanded(tape: Tape, axes: Axes, samples: int) -> Iterator[tuple[int, SampleAxis]]:
     """What gives each sample its own copy of trained values, as of a class token or of learned queries."""
-    trained = tape.dependent([*tape.parameters.values()])
     for call in tape.calls:
         made = call.outputs[0]
-        if call.name not in ("expand", "add") or made is None or axes[made] or made not in trained:
+        if (
+            call.name not in ("expand", "add")
+            or made is None
+            or axes[made]
+            or made not in tape.trained
+        ):
             continue
-        mine = next(n for n in call.reads if n in trained)
+        mine = next(n for n in call.reads if n in tape.trained)
         old, new = tape.shapes[mine], tape.shapes[made]
         lengths = [1] * (len(new) - len(old)) + list(old)
         fresh = [i for i, length in enumerate(lengths) if length == 1 and new[i] == samples]

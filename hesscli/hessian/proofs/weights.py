@@ -92,8 +92,7 @@ def _ordered(rows: Tensor) -> Tensor:
 def find_weights(tape: Tape, axes: Axes) -> Weights:
     """The weights of a tape, by names that no parameter has."""
     tape = _with_shapes_given(tape, axes)
-    trained = tape.dependent([*tape.parameters.values()])
-    alone = {n for n in trained if axes[n] is None}  # the same for every sample
+    alone = {n for n in tape.trained if axes[n] is None}  # the same for every sample
 
     behind = tuple(call for call in tape.calls if not alone.issuperset(call.makes))
     entering = sorted({n for call in behind for n in call.reads if n in alone})

@@ -119,6 +119,11 @@ class Tape:
     decided: bool = False
     refusal: str = ""
 
+    @cached_property
+    def trained(self) -> frozenset[int]:
+        """The values that depend on any parameter, these included."""
+        return frozenset(self.dependent([*self.parameters.values()]))
+
     def dependent(self, values: Sequence[int]) -> set[int]:
         """The values that depend on any of these, themselves included."""
         reached = 0
