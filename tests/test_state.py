@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections import defaultdict, deque
-from collections.abc import Callable
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from enum import Enum
@@ -155,6 +155,40 @@ class OfTheClass(Plain):
 
     def square(self) -> Tensor:
         return self.kept.setdefault("square", super().square())
+
+
+class Lazy(OrderedDict[str, Any]):
+    """Made of more than its items, and asks for none before it is told to, as a registry of classes."""
+
+    def __init__(self, source: str, items: dict[str, Any]) -> None:
+        super().__init__()
+        for name, item in items.items():
+            OrderedDict.__setitem__(self, name, item)
+
+    def __iter__(self) -> Iterator[str]:
+        raise AssertionError("asked for its items")
+
+    def __len__(self) -> int:
+        raise AssertionError("asked how many there are")
+
+
+class Recent(deque[Any]):
+    def __init__(self, source: str, items: list[Any]) -> None:
+        super().__init__(items)
+
+
+class InARegistry(Plain):
+    kept: ClassVar[Lazy] = Lazy("", {"squares": {}})
+
+    def square(self) -> Tensor:
+        return self.kept["squares"].setdefault("square", super().square())
+
+
+class InAQueue(Plain):
+    kept: ClassVar[Recent] = Recent("", [{}])
+
+    def square(self) -> Tensor:
+        return self.kept[0].setdefault("square", super().square())
 
 
 class Assigned(Plain):
@@ -428,8 +462,19 @@ class Hooked(Plain):
 @pytest.mark.parametrize(
     "kind",
     [
-        *(Attribute, Made, Property, Buffer, MadeBuffer, Steps, Stored, Queued, OfTheClass, Hooked),
-        *HOLDERS,
+        *(
+            Attribute,
+            Made,
+            Property,
+            Buffer,
+            MadeBuffer,
+            Steps,
+            Stored,
+            Queued,
+            OfTheClass,
+            InAQueue,
+        ),
+        *(InARegistry, Hooked, *HOLDERS),
         *(Assigned, AssignedAnew, OfTheFile, ByAFunction, Bound, NewlyBound, Counted, CachedMethod),
         *(CachedFunction, ByDefault, OfTheFunction, InAClosure, InSlots, InFilledSlots),
         *(InAttributes, InAnEnum, Dispatched, InAnotherFile, ByTensors, InAFrozenClass),

@@ -80,9 +80,10 @@ def _of_container(each: Any) -> Held:
     if base not in _CONTAINERS:
         own = (getattr(each, "__dict__", None), base)
         base = next(base for base in _CONTAINERS if isinstance(each, base))
-    if not each:
+    if not base.__len__(each):
         return own, partial(base.clear, each)
-    before = base.copy(each)
+    items = base.items(each) if isinstance(each, dict) else base.__iter__(each)
+    before = base(items)  # `copy` would make one of the subclass, by whatever its `__init__` wants
     values = before.values() if isinstance(before, dict) else before
     return (*own, *values), partial(_refill, base, each, before)
 
@@ -188,11 +189,11 @@ def _forget(cached: Any, misses: int) -> None:
 
 def _refill(base: Any, now: Any, before: Any) -> None:
     """Gives a container what it held, unless it holds just that."""
-    same = len(now) == len(before)
+    same = base.__len__(now) == len(before)
     if same and isinstance(now, set):  # whose order is its own
-        same = set(map(id, now)) == set(map(id, before))
+        same = set(map(id, base.__iter__(now))) == set(map(id, before))
     elif same:
-        same = all(map(is_, now, before))
+        same = all(map(is_, base.__iter__(now), before))
     if same and isinstance(now, dict):
         same = all(map(is_, base.values(now), base.values(before)))
     if not same:
