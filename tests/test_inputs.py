@@ -15,6 +15,7 @@ from torch.export import Dim
 import hesscli
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.setup.opening import open_problem
+from hesscli.job.setup.processes import Processes
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Z, Y = (torch.randn(12, n, generator=GENERATOR, dtype=torch.float64) for n in (3, 4, 2))
@@ -194,6 +195,37 @@ def test_batches_that_a_program_accepts(cli, data, tmp_path, limits, asked, batc
     assert relative_error(tensors["hessian"], truth(model, X)) < 1e-9
     options = ProblemOptions(tmp_path / "m.pt2", tmp_path / data, batch_size=asked)
     assert len(open_problem(options, Listener()).problem.batches) == batches
+
+
+class Wide(nn.Module):
+    def __init__(self, centred: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.centred = nn.Linear(2, 4096), nn.Linear(4096, 1), centred
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.last(h - h.mean(0) if self.centred else h)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "centred", "batches", "checked"),
+    [(None, False, 6, 1), (300, False, 10, 10), (None, True, 1, 1)],
+)
+def test_gradients_alone_are_taken_of_more_samples(
+    tmp_path, monkeypatch, batch_size, centred, batches, checked
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    torch.jit.script(Wide(centred)).save(tmp_path / "m.pt")
+    x, y = torch.randn(3000, 2), torch.randn(3000, 1)
+    np.savez(tmp_path / "d.npz", x=x, y=y)
+    options = ProblemOptions(tmp_path / "m.pt", tmp_path / "d.npz", batch_size=batch_size)
+    opened = open_problem(options, Listener(), Processes(side_by_side=True))
+    assert opened.double is not None
+    assert opened.double.original is not None
+    every = opened.problem, opened.double, opened.double.original
+    assert [len(each.batches) for each in every] == [batches, checked, checked]
+    assert {sum(map(len, each.batches)) for each in every} == {3000}
+    assert all(each.batches[0] is each.batches[0] for each in every)
 
 
 def test_batches_that_no_program_accepts(cli, data, tmp_path):

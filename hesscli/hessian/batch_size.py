@@ -8,6 +8,8 @@ from hesscli.hessian.chunk_sizes import ChunkSizes
 
 PREFERRED_ROWS = 4  # per chunk; more of them gain less than larger batches do
 _GRAPHS = 4  # a double backward pass keeps about this many times what a forward pass saves
+_CHECKED = 8  # a check's pass keeps this part of the workspace at most
+_WIDE = 8  # bytes of a number in float64
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,7 @@ class Sizes:
     """How much goes through the model in one pass."""
 
     batch: int  # samples
+    checked: int  # samples, where a gradient in float64 is all that is taken
     chunk: int  # rows of a matrix
 
 
@@ -41,5 +44,7 @@ def choose_sizes(
     workspace = min(usual.activations, memory // 4)
     per_sample = max(1, _GRAPHS * saved_per_sample)
     batch = max(1, min(samples, usual.samples, workspace // (per_sample * rows)))
+    wide = max(1, saved_per_sample * _WIDE // itemsize)
+    checked = max(1, min(samples, usual.samples, workspace // (_CHECKED * wide)))
     per_row = per_sample * batch + 3 * largest_block * itemsize
-    return Sizes(batch, max(1, min(usual.rows, workspace // per_row)))
+    return Sizes(batch, checked, max(1, min(usual.rows, workspace // per_row)))

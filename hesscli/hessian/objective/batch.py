@@ -35,15 +35,17 @@ class Batch:
 
 
 class Batches(Sequence[Batch]):
-    """Batches that are made anew each time they are asked for: the data need not fit into memory.
+    """Batches that are made when they are asked for.
 
     Args:
         count: how many.
         make: makes the one with this index.
+        kept: whether each is made once; or else anew each time, as the data need not fit into memory.
     """
 
-    def __init__(self, count: int, make: Callable[[int], Batch]) -> None:
-        self._count, self._make = count, make
+    def __init__(self, count: int, make: Callable[[int], Batch], kept: bool = False) -> None:
+        self._count, self._make, self.kept = count, make, kept
+        self._made: dict[int, Batch] = {}
 
     def __len__(self) -> int:
         return self._count
@@ -51,14 +53,17 @@ class Batches(Sequence[Batch]):
     def __getitem__(self, index: int) -> Batch:  # type: ignore[override]  # no slices
         if not 0 <= index < self._count:
             raise IndexError(index)
-        return self._make(index)
+        if not self.kept:
+            return self._make(index)
+        if index not in self._made:
+            self._made.setdefault(index, self._make(index))
+        return self._made[index]
 
 
-def doubled(batches: Sequence[Batch]) -> Sequence[Batch]:
+def doubled(batches: Sequence[Batch]) -> Batches:
     """The same in float64."""
-    if isinstance(batches, Batches):
-        return Batches(len(batches), lambda index: _double(batches[index]))
-    return [_double(batch) for batch in batches]
+    kept = not isinstance(batches, Batches) or batches.kept
+    return Batches(len(batches), lambda index: _double(batches[index]), kept)
 
 
 def _double(batch: Batch) -> Batch:

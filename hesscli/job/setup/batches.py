@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 
 import torch
@@ -30,14 +30,29 @@ _WORTH = 1 << 21  # bytes that a batch's pass keeps at least
 _ENOUGH = 1 << 23  # and at most; or half of the parameters' bytes, if that is more
 
 
+@dataclass(frozen=True)
+class Split:
+    """A problem with its data in batches.
+
+    Attributes:
+        problem: with batches that leave room for second derivatives.
+        checked: the same data in batches for gradients alone, which have room for more samples.
+        chunk: the rows of a matrix that go through at once.
+    """
+
+    problem: Problem
+    checked: Sequence[Batch]
+    chunk: int
+
+
 def split(
     problem: Problem,
     source: Source,
     batch_size: int | None,
     note: Callable[[str], None],
     processes: Processes,
-) -> tuple[Problem, int]:
-    """The problem with its data in batches, unless model or loss want it whole; and the rows of a chunk.
+) -> Split:
+    """The problem with its data in batches, unless model or loss want it whole.
 
     Args:
         problem: the problem, without its batches.
@@ -70,11 +85,16 @@ def split(
     sizes = _sizes(problem, saved, source.samples, processes)
     bounds = _bounds(source, batch_size or sizes.batch, shares)
     problem, bounds = _taken_apart(problem, source, bounds, saved, note, processes)
+    checked = bounds
+    if problem.separable and batch_size is None:
+        checked = _bounds(source, max(sizes.batch, sizes.checked), shares)
     count = len(bounds) - 1
     if count < shares:
         listed = f"{count} batch" + ("es" if count > 1 else "")
         note(f"the data is {listed}, so {shares - count} of {shares} processes have nothing to do")
-    return replace(problem, batches=_batches(source, bounds, shares)), sizes.chunk
+    problem = replace(problem, batches=_batches(source, bounds))
+    same = checked == bounds
+    return Split(problem, problem.batches if same else _batches(source, checked), sizes.chunk)
 
 
 def _say_where_classes_are(problem: Problem, some: Batch, note: Callable[[str], None]) -> None:
@@ -199,17 +219,14 @@ def _taken_apart(
     return replace(problem, separable=False), [0, source.samples]
 
 
-def _batches(source: Source, bounds: Sequence[int], shares: int) -> Sequence[Batch]:
-    """All batches at once where they take a small part of the memory; else each when it is needed."""
+def _batches(source: Source, bounds: Sequence[int]) -> Batches:
+    """Each is kept where all take a small part of the memory; else it is made when it is needed."""
 
     def make(index: int) -> Batch:
         return source.batch(bounds[index], bounds[index + 1])
 
     small = source.bytes <= free_memory(source.device) // 8
-    if shares > 1:  # a process needs its own alone
-        return Batches(len(bounds) - 1, cache(make) if small else make)
-    lazy = Batches(len(bounds) - 1, make)
-    return list(lazy) if small else lazy
+    return Batches(len(bounds) - 1, make, kept=small)
 
 
 def free_memory(device: torch.device) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,6 +21,7 @@ from hesscli.files.finite import check_finite
 from hesscli.files.models.model_file import SavedModel, load_model
 from hesscli.hessian.aten.precision import in_precision_
 from hesscli.hessian.curvatures import CURVATURES
+from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.measure import measure, protected
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.json_form import Document
@@ -61,6 +62,7 @@ class Opened:
 
     options: ProblemOptions  # that it was opened with
     problem: Problem
+    checked: Sequence[Batch]  # the same data, where gradients alone are taken
     chunk: int  # rows of a matrix that go through at once
     tied: dict[str, list[str]]  # first name -> the other names of the same tensor
     frozen: list[str]  # parameters left out because they do not require a gradient
@@ -70,7 +72,7 @@ class Opened:
     @cached_property
     def double(self) -> Problem | None:
         """The problem in float64, for checks and for differences; None if the model does not run in it."""
-        return self.problem.double()
+        return replace(self.problem, batches=self.checked).double()
 
 
 def open_problem(
@@ -145,7 +147,8 @@ def _opened(
     )
     if data.columns:
         source = as_columns(problem, source, note)
-    problem, chunk = split(problem, source, options.batch_size, note, processes)
+    cut = split(problem, source, options.batch_size, note, processes)
+    problem = cut.problem
     _demand_own_parameters(model, problem)
     if loss.wide:
         problem, _ = problem.widened()
@@ -162,7 +165,7 @@ def _opened(
         raise NumericalError(f"the loss is {value}; its derivatives would mean nothing")
     problem = replace(problem, denominator=measured.denominator)
     facts = _facts(options, model, data, list(inputs), problem, value)
-    return Opened(options, problem, chunk, tied, frozen, facts, listener)
+    return Opened(options, problem, cut.checked, cut.chunk, tied, frozen, facts, listener)
 
 
 def _loaded(
