@@ -458,6 +458,35 @@ class Hooked(Plain):
         return torch.stack(self.collected).sum(0)
 
 
+class Unwilling:
+    """Answers no questions, as the validators of pydantic before their class is finished."""
+
+    __slots__ = ("kept",)
+
+    def __getattr__(self, name: str) -> object:
+        raise RuntimeError(name)
+
+
+class InASlot:
+    __slots__ = ("value",)
+
+
+class Shadowed(InASlot):
+    @property
+    def value(self) -> object:  # type: ignore[override]
+        return object()
+
+
+class Proxy:
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        raise RuntimeError("for nothing yet")
+
+
+class AmongStrangers(Attribute):
+    strangers: ClassVar[list[object]] = [Unwilling(), Shadowed(), Proxy()]
+
+
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 @pytest.mark.parametrize(
     "kind",
@@ -478,6 +507,7 @@ class Hooked(Plain):
         *(Assigned, AssignedAnew, OfTheFile, ByAFunction, Bound, NewlyBound, Counted, CachedMethod),
         *(CachedFunction, ByDefault, OfTheFunction, InAClosure, InSlots, InFilledSlots),
         *(InAttributes, InAnEnum, Dispatched, InAnotherFile, ByTensors, InAFrozenClass),
+        AmongStrangers,
     ],
 )
 def test_every_pass_is_the_first(kind: type[Plain], curvature: str) -> None:

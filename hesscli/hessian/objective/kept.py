@@ -57,7 +57,7 @@ def restores(root: Callable[..., object]) -> Iterator[Restore]:
         if type(each) in _CONTAINERS and not each:  # as most of a module's are
             yield each.clear  # type: ignore[attr-defined]
             continue
-        most += _OF_A_MODULE * isinstance(each, nn.Module)
+        most += _OF_A_MODULE * issubclass(type(each), nn.Module)
         held, restore = _held(each)
         found += held
         if restore is not None:
@@ -65,10 +65,11 @@ def restores(root: Callable[..., object]) -> Iterator[Restore]:
 
 
 def _held(each: object) -> Held:
+    its = type(each)  # a proxy's `__class__` may be another's, or an error
     for kind, of in _KINDS.items():
-        if isinstance(each, kind):
+        if issubclass(its, kind):
             return of(each)
-    if _foreign(type(each)) and not isinstance(each, nn.Module):
+    if _foreign(its) and not issubclass(its, nn.Module):
         return (), None
     return _of_object(each)
 
@@ -78,7 +79,7 @@ def _of_container(each: Any) -> Held:
     base: Any = type(each)
     own: tuple[object, ...] = ()
     if base not in _CONTAINERS:
-        own = (getattr(each, "__dict__", None), base)
+        own = (_attributes(each), base)
         base = next(base for base in _CONTAINERS if isinstance(each, base))
     if not base.__len__(each):
         return own, partial(base.clear, each)
@@ -89,18 +90,18 @@ def _of_container(each: Any) -> Held:
 
 
 def _of_object(each: object) -> Held:
-    attributes = getattr(each, "__dict__", None)
+    attributes = _attributes(each)
     kind = type(each)
     held = [kind] + ([attributes] if type(attributes) is dict else [])
-    places = {
-        name: place
+    slots = [
+        slot
         for base in kind.__mro__
         if "__slots__" in vars(base)
-        for name, place in vars(base).items()
-        if isinstance(place, MemberDescriptorType)
-    }
-    before = {name: getattr(each, name, _MISSING) for name in places}
-    return (*held, *before.values()), partial(_reslot, each, kind, before)
+        for slot in vars(base).values()
+        if isinstance(slot, MemberDescriptorType)
+    ]
+    before = [(slot, _in_slot(slot, each)) for slot in slots]
+    return (*held, *(value for _, value in before)), partial(_reslot, each, kind, before)
 
 
 def _of_function(function: FunctionType) -> Held:
@@ -167,6 +168,22 @@ def _names(code: CodeType) -> frozenset[str]:
     return frozenset(code.co_names).union(*inner)
 
 
+def _attributes(each: object) -> object:
+    """Its `__dict__`, if it has one; a class may answer for what is missing, with an error of its own."""
+    try:
+        return object.__getattribute__(each, "__dict__")
+    except AttributeError:
+        return None
+
+
+def _in_slot(slot: MemberDescriptorType, each: object) -> object:
+    """What is in it, whatever a property of the same name says, or a class that forbids to set it."""
+    try:
+        return slot.__get__(each)
+    except AttributeError:  # nothing
+        return _MISSING
+
+
 def _contents(cell: CellType) -> object:
     try:
         return cell.cell_contents
@@ -210,15 +227,17 @@ def _reset(kind: type, before: Mapping[str, object]) -> None:
             type.__setattr__(kind, name, value)
 
 
-def _reslot(each: object, kind: type, before: Mapping[str, object]) -> None:
+def _reslot(
+    each: object, kind: type, before: Iterable[tuple[MemberDescriptorType, object]]
+) -> None:
     if type(each) is not kind:  # a lazy module's, after its first pass
         each.__class__ = kind
-    for name, value in before.items():
-        if getattr(each, name, _MISSING) is not value:
+    for slot, value in before:
+        if _in_slot(slot, each) is not value:
             if value is _MISSING:
-                object.__delattr__(each, name)
+                slot.__delete__(each)
             else:
-                object.__setattr__(each, name, value)  # a frozen dataclass has slots, too
+                slot.__set__(each, value)
 
 
 def _rebind(
