@@ -952,6 +952,28 @@ def test_factories(nets, source, capsys):
         assert build(f"{source}:Net", {"width": 4}, {}).later() == 3
 
 
+LEFT = {
+    "gradients": "torch.set_grad_enabled(False)",
+    "inference": "torch.inference_mode().__enter__()",
+    "autocast": "torch.autocast('cpu').__enter__()",
+    "folder": "import os; os.chdir('code')",
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("left", LEFT)
+def test_what_scripts_leave_on_ends_with_them(nets, left, inside):
+    statement = f"def make():\n    {LEFT[left]}" if inside else f"{LEFT[left]}\ndef make():"
+    (nets / "script.py").write_text(
+        f"import torch\n{statement}\n    return torch.nn.Linear(2, 2)\n"
+    )
+    net = build("script.py:make", {}, {})
+    assert net(torch.ones(1, 2)).requires_grad
+    assert net(torch.ones(1, 2)).dtype is torch.float32
+    assert not torch.ones(1).is_inference()
+    assert Path.cwd() == nets
+
+
 @pytest.mark.parametrize(
     ("arch", "arguments", "words", "hint"),
     [

@@ -1371,3 +1371,58 @@ def test_what_a_graph_network_does_not_accept_is_said_of_all_nodes(cli, tmp_path
     said = cli("compute", "graph.pt", "d.npz").fails(4)
     assert "float32 [5, 3], int64 [5]" in said
     assert "5x3 and 2x1" in said
+
+
+class WithoutGradients(nn.Module):
+    def __init__(self, when: str) -> None:
+        super().__init__()
+        self.a, self.b, self.when = nn.Linear(2, 3), nn.Linear(3, 1), when
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.when == "first":
+            torch.set_grad_enabled(False)
+        h = torch.tanh(self.a(x))
+        if self.when == "between":
+            with torch.no_grad():
+                h = h.clone()
+        y = self.b(h)
+        if self.when == "last":
+            torch.set_grad_enabled(False)
+        return y.detach() if self.when == "detached" else y
+
+
+@pytest.mark.parametrize("job", ["compute", "operator"])
+@pytest.mark.parametrize("when", ["first", "detached"])
+def test_a_model_without_gradients_is_refused(when, job):
+    torch.manual_seed(0)
+    with pytest.raises(MismatchError, match="no gradient by any parameter, though") as refused:
+        getattr(hesscli, job)(WithoutGradients(when).double(), (X, Y))
+    assert refused.value.exit_code == 4
+    assert "no_grad" in refused.value.hint
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(("when", "like"), [("between", "between"), ("last", "never")])
+def test_gradients_that_are_off_in_part(when, like):
+    torch.manual_seed(0)
+    model, its = WithoutGradients(when).double(), WithoutGradients(like).double()
+    its.load_state_dict(model.state_dict())
+    found = hesscli.compute(model, (X, Y), blocks="full", framework="torch")
+    assert torch.is_grad_enabled()
+    assert relative_error(found.matrix(), hessian(its, nn.functional.mse_loss, (X,), Y)) < 1e-9
+
+
+def test_an_output_that_no_parameter_moves():
+    """Nothing is wrong with a Hessian of zero."""
+
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :1]
+
+    found = hesscli.compute(Constant().double(), (X, Y), blocks="full")
+    assert not found.matrix().any()
+    assert "hessian: unused, its block is zero" in found.metadata["notes"]

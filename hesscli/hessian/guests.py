@@ -48,12 +48,16 @@ def is_in_function() -> bool:
 
 @contextmanager
 def guest(explained: Explain) -> Iterator[None]:
-    """Inside runs code that is not ours, and its errors are made those of `explaining`."""
+    """Inside runs code that is not ours, and its errors are made those of `explaining`.
+
+    If it turns gradients off for good, they are on again afterwards.
+    """
     before, _inside.with_gradients = _inside.with_gradients, torch.is_grad_enabled()
     try:
         with _inside.device or nullcontext(), explaining(explained):
             yield
     finally:
+        torch.set_grad_enabled(_inside.with_gradients)
         _inside.with_gradients = before
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
+import torch
 from torch import nn
 
 from hesscli.errors import UsageError
@@ -28,14 +29,28 @@ def importable() -> Iterator[None]:
 
     A console script's path starts with its own folder, not the user's; and stdout is for data. Afterwards the folders
     come last, where they hide nothing, for what the code imports when it runs.
+
+    A script may leave another folder as the current one, or gradients off, or autocast on: that ends here.
     """
-    before = list(sys.path)
-    sys.path.insert(0, os.getcwd())
+    before, folder = list(sys.path), os.getcwd()
+    sys.path.insert(0, folder)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), _differentiable():
             yield
     finally:
+        os.chdir(folder)
         sys.path[:] = [*before, *(folder for folder in sys.path if folder not in before)]
+
+
+@contextlib.contextmanager
+def _differentiable() -> Iterator[None]:
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
 
 
 def imported(option: str, spec: str) -> object:

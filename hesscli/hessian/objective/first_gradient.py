@@ -12,8 +12,13 @@ from torch import Tensor, nn
 from hesscli.errors import NumericalError
 from hesscli.hessian.aten.definitions import right_gradients
 from hesscli.hessian.guests import explaining
-from hesscli.hessian.objective.problem import Problem, all_differentiated
-from hesscli.hessian.objective.refusals import UNREGISTERED, behind_reentrant, no_gradient
+from hesscli.hessian.objective.problem import Problem, all_differentiated, parameters_at
+from hesscli.hessian.objective.refusals import (
+    UNREGISTERED,
+    behind_reentrant,
+    gradients_off,
+    no_gradient,
+)
 
 
 def first_gradient(problem: Problem) -> tuple[dict[str, Tensor], float, set[str]]:
@@ -21,7 +26,8 @@ def first_gradient(problem: Problem) -> tuple[dict[str, Tensor], float, set[str]
 
     Raises:
         NumericalError: it is not finite.
-        MismatchError: `backward()` alone reaches a parameter, or none passes an operator between it and L.
+        MismatchError: `backward()` alone reaches a parameter, or none passes an operator between it and L, or model or
+            loss turn gradients off.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("error", f".*{UNREGISTERED}")
@@ -37,9 +43,11 @@ def _unused(problem: Problem, names: Sequence[str]) -> set[str]:
 
     Raises:
         MismatchError: `backward()` alone reaches one, as it does behind a reentrant checkpoint. That is entered only
-            where something before it requires a gradient, too.
+            where something before it requires a gradient, too. Or L moves with the module's parameters, and has no
+            gradient by any.
     """
     left = {name: problem.parameters[name] for name in names}
+    followed = False  # whether L has a gradient by anything
     for batch in problem.batches:
         if not left:
             break
@@ -48,6 +56,7 @@ def _unused(problem: Problem, names: Sequence[str]) -> set[str]:
                 value = problem.value(batch)
             if not value.requires_grad:
                 continue
+            followed = True
             with explaining(no_gradient, needed=True):
                 grads = torch.autograd.grad(
                     value, list(left.values()), allow_unused=True, retain_graph=True
@@ -56,7 +65,19 @@ def _unused(problem: Problem, names: Sequence[str]) -> set[str]:
                 hidden = _reached_by_backward(value, problem.module, left) if left else []
         if hidden:
             raise behind_reentrant(hidden[0])
+    if left and not followed and _moves(problem):
+        raise gradients_off()
     return set(left)
+
+
+def _moves(problem: Problem) -> bool:
+    """Whether the loss of the first batch depends on the values of the module's parameters."""
+    with all_differentiated(problem.module) as every, torch.no_grad():
+        leaves = list(every.values())
+        here = float(problem.value(problem.batches[0]))
+        with parameters_at(leaves, [1.01 * leaf + 0.01 for leaf in leaves]):
+            there = float(problem.value(problem.batches[0]))
+    return not math.isclose(here, there, rel_tol=1e-6)
 
 
 def _reached_by_backward(

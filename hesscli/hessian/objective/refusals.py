@@ -63,6 +63,15 @@ def behind_reentrant(what: str) -> MismatchError:
     )
 
 
+def gradients_off() -> MismatchError:
+    """What is said where the loss depends on the parameters, and to autograd on none of them."""
+    return MismatchError(
+        "the loss has no gradient by any parameter, though it depends on them: the model or the loss computes where "
+        "gradients are off, or detaches all",
+        "leave torch.no_grad and torch.set_grad_enabled(False) out of forward, and out of the loss",
+    )
+
+
 def no_gradient(reason: str, error: BaseException) -> MismatchError:
     """What is said where a plain gradient fails."""
     if "use_reentrant=True" in str(error):
