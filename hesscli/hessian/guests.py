@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -50,15 +51,24 @@ def is_in_function() -> bool:
 def guest(explained: Explain) -> Iterator[None]:
     """Inside runs code that is not ours, and its errors are made those of `explaining`.
 
-    If it turns gradients off for good, they are on again afterwards.
+    It runs as it is written: what `torch.compile` would make of it has no second derivatives. If it turns gradients off
+    for good, they are on again afterwards.
     """
     before, _inside.with_gradients = _inside.with_gradients, torch.is_grad_enabled()
     try:
-        with _inside.device or nullcontext(), explaining(explained):
+        with _inside.device or nullcontext(), _uncompiled(), explaining(explained):
             yield
     finally:
         torch.set_grad_enabled(_inside.with_gradients)
         _inside.with_gradients = before
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    if (
+        "torch._dynamo.eval_frame" not in sys.modules
+    ):  # then nothing is compiled, and importing it takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hesscli.errors import UsageError
+from hesscli.files.models.compiled import uncompiled
 from hesscli.files.models.importing import attribute_of, first_line, importable, module_of
 from hesscli.files.models.libraries import timm_factory, transformers_factory
 from hesscli.files.models.mlp import build_mlp
@@ -66,7 +67,7 @@ def _call(arch: str, factory: object, name: str, arguments: Mapping[str, object]
                 f"--arch {shlex.quote(arch)}",
                 instead_of=("--arch-arg",),
             )
-        return factory
+        return uncompiled(factory)
     if not callable(factory):
         raise UsageError(
             f"--arch {arch}: {name} is a {type(factory).__name__}; "
@@ -88,7 +89,7 @@ def _call(arch: str, factory: object, name: str, arguments: Mapping[str, object]
             f"--arch {arch}: {name} returned a {type(module).__name__}; expected an nn.Module",
             f"return the model alone from {name}",
         )
-    return module
+    return uncompiled(module)
 
 
 def _wanted(factory: Callable[..., object], given: Mapping[str, object]) -> dict[str, object]:

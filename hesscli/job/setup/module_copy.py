@@ -9,8 +9,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from hesscli.errors import MismatchError
+from hesscli.files.models.compiled import uncompiled
 from hesscli.files.models.ties import tie, tied_groups
 from hesscli.hessian.objective.copies import copied
+
+_OF_A_WRAPPER = "_torchdynamo_wrapper_id"  # by which `torch.compile` knows its own
 
 
 def own_copy(module: nn.Module) -> nn.Module:
@@ -33,7 +36,7 @@ def own_copy(module: nn.Module) -> nn.Module:
         for name, p in copy.named_parameters(remove_duplicate=False):
             p.requires_grad = every[name].requires_grad
         tie(copy, groups)  # which share memory and are no one object
-        return copy
+        return uncompiled(copy)
     except Exception as error:  # a module may hold anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if holder := _holder_of_results(module):
@@ -79,7 +82,7 @@ def _numbers(module: nn.Module) -> dict[str, Tensor | complex]:
         (f"{path}.{name}" if path else name, value)
         for path, part in module.named_modules(remove_duplicate=False)
         for name, value in vars(part).items()
-        if isinstance(value, (Tensor, int, float, complex))
+        if isinstance(value, (Tensor, int, float, complex)) and name != _OF_A_WRAPPER
     )
     parameters = module.named_parameters(remove_duplicate=False)
     return dict(chain(attributes, parameters, module.named_buffers(remove_duplicate=False)))
