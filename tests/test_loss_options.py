@@ -597,3 +597,86 @@ def test_a_class_is_no_loss(loss):
         computed(net(3), (X, Y), loss=loss)
     assert refused.value.exit_code == 2
     assert refused.value.hint == "write loss = CrossEntropyLoss() into FILE.py: --loss FILE.py:loss"
+
+
+# --- one number -------------------------------------------------------------------------------
+
+
+def dice(f: Tensor, y: Tensor) -> Tensor:
+    return 1 - 2 * (f.sigmoid() * y).sum() / (f.sigmoid() + y).sum()
+
+
+def focal_mean(f: Tensor, y: Tensor) -> Tensor:
+    terms = F.cross_entropy(f, y, reduction="none")
+    return ((1 - torch.exp(-terms)) ** 2 * terms).mean()
+
+
+P = Y.sigmoid()
+OF_SAMPLES = {
+    "a module": (nn.CrossEntropyLoss(), CLASSES),
+    "a function": (F.cross_entropy, CLASSES),
+    "smoothed": (nn.CrossEntropyLoss(label_smoothing=0.1), CLASSES),
+    "focal": (focal_mean, CLASSES),
+    "squares": (nn.MSELoss(), Y),
+    "huber": (nn.HuberLoss(delta=0.3), Y),
+    "logits": (nn.BCEWithLogitsLoss(), P),
+    "probabilities": (lambda f, y: F.binary_cross_entropy(f.softmax(1), y), P),
+    "divergence": (lambda f, y: F.kl_div(f.log_softmax(1), y, reduction="batchmean"), P),
+    "over their number": (lambda f, y: ((f - y) ** 2).sum() / len(f), Y),
+    "two means": (lambda f, y: F.mse_loss(f, y) - 0.1 * F.softplus(f).mean(1).mean(), Y),
+    "norms": (lambda f, y: (f - y).norm(dim=1).mean(), Y),
+}
+SUMS = {
+    "a module": (nn.MSELoss(reduction="sum"), Y),
+    "half": (lambda f, y: 0.5 * (f - y).square().sum(), Y),
+    "log-likelihood": (lambda f, y: -f.log_softmax(1)[torch.arange(len(y)), y].sum(), CLASSES),
+}
+NUMBERS = [(each, "mean") for each in OF_SAMPLES] + [(each, "sum") for each in SUMS]
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+@pytest.mark.parametrize(("name", "kind"), NUMBERS)
+def test_one_number_that_is_of_each_sample(name, kind, batch_size):
+    loss, y = (OF_SAMPLES if kind == "mean" else SUMS)[name]
+    options = {"loss": loss, "batch_size": batch_size, "method": "preactivation"}
+    found = computed(net(), (X, y), **options)
+    close(found, hessian(net(), loss, (X,), y))
+    assert any(f"one number, the {kind} over the samples" in n for n in found.metadata["notes"])
+    assert found.metadata["loss"]["reduction"] == kind
+    value = loss(net()(X), y).item()
+    assert found.metadata["loss"]["value"] == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize(("name", "kind"), NUMBERS)
+def test_fisher_of_one_number(name, kind):
+    loss, y = (OF_SAMPLES if kind == "mean" else SUMS)[name]
+    model, truth = net(), 0
+    for i in range(len(X)):
+        grads = torch.autograd.grad(loss(model(X[i : i + 1]), y[i : i + 1]), [*model.parameters()])
+        g = torch.cat([grad.flatten() for grad in grads])
+        truth = truth + torch.outer(g, g) / (len(X) if kind == "mean" else 1)
+    close(computed(model, (X, y), loss=loss, curvature="fisher", batch_size=3), truth)
+
+
+OF_ALL = {
+    "weighed": (nn.CrossEntropyLoss(weight=W), CLASSES),
+    "ignored": (nn.CrossEntropyLoss(ignore_index=2), CLASSES),
+    "the last ignored": (nn.CrossEntropyLoss(), torch.cat([CLASSES[:-1], torch.tensor([-100])])),
+    "a root": (lambda f, y: F.mse_loss(f, y).sqrt(), Y),
+    "a ratio": (dice, P),
+    "unbiased": (lambda f, y: ((f - y) ** 2).sum() / (len(f) - 1), Y),
+    "contrasts": (lambda f, y: F.cross_entropy(f @ y.T, torch.arange(len(f))), Y),
+    "differences": (lambda f, y: (f - f.mean(0) - y).square().mean(), Y),
+    "neighbours": (lambda f, y: F.mse_loss(f, y) + 1e-3 * (f[1:] * f[:-1]).sum(), Y),
+    "the largest": (lambda f, y: (f - y).square().mean(1).amax(), Y),
+}
+
+
+@pytest.mark.parametrize("name", OF_ALL)
+def test_one_number_that_is_of_all_samples(name):
+    loss, y = OF_ALL[name]
+    found = computed(net(), (X, y), loss=loss, batch_size=3)
+    close(found, hessian(net(), loss, (X,), y))
+    assert any("one number for all data" in note for note in found.metadata["notes"])
+    with pytest.raises(hesscli.HesscliError, match="one number for all data"):
+        computed(net(), (X, y), loss=loss, method="preactivation")

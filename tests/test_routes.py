@@ -1436,6 +1436,25 @@ def test_a_loss_with_terms_of_several_samples(name):
     assert right == 1
 
 
+NO_SUMS = {
+    "root": lambda z, y: F.mse_loss(z, y).sqrt(),
+    "ratio": lambda z, y: (z * y).sum() / z.square().sum(),
+    "product": lambda z, y: z.mean() * (z - y).square().mean(),
+    "contrasts": lambda z, y: F.cross_entropy(z @ z.T, torch.arange(len(z))),
+    "centred": lambda z, y: (z - z.mean(0) - y).square().sum(),
+    "in-order": lambda z, y: (z.cumsum(0) - y).square().mean(),
+    "largest": lambda z, y: z.square().sum(1).amax(),
+}
+
+
+@pytest.mark.parametrize("name", NO_SUMS)
+def test_one_number_that_is_no_sum_over_samples(name):
+    problem, _ = posed_with(NO_SUMS[name], (5, 2), numbers(5, 2, seed=4))
+    problem = replace(problem, loss=replace(problem.loss, reduced="mean"))
+    with pytest.raises(NotApplicable, match="the loss own may mix samples"):
+        Analyses(problem).of(problem.batches[0])
+
+
 def test_an_axis_of_classes_is_no_axis_of_samples():
     """Without a sample axis the loss couples what lies along the first."""
     model = Net(lambda s, x: x * s.g, g=torch.tensor(1.3)).double()

@@ -30,6 +30,8 @@ _INSTEAD: dict[type | tuple[type, ...], str] = {
 }
 """What a loss of the user's own is to return, by what it returns."""
 
+MEAN, SUM, OF_ALL = "mean", "sum", "of all"
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -37,8 +39,10 @@ class Loss:
 
     `function` is one of `LOSSES`, the user's own `(output, target, **arguments) -> Tensor`, or None where the
     model's output is the loss itself. Of the last two, a result with one axis per sample is summed and its
-    mean divides by its number of elements; a single number is taken to be the loss of all data, reduced already
-    (`reduced` then says that the data must not be split into batches).
+    mean divides by its number of elements.
+
+    `reduced`: of a single number, what it is of: `MEAN` or `SUM` of what the loss makes of each sample, or `OF_ALL`,
+    reduced already, so that the data must not be split into batches.
 
     `wide`: what the user's own, or the model, computes in less than float64 is computed in that.
     """
@@ -46,7 +50,7 @@ class Loss:
     name: str
     reduction: str = "mean"
     function: Callable[..., Tensor] | None = None
-    reduced: bool = False
+    reduced: str = ""
     wide: bool = False
 
     def class_axis(self, shape: Sequence[int], target: Tensor | None) -> int | None:
@@ -87,6 +91,9 @@ class Loss:
                 given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
                 raise UsageError(f"the loss {self.name} cannot take {given}: {error}") from None
         terms = self.terms(output, batch)
+        if self.reduced in (MEAN, SUM):
+            count = len(batch)
+            return terms.sum() * (count if self.reduced == MEAN else 1), float(count)
         return terms.sum(), float(terms.numel())
 
     def terms(self, output: Tensor, batch: Batch) -> Tensor:

@@ -12,12 +12,14 @@ from torch import Tensor
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.loss import OF_ALL
 from hesscli.hessian.objective.losses import OF_CLASSES
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.affine import find_uses
 from hesscli.hessian.proofs.positions import positions_stay_apart
 from hesscli.hessian.proofs.sample_axis import Axes, SampleAxis
 from hesscli.hessian.proofs.samples import follow, sample_axes
+from hesscli.hessian.proofs.summands import demand_summands
 from hesscli.hessian.proofs.uses import Use, values_of
 from hesscli.hessian.proofs.weights import Neurons, Weights, find_weights
 from hesscli.hessian.recording.recorder import record, record_terms
@@ -42,8 +44,12 @@ class Analysis:
         """Whether the loss has terms of more than one of the places, so many, along an axis of the output."""
         if self.terms is None:
             return axis.axis == self.class_axis
+        one_number = self.terms.shapes[self.terms.output].numel() == 1
         try:
-            follow(self.terms, dict.fromkeys(self.terms.inputs, axis), count)
+            if one_number and count > 1:
+                demand_summands(self.terms, axis, count)
+            else:
+                follow(self.terms, dict.fromkeys(self.terms.inputs, axis), count)
         except NotApplicable:
             return True
         return False
@@ -167,7 +173,7 @@ class WeightAnalyses(Analyses):
 
 def _analyse(problem: Problem, batch: Batch) -> Analysis:
     loss = problem.loss
-    if loss.reduced:
+    if loss.reduced == OF_ALL:
         raise NotApplicable(f"the loss {loss.name} is one number for all data")
     if not batch.inputs or not batch.inputs[0].dim():
         raise NotApplicable("the inputs have no sample axis")

@@ -7,7 +7,7 @@ control flow that depends on the data is exact, and nothing needs to be exportab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -161,14 +161,18 @@ class Tape:
         """The calls up to the one that makes a value."""
         return self.calls[: self.maker.get(value, -1) + 1]
 
-    def recorded(self, value: int, given: Mapping[int, Tensor] = MappingProxyType({})) -> Tensor:
-        """A value as it was recorded, by the calls that lead to it; with others that were given."""
-        calls, needed = [], {value}
+    def leading_to(self, values: Iterable[int]) -> tuple[Call, ...]:
+        """The calls that these values need."""
+        calls, needed = [], set(values)
         for call in reversed(self.calls):
             if not needed.isdisjoint(call.outputs):
                 calls.append(call)
                 needed.update(call.reads)
-        return self.replay(given, calls=calls[::-1])[value]
+        return tuple(reversed(calls))
+
+    def recorded(self, value: int, given: Mapping[int, Tensor] = MappingProxyType({})) -> Tensor:
+        """A value as it was recorded, by the calls that lead to it; with others that were given."""
+        return self.replay(given, calls=self.leading_to([value]))[value]
 
     def replay(
         self,

@@ -90,7 +90,7 @@ def _found_mixing(
                 return "the model"
             if not (_same_values(output, outputs) and _same_gradients(output, outputs, leaves)):
                 return "the model"
-        if (loss := _mixing_loss(problem, output, together, outputs, apart)) is not None:
+        if (loss := mixing_loss(problem, output, together, outputs, apart)) is not None:
             return loss
     return None
 
@@ -134,10 +134,10 @@ def what_mixes_in_place(problem: Problem, source: Source, batch: int) -> str | N
         if not _same_values(alone[:half], [beside_others[:half]]):
             return "the model"
         apart = [source.batch(0, half), source.batch(half, batch)]
-        return _mixing_loss(problem, alone, first, [alone[:half], alone[half:]], apart)
+        return mixing_loss(problem, alone, first, [alone[:half], alone[half:]], apart)
 
 
-def _mixing_loss(
+def mixing_loss(
     problem: Problem,
     output: Tensor,
     together: Batch,
@@ -152,11 +152,14 @@ def _mixing_loss(
 
     with exact_derivatives(), torch.enable_grad():
         z = output.detach().requires_grad_(output.is_floating_point())
-        terms = problem.loss.terms(z, together)
-        parts = [
-            problem.loss.terms(part, of)
-            for part, of in zip(z.split([len(part) for part in outputs]), apart, strict=True)
-        ]
+        pairs = zip(z.split([len(part) for part in outputs]), apart, strict=True)
+        if problem.loss.reduced:
+            terms = problem.loss.total(z, together)[0].reshape(1)
+            totals = [problem.loss.total(part, of)[0] for part, of in pairs]
+            parts = [torch.stack(totals).sum().reshape(1)]
+        else:
+            terms = problem.loss.terms(z, together)
+            parts = [problem.loss.terms(part, of) for part, of in pairs]
         same = _same_values(terms, parts) and _same_loss_derivatives(z, terms, parts)
     return None if same else f"the loss {problem.loss.name}"
 

@@ -3,16 +3,23 @@ depends on, and whether it wants all samples at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from hesscli.errors import MismatchError
-from hesscli.hessian.objective.batch import Batch
+from hesscli.files.resources import available_memory
+from hesscli.hessian.aten.precision import in_precision
+from hesscli.hessian.objective.batch import Batch, doubled
+from hesscli.hessian.objective.loss import MEAN, OF_ALL, SUM
 from hesscli.hessian.objective.problem import Problem
+from hesscli.job.setup.mixing import mixing_loss
 from hesscli.job.setup.source import Source
+
+_MOST = 256  # samples of a part
 
 
 def inspect_loss(
@@ -44,12 +51,57 @@ def inspect_loss(
     if wants_all:
         note(f"the loss takes all {source.samples} samples at once, so all the data is one batch")
     if terms.numel() == 1 and source.samples > 1 and (not terms.dim() or len(tried) > 1):
-        problem = replace(problem, loss=replace(problem.loss, reduced=True))
-        note(
-            "the loss is one number for all data, so the data is not split into batches; "
-            "with a loss that returns one term per sample it would be, and faster"
-        )
-    return problem, source, wants_all or problem.loss.reduced
+        of = OF_ALL if wants_all else _reduction(problem, source)
+        loss = replace(problem.loss, reduced=of)
+        if of == OF_ALL:
+            note(
+                "the loss is one number for all data, so the data is not split into batches; "
+                "with a loss that returns one term per sample it would be, and faster"
+            )
+        else:
+            note(f"the loss {loss.name} is one number, the {of} over the samples")
+            loss = replace(loss, reduction=of)
+        problem = replace(problem, loss=loss)
+    return problem, source, wants_all or problem.loss.reduced == OF_ALL
+
+
+def _reduction(problem: Problem, source: Source) -> str:
+    """What a loss that is one number is: `MEAN` or `SUM` of what it makes of each sample, or `OF_ALL`.
+
+    It is tried with all samples: together, and in parts of one, two, four of them, and so on, in float64. What it
+    leaves out or weighs differently shows in the derivatives by one of the outputs.
+    """
+    if problem.loss.function is None or (source.fewest, source.most) != (1, None):
+        return OF_ALL
+    if source.bytes > available_memory() // 8:
+        return OF_ALL
+    bounds = [0]
+    while bounds[-1] < source.samples:
+        bounds.append(min(source.samples, 2 * bounds[-1] + 1, bounds[-1] + _MOST))
+    try:
+        apart = [source.batch(start, stop) for start, stop in pairwise(bounds)]
+        with torch.no_grad():
+            outputs = [problem.output(batch) for batch in apart]
+        together, *apart = doubled([source.batch(0, source.samples), *apart])
+        loss = problem.loss.doubled()
+        outputs = [in_precision(output, torch.float64) for output in outputs]
+        for reduced in (MEAN, SUM):
+            tried = replace(problem, loss=replace(loss, reduced=reduced))
+            for near in (outputs, _moved(outputs)):
+                if mixing_loss(tried, torch.cat(near), together, near, apart) is not None:
+                    break
+            else:
+                return reduced
+    except MismatchError:  # it does not take so few, or not in float64
+        pass
+    return OF_ALL
+
+
+def _moved(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs, each number less up to a tenth of it: probabilities are below one still, and variances positive."""
+    generator = torch.Generator().manual_seed(0)
+    less = (torch.rand(x.shape, generator=generator, dtype=x.dtype) for x in outputs)
+    return [x * (1 - 0.1 * n.to(x.device)) for x, n in zip(outputs, less, strict=True)]
 
 
 def _fixed(problem: Problem, source: Source, some: Batch) -> list[str]:
