@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hesscli.spectrum.eigen import DENSE_LIMIT, extremes
-
 QUICK_LIMIT = 1536
 """Up to this size the extreme eigenvalues of a block are always worth their time (a quarter of a second)."""
 
@@ -38,9 +36,6 @@ def of_matrix(matrix: np.ndarray, level: str = "auto") -> Statistics:
     trace, norm = float(np.trace(matrix, dtype=np.float64)), _norm(matrix)
     if n == 0 or level == "basic" or (level == "auto" and n > QUICK_LIMIT):
         return Statistics(trace, norm)
-    if n > DENSE_LIMIT:
-        low, high = extremes(matrix)
-        return Statistics(trace, norm, high, low)
     values = np.linalg.eigvalsh(matrix.astype(np.float64))  # scipy's takes 0.2 s to import
     return Statistics(trace, norm, *_of_spectrum(values, matrix.dtype))
 

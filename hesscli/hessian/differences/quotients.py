@@ -34,7 +34,6 @@ class Quotients:
 
     def __call__(self, gradient: Gradient, scale: float) -> Tensor:
         """The derivative of one batch's gradient; `scale` is what steps are relative to."""
-        value = None
         if self.holds:
             value, agrees = self._extrapolated(held_difference, gradient, scale)
             self.holds = value is not None  # the next gradient makes the same calls

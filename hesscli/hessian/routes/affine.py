@@ -64,7 +64,7 @@ class AffineRoute(Route):
             parameters, first = self._by_use(part.block)
             c = self._multiplier(part.block, parameters)
             first = max(first, part.start)
-            if c is not None and first < part.stop:
+            if c is not None:
                 c = self.layout(part.block).from_block(c)[first:]
                 mine = part.upper(first, part.stop)
                 mine.mul_(c[: len(mine)].unsqueeze(1)).mul_(c)

@@ -80,7 +80,7 @@ def plan_cuts(analysis: Analysis, costs: Costs, samples: int) -> CutPlan:
     total = sum(count for _, count in demand)
 
     candidates = [c for c in separators(tape, [use.z for use in uses]) if _in_front(analysis, c)]
-    while candidates:
+    while True:  # where nothing is chosen, nothing is kept
         chosen = _cheapest(candidates, demand, costs)
         taken = sum(costs.size(c) ** 2 for c in chosen) * samples * costs.itemsize
         if taken <= BUDGET:
@@ -90,7 +90,6 @@ def plan_cuts(analysis: Analysis, costs: Costs, samples: int) -> CutPlan:
                 overhead += costs.directions(c, costs.size(c), after)
             return CutPlan(tuple(chosen), tape.maker, overhead, total, taken)
         candidates.remove(max(chosen, key=costs.size))
-    return CutPlan((), tape.maker, Work(), total)
 
 
 def _in_front(analysis: Analysis, value: int) -> bool:

@@ -135,9 +135,7 @@ class GaussNewton(AffineRoute):
     def add(self, batch: Batch, parts: Sequence[Wanted]) -> None:
         factors = self.factors(batch, [part.block for part in parts])
         for part in parts:
-            mine = factors.get(part.block.name)
-            if mine is None:
-                continue
+            mine = factors[part.block.name]
             if isinstance(part, Diagonal):
                 _add_diagonal(part, mine)
                 continue
@@ -145,7 +143,7 @@ class GaussNewton(AffineRoute):
             _add(part, mine)
 
     def factors(self, batch: Batch, blocks: Sequence[Block]) -> dict[str, Factors]:
-        """The factors of each block that the output depends on."""
+        """The factors of each block."""
         analysis = self._analysis(batch, blocks)
         if analysis.tape.output in analysis.tape.complex:
             raise NotApplicable("the output is complex")
@@ -160,8 +158,6 @@ class GaussNewton(AffineRoute):
         of = dict(zip(zs, batched_grad(probed.output, probes, seeds), strict=True))
         factors: dict[str, Factors] = {}
         for name, mine in uses.items():
-            if all(of[use.z] is None for use in mine):
-                continue
             vs, bend = [], bends[name]
             for use in mine:
                 jacobian = of[use.z]
