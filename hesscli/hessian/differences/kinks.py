@@ -58,11 +58,8 @@ class Kinks(Watcher):
             yield
 
     def _detached(self, result: Tensor, in_place: bool) -> Tensor:
-        if self._inside or not is_guest():
-            return result
-        if not in_place:
-            return self.sides.constant(result)
-        result.data = self.sides.constant(result.data)
+        if is_guest() and not self._inside:
+            result.data = self.sides.constant(result.data)
         return result
 
     def _applied(self, apply: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
@@ -86,7 +83,7 @@ class Kinks(Watcher):
         }
         values = [x.detach().clone() for x in inputs.values()]  # it may write to them
         result = apply()
-        if not inputs or not isinstance(result, Tensor) or not result.requires_grad:
+        if not isinstance(result, Tensor) or not result.requires_grad:
             return result
         before = [self.sides.first(x) for x in values]
         made = self.sides.first(result.detach().clone())

@@ -32,9 +32,9 @@ def between_kinks(sides: Sides, func: Any, args: Arguments, kwargs: Keywords) ->
     """What `func(*args, **kwargs)` gives on the piece where the first pass was."""
     name = func.overloadpacket.__name__
     rule = _RULES.get(name.removesuffix("_"))
-    twin = functional(func) if rule is not None and name.endswith("_") else func
-    if rule is None or twin is None:
+    if rule is None:
         return _with_constant_indices(sides, func, args, kwargs)
+    twin = functional(func) if name.endswith("_") else func
     result = rule(sides, twin, args, kwargs)
     return result if twin is func else args[0].copy_(result)
 
@@ -52,9 +52,8 @@ def _with_constant_indices(sides: Sides, func: Any, args: Arguments, kwargs: Key
 
 
 def _step(sides: Sides, func: Any, args: Arguments, kwargs: Keywords) -> Tensor:
-    """A function that is constant between its jumps, as that of a complex number, z / |z|, is not."""
-    result = func(*args, **kwargs)
-    return result if result.is_complex() else sides.constant(result)
+    """A function that is constant between its jumps."""
+    return sides.constant(func(*args, **kwargs))
 
 
 def _compared(sides: Sides, func: Any, args: Arguments, kwargs: Keywords) -> Tensor:
@@ -78,7 +77,7 @@ def _cornered(sides: Sides, func: Any, args: Arguments, kwargs: Keywords) -> Ten
     place = 1 if derivative else 0  # after the gradient
     before, x, after = args[:place], args[place], args[place + 1 :]
     corners = CORNERS[func.overloadpacket.__name__.removesuffix("_backward")](*after)
-    if not corners or not x.is_floating_point():
+    if not corners:
         return _with_constant_indices(sides, func, args, kwargs)
     side = sides.first(side_of(corners, x))
     if not sides.held:
@@ -103,8 +102,6 @@ def _picked(sides: Sides, func: Any, args: Arguments, kwargs: Keywords) -> Any:
     names = [argument.name for argument in func._schema.arguments]
     dim = (dict(zip(names, args, strict=False)) | kwargs).get("dim", -1)
     x, where = args[0], sides.constant(result[1])
-    if not x.dim():
-        return x.clone(), where
     if where.dim() == x.dim():
         return x.gather(dim, where), where
     return x.gather(dim, where.unsqueeze(dim)).squeeze(dim), where

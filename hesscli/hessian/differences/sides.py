@@ -32,11 +32,9 @@ class Sides:
     def kept(self) -> Iterator[None]:
         """Inside is a pass that keeps to what is noted."""
         self._left = iter(self.noted)
-        try:
-            yield
-            self.lost |= next(self._left, None) is not None
-        finally:
-            self._left = None
+        yield
+        self.lost |= next(self._left, None) is not None
+        self._left = None
 
     def first(self, value: Tensor) -> Tensor:
         """The same value in the first pass. It is what is noted, and not to be written to."""
