@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 
@@ -10,6 +11,7 @@ import pytest
 from cases import BY_NAME, save
 from conftest import read
 from safetensors.numpy import load_file, save_file
+from scipy.sparse import linalg as sparse
 
 from hesscli.spectrum import eigen as spectrum
 
@@ -153,6 +155,16 @@ def test_lanczos_twice_gives_the_same(cli, written, tmp_path, monkeypatch):
         assert cli("eigen", "--top", 3, "-o", "eigen.safetensors").code == 0
         contents.add((tmp_path / "eigen.safetensors").read_bytes())
     assert len(contents) == 1
+
+
+def test_lanczos_that_does_not_converge(cli, written, monkeypatch):
+    written("full")
+    few = functools.partial(sparse.eigsh, maxiter=1)
+    monkeypatch.setattr(
+        sparse, "eigsh", lambda *given, **options: few(*given, **options | {"ncv": 3})
+    )
+    monkeypatch.setattr(spectrum, "DENSE_LIMIT", 3)
+    assert "No convergence" in cli("eigen", "--top", 1).fails(5)
 
 
 def test_lanczos_of_nothing(cli, written, monkeypatch):

@@ -303,6 +303,12 @@ def test_the_curvatures_differ():
         assert passed == [j == i for j in range(3)]
 
 
+def test_differences_along_nothing():
+    """As of a gradient that is zero: there is no direction to take a step in."""
+    products = Differences(problem_of_case(BY_NAME["mlp-tanh"]))
+    assert not products(torch.zeros(products.size, dtype=torch.float64)).any()
+
+
 def test_an_unused_parameter_and_a_zero_hessian():
     problem = problem_of_case(BY_NAME["l1-of-linear"])
     assert not matrix(Products(problem)).any()

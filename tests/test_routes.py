@@ -8,6 +8,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -30,6 +31,8 @@ from problems import (
 )
 from torch import Tensor, nn
 
+import hesscli
+from hesscli.errors import NumericalError
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.chunk_sizes import ChunkSizes
 from hesscli.hessian.objective.loss import Loss
@@ -682,6 +685,9 @@ INDEPENDENT = [
         lambda s, x: torch.bmm(s.a(x).view(5, 2, 2), s.b(x).view(5, 2, 1)).squeeze(2), ROWS,
         a=layer(3, 4), b=layer(3, 2)),
     odd("one-input-twice", lambda s, x, y: hidden(s, x) * torch.tanh(s.b(y)), SQUARE, SQUARE, **SQ),
+    odd("added-three-times", lambda s, x: s.b(torch.tanh(torch.add(x, s.a(x), alpha=3))), ROWS,
+        a=layer(3, 3), b=layer(3, 2)),
+    odd("by-way-of-complex-numbers", lambda s, x: s.b((s.a(x) + 1j).abs()), ROWS, **TWO),
     odd("branch-on-data", lambda s, x: hidden(s, x) if x.sum() > 100 else s.a(x).relu(), ROWS,
         **TWO),
     # Layouts
@@ -1138,6 +1144,8 @@ SHARED = [  # the model, and its weights that enter as they are at several value
     (odd("from-zeros", from_zeros, numbers(5, 3, 4), i=layer(4, 5), a=layer(5, 5), b=layer(5, 2)),
         {"a.weight"}),
     (odd("mixed-zeros", mixed_zeros, WIDE, a=layer(6, 6)), set()),
+    (odd("once-detached", lambda s, x: s.b(torch.tanh(s.a(x)) * s.a(x.sin()).detach()), WIDE, a=layer(6, 4),
+        b=layer(4, 3)), {"a.weight", "b.weight"}),
     (odd("gru-of-two", lambda s, x: s.b(s.r(x)[0][:, -1]), numbers(5, 3, 4),
         r=layer(4, 5, 2, kind=nn.GRU, batch_first=True), b=layer(5, 2)),
         {"r.weight_hh_l0", "r.weight_hh_l1"}),
@@ -1213,6 +1221,8 @@ def test_gradients_of_later_layers_in_tiles(monkeypatch, name, columns):
 VIEWS = WIDE, numbers(5, 6, seed=7)
 STRAIGHT = [  # the model, and a structure whose blocks are all their Gauss-Newton blocks
     (odd("two-views", lambda s, x, y: s.b((s.a(x).relu() - s.a(y).relu()).abs()), *VIEWS, a=layer(6, 4),
+        b=layer(4, 3)), "module"),
+    (odd("one-of-two-views", lambda s, x, y: s.b((s.a(x) - s.a(y).detach()).abs()), *VIEWS, a=layer(6, 4),
         b=layer(4, 3)), "module"),
     (odd("two-images", lambda s, x, y: s.b((s.a(x).relu() + 2 * s.a(y).relu()).flatten(1)), numbers(5, 2, 3, 3),
         numbers(5, 2, 3, 3, seed=7), a=layer(2, 3, 2, kind=nn.Conv2d), b=layer(12, 2)), "module"),
@@ -1467,6 +1477,24 @@ def test_an_axis_of_classes_is_no_axis_of_samples():
         for structure in ("full", "elements"):
             applies(route, truth, structure, limit)
     assert applies(routes_of(problem)["hvp"], truth, "full", 1e-10) == (1, [])
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_multiplier_that_differs_between_batches_is_refused(name):
+    """What multiplies a parameter is multiplied in when all batches are summed up."""
+    model = Net(lambda s, x: torch.tanh(F.linear(x, s.w * (len(x) * MASK))), w=numbers(4, 3))
+    for batch_size in (None, 3):
+        problem = problem_of(model, (ROWS,), numbers(5, 4), batch_size=batch_size)
+        route, blocks = routes_of(problem)[name], blocks_of(problem, "full")
+        with pytest.raises(NotApplicable, match="different paths") if batch_size else nullcontext():
+            compute_blocks(route, blocks)
+
+
+def test_gauss_newton_refuses_an_output_of_complex_numbers():
+    model = Net(lambda s, x: torch.complex(s.a(x), s.b(x)), a=layer(3, 2)(), b=layer(3, 2)())
+    options = {"loss": lambda z, y: (z.abs() - y).square().mean(1), "dtype": "float64"}
+    with pytest.raises(NumericalError, match="the output is complex"):
+        hesscli.compute(model, (ROWS, numbers(5, 2)), method="gauss-newton", **options)
 
 
 @pytest.mark.parametrize("name", ["loss.py:mine", "output"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -242,6 +243,25 @@ def test_interrupted():
     assert found.interrupted
     assert len(found.values) == len(found.residuals) == 6
     assert calls == list(range(1, 21))
+
+
+def test_interrupted_before_anything_is_known():
+    def multiply(v):
+        raise KeyboardInterrupt
+
+    generator, like = torch.Generator().manual_seed(0), torch.zeros(5)
+    found = estimate(multiply, [2, 3], 0.1, 9, generator, like)
+    assert found.interrupted
+    assert np.isnan([*found.parts, *found.errors, found.total, found.error]).all()
+    density = lanczos_quadrature(multiply, 5, 2, 3, generator, like)
+    assert density.interrupted
+    assert density.probes == len(density.nodes) == len(density.histogram(4)[1]) == 0
+
+
+def test_a_thread_that_gets_no_signals():
+    with ThreadPoolExecutor() as threads:
+        found, _ = threads.submit(search, SPECTRA["rank-3"], 2, "largest").result()
+    np.testing.assert_allclose(found.values, [3, 2], rtol=1e-5)
 
 
 def test_memory_is_bounded():
