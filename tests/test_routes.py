@@ -687,6 +687,8 @@ INDEPENDENT = [
     odd("one-input-twice", lambda s, x, y: hidden(s, x) * torch.tanh(s.b(y)), SQUARE, SQUARE, **SQ),
     odd("added-three-times", lambda s, x: s.b(torch.tanh(torch.add(x, s.a(x), alpha=3))), ROWS,
         a=layer(3, 3), b=layer(3, 2)),
+    odd("spread-and-shifted",
+        lambda s, x: s.b(torch.tanh(s.a(x).view(5, 1, -1) + MASK[:2, :1]).sum(1)), ROWS, **TWO),
     odd("by-way-of-complex-numbers", lambda s, x: s.b((s.a(x) + 1j).abs()), ROWS, **TWO),
     odd("branch-on-data", lambda s, x: hidden(s, x) if x.sum() > 100 else s.a(x).relu(), ROWS,
         **TWO),
@@ -1488,6 +1490,33 @@ def test_a_multiplier_that_differs_between_batches_is_refused(name):
         route, blocks = routes_of(problem)[name], blocks_of(problem, "full")
         with pytest.raises(NotApplicable, match="different paths") if batch_size else nullcontext():
             compute_blocks(route, blocks)
+
+
+def test_layers_in_another_order_in_another_batch_are_refused():
+    """The rows of a block are those of its layers, in the order of execution."""
+    model = Net(
+        lambda s, x: s.b(torch.tanh(s.a(x))) if len(x) == 3 else s.a(torch.tanh(s.b(x))),
+        a=layer(6, 6)(), b=layer(6, 6)(),
+    )  # fmt: skip
+    for batch_size in (None, 3):
+        problem = problem_of(model, (WIDE,), numbers(5, 6), batch_size=batch_size)
+        route, blocks = routes_of(problem)["preactivation"], blocks_of(problem, "full")
+        with pytest.raises(NotApplicable, match="different paths") if batch_size else nullcontext():
+            compute_blocks(route, blocks)
+
+
+@pytest.mark.parametrize(
+    "function", [lambda z: torch.tanh(z) > 0, lambda z: z.pow(0)], ids=["compared", "straight"]
+)
+def test_a_bend_that_the_loss_does_not_feel(function):
+    """Beside layers that it does."""
+    model = odd("bend", lambda s, x: s.b(x) + function(s.a(x)), ROWS, a=layer(3, 2), b=layer(3, 2))
+    problem, whole = pose(model)
+    route = routes_of(problem)["gauss-newton"]
+    for structure in ("block_diagonal", "elements"):
+        found = compute_blocks(route, blocks_of(problem, structure), structure == "elements")
+        for block, truth in blocks_and_truth(problem, whole, structure):
+            assert compare(found[block.name], truth, whole) <= 1e-10
 
 
 def test_gauss_newton_refuses_an_output_of_complex_numbers():
