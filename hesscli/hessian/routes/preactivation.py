@@ -92,8 +92,6 @@ class Preactivation(AffineRoute):
     def layout_in(self, analysis: Analysis, block: Block) -> Layout:
         """First what is no part of a layer, whose rows have all columns; then layer by layer, neuron by neuron."""
         layers, others = split(analysis, block)
-        if not layers:
-            return Layout.plain(block.size)
         pieces = [Piece(len(block.rows[x]), (Part(block.rows[x].start, 1),)) for x in others]
         pieces += [piece for layer in layers for piece in layer.pieces(block)]
         return Layout(tuple(pieces))
