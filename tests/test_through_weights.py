@@ -286,12 +286,14 @@ def test_a_large_block_is_made_once(cli, tmp_path, monkeypatch, small_bands):
     assert cli("diff", "hessian.safetensors", "alone.safetensors", "--rtol", "1e-5").code == 0
 
 
-def test_too_many_weights_are_refused(monkeypatch):
+@pytest.mark.parametrize(("limit", "structure"), [("_ROWS", "full"), ("_SQUARES", "elements")])
+def test_too_many_weights_are_refused(limit, structure, monkeypatch):
     module, x, y, _, _ = pose("adapted")
     problem = problem_of(module, (x,), y, "cross-entropy")
-    monkeypatch.setattr(through_weights, "_ROWS", 10)
+    monkeypatch.setattr(through_weights, limit, 10)
+    blocks = [b for b in blocks_of(problem, structure) if not is_direct(problem, b.name)]
     with pytest.raises(NotApplicable, match="more weights than are held together"):
-        compute_blocks(through(problem), blocks_of(problem, "full"))
+        compute_blocks(through(problem), blocks, structure == "elements")
 
 
 class ByBatch(nn.Module):

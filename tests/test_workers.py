@@ -11,6 +11,7 @@ import torch
 from hesscli.hessian.chunk_sizes import ChunkSizes
 from hesscli.hessian.routes import kronecker
 from hesscli.hessian.routes.kronecker import add_kronecker_rows
+from hesscli.hessian.routes.sums import add_products
 from hesscli.hessian.workers import side_by_side, workers
 
 
@@ -88,3 +89,15 @@ def test_many_samples_of_a_kronecker_sum_take_no_more_memory(monkeypatch, pairs)
     expected = torch.einsum("pbi,bq,bj->pqij", s, a, a).reshape(420, 420)
     upper = torch.ones(6, 6).triu().repeat_interleave(70, 0).repeat_interleave(70, 1)
     assert float(((out - expected) * upper).abs().max()) < 1e-12 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "samples"), [(5, 6, 7), (300, 300, 7), (3, 4, 3000)], ids=["small", "large", "tiny"]
+)
+def test_products_are_added_to_what_is_there(p, q, samples):
+    """By themselves, in place, or in parts."""
+    torch.manual_seed(0)
+    left, right = torch.randn(p, samples).double(), torch.randn(2, samples, q).double()
+    out = torch.ones(2, p, q, dtype=torch.float64)
+    add_products(out, left, right)
+    torch.testing.assert_close(out, 1 + torch.einsum("pb,kbq->kpq", left, right))
