@@ -58,7 +58,7 @@ def add_layer(
         per_direction += len(a) * layer.size
     later = _Later(gradients)
     own = (use.n - neurons.start) * layer.width  # columns
-    for t, chunk, seeds in _directions(use, delta, neurons, max(1, workspace // per_direction)):
+    for t, chunk, seeds in _directions(use, delta, neurons, workspace // per_direction):
         curvature, *found = probed.along(delta, inputs, seeds)
         skipped = (chunk.start - neurons.start) * layer.width
         rows = out[skipped : skipped + len(chunk) * layer.width]
@@ -103,7 +103,7 @@ def _add_shared(
             continue
         if delta.requires_grad:
             a = place.inputs(probed)
-            chunk = max(1, workspace // (4 * delta.numel() * len(gradients.variables)))
+            chunk = workspace // (4 * delta.numel() * len(gradients.variables))
             for t, part, seeds in _directions(use, delta, neurons, chunk):
                 found = probed.along(delta, gradients.variables, seeds)
                 mine = by_neuron[part.start - neurons.start : part.stop - neurons.start]
@@ -111,14 +111,13 @@ def _add_shared(
         inputs = use.columns(probed.known)  # which move with earlier values
         if inputs.requires_grad:
             rows = use.rows(delta.detach())[..., neurons.start : neurons.stop]
-            chunk = max(1, workspace // (4 * sum(probe.numel() for probe in gradients.probes)))
-            for t, first in itertools.product(range(use.positions), range(0, use.m, chunk)):
-                count = min(chunk, use.m - first)
-                seeds = inputs.new_zeros(count, *inputs.shape)
-                seeds[:, :, t, first : first + count].diagonal(dim1=0, dim2=2).fill_(1)
+            chunk = workspace // (4 * sum(probe.numel() for probe in gradients.probes))
+            for t, part in itertools.product(range(use.positions), ranges(use.m, chunk)):
+                seeds = inputs.new_zeros(len(part), *inputs.shape)
+                seeds[:, :, t, part.start : part.stop].diagonal(dim1=0, dim2=2).fill_(1)
                 found = batched_grad(inputs, gradients.probes, seeds)
-                mine = by_neuron[:, first : first + count].transpose(0, 1)
-                behind.add(mine, rows[:, t], gradients.along(found, count))
+                mine = by_neuron[:, part.start : part.stop].transpose(0, 1)
+                behind.add(mine, rows[:, t], gradients.along(found, len(part)))
 
 
 def _by_neuron(layer: Layer, rows: Tensor) -> Tensor:
@@ -149,7 +148,7 @@ def add_layer_diagonal(
         per_direction = 4 * delta.numel() * len(own.variables)
         if not layer.plain:
             per_direction += len(a) * use.size
-        chunk = max(1, workspace // per_direction)
+        chunk = workspace // per_direction
         for t, part, seeds in _directions(use, delta, wanted.neurons(use), chunk):
             found = probed.along(delta, own.variables, seeds)
             motion = own.along(found, len(part))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.aten.smooth import slope_and_bend
-from hesscli.hessian.chunk_sizes import chunk_sizes
+from hesscli.hessian.chunk_sizes import chunk_sizes, ranges
 from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.proofs.sample_axis import SampleAxis
 from hesscli.hessian.proofs.sample_rules import ELEMENTWISE_UNARY, RESHAPES
@@ -97,11 +97,11 @@ def chain_diagonals(
     # From the last linear layer on, the diagonal is all that is needed, and all that is kept.
     last = max((i for i, s in enumerate(steps) if s.call.name in PRODUCTS), default=0)
     widest = max([start.shape[1], *(probed.known[s.before][0].numel() for s in steps)])
-    count = max(1, chunk_sizes(start.device).chain // (widest * widest))
+    count = chunk_sizes(start.device).chain // (widest * widest)
     found: dict[int, list[Tensor]] = {z: [] for z in zs}
     with torch.no_grad():
-        for first in range(0, probed.samples, count):
-            part = slice(first, first + count)
+        for some in ranges(probed.samples, count):
+            part = slice(some.start, some.stop)
             curvature = FactoredHessian(start[part])
             value = output
             for index, step in enumerate(steps):

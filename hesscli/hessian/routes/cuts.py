@@ -78,7 +78,7 @@ def _curvature(probed: Probed, value: int, workspace: int) -> Cut:
     (delta,) = torch.autograd.grad(probed.value, [probe], create_graph=True)
     samples, size = probed.samples, delta.numel() // probed.samples
     sigma = delta.new_zeros(samples, size, size)
-    chunk = max(1, min(chunk_sizes(delta.device).rows, workspace // (8 * delta.numel())))
+    chunk = min(chunk_sizes(delta.device).rows, workspace // (8 * delta.numel()))
     if delta.requires_grad:
         for some in ranges(size, chunk):
             (found,) = probed.along(delta, [probe], probed.unit_seeds(delta, some))

@@ -19,7 +19,7 @@ from torch import Tensor
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.chunk_sizes import chunk_sizes
+from hesscli.hessian.chunk_sizes import chunk_sizes, ranges
 from hesscli.hessian.layout import Layout
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analysis
@@ -72,9 +72,9 @@ class Factors:
         """df/dtheta of some samples after the other, [samples, C, size], with their Lambda."""
         samples, classes, *_ = self.curvature.shape
         most = chunk_sizes(self.curvature.device).jacobians
-        step = min(_SUMMED, max(1, most // (classes * sum(use.size for use in self.uses))))
-        for first in range(0, samples, step):
-            mine = slice(first, first + step)
+        step = min(_SUMMED, most // (classes * sum(use.size for use in self.uses)))
+        for some in ranges(samples, step):
+            mine = slice(some.start, some.stop)
             parts: dict[str, Tensor] = {}
             for use, v, a in zip(self.uses, self.vs, self.inputs, strict=True):
                 part = _jacobian(use, v[mine], a[mine])
@@ -176,14 +176,13 @@ def _add(part: Rows, factors: Factors) -> None:
         v, a = factors.of(layer)
         width = layer.width
         curved_v = factors.curvature @ v  # [B, C, n]
-        step = max(1, chunk_sizes(v.device).curvature // (v.shape[0] * layer.weight.n))
-        last = part.stop // width
-        for first in range(part.start // width, last, step):
-            s = v[:, :, first : min(first + step, last)].transpose(1, 2) @ curved_v[:, :, first:]
+        step = chunk_sizes(v.device).curvature // (v.shape[0] * layer.weight.n)
+        for neurons in ranges(part.stop // width, step, part.start // width):
+            first, last = neurons.start, neurons.stop
+            s = v[:, :, first:last].transpose(1, 2) @ curved_v[:, :, first:]
             if factors.d is not None:
-                s.diagonal(dim1=1, dim2=2).add_(factors.d[:, 0, first : first + s.shape[1]])
-            out = part.upper(first * width, (first + s.shape[1]) * width)
-            add_kronecker_rows(out, s.transpose(0, 1), a)
+                s.diagonal(dim1=1, dim2=2).add_(factors.d[:, 0, first:last])
+            add_kronecker_rows(part.upper(first * width, last * width), s.transpose(0, 1), a)
         return
     for jacobian, curvature in factors.jacobians():
         curved_jacobian = curvature @ jacobian[..., part.start :]

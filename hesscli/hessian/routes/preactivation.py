@@ -172,7 +172,7 @@ class Preactivation(AffineRoute):
         if not delta.requires_grad:
             return
         a = probed.columns(use)
-        chunk = max(1, min(self.sizes.rows // 2, self.workspace // (8 * delta.numel())))
+        chunk = min(self.sizes.rows // 2, self.workspace // (8 * delta.numel()))
         for entries in ranges(part.stop, chunk, part.start):
             seeds = use.spread(_directions_of(use, a, entries, probed.samples), delta.shape)
             (found,) = probed.along(delta, [probe], seeds)
@@ -240,7 +240,7 @@ class Preactivation(AffineRoute):
         """Rows of a parameter that is no part of a layer, by Hessian-vector products; `at` is its first."""
         leaves, size = list(probed.leaves.values()), gradient.numel()
         activations = sum(x.numel() for x in probed.known.values())
-        chunk = max(1, min(self.sizes.rows, self.workspace // (activations + part.block.size)))
+        chunk = min(self.sizes.rows, self.workspace // (activations + part.block.size))
         last = min(size, part.stop - at)
         for some in ranges(last, chunk, max(0, part.start - at)):
             seeds = unit_rows(gradient, some.start, len(some), size)
