@@ -130,6 +130,8 @@ MADE = {  # the model, its inputs, and how many of its parameters have blocks th
         nn.Linear(5, 3)), ROWS, 1),
     "weight-norm-of-inputs": (lambda: stack(weight_norm(nn.Linear(4, 5), dim=1), nn.Tanh(), nn.Linear(5, 3)),
         ROWS, 2),
+    "weight-norm-of-pixels": (lambda: stack(weight_norm(nn.Conv2d(2, 3, 1)), nn.Tanh(), nn.Flatten(),
+        nn.Linear(48, 3)), IMAGES, 2),
     "spectral-norm": (lambda: stack(spectral_norm(nn.Linear(4, 5)), nn.Tanh(), spectral_norm(nn.Linear(5, 3))),
         ROWS, 2),
     "orthogonal": (lambda: stack(orthogonal(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 3)), ROWS, 1),
@@ -148,7 +150,8 @@ MADE = {  # the model, its inputs, and how many of its parameters have blocks th
 }  # fmt: skip
 
 BY_NEURON = {  # those whose neurons are made of entries of their own
-    "weight-norm", "normalised-relu", "softmax", "standardised", "standardised-relu", "adapted", "merged", "shaped",
+    "weight-norm", "weight-norm-of-pixels", "normalised-relu", "softmax", "standardised", "standardised-relu",
+    "adapted", "merged", "shaped",
 }  # fmt: skip
 
 
@@ -243,11 +246,14 @@ def test_neurons_of_their_own(name):
         assert found == [False, True, True, False, True, True]
 
 
-@pytest.mark.parametrize("name", ["weight-norm", "standardised", "adapted"])
-def test_squares_of_a_neuron_at_a_time(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [("weight-norm", 32), ("weight-norm-of-pixels", 8), ("standardised", 800), ("adapted", 32)],
+)
+def test_squares_of_some_neurons_at_a_time(name, numbers, monkeypatch):
     module, x, y, truth, _ = pose(name)
     problem = problem_of(module, (x,), y, "cross-entropy")
-    monkeypatch.setattr(through_weights, "_SQUARES", 800)
+    monkeypatch.setattr(through_weights, "_SQUARES", numbers)
     route = through(problem)
     blocks = [b for b in blocks_of(problem, "elements") if not is_direct(problem, b.name)]
     found = compute_blocks(route, blocks, True)
