@@ -663,6 +663,8 @@ INDEPENDENT = [
     odd("copied-without-inputs", lambda s, x: s.b(hidden(s, x)) + x[:, :0] @ s.w.clone(), ROWS,
         w=torch.zeros(0, 2), **TWO),
     odd("nothing-unused", lambda s, x: s.b(hidden(s, x)), ROWS, z=torch.zeros(0), **TWO),
+    odd("nothing-rearranged", lambda s, x: s.b(hidden(s, x)) + hidden(s, x)[:, :0].T.reshape(5, 0).sum(1)[:, None],
+        ROWS, **TWO),
     # Branches
     odd("product-of-branches", lambda s, x: s.a(x) * s.c(x), ROWS, a=layer(3, 2), c=layer(3, 2)),
     odd("product-with-itself", lambda s, x: (lambda z: z * z.relu())(s.a(x)), ROWS, **TWO),

@@ -17,8 +17,10 @@ def reshaped(c: Context) -> SampleAxis | None:
     after = axis.inner * math.prod(old[axis.axis + 1 :])
     count = 1
     for i, length in enumerate(new):
+        if not before * length:  # no number is of any sample
+            break
         outer = before // count
-        if before % count == 0 and length and length % (outer * c.samples) == 0:
+        if before % count == 0 and length % (outer * c.samples) == 0:
             inner = length // (outer * c.samples)
             if after % inner == 0:
                 return SampleAxis(i, outer, inner)
