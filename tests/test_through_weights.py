@@ -147,11 +147,13 @@ MADE = {  # the model, its inputs, and how many of its parameters have blocks th
     "scaled": (Scaled, ROWS, 2),
     "words": (Words, ROWS, 1),
     "shaped": (Shaped, ROWS, 1),
+    "detached": (lambda: stack(nn.Linear(4, 5), nn.Tanh(), Made(Tensor.detach, 5, 3)), ROWS, 1),
+    "mask": (lambda: stack(nn.Linear(4, 5), nn.Tanh(), Made(lambda w: (w > 0).to(w.dtype), 5, 3)), ROWS, 1),
 }  # fmt: skip
 
 BY_NEURON = {  # those whose neurons are made of entries of their own
     "weight-norm", "weight-norm-of-pixels", "normalised-relu", "softmax", "standardised", "standardised-relu",
-    "adapted", "merged", "shaped",
+    "adapted", "merged", "shaped", "detached", "mask",
 }  # fmt: skip
 
 

@@ -177,7 +177,7 @@ class _Way:
 
     Attributes:
         theta: the parameters.
-        w: the weights, one after the other, with their graph.
+        w: the weights, one after the other, with their graph; without one where all are detached, or masks.
         delta: dL/dw; None where the matrix has no second term.
     """
 
@@ -188,7 +188,7 @@ class _Way:
     @cached_property
     def slope(self) -> Tensor | None:
         """(dL/dw) J, as a function of theta, with its graph; None where there is no second term."""
-        if self.delta is None:
+        if self.delta is None or not self.w.requires_grad:
             return None
         value = self.w @ self.delta
         grads = torch.autograd.grad(value, self.theta, create_graph=True, materialize_grads=True)
@@ -228,8 +228,8 @@ class _Way:
 
     def _along(self, values: Tensor, rows: Tensor) -> Tensor:
         """rows @ d values / d theta."""
-        found = rows.new_empty(len(rows), sum(leaf.numel() for leaf in self.theta))
-        for some in self._chunks(len(rows)):
+        found = rows.new_zeros(len(rows), sum(leaf.numel() for leaf in self.theta))
+        for some in self._chunks(len(rows) if values.requires_grad else 0):
             mine = slice(some.start, some.stop)
             found[mine] = batched_rows(values, self.theta, rows[mine])
         return found
