@@ -38,6 +38,7 @@ from hesscli.hessian.chunk_sizes import ChunkSizes
 from hesscli.hessian.objective.loss import Loss
 from hesscli.hessian.objective.measure import measure
 from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.proofs import operands
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.routes import assembly
@@ -366,6 +367,13 @@ MIXING = [
     odd("table-of-samples", lambda s, x: s.b(hidden(s, x)[x.argsort(1)[:, 0]]), SQUARE, **SQ),
     odd("scatter-over-batch",
         lambda s, x: s.b(torch.zeros_like(x).scatter_add(0, x.argsort(0), hidden(s, x))), SQUARE, **SQ),
+    odd("embedding-of-samples", lambda s, x: s.b(F.embedding(torch.tensor([1, 0, 3, 2, 4]), hidden(s, x))), ROWS,
+        **TWO),
+    odd("features-by-samples", lambda s, x: s.b(hidden(s, x).index_select(1, x.argsort(1)[:, 0])), SQUARE, **SQ),
+    odd("row-of-samples-replaced", lambda s, x: s.b(torch.select_scatter(hidden(s, x), s.v, 0, 2)), ROWS,
+        v=numbers(3), **TWO),
+    odd("scattered-into-more-rows",
+        lambda s, x: s.b(x.new_zeros(6, 3).scatter_add(1, torch.tensor([[1, 0, 2]] * 5), hidden(s, x))), ROWS, **TWO),
     odd("repeated-over-batch", lambda s, x: s.b(hidden(s, x).repeat(2, 1)[1::2]), SQUARE, **SQ),
     odd("repeated-in-front", lambda s, x: s.b(hidden(s, x).repeat(4, 1, 1)), SQUARE, **SQ),
     odd("windows-over-batch", lambda s, x: s.b(hidden(s, x).unfold(0, 4, 1)[0]), SQUARE, **SQ),
@@ -520,6 +528,10 @@ INDEPENDENT = [
         lambda s, x: (lambda w: torch.tanh(torch.tanh(F.linear(x, s.w)) @ w.clone()))(s.w.t()), ROWS, w=numbers(3, 3)),
     odd("weight-and-bias-in-one", lambda s, x: torch.tanh(torch.addmm(s.p, x[:, :1], s.p.view(1, 3))), ROWS,
         p=numbers(3)),
+    odd("weight-detached-too", lambda s, x: torch.tanh(F.linear(x, s.w) + F.linear(x, s.w.detach())), ROWS,
+        w=numbers(4, 3)),
+    odd("weight-detached-alone", lambda s, x: torch.tanh(F.linear(hidden(s, x), s.w.detach())), ROWS, a=layer(3, 3),
+        w=numbers(4, 3)),
     odd("weight-product", lambda s, x: torch.tanh(x @ (s.w @ s.v)), ROWS, w=numbers(3, 2),
         v=numbers(2, 3)),
     odd("weight-as-kernel", lambda s, x: torch.tanh(F.conv1d(x, s.w.unsqueeze(-1))),
@@ -643,6 +655,7 @@ INDEPENDENT = [
         p=numbers(2, 3)),
     odd("scale-transposed-linear", lambda s, x: x * s.p.t(), numbers(5, 3, 3), p=numbers(3, 3)),
     odd("bias-sliced", lambda s, x: torch.tanh(s.a(x) + s.c[:3]), ROWS, c=numbers(4), **TWO),
+    odd("bias-split-off", lambda s, x: torch.tanh(s.a(x) + s.c.split(3)[1]), ROWS, c=numbers(6), **TWO),
     odd("bias-per-sample", lambda s, x: torch.tanh(s.a(x) + s.c), ROWS, c=numbers(5, 1), **TWO),
     odd("bias-times-three", lambda s, x: torch.tanh(torch.add(x, s.p, alpha=3)), ROWS,
         p=numbers(3)),
@@ -799,7 +812,18 @@ INDEPENDENT = [
     odd("positions-and-types",
         lambda s, x: s.b(torch.tanh(s.a(x) + s.t(torch.tensor([[0, 0, 1, 1]])) + s.p[:4])), CUBE,
         t=layer(3, 4, 0, kind=nn.Embedding), p=numbers(4, 4), **SQ),
+    odd("positions-multiplied", lambda s, x: s.b(torch.tanh(s.a(x) * s.p(torch.arange(4)))), CUBE,
+        p=layer(6, 4, kind=nn.Embedding), **SQ),
+    odd("positions-twice-as-large", lambda s, x: s.b(torch.tanh(torch.add(s.a(x), s.p(torch.arange(4)), alpha=2))),
+        CUBE, p=layer(6, 4, kind=nn.Embedding), **SQ),
+    odd("positions-of-one-number", lambda s, x: s.b(torch.tanh(s.a(x) + s.p(torch.arange(4)))), CUBE,
+        p=layer(6, 1, kind=nn.Embedding), **SQ),
     odd("table", lambda s, x: s.b(torch.tanh(s.t[x.argsort(1)[:, 0]])), SQUARE, t=numbers(4, 4), **SQ),
+    odd("select-replaced",
+        lambda s, x: s.b(torch.select_scatter(x.transpose(0, 1) * 1, hidden(s, x[:, 0]), 0, 2)).transpose(0, 1),
+        CUBE, **SQ),
+    odd("picture-of-one-sample", lambda s, x: torch.tanh(F.conv1d(s.p, s.a(x).view(2, 2, 3))), ROWS[:1],
+        a=layer(3, 12), p=numbers(1, 2, 5)),
     odd("gather-by-data", lambda s, x: s.b(hidden(s, x).gather(1, x.argsort(1))), SQUARE, **SQ),
     odd("one-hot",
         lambda s, x: hidden(s, F.one_hot(x.argsort(1), 4).to(x.dtype)).mean(1), SQUARE, **SQ),
@@ -974,7 +998,7 @@ SEEN = {
     "weight-masked", "weight-masked-relu", "weight-masked-deep", "weight-masked-over-time", "weight-divided",
     "weight-masked-heads", "weight-transposed-and-masked", "kernel-masked", "kernel-masked-depthwise",
     "bias-and-scale-masked", "table-masked", "solved-for-columns", "solved-for-columns-over-time",
-    "cholesky-solved",
+    "cholesky-solved", "weight-detached-too", "select-replaced",
 }  # fmt: skip
 
 
@@ -1590,6 +1614,39 @@ def test_a_parameter_that_is_not_contiguous(route):
     routes = routes_of(problem_of(model, (ROWS,), target))
     right, _ = applies(routes[route], truth, "block_diagonal", 1e-10)
     assert right == 4
+
+
+def test_a_view_that_a_contiguous_parameter_would_not_have():
+    model = Net(
+        lambda s, x: torch.tanh(s.a(x) + s.t.t().view(12)), a=nn.Linear(3, 12), t=numbers(4, 3).T
+    ).double()
+    target = numbers(5, 12)
+    problem = problem_of(model, (ROWS,), target)
+    copied = Net(
+        lambda s, x: torch.tanh(s.a(x) + s.t.t().reshape(12)), a=model.a, t=model.t.detach()
+    )
+    truth = hessian(copied, F.mse_loss, (ROWS,), target)
+    right, reasons = applies(routes_of(problem)["preactivation"], truth, "block_diagonal", 1e-10)
+    assert (right, reasons) == (2, ["not an affine use (view)"])
+
+
+@pytest.mark.parametrize("most", [operands._MOST_UNITS, 1])
+@pytest.mark.parametrize("by_frequency", [False, True])
+def test_what_table_is_a_layer_of_unit_vectors(monkeypatch, by_frequency, most):
+    """One that is not too large, and whose gradient is its derivative."""
+    monkeypatch.setattr(operands, "_MOST_UNITS", most)
+    model = nn.Sequential(
+        nn.Embedding(4, 3, scale_grad_by_freq=by_frequency), nn.Tanh(), nn.Linear(3, 2)
+    )
+    problem = problem_of(model, (ROWS.argsort(1)[:, 0],), numbers(5, 2))
+    uses = Analyses(problem).of(problem.batches[0]).uses
+    assert ("0.weight" in uses) is (most > 1 and not by_frequency)
+
+
+def test_nothing_is_proven_of_an_output_that_is_not_computed():
+    problem = problem_of(Net(lambda s, x: x, w=torch.ones(3)).double(), (ROWS,), numbers(5, 3))
+    with pytest.raises(NotApplicable, match="does not depend on the data"):
+        Analyses(problem).of(problem.batches[0])
 
 
 def test_finite_difference_of_a_parameter_that_is_not_contiguous():
