@@ -8,9 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from hesscli.errors import UsageError
-from hesscli.hessian.words import STRUCTURES
-
 ROOT = "(root)"  # the block of parameters that the outermost module owns itself
 
 
@@ -70,8 +67,6 @@ def partition(shapes: Mapping[str, Sequence[int]], structure: str) -> list[Block
     for name in shapes:
         key = {"full": "hessian", "module": _module(name)}.get(structure, name)
         groups.setdefault(key, []).append(name)
-    if structure not in STRUCTURES.values():
-        raise UsageError(f"no structure is called {structure!r}")
     return [
         Block(key or ROOT, tuple(names), tuple(math.prod(shapes[name]) for name in names))
         for key, names in groups.items()

@@ -28,11 +28,10 @@ def find_uses(tape: Tape, axes: Axes) -> tuple[dict[str, tuple[Use, ...]], dict[
         the affine uses of each, in the order of execution: one, or several at values of their own, as it is; and why
         the others have none, or one that is shared no single one.
     """
-    constants = {n for n, axis in axes.items() if axis is None and n not in tape.trained}
     found: dict[str, tuple[Use, ...]] = {}
     reasons: dict[str, str] = {}
     for name, number in tape.parameters.items():
-        search = _Search(tape, axes, constants, name)
+        search = _Search(tape, axes, name)
         try:
             uses = search.uses(number)
         except NotApplicable as reason:
@@ -52,7 +51,6 @@ class _Search:
 
     tape: Tape
     axes: Axes
-    constants: Collection[int]
     parameter: str
 
     def _readers(self, value: int) -> list[Call]:
@@ -100,7 +98,7 @@ class _Search:
             if (
                 call.name in _VIEWS | _COPIES
                 or (call.name in _OF_ALL and same_shape)
-                or (_multiplies(call, value, self.constants) and same_shape)
+                or (_multiplies(call, value, self.tape.trained) and same_shape)
             ):
                 return self.uses(made, (*moves, call), lookup)
         z, refusal = call.outputs[0], NotApplicable(f"not an affine use ({call.name})")
@@ -130,13 +128,12 @@ def _adds_rows(tape: Tape, call: Call, rows: int, total: int) -> bool:
     return call.name == "add" and not call.keywords and lengths[0] == lengths[1]
 
 
-def _multiplies(call: Call, value: int, constants: Collection[int]) -> bool:
+def _multiplies(call: Call, value: int, trained: Collection[int]) -> bool:
     """Whether a call multiplies each entry of a value by a constant, or divides it by one."""
-    others = [n for n in call.reads if n != value]
     if call.name not in _MULTIPLIES or call.keywords:
         return False
     divides_it = call.name != "div" or call.place(value) == 0
-    return divides_it and all(n in constants for n in others)
+    return divides_it and not any(n in trained for n in call.reads if n != value)
 
 
 def _moved(shape: torch.Size, moves: Sequence[Call], numbered: bool = False) -> Tensor:

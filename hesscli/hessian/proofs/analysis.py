@@ -13,7 +13,6 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.loss import OF_ALL
-from hesscli.hessian.objective.losses import OF_CLASSES
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.affine import find_uses
 from hesscli.hessian.proofs.positions import positions_stay_apart
@@ -175,13 +174,11 @@ def _analyse(problem: Problem, batch: Batch) -> Analysis:
     loss = problem.loss
     if loss.reduced == OF_ALL:
         raise NotApplicable(f"the loss {loss.name} is one number for all data")
-    if not batch.inputs or not batch.inputs[0].dim():
+    if not batch.inputs[0].dim():
         raise NotApplicable("the inputs have no sample axis")
     tape = record(problem, batch)
     if tape.refusal:
         raise NotApplicable(tape.refusal)
-    if loss.name in OF_CLASSES and len(tape.shapes[tape.output]) < 2:
-        raise NotApplicable("one sample without a sample axis")  # axis 0 holds its classes
     axes = sample_axes(tape, len(batch.inputs[0]))
     all_uses, reasons = find_uses(tape, axes)
     terms = None

@@ -169,8 +169,7 @@ def _in_convolution(p: Operand) -> Use | None:
 
 
 def _in_embedding(p: Operand) -> Use | None:
-    options = p.call.named("scale_grad_by_freq"), p.call.named("sparse")
-    if p.place or not p.alone or len(p.shape) != 2 or not p.as_stored or any(options):
+    if not p.as_stored or p.call.named("scale_grad_by_freq"):
         return None
     vocabulary, length = p.shape
     if vocabulary * p.z_shape.numel() // max(1, length) > _MOST_UNITS:
@@ -186,8 +185,7 @@ def _broadcast(p: Operand) -> Use | None:
     """
     lengths = [1] * (len(p.z_shape) - len(p.shape)) + list(p.shape)
     channels = tuple(i for i, length in enumerate(lengths) if length > 1)
-    fits = len(lengths) == len(p.z_shape) and all(lengths[i] == p.z_shape[i] for i in channels)
-    if not fits or not p.alone or len(p.call.arguments) != 2 or not p.as_stored:
+    if not p.alone or not p.as_stored:
         return None
     if p.call.name != "mul":
         return p.use(BIAS, None, channels, 1)

@@ -43,10 +43,7 @@ def curved(tape: Tape, values: Sequence[int]) -> str | None:
             continue
         if call.name in MULTILINEAR and len(hits) == 1:
             continue
-        first_alone = len(hits) == 1 and call.place(hits[0]) == 0
-        if first_alone and call.name == "div":
-            continue
-        if first_alone and call.name == "native_batch_norm" and not call.named("training"):
+        if call.name == "div" and len(hits) == 1 and call.place(hits[0]) == 0:
             continue
         return call.name
     return None

@@ -70,8 +70,7 @@ def _reshaped(tape: Tape, use: Use) -> tuple[int, Sequence[int]]:
             after = rule_of(readers[0])(Context(readers[0], axes, tape, use.n))
         except NotApplicable:
             break
-        (made,) = readers[0].outputs
-        if made is None or after is None or after != SampleAxis(after.axis):
+        if after is None or after != SampleAxis(after.axis):
             break
-        value, channels = made, (after.axis,)
+        (value,), channels = readers[0].makes, (after.axis,)
     return value, channels

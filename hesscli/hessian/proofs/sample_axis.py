@@ -103,7 +103,7 @@ class Context:
         values = value if isinstance(value, (tuple, list)) else [value]
         if value is None or not values:  # over all of them
             return set(range(rank))
-        return {int(v) % max(rank, 1) for v in values}
+        return {int(v) % rank for v in values}
 
 
 Rule = Callable[[Context], SampleAxis | None]

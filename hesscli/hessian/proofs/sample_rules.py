@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.proofs import sample_moves as moves
 from hesscli.hessian.proofs import sample_writes as writes
 from hesscli.hessian.proofs.sample_axis import Context, Rule, SampleAxis, mixes
@@ -44,8 +43,7 @@ COMPLEX = frozenset(
 )
 # Samples along the first axis, and no way for an output sample to see another.
 FIRST_AXIS = frozenset(
-    "affine_grid_generator pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im "
-    "native_batch_norm".split()
+    "affine_grid_generator pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im".split()
 )
 # Of each channel's picture, which is the last one, two or three axes: as the name says.
 RESAMPLING = frozenset(
@@ -129,10 +127,8 @@ def _of_pair(c: Context) -> SampleAxis | None:
 
 def _first(c: Context) -> SampleAxis | None:
     axis, rank = c.only(), len(c.shape())
-    least = {"native_batch_norm": 2, "pixel_shuffle": 4, "im2col": 4}.get(c.call.name, 3)
+    least = 4 if c.call.name in ("pixel_shuffle", "im2col") else 3
     c.require(axis.axis == 0 and rank >= least)
-    if c.call.name == "native_batch_norm" and c.named("training"):
-        raise NotApplicable("batch_norm in train mode mixes samples")
     return axis
 
 

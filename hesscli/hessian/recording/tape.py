@@ -114,10 +114,10 @@ class Tape:
     parameters: Mapping[str, int]
     inputs: tuple[int, ...]
     output: int
-    complex: frozenset[int] = frozenset()
-    default: torch.dtype = torch.float32
-    decided: bool = False
-    refusal: str = ""
+    complex: frozenset[int]
+    default: torch.dtype
+    decided: bool
+    refusal: str
 
     @cached_property
     def trained(self) -> frozenset[int]:
