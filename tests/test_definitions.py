@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import CASES, Case, expected, labels, normal
 from oracles import hessian, relative_error
 from problems import blocks_of, compute_blocks, problem_of, problem_of_case, routes_of
@@ -106,6 +107,17 @@ def test_sums_of_exponentials(dim: int) -> None:
 
     assert torch.autograd.gradcheck(of_finite, x[finite].requires_grad_())
     assert torch.autograd.gradgradcheck(of_finite, x[finite].requires_grad_())
+    assert formulas.logcumsumexp(torch.tensor(-3.0), 0) == -3
+
+
+def test_hard_sigmoids_in_place() -> None:
+    x = (4 * normal(9)).requires_grad_()
+    with definitions.exact_derivatives():
+        y = F.hardsigmoid(x + 0, inplace=True)
+    torch.testing.assert_close(y, F.hardsigmoid(x))
+    (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    (bend,) = torch.autograd.grad(slope.sum(), x)
+    torch.testing.assert_close(bend, (x.abs() < 3) / x.new_tensor(18.0))
 
 
 @pytest.mark.parametrize("p", [2, 1, 3, 0, torch.inf, -torch.inf, 2.5, 0.5, -1.5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,19 @@ def test_multilabel_margin(reduction: str) -> None:
             lambda x, t=target: F.multilabel_margin_loss(x, t, reduction=reduction) ** 2,
             normal(*target.shape),
         )
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize(
+    "weighted", [[], ["weight"], ["pos_weight"], ["weight", "pos_weight"]], ids=str
+)
+def test_binary_cross_entropy_with_logits(weighted: list[str], reduction: str) -> None:
+    options: dict[str, Any] = {name: normal(4, seed=len(name)).abs() for name in weighted}
+    y = labels(2, 6, 4).double()
+    differentiates_twice(
+        lambda x: F.binary_cross_entropy_with_logits(x, y, reduction=reduction, **options),
+        normal(6, 4),
+    )
 
 
 T, C = 7, 5

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import labels, normal
 from conftest import read
 from oracles import hessian, hessian_by_differences, relative_error
@@ -172,6 +173,31 @@ def test_embeddings_that_autograd_has_less_of(mode, sparse):
     torch.testing.assert_close(found.matrix(), 2 * h.T @ h / 9)
     everything = hesscli.compute(model, (words, Y))
     assert everything.metadata["check"]["relative_error"] < 1e-6
+
+
+def test_the_largest_of_uneven_bags():
+    class Net(nn.Module):
+        def __init__(self, by_hand: bool):
+            super().__init__()
+            self.e, self.o, self.by_hand = nn.Embedding(5, 3), nn.Linear(3, 1), by_hand
+
+        def forward(self, x: Tensor) -> Tensor:
+            starts = [0, 1, 4]
+            if self.by_hand:
+                parts = zip(starts, [*starts[1:], len(x)], strict=True)
+                bags = torch.stack([self.e(x[start:stop]).amax(0) for start, stop in parts])
+            else:
+                bags = F.embedding_bag(x, self.e.weight, torch.tensor(starts), mode="max")
+            return self.o(torch.tanh(bags))
+
+    torch.manual_seed(0)
+    model, by_hand = Net(False).double(), Net(True).double()
+    by_hand.load_state_dict(model.state_dict())
+    words, y = torch.arange(9) % 5, Y[:3]
+    found = hesscli.compute(model, (words, y), blocks="full", framework="torch", unbatched=True)
+    assert {block["method"] for block in found.metadata["blocks"]} == {"finite-difference"}
+    truth = hessian(by_hand, F.mse_loss, (words,), y)
+    assert relative_error(found.matrix(), truth) < 1e-7
 
 
 class Filled(nn.Module):
