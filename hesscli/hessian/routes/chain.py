@@ -31,7 +31,8 @@ from hesscli.hessian.proofs.sample_rules import ELEMENTWISE_UNARY, RESHAPES
 from hesscli.hessian.recording.tape import Call, Ref
 from hesscli.hessian.routes.probes import Probed
 
-UNARY = ELEMENTWISE_UNARY - {"detach"}
+_TELLING = frozenset("isnan isinf signbit logical_not bitwise_not".split())  # bools
+UNARY = ELEMENTWISE_UNARY - _TELLING - {"detach"}
 PRODUCTS = ("mm", "addmm")
 _AFFINE = frozenset(["mul", "add", "sub", "div"])
 MOST_ROWS = 3  # times n: to multiply out S, and start anew from it, costs about as much as to push that many
@@ -75,7 +76,8 @@ def find_chain(analysis: Analysis, zs: Collection[int]) -> tuple[list[Step], set
 def _known(call: Call, before: int) -> bool:
     place = call.place(before)
     if call.name in UNARY or call.name in RESHAPES:
-        return call.reads == [before]  # not a clamp between values, say
+        floats = (call.keywords.get("dtype") or torch.float32).is_floating_point
+        return floats and call.reads == [before]  # not a clamp between values, say
     if call.name in PRODUCTS and not call.keywords:
         return place == (1 if call.name == "addmm" else 0)
     return call.name in _AFFINE and not call.keywords and (call.name != "div" or place == 0)
