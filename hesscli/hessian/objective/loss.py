@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hesscli.errors import MismatchError, UsageError
+from hesscli.errors import MismatchError
 from hesscli.hessian.aten.precision import in_precision_, staying_wide
 from hesscli.hessian.guests import guest
 from hesscli.hessian.objective.batch import Batch
@@ -84,12 +84,7 @@ class Loss:
             MismatchError: nor the output, or the target.
         """
         if self.name in LOSSES:
-            arguments = batch.loss_arguments
-            try:
-                return LOSSES[self.name](output, batch.target, **arguments)
-            except (TypeError, ValueError) as error:
-                given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-                raise UsageError(f"the loss {self.name} cannot take {given}: {error}") from None
+            return LOSSES[self.name](output, batch.target, **batch.loss_arguments)
         terms = self.terms(output, batch)
         if self.reduced in (MEAN, SUM):
             count = len(batch)
