@@ -79,6 +79,17 @@ class MadeBuffer(Made):
         return self.kept
 
 
+class NewBuffer(Buffer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = torch.zeros(0)
+
+    def square(self) -> Tensor:
+        if not self.kept.numel():
+            self.kept = Plain.square(self)
+        return self.kept
+
+
 class Steps(Plain):
     """Its first pass alone is as the others are."""
 
@@ -305,6 +316,28 @@ class InAClosure(Plain):
         return self.closure(self.w)
 
 
+class InAnEmptyCell(Plain):
+    """Its closure has the name from the first pass on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def square(w: Tensor) -> Tensor:
+            nonlocal kept
+            try:
+                return kept
+            except NameError:
+                kept = w @ w.T
+                return kept
+
+        self.closure = square
+        kept = None
+        del kept
+
+    def square(self) -> Tensor:
+        return self.closure(self.w)
+
+
 class Slots:
     __slots__ = ("kept",)
 
@@ -505,7 +538,15 @@ class AmongStrangers(Attribute):
         ),
         *(InARegistry, Hooked, *HOLDERS),
         *(Assigned, AssignedAnew, OfTheFile, ByAFunction, Bound, NewlyBound, Counted, CachedMethod),
-        *(CachedFunction, ByDefault, OfTheFunction, InAClosure, InSlots, InFilledSlots),
+        *(
+            CachedFunction,
+            ByDefault,
+            OfTheFunction,
+            InAClosure,
+            InAnEmptyCell,
+            InSlots,
+            InFilledSlots,
+        ),
         *(InAttributes, InAnEnum, Dispatched, InAnotherFile, ByTensors, InAFrozenClass),
         AmongStrangers,
     ],
@@ -518,6 +559,15 @@ def test_every_pass_is_the_first(kind: type[Plain], curvature: str) -> None:
     assert found.metadata["notes"] == truth.metadata["notes"]
     if curvature == "hessian":
         assert relative_error(found.matrix(), hessian(Plain().double(), F.mse_loss, (X,), Y)) < 1e-9
+
+
+@pytest.mark.parametrize("kind", [MadeBuffer, NewBuffer])
+def test_buffers_are_found_behind_any_number_of_objects(kind: type[Plain]) -> None:
+    model = nn.Sequential(nn.Sequential(kind().double()))
+    model.memory = [torch.zeros(1) for _ in range(2000)]
+    found = hesscli.compute(model, (X, Y), blocks="full", framework="torch")
+    truth = hesscli.compute(Plain().double(), (X, Y), blocks="full", framework="torch")
+    assert relative_error(found.matrix(), truth.matrix()) < 1e-12
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ class Operand:
             m: inputs per output.
             stored: further attributes of its `Storage`.
         """
-        if self.axis.axis in channels or not self.z_shape.numel() or not m:
+        if self.axis.axis in channels or not self.z_shape.numel():
             return None
         n = math.prod(self.z_shape[c] for c in channels)
         return Use(
