@@ -213,6 +213,10 @@ def test_bce_of_a_certain_output(target):
 
     assert torch.isfinite(torch.autograd.functional.jacobian(loss, z)).all()
     assert torch.isfinite(torch.autograd.functional.hessian(loss, z)).all()
+    least = torch.tensor([0, 1e-60, 1e-30, 1], dtype=torch.float64)
+    y = torch.full((4,), target, dtype=torch.float64)
+    theirs = F.binary_cross_entropy(least, y, reduction="sum")
+    torch.testing.assert_close(LOSSES["bce"](least, y)[0], theirs)
 
 
 MISFITS = [
@@ -222,7 +226,9 @@ MISFITS = [
     ("cross-entropy", Z, labels(3, 7, 1), {}), ("cross-entropy", Z, C + 1, {}),
     ("cross-entropy", Z, C.double(), {}), ("cross-entropy", Z[:, :1], C, {}),
     ("cross-entropy", Z, C, {"weight": positive(4)}), ("nll", Z, C - 1, {}),
-    ("mse", Z, T, {"weight": positive(7)}),
+    ("mse", Z, T, {"weight": positive(7)}), ("nll", Z.log_softmax(1), C, {"weight": positive(4)}),
+    ("cross-entropy", Z, probabilities(7, 3), {"weight": positive(4)}),
+    ("bce", Z[:, :1].sigmoid(), T[:, 0].sigmoid(), {}), ("smooth-l1", Z, T[:, 0], {}),
     ("bce-with-logits", Z, T.sigmoid(), {"pos_weight": positive(4)}),
 ]  # fmt: skip
 
