@@ -827,6 +827,24 @@ class Reversed(torch.autograd.Function):
         return -gradient
 
 
+class Stepped(torch.autograd.Function):
+    """Steps that are finer than those of any difference, whose derivative is zero."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.floor(1e8 * x) / 1e8
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.zeros_like(gradient)
+
+
+class Constant(Stepped):
+    """The same without a derivative: its result is detached."""
+
+    backward = torch.autograd.Function.backward
+
+
 class Forgetful(torch.autograd.Function):
     """Right once: what it saves for its derivative is a constant to the second one."""
 
@@ -851,7 +869,8 @@ class Quantized(nn.Module):
 
     def through(self, x):
         arguments = (self.shift, 4) if issubclass(self.function, Shifted) else ()
-        return self.function.apply(x, *arguments)
+        made = self.function.apply(x, *arguments)
+        return x + made.detach() if self.function is Constant else made
 
     def forward(self, x):
         if self.of_weights:
@@ -866,7 +885,9 @@ def quantized(function, of_weights) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("of_weights", [True, False])
-@pytest.mark.parametrize("function", [Rounded, Binary, Shifted, Reversed, SineByCosine])
+@pytest.mark.parametrize(
+    "function", [Rounded, Binary, Shifted, Reversed, SineByCosine, Stepped, Constant]
+)
 @pytest.mark.parametrize("method", ["auto", "finite-difference"])
 def test_derivatives_that_a_model_defines_itself(function, of_weights, method):
     model, x, y = quantized(function, of_weights)
