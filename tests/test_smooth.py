@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hesscli.hessian.aten.smooth import smooth
-from hesscli.hessian.autodiff import batched_grad
+from hesscli.hessian.autodiff import batched_grad, seeded_grad
 
 aten = torch.ops.aten
 FUNCTIONS = {
@@ -88,3 +89,17 @@ def test_complex_numbers_have_pytorchs_own_derivatives():
         return torch.autograd.grad(gradient.square().sum(), x)[0]
 
     assert torch.allclose(first(smooth(aten.tanh.default)), first(torch.tanh), rtol=1e-12)
+
+
+def test_passes_where_internals_of_pytorch_have_moved(monkeypatch):
+    x, unused = (torch.linspace(-1, 1, size).requires_grad_() for size in (5, 2))
+    (gradient,) = torch.autograd.grad((x.tanh() ** 3).sum(), x, create_graph=True)
+    expected, _ = batched_grad(gradient, [x, unused], torch.eye(5))
+    monkeypatch.setitem(sys.modules, "torch._vmap_internals", None)
+    monkeypatch.delattr("torch.autograd.graph._engine_run_backward")
+    found, nothing = batched_grad(gradient, [x, unused], torch.eye(5))
+    torch.testing.assert_close(found, expected)
+    assert nothing is None
+    first, nothing = seeded_grad(gradient, [x, unused], torch.eye(5)[0])
+    torch.testing.assert_close(first, expected[0])
+    assert nothing is None
