@@ -138,6 +138,14 @@ class Pair(NamedTuple):
     kept: dict[str, Tensor]
 
 
+class Marked(dict):
+    """A dict with an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__(some=1)
+        self.kept: dict[str, Tensor] = {}
+
+
 HOLDERS = [
     holder("defaultdict", lambda: defaultdict(dict), lambda held: held),
     holder("dataclass", Notes, lambda held: held.kept),
@@ -147,6 +155,9 @@ HOLDERS = [
     holder("deque", lambda: deque([{}]), lambda held: held[0]),
     holder("partial", lambda: functools.partial(dict, {}), lambda held: held.args[0]),
     holder("method", lambda: Notes().noted, lambda held: held()),
+    holder("closure", lambda: (lambda kept: lambda: kept)({}), lambda held: held()),
+    holder("slot", lambda: FilledSlots({}), lambda held: held.kept),
+    holder("attribute-of-a-dict", Marked, lambda held: held.kept),
 ]
 
 
@@ -344,7 +355,7 @@ class Slots:
 
 @dataclass(slots=True)
 class FilledSlots:
-    kept: Tensor | None = None
+    kept: Any = None
 
 
 class InSlots(Plain):

@@ -81,8 +81,6 @@ def _of_container(each: Any) -> Held:
     if base not in _CONTAINERS:
         own = (_attributes(each), base)
         base = next(base for base in _CONTAINERS if isinstance(each, base))
-    if not base.__len__(each):
-        return own, partial(base.clear, each)
     items = base.items(each) if isinstance(each, dict) else base.__iter__(each)
     before = base(items)  # `copy` would make one of the subclass, by whatever its `__init__` wants
     values = before.values() if isinstance(before, dict) else before
@@ -90,9 +88,7 @@ def _of_container(each: Any) -> Held:
 
 
 def _of_object(each: object) -> Held:
-    attributes = _attributes(each)
     kind = type(each)
-    held = [kind] + ([attributes] if type(attributes) is dict else [])
     slots = [
         slot
         for base in kind.__mro__
@@ -101,7 +97,8 @@ def _of_object(each: object) -> Held:
         if isinstance(slot, MemberDescriptorType)
     ]
     before = [(slot, _in_slot(slot, each)) for slot in slots]
-    return (*held, *(value for _, value in before)), partial(_reslot, each, kind, before)
+    held = (kind, _attributes(each), *(value for _, value in before))
+    return held, partial(_reslot, each, kind, before)
 
 
 def _of_function(function: FunctionType) -> Held:
