@@ -569,14 +569,17 @@ def test_what_is_no_loss(loss, said, hint):
     assert hint in (caught.value.hint or "")
 
 
-def test_a_loss_of_nothing_is_a_new_zero():
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_a_loss_of_nothing_is_a_new_zero(curvature):
     """As losses return it for a batch without what they look at."""
 
     def loss(f, y):
         kept = y[:, 0] > 100
         return F.mse_loss(f[kept], y[kept]) if kept.any() else torch.zeros((), requires_grad=True)
 
-    assert not computed(net(), (X, Y), loss=loss).matrix().any()
+    assert not computed(net(), (X, Y), loss=loss, curvature=curvature).matrix().any()
+    data = {"x": X.numpy(), "y": Y.numpy()}
+    assert not (hesscli.operator(net(), data, loss=loss, curvature=curvature) @ np.ones(36)).any()
 
 
 def test_arguments_that_a_loss_misses():

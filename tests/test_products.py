@@ -9,6 +9,7 @@ from cases import BY_NAME, CASES, Case, expected
 from oracles import _twice_differentiable_attention, hessian, relative_error
 from problems import (
     STRUCTURES,
+    Net,
     compute_blocks,
     part_of,
     problem_of,
@@ -371,3 +372,24 @@ def test_no_fisher_of_samples_that_mix() -> None:
         with pytest.raises(MismatchError) as raised:
             hesscli.compute(Centred(4, 3).double(), (X, Y), curvature="fisher", **options)
     assert raised.value.hint == "--curvature ggn"
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("other", ["nothing", "others"])
+def test_batches_that_depend_on_none_of_the_parameters(curvature, other):
+    def forward(s: Net, x: Tensor) -> Tensor:
+        if x[0, 0] < 9:
+            return torch.tanh(s.a(x))
+        return x[:, :2] * 1.0 if other == "nothing" else s.b(x)
+
+    torch.manual_seed(0)
+    model = Net(forward, a=nn.Linear(3, 2), b=nn.Linear(3, 2)).double()
+    x, y = torch.randn(8, 3).double(), torch.randn(8, 2).double()
+    x[4:, 0] = 10
+    names = ["a.weight", "a.bias"]
+    both, first = problem_of(model, [x], y, batch_size=4), problem_of(model, [x[:4]], y[:4])
+    found, alone = (
+        matrix(CURVATURES[curvature].products(problem.restricted(names)))
+        for problem in (both, first)
+    )
+    torch.testing.assert_close(found, alone / 2)

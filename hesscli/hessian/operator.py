@@ -217,9 +217,9 @@ def loss_hessian(problem: Problem, batch: Batch, output: Tensor) -> Linear:
     """u -> d^2 l / d f^2 u / D, the loss's own Hessian at a batch's output."""
     f = output.requires_grad_()
     total, _ = problem.loss.total(f, batch)
-    if not total.requires_grad:
-        return torch.zeros_like
-    (delta,) = torch.autograd.grad(total / problem.denominator, f, create_graph=True)
+    (delta,) = torch.autograd.grad(
+        total / problem.denominator, f, create_graph=True, materialize_grads=True
+    )
     if not delta.requires_grad:
         return torch.zeros_like
     pull = _pull(delta, [f])
@@ -235,7 +235,7 @@ def loss_gradient(problem: Problem, batch: Batch, output: Tensor) -> Tensor:
     """delta = dl / df at a batch's output, not divided by D."""
     f = output.requires_grad_()
     total, _ = problem.loss.total(f, batch)
-    return torch.autograd.grad(total, f)[0] if total.requires_grad else torch.zeros_like(f)
+    return torch.autograd.grad(total, f, materialize_grads=True)[0]
 
 
 def gradient_outer(problem: Problem, batch: Batch, output: Tensor) -> Linear:

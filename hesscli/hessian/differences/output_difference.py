@@ -88,7 +88,7 @@ class OutputDifference(DirectionalDifference):
         f = f.detach().requires_grad_()
         with right_gradients():
             total, _ = self.problem.loss.total(f, batch)
-        return torch.autograd.grad(total, f)[0] if total.requires_grad else torch.zeros_like(f)
+        return torch.autograd.grad(total, f, materialize_grads=True)[0]
 
 
 def _where_finite(ahead: Tensor, behind: Tensor, h: float) -> Tensor:
