@@ -260,6 +260,33 @@ def samples_reduced(h, x):
 
 
 @mixing
+def some_samples_by_mask(h, x):
+    out = h.clone()
+    out[torch.tensor([True, False, True, False, True])] = 0.5
+    return out
+
+
+@mixing
+def entries_of_a_list_by_mask(h, x):
+    out = h.clone()
+    out[torch.arange(30).view(5, 6) % 2 == 0] = torch.linspace(0, 1, 15, dtype=h.dtype)
+    return out
+
+
+@mixing
+def entries_added_to_by_mask(h, x):
+    mask, more = torch.arange(30).view(5, 6) % 2 == 0, torch.tensor(0.5, dtype=h.dtype)
+    return h.clone().index_put_((mask,), more, accumulate=True)
+
+
+@mixing
+def samples_by_indices_of_the_same_shape(h, x):
+    out = h.clone()
+    out[torch.ones(5, 6, dtype=torch.long)] = 0.5
+    return out
+
+
+@mixing
 def diagonal_of_samples(h, x):
     m = h[:, :5] * 1
     m.diagonal()[:] = h[:, 0]

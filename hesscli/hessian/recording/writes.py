@@ -41,9 +41,7 @@ def without_writing(draft: Draft, call: Call, args: tuple[Any, ...]) -> Call:
 def functional(operator: Any) -> Any:
     """The operator that gives what this one writes in place, if PyTorch has one with a derivative."""
     name = operator._schema.name.removeprefix("aten::")
-    if name == "transpose_":
-        return _aten.transpose.int
-    if not name.endswith("_") or name == "copy_":
+    if not name.endswith("_"):
         return None
     twin = getattr(_aten, name.removesuffix("_"), None)
     overloads = [] if twin is None else [getattr(twin, name) for name in twin.overloads()]
