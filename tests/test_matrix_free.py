@@ -183,6 +183,35 @@ def test_params_and_extremes_of_blocks(cli):
     assert "eig_min" in text
 
 
+class Attention(nn.Module):
+    """Its key's bias adds the same to all scores of a query, which the softmax takes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(3, 3) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.query(x) @ self.key(x).mT
+        return (scores.softmax(-1) @ self.value(x)).sum(1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("tolerance", [0.1, 1e-3, 0])
+def test_a_block_that_is_zero_but_for_rounding(cli, tmp_path, dtype, tolerance):
+    torch.manual_seed(0)
+    files = saved(tmp_path, Attention(), x=torch.randn(7, 4, 3), y=torch.randn(7, 3))
+    words = ("--per-block", "--dtype", dtype, "--tol", tolerance, "--json")
+    ran = cli("eigen", *files, *words)
+    assert ran.code == 0, ran.stderr
+    document = ran.document
+    ends = [
+        v
+        for n, v in zip(document["blocks"], document["eigenvalues"], strict=True)
+        if "key.bias" in n
+    ]
+    assert np.abs(ends).max() < 1e-6 * max(document["eigenvalues"])
+
+
 def test_the_check_of_several_blocks_is_the_worst():
     checks = [{"relative_error": error, "directions": 1} for error in (1e-9, 3e-7, 1e-8)]
     assert model_eigen._worst(checks) == {"relative_error": 3e-7, "directions": 3}

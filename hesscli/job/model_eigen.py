@@ -197,10 +197,25 @@ def _per_block(
             np.concatenate([part.values for part in parts]),
             torch.cat(rows) if rows else torch.zeros(0, operator.size),
             np.concatenate([part.residuals for part in parts]),
-            np.concatenate([part.converged for part in parts]),
+            np.concatenate(_converged(parts, options.tolerance)),
             sum(part.products for part in parts),
             parts[-1].interrupted,
         ),
         blocks,
         operators,
     )
+
+
+def _converged(parts: Sequence[Found], tolerance: float) -> list[np.ndarray]:
+    """Which pairs of each block have converged.
+
+    A block may be zero but for rounding, as that of a key's bias is, which the softmax takes out again. No value of it
+    has converged relative to its own largest one, but all have to that of all blocks, if all products were made.
+    """
+    largest = max((float(np.abs(part.values).max(initial=0.0)) for part in parts), default=0.0)
+    return [
+        part.converged | (part.residuals <= allowed(part.values, tolerance, largest, rounding=0.0))
+        if part.products >= part.vectors.shape[1]
+        else part.converged
+        for part in parts
+    ]
