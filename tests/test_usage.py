@@ -394,6 +394,7 @@ def test_what_does_not_read_standard_input(net, cli, words):
         ("hvp net.pt d.npz --per-fedavg 1e40", "hvp net.pt d.npz --per-fedavg 1e40 --dtype float64"),
         ("show d.npz", "compute model.pt data.npz"),
         ("compute net.pt d.npz -o 'a b/h'", "mkdir -p 'a b'"),
+        ("compute net.pt d.npz -o d.npz/a/h", "compute net.pt d.npz -o hessian.safetensors"),
         ("show --plot 'a b.pn'", "show --plot 'a b.png'"),
         ("show --plot 'a dir.png'", "show --plot 'a dir.png/hessian.png'"),
         ("show 'a b'", "compute model.pt data.npz -o 'a b'"),

@@ -81,6 +81,9 @@ def writable(
     path = followed(path)
     folder = path.parent
     if not folder.is_dir():
+        above = next(part for part in (folder, *folder.parents) if part.exists())
+        if not above.is_dir():
+            raise refused(f"{above} is no folder", instead(above.parent / usual))
         raise refused("no such folder", f"mkdir -p {shlex.quote(str(folder))}")
     if path.is_dir():
         raise refused("is a folder", instead(path / usual))
