@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -328,6 +329,20 @@ def test_resume_gives_the_same_bytes(cli, net, small_bands, monkeypatch, mode, b
     assert Path("h.safetensors").read_bytes() == undisturbed
     assert min(start for start, _ in computed) > 0  # the first band was there
     assert not list(Path().glob(".*"))
+
+
+@pytest.mark.parametrize("more", [(), ("--resume",), ("--force",), ("--shard", "1/2")])
+def test_a_run_that_goes_on_keeps_its_journal(cli, net, small_bands, monkeypatch, more):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3, KeyboardInterrupt())
+        assert cli("compute", *net, *COMMAND).code == 130
+    journal = Path(".h.safetensors.journal")
+    before = journal.read_bytes()
+    with open(".h.safetensors.partial") as partial:
+        fcntl.flock(partial, fcntl.LOCK_EX)  # as if it had not been interrupted
+        other = cli("compute", *net, *COMMAND, *more)
+    assert other.fails(2) == "h.safetensors: another run is writing it"
+    assert journal.read_bytes() == before
 
 
 def changed(path):

@@ -25,6 +25,34 @@ from hesscli.files.hessians.tensor_file import OPEN_FLAGS, TensorFile
 Span = tuple[int, int]  # first and last + 1
 
 
+def demand_idle(path: Path, shared: bool) -> None:
+    """Nobody is writing a result; where it is `shared`, nobody but others that share it.
+
+    Raises:
+        UsageError: another run is.
+    """
+    with suppress(FileNotFoundError):
+        descriptor = os.open(partial_path(path), OPEN_FLAGS)
+        try:
+            _lock(descriptor, path, shared)
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path, shared: bool) -> None:
+    """Locks the unfinished file of a result, until it is closed.
+
+    Raises:
+        UsageError: another run has it.
+    """
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"{path}: another run is writing it", "-o other.safetensors") from None
+    except OSError:  # a file system without locks
+        pass
+
+
 class ResultWriter:
     """Writes one result. Nothing appears under its name before `commit`; leaving without it leaves nothing,
     unless `keep` was called. One thread at a time may use it, but rows may be counted while others are placed.
@@ -87,14 +115,10 @@ class ResultWriter:
         partial = partial_path(self.path)
         descriptor = os.open(partial, OPEN_FLAGS | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
+            _lock(descriptor, self.path, shared)
+        except UsageError:
             os.close(descriptor)
-            raise UsageError(
-                f"{self.path}: another run is writing it", "-o other.safetensors"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+            raise
         if fresh:
             os.ftruncate(descriptor, 0)
             for left in partial_paths(self.path):

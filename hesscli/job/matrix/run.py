@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from hesscli.errors import FileError, HesscliError, UsageError
 from hesscli.files.hessians.result_names import journals
-from hesscli.files.hessians.result_writer import ResultWriter
+from hesscli.files.hessians.result_writer import ResultWriter, demand_idle
 from hesscli.hessian.objective.first_gradient import first_gradient
 from hesscli.job import documents, statistics
 from hesscli.job.json_form import Document, timeless
@@ -126,6 +126,8 @@ class Run:
         if self.merging:
             journal.merge()
         elif self.team.rank == 0:
+            if output is not None:  # what a run that goes on has finished is no left-over
+                demand_idle(output, self.plan.divided)
             journal.resume(self.options.resume, self.options.force)
         left = [name for name, _ in self.parts if name not in journal.finished]
         if self.merging and left:
