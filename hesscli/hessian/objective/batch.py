@@ -51,8 +51,7 @@ class Batches(Sequence[Batch]):
         return self._count
 
     def __getitem__(self, index: int) -> Batch:  # type: ignore[override]  # no slices
-        if not 0 <= index < self._count:
-            raise IndexError(index)
+        index = range(self._count)[index]
         if not self.kept:
             return self._make(index)
         if index not in self._made:
