@@ -19,7 +19,7 @@ from hesscli.errors import (
     ResourceError,
     UsageError,
 )
-from hesscli.files import npy
+from hesscli.files import arrow_files, npy
 from hesscli.files.data import load_data
 from hesscli.files.unusable import DECIMALS
 
@@ -242,6 +242,12 @@ def test_a_first_line_of_numbers_is_a_sample(tmp_path, first, second):
     assert f"no line of names: the columns are called 0 to {last}" in data.notes
 
 
+def test_a_series_of_pandas(tmp_path):
+    (tmp_path / "d.csv").write_text(",0\n0,1.5\n1,2.5\n")
+    data = load_data(tmp_path / "d.csv", inputs=("0",))
+    assert data.inputs["columns"].tolist() == [[1.5], [2.5]]
+
+
 def test_a_single_column_of_numbers_has_no_name(tmp_path):
     (tmp_path / "d.csv").write_text("0\n1\n")
     data = load_data(tmp_path / "d.csv")
@@ -273,6 +279,12 @@ def test_integers_of_a_table_beyond_all_numbers(tmp_path):
     (tmp_path / "d.csv").write_text(f"a,y\n{'9' * 400},0\n3,1\n")
     error = refused(NumericalError, tmp_path / "d.csv")
     assert "NaN or infinity in 1 place, the first at [0]" in error.message
+
+
+def test_truth_values_of_a_table_are_classes(tmp_path):
+    (tmp_path / "d.csv").write_text("a,y\n1,True\n2,FALSE\n")
+    assert load_data(tmp_path / "d.csv").targets[1].tolist() == [True, False]
+    assert load_data(tmp_path / "d.csv").targets[1].dtype is torch.bool
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -349,6 +361,9 @@ def test_arrays_that_are_not_numbers_are_skipped_and_said(tmp_path):
     assert "; array names skipped: not numbers (str32); array big skipped: " in error.message
     torch.save({"x": torch.ones(2), "epoch": 3}, tmp_path / "d.pt")
     assert load_data(tmp_path / "d.pt").notes[0] == "array epoch skipped: not a tensor (int)"
+    with zipfile.ZipFile(tmp_path / "d.npz", "a") as archive:
+        archive.writestr("README", "about them")
+    assert "array README skipped: not numbers (a file)" in load_data(tmp_path / "d.npz").notes
 
 
 @pytest.mark.parametrize(
@@ -391,6 +406,52 @@ def test_columns_that_are_skipped(tmp_path, field, why):
     assert message.endswith(f"; array a skipped: {why} ({field!r} in line 2)")
 
 
+def test_a_first_line_of_numbers_over_words(tmp_path):
+    (tmp_path / "d.csv").write_text("1,2\n3,a\n")
+    message = refused(UsageError, tmp_path / "d.csv", targets="0").message
+    assert message.endswith("; array 1 skipped: not numbers ('a' in line 2)")
+
+
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list, lambda value: pa.list_(value, 2)])
+def test_columns_of_lists(tmp_path, kind):
+    x = pa.array(X.tolist(), kind(pa.float32()))
+    pq.write_table(pa.table({"x": x, "y": Y}), tmp_path / "d.parquet")
+    assert torch.equal(load_data(tmp_path / "d.parquet").inputs["x"], torch.from_numpy(X))
+
+
+def test_columns_of_one_name(tmp_path):
+    pq.write_table(pa.table([[1.0], [2.0], [0]], ["a", "a", "y"]), tmp_path / "d.parquet")
+    message = refused(FileError, tmp_path / "d.parquet").message
+    assert message.endswith("two columns are called 'a'")
+
+
+def _write_arrow(path, table, parts):
+    with pa.ipc.new_file(path, table.schema) as file:
+        for _ in range(parts):
+            file.write(table)
+
+
+def test_a_table_in_one_part_takes_no_memory(tmp_path, monkeypatch):
+    _write_arrow(tmp_path / "d", pa.table({"a": np.ones(4), "y": np.ones(4)}), 1)
+    monkeypatch.setattr(arrow_files, "available_memory", lambda: 0)
+    assert load_data(tmp_path / "d").samples == 4
+
+
+@pytest.mark.parametrize(("parts", "free"), [(1, 20), (2, 60)])
+def test_a_table_for_which_there_is_no_memory(tmp_path, monkeypatch, parts, free):
+    """To unpack it; or, where it is mapped, to join the parts of its largest column."""
+    table = pa.table({"a": np.ones(4), "y": np.ones(4)})
+    if parts == 1:
+        pq.write_table(table, tmp_path / "d")
+    else:
+        _write_arrow(tmp_path / "d", table, parts)
+    monkeypatch.setattr(arrow_files, "available_memory", lambda: free)
+    words = refused(ResourceError, tmp_path / "d").message
+    assert words.endswith(f"bytes; {free} bytes of memory are free")
+    monkeypatch.setattr(arrow_files, "available_memory", lambda: 1000)
+    assert load_data(tmp_path / "d").samples == 4 * parts
+
+
 WORDS = "classes are whole numbers from 0 on: table.y = table.y.astype('category').cat.codes"
 ROWS = "drop these samples: table = table.dropna(subset=['y'])"
 
@@ -399,6 +460,7 @@ ROWS = "drop these samples: table = table.dropna(subset=['y'])"
     ("y", "why", "hint"),
     [
         (pa.array(["a", "b"]), "not numbers (string)", WORDS),
+        (pa.array(["a", "b"], pa.large_string()), "not numbers (large_string)", WORDS),
         (pa.array(["a", "b"]).dictionary_encode(), "not numbers (dictionary<", WORDS),
         (pa.array([[1, 2], None]), "missing in 1 of 2 places", ROWS),
         (pa.array([[1], [2, 3]]), "rows of different lengths: pad them", None),

@@ -132,10 +132,7 @@ def _column(path: Path | str, values: Any) -> torch.Tensor | Unusable:
             return Unusable(f"missing in {values.null_count} of {len(values)} places", ROWS)
         if hasattr(values, "storage"):  # an extension: Array2D and the like of `datasets`
             values = values.storage
-        elif types.is_fixed_size_list(kind):
-            shape.append(kind.list_size)
-            values = values.flatten()
-        elif types.is_list(kind) or types.is_large_list(kind):
+        elif types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
             lengths = pyarrow.compute.unique(pyarrow.compute.list_value_length(values))
             if len(lengths) > 1:
                 return Unusable("rows of different lengths: pad them")
