@@ -1,12 +1,13 @@
 """Bytes end up where they were put, past the page cache or through it."""
 
+import errno
+import fcntl
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hesscli.files.hessians import placed_writes
 from hesscli.files.hessians.placed_writes import PlacedFile
 
 LENGTH = 40 << 20
@@ -46,15 +47,34 @@ def test_bytes_are_where_they_were_put(
     write(tmp_path / "file", pieces, refuse_direct)
 
 
-def test_a_file_system_that_refuses_direct_writes_gets_cached_ones(
+@pytest.mark.parametrize("answer", ["refused", "interrupted"])
+def test_what_is_not_written_directly_goes_through_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    real, directly = os.pwrite, []
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        if not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            return real(descriptor, data, offset)
+        directly.append(offset)
+        if answer == "refused":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(descriptor, data[:4096], offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    write(tmp_path / "file", [(3, 20_000_000), (20_000_000, LENGTH - 1)], refuse_direct=False)
+    assert directly in ([4096], [])  # not tried again; nor at all where files have no direct writes
+
+
+def test_errors_of_direct_writes_are_not_hidden(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: PlacedFile, offset: int, data: memoryview) -> bool:
-        self.direct = None
-        return False
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(placed_writes.PlacedFile, "_directly", refuse)
-    write(tmp_path / "file", [(3, LENGTH - 1)], refuse_direct=False)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(OSError, match="Input/output error"):
+        write(tmp_path / "file", [(0, LENGTH)], refuse_direct=False)
 
 
 def test_room_is_reserved_at_once(tmp_path: Path) -> None:
