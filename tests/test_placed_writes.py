@@ -66,17 +66,6 @@ def test_what_is_not_written_directly_goes_through_the_cache(
     assert directly in ([4096], [])  # not tried again; nor at all where files have no direct writes
 
 
-def test_errors_of_direct_writes_are_not_hidden(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(OSError, match="Input/output error"):
-        write(tmp_path / "file", [(0, LENGTH)], refuse_direct=False)
-
-
 def test_room_is_reserved_at_once(tmp_path: Path) -> None:
     path = tmp_path / "file"
     file = PlacedFile(os.open(path, os.O_CREAT | os.O_RDWR), path, LENGTH)

@@ -93,11 +93,9 @@ class PlacedFile:
             part = data[start : start + step]
             try:
                 written = self._write_part(part, offset + start, aligned)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
+            except OSError:
                 written = 0
-            # Larger blocks than pages, or an interruption: the cache takes anything.
+            # Larger blocks than pages, or an interruption: the cache takes anything, or says what is wrong.
             if written != len(part):
                 os.close(self.direct)
                 self.direct = None
