@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -845,6 +846,30 @@ def test_a_class_within_a_class(tmp_path):
     torch.save(Nested(), tmp_path / "net.pt")
     assert "Nested" in refused(FileError, tmp_path / "net.pt").message
     assert load_model(tmp_path / "net.pt", allow_pickle=True).module.config.width == 4
+
+
+class Named:
+    """Made by keywords, as `partial(Named.__new__, Named, name=...)()` in a pickle of protocol 2."""
+
+    def __new__(cls, *, name):
+        return super().__new__(cls)
+
+    def __getnewargs_ex__(self):
+        return (), {"name": "it"}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize(
+    "held",
+    [deque([1]), deque([1, 2]), defaultdict(int, a=1, b=2), Counter("a"), {1, 2}, Named(name="it")],
+    ids=lambda held: type(held).__name__,
+)
+def test_what_a_pickled_module_holds(tmp_path, protocol, held):
+    module = Plain()
+    module.held = held
+    torch.save(module, tmp_path / "net.pt", pickle_protocol=protocol)
+    loaded = load_model(tmp_path / "net.pt", allow_pickle=True).module.held
+    assert type(loaded) is type(held)
 
 
 def test_no_code_runs_without_permission(tmp_path):

@@ -50,12 +50,6 @@ class Thing:
     def append(self, item: object) -> None:
         pass
 
-    def extend(self, items: object) -> None:
-        pass
-
-    def add(self, item: object) -> None:
-        pass
-
 
 class InertPickle(pickle._Unpickler):
     """Reads a pickle of PyTorch's: containers and plain values as they are, a `Thing` for all else.
