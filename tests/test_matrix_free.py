@@ -290,7 +290,41 @@ def test_a_product_that_is_wrong_is_refused(cli, monkeypatch):
     assert "differs from differences of gradients" in ran.fails(5)
     ran = cli("eigen", *MLP, "--json", "--top", 1)  # the last resort is right
     assert ran.document["method"] == "finite-difference"
-    assert cli("eigen", *MLP, "--no-check", "--json").document["check"] is None
+    for options in ((), ("--per-block",)):
+        ran = cli("eigen", *MLP, "--no-check", *options, "--json")
+        assert ran.document["check"] is None
+
+
+@pytest.mark.parametrize(
+    "words", [("eigen",), ("eigen", "--per-block"), ("trace",), ("density",), ("hvp",)]
+)
+@pytest.mark.parametrize("right", [0, 1])
+def test_products_that_are_not_finite(cli, monkeypatch, words, right):
+    """From the first one on, which is the check's, or after it."""
+    from hesscli.hessian.operator import Products
+
+    made, product = [], Products.__call__
+
+    def broken(self: Products, v: Tensor) -> Tensor:
+        made.append(v)
+        return product(self, v) * (1 if len(made) <= right else torch.nan)
+
+    monkeypatch.setattr(Products, "__call__", broken)
+    vector = ("--vector", "gradient") if words == ("hvp",) else ()
+    for check in ("--check", "--no-check"):
+        made.clear()
+        ran = cli(words[0], *CNN, *words[1:], *vector, "--method", "hvp", check)
+        assert "product is not finite (NaN or inf)" in ran.fails(5)
+
+
+def test_vectors_for_which_there_is_no_memory(cli, monkeypatch):
+    from hesscli.job import operator
+
+    monkeypatch.setattr(operator, "free_memory", lambda device: 4 * 30 * 1210)
+    ran = cli("eigen", *MLP, "--top", 10)
+    assert "--top 10 holds 38 vectors of 1210 numbers, 184 kB; 145 kB" in ran.fails(6)
+    assert ran.hint.endswith("--top 1")
+    assert cli("eigen", *MLP, "--top", 2).code == 0
 
 
 @pytest.mark.parametrize(
@@ -308,6 +342,7 @@ def test_a_product_that_is_wrong_is_refused(cli, monkeypatch):
         (["hvp", *MLP, "--vector", "gradient", "--query", MLP[1]], 2, "--query goes with"),
         (["hvp", *MLP, "--query", MLP[1]], 2, "--query goes with"),
         (["hvp", *MLP, "--vector", "none.safetensors"], 2, "none.safetensors"),
+        (["hvp", *MLP, "--per-fedavg", 0.1, "--curvature", "ggn"], 2, "defined with the Hessian"),
         (["density", *MLP, "--plot", "p.gif"], 2, ".png, .svg, .pdf"),
         (["density", *MLP, "-o", "p.txt"], 2, ".safetensors nor .json"),
         (["compute", *MLP, "--curvature", "ggn", "--method", "preactivation"], 5, "Hessian alone"),
@@ -549,6 +584,21 @@ def test_vectors_that_do_not_fit(cli):
     assert "is an input" in cli(
         "hvp", *MLP, "--vector", "v.safetensors", "-o", "v.safetensors"
     ).fails(2)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "code", "said"),
+    [
+        ((2, 10, 16), (3, 10), 4, "do not stack the same number of vectors"),
+        ((2, 10, 16), (10,), 4, "do not stack the same number of vectors"),
+        ((10, 16), None, 5, "holds NaN or infinity"),
+    ],
+)
+def test_tensors_that_are_no_vector(cli, weight, bias, code, said):
+    bias = np.zeros(bias) if bias else np.full(10, np.inf)
+    save_file({"fc2.weight": np.zeros(weight), "fc2.bias": bias}, "v.safetensors")
+    ran = cli("hvp", *MLP, "--vector", "v.safetensors", "--params", "fc2.*")
+    assert said in ran.fails(code)
 
 
 def test_no_vectors(cli):

@@ -191,8 +191,6 @@ def _adapted_gradient(operator: Operator, options: HvpOptions) -> tuple[Tensor, 
         if other.loss == "auto":  # that of the data, whatever the query's targets look like
             other = replace(other, loss=problem.loss.name)
         opened = operator.processes.open(other, operator.opened.listener)
-        if list(opened.problem.parameters) != list(problem.parameters):
-            raise MismatchError(f"{options.query}: the model has other parameters with it")
         problem, facts = operator.processes.problem(opened, 1), opened.facts["data"]
     if abs(options.per_fedavg) > torch.finfo(problem.dtype).max:
         raise NumericalError(

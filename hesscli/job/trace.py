@@ -18,6 +18,7 @@ from hesscli.job.options import ComputeOptions, Listener, ProblemOptions
 from hesscli.job.progress import Convergence
 from hesscli.job.setup.processes import Processes
 from hesscli.spectrum.dense import DENSE
+from hesscli.spectrum.finite import finite
 from hesscli.spectrum.trace import Estimate, estimate
 
 SCHEMA = "hesscli.trace/1"
@@ -124,12 +125,13 @@ def _exact(plan: Plan, operator: Operator) -> Estimate:
 
 def _estimated(operator: Operator, relative_error: float, max_products: int) -> Estimate:
     operator.needs(40, "the estimate", "--params GLOB")
-    return estimate(
-        operator.products,
-        operator.products.sizes,
-        relative_error,
-        max_products,
-        operator.generator(),
-        operator.gradient,
-        Convergence(operator.opened.listener).standard_error,
-    )
+    with operator.finite():
+        return estimate(
+            lambda v: finite(operator.products(v)),
+            operator.products.sizes,
+            relative_error,
+            max_products,
+            operator.generator(),
+            operator.gradient,
+            Convergence(operator.opened.listener).standard_error,
+        )
