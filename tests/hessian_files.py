@@ -21,6 +21,7 @@ def symmetric(n: int, seed: int = 0, dtype: str = "float64") -> np.ndarray:
 
 def document(
     blocks: Mapping[str, np.ndarray],
+    /,
     structure: str = "block_diagonal",
     parameters: Mapping[str, Sequence[int]] | None = None,
     **changes: Any,
@@ -98,6 +99,7 @@ def _checksum(a: np.ndarray) -> str:
 def write(
     path: Path,
     blocks: Mapping[str, np.ndarray],
+    /,
     structure: str = "block_diagonal",
     parameters: Mapping[str, Sequence[int]] | None = None,
     **changes: Any,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cases import BY_NAME, save
 from conftest import read
+from hessian_files import symmetric, write
 from safetensors.numpy import load_file, save_file
 from scipy.sparse import linalg as sparse
 
@@ -174,6 +175,21 @@ def test_lanczos_of_nothing(cli, written, monkeypatch):
     ran = cli("eigen", "--top", 3, "--json")
     assert ran.code == 0, ran.stderr
     assert ran.document["eigenvalues"] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("command", ["eigen", "density"])
+def test_values_that_are_not_finite(cli, tmp_path, command):
+    facts = {"name": "p", "shape": [2], "size": 2}
+    values = {"p": np.array([1.0, np.inf])}
+    write(tmp_path / "h.safetensors", values, "elements", blocks=[facts], total={})
+    assert "p: holds values that are not finite" in cli(command, "h.safetensors").fails(5)
+
+
+def test_a_density_for_which_there_is_no_memory(cli, tmp_path, monkeypatch):
+    write(tmp_path / "h.safetensors", {"p": symmetric(10)})
+    monkeypatch.setattr("hesscli.job.eigen.available_memory", lambda: 1599)
+    ran = cli("density", "h.safetensors")
+    assert "p: all eigenvalues of 10 x 10 take 1.6 kB of memory" in ran.fails(6)
 
 
 def test_the_table(cli, written):

@@ -375,6 +375,48 @@ def test_text_that_is_none(refuses, tmp_path):
     assert "f.csv: a text file that cannot be read" in refuses("f.csv", code=3, as_data=True)
 
 
+def test_a_folder_of_several_weights(refuses, tmp_path):
+    (tmp_path / "f").mkdir()
+    for name in "ab":
+        save_file(nn.Linear(3, 2).state_dict(), tmp_path / "f" / f"{name}.safetensors")
+    message = refuses("f", "--arch", "mlp", code=3)
+    assert "f: holds a.safetensors, b.safetensors; expected one file of weights" in message
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        (lambda path: torch.save([torch.ones(2)], path), "f.bin: holds a list; expected a state"),
+        (lambda path: np.save(path.open("wb"), X), "f.bin: an npy array; expected weights in"),
+    ],
+    ids=["list", "npy"],
+)
+def test_an_index_of_other_files(refuses, tmp_path, part, words):
+    part(tmp_path / "f.bin")
+    (tmp_path / "f.index.json").write_text(json.dumps({"weight_map": {"weight": "f.bin"}}))
+    assert words in refuses("f.index.json", "--arch", "mlp", code=3)
+
+
+def test_a_script_without_forward(refuses):
+    class Other(nn.Module):
+        @torch.jit.export
+        def other(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    script = torch.jit.script(Other())
+    script.save("f.pt")
+    assert "f.pt: a TorchScript file without a forward method" in refuses("f.pt", code=3)
+
+
+def test_parameters_without_memory(refuses, tmp_path):
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "f.pt")
+    (tmp_path / "nets.py").write_text(
+        "import torch\n\n\ndef make():\n    return torch.nn.Linear(3, 2, device='meta')\n"
+    )
+    message = refuses("f.pt", "--arch", "nets.py:make", code=2)
+    assert "--arch nets.py:make: builds its parameters on the meta device" in message
+
+
 @pytest.mark.parametrize("how", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_a_storage_shorter_than_its_tensor(refuses, tmp_path, how):
     """The checksum is right: a reader that trusts the pickle reads behind the end of the memory."""

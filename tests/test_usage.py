@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -167,6 +168,8 @@ def test_only_opening_a_file_tells_whether_it_may_be_read(cli, monkeypatch, word
         ("density net.pt d.npz --force", "--force"),
         ("show --force", "--force"),
         ("compute net.pt d.npz -o - --resume", "resume"),
+        ("compute net.pt d.npz --fail-above 1 --shard 1/2", "--fail-above"),
+        ("compute net.pt d.npz --unbatched --samples 1", "--samples"),
     ],
 )
 def test_options_that_would_change_nothing(cli, words, option):
@@ -415,6 +418,31 @@ def test_hints(cli, tmp_path, words, hint):
         assert cli(*shlex.split(hint)).code == 0
 
 
+@pytest.mark.parametrize("loss", ["auto", "mse"])
+@pytest.mark.parametrize(("file", "option"), [("x.npz", "KEY"), ("x.npy", "y.npy")])
+def test_no_targets(cli, loss, file, option):
+    np.savez("x.npz", x=np.ones((4, 3), np.float32))
+    np.save("x.npy", np.ones((4, 3), np.float32))
+    ran = cli("compute", "net.pt", file, "--loss", loss)
+    assert f"{file}: holds no targets" in ran.fails(2)
+    assert f"--targets {option}" in ran.hint
+
+
+def test_frozen_parameters(cli):
+    net = nn.Linear(3, 2).requires_grad_(False)
+    torch.jit.script(net).save("net.pt")
+    ran = cli("compute", *NET)
+    assert ran.fails(2).startswith("every parameter is frozen (requires_grad=False): weight, bias")
+    assert cli(*shlex.split(ran.hint)[1:]).code == 0
+
+
+def test_parameters_that_are_integers(cli):
+    net = nn.Linear(3, 2).requires_grad_(False)
+    net.weight.data, net.bias.data = net.weight.data.long(), net.bias.data.long()
+    torch.jit.script(net).save("net.pt")
+    assert "no floating-point parameters" in cli("compute", *NET).fails(4)
+
+
 def test_patterns_that_match_nothing(cli):
     words = ("-p", "0.*", "-p", "zz*", "-p", "!1.bias", "-p", "!yy")
     ran = cli("compute", *NET, "--dry-run", *words)
@@ -538,21 +566,57 @@ def test_a_pipe_is_not_replaced(cli, command):
             os.close(end)
 
 
-def test_a_file_that_only_speaks_of_hesscli_is_not_replaced(cli, tmp_path):
-    (tmp_path / "settings.json").write_text('{"tasks": ["run hesscli"]}')
+def test_a_folder_in_the_place_of_a_part_is_not_replaced(cli, tmp_path):
+    (tmp_path / "h-00001-of-00002.safetensors").mkdir()
+    said = cli("compute", *NET, "-q", "-o", "h.safetensors").fails(2)
+    assert said == "h-00001-of-00002.safetensors: is not a regular file; not replaced"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"tasks": ["run hesscli"]}',
+        '{"schema": "another.density/1"}',
+        '["hesscli."]',
+        "hesscli. is no JSON",
+        "[" * 100_000,
+    ],
+    ids=lambda text: text[:10],
+)
+def test_a_file_that_only_speaks_of_hesscli_is_not_replaced(cli, tmp_path, text):
+    (tmp_path / "settings.json").write_text(text)
     words = ("density", *NET, "-q", "-o", "settings.json")
     assert "hesscli did not write it" in cli(*words).fails(2)
     assert cli(*words, "--force").code == 0
     assert cli(*words).code == 0
 
 
-@pytest.mark.parametrize("command", [("compute",), ("eigen", "-q"), ("hvp", "--vector", "random")])
-def test_what_is_replaced_keeps_its_permissions(cli, tmp_path, command):
-    words = (*command[:1], *NET, *command[1:], "-o", "out.safetensors")
+def test_a_result_for_which_there_is_no_room(cli, tmp_path, monkeypatch):
+    def full(self, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    before = sorted(tmp_path.iterdir())
+    said = cli("density", *NET, "-q", "-o", "d.json").fails(6)
+    assert said == "d.json: No space left on device"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (("compute",), "out.safetensors"),
+        (("eigen", "-q"), "out.safetensors"),
+        (("hvp", "--vector", "random"), "out.safetensors"),
+        (("density",), "out.json"),
+    ],
+)
+def test_what_is_replaced_keeps_its_permissions(cli, tmp_path, command, name):
+    words = (*command[:1], *NET, *command[1:], "-o", name)
     assert cli(*words).code == 0
-    (tmp_path / "out.safetensors").chmod(0o600)
+    (tmp_path / name).chmod(0o600)
     assert cli(*words).code == 0
-    assert (tmp_path / "out.safetensors").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("command", [("compute",), ("eigen", "-q"), ("hvp", "--vector", "random")])
