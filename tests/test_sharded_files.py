@@ -557,6 +557,13 @@ def test_damaged_indices_are_refused(cli, both, old, new, said):
     assert said in cli("show", "h.safetensors").fails(3)
 
 
+@pytest.mark.parametrize("text", ["[]", "3", '{"weight_map": []}', "{}", "[" * 100_000])
+def test_what_is_no_index_is_refused(cli, tmp_path, text):
+    INDEX.write_text(text)
+    assert "not the index of a Hessian" in cli("show", INDEX).fails(3)
+
+
 def test_no_such_file(both):
-    with pytest.raises(UsageError, match="no such file"):
-        hesscli.load("other.safetensors")
+    for name in ("other.safetensors", "other.safetensors.index.json"):
+        with pytest.raises(UsageError, match="no such file"):
+            hesscli.load(name)

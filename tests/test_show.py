@@ -176,6 +176,17 @@ def test_errors(cli, tmp_path):
     assert "not a Hessian file" in cli("show", "other.safetensors").fails(3)
 
 
+def test_another_format(cli, tmp_path):
+    """A later one may mean something else by the same names."""
+    write(tmp_path / "h", {"p": symmetric(3)}, schema="hesscli.hessian/2")
+    said = "h: written in the format hesscli.hessian/2; this hesscli reads hesscli.hessian/1"
+    assert cli("show", "h").fails(3) == said
+    write(tmp_path / "h", {"p": symmetric(3).astype(np.float16)})
+    assert cli("show", "h").fails(3) == "h: holds tensors of type F16"
+    save_file({"p": symmetric(3)}, tmp_path / "h", {"hesscli": "{}"})
+    assert "not one that hesscli wrote" in cli("show", "h").fails(3)
+
+
 @pytest.mark.parametrize("command", [("show",), ("show", "--verify"), ("eigen",), ("density",)])
 def test_a_tensor_that_is_missing(cli, computed, tmp_path, command):
     computed("diag")

@@ -15,7 +15,7 @@ from hesscli.errors import FileError
 from hesscli.files.hessians.checksums import Checksum, document_checksum
 from hesscli.files.hessians.hessian_index import SHARD_SCHEMA, Index, read_index
 from hesscli.files.hessians.result_names import index_of_shard, index_path, is_index
-from hesscli.files.safetensors_header import AGAIN, Header, document_of, is_regular, read_header
+from hesscli.files.safetensors_header import AGAIN, Header, document_of, read_header
 from hesscli.files.sniff import no_such_file
 
 SCHEMA = "hesscli.hessian/1"
@@ -147,8 +147,6 @@ def is_part_of(path: Path, result: Path) -> bool:
 def _schema(path: Path) -> str | None:
     """What hesscli calls the content of a file that it wrote."""
     try:
-        if not is_regular(path):
-            return None
         found = read_index(path) if is_index(path) else read_header(path, "")
     except (FileError, OSError):
         return None

@@ -32,13 +32,13 @@ class Index:
         found = tuple(map(self._header, dict.fromkeys(self.places.values())))
         for header in found:
             part = document_of(header.metadata) or {}
-            if part.get("schema") != SHARD_SCHEMA or part.get("of") != document["checksum"]:
+            if part.get("of") != document["checksum"]:
                 raise FileError(
                     f"{header.path}: does not belong to the Hessian that {self.path.name} lists",
                     _AGAIN,
                 )
-        held = {name: header.path.name for header in found for name in header.entries}
-        if held != self.places or set(held) != set(document["checksums"]):
+        held = {name for header in found for name in header.entries}
+        if held != document["checksums"].keys():
             raise FileError(f"{self.path}: lists other tensors than are in its files", _AGAIN)
         return found
 
@@ -71,7 +71,7 @@ def read_index(path: Path) -> Index:
         raise
     except PermissionError:
         raise FileError(f"{path}: permission denied") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError):
         raise FileError(
             f"{path}: not the index of a Hessian in several files, or one that was cut short"
         ) from None
