@@ -443,6 +443,27 @@ def test_decimal_commas(cli, tmp_path):
     assert "decimal=','" in ran.hint
 
 
+def test_a_table_of_too_few_columns(cli):
+    torch.jit.script(nn.Linear(4, 1)).save("m.pt")
+    np.savetxt("d.csv", X, delimiter=",", header="a,b,y", comments="")
+    assert "does not accept the inputs float32 [2, 2]" in cli("compute", "m.pt", "d.csv").fails(4)
+
+
+def test_targets_of_a_table_as_the_output_has_them(cli, tmp_path):
+    """[N] numbers for a model that returns [N]."""
+
+    class Flat(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).squeeze(1)
+
+    torch.manual_seed(0)
+    torch.jit.trace(Flat(2, 1), torch.ones(3, 2)).save("m.pt")
+    np.savetxt("d.csv", X, delimiter=",", header="a,b,y", comments="")
+    ran = cli("compute", "m.pt", "d.csv")
+    assert ran.code == 0, ran.stderr
+    assert not [note for note in ran.notes if "as a column" in note]
+
+
 def test_a_column_of_targets(cli, tmp_path):
     """[N] numbers for a model that returns [N, 1]: only a table says that these are a column."""
     torch.manual_seed(0)

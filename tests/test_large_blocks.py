@@ -465,6 +465,15 @@ def test_a_torn_journal_line_is_a_band_to_compute(cli, net, small_bands, monkeyp
     assert Path("h.safetensors").read_bytes() == undisturbed
 
 
+@pytest.mark.parametrize("options", [(), ("--resume",), ("--force",)])
+def test_an_empty_journal_is_nothing_that_is_finished(cli, net, options):
+    """As a run leaves it that is killed between opening and writing it."""
+    for end in ("partial", "journal"):
+        Path(f".h.safetensors.{end}").touch()
+    assert cli("compute", *net, *COMMAND, *options).code == 0
+    assert not list(Path.cwd().glob(".h.safetensors.*"))
+
+
 def test_a_disk_that_fills_up(cli, net, small_bands, streamed, monkeypatch):
     """Code 6, what was finished is kept, and with room again the run goes on to the same bytes."""
     assert cli("compute", *net, *COMMAND).code == 0

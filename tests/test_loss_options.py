@@ -467,6 +467,29 @@ def test_a_model_that_can_make_its_own_loss_is_said_to():
     close(own, 4 * found.matrix())
 
 
+class Placed(nn.Module):
+    """Calls its inputs as no data does."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net(3)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return ((self.net(first) - second) ** 2).mean(1)
+
+
+class OptionallyPlaced(Placed):
+    def forward(self, first: Tensor, second: Tensor | None = None) -> Tensor:
+        return super().forward(first, first if second is None else second)
+
+
+def test_targets_by_their_place():
+    found = computed(Placed(), (X, Y[:, :3]), loss="output")
+    close(found, hessian(Placed(), own, (X, Y[:, :3]), None))
+    found = computed(OptionallyPlaced(), (X, Y[:, :3]), loss="output")
+    close(found, hessian(Placed(), own, (X, X), None))
+
+
 def test_targets_by_what_the_model_calls_them():
     found = computed(TargetFirst(), (X, Y[:, :3]), loss="output")
     close(found, hessian(TargetFirst(), own, (Y[:, :3], X), None))

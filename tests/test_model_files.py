@@ -1067,6 +1067,15 @@ def test_mlp_equals_the_model_it_was_saved_from(tmp_path):
     assert saved.notes == (note,)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module."])
+def test_mlp_without_its_wrappers(tmp_path, prefix):
+    weights = {f"{prefix}fc.{name}": t for name, t in nn.Linear(3, 2).state_dict().items()}
+    torch.save(weights, tmp_path / "net.pt")
+    saved = load_model(tmp_path / "net.pt", arch="mlp")
+    assert [name for name, _ in saved.module.named_parameters()] == ["fc.weight", "fc.bias"]
+    assert f"names: {prefix}fc.weight is fc.weight in the architecture, and so on" in saved.notes
+
+
 def test_mlp_of_one_layer_needs_no_activation(tmp_path):
     torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "net.pt")
     saved = load_model(tmp_path / "net.pt", arch="mlp")
