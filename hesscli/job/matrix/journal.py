@@ -122,8 +122,6 @@ class Journal:
         if lines.finished:
             self.start = lines.start
             self.finished |= lines.finished
-        elif not self.shared:  # another shard may be about to write its first part
-            path.unlink(missing_ok=True)
         if path == self.path:
             self.own = len(lines.finished)
 
