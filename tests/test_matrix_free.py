@@ -21,6 +21,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
 import hesscli
+from hesscli.cli.density import _edge as edge_text
 from hesscli.cli.density import lengths
 from hesscli.errors import UsageError
 from hesscli.hessian.differences.check import Certificate
@@ -506,6 +507,18 @@ def test_density_is_printed(cli, blocks):
     assert sum(float(s) for s in shares if s != "-") == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("least", "most", "width"),
+    [(0, 1e-9, 8), (1, 1 + 1e-5, 13), (0, 1e12, 8), (1e9, 1e9 + 1, 17), (-1e8, 1e8, 9), (0, 30, 4)],
+)
+def test_edges_are_told_apart(least, most, width):
+    edges = np.linspace(least, most, 25).tolist()
+    texts = [edge_text(edge, edges) for edge in edges]
+    assert len(set(texts)) == len(edges)
+    assert max(map(len, texts)) <= width
+    np.testing.assert_allclose(list(map(float, texts)), edges, atol=0.05 * (most - least))
+
+
 def test_shares_that_are_rounding_do_not_set_the_scale():
     assert lengths([1.0, 0.1, 0.01, 0.0], 100) == pytest.approx([1, 2 / 3, 1 / 3, 0])
     assert lengths([0.1, 0.01, 1e-17], 100) == pytest.approx([3 / 4, 2 / 4, 0])
@@ -805,6 +818,33 @@ def test_products_load_neither_scipy_nor_sympy():
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------------------
+
+
+def test_an_exact_trace_that_is_interrupted(cli, monkeypatch):
+    from hesscli.job import trace
+
+    real = trace.compute_blocks
+
+    def first(plan, blocks):
+        yield next(iter(real(plan, blocks)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trace, "compute_blocks", first)
+    ran = cli("trace", *MLP, "--json")
+    assert ran.code == 130
+    known = [block["trace"] is not None for block in ran.document["blocks"]]
+    assert (known, ran.document["total"]["trace"]) == ([True, False, False, False], None)
+    assert (ran.document["interrupted"], ran.document["converged"]) == (True, False)
+
+
+def test_a_small_matrix_that_is_interrupted(cli, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model_eigen, "dense", interrupted)
+    ran = cli("eigen", *save(BY_NAME["mlp-tanh"], "script", tmp_path), "--json")
+    assert ran.code == 130
+    assert (ran.document["eigenvalues"], ran.document["interrupted"]) == ([], True)
 
 
 @pytest.mark.parametrize("command", ["eigen", "trace", "density"])

@@ -166,6 +166,23 @@ def test_colours(cli, tmp_path, monkeypatch, environment, code):
     assert "\033" not in cli("show", "h", "--heatmap", "--json").stdout
 
 
+def test_zeros_are_blank_in_colour_too(cli, tmp_path, monkeypatch):
+    for name, value in {"FORCE_COLOR": "1", "COLORTERM": "truecolor", "COLUMNS": "27"}.items():
+        monkeypatch.setenv(name, value)
+    write(tmp_path / "h", {"a": np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 1.0]])})
+    lines = drawn_lines(cli("show", "h", "--heatmap").stdout)[:8]  # 15 rows, two in a line
+    shown = [re.sub("\033[^m]*m", "", line).partition("  a")[0].rstrip() for line in lines]
+    upper, lower, last = (
+        5 * "\N{UPPER HALF BLOCK}",
+        5 * "\N{LOWER HALF BLOCK}",
+        "\033[38;2;254;232;56m",
+    )
+    assert shown[:3] == [2 * upper, 2 * upper, 2 * upper + lower]
+    assert shown[3:] == 2 * [3 * upper] + 3 * [5 * " " + 2 * upper]
+    for line, half in ((lines[2], lower), (lines[7], upper)):
+        assert f"\033[0m{last}{half}" in line  # without the background before it
+
+
 def test_ascii(cli, tmp_path, monkeypatch):
     monkeypatch.setattr("hesscli.cli.heatmap.encodable", lambda text, stream: False)
     write(tmp_path / "h", {"a": symmetric(6)})
