@@ -483,11 +483,24 @@ class OptionallyPlaced(Placed):
         return super().forward(first, first if second is None else second)
 
 
+class OptionallyLabelled(Placed):
+    def forward(self, first: Tensor, labels: Tensor | None = None) -> Tensor:
+        return super().forward(first, first if labels is None else labels)
+
+
+class Taught(Placed):
+    def forward(self, teacher: Tensor, x: Tensor) -> Tensor:
+        return super().forward(x, teacher)
+
+
 def test_targets_by_their_place():
     found = computed(Placed(), (X, Y[:, :3]), loss="output")
     close(found, hessian(Placed(), own, (X, Y[:, :3]), None))
     found = computed(OptionallyPlaced(), (X, Y[:, :3]), loss="output")
     close(found, hessian(Placed(), own, (X, X), None))
+    for model in (OptionallyLabelled(), Taught()):
+        found = computed(model, (X, Y[:, :3]), loss="output")
+        close(found, hessian(Placed(), own, (X, Y[:, :3]), None))
 
 
 def test_targets_by_what_the_model_calls_them():
