@@ -13,6 +13,7 @@ from oracles import hessian, relative_error
 from torch import Tensor, nn
 
 import hesscli
+from hesscli.errors import UsageError
 
 G = torch.Generator().manual_seed(0)
 X, Y = (torch.randn(8, n, generator=G, dtype=torch.float64) for n in (3, 4))
@@ -465,6 +466,12 @@ def test_a_model_that_can_make_its_own_loss_is_said_to():
     assert [text for text in found.metadata["notes"] if text.startswith(note)]
     assert not [text for text in own.metadata["notes"] if text.startswith(note)]
     close(own, 4 * found.matrix())
+
+
+@pytest.mark.parametrize("weight", ["abc", [[1], [2, 3]], [1j, 1, 1], [10**400, 1, 1]])
+def test_weights_that_are_no_numbers(weight):
+    with pytest.raises(UsageError, match="the loss argument weight is "):
+        computed(net(), (X, CLASSES), loss_arguments={"weight": weight})
 
 
 class Placed(nn.Module):

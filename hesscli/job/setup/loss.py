@@ -126,7 +126,7 @@ def _array(
         return None
     try:
         return torch.tensor(value, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise UsageError(
             f"the loss argument {key} is {value!r}; expected numbers, or an array",
             f"--loss-arg {key}=@KEY",
