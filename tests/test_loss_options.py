@@ -726,3 +726,35 @@ def test_one_number_that_is_of_all_samples(name):
     assert any("one number for all data" in note for note in found.metadata["notes"])
     with pytest.raises(hesscli.HesscliError, match="one number for all data"):
         computed(net(), (X, y), loss=loss, method="preactivation")
+
+
+class Shaped(nn.Module):
+    """Its output is one number, as long as the samples' largest entry, or complex."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.net, self.how = net(), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.net(x)
+        if self.how == "one number":
+            return h.square().mean()
+        if self.how == "ragged":
+            return h[:, : 1 + int(x[0, 0] > 0)]
+        return (
+            torch.complex(h, h.tanh()) if self.how == "complex" else h.flatten()[: 4 * len(h) - 1]
+        )
+
+
+@pytest.mark.parametrize("how", ["one number", "ragged", "complex", "one less"])
+def test_one_number_of_outputs_of_other_shapes(how, monkeypatch):
+    monkeypatch.setattr("hesscli.job.setup.own_loss._MOST", 3)
+    model, loss = Shaped(how).double(), lambda f, y: f.abs().square().mean()
+    found = computed(model, (X, Y), loss=loss)
+    close(found, hessian(model, loss, (X,), Y))
+
+
+def test_one_number_in_few_passes(monkeypatch):
+    monkeypatch.setattr("hesscli.job.setup.own_loss._MOST", 3)
+    found = computed(net(), (X, Y), loss=nn.MSELoss(), method="preactivation")
+    close(found, hessian(net(), F.mse_loss, (X,), Y))

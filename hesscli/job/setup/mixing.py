@@ -90,7 +90,8 @@ def _found_mixing(
                 return "the model"
             if not (_same_values(output, outputs) and _same_gradients(output, outputs, leaves)):
                 return "the model"
-        if (loss := mixing_loss(problem, output, together, outputs, apart)) is not None:
+        lengths = [len(each) for each in outputs]
+        if (loss := mixing_loss(problem, output, together, lengths, apart)) is not None:
             return loss
     return None
 
@@ -134,17 +135,25 @@ def what_mixes_in_place(problem: Problem, source: Source, batch: int) -> str | N
         if not _same_values(alone[:half], [beside_others[:half]]):
             return "the model"
         apart = [source.batch(0, half), source.batch(half, batch)]
-        return mixing_loss(problem, alone, first, [alone[:half], alone[half:]], apart)
+        return mixing_loss(problem, alone, first, [half, batch - half], apart)
 
 
 def mixing_loss(
     problem: Problem,
     output: Tensor,
     together: Batch,
-    outputs: Sequence[Tensor],
+    lengths: Sequence[int],
     apart: Sequence[Batch],
 ) -> str | None:
-    """The loss, if it makes something else of outputs together than of the same ones apart."""
+    """The loss, if it makes something else of outputs together than of the same ones apart.
+
+    Args:
+        problem: whose loss it is.
+        output: of all samples.
+        together: all of them.
+        lengths: how much of the output each part has.
+        apart: the parts.
+    """
     if problem.loss.function is None:
         # To PyTorch one distribution.
         of_all = problem.loss.name in OF_CLASSES and output.dim() == 1
@@ -152,7 +161,7 @@ def mixing_loss(
 
     with exact_derivatives(), torch.enable_grad():
         z = output.detach().requires_grad_(output.is_floating_point())
-        pairs = zip(z.split([len(part) for part in outputs]), apart, strict=True)
+        pairs = zip(z.split(list(lengths)), apart, strict=True)
         if problem.loss.reduced:
             terms = problem.loss.total(z, together)[0].reshape(1)
             totals = [problem.loss.total(part, of)[0] for part, of in pairs]

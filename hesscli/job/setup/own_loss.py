@@ -3,7 +3,7 @@ depends on, and whether it wants all samples at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,13 +13,14 @@ from torch import Tensor
 from hesscli.errors import MismatchError
 from hesscli.files.resources import available_memory
 from hesscli.hessian.aten.precision import in_precision
+from hesscli.hessian.chunk_sizes import ranges
 from hesscli.hessian.objective.batch import Batch, doubled
 from hesscli.hessian.objective.loss import MEAN, OF_ALL, SUM
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.setup.mixing import mixing_loss
 from hesscli.job.setup.source import Source
 
-_MOST = 256  # samples of a part
+_MOST = 256  # samples of a pass
 
 
 def inspect_loss(
@@ -77,31 +78,33 @@ def _reduction(problem: Problem, source: Source) -> str:
         return OF_ALL
     bounds = [0]
     while bounds[-1] < source.samples:
-        bounds.append(min(source.samples, 2 * bounds[-1] + 1, bounds[-1] + _MOST))
+        bounds.append(min(source.samples, 2 * bounds[-1] + 1))
+    parts = list(pairwise(bounds))
     try:
-        apart = [source.batch(start, stop) for start, stop in pairwise(bounds)]
+        passes = (source.batch(some.start, some.stop) for some in ranges(source.samples, _MOST))
         with torch.no_grad():
-            outputs = [problem.output(batch) for batch in apart]
-        together, *apart = doubled([source.batch(0, source.samples), *apart])
-        loss = problem.loss.doubled()
-        outputs = [in_precision(output, torch.float64) for output in outputs]
-        for reduced in (MEAN, SUM):
+            outputs = [problem.output(batch) for batch in passes]
+        kinds = {x.shape[1:] if x.dim() and x.is_floating_point() else None for x in outputs}
+        if None in kinds or len(kinds) > 1:
+            return OF_ALL
+        together, *apart = doubled([source.batch(*part) for part in [(0, source.samples), *parts]])
+        loss, output = problem.loss.doubled(), in_precision(torch.cat(outputs), torch.float64)
+        rows, left = divmod(len(output), source.samples)
+        lengths = [rows * len(batch) for batch in apart]
+        for reduced in (MEAN, SUM) if not left else ():
             tried = replace(problem, loss=replace(loss, reduced=reduced))
-            for near in (outputs, _moved(outputs)):
-                if mixing_loss(tried, torch.cat(near), together, near, apart) is not None:
-                    break
-            else:
+            near = (output, _moved(output))
+            if not any(mixing_loss(tried, z, together, lengths, apart) for z in near):
                 return reduced
     except MismatchError:  # it does not take so few, or not in float64
         pass
     return OF_ALL
 
 
-def _moved(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs, each number less up to a tenth of it: probabilities are below one still, and variances positive."""
-    generator = torch.Generator().manual_seed(0)
-    less = (torch.rand(x.shape, generator=generator, dtype=x.dtype) for x in outputs)
-    return [x * (1 - 0.1 * n.to(x.device)) for x, n in zip(outputs, less, strict=True)]
+def _moved(output: Tensor) -> Tensor:
+    """Each number less up to a tenth of it: probabilities are below one still, and variances positive."""
+    less = torch.rand(output.shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype)
+    return output * (1 - 0.1 * less.to(output.device))
 
 
 def _fixed(problem: Problem, source: Source, some: Batch) -> list[str]:
