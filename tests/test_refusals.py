@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -408,7 +409,8 @@ def test_a_script_without_forward(refuses):
     assert "f.pt: a TorchScript file without a forward method" in refuses("f.pt", code=3)
 
 
-def test_parameters_without_memory(refuses, tmp_path):
+def test_parameters_without_memory(refuses, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # beside the script
     torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "f.pt")
     (tmp_path / "nets.py").write_text(
         "import torch\n\n\ndef make():\n    return torch.nn.Linear(3, 2, device='meta')\n"
