@@ -153,11 +153,13 @@ def test_batches_that_are_made_anew_are_not_recorded_for_each_tensor(monkeypatch
 def test_what_depends_on_a_value(name) -> None:
     tape = analysis_of(problem_of_case(BY_NAME[name])).tape
     for value in range(max(n for call in tape.calls for n in call.outputs if n is not None) + 1):
-        found = {value}
-        for call in tape.calls:
+        found, places = {value}, []
+        for place, call in enumerate(tape.calls):
             if not found.isdisjoint(call.reads):
                 found.update(n for n in call.outputs if n is not None)
+                places.append(place)
         assert tape.dependent([value]) == found
+        assert tape.behind([value]) == places
 
 
 def _everything(problem: Problem):

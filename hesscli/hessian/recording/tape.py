@@ -13,6 +13,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -129,7 +130,26 @@ class Tape:
         reached = 0
         for value in values:
             reached |= self._reach.get(value, 1 << value)
-        return {n for n, bit in enumerate(bin(reached)[:1:-1]) if bit == "1"}
+        return set(_ones(reached))
+
+    def behind(self, values: Iterable[int]) -> list[int]:
+        """The places of the calls that depend on any of these values, in order."""
+        reached = 0
+        for value in values:
+            reached |= self._behind.get(value, 0)
+        return _ones(reached)
+
+    @cached_property
+    def _behind(self) -> dict[int, int]:
+        """The places of the calls that depend on each value that is read, as bits."""
+        behind: dict[int, int] = {}
+        for place in reversed(range(len(self.calls))):
+            call, mine = self.calls[place], 1 << place
+            for n in call.makes:
+                mine |= behind.get(n, 0)
+            for n in call.reads:
+                behind[n] = behind.get(n, 0) | mine
+        return behind
 
     @cached_property
     def _reach(self) -> dict[int, int]:
@@ -202,6 +222,13 @@ class Tape:
                     if number is not None:
                         known[number] = changed(number, part)
         return known
+
+
+def _ones(bits: int) -> list[int]:
+    """The places of the ones, from the last bit on."""
+    of_bytes = np.frombuffer(bits.to_bytes(bits.bit_length() // 8 + 1, "little"), np.uint8)
+    places: list[int] = np.flatnonzero(np.unpackbits(of_bytes, bitorder="little")).tolist()
+    return places
 
 
 def _filled(value: Any, known: Mapping[int, Tensor]) -> Any:

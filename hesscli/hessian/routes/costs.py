@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.proofs.uses import CONVOLUTION, LINEAR, Use
@@ -69,6 +72,8 @@ class Costs:
     def __init__(self, tape: Tape, itemsize: int, chunk: int, rates: Rates) -> None:
         self.tape, self.itemsize, self.chunk, self.rates = tape, itemsize, chunk, rates
         self._each = [self._work(call) for call in tape.calls]
+        amounts = [(work.flops, work.bytes, work.calls) for work in self._each]
+        self._amounts = np.array(amounts, np.float64).reshape(-1, 3)
         self._after: dict[tuple[int, ...], Work] = {}
         output = tape.shapes[tape.output]
         self.samples = output[0] if output else 1
@@ -83,14 +88,13 @@ class Costs:
     def after(self, *values: int) -> Work:
         """One forward pass over everything that depends on some values, and the loss."""
         if values not in self._after:
-            self._after[values] = self._pass(values, self.tape.calls) + self.loss
+            self._after[values] = self._pass(values, len(self.tape.calls)) + self.loss
         return self._after[values]
 
-    def _pass(self, values: Sequence[int], calls: Sequence[Call]) -> Work:
+    def _pass(self, values: Sequence[int], count: int) -> Work:
         """A forward pass over the first so many calls, as far as they depend on some values."""
-        reached = self.tape.dependent(values)
-        pairs = zip(calls, self._each, strict=False)
-        return _sum(work for call, work in pairs if not reached.isdisjoint(call.reads))
+        behind = self.tape.behind(values)
+        return Work(*self._amounts[behind[: bisect_left(behind, count)]].sum(0).tolist())
 
     def hvp(self, parameters: Sequence[str], rows: int) -> Work:
         """That many Hessian-vector products, through what depends on these parameters."""
@@ -109,7 +113,7 @@ class Costs:
         chunks, way = math.ceil(count / self.chunk), self.after(z)
         product = Work()
         if cut is not None:
-            way = self._pass([z], self.tape.until(cut))
+            way = self._pass([z], len(self.tape.until(cut)))
             product = self._product(self.samples * self.size(cut) ** 2).times(count, chunks)
         passes = PASSES if cut is None else CUT_PASSES
         return way.times(passes * count, passes * chunks) + product + self.forward.times(3)
