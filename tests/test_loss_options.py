@@ -659,9 +659,8 @@ def focal_mean(f: Tensor, y: Tensor) -> Tensor:
 
 P = Y.sigmoid()
 OF_SAMPLES = {
-    "a module": (nn.CrossEntropyLoss(), CLASSES),
     "a function": (F.cross_entropy, CLASSES),
-    "smoothed": (nn.CrossEntropyLoss(label_smoothing=0.1), CLASSES),
+    "smoothed": (lambda f, y: F.cross_entropy(f, y, label_smoothing=0.1), CLASSES),
     "focal": (focal_mean, CLASSES),
     "squares": (nn.MSELoss(), Y),
     "huber": (nn.HuberLoss(delta=0.3), Y),
@@ -704,10 +703,33 @@ def test_fisher_of_one_number(name, kind):
     close(computed(model, (X, y), loss=loss, curvature="fisher", batch_size=3), truth)
 
 
+MODULES = {
+    "cross-entropy": (nn.CrossEntropyLoss(), {}),
+    "weighed": (nn.CrossEntropyLoss(weight=W), {"weight"}),
+    "ignored": (nn.CrossEntropyLoss(ignore_index=2), {"ignore_index"}),
+    "smoothed": (nn.CrossEntropyLoss(W, label_smoothing=0.1), {"weight", "label_smoothing"}),
+    "summed": (nn.CrossEntropyLoss(W, reduction="sum"), {"weight"}),
+    "nll": (nn.NLLLoss(W, ignore_index=2), {"weight", "ignore_index"}),
+}
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_whose_mean_may_be_weighed(name, batch_size):
+    loss, arguments = MODULES[name]
+    found = computed(net(), (X, CLASSES), loss=loss, batch_size=batch_size, method="preactivation")
+    close(found, hessian(net(), loss, (X,), CLASSES))
+    said = found.metadata["loss"]
+    assert said["name"] == ("nll" if name == "nll" else "cross-entropy")
+    assert said["arguments"].keys() == set(arguments)
+    assert said["reduction"] == loss.reduction
+    assert said["value"] == pytest.approx(loss(net()(X), CLASSES).item(), rel=1e-12)
+
+
 OF_ALL = {
-    "weighed": (nn.CrossEntropyLoss(weight=W), CLASSES),
-    "ignored": (nn.CrossEntropyLoss(ignore_index=2), CLASSES),
-    "the last ignored": (nn.CrossEntropyLoss(), torch.cat([CLASSES[:-1], torch.tensor([-100])])),
+    "weighed": (lambda f, y: F.cross_entropy(f, y, weight=W), CLASSES),
+    "ignored": (lambda f, y: F.cross_entropy(f, y, ignore_index=2), CLASSES),
+    "the last ignored": (F.cross_entropy, torch.cat([CLASSES[:-1], torch.tensor([-100])])),
     "a root": (lambda f, y: F.mse_loss(f, y).sqrt(), Y),
     "a ratio": (dice, P),
     "unbiased": (lambda f, y: ((f - y) ** 2).sum() / (len(f) - 1), Y),

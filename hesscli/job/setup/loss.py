@@ -6,6 +6,7 @@ import difflib
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,25 @@ from hesscli.job.setup.source import move, per_sample
 from hesscli.texts import dtype_name
 
 _ELSEWHERE = {"ce": "cross-entropy", "mae": "l1", "l2": "mse"}  # names that look like others here
+
+_WEIGHTED: dict[type, str] = {nn.CrossEntropyLoss: "cross-entropy", nn.NLLLoss: "nll"}
+"""PyTorch's modules whose mean may be a weighted one, which goes by the weights of all the data; and their names."""
+_DEFAULTS = {"weight": None, "ignore_index": -100, "label_smoothing": 0.0}
+
+
+def by_name(options: ProblemOptions) -> ProblemOptions:
+    """The options with the name and the arguments of what one of these modules computes, in place of the module."""
+    module: Any = options.loss
+    name = _WEIGHTED.get(type(module))
+    if name is None or module.reduction == "none" or options.loss_arguments:
+        return options
+    every = {key: getattr(module, key, default) for key, default in _DEFAULTS.items()}
+    arguments = {
+        key: value
+        for key, value in every.items()
+        if isinstance(value, Tensor) or value != _DEFAULTS[key]
+    }
+    return replace(options, loss=name, loss_arguments=arguments, reduction=module.reduction)
 
 
 def loss_of(

@@ -27,7 +27,7 @@ from hesscli.hessian.objective.problem import Problem
 from hesscli.job.json_form import Document
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.setup.batches import split
-from hesscli.job.setup.loss import loss_of, printable
+from hesscli.job.setup.loss import by_name, loss_of, printable
 from hesscli.job.setup.parameters import chosen_parameters
 from hesscli.job.setup.passing import as_columns, model_inputs, scales
 from hesscli.job.setup.processes import Processes
@@ -116,6 +116,7 @@ def _opened(
     settle(options)
     if options.tf32 and device.type != "cuda":
         note(f"--tf32 has no effect: the device is {device.type}")
+    options = by_name(options)
     model, dtype, data = _loaded(options, device, listener)
     loss, arguments = loss_of(options, data, device, dtype, note)
     inputs, keywords = model_inputs(options, model, data, loss, note)
