@@ -776,6 +776,15 @@ def test_one_number_of_outputs_of_other_shapes(how, monkeypatch):
     close(found, hessian(model, loss, (X,), Y))
 
 
+@pytest.mark.parametrize("free", [0, 1 << 30])
+def test_one_number_is_tried_where_there_is_memory(free, monkeypatch):
+    monkeypatch.setattr("hesscli.job.setup.own_loss.available_memory", lambda: free)
+    found = computed(net(), (X, Y), loss=nn.MSELoss())
+    close(found, hessian(net(), F.mse_loss, (X,), Y))
+    said = "the mean over the samples" if free else "one number for all data"
+    assert any(said in note for note in found.metadata["notes"])
+
+
 def test_one_number_in_few_passes(monkeypatch):
     monkeypatch.setattr("hesscli.job.setup.own_loss._MOST", 3)
     found = computed(net(), (X, Y), loss=nn.MSELoss(), method="preactivation")

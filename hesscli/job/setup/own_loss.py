@@ -21,6 +21,7 @@ from hesscli.job.setup.mixing import mixing_loss
 from hesscli.job.setup.source import Source
 
 _MOST = 256  # samples of a pass
+_TRIED = 16  # bytes of an output: in float64, and as it was
 
 
 def inspect_loss(
@@ -52,7 +53,7 @@ def inspect_loss(
     if wants_all:
         note(f"the loss takes all {source.samples} samples at once, so all the data is one batch")
     if terms.numel() == 1 and source.samples > 1 and (not terms.dim() or len(tried) > 1):
-        of = OF_ALL if wants_all else _reduction(problem, source)
+        of = OF_ALL if wants_all else _reduction(problem, source, output.numel() // len(tried))
         loss = replace(problem.loss, reduced=of)
         if of == OF_ALL:
             note(
@@ -66,15 +67,19 @@ def inspect_loss(
     return problem, source, wants_all or problem.loss.reduced == OF_ALL
 
 
-def _reduction(problem: Problem, source: Source) -> str:
+def _reduction(problem: Problem, source: Source, width: int) -> str:
     """What a loss that is one number is: `MEAN` or `SUM` of what it makes of each sample, or `OF_ALL`.
 
     It is tried with all samples: together, and in parts of one, two, four of them, and so on, in float64. What it
     leaves out or weighs differently shows in the derivatives by one of the outputs.
+
+    Args:
+        problem, source: as of `inspect_loss`.
+        width: how many numbers the model gives for a sample.
     """
     if problem.loss.function is None or (source.fewest, source.most) != (1, None):
         return OF_ALL
-    if source.bytes > available_memory() // 8:
+    if max(source.bytes, _TRIED * width * source.samples) > available_memory() // 8:
         return OF_ALL
     bounds = [0]
     while bounds[-1] < source.samples:
