@@ -233,6 +233,15 @@ def seeing(*words):
 batches.what_mixes = seeing
 """
 
+# The second rank has no memory to try what a loss that is one number is of.
+TRYING = """
+from hesscli.job.setup import own_loss
+free = own_loss.available_memory
+def lacking():
+    return 0 if name == "number lacking" and os.environ["RANK"] == "1" else free()
+own_loss.available_memory = lacking
+"""
+
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Rank]]]:
@@ -259,7 +268,11 @@ def on_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, li
     commands["untried"] = ("hvp", *small, "--vector", "gradient")
     commands["mixed"] = (*commands["untried"], "-o", "mixed.safetensors")
     commands["mixed blocks"] = ("compute", *small, "-o", "mixed-blocks.safetensors")
-    found = on_ranks(sys.executable, 2, folder, commands, before=FAILING + SEEING)
+    (folder / "number.py").write_text("from torch.nn.functional import cross_entropy\n")
+    for name in ("number", "number lacking"):
+        own = ("-l", "number.py:cross_entropy", "-o", f"{name}.safetensors")
+        commands[name] = (*commands["untried"], *own)
+    found = on_ranks(sys.executable, 2, folder, commands, before=FAILING + SEEING + TRYING)
     for dtype in ("float32", "float64"):
         for name in WRITES:
             path = folder / f"{name}.{dtype}.safetensors"
@@ -327,6 +340,16 @@ def test_that_samples_mix_is_seen_by_all_where_one_sees_it(
     words = ("hvp", "net.pt", "data.npz", "--dtype", "float64", "--vector", "gradient")
     assert cli(*words, "-o", "alone.safetensors").code == 0
     same_files("mixed.safetensors", "alone.safetensors", "float64")
+
+
+def test_a_loss_that_is_one_number_is_the_same_to_all(cli: Callable[..., Ran], on_two, monkeypatch):
+    folder, shared = on_two
+    monkeypatch.chdir(folder)
+    words = ("hvp", "net.pt", "data.npz", "--dtype", "float64", "--vector", "gradient")
+    assert cli(*words, "-o", "inferred.safetensors").code == 0
+    for name in ("number", "number lacking"):
+        assert shared[name][0].code == 0, shared[name][0].stderr
+        same_files(f"{name}.safetensors", "inferred.safetensors", "float64")
 
 
 def test_an_error_on_one_rank_while_samples_are_tried_apart_is_the_commands(on_two):

@@ -15,6 +15,7 @@ from hesscli.hessian.batch_size import PREFERRED_ROWS, Sizes, choose_sizes
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.objective.batch import Batch, Batches
 from hesscli.hessian.objective.first_passes import first_output
+from hesscli.hessian.objective.loss import OF_ALL
 from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES, class_axis
 from hesscli.hessian.objective.problem import Problem, parameters_at
 from hesscli.hessian.objective.saved import saved_bytes
@@ -70,8 +71,10 @@ def split(
     _say_where_classes_are(problem, some, note)
     if problem.loss.name not in LOSSES:
         problem, source, whole = inspect_loss(problem, source, some, note)
-        if whole:
+        if any(processes.agreed(whole)):  # one may lack the memory to try it
             fewest = most = source.samples
+            if problem.loss.reduced:
+                problem = replace(problem, loss=replace(problem.loss, reduced=OF_ALL))
     source = replace(source, fewest=fewest, most=most)
     as_given = [x._version for x in some.inputs]
     leaves = list(problem.parameters.values())
