@@ -127,10 +127,7 @@ class Tape:
 
     def dependent(self, values: Sequence[int]) -> set[int]:
         """The values that depend on any of these, themselves included."""
-        reached = 0
-        for value in values:
-            reached |= self._reach.get(value, 1 << value)
-        return set(_ones(reached))
+        return {n for place in self.behind(values) for n in self.calls[place].makes}.union(values)
 
     def behind(self, values: Iterable[int]) -> list[int]:
         """The places of the calls that depend on any of these values, in order."""
@@ -150,18 +147,6 @@ class Tape:
             for n in call.reads:
                 behind[n] = behind.get(n, 0) | mine
         return behind
-
-    @cached_property
-    def _reach(self) -> dict[int, int]:
-        """What depends on each value that is read, itself included, as bits: from the last call to the first."""
-        reach: dict[int, int] = {}
-        for call in reversed(self.calls):
-            made = 0
-            for n in call.makes:
-                made |= reach.get(n, 1 << n)
-            for n in call.reads:
-                reach[n] = reach.get(n, 1 << n) | made
-        return reach
 
     @cached_property
     def readers(self) -> Mapping[int, Sequence[Call]]:
