@@ -64,9 +64,8 @@ def guest(explained: Explain) -> Iterator[None]:
 
 
 def _uncompiled() -> AbstractContextManager[object]:
-    if (
-        "torch._dynamo.eval_frame" not in sys.modules
-    ):  # then nothing is compiled, and importing it takes seconds
+    # Where that is not imported, which takes seconds, nothing is compiled.
+    if "torch._dynamo.eval_frame" not in sys.modules:
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
 

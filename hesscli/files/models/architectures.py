@@ -55,7 +55,7 @@ def build(
             factory = timm_factory(attribute)
         else:
             factory = attribute_of("--arch", arch, module)
-        return _call(arch, factory, attribute, arch_arguments)
+        return uncompiled(_call(arch, factory, attribute, arch_arguments))
 
 
 def _call(arch: str, factory: object, name: str, arguments: Mapping[str, object]) -> nn.Module:
@@ -67,7 +67,7 @@ def _call(arch: str, factory: object, name: str, arguments: Mapping[str, object]
                 f"--arch {shlex.quote(arch)}",
                 instead_of=("--arch-arg",),
             )
-        return uncompiled(factory)
+        return factory
     if not callable(factory):
         raise UsageError(
             f"--arch {arch}: {name} is a {type(factory).__name__}; "
@@ -89,7 +89,7 @@ def _call(arch: str, factory: object, name: str, arguments: Mapping[str, object]
             f"--arch {arch}: {name} returned a {type(module).__name__}; expected an nn.Module",
             f"return the model alone from {name}",
         )
-    return uncompiled(module)
+    return module
 
 
 def _wanted(factory: Callable[..., object], given: Mapping[str, object]) -> dict[str, object]:
