@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -726,28 +729,138 @@ def test_modules_whose_mean_may_be_weighed(name, batch_size):
     assert said["value"] == pytest.approx(loss(net()(X), CLASSES).item(), rel=1e-12)
 
 
-OF_ALL = {
+OF_ALL_AT_ONCE = {
     "weighed": (lambda f, y: F.cross_entropy(f, y, weight=W), CLASSES),
     "ignored": (lambda f, y: F.cross_entropy(f, y, ignore_index=2), CLASSES),
     "the last ignored": (F.cross_entropy, torch.cat([CLASSES[:-1], torch.tensor([-100])])),
+    "unbiased": (lambda f, y: ((f - y) ** 2).sum() / (len(f) - 1), Y),
+    "all targets": (lambda f, y: F.cross_entropy(f @ y.T, torch.arange(len(f))), Y),
+}
+MIXING = {
     "a root": (lambda f, y: F.mse_loss(f, y).sqrt(), Y),
     "a ratio": (dice, P),
-    "unbiased": (lambda f, y: ((f - y) ** 2).sum() / (len(f) - 1), Y),
-    "contrasts": (lambda f, y: F.cross_entropy(f @ y.T, torch.arange(len(f))), Y),
+    "contrasts": (lambda f, y: F.cross_entropy(f @ f.T, torch.arange(len(f))), Y),
     "differences": (lambda f, y: (f - f.mean(0) - y).square().mean(), Y),
     "neighbours": (lambda f, y: F.mse_loss(f, y) + 1e-3 * (f[1:] * f[:-1]).sum(), Y),
     "the largest": (lambda f, y: (f - y).square().mean(1).amax(), Y),
 }
 
 
-@pytest.mark.parametrize("name", OF_ALL)
-def test_one_number_that_is_of_all_samples(name):
-    loss, y = OF_ALL[name]
-    found = computed(net(), (X, y), loss=loss, batch_size=3)
+class Lossy(nn.Module):
+    """A model that returns its loss."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net, self.loss = net(), loss
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.loss(self.net(x), y)
+
+
+def posed(by: str, loss: Callable[[Tensor, Tensor], Tensor], y: Tensor) -> tuple[Any, Any, Any]:
+    """A model, its data, and its loss: a function's, or what the model returns."""
+    if by == "function":
+        return net(), (X, y), loss
+    return Lossy(loss), {"x": X, "y": y}, "output"
+
+
+@pytest.mark.parametrize("by", ["function", "model"])
+@pytest.mark.parametrize("name", OF_ALL_AT_ONCE)
+def test_one_number_that_is_a_sum_over_the_samples_all_at_once(name, by):
+    """They cannot be split into batches, but no term is of two samples."""
+    loss, y = OF_ALL_AT_ONCE[name]
+    model, data, own = posed(by, loss, y)
+    found = computed(model, data, loss=own, batch_size=3, method="preactivation")
     close(found, hessian(net(), loss, (X,), y))
     assert any("one number for all data" in note for note in found.metadata["notes"])
-    with pytest.raises(hesscli.HesscliError, match="one number for all data"):
-        computed(net(), (X, y), loss=loss, method="preactivation")
+
+
+@pytest.mark.parametrize("by", ["function", "model"])
+@pytest.mark.parametrize("name", MIXING)
+def test_one_number_that_mixes_samples(name, by):
+    loss, y = MIXING[name]
+    model, data, own = posed(by, loss, y)
+    found = computed(model, data, loss=own, batch_size=3)
+    close(found, hessian(net(), loss, (X,), y))
+    assert any("one number for all data" in note for note in found.metadata["notes"])
+    with pytest.raises(hesscli.HesscliError, match=r"may mix samples|no sample axis"):
+        computed(model, data, loss=own, method="preactivation")
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+@pytest.mark.parametrize(("name", "kind"), NUMBERS)
+def test_a_model_that_returns_a_mean_or_a_sum(name, kind, batch_size):
+    loss, y = (OF_SAMPLES if kind == "mean" else SUMS)[name]
+    options = {"loss": "output", "batch_size": batch_size, "method": "preactivation"}
+    found = computed(Lossy(loss), {"x": X, "y": y}, **options)
+    close(found, hessian(net(), loss, (X,), y))
+    assert any(f"one number, the {kind} over the samples" in n for n in found.metadata["notes"])
+    assert found.metadata["loss"]["reduction"] == kind
+    value = loss(net()(X), y).item()
+    assert found.metadata["loss"]["value"] == pytest.approx(value, rel=1e-12)
+
+
+def test_one_label_of_many_that_does_not_count():
+    """In float32, what it weighs would be rounding."""
+    n = 20_000
+    x, y = torch.randn(n, 3, generator=G), torch.arange(n) % 4
+    y[-1] = -100
+    model = Lossy(F.cross_entropy).float()
+    found = computed(model, {"x": x, "y": y}, loss="output", blocks="elements", batch_size=n // 3)
+    assert any("one number for all data" in note for note in found.metadata["notes"])
+    assert found.metadata["loss"]["value"] == pytest.approx(model(x, y).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("free", [0, 1 << 30])
+def test_what_a_model_returns_is_tried_where_there_is_memory(free, monkeypatch):
+    monkeypatch.setattr("hesscli.job.setup.batches.available_memory", lambda: free)
+    found = computed(Lossy(F.mse_loss), {"x": X, "y": Y}, loss="output")
+    close(found, hessian(net(), F.mse_loss, (X,), Y))
+    said = "the mean over the samples" if free else "one number for all data"
+    assert any(said in note for note in found.metadata["notes"])
+
+
+def test_own_blocks_of_a_model_that_returns_its_loss_go_by_its_last_layer():
+    """The loss behind it bends, and nothing before it does."""
+    layers = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4)).double()
+    for reduction in ("mean", "sum", "none"):
+        model = Lossy(partial(F.cross_entropy, reduction=reduction))
+        model.net = layers
+        options = {"loss": "output", "method": "gauss-newton", "blocks": "diag"}
+        found = computed(model, {"x": X, "y": CLASSES}, **options)
+        kind = "mean" if reduction == "none" else reduction
+        truth = hessian(layers, partial(F.cross_entropy, reduction=kind), (X,), CLASSES)
+        assert torch.allclose(found.block("net.0.weight"), truth[:15, :15], atol=1e-12)
+        assert torch.allclose(found.block("net.2.bias"), truth[-4:, -4:], atol=1e-12)
+
+
+class Behind(nn.Module):
+    """Loses what is not of its last layer alone: a penalty of weights, of what is hidden, or a scale of the loss."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.s = nn.Linear(3, 5), nn.Linear(5, 4), nn.Parameter(torch.tensor(0.7))
+        self.how = how
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        terms = (self.b(h) - y).square().mean(1)
+        if self.how == "weights":
+            return terms.mean() + 0.1 * self.a.weight.square().sum()
+        if self.how == "hidden":
+            return terms.mean() + 0.1 * h.abs().mean()
+        if self.how == "scaled":
+            return (terms * self.s).mean() + self.s**2
+        return (terms / self.s).mean()
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+@pytest.mark.parametrize("how", ["weights", "hidden", "scaled", "over"])
+def test_a_loss_that_is_not_of_the_last_layer_alone(how, batch_size):
+    model = Behind(how).double()
+    truth = hessian(model, lambda f, _: f, (X, Y), None)
+    found = computed(model, {"x": X, "y": Y}, loss="output", batch_size=batch_size)
+    close(found, truth)
 
 
 class Shaped(nn.Module):

@@ -177,7 +177,7 @@ MUST_REFUSE = [  # (case, block of `block_diagonal`, route)
     *((c, b, r) for r in FAST for c, b in (
         ("tied-names", "embed.weight"), ("tied-transpose", "encode.weight"),
         ("twice", "layer.bias"), ("twice-conv", "layer.weight"),
-        ("gru-cell", "cell.weight_ih"), ("output-mean", "body.0.weight"),
+        ("gru-cell", "cell.weight_ih"),
         ("weight-norm", "2.parametrizations.weight.original1"), ("unused", "spare.weight"),
     )),
     ("twice", "layer.weight", "gauss-newton"),
@@ -1574,8 +1574,10 @@ def test_gauss_newton_refuses_an_output_of_complex_numbers():
 
 @pytest.mark.parametrize("name", ["loss.py:mine", "output"])
 def test_a_loss_that_may_mix_samples_is_refused(name):
-    """The user's own loss is opaque, and one number for all data is a mix of all samples."""
-    model = Net(lambda s, x: s.b(hidden(s, x)).square().mean(), **{k: v() for k, v in TWO.items()})
+    """Be it the user's own, or what the model returns."""
+    model = Net(
+        lambda s, x: s.b(hidden(s, x)).mean(0).square().sum(), **{k: v() for k, v in TWO.items()}
+    )
     if name == "output":
         problem = problem_of(model, (ROWS,), None, name)
     else:

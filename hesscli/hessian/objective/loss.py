@@ -73,6 +73,11 @@ class Loss:
         return replace(self, function=in_precision_(copied(self.function), torch.float64))
 
     @property
+    def is_returned(self) -> bool:
+        """Whether the model returns it, as one number."""
+        return self.function is None and self.reduced != ""
+
+    @property
     def needs_target(self) -> bool:
         return self.name != "output"
 

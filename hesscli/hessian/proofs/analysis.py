@@ -12,9 +12,10 @@ from torch import Tensor
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.objective.batch import Batch
-from hesscli.hessian.objective.loss import OF_ALL
+from hesscli.hessian.objective.loss import Loss
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.affine import find_uses
+from hesscli.hessian.proofs.last_layer import RecordedLoss, parted
 from hesscli.hessian.proofs.positions import positions_stay_apart
 from hesscli.hessian.proofs.sample_axis import Axes, SampleAxis
 from hesscli.hessian.proofs.samples import follow, sample_axes
@@ -33,8 +34,9 @@ class Analysis:
     axes: Axes
     all_uses: dict[str, tuple[Use, ...]]  # of each parameter whose uses are affine, as executed
     reasons: dict[str, str]  # why a parameter has no affine use alone
+    loss: Loss  # of the tape's output
     class_axis: int | None = None  # of the output, where the loss couples what lies along it
-    terms: Tape | None = None  # of a loss of the user's own
+    terms: Tape | None = None  # of a loss of the user's own, or of the model's
     # Whether positions stay apart behind some values, and a parameter's neurons, as far as that was asked for.
     _apart: dict[tuple[int, ...], bool] = field(default_factory=dict, init=False)
     _neurons: dict[str, Neurons | None] = field(default_factory=dict, init=False)
@@ -171,23 +173,24 @@ class WeightAnalyses(Analyses):
 
 
 def _analyse(problem: Problem, batch: Batch) -> Analysis:
-    loss = problem.loss
-    if loss.reduced == OF_ALL:
-        raise NotApplicable(f"the loss {loss.name} is one number for all data")
+    loss, terms = problem.loss, None
     if not batch.inputs[0].dim():
         raise NotApplicable("the inputs have no sample axis")
+    samples = len(batch.inputs[0])
     tape = record(problem, batch)
     if tape.refusal:
         raise NotApplicable(tape.refusal)
-    axes = sample_axes(tape, len(batch.inputs[0]))
-    all_uses, reasons = find_uses(tape, axes)
-    terms = None
-    if loss.function is not None:
+    if loss.name == "output" and (parts := parted(tape, samples)):
+        tape, terms = parts
+        loss = RecordedLoss(**vars(loss), tape=terms)
+    elif loss.function is not None:
         terms = record_terms(problem, batch)
         if terms.refusal:
             raise NotApplicable(f"{terms.refusal} in the loss {loss.name}")
+    axes = sample_axes(tape, samples)
+    all_uses, reasons = find_uses(tape, axes)
     classes = loss.class_axis(tape.shapes[tape.output], batch.target)
-    analysis = Analysis(tape, axes, all_uses, reasons, classes, terms)
-    if analysis.loss_couples(SampleAxis(0), len(batch.inputs[0])):
+    analysis = Analysis(tape, axes, all_uses, reasons, loss, classes, terms)
+    if analysis.loss_couples(SampleAxis(0), samples):
         raise NotApplicable(f"the loss {loss.name} may mix samples")
     return analysis

@@ -11,7 +11,7 @@ derivative is symmetric) and d a_l / d z_k u (by w_l) in one reverse pass.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -68,8 +68,9 @@ class Probed:
         activations: Iterable[int] = (),
         cut: Cut | None = None,
     ) -> None:
-        self.problem, self.batch = analyses.problem, batch
-        tape = analyses.of(batch).tape
+        analysis = analyses.of(batch)
+        self.problem, self.batch = replace(analyses.problem, loss=analysis.loss), batch
+        tape = analysis.tape
         self.probes: dict[int, Tensor] = {}
         wanted = set(zs)
 

@@ -69,13 +69,6 @@ def split(
     shares = processes.size
     some, fewest, most = _accepted(problem, source, batch_size, note)
     _say_where_classes_are(problem, some, note)
-    if problem.loss.name not in LOSSES:
-        problem, source, whole = inspect_loss(problem, source, some, note)
-        if any(processes.agreed(whole)):  # one may lack the memory to try it
-            fewest = most = source.samples
-            if problem.loss.reduced:
-                problem = replace(problem, loss=replace(problem.loss, reduced=OF_ALL))
-    source = replace(source, fewest=fewest, most=most)
     as_given = [x._version for x in some.inputs]
     leaves = list(problem.parameters.values())
     grown = [1.001 * leaf.detach() for leaf in leaves]  # out of what a model keeps them in
@@ -85,9 +78,18 @@ def split(
     problem = replace(problem, written=tuple(written))
     if [x._version for x in some.inputs] != as_given:
         problem = replace(problem, writes=True)
+    each = max(1, saved, 2 * source.bytes // source.samples)
+    room = free_memory(problem.device) // (2 * ranks_here() * each)
+    if problem.loss.name not in LOSSES:
+        problem, source, whole = inspect_loss(problem, source, some, room, note)
+        if any(processes.agreed(whole)):  # one may lack the memory to try it
+            fewest = most = source.samples
+            if problem.loss.reduced:
+                problem = replace(problem, loss=replace(problem.loss, reduced=OF_ALL))
+    source = replace(source, fewest=fewest, most=most)
     sizes = _sizes(problem, saved, source.samples, processes)
     bounds = _bounds(source, batch_size or sizes.batch, shares)
-    problem, bounds = _taken_apart(problem, source, bounds, saved, note, processes)
+    problem, bounds = _taken_apart(problem, source, bounds, room, note, processes)
     checked = bounds
     if problem.separable and batch_size is None:
         checked = _bounds(source, max(sizes.batch, sizes.checked), shares)
@@ -195,7 +197,7 @@ def _taken_apart(
     problem: Problem,
     source: Source,
     bounds: list[int],
-    saved: int,
+    room: int,
     note: Callable[[str], None],
     processes: Processes,
 ) -> tuple[Problem, list[int]]:
@@ -207,9 +209,7 @@ def _taken_apart(
     mixing = None
     if limited:
         mixing = what_mixes_in_place(problem, source, bounds[1])
-    elif len(bounds) > 2:
-        each = max(1, saved, 2 * source.bytes // source.samples)
-        room = free_memory(problem.device) // (2 * ranks_here() * each)
+    elif len(bounds) > 2 and not problem.loss.is_returned:  # of which that is known
         mixing = what_mixes(problem, source, bounds, room, note)
     mixing = next((each for each in processes.agreed(mixing) if each is not None), None)
     if mixing is None:

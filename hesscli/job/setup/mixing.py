@@ -20,6 +20,7 @@ from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.job.setup.source import Source
 
 _FEWEST = 4  # samples passed together and apart
+_SUM = 1e-11  # what sums of many samples in float64 may differ by, where one of them counting for none may not
 
 
 def what_mixes(
@@ -83,17 +84,48 @@ def _found_mixing(
             right_gradients(),
             parameters_at(leaves, [value.detach() for value in values]),
         ):
-            output = problem.output(together)
+            (output,) = _made(problem, [together])
             try:
-                outputs = [problem.output(part) for part in apart]
+                outputs = _made(problem, apart)
             except MismatchError:  # it wants more samples, or those it was traced with
                 return "the model"
-            if not (_same_values(output, outputs) and _same_gradients(output, outputs, leaves)):
+            same = _same_values(output, outputs, _SUM if problem.loss.is_returned else None)
+            if not (same and _same_gradients(output, outputs, leaves)):
                 return "the model"
         lengths = [len(each) for each in outputs]
         if (loss := mixing_loss(problem, output, together, lengths, apart)) is not None:
             return loss
     return None
+
+
+def _made(problem: Problem, batches: Sequence[Batch]) -> list[Tensor]:
+    """The outputs of some batches; of a model that returns its loss as one number, what these add up to."""
+    outputs = [problem.output(batch) for batch in batches]
+    if not problem.loss.is_returned:
+        return outputs
+    pairs = zip(outputs, batches, strict=True)
+    totals = [problem.loss.total(output, batch)[0] for output, batch in pairs]
+    return [torch.stack(totals).sum().reshape(1)]
+
+
+def adds_up(problem: Problem, source: Source, bounds: Sequence[int]) -> bool:
+    """Whether what a model returns as its loss is of each sample, as `Loss.reduced` has it: tried in float64.
+
+    Args:
+        problem: the problem, without its batches.
+        source: its data.
+        bounds: where the parts begin and end that are compared with all samples together.
+
+    Raises:
+        MismatchError: the model does not take so few, or so many.
+    """
+    proven = _proven_apart(problem, source)
+    few = replace(problem, batches=[source.batch(0, source.few)])
+    wide = few if problem.dtype is torch.float64 else few.double()
+    if wide is None:
+        return False
+    source = replace(source, dtype=torch.float64)
+    return _found_mixing(wide, source, bounds, proven, wider=False) is None
 
 
 def _proven_apart(problem: Problem, source: Source) -> bool:
@@ -235,11 +267,11 @@ def _norm(tensors: Sequence[Tensor]) -> float:
     return math.hypot(*(float(t.double().norm()) for t in tensors))
 
 
-def _same_values(together: Tensor, apart: Sequence[Tensor]) -> bool:
+def _same_values(together: Tensor, apart: Sequence[Tensor], rounding: float | None = None) -> bool:
     together = together.detach()
     joined = torch.cat([part.detach().reshape(-1) for part in apart])
     if joined.numel() != together.numel():
         return False
-    rounding = 1e-7 if together.dtype is torch.float64 else 1e-4
+    rounding = rounding or (1e-7 if together.dtype is torch.float64 else 1e-4)
     size = float(together.abs().nan_to_num(0, 0, 0).max()) if together.numel() else 0.0
     return torch.allclose(together.reshape(-1), joined, rounding, rounding * size, equal_nan=True)

@@ -4,6 +4,7 @@ depends on, and whether it wants all samples at once."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 
@@ -17,7 +18,7 @@ from hesscli.hessian.chunk_sizes import ranges
 from hesscli.hessian.objective.batch import Batch, doubled
 from hesscli.hessian.objective.loss import MEAN, OF_ALL, SUM
 from hesscli.hessian.objective.problem import Problem
-from hesscli.job.setup.mixing import mixing_loss
+from hesscli.job.setup.mixing import adds_up, mixing_loss
 from hesscli.job.setup.source import Source
 
 _MOST = 256  # samples of a pass
@@ -25,7 +26,7 @@ _TRIED = 16  # bytes of an output: in float64, and as it was
 
 
 def inspect_loss(
-    problem: Problem, source: Source, some: Batch, note: Callable[[str], None]
+    problem: Problem, source: Source, some: Batch, room: int, note: Callable[[str], None]
 ) -> tuple[Problem, Source, bool]:
     """The problem and its source with what there is to know of the loss, and whether it wants all samples at once.
 
@@ -33,6 +34,7 @@ def inspect_loss(
         problem: before anything is known of its loss.
         source: its data.
         some: a few samples that the model takes.
+        room: how many samples there is memory for at once.
         note: hears of what makes the data one batch, and of arguments that are the same for all samples.
     """
     fixed = _fixed(problem, source, some)
@@ -53,7 +55,13 @@ def inspect_loss(
     if wants_all:
         note(f"the loss takes all {source.samples} samples at once, so all the data is one batch")
     if terms.numel() == 1 and source.samples > 1 and (not terms.dim() or len(tried) > 1):
-        of = OF_ALL if wants_all else _reduction(problem, source, output.numel() // len(tried))
+        of = OF_ALL
+        if not wants_all and (source.fewest, source.most) == (1, None):
+            with suppress(MismatchError):  # it does not take so few, or not in float64
+                if problem.loss.function is None:
+                    of = _reduction_of_output(problem, source, room)
+                else:
+                    of = _reduction(problem, source, output.numel() // len(tried))
         loss = replace(problem.loss, reduced=of)
         if of == OF_ALL:
             note(
@@ -76,34 +84,48 @@ def _reduction(problem: Problem, source: Source, width: int) -> str:
     Args:
         problem, source: as of `inspect_loss`.
         width: how many numbers the model gives for a sample.
+
+    Raises:
+        MismatchError: the loss does not take so few, or not in float64.
     """
-    if problem.loss.function is None or (source.fewest, source.most) != (1, None):
-        return OF_ALL
     if max(source.bytes, _TRIED * width * source.samples) > available_memory() // 8:
         return OF_ALL
+    passes = (source.batch(some.start, some.stop) for some in ranges(source.samples, _MOST))
+    with torch.no_grad():
+        outputs = [problem.output(batch) for batch in passes]
+    kinds = {x.shape[1:] if x.dim() and x.is_floating_point() else None for x in outputs}
+    if None in kinds or len(kinds) > 1:
+        return OF_ALL
+    whole, parts = (0, source.samples), pairwise(_parts(source))
+    together, *apart = doubled([source.batch(*part) for part in [whole, *parts]])
+    loss, output = problem.loss.doubled(), in_precision(torch.cat(outputs), torch.float64)
+    rows, left = divmod(len(output), source.samples)
+    lengths = [rows * len(batch) for batch in apart]
+    for reduced in (MEAN, SUM) if not left else ():
+        tried = replace(problem, loss=replace(loss, reduced=reduced))
+        near = (output, _moved(output))
+        if not any(mixing_loss(tried, z, together, lengths, apart) for z in near):
+            return reduced
+    return OF_ALL
+
+
+def _reduction_of_output(problem: Problem, source: Source, room: int) -> str:
+    """The same of a model that returns its loss: at the weights, and near them."""
+    if source.samples > (room if problem.dtype is torch.float64 else room // 2):
+        return OF_ALL
+    for reduced in (MEAN, SUM):
+        tried = replace(problem, loss=replace(problem.loss, reduced=reduced))
+        if adds_up(tried, source, _parts(source)):
+            return reduced
+    return OF_ALL
+
+
+def _parts(source: Source) -> list[int]:
+    """Where parts of one, two, four samples and so on begin and end."""
     bounds = [0]
     while bounds[-1] < source.samples:
         bounds.append(min(source.samples, 2 * bounds[-1] + 1))
-    parts = list(pairwise(bounds))
-    try:
-        passes = (source.batch(some.start, some.stop) for some in ranges(source.samples, _MOST))
-        with torch.no_grad():
-            outputs = [problem.output(batch) for batch in passes]
-        kinds = {x.shape[1:] if x.dim() and x.is_floating_point() else None for x in outputs}
-        if None in kinds or len(kinds) > 1:
-            return OF_ALL
-        together, *apart = doubled([source.batch(*part) for part in [(0, source.samples), *parts]])
-        loss, output = problem.loss.doubled(), in_precision(torch.cat(outputs), torch.float64)
-        rows, left = divmod(len(output), source.samples)
-        lengths = [rows * len(batch) for batch in apart]
-        for reduced in (MEAN, SUM) if not left else ():
-            tried = replace(problem, loss=replace(loss, reduced=reduced))
-            near = (output, _moved(output))
-            if not any(mixing_loss(tried, z, together, lengths, apart) for z in near):
-                return reduced
-    except MismatchError:  # it does not take so few, or not in float64
-        pass
-    return OF_ALL
+    return bounds
 
 
 def _moved(output: Tensor) -> Tensor:
