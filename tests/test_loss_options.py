@@ -863,6 +863,60 @@ def test_a_loss_that_is_not_of_the_last_layer_alone(how, batch_size):
     close(found, truth)
 
 
+EPS = torch.randn(8, 2, generator=G, dtype=torch.float64)
+
+
+class Several(nn.Module):
+    """Has a loss of what several layers make: heads, a code and its decoder, or of parts of what one does."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.a, self.b, self.c = nn.Linear(3, 5), nn.Linear(5, 4), nn.Linear(5, 3)
+        self.d = nn.Linear(2, 4)
+        if how != "heads":
+            del self.c
+        if how not in ("code", "divergence"):
+            del self.d
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        if self.how == "heads":
+            return F.mse_loss(self.b(h), y) - self.c(h).view(-1, 3, 1).log_softmax(1).mean()
+        if self.how == "halves":
+            mean, spread = self.b(h).chunk(2, 1)
+            return (spread.exp() * (mean - y[:, :2]).square() - spread).mean()
+        if self.how == "residual":
+            return F.mse_loss(y + h[:, :4] + torch.tanh(self.b(h)), torch.ones_like(y))
+        mean, spread = self.b(h)[:, :2], self.b(h)[:, 2:]
+        code = mean + EPS * spread.exp()
+        if self.how == "code":
+            made = self.d(code)
+        divergence = (mean**2 + spread.exp() - spread).sum(1).mean()
+        if self.how == "divergence":
+            made = self.d(code)
+        return F.mse_loss(made, y) + divergence
+
+
+@pytest.mark.parametrize("how", ["heads", "halves", "residual", "code", "divergence"])
+def test_a_loss_of_what_several_layers_make(how):
+    model = Several(how).double()
+    truth = hessian(model, lambda f, _: f, (X, Y), None)
+    found = computed(model, {"x": X, "y": Y}, loss="output", method="preactivation")
+    close(found, truth)
+    own = computed(model, {"x": X, "y": Y}, loss="output", blocks="diag")
+    start = 0
+    for name, parameter in model.named_parameters():
+        part = truth[start : start + parameter.numel(), start : start + parameter.numel()]
+        assert relative_error(own.block(name), part) < 1e-9
+        start += parameter.numel()
+    if how == "heads":
+        assert {block["method"] for block in own.metadata["blocks"]} == {
+            "preactivation",
+            "gauss-newton",
+        }
+
+
 class Shaped(nn.Module):
     """Its output is one number, as long as the samples' largest entry, or complex."""
 

@@ -15,7 +15,7 @@ from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.loss import Loss
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.affine import find_uses
-from hesscli.hessian.proofs.last_layer import RecordedLoss, parted
+from hesscli.hessian.proofs.last_layers import RecordedLoss, parted
 from hesscli.hessian.proofs.positions import positions_stay_apart
 from hesscli.hessian.proofs.sample_axis import Axes, SampleAxis
 from hesscli.hessian.proofs.samples import follow, sample_axes
