@@ -1,5 +1,5 @@
-"""What a loss of the user's own does, seen on a few samples: which of its arguments go along with them, what else it
-depends on, and whether it wants all samples at once."""
+"""What a loss of the user's own, or the model's, does: which of its arguments go along with the samples, what else it
+depends on, what it is of where it is one number, and whether it wants all samples at once."""
 
 from __future__ import annotations
 
