@@ -602,7 +602,7 @@ def test_vectors_that_do_not_fit(cli):
 @pytest.mark.parametrize(
     ("weight", "bias", "code", "said"),
     [
-        ((2, 10, 16), (3, 10), 4, "do not stack the same number of vectors"),
+        ((2, 10, 16), (3, 10), 4, "fc2.weight has shape [2, 10, 16], fc2.bias has shape [3, 10]"),
         ((2, 10, 16), (10,), 4, "do not stack the same number of vectors"),
         ((10, 16), None, 5, "holds NaN or infinity"),
     ],

@@ -154,7 +154,7 @@ def _vectors(operator: Operator, source: str) -> Tensor:
         return v.to(problem.device, problem.dtype)
     tensors = load_arrays(source).numbers
     parts: list[Tensor] = []
-    counts: set[int | None] = set()
+    counts: dict[int | None, str] = {}  # and the first tensor that stacks so many
     for name, parameter in problem.parameters.items():
         if name not in tensors:
             held = [glob.escape(n) for n in problem.parameters if n in tensors]
@@ -170,12 +170,15 @@ def _vectors(operator: Operator, source: str) -> Tensor:
                 f"{['k', *shape]} for k vectors".replace("'", "")
             )
         stacked = part.shape != shape
-        counts.add(len(part) if stacked else None)
+        counts.setdefault(len(part) if stacked else None, f"{name} has shape {list(part.shape)}")
         parts.append(part.reshape(len(part), parameter.numel()) if stacked else part.reshape(-1))
     if 0 in counts:
         raise MismatchError(f"{source}: its tensors stack no vectors")
     if len(counts) > 1:
-        raise MismatchError(f"{source}: its tensors do not stack the same number of vectors")
+        raise MismatchError(
+            f"{source}: its tensors do not stack the same number of vectors: "
+            f"{', '.join([*counts.values()][:2])}"
+        )
     vectors = torch.cat(parts, -1)
     if not bool(torch.isfinite(vectors).all()):
         raise NumericalError(f"{source}: holds NaN or infinity")
