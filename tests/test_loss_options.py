@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -861,6 +862,103 @@ def test_a_loss_that_is_not_of_the_last_layer_alone(how, batch_size):
     truth = hessian(model, lambda f, _: f, (X, Y), None)
     found = computed(model, {"x": X, "y": Y}, loss="output", batch_size=batch_size)
     close(found, truth)
+
+
+class Outputs(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+@dataclass
+class Returned:
+    first: Tensor
+    second: Tensor
+
+
+class Two(nn.Module):
+    """Returns what two layers make, in one form or another."""
+
+    def __init__(self, form: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.form = nn.Linear(3, 5), nn.Linear(5, 4), nn.Linear(5, 4), form
+
+    def forward(self, x: Tensor) -> object:
+        h = torch.tanh(self.a(x))
+        return self.form(self.b(h), self.c(h))
+
+
+def gaussian(first: Tensor, second: Tensor, y: Tensor) -> Tensor:
+    """-log p of a mean and a log variance, without its constant."""
+    return ((first - y).square() * torch.exp(-second) + second).mean(1)
+
+
+FORMS = {
+    "tuple": (lambda a, b: (a, b), lambda f, y: gaussian(f[0], f[1], y)),
+    "list": (lambda a, b: [a, b], lambda f, y: gaussian(f[0], f[1], y).mean()),
+    "dict": (lambda a, b: {"m": a, "s": b}, lambda f, y: gaussian(f["m"], f["s"], y).sum()),
+    "named": (Outputs, lambda f, y: gaussian(f.first, f.second, y)),
+    "dataclass": (Returned, lambda f, y: gaussian(f.first, f.second, y).mean()),
+    "nested": (lambda a, b: {"m": (a, b), "n": None}, lambda f, y: gaussian(*f["m"], y)),
+}
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+@pytest.mark.parametrize("name", FORMS)
+def test_a_loss_of_all_that_a_model_returns(name, batch_size):
+    form, loss = FORMS[name]
+    model = Two(form).double()
+    truth = hessian(model, lambda f, y: loss(f, y).mean(), (X,), Y)
+    found = computed(model, (X, Y), loss=loss, method="preactivation", batch_size=batch_size)
+    close(found, truth)
+    assert any("takes all of it" in note for note in found.metadata["notes"])
+
+
+def test_arguments_of_a_loss_of_all_that_a_model_returns():
+    model, w = Two(lambda a, b: (a, b)).double(), torch.rand(8, generator=G, dtype=torch.float64)
+
+    def loss(f, y, w, c):
+        return gaussian(*f, y) * w + (f[1] * c).square().mean(1)
+
+    given = {"loss": loss, "loss_arguments": {"w": w, "c": W}, "batch_size": 3}
+    truth = hessian(model, lambda f, y: loss(f, y, w, W).mean(), (X,), Y)
+    close(computed(model, (X, Y), **given), truth)
+
+
+def test_one_output_of_several_for_a_loss_of_ones_own():
+    model = Two(lambda a, b: (a, b)).double()
+    truth = hessian(model, lambda f, y: F.mse_loss(f[1], y), (X,), Y)
+    for key in ("1", "-1"):
+        close(computed(model, (X, Y), loss=F.mse_loss, output_key=key), truth)
+
+
+def test_a_loss_that_does_not_take_all_that_a_model_returns():
+    model = Two(Outputs).double()
+    with pytest.raises(hesscli.HesscliError, match="accept output first, second and") as refused:
+        computed(model, (X, Y), loss=nn.MSELoss())
+    assert (refused.value.exit_code, refused.value.hint) == (4, "--output-key first")
+    with pytest.raises(hesscli.HesscliError, match="no output to take its ggn at"):
+        computed(model, (X, Y), loss=FORMS["named"][1], curvature="ggn")
+
+
+def test_a_scripted_model_that_returns_several(cli):
+    class Scripted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            z = self.a(x)
+            return z, torch.tanh(z)
+
+    model = Scripted().double()
+    torch.jit.script(model).save("two.pt")
+    np.savez("d.npz", x=X, y=Y)
+    Path("loss.py").write_text("def both(f, y):\n    return ((f[0] - y) * f[1]).square().mean()\n")
+    ran = cli("compute", "two.pt", "d.npz", "--loss", "loss.py:both", "--blocks", "full")
+    assert ran.code == 0
+    assert "takes all of it" in ran.stderr
+    truth = hessian(model, lambda f, y: ((f[0] - y) * f[1]).square().mean(), (X,), Y)
+    assert relative_error(read(Path("hessian.safetensors"))[1]["hessian"].double(), truth) < 1e-9
 
 
 EPS = torch.randn(8, 2, generator=G, dtype=torch.float64)

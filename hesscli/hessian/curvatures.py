@@ -54,9 +54,15 @@ class Curvature:
             MismatchError: the model returns its own loss; or samples may mix, so that none has a gradient of its own.
         """
         problem = analyses.problem
-        if self.middle is not None and not problem.loss.needs_target:
+        if self.middle is not None and problem.loss.is_output:
+            whole = problem.loss.whole
+            its = (
+                "the loss takes all that the model returns"
+                if whole
+                else "the model returns its own loss"
+            )
             raise MismatchError(
-                f"the model returns its own loss, so it has no output to take its {self.name} at",
+                f"{its}, so it has no output to take its {self.name} at",
                 "--curvature hessian",
             )
         if self.by_sample and not problem.one_sample:

@@ -18,6 +18,7 @@ from hesscli.hessian.guests import guest
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.copies import copied
 from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES, Total, class_axis
+from hesscli.hessian.objective.outputs import described, entries_of
 from hesscli.hessian.objective.state import state_kept
 
 _INSTEAD: dict[type | tuple[type, ...], str] = {
@@ -44,6 +45,9 @@ class Loss:
     `reduced`: of a single number, what it is of: `MEAN` or `SUM` of what the loss makes of each sample, or `OF_ALL`,
     reduced already, so that the data must not be split into batches.
 
+    `whole`: the user's own takes all that the model returns, where that is several tensors; to all that follows, it is
+    a part of the model.
+
     `wide`: what the user's own, or the model, computes in less than float64 is computed in that.
     """
 
@@ -51,6 +55,7 @@ class Loss:
     reduction: str = "mean"
     function: Callable[..., Tensor] | None = None
     reduced: str = ""
+    whole: bool = False
     wide: bool = False
 
     def class_axis(self, shape: Sequence[int], target: Tensor | None) -> int | None:
@@ -61,7 +66,7 @@ class Loss:
 
     def reads_others(self, output: Tensor, batch: Batch) -> bool:
         """Whether the user's own loss depends on tensors with gradients of their own, which are constants here."""
-        if self.function is None:
+        if self.is_output:
             return False
         with torch.enable_grad():
             return self.terms(output.detach(), batch).requires_grad
@@ -73,9 +78,9 @@ class Loss:
         return replace(self, function=in_precision_(copied(self.function), torch.float64))
 
     @property
-    def is_returned(self) -> bool:
-        """Whether the model returns it, as one number."""
-        return self.function is None and self.reduced != ""
+    def is_output(self) -> bool:
+        """Whether the output is the loss itself: the model returns it, or it takes all that the model returns."""
+        return self.name == "output" or self.whole
 
     @property
     def needs_target(self) -> bool:
@@ -102,10 +107,28 @@ class Loss:
         Raises:
             MismatchError: the user's own fails, or does not return a tensor that depends on the output.
         """
-        if self.function is None:
+        if self.is_output:
             return output
         if output.is_leaf and output.requires_grad:  # which nothing may be written to
             output = output.clone()
+        terms = self.called(output, batch)
+        # A new tensor of zeros stands for a batch with nothing to compare.
+        constant = not terms.requires_grad or (terms.is_leaf and bool(terms.any()))
+        if torch.is_grad_enabled() and output.requires_grad and constant:
+            raise MismatchError(
+                f"the loss {self.name} has no gradient: it detaches, rounds, returns a new tensor, or "
+                "turns gradients off",
+                "take out .item(), .detach(), .numpy(), argmax, round, torch.tensor(...) and torch.no_grad()",
+            )
+        return terms
+
+    def called(self, output: object, batch: Batch) -> Tensor:
+        """What the user's own function makes of an output, or of all that the model returns.
+
+        Raises:
+            MismatchError: it fails, or does not return a tensor.
+        """
+        assert self.function is not None
         with (
             staying_wide() if self.wide else nullcontext(),
             state_kept(self.function),
@@ -118,24 +141,19 @@ class Loss:
             raise MismatchError(
                 f"the loss {self.name} returned {returned}; expected a tensor", hint
             )
-        # A new tensor of zeros stands for a batch with nothing to compare.
-        constant = not terms.requires_grad or (terms.is_leaf and bool(terms.any()))
-        if torch.is_grad_enabled() and output.requires_grad and constant:
-            raise MismatchError(
-                f"the loss {self.name} has no gradient: it detaches, rounds, returns a new tensor, or "
-                "turns gradients off",
-                "take out .item(), .detach(), .numpy(), argmax, round, torch.tensor(...) and torch.no_grad()",
-            )
         return terms
 
     def _failed(
-        self, output: Tensor, target: Tensor | None, reason: str, error: BaseException
+        self, output: object, target: Tensor | None, reason: str, error: BaseException
     ) -> MismatchError:
-        given = [f"output {list(output.shape)}"]
+        shown = list(output.shape) if isinstance(output, Tensor) else described(output)
+        given = [f"output {shown}"]
         given += [] if target is None else [f"target {list(target.shape)}"]
         own = reason.startswith(f"{getattr(self.function, '__qualname__', None)}() missing")
         missing = re.findall(r"'(\w+)'", reason) if own else []
         hint = " ".join(f"--loss-arg {name}=VALUE" for name in missing)
+        if not hint and self.whole and entries_of(output):
+            hint = f"--output-key {next(iter(entries_of(output)))}"
         if "does not require grad" in reason:
             hint = "return the loss: leave out loss.backward(), and other gradients of it"
         return MismatchError(

@@ -26,19 +26,13 @@ def pick_output(
     """
     if isinstance(result, Tensor) and key is None:
         return result
-    entries: dict[str, object] = {}
-    if isinstance(result, Mapping):
-        entries = {str(name): value for name, value in result.items()}
-    elif isinstance(result, (tuple, list)):
-        fields = getattr(result, "_fields", None) or range(len(result))
-        entries = {str(name): value for name, value in zip(fields, result, strict=True)}
-        if key is not None and key.lstrip("-").isdigit() and -len(result) <= int(key) < len(result):
-            entries[key] = result[int(key)]
-    elif dataclasses.is_dataclass(result):
-        entries = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-    found = ", ".join(map(_described, entries, entries.values())) or type(result).__name__
+    entries, found = entries_of(result), described(result)
     if key is not None:
         entry = entries.get(key)
+        if isinstance(result, (tuple, list)) and key.removeprefix("-").isdigit():
+            entry = dict(
+                zip(range(-len(result), len(result)), (*result, *result), strict=True)
+            ).get(int(key))
         if isinstance(entry, Tensor):
             return entry
         if isinstance(result, Tensor):
@@ -56,6 +50,24 @@ def pick_output(
         f"the model returns more than one tensor or none: {found}",
         first and f"--output-key {first}",
     )
+
+
+def entries_of(result: object) -> dict[str, object]:
+    """What a module returned besides one tensor, by name or place."""
+    if isinstance(result, Mapping):
+        return {str(name): value for name, value in result.items()}
+    if isinstance(result, (tuple, list)):
+        fields = getattr(result, "_fields", None) or range(len(result))
+        return {str(name): value for name, value in zip(fields, result, strict=True)}
+    if dataclasses.is_dataclass(result):
+        return {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    return {}
+
+
+def described(result: object) -> str:
+    """The names of these, and the types of what is no tensor."""
+    entries = entries_of(result)
+    return ", ".join(map(_described, entries, entries.values())) or type(result).__name__
 
 
 def _described(name: str, value: object) -> str:

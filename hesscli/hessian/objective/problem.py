@@ -80,17 +80,27 @@ class Problem:
             MismatchError: the model does not accept the data, or returns no tensor.
         """
         try:
-            result = self._called(batch)
+            output = self._output(batch, note)
         except MismatchError as error:
             if torch.is_grad_enabled() or "does not require grad" not in error.message:
                 raise
             with torch.enable_grad():  # for a model that differentiates by itself
-                result = self._called(batch)
-        preferred = "logits" if self.loss.needs_target else "loss"
-        output = pick_output(result, self.output_key, preferred, note)
+                output = self._output(batch, note)
         return output if torch.is_grad_enabled() else output.detach()
 
-    def _called(self, batch: Batch) -> object:
+    def _output(self, batch: Batch, note: Callable[[str], None] | None) -> Tensor:
+        result = self.returned(batch)
+        if self.loss.whole:
+            return self.loss.called(result, batch)
+        preferred = "logits" if self.loss.needs_target else "loss"
+        return pick_output(result, self.output_key, preferred, note)
+
+    def returned(self, batch: Batch) -> object:
+        """All that the module returns for a batch.
+
+        Raises:
+            MismatchError: it does not accept the data.
+        """
         # TorchScript's optimiser would put derivatives of its own into the graph that it caches.
         with (
             state_kept(self.module),

@@ -180,7 +180,7 @@ def _analyse(problem: Problem, batch: Batch) -> Analysis:
     tape = record(problem, batch)
     if tape.refusal:
         raise NotApplicable(tape.refusal)
-    if loss.name == "output" and (parts := parted(tape, samples)):
+    if loss.is_output and (parts := parted(tape, samples)):
         tape, terms = parts
         loss = RecordedLoss(**vars(loss), tape=terms)
     elif loss.function is not None:

@@ -59,7 +59,8 @@ def what_mixes(
             raise
         count = bounds[1]
         found = _found_mixing(problem, source, sorted({0, count // 2, count}), proven, wider)
-    if count < source.samples and not (proven and problem.loss.function is None):
+    own = problem.loss.function is not None and not problem.loss.whole
+    if count < source.samples and (own or not proven):
         note(f"whether samples mix was tried with {count} of them; --unbatched takes all at once")
     return found
 
@@ -89,7 +90,9 @@ def _found_mixing(
                 outputs = _made(problem, apart)
             except MismatchError:  # it wants more samples, or those it was traced with
                 return "the model"
-            same = _same_values(output, outputs, _SUM if problem.loss.is_returned else None)
+            same = _same_values(
+                output, outputs, _SUM if problem.loss.is_output and problem.loss.reduced else None
+            )
             if not (same and _same_gradients(output, outputs, leaves)):
                 return "the model"
         lengths = [len(each) for each in outputs]
@@ -101,7 +104,7 @@ def _found_mixing(
 def _made(problem: Problem, batches: Sequence[Batch]) -> list[Tensor]:
     """The outputs of some batches; of a model that returns its loss as one number, what these add up to."""
     outputs = [problem.output(batch) for batch in batches]
-    if not problem.loss.is_returned:
+    if not (problem.loss.is_output and problem.loss.reduced):
         return outputs
     pairs = zip(outputs, batches, strict=True)
     totals = [problem.loss.total(output, batch)[0] for output, batch in pairs]
@@ -186,6 +189,8 @@ def mixing_loss(
         lengths: how much of the output each part has.
         apart: the parts.
     """
+    if problem.loss.is_output:
+        return None
     if problem.loss.function is None:
         # To PyTorch one distribution.
         of_all = problem.loss.name in OF_CLASSES and output.dim() == 1

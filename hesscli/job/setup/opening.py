@@ -28,6 +28,7 @@ from hesscli.job.json_form import Document
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.setup.batches import split
 from hesscli.job.setup.loss import by_name, loss_of, printable
+from hesscli.job.setup.own_loss import of_outputs
 from hesscli.job.setup.parameters import chosen_parameters
 from hesscli.job.setup.passing import as_columns, model_inputs, scales
 from hesscli.job.setup.processes import Processes
@@ -146,6 +147,7 @@ def _opened(
         output_key=options.output_key,
         one_sample=options.unbatched,
     )
+    problem = of_outputs(problem, source, note)
     if data.columns:
         source = as_columns(problem, source, note)
     cut = split(problem, source, options.batch_size, note, processes)

@@ -17,12 +17,31 @@ from hesscli.hessian.aten.precision import in_precision
 from hesscli.hessian.chunk_sizes import ranges
 from hesscli.hessian.objective.batch import Batch, doubled
 from hesscli.hessian.objective.loss import MEAN, OF_ALL, SUM
+from hesscli.hessian.objective.outputs import described, pick_output
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.setup.mixing import adds_up, mixing_loss
 from hesscli.job.setup.source import Source
 
 _MOST = 256  # samples of a pass
 _TRIED = 16  # bytes of an output: in float64, and as it was
+
+
+def of_outputs(problem: Problem, source: Source, note: Callable[[str], None]) -> Problem:
+    """The problem with whether a loss of the user's own takes all that the model returns, as that is no one tensor."""
+    if problem.loss.function is None or problem.output_key is not None:
+        return problem
+    try:
+        _, returned = source.first_accepted(problem.returned, [source.few, source.samples])
+    except MismatchError:  # which the first pass of all says, too
+        return problem
+    try:
+        pick_output(returned, None)
+        return problem
+    except MismatchError:
+        note(
+            f"the model returns {described(returned)}: the loss {problem.loss.name} takes all of it"
+        )
+        return replace(problem, loss=replace(problem.loss, whole=True))
 
 
 def inspect_loss(
@@ -58,7 +77,7 @@ def inspect_loss(
         of = OF_ALL
         if not wants_all and (source.fewest, source.most) == (1, None):
             with suppress(MismatchError):  # it does not take so few, or not in float64
-                if problem.loss.function is None:
+                if problem.loss.is_output:
                     of = _reduction_of_output(problem, source, room)
                 else:
                     of = _reduction(problem, source, output.numel() // len(tried))
@@ -148,13 +167,14 @@ def _fixed(problem: Problem, source: Source, some: Batch) -> list[str]:
     fixed = []
     with torch.no_grad():
         try:
-            output = problem.output(tried)
+            problem.output(tried)
         except MismatchError:  # of copies
             return []
         for name in source.per_sample:
             arguments = {**tried.loss_arguments, name: source.arguments[name]}
+            batch = replace(tried, loss_arguments=arguments)
             try:
-                terms = problem.loss.terms(output, replace(tried, loss_arguments=arguments))
+                terms = problem.loss.terms(problem.output(batch), batch)
             except MismatchError:
                 continue
             if not terms.dim() or len(terms) % count == 0:

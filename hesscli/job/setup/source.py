@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.first_passes import UnrepeatableError
 from hesscli.hessian.objective.loss import Loss
 from hesscli.hessian.objective.losses import ELEMENT_WEIGHTED, TENSORS
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ class Source:
         )
 
     def first_accepted(
-        self, function: Callable[[Batch], Tensor], counts: Sequence[int]
-    ) -> tuple[Batch, Tensor]:
+        self, function: Callable[[Batch], Result], counts: Sequence[int]
+    ) -> tuple[Batch, Result]:
         """The first so many samples that a function takes, of these numbers of samples in turn, and what it gives.
 
         Raises:
