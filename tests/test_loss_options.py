@@ -931,6 +931,31 @@ def test_one_output_of_several_for_a_loss_of_ones_own():
         close(computed(model, (X, Y), loss=F.mse_loss, output_key=key), truth)
 
 
+def fisher_of_terms(
+    terms: Callable[[int], Tensor], model: nn.Module, terms_each: int = 1
+) -> Tensor:
+    """1/D sum over i of g_i g_i^T, from the gradient g_i of each sample's terms."""
+    total = torch.zeros(())
+    for i in range(len(X)):
+        grads = torch.autograd.grad(terms(i).sum(), [*model.parameters()])
+        g = torch.cat([grad.flatten() for grad in grads])
+        total = total + torch.outer(g, g)
+    return total / (len(X) * terms_each)
+
+
+@pytest.mark.parametrize("method", ["auto", "hvp"])
+def test_fisher_of_terms_that_a_model_returns(method):
+    options = {"curvature": "fisher", "method": method, "batch_size": 3}
+    model = Lossy(lambda f, y: (f - y).pow(4))
+    found = computed(model, {"x": X, "y": Y}, loss="output", **options)
+    close(found, fisher_of_terms(lambda i: model(X[i : i + 1], Y[i : i + 1]), model, 4))
+    several, loss = Two(Outputs).double(), FORMS["named"][1]
+    found = computed(several, (X, Y), loss=loss, **options)
+    close(found, fisher_of_terms(lambda i: loss(several(X[i : i + 1]), Y[i : i + 1]), several))
+    with pytest.raises(hesscli.HesscliError, match="as one number, so it has no output"):
+        computed(Lossy(F.mse_loss), {"x": X, "y": Y}, loss="output", **options)
+
+
 def test_a_loss_that_does_not_take_all_that_a_model_returns():
     model = Two(Outputs).double()
     with pytest.raises(hesscli.HesscliError, match="accept output first, second and") as refused:

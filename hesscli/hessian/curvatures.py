@@ -53,16 +53,16 @@ class Curvature:
         Raises:
             MismatchError: the model returns its own loss; or samples may mix, so that none has a gradient of its own.
         """
-        problem = analyses.problem
-        if self.middle is not None and problem.loss.is_output:
-            whole = problem.loss.whole
+        problem, loss = analyses.problem, analyses.problem.loss
+        if self.middle is not None and loss.is_output and (loss.reduced or not self.by_sample):
             its = (
                 "the loss takes all that the model returns"
-                if whole
+                if loss.whole
                 else "the model returns its own loss"
             )
+            one = ", as one number" if self.by_sample else ""
             raise MismatchError(
-                f"{its}, so it has no output to take its {self.name} at",
+                f"{its}{one}, so it has no output to take its {self.name} at",
                 "--curvature hessian",
             )
         if self.by_sample and not problem.one_sample:
