@@ -180,9 +180,10 @@ def _analyse(problem: Problem, batch: Batch) -> Analysis:
     tape = record(problem, batch)
     if tape.refusal:
         raise NotApplicable(tape.refusal)
-    if loss.is_output and (parts := parted(tape, samples)):
-        tape, terms = parts
-        loss = RecordedLoss(**vars(loss), tape=terms)
+    if loss.is_output:
+        if parts := parted(tape, samples):
+            tape, terms = parts
+            loss = RecordedLoss(**vars(loss), tape=terms)
     elif loss.function is not None:
         terms = record_terms(problem, batch)
         if terms.refusal:
