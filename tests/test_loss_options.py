@@ -1060,7 +1060,7 @@ class Shaped(nn.Module):
 
 @pytest.mark.parametrize("how", ["one number", "ragged", "complex", "one less"])
 def test_one_number_of_outputs_of_other_shapes(how, monkeypatch):
-    monkeypatch.setattr("hesscli.job.setup.own_loss._MOST", 3)
+    monkeypatch.setattr("hesscli.job.setup.reduction._MOST", 3)
     model, loss = Shaped(how).double(), lambda f, y: f.abs().square().mean()
     found = computed(model, (X, Y), loss=loss)
     close(found, hessian(model, loss, (X,), Y))
@@ -1068,7 +1068,7 @@ def test_one_number_of_outputs_of_other_shapes(how, monkeypatch):
 
 @pytest.mark.parametrize("free", [0, 1 << 30])
 def test_one_number_is_tried_where_there_is_memory(free, monkeypatch):
-    monkeypatch.setattr("hesscli.job.setup.own_loss.available_memory", lambda: free)
+    monkeypatch.setattr("hesscli.job.setup.reduction.available_memory", lambda: free)
     found = computed(net(), (X, Y), loss=nn.MSELoss())
     close(found, hessian(net(), F.mse_loss, (X,), Y))
     said = "the mean over the samples" if free else "one number for all data"
@@ -1076,6 +1076,6 @@ def test_one_number_is_tried_where_there_is_memory(free, monkeypatch):
 
 
 def test_one_number_in_few_passes(monkeypatch):
-    monkeypatch.setattr("hesscli.job.setup.own_loss._MOST", 3)
+    monkeypatch.setattr("hesscli.job.setup.reduction._MOST", 3)
     found = computed(net(), (X, Y), loss=nn.MSELoss(), method="preactivation")
     close(found, hessian(net(), F.mse_loss, (X,), Y))

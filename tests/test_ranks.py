@@ -235,11 +235,11 @@ batches.what_mixes = seeing
 
 # The second rank has no memory to try what a loss that is one number is of.
 TRYING = """
-from hesscli.job.setup import own_loss
-free = own_loss.available_memory
+from hesscli.job.setup import reduction
+free = reduction.available_memory
 def lacking():
     return 0 if name == "number lacking" and os.environ["RANK"] == "1" else free()
-own_loss.available_memory = lacking
+reduction.available_memory = lacking
 """
 
 

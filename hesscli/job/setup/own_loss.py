@@ -4,26 +4,18 @@ depends on, what it is of where it is one number, and whether it wants all sampl
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from hesscli.errors import MismatchError
-from hesscli.files.resources import available_memory
-from hesscli.hessian.aten.precision import in_precision
-from hesscli.hessian.chunk_sizes import ranges
-from hesscli.hessian.objective.batch import Batch, doubled
-from hesscli.hessian.objective.loss import MEAN, OF_ALL, SUM
+from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.loss import OF_ALL
 from hesscli.hessian.objective.outputs import described, pick_output
 from hesscli.hessian.objective.problem import Problem
-from hesscli.job.setup.mixing import adds_up, mixing_loss
+from hesscli.job.setup.reduction import reduction
 from hesscli.job.setup.source import Source
-
-_MOST = 256  # samples of a pass
-_TRIED = 16  # bytes of an output: in float64, and as it was
 
 
 def of_outputs(problem: Problem, source: Source, note: Callable[[str], None]) -> Problem:
@@ -74,13 +66,7 @@ def inspect_loss(
     if wants_all:
         note(f"the loss takes all {source.samples} samples at once, so all the data is one batch")
     if terms.numel() == 1 and source.samples > 1 and (not terms.dim() or len(tried) > 1):
-        of = OF_ALL
-        if not wants_all and (source.fewest, source.most) == (1, None):
-            with suppress(MismatchError):  # it does not take so few, or not in float64
-                if problem.loss.is_output:
-                    of = _reduction_of_output(problem, source, room)
-                else:
-                    of = _reduction(problem, source, output.numel() // len(tried))
+        of = OF_ALL if wants_all else reduction(problem, source, output.numel() // len(tried), room)
         loss = replace(problem.loss, reduced=of)
         if of == OF_ALL:
             note(
@@ -92,65 +78,6 @@ def inspect_loss(
             loss = replace(loss, reduction=of)
         problem = replace(problem, loss=loss)
     return problem, source, wants_all or problem.loss.reduced == OF_ALL
-
-
-def _reduction(problem: Problem, source: Source, width: int) -> str:
-    """What a loss that is one number is: `MEAN` or `SUM` of what it makes of each sample, or `OF_ALL`.
-
-    It is tried with all samples: together, and in parts of one, two, four of them, and so on, in float64. What it
-    leaves out or weighs differently shows in the derivatives by one of the outputs.
-
-    Args:
-        problem, source: as of `inspect_loss`.
-        width: how many numbers the model gives for a sample.
-
-    Raises:
-        MismatchError: the loss does not take so few, or not in float64.
-    """
-    if max(source.bytes, _TRIED * width * source.samples) > available_memory() // 8:
-        return OF_ALL
-    passes = (source.batch(some.start, some.stop) for some in ranges(source.samples, _MOST))
-    with torch.no_grad():
-        outputs = [problem.output(batch) for batch in passes]
-    kinds = {x.shape[1:] if x.dim() and x.is_floating_point() else None for x in outputs}
-    if None in kinds or len(kinds) > 1:
-        return OF_ALL
-    whole, parts = (0, source.samples), pairwise(_parts(source))
-    together, *apart = doubled([source.batch(*part) for part in [whole, *parts]])
-    loss, output = problem.loss.doubled(), in_precision(torch.cat(outputs), torch.float64)
-    rows, left = divmod(len(output), source.samples)
-    lengths = [rows * len(batch) for batch in apart]
-    for reduced in (MEAN, SUM) if not left else ():
-        tried = replace(problem, loss=replace(loss, reduced=reduced))
-        near = (output, _moved(output))
-        if not any(mixing_loss(tried, z, together, lengths, apart) for z in near):
-            return reduced
-    return OF_ALL
-
-
-def _reduction_of_output(problem: Problem, source: Source, room: int) -> str:
-    """The same of a model that returns its loss: at the weights, and near them."""
-    if source.samples > (room if problem.dtype is torch.float64 else room // 2):
-        return OF_ALL
-    for reduced in (MEAN, SUM):
-        tried = replace(problem, loss=replace(problem.loss, reduced=reduced))
-        if adds_up(tried, source, _parts(source)):
-            return reduced
-    return OF_ALL
-
-
-def _parts(source: Source) -> list[int]:
-    """Where parts of one, two, four samples and so on begin and end."""
-    bounds = [0]
-    while bounds[-1] < source.samples:
-        bounds.append(min(source.samples, 2 * bounds[-1] + 1))
-    return bounds
-
-
-def _moved(output: Tensor) -> Tensor:
-    """Each number less up to a tenth of it: probabilities are below one still, and variances positive."""
-    less = torch.rand(output.shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype)
-    return output * (1 - 0.1 * less.to(output.device))
 
 
 def _fixed(problem: Problem, source: Source, some: Batch) -> list[str]:
