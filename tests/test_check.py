@@ -353,6 +353,77 @@ def test_half_a_diagonal_is_not_enough():
     assert not all(judge(Certificate(problem, torch.float64, s), block, wrong) for s in seeds)
 
 
+def diagonals(dtype: torch.dtype) -> list[tuple[Problem, Block, Tensor]]:
+    """Of each tensor of a small model."""
+    case = BY_NAME["mlp-tanh"]
+    problem, whole = problem_of_case(case), expected(case)
+    return [(problem, b, t.to(dtype)) for b, t in blocks_and_truth(problem, whole, "elements")]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_two_entries_of_a_diagonal_are_compared_as_if_each_were_alone(dtype, seed):
+    """The largest, and another one: neither may be off by a little more than the tolerance."""
+    for problem, block, truth in diagonals(dtype):
+        certificate, caught = Certificate(problem, dtype, seed), set[int]()
+        size = float(truth.abs().max())
+        for place in range(block.size):
+            wrong = truth.clone()
+            wrong[place] -= 1.1 * certificate.tolerance * size * truth[place].sign()
+            if not judge(certificate, block, wrong):
+                caught.add(place)
+        assert int(truth.abs().argmax()) in caught
+        assert len(caught) == min(2, block.size)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_two_entries_of_a_diagonal_have_in_common_is_seen(dtype, seed):
+    """A factor of both, and a number that both are off, make up for each other in no direction."""
+    for problem, block, truth in diagonals(dtype):
+        certificate = Certificate(problem, dtype, seed)
+        off = 1.1 * certificate.tolerance
+        for wrong in (truth * (1 + off), truth * (1 - off), truth + off * truth.abs().max(),
+                      truth - off * truth.abs().max()):  # fmt: skip
+            assert not judge(certificate, block, wrong), block.name
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 2.25, 3, 4])
+def test_errors_of_two_entries_make_up_for_each_other_with_few_seeds(ratio):
+    torch.manual_seed(0)
+    x = torch.randn(5, 2, dtype=torch.float64)
+    problem = problem_of(nn.Linear(2, 1, bias=False), [x], torch.zeros(5, 1))
+    (block,) = blocks_of(problem, "elements")
+    wrong = 2 * x.square().mean(0)
+    assert judge(Certificate(problem, torch.float64, 0), block, wrong.clone())
+    largest = int(wrong.argmax())
+    wrong[largest] += 1e-3
+    wrong[1 - largest] += ratio * 1e-3
+    assert not any(judge(Certificate(problem, torch.float64, s), block, wrong) for s in range(8))
+
+
+class Unsymmetric(nn.Module):
+    """Its gradient, (2 w_0 + w_1, 2 w_1), is that of no function: a detached factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def forward(self, x):
+        first, second = self.w
+        return (first**2 + second**2 + first * second.detach()) * x
+
+
+def test_a_diagonal_of_a_gradient_of_no_function_passes():
+    """Both entries are compared by themselves, where together they have a part from off the diagonal."""
+    problem = problem_of(Unsymmetric(), [torch.ones(1, 1)], None, "output")
+    (block,) = blocks_of(problem, "elements")
+    certificate = Certificate(problem, torch.float64, 0)
+    assert judge(certificate, block, torch.tensor([2.0, 2.0], dtype=torch.float64))
+    for wrong in ([2.0, 2.1], [2.1, 2.0]):
+        assert not judge(certificate, block, torch.tensor(wrong, dtype=torch.float64))
+
+
 def test_the_parameters_are_left_as_they_were():
     problem = problem_of_case(BY_NAME["mlp-tanh"])
     before = {name: p.detach().clone() for name, p in problem.parameters.items()}

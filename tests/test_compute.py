@@ -261,14 +261,6 @@ def test_the_documents_fields(cli, mlp, tmp_path):
     assert "seconds" not in text
 
 
-def test_how_many_entries_of_a_diagonal_are_compared(cli, tmp_path):
-    """Two of each block, and the one of the last bias."""
-    model = saved_net(tmp_path, nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)))
-    data = saved_data(tmp_path, x=np.ones((6, 3)), y=np.zeros((6, 1)))
-    ran = cli("compute", model, data, "-b", "elements", "--json")
-    assert ran.document["check"]["directions"] == 2 + 2 + 2 + 1
-
-
 @pytest.mark.parametrize("level", ["none", "basic", "auto", "all"])
 def test_stats(cli, mlp, tmp_path, level):
     ran = cli("compute", *mlp, *CE, "--stats", level)

@@ -69,7 +69,7 @@ def test_the_check_takes_as_many_gradients_as_are_counted(
         diagonal = structure == "elements"
         judge = certificate.diagonal if diagonal else certificate.matrix
         assert certificate.passed(judge(block, values.diagonal() if diagonal else values))
-    assert taken == gradients(len(blocks), structure == "elements", dtype, torch.float64)
+    assert taken == gradients(len(blocks), dtype, torch.float64)
 
 
 def _loss(problem: Problem, name: str, value: torch.Tensor) -> torch.Tensor:

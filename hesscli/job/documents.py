@@ -52,16 +52,13 @@ def block_facts(opened: Opened, block: Block) -> Document:
 
 
 def block_check_facts(
-    certificate: Certificate | None, blocks: Sequence[Document], diagonal: bool
+    certificate: Certificate | None, blocks: Sequence[Document]
 ) -> Document | None:
     """The check of blocks, or of their diagonals."""
     if certificate is None:
         return None
-    checked = [facts for facts in blocks if facts["check_error"] is not None]
-    # Of a diagonal two entries, where there are two.
-    directions = sum(min(2, facts["size"]) if diagonal else 1 for facts in checked)
-    error = max((facts["check_error"] for facts in checked), default=0.0)
-    return check_facts(certificate, directions, error)
+    errors = [facts["check_error"] for facts in blocks if facts["check_error"] is not None]
+    return check_facts(certificate, len(errors), max(errors, default=0.0))
 
 
 def check_facts(certificate: Certificate, directions: int, error: float) -> Document:

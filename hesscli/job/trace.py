@@ -117,7 +117,7 @@ def _exact(plan: Plan, operator: Operator) -> Estimate:
         names = operator.products.names
         parts = np.array([found[name]["trace"] if name in found else np.nan for name in names])
         return Estimate(parts, 0 * parts, np.nan, np.nan, 0, converged=False, interrupted=True)
-    operator.check = documents.block_check_facts(plan.certificate, list(found.values()), True)
+    operator.check = documents.block_check_facts(plan.certificate, list(found.values()))
     operator.method = " + ".join(sorted({facts["method"] for facts in found.values()}))
     parts = np.array([found[name]["trace"] for name in operator.products.names])
     return Estimate(parts, np.zeros(len(parts)), float(parts.sum()), 0.0, 0, converged=True)

@@ -6,10 +6,11 @@ can run in it. For a random direction v within a block B,
 
     error = || H_B v - (g_B(theta + h v) - g_B(theta - h v)) / 2h || / max of the two norms,
 
-and for a diagonal, where no product can be had, single entries against the same difference along e_i. A step may cross
-a kink (ReLU) or drown in rounding, so several are tried and the best counts; some of them keep every kink on the side
-where it is at theta (see `kinks.py`). Of millions of units float32 rounds a few across their corner, which a product
-that sums up to little shows in its third digit: kinks are also held where the pass has them that the block is of.
+and for a diagonal, where no product can be had, two entries against the same difference along a e_i + e_j, or else
+single ones along e_i. A step may cross a kink (ReLU) or drown in rounding, so several are tried and the best counts;
+some of them keep every kink on the side where it is at theta (see `kinks.py`). Of millions of units float32 rounds a
+few across their corner, which a product that sums up to little shows in its third digit: kinks are also held where the
+pass has them that the block is of.
 
 Blocks by `finite-difference` are made of the same gradients. The check takes them elsewhere, along v where these went
 along e_i, and with other steps, so it finds a wrong step or a wrong place, and a gradient that is no function's.
@@ -54,10 +55,9 @@ def one_sided(dtype: torch.dtype, reference: torch.dtype) -> bool:
     return dtype == torch.float32 and reference == torch.float64
 
 
-def gradients(blocks: int, diagonal: bool, dtype: torch.dtype, reference: torch.dtype) -> int:
+def gradients(blocks: int, dtype: torch.dtype, reference: torch.dtype) -> int:
     """How many gradients the check of so many blocks takes, where the first step will do."""
-    directions = 2 * blocks if diagonal else blocks
-    return directions + 1 if one_sided(dtype, reference) else 2 * directions
+    return blocks + 1 if one_sided(dtype, reference) else 2 * blocks
 
 
 Try = tuple[float, Callable[[float], Tensor | None]]  # a step, and the quotient with it
@@ -159,16 +159,42 @@ class Certificate:
     def diagonal(self, block: Block, diagonal: Tensor) -> float:
         """The error of entries of a block's diagonal [n], relative to the largest.
 
-        The largest is compared, which finds what is wrong by much, and one of the others, which finds what is missing.
+        The largest is compared, which finds what is wrong by much, and one of the others, which finds what is missing:
+        along one direction, if that will do, or else along one each.
         """
         sizes = diagonal.abs()
         largest = int(sizes.argmax())
-        compared = [largest]
+        scale, compared = float(sizes[largest]), [largest]
         if block.size > 1:
-            drawn = int(torch.randint(block.size - 1, (), generator=self._generator(block)))
+            generator = self._generator(block)
+            drawn = int(torch.randint(block.size - 1, (), generator=generator))
             compared.append(drawn + (drawn >= largest))
-        scale = float(sizes[largest])
+            factor = 1.5 + 0.5 * float(torch.rand((), generator=generator))
+            error = self._pair_error(block, diagonal, compared, factor, scale)
+            if self.passed(error):
+                return error
         return max(self._entry_error(block, diagonal, index, scale) for index in compared)
+
+    def _pair_error(
+        self, block: Block, diagonal: Tensor, pair: list[int], a: float, scale: float
+    ) -> float:
+        """The error of two entries along v = a e_i + e_j, by the first step.
+
+        H v is a H_ii + H_ij at i, and a H_ij + H_jj at j. So a (H v)_i - (H v)_j has nothing from off the diagonal. In
+        a^2 H_ii - H_jj neither entry's error counts for less than alone, nor does that of a factor that both have, or
+        of a number that both are off, for a^2 > 2. Errors that make up for each other are a^2 apart, and a is drawn.
+        """
+        v = torch.zeros(block.size, dtype=self.problem.dtype, device=self.problem.device)
+        v[pair] = v.new_tensor([a, 1])
+        along = self.along(block, v)
+        quotient = along.one_sided_quotient(_ONE_SIDED, self.here) if self.one_sided else None
+        if quotient is None:
+            quotient = along.quotient(_STEPS[self.problem.dtype][0])
+        wrong = quotient[pair] - v[pair] * diagonal[pair].to(self.problem.dtype)
+        difference = abs(float(a * wrong[0] - wrong[1]))
+        if not difference:
+            return 0.0
+        return difference / scale if scale else math.inf
 
     def _entry_error(self, block: Block, diagonal: Tensor, index: int, scale: float) -> float:
         e = torch.zeros(block.size, dtype=self.problem.dtype, device=self.problem.device)

@@ -51,7 +51,7 @@ def _seconds(plan: Plan) -> float:
         names = list(reference.parameters)
         # The faster of two: the first one is slower.
         gradient = seconds(lambda: reference.gradient(names), reference.device, repeats=2)
-        check = gradient * gradients(len(plan.blocks), plan.diagonal, dtype, reference.dtype)
+        check = gradient * gradients(len(plan.blocks), dtype, reference.dtype)
     return estimate(
         plan.first_choices(plan.blocks),
         measure_rates(plan.problem.device, dtype),

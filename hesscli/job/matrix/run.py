@@ -90,7 +90,7 @@ class Run:
                 "total": statistics.total(blocks),
                 "method": " + ".join(sorted({facts["method"] for facts in blocks})),
                 "symmetry_error": statistics.symmetry_error(blocks),
-                "check": documents.block_check_facts(plan.certificate, blocks, plan.diagonal),
+                "check": documents.block_check_facts(plan.certificate, blocks),
                 "notes": list(plan.opened.listener.notes),
             }
             document |= unfinished.commit(timeless(document))
