@@ -47,6 +47,7 @@ _EXTRAPOLATED = {
     torch.float64: (3e-3,),
     torch.float32: (),
 }  # for gradients of terms that nearly cancel
+_NOTED = 6  # batches: each has an eighth of the memory that activations may take
 _ONE_SIDED = 1e-8  # leaves out about as much: far below the tolerance of float32, not of float64
 
 
@@ -162,6 +163,7 @@ class Certificate:
         The largest is compared, which finds what is wrong by much, and one of the others, which finds what is missing:
         along one direction, if that will do, or else along one each.
         """
+        self.here.noted = _NOTED  # where all blocks are small
         sizes = diagonal.abs()
         largest = int(sizes.argmax())
         scale, compared = float(sizes[largest]), [largest]

@@ -38,7 +38,9 @@ class DirectionalDifference:
 
     def one_sided_quotient(self, step: float, here: Here) -> Tensor | None:
         """(g_B(theta + h v) - g_B(theta)) / h; None where there is none."""
-        return (self.gradient(step) - here.gradient(self.block.parameters)) / (step * self.scale)
+        gradient = here.gradient(self.block.parameters)
+        with here.repeats.repeating():
+            return (self.gradient(step) - gradient) / (step * self.scale)
 
     def held_quotient(self, step: float, by_original: bool = False) -> Tensor | None:
         """The quotient of gradients that have all their kinks where they are at theta, batch by batch.

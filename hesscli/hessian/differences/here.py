@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from hesscli.hessian.aten.definitions import right_gradients
+from hesscli.hessian.differences.repeats import Repeats
 from hesscli.hessian.objective.problem import Problem
 
 
 class Here:
-    """Both of a problem, made when they are first asked for."""
+    """Both of a problem, made when they are first asked for.
+
+    Attributes:
+        noted: the convolutions of so many batches' gradients are kept, if that is said before these are made.
+        repeats: knows them.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
+        self.noted = 0
+        self.repeats = Repeats()
 
     def gradient(self, names: Sequence[str]) -> Tensor:
         """g(theta) of some parameters, one after the other, [n]."""
@@ -28,7 +37,14 @@ class Here:
 
     @cached_property
     def _gradient(self) -> dict[str, Tensor]:
-        return self.problem.gradient(list(self.problem.parameters))
+        names = list(self.problem.parameters)
+        sums = {name: torch.zeros_like(leaf) for name, leaf in self.problem.parameters.items()}
+        for place, problem in enumerate(self.problem.by_batch()):
+            with self.repeats.noting() if place < self.noted else nullcontext():
+                gradient = problem.gradient(names)
+            for name in names:
+                sums[name] += gradient[name]
+        return sums
 
     @cached_property
     def _only(self) -> Tensor:
