@@ -41,7 +41,7 @@ from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs import operands
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.proofs.uses import Use
-from hesscli.hessian.routes import assembly
+from hesscli.hessian.routes import sample_gradients
 from hesscli.hessian.routes.base import Route, Rows
 
 Counts = dict[str, dict[str, list[int]]]  # by route and structure
@@ -1246,16 +1246,17 @@ def test_a_shared_weight_in_bands_and_batches(name, sizes):
 )
 def test_gradients_of_later_layers_in_tiles(monkeypatch, name, columns):
     """Two samples at a time, by few columns: one neuron, or the last ones of a layer with the first of the next."""
-    monkeypatch.setattr(assembly, "FEWEST", 2)
-    monkeypatch.setattr(assembly, "chunk_sizes", lambda device: ChunkSizes(gradients=2 * columns))
+    monkeypatch.setattr(sample_gradients, "FEWEST", 2)
+    sizes = ChunkSizes(gradients=2 * columns)
+    monkeypatch.setattr(sample_gradients, "chunk_sizes", lambda device: sizes)
     tiles: list[list[tuple[int, range]]] = []
-    real = assembly._Later._make
+    real = sample_gradients.SampleGradients._make
 
     def watched(self, out, tile, part, motion, row):
         tiles.append(tile)
         real(self, out, tile, part, motion, row)
 
-    monkeypatch.setattr(assembly._Later, "_make", watched)
+    monkeypatch.setattr(sample_gradients.SampleGradients, "_make", watched)
     (model,) = [m for m, _ in SHARED if m.name == name]
     problem, truth = pose(model)
     applies(routes_of(problem)["preactivation"], truth, "full", 1e-10, model.name)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
-import torch
-
 from hesscli.hessian.chunk_sizes import chunk_sizes, ranges
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analyses, WeightAnalyses
@@ -75,7 +73,7 @@ class Cuts:
 def _curvature(probed: Probed, value: int, workspace: int) -> Cut:
     """dL/dc and d^2 L / dc^2 of each sample."""
     probe = probed.probes[value]
-    (delta,) = torch.autograd.grad(probed.value, [probe], create_graph=True)
+    (delta,) = probed.derivatives([probe])
     samples, size = probed.samples, delta.numel() // probed.samples
     sigma = delta.new_zeros(samples, size, size)
     chunk = min(chunk_sizes(delta.device).rows, workspace // (8 * delta.numel()))

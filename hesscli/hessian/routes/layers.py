@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -17,40 +17,39 @@ from hesscli.hessian.routes.probes import Probed
 
 @dataclass(frozen=True)
 class Layer:
-    """The parameters that enter at one value z: a weight, and perhaps its bias, as a weight of the constant 1.
+    """What enters at one value z, or at several: a weight, and perhaps its bias, which is a weight of the constant 1.
 
     Attributes:
-        weight: the use of the weight.
-        bias: that of the bias.
-        again: the same parameters at further values, in the order of execution.
+        weights: the uses of the weight, in the order of execution.
+        bias: the first use of the bias, which enters at the same values.
     """
 
-    weight: Use
-    bias: Use | None
-    again: tuple[Layer, ...] = ()
+    weights: tuple[Use, ...]
+    bias: Use | None = None
 
-    @classmethod
-    def shared(cls, places: Sequence[Layer]) -> Layer:
-        """That of the same parameters at these values."""
-        return replace(places[0], again=tuple(places[1:]))
+    @property
+    def weight(self) -> Use:
+        """The first use of the weight."""
+        return self.weights[0]
 
     @property
     def uses(self) -> list[Use]:
+        """The first of each parameter."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
-    @cached_property
-    def places(self) -> list[Layer]:
-        """Itself at each of its values."""
-        return [replace(self, again=()), *self.again]
+    @property
+    def is_shared(self) -> bool:
+        """Whether it enters at several values."""
+        return len(self.weights) > 1
+
+    @property
+    def zs(self) -> list[int]:
+        return [use.z for use in self.weights]
 
     @cached_property
     def positions(self) -> int:
-        """At how many places of one sample the weight is applied, at all its values."""
-        return sum(place.weight.positions for place in self.places)
-
-    @property
-    def z(self) -> int:
-        return self.weight.z
+        """At how many places of one sample the weight is applied, at all values."""
+        return sum(use.positions for use in self.weights)
 
     @property
     def width(self) -> int:
@@ -68,34 +67,39 @@ class Layer:
 
     def inputs(self, probed: Probed) -> Tensor:
         """What each parameter of a neuron is multiplied by, value after value: [B, T, width]."""
-        places = [torch.cat([probed.columns(use) for use in x.uses], -1) for x in self.places]
-        return _joined(places)
+        a = torch.cat([probed.columns(use) for use in self.weights], -2)
+        return a if self.bias is None else torch.nn.functional.pad(a, (0, 1), value=1.0)
 
     def rows(self, found: Sequence[Tensor | None]) -> Tensor | None:
         """[..., *z.shape] of each value -> [..., B, T, n], value after value; None is zero."""
-        uses = [place.weight for place in self.places]
-        parts = [None if u is None else x.rows(u) for x, u in zip(uses, found, strict=True)]
-        like = next((x for x in parts if x is not None), None)
+        pairs = list(zip(self.weights, found, strict=True))
+        parts = [None if u is None else use.rows(u) for use, u in pairs]
+        like = next((part for part in parts if part is not None), None)
         if like is None:
             return None
-        shapes = ((*like.shape[:-2], use.positions, use.n) for use in uses)
-        pairs = zip(parts, shapes, strict=True)
-        return _joined([like.new_zeros(s) if x is None else x for x, s in pairs])
+        lead = like.shape[:-2]
+        zeros = (like.new_zeros(*lead, use.positions, use.n) for use in self.weights)
+        return _joined([z if part is None else part for part, z in zip(parts, zeros, strict=True)])
 
-    def moved(self, tangents: Sequence[Tensor | None], probed: Probed) -> Tensor:
-        """How the inputs of the weight move, value after value: [B, T, m].
+    def moved(self, tangents: Sequence[Tensor | None], probed: Probed) -> list[Tensor]:
+        """How the inputs of the weight move along each direction, value after value: [B, T, m] each.
 
         Args:
-            tangents: how the operand moves at each value; None is zero.
+            tangents: how the operand moves at each value, [directions, *a.shape]; None is zero.
             probed: the pass.
+
+        Returns:
+            nothing where none moves.
         """
-        parts = []
-        for use, tangent in zip((x.weight for x in self.places), tangents, strict=True):
+
+        def at(use: Use, tangent: Tensor | None, row: int) -> Tensor:
             if tangent is None or use.a is None:
-                parts.append(torch.zeros_like(probed.columns(use)))
-            else:
-                parts.append(use.columns({**probed.known, use.a: tangent}))
-        return _joined(parts)
+                return torch.zeros_like(probed.columns(use))
+            return use.columns({**probed.known, use.a: tangent[row]})
+
+        count = max((len(tangent) for tangent in tangents if tangent is not None), default=0)
+        pairs = list(zip(self.weights, tangents, strict=True))
+        return [_joined([at(use, tangent, row) for use, tangent in pairs]) for row in range(count)]
 
     def pieces(self, block: Block) -> list[Piece]:
         """Its rows of a block, neuron by neuron."""
@@ -112,10 +116,10 @@ def _joined(values: Sequence[Tensor]) -> Tensor:
 
 def plain_layer(uses: Sequence[Use]) -> Layer | None:
     """What these uses are, if they are a plain layer: a weight, and perhaps its bias."""
-    weights = [use for use in uses if use.kind == LINEAR]
-    biases = [use for use in uses if use.kind == BIAS]
-    if len(weights) != 1 or len(biases) > 1 or len(uses) != len(weights) + len(biases):
+    bias = next((use for use in uses if use.kind == BIAS), None)
+    weights = tuple(use for use in uses if use is not bias)
+    if [use.kind for use in weights] != [LINEAR]:
         return None
-    layer = Layer(weights[0], biases[0] if biases else None)
-    together = all((bias.z, bias.n) == (layer.z, layer.weight.n) for bias in biases)
+    layer = Layer(weights, bias)
+    together = all((use.z, use.n) == (layer.weight.z, layer.weight.n) for use in layer.uses)
     return layer if together and layer.plain else None

@@ -70,7 +70,7 @@ class Preactivation(AffineRoute):
             use = replace(layer.weight, positions=layer.positions)  # at all its values
             count = use.n * use.positions
             work += first.along(use, count) if alone else costs.directions(use.z, count)
-            if layer.again and not diagonal:  # the inputs move as well, seen from each of them
+            if layer.is_shared and not diagonal:  # the inputs move as well, seen from each of them
                 work += costs.directions(use.z, use.m * use.positions // 2)
                 work += costs.cross(use, layer.size)
             else:
@@ -168,7 +168,7 @@ class Preactivation(AffineRoute):
         cut = self.cuts.after(batch, use, self.workspace)
         probed = Probed(self.analyses, batch, [use.z], cut=cut)
         probe = probed.probes[use.z]
-        (delta,) = torch.autograd.grad(probed.value, [probe], create_graph=True)
+        (delta,) = probed.derivatives([probe])
         if not delta.requires_grad:
             return
         a = probed.columns(use)
@@ -184,11 +184,10 @@ class Preactivation(AffineRoute):
         self, batch: Batch, part: Diagonal, layer: Layer, bias: Tensor | None
     ) -> None:
         """The diagonal of a layer's weight; `bias` as in `add_layer`."""
-        zs, cut = [place.z for place in layer.places], self._cut(batch, [layer])
-        probed = Probed(self.analyses, batch, zs, activations=_moving([layer]), cut=cut)
-        probes = [probed.probes[z] for z in zs]
-        grads = torch.autograd.grad(probed.phi, probes, create_graph=True, allow_unused=True)
-        deltas = dict(zip(zs, grads, strict=True))
+        cut = self._cut(batch, [layer])
+        probed = Probed(self.analyses, batch, layer.zs, activations=_moving([layer]), cut=cut)
+        found = probed.derivatives([probed.probes[z] for z in layer.zs])
+        deltas = dict(zip(layer.zs, found, strict=True))
         add_layer_diagonal(probed, layer, deltas, part, bias, self.workspace)
 
     def _cut(self, batch: Batch, layers: Sequence[Layer], others: Sequence[str] = ()) -> Cut | None:
@@ -208,10 +207,10 @@ class Preactivation(AffineRoute):
         """Rows of a block of layers, and of parameters that are no part of one; `bias` as in `add_layer`."""
         block, cut = part.block, self._cut(batch, layers, others)
         lengths = [*(len(block.rows[name]) for name in others), *(x.size for x in layers)]
-        named = [*others, *(layer.z for layer in layers)]
+        named = [*others, *(layer.weight.parameter for layer in layers)]
         first_rows = dict(zip(named, itertools.accumulate(lengths, initial=0), strict=False))
-        layers = [x for x in layers if first_rows[x.z] + x.size > part.start]
-        zs = [place.z for layer in layers for place in layer.places]
+        layers = [x for x in layers if first_rows[x.weight.parameter] + x.size > part.start]
+        zs = [z for layer in layers for z in layer.zs]
         probed = Probed(
             self.analyses,
             batch,
@@ -222,18 +221,18 @@ class Preactivation(AffineRoute):
         )
         with_rows = [x for x in probed.leaves if x in others and first_rows[x] < part.stop]
         wanted = [probed.probes[z] for z in zs] + [probed.leaves[name] for name in with_rows]
-        grads = torch.autograd.grad(probed.phi, wanted, create_graph=True, allow_unused=True)
-        deltas = dict(zip(zs, grads, strict=False))
+        found = probed.derivatives(wanted)
+        deltas = dict(zip(zs, found, strict=False))
         for index, layer in enumerate(layers):
-            at = first_rows[layer.z]
+            at = first_rows[layer.weight.parameter]
             first = max(0, (part.start - at) // layer.width)
             last = min(layer.weight.n, (part.stop - at) // layer.width)
             if first < last:
                 out = part.upper(at + first * layer.width, at + last * layer.width)
                 neurons = range(first, last)
                 add_layer(probed, layers[index:], deltas, neurons, out, bias, self.workspace)
-        for name, gradient in zip(with_rows, grads[len(zs) :], strict=True):
-            if gradient is not None and gradient.requires_grad:
+        for name, gradient in zip(with_rows, found[len(zs) :], strict=True):
+            if gradient.requires_grad:
                 self._add_rows(probed, part, first_rows[name], gradient)
 
     def _add_rows(self, probed: Probed, part: Rows, at: int, gradient: Tensor) -> None:
@@ -258,18 +257,18 @@ def chain_of(analysis: Analysis, parameters: Iterable[str]) -> tuple[list[Step],
 
 def _are_alone(layers: Sequence[Layer], others: Sequence[str]) -> bool:
     """Whether it is one layer, at one value, beside parameters of none: its directions end at the next cut."""
-    return len(layers) == 1 and not layers[0].again and not others
+    return len(layers) == 1 and not layers[0].is_shared and not others
 
 
 def _is_bias_at(analysis: Analysis, layer: Layer, block: Block) -> bool:
     use = analysis.uses.get(block.name)
-    return use is not None and use.kind == BIAS and use.z == layer.z and not layer.again
+    return use is not None and use.kind == BIAS and [use.z] == layer.zs
 
 
 def _moving(layers: Sequence[Layer]) -> set[int]:
     """The operands that move along directions of a layer: those of the layers behind, and its own if it is shared."""
-    behind = [layer for index, layer in enumerate(layers) if index or layer.again]
-    moving = (place.weight.moving for layer in behind for place in layer.places)
+    behind = [layer for index, layer in enumerate(layers) if index or layer.is_shared]
+    moving = (use.moving for layer in behind for use in layer.weights)
     return {a for a in moving if a is not None}
 
 
@@ -286,12 +285,9 @@ def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
     if not any(len(uses) > 1 and _are_layer(uses) for uses in every):
         apart = analysis.uses_apart(block.parameters)  # else positions stay positions
         every = [(apart[uses[0].parameter],) if len(uses) == 1 else uses for uses in every]
-    biases = {values_of(uses): uses for uses in every if uses[0].kind == BIAS}
-    layers = []
-    for weights in filter(_are_layer, every):
-        places = map(Layer, weights, biases.get(values_of(weights), itertools.repeat(None)))
-        layers.append(Layer.shared(list(places)))
-    layers.sort(key=lambda layer: analysis.tape.maker[layer.z])
+    biases = {values_of(uses): uses[0] for uses in every if uses[0].kind == BIAS}
+    layers = [Layer(uses, biases.get(values_of(uses))) for uses in every if _are_layer(uses)]
+    layers.sort(key=lambda layer: analysis.tape.maker[layer.weight.z])
     if not layers:
         if len(block.parameters) > 1:
             raise NotApplicable("parameters enter at several places")

@@ -108,6 +108,12 @@ class Probed:
         """Phi: the loss, and <w_l, a_l> of each dual."""
         return self.value + sum((self.known[a] * w).sum() for a, w in self.duals.items())
 
+    def derivatives(self, variables: Sequence[Tensor]) -> list[Tensor]:
+        """dPhi by probes and leaves, with its graph; zeros without one where Phi does not depend on one."""
+        found = torch.autograd.grad(self.phi, variables, create_graph=True, allow_unused=True)
+        pairs = zip(variables, found, strict=True)
+        return [torch.zeros_like(x) if gradient is None else gradient for x, gradient in pairs]
+
     def gradients(self, values: Sequence[int]) -> dict[int, Tensor | None]:
         """dL/dy at some values with probes; None where L does not depend on one."""
         if not values or not self.value.requires_grad:
