@@ -48,11 +48,6 @@ class Rows:
         """A view of some of them, with the columns from their own square on."""
         return self.out[start - self.start : stop - self.start, start - self.start :]
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether they are all of the block's."""
-        return len(self.out) == self.block.size
-
     @classmethod
     def of(cls, block: Block, like: Tensor) -> Rows:
         """All rows of a block, of the dtype and on the device of `like`."""
@@ -66,7 +61,6 @@ class Diagonal:
     block: Block
     out: Tensor
     start = 0
-    is_whole = True
 
     @property
     def stop(self) -> int:

@@ -21,7 +21,7 @@ from hesscli.hessian.proofs.sample_rules import RESHAPES
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.recording.tape import Tape
 from hesscli.hessian.routes.base import Diagonal, Rows
-from hesscli.hessian.routes.chain import UNARY, Step, derivatives
+from hesscli.hessian.routes.chain import UNARY, Step
 from hesscli.hessian.routes.probes import Probed
 from hesscli.hessian.routes.sums import product
 
@@ -61,7 +61,7 @@ def bend_diagonal(bend: Step, probed: Probed, gradient: Tensor | None, use: Use)
         gradient: dL/dy.
         use: a use at z.
     """
-    _, second = derivatives(bend.call, probed.known[bend.before].detach())
+    _, second = bend.derivatives(probed.known[bend.before].detach())
     if second is None or gradient is None:
         return None
     return use.rows((second * gradient).reshape(probed.known[use.z].shape))

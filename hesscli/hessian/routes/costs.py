@@ -18,7 +18,8 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.proofs.uses import CONVOLUTION, LINEAR, Use
 from hesscli.hessian.proofs.weights import Neurons, Weights
 from hesscli.hessian.recording.tape import Call, Ref, Tape
-from hesscli.hessian.routes.chain import MOST_ROWS, PRODUCTS, Step
+from hesscli.hessian.routes.chain import PRODUCTS, Step
+from hesscli.hessian.routes.factored_hessian import MOST_ROWS
 from hesscli.hessian.routes.rates import Rates
 
 

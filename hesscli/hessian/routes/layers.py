@@ -1,4 +1,4 @@
-"""A weight and the bias that enters with it, taken together."""
+"""Layers: a weight and the bias that enters with it, taken together."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.layout import Piece
-from hesscli.hessian.proofs.uses import BIAS, LINEAR, Use
+from hesscli.hessian.proofs.analysis import Analysis
+from hesscli.hessian.proofs.uses import BIAS, LINEAR, Use, values_of
 from hesscli.hessian.routes.probes import Probed
 
 
@@ -112,6 +114,37 @@ class Layer:
 def _joined(values: Sequence[Tensor]) -> Tensor:
     """[..., T, n] each, one after the other along the positions."""
     return values[0] if len(values) == 1 else torch.cat(list(values), -2)
+
+
+def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
+    """A block's layers in the order of execution, and its parameters that are no part of one.
+
+    A layer is a weight with fewer directions along z than entries, and the bias that enters with it, at one value or at
+    several. A block of one parameter that enters once needs none.
+
+    Raises:
+        NotApplicable: with the reason.
+    """
+    every = [analysis.all_uses[x] for x in block.parameters if x in analysis.all_uses]
+    if not any(len(uses) > 1 and _are_layer(uses) for uses in every):
+        apart = analysis.uses_apart(block.parameters)  # else positions stay positions
+        every = [(apart[uses[0].parameter],) if len(uses) == 1 else uses for uses in every]
+    biases = {values_of(uses): uses[0] for uses in every if uses[0].kind == BIAS}
+    layers = [Layer(uses, biases.get(values_of(uses))) for uses in every if _are_layer(uses)]
+    layers.sort(key=lambda layer: analysis.tape.maker[layer.weight.z])
+    if not layers:
+        if len(block.parameters) > 1:
+            raise NotApplicable("parameters enter at several places")
+        analysis.use(block.parameters[0])
+    taken = {use.parameter for layer in layers for use in layer.uses}
+    return layers, [name for name in block.parameters if name not in taken]
+
+
+def _are_layer(uses: Sequence[Use]) -> bool:
+    """Whether they are a weight's, all in one way, with fewer directions along z than entries."""
+    first = uses[0]
+    alike = all(map(first.enters_as, uses))
+    return alike and first.is_layer and sum(use.positions for use in uses) < first.m
 
 
 def plain_layer(uses: Sequence[Use]) -> Layer | None:

@@ -15,30 +15,29 @@ Source: C. Bishop, Exact calculation of the Hessian matrix for the multilayer pe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.autodiff import batched_rows, unit_rows
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.chunk_sizes import chunk_sizes, ranges
 from hesscli.hessian.layout import Layout, Part, Piece
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analysis
-from hesscli.hessian.proofs.uses import BIAS, CONVOLUTION, Use, values_of
+from hesscli.hessian.proofs.uses import BIAS, Use
 from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.assembly import add_layer, add_layer_diagonal
 from hesscli.hessian.routes.base import Diagonal, Rows, Wanted
-from hesscli.hessian.routes.chain import Step, chain_diagonals, curved_outputs, find_chain
+from hesscli.hessian.routes.chain import find_chain
 from hesscli.hessian.routes.choice import Choice
 from hesscli.hessian.routes.costs import Work
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.first_batch import FirstBatch
-from hesscli.hessian.routes.layers import Layer
+from hesscli.hessian.routes.layers import Layer, split
 from hesscli.hessian.routes.probes import Cut, Probed
+from hesscli.hessian.routes.sweep import add_chain_diagonals
 from hesscli.hessian.words import PREACTIVATION
 
 
@@ -56,9 +55,9 @@ class Preactivation(AffineRoute):
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
         analysis, costs = first.proven()
         if diagonal:
-            steps, mine = chain_of(analysis, [block.name])
-            if (use := mine.get(block.name)) is not None:
-                own, sweep = costs.own(use, diagonal), costs.chain(steps)
+            steps, uses = find_chain(analysis, [block.name])
+            if block.name in uses:
+                own, sweep = costs.own(uses[block.name], diagonal), costs.chain(steps)
                 return Choice(self, "chain", first.in_all(own), first.in_all(sweep))
         layers, others = split(analysis, block)
         if not layers:
@@ -108,7 +107,7 @@ class Preactivation(AffineRoute):
         analysis = self._analysis(batch, [part.block for part in parts])
         diagonals = [part for part in parts if isinstance(part, Diagonal)]
         if diagonals:
-            parts = self._add_chain(batch, diagonals)
+            parts = add_chain_diagonals(self.analyses, batch, diagonals)
         done: set[str] = set()
         for part in sorted(parts, key=lambda part: -part.block.size):  # weights before their biases
             block = part.block
@@ -122,41 +121,16 @@ class Preactivation(AffineRoute):
                 for first, found in self._alone(batch, part):
                     part.add(first, found)
                 continue
-            bias = None
-            if len(layers) == 1 and layers[0].bias is None and not others and part.is_whole:
-                # A bias that is a block of its own needs nothing but its weight's derivatives.
-                wholes = (x for x in parts if x.is_whole)
-                bias = next((x for x in wholes if _is_bias_at(analysis, layers[0], x.block)), None)
-                if bias is not None:
-                    done.add(bias.block.name)
-            bias_out = None if bias is None else bias.out
+            bias_out = None
+            for other in parts if len(layers) == 1 else ():
+                if _is_bias_at(analysis, layers[0], other.block):
+                    # A bias that is a block of its own needs nothing but its weight's derivatives.
+                    bias_out = other.out
+                    done.add(other.block.name)
             if isinstance(part, Diagonal):
                 self._add_diagonal(batch, part, layers[0], bias_out)
             else:
                 self._add_layers(batch, part, layers, others, bias_out)
-
-    def _add_chain(self, batch: Batch, parts: Sequence[Diagonal]) -> list[Diagonal]:
-        """Diagonals along a chain of layers, all in one sweep; returns those that are not on it."""
-        analysis = self.analyses.of(batch)
-        steps, mine = chain_of(analysis, [part.block.name for part in parts])
-        if mine:
-            probed = Probed(self.analyses, batch, curved_outputs(steps))
-            if any(probed.known[step.before].is_complex() for step in steps):
-                return list(parts)  # the recursion is that of real numbers
-            output = analysis.tape.output
-            found = chain_diagonals(probed, output, steps, {use.z for use in mine.values()})
-            if not all(bool(torch.isfinite(d).all()) for d in found.values()):
-                # phi'' is infinite where a ReLU before it is off: backward passes mask that.
-                return list(parts)
-            for part in (part for part in parts if part.block.name in mine):
-                use = mine[part.block.name]
-                d = found[use.z]  # [B, n]
-                a = probed.columns(use)[:, 0]
-                if use.is_layer:
-                    part.add_weighted(use, d, a)
-                else:
-                    part.add_pairs(d * a, a)
-        return [part for part in parts if part.block.name not in mine]
 
     def _alone(self, batch: Batch, part: Wanted) -> Iterator[tuple[int, Tensor]]:
         """Rows of a parameter with no more entries than directions along z: u = A e_r for each entry r.
@@ -225,11 +199,10 @@ class Preactivation(AffineRoute):
         deltas = dict(zip(zs, found, strict=False))
         for index, layer in enumerate(layers):
             at = first_rows[layer.weight.parameter]
-            first = max(0, (part.start - at) // layer.width)
-            last = min(layer.weight.n, (part.stop - at) // layer.width)
-            if first < last:
-                out = part.upper(at + first * layer.width, at + last * layer.width)
-                neurons = range(first, last)
+            rows = range(max(at, part.start), min(at + layer.size, part.stop))
+            if rows:
+                neurons = range((rows.start - at) // layer.width, (rows.stop - at) // layer.width)
+                out = part.upper(rows.start, rows.stop)
                 add_layer(probed, layers[index:], deltas, neurons, out, bias, self.workspace)
         for name, gradient in zip(with_rows, found[len(zs) :], strict=True):
             if gradient.requires_grad:
@@ -247,14 +220,6 @@ class Preactivation(AffineRoute):
             part.add(at + some.start, self.layout(part.block).from_block(rows))
 
 
-def chain_of(analysis: Analysis, parameters: Iterable[str]) -> tuple[list[Step], dict[str, Use]]:
-    """The chain from the output to the first of these parameters, and those whose diagonal a sweep along it gives."""
-    uses = {name: analysis.uses[name] for name in parameters if name in analysis.uses}
-    fit = {n: u for n, u in uses.items() if u.positions == 1 and u.kind != CONVOLUTION}
-    steps, reached = find_chain(analysis, {use.z for use in fit.values()})
-    return steps, {name: use for name, use in fit.items() if use.z in reached}
-
-
 def _are_alone(layers: Sequence[Layer], others: Sequence[str]) -> bool:
     """Whether it is one layer, at one value, beside parameters of none: its directions end at the next cut."""
     return len(layers) == 1 and not layers[0].is_shared and not others
@@ -270,37 +235,6 @@ def _moving(layers: Sequence[Layer]) -> set[int]:
     behind = [layer for index, layer in enumerate(layers) if index or layer.is_shared]
     moving = (use.moving for layer in behind for use in layer.weights)
     return {a for a in moving if a is not None}
-
-
-def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
-    """A block's layers in the order of execution, and its parameters that are no part of one.
-
-    A layer is a weight with fewer directions along z than entries, and the bias that enters with it, at one value or at
-    several. A block of one parameter that enters once needs none.
-
-    Raises:
-        NotApplicable: with the reason.
-    """
-    every = [analysis.all_uses[x] for x in block.parameters if x in analysis.all_uses]
-    if not any(len(uses) > 1 and _are_layer(uses) for uses in every):
-        apart = analysis.uses_apart(block.parameters)  # else positions stay positions
-        every = [(apart[uses[0].parameter],) if len(uses) == 1 else uses for uses in every]
-    biases = {values_of(uses): uses[0] for uses in every if uses[0].kind == BIAS}
-    layers = [Layer(uses, biases.get(values_of(uses))) for uses in every if _are_layer(uses)]
-    layers.sort(key=lambda layer: analysis.tape.maker[layer.weight.z])
-    if not layers:
-        if len(block.parameters) > 1:
-            raise NotApplicable("parameters enter at several places")
-        analysis.use(block.parameters[0])
-    taken = {use.parameter for layer in layers for use in layer.uses}
-    return layers, [name for name in block.parameters if name not in taken]
-
-
-def _are_layer(uses: Sequence[Use]) -> bool:
-    """Whether they are a weight's, all in one way, with fewer directions along z than entries."""
-    first = uses[0]
-    alike = all(map(first.enters_as, uses))
-    return alike and first.is_layer and sum(use.positions for use in uses) < first.m
 
 
 def _directions_of(use: Use, a: Tensor, entries: range, samples: int) -> Tensor:

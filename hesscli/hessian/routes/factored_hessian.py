@@ -1,0 +1,79 @@
+"""d^2 L / dz^2 of each sample as a sum of terms with few rows, which pass linear layers one by one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MOST_ROWS = 3  # times n: to multiply out S, and start anew from it, costs about as much as to push that many
+
+
+class FactoredHessian:
+    """S = L^T R + sum of V^T diag(w) V + diag(d), for each sample.
+
+    Args:
+        S: [B, n, n].
+    """
+
+    def __init__(self, S: Tensor) -> None:
+        self._begin_with(S)
+
+    def _begin_with(self, S: Tensor) -> None:
+        identity = torch.eye(S.shape[1], dtype=S.dtype, device=S.device)
+        self.left, self.right = identity.unsqueeze(0), S  # [B or 1, r, n], [B, r, n]
+        self.weighted: list[tuple[Tensor, Tensor]] = []  # V [B or 1, r, n], w [B, r]
+        self.d: Tensor | None = None  # [B, n]
+
+    def scale(self, g: Tensor) -> None:
+        """S <- diag(g) S diag(g), g [B, n]."""
+        g = g.unsqueeze(1)
+        self.left, self.right = self.left * g, self.right * g
+        self.weighted = [(v * g, w) for v, w in self.weighted]
+        if self.d is not None:
+            self.d = self.d * g.squeeze(1) ** 2
+
+    def add_diagonal(self, d: Tensor) -> None:
+        self.d = d if self.d is None else self.d + d
+
+    def linear(self, matrix: Tensor, last: bool) -> None:
+        """S <- M S M^T with M [n', n]; the last time, only the diagonal of that."""
+        m = matrix.T.contiguous()  # [n, n']
+        if 2 * self.left.shape[1] + sum(v.shape[1] for v, _ in self.weighted) > MOST_ROWS * len(m):
+            self._multiply_out()
+        if last:
+            self.d, self.weighted = self.diagonal(m), []
+            self.left = self.right = m[:0].unsqueeze(0)
+            return
+        self.left, self.right = self.left @ m, self.right @ m
+        self.weighted = [(v @ m, w) for v, w in self.weighted]
+        if self.d is not None:
+            self.weighted.append((m.unsqueeze(0), self.d))
+            self.d = None
+
+    def diagonal(self, m: Tensor | None = None) -> Tensor:
+        """diag(S), [B, n]; or, with m = M^T, diag(M S M^T), [B, n']."""
+        left, right = (self.left, self.right) if m is None else (self.left @ m, self.right @ m)
+        total = (left * right).sum(1)
+        if self.d is not None:
+            total = total + (self.d if m is None else self.d @ (m * m))
+        for v, w in self.weighted:
+            if m is None:
+                total = total + _weighted_squares(v, w)
+                continue
+            for some, weights in zip(v.split(64, 1), w.split(64, 1), strict=True):  # [B, 64, n']
+                total = total + _weighted_squares(some @ m, weights)
+        return total
+
+    def _multiply_out(self) -> None:
+        S = self.left.transpose(1, 2) @ self.right
+        for v, w in self.weighted:
+            S = S + (v * w.unsqueeze(2)).transpose(1, 2) @ v
+        if self.d is not None:
+            S = S + torch.diag_embed(self.d)
+        self._begin_with(S)
+
+
+def _weighted_squares(v: Tensor, w: Tensor) -> Tensor:
+    """diag(V^T diag(w) V): V [B or 1, r, n], w [B, r] -> [B, n]."""
+    squares = v * v
+    return w @ squares[0] if len(v) == 1 else (w.unsqueeze(1) @ squares).squeeze(1)

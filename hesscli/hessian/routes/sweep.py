@@ -1,0 +1,124 @@
+"""The diagonal of d^2 L / dz^2 at every layer of a chain, in one backward sweep.
+
+Where a model is a chain of linear layers and elementwise functions, each sample's S = d^2 L / dz^2 goes from a value
+to the one before it by
+
+    S_u = diag(phi') S_y diag(phi') + diag(phi'' dL/dy)      y = phi(u)
+    S_x = M S_z M^T                                          z = x M
+
+starting from the loss's own Hessian at the output. S is never needed whole: it is kept as a sum of terms L^T R with few
+rows (as many as outputs), V^T diag(w) V (as many as neurons of a layer behind), and a diagonal, which passes one linear
+layer without being spread out: diag(M diag(d) M^T) = (M * M) d. In a deep chain the rows would add up, so they are
+multiplied out now and then.
+
+Source: the recursion is that of A. Botev et al., Practical Gauss-Newton optimisation, 2017, eq. 28-31, kept factored
+as in F. Dangel et al., BackPACK, 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hesscli.hessian.chunk_sizes import chunk_sizes, ranges
+from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.proofs.analysis import Analyses
+from hesscli.hessian.proofs.sample_rules import RESHAPES
+from hesscli.hessian.recording.tape import Ref
+from hesscli.hessian.routes.base import Diagonal
+from hesscli.hessian.routes.chain import PRODUCTS, UNARY, Step, find_chain
+from hesscli.hessian.routes.factored_hessian import FactoredHessian
+from hesscli.hessian.routes.probes import Probed
+
+
+def add_chain_diagonals(
+    analyses: Analyses, batch: Batch, parts: Sequence[Diagonal]
+) -> list[Diagonal]:
+    """Adds the diagonals along a chain of layers, all in one sweep; returns the parts that are not on it."""
+    steps, uses = find_chain(analyses.of(batch), [part.block.name for part in parts])
+    if not uses:
+        return list(parts)
+    curved = [step.after for step in steps if step.call.name in UNARY]  # where dL/dy is needed
+    probed = Probed(analyses, batch, curved)
+    output = analyses.of(batch).tape.output
+    found = _diagonals(probed, output, steps, {use.z for use in uses.values()})
+    if not all(bool(torch.isfinite(d).all()) for d in found.values()):
+        # phi'' is infinite where a ReLU before it is off: backward passes mask that.
+        return list(parts)
+    for part in (part for part in parts if part.block.name in uses):
+        use = uses[part.block.name]
+        d, a = found[use.z], probed.columns(use)[:, 0]
+        if use.is_layer:
+            part.add_weighted(use, d, a)
+        else:
+            part.add_pairs(d * a, a)
+    return [part for part in parts if part.block.name not in uses]
+
+
+def _diagonals(
+    probed: Probed, output: int, steps: Sequence[Step], zs: Collection[int]
+) -> dict[int, Tensor]:
+    """diag(d^2 L / dz^2) of each sample: [B, n] for each z of the chain.
+
+    Args:
+        probed: a pass with probes at what curved steps give.
+        output: the number of the model's output.
+        steps: of `find_chain`.
+        zs: where it is wanted.
+    """
+    gradient = probed.gradients(list(probed.probes))
+    start = probed.output_hessian()
+    # From the last linear layer on, the diagonal is all that is needed, and all that is kept.
+    last = max((i for i, s in enumerate(steps) if s.call.name in PRODUCTS), default=0)
+    widest = max([start.shape[1], *(probed.known[s.before][0].numel() for s in steps)])
+    count = chunk_sizes(start.device).chain // (widest * widest)
+    found: dict[int, list[Tensor]] = {z: [] for z in zs}
+    with torch.no_grad():
+        for some in ranges(probed.samples, count):
+            part = slice(some.start, some.stop)
+            curvature = FactoredHessian(start[part])
+            value = output
+            for index, step in enumerate(steps):
+                if value in found:
+                    found[value].append(curvature.diagonal())
+                at = probed.known[step.before].detach()[part]
+                slope = gradient.get(step.after)
+                slope = None if slope is None else slope[part]
+                _back(curvature, step, probed.known, at, slope, index >= last)
+                value = step.before
+            found[value].append(curvature.diagonal())
+    return {z: torch.cat(parts) for z, parts in found.items()}
+
+
+def _back(
+    curvature: FactoredHessian,
+    step: Step,
+    known: Mapping[int, Tensor],
+    before: Tensor,
+    gradient: Tensor | None,
+    last: bool,
+) -> None:
+    """S from the value after a step to the one before; `before` and `gradient` (at `after`) are of some samples."""
+    call = step.call
+    if call.name in RESHAPES:
+        return
+    if call.name in PRODUCTS:
+        matrix = call.arguments[-1]
+        curvature.linear(known[matrix.value].detach(), last)
+        return
+    samples = before.shape[0]
+    if call.name in UNARY:
+        slope, bend = step.derivatives(before)
+        curvature.scale(slope.reshape(samples, -1))
+        if bend is not None and gradient is not None:
+            curvature.add_diagonal((bend * gradient).reshape(samples, -1))
+        return
+    if call.name in ("mul", "div"):
+        other = next(a for a in call.arguments if a != Ref(step.before))
+        factor = known[other.value].detach() if isinstance(other, Ref) else other
+        ones = torch.ones_like(before)
+        factor = ones * factor if call.name == "mul" else ones / factor
+        curvature.scale(factor.reshape(samples, -1))
+    # add and sub: the derivative is one, or minus one, which S does not feel
