@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import hesscli
 from hesscli.hessian.applicability import NotApplicable
-from hesscli.hessian.aten import definitions, formulas
+from hesscli.hessian.aten import definitions, formulas, normalisations
 
 RECURRENT = [case for case in CASES if "recurrent" in case.tags and "cell" not in case.name]
 
@@ -53,7 +53,7 @@ def test_weight_norm_of_all_digits(dim: int) -> None:
     v = normal(3, 4, seed=1).requires_grad_()
     g = normal(*((3, 1) if dim == 0 else (1, 4)), seed=2).requires_grad_()
     theirs = torch._weight_norm(v, g, dim)
-    ours, _ = definitions._weight_norm_of_all_digits(v, g, dim)
+    ours, _ = normalisations.weight_norm_of_all_digits(v, g, dim)
     torch.testing.assert_close(ours, theirs)
     seed = normal(3, 4, seed=3)
     for a, b in zip(

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import hesscli
-from hesscli.hessian.aten import formulas
+from hesscli.hessian.aten import formulas, loss_formulas
 
 X = torch.tensor([[1.0, 2.0], [1.0, -0.5], [1.0, 0.25]])
 OWN = """
@@ -137,5 +137,5 @@ def test_bce_with_weights(reduction: str) -> None:
         x, target, weight, pos_weight=positive, reduction=reduction
     )
     number = {"none": 0, "mean": 1, "sum": 2}[reduction]
-    ours = formulas.binary_cross_entropy_with_logits(x, target, weight, positive, number)
+    ours = loss_formulas.binary_cross_entropy_with_logits(x, target, weight, positive, number)
     torch.testing.assert_close(ours, theirs)

@@ -1,7 +1,7 @@
 """Operators whose derivatives PyTorch gets wrong or lacks, replaced by their definitions.
 
-Inside `exact_derivatives()` these operators run as the formulas of `formulas.py` and `loss_formulas.py`, so that
-autograd differentiates them:
+Inside `exact_derivatives()` these operators run as the formulas of `formulas.py`, `loss_formulas.py` and
+`normalisations.py`, so that autograd differentiates them:
 
 - `weight_norm`: its double backward treats the saved norms as constants and is wrong by tens of percent.
 - `batch_norm`, `layer_norm`, `group_norm`, `instance_norm`: forward-over-reverse and batched double backward are
@@ -31,13 +31,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from hesscli.hessian.aten import formulas, loss_formulas
+from hesscli.hessian.aten import formulas, loss_formulas, normalisations
 from hesscli.hessian.aten.recomputation import also_recomputed
+
+Definitions = dict[str, Callable[..., object]]  # by the operators' names
 
 
 def _step_by_step(name: str, overload: str) -> Callable[..., object]:
@@ -66,21 +66,21 @@ def gpus() -> tuple[str, ...]:
     return tuple(key for key, found in present.items() if found)
 
 
-OF_ALL_DIGITS: dict[str, Callable[..., object]] = {  # PyTorch's gradients lose them too
+OF_ALL_DIGITS: Definitions = {  # PyTorch's gradients lose them too
     "log_softmax.int": formulas.log_softmax,
     "log_sigmoid_forward": lambda x: (formulas.log_sigmoid(x), x.new_empty(0)),
-    "binary_cross_entropy_with_logits": formulas.binary_cross_entropy_with_logits,
+    "binary_cross_entropy_with_logits": loss_formulas.binary_cross_entropy_with_logits,
 }
 
 _NORMS = "linalg_vector_norm norm.Scalar norm.ScalarOpt_dim norm.ScalarOpt_dtype norm.ScalarOpt_dim_dtype".split()
 
-DEFINITIONS: dict[str, Callable[..., object]] = {
-    "native_layer_norm": formulas.layer_norm,
-    "native_group_norm": formulas.group_norm,
-    "instance_norm": formulas.instance_norm,
-    "batch_norm": formulas.batch_norm,
-    "_weight_norm": lambda *args: formulas.weight_norm_interface(*args)[0],
-    "_weight_norm_interface": formulas.weight_norm_interface,
+DEFINITIONS: Definitions = {
+    "native_layer_norm": normalisations.layer_norm,
+    "native_group_norm": normalisations.group_norm,
+    "instance_norm": normalisations.instance_norm,
+    "batch_norm": normalisations.batch_norm,
+    "_weight_norm": lambda *args: normalisations.weight_norm_interface(*args)[0],
+    "_weight_norm_interface": normalisations.weight_norm_interface,
     "hardsigmoid": formulas.hardsigmoid,
     "hardsigmoid_": formulas.hardsigmoid_,
     "_prelu_kernel": formulas.prelu,
@@ -110,65 +110,21 @@ DEFINITIONS: dict[str, Callable[..., object]] = {
 }
 
 
-def _instance_norm_of_contiguous_gradients(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    own: bool,
-    *options: Any,
-) -> Tensor:
-    """PyTorch's own, as it computes it: a batch norm of one sample that has every sample's channels.
-
-    On the CPU its backward pass takes a gradient for channels-last that only looks so, and is silently wrong: by more
-    than its size where a recurrent layer follows. A gradient made contiguous is read as it is.
-    """
-    samples, channels = x.shape[:2]
-
-    def repeated(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.repeat(samples)
-
-    y = torch.batch_norm(
-        x.reshape(1, samples * channels, *x.shape[2:]),
-        repeated(weight),
-        repeated(bias),
-        None if own else repeated(running_mean),
-        None if own else repeated(running_var),
-        own,
-        *options,
-    ).reshape(x.shape)
-    if y.requires_grad:
-        y.register_hook(lambda gradient: gradient.contiguous())
-    return y
+_RIGHT_ON_CPU: Definitions = {
+    "instance_norm": normalisations.instance_norm_of_contiguous_gradients,
+    "native_group_norm": normalisations.group_norm_of_flat_groups,
+}
+_RIGHT_ON_GPU: Definitions = {
+    "_weight_norm": lambda *args: normalisations.weight_norm_of_all_digits(*args)[0],
+    "_weight_norm_interface": normalisations.weight_norm_of_all_digits,
+    **STEP_BY_STEP,
+}
 
 
-def _group_norm_of_flat_groups(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    samples: int,
-    channels: int,
-    size: int,
-    groups: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch's own, as a batch norm of one sample that has every sample's groups.
-
-    On the CPU its backward pass for channels-last ends the process where the weight has a gradient and the input none.
-    """
-    y, mean, inverse = torch.native_batch_norm(
-        x.reshape(1, samples * groups, -1), None, None, None, None, True, 0.0, eps
-    )
-    per_channel = (channels, *[1] * (x.ndim - 2))
-    y = formulas.scale_and_shift(y.reshape(x.shape), weight, bias, per_channel)
-    return y, mean.view(samples, groups), inverse.view(samples, groups)
-
-
-def _weight_norm_of_all_digits(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
-    """PyTorch's own, as it computes it where it has no kernel: CUDA's keeps seven digits of float64."""
-    norm = torch.norm_except_dim(v, 2, dim)
-    return v * (g / norm), norm
+def _replace(library: torch.library.Library, on_cpu: Definitions, on_gpu: Definitions) -> None:
+    for key in (CPU, *gpus()):
+        for operator, definition in (on_cpu if key == CPU else on_gpu).items():
+            library.impl(operator, definition, key)
 
 
 @contextmanager
@@ -178,16 +134,7 @@ def right_gradients() -> Iterator[None]:
         torch.library._scoped_library("aten", "IMPL") as library,
         also_recomputed(right_gradients),
     ):
-        library.impl("instance_norm", _instance_norm_of_contiguous_gradients, CPU)
-        library.impl("native_group_norm", _group_norm_of_flat_groups, CPU)
-        for key in (CPU, *gpus()):
-            for operator, definition in OF_ALL_DIGITS.items():
-                library.impl(operator, definition, key)
-        for key in gpus():
-            library.impl("_weight_norm", lambda *x: _weight_norm_of_all_digits(*x)[0], key)
-            library.impl("_weight_norm_interface", _weight_norm_of_all_digits, key)
-            for operator, definition in STEP_BY_STEP.items():
-                library.impl(operator, definition, key)
+        _replace(library, OF_ALL_DIGITS | _RIGHT_ON_CPU, OF_ALL_DIGITS | _RIGHT_ON_GPU)
         yield
 
 
@@ -205,10 +152,7 @@ def exact_derivatives() -> Iterator[None]:
             torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
             also_recomputed(exact_derivatives),
         ):
-            for key in (CPU, *gpus()):
-                own = DEFINITIONS if key == CPU else DEFINITIONS | STEP_BY_STEP
-                for operator, definition in own.items():
-                    library.impl(operator, definition, key)
+            _replace(library, DEFINITIONS, DEFINITIONS | STEP_BY_STEP)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -11,90 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _normalise(x: Tensor, axes: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    mean = x.mean(axes, keepdim=True)
-    centred = x - mean
-    rstd = torch.rsqrt((centred * centred).mean(axes, keepdim=True) + eps)
-    return centred * rstd, mean, rstd
-
-
-def scale_and_shift(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]
-) -> Tensor:
-    if weight is not None:
-        x = x * weight.reshape(shape)
-    if bias is not None:
-        x = x + bias.reshape(shape)
-    return x
-
-
-def layer_norm(
-    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(x - mean) / sqrt(var + eps), times weight, plus bias, over the last axes; its mean, and 1 / sqrt(var + eps)."""
-    y, mean, rstd = _normalise(x, list(range(-len(shape), 0)), eps)
-    return scale_and_shift(y, weight, bias, shape), mean, rstd
-
-
-def group_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    samples: int,
-    channels: int,
-    positions: int,
-    groups: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same over the channels of each group, and all positions."""
-    y, mean, rstd = _normalise(x.reshape(samples, groups, -1), [-1], eps)
-    per_channel = [1, channels] + [1] * (x.dim() - 2)
-    y = scale_and_shift(y.reshape(x.shape), weight, bias, per_channel)
-    return y, mean.reshape(samples, groups), rstd.reshape(samples, groups)
-
-
-def _channel_norm(across: list[int]) -> Callable[..., Tensor]:
-    """By each channel's own statistics over all positions, and across these axes; or by the running ones.
-
-    The running ones are left as they are.
-    """
-
-    def norm(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        own: bool,
-        momentum: float,
-        eps: float,
-        cudnn_enabled: bool,
-    ) -> Tensor:
-        per_channel = [1, -1] + [1] * (x.dim() - 2)
-        if own or running_mean is None or running_var is None:
-            y, _, _ = _normalise(x, [*across, *range(2, x.dim())], eps)
-        else:
-            rstd = torch.rsqrt(running_var.reshape(per_channel) + eps)
-            y = (x - running_mean.reshape(per_channel)) * rstd
-        return scale_and_shift(y, weight, bias, per_channel)
-
-    return norm
-
-
-instance_norm = _channel_norm([])
-batch_norm = _channel_norm([0])
-
-
-def weight_norm_interface(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
-    """g v / |v| and |v|, the norm over all axes but `dim`; over all of them where that is -1."""
-    if dim == -1:  # the norm of the whole tensor
-        norm = (v * v).sum().sqrt()
-    else:
-        axes = [axis for axis in range(v.dim()) if axis != dim]
-        norm = (v * v).sum(axes, keepdim=True).sqrt()
-    return v * (g / norm), norm
-
-
 def hardsigmoid(x: Tensor) -> Tensor:
     """min(max(x / 6 + 1 / 2, 0), 1)"""
     return F.hardtanh(x, -3, 3) / 6 + 0.5  # flat at +-3, as PyTorch's
@@ -156,21 +72,6 @@ def log_sigmoid(x: Tensor) -> Tensor:
     """min(x, 0) - log(1 + exp(-|x|)), with derivatives of both sides at 0."""
     positive = x > 0
     return torch.where(positive, 0, x) - F.softplus(torch.where(positive, -x, x))
-
-
-def binary_cross_entropy_with_logits(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    pos_weight: Tensor | None = None,
-    reduction: int = 1,
-) -> Tensor:
-    """-w (pos_weight y log s(x) + (1 - y) log(1 - s(x))), s being the sigmoid."""
-    positive = target if pos_weight is None else pos_weight * target
-    terms = -(positive * log_sigmoid(x) + (1 - target) * log_sigmoid(-x))
-    if weight is not None:
-        terms = terms * weight
-    return terms.mean() if reduction == 1 else terms.sum() if reduction == 2 else terms
 
 
 def vector_norm(

@@ -1,4 +1,4 @@
-"""Losses that PyTorch cannot differentiate twice, as formulas of other operators with PyTorch's own signatures."""
+"""Losses that PyTorch cannot differentiate twice, or not to all digits, as formulas, with its own signatures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hesscli.hessian.aten.formulas import log_sigmoid
+
 _NEVER = -1e30  # log of a probability of zero, without the NaN that differences of infinities have
+
+
+def binary_cross_entropy_with_logits(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: int = 1,
+) -> Tensor:
+    """-w (pos_weight y log s(x) + (1 - y) log(1 - s(x))), s being the sigmoid."""
+    positive = target if pos_weight is None else pos_weight * target
+    terms = -(positive * log_sigmoid(x) + (1 - target) * log_sigmoid(-x))
+    if weight is not None:
+        terms = terms * weight
+    return _reduced(terms, reduction)
 
 
 def multi_margin_loss(
