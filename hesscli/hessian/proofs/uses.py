@@ -137,16 +137,17 @@ class Use:
         return rows.unflatten(-1, (self.storage.groups, -1))[..., order].flatten(-2)
 
     def pull(self, u: Tensor, columns: Tensor) -> Tensor:
-        """A^T u, the sum over positions: [..., T, n] with columns [..., T, groups m] -> [..., size], as it lies."""
+        """A^T u of each sample, the sum over positions: [B, k, T, n] and columns [B, T, groups m] -> [B, k, size]."""
         if self.kind == BIAS:
-            return u.sum(-2)
+            return u.sum(2)
         if self.kind == SCALE:
-            return (u * columns).sum(-2)
+            return (u * columns.unsqueeze(1)).sum(2)
+        # All k in one product: a broadcast one would copy the columns for each.
         groups = self.storage.groups
-        if groups > 1:
-            u, columns = (x.unflatten(-1, (groups, -1)).movedim(-2, -3) for x in (u, columns))
-        product = u.transpose(-1, -2) @ columns  # [..., n, m]; or of each group
-        return self.storage.stored(product if groups == 1 else product.flatten(-3, -2))
+        rows = u.unflatten(3, (groups, -1)).permute(0, 3, 1, 4, 2)  # [B, groups, k, n / groups, T]
+        inputs = columns.unflatten(2, (groups, -1)).transpose(1, 2)  # [B, groups, T, m]
+        product = (rows.flatten(2, 3) @ inputs).view(*rows.shape[:-1], self.m)
+        return self.storage.stored(product.transpose(1, 2).flatten(2, 3))  # of [B, k, n, m]
 
     @property
     def moving(self) -> int | None:

@@ -23,7 +23,7 @@ from hesscli.hessian.chunk_sizes import chunk_sizes, ranges
 from hesscli.hessian.layout import Layout
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analysis
-from hesscli.hessian.proofs.uses import CONVOLUTION, LINEAR, Use, values_of
+from hesscli.hessian.proofs.uses import Use, values_of
 from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.base import Diagonal, Rows, Wanted
 from hesscli.hessian.routes.bend import add_bend, add_bend_diagonal, bend_diagonal, find_bend
@@ -77,7 +77,7 @@ class Factors:
             mine = slice(some.start, some.stop)
             parts: dict[str, Tensor] = {}
             for use, v, a in zip(self.uses, self.vs, self.inputs, strict=True):
-                part = _jacobian(use, v[mine], a[mine])
+                part = use.pull(v[mine], a[mine])
                 known = parts.get(use.parameter)
                 parts[use.parameter] = part if known is None else known.add_(part)
             every = list(parts.values())
@@ -203,16 +203,3 @@ def _add_diagonal(part: Diagonal, factors: Factors) -> None:
     if factors.d is not None:
         (use,), (inputs,) = factors.uses, factors.inputs
         add_bend_diagonal(part, use, inputs, factors.d)
-
-
-def _jacobian(use: Use, v: Tensor, columns: Tensor) -> Tensor:
-    """df / d theta = V A of each sample: [B, C, T, n] and [B, T, groups m] -> [B, C, size]."""
-    if use.kind not in (LINEAR, CONVOLUTION):
-        return use.pull(v, columns.unsqueeze(1))
-    # All classes in one product: a broadcast one would copy the columns for each.
-    rows = v.unflatten(3, (use.storage.groups, -1)).permute(
-        0, 3, 1, 4, 2
-    )  # [B, groups, C, n / groups, T]
-    inputs = columns.unflatten(2, (use.storage.groups, -1)).transpose(1, 2)  # [B, groups, T, m]
-    product = (rows.flatten(2, 3) @ inputs).view(*rows.shape[:-1], use.m)
-    return use.storage.stored(product.transpose(1, 2).flatten(2, 3))  # of [B, C, n, m]

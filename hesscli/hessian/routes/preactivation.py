@@ -152,7 +152,8 @@ class Preactivation(AffineRoute):
             (found,) = probed.along(delta, [probe], seeds)
             if found is None:
                 return
-            yield entries.start, use.pull(use.rows(found).flatten(1, 2), a.flatten(0, 1))
+            rows = use.rows(found).flatten(1, 2)
+            yield entries.start, use.pull(rows.unsqueeze(0), a.flatten(0, 1).unsqueeze(0))[0]
 
     def _add_diagonal(
         self, batch: Batch, part: Diagonal, layer: Layer, bias: Tensor | None
