@@ -66,19 +66,17 @@ def _of_spectrum(values: np.ndarray, dtype: np.dtype) -> tuple[float, float, flo
     )
 
 
-def _least_square(dtype: np.dtype) -> float:
-    """A mean of squares above which those that underflow do not count."""
-    found = np.finfo(dtype)
-    return float(found.tiny) / float(found.eps)
-
-
 def _norm(array: np.ndarray) -> float:
     """The root of the sum of squares: short runs in their own precision, their sum in float64; where squares may leave
     the range of that precision, all in float64, as multiples of the largest entry."""
     flat = array.reshape(-1)
     runs = [flat[first : first + _RUN] for first in range(0, flat.size, _RUN)]
     total = sum(float(np.vdot(run, run)) for run in runs)
-    if not flat.size * _least_square(flat.dtype) <= total < math.inf:
+    limits = np.finfo(flat.dtype)
+    least = float(limits.tiny) / float(
+        limits.eps
+    )  # above this mean, squares that underflow do not count
+    if not flat.size * least <= total < math.inf:
         largest = max((float(np.abs(run).max()) for run in runs), default=0.0)
         if not 0 < largest < math.inf:
             return largest

@@ -30,17 +30,12 @@ def reshaped(c: Context) -> SampleAxis | None:
 
 def transposed(c: Context) -> SampleAxis | None:
     axis, rank = c.only(), len(c.shape())
-    order = list(range(rank))
     if c.call.name == "permute":
-        order = [int(d) % rank for d in c.named("dims")]
-    else:
-        a, b = (
-            (0, rank - 1)
-            if c.call.name == "t"
-            else (c.named("dim0") % rank, c.named("dim1") % rank)
-        )
-        order[a], order[b] = order[b], order[a]
-    return replace(axis, axis=order.index(axis.axis))
+        order = [d % rank for d in c.named("dims")]
+        return replace(axis, axis=order.index(axis.axis))
+    a, b = (0, -1) if c.call.name == "t" else (c.named("dim0"), c.named("dim1"))
+    swapped = {a % rank: b % rank, b % rank: a % rank}
+    return replace(axis, axis=swapped.get(axis.axis, axis.axis))
 
 
 def expanded(c: Context) -> SampleAxis | None:

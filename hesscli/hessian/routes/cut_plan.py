@@ -131,10 +131,8 @@ def _cheapest(
 
     ends = []
     for c in candidates:
-        place, product = (
-            costs.tape.maker[c] + 1,
-            2 * costs.samples * costs.size(c) ** 2 / rates.flops,
-        )
+        place = costs.tape.maker[c] + 1
+        product = 2 * costs.samples * costs.size(c) ** 2 / rates.flops
         ends.append(_End(place, made[place], CUT_PASSES, product))
     ends.append(_End(len(made), made[-1] + costs.loss.seconds(rates), PASSES, 0.0))
     best: list[float] = []
