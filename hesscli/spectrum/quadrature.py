@@ -11,6 +11,7 @@ Source: S. Ubaru, J. Chen and Y. Saad, Fast estimation of tr(f(A)) via stochasti
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -39,9 +40,8 @@ def lanczos_quadrature(
     Ctrl-C ends it with the probes that are complete.
     """
     steps = min(steps, size)
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    interrupted = False
-    try:
+    found: list[np.ndarray] = []  # nodes and weights of each complete probe
+    with suppress(KeyboardInterrupt):
         for probe in range(probes):
             krylov = Krylov(multiply, size, steps, generator, like.new_zeros(size))
             new = True
@@ -50,12 +50,9 @@ def lanczos_quadrature(
                 done = probe * steps + krylov.count
                 report(done, probes * steps, f"{done} products, probe {probe + 1} of {probes}")
             krylov.solve()
-            found.append((krylov.values, krylov.columns[0] ** 2))
+            found.append(np.stack([krylov.values, krylov.columns[0] ** 2]))
             del krylov  # its basis, before there is another
-    except KeyboardInterrupt:
-        interrupted = True
-    nodes = np.concatenate([values for values, _ in found]) if found else np.zeros(0)
-    weights = np.concatenate([weights for _, weights in found]) if found else np.zeros(0)
+    count = len(found)
+    nodes, weights = np.hstack([np.zeros((2, 0)), *found])
     order = np.argsort(nodes, kind="stable")
-    weights = weights[order] / max(1, len(found))
-    return Density(nodes[order], weights, False, len(found), interrupted)
+    return Density(nodes[order], weights[order] / max(1, count), False, count, count < probes)

@@ -35,9 +35,7 @@ from hesscli.hessian.routes.squares import Squares
 from hesscli.hessian.symmetry import mirror_
 
 _THROUGH_WEIGHTS = ", through weights"
-Ways = Callable[
-    [Block, Block], "_Way"
-]  # a block of parameters, that of their weights -> between them
+Ways = Callable[[Block, Block], "_Way"]  # from a block of parameters to that of their weights
 _ROWS = 8192  # of a block that is held whole; of its weights' there may be twice as many
 _SQUARES = 1 << 26  # numbers in the squares of some neurons
 _TOGETHER = 1 << 24  # and in the weights' own blocks, that share passes
