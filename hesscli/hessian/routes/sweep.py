@@ -25,7 +25,6 @@ from torch import Tensor
 from hesscli.hessian.chunk_sizes import chunk_sizes, ranges
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analyses
-from hesscli.hessian.proofs.sample_rules import RESHAPES
 from hesscli.hessian.recording.tape import Ref
 from hesscli.hessian.routes.base import Diagonal
 from hesscli.hessian.routes.chain import PRODUCTS, UNARY, Step, find_chain
@@ -68,7 +67,7 @@ def _diagonals(
         steps: of `find_chain`.
         zs: where it is wanted.
     """
-    gradient = probed.gradients(list(probed.probes))
+    gradients = probed.gradients(list(probed.probes))
     start = probed.output_hessian()
     # From the last linear layer on, the diagonal is all that is needed, and all that is kept.
     last = max((i for i, s in enumerate(steps) if s.call.name in PRODUCTS), default=0)
@@ -83,10 +82,8 @@ def _diagonals(
             for index, step in enumerate(steps):
                 if value in found:
                     found[value].append(curvature.diagonal())
-                at = probed.known[step.before].detach()[part]
-                slope = gradient.get(step.after)
-                slope = None if slope is None else slope[part]
-                _back(curvature, step, probed.known, at, slope, index >= last)
+                gradient = gradients.get(step.after)
+                _back(curvature, step, probed.known, part, gradient, index >= last)
                 value = step.before
             found[value].append(curvature.diagonal())
     return {z: torch.cat(parts) for z, parts in found.items()}
@@ -96,29 +93,23 @@ def _back(
     curvature: FactoredHessian,
     step: Step,
     known: Mapping[int, Tensor],
-    before: Tensor,
+    part: slice,
     gradient: Tensor | None,
     last: bool,
 ) -> None:
-    """S from the value after a step to the one before; `before` and `gradient` (at `after`) are of some samples."""
-    call = step.call
-    if call.name in RESHAPES:
-        return
+    """S of some samples from the value after a step to the one before; `gradient` is dL/dy there, None where zero."""
+    call, before = step.call, known[step.before].detach()[part]
     if call.name in PRODUCTS:
-        matrix = call.arguments[-1]
-        curvature.linear(known[matrix.value].detach(), last)
-        return
-    samples = before.shape[0]
-    if call.name in UNARY:
+        curvature.linear(known[call.arguments[-1].value].detach(), last)
+    elif call.name in UNARY:
         slope, bend = step.derivatives(before)
-        curvature.scale(slope.reshape(samples, -1))
+        curvature.scale(slope.reshape(len(slope), -1))
         if bend is not None and gradient is not None:
-            curvature.add_diagonal((bend * gradient).reshape(samples, -1))
-        return
-    if call.name in ("mul", "div"):
+            curvature.add_diagonal((bend * gradient[part]).reshape(len(bend), -1))
+    elif call.name in ("mul", "div"):
         other = next(a for a in call.arguments if a != Ref(step.before))
         factor = known[other.value].detach() if isinstance(other, Ref) else other
         ones = torch.ones_like(before)
         factor = ones * factor if call.name == "mul" else ones / factor
-        curvature.scale(factor.reshape(samples, -1))
-    # add and sub: the derivative is one, or minus one, which S does not feel
+        curvature.scale(factor.reshape(len(factor), -1))
+    # Of the others, shapes and sums, the derivative is one, or minus one, which S does not feel.
