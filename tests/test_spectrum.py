@@ -219,6 +219,7 @@ def test_products_run_out():
     found, _ = search(SPECTRA["normal"], 6, "largest", most=12)
     assert found.products == 12
     assert len(found.values) == 6
+    assert not found.copies_sought
     assert not found.converged.all()
     assert found.residuals.max() > 1e-2
 
@@ -229,6 +230,39 @@ def test_products_that_run_out_while_copies_are_sought():
     assert short.converged.all()
     assert not short.copies_sought
     assert whole.copies_sought
+
+    def report(products, residual, tolerance):
+        if products == whole.products - 6:
+            signal.raise_signal(signal.SIGINT)
+
+    stopped, _ = search(SPECTRA["outliers"], 4, "largest", report=report)
+    assert stopped.interrupted
+    assert stopped.converged.all()
+    assert not stopped.copies_sought
+
+
+def test_what_is_reported():
+    heard = []
+    found, _ = search(SPECTRA["outliers"], 4, "largest", report=lambda *facts: heard.append(facts))
+    products, residuals, tolerances = zip(*heard, strict=True)
+    assert list(products) == list(range(1, found.products - 4 + 1))  # four more confirm the four
+    assert residuals[:3] == (1, 1, 1)  # there are fewer than four values yet
+    assert residuals[3] > 1e-3 >= residuals[-1]
+    assert set(tolerances) == {1e-3}
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("normal", 0.1), ("outliers", 1e-2)])
+def test_residuals_are_no_larger_than_they_are(name, tolerance):
+    found, multiply = search(SPECTRA[name], 6, "largest", tolerance)
+    true = [(multiply(x) - v * x).norm() for v, x in zip(found.values, found.vectors, strict=True)]
+    assert (found.residuals <= 1.01 * np.array(true) + 1e-12).all()
+
+
+def test_a_whole_space_hides_no_copy():
+    """All of it was multiplied: nothing is left to seek copies in."""
+    found, _ = search(np.linspace(1, 2, 20), 2, "largest", 1e-12)
+    assert found.products == 20 + 1  # and one to confirm
+    assert found.copies_sought
 
 
 def test_interrupted():
@@ -276,6 +310,7 @@ def test_memory_is_bounded():
     small = Lanczos(multiply, 900, 10, "largest", 1e-3, torch.Generator().manual_seed(0), like)
     small.run(500)
     assert small.basis.numel() <= 1 << 23
+    assert len(small.basis) <= 80
 
 
 TINY = np.random.default_rng(0)

@@ -84,9 +84,9 @@ def search(operator: Operator, options: EigenOptions) -> Found:
     with operator.finite():
         found = _search(operator, options)
     if not found.copies_sought and found.converged.all():
+        cause = "Ctrl-C" if found.interrupted else f"--max-products {options.max_products}"
         operator.opened.listener.note(
-            f"--max-products {options.max_products} ended the search for copies of repeated eigenvalues: "
-            "some may be missing"
+            f"{cause} ended the search for copies of repeated eigenvalues: some may be missing"
         )
     return found
 

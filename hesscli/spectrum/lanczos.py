@@ -244,8 +244,7 @@ class Lanczos(Krylov):
             few = not self.copies and self.products - began >= CHAIN
             if would_show(hiding) or (few and would_show(outermost)):
                 self.copies_sought = True
-                return False
-        self.copies_sought = self.products < max_products
+                break
         return False
 
     def _outermost(self) -> list[float]:
@@ -287,14 +286,13 @@ class Lanczos(Krylov):
         return replace(found, residuals=residuals, converged=converged, products=self.products)
 
     def _relation_error(self, found: Found, best: np.ndarray) -> float:
-        """What the product with a random combination of the eigenvectors has beyond the Krylov relation."""
+        """What the residual of a random combination of the eigenvectors has beyond R, in which all is that is known."""
         signs = torch.randint(0, 2, (len(best),), generator=self.generator).double() * 2 - 1
         c = signs.to(found.vectors)
         product = self.multiply(c @ found.vectors)
         self.products += 1
         expected = (c * torch.from_numpy(found.values).to(c)) @ found.vectors
-        y = self.columns[:, best] @ signs.numpy()
-        expected += float(self.coupling @ y) * self.pending
         beyond = norm(product.sub_(expected)) ** 2
+        y = self.columns[:, best] @ signs.numpy()
         left = float(y @ self.R[: self.count, : self.count] @ y)
         return float((max(0.0, beyond - left) / len(best)) ** 0.5)
