@@ -102,7 +102,7 @@ class _Search:
             ):
                 return self.uses(made, (*moves, call), lookup)
         z, refusal = call.outputs[0], NotApplicable(f"not an affine use ({call.name})")
-        if not self.tape.complex.isdisjoint([value, *call.reads, *([] if z is None else [z])]):
+        if not self.tape.complex.isdisjoint(call.reads):
             raise NotApplicable("complex numbers")
         if z is None or (axis := self.axes[z]) is None:
             raise refusal

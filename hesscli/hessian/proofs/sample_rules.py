@@ -22,9 +22,8 @@ ELEMENTWISE_UNARY = frozenset(
     "special_i1e sgn isinf mvlgamma special_bessel_j0 special_bessel_j1".split()
 )
 ELEMENTWISE = frozenset(  # of several tensors, or of one and numbers
-    "clamp clamp_min clamp_max "
     "add sub mul div rsub where maximum minimum fmax fmin atan2 eq ne lt le gt ge logical_and logical_or "
-    "bitwise_and bitwise_or masked_fill lerp addcmul addcdiv xlogy logaddexp copy pow "
+    "bitwise_and bitwise_or masked_fill lerp addcmul addcdiv xlogy logaddexp copy "
     "fmod remainder hypot copysign logaddexp2 special_xlog1py special_zeta complex polar "
     "tanh_backward sigmoid_backward bitwise_xor bitwise_left_shift bitwise_right_shift heaviside ldexp igamma igammac "
     "polygamma".split()
@@ -247,7 +246,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(MATRIX, _of_matrix),
     **dict.fromkeys(PAIRS, _of_pair),
     **dict.fromkeys(("embedding", "searchsorted"), _looked_up),
-    **dict.fromkeys(("bucketize", "isin"), Context.only),
+    **dict.fromkeys(COMPLEX | {"bucketize", "isin"}, Context.only),
     "convolution": _convolved,
     "renorm": _renormed,
     "_euclidean_dist": _distances,
@@ -272,8 +271,7 @@ _RULES: dict[str, Rule] = {
     "unsqueeze": moves.unsqueezed,
     "squeeze": moves.squeezed,
     "constant_pad_nd": moves.padded,
-    **dict.fromkeys(ELEMENTWISE, _elementwise),
-    **dict.fromkeys((ELEMENTWISE_UNARY | COMPLEX) - ELEMENTWISE, Context.only),
+    **dict.fromkeys(ELEMENTWISE | ELEMENTWISE_UNARY, _elementwise),
 }
 
 
