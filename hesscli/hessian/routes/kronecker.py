@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from hesscli.hessian.chunk_sizes import chunk_sizes
+from hesscli.hessian.chunk_sizes import chunk_sizes, grouped
 from hesscli.hessian.layout import Span
 from hesscli.hessian.routes.sums import product
 from hesscli.hessian.workers import side_by_side, workers
@@ -36,16 +36,9 @@ def add_kronecker_rows(out: Tensor, s: Tensor, a: Tensor) -> None:
     target = out.unflatten(1, (n, m)).unflatten(0, (rows, m))
     for b in range(0, len(a), step):
         mine = slice(b, b + step)
-        for together in _together(edges, len(a[mine]) * m, usual.pairs):
+        columns = usual.pairs // (len(a[mine]) * m)  # of a, to be multiplied with all at a time
+        for together in grouped(edges, lambda edge: edge[1] - edge[0], columns):
             _add_products(target, s[:, mine], a[mine], together, usual.product)
-
-
-def _together(edges: Sequence[Span], column: int, most: int) -> Iterator[list[Span]]:
-    """Groups of columns of a, as many at a time as have no more than so many numbers with all others; at least one."""
-    while edges:
-        count = max(1, sum(column * (stop - edges[0][0]) <= most for _, stop in edges))
-        yield list(edges[:count])
-        edges = edges[count:]
 
 
 def _add_products(target: Tensor, s: Tensor, a: Tensor, edges: Sequence[Span], most: int) -> None:
