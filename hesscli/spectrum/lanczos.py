@@ -101,7 +101,7 @@ class Lanczos(Krylov):
                 if self.count == self.capacity:
                     self._restart(self.top + (self.capacity - self.top) // 3)
                 self._step()
-                if self._settled() and not self._hidden(max_products) and self._settled():
+                if self._settled() and not self._hidden(max_products):
                     break
             found = self._found(self.interrupted())
             if found.interrupted or self.products >= max_products:
