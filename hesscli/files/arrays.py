@@ -13,7 +13,7 @@ import torch
 from hesscli.errors import FileError, UsageError
 from hesscli.files.arrow_files import dataset_files, load_arrow, load_dataset, load_parquet
 from hesscli.files.csv_files import load_csv
-from hesscli.files.npy import load_npy, load_npz
+from hesscli.files.npy import indexable, load_npy, load_npz
 from hesscli.files.safetensors_files import map_safetensors
 from hesscli.files.sniff import Kind, kind_of, unsupported
 from hesscli.files.torch_files import read_torch_file
@@ -125,16 +125,8 @@ def _tensors(content: Mapping[str, object]) -> NamedArrays:
         elif value.is_meta:
             found[name] = Unusable("on the meta device, which holds no values")
         else:
-            found[name] = _indexable(value.detach())
+            found[name] = indexable(value.detach())
     return found
-
-
-def _indexable(array: torch.Tensor) -> torch.Tensor | Unusable:
-    """torch knows unsigned integers by name only: it can neither index with them nor compute on them."""
-    if array.dtype not in (torch.uint16, torch.uint32, torch.uint64):
-        return array
-    wide = array.to(torch.int64)
-    return Unusable("integers too large for int64") if wide.lt(0).any() else wide
 
 
 _READERS: dict[Kind, Callable[[Path | str], NamedArrays]] = {

@@ -23,11 +23,7 @@ from hesscli.files.zip_files import check_zip
 
 Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
-_LARGEST = np.iinfo(np.int64).max
-# torch knows these by name only: it can neither index with them nor compute on them.
-_UNSIGNED = {np.dtype(np.uint16), np.dtype(np.uint32), np.dtype(np.uint64)}
 _LOCAL_HEADER = 30  # bytes of a zip member's own header before its name
-_STEP = 1 << 24  # numbers looked at together
 
 
 def load_npy(path: Path | str) -> NamedArrays:
@@ -117,11 +113,6 @@ def _array(
     return tensor(path, array)
 
 
-def _parts(array: Array) -> list[Array]:
-    flat = array.reshape(-1, order="A")
-    return [flat[i : i + _STEP] for i in range(0, flat.size, _STEP)]
-
-
 def tensor(path: Path | str, array: Array) -> torch.Tensor | Unusable:
     """The array as a tensor that must not be written to, without a copy where torch knows its type and byte order.
 
@@ -130,17 +121,22 @@ def tensor(path: Path | str, array: Array) -> torch.Tensor | Unusable:
     Raises:
         ResourceError: there is no memory for the copy.
     """
-    wanted = array.dtype.newbyteorder("=")
-    if wanted == np.uint64 and any(part.max() > _LARGEST for part in _parts(array)):
-        return Unusable("integers too large for int64")
-    if wanted in _UNSIGNED:
-        wanted = np.dtype(np.int64)
-    needed = array.size * wanted.itemsize
-    if array.dtype != wanted and needed > available_memory():
+    native = array.dtype.newbyteorder("=")
+    widened = native.kind == "u" and native.itemsize > 1  # see `indexable`
+    needed = array.size * (8 if widened else native.itemsize)
+    if (widened or array.dtype != native) and needed > available_memory():
         raise ResourceError(
             f"{path}: its {array.dtype.name} must be converted in memory, which does not suffice",
             "save the array in a type that torch computes with: x.astype(np.float32)",
         )
     with warnings.catch_warnings():  # of memory that may not be written to: batches are copies
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(array.astype(wanted, copy=False))
+        return indexable(torch.from_numpy(array.astype(native, copy=False)))
+
+
+def indexable(array: torch.Tensor) -> torch.Tensor | Unusable:
+    """torch knows unsigned integers by name only: it can neither index with them nor compute on them."""
+    if array.dtype not in (torch.uint16, torch.uint32, torch.uint64):
+        return array
+    wide = array.to(torch.int64)
+    return Unusable("integers too large for int64") if wide.lt(0).any() else wide
