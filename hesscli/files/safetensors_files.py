@@ -18,15 +18,12 @@ from hesscli.files.sniff import Kind
 from hesscli.files.torch_files import reading
 from hesscli.files.unusable import NamedArrays, Unusable
 
-# As NumPy reads the bytes, and what they are for torch if NumPy does not know.
-_TYPES: dict[str, tuple[str, torch.dtype | None]] = {
-    **{name: (f"<{name.lower()[0]}{int(name[1:]) // 8}", None) for name in ("F64", "F32", "F16")},
-    **{f"I{bits}": (f"<i{bits // 8}", None) for bits in (8, 16, 32, 64)},
-    **{f"U{bits}": (f"<u{bits // 8}", None) for bits in (8, 16, 32, 64)},
-    "BOOL": ("?", None),
-    "C64": ("<c8", None),
-    "BF16": ("<i2", torch.bfloat16),
-}
+_TYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<i2", "C64": "<c8", "BOOL": "?",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "<u1",
+}  # fmt: skip
+"""What NumPy can read the bytes as; it knows no bfloat16."""
 
 
 def load_safetensors(path: Path | str) -> dict[str, torch.Tensor]:
@@ -58,14 +55,14 @@ def map_safetensors(path: Path | str) -> NamedArrays:
 def _mapped(path: Path | str, entry: dict[str, Any], start: int) -> torch.Tensor | Unusable:
     if entry["dtype"] not in _TYPES:
         return Unusable(f"of a type that nothing computes with ({entry['dtype']})")
-    dtype, meant = _TYPES[entry["dtype"]]
-    first, last = entry["data_offsets"]
-    if first == last:
-        return torch.empty(entry["shape"], dtype=meant or torch.float32)
-    count = (last - first) // np.dtype(dtype).itemsize
-    array = np.memmap(path, dtype, "r", start + first, (count,)).reshape(entry["shape"])
-    found = tensor(path, array)
-    return found.view(meant) if meant and isinstance(found, torch.Tensor) else found
+    dtype, (first, last) = np.dtype(_TYPES[entry["dtype"]]), entry["data_offsets"]
+    count = (last - first) // dtype.itemsize
+    # An empty one cannot be mapped.
+    array = np.memmap(path, dtype, "r", start + first, (count,)) if count else np.empty(0, dtype)
+    found = tensor(path, array.reshape(entry["shape"]))
+    if entry["dtype"] == "BF16" and isinstance(found, torch.Tensor):
+        return found.view(torch.bfloat16)
+    return found
 
 
 def _refuse_hessian(path: Path | str, file: Any) -> None:
