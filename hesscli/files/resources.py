@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from hesscli.files.malloc import release_memory
@@ -17,15 +19,11 @@ def available_memory() -> int:
     """Bytes that this process may still take: the least of free memory, cgroup limits and address-space limit."""
     release_memory()  # what was freed and kept counts as free
     limits = [_free_memory(), *_cgroup_room()]
-    try:
-        import resource
-
-        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if soft != resource.RLIM_INFINITY:
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        with suppress(OSError):  # not Linux
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             limits.append(max(soft - pages * os.sysconf("SC_PAGE_SIZE"), 0))
-    except (ImportError, OSError, ValueError):
-        pass
     return min(limits)
 
 
@@ -43,16 +41,12 @@ def disk_used(path: Path) -> int:
 
 
 def _free_memory() -> int:
-    try:
+    with suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:  # not Linux: half of what is installed
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (ValueError, OSError, AttributeError):
-        return 4 << 30
+    # Not Linux: half of what is installed.
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _cgroup_room() -> Iterator[int]:
