@@ -78,9 +78,9 @@ def result_paths(path: Path) -> list[Path]:
 
 
 def partial_paths(path: Path) -> list[Path]:
-    """All files here of a result that is not finished."""
-    single = [found for found in (partial_path(path),) if found.exists()]
-    return single + _numbered(path.parent, f".{path.stem}", f"{path.suffix}.partial")
+    """The files of a result that is not finished: the one that is always there, and those of several."""
+    numbered = _numbered(path.parent, f".{path.stem}", f"{path.suffix}.partial")
+    return [partial_path(path), *numbered]
 
 
 def _numbered(folder: Path, before: str, after: str) -> list[Path]:

@@ -121,9 +121,8 @@ class ResultWriter:
             raise
         if fresh:
             os.ftruncate(descriptor, 0)
-            for left in partial_paths(self.path):
-                if left != partial:
-                    left.unlink(missing_ok=True)
+            for left in partial_paths(self.path)[1:]:
+                left.unlink(missing_ok=True)
         return partial, descriptor
 
     def __enter__(self) -> ResultWriter:
