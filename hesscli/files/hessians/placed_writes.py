@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -46,10 +47,8 @@ class PlacedFile:
                 if error.errno not in _UNSUPPORTED:
                     raise
         if hasattr(os, "O_DIRECT") and length >= 4 * _BOUNCE:
-            try:
+            with suppress(OSError):
                 self.direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
-            except OSError:
-                self.direct = None
 
     def write(self, offset: int, data: memoryview) -> None:
         """Puts bytes at an offset."""
@@ -58,9 +57,8 @@ class PlacedFile:
             body = (len(data) - head) // _PAGE * _PAGE
             self._cached(offset, data[:head])
             if self._directly(offset + head, data[head : head + body]):
-                offset, data = offset + head + body, data[head + body :]
-            else:
-                offset, data = offset + head, data[head:]
+                head += body
+            offset, data = offset + head, data[head:]
         self._cached(offset, data)
 
     def read(self, offset: int, data: memoryview) -> None:
