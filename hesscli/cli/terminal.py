@@ -9,12 +9,8 @@ COLOURS = {"error": "1;31", "hint": "1;36", "note": "2", "wrote": "2", "header":
 
 
 def encodable(text: str, stream: IO[str]) -> bool:
-    """Whether a stream can show the text."""
-    try:
-        text.encode(getattr(stream, "encoding", None) or "utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+    """Whether a stream can show the text as it is."""
+    return clean(text, stream) == text
 
 
 def clean(text: str, stream: IO[str]) -> str:
