@@ -1046,9 +1046,12 @@ def test_libraries_that_are_not_installed(monkeypatch, library):
 
 
 def test_values():
-    texts = ["3", "1e-3", "[1, 2]", "true", "False", "None", "none", "tanh", "'3'", "2 +", "(1,)"]
+    texts = ["3", "1e-3", "[1, 2]", "TRUE", "false", "None", "none", "tanh", "'3'", "2 +", "(1,)"]
     values = [3, 1e-3, [1, 2], True, False, None, "none", "tanh", "3", "2 +", (1,)]
     assert [parse_value(text) for text in texts] == values
+    # The last two are more than Python reads.
+    for text in ("{[]: 1}", "-" * 3000 + "1", "-" * 100_000 + "1"):
+        assert parse_value(text) == text
 
 
 # --- mlp --------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def test_options_that_would_change_nothing(cli, words, option):
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("option", "value"),
     [
         ("--batch-size", "²"),
         ("--batch-size", "0"),
@@ -188,21 +188,39 @@ def test_options_that_would_change_nothing(cli, words, option):
         ("--samples", "1:²"),
         ("--samples", ":2:"),
         ("--samples", ""),
-        ("--seed", "99999999999999999999"),
-        ("--threads", "99999999999"),
         ("--scale", "1e99999999"),
         ("--scale", "1/-inf"),
         ("--scale", "nan"),
         ("--scale", "1/"),
         ("--shard", "1/" + "9" * 5000),
-        ("--loss-arg", "label_smoothing={[]:1}"),
-        ("--loss-arg", "delta=1", "--loss-arg", "delta=2"),
-        ("--scale", "2", "--scale", "3"),
+        ("--shard", "2/1"),
+        ("--shard", "0/1"),
+        ("--memory", "1.5.2GB"),
+        ("--max-shard-size", "0"),
+        ("--loss-arg", "delta"),
+        ("--arch-arg", "=1"),
     ],
-    ids=lambda words: " ".join(words)[:30],
+    ids=lambda word: word[:30],
 )
-def test_values_that_options_do_not_have(cli, words):
-    assert cli("compute", *NET, "--dry-run", *words).code == 2
+def test_values_that_options_do_not_have(cli, option, value):
+    ran = cli("compute", *NET, "--dry-run", option, value)
+    assert ran.code == 2
+    assert f"Invalid value for {option}: {value!r} is not " in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--seed", "99999999999999999999"), "Invalid value: seed is 99999999999999999999"),
+        (("--threads", "99999999999"), "Invalid value for '--threads'"),
+        (("--loss-arg", "a=1", "--loss-arg", "a=2"), "for --loss-arg: a is given twice"),
+        (("--scale", "2", "--scale", "3"), "for --scale: an input has one factor"),
+    ],
+)
+def test_other_values_that_options_do_not_have(cli, words, said):
+    ran = cli("compute", *NET, "--dry-run", *words)
+    assert ran.code == 2
+    assert said in ran.stderr
 
 
 @pytest.mark.parametrize("words", [("compute", *NET, "-o", ""), ("show", ""), ("diff", "", "a")])
