@@ -297,6 +297,20 @@ def test_torchscript_with_enums(tmp_path):
     assert [name for name, _ in saved.module.named_parameters()] == ["layer.weight", "layer.bias"]
 
 
+SCALES = torch.tensor([1.0, 2.0, 3.0])
+
+
+class OfConstants(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * SCALES + SCALES.sum()
+
+
+def test_a_trace_with_constants_of_several_numbers(tmp_path):
+    module = OfConstants(4, 3)
+    torch.jit.trace(module, X).save(tmp_path / "net.pt")
+    torch.testing.assert_close(load_model(tmp_path / "net.pt").module(X), module(X))
+
+
 def test_train_mode(net, tmp_path):
     torch.jit.script(net).save(str(tmp_path / "script"))
     torch.jit.trace(net, X).save(str(tmp_path / "trace"))

@@ -99,7 +99,6 @@ def _adapt(module: torch.jit.ScriptModule, device: torch.device) -> None:
     for node in (node for kind in _OURS for node in graph.findAllNodes(kind)):
         ours = graph.create(_OURS[node.kind()], list(node.inputs()), 1)
         ours.insertBefore(node)
-        ours.output().setType(node.output().type())
         node.output().replaceAllUsesWith(ours.output())
         node.destroy()
 
@@ -113,9 +112,8 @@ def _make_numbers(graph: Any) -> None:
     for node in (node for kind in _ARITHMETIC for node in graph.findAllNodes(kind)):
         _, other, *_ = node.inputs()
         constant = other.node()
-        if constant.kind() != "prim::Constant" or other.type().kind() != "TensorType":
-            continue
-        if constant.hasAttribute("value") and constant.t("value").dim() == 0:
+        known = constant.kind() == "prim::Constant" and other.type().kind() == "TensorType"
+        if known and constant.t("value").dim() == 0:
             number = graph.insertConstant(constant.t("value").item())
             number.node().moveBefore(node)
             node.replaceInput(1, number)
