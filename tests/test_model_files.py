@@ -11,6 +11,7 @@ import zipfile
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from torch import nn
 from hesscli.cli.values import parse_value
 from hesscli.errors import FileError, HesscliError, MismatchError, UsageError
 from hesscli.files.models.architectures import build
-from hesscli.files.models.call_signature import CallSignature
+from hesscli.files.models.call_signature import CallSignature, signature_of
 from hesscli.files.models.model_file import load_model
 from hesscli.files.sniff import Kind, kind_of
 
@@ -339,6 +340,13 @@ def test_an_unneeded_architecture_is_noted(net, tmp_path):
     torch.jit.script(net).save(str(tmp_path / "net.pt"))
     (note,) = load_model(tmp_path / "net.pt", arch="mlp").notes
     assert note.startswith("--arch mlp has no effect")
+
+
+@pytest.mark.parametrize("forward", [partial(nn.functional.linear, weight=X), None], ids=["C", "-"])
+def test_a_forward_that_declares_nothing(forward):
+    module = nn.Linear(3, 2)
+    module.forward = forward
+    assert signature_of(module) == CallSignature()
 
 
 # --- damage -----------------------------------------------------------------------------------
@@ -1024,6 +1032,8 @@ def test_what_scripts_leave_on_ends_with_them(nets, left, inside):
             "--arch code.nets:Net",
         ),
         ("code/nets.py", {}, "expected PKG.MOD:FACTORY, FILE.py:FACTORY, ", "nets.py:FACTORY"),
+        ("MLP", {}, "expected PKG.MOD:FACTORY, FILE.py:FACTORY, ", "--arch mlp"),
+        ("torch:matmul", {}, "matmul raised TypeError", "--debug"),
         ("no.py:Net", {}, "no such file: no.py", "path/to/net.py:FACTORY"),
         ("no_such:Net", {}, "no module named no_such", "path/to/no_such.py:FACTORY"),
         ("no such:Net", {}, "no module named no such", "--arch 'path/to/no such.py:FACTORY'"),

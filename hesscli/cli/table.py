@@ -53,8 +53,6 @@ def markdown_table(columns: Row, rows: Sequence[Row], words: Sequence[int]) -> I
 
 def code(text: str) -> str:
     """Markdown that shows the text as it is: names come from files."""
-    if not text:
-        return ""
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     space = " " if "`" in text else ""
     return f"{fence}{space}{text}{space}{fence}"

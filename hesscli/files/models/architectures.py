@@ -96,7 +96,7 @@ def _wanted(factory: Callable[..., object], given: Mapping[str, object]) -> dict
     """The arguments that the factory knows and needs: the given ones, VALUE for the others."""
     try:
         parameters = inspect.signature(factory).parameters.values()
-    except (TypeError, ValueError):
+    except ValueError:  # written in C
         return dict(given)
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)

@@ -37,7 +37,7 @@ def signature_of(module: nn.Module) -> CallSignature:
         )
     try:
         parameters = signature(module.forward).parameters.values()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError):  # not callable, or written in C
         return CallSignature()
     by_name = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     positional = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)

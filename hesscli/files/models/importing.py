@@ -104,8 +104,8 @@ def _import_file(path: str) -> ModuleType:
     # A name of its own, so that a file called random.py hides nothing.
     name = "hesscli_named_" + os.path.basename(path).removesuffix(".py")
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
+    assert spec is not None  # by the name's end
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and TorchScript look their module up
     try:
