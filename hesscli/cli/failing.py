@@ -148,9 +148,9 @@ def _pasteable(hint: str, instead_of: tuple[str, ...] = ()) -> str:
 
 
 def _options() -> dict[str, Any]:
-    """The options of this very command, each by all of its names."""
+    """The options of this very command, and its arguments, each by all of its names."""
     from hesscli.cli import app
 
     group: Any = typer.main.get_command(app)
     parameters = group.commands[sys.argv[1]].params
-    return {name: each for each in parameters for name in each.opts if name.startswith("-")}
+    return {name: each for each in parameters for name in each.opts}
