@@ -1,6 +1,8 @@
 """Data files: what is read, what is inferred and said, and what is refused."""
 
+import errno
 import os
+import sys
 import zipfile
 
 import numpy as np
@@ -20,7 +22,11 @@ from hesscli.errors import (
     UsageError,
 )
 from hesscli.files import arrow_files, npy
+from hesscli.files.arrays import load_arrays
 from hesscli.files.data import load_data
+from hesscli.files.digest import sha256
+from hesscli.files.sniff import Kind
+from hesscli.files.torch_files import reading
 from hesscli.files.unusable import DECIMALS
 
 X = np.arange(6, dtype=np.float32).reshape(3, 2)
@@ -329,6 +335,22 @@ def test_types(tmp_path, stored, loaded, order):
     assert np.array_equal(x.numpy(), array)
 
 
+@pytest.mark.parametrize("stored", [torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_integers_of_torch(tmp_path, stored):
+    """torch can neither index with them nor compute on them."""
+    torch.save(
+        {"x": torch.from_numpy(X), "y": torch.tensor([0, 1, 1], dtype=stored)}, tmp_path / "d"
+    )
+    _, y = load_data(tmp_path / "d").targets
+    assert torch.equal(y, torch.tensor([0, 1, 1]))
+
+
+def test_an_empty_array_has_its_type(tmp_path):
+    save_file({"x": torch.zeros(0, 2, dtype=torch.int32)}, tmp_path / "d")
+    x = load_arrays(tmp_path / "d").numbers["x"]
+    assert (x.dtype, x.shape) == (torch.int32, (0, 2))
+
+
 def test_a_type_to_convert_for_which_there_is_no_memory(tmp_path, monkeypatch):
     np.savez(tmp_path / "d.npz", x=X.astype(">f4"), y=Y)
     monkeypatch.setattr(npy, "available_memory", lambda: X.nbytes - 1)
@@ -364,6 +386,23 @@ def test_arrays_that_are_not_numbers_are_skipped_and_said(tmp_path):
     with zipfile.ZipFile(tmp_path / "d.npz", "a") as archive:
         archive.writestr("README", "about them")
     assert "array README skipped: not numbers (a file)" in load_data(tmp_path / "d.npz").notes
+    with zipfile.ZipFile(tmp_path / "d.npz", "a") as archive:
+        archive.writestr("x", "once more")
+    assert "holds two arrays called x" in refused(FileError, tmp_path / "d.npz").message
+
+
+@pytest.mark.parametrize("stored", [np.longdouble, np.clongdouble])
+def test_numbers_wider_than_those_of_torch(tmp_path, stored):
+    np.savez(tmp_path / "d.npz", x=X, y=Y, wide=np.ones(3, stored))
+    name = np.dtype(stored).name
+    note = f"array wide skipped: wider than any torch number ({name})"
+    assert load_data(tmp_path / "d.npz").notes[0] == note
+
+
+def test_numbers_that_nothing_computes_with(tmp_path):
+    save_file({"x": torch.ones(3, 2).to(torch.float8_e4m3fn), "y": torch.ones(3)}, tmp_path / "d")
+    message = refused(UsageError, tmp_path / "d").message
+    assert message.endswith("array x skipped: of a type that nothing computes with (F8_E4M3)")
 
 
 @pytest.mark.parametrize(
@@ -542,6 +581,60 @@ def test_an_input_without_arrays(tmp_path, monkeypatch):
     with open("e.npy", "wb") as file:
         np.savez(file)
     assert "e.npy: holds no arrays" in str(refused(UsageError, "data.npz", inputs=["e.npy"]))
+
+
+def test_a_folder_of_arrays_with_something_else(tmp_path):
+    np.save(tmp_path / "x.npy", X)
+    (tmp_path / "y.npy").write_text("0,1,1")
+    error = refused(FileError, tmp_path)
+    assert error.message.endswith("y.npy: a text file; expected an npy array")
+
+
+def test_without_pyarrow(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"x": [1.0], "y": [0]}), tmp_path / "d")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    error = refused(UsageError, tmp_path / "d")
+    assert error.message.endswith("d: reading it needs pyarrow, which is not installed")
+    assert error.hint == "pip install pyarrow"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_file_for_which_there_is_no_memory(tmp_path, monkeypatch, error):
+    def load(*_args, **_keywords):
+        raise error
+
+    torch.save({"x": torch.ones(2)}, tmp_path / "d")
+    monkeypatch.setattr(torch, "load", load)
+    message = refused(ResourceError, tmp_path / "d").message
+    assert message.endswith("d: not enough memory to load it")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("\n  first:\nsecond"), "first"),
+        (KeyError("k" * 300), f"KeyError: '{'k' * 196}..."),
+        (EOFError("x"), "it is damaged or cut off"),
+        (ValueError(""), "it is damaged or cut off"),
+    ],
+)
+def test_what_a_reader_raises_is_one_line(error, said):
+    with pytest.raises(FileError) as caught, reading("d", Kind.NPY):
+        raise error
+    assert caught.value.message == f"d: an npy array that cannot be read: {said}"
+
+
+def test_a_digest_of_what_cannot_be_read(tmp_path):
+    with pytest.raises(FileError, match="cannot be read: Is a directory"):
+        sha256(tmp_path)
 
 
 def test_other_kinds(tmp_path):

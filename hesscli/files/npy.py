@@ -49,12 +49,11 @@ def load_npz(path: Path | str) -> NamedArrays:
     with reading(path, Kind.NPZ), zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
-            if name == member.filename:
-                arrays[name] = Unusable("not numbers (a file)")
-                continue
             if name in arrays:
                 raise FileError(f"{path}: holds two arrays called {name}")
-            if member.compress_type == zipfile.ZIP_STORED:
+            if name == member.filename:
+                arrays[name] = Unusable("not numbers (a file)")
+            elif member.compress_type == zipfile.ZIP_STORED:
                 start = _content(file, member)
                 file.seek(start)
                 arrays[name] = _array(path, name, file, member.file_size, start)
