@@ -750,6 +750,11 @@ def test_a_file_with_an_empty_block(cli, odd, blocks):
     assert loaded.gradient("none").shape == (0, 3)
 
 
+def test_a_density_of_nothing(cli, odd):
+    assert cli("compute", *odd, "--params", "none").code == 0
+    assert cli("density").stdout.splitlines()[-2:] == ["density  exact", ""]
+
+
 # --- the operator in Python -----------------------------------------------------------------------
 
 

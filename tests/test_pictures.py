@@ -235,6 +235,18 @@ def test_a_figure_holds_every_name(cli, tmp_path):
     assert [name for name in blocks if f">{name}</text>" not in svg] == []
 
 
+def test_names_for_which_a_figure_has_no_room(cli, tmp_path):
+    write(tmp_path / "h", {f"p{i}": symmetric(1) for i in range(200)})
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        assert cli("show", "h", "--plot", "h.svg", "-q").code == 0
+    svg = (tmp_path / "h.svg").read_text()
+    named = sum(f">p{i}</text>" in svg for i in range(200))
+    assert 50 < named < 200
+    assert f">and {200 - named} smaller</text>" in svg
+
+
 @given(
     st.lists(st.floats(0, 100), min_size=1, max_size=50).map(sorted),
     st.floats(0.01, 2),

@@ -419,6 +419,13 @@ def test_parameters_without_memory(refuses, tmp_path, monkeypatch):
     assert "--arch nets.py:make: builds its parameters on the meta device" in message
 
 
+@pytest.mark.parametrize("as_data", [True, False])
+def test_a_pickle_that_is_none(refuses, as_data):
+    zipped("f.pt", {"a/data.pkl": b"none", "a/version": b"3"})
+    message = refuses("f.pt", "--arch", "mlp", code=3, as_data=as_data)
+    assert "f.pt: damaged: a/data.pkl is no pickle" in message
+
+
 @pytest.mark.parametrize("how", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_a_storage_shorter_than_its_tensor(refuses, tmp_path, how):
     """The checksum is right: a reader that trusts the pickle reads behind the end of the memory."""

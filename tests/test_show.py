@@ -172,6 +172,9 @@ def test_errors(cli, tmp_path):
     assert "cut short" in cli("show", "cut.safetensors").fails(3)
     (tmp_path / "other.safetensors").write_bytes(b"something else, and long enough")
     assert "a text file; expected a Hessian file" in cli("show", "other.safetensors").fails(3)
+    for name in ("folder", "folder.index.json"):
+        (tmp_path / name).mkdir()
+        assert cli("show", name).fails(3) == f"{name}: not a regular file"
     (tmp_path / "other.safetensors").write_bytes(bytes(range(256)))
     assert "not a Hessian file" in cli("show", "other.safetensors").fails(3)
 

@@ -112,7 +112,13 @@ def test_a_density_in_a_format_that_there_is_not(cli, idle):
 
 @pytest.mark.parametrize(
     "command",
-    [("compute", "{}", "d.npz"), ("compute", "net.pt", "{}"), ("show", "{}"), ("merge", "{}")],
+    [
+        ("compute", "{}", "d.npz"),
+        ("compute", "net.pt", "{}"),
+        ("show", "{}"),
+        ("show", "{}.index.json"),
+        ("merge", "{}"),
+    ],
 )
 def test_a_file_that_may_not_be_read(cli, monkeypatch, tmp_path, command):
     (tmp_path / "locked").mkdir()
