@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -17,6 +18,8 @@ import torch
 from conftest import Ran
 from safetensors.torch import save_file
 from torch import nn
+from torch._export.serde.schema import SCHEMA_VERSION
+from torch._export.serde.serialize import serialize
 
 from hesscli.files import zip_files
 
@@ -69,6 +72,38 @@ def zipped(path: str, parts: dict[str, bytes], how: int = zipfile.ZIP_STORED) ->
 def npy(header: str, data: bytes = b"") -> bytes:
     text = header.encode() + b" " * (-(len(header) + 11) % 64) + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
+
+
+def parts_of(path: str) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def torch_saved(content: object) -> bytes:
+    torch.save(content, stream := io.BytesIO())
+    return stream.getvalue()
+
+
+PROGRAM = torch.export.export(nn.Linear(3, 2), (torch.ones(4, 3),))
+
+
+@pytest.fixture
+def old_program() -> dict[str, bytes]:
+    """The parts of a program as torch.export saved it before PyTorch 2.8."""
+    saved = serialize(PROGRAM)
+    return {
+        "version": ".".join(map(str, SCHEMA_VERSION)).encode(),
+        "serialized_exported_program.json": saved.exported_program,
+        "serialized_state_dict.pt": saved.state_dict,
+        "serialized_constants.pt": saved.constants,
+        "serialized_example_inputs.pt": saved.example_inputs,
+    }
+
+
+def test_an_old_exported_program(cli, old_program):
+    zipped("f.pt2", old_program)
+    np.savez("d.npz", x=X, y=Y)
+    assert cli("compute", "f.pt2", "d.npz", "--blocks", "full").code == 0
 
 
 # --- code -------------------------------------------------------------------------------------
@@ -130,10 +165,8 @@ def test_torchscript_that_opens_files(refuses, tmp_path, net, operator):
 
 
 def test_exported_programs_that_open_files(refuses, tmp_path):
-    program = torch.export.export(nn.Linear(3, 2), (torch.ones(4, 3),))
-    torch.export.save(program, tmp_path / "f.pt2")
-    with zipfile.ZipFile(tmp_path / "f.pt2") as archive:
-        parts = {name: archive.read(name) for name in archive.namelist()}
+    torch.export.save(PROGRAM, tmp_path / "f.pt2")
+    parts = parts_of("f.pt2")
     graph = next(name for name in parts if name.endswith("models/model.json"))
     changed = parts[graph].replace(
         b"torch.ops.aten.linear.default", b"torch.ops.aten.from_file.out"
@@ -141,6 +174,64 @@ def test_exported_programs_that_open_files(refuses, tmp_path):
     assert changed != parts[graph]
     zipped(str(tmp_path / "f.pt2"), {**parts, graph: changed})
     assert "call of torch.ops.aten.from_file.out" in refuses("f.pt2", code=3)
+
+
+@pytest.mark.parametrize("end", ["pt", "json"])
+@pytest.mark.parametrize("name", ["state_dict", "constants"])
+def test_pickles_with_code_in_old_exported_programs(refuses, old_program, name, end):
+    zipped("f.pt2", old_program | {f"serialized_{name}.{end}": torch_saved(Trap())})
+    assert "f.pt2: holds pickled Python objects" in refuses("f.pt2", code=3)
+    assert not Path("ran").exists()
+
+
+def test_pickles_with_code_by_names_in_capitals(refuses):
+    """PyTorch's reader finds names in any case."""
+    torch.export.save(PROGRAM, "f.pt2")
+    parts = parts_of("f.pt2")
+    inputs = next(name for name in parts if name.endswith(".pt"))
+    del parts[inputs]
+    zipped("f.pt2", parts | {f"{inputs[:-3]}.PT": torch_saved(Trap())})
+    assert "f.pt2: holds pickled Python objects" in refuses("f.pt2", code=3)
+    zipped("f.pt2", parts | {"f/data/constants/OPAQUE_OBJ_0": torch_saved(Trap())})
+    assert "f.pt2: holds pickled Python objects (opaque" in refuses("f.pt2", code=3)
+    torch.jit.script(Writer()).save("f.pt")
+    zipped("f.pt", {name.replace(".py", ".PY"): each for name, each in parts_of("f.pt").items()})
+    assert "f.pt: TorchScript that opens other files (save)" in refuses("f.pt", code=3)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "context", "said"),
+    [
+        ("builtins.dict", json.dumps([{"__enum__": True, "fqn": "trap:A", "name": "a"}]), "trap:A"),
+        (
+            "collections.defaultdict",
+            {
+                "default_factory_module": "trap",
+                "default_factory_name": "A",
+                "dict_context": json.dumps([]),
+            },
+            "trap",
+        ),
+    ],
+)
+@pytest.mark.parametrize("spec", ["in_spec", "out_spec"])
+def test_exported_programs_that_import_modules(
+    refuses, tmp_path, monkeypatch, kind, context, said, spec
+):
+    """What names the keys of dicts, or makes their values, is looked up by the name of its module."""
+    (tmp_path / "trap.py").write_text("import os\n\nos.mkdir('ran')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.export.save(PROGRAM, "f.pt2")
+    parts = parts_of("f.pt2")
+    graph = next(name for name in parts if name.endswith("models/model.json"))
+    program = json.loads(parts[graph])
+    inner = {"type": kind, "context": context, "children_spec": []}
+    outer = {"type": "builtins.tuple", "context": "null", "children_spec": [inner]}
+    program["graph_module"]["module_call_graph"][0]["signature"][spec] = json.dumps([1, outer])
+    zipped("f.pt2", parts | {graph: json.dumps(program).encode()})
+    assert f"f.pt2: holds pickled Python objects (import of {said})" in refuses("f.pt2", code=3)
+    assert not Path("ran").exists()
 
 
 # --- sizes ------------------------------------------------------------------------------------
@@ -266,6 +357,25 @@ def test_two_members_of_one_name(refuses, tmp_path):
     with zipfile.ZipFile(tmp_path / "f.npz", "a") as archive:
         archive.writestr("x.npy", archive.read("x.npy"))
     assert "holds two files called 'x.npy'" in refuses("f.npz", code=3, as_data=True)
+
+
+def test_members_that_pytorch_takes_for_each_other(refuses, cli):
+    """It compares the bytes of names, in any case; NumPy tells `x` from `X`."""
+    torch.save(nn.Linear(3, 2).state_dict(), "f.pt")
+    parts = parts_of("f.pt")
+    zipped("f.pt", parts | {"F/data/0": b"x"})
+    assert "holds two files called 'F/data/0'" in refuses("f.pt", "--arch", "mlp", code=3)
+    zipped("f.pt", parts | {"f/\N{LATIN SMALL LETTER E WITH ACUTE}": b"x", "f/..": b"x"})
+    content = Path("f.pt").read_bytes()
+    Path("f.pt").write_bytes(
+        content.replace(b"f/..", "f/\N{LATIN SMALL LETTER E WITH ACUTE}".encode())
+    )
+    assert "holds two files called" in refuses("f.pt", "--arch", "mlp", code=3)
+    Path("f.pt").write_bytes(content.replace(b"f/..", b"f/\0a"))
+    assert "holds a file called 'f/\\x00a'" in refuses("f.pt", "--arch", "mlp", code=3)
+    torch.jit.script(nn.Linear(3, 2)).save("good.pt")
+    np.savez("good.npz", x=X, X=X, y=Y)
+    assert cli("compute", "good.pt", "good.npz", "--inputs", "X").code == 0
 
 
 def test_an_index_that_points_out_of_its_folder(refuses, tmp_path):
@@ -433,11 +543,15 @@ def test_a_storage_shorter_than_its_tensor(refuses, tmp_path, how):
     torch.save({"weight": layer.weight.detach()}, tmp_path / "f.pt")
     torch.jit.script(layer).save(str(tmp_path / "s.pt"))
     for file in ("f.pt", "s.pt"):
-        with zipfile.ZipFile(tmp_path / file) as archive:
-            parts = {name: archive.read(name) for name in archive.namelist()}
+        parts = parts_of(file)
         data = next(name for name in parts if name.endswith("/data/0"))
-        zipped(str(tmp_path / file), {**parts, data: parts[data][:40]}, how)
+        zipped(file, {**parts, data: parts[data][:40]}, how)
     words = "data/0 should hold 2400 bytes, 40 are there"
     assert words in refuses("f.pt", "--arch", "mlp", code=3)
     assert words in refuses("f.pt", code=3, as_data=True)
     assert words in refuses("s.pt", code=3)
+    capitals = {
+        name.replace("/data.pkl", "/DATA.PKL"): each for name, each in parts_of("s.pt").items()
+    }
+    zipped("s.pt", capitals, how)
+    assert "s/DATA/0 should hold 2400 bytes, it is missing" in refuses("s.pt", code=3)

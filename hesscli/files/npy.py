@@ -44,7 +44,7 @@ def load_npz(path: Path | str) -> NamedArrays:
         FileError: the file is damaged, or an array holds Python objects.
         ResourceError: what is compressed in it does not fit into the memory.
     """
-    check_zip(path)
+    check_zip(path, by_case=True)
     arrays: NamedArrays = {}
     with reading(path, Kind.NPZ), zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for member in archive.infolist():

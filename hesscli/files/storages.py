@@ -25,9 +25,9 @@ def check_storages(path: Path | str) -> None:
         members = {member.filename: member for member in archive.infolist()}
         for name, member in members.items():
             folder, _, pickled = name.rpartition("/")
-            if pickled not in ("data.pkl", "constants.pkl"):
+            if pickled.lower() not in ("data.pkl", "constants.pkl"):  # any case is PyTorch's
                 continue
-            place = f"{folder}/{pickled.removesuffix('.pkl')}"
+            place = f"{folder}/{pickled[: -len('.pkl')]}"
             try:
                 wanted = InertPickle(read(archive, member)).storages
             except Exception as error:  # the unpickler raises nearly everything

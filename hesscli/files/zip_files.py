@@ -11,12 +11,17 @@ from hesscli.files.resources import available_memory
 from hesscli.files.sniff import COPY_AGAIN
 
 _CHUNK = 1 << 20
+_UTF8 = 0x800  # the flag of a name in UTF-8
 
 
-def check_zip(path: Path | str) -> None:
+def check_zip(path: Path | str, by_case: bool = False) -> None:
     """Names, sizes and checksums, in this order: nothing is unpacked whose size was not looked at.
 
     A flipped bit would otherwise be loaded, and the Hessian would be quietly wrong.
+
+    Args:
+        path: the file.
+        by_case: whether names may differ in nothing but case. PyTorch's reader takes any of these for the other.
 
     Raises:
         FileError: the content is not what was written, or was never meant to be read.
@@ -26,7 +31,7 @@ def check_zip(path: Path | str) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-            _check_names(path, members)
+            _check_names(path, members, by_case)
             _check_sizes(path, members)
             for member in members:
                 name = member.filename
@@ -57,8 +62,8 @@ def stored(path: Path | str) -> bool:
         return all(m.compress_type == zipfile.ZIP_STORED for m in archive.infolist())
 
 
-def _check_names(path: Path | str, members: list[zipfile.ZipInfo]) -> None:
-    seen: set[str] = set()
+def _check_names(path: Path | str, members: list[zipfile.ZipInfo], by_case: bool) -> None:
+    seen: set[bytes] = set()
     for member in members:
         # Nothing is ever unpacked to the disk; but a file that tries is not one to trust.
         parts = member.filename.replace("\\", "/").split("/")
@@ -67,11 +72,19 @@ def _check_names(path: Path | str, members: list[zipfile.ZipInfo]) -> None:
                 f"{path}: holds a file called {member.filename!r}, which points outside it",
                 "do not use this file: no program that saves models writes such names",
             )
-        if member.filename in seen:  # readers differ in which of the two they take
+        # As it is in the file: readers take its bytes for text in different ways.
+        stored_name = member.orig_filename
+        name = stored_name.encode("utf-8" if member.flag_bits & _UTF8 else "cp437")
+        name = name if by_case else name.lower()
+        if name in seen:  # readers differ in which of the two they take
             raise FileError(
                 f"{path}: damaged: holds two files called {member.filename!r}", COPY_AGAIN
             )
-        seen.add(member.filename)
+        if (
+            member.filename != stored_name
+        ):  # Python cuts it, or takes another from a field beside it
+            raise FileError(f"{path}: damaged: holds a file called {stored_name!r}", COPY_AGAIN)
+        seen.add(name)
 
 
 def _check_sizes(path: Path | str, members: list[zipfile.ZipInfo]) -> None:

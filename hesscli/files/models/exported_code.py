@@ -13,10 +13,12 @@ import json
 import re
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from hesscli.files.torch_files import NeedsPickleError, load_weights_only
 
+_PICKLES = ("serialized_state_dict.json", "serialized_constants.json")  # as old files call them
 # Calls that a graph is made of. Anything else under `torch.` could be `torch.load`.
 _TARGET = re.compile(
     r"torch\.ops\.\w+\.\w+(\.\w+)?|torch\.sym_\w+|_operator\.\w+|math\.\w+"
@@ -63,18 +65,17 @@ def refuse_code(path: Path) -> None:
         NeedsPickleError: one of them could run code.
     """
     with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        for name in names:
-            base = name.rpartition("/")[2]
+        for name in archive.namelist():
+            base = name.rpartition("/")[2].lower()  # PyTorch's reader finds names in any case
             if base.startswith("opaque_obj"):
                 raise NeedsPickleError("opaque object")
-            if base.endswith(".pt"):
+            if base.endswith(".pt") or base in _PICKLES:
                 load_weights_only(io.BytesIO(archive.read(name)))
             if base.endswith("_config.json"):
                 for pickled in _pickled_tensors(json.loads(archive.read(name))):
                     content = archive.read(name.rpartition("/")[0] + "/" + pickled)
                     load_weights_only(io.BytesIO(content))
-            if "models/" in name or base == "serialized_exported_program.json":
+            if "models/" in name.lower() or base == "serialized_exported_program.json":
                 _refuse_expressions(json.loads(archive.read(name)))
 
 
@@ -94,6 +95,12 @@ def _refuse_expressions(program: object) -> None:
             pending.extend(value)
         elif isinstance(value, dict):
             pending.extend(value.values())
+            for key in ("in_spec", "out_spec", "context"):
+                with suppress(ValueError):  # JSON in JSON, where it is
+                    pending.append(json.loads(str(value.get(key))))
+            if "__enum__" in value or "default_factory_module" in value:  # of keys and of dicts
+                module = value.get("default_factory_module", value.get("fqn"))
+                raise NeedsPickleError(f"import of {str(module)[:60]}")
             expression, target = value.get("expr_str"), value.get("target")
             if isinstance(expression, str) and not _is_arithmetic(expression):
                 raise NeedsPickleError(f"expression {expression[:60]!r}")

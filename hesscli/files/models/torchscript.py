@@ -77,7 +77,8 @@ def _refuse_files(path: Path, hint: str) -> None:
     """Looks at all the code in the archive before any of it is run."""
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
-            code = read(archive, member) if member.filename.endswith(".py") else b""
+            is_code = member.filename.lower().endswith(".py")  # in any case, as PyTorch reads it
+            code = read(archive, member) if is_code else b""
             if found := _FILES.search(code):
                 raise FileError(
                     f"{path}: TorchScript that opens other files ({found[1].decode()})", hint
