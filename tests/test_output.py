@@ -9,14 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hesscli.cli import output
+from hesscli.cli.density import print_density
 from hesscli.cli.diff import print_difference
-from hesscli.cli.eigen import print_eigenpairs
+from hesscli.cli.eigen import print_eigenpairs, print_extremes
+from hesscli.cli.heatmap import draw, room
+from hesscli.cli.hvp import print_products
 from hesscli.cli.numbers import error, number, seconds
 from hesscli.cli.output import Output
 from hesscli.cli.summary import WIDE, print_block, print_hessian, print_plan
+from hesscli.cli.trace import print_traces
+from hesscli.job.picture import Picture, Region
 from hesscli.job.sizes import size
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -24,9 +30,18 @@ PRINTERS = {
     "compute": print_hessian,
     "plan": print_plan,
     "eigen": print_eigenpairs,
+    "eigen_of_model": print_eigenpairs,
+    "extremes": print_extremes,
     "wide": partial(print_hessian, columns=WIDE),
     "block": print_block,
     "diff": print_difference,
+    "trace": print_traces,
+    "density": print_density,
+    "density_of_model": print_density,
+    "products": print_products,
+    "term": print_products,
+    "heatmap": draw,
+    "heatmap_of_elements": draw,
 }
 
 
@@ -178,8 +193,80 @@ def eigen() -> dict[str, Any]:
     }
 
 
+def of_model() -> dict[str, Any]:
+    """What every command says that forms no matrix."""
+    parameters = [{"name": each["name"], "shape": each["shape"]} for each in compute()["blocks"]]
+    return compute() | {"size": 4113, "method": "hvp", "products": 81, "parameters": parameters}
+
+
+def eigen_of_model() -> dict[str, Any]:
+    found = {"which": "both", "eigenvalues": [12.5, -0.25], "residuals": [2e-4, 1e-3]}
+    return of_model() | found | {"blocks": ["hessian"] * 2, "products": 1}
+
+
+def extremes() -> dict[str, Any]:
+    return of_model() | {
+        "eigenvalues": [1.5861, -0.0512345678, 2.5],
+        "residuals": [1e-4, 3e-4, 0.0],
+        "blocks": ["fc1.weight", "fc1.weight", "scale"],
+    }
+
+
+def trace() -> dict[str, Any]:
+    rows = [
+        (7.6312, 0.0, 0.00745),
+        (-0.0381234, 0.00123, -0.00238),
+        (float("nan"),) * 3,
+        (0.0,) * 3,
+    ]
+    keys = ("trace", "standard_error", "mean")
+    document = of_model()
+    for block, row in zip(document["blocks"], rows, strict=True):
+        block |= dict(zip(keys, row, strict=True))
+    document["total"] |= dict(zip(keys, (1008.8214, 12.3, 0.245), strict=True))
+    return document
+
+
+def density() -> dict[str, Any]:
+    mass = [0.0, 1e-17, 0.01, 0.02, 0.0, 0.6, 0.27, 0.1]
+    edges = [-0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5]
+    file = {"hessian": "h.safetensors", "structure": "full", "curvature": "ggn", "size": 100}
+    return file | {"exact": True, "histogram": {"edges": edges, "mass": mass}}
+
+
+def density_of_model() -> dict[str, Any]:
+    found = {"edges": [-1e-9, 1e-9, 3e-9], "mass": [0.25, 0.75]}
+    return of_model() | {"exact": False, "probes": 1, "steps": 80, "histogram": found}
+
+
+def products() -> dict[str, Any]:
+    document = of_model() | {"per_fedavg": None, "vector": "v.safetensors"}
+    for i, facts in enumerate([*document["blocks"], document["total"]]):
+        facts |= {"vector_norm": 10.0 * i, "product_norm": 0.125 * i}
+    return document | {"rayleigh": [1.5, -2.0, None, 3.0, 4.0, 5.0]}
+
+
+def term() -> dict[str, Any]:
+    return products() | {"per_fedavg": 0.01, "query": {"path": "query.npz"}, "vector": None}
+
+
+def heatmap() -> Picture:
+    cells = np.array([[1.0, 0.1, 0.0], [0.1, 1e-3, 1e-6], [0.0, 1e-6, 1e-9]])
+    regions = (Region("first", 0, 2), Region("a.long.name" * 5, 2, 2.01), Region("third", 2.01, 3))
+    return Picture(cells, regions, 300, diagonal=False)
+
+
+def heatmap_of_elements() -> Picture:
+    cells = np.array([[2.0, 0.0, 1.0, 1e-3], [1.0, 0.5, 0.25, 0.125]])
+    return Picture(cells, (Region("weight", 0, 1), Region("bias", 1, 2)), 12, diagonal=True)
+
+
 def show(
-    table: str, document: dict[str, Any], stream: Stream, markdown: bool = False, **options: Any
+    table: str,
+    document: dict[str, Any] | Picture,
+    stream: Stream,
+    markdown: bool = False,
+    **options: Any,
 ) -> str:
     with Output(**options) as out:
         out.use_markdown(markdown)
@@ -199,9 +286,18 @@ DOCUMENTS = {
     "compute": compute,
     "plan": plan,
     "eigen": eigen,
+    "eigen_of_model": eigen_of_model,
+    "extremes": extremes,
     "wide": wide,
     "block": one,
     "diff": diff,
+    "trace": trace,
+    "density": density,
+    "density_of_model": density_of_model,
+    "products": products,
+    "term": term,
+    "heatmap": heatmap,
+    "heatmap_of_elements": heatmap_of_elements,
 }
 
 
@@ -217,7 +313,7 @@ def test_golden_table(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(line == line.rstrip() for line in printed.splitlines())
 
 
-@pytest.mark.parametrize("table", ["compute", "diff"])
+@pytest.mark.parametrize("table", ["compute", "diff", "heatmap"])
 def test_golden_markdown(table: str) -> None:
     printed = show(table, DOCUMENTS[table](), Stream(), markdown=True)
     golden = GOLDEN / f"{table}.md"
@@ -295,6 +391,46 @@ def test_ascii_streams() -> None:
     assert printed.isascii()
     assert r"\u03bb.weight" in printed
     assert "\N{GREEK SMALL LETTER LAMDA}.weight" in show("compute", document, Stream())
+
+
+def test_bars_in_ascii() -> None:
+    printed = show("density", density(), Stream("ascii"))
+    bars = [line.partition("%")[0].count("#") for line in printed.splitlines() if " to " in line]
+    drawn = [line.count("█") for line in show("density", density(), Stream()).splitlines()]
+    assert printed.isascii()
+    assert [abs(a - b) <= 1 for a, b in zip(bars, drawn[-8:], strict=True)] == [True] * 8
+    assert max(bars) > 40
+
+
+@pytest.mark.parametrize(("columns", "longest"), [(40, 38), (70, 68), (300, 98)])
+def test_bars_end_at_the_edge_of_a_terminal(
+    columns: int, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    document = density()
+    document["histogram"]["mass"] = [1.0] + [0.0] * 7
+    lines = show("density", document, Stream(terminal=True)).splitlines()
+    assert len(next(line for line in lines if "█" in line)) == longest
+
+
+@pytest.mark.parametrize(
+    ("columns", "lines", "terminal", "cells"),
+    [
+        (100, 40, True, 60),
+        (100, 20, True, 48),
+        (100, 40, False, 74),
+        (20, 40, True, 12),
+        (9, 9, True, 8),
+    ],
+)
+def test_a_heatmap_fits_a_terminal(
+    columns: int, lines: int, terminal: bool, cells: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("LINES", str(lines))
+    with Output() as out:
+        out.stream = Stream(terminal=terminal)
+        assert room(out) == cells
 
 
 def test_one_block_has_no_total() -> None:
