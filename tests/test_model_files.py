@@ -967,6 +967,12 @@ def number():
 def broken():
     raise RuntimeError("no way")
 
+def of_words(*sizes, width):
+    return Net(width)
+
+def leaving():
+    raise SystemExit("bye")
+
 ready = nn.Linear(2, 2)
 constant = 5
 """
@@ -1034,6 +1040,9 @@ def test_what_scripts_leave_on_ends_with_them(nets, left, inside):
         ("code/nets.py", {}, "expected PKG.MOD:FACTORY, FILE.py:FACTORY, ", "nets.py:FACTORY"),
         ("MLP", {}, "expected PKG.MOD:FACTORY, FILE.py:FACTORY, ", "--arch mlp"),
         ("torch:matmul", {}, "matmul raised TypeError", "--debug"),
+        (":", {}, "expected PKG.MOD:FACTORY, FILE.py:FACTORY, ", "--arch mypkg:nets"),
+        ("nets:", {}, "expected PKG.MOD:FACTORY, FILE.py:FACTORY, ", "--arch nets:FACTORY"),
+        ("my.nets-2", {}, "expected PKG.MOD:FACTORY, FILE.py:FACTORY, ", "my.nets-2:FACTORY"),
         ("no.py:Net", {}, "no such file: no.py", "path/to/net.py:FACTORY"),
         ("no_such:Net", {}, "no module named no_such", "path/to/no_such.py:FACTORY"),
         ("no such:Net", {}, "no module named no such", "--arch 'path/to/no such.py:FACTORY'"),
@@ -1045,6 +1054,9 @@ def test_what_scripts_leave_on_ends_with_them(nets, left, inside):
         ("nets_of_test:broken", {}, "raised RuntimeError: no way", "--debug"),
         ("nets_of_test:Net", {"width": (4, 5)}, "raised TypeError", "--debug"),
         ("nets_of_test:Net", {"act": "$(x)"}, "raised TypeError", "--arch-arg 'act=$(x)'"),
+        ("nets_of_test:make", {"width": 4, "no": 1}, "raised TypeError", "--debug"),
+        ("nets_of_test:of_words", {}, "raised TypeError", ":of_words --arch-arg width=VALUE"),
+        ("nets_of_test:leaving", {}, "raised SystemExit: bye", "--debug"),
         ("nets_of_test:number", {}, "returned a int; expected an nn.Module", "from number"),
         ("nets_of_test:constant", {}, "constant is a int", ":FACTORY"),
         ("nets_of_test:ready", {"a": 1}, "takes no --arch-arg (a)", "--arch nets_of_test:ready"),
@@ -1134,6 +1146,8 @@ def test_the_order_of_unnumbered_layers_is_the_files():
     same = {"inner.weight": torch.ones(3, 3), "body.weight": torch.ones(3, 3)}
     with pytest.raises(MismatchError, match="do not tell the order of the layers"):
         build("mlp", {"activation": "relu"}, same)
+    numbered = {"a10.weight": torch.ones(3, 3), "a9.weight": torch.ones(3, 3)}
+    assert str(build("mlp", {"activation": "relu"}, numbered)) == "a9 (3 -> 3), a10 (3 -> 3)"
 
 
 @pytest.mark.parametrize(
@@ -1152,6 +1166,8 @@ def test_the_order_of_unnumbered_layers_is_the_files():
         ({"a.weight": (4, 3), "a.bias": (3,)}, {}, MismatchError, "a.bias [3] does not belong"),
         ({"c.weight": (4, 3, 3, 3)}, {}, MismatchError, "not c.weight [4, 3, 3, 3]"),
         ({"a.weight": (4, 3), "n.running_mean": (4,)}, {}, MismatchError, "not n.running_mean [4]"),
+        ({"weight": (3, 3), "a.weight": (2, 3)}, {}, MismatchError, "not weight [3, 3]"),
+        ({"a.weight": (4, 3)}, {"activation": 3}, UsageError, "no activation is called 3"),
     ],
 )
 def test_weights_that_are_no_mlp(shapes, arguments, error, words):

@@ -41,8 +41,8 @@ def build(
     """
     if arch == "mlp":
         return build_mlp(state_dict, arch_arguments)
-    source, colon, attribute = arch.rpartition(":")
-    if not colon or not source or not attribute:
+    source, _, attribute = arch.rpartition(":")
+    if not source or not attribute:
         raise UsageError(f"--arch {arch}: expected {_FORMS}", f"--arch {shlex.quote(_guess(arch))}")
     with importable():
         if source in ("transformers", "timm"):

@@ -95,16 +95,17 @@ def _activation(name: object) -> nn.Module:
 def _layers(state_dict: Mapping[str, torch.Tensor]) -> dict[str, nn.Linear]:
     """The linear layers by name, in the order they are applied."""
     weights = {
-        key.rpartition("weight")[0].removesuffix("."): value
+        key.rpartition(".")[0]: value
         for key, value in state_dict.items()
-        if (key == "weight" or key.endswith(".weight")) and value.dim() == 2
+        if key.rpartition(".")[2] == "weight" and value.dim() == 2
     }
-    owned = {_join(path, kind) for path in weights for kind in ("weight", "bias")}
+    known = [path for path in weights if path or len(weights) == 1]  # without a name only alone
+    owned = {_join(path, kind) for path in known for kind in ("weight", "bias")}
     others = [key for key in state_dict if key not in owned]
-    if others or not weights:
-        what = f"{others[0]} {list(state_dict[others[0]].shape)}" if others else "an empty file"
+    if others:
         raise MismatchError(
-            f"--arch mlp: knows linear layers only (2-D weights and their biases), not {what}",
+            "--arch mlp: knows linear layers only (2-D weights and their biases), not "
+            f"{others[0]} {list(state_dict[others[0]].shape)}",
             _FACTORY_HINT,
         )
     for path, weight in weights.items():
@@ -150,9 +151,9 @@ def _chains(order: Sequence[str], weights: Mapping[str, torch.Tensor]) -> bool:
     return all(weights[a].shape[0] == weights[b].shape[1] for a, b in pairwise(order))
 
 
-def _natural(name: str) -> list[tuple[bool, int, str]]:
-    parts = re.findall(r"\d+|\D+", name)
-    return [(False, int(p), "") if p.isdecimal() else (True, 0, p) for p in parts]
+def _natural(name: str) -> list[str | int]:
+    """Text and numbers in turn, text first."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _join(path: str, kind: str) -> str:
