@@ -137,6 +137,8 @@ def test_ignored_classes_of_probabilities():
         (4, F.one_hot(CLASSES, 4), "store the class numbers: y.argmax(1)"),
         (5, F.one_hot(CLASSES, 4), "store the class numbers: y.argmax(1)"),
         (5, 2 * F.one_hot(CLASSES, 4), None),
+        (4, F.one_hot(CLASSES, 4) + F.one_hot(3 - CLASSES, 4), "--loss bce-with-logits"),
+        (4, 3 * F.one_hot(CLASSES, 4), "--loss mse"),
         (4, CLASSES[:, None], "store the class numbers without that axis: y.squeeze(1)"),
     ],
 )

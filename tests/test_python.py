@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import os
 import pickle
 import random
@@ -19,7 +20,7 @@ from conftest import read
 from hessian_files import symmetric, write
 from oracles import relative_error
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import hesscli
 
@@ -396,7 +397,15 @@ def test_compute_errors(net):
         ("threads", 0, "from 1 on"),
         ("memory", "4 GB", "from 1 on"),
         ("max_shard_size", "1 GB", "from 1 on"),
+        ("threads", 4097, "from 1 to 4096"),
         ("scale", 0.5, "a dict"),
+        ("scale", {"x": "1/255"}, "a dict of numbers"),
+        ("scale", {"x": None}, "a dict of numbers"),
+        ("scale", {"x": math.nan}, "a dict of numbers"),
+        ("arch", nn.Linear, "None, or a str"),
+        ("targets", Y, "None, or a str"),
+        ("output_key", 1.0, "None, or a str"),
+        ("output", 3, "None, or a path"),
         ("seed", "a", "a whole number"),
         ("seed", 2**64, "64 bits"),
         ("params", None, "a str, or several"),
@@ -417,6 +426,7 @@ def test_wrong_options(net, option, value, wanted):
     with pytest.raises(hesscli.HesscliError) as caught:
         hesscli.compute(net, (X, Y), **{option: value})
     assert caught.value.message.startswith(f"{option} is ")
+    assert "\n" not in caught.value.message
     assert wanted in caught.value.message
     assert caught.value.exit_code == 2
 
@@ -690,6 +700,35 @@ def test_several_inputs_side_by_side_are_refused_with_how_they_are_given() -> No
         with pytest.raises(hesscli.HesscliError) as caught:
             hesscli.compute(model, data)
         assert isinstance(eval(caught.value.hint or ""), hesscli.Hessian)
+
+
+def test_data_sets_and_loaders_are_refused_with_how_they_become_arrays() -> None:
+    model, x, y = nn.Linear(3, 1), X[:, :3], X[:, :1]
+    truth = hesscli.compute(model, (x[:4], y[:4]), framework="torch").block("weight")
+    dataset = Subset(TensorDataset(x, y), range(4))
+    loader = DataLoader(dataset, batch_size=2, shuffle=True)
+    for data in (dataset, loader):
+        with pytest.raises(hesscli.HesscliError, match="expected \\(inputs, targets\\)") as caught:
+            hesscli.compute(model, data)
+        found = eval(caught.value.hint or "")
+        torch.testing.assert_close(torch.tensor(found.block("weight")), truth)
+
+
+def test_the_place_of_an_output_is_a_number() -> None:
+    class Two(nn.Linear):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return 3 * super().forward(x), super().forward(x)
+
+    model = Two(3, 1).double()
+    truth = 2 * X.T @ X / len(X)  # of the mean squared error
+    for place in (1, np.int64(-1)):
+        found = hesscli.compute(model, (X, X[:, :1]), output_key=place).block("weight")
+        assert relative_error(torch.tensor(found), truth) < 1e-12
+
+
+def test_a_factor_of_numpy() -> None:
+    found = hesscli.compute(nn.Linear(3, 1).double(), (X, X[:, :1]), scale={"x": np.float32(0.5)})
+    assert relative_error(torch.tensor(found.block("weight")), X.T @ X / len(X) / 2) < 1e-12
 
 
 @pytest.mark.parametrize("pair", [tuple, list])

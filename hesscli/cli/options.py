@@ -10,7 +10,14 @@ import typer
 from hesscli.cli.completion import parameter_names
 from hesscli.cli.values import digits, factors, key_values, sample_range
 from hesscli.errors import UsageError
-from hesscli.job.options import Curvature, DType, Method, ProblemOptions, Reduction
+from hesscli.job.options import (
+    MOST_THREADS,
+    Curvature,
+    DType,
+    Method,
+    ProblemOptions,
+    Reduction,
+)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
@@ -134,7 +141,7 @@ def problem_options(
     ] = 0,
     threads: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, max=4096, help="CPU threads.", show_default="all"),
+        typer.Option(metavar="N", min=1, max=MOST_THREADS, help="CPU threads.", show_default="all"),
     ] = None,
     allow_pickle: Annotated[
         bool,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -13,7 +15,7 @@ from hesscli.errors import InterruptedRun, UsageError
 from hesscli.files.hessians.hessian_file import read_hessian
 from hesscli.job.compute import compute as run
 from hesscli.job.loaded import Framework, Hessian, converter
-from hesscli.job.options import ComputeOptions, Listener
+from hesscli.job.options import ComputeOptions, Listener, wrong_option
 from hesscli.job.setup.given import DataLike, Folder, LossFunction, Model, PathLike, given
 
 
@@ -60,6 +62,8 @@ def compute(
         HesscliError: as the command; `hesscli.errors` has the kinds. `hint` speaks of the command line.
         KeyboardInterrupt: Ctrl-C; where parts of an `output` are kept, for `resume=True`, it says how many.
     """
+    if not isinstance(output, (str, os.PathLike, NoneType)):
+        raise wrong_option("output", output, "None, or a path")
     convert, folder = converter(framework), Folder()
     path = folder.path / "hessian.safetensors" if output is None else Path(output)
     options |= {"loss": loss, "blocks": blocks, "output": path}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from hesscli.files.models.model_file import SavedModel
 
 EVERY = "*"  # every input
+MOST_THREADS = 4096  # many more end the process
 Progress = Callable[[int, int, str], None]  # hears how much is done, of how much, and of what
 
 Reduction = Literal["mean", "sum"]
@@ -40,12 +42,20 @@ class Listener:
         """How far the work has come."""
 
 
-def _wrong(name: str, value: object, expected: str) -> UsageError:
-    return UsageError(f"{name} is {value!r}; expected: {expected}")
+def wrong_option(name: str, value: object, expected: str) -> UsageError:
+    """What to say of an option with a value that it cannot have; of a large one, an array say, its type."""
+    found = repr(value)
+    if len(found) > 80 or "\n" in found:
+        found = f"a {type(value).__name__}"
+    return UsageError(f"{name} is {found}; expected: {expected}")
 
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_factor(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def _names(option: str, given: object) -> tuple[str, ...]:
@@ -53,7 +63,7 @@ def _names(option: str, given: object) -> tuple[str, ...]:
         return (given,)
     names = tuple(given) if isinstance(given, Iterable) else (None,)
     if not all(isinstance(name, str) for name in names):
-        raise _wrong(option, given, "a str, or several")
+        raise wrong_option(option, given, "a str, or several")
     return names
 
 
@@ -122,28 +132,38 @@ class ProblemOptions:
         object.__setattr__(self, "device", str(self.device))
         if vars(self)["batch_size"] == "auto":  # as on the command line
             object.__setattr__(self, "batch_size", None)
+        if _is_whole(self.output_key):
+            object.__setattr__(self, "output_key", str(self.output_key))
         for each in fields(self):
             self._demand_type(each.name, str(each.type), getattr(self, each.name))
         for name in ("loss_arguments", "arch_arguments", "scale"):
             if not isinstance(getattr(self, name), Mapping):
-                raise _wrong(name, getattr(self, name), "a dict")
+                raise wrong_option(name, getattr(self, name), "a dict")
+        if not all(map(_is_factor, self.scale.values())):
+            raise wrong_option("scale", self.scale, 'a dict of numbers, as {"x": 1 / 255}')
+        object.__setattr__(self, "scale", {name: float(f) for name, f in self.scale.items()})
+        if self.threads is not None and self.threads > MOST_THREADS:
+            expected = f"None, or a whole number from 1 to {MOST_THREADS}"
+            raise wrong_option("threads", self.threads, expected)
         if not (_is_whole(self.seed) and -(2**63) <= self.seed < 2**64):
-            raise _wrong("seed", self.seed, "a whole number of 64 bits")
+            raise wrong_option("seed", self.seed, "a whole number of 64 bits")
         object.__setattr__(self, "seed", int(self.seed))
         if not (isinstance(self.loss, str) or callable(self.loss)):
-            raise _wrong("loss", self.loss, "a name, or a function of output and targets")
+            raise wrong_option("loss", self.loss, "a name, or a function of output and targets")
         if self.samples is not None and not _is_range(self.samples):
-            raise _wrong("samples", self.samples, "None, or (from, up to)")
+            raise wrong_option("samples", self.samples, "None, or (from, up to)")
 
     def _demand_type(self, name: str, kind: str, value: Any) -> None:
         """Refuses a value that an option of this type cannot have."""
         if kind in _CHOICES and value not in _CHOICES[kind]:
-            raise _wrong(name, value, ", ".join(_CHOICES[kind]))
+            raise wrong_option(name, value, ", ".join(_CHOICES[kind]))
+        if kind == "str | None" and not (value is None or isinstance(value, str)):
+            raise wrong_option(name, value, "None, or a str")
         if kind == "bool" and not isinstance(value, bool):
-            raise _wrong(name, value, "True or False")
+            raise wrong_option(name, value, "True or False")
         if kind == "int | None" and value is not None:
             if not (_is_whole(value) and value > 0):
-                raise _wrong(name, value, "None, or a whole number from 1 on")
+                raise wrong_option(name, value, "None, or a whole number from 1 on")
             object.__setattr__(self, name, int(value))
 
 
@@ -162,7 +182,7 @@ class ComputeOptions(ProblemOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shard is not None and not _is_shard(self.shard):
-            raise _wrong("shard", self.shard, "None, or (I, N) with I from 1 to N")
+            raise wrong_option("shard", self.shard, "None, or (I, N) with I from 1 to N")
 
 
 def command_of(options: ComputeOptions) -> dict[str, Any]:

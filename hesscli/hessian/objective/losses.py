@@ -230,10 +230,12 @@ def _range_hint(first: int, last: int, classes: int) -> str | None:
 def _column_hint(output: Tensor, target: Tensor, axis: int) -> str | None:
     """What to do about targets with an axis that class numbers do not have."""
     same = output.shape == target.shape
-    if target.dim() > axis and target.shape[axis] > 1:
-        marks = bool(((target == 0) | (target == 1)).all())
-        if same or (marks and bool((target.sum(axis) == 1).all())):
+    several = target.dim() > axis and target.shape[axis] > 1
+    if several and bool(((target == 0) | (target == 1)).all()):
+        if bool((target.sum(axis) == 1).all()):
             return f"store the class numbers: y.argmax({axis})"
+        if same:  # several classes may hold, or none
+            return "--loss bce-with-logits"
     if output.dim() == target.dim() and output.shape[axis] > 1 and target.shape[axis] == 1:
         return f"store the class numbers without that axis: y.squeeze({axis})"
     return "--loss mse" if same else None

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from hesscli.errors import HesscliError, UsageError
 from hesscli.files.models.live_models import live_model
@@ -34,6 +34,7 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 Options = TypeVar("Options", bound=ProblemOptions)
 
 SEVERAL_INPUTS = """hesscli.compute(model, {"a": a, "b": b, "y": y}, inputs=("a", "b"))"""
+COLLATED = "hesscli.compute(model, torch.utils.data.default_collate(list({})))"
 
 
 class Folder:
@@ -121,6 +122,10 @@ def _tensors(data: object) -> dict[str, Tensor]:
         found, hint = _kind(data), None
         if isinstance(data, (tuple, list)):
             found, hint = f"{len(data)} arrays", SEVERAL_INPUTS
+        elif isinstance(data, DataLoader):
+            hint = COLLATED.format("loader.dataset")
+        elif isinstance(data, Dataset):
+            hint = COLLATED.format("dataset")
         expected = "expected (inputs, targets), or a dict of named arrays"
         raise UsageError(f"data: {found}; {expected}", hint)
     tensors = {}
