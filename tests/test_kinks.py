@@ -1062,6 +1062,28 @@ def test_a_gradient_that_is_no_functions_is_refused(blocks):
         hesscli.compute(model, (x, y), blocks=blocks)
 
 
+class ShiftedScores(nn.Module):
+    """A parameter of which a softmax leaves no trace, before a Function."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2, bias=False)
+        self.shift = nn.Parameter(torch.randn(12, 1))
+
+    def forward(self, x):
+        return Once.apply(torch.softmax(self.a(x) + self.shift, 1), self.b.weight) ** 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_block_of_differences_that_is_zero_but_for_rounding(seed):
+    torch.manual_seed(0)
+    model = ShiftedScores().double()
+    x, y = torch.randn(12, 3, dtype=torch.float64), torch.randn(12, 2, dtype=torch.float64)
+    options = {"params": "shift", "method": "finite-difference", "seed": seed}
+    found = hesscli.compute(model, (x, y), blocks="elements", batch_size=12, **options)
+    assert abs(found.block("shift")).max() < 1e-8
+
+
 class Target(nn.Module):
     """A target of its own, which a Function makes without gradients."""
 

@@ -208,7 +208,8 @@ class Certificate:
         """|<u, H v> - <v, H u>| over the greater of |H u| and |H v|, for random u and v, with H v by differences alone.
 
         What PyTorch says is a gradient may be that of no function: where a kernel's backward pass is wrong, or a score
-        is lost in a mask. Two differences with other steps agree all the same.
+        is lost in a mask. Two differences with other steps agree all the same. Of a block that is zero but for rounding
+        it is, as in `_best`, its share of what rounding explains.
         """
         generator = self._generator(block)
         vectors = torch.randn(2, block.size, generator=generator, dtype=torch.float64)
@@ -216,7 +217,15 @@ class Certificate:
         multiply = Differences(self.problem.restricted(block.parameters))
         along_u, along_v = multiply(u), multiply(v)
         size = max(float(torch.linalg.norm(along_u)), float(torch.linalg.norm(along_v)))
-        return abs(float(u @ along_v - v @ along_u)) / size if size else 0.0
+        difference = abs(float(u @ along_v - v @ along_u))
+        noise = self._rounding(self.along(block, v).scale * _STEPS[self.problem.dtype][-1])
+        if difference > noise:
+            return difference / size
+        return self.tolerance * difference / noise if difference else 0.0
+
+    def _rounding(self, step: float) -> float:
+        """What rounding makes of a difference quotient of gradients with this step."""
+        return _ROUNDING[self.problem.dtype] * self.gradient_norm / step
 
     def passed(self, error: float) -> bool:
         return error <= self.tolerance
@@ -261,7 +270,7 @@ class Certificate:
     def _noise(self, comparison: Comparison, step: float, difference: float) -> float:
         """How much of a difference rounding in the quotient explains; and in the block, where that is only noise."""
         scale = comparison.along.scale
-        noise = _ROUNDING[self.problem.dtype] * self.gradient_norm / (step * scale)
+        noise = self._rounding(step * scale)
         of_block = _ROUNDING[self.dtype] * self.gradient_norm / scale
         if self.dtype == self.problem.dtype or difference > noise + of_block:
             return noise  # two more gradients would not change the verdict
