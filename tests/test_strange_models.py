@@ -446,6 +446,54 @@ def test_every_pass_begins_with_the_buffers_as_saved():
     assert float(model.range) == 0.5
 
 
+class Observing(nn.Module):
+    """Keeps its range by PyTorch's fused observer, which leaves buffers in the version that they had."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(2, 1)
+        self.register_buffer("low", torch.tensor(-0.5))
+        self.register_buffer("high", torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        on, scale, zero = torch.ones(1), torch.ones(1), torch.zeros(1, dtype=torch.int32)
+        of_bits = 0.1, 0, 255, 0, False, False
+        torch.fused_moving_avg_obs_fake_quant(
+            x.detach().float(), on.long(), on.long(), self.low, self.high, scale, zero, *of_bits
+        )
+        return torch.tanh(self.a(x) / self.high)
+
+
+class Tracking(nn.Module):
+    """Has a batch norm track what a layer goes by: nor does that give its buffers a new version."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(2, 1)
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("var", torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        nn.functional.batch_norm(x.detach(), self.mean, self.var, training=True)
+        return torch.tanh(self.a(x) / self.var.mean())
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Observing, "high"), (Tracking, "var")])
+def test_buffers_that_are_written_to_without_a_new_version(kind, name):
+    torch.manual_seed(0)
+    model, once = kind(), kind()
+    once.load_state_dict(model.state_dict())
+    kept = model.get_buffer(name).clone()
+    found = hesscli.compute(model, (X.float(), Y.float()), blocks="full", framework="torch")
+    once(X.float())
+    scale = once.get_buffer(name).double().mean()
+    assert abs(scale - kept.mean()) > 1e-3
+    assert torch.equal(model.get_buffer(name), kept)
+    once.double().forward = lambda x: torch.tanh(once.a(x) / scale)
+    truth = hessian(once, nn.functional.mse_loss, (X,), Y)
+    torch.testing.assert_close(found.matrix().double(), truth, rtol=1e-4, atol=1e-5)
+
+
 class Moving(nn.Module):
     """Replaces its buffer in every pass."""
 

@@ -8,11 +8,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from hesscli.hessian.objective.kept import restores
 
 Place = tuple[int, str]  # which module, and the buffer's name in it
 Saved = tuple[Tensor, int, Tensor]  # a buffer, its version, and a copy of it
+
+_MOST = (
+    1 << 16
+)  # entries of a buffer that an operator writes to without saying so: it has a few of each channel
 
 _SAVED: WeakKeyDictionary[nn.Module, dict[Place, Saved | None]] = WeakKeyDictionary()
 
@@ -60,7 +65,7 @@ def _put_back(module: nn.Module, saved: dict[Place, Saved | None]) -> None:
             part._buffers[name] = None
             continue
         buffer, version, copy = place
-        if buffer._version != version:
+        if buffer._version != version or _written_unsaid(part, buffer, copy):
             if id(buffer) not in fresh:
                 fresh[id(buffer)] = copy.clone()
             new = fresh[id(buffer)]
@@ -68,6 +73,17 @@ def _put_back(module: nn.Module, saved: dict[Place, Saved | None]) -> None:
             part._buffers[name] = new
         elif current is not buffer:
             part._buffers[name] = buffer
+
+
+def _written_unsaid(part: nn.Module, buffer: Tensor, before: Tensor) -> bool:
+    """Whether a buffer has other numbers in the same version, as the fused observer of PyTorch's quantization leaves
+    it, and a batch norm that tracks.
+    """
+    if isinstance(part, _NormBase) and not part.training:
+        return False  # most buffers are such, and to ask costs a GPU time
+    if buffer.numel() > _MOST or buffer.layout is not torch.strided:
+        return False
+    return not (buffer.is_meta or buffer.is_quantized or torch.equal(buffer, before))
 
 
 def _saved(module: nn.Module) -> dict[Place, Saved | None]:
