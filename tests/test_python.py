@@ -687,6 +687,12 @@ def test_arrays_as_they_may_lie(net: Net, inputs: object) -> None:
             "data: x is nested; expected a dense",
         ),
         (np.ma.array([[1.0, 2, 3]], mask=[[0, 1, 0]]), "data: x is a MaskedArray; expected an"),
+        (
+            torch.quantize_per_tensor(torch.ones(4, 3), 0.1, 0, torch.qint8),
+            "data: x is quantized; expected a dense",
+        ),
+        (np.array([["a", "b", "c"]]), "data: x is a ndarray of <U1; expected an array"),
+        (np.zeros((4, 3), "M8[s]"), "data: x is a ndarray of datetime"),
     ],
 )
 def test_data_that_is_none(data: object, said: str) -> None:
@@ -712,6 +718,33 @@ def test_data_sets_and_loaders_are_refused_with_how_they_become_arrays() -> None
             hesscli.compute(model, data)
         found = eval(caught.value.hint or "")
         torch.testing.assert_close(torch.tensor(found.block("weight")), truth)
+
+
+@pytest.mark.parametrize("of", [np.longdouble, object])
+def test_arrays_of_which_torch_has_no_type_are_refused_with_what_they_become(of: type) -> None:
+    x, y = X.numpy().astype(of), X[:, :1]
+    with pytest.raises(hesscli.HesscliError, match="expected an array") as caught:
+        hesscli.compute(nn.Linear(3, 1), (x, y))
+    assert caught.value.hint == 'x = x.astype("float64")'
+    exec(caught.value.hint, names := {"x": x})
+    hesscli.compute(nn.Linear(3, 1), (names["x"], y))
+
+
+def test_words_for_classes_are_refused_with_how_they_become_numbers() -> None:
+    words = np.array(["cat", "dog", "cow"] * 4)
+    for y in (words, words.astype(object)):
+        with pytest.raises(hesscli.HesscliError, match="y is a ndarray of words") as caught:
+            hesscli.compute(nn.Linear(3, 3), (X, y))
+        assert (caught.value.hint or "").endswith("y = pandas.factorize(y)[0]")
+
+
+def test_an_exported_module(net: Net) -> None:
+    whole, program = truth(net), torch.export.export(net.eval(), (X,))
+    with pytest.raises(hesscli.HesscliError, match="a ExportedProgram; expected") as caught:
+        hesscli.compute(program, (X, Y))
+    assert caught.value.hint == "hesscli.compute(model.module(), data)"
+    found = hesscli.compute(program.module(), (X, Y), blocks="full", framework="torch")
+    torch.testing.assert_close(found.matrix(), whole)
 
 
 def test_the_place_of_an_output_is_a_number() -> None:

@@ -80,7 +80,10 @@ def given(
         listed = ", ".join(sorted(known))
         raise UsageError(f"no option is called {unknown[0]!r}; there are: {listed}")
     if not isinstance(model, (nn.Module, str, os.PathLike)):
-        raise UsageError(f"model: {_kind(model)}; expected a module, or the path of a file")
+        raise UsageError(
+            f"model: {_kind(model)}; expected a module, or the path of a file",
+            "hesscli.compute(model.module(), data)" if hasattr(model, "graph_module") else None,
+        )
     with differentiable():
         path, named = _data_file(data, folder.path)
     with settings_kept(), differentiable(), random_kept(), _called(path, named):
@@ -137,10 +140,13 @@ def _tensors(data: object) -> dict[str, Tensor]:
                 raise TypeError
             tensor = _tensor(array)
         except (TypeError, ValueError, RuntimeError) as error:
-            hint = SEVERAL_INPUTS if isinstance(array, (tuple, list, Mapping)) else None
-            raise UsageError(f"data: {name} is {_kind(array)}; expected an array", hint) from error
-        if tensor.layout is not torch.strided or tensor.is_nested:
-            layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            found, hint = _no_numbers(name, array)
+            raise UsageError(f"data: {name} is {found}; expected an array", hint) from error
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+            layout = str(tensor.layout).removeprefix("torch.")
+            layout = (
+                "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else layout
+            )
             raise UsageError(f"data: {name} is {layout}; expected a dense tensor")
         tensors[name] = tensor
     return tensors
@@ -178,6 +184,26 @@ def _tensor(array: Any) -> Tensor:
         # torch knows neither strides below zero nor another order of bytes.
         array = array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
     return torch.as_tensor(array).detach().cpu()
+
+
+def _no_numbers(name: str, array: Any) -> tuple[str, str | None]:
+    """What it is that has no tensor, and what to do about that."""
+    if isinstance(array, (tuple, list, Mapping)):
+        return _kind(array), SEVERAL_INPUTS
+    if isinstance(array, Tensor) or np.ma.is_masked(array):
+        return _kind(array), None
+    try:
+        values = np.asarray(array)
+    except Exception:  # it may be anything
+        return _kind(array), None
+    found = f"{_kind(array)} of {values.dtype}" if values.ndim else _kind(array)
+    if values.ndim and values.dtype.kind in "fOUT":
+        if not any(isinstance(value, str) for value in values.flat):
+            return found, f'{name} = {name}.astype("float64")'
+        if values.ndim == 1:
+            hint = f"classes are whole numbers from 0 on: {name} = pandas.factorize({name})[0]"
+            return f"{_kind(array)} of words", hint
+    return found, None
 
 
 def _kind(value: object) -> str:

@@ -13,7 +13,8 @@ from hesscli.files.models.compiled import uncompiled
 from hesscli.files.models.ties import tie, tied_groups
 from hesscli.hessian.objective.copies import copied
 
-_OF_A_WRAPPER = "_torchdynamo_wrapper_id"  # by which `torch.compile` knows its own
+# By which `torch.compile` knows its own, and whether an exported module looks at its inputs, which a copy does not.
+_OF_A_WRAPPER = ("_torchdynamo_wrapper_id", "validate_inputs")
 
 
 def own_copy(module: nn.Module) -> nn.Module:
@@ -82,7 +83,7 @@ def _numbers(module: nn.Module) -> dict[str, Tensor | complex]:
         (f"{path}.{name}" if path else name, value)
         for path, part in module.named_modules(remove_duplicate=False)
         for name, value in vars(part).items()
-        if isinstance(value, (Tensor, int, float, complex)) and name != _OF_A_WRAPPER
+        if isinstance(value, (Tensor, int, float, complex)) and name not in _OF_A_WRAPPER
     )
     parameters = module.named_parameters(remove_duplicate=False)
     return dict(chain(attributes, parameters, module.named_buffers(remove_duplicate=False)))
