@@ -1081,3 +1081,36 @@ def test_one_number_in_few_passes(monkeypatch):
     monkeypatch.setattr("hesscli.job.setup.reduction._MOST", 3)
     found = computed(net(), (X, Y), loss=nn.MSELoss(), method="preactivation")
     close(found, hessian(net(), F.mse_loss, (X,), Y))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [F.mse_loss, nn.L1Loss(), nn.SmoothL1Loss(reduction="none"), lambda f, y: F.huber_loss(y, f)],
+)
+def test_a_loss_that_would_broadcast_is_refused(loss):
+    with pytest.raises(hesscli.HesscliError, match="due to broadcasting") as refused:
+        computed(net(1), (X, Y[:, 0]), loss=loss)
+    assert refused.value.exit_code == 4
+    assert refused.value.hint == "store the targets with shape [8, 1]; broadcasting would be wrong"
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_a_loss_that_broadcasts_what_it_made():
+    """All samples are compared with their mean: PyTorch warns, in vain."""
+
+    def loss(f, y):
+        return F.mse_loss(y - f, (y - f).mean(0, keepdim=True))
+
+    found = computed(net(), (X, Y), loss=loss)
+    close(found, hessian(net(), loss, (X,), Y))
+
+
+def test_terms_of_pairs_of_samples_are_noted():
+    def loss(f, y):
+        return (f - y) ** 2
+
+    said = "N x N terms of output and targets of shapes [N, 1] and [N]"
+    for y, pairs in ((Y[:, 0], True), (Y[:, :1], False)):
+        found = computed(net(1), (X, y), loss=loss)
+        assert any(said in note for note in found.metadata["notes"]) == pairs
+        close(found, hessian(net(1), lambda f, y: loss(f, y).mean(), (X,), y))

@@ -146,8 +146,8 @@ class Loss:
     def _failed(
         self, output: object, target: Tensor | None, reason: str, error: BaseException
     ) -> MismatchError:
-        shown = list(output.shape) if isinstance(output, Tensor) else described(output)
-        given = [f"output {shown}"]
+        made = output if isinstance(output, Tensor) else None
+        given = [f"output {described(output) if made is None else list(made.shape)}"]
         given += [] if target is None else [f"target {list(target.shape)}"]
         own = reason.startswith(f"{getattr(self.function, '__qualname__', None)}() missing")
         missing = re.findall(r"'(\w+)'", reason) if own else []
@@ -156,6 +156,9 @@ class Loss:
             hint = f"--output-key {next(iter(entries_of(output)))}"
         if "does not require grad" in reason:
             hint = "return the loss: leave out loss.backward(), and other gradients of it"
+        same = made is not None and target is not None and made.numel() == target.numel()
+        if made is not None and same and "broadcasting" in reason:
+            hint = f"store the targets with shape {list(made.shape)}; broadcasting would be wrong"
         return MismatchError(
             f"the loss {self.name} does not accept {' and '.join(given)}: {reason}", hint or None
         )

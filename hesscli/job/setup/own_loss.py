@@ -3,8 +3,11 @@ depends on, what it is of where it is one number, and whether it wants all sampl
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from itertools import permutations
 
 import torch
 from torch import Tensor
@@ -61,6 +64,13 @@ def inspect_loss(
         note(
             f"the loss {problem.loss.name} depends on parameters besides the model's output: "
             "they are constants here"
+        )
+    n = len(tried)
+    columns = {tuple(x.shape) for x in (output, tried.target) if x is not None}
+    if n > 1 and columns == {(n, 1), (n,)} and terms.shape == (n, n):
+        note(
+            f"the loss {problem.loss.name} makes N x N terms of output and targets of shapes [N, 1] and [N]: "
+            "by broadcasting, unless it compares samples with each other"
         )
     wants_all = len(tried) > len(some)
     if wants_all:
@@ -126,10 +136,23 @@ def _repeated(batch: Batch, count: int, per_sample: Collection[str]) -> Batch:
 
 
 def _terms(problem: Problem, source: Source, count: int) -> tuple[Batch, Tensor]:
-    """So many samples, or all there are if the loss does not take them, and its terms."""
+    """So many samples, or all there are if the loss does not take them, and its terms.
+
+    Raises:
+        MismatchError: it takes none; or it compares output and target element by element where only broadcasting makes
+            them fit, of which PyTorch's losses warn.
+    """
 
     def terms(batch: Batch) -> Tensor:
-        return problem.loss.terms(problem.output(batch), batch)
+        output = problem.output(batch)
+        with warnings.catch_warnings():
+            sizes = [output.shape] if batch.target is None else [output.shape, batch.target.shape]
+            for first, second in permutations(sizes, 2):
+                warned = (
+                    f"Using a target size ({first}) that is different to the input size ({second})"
+                )
+                warnings.filterwarnings("error", re.escape(warned))
+            return problem.loss.terms(output, batch)
 
     counts = [min(count, source.samples), source.samples]  # fewer where there is no axis for them
     return source.first_accepted(terms, list(dict.fromkeys(counts)))
