@@ -128,7 +128,7 @@ def test_where_the_model_makes_its_tensors_is_tried_once(
 ) -> None:
     """The same without a GPU: the first pass fails as it would on one."""
     model, data = save_inline(tmp_path)
-    load, call, loads = opening.load_model, Problem._called, []
+    load, call, loads = opening.load_model, Problem.returned, []
 
     def loaded(*words: object, **options: object) -> object:
         loads.append(words)
@@ -140,7 +140,7 @@ def test_where_the_model_makes_its_tensors_is_tried_once(
         return call(self, batch)  # type: ignore[arg-type]
 
     monkeypatch.setattr(opening, "load_model", loaded)
-    monkeypatch.setattr(Problem, "_called", called)
+    monkeypatch.setattr(Problem, "returned", called)
     done = cli("compute", model, data, "--json")
     assert done.code == 0, done.stderr
     assert done.notes.count("the model makes tensors on the CPU, so all is done there") == 1
