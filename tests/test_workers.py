@@ -42,6 +42,32 @@ def test_an_error_in_a_piece_is_raised_and_the_threads_are_given_back(two_thread
     assert torch.get_num_threads() == 2
 
 
+def test_after_an_error_no_thread_takes_another_piece(two_threads):
+    met = threading.Barrier(2, timeout=30)
+    emptied, ended = threading.Event(), threading.Event()
+    done: list[int] = []
+
+    class Pieces(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            yield from range(100)
+            emptied.set()
+
+    def work(worker: int, items: Iterator[int]) -> None:
+        if worker == 0:
+            met.wait()
+            raise ValueError("the first")
+        done.append(next(items))
+        met.wait()
+        emptied.wait(5)
+        done.extend(items)
+        ended.set()
+
+    with pytest.raises(ValueError, match="the first"):
+        side_by_side(Pieces(), 2, work)
+    assert ended.wait(30)
+    assert done == [0]
+
+
 def test_a_device_and_few_pieces_take_one_thread(two_threads):
     assert workers(torch.device("cpu"), 2) == 2
     assert workers(torch.device("cpu"), 1) == 1

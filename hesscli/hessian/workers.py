@@ -29,7 +29,8 @@ def side_by_side(
 ) -> None:
     """Calls `work(worker, items)` in `count` threads at once; each takes of the items what the others have left.
 
-    What the items write must not overlap. No gradients are recorded.
+    What the items write must not overlap. No gradients are recorded. Where one fails, or the caller is interrupted, the
+    threads end with the items that they have.
     """
     left = iter(items)
 
@@ -45,6 +46,8 @@ def side_by_side(
     try:
         list(_pool(count).map(run, range(count)))
     finally:
+        for _ in left:
+            pass
         torch.set_num_threads(before)
 
 
