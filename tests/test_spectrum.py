@@ -230,6 +230,10 @@ def test_products_that_run_out_while_copies_are_sought():
     assert short.converged.all()
     assert not short.copies_sought
     assert whole.copies_sought
+    enough, _ = search(SPECTRA["outliers"], 4, "largest", most=whole.products - 1)
+    assert enough.converged.all()
+    assert enough.copies_sought
+    assert enough.products == whole.products - 4 + 1  # one confirms all, where there is none for each
 
     def report(products, residual, tolerance):
         if products == whole.products - 6:

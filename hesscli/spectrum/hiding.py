@@ -20,7 +20,7 @@ class Hiding:
     """What is known of <u, v> for an eigenvector u of one value; a linear function of its coordinates.
 
     Args:
-        value: lambda, outside of the chain's Ritz values.
+        value: lambda, outside of the chain's Ritz values; infinite, it does not hide.
         size: n, of the space that v was drawn from.
     """
 

@@ -14,7 +14,6 @@ Source: K. Wu and H. Simon, Thick-restart Lanczos method for large symmetric eig
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -173,10 +172,7 @@ class Lanczos(Krylov):
             "magnitude": (-np.abs(found).min(), np.abs(found).min()),
             "both": (found[lower - 1] if lower else -np.inf, found[lower]),
         }[self.which]
-        low, high = (
-            max(self._limit(value), self._rounding()) if math.isfinite(value) else 0.0
-            for value in last
-        )
+        low, high = (max(self._limit(value), self._rounding()) for value in last)
         return float(last[0] - low), float(last[1] + high)
 
     # Restarts
@@ -219,7 +215,7 @@ class Lanczos(Krylov):
         If there were none so far, a copy of the outermost will do, or as many products as the search took.
         """
         low, high = self._bounds()
-        hiding = [Hiding(value, self.size - start) for value in (low, high) if np.isfinite(value)]
+        hiding = [Hiding(value, self.size - start) for value in (low, high)]
         outermost = [Hiding(value, self.size - start) for value in self._outermost()]
         began, most = self.products, max(CHAIN, self.products)
         grew = True
