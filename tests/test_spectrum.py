@@ -18,7 +18,7 @@ from hesscli.spectrum.eigen import WHICH
 from hesscli.spectrum.finite import NotFinite
 from hesscli.spectrum.hiding import Hiding
 from hesscli.spectrum.interrupts import deferred_interrupt
-from hesscli.spectrum.lanczos import Lanczos
+from hesscli.spectrum.lanczos import CHAIN, Lanczos
 from hesscli.spectrum.quadrature import lanczos_quadrature
 from hesscli.spectrum.statistics import of_diagonal, of_matrix
 from hesscli.spectrum.trace import estimate, standard_error
@@ -233,7 +233,9 @@ def test_products_that_run_out_while_copies_are_sought():
     enough, _ = search(SPECTRA["outliers"], 4, "largest", most=whole.products - 1)
     assert enough.converged.all()
     assert enough.copies_sought
-    assert enough.products == whole.products - 4 + 1  # one confirms all, where there is none for each
+    assert (
+        enough.products == whole.products - 4 + 1
+    )  # one confirms all, where there is none for each
 
     def report(products, residual, tolerance):
         if products == whole.products - 6:
@@ -260,6 +262,15 @@ def test_residuals_are_no_larger_than_they_are(name, tolerance):
     found, multiply = search(SPECTRA[name], 6, "largest", tolerance)
     true = [(multiply(x) - v * x).norm() for v, x in zip(found.values, found.vectors, strict=True)]
     assert (found.residuals <= 1.01 * np.array(true) + 1e-12).all()
+
+
+def test_a_chain_gets_twelve_products_at_least():
+    """However soon a copy of the outermost value would show, and however few products the search took."""
+    values, heard = np.r_[5, 0.1 * SPECTRA["normal"]], []
+    found, _ = search(values, 2, "largest", 0.1, report=lambda *facts: heard.append(facts))
+    converged = next(products for products, residual, _ in heard if residual <= 0.1)
+    assert converged < CHAIN
+    assert found.products == converged + CHAIN + 1  # which confirms
 
 
 def test_a_whole_space_hides_no_copy():

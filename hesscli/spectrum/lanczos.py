@@ -108,7 +108,7 @@ class Lanczos(Krylov):
             return self._confirmed(found, max_products)
 
     def _goes_on(self, max_products: int) -> bool:
-        return self.count < self.size and self.products < max_products and not self.interrupted()
+        return self.products < max_products and not self.interrupted()
 
     def _step(self) -> bool:
         """One product; whether anything in it was new."""
