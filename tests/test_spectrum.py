@@ -230,12 +230,16 @@ def test_products_that_run_out_while_copies_are_sought():
     assert short.converged.all()
     assert not short.copies_sought
     assert whole.copies_sought
-    enough, _ = search(SPECTRA["outliers"], 4, "largest", most=whole.products - 1)
-    assert enough.converged.all()
-    assert enough.copies_sought
-    assert (
-        enough.products == whole.products - 4 + 1
-    )  # one confirms all, where there is none for each
+    for spare, confirming in (
+        (0, 4),
+        (1, 1),
+        (3, 1),
+        (4, 0),
+    ):  # one for each pair, one for all, or none
+        found, _ = search(SPECTRA["outliers"], 4, "largest", most=whole.products - spare)
+        assert found.converged.all()
+        assert found.copies_sought
+        assert found.products == whole.products - 4 + confirming
 
     def report(products, residual, tolerance):
         if products == whole.products - 6:

@@ -134,18 +134,13 @@ class Lanczos(Krylov):
         """The residuals to try for: those, or what little more products may still gain."""
         return np.maximum(self._limit(values), self._rounding() / 8)
 
-    def _excess(self, places: np.ndarray) -> np.ndarray:
-        """Residuals as multiples of what they may be."""
-        limit = self._limit(self.values[places])
-        zero = np.zeros(len(places))
-        return np.divide(self.residuals[places], limit, out=zero, where=limit > 0)
-
     def _worst(self) -> float:
         """The greatest relative residual of the wanted pairs."""
         best = self._wanted()
         if len(best) < self.top:
             return 1.0
-        return float(self._excess(best).max(initial=0.0)) * self.tolerance
+        limit = np.maximum(self._limit(self.values[best]), np.finfo(float).tiny)
+        return float((self.residuals[best] / limit).max(initial=0.0)) * self.tolerance
 
     def _settled(self) -> bool:
         """Whether all wanted pairs have converged, as far as more products can help: what is left in R stays.
@@ -260,7 +255,7 @@ class Lanczos(Krylov):
         best = self._wanted()
         vectors = self.basis[: len(best)]
         self.rotate(self.columns[:, best], self.basis[: self.count], vectors)
-        converged = self._excess(best) <= 1
+        converged = self.residuals[best] <= self._limit(self.values[best])
         residuals = np.maximum(self.residuals[best], self._rounding() / 32)
         return Found(self.values[best], vectors, residuals, converged, self.products, interrupted)
 
