@@ -39,8 +39,8 @@ def find_bend(tape: Tape, zs: Sequence[int]) -> Step | None:
         return None
     value = zs[0]
     while len(zs) == 1 and len(readers := tape.readers.get(value, ())) == 1:
-        call, after = readers[0], readers[0].outputs[0]
-        if after is None or after in tape.complex:
+        call, after = readers[0], readers[0].makes[0]
+        if after in tape.complex:
             break
         shifted = call.name == "add" and not call.keywords
         if call.name in RESHAPES or (shifted and tape.shapes[after] == tape.shapes[value]):

@@ -194,7 +194,7 @@ def _add(part: Rows, factors: Factors) -> None:
 
 def _add_diagonal(part: Diagonal, factors: Factors) -> None:
     layer = plain_layer(factors.uses)
-    if layer is not None and layer.bias is None:
+    if layer is not None:
         v, a = factors.of(layer)
         part.add_weighted(layer.weight, (v * (factors.curvature @ v)).sum(1), a)
     else:
