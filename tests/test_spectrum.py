@@ -222,6 +222,8 @@ def test_products_run_out():
     assert not found.copies_sought
     assert not found.converged.all()
     assert found.residuals.max() > 1e-2
+    none, _ = search(SPECTRA["normal"], 6, "largest", most=0)
+    assert len(none.values) == len(none.vectors) == len(none.residuals) == none.products == 0
 
 
 def test_products_that_run_out_while_copies_are_sought():
@@ -472,7 +474,19 @@ def test_outliers_are_taken_out(dtype):
     assert found.total == pytest.approx(values.sum(), rel=5e-3)
 
 
-def test_few_products_leave_nothing_out():
+def test_nothing_is_left_out_where_a_few_more_samples_will_do():
+    """A direction of some size among many: to take it out costs 17 products and more."""
+    matrix = in_a_random_basis(np.r_[5, EVEN[1:]])
+    products = []
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        found = estimate(lambda v: matrix @ v, [300], 0.012, 1000, generator, matrix[0])
+        assert found.converged
+        products.append(found.products)
+    assert sum(count < 16 + 17 for count in products) >= 5
+
+
+def test_few_products_leave_nothing_out(recwarn):
     matrix = in_a_random_basis(np.r_[150, EVEN[:299]])
     for most in (1, 15, 16, 31, 33):
         generator = torch.Generator().manual_seed(0)
@@ -480,6 +494,7 @@ def test_few_products_leave_nothing_out():
         assert not found.converged or most == 33
         assert found.products == most
         assert np.isfinite(found.total)
+    assert not recwarn.list
 
 
 def test_small_sizes_have_traces_too():
@@ -551,6 +566,17 @@ def test_density_where_squares_leave_float32(scale):
     generator = torch.Generator().manual_seed(1)
     found = lanczos_quadrature(lambda v: diagonal * v, 100, 8, 40, generator, diagonal)
     assert stats.wasserstein_distance(found.nodes / scale, values, found.weights) < 0.05
+
+
+def test_a_probe_ends_where_nothing_is_new():
+    """In the directions of as many eigenvalues as differ: more would be of rounding."""
+    for values in (np.ones(600), np.r_[3, 2, 1, np.zeros(597)]):
+        d, products = torch.from_numpy(values), []
+        generator = torch.Generator().manual_seed(1)
+        lanczos_quadrature(
+            lambda v, d=d, p=products: p.append(v) or d * v, 600, 8, 40, generator, d
+        )
+        assert len(products) == 8 * len(set(values))
 
 
 def test_density_sharpens_with_steps():
