@@ -98,7 +98,7 @@ def load_model(
         found, files = _content(path, kind, pickle_hint)
         content = unwrap(found, notes)
         if isinstance(content, nn.Module):
-            tie(content, tied_groups(content.named_parameters(remove_duplicate=False)))
+            tie(content, tied_groups(content.named_parameters()))
             module, form = content, "pickle"
         else:
             module = _with_architecture(path, content, arch, arch_arguments, notes)
@@ -133,8 +133,7 @@ def _content(path: Path, kind: Kind, pickle_hint: str | None) -> tuple[object, t
 
 
 def _hint(path: Path, kind: Kind) -> str:
-    table = kind is Kind.TEXT and path.suffix in (".csv", ".tsv")
-    if table or kind in _DATA:
+    if kind in _DATA or path.suffix in (".csv", ".tsv"):
         return "the model comes first: hesscli compute MODEL DATA"
     if kind is Kind.ONNX:  # its converters do not keep up with it, and lose the parameters' names
         return "export it as .pt2: torch.export.save(torch.export.export(model, (x,)), 'net.pt2')"
