@@ -13,6 +13,8 @@ from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from hesscli.cli.values import parse_value
 from hesscli.errors import FileError, HesscliError, MismatchError, UsageError
 from hesscli.files.models.architectures import build
 from hesscli.files.models.call_signature import CallSignature, signature_of
+from hesscli.files.models.checkpoints import without_wrappers
 from hesscli.files.models.model_file import load_model
 from hesscli.files.sniff import Kind, kind_of
 
@@ -197,10 +200,12 @@ def test_other_files_are_refused_by_name(tmp_path, content, words, hint):
 
 def test_data_in_place_of_the_model(tmp_path):
     np.savez(tmp_path / "data.npz", x=1)
-    (tmp_path / "data.csv").write_text("a,b\n1,2\n")
-    for name in ("data.npz", "data.csv"):
+    for name in ("data.csv", "data.tsv", "data.txt"):
+        (tmp_path / name).write_text("a,b\n1,2\n")
+    for name in ("data.npz", "data.csv", "data.tsv"):
         error = refused(FileError, tmp_path / name)
         assert error.hint == "the model comes first: hesscli compute MODEL DATA"
+    assert "save model.state_dict()" in refused(FileError, tmp_path / "data.txt").hint
 
 
 def test_a_pipe_and_a_folder_are_refused_without_waiting(tmp_path):
@@ -624,18 +629,19 @@ def test_half_weights_of_a_state_dict(tmp_path):
 
 
 class Halves(Plain):
-    """Built in half precision, with a running mean and a count of batches."""
+    """Built in half precision, with a running mean, a count of batches and a mask."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("mask", torch.tensor([True, False]))
         self.half()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_weights_are_not_rounded_to_a_narrow_architecture(tmp_path, dtype):
     weights = {
-        name: (torch.rand_like(t, dtype=dtype) / 3 if t.is_floating_point() else t + 5)
+        name: (torch.rand_like(t, dtype=dtype) / 3 if t.is_floating_point() else ~t)
         for name, t in Halves().state_dict().items()
     }
     torch.save(weights, tmp_path / "net.pt")
@@ -643,12 +649,43 @@ def test_weights_are_not_rounded_to_a_narrow_architecture(tmp_path, dtype):
     for name, tensor in saved.module.state_dict().items():
         assert torch.equal(tensor, weights[name].to(tensor.dtype)), name
         assert torch.promote_types(tensor.dtype, weights[name].dtype) is tensor.dtype, name
+        assert tensor.is_floating_point() == weights[name].is_floating_point(), name
     narrow = ("weights stored in bfloat16, and widened",)
     assert saved.notes == (narrow if dtype is torch.bfloat16 else ())
 
 
+def test_weights_do_not_narrow_an_architecture(tmp_path):
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "net.pt")
+    module = load_model(tmp_path / "net.pt", arch=f"{__name__}:wide").module
+    assert {p.dtype for p in module.parameters()} == {torch.float64}
+
+
+def wide() -> nn.Module:
+    return nn.Linear(3, 2).double()
+
+
+class Picky(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        arguments[-1].append("these weights\nare not mine")
+
+
+def test_what_a_module_says_of_its_weights(tmp_path):
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "net.pt")
+    error = refused(MismatchError, tmp_path / "net.pt", arch=f"{__name__}:Picky")
+    assert error.message.endswith("the weights do not fit the architecture: are not mine")
+
+
 def lazy() -> nn.Module:
     return nn.LazyLinear(2)
+
+
+def test_weights_that_a_lazy_architecture_lacks(tmp_path):
+    torch.save(nn.Linear(3, 2).state_dict() | {"scale": torch.ones(1)}, tmp_path / "net.pt")
+    error = refused(MismatchError, tmp_path / "net.pt", arch=f"{__name__}:lazy")
+    assert error.message.endswith("the weights do not fit the architecture: unexpected: scale")
 
 
 def test_double_weights_of_a_lazy_architecture_are_not_rounded(tmp_path):
@@ -809,6 +846,9 @@ def test_an_adapter_alone(tmp_path, arch):
     save_file(weights, tmp_path / "whole.safetensors")
     error = refused(MismatchError, tmp_path / "whole.safetensors", arch=f"{__name__}:Plain")
     assert "do not fit the architecture" in error.message
+    save_file({"lora.lora_A.weight": torch.ones(1, 3)}, tmp_path / "own.safetensors")
+    error = refused(MismatchError, tmp_path / "own.safetensors", arch=f"{__name__}:Plain")
+    assert "do not fit the architecture" in error.message
 
 
 @pytest.mark.parametrize(
@@ -917,6 +957,9 @@ def test_a_pickled_class_that_is_gone(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.syspath_prepend(tmp_path)
         torch.save(__import__("gone").Gone(2, 2), path)
+    sys.modules["gone"] = ModuleType("gone")
+    error = refused(FileError, path, allow_pickle=True)
+    assert "its classes cannot be imported: Can't get attribute 'Gone' on" in error.message
     del sys.modules["gone"]
     error = refused(FileError, path, allow_pickle=True)
     assert "its classes cannot be imported: No module named 'gone'" in error.message
@@ -1104,6 +1147,12 @@ def test_mlp_equals_the_model_it_was_saved_from(tmp_path):
     torch.testing.assert_close(saved.module(x), model(x))
     note = "mlp: net.0 (3 -> 5), net.2 (5 -> 5), net.4 (5 -> 2), in this order"
     assert saved.notes == (note,)
+
+
+def test_wrappers_are_kept_where_two_names_would_be_one():
+    weights, notes = {"module.a.weight": torch.ones(2, 3), "a.weight": torch.ones(2, 2)}, []
+    assert without_wrappers(weights, notes) == weights
+    assert notes == []
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module."])
