@@ -145,9 +145,7 @@ def _differences(expected: Mapping[str, torch.Tensor], content: Mapping[str, tor
     shapes = [
         f"{name} {list(content[name].shape)} (the architecture has {list(tensor.shape)})"
         for name, tensor in expected.items()
-        if name in content
-        and not isinstance(tensor, nn.UninitializedParameter)
-        and content[name].shape != tensor.shape
+        if name in content and content[name].shape != tensor.shape
     ]
     parts = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
     return "; ".join(f"{what}: {listed(names)}" for what, names in parts if names)
