@@ -70,8 +70,9 @@ def test_every_form_gives_the_same(tmp_path, form):
     )
 
 
-def test_a_pair_of_tensors(tmp_path):
-    torch.save((torch.from_numpy(X), torch.from_numpy(Y)), tmp_path / "data")
+@pytest.mark.parametrize("pair", [tuple, list])
+def test_a_pair_of_tensors(tmp_path, pair):
+    torch.save(pair([torch.from_numpy(X), torch.from_numpy(Y)]), tmp_path / "data")
     data = load_data(tmp_path / "data")
     assert list(data.arrays) == ["inputs", "targets"]
     assert data.samples == 3
@@ -335,6 +336,12 @@ def test_types(tmp_path, stored, loaded, order):
     assert np.array_equal(x.numpy(), array)
 
 
+@pytest.mark.parametrize("stored", [torch.uint8, torch.int8, torch.bool])
+def test_small_types_of_torch(tmp_path, stored):
+    torch.save({"x": torch.ones(3, 2, dtype=stored), "y": torch.from_numpy(Y)}, tmp_path / "d")
+    assert load_data(tmp_path / "d").inputs["x"].dtype is stored
+
+
 @pytest.mark.parametrize("stored", [torch.uint16, torch.uint32, torch.uint64])
 def test_unsigned_integers_of_torch(tmp_path, stored):
     """torch can neither index with them nor compute on them."""
@@ -409,6 +416,11 @@ def test_numbers_that_nothing_computes_with(tmp_path):
     ("x", "why"),
     [
         (torch.ones(3, 2).to_sparse(), "sparse, nested or quantised"),
+        (
+            torch.quantize_per_tensor(torch.ones(3, 2), 1.0, 0, torch.quint8),
+            "sparse, nested or quantised",
+        ),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(1)]), "sparse, nested or quantised"),
         (torch.ones(3, 2, device="meta"), "on the meta device, which holds no values"),
         *(
             (
@@ -641,6 +653,14 @@ def test_other_kinds(tmp_path):
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "net.pt"))
     error = refused(FileError, tmp_path / "net.pt")
     assert error.hint == "the data comes second: hesscli compute MODEL DATA"
+    torch.export.save(
+        torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)), tmp_path / "net.pt2"
+    )
+    (tmp_path / "net.onnx").write_bytes(b"\x08\x07\x12\x07pytorch")
+    (tmp_path / "folder").mkdir()
+    save_file({"w": torch.ones(2)}, tmp_path / "folder" / "model.safetensors")
+    for name in ("net.pt2", "net.onnx", "folder"):
+        assert refused(FileError, tmp_path / name).hint == error.hint
     (tmp_path / "d.txt").write_text("one,two\nthree,four\n")
     assert "a text file; expected data as .npz" in refused(FileError, tmp_path / "d.txt").message
     os.mkfifo(tmp_path / "pipe")
