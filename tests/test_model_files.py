@@ -347,6 +347,21 @@ def test_an_unneeded_architecture_is_noted(net, tmp_path):
     assert note.startswith("--arch mlp has no effect")
 
 
+class Copies(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        copies = torch.zeros(len(x), 3, dtype=torch.float64)
+        copies.copy_(self.bias)
+        return torch.cat([copies, super().forward(x)], 1)
+
+
+def test_copies_of_a_decomposed_program(tmp_path):
+    """They have the shape and the type of what is written to."""
+    module = Copies(4, 3)
+    program = torch.export.export(module, (X,)).run_decompositions()
+    torch.export.save(program, tmp_path / "net.pt2")
+    torch.testing.assert_close(load_model(tmp_path / "net.pt2").module(X), module(X))
+
+
 @pytest.mark.parametrize("forward", [partial(nn.functional.linear, weight=X), None], ids=["C", "-"])
 def test_a_forward_that_declares_nothing(forward):
     module = nn.Linear(3, 2)
