@@ -200,6 +200,17 @@ def test_pickles_with_code_by_names_in_capitals(refuses):
     assert not Path("ran").exists()
 
 
+def test_exported_programs_with_compiled_code(refuses):
+    """PyTorch opens the library together with the program, and with that runs what is in it."""
+    torch.export.save(PROGRAM, "f.pt2")
+    metadata = b'{"AOTI_DEVICE_KEY": "cpu"}'
+    library = {"model.so": b"\x7fELF", "model_metadata.json": metadata}
+    parts = {f"f/data/aotinductor/model/{name}": content for name, content in library.items()}
+    zipped("f.pt2", parts_of("f.pt2") | parts)
+    message = refuses("f.pt2", code=3)
+    assert "f.pt2: holds pickled Python objects (compiled code)" in message
+
+
 @pytest.mark.parametrize(
     ("kind", "context", "said"),
     [
