@@ -174,6 +174,9 @@ def test_exported_programs_that_open_files(refuses, tmp_path):
     assert changed != parts[graph]
     zipped(str(tmp_path / "f.pt2"), {**parts, graph: changed})
     assert "call of torch.ops.aten.from_file.out" in refuses("f.pt2", code=3)
+    changed = parts[graph].replace(b'"as_tensor"', b'"as_operator": "torch.save", "as_tensor"')
+    zipped(str(tmp_path / "f.pt2"), {**parts, graph: changed})
+    assert "call of torch.save" in refuses("f.pt2", code=3)
 
 
 @pytest.mark.parametrize("end", ["pt", "json"])
@@ -197,6 +200,25 @@ def test_pickles_with_code_by_names_in_capitals(refuses):
     torch.jit.script(Writer()).save("f.pt")
     zipped("f.pt", {name.replace(".py", ".PY"): each for name, each in parts_of("f.pt").items()})
     assert "f.pt: TorchScript that opens other files (save)" in refuses("f.pt", code=3)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("weight", 'w") or getattr(__import__("os"),"mkdir")("ran") or getattr(self,"w'),
+        ("weight", "w\\"),
+        ("input", "x=getattr(__import__('os'),'mkdir')('ran')"),
+        ("input", "x\n"),
+    ],
+)
+def test_exported_programs_with_code_in_names(refuses, name, instead):
+    """PyTorch makes Python code of a program, with its names as they are."""
+    torch.export.save(PROGRAM, "f.pt2")
+    old, new = json.dumps(name).encode(), json.dumps(instead).encode()
+    parts = {part: content.replace(old, new) for part, content in parts_of("f.pt2").items()}
+    zipped("f.pt2", parts)
+    assert f"holds pickled Python objects (name {instead[:60]!r})" in refuses("f.pt2", code=3)
     assert not Path("ran").exists()
 
 

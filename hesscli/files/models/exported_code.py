@@ -30,6 +30,13 @@ _UNSAFE_TARGET = re.compile(
     r"__|_operator\.(call|attrgetter|methodcaller)"
     r"|torch\.ops\.(aten\.(from_file|save)|debugprims)\b"  # these open files by name
 )
+# Names become Python code, which only with these does more than name something; and texts that do not become code, or
+# that are looked at by themselves.
+_UNSAFE_NAME = re.compile(r"[\"'\\()\[\]{}=,;#\x00-\x1f]")
+_TEXTS = {
+    *("metadata", "as_string", "as_strings"),
+    *("expr_str", "guards_code", "in_spec", "out_spec", "context"),
+}
 _SAFE_BUILTINS = {"abs", "bool", "float", "int", "len", "max", "min", "pow", "round", "sum"}
 _SAFE_ATTRIBUTES = {
     *("size", "stride", "storage_offset", "shape", "ndim", "dim", "numel", "dtype", "device"),
@@ -96,22 +103,26 @@ def _refuse_expressions(program: object) -> None:
         value = pending.pop()
         if isinstance(value, list):
             pending.extend(value)
+        elif isinstance(value, str) and _UNSAFE_NAME.search(value):
+            raise NeedsPickleError(f"name {value[:60]!r}")
         elif isinstance(value, dict):
-            pending.extend(value.values())
+            pending.extend(item for key, item in value.items() if key not in _TEXTS)
             for key in ("in_spec", "out_spec", "context"):
-                with suppress(ValueError):  # JSON in JSON, where it is
-                    pending.append(json.loads(str(value.get(key))))
+                spec = value.get(key)
+                with suppress(ValueError):  # mostly JSON in JSON
+                    pending.append(json.loads(spec) if isinstance(spec, str) else spec)
             if "__enum__" in value or "default_factory_module" in value:  # of keys and of dicts
                 module = value.get("default_factory_module", value.get("fqn"))
                 raise NeedsPickleError(f"import of {str(module)[:60]}")
-            expression, target = value.get("expr_str"), value.get("target")
+            expression = value.get("expr_str")
             if isinstance(expression, str) and not _is_arithmetic(expression):
                 raise NeedsPickleError(f"expression {expression[:60]!r}")
             for guard in value.get("guards_code") or ():
                 if not _is_arithmetic(str(guard), attributes=True):
                     raise NeedsPickleError(f"expression {guard[:60]!r}")
             # Only nodes of the graph carry both; "target" alone names a parameter.
-            if "inputs" in value and isinstance(target, str) and not _is_operator(target):
+            target = value.get("target") if "inputs" in value else value.get("as_operator")
+            if isinstance(target, str) and not _is_operator(target):
                 raise NeedsPickleError(f"call of {target[:60]}")
 
 
