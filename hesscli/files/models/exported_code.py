@@ -1,7 +1,8 @@
 """Whether loading a `.pt2` file would run code of the file's choice.
 
-`torch.export.load` unpickles parts of the file without limits and evaluates expressions written in
-it, so everything of that kind is looked at first.
+`torch.export.load` unpickles parts of the file without limits, evaluates expressions written in it,
+imports modules and opens libraries that it brings up, and makes Python code of its names. So
+everything of that kind is looked at first.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ _SAFE_NODES = (
 
 
 def refuse_code(path: Path) -> None:
-    """Looks at every part of the file that `torch.export.load` unpickles or evaluates.
+    """Looks at every part of the file that `torch.export.load` unpickles, evaluates or imports.
 
     Raises:
         NeedsPickleError: one of them could run code.
@@ -86,7 +87,7 @@ def refuse_code(path: Path) -> None:
                     content = archive.read(name.rpartition("/")[0] + "/" + pickled)
                     load_weights_only(io.BytesIO(content))
             if "models/" in lower or base == "serialized_exported_program.json":
-                _refuse_expressions(json.loads(archive.read(name)))
+                _refuse_program(json.loads(archive.read(name)))
 
 
 def _pickled_tensors(config: dict[str, dict[str, dict[str, object]]]) -> Iterator[str]:
@@ -97,7 +98,7 @@ def _pickled_tensors(config: dict[str, dict[str, dict[str, object]]]) -> Iterato
             yield name
 
 
-def _refuse_expressions(program: object) -> None:
+def _refuse_program(program: object) -> None:
     pending = [program]
     while pending:
         value = pending.pop()
