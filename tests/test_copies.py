@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import MethodType
@@ -286,3 +288,74 @@ def test_to_other_threads_functions_are_constants_meanwhile() -> None:
     inside, here = copied([Waiting(), function])
     assert inside[0] is function
     assert here is not function
+
+
+class Locked(nn.Linear):
+    """Holds what cannot be copied, at several depths, and uses some of it."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.lock = threading.Lock()
+        self.file = open(os.devnull)  # noqa: SIM115
+        self.events = {"done": [threading.Event()], "all": (threading.local(),)}
+        self.itself = [self.events]
+        self.itself.append(self.itself)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.lock:
+            return torch.tanh(super().forward(x))
+
+
+def test_what_no_copy_is_made_of_is_shared() -> None:
+    module = Locked().double()
+    for dtype in ("float64", "float32"):
+        found = hesscli.compute(module, (X, Y), blocks="full", framework="torch", dtype=dtype)
+        assert found.metadata["check"]["dtype"] == "float64"
+        plain = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double()
+        plain[0].load_state_dict(module.state_dict())
+        whole = hessian(plain, F.mse_loss, (X,), Y)
+        assert relative_error(found.matrix(), whole) < (1e-10 if dtype == "float64" else 1e-5)
+
+
+class Friend:
+    """Cannot be copied, and knows a part of the module."""
+
+    def __init__(self, part: nn.Module) -> None:
+        self.lock, self.calls = threading.Lock(), [lambda x: part(x)]
+
+
+def test_what_cannot_be_copied_and_knows_the_module_is_not_shared() -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    module.friend = Friend(module[0])
+    with pytest.raises(hesscli.HesscliError, match="cannot be copied: cannot pickle") as refused:
+        hesscli.compute(module, (X.float(), Y.float()))
+    assert refused.value.exit_code == 4
+
+
+class Remembering(nn.Module):
+    """A loss that keeps what it was last, and a lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Tensor | None = None
+        self.history: list[Tensor] = []
+        self.lock = threading.Lock()
+
+    def forward(self, f: Tensor, y: Tensor) -> Tensor:
+        with self.lock:
+            self.last = (f - y).square().mean()
+            self.history.append(self.last)
+            return self.last
+
+
+def test_losses_that_keep_what_they_were() -> None:
+    module, loss = nn.Linear(3, 3).double(), Remembering()
+    loss(module(X), Y)
+    last = loss(module(X), Y)
+    with pytest.raises(hesscli.HesscliError, match="the loss Remembering cannot be copied: Only"):
+        hesscli.compute(module, (X, Y), loss=loss)
+    loss.history.clear()
+    found = hesscli.compute(module, (X, Y), loss=loss, blocks="full", framework="torch")
+    assert relative_error(found.matrix(), hessian(module, F.mse_loss, (X,), Y)) < 1e-10
+    assert loss.last is last
+    assert not loss.history

@@ -63,7 +63,11 @@ def loss_of(
             f"{options.data}: holds no targets, and {name} needs them", _name_them(options)
         )
     if isinstance(function, nn.Module):  # a copy: the user's stays as it is
-        function = in_precision_(copied(function), dtype).to(device)
+        try:
+            function = in_precision_(copied(function), dtype).to(device)
+        except Exception as error:  # a module may hold anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise MismatchError(f"the loss {name} cannot be copied: {reason}") from error
     loss = Loss(name, options.reduction, function, wide=dtype is torch.float64)
     arguments = _arguments(options, data, loss, device, dtype)
     if data.targets and name in LOSSES:  # one of the user's own may leave out what is missing

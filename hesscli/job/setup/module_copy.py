@@ -23,15 +23,11 @@ def own_copy(module: nn.Module) -> nn.Module:
     Raises:
         MismatchError: there is none.
     """
-    # What modules compute and keep, as pruning does, is no leaf, and has no copy of its own.
-    attributes = [x for part in module.modules() for x in vars(part).values()]
-    tensors = [x for x in [*attributes, *module.buffers()] if isinstance(x, Tensor)]
-    kept = {id(x): x.detach().clone() for x in tensors if not x.is_leaf}
     every = dict(module.named_parameters(remove_duplicate=False))
     groups = tied_groups((name, p) for name, p in every.items() if not is_lazy(p))
     try:
         with torch.no_grad():  # TorchScript would record it
-            copy = copied(module, kept)
+            copy = copied(module)
         _demand_own(copy, module)
         _demand_equal(copy, module)
         for name, p in copy.named_parameters(remove_duplicate=False):
