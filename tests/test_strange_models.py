@@ -1405,6 +1405,24 @@ def test_constants_that_are_made_in_float32(kind, save, blocks, tmp_path):
         assert relative_error(found.block(first), truth[:size, :size]) < 1e-7
 
 
+def test_a_part_in_double_precision_without_casts():
+    """Its output alone is multiplied by a constant of another type than the weights are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 1), nn.Tanh())
+    shear = torch.tensor([[1.0, 2.0], [0.0, 1.0]], dtype=torch.float64)
+    model.register_forward_pre_hook(lambda module, given: (given[0] @ shear,))
+    x, y = X.float(), Y.float()
+    with pytest.raises(hesscli.HesscliError, match="same dtype") as refused:
+        hesscli.compute(model, (x, y))
+    assert refused.value.hint == "--dtype float64"
+    found = hesscli.compute(model, (x, y), dtype="float64", blocks="full", framework="torch")
+    truth = hessian(model.double(), nn.functional.mse_loss, (x.double(),), y.double())
+    torch.testing.assert_close(found.matrix(), truth)
+    with pytest.raises(hesscli.HesscliError, match="got Long and Double") as refused:
+        hesscli.compute(nn.Linear(2, 1).double(), (x.long(), y))
+    assert refused.value.hint == "--scale 1"
+
+
 def test_a_part_in_half_precision_with_casts(cli, tmp_path):
     (tmp_path / "nets.py").write_text(
         "import torch\nfrom torch import nn\n\n\nclass Half(nn.Module):\n    def __init__(self):\n"

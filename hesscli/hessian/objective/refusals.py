@@ -37,7 +37,8 @@ def _type_hint(error: str, batch: Batch) -> str | None:
     if "'indices'" in error or "embedding" in error:
         return "store indices as int64: x.astype(np.int64)"
     wide = any(x.dtype is torch.float64 for x in batch.inputs)
-    if _UNLIKE.search(error) and (wide or re.search("Half|BFloat16", error)):
+    mixed = re.search("Half|BFloat16|[Dd]ouble.*[Ff]loat|[Ff]loat.*[Dd]ouble", error)
+    if _UNLIKE.search(error) and (wide or mixed):
         return f"--dtype {'float32' if wide else 'float64'}"  # in which all casts stay wide
     if any(x.dtype is torch.uint8 for x in batch.inputs):
         return "--scale 1/255"
