@@ -44,26 +44,10 @@ _SAFE_ATTRIBUTES = {
     *("floor", "ceil", "trunc", "sqrt", "log2", "inf"),
 }
 _SAFE_NODES = (
-    ast.Expression,
-    ast.BoolOp,
-    ast.boolop,
-    ast.BinOp,
-    ast.operator,
-    ast.UnaryOp,
-    ast.unaryop,
-    ast.Compare,
-    ast.cmpop,
-    ast.IfExp,
-    ast.Tuple,
-    ast.List,
-    ast.Load,
-    ast.Call,
-    ast.keyword,
-    ast.Subscript,
-    ast.Constant,
-    ast.Name,
-    ast.Attribute,
-)
+    ast.Expression, ast.BoolOp, ast.boolop, ast.BinOp, ast.operator, ast.UnaryOp, ast.unaryop,
+    ast.Compare, ast.cmpop, ast.IfExp, ast.Tuple, ast.List, ast.Load, ast.Call, ast.keyword,
+    ast.Subscript, ast.Constant, ast.Name, ast.Attribute,
+)  # fmt: skip
 
 
 def refuse_code(path: Path) -> None:
@@ -128,9 +112,8 @@ def _refuse_program(program: object) -> None:
 
 
 def _is_operator(target: str) -> bool:
-    if _BITWISE.fullmatch(target):
-        return True
-    return bool(_TARGET.fullmatch(target)) and not _UNSAFE_TARGET.search(target)
+    safe = _TARGET.fullmatch(target) and not _UNSAFE_TARGET.search(target)
+    return bool(safe or _BITWISE.fullmatch(target))
 
 
 def _is_arithmetic(text: str, attributes: bool = False) -> bool:
