@@ -194,6 +194,22 @@ def test_copies_in_clusters(which, gap):
     np.testing.assert_allclose(np.sort(found.values), np.sort(truth), rtol=2e-3, atol=1e-3)
 
 
+def test_a_basis_stays_orthonormal_where_next_to_nothing_is_new():
+    """In a chain, what a product has along rough pairs that are kept is far more than the rest of it."""
+    multiply, like = rotated(np.r_[5, 4, 3, 3, 1e-10 * np.linspace(-1, 1, 600)])
+    generator, errors = torch.Generator().manual_seed(0), []
+
+    def measure(*_):
+        basis = torch.vstack([lanczos.basis[: lanczos.count], lanczos.pending])
+        errors.append(float((basis @ basis.T - torch.eye(len(basis))).abs().max()))
+
+    guess = torch.zeros_like(like)
+    lanczos = Lanczos(multiply, 604, 3, "largest", 0.1, generator, guess, report=measure)
+    lanczos.run(300)
+    assert len(errors) > 5
+    assert max(errors) < 1e-13
+
+
 def test_a_good_guess_saves_products_and_a_bad_one_hides_nothing():
     values = SPECTRA["outliers"]
     alone, _ = search(values, 6, "largest")

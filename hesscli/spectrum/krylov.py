@@ -144,7 +144,10 @@ class Krylov:
         self.largest = max(self.largest, float(np.abs(self.values).max(initial=0.0)))
 
     def keep(self, Y: np.ndarray, first: int = 0) -> None:
-        """The basis, from row `first` on, becomes Y^T times itself: a thick restart, where Y are Ritz vectors."""
+        """The basis, from row `first` on, becomes Y^T times itself: a thick restart, where Y are Ritz vectors.
+
+        `solve` is the caller's.
+        """
         S = np.zeros((self.count, first + Y.shape[1]))
         S[:first, :first] = np.eye(first)
         S[first:, first:] = Y
@@ -155,7 +158,6 @@ class Krylov:
             matrix[: S.shape[1], : S.shape[1]] = rotated
         self.coupling = self.coupling @ S
         self.count = S.shape[1]
-        self.solve()
 
     def rotate(self, Y: np.ndarray, rows: Tensor, out: Tensor) -> None:
         """Y^T times the rows, in tiles: `out` may be some of them."""
