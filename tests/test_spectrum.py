@@ -507,7 +507,8 @@ def test_few_products_leave_nothing_out(recwarn):
     for most in (1, 15, 16, 31, 33):
         generator = torch.Generator().manual_seed(0)
         found = estimate(lambda v: matrix @ v, [300], 1e-3, most, generator, matrix[0])
-        assert not found.converged or most == 33
+        assert not found.converged
+        assert (found.error < 4) == (most == 33)
         assert found.products == most
         assert np.isfinite(found.total)
     assert not recwarn.list
@@ -525,7 +526,7 @@ def test_small_sizes_have_traces_too():
 
 @pytest.mark.parametrize("values", [np.zeros(900), np.ones(900)], ids=["zero", "identity"])
 def test_trace_without_variance(values):
-    found, _ = estimated(values)
+    found, _ = estimated(values, relative=0.01 if values.any() else 0.0)
     assert found.converged
     assert found.error < 1e-9
     assert found.total == pytest.approx(values.sum())
