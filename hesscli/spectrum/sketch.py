@@ -28,9 +28,8 @@ class Sketch:
         for i, own in enumerate(self._products):
             others = torch.cat([self._products[:i], self._products[i + 1 :]])
             inside.append((leading(others) @ own).square().cumsum(0))
-        whole = self._products.square().sum()
-        shares = torch.stack(inside).sum(0) / whole if whole else torch.zeros(len(inside[0]))
-        return 1 - np.r_[0, shares.cpu().numpy()]
+        whole = self._products.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
+        return 1 - np.r_[0, (torch.stack(inside).sum(0) / whole).cpu().numpy()]
 
     def directions(self, count: int) -> Tensor:
         """The leading ones, orthonormal: [count, n]."""
