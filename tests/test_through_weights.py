@@ -115,6 +115,29 @@ class Shaped(nn.Module):
         return F.linear(state, F.normalize(self.rows, dim=-1) + hidden.new_ones(3, 5))
 
 
+class Subtracted(nn.Module):
+    """A layer whose bias is made of a parameter, and taken away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = Made(torch.sin, 4, 5), nn.Linear(5, 3)
+        self.threshold = nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.layer(x) - self.threshold.exp()))
+
+
+class Stopped(nn.Module):
+    """Gates of a layer whose weights are made, through which no gradient passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates, self.last = Made(torch.sin, 4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x * self.gates(x).sigmoid().detach())
+
+
 def stack(first: nn.Module, activation: nn.Module, *rest: nn.Module) -> nn.Module:
     return nn.Sequential(first, activation, *rest)
 
@@ -148,12 +171,14 @@ MADE = {  # the model, its inputs, and how many of its parameters have blocks th
     "words": (Words, ROWS, 1),
     "shaped": (Shaped, ROWS, 1),
     "detached": (lambda: stack(nn.Linear(4, 5), nn.Tanh(), Made(Tensor.detach, 5, 3)), ROWS, 1),
+    "subtracted": (Subtracted, ROWS, 2),
+    "stopped": (Stopped, ROWS, 1),
     "mask": (lambda: stack(nn.Linear(4, 5), nn.Tanh(), Made(lambda w: (w > 0).to(w.dtype), 5, 3)), ROWS, 1),
 }  # fmt: skip
 
 BY_NEURON = {  # those whose neurons are made of entries of their own
     "weight-norm", "weight-norm-of-pixels", "normalised-relu", "softmax", "standardised", "standardised-relu",
-    "adapted", "merged", "shaped", "detached", "mask",
+    "adapted", "merged", "shaped", "detached", "mask", "subtracted", "stopped",
 }  # fmt: skip
 
 

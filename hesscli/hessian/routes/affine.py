@@ -55,6 +55,10 @@ class AffineRoute(Route):
 
     def sum(self, parts: Sequence[Wanted]) -> None:
         super().sum(parts)
+        self.multiply(parts)
+
+    def multiply(self, parts: Sequence[Wanted]) -> None:
+        """C H C of the H that `add` has made."""
         for part in parts:
             if isinstance(part, Diagonal):
                 c = self._multiplier(part.block, part.block.parameters)

@@ -88,7 +88,8 @@ class Probed:
         self.known = tape.replay(given, probed, tape.until(end))
         self.output = self.known[end]
         if not self.output.requires_grad:  # a constant follows: there are derivatives, of zero
-            nothing = sum(probe.flatten()[:0].abs().sum() for probe in self.probes.values())
+            varied = (*self.probes.values(), *self.leaves.values())
+            nothing = sum(each.flatten()[:0].abs().sum() for each in varied)
             self.output = self.output + nothing
         self.samples = tape.shapes[tape.output][0]
         self.weight = None if cut is None else cut.gradient.clone().requires_grad_()

@@ -111,6 +111,7 @@ class ThroughWeights(Route):
         for some in grouped(wanted, lambda made: made.size**2, _TOGETHER):
             owns = [Rows.of(made, self._like) for made in some]
             self.route.add(batch, owns)
+            self.route.multiply(owns)
             for made, own in zip(some, owns, strict=True):
                 mirror_(own.out)
                 h = self.route.layout(made).ordered(own.out)
