@@ -14,9 +14,13 @@ from torch.nn import functional as F
 
 from hesscli.hessian.autodiff import batched_rows
 from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.routes import hvp
 from hesscli.hessian.routes.base import Diagonal, Rows
+from hesscli.hessian.routes.cuts import Cuts
+from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.routes.hvp import HessianVectorProducts
+from hesscli.hessian.routes.rates import usual_rates
 
 
 class Recurrent(nn.Module):
@@ -134,3 +138,14 @@ def test_what_a_function_keeps_is_seen_by_one_thread(two_threads, monkeypatch):
     (batch,) = problem.batches
     whole = hessian(problem.module, F.mse_loss, batch.inputs, batch.target, ["a.weight"])
     torch.testing.assert_close(rows.out, whole, rtol=1e-10, atol=1e-13)
+
+
+def test_rows_on_two_threads_are_reckoned_less(two_threads):
+    """But for chunks that are not worth two."""
+    problem = posed(Recurrent())
+    block, first = blocks_of(problem, "full")[0], FirstBatch(Cuts(Analyses(problem), chunk=64))
+    rates, seconds = usual_rates(problem.device), {}
+    for chunk in (8, 16, 64):
+        choice = HessianVectorProducts(problem, chunk).choice(first, block, diagonal=False)
+        seconds[chunk] = choice.work.seconds(rates)
+    assert seconds[64] == seconds[16] < seconds[8]
