@@ -926,6 +926,25 @@ def test_arguments_of_a_loss_of_all_that_a_model_returns():
     close(computed(model, (X, Y), **given), truth)
 
 
+def test_a_matrix_that_a_loss_of_all_that_a_float32_model_returns_takes():
+    """What the number is of is tried in float64, the matrix too."""
+    model, turn = Two(lambda a, b: (a, b)), torch.randn(4, 4, generator=G)
+
+    def loss(f, y, turn):
+        return (f[0] @ turn - y * f[1]).square().mean()
+
+    given = {"loss": loss, "loss_arguments": {"turn": turn}, "batch_size": 3}
+    found = computed(model, (X.float(), Y.float()), **given)
+    assert any("one number, the mean over the samples" in n for n in found.metadata["notes"])
+    truth = hessian(
+        model.double(),
+        lambda f, y: loss(f, y, turn.double()),
+        (X.float().double(),),
+        Y.float().double(),
+    )
+    close(found, truth, 1e-5)
+
+
 def test_one_output_of_several_for_a_loss_of_ones_own():
     model = Two(lambda a, b: (a, b)).double()
     truth = hessian(model, lambda f, y: F.mse_loss(f[1], y), (X,), Y)

@@ -83,6 +83,11 @@ class Loss:
         return self.name == "output" or self.whole
 
     @property
+    def is_one_number(self) -> bool:
+        """Whether the output is the loss itself, reduced already."""
+        return self.is_output and self.reduced != ""
+
+    @property
     def needs_target(self) -> bool:
         return self.name != "output"
 

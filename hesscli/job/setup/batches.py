@@ -209,7 +209,7 @@ def _taken_apart(
     mixing = None
     if limited:
         mixing = what_mixes_in_place(problem, source, bounds[1])
-    elif len(bounds) > 2 and not (problem.loss.is_output and problem.loss.reduced):
+    elif len(bounds) > 2 and not problem.loss.is_one_number:
         mixing = what_mixes(problem, source, bounds, room, note)
     mixing = next((each for each in processes.agreed(mixing) if each is not None), None)
     if mixing is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from hesscli.errors import MismatchError, is_out_of_memory
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.aten.definitions import exact_derivatives, right_gradients
-from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.batch import Batch, doubled
 from hesscli.hessian.objective.losses import OF_CLASSES
 from hesscli.hessian.objective.problem import Problem, parameters_at
 from hesscli.hessian.proofs.analysis import Analyses
@@ -73,8 +73,11 @@ def _found_mixing(
     Raises:
         MismatchError: the model does not take them all at once.
     """
-    parts = [source.batch(start, stop) for start, stop in pairwise(tried)]
-    problem = replace(problem, batches=[source.batch(0, tried[-1]), *parts])
+    bounds = [(0, tried[-1]), *pairwise(tried)]
+    batches: Sequence[Batch] = [source.batch(start, stop) for start, stop in bounds]
+    if problem.dtype is torch.float64:
+        batches = doubled(batches)
+    problem = replace(problem, batches=batches)
     if wider:
         problem = problem.double() or problem
     together, *apart = problem.batches
@@ -90,9 +93,7 @@ def _found_mixing(
                 outputs = _made(problem, apart)
             except MismatchError:  # it wants more samples, or those it was traced with
                 return "the model"
-            same = _same_values(
-                output, outputs, _SUM if problem.loss.is_output and problem.loss.reduced else None
-            )
+            same = _same_values(output, outputs, _SUM if problem.loss.is_one_number else None)
             if not (same and _same_gradients(output, outputs, leaves)):
                 return "the model"
         lengths = [len(each) for each in outputs]
@@ -104,7 +105,7 @@ def _found_mixing(
 def _made(problem: Problem, batches: Sequence[Batch]) -> list[Tensor]:
     """The outputs of some batches; of a model that returns its loss as one number, what these add up to."""
     outputs = [problem.output(batch) for batch in batches]
-    if not (problem.loss.is_output and problem.loss.reduced):
+    if not problem.loss.is_one_number:
         return outputs
     pairs = zip(outputs, batches, strict=True)
     totals = [problem.loss.total(output, batch)[0] for output, batch in pairs]
@@ -125,10 +126,7 @@ def adds_up(problem: Problem, source: Source, bounds: Sequence[int]) -> bool:
     proven = _proven_apart(problem, source)
     few = replace(problem, batches=[source.batch(0, source.few)])
     wide = few if problem.dtype is torch.float64 else few.double()
-    if wide is None:
-        return False
-    source = replace(source, dtype=torch.float64)
-    return _found_mixing(wide, source, bounds, proven, wider=False) is None
+    return wide is not None and _found_mixing(wide, source, bounds, proven, wider=False) is None
 
 
 def _proven_apart(problem: Problem, source: Source) -> bool:
