@@ -73,9 +73,7 @@ def _norm(array: np.ndarray) -> float:
     runs = [flat[first : first + _RUN] for first in range(0, flat.size, _RUN)]
     total = sum(float(np.vdot(run, run)) for run in runs)
     limits = np.finfo(flat.dtype)
-    least = float(limits.tiny) / float(
-        limits.eps
-    )  # above this mean, squares that underflow do not count
+    least = float(limits.tiny) / float(limits.eps)  # a mean above which what underflows is nothing
     if not flat.size * least <= total < math.inf:
         largest = max((float(np.abs(run).max()) for run in runs), default=0.0)
         if not 0 < largest < math.inf:

@@ -30,9 +30,8 @@ def pick_output(
     if key is not None:
         entry = entries.get(key)
         if isinstance(result, (tuple, list)) and key.removeprefix("-").isdigit():
-            entry = dict(
-                zip(range(-len(result), len(result)), (*result, *result), strict=True)
-            ).get(int(key))
+            place = int(key)
+            entry = result[place] if -len(result) <= place < len(result) else None
         if isinstance(entry, Tensor):
             return entry
         if isinstance(result, Tensor):

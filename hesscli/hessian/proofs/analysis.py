@@ -173,7 +173,7 @@ class WeightAnalyses(Analyses):
 
 
 def _analyse(problem: Problem, batch: Batch) -> Analysis:
-    loss, terms = problem.loss, None
+    loss, terms, axes = problem.loss, None, None
     if not batch.inputs[0].dim():
         raise NotApplicable("the inputs have no sample axis")
     samples = len(batch.inputs[0])
@@ -182,13 +182,13 @@ def _analyse(problem: Problem, batch: Batch) -> Analysis:
         raise NotApplicable(tape.refusal)
     if loss.is_output:
         if parts := parted(tape, samples):
-            tape, terms = parts
+            tape, axes, terms = parts
             loss = RecordedLoss(**vars(loss), tape=terms)
     elif loss.function is not None:
         terms = record_terms(problem, batch)
         if terms.refusal:
             raise NotApplicable(f"{terms.refusal} in the loss {loss.name}")
-    axes = sample_axes(tape, samples)
+    axes = axes or sample_axes(tape, samples)
     all_uses, reasons = find_uses(tape, axes)
     classes = loss.class_axis(tape.shapes[tape.output], batch.target)
     analysis = Analysis(tape, axes, all_uses, reasons, loss, classes, terms)

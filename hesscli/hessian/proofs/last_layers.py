@@ -12,6 +12,7 @@ from torch import Size, Tensor
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.loss import Loss
+from hesscli.hessian.proofs.sample_axis import Axes
 from hesscli.hessian.proofs.samples import sample_axes
 from hesscli.hessian.recording.tape import Call, Ref, Tape
 
@@ -29,8 +30,8 @@ class RecordedLoss(Loss):
         return self.tape.replay({self.tape.inputs[0]: output})[self.tape.output]
 
 
-def parted(tape: Tape, samples: int) -> tuple[Tape, Tape] | None:
-    """A pass up to its last layers, and what follows, as a tape whose only input is what they make.
+def parted(tape: Tape, samples: int) -> tuple[Tape, Axes, Tape] | None:
+    """A pass up to its last layers, its sample axes, and what follows, as a tape whose only input is what they make.
 
     Of all values that could stand between the two, with the samples in front, these are the fewest, and the first.
 
@@ -45,8 +46,7 @@ def parted(tape: Tape, samples: int) -> tuple[Tape, Tape] | None:
     for values in sorted(found, key=len):
         front, behind = _divided(tape, values, samples)
         with suppress(NotApplicable):
-            sample_axes(front, samples)
-            return front, behind
+            return front, sample_axes(front, samples), behind
     return None
 
 

@@ -143,10 +143,9 @@ def _tensors(data: object) -> dict[str, Tensor]:
             found, hint = _no_numbers(name, array)
             raise UsageError(f"data: {name} is {found}; expected an array", hint) from error
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
-            layout = str(tensor.layout).removeprefix("torch.")
-            layout = (
-                "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else layout
-            )
+            kinds = {"nested": tensor.is_nested, "quantized": tensor.is_quantized}
+            usual = str(tensor.layout).removeprefix("torch.")
+            layout = next((kind for kind, found in kinds.items() if found), usual)
             raise UsageError(f"data: {name} is {layout}; expected a dense tensor")
         tensors[name] = tensor
     return tensors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -107,9 +107,15 @@ def _made(problem: Problem, batches: Sequence[Batch]) -> list[Tensor]:
     outputs = [problem.output(batch) for batch in batches]
     if not problem.loss.is_one_number:
         return outputs
+    return [_total(problem, outputs, batches)]
+
+
+def _total(problem: Problem, outputs: Iterable[Tensor], batches: Sequence[Batch]) -> Tensor:
+    """What the loss of the outputs of some batches adds up to, [1]."""
     pairs = zip(outputs, batches, strict=True)
-    totals = [problem.loss.total(output, batch)[0] for output, batch in pairs]
-    return [torch.stack(totals).sum().reshape(1)]
+    return torch.stack([problem.loss.total(output, batch)[0] for output, batch in pairs]).sum(
+        0, True
+    )
 
 
 def adds_up(problem: Problem, source: Source, bounds: Sequence[int]) -> bool:
@@ -196,14 +202,13 @@ def mixing_loss(
 
     with exact_derivatives(), torch.enable_grad():
         z = output.detach().requires_grad_(output.is_floating_point())
-        pairs = zip(z.split(list(lengths)), apart, strict=True)
+        outputs = z.split(list(lengths))
         if problem.loss.reduced:
-            terms = problem.loss.total(z, together)[0].reshape(1)
-            totals = [problem.loss.total(part, of)[0] for part, of in pairs]
-            parts = [torch.stack(totals).sum().reshape(1)]
+            terms = _total(problem, [z], [together])
+            parts = [_total(problem, outputs, apart)]
         else:
             terms = problem.loss.terms(z, together)
-            parts = [problem.loss.terms(part, of) for part, of in pairs]
+            parts = [problem.loss.terms(part, of) for part, of in zip(outputs, apart, strict=True)]
         same = _same_values(terms, parts) and _same_loss_derivatives(z, terms, parts)
     return None if same else f"the loss {problem.loss.name}"
 
