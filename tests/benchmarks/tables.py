@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from tests.benchmarks.measure import OURS, TOLERANCE, Measured, Tool
+from tests.benchmarks.measure import LEAST, OURS, TOLERANCE, Measured, Tool
 from tests.benchmarks.tasks import EIGEN, GEMM, GRADIENT, PRODUCT, PRODUCTS
 
 
@@ -30,7 +30,7 @@ def timings(measured: Measured) -> Table:
         table.add_row(
             tool.name,
             _spread(statistics.median(whole), min(whole), max(whole)),
-            _s(measured.seconds(tool)),
+            _less_import(measured.seconds(tool)),
             _s(tool.median(lambda run: run.inside)),
             f"{tool.median(lambda run: run.peak) / 1e6:,.0f} MB",
             _ratio(measured, tool),
@@ -155,6 +155,10 @@ def _wanted(measured: Measured, tool: Tool) -> str:
     if goal is None or not measured.ours.runs:
         return str(goal or "")
     return f"{goal}: {'met' if goal.met(measured.ratio(tool)[0]) else 'missed'}"
+
+
+def _less_import(seconds: float) -> str:
+    return _s(seconds) if seconds > LEAST else f"<= {LEAST}"
 
 
 def _judged(goal: Any, value: float) -> str:
