@@ -964,7 +964,7 @@ def fisher_of_terms(
     return total / (len(X) * terms_each)
 
 
-@pytest.mark.parametrize("method", ["auto", "hvp"])
+@pytest.mark.parametrize("method", ["auto", "gauss-newton", "hvp"])
 def test_fisher_of_terms_that_a_model_returns(method):
     options = {"curvature": "fisher", "method": method, "batch_size": 3}
     model = Lossy(lambda f, y: (f - y).pow(4))
@@ -973,8 +973,28 @@ def test_fisher_of_terms_that_a_model_returns(method):
     several, loss = Two(Outputs).double(), FORMS["named"][1]
     found = computed(several, (X, Y), loss=loss, **options)
     close(found, fisher_of_terms(lambda i: loss(several(X[i : i + 1]), Y[i : i + 1]), several))
-    with pytest.raises(hesscli.HesscliError, match="as one number, so it has no output"):
-        computed(Lossy(F.mse_loss), {"x": X, "y": Y}, loss="output", **options)
+
+
+@pytest.mark.parametrize("method", ["auto", "gauss-newton", "hvp"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_fisher_of_one_number_that_a_model_returns(method, reduction):
+    options = {"curvature": "fisher", "method": method}
+    model = Lossy(partial(F.mse_loss, reduction=reduction)).double()
+    truth = fisher_of_terms(lambda i: model(X[i : i + 1], Y[i : i + 1]), model)
+    truth = truth * (1 if reduction == "mean" else len(X))
+    with pytest.raises(hesscli.HesscliError, match="as one number, so it has no output") as refused:
+        computed(model, {"x": X, "y": Y}, loss="output", **options)
+    assert refused.value.hint == "--batch-size 1"
+    close(computed(model, {"x": X, "y": Y}, loss="output", batch_size=1, **options), truth)
+    several, loss = Two(Outputs).double(), FORMS["named"][1]
+    if reduction == "mean":
+        whole = computed(
+            several, (X, Y), loss=lambda f, y: loss(f, y).mean(), batch_size=1, **options
+        )
+        close(
+            whole,
+            fisher_of_terms(lambda i: loss(several(X[i : i + 1]), Y[i : i + 1]).mean(), several),
+        )
 
 
 def test_a_loss_that_does_not_take_all_that_a_model_returns():

@@ -13,6 +13,7 @@ from hesscli.hessian.differences.check import Certificate
 from hesscli.hessian.differences.directional import DirectionalDifference
 from hesscli.hessian.differences.output_difference import FisherDifference, GaussNewtonDifference
 from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.loss import OF_ALL
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import Middle, Products, gradient_outer, loss_hessian
 from hesscli.hessian.proofs.analysis import Analyses
@@ -54,16 +55,17 @@ class Curvature:
             MismatchError: the model returns its own loss; or samples may mix, so that none has a gradient of its own.
         """
         problem, loss = analyses.problem, analyses.problem.loss
-        if self.middle is not None and loss.is_output and (loss.reduced or not self.by_sample):
+        if self.middle is not None and loss.is_output and not self._has_terms(problem):
             its = (
                 "the loss takes all that the model returns"
                 if loss.whole
                 else "the model returns its own loss"
             )
             one = ", as one number" if self.by_sample else ""
+            split = self.by_sample and loss.reduced != OF_ALL
             raise MismatchError(
                 f"{its}{one}, so it has no output to take its {self.name} at",
-                "--curvature hessian",
+                "--batch-size 1" if split else "--curvature hessian",
             )
         if self.by_sample and not problem.one_sample:
             try:
@@ -75,6 +77,12 @@ class Curvature:
                     f"no sample has a gradient of its own, as the empirical Fisher needs: {reason}",
                     "--batch-size 1" if problem.separable else "--curvature ggn",
                 ) from None
+
+    def _has_terms(self, problem: Problem) -> bool:
+        """Whether what a problem returns is a loss of each sample, and those are enough."""
+        if not self.by_sample:
+            return False
+        return not problem.loss.reduced or all(len(batch) == 1 for batch in problem.batches)
 
     def products(self, problem: Problem, memory: int = 0, rows: int | None = None) -> Products:
         """See `Products`; the problem must have this matrix."""
@@ -101,7 +109,7 @@ def _is_one(problem: Problem, batch: Batch) -> bool:
     if len(batch) != 1:
         return False
     with torch.no_grad():
-        return problem.output(batch).shape[:1] == (1,)
+        return problem.loss.is_one_number or problem.output(batch).shape[:1] == (1,)
 
 
 HESSIAN = Curvature("hessian", "hessian", DirectionalDifference)

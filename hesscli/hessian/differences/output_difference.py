@@ -119,7 +119,7 @@ class FisherDifference(OutputDifference):
 
     def _middle(self, batch: Batch, f: Tensor, along: Tensor, step: float) -> Tensor:
         delta = self._slope(batch, f)
-        if self.problem.one_sample:
+        if self.problem.one_sample or not f.dim():
             return delta * (delta * along).sum()
         terms = (delta * along).reshape(len(f), -1).sum(1)
         return delta * terms.reshape(-1, *[1] * (f.dim() - 1))

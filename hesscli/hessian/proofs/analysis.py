@@ -45,9 +45,10 @@ class Analysis:
         """Whether the loss has terms of more than one of the places, so many, along an axis of the output."""
         if self.terms is None:
             return axis.axis == self.class_axis
-        one_number = self.terms.shapes[self.terms.output].numel() == 1
+        if count == 1:
+            return False
         try:
-            if one_number and count > 1:
+            if self.terms.shapes[self.terms.output].numel() == 1:
                 demand_summands(self.terms, axis, count)
             else:
                 follow(self.terms, dict.fromkeys(self.terms.inputs, axis), count)

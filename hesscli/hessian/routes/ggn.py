@@ -53,6 +53,6 @@ class EmpiricalFisher(GeneralisedGaussNewton):
     def at_output(self, probed: Probed) -> tuple[Tensor, Tensor]:
         """The gradient of each sample's own loss terms, and 1 / D."""
         with exact_derivatives():
-            delta = loss_gradient(self.problem, probed.batch, probed.output.detach())
+            delta = loss_gradient(probed.problem, probed.batch, probed.output.detach())
         curvature = delta.new_full((probed.samples, 1, 1), 1 / self.problem.denominator)
         return delta.unsqueeze(0), curvature
