@@ -174,7 +174,9 @@ class Run:
             facts = dict(finished[block.name])  # the journal's own is not on the disk yet
             if facts.pop("zero") and unused.issuperset(block.parameters):
                 facts["unused"] = True
-                self.plan.opened.listener.note(f"{block.name}: unused, its block is zero")
+                self.plan.opened.listener.note(
+                    f"{block.name}: unused, detached or under torch.no_grad, so its block is zero"
+                )
             every.append(facts)
         return every
 
