@@ -6,7 +6,6 @@ A result `NAME.safetensors` in several files is `NAME-00001-of-00003.safetensors
 
 from __future__ import annotations
 
-import errno
 import glob
 import os
 import re
@@ -26,12 +25,12 @@ def followed(path: Path) -> Path:
     Raises:
         UsageError: it leads to itself.
     """
-    try:
-        return path.resolve() if path.is_symlink() else path
-    except (RuntimeError, OSError) as error:  # as of Python 3.13, the latter
-        if isinstance(error, OSError) and error.errno != errno.ELOOP:
-            raise
-        raise UsageError(f"{path}: a symbolic link that leads to itself") from None
+    if not path.is_symlink():
+        return path
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise UsageError(f"{path}: a symbolic link that leads to itself")
+    return target
 
 
 def keep_mode(path: Path, successor: Path) -> None:
