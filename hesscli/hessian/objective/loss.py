@@ -16,8 +16,9 @@ from hesscli.errors import MismatchError
 from hesscli.hessian.aten.precision import in_precision_, staying_wide
 from hesscli.hessian.guests import guest
 from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.classes import class_axis
 from hesscli.hessian.objective.copies import copied
-from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES, Total, class_axis
+from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES, Total
 from hesscli.hessian.objective.outputs import described, entries_of
 from hesscli.hessian.objective.state import state_kept
 

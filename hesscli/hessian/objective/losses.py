@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 
 import torch
@@ -21,13 +21,9 @@ from torch import Tensor
 
 from hesscli.errors import MismatchError, UsageError
 from hesscli.hessian.aten.formulas import log_sigmoid, log_softmax
-from hesscli.texts import dtype_name
+from hesscli.hessian.objective.classes import class_numbers, class_weight, classes_second
 
 Total = tuple[Tensor, float]
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))
 
 
 def _same_shape(output: Tensor, target: Tensor) -> Tensor:
@@ -35,11 +31,11 @@ def _same_shape(output: Tensor, target: Tensor) -> Tensor:
     if output.shape != target.shape:
         hint = None
         if output.numel() == target.numel():
-            hint = f"store the targets with shape {_shape(output)}; broadcasting would be wrong"
+            hint = f"store the targets with shape {list(output.shape)}; broadcasting would be wrong"
         elif target.shape == output.shape[:-1] and _are_classes(target, output.shape[-1]):
             hint = "store the class numbers as int64"
         raise MismatchError(
-            f"the model's output has shape {_shape(output)}, the targets {_shape(target)}; "
+            f"the model's output has shape {list(output.shape)}, the targets {list(target.shape)}; "
             "this loss compares them element by element",
             hint,
         )
@@ -60,8 +56,8 @@ def _weighted(
         weight = weight.to(terms.dtype).expand_as(terms)
     except RuntimeError:
         raise MismatchError(
-            f"the loss argument {name} has shape {_shape(weight)}, which does not fit "
-            f"an output of shape {_shape(terms)}"
+            f"the loss argument {name} has shape {list(weight.shape)}, which does not fit "
+            f"an output of shape {list(terms.shape)}"
         ) from None
     return terms * weight, weight
 
@@ -164,90 +160,13 @@ def poisson_nll(
     return _mean_by_count(terms)
 
 
-def class_axis(output: Sequence[int], target: Sequence[int]) -> int:
-    """The axis that the classes lie along in an output of this shape: to PyTorch the second, or the only one.
-
-    The last, as a language model has them, where the targets' shape fits that alone.
-    """
-    second = (*output[:1], *output[2:])
-    last = len(output) > 2 and tuple(target) == tuple(output[:-1]) != second
-    return len(output) - 1 if last else int(len(output) > 1)
-
-
-def _classes_second(output: Tensor, target: Tensor) -> tuple[Tensor, int]:
-    """The output with its classes along the second axis, or the only one; and which it is."""
-    axis = class_axis(output.shape, target.shape)
-    if axis > 1:  # contiguous, as PyTorch's own derivative wants it
-        return output.movedim(axis, 1).contiguous(), 1
-    return output, axis
-
-
-def _class_weight(output: Tensor, axis: int, weight: Tensor | None) -> Tensor | None:
-    if weight is None:
-        return None
-    classes = output.shape[axis]
-    if weight.shape != (classes,):
-        raise MismatchError(
-            f"the loss argument weight has shape {_shape(weight)}, the model's output "
-            f"{_shape(output)}; expected one weight per class: [{classes}]"
-        )
-    return weight.to(output.dtype)
-
-
-def _class_numbers(output: Tensor, axis: int, target: Tensor, ignore_index: int) -> Tensor:
-    wanted = output.shape[:axis] + output.shape[axis + 1 :]
-    if output.dim() == 0 or target.shape != wanted:
-        raise MismatchError(
-            f"class targets have shape {_shape(target)}, the model's output {_shape(output)}; "
-            f"expected targets of shape {list(wanted)}"
-            + (f" or {_shape(output[..., 0])}" if output.dim() > 2 else ""),
-            _column_hint(output, target, axis),
-        )
-    if target.is_floating_point():
-        raise MismatchError(
-            f"class targets are {dtype_name(target.dtype)}, expected integers",
-            "store the class numbers as int64",
-        )
-    target = target.long()
-    valid = target[target != ignore_index]
-    classes = output.shape[axis]
-    if valid.numel() and (int(valid.min()) < 0 or int(valid.max()) >= classes):
-        raise MismatchError(
-            f"class targets range from {int(valid.min())} to {int(valid.max())}, "
-            f"the model's output has {classes} classes",
-            _range_hint(int(valid.min()), int(valid.max()), classes),
-        )
-    return target
-
-
-def _range_hint(first: int, last: int, classes: int) -> str | None:
-    """What to do about classes counted from 1, or about -1 where none counts."""
-    if first == 1 and last == classes:
-        return "classes are counted from 0: y - 1"
-    return "--loss-arg ignore_index=-1" if first == -1 and last < classes else None
-
-
-def _column_hint(output: Tensor, target: Tensor, axis: int) -> str | None:
-    """What to do about targets with an axis that class numbers do not have."""
-    same = output.shape == target.shape
-    several = target.dim() > axis and target.shape[axis] > 1
-    if several and bool(((target == 0) | (target == 1)).all()):
-        if bool((target.sum(axis) == 1).all()):
-            return f"store the class numbers: y.argmax({axis})"
-        if same:  # several classes may hold, or none
-            return "--loss bce-with-logits"
-    if output.dim() == target.dim() and output.shape[axis] > 1 and target.shape[axis] == 1:
-        return f"store the class numbers without that axis: y.squeeze({axis})"
-    return "--loss mse" if same else None
-
-
 def nll(
     output: Tensor, target: Tensor, weight: Tensor | None = None, ignore_index: int = -100
 ) -> Total:
     """-sum of w_y z_y of log-probabilities z [B, C, ...], by the sum of w_y; without targets that are ignored."""
-    output, axis = _classes_second(output, target)
-    target = _class_numbers(output, axis, target, ignore_index)
-    weight = _class_weight(output, axis, weight)
+    output, axis = classes_second(output, target)
+    target = class_numbers(output, axis, target, ignore_index)
+    weight = class_weight(output, axis, weight)
     kept = target[target != ignore_index]
     denominator = float(kept.numel() if weight is None else weight[kept].sum())
     total = F.nll_loss(output, target, weight, ignore_index=ignore_index, reduction="sum")
@@ -265,18 +184,18 @@ def cross_entropy(
 
     With label smoothing s, (1 - s) times that, and -s / C times the sum over all classes.
     """
-    output, axis = _classes_second(output, target)
+    output, axis = classes_second(output, target)
     if output.dim() == 0 or output.shape[axis] < 2:
         raise MismatchError(
-            f"cross-entropy needs two classes or more, the model's output has shape "
-            f"{_shape(output)}",
+            "cross-entropy needs two classes or more, the model's output has shape "
+            f"{list(output.shape)}",
             "--loss bce-with-logits",
         )
     log_p = log_softmax(output, axis)
     if not 0 <= label_smoothing <= 1:
         raise UsageError(f"cross-entropy: label_smoothing is {label_smoothing}, expected 0 to 1")
     classes = output.shape[axis]
-    weight = _class_weight(output, axis, weight)
+    weight = class_weight(output, axis, weight)
     per_class = (classes, *[1] * (output.dim() - axis - 1))
 
     if target.is_floating_point() and target.shape == output.shape:  # class probabilities

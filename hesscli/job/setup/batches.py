@@ -14,9 +14,10 @@ from hesscli.files.resources import available_memory
 from hesscli.hessian.batch_size import PREFERRED_ROWS, Sizes, choose_sizes
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.objective.batch import Batch, Batches
+from hesscli.hessian.objective.classes import class_axis
 from hesscli.hessian.objective.first_passes import first_output
 from hesscli.hessian.objective.loss import OF_ALL
-from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES, class_axis
+from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES
 from hesscli.hessian.objective.problem import Problem, parameters_at
 from hesscli.hessian.objective.saved import saved_bytes
 from hesscli.hessian.objective.weight_writes import weight_writes
