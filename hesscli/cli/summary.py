@@ -61,24 +61,14 @@ def headline(document: Document) -> dict[str, str]:
     loss, data = document["loss"], document["data"]
     terms = [f"{name}={value}" for name, value in loss["arguments"].items()]
     terms += [loss["reduction"], f"N = {data['samples']}"]
-    facts = {
-        "model": f"{_named(document['model'])} x {_named(data)}",
-        "loss": f"{loss['name']} ({', '.join(terms)}) = {number(loss['value'])}",
-    }
-    shape = f"{document['structure']}, {document['dtype']} on {document['device']}"
-    ((label, text),) = _matrix(document, shape).items()
-    facts[label] = text
+    value = f"{loss['name']} ({', '.join(terms)}) = {number(loss['value'])}"
+    matrix = f"{document['structure']}, {document['dtype']} on {document['device']}"
+    model = {"model": f"{_named(document['model'])} x {_named(data)}"}
     if "gradient_norm" not in document:
-        return facts
-    facts["loss"] += f", gradient norm {number(document['gradient_norm'])}"
-    facts[label] += f", {document['method']}"
-    check, symmetry = document["check"], document["symmetry_error"]
-    facts["check"] = f"error {error(check['relative_error'])}" if check else "not done"
-    if symmetry is not None:
-        facts["check"] += f", symmetry error {error(symmetry)}"
-    if "seconds" in document:
-        facts["check"] += f", {seconds(document['seconds'])}"
-    return facts
+        return model | {"loss": value} | _matrix(document, matrix)
+    value += f", gradient norm {number(document['gradient_norm'])}"
+    matrix += f", {document['method']}"
+    return model | {"loss": value} | _matrix(document, matrix) | {"check": _check(document)}
 
 
 def _matrix(document: Document, text: str) -> dict[str, str]:
@@ -89,6 +79,19 @@ def _matrix(document: Document, text: str) -> dict[str, str]:
     return {"matrix": f"{curvature.replace('_', ' ')}, {text}"}
 
 
+def _check(document: Document) -> str:
+    """What the check found, and what all of it took."""
+    check, symmetry = document["check"], document["symmetry_error"]
+    found = [f"error {error(check['relative_error'])}" if check else "not done"]
+    if document.get("products"):
+        found.append(counted(document["products"], "product"))
+    if symmetry is not None:
+        found.append(f"symmetry error {error(symmetry)}")
+    if "seconds" in document:
+        found.append(seconds(document["seconds"]))
+    return ", ".join(found)
+
+
 def counted(count: int, thing: str) -> str:
     """So many of a thing."""
     return f"{count} {thing}{'' if count == 1 else 's'}"
@@ -97,11 +100,7 @@ def counted(count: int, thing: str) -> str:
 def products_headline(document: Document) -> dict[str, str]:
     """What stands above the results of products, which no matrix was formed for."""
     size = document["size"]
-    facts = headline({**document, "structure": f"{size} x {size}", "symmetry_error": None})
-    if document.get("products"):
-        check, *rest = facts["check"].split(", ")
-        facts["check"] = ", ".join([check, counted(document["products"], "product"), *rest])
-    return facts
+    return headline({**document, "structure": f"{size} x {size}", "symmetry_error": None})
 
 
 def spectrum_headline(document: Document) -> dict[str, str]:
