@@ -11,8 +11,9 @@ import typer
 from hesscli.cli.commands import prints
 from hesscli.cli.numbers import error, number
 from hesscli.cli.options import Markdown
-from hesscli.cli.output import Document, Output
+from hesscli.cli.output import Output
 from hesscli.errors import CheckError
+from hesscli.job.json_form import Document
 
 
 @prints

@@ -14,10 +14,11 @@ from hesscli.cli.completion import block_names
 from hesscli.cli.gates import FailAbove, FailBelow, gate_eigenvalues, refuse_unseen_end
 from hesscli.cli.numbers import error
 from hesscli.cli.options import Force, refuse_idle_force
-from hesscli.cli.output import Document, Output
+from hesscli.cli.output import Output
 from hesscli.cli.summary import counted, shape_text, spectrum_headline
 from hesscli.cli.values import finite
 from hesscli.errors import NumericalError, UsageError
+from hesscli.job.json_form import Document
 from hesscli.job.options import ProblemOptions, Which
 from hesscli.job.setup.processes import Processes
 from hesscli.job.starting import start
@@ -25,8 +26,8 @@ from hesscli.job.starting import start
 if TYPE_CHECKING:
     from hesscli.job.eigen import EigenOptions
 
-
 _TOP = 10
+_USUAL = 30  # products for each eigenvalue, where they are neither crowded nor tiny
 
 
 @takes_hessian_or_problem("per_block", "tol", "max_products")
@@ -126,16 +127,13 @@ def eigen(
 
     options = EigenOptions(top, which, tol, max_products, per_block, block, output, force)
     if isinstance(hessian, str):
-        document: Document = run(hessian, options)
+        document = run(hessian, options)
         out.result(document, print_eigenpairs)
     else:
         document = of_model(out, hessian, options, processes)
     if output is not None:
         out.wrote(output)
     gate_eigenvalues(document, fail_above, fail_below)
-
-
-_USUAL = 30  # products for each eigenvalue, where they are neither crowded nor tiny
 
 
 def of_model(

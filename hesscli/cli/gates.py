@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from collections.abc import Iterable
+from typing import Annotated
 
 import typer
 
 from hesscli.errors import CheckError, UsageError
+from hesscli.job.json_form import Document
 
 
 def bound(value: float | None) -> float | None:
@@ -99,7 +100,7 @@ def refuse_unseen_end(which: str, top: int, above: float | None, below: float | 
         )
 
 
-def gate_eigenvalues(document: Mapping[str, Any], above: float | None, below: float | None) -> None:
+def gate_eigenvalues(document: Document, above: float | None, below: float | None) -> None:
     """`gate` for the document of `eigen`."""
     pairs = zip(document["blocks"], document["eigenvalues"], strict=True)
     gate([(f"an eigenvalue of {block}", value) for block, value in pairs], above, below)

@@ -10,9 +10,10 @@ import typer
 from hesscli.cli.commands import on_all_processes, prints, takes_problem
 from hesscli.cli.numbers import number
 from hesscli.cli.options import Force
-from hesscli.cli.output import Document, Output
+from hesscli.cli.output import Output
 from hesscli.cli.summary import first_cells, products_headline, with_total
 from hesscli.cli.values import finite
+from hesscli.job.json_form import Document
 from hesscli.job.options import ProblemOptions
 from hesscli.job.setup.processes import Processes
 from hesscli.job.starting import start

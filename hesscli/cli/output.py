@@ -13,17 +13,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from hesscli.cli.bar import Bar
 from hesscli.cli.table import GAP, code, markdown_table, tables
 from hesscli.cli.terminal import clean, coloured, silence
 from hesscli.errors import UsageError
-from hesscli.job.json_form import without_infinities
+from hesscli.job.json_form import Document, without_infinities
 from hesscli.job.options import Listener
 from hesscli.job.sizes import size
-
-Document = Mapping[str, Any]
 
 
 def say(kind: str, text: str) -> None:
@@ -38,11 +36,7 @@ def say(kind: str, text: str) -> None:
 class Output(Listener):
     """What one command prints. Also the job's listener."""
 
-    def __init__(
-        self,
-        quiet: bool = False,
-        json: bool = False,
-    ) -> None:
+    def __init__(self, quiet: bool = False, json: bool = False) -> None:
         self.quiet = quiet
         self.as_json = json
         self.as_markdown = False

@@ -12,8 +12,9 @@ from hesscli.cli.commands import prints
 from hesscli.cli.completion import block_names
 from hesscli.cli.heatmap import draw, room
 from hesscli.cli.options import Markdown, refuse_idle_force
-from hesscli.cli.output import Document, Output
+from hesscli.cli.output import Output
 from hesscli.cli.summary import COLUMNS, WIDE, print_block, print_hessian
+from hesscli.job.json_form import Document
 
 
 @prints

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from hesscli.cli.numbers import error, number, seconds
-from hesscli.cli.output import Document, Output
+from hesscli.cli.output import Output
+from hesscli.job.json_form import Document
 from hesscli.job.sizes import size
 
 COLUMNS = ("trace", "eig_max", "eig_min", "fro_norm")
