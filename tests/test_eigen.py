@@ -138,7 +138,7 @@ def test_lanczos(cli, written, monkeypatch, blocks, which):
         used.append(arguments)
         return real(*arguments)
 
-    monkeypatch.setattr(spectrum, "DENSE_LIMIT", 3)
+    monkeypatch.setattr(spectrum, "LAPACK_LIMIT", 3)
     monkeypatch.setattr(spectrum, "_lanczos", lanczos)
     monkeypatch.setattr(spectrum, "_TILE", 50)  # several tiles
     ran = cli("eigen", "--top", 4, "--which", which, "--json")
@@ -150,7 +150,7 @@ def test_lanczos(cli, written, monkeypatch, blocks, which):
 
 def test_lanczos_twice_gives_the_same(cli, written, tmp_path, monkeypatch):
     written("full")
-    monkeypatch.setattr(spectrum, "DENSE_LIMIT", 3)
+    monkeypatch.setattr(spectrum, "LAPACK_LIMIT", 3)
     contents = set()
     for _ in range(12):
         assert cli("eigen", "--top", 3, "-o", "eigen.safetensors").code == 0
@@ -164,14 +164,14 @@ def test_lanczos_that_does_not_converge(cli, written, monkeypatch):
     monkeypatch.setattr(
         sparse, "eigsh", lambda *given, **options: few(*given, **options | {"ncv": 3})
     )
-    monkeypatch.setattr(spectrum, "DENSE_LIMIT", 3)
+    monkeypatch.setattr(spectrum, "LAPACK_LIMIT", 3)
     assert "No convergence" in cli("eigen", "--top", 1).fails(5)
 
 
 def test_lanczos_of_nothing(cli, written, monkeypatch):
     """A zero block has eigenvalues too: zeros."""
     written("diag", "l1-of-linear")
-    monkeypatch.setattr(spectrum, "DENSE_LIMIT", 3)
+    monkeypatch.setattr(spectrum, "LAPACK_LIMIT", 3)
     ran = cli("eigen", "--top", 3, "--json")
     assert ran.code == 0, ran.stderr
     assert ran.document["eigenvalues"] == [0, 0, 0]

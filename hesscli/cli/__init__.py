@@ -29,7 +29,7 @@ from hesscli.job.starting import leave
 # What typer raises for a command line that it cannot read; it has no public name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
-_SHARED = {"compute", "eigen", "trace", "density", "hvp"}
+_ON_ALL_PROCESSES = {"compute", "eigen", "trace", "density", "hvp"}
 """Commands for several processes; all others are those of the first alone."""
 
 app = typer.Typer(
@@ -100,7 +100,7 @@ def hesscli_command(
       2 usage, missing file, output refused     6 device missing, not enough memory or disk
       3 file unreadable, unsupported, unsafe    70 a bug in hesscli, 130 Ctrl-C
     """
-    if rank() and context.invoked_subcommand not in _SHARED:
+    if rank() and context.invoked_subcommand not in _ON_ALL_PROCESSES:
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)

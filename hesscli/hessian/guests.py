@@ -48,7 +48,7 @@ def is_in_function() -> bool:
 
 
 @contextmanager
-def guest(explained: Explain) -> Iterator[None]:
+def guest(explain: Explain) -> Iterator[None]:
     """Inside runs code that is not ours, and its errors are made those of `explaining`.
 
     It runs as it is written: what `torch.compile` would make of it has no second derivatives. If it turns gradients off
@@ -56,7 +56,7 @@ def guest(explained: Explain) -> Iterator[None]:
     """
     before, _inside.with_gradients = _inside.with_gradients, torch.is_grad_enabled()
     try:
-        with _inside.device or nullcontext(), _uncompiled(), explaining(explained):
+        with _inside.device or nullcontext(), _uncompiled(), explaining(explain):
             yield
     finally:
         torch.set_grad_enabled(_inside.with_gradients)
@@ -84,8 +84,8 @@ def on_host() -> Iterator[None]:
 
 
 @contextmanager
-def explaining(explained: Explain, needed: bool = False) -> Iterator[None]:
-    """Inside, any error becomes what `explained` makes of its last line that says something, and of itself.
+def explaining(explain: Explain, needed: bool = False) -> Iterator[None]:
+    """Inside, any error becomes what `explain` makes of its last line that says something, and of itself.
 
     What callers deal with goes through: memory that ran out, being told to end, and derivatives that are missing,
     unless they are `needed`.
@@ -99,7 +99,7 @@ def explaining(explained: Explain, needed: bool = False) -> Iterator[None]:
             raise
         if signalled:  # inside TorchScript
             raise signalled[-1] from None
-        raise explained(_reason(error), error) from error
+        raise explain(_reason(error), error) from error
 
 
 def is_missing_derivative(error: BaseException) -> bool:

@@ -20,7 +20,7 @@ from hesscli.job.progress import Convergence
 from hesscli.job.results import writable, write_tensors
 from hesscli.job.setup.processes import Processes
 from hesscli.spectrum.dense import DENSE, dense
-from hesscli.spectrum.eigen import DENSE_LIMIT, WHICH, allowed
+from hesscli.spectrum.eigen import LAPACK_LIMIT, WHICH, allowed
 from hesscli.spectrum.lanczos import Found, Lanczos
 
 
@@ -96,7 +96,7 @@ def _search(operator: Operator, options: EigenOptions) -> Found:
     if size <= DENSE or 3 * options.top >= size:
         found = _dense(operator, options)
     else:
-        affordable = size <= DENSE_LIMIT and most - size >= size // 4
+        affordable = size <= LAPACK_LIMIT and most - size >= size // 4
         limit = min(size, most - size) if affordable else most
         found = _lanczos(operator, options, limit)
         if affordable and found.products >= limit and not found.interrupted:

@@ -10,7 +10,7 @@ import numpy as np
 
 from hesscli.errors import NumericalError
 
-DENSE_LIMIT = 4096
+LAPACK_LIMIT = 4096
 """Up to this size LAPACK is used: a few seconds, and multiple eigenvalues come out as often as they occur."""
 
 
@@ -116,7 +116,7 @@ def _diagonal(entries: np.ndarray, k: int, which: str) -> tuple[np.ndarray, np.n
 
 def _matrix(matrix: np.ndarray, k: int, which: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     n = matrix.shape[0]
-    if n <= DENSE_LIMIT or k >= n - 1:
+    if n <= LAPACK_LIMIT or k >= n - 1:
         from scipy.linalg import eigh
 
         subset = {"largest": (n - k, n - 1), "smallest": (0, k - 1)}.get(which)
