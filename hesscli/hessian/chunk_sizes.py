@@ -33,7 +33,7 @@ class ChunkSizes:
         pairs: of a layer's inputs, multiplied with each other, of some samples.
         product: of matrices, before it is put in its place.
         tile: rows and columns that are mirrored together.
-        piece: of a large matrix's rows that are on their way to the disk.
+        stretch: of a large matrix's rows that are on their way to the disk.
     """
 
     activations: int = 1 << 30
@@ -49,7 +49,7 @@ class ChunkSizes:
     pairs: int = 1 << 26
     product: int = 1 << 19
     tile: int = 512
-    piece: int = 3 << 20
+    stretch: int = 3 << 20
 
 
 def ranges(stop: int, most: int, start: int = 0) -> list[range]:
@@ -95,5 +95,5 @@ def _of_gpu(device: torch.device) -> ChunkSizes:
         pairs=many,
         product=min(1 << 25, many),
         tile=4096,
-        piece=1 << 24,
+        stretch=1 << 24,
     )

@@ -62,6 +62,11 @@ class Placed:
         return self.entries.stop - self.entries.start
 
     @property
+    def size(self) -> int:
+        """Entries of all groups."""
+        return self.groups * self.length
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Groups, runs of each, entries of a run."""
         return self.groups, self.runs, self.length // self.runs
@@ -78,18 +83,18 @@ class Placed:
         start = values.storage_offset() + self.place * last
         return values.as_strided((*values.shape[:-1], *self.shape), strides, start)
 
-    def together(self, most: int) -> Iterator[Placed]:
-        """In pieces that lie together in the block, of at most so many entries, but never less than a group's run."""
-        for piece in self._by_run():
-            step = max(1, most // piece.length)
-            for first in range(0, piece.groups, step):
-                count = min(step, piece.groups - first)
-                begin = piece.rows.start + first * piece.width
+    def stretches(self, most: int) -> Iterator[Placed]:
+        """What of it lies together in the block, of at most so many entries, but never less than a group's run."""
+        for run in self._by_run():
+            step = max(1, most // run.length)
+            for first in range(0, run.groups, step):
+                count = min(step, run.groups - first)
+                begin = run.rows.start + first * run.width
                 yield replace(
-                    piece,
-                    rows=slice(begin, begin + count * piece.width),
+                    run,
+                    rows=slice(begin, begin + count * run.width),
                     groups=count,
-                    place=piece.place + first * piece.length,
+                    place=run.place + first * run.length,
                 )
 
     def _by_run(self) -> Iterator[Placed]:

@@ -139,8 +139,7 @@ class HeldTriangle(Triangle):
         super().__post_init__()
         self.uppers: list[Tensor] = []
         device, size = self.device, self.layout.size
-        pieces = (piece for band in self.bands for piece in self._pieces(*band))
-        longest = max(piece.groups * piece.length for piece in pieces)
+        longest = max(each.size for band in self.bands for each in self._stretches(*band))
         room = longest * size * self.dtype.itemsize + _PAGE
         # Page-aligned, as direct writes want it; two of them, so that one is filled while the other is written.
         self.memory = [_pages(room, device), _pages(room, device)]
@@ -169,10 +168,10 @@ class HeldTriangle(Triangle):
     def _aside(self) -> AbstractContextManager[object]:
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
-    def _pieces(self, start: int, stop: int) -> Iterator[Placed]:
-        """These rows in pieces that lie together in the block, no more than so many numbers or one group at a time."""
+    def _stretches(self, start: int, stop: int) -> Iterator[Placed]:
+        """These rows as they lie together in the block, no more than so many numbers or one group at a time."""
         for placed in self.layout.placed(start, stop):
-            yield from placed.together(chunk_sizes(self.device).piece // self.layout.size)
+            yield from placed.stretches(chunk_sizes(self.device).stretch // self.layout.size)
 
     def _rows(self, index: int) -> Iterator[tuple[int, Tensor]]:
         """The rows of a band in the block's order, on the host, with the first one's place.
@@ -180,30 +179,30 @@ class HeldTriangle(Triangle):
         They are overwritten by those that come two steps later.
         """
         start, stop = self.bands[index]
-        for piece in self._pieces(start, stop):
-            rows = self._aligned(piece.place, piece.groups * piece.length)
+        for stretch in self._stretches(start, stop):
+            rows = self._aligned(stretch)
             out = rows if self.scratch is None else self.scratch[: rows.numel()].view(rows.shape)
-            grouped = out.unflatten(0, piece.shape)
+            grouped = out.unflatten(0, stretch.shape)
             for (first, last), upper in zip(self.bands[:index], self.uppers, strict=False):
-                turned = piece.of_rows(upper[:, start - first :]).movedim(0, -1)
+                turned = stretch.of_rows(upper[:, start - first :]).movedim(0, -1)
                 self.layout.to_block(turned, grouped, first, last)
-            own = piece.of_rows(self.uppers[index].T).movedim(0, -1)
+            own = stretch.of_rows(self.uppers[index].T).movedim(0, -1)
             self.layout.to_block(own, grouped, start, self.layout.size)
             if out is not rows:
                 rows.copy_(out)
-            yield piece.place, rows
+            yield stretch.place, rows
 
     def _all_rows(self) -> Iterator[tuple[int, Tensor]]:
         for index in range(len(self.bands)):
             yield from self._rows(index)
 
-    def _aligned(self, place: int, rows: int) -> Tensor:
+    def _aligned(self, stretch: Placed) -> Tensor:
         """Room for rows that lies to a page as they will in the file."""
-        shift = self.writer.offset(self.name, place) % _PAGE
-        count = rows * self.layout.size
+        shift = self.writer.offset(self.name, stretch.place) % _PAGE
+        count = stretch.size * self.layout.size
         self.memory.reverse()
         flat = self.memory[0][shift : shift + count * self.dtype.itemsize].view(self.dtype)
-        return flat.view(rows, self.layout.size)
+        return flat.view(stretch.size, self.layout.size)
 
     def restore(self, index: int, bits: int) -> None:
         super().restore(index, bits)
@@ -211,13 +210,13 @@ class HeldTriangle(Triangle):
         shape = stop - start, self.layout.size - start
         with self._aside():
             upper = torch.empty(shape, dtype=self.dtype, device=self.device)
-            for piece in self._pieces(start, stop):
-                rows = self._aligned(piece.place, piece.groups * piece.length)
-                self.writer.read(self.name, piece.place, rows.numpy())
-                self.writer.count(self.name, rows.numpy(), piece.place)
-                self._measure(piece.place, rows.numpy())
+            for stretch in self._stretches(start, stop):
+                rows = self._aligned(stretch)
+                self.writer.read(self.name, stretch.place, rows.numpy())
+                self.writer.count(self.name, rows.numpy(), stretch.place)
+                self._measure(stretch.place, rows.numpy())
                 mine = self.layout.from_block(rows.to(self.device))[:, start:].T
-                piece.of_rows(upper.T).copy_(mine.unflatten(1, piece.shape))
+                stretch.of_rows(upper.T).copy_(mine.unflatten(1, stretch.shape))
             self.uppers.append(upper)
             if self.stream is not None:
                 self.stream.synchronize()
