@@ -23,7 +23,7 @@ import hesscli
 from hesscli.cli.completion import block_names
 from hesscli.errors import UsageError
 from hesscli.files.hessians import placed_writes, result_files
-from hesscli.files.hessians.result_names import index_of_shard, split
+from hesscli.files.hessians.result_names import index_of_shard, into_files
 from hesscli.job.matrix import memory
 
 INDEX = Path("h.safetensors.index.json")
@@ -73,8 +73,8 @@ def both(cli, net) -> None:
         (27, [["a", "b", "c", "d", "e"]]),
     ],
 )
-def test_split(limit, files):
-    assert split({"a": 9, "b": 3, "c": 4, "d": 2, "e": 9}, limit) == files
+def test_into_files(limit, files):
+    assert into_files({"a": 9, "b": 3, "c": 4, "d": 2, "e": 9}, limit) == files
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -89,7 +89,7 @@ def test_files_are_divided_as_huggingface_hub_does(seed):
         filename_pattern="h{suffix}.safetensors",
         max_shard_size=limit,
     )
-    assert split(sizes, limit) == list(theirs.filename_to_tensors.values())
+    assert into_files(sizes, limit) == list(theirs.filename_to_tensors.values())
 
 
 @pytest.mark.parametrize(

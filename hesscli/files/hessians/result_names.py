@@ -88,7 +88,7 @@ def _numbered(folder: Path, before: str, after: str) -> list[Path]:
     return sorted(found for found in near if pattern.fullmatch(found.name))
 
 
-def split(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
+def into_files(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
     """Which tensors go into one file, as huggingface_hub divides them.
 
     A tensor is never cut: one that is larger than the limit has a file of its own.

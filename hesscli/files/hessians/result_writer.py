@@ -19,7 +19,12 @@ from hesscli.errors import ResourceError, UsageError
 from hesscli.files.hessians.checksums import Checksum, document_checksum
 from hesscli.files.hessians.hessian_file import is_part_of
 from hesscli.files.hessians.result_files import ResultFiles, SeveralFiles
-from hesscli.files.hessians.result_names import partial_path, partial_paths, result_paths, split
+from hesscli.files.hessians.result_names import (
+    into_files,
+    partial_path,
+    partial_paths,
+    result_paths,
+)
 from hesscli.files.hessians.tensor_file import OPEN_FLAGS, TensorFile
 
 Span = tuple[int, int]  # first and last + 1
@@ -88,7 +93,9 @@ class ResultWriter:
         self.sums = {name: Checksum(shape) for name, shape in shapes.items()}
         self.kept = self.committed = False
         sizes = {name: math.prod(shape) * self.dtype.itemsize for name, shape in shapes.items()}
-        groups = [{name: shapes[name] for name in names} for names in split(sizes, max_shard_size)]
+        groups = [
+            {name: shapes[name] for name in names} for names in into_files(sizes, max_shard_size)
+        ]
         text = self._text(document)
         # Twenty numbers of up to 32 characters may still join each block, and some notes the document.
         spare = 640 * len(shapes) + 8192
