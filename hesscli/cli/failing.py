@@ -22,7 +22,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def failing(debug: bool = False) -> Iterator[None]:
+def failing(debug: bool) -> Iterator[None]:
     """Runs a command's body: every way in which it can end badly has its message and its exit code.
 
     Raises:

@@ -32,8 +32,8 @@ class Arrays:
     numbers: dict[str, torch.Tensor]  # the arrays that are numbers, in file order
     skipped: dict[str, Unusable]  # the others
     files: tuple[Path, ...]  # those that were read, whose content the SHA-256 is of
-    columns: bool = False  # whether the arrays are the columns of a table
-    notes: tuple[str, ...] = ()  # what was inferred, one line each
+    columns: bool  # whether the arrays are the columns of a table
+    notes: tuple[str, ...]  # what was inferred, one line each
 
 
 def load_arrays(path: Path | str) -> Arrays:

@@ -29,7 +29,7 @@ class Data:
     notes: tuple[str, ...]  # what was inferred or left out, one line each
     range: tuple[int, int]  # which samples of the file inputs and targets hold: from, up to
     recorded: int  # how many samples the file holds
-    columns: bool = False  # whether the arrays are the columns of a table
+    columns: bool  # whether the arrays are the columns of a table
 
     @property
     def samples(self) -> int:

@@ -35,8 +35,8 @@ class Analysis:
     all_uses: dict[str, tuple[Use, ...]]  # of each parameter whose uses are affine, as executed
     reasons: dict[str, str]  # why a parameter has no affine use alone
     loss: Loss  # of the tape's output
-    class_axis: int | None = None  # of the output, where the loss couples what lies along it
-    terms: Tape | None = None  # of a loss of the user's own, or of the model's
+    class_axis: int | None  # of the output, where the loss couples what lies along it
+    terms: Tape | None  # of a loss of the user's own, or of the model's
     # Whether positions stay apart behind some values, and a parameter's neurons, as far as that was asked for.
     _apart: dict[tuple[int, ...], bool] = field(default_factory=dict, init=False)
     _neurons: dict[str, Neurons | None] = field(default_factory=dict, init=False)

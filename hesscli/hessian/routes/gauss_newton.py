@@ -66,7 +66,7 @@ class Factors:
     inputs: list[Tensor]
     vs: list[Tensor]
     curvature: Tensor
-    d: Tensor | None = None
+    d: Tensor | None
 
     def jacobians(self) -> Iterator[tuple[Tensor, Tensor]]:
         """df/dtheta of some samples after the other, [samples, C, size], with their Lambda."""
