@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hesscli.errors import UsageError
+from hesscli.job.eigen import file_spectrum
 from hesscli.job.figures import drawable, plot_density
 from hesscli.job.json_form import Document, timeless
 from hesscli.job.options import Listener, ProblemOptions
@@ -27,11 +28,13 @@ LARGEST = 4096  # parameters of a model whose matrix is formed, if that takes no
 
 @dataclass(frozen=True)
 class DensityOptions:
-    probes: int
-    steps: int
-    output: Path | None
-    plot: Path | None
-    force: bool
+    """What `density` was asked for, besides the Hessian or the problem."""
+
+    probes: int  # random vectors to average over, of a model
+    steps: int  # products for each, of a model
+    output: Path | None  # where `nodes` [k] and `weights` [k] go, if anywhere
+    plot: Path | None  # where a figure goes, if anywhere
+    force: bool  # replace files there that hesscli did not write
 
 
 def density(
@@ -58,8 +61,6 @@ def density(
     if plot is not None:
         plot = drawable(plot, options.force, inputs)
     if isinstance(hessian, str):
-        from hesscli.job.eigen import file_spectrum
-
         document, values = file_spectrum(hessian)
         found, products = exact(values), 0
     else:

@@ -23,6 +23,8 @@ SCHEMA = "hesscli.eigen/1"
 
 @dataclass(frozen=True)
 class EigenOptions:
+    """What `eigen` was asked for, besides the Hessian or the problem."""
+
     top: int  # how many
     which: Which
     tolerance: float  # of a model

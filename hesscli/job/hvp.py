@@ -27,12 +27,14 @@ SCHEMA = "hesscli.hvp/1"
 
 @dataclass(frozen=True)
 class HvpOptions:
-    vector: str | None  # a file, "gradient" or "random"
-    per_fedavg: float | None
-    query: Path | None
-    gradient: bool
-    output: Path
-    force: bool
+    """What `hvp` was asked for, besides the problem: of `vector` and `per_fedavg` there is one."""
+
+    vector: str | None  # what is multiplied: a file, "gradient" or "random"
+    per_fedavg: float | None  # alpha, to write (I - alpha H) g' instead
+    query: Path | None  # the data of g', if it is other data
+    gradient: bool  # also write the gradient
+    output: Path  # where all of it goes
+    force: bool  # replace a file there that hesscli did not write
 
     @property
     def file(self) -> Path | None:

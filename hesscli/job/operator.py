@@ -35,29 +35,36 @@ _LONG = 1 << 23  # bytes of a vector
 
 @dataclass
 class Operator:
-    """A problem's curvature, as products."""
+    """A problem's curvature, as products.
 
-    # Where it came from. Its own `problem` makes all passes on this process; parts of it are opened again.
+    Attributes:
+        opened: where it came from. Its own problem makes all passes on this process; parts of it are opened again.
+        problem: the same over all processes, which shares its passes; products, gradients and checks are of this one.
+        products: multiplies vectors [P].
+        method: how.
+        gradient: dL / d theta [P].
+        processes: that have the data.
+        double: the problem in float64, for the check and for differences; None if the model does not run in it.
+        check: what the check found, as in the JSON document; None without one.
+    """
+
     opened: Opened
-    # The same over all processes, which shares its passes; products, gradients and checks are of this one.
     problem: Problem
-    products: LinearMap  # multiplies vectors
-    method: str  # how
-    gradient: Tensor  # dL / d theta [P]
-    processes: Processes  # that have the data
-    # The problem in float64, for the check and for differences, if the model runs in it.
-    double: Problem | None = None
-    check: Document | None = None  # what the check found, as in the JSON document
+    products: LinearMap
+    method: str
+    gradient: Tensor
+    processes: Processes
+    double: Problem | None
+    check: Document | None = None
 
     @property
     def size(self) -> int:
+        """P."""
         return self.products.size
 
     def generator(self) -> torch.Generator:
+        """Of random vectors, from the seed asked for."""
         return torch.Generator().manual_seed(self.opened.options.seed)
-
-    def block(self) -> Block:
-        return Block("hessian", tuple(self.products.names), tuple(self.products.sizes))
 
     @contextmanager
     def finite(self) -> Iterator[None]:
@@ -196,7 +203,8 @@ def _check(made: Operator, certificate: Certificate | None) -> Document | None:
         if not bool(torch.isfinite(made.products(probe)).all()):
             raise made.not_finite("a product")
         return None
-    error = certificate.product(made.block(), lambda v: made.products(v.to(made.problem.dtype)))
+    whole = Block("hessian", tuple(made.products.names), tuple(made.products.sizes))
+    error = certificate.product(whole, lambda v: made.products(v.to(made.problem.dtype)))
     if certificate.passed(error):
         return documents.check_facts(certificate, 1, error)
     if not math.isfinite(error):

@@ -169,14 +169,20 @@ class ProblemOptions:
 
 @dataclass(frozen=True)
 class ComputeOptions(ProblemOptions):
+    """What `compute` was asked for: also what is written of the Hessian, and how.
+
+    Raises:
+        UsageError: as above.
+    """
+
     blocks: Blocks = "diag"
-    gradient: bool = False
+    gradient: bool = False  # also write the gradient
     stats: Stats = "auto"
     output: Path | None = Path("hessian.safetensors")  # None: standard output
-    force: bool = False
+    force: bool = False  # replace any file, and what an interrupted run left
     max_shard_size: int | None = None  # bytes of tensors in one file; None: all
     memory: int | None = None  # bytes; None: a share of what is free
-    resume: bool = False
+    resume: bool = False  # go on with what an interrupted run left
     shard: tuple[int, int] | None = None  # (I, N): only the I-th of N shares of the work, from 1
 
     def __post_init__(self) -> None:

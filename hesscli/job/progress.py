@@ -21,6 +21,7 @@ class Convergence:
         self.first: float | None = None
 
     def residual(self, products: int, worst: float, tolerance: float) -> None:
+        """After so many products the worst relative residual is this, of the tolerance for it."""
         tolerance = max(tolerance, sys.float_info.min)
         if self.first is None or worst > self.first:
             self.first = max(worst, tolerance)
@@ -31,6 +32,7 @@ class Convergence:
         )
 
     def standard_error(self, products: int, relative: float, tolerance: float) -> None:
+        """After so many products the relative standard error is this, of the tolerance for it."""
         come = min(1.0, (tolerance / relative) ** 2) if relative else 1.0
         self.listener.progress(
             int(_STEPS * come), _STEPS, f"{products} products, standard error {relative:.1%}"

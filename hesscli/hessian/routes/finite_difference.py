@@ -25,18 +25,21 @@ from hesscli.hessian.words import FINITE_DIFFERENCE
 
 
 class FiniteDifference(Route):
+    """Column after column, by differences of the gradients of another problem than the other routes' own.
+
+    Args:
+        reference: makes that problem, the same in float64 if the model runs in it.
+    """
+
     method = FINITE_DIFFERENCE
 
     def __init__(self, reference: Callable[[], Problem]) -> None:
-        """
-        Args:
-            reference: makes what is differentiated, in float64 if the model allows.
-        """
         self._reference = reference
         self._constants: dict[Block, Tensor] = {}
 
     @cached_property
     def problem(self) -> Problem:  # type: ignore[override]
+        """Made when a block is first computed: where other routes do, it is not needed."""
         return self._reference()
 
     @cached_property
