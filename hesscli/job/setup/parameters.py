@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -35,16 +35,7 @@ def chosen_parameters(
     frozen = [name for name in chosen if not (named or floating[name].requires_grad)]
     parameters: dict[str, Tensor] = {n: floating[n] for n in chosen if n not in frozen}
     if not chosen:
-        known = [*names, *(other for _, *others in names.values() for other in others)]
-        rest = [name for its in left.values() for name in its]
-        modules = [f"{p}.*" for p in named if select(rest, (f"{p}.*",))]
-        likely = [glob.escape(next(iter(left or names)))]
-        if modules:
-            likely = [*modules, *(f"!{p}" for p in excluded)]
-        raise UsageError(
-            f"no parameter matches {' '.join(patterns)}; the model has: {listed(known)}",
-            " ".join(f"--params {shlex.quote(pattern)}" for pattern in likely),
-        )
+        raise _no_match(patterns, names, left)
     if not parameters:
         raise UsageError(
             f"every parameter is frozen (requires_grad=False): {listed(frozen)}",
@@ -61,6 +52,32 @@ def chosen_parameters(
     if frozen:
         note(f"skipped, frozen: {', '.join(frozen)} (name them with --params to include them)")
     return parameters, {n: names[n][1:] for n in parameters if names[n][1:]}, frozen
+
+
+def _no_match(
+    patterns: tuple[str, ...],
+    names: Mapping[str, Sequence[str]],
+    left: Mapping[str, Sequence[str]],
+) -> UsageError:
+    """That no parameter is chosen; the hint is of the modules that are named, if any is, or of the first parameter.
+
+    Args:
+        patterns: that were asked for.
+        names: of all parameters.
+        left: of those that no pattern excludes.
+    """
+    known = [*names, *(other for _, *others in names.values() for other in others)]
+    rest = [name for its in left.values() for name in its]
+    of_modules = [f"{p}.*" for p in patterns if not p.startswith("!")]
+    likely = [pattern for pattern in of_modules if select(rest, (pattern,))]
+    if likely:
+        likely += [p for p in patterns if p.startswith("!")]
+    else:
+        likely = [glob.escape(next(iter(left or names)))]
+    return UsageError(
+        f"no parameter matches {' '.join(patterns)}; the model has: {listed(known)}",
+        " ".join(f"--params {shlex.quote(pattern)}" for pattern in likely),
+    )
 
 
 def _names(parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
