@@ -58,16 +58,9 @@ def trace(
         ComputeOptions(**vars(problem), blocks="elements", stats="basic", output=None),
         operator.opened,
     )
-    exact_products = _exact_products(plan, operator)
-    if forced or exact_products <= min(AFFORDABLE, max_products):
-        found = _exact(plan, operator)
-    else:
-        within = exact_products <= max_products
-        most = math.ceil(exact_products) if within else max_products
-        found = _estimated(operator, relative_error, most)
-        if within and not (found.converged or found.interrupted):  # as many again, and it is exact
-            exact = _exact(plan, operator)
-            found = replace(found, interrupted=True) if exact.interrupted else exact
+    found = (
+        _exact(plan, operator) if forced else _found(plan, operator, relative_error, max_products)
+    )
     document = operator.document(SCHEMA)
     document["blocks"] = [
         facts
@@ -94,6 +87,23 @@ def trace(
         "interrupted": found.interrupted,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _found(plan: Plan, operator: Operator, relative_error: float, max_products: int) -> Estimate:
+    """The exact traces at once where these are affordable, or else an estimate.
+
+    One that does not converge in as many products as the exact traces cost gives way to them, if these are allowed.
+    """
+    exact_products = _exact_products(plan, operator)
+    if exact_products <= min(AFFORDABLE, max_products):
+        return _exact(plan, operator)
+    if exact_products > max_products:
+        return _estimated(operator, relative_error, max_products)
+    found = _estimated(operator, relative_error, math.ceil(exact_products))
+    if found.converged or found.interrupted:
+        return found
+    exact = _exact(plan, operator)
+    return replace(found, interrupted=True) if exact.interrupted else exact
 
 
 def _exact_products(plan: Plan, operator: Operator) -> float:
