@@ -15,6 +15,7 @@ from hesscli.errors import MismatchError, NumericalError, UsageError
 from hesscli.files.arrays import load_arrays
 from hesscli.files.roles import is_other_file
 from hesscli.files.sniff import kind_of
+from hesscli.hessian.objective.problem import Problem
 from hesscli.job.json_form import Document, timeless
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions
@@ -147,13 +148,23 @@ def _norms(operator: Operator, vectors: Tensor, result: Tensor) -> Document:
 
 
 def _vectors(operator: Operator, source: str) -> Tensor:
-    """[P], or [k, P] of a file with stacked tensors."""
+    """[P], or [k, P] of a file."""
     if source == "gradient":
         return operator.gradient
     problem = operator.problem
     if source == "random":
         v = torch.randn(operator.size, generator=operator.generator(), dtype=torch.float64)
         return v.to(problem.device, problem.dtype)
+    return _of_file(source, problem)
+
+
+def _of_file(source: str, problem: Problem) -> Tensor:
+    """[P], or [k, P] where each of its tensors stacks k.
+
+    Raises:
+        MismatchError: they are not those of the parameters.
+        NumericalError: they hold NaN or infinity.
+    """
     tensors = load_arrays(source).numbers
     parts: list[Tensor] = []
     counts: dict[int | None, str] = {}  # and the first tensor that stacks so many

@@ -150,14 +150,14 @@ def open_operator(
 def _checked_operator(
     opened: Opened, gradient: Tensor, processes: Processes, double: Problem | None = None
 ) -> Operator:
+    """The operator by the method asked for, or by the first that gives what the check expects.
+
+    Raises:
+        UsageError: the method makes no products.
+        NumericalError: none does.
+    """
     options, problem = opened.options, processes.problem(opened)
-    if options.method not in ("auto", HVP, FINITE_DIFFERENCE):
-        raise UsageError(
-            f"products are made by {HVP} or {FINITE_DIFFERENCE}, not by {options.method}",
-            f"--method {HVP}",
-        )
-    if options.method == FINITE_DIFFERENCE and options.curvature != "hessian":
-        raise UsageError(f"{FINITE_DIFFERENCE} gives the Hessian alone", f"--method {HVP}")
+    _demand_products(options)
     double = double or (processes.double(opened) if options.check else None)
     methods: dict[str, Callable[[], LinearMap]] = {
         HVP: lambda: processes.products(problem, options.curvature, opened.chunk),
@@ -189,6 +189,17 @@ def _checked_operator(
         more_digits(problem.dtype)
         or (f"--method {FINITE_DIFFERENCE}" if options.method == HVP else None),
     )
+
+
+def _demand_products(options: ProblemOptions) -> None:
+    """Refuses a method that makes no products, or none of this curvature."""
+    if options.method not in ("auto", HVP, FINITE_DIFFERENCE):
+        raise UsageError(
+            f"products are made by {HVP} or {FINITE_DIFFERENCE}, not by {options.method}",
+            f"--method {HVP}",
+        )
+    if options.method == FINITE_DIFFERENCE and options.curvature != "hessian":
+        raise UsageError(f"{FINITE_DIFFERENCE} gives the Hessian alone", f"--method {HVP}")
 
 
 def _check(made: Operator, certificate: Certificate | None) -> Document | None:
