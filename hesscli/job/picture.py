@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from hesscli.errors import NumericalError
 from hesscli.files.hessians.hessian_file import HessianFile
-from hesscli.hessian.blocks import partition
+from hesscli.hessian.blocks import Block, partition
 from hesscli.job.options import Progress
 from hesscli.job.stored import values_of
 from hesscli.spectrum.coarse import pool_matrix, pool_vector
@@ -69,36 +70,43 @@ def picture(
     """
     shapes = {p["name"]: p["shape"] for p in file.document["parameters"]}
     blocks = [b for b in partition(shapes, file.document["structure"]) if b.name in names]
-    size = sum(block.size for block in blocks)
     if file.document["structure"] == "elements":
-        rows = [pool_vector(values_of(file, b.name), pixels) for b in blocks if b.size]
-        named = [b.name for b in blocks if b.size]
-        cells = np.stack(rows).astype(np.float64) if rows else np.zeros((1, 1))
-        regions = tuple(Region(name, row, row + 1) for row, name in enumerate(named))
-        return Picture(_finite(cells), regions, size, diagonal=True)
+        return _of_diagonals(file, blocks, pixels)
+    size = sum(block.size for block in blocks)
     k = max(1, min(pixels, size))
     cells, offset = np.zeros((k, k)), 0
     for block in blocks:
-        before = offset
-
-        def done(rows: int, name: str = block.name, before: int = before) -> None:
-            progress(before + rows, size, name)
-
+        done = partial(_report, progress, block.name, offset, size)
         pool_matrix(cells, values_of(file, block.name), offset, size, done)
         offset += block.size
     # The borders of the blocks; within a single one, those of its parameters.
     if len(blocks) == 1:
-        named = list(blocks[0].parameters)
-        sizes = list(blocks[0].sizes)
+        (block,) = blocks
+        parts = list(zip(block.parameters, block.sizes, strict=True))
     else:
-        named, sizes = [b.name for b in blocks], [b.size for b in blocks]
-    edges = np.cumsum([0, *sizes]) * k / max(1, size)
+        parts = [(block.name, block.size) for block in blocks]
+    edges = np.cumsum([0, *(rows for _, rows in parts)]) * k / max(1, size)
     regions = tuple(
         Region(name, float(start), float(stop))
-        for name, start, stop in zip(named, edges, edges[1:], strict=False)
+        for (name, _), start, stop in zip(parts, edges, edges[1:], strict=False)
         if stop > start
     )
     return Picture(_finite(cells), regions, size, diagonal=False)
+
+
+def _of_diagonals(file: HessianFile, blocks: Sequence[Block], pixels: int) -> Picture:
+    """A row for each parameter."""
+    filled = [block.name for block in blocks if block.size]
+    rows = [pool_vector(values_of(file, name), pixels) for name in filled]
+    cells = np.stack(rows).astype(np.float64) if rows else np.zeros((1, 1))
+    regions = tuple(Region(name, row, row + 1) for row, name in enumerate(filled))
+    size = sum(block.size for block in blocks)
+    return Picture(_finite(cells), regions, size, diagonal=True)
+
+
+def _report(progress: Progress, name: str, before: int, size: int, rows: int) -> None:
+    """So many rows of a block are drawn, of `size` in all, and those of the blocks before it."""
+    progress(before + rows, size, name)
 
 
 def _finite(cells: np.ndarray) -> np.ndarray:
