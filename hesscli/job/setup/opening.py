@@ -150,25 +150,12 @@ def _opened(
     problem = of_outputs(problem, source, note)
     if data.columns:
         source = as_columns(problem, source, note)
-    cut = split(problem, source, options.batch_size, note, processes)
-    problem = cut.problem
-    _demand_own_parameters(model, problem)
-    if loss.wide:
-        problem, _ = problem.widened()
-        if problem.loss.wide:
-            note("what the model itself computes in float32 is computed in float64")
-    if problem.written:
-        problem = protected(problem)
-        names = listed(problem.written)
-        note(f"the model writes to its weights ({names}): the Hessian is at what it writes")
-    measured, value = measure(processes.share_of(problem), processes.totals)
-    if not math.isfinite(value):
-        if data.targets:
-            check_finite(options.data, *data.targets)
-        raise NumericalError(f"the loss is {value}; its derivatives would mean nothing")
-    problem = replace(problem, denominator=measured.denominator)
+    batched = split(problem, source, options.batch_size, note, processes)
+    _demand_own_parameters(model, batched.problem)
+    problem = _as_computed(batched.problem, note)
+    problem, value = _measured(problem, processes, options, data)
     facts = _facts(options, model, data, list(inputs), problem, value)
-    return Opened(options, problem, cut.checked, cut.chunk, tied, frozen, facts, listener)
+    return Opened(options, problem, batched.checked, batched.chunk, tied, frozen, facts, listener)
 
 
 def _loaded(
@@ -223,6 +210,35 @@ def _demand_own_parameters(model: SavedModel, problem: Problem) -> None:
             "so that its copy would compute with those of the original",
             "let forward find them by self",
         )
+
+
+def _as_computed(problem: Problem, note: Callable[[str], None]) -> Problem:
+    """The problem in float64 throughout, if it is in float64, and at the weights that its passes write."""
+    if problem.loss.wide:
+        problem, _ = problem.widened()
+        if problem.loss.wide:
+            note("what the model itself computes in float32 is computed in float64")
+    if problem.written:
+        problem = protected(problem)
+        names = listed(problem.written)
+        note(f"the model writes to its weights ({names}): the Hessian is at what it writes")
+    return problem
+
+
+def _measured(
+    problem: Problem, processes: Processes, options: ProblemOptions, data: Data
+) -> tuple[Problem, float]:
+    """The problem with its denominator, and its loss, over the data of all processes.
+
+    Raises:
+        NumericalError: the loss is not finite.
+    """
+    measured, value = measure(processes.share_of(problem), processes.totals)
+    if not math.isfinite(value):
+        if data.targets:
+            check_finite(options.data, *data.targets)
+        raise NumericalError(f"the loss is {value}; its derivatives would mean nothing")
+    return replace(problem, denominator=measured.denominator), value
 
 
 def _facts(
