@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from hesscli.files.torch_files import NeedsPickleError, load_weights_only
 
@@ -83,6 +84,7 @@ def _pickled_tensors(config: dict[str, dict[str, dict[str, object]]]) -> Iterato
 
 
 def _refuse_program(program: object) -> None:
+    """Looks at all names and entries of a program, however deep they lie."""
     pending = [program]
     while pending:
         value = pending.pop()
@@ -96,19 +98,24 @@ def _refuse_program(program: object) -> None:
                 spec = value.get(key)
                 with suppress(ValueError):  # mostly JSON in JSON
                     pending.append(json.loads(spec) if isinstance(spec, str) else spec)
-            if "__enum__" in value or "default_factory_module" in value:  # of keys and of dicts
-                module = value.get("default_factory_module", value.get("fqn"))
-                raise NeedsPickleError(f"import of {str(module)[:60]}")
-            expression = value.get("expr_str")
-            if isinstance(expression, str) and not _is_arithmetic(expression):
-                raise NeedsPickleError(f"expression {expression[:60]!r}")
-            for guard in value.get("guards_code") or ():
-                if not _is_arithmetic(str(guard), attributes=True):
-                    raise NeedsPickleError(f"expression {guard[:60]!r}")
-            # Only nodes of the graph carry both; "target" alone names a parameter.
-            target = value.get("target") if "inputs" in value else value.get("as_operator")
-            if isinstance(target, str) and not _is_operator(target):
-                raise NeedsPickleError(f"call of {target[:60]}")
+            _refuse_entry(value)
+
+
+def _refuse_entry(entry: dict[str, Any]) -> None:
+    """Looks at what one entry of a program would import, evaluate or call."""
+    if "__enum__" in entry or "default_factory_module" in entry:  # of keys and of dicts
+        module = entry.get("default_factory_module", entry.get("fqn"))
+        raise NeedsPickleError(f"import of {str(module)[:60]}")
+    expression = entry.get("expr_str")
+    if isinstance(expression, str) and not _is_arithmetic(expression):
+        raise NeedsPickleError(f"expression {expression[:60]!r}")
+    for guard in entry.get("guards_code") or ():
+        if not _is_arithmetic(str(guard), attributes=True):
+            raise NeedsPickleError(f"expression {guard[:60]!r}")
+    # Only nodes of the graph carry both; "target" alone names a parameter.
+    target = entry.get("target") if "inputs" in entry else entry.get("as_operator")
+    if isinstance(target, str) and not _is_operator(target):
+        raise NeedsPickleError(f"call of {target[:60]}")
 
 
 def _is_operator(target: str) -> bool:
