@@ -80,9 +80,8 @@ def _check_names(path: Path | str, members: list[zipfile.ZipInfo], by_case: bool
             raise FileError(
                 f"{path}: damaged: holds two files called {member.filename!r}", COPY_AGAIN
             )
-        if (
-            member.filename != stored_name
-        ):  # Python cuts it, or takes another from a field beside it
+        # Python cuts it, or takes another from a field beside it.
+        if member.filename != stored_name:
             raise FileError(f"{path}: damaged: holds a file called {stored_name!r}", COPY_AGAIN)
         seen.add(name)
 

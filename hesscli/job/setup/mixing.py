@@ -113,9 +113,8 @@ def _made(problem: Problem, batches: Sequence[Batch]) -> list[Tensor]:
 def _total(problem: Problem, outputs: Iterable[Tensor], batches: Sequence[Batch]) -> Tensor:
     """What the loss of the outputs of some batches adds up to, [1]."""
     pairs = zip(outputs, batches, strict=True)
-    return torch.stack([problem.loss.total(output, batch)[0] for output, batch in pairs]).sum(
-        0, True
-    )
+    totals = [problem.loss.total(output, batch)[0] for output, batch in pairs]
+    return torch.stack(totals).sum(0, True)
 
 
 def adds_up(problem: Problem, source: Source, bounds: Sequence[int]) -> bool:

@@ -116,9 +116,8 @@ def per_sample(
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.dim() and len(value) == recorded:
             of_elements = name in TENSORS and value.dim() == axes
-            if (
-                of_elements or loss.function is not None
-            ):  # which it is then, `own_loss.py` finds out
+            # Of a loss of the user's own it may be either: `own_loss.py` finds out.
+            if of_elements or loss.function is not None:
                 found.append(name)
     return found
 
