@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -125,15 +126,16 @@ class ProblemOptions:
         return (*model, self.data, *(Path(name) for name in named if Path(name).is_file()))
 
     def __post_init__(self) -> None:
+        put = partial(object.__setattr__, self)  # which is frozen once it is made
         for name in ("inputs", "params"):
-            object.__setattr__(self, name, _names(name, getattr(self, name)))
+            put(name, _names(name, getattr(self, name)))
         named = getattr(self.dtype, "__name__", str(self.dtype))  # numpy's are types
-        object.__setattr__(self, "dtype", named.removeprefix("torch."))
-        object.__setattr__(self, "device", str(self.device))
+        put("dtype", named.removeprefix("torch."))
+        put("device", str(self.device))
         if vars(self)["batch_size"] == "auto":  # as on the command line
-            object.__setattr__(self, "batch_size", None)
+            put("batch_size", None)
         if _is_whole(self.output_key):
-            object.__setattr__(self, "output_key", str(self.output_key))
+            put("output_key", str(self.output_key))
         for each in fields(self):
             self._demand_type(each.name, str(each.type), getattr(self, each.name))
         for name in ("loss_arguments", "arch_arguments", "scale"):
@@ -141,13 +143,13 @@ class ProblemOptions:
                 raise wrong_option(name, getattr(self, name), "a dict")
         if not all(map(_is_factor, self.scale.values())):
             raise wrong_option("scale", self.scale, 'a dict of numbers, as {"x": 1 / 255}')
-        object.__setattr__(self, "scale", {name: float(f) for name, f in self.scale.items()})
+        put("scale", {name: float(f) for name, f in self.scale.items()})
         if self.threads is not None and self.threads > MOST_THREADS:
             expected = f"None, or a whole number from 1 to {MOST_THREADS}"
             raise wrong_option("threads", self.threads, expected)
         if not (_is_whole(self.seed) and -(2**63) <= self.seed < 2**64):
             raise wrong_option("seed", self.seed, "a whole number of 64 bits")
-        object.__setattr__(self, "seed", int(self.seed))
+        put("seed", int(self.seed))
         if not (isinstance(self.loss, str) or callable(self.loss)):
             raise wrong_option("loss", self.loss, "a name, or a function of output and targets")
         if self.samples is not None and not _is_range(self.samples):
