@@ -113,23 +113,34 @@ def load_exported(
             f"{path}: exported with a number as an input that varies ({', '.join(unknown)}), which no data file holds",
             "pass a tensor, or a constant: torch.export.export(model, (x, 3))",
         )
-    positional, keywords = program.call_spec.in_spec.children()
-    names = tuple(str(name) for name in keywords.context or ())
-    tensors = [argument.name for argument in given if isinstance(argument, TensorArgument)]
-    count = positional.num_children
-    if len(tensors) < len(given) or len(given) > count + len(names):
-        module.register_forward_pre_hook(
-            _AsExported(program.call_spec.in_spec, given), prepend=True, with_kwargs=True
-        )
-        count, names = len(tensors), ()
+    signature = _taking_tensors(module, program.call_spec.in_spec, given)
     for part in module.modules():
         # `.eval()` raises on these modules: the mode is part of the graph. The flag may still be read.
         part.training = False
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.requires_grad:  # a parameter's memory, which is moved
                 part._buffers[name] = buffer.detach().clone()
-    signature = CallSignature(count, tuple(tensors), keywords=names)
     return module, signature, _batch_sizes(program)
+
+
+def _taking_tensors(
+    module: nn.Module, spec: pytree.TreeSpec, given: Sequence[TensorArgument | ConstantArgument]
+) -> CallSignature:
+    """How the module takes its tensors: where they were exported inside a dict, say, or beside constants, one by one.
+
+    Args:
+        module: changed so that it does.
+        spec: of the arguments by position and by name.
+        given: what stands for each of their leaves.
+    """
+    positional, keywords = spec.children()
+    names = tuple(str(name) for name in keywords.context or ())
+    tensors = tuple(argument.name for argument in given if isinstance(argument, TensorArgument))
+    count = positional.num_children
+    if len(tensors) == len(given) <= count + len(names):
+        return CallSignature(count, tensors, keywords=names)
+    module.register_forward_pre_hook(_AsExported(spec, given), prepend=True, with_kwargs=True)
+    return CallSignature(len(tensors), tensors)
 
 
 @dataclass(eq=False)
