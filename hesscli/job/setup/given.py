@@ -115,40 +115,50 @@ def _tensors(data: object) -> dict[str, Tensor]:
     Raises:
         UsageError: it is something else than arrays.
     """
-    if isinstance(data, TensorDataset):
-        data = data.tensors
-    if isinstance(data, (Tensor, np.ndarray)):
-        data = {"x": data}
-    elif isinstance(data, (tuple, list)) and len(data) == 2:
-        data = {"x": data[0], "y": data[1]}
-    if not isinstance(data, Mapping):
-        found, hint = _kind(data), None
-        if isinstance(data, (tuple, list)):
-            found, hint = f"{len(data)} arrays", SEVERAL_INPUTS
-        elif isinstance(data, DataLoader):
-            hint = COLLATED.format("loader.dataset")
-        elif isinstance(data, Dataset):
-            hint = COLLATED.format("dataset")
-        expected = "expected (inputs, targets), or a dict of named arrays"
-        raise UsageError(f"data: {found}; {expected}", hint)
+    arrays = _by_name(data)
     tensors = {}
-    for name, array in data.items():
+    for name, array in arrays.items():
         if not isinstance(name, str):
             raise UsageError(f"data: a key is {name!r}; expected the name of an array")
         try:
-            if _several(array, data.values()):
+            if _several(array, arrays.values()):
                 raise TypeError
-            tensor = _tensor(array)
+            tensors[name] = _tensor(array)
         except (TypeError, ValueError, RuntimeError) as error:
             found, hint = _no_numbers(name, array)
             raise UsageError(f"data: {name} is {found}; expected an array", hint) from error
-        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
-            kinds = {"nested": tensor.is_nested, "quantized": tensor.is_quantized}
-            usual = str(tensor.layout).removeprefix("torch.")
-            layout = next((kind for kind, found in kinds.items() if found), usual)
-            raise UsageError(f"data: {name} is {layout}; expected a dense tensor")
-        tensors[name] = tensor
+        _demand_dense(name, tensors[name])
     return tensors
+
+
+def _by_name(data: object) -> Mapping[Any, Any]:
+    """What stands for arrays: inputs are called x, targets y."""
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if isinstance(data, Mapping):
+        return data
+    if isinstance(data, (Tensor, np.ndarray)):
+        return {"x": data}
+    if isinstance(data, (tuple, list)) and len(data) == 2:
+        return {"x": data[0], "y": data[1]}
+    found, hint = _kind(data), None
+    if isinstance(data, (tuple, list)):
+        found, hint = f"{len(data)} arrays", SEVERAL_INPUTS
+    elif isinstance(data, DataLoader):
+        hint = COLLATED.format("loader.dataset")
+    elif isinstance(data, Dataset):
+        hint = COLLATED.format("dataset")
+    expected = "expected (inputs, targets), or a dict of named arrays"
+    raise UsageError(f"data: {found}; {expected}", hint)
+
+
+def _demand_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized):
+        return
+    kinds = {"nested": tensor.is_nested, "quantized": tensor.is_quantized}
+    usual = str(tensor.layout).removeprefix("torch.")
+    layout = next((kind for kind, found in kinds.items() if found), usual)
+    raise UsageError(f"data: {name} is {layout}; expected a dense tensor")
 
 
 def _several(value: object, values: Iterable[object]) -> bool:
