@@ -308,7 +308,7 @@ def test_many_kinks_are_no_reason_to_refuse_what_is_right():
     bias = problem.parameters["first.bias"]
     alone = Problem(**{**vars(problem), "parameters": {"first.bias": bias}})
     block = Block("first.bias", ("first.bias",), (bias.numel(),))
-    matrix = Products(alone).columns(0, bias.numel())
+    matrix = Products(alone).matrix_rows(0, bias.numel())
     narrow, certificate = (
         Certificate(problem, dtype, 0) for dtype in (torch.float32, torch.float64)
     )
@@ -351,7 +351,7 @@ def test_the_hessian_is_no_gauss_newton_matrix():
     alone = Problem(**{**vars(problem), "parameters": {"a.weight": weight}})
     block = Block("a.weight", ("a.weight",), (weight.numel(),))
     for curvature in ("hessian", "ggn"):
-        matrix = CURVATURES[curvature].products(alone).columns(0, weight.numel())
+        matrix = CURVATURES[curvature].products(alone).matrix_rows(0, weight.numel())
         for claimed in ("hessian", "ggn"):
             checked = CURVATURES[claimed].certificate(problem, torch.float32, 0)
             assert checked.passed(checked.matrix(block, matrix)) == (claimed == curvature)

@@ -38,7 +38,7 @@ GAUSS_NEWTON = [
 
 
 def matrix(products: Products | Differences) -> Tensor:
-    return products.columns(0, products.size)
+    return products.matrix_rows(0, products.size)
 
 
 def jacobian(case: Case) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,7 @@ class LinearMap:
         """H v [P] of a vector [P], or of each row of a block [k, P]."""
         raise NotImplementedError
 
-    def columns(self, start: int, stop: int) -> Tensor:
+    def matrix_rows(self, start: int, stop: int) -> Tensor:
         """Rows start to stop of the matrix, [stop - start, P]."""
         return self(unit_rows(self.leaves[0], start, stop - start, self.size))
 

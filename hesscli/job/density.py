@@ -96,7 +96,7 @@ def _of_model(
         fewer = f"--probes {max(1, (operator.size - 1) // options.steps)}"
         operator.needs(6 * operator.size, "the whole matrix", fewer)
         with operator.finite():
-            found = exact(dense(operator.products.columns, operator.size, listener.progress)[0])
+            found = exact(dense(operator.products.matrix_rows, operator.size, listener.progress)[0])
     else:
         steps = min(options.steps, operator.size)
         operator.needs(steps + 4, f"--steps {steps}", f"--steps {max(1, steps // 2)}")

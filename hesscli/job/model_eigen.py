@@ -110,7 +110,7 @@ def _dense(operator: Operator, options: EigenOptions) -> Found:
     operator.needs(3 * size, "the whole matrix", f"--top {max(1, size // 4)}")
     try:
         values, columns, errors = dense(
-            operator.products.columns, size, operator.opened.listener.progress
+            operator.products.matrix_rows, size, operator.opened.listener.progress
         )
     except KeyboardInterrupt:
         return _interrupted(size)

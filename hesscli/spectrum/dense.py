@@ -16,14 +16,14 @@ _ROWS = 32  # products at a time
 
 
 def dense(
-    columns: Callable[[int, int], Tensor],
+    rows: Callable[[int, int], Tensor],
     size: int,
     report: Callable[[int, int, str], None] = lambda done, total, doing: None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All eigenvalues [n], eigenvectors [n, n] (columns) and residuals [n] of a symmetric operator.
 
     Args:
-        columns: start, stop -> rows (or columns) start to stop of its matrix, [stop - start, n].
+        rows: start, stop -> rows start to stop of its matrix, [stop - start, n].
         report: hears (rows done, n, what is done).
 
     Raises:
@@ -32,7 +32,7 @@ def dense(
     matrix = np.empty((size, size))
     for first in range(0, size, _ROWS):
         stop = min(first + _ROWS, size)
-        matrix[first:stop] = finite(columns(first, stop)).double().cpu().numpy()
+        matrix[first:stop] = finite(rows(first, stop)).double().cpu().numpy()
         report(stop, size, f"{stop} products")
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
     residuals = np.linalg.norm(matrix @ vectors - vectors * values, axis=0)

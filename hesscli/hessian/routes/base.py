@@ -181,7 +181,7 @@ class ByRows(Route):
         for part in parts:
             products = self.products(part.block, [batch])
             for some in ranges(part.stop, self.chunk, part.start):
-                part.add(some.start, products.columns(some.start, some.stop))
+                part.add(some.start, products.matrix_rows(some.start, some.stop))
 
 
 def fitting(route: Route, work: Callable[[], Result]) -> Result:
