@@ -12,7 +12,7 @@ from hesscli.hessian.recording.tape import Call
 
 
 @dataclass
-class Memory:
+class SharedMemory:
     """What tensors share of which some are views."""
 
     tensors: list[Tensor] = field(default_factory=list)
@@ -24,7 +24,7 @@ class Known:
     """A tensor, kept alive, so that its identity and its memory stay its own."""
 
     tensor: Tensor
-    memory: Memory
+    memory: SharedMemory
     first: int  # the number of the value that it was at first
     now: int  # and of the one that it is, or was
     writes: int  # when its memory had been written to so often
@@ -42,7 +42,7 @@ class Tensors:
 
     def __init__(self) -> None:
         self._known: dict[int, Known] = {}
-        self._memories: dict[int, Memory] = {}  # by storage
+        self._memories: dict[int, SharedMemory] = {}  # by storage
 
     def __contains__(self, tensor: Tensor) -> bool:
         return id(tensor) in self._known
@@ -67,14 +67,14 @@ class Tensors:
         known.writes = known.memory.writes
         return len(known.memory.tensors) > 1
 
-    def _memory(self, tensor: Tensor, func: Any, args: tuple[Any, ...]) -> Memory:
+    def _memory(self, tensor: Tensor, func: Any, args: tuple[Any, ...]) -> SharedMemory:
         """That of the tensor it is a view of, or its own."""
         if func is not None:
             if func._schema.name.startswith("aten::unsafe_"):  # parts that by contract are no views
-                return Memory()
+                return SharedMemory()
             shares = any(a.alias_info is not None for a in func._schema.returns)
             if shares and args[0] in self:
                 return self[args[0]].memory
         if tensor.layout is not torch.strided:
-            return Memory()
-        return self._memories.setdefault(tensor.untyped_storage()._cdata, Memory())
+            return SharedMemory()
+        return self._memories.setdefault(tensor.untyped_storage()._cdata, SharedMemory())
