@@ -46,6 +46,7 @@ class Run:
     ) -> None:
         self.plan, self.options = plan, plan.options
         self.team, self.merging, self.stdout = team, merging, stdout
+        self.sharing = plan.divided and not merging  # other processes write to the file now
         self.bands: dict[str, int] = team.broadcast(self._bands())
         self.groups = [Group(plan, blocks, self._progress) for blocks in groups(plan)]
         self.large = [
@@ -75,7 +76,7 @@ class Run:
         document = documents.skeleton(plan.opened, plan.structure) | {"gradient_norm": norm}
         document["blocks"] = [documents.block_facts(plan.opened, block) for block in plan.blocks]
         journal = self._journal(document)
-        if plan.divided and not self.merging:
+        if self.sharing:
             self._contribute(document, journal)
             if self.options.shard is not None or self.team.rank > 0:
                 return document
@@ -106,7 +107,7 @@ class Run:
             document,
             max_shard_size=self.options.max_shard_size,
             start=journal.start,
-            shared=self.plan.divided and not self.merging,
+            shared=self.sharing,
         )
         return Unfinished(
             writer, journal, len(self.parts), self.plan.divided, self.plan.opened.listener
@@ -127,7 +128,7 @@ class Run:
             journal.merge()
         elif self.team.rank == 0:
             if output is not None:  # what a run that goes on has finished is no left-over
-                demand_idle(output, self.plan.divided)
+                demand_idle(output, self.sharing)
             journal.resume(self.options.resume, self.options.force)
         left = [name for name, _ in self.parts if name not in journal.finished]
         if self.merging and left:
