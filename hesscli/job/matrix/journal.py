@@ -87,7 +87,7 @@ class Journal:
                 "--resume",
             )
         if self.own:
-            _cut(self.path)
+            _cut_torn_line(self.path)
 
     def merge(self) -> None:
         """Takes over what the shards have finished.
@@ -110,7 +110,7 @@ class Journal:
                 )
             self._take_over(path, lines)
         if self.own:
-            _cut(self.path)
+            _cut_torn_line(self.path)
 
     def _of_another(self, path: Path, lines: Lines) -> str:
         """That another command began a journal: other options, or files that have changed since; empty if none did."""
@@ -154,7 +154,7 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError as error:
             if self.own:
-                _cut(self.path)
+                _cut_torn_line(self.path)
             else:
                 self.path.unlink(missing_ok=True)
             raise ResourceError(f"{self.path}: {error.strerror}") from error
@@ -201,7 +201,7 @@ def read_journal(path: Path) -> Lines:
         ) from None
 
 
-def _cut(path: Path) -> None:
+def _cut_torn_line(path: Path) -> None:
     """Takes away a last line that was torn, which others would follow."""
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
