@@ -80,7 +80,7 @@ def test_rows_that_lie_in_place_are_not_copied(pieces, plain):
 @pytest.mark.parametrize("most", [1, 7, 40, 100, 10**6])
 def test_bands_are_all_rows_once_and_cut_no_group(most):
     layout = Layout((Piece(3, (Part(0, 1),)), Piece(4, (Part(3, 2), Part(11, 1)))))
-    bands = layout.cut(most)
+    bands = layout.bands(most)
     assert [row for start, stop in bands for row in range(start, stop)] == list(range(15))
     assert all((start - 3) % 3 == 0 for start, _ in bands if start >= 3)
 
@@ -129,7 +129,7 @@ def test_a_triangle_is_the_matrix(held, most, layout, tmp_path):
     assert torch.equal(layout.from_block(truth), truth[:, places])
     path = tmp_path / "h.safetensors"
     with ResultWriter(path, {"before": (3,), "h": (n, n)}, "float64", {}) as writer:
-        bands = layout.cut(most)
+        bands = layout.bands(most)
         v = torch.arange(n, dtype=torch.float64)
         device = torch.device(held or "cpu")
         kind = partial(HeldTriangle, device=device) if held else StreamedTriangle
@@ -178,7 +178,7 @@ def test_bands_of_a_route_are_its_matrix(case: Case):
             tried += 1
             layout = route.layout(block)
             whole = torch.zeros_like(truth)
-            for start, stop in layout.cut(max(1, block.size**2 // 5)):
+            for start, stop in layout.bands(max(1, block.size**2 // 5)):
                 out = truth.new_zeros(stop - start, block.size - start)
                 route.sum([Rows(block, start, stop, out)])
                 whole[start:stop, start:] = out

@@ -1232,7 +1232,7 @@ def test_a_shared_weight_in_bands_and_batches(name, sizes):
     route.workspace = 1
     (block,) = blocks_of(problem, "full")
     layout, found = route.layout(block), torch.zeros_like(truth)
-    for start, stop in layout.cut(1):
+    for start, stop in layout.bands(1):
         out = truth.new_zeros(stop - start, block.size - start)
         route.sum([Rows(block, start, stop, out)])
         found[start:stop, start:] = out

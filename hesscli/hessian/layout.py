@@ -155,21 +155,21 @@ class Layout:
             yield at, piece
             at += piece.size
 
-    def cut(self, most: int) -> list[Span]:
-        """Bands of about `most` entries (rows times the columns right of the diagonal), never through a group.
+    def bands(self, most: int) -> list[Span]:
+        """Bands of rows of about `most` entries (rows times the columns right of the diagonal), never through a group.
 
         Whole rows are written, so the last bands have no more than twice the rows of the first: little is left to
         write when all is computed.
         """
-        bands: list[Span] = []
+        found: list[Span] = []
         for at, piece in self.starts():
             group = 0
             while group < piece.groups:
                 start = at + group * piece.width
                 rows = most // max(1, self.size - start, self.size // 2)
                 group = min(piece.groups, group + max(1, rows // piece.width))
-                bands.append((start, at + group * piece.width))
-        return bands
+                found.append((start, at + group * piece.width))
+        return found
 
     def placed(self, start: int, stop: int) -> Iterator[Placed]:
         """Where the rows from `start` to `stop`, at edges of groups, lie in the block."""
@@ -181,9 +181,15 @@ class Layout:
             rows, within = slice(first - start, last - start), 0
             for part in piece.parts:
                 length = part.length // part.runs
-                entries = slice(within, within + part.length)
-                place, step = part.place + before * length, piece.groups * length
-                yield Placed(rows, groups, piece.width, entries, place, part.runs, step)
+                yield Placed(
+                    rows=rows,
+                    groups=groups,
+                    width=piece.width,
+                    entries=slice(within, within + part.length),
+                    place=part.place + before * length,
+                    runs=part.runs,
+                    step=piece.groups * length,
+                )
                 within += part.length
 
     def to_block(self, values: Tensor, out: Tensor, start: int, stop: int) -> None:

@@ -41,7 +41,7 @@ class LargeBlock:
     def parts(self) -> list[tuple[str, float]]:
         """The name of each band, and its share of the work; none if the route finds out that it cannot give any."""
         try:
-            layout, bands = self._cut()
+            layout, bands = self._banded()
         except NotApplicable:
             return []
         n = layout.size
@@ -54,10 +54,11 @@ class LargeBlock:
     def _part(self, index: int) -> str:
         return f"{self.block.name}, {self.ranking.route.name}, band {index}"
 
-    def _cut(self) -> tuple[Layout, list[Span]]:
+    def _banded(self) -> tuple[Layout, list[Span]]:
+        """The order in which the route gives the rows, and the bands of it that are computed one by one."""
         route = self.ranking.route
         layout = route.layout(self.block)
-        return layout, [(0, layout.size)] if route.at_once else layout.cut(self.most)
+        return layout, [(0, layout.size)] if route.at_once else layout.bands(self.most)
 
     def contribute(self, unfinished: Unfinished, mine: Collection[str]) -> None:
         """Computes and writes some of the bands; another process finishes the block."""
@@ -116,7 +117,7 @@ class LargeBlock:
     ) -> tuple[Triangle, float]:
         """The matrix, written, and its symmetry error; or some of its bands, where other processes have the others."""
         name, writer, route = self.block.name, unfinished.writer, self.ranking.route
-        layout, bands = self._cut()
+        layout, bands = self._banded()
         writer.forget(name)
         fresh = not any(self._part(index) in unfinished.finished for index in range(len(bands)))
         direction = direction.to("cpu", self.plan.problem.dtype)
