@@ -78,14 +78,14 @@ def load_data(
         target = target and (target[0], target[1][start:stop])
     _demand_finite(path, chosen, roles.joined)
     return Data(
-        roles.arrays,
-        chosen,
-        target,
-        sha256_of_all(roles.files),
-        tuple(roles.notes),
-        (start, stop),
-        recorded,
-        found.columns,
+        arrays=roles.arrays,
+        inputs=chosen,
+        targets=target,
+        sha256=sha256_of_all(roles.files),
+        notes=tuple(roles.notes),
+        range=(start, stop),
+        recorded=recorded,
+        columns=found.columns,
     )
 
 

@@ -114,9 +114,17 @@ class _Search:
             entries = _moved(shapes[self.tape.parameters[self.parameter]], moves)
         except RuntimeError:  # not a view of the parameter as it lies in the file
             raise NotApplicable(f"not an affine use ({moves[-1].name})") from None
-        place = call.place(value)
-        operand = Operand(self.parameter, value, moves, entries, call, place, z, shapes[z], axis)
-        use = operand.affine_use
+        use = Operand(
+            parameter=self.parameter,
+            value=value,
+            moves=moves,
+            entries=entries,
+            call=call,
+            place=call.place(value),
+            z=z,
+            z_shape=shapes[z],
+            axis=axis,
+        ).affine_use
         if use is None:
             raise refusal
         return [use]

@@ -154,8 +154,16 @@ def _opened(
     _demand_own_parameters(model, batched.problem)
     problem = _as_computed(batched.problem, note)
     problem, value = _measured(problem, processes, options, data)
-    facts = _facts(options, model, data, list(inputs), problem, value)
-    return Opened(options, problem, batched.checked, batched.chunk, tied, frozen, facts, listener)
+    return Opened(
+        options=options,
+        problem=problem,
+        checked=batched.checked,
+        chunk=batched.chunk,
+        tied=tied,
+        frozen=frozen,
+        facts=_facts(options, model, data, list(inputs), problem, value),
+        listener=listener,
+    )
 
 
 def _loaded(
