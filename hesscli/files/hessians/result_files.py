@@ -67,7 +67,11 @@ class ResultFiles:
         for path in (self.partial, *(file.path for file in self.files)):
             path.unlink(missing_ok=True)
 
-    def use(self, file: TensorFile) -> PlacedFile:
+    def opened(self, name: str) -> PlacedFile:
+        """The file that holds a tensor, to write to and to read from."""
+        return self._use(self.homes[name])
+
+    def _use(self, file: TensorFile) -> PlacedFile:
         """A file, opened; perhaps another one is closed for it."""
         if self.in_use[-1:] != [file]:
             if file in self.in_use:
@@ -128,11 +132,11 @@ class SeveralFiles(ResultFiles):
             if begun and not file.path.exists():
                 raise FileError(f"{file.path}: is gone, only its journal is left", "--force")
             file.reserve()
-            self.use(file)
+            self._use(file)
 
     def finish(self, text: str, checksum: str) -> None:
         for number, file in enumerate(self.files, 1):
-            self.use(file)
+            self._use(file)
             file.finish(_part(number, len(self.files), checksum))
         index = self._index(text)
         assert self.index is not None

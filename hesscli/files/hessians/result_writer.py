@@ -161,7 +161,7 @@ class ResultWriter:
             ResourceError: the disk is full.
         """
         with self._on_disk():
-            file = self.files.use(self.files.homes[name])
+            file = self.files.opened(name)
             file.write(self.offset(name, first_row), rows.reshape(-1).view(np.uint8).data)
 
     def count(self, name: str, rows: np.ndarray, first_row: int = 0) -> None:
@@ -196,11 +196,10 @@ class ResultWriter:
         data = array.reshape(-1).view(np.uint8).data
         size, at = self.dtype.itemsize, 0
         runs = [(left * size, (right - left) * size) for left, right in columns]
-        home = self.files.homes[name]
         with self._on_disk():
-            file = self.files.use(home)
+            file = self.files.opened(name)
             for row in rows:
-                place = home.offset(name, row)
+                place = self.offset(name, row)
                 for left, length in runs:
                     file.write(place + left, data[at : at + length])
                     at += length
@@ -208,7 +207,7 @@ class ResultWriter:
     def read(self, name: str, first_row: int, out: np.ndarray) -> None:
         """Fills `out` with rows of a tensor that were written before."""
         with self._on_disk():
-            file = self.files.use(self.files.homes[name])
+            file = self.files.opened(name)
             file.read(self.offset(name, first_row), out.reshape(-1).view(np.uint8).data)
 
     def offset(self, name: str, row: int = 0) -> int:
