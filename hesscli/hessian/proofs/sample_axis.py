@@ -37,18 +37,21 @@ class Context:
     """A call, and what is known of its arguments."""
 
     call: Call
-    axes: Axes
+    axes: Axes  # of all values that were made before it
     tape: Tape
-    samples: int
+    samples: int  # how many lie along each axis
 
     @property
     def shapes(self) -> Mapping[int, Sequence[int]]:
+        """Of every value."""
         return self.tape.shapes
 
     def argument(self, index: int) -> Any:
+        """One by its place; None if it is not given, or by name."""
         return self.call.arguments[index] if index < len(self.call.arguments) else None
 
     def named(self, name: str) -> Any:
+        """One by its name, or its default."""
         return self.call.named(name)
 
     def require(self, apart: bool) -> None:
@@ -66,14 +69,17 @@ class Context:
         return int(self.named("dim")) % len(self.shape())
 
     def axis(self, index: int) -> SampleAxis | None:
+        """The sample axis of an argument; None if it does not depend on the samples."""
         ref = self.argument(index)
         return self.axes[ref.value] if isinstance(ref, Ref) else None
 
     def shape(self, index: int = 0) -> Sequence[int]:
+        """Of an argument that is a tensor."""
         return self.shapes[self.argument(index).value]
 
     @property
     def result(self) -> Sequence[int]:
+        """The shape of what the call gives first."""
         return self.shapes[self.call.makes[0]]
 
     def one(self, axes: Iterable[SampleAxis | None]) -> SampleAxis:
@@ -100,8 +106,9 @@ class Context:
         return replace(axis, axis=axis.axis - sum(d < axis.axis for d in gone))
 
     def dims(self, value: Any, rank: int) -> set[int]:
+        """The axes that an argument names, counted from the first; all of them where it names none."""
         values = value if isinstance(value, (tuple, list)) else [value]
-        if value is None or not values:  # over all of them
+        if value is None or not values:
             return set(range(rank))
         return {int(v) % rank for v in values}
 
