@@ -121,8 +121,8 @@ class ManyProcesses(Processes):
             raise
         self.asking = False
 
-    def problem(self, opened: Opened, source: int = 0) -> SharedProblem:
-        return SharedProblem.of(opened.problem, self, source)
+    def problem(self, opened: Opened, index: int = 0) -> SharedProblem:
+        return SharedProblem.of(opened.problem, self, index)
 
     def double(self, opened: Opened) -> Problem | None:
         return self.problem(opened).double()
@@ -152,9 +152,9 @@ class ManyProcesses(Processes):
         found = self.agreed((total, denominator))
         return sum(pair[0] for pair in found), sum(pair[1] for pair in found)
 
-    def in_float64(self, source: int) -> Problem | None:
+    def in_float64(self, index: int) -> Problem | None:
         """The problem with all the data in float64, or None."""
-        opened = self.opened[source]
+        opened = self.opened[index]
         return opened.problem if opened.problem.dtype == torch.float64 else opened.double
 
     def _open(self, options: ProblemOptions, listener: Listener) -> Opened:
@@ -187,9 +187,9 @@ class ManyProcesses(Processes):
         return found
 
     def _answer(self, question: Question, tensor: Tensor) -> Tensor:
-        opened = self.opened[question.source]
+        opened = self.opened[question.index]
         same = question.dtype == opened.problem.dtype
-        problem = opened.problem if same else self.in_float64(question.source)
+        problem = opened.problem if same else self.in_float64(question.index)
         if problem is None:
             raise MismatchError("the model runs in float64 on some of the processes only")
         problem = self.share_of(problem.restricted(question.parameters))

@@ -48,8 +48,8 @@ class Processes:
         """The sums of both over all processes."""
         return total, denominator
 
-    def problem(self, opened: Opened, source: int = 0) -> Problem:
-        """An opened problem whose gradients are sums over all processes."""
+    def problem(self, opened: Opened, index: int = 0) -> Problem:
+        """An opened problem, the one of this number, whose gradients are sums over all processes."""
         return opened.problem
 
     def double(self, opened: Opened) -> Problem | None:

@@ -49,7 +49,7 @@ class Question:
     """A question about every process's data; a tensor goes with it."""
 
     what: Gradient | Product | Quotient
-    source: int  # which of the problems that were opened
+    index: int  # which of the problems that were opened
     dtype: torch.dtype  # of that problem, or of its copy in float64
     parameters: tuple[str, ...]  # the problem's, where it is restricted
     shape: tuple[int, ...]  # of the tensor
@@ -61,18 +61,18 @@ class SharedProblem(Problem):
 
     _: KW_ONLY
     processes: ManyProcesses  # this process's
-    source: int  # which of the problems that were opened
+    index: int  # which of the problems that were opened
 
     runs_here: ClassVar[bool] = False
 
     @classmethod
-    def of(cls, problem: Problem, processes: ManyProcesses, source: int) -> SharedProblem:
+    def of(cls, problem: Problem, processes: ManyProcesses, index: int) -> SharedProblem:
         plain = {f.name: getattr(problem, f.name) for f in fields(Problem)}
-        return cls(**plain, processes=processes, source=source)
+        return cls(**plain, processes=processes, index=index)
 
     def ask(self, what: Gradient | Product | Quotient, tensor: Tensor) -> Tensor:
         names, shape = tuple(self.parameters), tuple(tensor.shape)
-        return self.processes.ask(Question(what, self.source, self.dtype, names, shape), tensor)
+        return self.processes.ask(Question(what, self.index, self.dtype, names, shape), tensor)
 
     def flat_gradient(self, names: Sequence[str]) -> Tensor:
         theta = torch.cat([leaf.detach().reshape(-1) for leaf in self.parameters.values()])
@@ -93,9 +93,9 @@ class SharedProblem(Problem):
         return iter((self,))
 
     def double(self) -> Problem | None:
-        copy = self.processes.in_float64(self.source)
+        copy = self.processes.in_float64(self.index)
         return copy and SharedProblem.of(
-            copy.restricted(self.parameters), self.processes, self.source
+            copy.restricted(self.parameters), self.processes, self.index
         )
 
 
