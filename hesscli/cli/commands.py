@@ -1,4 +1,12 @@
-"""What makes a command of a function: decorators that add options, and make one of its parameters of them."""
+"""What makes a command of a function: decorators that add options, and make one of its parameters of them.
+
+    @takes_problem  # MODEL, DATA and the options of both: `problem`
+    @prints  # --json, --quiet, --debug: `out`
+    @on_all_processes  # no options: `processes`
+    def trace(out, processes, problem, rel_error): ...
+
+On the command line there are MODEL and DATA, then the function's own parameters, then all other options.
+"""
 
 from __future__ import annotations
 
