@@ -39,17 +39,16 @@ MEAN, SUM, OF_ALL = "mean", "sum", "of all"
 class Loss:
     """A loss: `total(output, batch) -> (sum over the batch, divisor of the mean)`, with the arguments of the batch.
 
-    `function` is one of `LOSSES`, the user's own `(output, target, **arguments) -> Tensor`, or None where the
-    model's output is the loss itself. Of the last two, a result with one axis per sample is summed and its
-    mean divides by its number of elements.
-
-    `reduced`: of a single number, what it is of: `MEAN` or `SUM` of what the loss makes of each sample, or `OF_ALL`,
-    reduced already, so that the data must not be split into batches.
-
-    `whole`: the user's own takes all that the model returns, where that is several tensors; to all that follows, it is
-    a part of the model.
-
-    `wide`: what the user's own, or the model, computes in less than float64 is computed in that.
+    Attributes:
+        name: of one of `LOSSES`, `output` where the model's output is the loss itself, or of the user's own.
+        reduction: "mean" or "sum", over all the data.
+        function: the user's own, `(output, target, **arguments) -> Tensor`; None for the others. What it returns, or
+            the model, with one axis per sample is summed, and its mean divides by its number of elements.
+        reduced: of a single number, what it is of: `MEAN` or `SUM` of what the loss makes of each sample, or `OF_ALL`,
+            reduced already, so that the data must not be split into batches; empty where it is no single number.
+        whole: the user's own takes all that the model returns, where that is several tensors; to all that follows, it
+            is a part of the model.
+        wide: what the user's own, or the model, computes in less than float64 is computed in that.
     """
 
     name: str
