@@ -32,7 +32,7 @@ def first_output(
         UnrepeatableError: it is none.
         MismatchError: the model does not accept the batch, or gives no numbers.
     """
-    problem = replace(problem, writes=True)  # into its inputs, perhaps
+    problem = replace(problem, writes_inputs=True)  # perhaps
     with torch.enable_grad():  # without them, what is kept would be a constant, and not show
         first, second = problem.output(batch, note), problem.output(batch)
         again = _inner(first) & _inner(second)

@@ -42,9 +42,9 @@ class Problem:
         loss: what is differentiated.
         denominator: see above; `measure` finds it.
         output_key: which entry of a dict or tuple that the module returns is its output.
-        writes: the module writes into its inputs, so every pass has copies of them.
+        writes_inputs: the module writes into its inputs, so every pass has copies of them.
         written: those of the parameters that it writes to.
-        protected: it cannot: see `weight_writes.py`.
+        protected: it cannot write to them: see `weight_writes.py`.
         separable: each sample could go through on its own.
         one_sample: the data is one sample, without a sample axis.
         original: the problem that this is a copy of, in float64.
@@ -56,7 +56,7 @@ class Problem:
     loss: Loss
     denominator: float = 1.0
     output_key: str | None = None
-    writes: bool = False
+    writes_inputs: bool = False
     written: tuple[str, ...] = ()
     protected: bool = False
     separable: bool = True
@@ -109,7 +109,7 @@ class Problem:
             self._protecting() if self.protected else nullcontext(),
             guest(partial(not_accepted, batch)),
         ):
-            inputs = [x.clone() for x in batch.inputs] if self.writes else batch.inputs
+            inputs = [x.clone() for x in batch.inputs] if self.writes_inputs else batch.inputs
             place = len(inputs) - len(batch.keywords)
             named = dict(zip(batch.keywords, inputs[place:], strict=True))
             return self.module(*inputs[:place], **named)

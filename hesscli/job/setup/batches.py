@@ -78,7 +78,7 @@ def split(
         saved = saved_bytes(problem, some, problem.output) // max(1, len(some))
     problem = replace(problem, written=tuple(written))
     if [x._version for x in some.inputs] != as_given:
-        problem = replace(problem, writes=True)
+        problem = replace(problem, writes_inputs=True)
     each = max(1, saved, 2 * source.bytes // source.samples)
     room = free_memory(problem.device) // (2 * ranks_here() * each)
     if problem.loss.name not in LOSSES:
