@@ -21,7 +21,7 @@ def print_hessian(out: Output, document: Document, columns: Sequence[str] = COLU
     rows = [_row(facts, columns) for facts in blocks]
     if len(rows) > 1:
         rows.append(_row(total, columns, {"eig_max": ">=", "eig_min": "<="}))
-    out.facts(headline(document))
+    out.facts(_headline(document))
     out.table(["block", "shape", "size", *columns, "bytes"], rows)
 
 
@@ -29,7 +29,7 @@ def print_block(out: Output, document: Document) -> None:
     """All that is known of one block."""
     (facts,) = document["blocks"]
     shape = shape_text(facts["shape"])
-    out.facts(headline(document))
+    out.facts(_headline(document))
     out.facts(
         {
             "block": facts["name"],
@@ -48,7 +48,7 @@ def print_plan(out: Output, document: Document) -> None:
         [*first_cells(facts), str(facts["bytes"]), facts.get("plan", "")]
         for facts in with_total(document)
     ]
-    out.facts(headline(document))
+    out.facts(_headline(document))
     out.table(["block", "shape", "size", "bytes", "method"], rows, words=(0, 1, 4))
     out.line(
         f"\nwould take about {seconds(total['estimated_seconds'])}, "
@@ -57,7 +57,7 @@ def print_plan(out: Output, document: Document) -> None:
     )
 
 
-def headline(document: Document) -> dict[str, str]:
+def _headline(document: Document) -> dict[str, str]:
     """What stands above the table of a Hessian, or of a plan, which knows less."""
     loss, data = document["loss"], document["data"]
     terms = [f"{name}={value}" for name, value in loss["arguments"].items()]
@@ -101,7 +101,7 @@ def counted(count: int, thing: str) -> str:
 def products_headline(document: Document) -> dict[str, str]:
     """What stands above the results of products, which no matrix was formed for."""
     size = document["size"]
-    return headline({**document, "structure": f"{size} x {size}", "symmetry_error": None})
+    return _headline({**document, "structure": f"{size} x {size}", "symmetry_error": None})
 
 
 def spectrum_headline(document: Document) -> dict[str, str]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 GAP = "  "  # between two columns
-NARROWEST = 12  # a column of names is folded, but not to less than this
+_NARROWEST = 12  # a column of names is folded, but not to less than this
 
 Row = Sequence[str]
 
@@ -29,7 +29,7 @@ def tables(
     parts = [list(range(len(columns)))]
     if screen is not None:
         room = screen - sum(widths) - len(GAP) * (len(columns) - 1)
-        least = max(NARROWEST, len(columns[folded]))
+        least = max(_NARROWEST, len(columns[folded]))
         widths[folded] = min(widths[folded], max(widths[folded] + room, least))
         parts = _parts(widths, screen)
     for part in parts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import IO
 
-COLOURS = {"error": "1;31", "hint": "1;36", "note": "2", "wrote": "2", "header": "1"}
+_COLOURS = {"error": "1;31", "hint": "1;36", "note": "2", "wrote": "2", "header": "1"}
 
 
 def encodable(text: str, stream: IO[str]) -> bool:
@@ -30,7 +30,7 @@ def colour_wanted(stream: IO[str]) -> bool:
 
 
 def coloured(text: str, kind: str, stream: IO[str]) -> str:
-    return f"\033[{COLOURS[kind]}m{text}\033[0m" if colour_wanted(stream) else text
+    return f"\033[{_COLOURS[kind]}m{text}\033[0m" if colour_wanted(stream) else text
 
 
 def silence(stream: IO[str]) -> None:

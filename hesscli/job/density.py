@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from hesscli.job.setup.processes import Processes
 
 SCHEMA = "hesscli.density/1"
-BINS = 24
-LARGEST = 4096  # parameters of a model whose matrix is formed, if that takes no more products
+_BINS = 24
+_LARGEST = 4096  # parameters of a model whose matrix is formed, if that takes no more products
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def density(
         found, products = exact(values), 0
     else:
         document, found, products = _of_model(hessian, options, listener, processes)
-    edges, mass = found.histogram(BINS)
+    edges, mass = found.histogram(_BINS)
     document |= {
         "schema": SCHEMA,
         "exact": found.exact,
@@ -92,7 +92,7 @@ def _of_model(
     from hesscli.spectrum.quadrature import lanczos_quadrature
 
     operator = open_operator(problem, listener, processes)
-    if operator.size <= max(DENSE, min(options.probes * options.steps, LARGEST)):
+    if operator.size <= max(DENSE, min(options.probes * options.steps, _LARGEST)):
         fewer = f"--probes {max(1, (operator.size - 1) // options.steps)}"
         operator.needs(6 * operator.size, "the whole matrix", fewer)
         with operator.finite():

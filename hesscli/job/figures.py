@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from hesscli.job.picture import Picture
     from hesscli.spectrum.density import Density
 
-MAP = "cividis"  # reads the same to the colour-blind
-SIDE = 6.4  # inches
-FONT, SMALLEST = 7.5, 5.0  # points
-LEADING = 1.3 / 72  # inches from one label to the next, for each point of the font
+_MAP = "cividis"  # reads the same to the colour-blind
+_SIDE = 6.4  # inches
+_FONT, _SMALLEST = 7.5, 5.0  # points
+_LEADING = 1.3 / 72  # inches from one label to the next, for each point of the font
 _BINS = 120  # of a density
 
 
@@ -75,15 +75,15 @@ def plot_matrix(path: Path, picture: Picture, title: str) -> None:
     from matplotlib.figure import Figure
 
     rows, columns = picture.cells.shape
-    wide = SIDE + 2.9
-    tall = max(1.2, 1.3 * LEADING * FONT * rows) if picture.diagonal else SIDE
+    wide = _SIDE + 2.9
+    tall = max(1.2, 1.3 * _LEADING * _FONT * rows) if picture.diagonal else _SIDE
     high = tall + 1.5  # of the figure
     figure = Figure(figsize=(wide, high), layout=None)
-    axes = figure.add_axes((0.35 / wide, 0.95 / high, SIDE / wide, tall / high))
+    axes = figure.add_axes((0.35 / wide, 0.95 / high, _SIDE / wide, tall / high))
     low = picture.low if picture.low < picture.high else picture.high / 10
     image = axes.imshow(
         np.ma.masked_equal(picture.cells, 0),
-        cmap=MAP,
+        cmap=_MAP,
         norm=LogNorm(low or 1e-1, picture.high or 1.0, clip=True),
         extent=(0, columns, rows, 0),
         interpolation="nearest",
@@ -95,10 +95,10 @@ def plot_matrix(path: Path, picture: Picture, title: str) -> None:
     axes.set_title(title, fontsize=9, loc="left")
     _borders(axes, picture)
     _names(axes, picture, rows, tall)
-    bar = figure.add_axes((0.35 / wide, 0.62 / high, SIDE / wide, 0.14 / high))
+    bar = figure.add_axes((0.35 / wide, 0.62 / high, _SIDE / wide, 0.14 / high))
     figure.colorbar(image, cax=bar, orientation="horizontal")
-    bar.tick_params(labelsize=FONT)
-    bar.set_xlabel("|H|; white is zero", fontsize=FONT + 0.5)
+    bar.tick_params(labelsize=_FONT)
+    bar.set_xlabel("|H|; white is zero", fontsize=_FONT + 0.5)
     _save(figure, path, 200)
 
 
@@ -112,12 +112,12 @@ def _borders(axes: Any, picture: Picture) -> None:
 
 def _names(axes: Any, picture: Picture, rows: int, tall: float) -> None:
     """Names to the right of their rows, moved apart where they would overlap, with a line to each."""
-    font = min(FONT, max(SMALLEST, tall / LEADING / len(picture.regions)))
-    room = int(tall / (LEADING * font))
+    font = min(_FONT, max(_SMALLEST, tall / _LEADING / len(picture.regions)))
+    room = int(tall / (_LEADING * font))
     regions = sorted(picture.regions, key=lambda p: p.start - p.stop)[:room]  # the largest that fit
     regions.sort(key=lambda region: region.start)
     centres = [(region.start + region.stop) / 2 for region in regions]
-    places = spread(centres, LEADING * font / tall * rows, rows)
+    places = spread(centres, _LEADING * font / tall * rows, rows)
     for region, centre, place in zip(regions, centres, places, strict=True):
         axes.annotate(
             region.name if len(region.name) <= 44 else f"{region.name[:20]}...{region.name[-20:]}",
@@ -140,7 +140,7 @@ def _names(axes: Any, picture: Picture, rows: int, tall: float) -> None:
             f"and {left} smaller",
             xy=(1.035, -0.01),
             xycoords="axes fraction",
-            fontsize=FONT,
+            fontsize=_FONT,
             va="top",
             annotation_clip=False,
         )

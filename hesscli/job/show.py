@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 QUICK = 64 << 20
 """Bytes of tensors up to which they are always compared with their checksums: a few hundredths of a second."""
 
-PIXELS = 1200
+_PIXELS = 1200
 """Rows and columns of a figure, at most."""
 
 
@@ -74,7 +74,7 @@ def show(
         return Shown(
             document,
             _picture(file, names, screen, progress),
-            _picture(file, names, PIXELS if figure else None, progress),
+            _picture(file, names, _PIXELS if figure else None, progress),
         )
 
 

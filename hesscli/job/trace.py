@@ -23,7 +23,7 @@ from hesscli.spectrum.trace import Estimate, estimate
 
 SCHEMA = "hesscli.trace/1"
 
-AFFORDABLE = DENSE
+_AFFORDABLE = DENSE
 """The exact diagonal is taken at once where it is planned to cost no more than this many products."""
 
 
@@ -95,7 +95,7 @@ def _found(plan: Plan, operator: Operator, relative_error: float, max_products: 
     One that does not converge in as many products as the exact traces cost gives way to them, if these are allowed.
     """
     exact_products = _exact_products(plan, operator)
-    if exact_products <= min(AFFORDABLE, max_products):
+    if exact_products <= min(_AFFORDABLE, max_products):
         return _exact(plan, operator)
     if exact_products > max_products:
         return _estimated(operator, relative_error, max_products)

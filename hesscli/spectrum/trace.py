@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hesscli.spectrum.sketch import Sketch
 
-SKETCH = 16  # samples: the least that a standard error is taken from, and what a sketch is made of
+_SKETCH = 16  # samples: the least that a standard error is taken from, and what a sketch is made of
 _SKEWED = 0.5  # if one more direction taken out leaves less than this much of the variance, it skews the samples
 _SURE = 0.2  # of the total: one of less than five standard errors may be zero, met by chance
 _STUDENT = (6.98, 2.26, 1.65, 1.43, 1.32, 1.26, 1.21, 1.18, 1.16, 1.14, 1.13, 1.12, 1.11, 1.1)
@@ -125,7 +125,9 @@ def standard_error(values: np.ndarray) -> np.ndarray:
     if len(values) < 2:
         return np.full(values.shape[1:], np.nan)
     freedom = len(values) - 1
-    wider = _STUDENT[freedom - 1] if len(values) < SKETCH else 1 + 1.25 / freedom + 1.5 / freedom**2
+    wider = (
+        _STUDENT[freedom - 1] if len(values) < _SKETCH else 1 + 1.25 / freedom + 1.5 / freedom**2
+    )
     return np.asarray(wider * values.std(0, ddof=1) / math.sqrt(len(values)))
 
 
@@ -156,17 +158,17 @@ def estimate(
     try:
         while samples.products < max_products:
             product = samples.draw()
-            if samples.products <= SKETCH:
+            if samples.products <= _SKETCH:
                 first.append(product)
-            if len(samples) < SKETCH:
+            if len(samples) < _SKETCH:
                 report(samples.products, 1.0, relative_error)
                 continue
             reached = samples.relative_error()
             report(samples.products, reached, relative_error)
-            if samples.products == SKETCH:
+            if samples.products == _SKETCH:
                 still = reached / relative_error if relative_error else math.inf
-                foreseen = min(SKETCH * still * still, sys.float_info.max)
-                leading = _leading(first, foreseen, max_products - SKETCH)
+                foreseen = min(_SKETCH * still * still, sys.float_info.max)
+                leading = _leading(first, foreseen, max_products - _SKETCH)
                 first = []
                 if len(leading):
                     samples.leave_out(leading)
@@ -189,10 +191,10 @@ def _leading(products: list[Tensor], foreseen: float, most: int) -> Tensor:
     sketch = Sketch(torch.stack(products))
     left = sketch.left()
     counts = np.arange(len(left))
-    costs = counts + np.maximum(SKETCH, left * foreseen)
-    costs[0] = foreseen - SKETCH  # which have been made
+    costs = counts + np.maximum(_SKETCH, left * foreseen)
+    costs[0] = foreseen - _SKETCH  # which have been made
     skewed = left[1:] + _NOTHING < _SKEWED * (left[:-1] + _NOTHING)
     least = int(np.append(skewed, False).argmin())
     costs[:least] = math.inf
-    costs[counts + SKETCH > most] = math.inf
+    costs[counts + _SKETCH > most] = math.inf
     return sketch.directions(int(costs.argmin()))

@@ -66,7 +66,7 @@ def gpus() -> tuple[str, ...]:
     return tuple(key for key, found in present.items() if found)
 
 
-OF_ALL_DIGITS: Definitions = {  # PyTorch's gradients lose them too
+_OF_ALL_DIGITS: Definitions = {  # PyTorch's gradients lose them too
     "log_softmax.int": formulas.log_softmax,
     "log_sigmoid_forward": lambda x: (formulas.log_sigmoid(x), x.new_empty(0)),
     "binary_cross_entropy_with_logits": loss_formulas.binary_cross_entropy_with_logits,
@@ -84,7 +84,7 @@ DEFINITIONS: Definitions = {
     "hardsigmoid": formulas.hardsigmoid,
     "hardsigmoid_": formulas.hardsigmoid_,
     "_prelu_kernel": formulas.prelu,
-    **OF_ALL_DIGITS,
+    **_OF_ALL_DIGITS,
     "logcumsumexp": formulas.logcumsumexp,
     "sinc": formulas.sinc,
     **dict.fromkeys(_NORMS, formulas.vector_norm),
@@ -134,7 +134,7 @@ def right_gradients() -> Iterator[None]:
         torch.library._scoped_library("aten", "IMPL") as library,
         also_recomputed(right_gradients),
     ):
-        _replace(library, OF_ALL_DIGITS | _RIGHT_ON_CPU, OF_ALL_DIGITS | _RIGHT_ON_GPU)
+        _replace(library, _OF_ALL_DIGITS | _RIGHT_ON_CPU, _OF_ALL_DIGITS | _RIGHT_ON_GPU)
         yield
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hesscli.hessian.proofs.sample_rules import RESAMPLING, RESHAPES
 from hesscli.hessian.recording.tape import Tape
 
-LINEAR_OPERATORS = (
+_LINEAR_OPERATORS = (
     RESHAPES
     | RESAMPLING
     | frozenset(
@@ -20,14 +20,14 @@ LINEAR_OPERATORS = (
         "new_full zeros_like ones_like full_like".split()
     )
 )
-PIECEWISE = frozenset(
+_PIECEWISE = frozenset(
     "relu relu6 leaky_relu hardtanh hardshrink softshrink threshold clamp clamp_min clamp_max abs sign round floor "
     "ceil max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d amax amin "
     "maximum minimum fmax fmin max min median kthvalue cummax cummin aminmax sort topk argmax argmin trunc "
     "scatter_reduce where eq ne lt le gt ge masked_fill nan_to_num".split()
 )
 # Linear in each argument, so linear in a value that reaches one of them alone.
-MULTILINEAR = frozenset("mul mm addmm bmm baddbmm convolution".split())
+_MULTILINEAR = frozenset("mul mm addmm bmm baddbmm convolution".split())
 
 
 def curved(tape: Tape, values: Sequence[int]) -> str | None:
@@ -35,13 +35,13 @@ def curved(tape: Tape, values: Sequence[int]) -> str | None:
     reached = tape.dependent(values)
     for call in tape.calls:
         hits = [n for n in call.reads if n in reached]
-        if not hits or call.name in LINEAR_OPERATORS:
+        if not hits or call.name in _LINEAR_OPERATORS:
             continue
         # |z| is a root, and `scatter_reduce` may be a product.
         straight = tape.complex.isdisjoint(hits) and call.named("reduce") != "prod"
-        if call.name in PIECEWISE and straight:
+        if call.name in _PIECEWISE and straight:
             continue
-        if call.name in MULTILINEAR and len(hits) == 1:
+        if call.name in _MULTILINEAR and len(hits) == 1:
             continue
         if call.name == "div" and len(hits) == 1 and call.place(hits[0]) == 0:
             continue

@@ -21,27 +21,27 @@ ELEMENTWISE_UNARY = frozenset(
     "exp2 signbit i0 special_entr special_erfcx special_log_ndtr special_ndtri special_i0e special_i1 "
     "special_i1e sgn isinf mvlgamma special_bessel_j0 special_bessel_j1".split()
 )
-ELEMENTWISE = frozenset(  # of several tensors, or of one and numbers
+_ELEMENTWISE = frozenset(  # of several tensors, or of one and numbers
     "add sub mul div rsub where maximum minimum fmax fmin atan2 eq ne lt le gt ge logical_and logical_or "
     "bitwise_and bitwise_or masked_fill lerp addcmul addcdiv xlogy logaddexp copy "
     "fmod remainder hypot copysign logaddexp2 special_xlog1py special_zeta complex polar "
     "tanh_backward sigmoid_backward bitwise_xor bitwise_left_shift bitwise_right_shift heaviside ldexp igamma igammac "
     "polygamma".split()
 )
-REDUCTION = frozenset(
+_REDUCTION = frozenset(
     "sum mean amax amin prod var std logsumexp max min argmax argmin norm linalg_vector_norm any all "
     "var_mean std_mean aminmax median kthvalue mode nansum count_nonzero".split()
 )
-ALONG = frozenset(
+_ALONG = frozenset(
     "_softmax _log_softmax softmax log_softmax _safe_softmax cumsum cumprod cummax cummin sort topk "
     "flip roll rot90 _fft_r2c _fft_c2r _fft_c2c linalg_cross".split()
 )
 # Between real and complex numbers: an axis that comes or goes is the last.
-COMPLEX = frozenset(
+_COMPLEX = frozenset(
     "real imag angle view_as_real view_as_complex _conj conj_physical resolve_conj".split()
 )
 # Samples along the first axis, and no way for an output sample to see another.
-FIRST_AXIS = frozenset(
+_FIRST_AXIS = frozenset(
     "affine_grid_generator pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im".split()
 )
 # Of each channel's picture, which is the last one, two or three axes: as the name says.
@@ -52,25 +52,25 @@ RESAMPLING = frozenset(
     "_upsample_bicubic2d_aa reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d "
     "replication_pad2d replication_pad3d".split()
 )
-PICTURE = RESAMPLING | frozenset(
+_PICTURE = RESAMPLING | frozenset(
     "max_pool2d_with_indices max_pool3d_with_indices max_unpool2d max_unpool3d adaptive_max_pool2d "
     "adaptive_max_pool3d".split()
 )
 # Of each matrix of a batch, or of the batch's pairs.
-MATRIX = frozenset(
+_MATRIX = frozenset(
     "tril triu linalg_cholesky_ex linalg_inv_ex linalg_qr linalg_matrix_exp linalg_lu_factor_ex _linalg_det "
     "_linalg_slogdet _linalg_eigh _linalg_svd".split()
 )
-PAIRS = frozenset(
+_PAIRS = frozenset(
     "_linalg_solve_ex linalg_solve_triangular cholesky_solve grid_sampler_2d grid_sampler_3d".split()
 )
 # Which of the two has columns.
 _SOLVED = {"_linalg_solve_ex": 1, "linalg_solve_triangular": 1, "cholesky_solve": 0}
 # Losses, which give a term for each number unless they are told to reduce.
-LOSS_OPERATORS = frozenset(
+_LOSS_OPERATORS = frozenset(
     "mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss".split()
 )
-LIKELIHOODS = frozenset("nll_loss_forward nll_loss2d_forward".split())
+_LIKELIHOODS = frozenset("nll_loss_forward nll_loss2d_forward".split())
 # A fresh tensor in the likeness of another, whose numbers it does not take.
 CONSTANT = frozenset("new_zeros new_ones new_full zero fill".split())
 RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias flatten unflatten".split())
@@ -233,24 +233,24 @@ def _constant(c: Context) -> SampleAxis | None:
 
 
 _RULES: dict[str, Rule] = {
-    **dict.fromkeys(REDUCTION, _reduction),
-    **dict.fromkeys(ALONG, _along),
-    **dict.fromkeys(FIRST_AXIS, _first),
+    **dict.fromkeys(_REDUCTION, _reduction),
+    **dict.fromkeys(_ALONG, _along),
+    **dict.fromkeys(_FIRST_AXIS, _first),
     **dict.fromkeys(CONSTANT, _constant),
-    **dict.fromkeys(LOSS_OPERATORS, _terms),
-    **dict.fromkeys(LIKELIHOODS, _likelihood),
+    **dict.fromkeys(_LOSS_OPERATORS, _terms),
+    **dict.fromkeys(_LIKELIHOODS, _likelihood),
     **dict.fromkeys(RESHAPES, moves.reshaped),
     **dict.fromkeys(("t", "transpose", "permute"), moves.transposed),
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _product),
     "_trilinear": _trilinear,
-    **dict.fromkeys(MATRIX, _of_matrix),
-    **dict.fromkeys(PAIRS, _of_pair),
+    **dict.fromkeys(_MATRIX, _of_matrix),
+    **dict.fromkeys(_PAIRS, _of_pair),
     **dict.fromkeys(("embedding", "searchsorted"), _looked_up),
-    **dict.fromkeys(COMPLEX | {"bucketize", "isin"}, Context.only),
+    **dict.fromkeys(_COMPLEX | {"bucketize", "isin"}, Context.only),
     "convolution": _convolved,
     "renorm": _renormed,
     "_euclidean_dist": _distances,
-    **dict.fromkeys(PICTURE, _of_picture),
+    **dict.fromkeys(_PICTURE, _of_picture),
     **dict.fromkeys(("cat", "stack"), moves.joined),
     **dict.fromkeys(("slice", "narrow", "narrow_copy"), moves.sliced),
     **dict.fromkeys(
@@ -271,7 +271,7 @@ _RULES: dict[str, Rule] = {
     "unsqueeze": moves.unsqueezed,
     "squeeze": moves.squeezed,
     "constant_pad_nd": moves.padded,
-    **dict.fromkeys(ELEMENTWISE | ELEMENTWISE_UNARY, _elementwise),
+    **dict.fromkeys(_ELEMENTWISE | ELEMENTWISE_UNARY, _elementwise),
 }
 
 

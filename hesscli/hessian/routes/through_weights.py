@@ -41,7 +41,7 @@ _SQUARES = 1 << 26  # numbers in the squares of some neurons
 _TOGETHER = 1 << 24  # and in the weights' own blocks, that share passes
 
 
-def numbers_held(block: Block, made: Block, neurons: Neurons | None) -> int:
+def _numbers_held(block: Block, made: Block, neurons: Neurons | None) -> int:
     """How many numbers are held beside a block of parameters, or beside its diagonal.
 
     Raises:
@@ -81,7 +81,7 @@ class ThroughWeights(Route):
         analysis, costs = first.proven()
         made = analysis.weights_of(block)
         neurons = analysis.neurons_of(block, made) if diagonal else None
-        held = numbers_held(block, made, neurons)
+        held = _numbers_held(block, made, neurons)
         choice = self.route.choice(first.behind_weights, made, neurons is not None)
         work = first.in_all(costs.through(analysis.weights, block, made, neurons))
         reason, own = choice.reason + _THROUGH_WEIGHTS, choice.own + work
@@ -98,7 +98,7 @@ class ThroughWeights(Route):
             made, neurons = analysis.weights_of(part.block), None
             if isinstance(part, Diagonal):
                 neurons = analysis.neurons_of(part.block, made)
-            numbers_held(part.block, made, neurons)
+            _numbers_held(part.block, made, neurons)
             if isinstance(part, Diagonal) and neurons is not None:
                 by_neuron.setdefault(made, []).append((part, neurons))
             else:

@@ -33,8 +33,8 @@ DataLike = PathLike | Mapping[str, Array] | Sequence[Array] | TensorDataset | Ar
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Options = TypeVar("Options", bound=ProblemOptions)
 
-SEVERAL_INPUTS = """hesscli.compute(model, {"a": a, "b": b, "y": y}, inputs=("a", "b"))"""
-COLLATED = "hesscli.compute(model, torch.utils.data.default_collate(list({})))"
+_SEVERAL_INPUTS = """hesscli.compute(model, {"a": a, "b": b, "y": y}, inputs=("a", "b"))"""
+_COLLATED = "hesscli.compute(model, torch.utils.data.default_collate(list({})))"
 
 
 class Folder:
@@ -143,11 +143,11 @@ def _by_name(data: object) -> Mapping[Any, Any]:
         return {"x": data[0], "y": data[1]}
     found, hint = _kind(data), None
     if isinstance(data, (tuple, list)):
-        found, hint = f"{len(data)} arrays", SEVERAL_INPUTS
+        found, hint = f"{len(data)} arrays", _SEVERAL_INPUTS
     elif isinstance(data, DataLoader):
-        hint = COLLATED.format("loader.dataset")
+        hint = _COLLATED.format("loader.dataset")
     elif isinstance(data, Dataset):
-        hint = COLLATED.format("dataset")
+        hint = _COLLATED.format("dataset")
     expected = "expected (inputs, targets), or a dict of named arrays"
     raise UsageError(f"data: {found}; {expected}", hint)
 
@@ -198,7 +198,7 @@ def _tensor(array: Any) -> Tensor:
 def _no_numbers(name: str, array: Any) -> tuple[str, str | None]:
     """What it is that has no tensor, and what to do about that."""
     if isinstance(array, (tuple, list, Mapping)):
-        return _kind(array), SEVERAL_INPUTS
+        return _kind(array), _SEVERAL_INPUTS
     if isinstance(array, Tensor) or np.ma.is_masked(array):
         return _kind(array), None
     try:
