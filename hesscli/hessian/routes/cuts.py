@@ -29,22 +29,25 @@ class Cuts:
         # Kept as long as the batch is, which may be made anew for every pass.
         self.plans: WeakKeyDictionary[Batch, CutPlan] = WeakKeyDictionary()
         self.made: WeakKeyDictionary[Batch, dict[int, Cut]] = WeakKeyDictionary()
+        self._behind_weights: Cuts | None = None
 
     @cached_property
     def samples(self) -> int:
+        """In all batches."""
         return sum(map(len, self.problem.batches))
 
     @property
     def bytes(self) -> int:
         """Of every Sigma, as far as cuts were planned: the plan of each batch counts the samples of all."""
-        weights = vars(self).get("behind_weights")
-        mine = max((plan.bytes for plan in self.plans.values()), default=0)
-        return mine + (weights.bytes if weights is not None else 0)
+        mine, weights = self.plans.values(), self._behind_weights
+        return max((plan.bytes for plan in mine), default=0) + (weights.bytes if weights else 0)
 
-    @cached_property
+    @property
     def behind_weights(self) -> Cuts:
-        """Those of the problem as a function of its weights."""
-        return Cuts(WeightAnalyses(self.analyses), self.chunk)
+        """Those of the problem as a function of its weights, made when they are first asked for."""
+        if self._behind_weights is None:
+            self._behind_weights = Cuts(WeightAnalyses(self.analyses), self.chunk)
+        return self._behind_weights
 
     def costs(self, tape: Tape) -> Costs:
         """What passes of a batch cost without cuts."""
@@ -52,6 +55,7 @@ class Cuts:
         return Costs(tape, problem.dtype.itemsize, self.chunk, usual_rates(problem.device))
 
     def plan(self, batch: Batch) -> CutPlan:
+        """Where a batch's pass is cut; raises NotApplicable where nothing is proven of it."""
         if batch not in self.plans:
             analysis = self.analyses.of(batch)
             self.plans[batch] = plan_cuts(analysis, self.costs(analysis.tape), self.samples)
