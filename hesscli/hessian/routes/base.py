@@ -122,6 +122,11 @@ class Route:
         """Its own: that of the method, but for a route that leads through another of the same."""
         return self.method
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and on the device of the sums that it fills."""
+        return next(iter(self.problem.parameters.values())).detach()
+
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
         """What a block takes, or its diagonal alone."""
         raise NotImplementedError

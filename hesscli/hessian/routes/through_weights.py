@@ -109,7 +109,7 @@ class ThroughWeights(Route):
 
     def _add_whole(self, batch: Batch, wanted: Mapping[Block, Sequence[Wanted]], way: Ways) -> None:
         for some in grouped(wanted, lambda made: made.size**2, _TOGETHER):
-            owns = [Rows.of(made, self._like) for made in some]
+            owns = [Rows.of(made, self.like) for made in some]
             self.route.add(batch, owns)
             self.route.multiply(owns)
             for made, own in zip(some, owns, strict=True):
@@ -131,7 +131,7 @@ class ThroughWeights(Route):
         ]
         for some in grouped(every, lambda each: len(each[2]) * each[1].m ** 2, _SQUARES):
             squares = [
-                Squares.of_neurons(made, use, self._like, neurons) for made, use, neurons in some
+                Squares.of_neurons(made, use, self.like, neurons) for made, use, neurons in some
             ]
             self.route.add(batch, squares)
             for each in squares:
@@ -140,10 +140,6 @@ class ThroughWeights(Route):
         for made, parts in wanted.items():
             for part, neurons in parts:
                 part.out.add_(way(part.block, made).bent_diagonal(neurons.entries))
-
-    @property
-    def _like(self) -> Tensor:
-        return next(iter(self.problem.parameters.values())).detach()
 
     def _ways(self, batch: Batch, blocks: Sequence[Block], mades: Sequence[Block]) -> Ways:
         """From the parameters of a block to the weights they make, which must be those of the first batch."""

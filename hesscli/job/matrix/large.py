@@ -149,8 +149,7 @@ class LargeBlock:
         """Rows `start` to `stop` of the upper triangle, their square symmetric."""
 
         def summed() -> Tensor:
-            like = next(iter(route.problem.parameters.values())).detach()
-            upper = like.new_zeros(stop - start, self.block.size - start)
+            upper = route.like.new_zeros(stop - start, self.block.size - start)
             route.sum([Rows(self.block, start, stop, upper)])
             return upper
 

@@ -129,9 +129,8 @@ def _computed(rankings: Sequence[Ranking]) -> Iterator[tuple[Document, np.ndarra
 
 def _sums(route: Route, blocks: Sequence[Block], diagonal: bool) -> dict[str, Tensor]:
     """The blocks' sums over batches, or those of their diagonals."""
-    like = next(iter(route.problem.parameters.values())).detach()
     kind = Diagonal if diagonal else Rows
-    parts: list[Wanted] = [kind.of(block, like) for block in blocks]
+    parts: list[Wanted] = [kind.of(block, route.like) for block in blocks]
     route.sum(parts)
     return {part.block.name: part.out for part in parts}
 
