@@ -51,6 +51,11 @@ def block_facts(opened: Opened, block: Block) -> Document:
     }
 
 
+def methods(blocks: Sequence[Document]) -> str:
+    """All those by which blocks were computed."""
+    return " + ".join(sorted({facts["method"] for facts in blocks}))
+
+
 def block_check_facts(
     certificate: Certificate | None, blocks: Sequence[Document]
 ) -> Document | None:

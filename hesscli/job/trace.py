@@ -127,8 +127,9 @@ def _exact(plan: Plan, operator: Operator) -> Estimate:
         names = operator.products.names
         parts = np.array([found[name]["trace"] if name in found else np.nan for name in names])
         return Estimate(parts, 0 * parts, np.nan, np.nan, 0, converged=False, interrupted=True)
-    operator.check = documents.block_check_facts(plan.certificate, list(found.values()))
-    operator.method = " + ".join(sorted({facts["method"] for facts in found.values()}))
+    blocks = list(found.values())
+    operator.check = documents.block_check_facts(plan.certificate, blocks)
+    operator.method = documents.methods(blocks)
     parts = np.array([found[name]["trace"] for name in operator.products.names])
     return Estimate(parts, np.zeros(len(parts)), float(parts.sum()), 0.0, 0, converged=True)
 

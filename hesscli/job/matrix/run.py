@@ -89,7 +89,7 @@ class Run:
             document |= {
                 "blocks": blocks,
                 "total": statistics.total(blocks),
-                "method": " + ".join(sorted({facts["method"] for facts in blocks})),
+                "method": documents.methods(blocks),
                 "symmetry_error": statistics.symmetry_error(blocks),
                 "check": documents.block_check_facts(plan.certificate, blocks),
                 "notes": list(plan.opened.listener.notes),
