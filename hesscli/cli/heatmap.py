@@ -48,24 +48,12 @@ def draw(out: Output, picture: Picture) -> None:
         out.line("every entry is zero")
         return
     paint = _painter(out)
-    grid = picture.levels().tolist()
-    if picture.diagonal:
-        lines = [paint([row]) for row in grid]
-        starts = list(range(len(grid)))
-    else:
-        scale = max(1, min(_LARGEST, room(out) // len(grid)))
-        grid = [
-            [level for level in row for _ in range(scale)] for row in grid for _ in range(scale)
-        ]
-        if len(grid) % 2:
-            grid.append([math.nan] * len(grid[0]))
-        lines = [paint(grid[i : i + 2]) for i in range(0, len(grid), 2)]
-        starts = [int(region.start * scale) // 2 for region in picture.regions]
+    cells, starts = _cells(picture, room(out))
     beside = _beside([region.name for region in picture.regions], starts)
-    names = max(8, shutil.get_terminal_size().columns - len(grid[0]) - _MARGIN)
+    names = max(8, shutil.get_terminal_size().columns - len(cells[0][0]) - _MARGIN)
     if out.as_markdown:
         out.line("\n```")
-    for i, line in enumerate(lines):
+    for i, line in enumerate(map(paint, cells)):
         out.line(f"{line}{' ' * _MARGIN}{out.fitted(beside.get(i, ''), names)}".rstrip())
     out.line("")
     scale_shown = paint([[i / (_LEGEND - 1) for i in range(_LEGEND)]])
@@ -73,6 +61,22 @@ def draw(out: Output, picture: Picture) -> None:
     out.line(_explained(picture))
     if out.as_markdown:
         out.line("```")
+
+
+def _cells(picture: Picture, most: int) -> tuple[list[Cells], list[int]]:
+    """The cells of each line, and the line at which each part of the picture begins.
+
+    A diagonal has a line for each parameter. Of a matrix two rows share one, and a small one is drawn larger.
+    """
+    grid = picture.levels().tolist()
+    if picture.diagonal:
+        return [[row] for row in grid], list(range(len(grid)))
+    scale = max(1, min(_LARGEST, most // len(grid)))
+    grid = [[level for level in row for _ in range(scale)] for row in grid for _ in range(scale)]
+    if len(grid) % 2:
+        grid.append([math.nan] * len(grid[0]))
+    starts = [int(region.start * scale) // 2 for region in picture.regions]
+    return [grid[i : i + 2] for i in range(0, len(grid), 2)], starts
 
 
 def _explained(picture: Picture) -> str:

@@ -121,8 +121,9 @@ def _refuse_replacing(path: Path, force: bool, inputs: Sequence[Path], other: st
 
 def _is_input(path: Path, source: Path, ours: bool) -> bool:
     """Whether a file is an input; and if it is not ours, whether its folder or its index is one."""
-    if path.samefile(source) or ours:
-        return path.samefile(source)
+    same = path.samefile(source)
+    if same or ours:
+        return same
     index = index_of_shard(path)
     listed = index is not None and index.exists() and index.samefile(source)
     return listed or (source.is_dir() and path.parent.samefile(source))
