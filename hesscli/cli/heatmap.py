@@ -80,17 +80,13 @@ def _cells(picture: Picture, most: int) -> tuple[list[Cells], list[int]]:
 
 
 def _explained(picture: Picture) -> str:
+    said = f"|H|{' of the diagonal' if picture.diagonal else ''}, log scale; blank is zero"
     if picture.diagonal:
         covered = picture.size > picture.cells.size
-        return "|H| of the diagonal, log scale; blank is zero" + (
-            "; a cell is the largest of the entries it covers" if covered else ""
-        )
+        return said + ("; a cell is the largest of the entries it covers" if covered else "")
     rows = picture.size / len(picture.cells)
-    if rows <= 1:
-        return "|H|, log scale; blank is zero"
-    return (
-        f"|H|, log scale; blank is zero; a cell is the largest of {rows:.3g} x {rows:.3g} entries"
-    )
+    covers = f"; a cell is the largest of {rows:.3g} x {rows:.3g} entries"
+    return said + (covers if rows > 1 else "")
 
 
 def _beside(names: Sequence[str], starts: Sequence[int]) -> dict[int, str]:

@@ -139,7 +139,6 @@ def _column(path: Path | str, values: Any) -> torch.Tensor | Unusable:
             shape.append(lengths[0].as_py() if len(lengths) else 0)
             values = values.flatten()
         else:
-            words = (
-                types.is_string(kind) or types.is_large_string(kind) or types.is_dictionary(kind)
-            )
-            return Unusable(f"not numbers ({kind})", CODES if words else "")
+            words = (types.is_string, types.is_large_string, types.is_dictionary)
+            remedy = CODES if any(is_of(kind) for is_of in words) else ""
+            return Unusable(f"not numbers ({kind})", remedy)

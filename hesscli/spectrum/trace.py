@@ -124,10 +124,8 @@ def standard_error(values: np.ndarray) -> np.ndarray:
     """Of the mean over the first axis, widened where the values are few."""
     if len(values) < 2:
         return np.full(values.shape[1:], np.nan)
-    freedom = len(values) - 1
-    wider = (
-        _STUDENT[freedom - 1] if len(values) < _SKETCH else 1 + 1.25 / freedom + 1.5 / freedom**2
-    )
+    freedom, few = len(values) - 1, len(values) < _SKETCH
+    wider = _STUDENT[freedom - 1] if few else 1 + 1.25 / freedom + 1.5 / freedom**2
     return np.asarray(wider * values.std(0, ddof=1) / math.sqrt(len(values)))
 
 

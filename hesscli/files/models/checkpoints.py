@@ -149,14 +149,8 @@ def _without_prefixes(view: Mapping[str, str], least: int) -> Iterator[tuple[str
     ends = ((name, end + 1) for name in view for end, c in enumerate(name) if c == ".")
     for prefix, count in Counter(name[:end] for name, end in ends).items():
         if count >= least:
-            yield (
-                prefix,
-                {
-                    name.removeprefix(prefix): old
-                    for name, old in view.items()
-                    if name.startswith(prefix)
-                },
-            )
+            mine = {name: old for name, old in view.items() if name.startswith(prefix)}
+            yield prefix, {name.removeprefix(prefix): old for name, old in mine.items()}
 
 
 def _fits(expected: Mapping[str, object], names: Iterable[str]) -> bool:
