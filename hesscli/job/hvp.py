@@ -87,8 +87,7 @@ def _demand_sense(problem: ProblemOptions, options: HvpOptions) -> None:
             f"--vector {shlex.quote(options.vector or 'gradient')}",
             instead_of=("--per-fedavg", "--query"),
         )
-    named = (*problem.inputs, *([problem.targets] if problem.targets else []))
-    beside = [name for name in named if is_other_file(name)]
+    beside = [name for name in problem.arrays if is_other_file(name)]
     if options.query is not None and beside:
         raise UsageError(
             f"{beside[0]}: a file beside DATA, whose samples are not those of --query {options.query}; "

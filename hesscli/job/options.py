@@ -121,9 +121,14 @@ class ProblemOptions:
     def files(self) -> tuple[Path, ...]:
         """The files that these options name: those of the model and the data, of arrays and of code."""
         code = [text.rpartition(":")[0] for text in (self.arch, self.loss) if isinstance(text, str)]
-        named = [*self.inputs, *([self.targets] if self.targets else []), *code]
+        named = (Path(name) for name in (*self.arrays, *code))
         model = [self.model] if isinstance(self.model, Path) else []
-        return (*model, self.data, *(Path(name) for name in named if Path(name).is_file()))
+        return (*model, self.data, *(path for path in named if path.is_file()))
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The names of inputs and targets, as far as they were given."""
+        return (*self.inputs, self.targets) if self.targets else self.inputs
 
     def __post_init__(self) -> None:
         put = partial(object.__setattr__, self)  # which is frozen once it is made
