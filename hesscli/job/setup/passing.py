@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -124,15 +123,23 @@ def as_columns(problem: Problem, source: Source, note: Callable[[str], None]) ->
 
 
 def _as_indices(problem: Problem, source: Source, note: Callable[[str], None]) -> Source:
+    if _is_accepted(problem, source):
+        return source
     whole = {n: x.long() if bool((x == x.long()).all()) else x for n, x in source.inputs.items()}
     indices = replace(source, inputs=whole)
-    for each in (source, indices):
-        with suppress(MismatchError):
-            each.first_accepted(partial(first_output, problem), [source.few, source.samples])
-            if each is indices:
-                note("inputs: whole numbers, taken as indices")
-            return each
+    if _is_accepted(problem, indices):
+        note("inputs: whole numbers, taken as indices")
+        return indices
     return source  # which is refused where all of it is passed
+
+
+def _is_accepted(problem: Problem, source: Source) -> bool:
+    """Whether the model takes some of the samples, or all of them at once."""
+    try:
+        source.first_accepted(partial(first_output, problem), [source.few, source.samples])
+    except MismatchError:
+        return False
+    return True
 
 
 def scales(
