@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 
 from hesscli.errors import MismatchError
+from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.first_passes import demand_alike, equal
-from hesscli.hessian.objective.losses import LOSSES
+from hesscli.hessian.objective.losses import LOSSES, Total
 from hesscli.hessian.objective.problem import Problem
 from hesscli.texts import listed
 
@@ -49,23 +50,7 @@ def measure(
     total, denominator = 0.0, 0.0
     with torch.no_grad():
         for index, batch in enumerate(problem.batches):
-            output = problem.output(batch)
-            if index == 0:
-                demand_alike(problem, output, problem.output(batch))
-            again = output.clone()  # a loss may write to it
-            batch_total, share = problem.loss.total(output, batch)
-            if batch_total.is_complex():
-                raise MismatchError(
-                    f"the loss {problem.loss.name} of a {output.dtype} output is complex; expected a loss of "
-                    "your own that is real"
-                )
-            if index == 0 and problem.loss.function is not None:
-                again, _ = problem.loss.total(again, batch)
-                if not equal(batch_total, again):
-                    raise MismatchError(
-                        f"the loss {problem.loss.name} gives the same output two values: it draws random "
-                        "numbers, so it has no Hessian"
-                    )
+            batch_total, share = _total(problem, batch, twice=index == 0)
             total += float(batch_total)
             denominator += share
     if summed is not None:
@@ -77,3 +62,24 @@ def measure(
             raise MismatchError(f"the loss {problem.loss.name} has no terms: the mean divides by 0")
         raise MismatchError("every target is ignored or has weight 0: the mean divides by 0")
     return replace(problem, denominator=denominator), total / denominator
+
+
+def _total(problem: Problem, batch: Batch, twice: bool) -> Total:
+    """The sum of a batch's loss terms, and its share of the denominator; `twice`, if both passes are to be alike."""
+    output = problem.output(batch)
+    if twice:
+        demand_alike(problem, output, problem.output(batch))
+    twice = twice and problem.loss.function is not None
+    again = output.clone() if twice else output  # a loss may write to it
+    total, share = problem.loss.total(output, batch)
+    if total.is_complex():
+        raise MismatchError(
+            f"the loss {problem.loss.name} of a {output.dtype} output is complex; expected a loss of "
+            "your own that is real"
+        )
+    if twice and not equal(total, problem.loss.total(again, batch)[0]):
+        raise MismatchError(
+            f"the loss {problem.loss.name} gives the same output two values: it draws random "
+            "numbers, so it has no Hessian"
+        )
+    return total, share
