@@ -1099,6 +1099,19 @@ def test_numbers_whose_squares_leave_float32(cli, tmp_path, options, scale):
         assert blocks[0]["fro_norm"] == pytest.approx(np.linalg.norm(own), rel=1e-5, abs=0)
 
 
+@pytest.mark.parametrize("scale", [1e-90, 1e90])
+def test_the_norm_of_all_blocks_whose_squares_leave_float64(cli, tmp_path, scale):
+    net = nn.Linear(1, 1, bias=False).double()
+    nn.init.zeros_(net.weight)
+    model = saved_net(tmp_path, net)
+    data = saved_data(tmp_path, x=np.full((1, 1), scale), y=np.zeros((1, 1)))
+    ran = cli("compute", model, data, "--no-check", "--json")
+    assert ran.code == 0, ran.stderr
+    assert ran.document["total"]["fro_norm"] == pytest.approx(2 * scale**2, rel=1e-12, abs=0)
+    shown = cli("show", "--wide", "--json").document
+    assert shown["total"]["fro_norm"] == ran.document["total"]["fro_norm"]
+
+
 class Keys(nn.Module):
     """Attention to three vectors: what all keys have in common, their bias, changes no weight."""
 

@@ -26,13 +26,13 @@ def total(blocks: Sequence[Document]) -> Document:
         values = [facts[key] for facts in blocks]
         return [] if None in values else values
 
-    squares = [norm**2 for norm in known("fro_norm")]
+    norms = known("fro_norm")
     return {
         "size": sum(facts["size"] for facts in blocks),
         "trace": sum(known("trace")) if known("trace") else None,
         "eig_max": max((b["eig_max"] for b in blocks if b["eig_max"] is not None), default=None),
         "eig_min": min((b["eig_min"] for b in blocks if b["eig_min"] is not None), default=None),
-        "fro_norm": math.sqrt(sum(squares)) if squares else None,
+        "fro_norm": math.hypot(*norms) if norms else None,
         "bytes": sum(facts["bytes"] for facts in blocks),
     }
 
