@@ -55,4 +55,4 @@ def lanczos_quadrature(
     count = len(found)
     nodes, weights = np.hstack([np.zeros((2, 0)), *found])
     order = np.argsort(nodes, kind="stable")
-    return Density(nodes[order], weights[order] / max(1, count), False, count, count < probes)
+    return Density(nodes[order], weights[order] / count, False, count, count < probes)
