@@ -319,6 +319,14 @@ def test_files_of_others_stay(cli, net, name, words):
         assert after[str(name)] != before[str(name)]
 
 
+def test_what_is_replaced_keeps_its_permissions(cli, net):
+    assert cli("compute", *net, *COMMAND).code == 0
+    for name in result():
+        Path(name).chmod(0o600)
+    assert cli("compute", *net, *COMMAND).code == 0
+    assert {Path(name).stat().st_mode & 0o777 for name in result()} == {0o600}
+
+
 def test_results_that_are_read_are_not_replaced(cli, net, both):
     before = result()
     assert "input" in cli("eigen", "h.safetensors", "-o", "h.safetensors").fails(2)

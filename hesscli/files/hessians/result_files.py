@@ -146,9 +146,11 @@ class SeveralFiles(ResultFiles):
 
     def rename(self, path: Path) -> None:
         index = index_path(path)
+        keep_mode(index, self.partial)
         if any(final.exists() for final in self.paths):
             index.unlink(missing_ok=True)  # an earlier one: what it says is about to change
         for file, final in zip(self.files, self.paths, strict=True):
+            keep_mode(final, file.path)
             _name_too(file.path, final)
         sync_folder(path.parent)
         os.replace(self.partial, index)
