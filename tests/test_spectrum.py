@@ -20,6 +20,7 @@ from hesscli.spectrum.hiding import Hiding
 from hesscli.spectrum.interrupts import deferred_interrupt
 from hesscli.spectrum.lanczos import CHAIN, Lanczos
 from hesscli.spectrum.quadrature import lanczos_quadrature
+from hesscli.spectrum.sketch import Sketch
 from hesscli.spectrum.statistics import of_diagonal, of_matrix
 from hesscli.spectrum.trace import estimate, standard_error
 
@@ -133,6 +134,11 @@ def test_norms_of_numbers_whose_squares_leave_their_range(scale):
     entries = scale * np.array([3.0, 4.0, 12.0])
     assert of_diagonal(entries).fro_norm == pytest.approx(13 * scale, rel=1e-14)
     assert of_matrix(np.diag(entries)).fro_norm == pytest.approx(13 * scale, rel=1e-14)
+
+
+def test_traces_of_float32_that_cancel():
+    entries = np.array([2**24, 1, -(2**24), 0.5], np.float32)
+    assert of_diagonal(entries).trace == of_matrix(np.diag(entries)).trace == 1.5
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -488,6 +494,16 @@ def test_outliers_are_taken_out(dtype):
     assert found.converged
     assert found.products < 60  # samples alone take 20,000
     assert found.total == pytest.approx(values.sum(), rel=5e-3)
+
+
+@pytest.mark.parametrize("leading", [[], [30], [40, 20]], ids=str)
+def test_what_a_sketch_leaves(leading):
+    """Of the square of the norm, about as much as the best projections leave: no product speaks for itself."""
+    values = np.r_[leading, np.ones(300 - len(leading))]
+    z = torch.randn(16, 300, generator=torch.Generator().manual_seed(0)).double()
+    left = Sketch(z @ in_a_random_basis(values)).left()
+    squares = np.cumsum(np.r_[0, values[:15] ** 2])
+    np.testing.assert_allclose(left, 1 - squares / (values**2).sum(), atol=0.1)
 
 
 def test_nothing_is_left_out_where_a_few_more_samples_will_do():
