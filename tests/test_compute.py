@@ -262,13 +262,20 @@ def test_the_documents_fields(cli, mlp, tmp_path):
 
 
 @pytest.mark.parametrize("level", ["none", "basic", "auto", "all"])
-def test_stats(cli, mlp, tmp_path, level):
-    ran = cli("compute", *mlp, *CE, "--stats", level)
-    assert ran.code == 0
-    document, _ = read(tmp_path / "hessian.safetensors")
+def test_stats(cli, mlp, tmp_path, level, monkeypatch):
+    monkeypatch.setattr("hesscli.spectrum.statistics.QUICK_LIMIT", limit := 4)
+    assert cli("compute", *mlp, *CE, "--stats", level).code == 0
+    document, tensors = read(tmp_path / "hessian.safetensors")
+    assert {len(tensor) for tensor in tensors.values()} == {3, 4, 12}
     for facts in document["blocks"]:
-        assert (facts["trace"] is None) == (level == "none")
-        assert (facts["eig_max"] is None) == (level in ("none", "basic"))
+        matrix = tensors[facts["name"]].numpy()
+        found = [facts[key] for key in ("trace", "fro_norm", "eig_max", "eig_min")]
+        values = np.linalg.eigvalsh(matrix)
+        truth = [np.trace(matrix), np.linalg.norm(matrix), values[-1], values[0]]
+        quick = level == "all" or (level == "auto" and len(matrix) <= limit)
+        known = 0 if level == "none" else 4 if quick else 2
+        assert found[:known] == pytest.approx(truth[:known], abs=1e-12)
+        assert found[known:] == [None] * (4 - known)
 
 
 def test_the_same_command_gives_the_same_bytes(cli, mlp, tmp_path):

@@ -114,15 +114,16 @@ def test_signs_and_singular_blocks(cli, tmp_path):
     blocks = {
         "indefinite": rotation @ np.diag([-2.0, -1e-3, 1.0, 4.0]) @ rotation.T,
         "singular": rotation @ np.diag([0.0, 1.0, 2.0, 3.0]) @ rotation.T,
+        "negative": rotation @ np.diag([0.0, -1.0, -2.0, -3.0]) @ rotation.T,
         "zero": np.zeros((2, 2)),
     }
     write(tmp_path / "hessian.safetensors", {k: (b + b.T) / 2 for k, b in blocks.items()})
     found = {b["name"]: b for b in cli("show", "--wide", "--json").document["blocks"]}
-    assert [found[name]["negative"] for name in blocks] == [2, 0, 0]
+    assert [found[name]["negative"] for name in blocks] == [2, 0, 3, 0]
     assert found["indefinite"]["condition"] == pytest.approx(4e3)
     assert found["singular"]["condition"] is None
-    rows = [line.split() for line in cli("show", "--wide").stdout.splitlines()[-4:-1]]
-    assert [row[-3] for row in rows] == ["4e+03", "inf", "inf"]
+    rows = [line.split() for line in cli("show", "--wide").stdout.splitlines()[-5:-1]]
+    assert [row[-3] for row in rows] == ["4e+03", "inf", "inf", "inf"]
 
 
 def test_one_block(cli, tmp_path):

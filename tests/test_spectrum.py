@@ -136,6 +136,16 @@ def test_norms_of_numbers_whose_squares_leave_their_range(scale):
     assert of_matrix(np.diag(entries)).fro_norm == pytest.approx(13 * scale, rel=1e-14)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_norm_of_many_numbers(dtype):
+    """Of which runs are added up apart."""
+    entries = np.full(40_000, 0.5, dtype)
+    assert of_diagonal(entries).fro_norm == pytest.approx(100, rel=1e-6)
+    assert of_matrix(entries.reshape(200, 200), "basic").fro_norm == pytest.approx(100, rel=1e-6)
+    small = entries * np.array(1e-30, dtype)  # whose squares float32 has no numbers for
+    assert of_diagonal(small).fro_norm == pytest.approx(1e-28, rel=1e-6, abs=0)
+
+
 def test_traces_of_float32_that_cancel():
     entries = np.array([2**24, 1, -(2**24), 0.5], np.float32)
     assert of_diagonal(entries).trace == of_matrix(np.diag(entries)).trace == 1.5
