@@ -466,6 +466,30 @@ def test_no_room_from_the_start(cli, net, monkeypatch):
     assert not result()
 
 
+@pytest.mark.parametrize("words", [COMMAND, COMMAND[:5]], ids=["several", "one"])
+def test_what_is_finished_is_kept_where_there_is_no_room_to_go_on(
+    cli, net, small_bands, monkeypatch, words
+):
+    assert cli("compute", *net, *words).code == 0
+    undisturbed = result()
+    for name in undisturbed:
+        Path(name).unlink()
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2, KeyboardInterrupt())
+        assert cli("compute", *net, *words).code == 130
+    kept = {name: Path(name).read_bytes() for name in left()}
+
+    def fallocate(descriptor, offset, length):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(placed_writes.os, "posix_fallocate", fallocate)
+        assert "No space left" in cli("compute", *net, *words, "--resume").fails(6)
+    assert {name: Path(name).read_bytes() for name in left()} == kept
+    assert cli("compute", *net, *words, "--resume").code == 0
+    assert result() == undisturbed
+
+
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_resumed(cli, warm, net, undisturbed, tmp_path, sent):
     """A process of its own, ended from outside as soon as it has finished something."""
