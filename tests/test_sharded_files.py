@@ -428,6 +428,14 @@ def test_interrupted_while_files_get_their_names(
     assert not left()
 
 
+def test_names_are_on_the_disk_before_the_index_lists_them(cli, net, monkeypatch):
+    seen = []
+    monkeypatch.setattr(result_files, "sync_folder", lambda folder: seen.append(sorted(result())))
+    assert cli("compute", *net, *COMMAND).code == 0
+    *files, index = sorted(result())
+    assert (index, seen) == (str(INDEX), [files, [*files, index]])
+
+
 def test_without_links(cli, net, undisturbed, monkeypatch):
     def link(source, target):
         raise OSError(errno.EPERM, "Operation not permitted")
