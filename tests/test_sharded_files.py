@@ -25,6 +25,7 @@ from hesscli.errors import UsageError
 from hesscli.files.hessians import placed_writes, result_files
 from hesscli.files.hessians.result_names import index_of_shard, into_files
 from hesscli.job.matrix import memory
+from hesscli.job.matrix.journal import Journal
 
 INDEX = Path("h.safetensors.index.json")
 COMMAND = ("-b", "module", "--gradient", "-o", "h.safetensors", "--max-shard-size", "1.5KB")
@@ -426,6 +427,24 @@ def test_interrupted_while_files_get_their_names(
     assert cli(*shlex.split(ran.hint)[1:]).code == 0
     assert result() == undisturbed
     assert not left()
+
+
+@pytest.mark.parametrize("words", [COMMAND, COMMAND[:5]], ids=["several", "one"])
+def test_bands_are_on_the_disk_before_the_journal_tells_of_them(
+    cli, net, small_bands, monkeypatch, words
+):
+    done = []
+
+    def noted(name, function):
+        return lambda *arguments: done.append(name) or function(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", noted("write", os.pwrite))
+    monkeypatch.setattr(os, "fdatasync", noted("sync", os.fdatasync))
+    monkeypatch.setattr(Journal, "append", noted("journal", Journal.append))
+    assert cli("compute", *net, *words).code == 0
+    before = [done[place - 1] for place, name in enumerate(done) if name == "journal"]
+    assert len(before) > 3
+    assert set(before) == {"sync"}
 
 
 def test_names_are_on_the_disk_before_the_index_lists_them(cli, net, monkeypatch):
