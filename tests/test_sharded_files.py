@@ -430,7 +430,7 @@ def test_interrupted_while_files_get_their_names(
 
 
 @pytest.mark.parametrize("words", [COMMAND, COMMAND[:5]], ids=["several", "one"])
-def test_bands_are_on_the_disk_before_the_journal_tells_of_them(
+def test_what_is_written_is_on_the_disk_before_anything_tells_of_it(
     cli, net, small_bands, monkeypatch, words
 ):
     done = []
@@ -445,6 +445,7 @@ def test_bands_are_on_the_disk_before_the_journal_tells_of_them(
     before = [done[place - 1] for place, name in enumerate(done) if name == "journal"]
     assert len(before) > 3
     assert set(before) == {"sync"}
+    assert done[-1] == "sync"  # of the header, or the index, before the result has its name
 
 
 def test_names_are_on_the_disk_before_the_index_lists_them(cli, net, monkeypatch):
