@@ -385,6 +385,8 @@ def test_exact_trace(cli, model, curvature):
     for facts in ran.document["blocks"]:
         part = np.diag(matrix)[offset : offset + facts["size"]]
         assert facts["trace"] == pytest.approx(part.sum(), rel=1e-9)
+        assert facts["mean"] == pytest.approx(part.mean(), rel=1e-9)
+        assert facts["standard_error"] == 0
         offset += facts["size"]
     assert "exact" in cli("trace", *model, "--curvature", curvature).stdout
 
@@ -569,13 +571,23 @@ def test_products(cli, tmp_path, curvature):
     drawn = np.random.default_rng(0)
     V = {name: drawn.standard_normal((3, *shape)) for name, shape in shapes.items()}
     save_file(V, "v.safetensors")
-    ran = cli("hvp", *MLP, *options, "--vector", "v.safetensors", "-o", "k.safetensors")
+    words = ("--vector", "v.safetensors", "-o", "k.safetensors", "--json")
+    ran = cli("hvp", *MLP, *options, *words)
     assert ran.code == 0, ran.stderr
     found = load_file(tmp_path / "k.safetensors")
     for k in range(3):
         v = pieces({name: value[k] for name, value in V.items()})
         one = pieces({name: value[k] for name, value in found.items()})
         np.testing.assert_allclose(one, matrix @ v, rtol=1e-8, atol=1e-9)
+        assert ran.document["rayleigh"][k] == pytest.approx(v @ matrix @ v / (v @ v))
+    assert ran.document["vectors"] == 3
+    for facts in ran.document["blocks"]:
+        name = facts["name"]
+        assert facts["vector_norm"] == pytest.approx(np.linalg.norm(V[name].ravel()))
+        assert facts["product_norm"] == pytest.approx(np.linalg.norm(found[name].ravel()))
+    for key in ("vector_norm", "product_norm"):
+        parts = [facts[key] for facts in ran.document["blocks"]]
+        assert ran.document["total"][key] == pytest.approx(np.linalg.norm(parts))
 
 
 def test_random_vectors_follow_the_seed(cli, tmp_path):
