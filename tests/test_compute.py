@@ -234,6 +234,7 @@ def test_the_documents_fields(cli, mlp, tmp_path):
     assert {"kind", "directions", "relative_error", "tolerance"} <= set(check)
     assert check["directions"] >= 4
     assert check["relative_error"] <= check["tolerance"] == 1e-6
+    assert check["relative_error"] == max(facts["check_error"] for facts in document["blocks"])
     assert 0 <= document["symmetry_error"] < 1e-6
     for facts in document["blocks"]:
         matrix = tensors[facts["name"]].numpy()
@@ -248,6 +249,8 @@ def test_the_documents_fields(cli, mlp, tmp_path):
     total = document["total"]
     for key in ("trace", "size", "bytes"):
         assert total[key] == pytest.approx(sum(facts[key] for facts in document["blocks"]))
+    norms = [facts["fro_norm"] for facts in document["blocks"]]
+    assert total["fro_norm"] == pytest.approx(np.linalg.norm(norms))
     assert total["eig_max"] == max(facts["eig_max"] for facts in document["blocks"])
     assert total["eig_min"] == min(facts["eig_min"] for facts in document["blocks"])
     # What `--json` prints is the file's document, with times and paths besides.
