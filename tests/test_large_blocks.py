@@ -11,6 +11,7 @@ import subprocess
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from hesscli.files.hessians.result_writer import ResultWriter
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.layout import Layout, Part, Piece
 from hesscli.hessian.routes.base import Rows
-from hesscli.job.matrix import journal, large, memory, planning
+from hesscli.job.matrix import journal, large, memory, planning, triangles
 from hesscli.job.matrix.triangles import HeldTriangle, StreamedTriangle, spans
 from hesscli.job.setup.team import balanced
 
@@ -119,7 +120,11 @@ STORED_IN_SECTIONS = Layout(
     [TWO_LAYERS, STORED_ACROSS, STORED_IN_RUNS, STORED_IN_SECTIONS, Layout.plain(15)],
     ids=["layers", "stored across", "stored in runs", "stored in sections", "plain"],
 )
-def test_a_triangle_is_the_matrix(held, most, layout, tmp_path):
+@pytest.mark.parametrize("tile", [40, 1 << 20], ids=["in pieces", "at once"])
+def test_a_triangle_is_the_matrix(held, most, layout, tile, tmp_path, monkeypatch):
+    for name in ("_READ", "_TURNED"):
+        monkeypatch.setattr(triangles, name, tile)
+    monkeypatch.setattr(triangles, "chunk_sizes", lambda device: SimpleNamespace(piece=tile))
     n = layout.size
     truth = symmetric(n)  # in the block's order
     places = layout.places(0, n)
@@ -151,6 +156,7 @@ def test_a_triangle_is_the_matrix(held, most, layout, tmp_path):
             again.restore(index, bits[index])
         again.finish()
         assert torch.equal(again @ v, triangle @ v)
+        assert torch.equal(again @ (v + 1), triangle @ (v + 1))
         assert writer.checksums() == sums
         assert (again.trace, again.squares) == (triangle.trace, triangle.squares)
         writer.write("before", np.zeros(3))
