@@ -446,8 +446,10 @@ def test_resume_of_another_command_is_refused(cli, net, small_bands, monkeypatch
         interrupt_after(patch, 2, KeyboardInterrupt())
         assert cli("compute", *net, *COMMAND).code == 130
     left = {p.name: p.read_bytes() for p in Path().glob(".*")}
-    ran = cli("compute", *net, *COMMAND, "--resume", "--reduction", "sum")
-    assert "another command" in ran.fails(2)
+    for words in ((), ("--resume",)):  # which would not go on with it either
+        ran = cli("compute", *net, *COMMAND, *words, "--reduction", "sum")
+        assert "another command began it: document.loss.reduction" in ran.fails(2)
+        assert ran.hint.endswith("--force")
     assert {p.name: p.read_bytes() for p in Path().glob(".*")} == left
     assert cli("compute", *net, *COMMAND, "--force", "--reduction", "sum").code == 0
     assert not list(Path().glob(".*"))
@@ -478,6 +480,20 @@ def test_an_empty_journal_is_nothing_that_is_finished(cli, net, options):
     for end in ("partial", "journal"):
         Path(f".h.safetensors.{end}").touch()
     assert cli("compute", *net, *COMMAND, *options).code == 0
+    assert not list(Path.cwd().glob(".h.safetensors.*"))
+
+
+@pytest.mark.parametrize("options", [(), ("--resume",), ("--force",)])
+def test_a_journal_without_a_part_is_nothing_that_is_finished(
+    cli, net, small_bands, monkeypatch, options
+):
+    """As a run leaves it that is killed while it writes the first one; another command is not kept from its file."""
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1, KeyboardInterrupt())
+        assert cli("compute", *net, *COMMAND).code == 130
+    journal = Path(".h.safetensors.journal")
+    journal.write_text("".join(journal.read_text().splitlines(True)[:1]))
+    assert cli("compute", *net, *COMMAND, "--reduction", "sum", *options).code == 0
     assert not list(Path.cwd().glob(".h.safetensors.*"))
 
 

@@ -70,7 +70,7 @@ class Journal:
         for path in journals(self.output):
             try:
                 lines = read_journal(path)
-                if (wanted or self.shared) and (differ := self._of_another(path, lines)):
+                if differ := self._of_another(path, lines):
                     raise UsageError(f"{differ}; --force throws away what is finished", "--force")
             except HesscliError:
                 if not force:
