@@ -450,6 +450,8 @@ def test_resume_of_another_command_is_refused(cli, net, small_bands, monkeypatch
         ran = cli("compute", *net, *COMMAND, *words, "--reduction", "sum")
         assert "another command began it: document.loss.reduction" in ran.fails(2)
         assert ran.hint.endswith("--force")
+    ran = cli("compute", *net, *COMMAND, "-b", "module", "--resume")  # of other large blocks
+    assert "another command" in ran.fails(2)
     assert {p.name: p.read_bytes() for p in Path().glob(".*")} == left
     assert cli("compute", *net, *COMMAND, "--force", "--reduction", "sum").code == 0
     assert not list(Path().glob(".*"))
@@ -604,6 +606,16 @@ def test_shards_are_merged_to_the_same_bytes(cli, net, small_bands, blocks, coun
     assert "check" in merged.stdout
     assert Path("h.safetensors").read_bytes() == undisturbed
     assert not list(Path().glob(".*"))
+
+
+def test_shards_with_less_memory_cut_as_the_first_one_did(cli, net, small_bands, monkeypatch):
+    assert cli("compute", *net, *COMMAND).code == 0
+    undisturbed = Path("h.safetensors").read_bytes()
+    assert cli("compute", *net, *COMMAND, "--shard", "1/2").code == 0
+    monkeypatch.setattr(memory, "BAND", 500)
+    assert cli("compute", *net, *COMMAND, "--shard", "2/2").code == 0
+    assert cli("merge", "h.safetensors").code == 0
+    assert Path("h.safetensors").read_bytes() == undisturbed
 
 
 def test_a_shard_that_was_cut_off_is_resumed(cli, net, small_bands, monkeypatch):

@@ -61,7 +61,7 @@ class Run:
         """Numbers per band of each large block: as in the file that this run goes on with, or as many as fit now."""
         bands = {block.name: self.plan.memory.band(block) for block in self.plan.large}
         output = self.options.output
-        goes_on = self.options.resume or self.merging or self.options.shard is not None
+        goes_on = self.options.resume or self.options.shard is not None
         for path in journals(output) if output is not None and goes_on else ():
             with contextlib.suppress(FileError):  # told, or ignored, where the journal is opened
                 head = read_journal(path).head
