@@ -669,6 +669,16 @@ def test_talk_that_cannot_be_written_stops_nothing(warm, tmp_path):
     assert (tmp_path / "hessian.safetensors").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.parametrize(
+    "words", ["show --json", "compute net.pt d.npz -q -o -", "trace net.pt d.npz", "--help"]
+)
+def test_a_result_that_cannot_be_printed(warm, tmp_path, words):
+    ran = shell(f"hesscli {words} >/dev/full", tmp_path, warm)
+    assert ran.returncode == 6
+    assert ran.stderr.splitlines()[-1] == "error: standard output: No space left on device"
+
+
 def test_an_architecture_s_arguments_without_use(cli):
     ran = cli("compute", *NET, "--arch-arg", "a=1")
     assert "--arch-arg has no effect: net.pt holds its own architecture" in ran.notes
