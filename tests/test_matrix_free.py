@@ -420,6 +420,10 @@ def test_estimated_trace(cli):
         assert ran.document["converged"] == (total["standard_error"] <= 0.01 * total["trace"])
         parts = [facts["trace"] for facts in ran.document["blocks"]]
         assert sum(parts) == pytest.approx(total["trace"])
+        ends = np.cumsum([facts["size"] for facts in ran.document["blocks"]])
+        truth = [part.sum() for part in np.split(np.diag(matrix), ends[:-1])]
+        errors = np.array([facts["standard_error"] for facts in ran.document["blocks"]])
+        assert (np.abs(np.array(parts) - truth) <= 5 * errors).all()
     assert sum(hits) >= 7
     assert "+- " in cli("trace", *MLP, "--method", "hvp", "--rel-error", 0.1).stdout
 
