@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hesscli.files.hessians import placed_writes
 from hesscli.files.hessians.placed_writes import PlacedFile
 
 LENGTH = 40 << 20
@@ -64,6 +65,22 @@ def test_what_is_not_written_directly_goes_through_the_cache(
     monkeypatch.setattr(os, "pwrite", pwrite)
     write(tmp_path / "file", [(3, 20_000_000), (20_000_000, LENGTH - 1)], refuse_direct=False)
     assert directly in ([4096], [])  # not tried again; nor at all where files have no direct writes
+
+
+@pytest.mark.parametrize("refuse_direct", [False, True])
+def test_more_than_one_call_writes_or_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse_direct: bool
+) -> None:
+    monkeypatch.setattr(placed_writes, "_LARGEST", 5 << 20)
+    path = tmp_path / "file"
+    content = write(path, [(0, LENGTH)], refuse_direct)
+    file = PlacedFile(os.open(path, os.O_RDWR), path, LENGTH, reserve=False)
+    found = bytearray(23_000_000)
+    file.read(7, memoryview(found))
+    assert found == content[7:23_000_007]
+    with pytest.raises(OSError, match="shorter than it was"):
+        file.read(LENGTH - 5, memoryview(found))
+    file.close()
 
 
 def test_room_is_reserved_at_once(tmp_path: Path) -> None:
