@@ -221,6 +221,8 @@ def test_of_two_structures_the_blocks_of_the_finer_compare(
         pairs = zip(in_structure(a, fine).items(), in_structure(b, fine).values(), strict=True)
         for facts, ((name, ours), theirs) in zip(found["blocks"], pairs, strict=True):
             assert (facts["name"], facts["size"], facts["equal"]) == (name, len(ROWS[name]), False)
+            if sign == -1:  # of the coarser file, as `compute` writes it
+                assert facts["shape"] == list(SHAPES.get(name, [len(ROWS[name])]))
             base = ours if sign == 1 else theirs
             norms = [np.linalg.norm(x.ravel()) for x in (theirs - ours, base)]
             assert facts["rel_diff"] == pytest.approx(norms[0] / norms[1])

@@ -761,6 +761,8 @@ def test_a_file_with_an_empty_block(cli, odd, blocks):
     assert cli("compute", *odd, "--gradient", "-b", blocks, "--fail-above", 1e9).code == 0
     assert cli("show").code == 0
     assert cli("diff", "hessian.safetensors", "hessian.safetensors").code == 0
+    assert cli("compute", *odd, "-b", "full", "-o", "full.safetensors").code == 0
+    assert cli("diff", "full.safetensors", "hessian.safetensors", "--force").code == 0
     loaded = hesscli.load("hessian.safetensors")
     loaded.verify()
     assert loaded.gradient("none").shape == (0, 3)
