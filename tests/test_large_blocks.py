@@ -514,6 +514,20 @@ def test_a_disk_that_fills_up(cli, net, small_bands, streamed, monkeypatch):
     assert Path("h.safetensors").read_bytes() == undisturbed
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_memory_that_runs_out(cli, net, small_bands, monkeypatch, error):
+    assert cli("compute", *net, *COMMAND).code == 0
+    undisturbed = Path("h.safetensors").read_bytes()
+    Path("h.safetensors").unlink()
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3, error())
+        ran = cli("compute", *net, *COMMAND)
+    assert ran.fails(6).startswith("out of memory; 3 of ")
+    assert ran.hint.endswith("--resume")
+    assert cli(*shlex.split(ran.hint)[1:]).code == 0
+    assert Path("h.safetensors").read_bytes() == undisturbed
+
+
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_and_resumed(cli, warm, net, small_bands, tmp_path, sent):
     """A process of its own, ended from outside as soon as it has finished something."""
