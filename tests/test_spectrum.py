@@ -413,6 +413,17 @@ def test_the_smallest_of_a_matrix_of_low_rank_are_zero(rank, dtype):
     torch.testing.assert_close(gram, torch.eye(3, dtype=torch.float64), atol=atol, rtol=0)
 
 
+def test_the_residuals_of_a_whole_matrix_are_those_of_its_products():
+    """Which are not quite symmetric, as rounding leaves them."""
+    drawn = np.random.default_rng(0)
+    matrix = in_a_random_basis(drawn.standard_normal(50)).numpy()
+    matrix += 1e-3 * drawn.standard_normal((50, 50)) * np.arange(50)
+    pairs = dense(lambda start, stop: torch.from_numpy(matrix[start:stop]), 50)
+    for value, vector, residual in zip(pairs[0], pairs[1].T, pairs[2], strict=True):
+        assert residual == pytest.approx(np.linalg.norm(matrix @ vector - value * vector))
+    np.testing.assert_allclose(pairs[0], np.linalg.eigvalsh((matrix + matrix.T) / 2), atol=1e-12)
+
+
 def test_not_finite():
     generator, like = torch.Generator().manual_seed(0), torch.zeros(600)
     search = Lanczos(lambda v: v * torch.nan, 600, 2, "largest", 1e-3, generator, like)
