@@ -279,6 +279,11 @@ def test_stats(cli, mlp, tmp_path, level, monkeypatch):
         known = 0 if level == "none" else 4 if quick else 2
         assert found[:known] == pytest.approx(truth[:known], abs=1e-12)
         assert found[known:] == [None] * (4 - known)
+    total = document["total"]
+    assert (total["trace"] is None) == (total["fro_norm"] is None) == (level == "none")
+    for key, furthest in (("eig_max", max), ("eig_min", min)):
+        known = [facts[key] for facts in document["blocks"] if facts[key] is not None]
+        assert total[key] == furthest(known, default=None)
 
 
 def test_the_same_command_gives_the_same_bytes(cli, mlp, tmp_path):
