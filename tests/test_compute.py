@@ -22,6 +22,7 @@ from torch import nn
 
 import hesscli
 from hesscli.errors import ResourceError
+from hesscli.files.hessians.tensor_file import sync_folder
 from hesscli.hessian.blocks import partition
 from hesscli.job.matrix import memory, room
 from hesscli.job.matrix.journal import Journal, read_journal
@@ -873,6 +874,14 @@ def test_names_are_on_the_disk(cli, mlp, tmp_path, monkeypatch, module, words):
     monkeypatch.setattr(f"hesscli.{module}.sync_folder", lambda path: synced.append(path.resolve()))
     assert cli("compute", *mlp, *CE, *words).code == 0
     assert synced == [tmp_path.resolve()]
+
+
+def test_a_folder_outlasts_a_loss_of_power(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    sync_folder(tmp_path)
+    assert synced == [tmp_path.stat().st_ino]
+    sync_folder(tmp_path / "none")  # as where folders cannot be opened
 
 
 def test_a_journal_names_what_is_on_the_disk(tmp_path):
