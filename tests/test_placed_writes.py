@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import mmap
 import os
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from hesscli.files.hessians.placed_writes import PlacedFile
 LENGTH = 40 << 20
 
 
-def write(path: Path, pieces: list[tuple[int, int]], refuse_direct: bool) -> bytes:
-    data = np.random.default_rng(0).integers(0, 256, LENGTH, np.uint8)
+def write(path: Path, pieces: list[tuple[int, int]], refuse_direct: bool, shift: int = 1) -> bytes:
+    """Writes pieces of memory that begins so many bytes after a page."""
+    data = np.frombuffer(mmap.mmap(-1, LENGTH + shift), np.uint8)[shift:]
+    data[:] = np.random.default_rng(0).integers(0, 256, LENGTH, np.uint8)
     file = PlacedFile(os.open(path, os.O_CREAT | os.O_RDWR), path, LENGTH)
     if refuse_direct and file.direct is not None:
         os.close(file.direct)
@@ -30,6 +33,7 @@ def write(path: Path, pieces: list[tuple[int, int]], refuse_direct: bool) -> byt
     return path.read_bytes()
 
 
+@pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("refuse_direct", [False, True])
 @pytest.mark.parametrize(
     "pieces",
@@ -43,14 +47,15 @@ def write(path: Path, pieces: list[tuple[int, int]], refuse_direct: bool) -> byt
     ids=str,
 )
 def test_bytes_are_where_they_were_put(
-    tmp_path: Path, pieces: list[tuple[int, int]], refuse_direct: bool
+    tmp_path: Path, pieces: list[tuple[int, int]], refuse_direct: bool, shift: int
 ) -> None:
-    write(tmp_path / "file", pieces, refuse_direct)
+    write(tmp_path / "file", pieces, refuse_direct, shift)
 
 
+@pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("answer", ["refused", "interrupted"])
 def test_what_is_not_written_directly_goes_through_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, shift: int
 ) -> None:
     real, directly = os.pwrite, []
 
@@ -63,17 +68,19 @@ def test_what_is_not_written_directly_goes_through_the_cache(
         return real(descriptor, data[:4096], offset)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    write(tmp_path / "file", [(3, 20_000_000), (20_000_000, LENGTH - 1)], refuse_direct=False)
+    pieces = [(3, 20_000_000), (20_000_000, LENGTH - 1)]
+    write(tmp_path / "file", pieces, refuse_direct=False, shift=shift)
     assert directly in ([4096], [])  # not tried again; nor at all where files have no direct writes
 
 
+@pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("refuse_direct", [False, True])
 def test_more_than_one_call_writes_or_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse_direct: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse_direct: bool, shift: int
 ) -> None:
     monkeypatch.setattr(placed_writes, "_LARGEST", 5 << 20)
     path = tmp_path / "file"
-    content = write(path, [(0, LENGTH)], refuse_direct)
+    content = write(path, [(0, LENGTH)], refuse_direct, shift)
     file = PlacedFile(os.open(path, os.O_RDWR), path, LENGTH, reserve=False)
     found = bytearray(23_000_000)
     file.read(7, memoryview(found))
