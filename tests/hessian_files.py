@@ -89,7 +89,7 @@ def _facts(name: str, a: np.ndarray, structure: str) -> dict[str, Any]:
     }
 
 
-def _checksum(a: np.ndarray) -> str:
+def checksum(a: np.ndarray) -> str:
     """As the README says: of rows r, the sum of (2 r + 1) crc32(r), modulo 2^64."""
     rows = a if a.ndim > 1 else [a]
     total = sum((2 * r + 1) * zlib.crc32(row.tobytes()) for r, row in enumerate(rows))
@@ -107,7 +107,7 @@ def write(
     """Writes the file; gives its document."""
     arrays = {name: np.ascontiguousarray(a) for name, a in blocks.items()}
     written = document(blocks, structure, parameters, **changes)
-    written["checksums"] = {name: _checksum(a) for name, a in arrays.items()}
+    written["checksums"] = {name: checksum(a) for name, a in arrays.items()}
     text = json.dumps(written, separators=(",", ":"))
     written["checksum"] = f"{zlib.crc32(text.encode()):08x}"
     save_file(arrays, path, {"format": "pt", "hesscli": json.dumps(written)})

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ import pytest
 import safetensors.torch
 from cases import BY_NAME, save
 from conftest import read
-from hessian_files import symmetric, write
+from hessian_files import checksum, symmetric, write
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from hesscli.files.hessians import checksums
 from hesscli.files.hessians.checksums import Checksum
 
 STRUCTURES = ["diag", "module", "full", "elements"]
@@ -221,6 +223,24 @@ def test_a_file_without_checksums_is_not_believed(cli, computed, tmp_path, optio
     lacking = {"format": "pt", "hesscli": json.dumps(document)}
     safetensors.torch.save_file(tensors, tmp_path / "hessian.safetensors", lacking)
     assert "its metadata lacks checksums, checksum" in cli(*options).fails(3)
+
+
+@pytest.mark.parametrize("tile", [1, 50, 1 << 26])
+@pytest.mark.parametrize("shape", [(7, 5), (7, 2, 3), (9,), (), (0, 3)], ids=str)
+def test_checksums_of_tiles(monkeypatch, tile, shape):
+    monkeypatch.setattr(checksums, "_TILE", tile)
+    array = np.asarray(np.random.default_rng(0).standard_normal(shape), np.float32)
+    assert str(Checksum.of(array)) == checksum(array)
+
+
+def test_checksums_of_many_rows_begin_anew_at_two_to_the_64():
+    rows, first = np.arange(6.0).reshape(2, 3), 1 << 40
+    found = Checksum((first + 2, 3))
+    found.add(rows, first)
+    sums = [zlib.crc32(row.tobytes()) for row in rows]
+    total = (2 * first + 1) * sums[0] + (2 * first + 3) * sums[1]
+    assert total >= 1 << 64
+    assert str(found) == f"{total % (1 << 64):016x}"
 
 
 def test_each_tensor_is_compared_once(cli, computed, monkeypatch):
