@@ -964,14 +964,16 @@ def fisher_of_terms(
     return total / (len(X) * terms_each)
 
 
-@pytest.mark.parametrize("method", ["auto", "gauss-newton", "hvp"])
-def test_fisher_of_terms_that_a_model_returns(method):
+@pytest.mark.parametrize(("method", "taken"), [("auto", "gauss-newton"), ("hvp", "hvp")])
+def test_fisher_of_terms_that_a_model_returns(method, taken):
     options = {"curvature": "fisher", "method": method, "batch_size": 3}
     model = Lossy(lambda f, y: (f - y).pow(4))
     found = computed(model, {"x": X, "y": Y}, loss="output", **options)
+    assert [block["method"] for block in found.metadata["blocks"]] == [taken]
     close(found, fisher_of_terms(lambda i: model(X[i : i + 1], Y[i : i + 1]), model, 4))
     several, loss = Two(Outputs).double(), FORMS["named"][1]
     found = computed(several, (X, Y), loss=loss, **options)
+    assert [block["method"] for block in found.metadata["blocks"]] == [taken]
     close(found, fisher_of_terms(lambda i: loss(several(X[i : i + 1]), Y[i : i + 1]), several))
 
 

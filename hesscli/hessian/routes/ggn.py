@@ -54,5 +54,5 @@ class EmpiricalFisher(GeneralisedGaussNewton):
         """The gradient of each sample's own loss terms, and 1 / D."""
         with exact_derivatives():
             delta = loss_gradient(probed.problem, probed.batch, probed.output.detach())
-        curvature = delta.new_full((probed.samples, 1, 1), 1 / self.problem.denominator)
+        curvature = delta.new_full((probed.samples, 1, 1), 1 / probed.problem.denominator)
         return delta.unsqueeze(0), curvature
