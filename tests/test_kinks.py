@@ -1205,7 +1205,7 @@ class Averaged(nn.Module):
 def test_padding_is_a_constant_where_kinks_are_not_held(
     monkeypatch: pytest.MonkeyPatch, blocks: str, bands: bool
 ) -> None:
-    monkeypatch.setattr(quotients, "held_difference", lambda *_: None)
+    monkeypatch.setattr(quotients, "held_difference", lambda *_, **__: None)
     if bands:
         monkeypatch.setattr(planning, "LARGE", 8)
     torch.manual_seed(0)

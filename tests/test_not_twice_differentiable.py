@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import hessian, relative_error
+from oracles import hessian, hessian_by_differences, relative_error
 from torch import Tensor, nn
 
 import hesscli
@@ -119,3 +119,48 @@ def test_a_power_of_units_that_are_off(blocks):
     found = hesscli.compute(model, (X, Y), blocks=blocks, framework="torch")
     truth = hessian(model, nn.functional.mse_loss, (X,), Y)
     torch.testing.assert_close(found.matrix().diagonal(), truth.diagonal(), rtol=1e-9, atol=1e-12)
+
+
+class Equilibrium(nn.Module):
+    """Iterates to a fixed point with gradients off; a hook solves for the gradient there, not for its derivative."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.u, self.o = nn.Linear(3, 3, bias=False), nn.Linear(3, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        with torch.no_grad():
+            for _ in range(60):
+                z = self.step(z, x)
+        z = self.step(z, x)
+        fixed = z.detach().requires_grad_()
+        after = self.step(fixed, x)
+
+        def solve(gradient: Tensor) -> Tensor:
+            total = gradient
+            for _ in range(60):
+                (back,) = torch.autograd.grad(after, fixed, total, retain_graph=True)
+                total = back + gradient
+            return total
+
+        if z.requires_grad:
+            z.register_hook(solve)
+        return self.o(z)
+
+    def step(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(0.3 * self.w(z) + self.u(x))
+
+
+@pytest.mark.parametrize("method", ["auto", "finite-difference"])
+def test_an_implicit_layer_with_a_hook(method):
+    """What it detaches moves along, as its gradients know."""
+    torch.manual_seed(0)
+    model = Equilibrium().double()
+    truth = hessian_by_differences(model, F.mse_loss, (X,), Y)
+    options = {"framework": "torch", "method": method}
+    found = hesscli.compute(model, (X, Y), blocks="full", **options)
+    assert relative_error(found.matrix(), truth) < 1e-6
+    v = np.ones(len(truth))
+    product = hesscli.operator(model, (X, Y), method=method) @ v
+    assert relative_error(torch.tensor(product), truth @ torch.tensor(v)) < 1e-6

@@ -33,11 +33,14 @@ class Kinks(Watcher):
 
     with kinks: first pass
     with kinks.held(): another one, of the same calls
+
+    Args:
+        constants: whether what is detached, or computed with gradients off, is held too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, constants: bool = True) -> None:
         super().__init__()
-        self.sides = Sides()
+        self.sides, self.constants = Sides(), constants
         self._around = ExitStack()
         self._inside = False  # a Function, whose calls are its own business
         self._copies: dict[int, Tensor] = {}  # that stand for views, by where they lie
@@ -45,7 +48,8 @@ class Kinks(Watcher):
     def __enter__(self) -> Kinks:
         self._copies.clear()
         self._around.enter_context(applied_by(self._applied))
-        self._around.enter_context(Detaching(self._detached))
+        if self.constants:
+            self._around.enter_context(Detaching(self._detached))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -108,7 +112,7 @@ class Kinks(Watcher):
         if is_in_function():  # one that was applied past `_applied`
             self.sides.lost = True
             return func(*args, **kwargs)
-        if turned_gradients_off():
+        if self.constants and turned_gradients_off():
             return self._without_gradients(func, args, kwargs)
         if name == "_local_scalar_dense" and is_guest():  # `item`
             return self.sides.constant(func(*args, **kwargs))
@@ -134,7 +138,10 @@ class Kinks(Watcher):
 
 
 def held_difference(
-    gradient: Callable[[float], Tensor], h: float, first: Callable[[], object] | None = None
+    gradient: Callable[[float], Tensor],
+    h: float,
+    first: Callable[[], object] | None = None,
+    constants: bool = True,
 ) -> Tensor | None:
     """g(h) - g(-h) with every kink on the side where it is at 0; None where there is none, or where it cannot be held.
 
@@ -142,8 +149,9 @@ def held_difference(
         gradient: makes the same calls each time.
         h: the step.
         first: a pass with these calls at 0, whose sides count; by default the gradient's own.
+        constants: as in `Kinks`.
     """
-    kinks = Kinks()
+    kinks = Kinks(constants)
     with kinks:
         first() if first is not None else gradient(0.0)
     if not kinks.sides.noted:

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hesscli.hessian.differences.moving import detached_moves
 from hesscli.hessian.differences.quotients import Quotients
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import LinearMap
@@ -23,7 +24,9 @@ class Differences(LinearMap):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self.quotient = Quotients(problem.dtype, holds=problem.runs_here)
+        here = problem.runs_here
+        constants = not (here and detached_moves(problem))
+        self.quotient = Quotients(problem.dtype, here, constants)
 
     def __call__(self, vectors: Tensor) -> Tensor:
         if vectors.dim() == 2:

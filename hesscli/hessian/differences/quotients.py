@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,16 +27,18 @@ class Quotients:
     Args:
         dtype: of the gradients.
         holds: whether they are computed here, where kinks can be held.
+        constants: whether what the model detaches is held, too.
     """
 
-    def __init__(self, dtype: torch.dtype, holds: bool = True) -> None:
+    def __init__(self, dtype: torch.dtype, holds: bool = True, constants: bool = True) -> None:
         self.steps, self.agreement = _STEPS[dtype], _AGREEMENT[dtype]
         self.holds = holds
+        self.held: Difference = partial(held_difference, constants=constants)
 
     def __call__(self, gradient: Gradient, scale: float) -> Tensor:
         """The derivative of one batch's gradient; `scale` is what steps are relative to."""
         if self.holds:
-            value, agrees = self._extrapolated(held_difference, gradient, scale)
+            value, agrees = self._extrapolated(self.held, gradient, scale)
             self.holds = value is not None  # the next gradient makes the same calls
             if value is not None and agrees:
                 return value
