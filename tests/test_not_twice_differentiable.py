@@ -121,6 +121,37 @@ def test_a_power_of_units_that_are_off(blocks):
     torch.testing.assert_close(found.matrix().diagonal(), truth.diagonal(), rtol=1e-9, atol=1e-12)
 
 
+HOOKED = """
+import torch
+
+class Hooked(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(3, 2), torch.nn.Linear(2, 1)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        if h.requires_grad:
+            h.register_hook(lambda gradient: gradient * (1 + h.detach() ** 2))
+        return self.b(h)
+"""
+
+
+@pytest.mark.parametrize("command", ["compute", "compute -b full", "eigen", "trace", "density",
+                                     "hvp --vector random"])  # fmt: skip
+@pytest.mark.parametrize("method", ["auto", "finite-difference"])
+def test_gradients_of_no_function(cli, tmp_path, command, method):
+    """A hook that changes gradients on their way makes what no function has: no matrix of theirs is a Hessian."""
+    torch.manual_seed(0)
+    (tmp_path / "net.py").write_text(HOOKED)
+    weights = {"a.weight": torch.randn(2, 3), "a.bias": torch.randn(2)}
+    torch.save(weights | {"b.weight": torch.randn(1, 2), "b.bias": torch.randn(1)}, "w.pt")
+    np.savez("d.npz", x=X.numpy(), y=Y.numpy())
+    name, *options = command.split()
+    cli(name, "w.pt", "d.npz", "--arch", "net.py:Hooked", *options, "--method", method).fails(5)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 class Equilibrium(nn.Module):
     """Iterates to a fixed point with gradients off; a hook solves for the gradient there, not for its derivative."""
 
