@@ -298,3 +298,53 @@ def test_a_part_of_the_output_that_is_taken_for_its_name_is_said(loss, name):
     for key in (None, name):
         found = hesscli.compute(Named(), (X, Z), loss=loss, output_key=key)
         assert (f"output: {name}, inferred from its name" in found.metadata["notes"]) is (not key)
+
+
+class Autoencoder(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.a(x)) @ self.a.weight
+
+
+@pytest.mark.parametrize("inputs", [(), ("x",)])
+def test_the_targets_of_an_autoencoder_are_its_inputs(inputs):
+    model, options = Autoencoder().double(), {"params": ("a.*",), "framework": "torch"}
+    found = hesscli.compute(model, {"x": X}, targets="x", inputs=inputs, blocks="full", **options)
+    expected = hessian(model, nn.functional.mse_loss, (X,), X, ["a.weight", "a.bias"])
+    assert relative_error(found.matrix(), expected) < 1e-9
+    notes = ["loss: mse, inferred from float64 targets"]
+    if not inputs:
+        notes.insert(0, "inputs: x (float64 [12, 3]), inferred as the only array: the targets too")
+    assert found.metadata["notes"] == notes
+
+
+class Forecast(Net):
+    """Takes the series that it forecasts, by what it is called."""
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return super().forward(x, z) @ torch.ones(2, 4, dtype=x.dtype)
+
+
+class ItsOwnLoss(Net):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (torch.tanh(self.a(x)) @ self.b.weight.T - y).square().mean(1)
+
+
+@pytest.mark.parametrize(
+    ("net", "target", "hint"),
+    [(Forecast, "z", "--inputs z --inputs x"), (ItsOwnLoss, None, "--loss output")],
+)
+def test_a_model_that_takes_the_targets_too(net, target, hint):
+    data = {"x": X, (target or "y"): Z if target else Y}
+    with pytest.raises(hesscli.HesscliError, match="the model takes") as refused:
+        hesscli.compute(net().double(), data, targets=target)
+    assert refused.value.exit_code == 4
+    assert refused.value.hint == hint
+
+
+def test_a_parameter_called_as_the_targets_may_be_what_the_input_goes_to():
+    class State(Alone):
+        def forward(self, y: Tensor) -> Tensor:
+            return super().forward(y)
+
+    found = hesscli.compute(State().double(), {"x": X, "y": Y})
+    assert not any("takes y too" in note for note in found.metadata["notes"])

@@ -127,6 +127,8 @@ class Roles:
             raise self._unclear(f"{' and '.join(known)} may all be the inputs")
         if self._two and len(others) == 1:
             return [self._noted("inputs", others[0], "as the only other array")]
+        if self.targets and not others:  # of an autoencoder
+            return [self._noted("inputs", self.targets, "as the only array: the targets too")]
         raise self._unclear("the names do not tell the inputs")
 
     def _likely_targets(self) -> str | None:

@@ -41,7 +41,7 @@ def model_inputs(
     names, known = list(data.inputs), dict(data.inputs)
     if data.targets:
         target, known[target] = data.targets
-        if options.loss == "auto" and target in model.signature.names:
+        if options.loss == "auto" and target in _left(model.signature, names):
             note(f"the model takes {target} too; --loss output is the loss that it returns then")
         if loss.name == "output" and not options.inputs:
             name = _target_of(model.signature, names, target)
@@ -52,8 +52,42 @@ def model_inputs(
                 note(f"the model returns the loss and takes the targets too: inputs are {listed}")
         if loss.name == "output" and options.targets and target not in names:
             note("--targets has no effect: the model returns its loss and takes no targets")
+    _demand_all(options, model.signature, names, data)
     names, keywords = _ordered(options, model, names, known, note)
     return {name: known[name] for name in names}, keywords
+
+
+def _demand_all(
+    options: ProblemOptions, signature: CallSignature, names: Sequence[str], data: Data
+) -> None:
+    """Refuses inputs without arrays of the file that the model cannot do without: the targets, say.
+
+    Raises:
+        MismatchError: with the options that name them.
+    """
+    left = _left(signature, names) if set(names) <= set(signature.names) else []
+    missing = [name for name in left if name not in signature.optional]
+    if not missing or not set(missing) <= set(data.arrays):
+        return
+    wanted = [name for name in signature.names if name in (*names, *missing)]
+    hint = " ".join(f"--inputs {shlex.quote(name)}" for name in wanted)
+    if (
+        options.loss == "auto"
+        and not options.targets
+        and data.targets
+        and data.targets[0] in missing
+    ):
+        hint = "--loss output"
+    raise MismatchError(
+        f"the model takes {', '.join(wanted)}; the inputs are {', '.join(names)}", hint
+    )
+
+
+def _left(signature: CallSignature, names: Sequence[str]) -> list[str]:
+    """What the model calls those of its inputs that these do not go to, by their names or else by their places."""
+    if set(names) <= set(signature.names):
+        return [name for name in signature.names if name not in names]
+    return [name for name in signature.names if name not in signature.positional[: len(names)]]
 
 
 def _ordered(
@@ -163,7 +197,7 @@ def scales(
 def _target_of(signature: CallSignature, names: Sequence[str], target: str) -> str | None:
     """What a model that returns its own loss calls the targets, beside inputs of these names; None if it takes none."""
     if set(names) <= set(signature.names):
-        left = [name for name in signature.names if name not in names]
+        left = _left(signature, names)
         for wanted in (target, *TARGET_NAMES):
             if wanted in left:
                 return wanted
