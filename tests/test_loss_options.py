@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -950,6 +951,48 @@ def test_one_output_of_several_for_a_loss_of_ones_own():
     truth = hessian(model, lambda f, y: F.mse_loss(f[1], y), (X,), Y)
     for key in ("1", "-1"):
         close(computed(model, (X, Y), loss=F.mse_loss, output_key=key), truth)
+
+
+def ranked(f: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    """A partial likelihood: what each of some samples is, among those that come after it."""
+    order = f.detach()[:, 0].argsort()
+    after = f[order, 1].logcumsumexp(0)
+    return ((after - f[order, 0]) * w[order]).sum() / w[order].sum()
+
+
+INDEXED = {
+    "terms": lambda f, y, w: w[torch.arange(len(f))] * F.cross_entropy(f, y, reduction="none"),
+    "one number": lambda f, y, w: (w[: len(f)] * F.cross_entropy(f, y, reduction="none")).mean(),
+    "loop": lambda f, y, w: sum(w[i] * F.cross_entropy(f[i], y[i]) for i in range(len(f))),
+    "ranked": ranked,
+}
+
+
+@pytest.mark.parametrize("samples", [None, (3, 8), (0, 7)])
+@pytest.mark.parametrize("name", INDEXED)
+def test_entries_of_the_samples_that_are_taken_by_their_places(name, samples):
+    """All of them have the places, too, but not these samples' entries there."""
+    loss, w = INDEXED[name], torch.linspace(0.1, 8, 8, dtype=torch.float64) ** 2
+    y, mine = CLASSES.flip(0), slice(*(samples or (0, 8)))
+    data, options = {"x": X, "y": y, "w": w}, {"loss": loss, "loss_arguments": {"w": "@w"}}
+    found = computed(net(8), data, samples=samples, batch_size=2, **options)
+    truth = hessian(net(8), lambda f, y: loss(f, y, w[mine]).mean(), (X[mine],), y[mine])
+    close(found, truth)
+    notes = " ".join(found.metadata["notes"])
+    assert "same for all samples" not in notes
+    assert ("is not split into batches" in notes) == (name == "ranked")
+    assert "all the data is one batch" not in notes
+
+
+def test_what_a_loss_warns_of_where_it_is_tried_is_not_said():
+    def loss(f, y, w):
+        return F.cross_entropy(f, y) + F.mse_loss(f[:, 0], w) + f.detach().std(0).sum()
+
+    options = {"loss": loss, "loss_arguments": {"w": "@w"}}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        computed(net(), {"x": X, "y": CLASSES, "w": Y[:, 0]}, **options)
+    assert not [str(each.message) for each in said if "size" in str(each.message)]
 
 
 def fisher_of_terms(

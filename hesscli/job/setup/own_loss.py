@@ -3,6 +3,7 @@ depends on, what it is of where it is one number, and whether it wants all sampl
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Collection
@@ -19,6 +20,9 @@ from hesscli.hessian.objective.outputs import described, pick_output
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.setup.reduction import reduction
 from hesscli.job.setup.source import Source
+
+_TURNED = 256  # samples of which the order is changed
+_ROUNDING = 1e-5
 
 
 def of_outputs(problem: Problem, source: Source, note: Callable[[str], None]) -> Problem:
@@ -51,12 +55,13 @@ def inspect_loss(
         room: how many samples there is memory for at once.
         note: hears of what makes the data one batch, and of arguments that are the same for all samples.
     """
-    fixed = _fixed(problem, source, some)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what does not fit: it is tried whether it does
+        fixed = _fixed(problem, source, some)
     if fixed:
         listed = ", ".join(fixed)
         note(f"loss arguments as long as the data, but the same for all samples: {listed}")
-        left = [name for name in source.per_sample if name not in fixed]
-        source = replace(source, per_sample=left)
+        source = _with_fixed(source, fixed)
     tried, terms = _terms(problem, source, len(some))
     with torch.no_grad():
         output = problem.output(tried)
@@ -93,7 +98,9 @@ def inspect_loss(
 def _fixed(problem: Problem, source: Source, some: Batch) -> list[str]:
     """Arguments that have as many entries as there are samples, but not one for each.
 
-    Another number of samples accepts them whole, as it does the weights of as many classes.
+    Another number of samples accepts them whole, as it does the weights of as many classes. It accepts those of which
+    the first entries are taken, too: `w[order]`, of the samples in some order. Which of them they are shows where the
+    order of the samples changes: the loss stays the same if the entries of each go along, or only if none do.
     """
     counts = range(max(2, source.fewest), (source.most or source.recorded + source.fewest + 2) + 1)
     # Not one, which any array broadcasts to, nor what divides theirs: terms of that length would tell nothing.
@@ -109,19 +116,59 @@ def _fixed(problem: Problem, source: Source, some: Batch) -> list[str]:
             return []
         for name in source.per_sample:
             arguments = {**tried.loss_arguments, name: source.arguments[name]}
-            batch = replace(tried, loss_arguments=arguments)
-            try:
-                terms = problem.loss.terms(problem.output(batch), batch)
-            except MismatchError:
-                continue
-            if not terms.dim() or len(terms) % count == 0:
+            if _accepts(problem, replace(tried, loss_arguments=arguments)):
                 fixed.append(name)
-    return fixed
+        if not (fixed and _accepts(problem, tried)):
+            return fixed
+        whole = _with_fixed(source, fixed)
+        if not _keeps_order_out(problem, source) and _keeps_order_out(problem, whole):
+            return fixed
+    return []
+
+
+def _accepts(problem: Problem, batch: Batch) -> bool:
+    """Whether the loss takes a batch, and makes terms of each sample, or one number."""
+    try:
+        terms = problem.loss.terms(problem.output(batch), batch)
+    except MismatchError:
+        return False
+    return not terms.dim() or len(terms) % len(batch) == 0
+
+
+def _keeps_order_out(problem: Problem, source: Source) -> bool:
+    """Whether samples in the other order, with their entries of the arguments, have the same loss."""
+
+    def totals(batch: Batch) -> tuple[float, float]:
+        turned = _picked(batch, torch.arange(len(batch)).flip(0), source.per_sample)
+        output = problem.output(batch)
+        by_sample = not problem.loss.is_output and output.shape[:1] == (len(batch),)
+        moved = output.flip(0) if by_sample else problem.output(turned)
+        pairs = ((output, batch), (moved, turned))
+        first, second = (float(problem.loss.terms(*pair).double().sum()) for pair in pairs)
+        return first, second
+
+    counts = dict.fromkeys([min(source.samples, _TURNED), source.samples])
+    try:
+        _, (first, second) = source.first_accepted(totals, list(counts))
+    except MismatchError:
+        return False
+    return math.isclose(first, second, rel_tol=_ROUNDING)
+
+
+def _with_fixed(source: Source, fixed: Collection[str]) -> Source:
+    """The same source with arguments that are the same for all samples."""
+    left = [name for name in source.per_sample if name not in fixed]
+    return replace(source, per_sample=left)
 
 
 def _repeated(batch: Batch, count: int, per_sample: Collection[str]) -> Batch:
-    """So many samples, copies of those of a batch; loss arguments of these names have an entry for each."""
-    index = torch.arange(count, device=batch.inputs[0].device) % len(batch)
+    """So many samples, copies of those of a batch."""
+    return _picked(batch, torch.arange(count) % len(batch), per_sample)
+
+
+def _picked(batch: Batch, index: Tensor, per_sample: Collection[str]) -> Batch:
+    """These samples of a batch; loss arguments of these names have an entry for each."""
+    index = index.to(batch.inputs[0].device)
     arguments = dict(batch.loss_arguments)
     for name in per_sample:
         value = arguments[name]
