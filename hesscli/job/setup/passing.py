@@ -52,7 +52,8 @@ def model_inputs(
                 note(f"the model returns the loss and takes the targets too: inputs are {listed}")
         if loss.name == "output" and options.targets and target not in names:
             note("--targets has no effect: the model returns its loss and takes no targets")
-    _demand_all(options, model.signature, names, data)
+    if model.form != "exported":
+        _demand_all(options, model.signature, names, data)
     names, keywords = _ordered(options, model, names, known, note)
     return {name: known[name] for name in names}, keywords
 
