@@ -984,6 +984,45 @@ def test_a_pickled_class_that_is_gone(tmp_path, monkeypatch):
     del sys.modules["gone"]
 
 
+SCRIPT = """
+import sys
+from dataclasses import dataclass
+import torch
+
+@dataclass
+class Options:
+    width: int = 4
+
+class Net(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(torch.nn.Linear(3, Options().width), torch.nn.Tanh())
+
+if __name__ == "__main__":
+    net = Net()
+    torch.save(net, sys.argv[1])
+    torch.save({"options": Options(), "model": net.state_dict()}, sys.argv[2])
+"""
+
+
+def test_what_a_script_saved_has_its_classes_in_the_script(cli, tmp_path):
+    """PyTorch calls them those of `__main__`, which is another script now."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    subprocess.run([sys.executable, "train.py", "net.pt", "last.ckpt"], cwd=tmp_path, check=True)
+    np.savez("d.npz", x=np.ones((5, 3), np.float32), y=np.zeros((5, 4), np.float32))
+    for file, missing in (("net.pt", "Net"), ("last.ckpt", "Options")):
+        words = ("compute", file, "d.npz", "--allow-pickle")
+        ran = cli(*words)
+        assert f"{missing} is of the script that saved it" in ran.fails(3)
+        assert ran.hint == f"hesscli {' '.join(words)} --arch FILE.py:{missing}"
+        ran = cli(*words, "--arch", "train.py:Net", "-q", "-o", file + ".safetensors")
+        assert ran.code == 0, ran.stderr
+        assert not any("no effect" in note for note in ran.notes)
+    named = [read(Path(file + ".safetensors"))[1] for file in ("net.pt", "last.ckpt")]
+    assert set(named[0]) == set(named[1]) == {"0.weight", "0.bias"}
+    for name, block in named[0].items():
+        np.testing.assert_array_equal(block, named[1][name])
+
+
 def test_a_pickle_of_something_else(tmp_path):
     torch.save(torch.optim.SGD(Plain().parameters()), tmp_path / "net.pt")
     error = refused(FileError, tmp_path / "net.pt", allow_pickle=True)

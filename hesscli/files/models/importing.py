@@ -43,6 +43,17 @@ def importable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def as_main(module: ModuleType) -> Iterator[None]:
+    """Inside, `__main__` is this module: the script that a file was saved by, which was that one then."""
+    before = sys.modules["__main__"]
+    sys.modules["__main__"] = module
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = before
+
+
+@contextlib.contextmanager
 def _differentiable() -> Iterator[None]:
     with (
         torch.inference_mode(False),

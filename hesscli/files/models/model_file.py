@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from hesscli.files.models.architectures import build
 from hesscli.files.models.call_signature import CallSignature, signature_of
 from hesscli.files.models.checkpoints import fitted, unwrap, versions, without_wrappers
 from hesscli.files.models.exported import load_exported
-from hesscli.files.models.importing import importable
+from hesscli.files.models.importing import as_main, importable, module_of
 from hesscli.files.models.libraries import arch_of
 from hesscli.files.models.mlp import MLP
 from hesscli.files.models.shards import load_folder, load_shards
@@ -85,6 +86,7 @@ def load_model(
     signature: CallSignature | None = None
     batch_sizes: tuple[int, int | None] = (1, None)
     form: Form
+    told = False  # whether `arch` said where the file's classes are
     if kind is Kind.TORCHSCRIPT:
         module, form = load_torchscript(path, device, pickle_hint), "torchscript"
         if train_mode and is_trace(path):
@@ -95,7 +97,7 @@ def load_model(
         if train_mode:
             notes.append("train mode has no effect: an exported model keeps the mode it had")
     else:
-        found, files = _content(path, kind, pickle_hint)
+        found, files, told = _content(path, kind, pickle_hint, arch)
         content = unwrap(found, notes)
         if isinstance(content, nn.Module):
             tie(content, tied_groups(content.named_parameters()))
@@ -103,9 +105,13 @@ def load_model(
         else:
             module = _with_architecture(path, content, arch, arch_arguments, notes)
             form = "state_dict"
-    if form != "state_dict" and (arch is not None or arch_arguments):
-        option = "--arch-arg" if arch is None else f"--arch {arch}"
-        notes.append(f"{option} has no effect: {path} holds its own architecture")
+    if told:
+        notes.append(f"classes of the script that saved {path.name}: those of --arch {arch}")
+    idle = "--arch-arg" if arch_arguments else ""
+    if arch is not None and not told:
+        idle = f"--arch {arch}"
+    if form != "state_dict" and idle:
+        notes.append(f"{idle} has no effect: {path} holds its own architecture")
     if next(module.parameters(), None) is None:
         raise without_parameters(path, form)
     prepare(module, notes)
@@ -116,20 +122,23 @@ def load_model(
     return SavedModel(module, form, sha256_of_all(files), tuple(notes), signature, batch_sizes)
 
 
-def _content(path: Path, kind: Kind, pickle_hint: str | None) -> tuple[object, tuple[Path, ...]]:
-    """What weights, or a module, were saved as, and the files that were read."""
+def _content(
+    path: Path, kind: Kind, pickle_hint: str | None, arch: str | None
+) -> tuple[object, tuple[Path, ...], bool]:
+    """What weights, or a module, were saved as; the files that were read; whether their classes are where `arch` is."""
     if kind is Kind.TRANSFORMERS:
-        return load_folder(path)
+        return *load_folder(path), False
     if kind is Kind.WEIGHTS_INDEX:
-        return load_shards(path)
+        return *load_shards(path), False
     if kind is Kind.SAFETENSORS:
-        return load_safetensors(path), (path,)
+        return load_safetensors(path), (path,), False
     if kind not in (Kind.TORCH_ZIP, Kind.TORCH_LEGACY):
         wanted = "a TorchScript, state dict, safetensors or .pt2 model"
         raise unsupported(path, kind, wanted, _hint(path, kind))
     with suppress(NeedsPickleError):
-        return read_torch_file(path, kind, pickle_hint), (path,)
-    return _unpickle(path, kind), (path,)
+        return read_torch_file(path, kind, pickle_hint), (path,), False
+    content, told = _unpickle(path, kind, arch)
+    return content, (path,), told
 
 
 def _hint(path: Path, kind: Kind) -> str:
@@ -140,23 +149,48 @@ def _hint(path: Path, kind: Kind) -> str:
     return "torch.jit.script(model).save('net.pt'), or save model.state_dict()"
 
 
-def _unpickle(path: Path, kind: Kind) -> object:
-    """Loads the file with everything in it, running what code it brings."""
+def _unpickle(path: Path, kind: Kind, arch: str | None) -> tuple[object, bool]:
+    """Loads the file with everything in it, running what code it brings.
+
+    A script that was run saves its classes as those of `__main__`: they are looked for where `arch` is.
+
+    Returns:
+        what it holds, and whether they were.
+    """
+    told = False
     with reading(path, kind), quiet(), importable():
         try:
             content = torch.load(path, map_location="cpu", weights_only=False)
         except (ImportError, AttributeError) as error:
-            raise FileError(
-                f"{path}: its classes cannot be imported: {str(error).splitlines()[0]}",
-                "run hesscli in the folder of the code, or save model.state_dict() and "
-                "name the class: --arch FILE.py:CLASS",
-            ) from error
+            missing = re.search(r"attribute '(\w+)' on <module '[\w.]*__main__'", str(error))
+            if missing is None:
+                raise _without_classes(path, error) from error
+            if arch is None or ":" not in arch:
+                raise FileError(
+                    f"{path}: its class {missing[1]} is of the script that saved it",
+                    f"--arch FILE.py:{missing[1]}",
+                ) from error
+            script = module_of("--arch", arch)
+            try:
+                with as_main(script):
+                    content = torch.load(path, map_location="cpu", weights_only=False)
+            except (ImportError, AttributeError) as other:
+                raise _without_classes(path, other) from other
+            told = True
     if not isinstance(content, (nn.Module, Mapping)):
         raise FileError(
             f"{path}: holds a {type(content).__name__}; expected an nn.Module or a state dict",
             "torch.save(model.state_dict(), 'net.pt')",
         )
-    return content
+    return content, told
+
+
+def _without_classes(path: Path, error: Exception) -> FileError:
+    return FileError(
+        f"{path}: its classes cannot be imported: {str(error).splitlines()[0]}",
+        "run hesscli in the folder of the code, or save model.state_dict() and "
+        "name the class: --arch FILE.py:CLASS",
+    )
 
 
 def _with_architecture(
