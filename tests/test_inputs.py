@@ -300,6 +300,40 @@ def test_a_part_of_the_output_that_is_taken_for_its_name_is_said(loss, name):
         assert (f"output: {name}, inferred from its name" in found.metadata["notes"]) is (not key)
 
 
+class OfDict(Net):
+    """Takes all its inputs in one dict, as recommenders and potentials do."""
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.b(torch.tanh(self.a(batch["x"])) * batch["z"])
+
+
+class Untold(Net):
+    def forward(self, batch, scale=1.0):
+        return scale * super().forward(batch["x"], batch["z"])
+
+
+@pytest.mark.parametrize("net", [OfDict, Untold])
+@pytest.mark.parametrize("kind", ["memory", "script"])
+@pytest.mark.parametrize("blocks", ["full", "diag"])
+def test_inputs_in_one_dict(net, kind, blocks, tmp_path):
+    if (net, kind) == (Untold, "script"):
+        pytest.skip("TorchScript takes what is not annotated for a tensor")
+    model = net().double()
+    expected = hessian(
+        model, nn.functional.mse_loss, ({"x": X, "z": Z},), Y, ["b.weight", "b.bias"]
+    )
+    if kind == "script":
+        torch.jit.script(model).save(tmp_path / "net.pt")
+        model = tmp_path / "net.pt"
+    options = {"inputs": ("z", "x"), "params": ("b.*",), "batch_size": 5, "framework": "torch"}
+    found = hesscli.compute(model, {"x": X, "z": Z, "y": Y}, blocks=blocks, **options)
+    assert "inputs are passed in one dict: z, x" in found.metadata["notes"]
+    if blocks == "diag":
+        assert [block["method"] for block in found.metadata["blocks"]] == ["gauss-newton"] * 2
+        expected = torch.block_diag(expected[:8, :8], expected[8:, 8:])
+    assert relative_error(found.matrix(), expected) < 1e-9
+
+
 class Autoencoder(Net):
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.a(x)) @ self.a.weight

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import Parameter, signature
+from typing import get_origin
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ class CallSignature:
     names: tuple[str, ...] = ()  # of all that have one
     keywords: tuple[str, ...] = ()  # of those that it takes by name only
     optional: tuple[str, ...] = ()  # of those that it can do without
+    mapping: bool | None = False  # whether the first is a dict of tensors; None: it does not say
 
     @property
     def positional(self) -> list[str]:
@@ -34,9 +37,10 @@ def signature_of(module: nn.Module) -> CallSignature:
             tuple(a.name for a in arguments),
             keywords,
             tuple(a.name for a in arguments if a.has_default_value()),
+            arguments[0].type.annotation_str == "Dict[str, Tensor]" if arguments else False,
         )
     try:
-        parameters = signature(module.forward).parameters.values()
+        parameters = list(signature(module.forward).parameters.values())
     except (TypeError, ValueError):  # not callable, or written in C
         return CallSignature()
     by_name = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
@@ -47,4 +51,15 @@ def signature_of(module: nn.Module) -> CallSignature:
         tuple(p.name for p in parameters if p.kind in by_name),
         tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
         tuple(p.name for p in parameters if p.default is not Parameter.empty),
+        _is_mapping(parameters[0].annotation) if parameters else False,
     )
+
+
+def _is_mapping(annotation: object) -> bool | None:
+    """Whether an annotation, or its text, is of a dict; None where there is none."""
+    if annotation is Parameter.empty:
+        return None
+    if isinstance(annotation, str):
+        return annotation.split("[")[0].rpartition(".")[2] in ("dict", "Dict", "Mapping")
+    kind = get_origin(annotation) or annotation
+    return isinstance(kind, type) and issubclass(kind, Mapping)

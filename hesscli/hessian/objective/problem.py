@@ -42,6 +42,7 @@ class Problem:
         loss: what is differentiated.
         denominator: see above; `measure` finds it.
         output_key: which entry of a dict or tuple that the module returns is its output.
+        takes_dict: the module takes the inputs that are named in one dict.
         writes_inputs: the module writes into its inputs, so every pass has copies of them.
         written: those of the parameters that it writes to.
         protected: it cannot write to them: see `weight_writes.py`.
@@ -56,6 +57,7 @@ class Problem:
     loss: Loss
     denominator: float = 1.0
     output_key: str | None = None
+    takes_dict: bool = False
     writes_inputs: bool = False
     written: tuple[str, ...] = ()
     protected: bool = False
@@ -112,6 +114,8 @@ class Problem:
             inputs = [x.clone() for x in batch.inputs] if self.writes_inputs else batch.inputs
             place = len(inputs) - len(batch.keywords)
             named = dict(zip(batch.keywords, inputs[place:], strict=True))
+            if self.takes_dict:
+                return self.module(named)
             return self.module(*inputs[:place], **named)
 
     def _protecting(self) -> AbstractContextManager[object]:

@@ -30,7 +30,7 @@ from hesscli.job.setup.batches import split
 from hesscli.job.setup.loss import by_name, loss_of, printable
 from hesscli.job.setup.own_loss import of_outputs
 from hesscli.job.setup.parameters import chosen_parameters
-from hesscli.job.setup.passing import as_columns, model_inputs, scales
+from hesscli.job.setup.passing import as_columns, in_one_dict, model_inputs, scales
 from hesscli.job.setup.processes import Processes
 from hesscli.job.setup.settings import settle
 from hesscli.job.setup.source import Source, per_sample
@@ -145,6 +145,7 @@ def _opened(
         (),
         loss,
         output_key=options.output_key,
+        takes_dict=in_one_dict(model.signature, inputs),
         one_sample=options.unbatched,
     )
     problem = of_outputs(problem, source, note)

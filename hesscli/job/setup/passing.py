@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -52,10 +52,22 @@ def model_inputs(
                 note(f"the model returns the loss and takes the targets too: inputs are {listed}")
         if loss.name == "output" and options.targets and target not in names:
             note("--targets has no effect: the model returns its loss and takes no targets")
+    if in_one_dict(model.signature, names):
+        note(f"inputs are passed in one dict: {', '.join(names)}")
+        return {name: known[name] for name in names}, tuple(names)
     if model.form != "exported":
         _demand_all(options, model.signature, names, data)
     names, keywords = _ordered(options, model, names, known, note)
     return {name: known[name] for name in names}, keywords
+
+
+def in_one_dict(signature: CallSignature, names: Collection[str]) -> bool:
+    """Whether a model takes inputs of these names in a dict: it says so, or takes one alone and does not say what."""
+    if set(names) <= set(signature.names):
+        return False
+    required = [name for name in signature.names if name not in signature.optional]
+    alone = signature.mapping is None and len(required) == 1 < len(names)
+    return bool(signature.mapping) or (alone and not signature.keywords)
 
 
 def _demand_all(
