@@ -363,8 +363,11 @@ def test_memory_is_bounded():
     search = Lanczos(
         multiply, len(values), 10, "largest", 1e-3, torch.Generator().manual_seed(0), like
     )
-    search.run(30)
+    found = search.run(30)
     assert len(search.basis) + 2 <= 30  # what is pending, and a product
+    np.testing.assert_allclose(found.values[:3], values[:3], rtol=1e-4)
+    for value, vector in zip(found.values[:3], found.vectors, strict=False):
+        assert float((multiply(vector) - value * vector).norm()) < 1e-2
     multiply, like = rotated(SPECTRA["normal"])
     small = Lanczos(multiply, 900, 10, "largest", 1e-3, torch.Generator().manual_seed(0), like)
     small.run(500)
