@@ -594,6 +594,30 @@ def test_products(cli, tmp_path, curvature):
         assert ran.document["total"][key] == pytest.approx(np.linalg.norm(parts))
 
 
+def test_no_path_gets_into_a_file(cli, tmp_path):
+    folder = Path("somewhere")
+    folder.mkdir()
+    x, y = np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)
+    net = nn.Linear(3, 2)
+    files = saved(folder, net, x=x, y=y)
+    np.savez(folder / "query.npz", x=x, y=y)
+    hessian, vector = folder / "h.safetensors", folder / "v.safetensors"
+    assert cli("compute", *files, "-o", hessian).code == 0
+    save_file({name: p.detach().numpy() for name, p in net.named_parameters()}, vector)
+    for name, words in {
+        "a.safetensors": ("hvp", *files, "--vector", vector),
+        "b.safetensors": ("hvp", *files, "--per-fedavg", 0.1, "--query", folder / "query.npz"),
+        "c.safetensors": ("eigen", *files),
+        "d.safetensors": ("eigen", hessian),
+        "e.safetensors": ("density", *files),
+        "f.safetensors": ("density", hessian),
+        "g.json": ("density", hessian),
+    }.items():
+        ran = cli(*words, "-o", name)
+        assert ran.code == 0, ran.stderr
+        assert b"somewhere" not in Path(name).read_bytes(), name
+
+
 def test_random_vectors_follow_the_seed(cli, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         cli("hvp", *MLP, "--vector", "random", "--seed", seed, "-o", f"{name}.safetensors")
