@@ -428,6 +428,22 @@ def test_a_journal_alone_is_of_a_finished_file(cli, net, small_bands, monkeypatc
     assert not list(Path().glob(".*"))
 
 
+def test_nothing_is_kept_once_the_file_has_its_name(cli, net, small_bands, monkeypatch):
+    whole = ResultWriter.commit
+
+    def interrupted(self, document):
+        whole(self, document)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResultWriter, "commit", interrupted)
+        ran = cli("compute", *net, *COMMAND)
+    assert ran.fails(130) == "interrupted"
+    assert "hint: " not in ran.stderr
+    assert cli("show", "h.safetensors", "--verify").code == 0
+    assert cli("compute", *net, *COMMAND).code == 0
+
+
 def test_resume_after_a_route_that_failed(cli, net, small_bands, monkeypatch):
     tried = break_bands(monkeypatch)
     assert cli("compute", *net, *COMMAND).code == 0

@@ -111,7 +111,7 @@ def into_files(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
             current, room = [], limit
         current.append(name)
         room -= size
-    return [*files, current] if current or not files else files
+    return [*files, current] if current else files
 
 
 def journal_path(path: Path, writer: str = "") -> Path:
