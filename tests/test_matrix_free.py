@@ -442,6 +442,33 @@ def test_a_trace_that_an_estimate_does_not_reach_is_exact_where_that_costs_no_mo
     assert cli(*rough, 0.1).document["exact"] is False
 
 
+def test_an_estimate_that_is_interrupted_is_not_made_exact(cli, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 10)).double()
+    x, y = np.random.default_rng(0).random((30, 20)), np.zeros((30, 10))
+
+    def interrupted(self, products, relative, tolerance):
+        if products >= 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("hesscli.job.trace.Convergence.standard_error", interrupted)
+    words = ("--method", "hvp", "--rel-error", 1e-6, "--json")
+    ran = cli("trace", *saved(tmp_path, model, x=x, y=y), *words)
+    assert ran.code == 130
+    assert (ran.document["exact"], ran.document["interrupted"]) == (False, True)
+    assert ran.document["products"] < 60
+
+
+def test_a_trace_by_differences(cli):
+    words = ("--method", "finite-difference", "--max-products", 20, "--json")
+    document = cli("trace", *MLP, *words).document
+    assert (document["method"], document["exact"]) == ("finite-difference", False)
+    assert document["products"] == 20
+    total = document["total"]
+    truth = np.trace(dense(cli, *MLP))
+    assert abs(total["trace"] - truth) <= 5 * total["standard_error"]
+
+
 def test_a_trace_that_stays_rough_passes_no_gate(cli):
     rough = ("trace", *MLP, "--method", "hvp", "--max-products", 20)
     assert cli(*rough).code == 0

@@ -109,7 +109,7 @@ def _found(plan: Plan, operator: Operator, relative_error: float, max_products: 
 def _exact_products(plan: Plan, operator: Operator) -> float:
     """How many products the exact diagonal is planned to cost."""
     by_rows = plan.by_rows()
-    ratio = plan.work(plan.blocks) / by_rows if by_rows else 0.0
+    ratio = plan.work(plan.blocks) / by_rows if by_rows else 1.0  # differences: one for each row
     # This process does it alone; products are shared.
     return ratio * operator.size * operator.processes.size
 
