@@ -326,6 +326,14 @@ def test_vectors_for_which_there_is_no_memory(cli, monkeypatch):
     assert "--top 10 holds 38 vectors of 1210 numbers, 184 kB; 145 kB" in ran.fails(6)
     assert ran.hint.endswith("--top 1")
     assert cli("eigen", *MLP, "--top", 2).code == 0
+    ran = cli("density", *MLP, "--probes", 1, "--steps", 40)
+    assert "--steps 40 holds 44 vectors of 1210 numbers, 213 kB" in ran.fails(6)
+    assert cli("density", *MLP, "--probes", 1, *ran.hint.split()[-2:]).code == 0
+    ran = cli("density", *MLP, "--probes", 61, "--steps", 20)
+    assert "the whole matrix holds 7260 vectors" in ran.fails(6)
+    assert cli("density", *MLP, "--steps", 20, *ran.hint.split()[-2:]).code == 0
+    ran = cli("trace", *MLP, "--method", "hvp")
+    assert "the estimate holds 40 vectors" in ran.fails(6)
 
 
 @pytest.mark.parametrize(
