@@ -116,15 +116,19 @@ class Use:
         if self.a is None:
             z = known[self.z]
             return z.new_ones(self.axis.samples(z.shape) * self.apart, self.positions, 1)
-        a = known[self.a]
+        return self.columns_of(known[self.a], known)
+
+    def columns_of(self, a: Tensor, known: Mapping[int, Tensor]) -> Tensor:
+        """The same of an operand, [..., *a.shape] -> [..., samples, positions, groups m]; of tokens, of those alone."""
         if self.kind == SCALE:
             return self.rows(a.expand(known[self.z].shape))
         if self.kind == CONVOLUTION:
-            kernel = known[self.value].shape[2:]
-            patches = convolved(a, kernel, *map(self.call.named, _OF_CONVOLUTION))
-            split = (self.axis.outer, -1, self.axis.inner, *patches.shape[1:])
-            shape = (-1, self.positions, self.storage.groups * self.m)
-            return patches.reshape(split).transpose(0, 1).reshape(shape)
+            kernel, lead = known[self.value].shape[2:], a.shape[: a.dim() - self.rank]
+            images = a.reshape(-1, *a.shape[len(lead) + 1 :])
+            patches = convolved(images, kernel, *map(self.call.named, _OF_CONVOLUTION))
+            split = (*lead, self.axis.outer, -1, self.axis.inner, *patches.shape[1:])
+            shape = (*lead, -1, self.positions, self.storage.groups * self.m)
+            return patches.reshape(split).transpose(-5, -4).reshape(shape)
         if self.call.name == "embedding":  # a product with the tokens' unit vectors
             a = torch.nn.functional.one_hot(a, self.m).to(known[self.z].dtype)
             padding = self.call.named("padding_idx")

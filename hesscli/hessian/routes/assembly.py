@@ -145,11 +145,11 @@ def add_layer_diagonal(
         chunk, z = workspace // per_direction, delta_rows[:, : use.positions]
         for t, part, units in _unit_vectors(z, wanted.neurons(use), chunk):
             seeds = use.spread(units, delta.shape)
-            ((s, shifts),) = own.along(probed.along(delta, own.variables, seeds))
+            ((s, moved),) = own.along(probed.along(delta, own.variables, seeds))
             for row, p in enumerate(part):
                 sums = [] if s is None else [(s[row], a)]
-                if shifts:
-                    sums.append((delta_rows, shifts[row]))
+                if moved is not None:
+                    sums.append((delta_rows, moved[row]))
                 for u, columns in sums:
                     same = torch.einsum("bt,btq->bq", u[:, :, p] * twice, columns)
                     wanted.add_neuron(use, p, a[:, t], same)

@@ -74,34 +74,28 @@ class Layer:
 
     def rows(self, found: Sequence[Tensor | None]) -> Tensor | None:
         """[..., *z.shape] of each value -> [..., B, T, n], value after value; None is zero."""
-        pairs = list(zip(self.weights, found, strict=True))
-        parts = [None if u is None else use.rows(u) for use, u in pairs]
-        like = next((part for part in parts if part is not None), None)
-        if like is None:
-            return None
-        lead = like.shape[:-2]
-        zeros = (like.new_zeros(*lead, use.positions, use.n) for use in self.weights)
-        return _joined([z if part is None else part for part, z in zip(parts, zeros, strict=True)])
+        pairs = zip(self.weights, found, strict=True)
+        return self._joined([None if u is None else use.rows(u) for use, u in pairs])
 
-    def moved(self, tangents: Sequence[Tensor | None], probed: Probed) -> list[Tensor]:
-        """How the inputs of the weight move along each direction, value after value: [B, T, m] each.
-
-        Args:
-            tangents: how the operand moves at each value, [directions, *a.shape]; None is zero.
-            probed: the pass.
+    def moved(self, tangents: Sequence[Tensor | None], probed: Probed) -> Tensor | None:
+        """How the inputs of the weight move where the operand moves at each value, [..., *a.shape]; None is zero.
 
         Returns:
-            nothing where none moves.
+            [..., B, T, m], value after value.
         """
+        pairs = zip(self.weights, tangents, strict=True)
+        return self._joined(
+            [None if a is None else use.columns_of(a, probed.known) for use, a in pairs]
+        )
 
-        def at(use: Use, tangent: Tensor | None, row: int) -> Tensor:
-            if tangent is None or use.a is None:
-                return torch.zeros_like(probed.columns(use))
-            return use.columns({**probed.known, use.a: tangent[row]})
-
-        count = max((len(tangent) for tangent in tangents if tangent is not None), default=0)
-        pairs = list(zip(self.weights, tangents, strict=True))
-        return [_joined([at(use, tangent, row) for use, tangent in pairs]) for row in range(count)]
+    def _joined(self, parts: Sequence[Tensor | None]) -> Tensor | None:
+        """[..., B, T, k] of each value, one after the other along the positions; None is zero."""
+        like = next((part for part in parts if part is not None), None)
+        if like is None or len(parts) == 1:
+            return like
+        lead, width = like.shape[:-2], like.shape[-1]
+        zeros = (like.new_zeros(*lead, use.positions, width) for use in self.weights)
+        return torch.cat([z if x is None else x for x, z in zip(parts, zeros, strict=True)], -2)
 
     def pieces(self, block: Block) -> list[Piece]:
         """Its rows of a block, neuron by neuron."""
@@ -109,11 +103,6 @@ class Layer:
         starts = [block.rows[use.parameter].start for use in self.uses]
         parts = [u.storage.parts(at, sections) for u, at in zip(self.uses, starts, strict=True)]
         return [Piece(self.weight.n // sections, each) for each in zip(*parts, strict=True)]
-
-
-def _joined(values: Sequence[Tensor]) -> Tensor:
-    """[..., T, n] each, one after the other along the positions."""
-    return values[0] if len(values) == 1 else torch.cat(list(values), -2)
 
 
 def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:

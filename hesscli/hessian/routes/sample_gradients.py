@@ -22,8 +22,8 @@ from hesscli.hessian.workers import side_by_side, workers
 
 _COLUMNS = 512  # of gradients, at least, for as many samples as fit beside
 
-Motion = list[tuple[Tensor | None, list[Tensor]]]
-"""Of each layer: delta' [directions, B, T, n], None being zero, and a' [B, T, m] of each direction, if it moves."""
+Motion = list[tuple[Tensor | None, Tensor | None]]
+"""Of each layer: delta' [directions, B, T, n], and a' [directions, B, T, m]; None is zero."""
 
 
 class SampleGradients:
@@ -136,7 +136,7 @@ class SampleGradients:
         column = 0
         for index, neurons in tile:
             layer, mine = self.layers[index], slice(neurons.start, neurons.stop)
-            (u, shifts), delta, a = motion[index], self.deltas[index], self.inputs[index]
+            (u, moved), delta, a = motion[index], self.deltas[index], self.inputs[index]
             size = self._columns((index, neurons))
             target = out[:, column : column + size].unflatten(1, (-1, layer.width))
             column += size
@@ -144,9 +144,9 @@ class SampleGradients:
                 target.zero_()
             else:
                 _multiply(target, u[row, part, :, mine], a[part], beta=0)
-            if shifts:
+            if moved is not None:
                 weights = target[..., : layer.weight.m]
-                _multiply(weights, delta[part, :, mine], shifts[row][part], beta=1)
+                _multiply(weights, delta[part, :, mine], moved[row, part], beta=1)
 
 
 def _multiply(target: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
