@@ -58,6 +58,12 @@ def ranges(stop: int, most: int, start: int = 0) -> list[range]:
     return [range(first, min(first + step, stop)) for first in range(start, stop, step)]
 
 
+def shared_ranges(rows: range, most: int, threads: int) -> list[range]:
+    """Some rows, as many at a time for each of the threads, and at most so many for all of them together."""
+    together = max(1, min(most, len(rows)))
+    return ranges(rows.stop, -(-together // threads), rows.start)
+
+
 def grouped(items: Iterable[Item], size: Callable[[Item], int], most: int) -> list[list[Item]]:
     """Items in groups of those that follow each other, of at most so much, but never less than one."""
     groups: list[list[Item]] = []

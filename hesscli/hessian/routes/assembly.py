@@ -109,7 +109,8 @@ def _add_shared(
                 found = probed.along(delta, gradients.variables, seeds)
                 mine = by_neuron[part.start - neurons.start : part.stop - neurons.start]
                 gradients.add(mine, a[:, t], gradients.along(found))
-        moving = use.columns(probed.known)  # with earlier values
+        with torch.enable_grad():
+            moving = use.columns(probed.known)  # with earlier values
         if moving.requires_grad:
             left = rows[..., neurons.start : neurons.stop]
             chunk = workspace // (4 * sum(probe.numel() for probe in gradients.probes))
@@ -123,11 +124,12 @@ def add_layer_diagonal(
     probed: Probed,
     layer: Layer,
     deltas: Mapping[int, Tensor],
+    neurons: range,
     wanted: Diagonal,
     bias_out: Tensor | None,
     workspace: int,
 ) -> None:
-    """The diagonal of a weight's own block, and of its bias's, [n].
+    """The diagonal of some neurons in a weight's own block, and of their biases', in [n].
 
     Two values of a shared layer give the same, seen from either: from the earlier one it counts twice.
     """
@@ -143,7 +145,7 @@ def add_layer_diagonal(
         if not layer.plain:
             per_direction += len(a) * use.size
         chunk, z = workspace // per_direction, delta_rows[:, : use.positions]
-        for t, part, units in _unit_vectors(z, wanted.neurons(use), chunk):
+        for t, part, units in _unit_vectors(z, neurons, chunk):
             seeds = use.spread(units, delta.shape)
             ((s, moved),) = own.along(probed.along(delta, own.variables, seeds))
             for row, p in enumerate(part):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
-from hesscli.hessian.chunk_sizes import chunk_sizes, ranges
+from torch import Tensor
+
+from hesscli.hessian.chunk_sizes import chunk_sizes, shared_ranges
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analyses, WeightAnalyses
 from hesscli.hessian.proofs.uses import Use
@@ -14,6 +16,7 @@ from hesscli.hessian.routes.costs import Costs
 from hesscli.hessian.routes.cut_plan import CutPlan, plan_cuts
 from hesscli.hessian.routes.probes import Cut, Probed
 from hesscli.hessian.routes.rates import usual_rates
+from hesscli.hessian.workers import each_with, graphs_for
 
 
 class Cuts:
@@ -68,23 +71,33 @@ class Cuts:
         behind = plan.values[plan.values.index(first) :] if first is not None else ()
         for value in reversed(behind):  # each is made of the one after it
             if value not in made:
-                probed = Probed(self.analyses, batch, [value], cut=cut)
-                made[value] = _curvature(probed, value, workspace)
+                made[value] = self._curvature(batch, value, cut, workspace)
             cut = made[value]
         return cut
 
+    def _curvature(self, batch: Batch, value: int, cut: Cut | None, workspace: int) -> Cut:
+        """dL/dc and d^2 L / dc^2 of each sample, by those at the next cut."""
 
-def _curvature(probed: Probed, value: int, workspace: int) -> Cut:
-    """dL/dc and d^2 L / dc^2 of each sample."""
-    probe = probed.probes[value]
-    (delta,) = probed.derivatives([probe])
-    samples, size = probed.samples, delta.numel() // probed.samples
-    sigma = delta.new_zeros(samples, size, size)
-    chunk = min(chunk_sizes(delta.device).rows, workspace // (8 * delta.numel()))
-    if delta.requires_grad:
-        for some in ranges(size, chunk):
-            (found,) = probed.along(delta, [probe], probed.unit_seeds(delta, some))
+        def passed() -> tuple[Probed, Tensor]:
+            probed = Probed(self.analyses, batch, [value], cut=cut)
+            (delta,) = probed.derivatives([probed.probes[value]])
+            return probed, delta
+
+        probed, delta = passed()
+        samples, size = probed.samples, delta.numel() // probed.samples
+        sigma = delta.new_zeros(samples, size, size)
+        threads = graphs_for(delta.device, size)
+        graphs = [(probed, delta), *(passed() for _ in range(threads - 1))]
+        chunk = min(chunk_sizes(delta.device).rows, workspace // (8 * delta.numel()))
+
+        def add(graph: tuple[Probed, Tensor], some: range) -> None:
+            probed, delta = graph
+            seeds = probed.unit_seeds(delta, some)
+            (found,) = probed.along(delta, [probed.probes[value]], seeds)
             if found is not None:
                 rows = found.reshape(len(some), samples, size).transpose(0, 1)
                 sigma[:, some.start : some.stop] = rows
-    return Cut(value, delta.detach(), sigma.detach())
+
+        if delta.requires_grad:
+            each_with(graphs, shared_ranges(range(size), chunk, threads), add)
+        return Cut(value, delta.detach(), sigma.detach())

@@ -2,11 +2,7 @@
 
 For the rows r of a block with parameters theta_B, `H[r, :] = d(g[r]) / d theta_B` where `g = dL / d theta_B` was
 computed with its own graph. Chunks of rows go through one batched backward pass; an operator without a batching rule
-makes it one row at a time.
-
-Where there are two threads, each takes half as many rows at a time, through a graph of its own. An operator of a small
-model is too little to be shared: with both threads in each of them, rows of a recurrent layer and of attention took 1.5
-times as long.
+makes it one row at a time. Where there are two threads, each takes half as many rows at a time.
 """
 
 from __future__ import annotations
@@ -18,16 +14,14 @@ from torch import Tensor
 
 from hesscli.hessian.autodiff import batched_rows, unit_rows
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.chunk_sizes import ranges
+from hesscli.hessian.chunk_sizes import shared_ranges
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.operator import gradient_graph
 from hesscli.hessian.routes.base import ByRows, Wanted
 from hesscli.hessian.routes.choice import Choice
 from hesscli.hessian.routes.first_batch import FirstBatch
-from hesscli.hessian.workers import side_by_side, workers
+from hesscli.hessian.workers import each_with, graphs_for
 
-_ABREAST = 2
-_FEWEST = 8  # rows at a time that a thread is worth
 _SHARE = 0.7  # of the time that one graph takes; measured: 0.36 to 0.75
 
 Chunk = tuple[Wanted, str, int, range]  # a parameter, where its rows begin, and some of them
@@ -38,8 +32,7 @@ class HessianVectorProducts(ByRows):
 
     @property
     def _threads(self) -> int:
-        threads = workers(self.problem.device, self.chunk // _FEWEST)
-        return threads if threads == _ABREAST else 1
+        return graphs_for(self.problem.device, self.chunk)
 
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
         choice = super().choice(first, block, diagonal)
@@ -52,14 +45,14 @@ class HessianVectorProducts(ByRows):
         names = list(dict.fromkeys(name for part in parts for name in part.block.parameters))
         graphs = [self._gradient(batch, names) for _ in range(threads)]
 
-        def add(worker: int, mine: Iterator[Chunk]) -> None:
-            for part, name, first, rows in mine:
-                if (g := graphs[worker].get(name)) is not None:
-                    leaves = [parameters[name] for name in part.block.parameters]
-                    seeds = unit_rows(g, rows.start - first, len(rows), len(g))
-                    part.add(rows.start, batched_rows(g, leaves, seeds))
+        def add(graph: dict[str, Tensor], chunk: Chunk) -> None:
+            part, name, first, rows = chunk
+            if (g := graph.get(name)) is not None:
+                leaves = [parameters[name] for name in part.block.parameters]
+                seeds = unit_rows(g, rows.start - first, len(rows), len(g))
+                part.add(rows.start, batched_rows(g, leaves, seeds))
 
-        side_by_side(chunks, threads, add)
+        each_with(graphs, chunks, add)
 
     def _gradient(self, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
         """A batch's share of that by each parameter [n], with its graph, where it has one."""
@@ -73,6 +66,5 @@ def _chunks(parts: Sequence[Wanted], most: int, threads: int) -> Iterator[Chunk]
     for part in parts:
         for name, own in part.block.rows.items():
             first, last = max(part.start, own.start), min(part.stop, own.stop)
-            each = min(most, last - first)
-            for rows in ranges(last, -(-each // threads), first):
+            for rows in shared_ranges(range(first, last), most, threads):
                 yield part, name, own.start, rows

@@ -15,14 +15,15 @@ Source: C. Bishop, Exact calculation of the Hessian matrix for the multilayer pe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
 from hesscli.hessian.autodiff import batched_rows, unit_rows
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.chunk_sizes import chunk_sizes, ranges
+from hesscli.hessian.chunk_sizes import chunk_sizes, shared_ranges
 from hesscli.hessian.layout import Layout, Part, Piece
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analysis
@@ -39,6 +40,9 @@ from hesscli.hessian.routes.layers import Layer, split
 from hesscli.hessian.routes.probes import Cut, Probed
 from hesscli.hessian.routes.sweep import add_chain_diagonals
 from hesscli.hessian.words import PREACTIVATION
+from hesscli.hessian.workers import each_with, graphs_for
+
+Pass = tuple[Probed, list[Tensor]]  # and derivatives of it that are differentiated again
 
 
 class Preactivation(AffineRoute):
@@ -118,8 +122,7 @@ class Preactivation(AffineRoute):
             if isinstance(part, Rows):
                 self._demand_layout(analysis, block)
             if not layers:
-                for first, found in self._alone(batch, part):
-                    part.add(first, found)
+                self._add_alone(batch, part)
                 continue
             bias_out = None
             for other in parts if len(layers) == 1 else ():
@@ -129,41 +132,61 @@ class Preactivation(AffineRoute):
                     done.add(other.block.name)
             if isinstance(part, Diagonal):
                 self._add_diagonal(batch, part, layers[0], bias_out)
-            else:
-                self._add_layers(batch, part, layers, others, bias_out)
+                continue
+            if sum(len(block.rows[name]) for name in others) > part.start:
+                self._add_others(batch, part, others)
+            self._add_layers(batch, part, layers, others, bias_out)
 
-    def _alone(self, batch: Batch, part: Wanted) -> Iterator[tuple[int, Tensor]]:
-        """Rows of a parameter with no more entries than directions along z: u = A e_r for each entry r.
+    def _passes(self, passed: Callable[[], Pass], seeds: int) -> list[Pass]:
+        """As many as so many seeds are worth threads."""
+        return [passed() for _ in range(graphs_for(self.problem.device, seeds))]
 
-        Yields:
-            some rows [rows, block.size], with the first one's number.
-        """
+    def _add_alone(self, batch: Batch, part: Wanted) -> None:
+        """Rows of a parameter with no more entries than directions along z: u = A e_r for each entry r."""
         use = self.analyses.of(batch).use(part.block.parameters[0])
         cut = self.cuts.after(batch, use, self.workspace)
-        probed = Probed(self.analyses, batch, [use.z], cut=cut)
-        probe = probed.probes[use.z]
-        (delta,) = probed.derivatives([probe])
+
+        def passed() -> Pass:
+            probed = Probed(self.analyses, batch, [use.z], cut=cut)
+            return probed, probed.derivatives([probed.probes[use.z]])
+
+        passes = self._passes(passed, part.stop - part.start)
+        probed, (delta,) = passes[0]
         if not delta.requires_grad:
             return
         a = probed.columns(use)
-        chunk = min(self.sizes.rows // 2, self.workspace // (8 * delta.numel()))
-        for entries in ranges(part.stop, chunk, part.start):
+
+        def add(mine: Pass, entries: range) -> None:
+            probed, (delta,) = mine
             seeds = use.spread(_directions_of(use, a, entries, probed.samples), delta.shape)
-            (found,) = probed.along(delta, [probe], seeds)
-            if found is None:
-                return
-            rows = use.rows(found).flatten(1, 2)
-            yield entries.start, use.pull(rows.unsqueeze(0), a.flatten(0, 1).unsqueeze(0))[0]
+            (found,) = probed.along(delta, [probed.probes[use.z]], seeds)
+            if found is not None:
+                rows = use.rows(found).flatten(1, 2).unsqueeze(0)
+                part.add(entries.start, use.pull(rows, a.flatten(0, 1).unsqueeze(0))[0])
+
+        most = min(self.sizes.rows, self.workspace // (4 * delta.numel()))
+        each_with(passes, shared_ranges(range(part.start, part.stop), most, len(passes)), add)
 
     def _add_diagonal(
         self, batch: Batch, part: Diagonal, layer: Layer, bias: Tensor | None
     ) -> None:
         """The diagonal of a layer's weight; `bias` as in `add_layer`."""
-        cut = self._cut(batch, [layer])
-        probed = Probed(self.analyses, batch, layer.zs, activations=_moving([layer]), cut=cut)
-        found = probed.derivatives([probed.probes[z] for z in layer.zs])
-        deltas = dict(zip(layer.zs, found, strict=True))
-        add_layer_diagonal(probed, layer, deltas, part, bias, self.workspace)
+        cut, neurons = self._cut(batch, [layer]), part.neurons(layer.weight)
+
+        def passed() -> Pass:
+            moving = _moving([layer])
+            probed = Probed(self.analyses, batch, layer.zs, activations=moving, cut=cut)
+            return probed, probed.derivatives([probed.probes[z] for z in layer.zs])
+
+        passes = self._passes(passed, len(neurons) * layer.positions)
+        workspace = self.workspace // len(passes)
+
+        def add(mine: Pass, some: range) -> None:
+            probed, found = mine
+            deltas = dict(zip(layer.zs, found, strict=True))
+            add_layer_diagonal(probed, layer, deltas, some, part, bias, workspace)
+
+        each_with(passes, shared_ranges(neurons, len(neurons), len(passes)), add)
 
     def _cut(self, batch: Batch, layers: Sequence[Layer], others: Sequence[str] = ()) -> Cut | None:
         """The cut behind a layer that is alone."""
@@ -179,51 +202,89 @@ class Preactivation(AffineRoute):
         others: Sequence[str],
         bias: Tensor | None,
     ) -> None:
-        """Rows of a block of layers, and of parameters that are no part of one; `bias` as in `add_layer`."""
+        """The rows of layers, which come after those of others; `bias` as in `add_layer`."""
         block, cut = part.block, self._cut(batch, layers, others)
-        lengths = [*(len(block.rows[name]) for name in others), *(x.size for x in layers)]
-        named = [*others, *(layer.weight.parameter for layer in layers)]
-        first_rows = dict(zip(named, itertools.accumulate(lengths, initial=0), strict=False))
-        layers = [x for x in layers if first_rows[x.weight.parameter] + x.size > part.start]
+        sizes = [sum(len(block.rows[name]) for name in others), *(x.size for x in layers)]
+        firsts = list(itertools.accumulate(sizes))[:-1]
+        left = sum(at + layer.size <= part.start for at, layer in zip(firsts, layers, strict=True))
+        layers, firsts = layers[left:], firsts[left:]
         zs = [z for layer in layers for z in layer.zs]
-        probed = Probed(
-            self.analyses,
-            batch,
-            zs,
-            leaves=block.parameters if others else (),
-            activations=_moving(layers),
-            cut=cut,
-        )
-        with_rows = [x for x in probed.leaves if x in others and first_rows[x] < part.stop]
-        wanted = [probed.probes[z] for z in zs] + [probed.leaves[name] for name in with_rows]
-        found = probed.derivatives(wanted)
-        deltas = dict(zip(zs, found, strict=False))
-        for index, layer in enumerate(layers):
-            at = first_rows[layer.weight.parameter]
+
+        def passed() -> Pass:
+            probed = Probed(self.analyses, batch, zs, activations=_moving(layers), cut=cut)
+            return probed, probed.derivatives([probed.probes[z] for z in zs])
+
+        pieces: list[tuple[int, range]] = []  # a layer's place, and some of its neurons
+        for index, (at, layer) in enumerate(zip(firsts, layers, strict=True)):
             rows = range(max(at, part.start), min(at + layer.size, part.stop))
             if rows:
                 neurons = range((rows.start - at) // layer.width, (rows.stop - at) // layer.width)
-                out = part.upper(rows.start, rows.stop)
-                add_layer(probed, layers[index:], deltas, neurons, out, bias, self.workspace)
-        for name, gradient in zip(with_rows, found[len(zs) :], strict=True):
-            if gradient.requires_grad:
-                self._add_rows(probed, part, first_rows[name], gradient)
+                threads = graphs_for(self.problem.device, len(neurons) * layer.positions)
+                shares = _shares(neurons, block.size - at, layer.width, threads)
+                pieces += [(index, some) for some in shares]
+        passes = self._passes(passed, sum(len(some) * layers[i].positions for i, some in pieces))
+        workspace = self.workspace // len(passes)
 
-    def _add_rows(self, probed: Probed, part: Rows, at: int, gradient: Tensor) -> None:
-        """Rows of a parameter that is no part of a layer, by Hessian-vector products; `at` is its first."""
-        leaves, size = list(probed.leaves.values()), gradient.numel()
-        activations = sum(x.numel() for x in probed.known.values())
-        chunk = min(self.sizes.rows, self.workspace // (activations + part.block.size))
-        last = min(size, part.stop - at)
-        for some in ranges(last, chunk, max(0, part.start - at)):
-            seeds = unit_rows(gradient, some.start, len(some), size)
-            rows = batched_rows(gradient, leaves, seeds.view(len(some), *gradient.shape))
-            part.add(at + some.start, self.layout(part.block).from_block(rows))
+        def add(mine: Pass, piece: tuple[int, range]) -> None:
+            (probed, found), (index, neurons) = mine, piece
+            deltas, layer = dict(zip(zs, found, strict=True)), layers[index]
+            start, stop = (firsts[index] + p * layer.width for p in (neurons.start, neurons.stop))
+            own = None if bias is None else bias[neurons.start :, neurons.start :]
+            out = part.upper(start, stop)
+            add_layer(probed, layers[index:], deltas, neurons, out, own, workspace)
+
+        each_with(passes, pieces, add)
+
+    def _add_others(self, batch: Batch, part: Rows, others: Sequence[str]) -> None:
+        """Rows of parameters that are no part of a layer, by Hessian-vector products; they come first."""
+        block, firsts = part.block, dict[str, int]()
+        for name in others:
+            firsts[name] = sum(len(block.rows[before]) for before in firsts)
+        names = [name for name in others if firsts[name] < part.stop]
+
+        def passed() -> Pass:
+            probed = Probed(self.analyses, batch, (), leaves=block.parameters)
+            return probed, probed.derivatives([probed.leaves[name] for name in names])
+
+        wanted = [
+            range(
+                max(0, part.start - firsts[name]),
+                min(len(block.rows[name]), part.stop - firsts[name]),
+            )
+            for name in names
+        ]
+        passes = self._passes(passed, sum(map(len, wanted)))
+        activations = sum(x.numel() for x in passes[0][0].known.values())
+        most = min(self.sizes.rows, self.workspace // (activations + block.size))
+
+        def add(mine: Pass, piece: tuple[int, range]) -> None:
+            (probed, found), (index, some) = mine, piece
+            gradient, leaves = found[index], list(probed.leaves.values())
+            if gradient.requires_grad:
+                seeds = unit_rows(gradient, some.start, len(some), gradient.numel())
+                rows = batched_rows(gradient, leaves, seeds.view(len(some), *gradient.shape))
+                at = firsts[names[index]] + some.start
+                part.add(at, self.layout(block).from_block(rows))
+
+        pieces = [
+            (index, some)
+            for index, rows in enumerate(wanted)
+            for some in shared_ranges(rows, most, len(passes))
+        ]
+        each_with(passes, pieces, add)
 
 
 def _are_alone(layers: Sequence[Layer], others: Sequence[str]) -> bool:
     """Whether it is one layer, at one value, beside parameters of none: its directions end at the next cut."""
     return len(layers) == 1 and not layers[0].is_shared and not others
+
+
+def _shares(neurons: range, columns: int, width: int, count: int) -> list[range]:
+    """Neurons in so many parts, whose rows have about as many entries each: of these columns, those from theirs on."""
+    entries = list(itertools.accumulate(columns - p * width for p in neurons))
+    cuts = [1 + bisect_left(entries, entries[-1] * i / count) for i in range(1, count)]
+    stops = [0, *cuts, len(neurons)]
+    return [neurons[a:b] for a, b in itertools.pairwise(stops) if a < b]
 
 
 def _is_bias_at(analysis: Analysis, layer: Layer, block: Block) -> bool:

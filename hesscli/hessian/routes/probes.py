@@ -10,10 +10,9 @@ derivative is symmetric) and d a_l / d z_k u (by w_l) in one reverse pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,11 +24,6 @@ from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.operator import loss_hessian
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.proofs.uses import Use
-from hesscli.hessian.workers import in_order, workers
-
-Item = TypeVar("Item")
-
-_ABREAST = 2  # passes through one graph; more would wait: each of its nodes serves one at a time
 
 
 @dataclass(frozen=True)
@@ -126,25 +120,13 @@ class Probed:
     def along(
         self, delta: Tensor, inputs: Sequence[Tensor], seeds: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """The derivatives of the inputs' gradients along directions of z; on two threads, half of them on each.
+        """The derivatives of the inputs' gradients along directions of z.
 
         Args:
             delta: dPhi/dz, with its graph.
             inputs: probes and duals.
             seeds: [directions, *z.shape].
         """
-        if workers(seeds.device, len(seeds)) != _ABREAST:
-            return self._along(delta, inputs, seeds)
-        found: list[tuple[Tensor | None, ...]] = []
-        parts = seeds.chunk(_ABREAST)
-        in_order(parts, _ABREAST, lambda some: self._along(delta, inputs, some), found.append)
-        every = [[x for x in each if x is not None] for each in zip(*found, strict=True)]
-        found.clear()  # so that halves go as soon as they are joined
-        return tuple(torch.cat(each) if each else None for each in _taken_out(every))
-
-    def _along(
-        self, delta: Tensor, inputs: Sequence[Tensor], seeds: Tensor
-    ) -> tuple[Tensor | None, ...]:
         if self.cut is None or self.weight is None:
             return batched_grad(delta, inputs, seeds)
         moved, *bent = batched_grad(delta, [self.weight, *inputs], seeds)
@@ -185,9 +167,3 @@ class Probed:
         size = like.numel() // self.samples
         units = unit_rows(like, entries.start, len(entries), size).unsqueeze(1)
         return units.expand(-1, self.samples, -1).reshape(len(entries), *like.shape)
-
-
-def _taken_out(items: list[Item]) -> Iterator[Item]:
-    """Each of them in order, of which the list keeps none."""
-    while items:
-        yield items.pop(0)
