@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hesscli.hessian.autodiff import batched_rows
+from hesscli.hessian.batch_size import choose_sizes
+from hesscli.hessian.chunk_sizes import ChunkSizes
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.routes import hvp
@@ -149,3 +151,13 @@ def test_rows_on_two_threads_are_reckoned_less(two_threads):
         choice = HessianVectorProducts(problem, chunk).choice(first, block, diagonal=False)
         seconds[chunk] = choice.work.seconds(rates)
     assert seconds[64] == seconds[16] < seconds[8]
+
+
+@pytest.mark.parametrize(("largest", "rows"), [(1000, 128), (8 << 10, 64), (1 << 20, 16)])
+def test_rows_share_a_pass_as_long_as_its_values_stay_small(largest, rows):
+    """Of 8 samples, in 4 MiB; but never fewer than are worth a pass."""
+    sizes = choose_sizes(
+        samples=8, saved_per_sample=largest, largest_saved=largest, largest_block=100, itemsize=4,
+        memory=1 << 34, usual=ChunkSizes(), rows=4,
+    )  # fmt: skip
+    assert (sizes.batch, sizes.chunk) == (8, rows)

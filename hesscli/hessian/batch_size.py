@@ -10,6 +10,7 @@ PREFERRED_ROWS = 4  # per chunk; more of them gain less than larger batches do
 _GRAPHS = 4  # a double backward pass keeps about this many times what a forward pass saves
 _CHECKED = 8  # a check's pass keeps this part of the workspace at most
 _WIDE = 8  # bytes of a number in float64
+_ROWS = 16  # per chunk, however large they are
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Sizes:
 def choose_sizes(
     samples: int,
     saved_per_sample: int,
+    largest_saved: int,
     largest_block: int,
     itemsize: int,
     memory: int,
@@ -35,6 +37,7 @@ def choose_sizes(
     Args:
         samples: how many there are.
         saved_per_sample: bytes that autograd keeps of one sample's forward pass.
+        largest_saved: those of one tensor at most; operators take the rows of a chunk one tensor after the other.
         largest_block: n of the largest block; a chunk of its rows is held next to the activations.
         itemsize: bytes of one number.
         memory: bytes free now.
@@ -47,4 +50,5 @@ def choose_sizes(
     wide = max(1, saved_per_sample * _WIDE // itemsize)
     checked = max(1, min(samples, usual.samples, workspace // (_CHECKED * wide)))
     per_row = per_sample * batch + 3 * largest_block * itemsize
-    return Sizes(batch, checked, max(1, min(usual.rows, workspace // per_row)))
+    cached = max(_ROWS, usual.value // max(1, largest_saved * batch))
+    return Sizes(batch, checked, max(1, min(usual.rows, cached, workspace // per_row)))

@@ -23,6 +23,7 @@ class ChunkSizes:
         activations: bytes that those of a batch may take.
         samples: of a batch at most; a sum over more of them rounds more, and takes longer.
         rows: that share a pass at most; more gain nothing measurable.
+        value: bytes of a value that they share, if they are many; larger ones took twice as long, row by row.
         vectors: that share a product at most.
         directions: that one chunk of directions may make.
         output: of the loss's Hessian at the output, that share a pass.
@@ -39,8 +40,9 @@ class ChunkSizes:
     activations: int = 1 << 30
     samples: int = 1 << 15
     rows: int = 128
+    value: int = 1 << 22
     vectors: int = 32
-    directions: int = 1 << 25
+    directions: int = 1 << 24
     output: int = 1 << 20
     gradients: int = 1 << 19
     jacobians: int = 1 << 20
@@ -91,6 +93,7 @@ def _of_gpu(device: torch.device) -> ChunkSizes:
         activations=memory >> 3,
         samples=1 << 20,
         rows=1024,
+        value=many,
         vectors=256,
         directions=many,
         output=many,

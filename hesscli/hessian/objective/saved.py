@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -18,6 +18,13 @@ _UNSEEN = 256  # times the inputs: what a pass is taken to keep that cannot be l
 
 def saved_bytes(problem: Problem, batch: Batch, forward: Callable[[Batch], Tensor]) -> int:
     """How many bytes autograd keeps between a forward pass of a batch and its backward pass."""
+    return sum(saved_sizes(problem, batch, forward))
+
+
+def saved_sizes(
+    problem: Problem, batch: Batch, forward: Callable[[Batch], Tensor]
+) -> Collection[int]:
+    """The same of each tensor."""
     own = {p.untyped_storage().data_ptr() for p in problem.module.parameters()}
     seen: dict[int, int] = {}
 
@@ -38,5 +45,5 @@ def saved_bytes(problem: Problem, batch: Batch, forward: Callable[[Batch], Tenso
     except MismatchError as error:
         if not re.search("saved tensor hooks|invalid python storage", error.message):
             raise
-        return _UNSEEN * sum(x.numel() * x.itemsize for x in batch.inputs)  # of `torch.func`
-    return sum(seen.values())
+        return [_UNSEEN * sum(x.numel() * x.itemsize for x in batch.inputs)]  # of `torch.func`
+    return seen.values()

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from hesscli.hessian.chunk_sizes import chunk_sizes, shared_ranges
+from hesscli.hessian.chunk_sizes import shared_ranges
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analyses, WeightAnalyses
 from hesscli.hessian.proofs.uses import Use
@@ -88,7 +88,7 @@ class Cuts:
         sigma = delta.new_zeros(samples, size, size)
         threads = graphs_for(delta.device, size)
         graphs = [(probed, delta), *(passed() for _ in range(threads - 1))]
-        chunk = min(chunk_sizes(delta.device).rows, workspace // (8 * delta.numel()))
+        chunk = min(self.chunk, workspace // (8 * delta.numel()))
 
         def add(graph: tuple[Probed, Tensor], some: range) -> None:
             probed, delta = graph

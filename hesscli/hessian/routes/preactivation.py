@@ -53,8 +53,7 @@ class Preactivation(AffineRoute):
     def __init__(self, cuts: Cuts) -> None:
         super().__init__(cuts)
         self._layers: dict[Block, list[Layer]] = {}  # of the last batch, and the same in all
-        self.sizes = chunk_sizes(self.problem.device)
-        self.workspace = self.sizes.directions
+        self.workspace = chunk_sizes(self.problem.device).directions
 
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
         analysis, costs = first.proven()
@@ -164,7 +163,7 @@ class Preactivation(AffineRoute):
                 rows = use.rows(found).flatten(1, 2).unsqueeze(0)
                 part.add(entries.start, use.pull(rows, a.flatten(0, 1).unsqueeze(0))[0])
 
-        most = min(self.sizes.rows, self.workspace // (4 * delta.numel()))
+        most = min(self.cuts.chunk, self.workspace // (4 * delta.numel()))
         each_with(passes, shared_ranges(range(part.start, part.stop), most, len(passes)), add)
 
     def _add_diagonal(
@@ -179,12 +178,11 @@ class Preactivation(AffineRoute):
             return probed, probed.derivatives([probed.probes[z] for z in layer.zs])
 
         passes = self._passes(passed, len(neurons) * layer.positions)
-        workspace = self.workspace // len(passes)
 
         def add(mine: Pass, some: range) -> None:
             probed, found = mine
             deltas = dict(zip(layer.zs, found, strict=True))
-            add_layer_diagonal(probed, layer, deltas, some, part, bias, workspace)
+            add_layer_diagonal(probed, layer, deltas, some, part, bias, self.workspace)
 
         each_with(passes, shared_ranges(neurons, len(neurons), len(passes)), add)
 
@@ -223,7 +221,6 @@ class Preactivation(AffineRoute):
                 shares = _shares(neurons, block.size - at, layer.width, threads)
                 pieces += [(index, some) for some in shares]
         passes = self._passes(passed, sum(len(some) * layers[i].positions for i, some in pieces))
-        workspace = self.workspace // len(passes)
 
         def add(mine: Pass, piece: tuple[int, range]) -> None:
             (probed, found), (index, neurons) = mine, piece
@@ -231,7 +228,7 @@ class Preactivation(AffineRoute):
             start, stop = (firsts[index] + p * layer.width for p in (neurons.start, neurons.stop))
             own = None if bias is None else bias[neurons.start :, neurons.start :]
             out = part.upper(start, stop)
-            add_layer(probed, layers[index:], deltas, neurons, out, own, workspace)
+            add_layer(probed, layers[index:], deltas, neurons, out, own, self.workspace)
 
         each_with(passes, pieces, add)
 
@@ -255,7 +252,7 @@ class Preactivation(AffineRoute):
         ]
         passes = self._passes(passed, sum(map(len, wanted)))
         activations = sum(x.numel() for x in passes[0][0].known.values())
-        most = min(self.sizes.rows, self.workspace // (activations + block.size))
+        most = min(self.cuts.chunk, self.workspace // (activations + block.size))
 
         def add(mine: Pass, piece: tuple[int, range]) -> None:
             (probed, found), (index, some) = mine, piece

@@ -19,7 +19,7 @@ from hesscli.hessian.objective.first_passes import first_output
 from hesscli.hessian.objective.loss import OF_ALL
 from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES
 from hesscli.hessian.objective.problem import Problem, parameters_at
-from hesscli.hessian.objective.saved import saved_bytes
+from hesscli.hessian.objective.saved import saved_sizes
 from hesscli.hessian.objective.weight_writes import weight_writes
 from hesscli.job.setup.mixing import what_mixes, what_mixes_in_place
 from hesscli.job.setup.own_loss import inspect_loss
@@ -75,7 +75,8 @@ def split(
     grown = [1.001 * leaf.detach() for leaf in leaves]  # out of what a model keeps them in
     watched = weight_writes(problem.parameters, prevented=False)
     with parameters_at(leaves, grown), watched as written:
-        saved = saved_bytes(problem, some, problem.output) // max(1, len(some))
+        kept = saved_sizes(problem, some, problem.output)
+    saved, largest = (size(kept) // max(1, len(some)) for size in (sum, partial(max, default=0)))
     problem = replace(problem, written=tuple(written))
     if [x._version for x in some.inputs] != as_given:
         problem = replace(problem, writes_inputs=True)
@@ -88,7 +89,7 @@ def split(
             if problem.loss.reduced:
                 problem = replace(problem, loss=replace(problem.loss, reduced=OF_ALL))
     source = replace(source, fewest=fewest, most=most)
-    sizes = _sizes(problem, saved, source.samples, processes)
+    sizes = _sizes(problem, saved, largest, source.samples, processes)
     bounds = _bounds(source, batch_size or sizes.batch, shares)
     problem, bounds = _taken_apart(problem, source, bounds, room, note, processes)
     checked = bounds
@@ -144,15 +145,17 @@ def _accepted(
     return batch, len(batch), len(batch)
 
 
-def _sizes(problem: Problem, saved: int, samples: int, processes: Processes) -> Sizes:
-    """How much goes through at once, where `saved` bytes of a sample's forward pass are kept."""
+def _sizes(problem: Problem, saved: int, largest: int, samples: int, processes: Processes) -> Sizes:
+    """How much goes through at once, where `saved` bytes of a sample's forward pass are kept, of one tensor at most
+    `largest`.
+    """
     size = sum(p.numel() for p in problem.parameters.values())
     free = free_memory(problem.device)
     if processes.size > 1 and problem.device.type == "cpu":
         free //= ranks_here()
     usual = chunk_sizes(problem.device)
     rows = 1 if processes.side_by_side and problem.device.type == "cuda" else PREFERRED_ROWS
-    sizes = choose_sizes(samples, saved, size, problem.dtype.itemsize, free, usual, rows)
+    sizes = choose_sizes(samples, saved, largest, size, problem.dtype.itemsize, free, usual, rows)
     if processes.side_by_side and problem.device.type == "cpu":
         enough = max(_ENOUGH, size * problem.dtype.itemsize // 2)
         sizes = replace(sizes, batch=min(sizes.batch, _for_threads(samples, saved, enough)))
