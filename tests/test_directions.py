@@ -9,12 +9,13 @@ import pytest
 import torch
 from cases import normal
 from oracles import hessian
-from problems import blocks_and_truth, blocks_of, finished, problem_of, routes_of
+from problems import blocks_and_truth, blocks_of, finished, planner_of, problem_of, routes_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hesscli.hessian.routes.base import Diagonal, Rows
 from hesscli.hessian.routes.probes import Probed
+from hesscli.hessian.routes.rates import usual_rates
 
 
 class Recurrent(nn.Module):
@@ -79,3 +80,14 @@ def test_shares_of_two_threads(two_threads, seen, make, structure):
     for part, once, again in zip(parts, *found, strict=True):
         assert torch.equal(once, again)
         torch.testing.assert_close(once, truths[part.block.name], rtol=1e-10, atol=1e-13)
+
+
+def test_directions_on_two_threads_are_reckoned_less(two_threads):
+    problem = problem_of(Recurrent(), [normal(6, 4, 3)], normal(6, 2))
+    (block,) = blocks_of(problem, "full")
+    seconds = []
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        choice = planner_of(problem).forced(block, False, "preactivation")[0]
+        seconds.append(choice.work.seconds(usual_rates(problem.device)))
+    assert seconds[0] < seconds[1]

@@ -82,6 +82,15 @@ def test_what_is_used_twice() -> None:
     assert str(chosen["0.bias"]) == "hvp: used twice"
 
 
+def test_a_layer_behind_itself_is_assembled_from_both_ends() -> None:
+    """Rows of two values, z and z', from derivatives along z' as well as from those of the inputs along z."""
+    layer, samples, n = nn.Linear(60, 60, bias=False), 8, 60
+    problem = classify(nn.Sequential(layer, nn.Tanh(), layer), samples, n, classes=n)
+    (block,) = blocks_of(problem, "full")
+    work = planner_of(problem).forced(block, False, "preactivation")[0].work
+    assert work.flops > 2 * (2 * n * samples * 2 * n * block.size)
+
+
 def test_samples_that_mix_are_named() -> None:
     class Centred(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -145,12 +145,19 @@ class Costs:
                 work += self._moved(3 * self.samples * rows * before)
         return work
 
-    def cross(self, use: Use, columns: int) -> Work:
-        """The assembly of a layer's rows, over the columns of later layers."""
-        count = use.n * use.positions
+    def cross(self, seeds: int, inputs: int, use: Use, columns: int, made: int) -> Work:
+        """The assembly of rows from directions, over the columns of some layers.
+
+        Args:
+            seeds: how many directions.
+            inputs: how many rows each has a share of.
+            use: whose rows they are.
+            columns: parameters of the layers.
+            made: the same, each as often as it is applied in one sample: so a gradient is made.
+        """
         samples = self.samples * use.apart
-        moved = self._moved(3 * count * samples * columns)
-        return moved + self._product(count * samples * use.m * columns)
+        moved = self._moved(3 * seeds * samples * columns)
+        return moved + self._product(seeds * samples * (inputs * columns + 2 * made))
 
     def class_passes(self, values: Sequence[int]) -> Work:
         """The backward passes of all outputs to some values, and the loss's Hessian there."""

@@ -20,9 +20,7 @@ from hesscli.hessian.operator import gradient_graph
 from hesscli.hessian.routes.base import ByRows, Wanted
 from hesscli.hessian.routes.choice import Choice
 from hesscli.hessian.routes.first_batch import FirstBatch
-from hesscli.hessian.workers import each_with, graphs_for
-
-_SHARE = 0.7  # of the time that one graph takes; measured: 0.36 to 0.75
+from hesscli.hessian.workers import each_with, graphs_for, share_of_time
 
 Chunk = tuple[Wanted, str, int, range]  # a parameter, where its rows begin, and some of them
 
@@ -30,17 +28,15 @@ Chunk = tuple[Wanted, str, int, range]  # a parameter, where its rows begin, and
 class HessianVectorProducts(ByRows):
     """d(g[r]) / d theta_B for each row r."""
 
-    @property
-    def _threads(self) -> int:
-        return graphs_for(self.problem.device, self.chunk)
-
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
         choice = super().choice(first, block, diagonal)
-        return replace(choice, own=choice.own.times(_SHARE)) if self._threads > 1 else choice
+        share = share_of_time(self.problem.device, self.chunk)
+        return replace(choice, own=choice.own.times(share))
 
     def add(self, batch: Batch, parts: Sequence[Wanted]) -> None:
         """Adds the rows that can differ from zero, in chunks."""
-        parameters, threads = self.problem.parameters, self._threads
+        parameters = self.problem.parameters
+        threads = graphs_for(self.problem.device, self.chunk)
         chunks = list(_chunks(parts, self.chunk, threads))
         names = list(dict.fromkeys(name for part in parts for name in part.block.parameters))
         graphs = [self._gradient(batch, names) for _ in range(threads)]

@@ -40,7 +40,7 @@ from hesscli.hessian.routes.layers import Layer, split
 from hesscli.hessian.routes.probes import Cut, Probed
 from hesscli.hessian.routes.sweep import add_chain_diagonals
 from hesscli.hessian.words import PREACTIVATION
-from hesscli.hessian.workers import each_with, graphs_for
+from hesscli.hessian.workers import each_with, graphs_for, share_of_time
 
 Pass = tuple[Probed, list[Tensor]]  # and derivatives of it that are differentiated again
 
@@ -66,26 +66,35 @@ class Preactivation(AffineRoute):
         if not layers:
             use = analysis.use(block.parameters[0])
             work = first.along(use, use.size) + costs.own(use, diagonal)
-            return Choice(self, f"{use.size} seeds", first.in_all(work))
-        alone, work, seeds, tail = _are_alone(layers, others), Work(), 0, 0
-        for layer in reversed(layers):
+            return self._choice(first, f"{use.size} seeds", use.size, work)
+        alone, work, seeds = _are_alone(layers, others), Work(), 0
+        for index, layer in enumerate(layers):
             use = replace(layer.weight, positions=layer.positions)  # at all its values
             count = use.n * use.positions
             work += first.along(use, count) if alone else costs.directions(use.z, count)
-            if layer.is_shared and not diagonal:  # the inputs move as well, seen from each of them
-                work += costs.directions(use.z, use.m * use.positions // 2)
-                work += costs.cross(use, layer.size)
+            is_behind_itself = layer.is_shared and not diagonal
+            behind = layers[index if is_behind_itself else index + 1 :]
+            columns = sum(x.size for x in behind)
+            made = sum(x.size * x.positions for x in behind)
+            if is_behind_itself:  # its inputs move as well, seen from each of them
+                moving = use.m * use.positions
+                work += costs.directions(use.z, moving // 2)
+                work += costs.cross(moving, use.n, use, columns, made)
             else:
                 work += costs.own(use, diagonal)
-            if tail:
-                work += costs.cross(use, tail)
-            tail += layer.size
+            if behind:
+                work += costs.cross(count, use.m, use, columns, made)
             seeds += count
         rows = sum(len(block.rows[name]) for name in others)
         if rows:
             work += costs.hvp(block.parameters, rows)
         said = f"{seeds} seeds" + (f", {rows} rows by hvp" if rows else "")
-        return Choice(self, said, first.in_all(work))
+        return self._choice(first, said, seeds + rows, work)
+
+    def _choice(self, first: FirstBatch, said: str, seeds: int, work: Work) -> Choice:
+        """That many seeds, the work of which is shared by threads."""
+        share = share_of_time(self.problem.device, seeds)
+        return Choice(self, said, first.in_all(work).times(share))
 
     def shrink(self) -> bool:
         self.workspace //= 2

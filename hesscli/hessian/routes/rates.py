@@ -17,7 +17,7 @@ class Rates:
     """The defaults are a CPU's."""
 
     flops: float = 5e10  # per second, in matrix products
-    memory: float = 5e9  # bytes per second, in elementwise operations
+    memory: float = 1.2e10  # bytes per second, in elementwise operations, of what the cache holds
     call: float = 1.5e-5  # seconds per operator
 
 
@@ -28,7 +28,7 @@ def usual_rates(device: torch.device) -> Rates:
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Rates from a short matrix product, two short elementwise passes, and the time of one operator."""
-    size, count = (4096, 1 << 26) if device.type == "cuda" else (768, 1 << 21)
+    size, count = (4096, 1 << 26) if device.type == "cuda" else (768, 1 << 19)
     a = torch.rand(size, size, device=device, dtype=dtype)
     big = torch.rand(count, device=device, dtype=dtype)
     small = torch.rand(16, device=device, dtype=dtype)
