@@ -1519,3 +1519,36 @@ def test_an_output_that_no_parameter_moves():
     assert not found.matrix().any()
     unused = "hessian: unused, detached or under torch.no_grad, so its block is zero"
     assert unused in found.metadata["notes"]
+
+
+class Flow(nn.Module):
+    """Keeps constants in what is no module: a list, a dict, and a distribution of a distribution."""
+
+    def __init__(self):
+        super().__init__()
+        self.masks = [torch.tensor([[1.0, 0.0], [0.1, 1.0]]), (torch.ones(2, 2) / 3,)]
+        self.named = {"turn": torch.tensor([[0.6, -0.8], [0.8, 0.6]])}
+        normal = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2) / 3)
+        self.base = torch.distributions.TransformedDistribution(normal, [])
+        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = nn.functional.linear(torch.tanh(self.a(x) @ self.masks[0]), self.named["turn"])
+        return -self.base.log_prob(self.b(z) @ self.masks[1][0])
+
+
+def test_constants_in_what_is_no_module():
+    torch.manual_seed(0)
+    model = Flow()
+    own = {"loss": "output", "blocks": "full", "framework": "torch", "dtype": "float64"}
+    found = hesscli.compute(model, {"x": X}, **own)
+    assert model.masks[0].dtype is model.base.base_dist.loc.dtype is torch.float32
+    model.double()
+    model.masks = [model.masks[0].double(), (model.masks[1][0].double(),)]
+    model.named = {"turn": model.named["turn"].double()}
+    base = model.base.base_dist
+    model.base = torch.distributions.MultivariateNormal(
+        base.loc.double(), scale_tril=base.scale_tril.double()
+    )
+    truth = hessian(model, lambda terms, _: terms.mean(), (X,), None)
+    assert relative_error(found.matrix(), truth) < 1e-12

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from hesscli.hessian.aten.definitions import CPU, gpus
 from hesscli.hessian.aten.watcher import Watcher
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16, torch.complex64)
 WIDE = (torch.float64, torch.complex128)
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+_DEEPEST = 4  # of lists in lists that are looked into
 
 
 def in_precision(tensor: Tensor, precision: torch.dtype) -> Tensor:
@@ -30,9 +33,31 @@ def in_precision_(module: nn.Module, precision: torch.dtype) -> nn.Module:
             _constants_in_precision_(part, precision)
         else:
             for name, value in vars(part).items():
-                if isinstance(value, Tensor) and not value.requires_grad:
-                    vars(part)[name] = in_precision(value, precision)
+                if name not in _REGISTERED:
+                    vars(part)[name] = _constants_in(value, precision)
     return module._apply(lambda tensor: in_precision(tensor, precision))
+
+
+def _constants_in(value: Any, precision: torch.dtype, depth: int = 0) -> Any:
+    """An attribute with all its constants in that: one, or a list, a dict or a distribution of them, and so on."""
+    if isinstance(value, Tensor):
+        # A parameter, frozen say, stays the one that it is.
+        moves = value.requires_grad or isinstance(value, nn.Parameter)
+        return value if moves else in_precision(value, precision)
+    if depth == _DEEPEST:  # a list may hold itself
+        return value
+    if isinstance(value, Distribution):
+        for name, held in vars(value).items():
+            vars(value)[name] = _constants_in(held, precision, depth + 1)
+    elif type(value) in (list, tuple):
+        changed = [_constants_in(each, precision, depth + 1) for each in value]
+        if any(a is not b for a, b in zip(changed, value, strict=True)):
+            return type(value)(changed)
+    elif type(value) is dict:
+        entries = {key: _constants_in(each, precision, depth + 1) for key, each in value.items()}
+        if any(entries[key] is not each for key, each in value.items()):
+            return entries
+    return value
 
 
 def _constants_in_precision_(module: torch.jit.ScriptModule, precision: torch.dtype) -> None:
