@@ -195,3 +195,16 @@ def test_an_implicit_layer_with_a_hook(method):
     v = np.ones(len(truth))
     product = hesscli.operator(model, (X, Y), method=method) @ v
     assert relative_error(torch.tensor(product), truth @ torch.tensor(v)) < 1e-6
+
+
+def test_differences_hold_what_is_detached_where_the_gradient_is_zero():
+    class Following(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            z = super().forward(x)
+            return (z - z.detach()).square().mean(1)
+
+    model = Following(3, 2).double()
+    options = {"loss": "output", "blocks": "full", "framework": "torch"}
+    found = hesscli.compute(model, {"x": X}, method="finite-difference", **options)
+    truth = hessian(model, lambda terms, _: terms.mean(), (X,), None)
+    assert relative_error(found.matrix(), truth) < 1e-6

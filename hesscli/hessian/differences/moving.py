@@ -18,7 +18,7 @@ _AGREEMENT = 1e-6
 def detached_moves(problem: Problem) -> bool:
     """Whether the gradient along a random direction is that of the loss, by differences in which all moves.
 
-    If nothing is detached it is, but for kinks.
+    If nothing is detached it is, but for kinks. A gradient of zero tells nothing.
     """
     if problem.dtype is not torch.float64:
         return False
@@ -33,4 +33,4 @@ def detached_moves(problem: Problem) -> bool:
 
     slope = (8 * (value(1) - value(-1)) - (value(2) - value(-2))) / 12
     expected = float(problem.flat_gradient(names) @ v)
-    return abs(slope - expected) <= _AGREEMENT * abs(expected)
+    return bool(expected) and abs(slope - expected) <= _AGREEMENT * abs(expected)
