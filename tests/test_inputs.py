@@ -312,12 +312,11 @@ class Untold(Net):
         return scale * super().forward(batch["x"], batch["z"])
 
 
-@pytest.mark.parametrize("net", [OfDict, Untold])
-@pytest.mark.parametrize("kind", ["memory", "script"])
+@pytest.mark.parametrize(
+    ("net", "kind"), [(OfDict, "memory"), (OfDict, "script"), (Untold, "memory")]
+)
 @pytest.mark.parametrize("blocks", ["full", "diag"])
 def test_inputs_in_one_dict(net, kind, blocks, tmp_path):
-    if (net, kind) == (Untold, "script"):
-        pytest.skip("TorchScript takes what is not annotated for a tensor")
     model = net().double()
     expected = hessian(
         model, nn.functional.mse_loss, ({"x": X, "z": Z},), Y, ["b.weight", "b.bias"]
@@ -332,6 +331,12 @@ def test_inputs_in_one_dict(net, kind, blocks, tmp_path):
         assert [block["method"] for block in found.metadata["blocks"]] == ["gauss-newton"] * 2
         expected = torch.block_diag(expected[:8, :8], expected[8:, 8:])
     assert relative_error(found.matrix(), expected) < 1e-9
+
+
+def test_modules_of_pytorch_take_no_dict():
+    with pytest.raises(hesscli.HesscliError, match="takes 2 positional arguments but 3") as refused:
+        hesscli.compute(nn.Sequential(nn.Linear(3, 2)), {"a": X, "b": X, "y": Y}, inputs=("a", "b"))
+    assert refused.value.exit_code == 4
 
 
 class Autoencoder(Net):

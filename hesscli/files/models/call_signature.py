@@ -51,8 +51,13 @@ def signature_of(module: nn.Module) -> CallSignature:
         tuple(p.name for p in parameters if p.kind in by_name),
         tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
         tuple(p.name for p in parameters if p.default is not Parameter.empty),
-        _is_mapping(parameters[0].annotation) if parameters else False,
+        bool(parameters) and not _is_pytorchs(module) and _is_mapping(parameters[0].annotation),
     )
+
+
+def _is_pytorchs(module: nn.Module) -> bool:
+    """Whether its forward is one of PyTorch's, all of which take tensors."""
+    return str(getattr(module.forward, "__module__", "")).startswith("torch.nn.")
 
 
 def _is_mapping(annotation: object) -> bool | None:
