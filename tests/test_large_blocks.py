@@ -124,7 +124,7 @@ STORED_IN_SECTIONS = Layout(
 def test_a_triangle_is_the_matrix(held, most, layout, tile, tmp_path, monkeypatch):
     for name in ("_READ", "_TURNED"):
         monkeypatch.setattr(triangles, name, tile)
-    monkeypatch.setattr(triangles, "chunk_sizes", lambda device: SimpleNamespace(piece=tile))
+    monkeypatch.setattr(triangles, "chunk_sizes", lambda device: SimpleNamespace(stretch=tile))
     n = layout.size
     truth = symmetric(n)  # in the block's order
     places = layout.places(0, n)

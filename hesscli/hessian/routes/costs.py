@@ -53,6 +53,9 @@ CUT_PASSES = 5.5
 """The same where the direction ends at a cut: it goes the way back twice."""
 
 
+_UNCACHED = 2.5
+"""Times as long as a number in the cache takes one that is not: of a whole matrix."""
+
 _THROUGH = 200
 """Calls' worth of time that a block takes through weights, whatever its size."""
 
@@ -125,7 +128,7 @@ class Costs:
         if diagonal:
             return self._product(b * t * n * m * (n if t > 1 else 1))
         if use.kind == LINEAR and use.is_layer and t == 1:
-            return self._product(b * n * n * m * m / 4) + self._moved(3 * use.size**2)
+            return self._product(b * n * n * m * m / 4) + self._moved(3 * _UNCACHED * use.size**2)
         if use.kind not in (LINEAR, CONVOLUTION):
             return self._moved(b * t * n * n)
         if not use.is_layer or t >= m:
@@ -186,7 +189,7 @@ class Costs:
         )
         if neurons is None:
             rows = 2 * (made.size + block.size) + PASSES * block.size
-            assembly = self._moved(3 * (made.size + block.size) ** 2)
+            assembly = self._moved(3 * _UNCACHED * (made.size + block.size) ** 2)
         else:
             use = neurons.use
             rows = 4 * use.m + PASSES * neurons.entries.shape[1]
