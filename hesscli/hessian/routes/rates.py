@@ -16,7 +16,7 @@ _EACH = 8  # times an addition: what an operator costs in a backward pass that i
 class Rates:
     """The defaults are a CPU's."""
 
-    flops: float = 1e11  # per second, in matrix products
+    flops: float = 5e10  # per second, in matrix products
     memory: float = 1.2e10  # bytes per second, in elementwise operations, of what the cache holds
     call: float = 1.5e-5  # seconds per operator
 
