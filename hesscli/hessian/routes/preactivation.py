@@ -286,9 +286,12 @@ def _are_alone(layers: Sequence[Layer], others: Sequence[str]) -> bool:
 
 
 def _shares(neurons: range, columns: int, width: int, count: int) -> list[range]:
-    """Neurons in so many parts, whose rows have about as many entries each: of these columns, those from theirs on."""
-    entries = list(itertools.accumulate(columns - p * width for p in neurons))
-    cuts = [1 + bisect_left(entries, entries[-1] * i / count) for i in range(1, count)]
+    """Neurons in so many parts that take about as long: their directions are alike, their rows ever shorter.
+
+    A row has the columns from its own on; directions are taken to cost half as much as all columns.
+    """
+    costs = list(itertools.accumulate(columns + columns // 2 - p * width for p in neurons))
+    cuts = [1 + bisect_left(costs, costs[-1] * i / count) for i in range(1, count)]
     stops = [0, *cuts, len(neurons)]
     return [neurons[a:b] for a, b in itertools.pairwise(stops) if a < b]
 
