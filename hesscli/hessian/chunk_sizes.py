@@ -31,7 +31,8 @@ class ChunkSizes:
         jacobians: of some samples.
         curvature: at the pre-activations of some neurons, of all samples.
         chain: the curvature along a chain, of some samples.
-        pairs: of a layer's inputs, multiplied with each other, of some samples.
+        pairs: of a layer's inputs, multiplied with each other, of some samples: of those that go into one product.
+        groups: of such pairs, that are held by each thread, if there are several groups.
         product: of matrices, before it is put in its place.
         tile: rows and columns that are mirrored together.
         stretch: of a large matrix's rows that are on their way to the disk.
@@ -49,6 +50,7 @@ class ChunkSizes:
     curvature: int = 1 << 23
     chain: int = 1 << 26
     pairs: int = 1 << 26
+    groups: int = 1 << 21
     product: int = 1 << 19
     tile: int = 512
     stretch: int = 3 << 20
@@ -102,6 +104,7 @@ def _of_gpu(device: torch.device) -> ChunkSizes:
         curvature=many,
         chain=many,
         pairs=many,
+        groups=many,
         product=min(1 << 25, many),
         tile=4096,
         stretch=1 << 24,
