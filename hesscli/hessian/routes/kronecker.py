@@ -36,7 +36,8 @@ def add_kronecker_rows(out: Tensor, s: Tensor, a: Tensor) -> None:
     target = out.unflatten(1, (n, m)).unflatten(0, (rows, m))
     for b in range(0, len(a), step):
         mine = slice(b, b + step)
-        columns = usual.groups // (len(a[mine]) * m)  # of a, to be multiplied with all at a time
+        # Of a, to be multiplied with all at a time.
+        columns = min(usual.groups, usual.pairs) // (len(a[mine]) * m)
         for together in grouped(edges, lambda edge: edge[1] - edge[0], columns):
             _add_products(target, s[:, mine], a[mine], together, usual.product)
 
