@@ -1189,12 +1189,59 @@ def test_a_loss_that_broadcasts_what_it_made():
     close(found, hessian(net(), loss, (X,), Y))
 
 
-def test_terms_of_pairs_of_samples_are_noted():
-    def loss(f, y):
-        return (f - y) ** 2
+def squared_error(f, y):
+    return ((f - y) ** 2).mean()
 
-    said = "N x N terms of output and targets of shapes [N, 1] and [N]"
-    for y, pairs in ((Y[:, 0], True), (Y[:, :1], False)):
-        found = computed(net(1), (X, y), loss=loss)
-        assert any(said in note for note in found.metadata["notes"]) == pairs
-        close(found, hessian(net(1), lambda f, y: loss(f, y).mean(), (X,), y))
+
+def flat(f, y):
+    return (torch.sigmoid(f.squeeze(1)) - y) ** 2
+
+
+def counts(f, y):
+    return F.poisson_nll_loss(f, y.abs())
+
+
+class SquaredError(nn.Module):
+    def forward(self, f, y):
+        return (f - y).square().mean(1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "y", "said", "hint"),
+    [
+        (squared_error, Y[:, 0], "output [N, 1] and target [N]", "target[:, None]; or target[None]"),
+        (SquaredError(), Y[:, 0], "output [N, 1] and target [N]", "target[:, None]"),
+        (counts, Y[:, 0], "output [N, 1] and target [N]", "target[:, None]"),
+        (flat, Y[:, :1], "target [N, 1] and output [N]", "output[:, None]; or output[None]"),
+    ],
+)  # fmt: skip
+def test_a_loss_that_pairs_samples_by_broadcasting_is_refused(loss, y, said, hint):
+    with pytest.raises(hesscli.HesscliError) as refused:
+        computed(net(1), (X, y), loss=loss)
+    assert refused.value.exit_code == 4
+    assert f"broadcasts {said}, which pairs" in str(refused.value)
+    assert refused.value.hint.startswith(f"write {hint}")
+
+
+def test_an_argument_that_pairs_samples_by_broadcasting_is_refused():
+    def weighted(f, y, w):
+        return w * (f - y) ** 2
+
+    w = Y[:, :1].abs()
+    with pytest.raises(hesscli.HesscliError, match=r"output, target \[N, 1\] and w \[N\]"):
+        computed(net(1), (X, Y[:, :1]), loss=weighted, loss_arguments={"w": w[:, 0]})
+    found = computed(net(1), (X, Y[:, :1]), loss=weighted, loss_arguments={"w": w})
+    close(found, hessian(net(1), lambda f, y: weighted(f, y, w).mean(), (X,), Y[:, :1]))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda f, y: (f - y[None]) ** 2,
+        lambda f, y: F.softplus((f - f.squeeze(1)) * (y - y[:, None])).mean(),
+        lambda f, y: ((f.squeeze(1) - y) / y.std()) ** 2,
+    ],
+)
+def test_a_loss_that_pairs_samples_on_purpose(loss):
+    found = computed(net(1), (X, Y[:, 0]), loss=loss)
+    close(found, hessian(net(1), lambda f, y: loss(f, y).mean(), (X,), Y[:, 0]))

@@ -22,7 +22,7 @@ def centred(output, target):
     return ((output - output.mean(0) - target) ** 2).sum(1)
 
 def broadcast(output, target):
-    return (output - target[:, 0]) ** 2 if output.shape[1] == 1 else (output - target) ** 2
+    return (output - target[None, :, 0]) ** 2 if output.shape[1] == 1 else (output - target) ** 2
 
 def apart(output, target):
     return (output - target).abs() ** 3

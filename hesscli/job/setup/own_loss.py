@@ -18,6 +18,7 @@ from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.loss import OF_ALL
 from hesscli.hessian.objective.outputs import described, pick_output
 from hesscli.hessian.objective.problem import Problem
+from hesscli.job.setup.broadcasting import BroadcastWatcher
 from hesscli.job.setup.reduction import reduction
 from hesscli.job.setup.source import Source
 
@@ -69,13 +70,6 @@ def inspect_loss(
         note(
             f"the loss {problem.loss.name} depends on parameters besides the model's output: "
             "they are constants here"
-        )
-    n = len(tried)
-    columns = {tuple(x.shape) for x in (output, tried.target) if x is not None}
-    if n > 1 and columns == {(n, 1), (n,)} and terms.shape == (n, n):
-        note(
-            f"the loss {problem.loss.name} makes N x N terms of output and targets of shapes [N, 1] and [N]: "
-            "by broadcasting, unless it compares samples with each other"
         )
     wants_all = len(tried) > len(some)
     if wants_all:
@@ -186,8 +180,8 @@ def _terms(problem: Problem, source: Source, count: int) -> tuple[Batch, Tensor]
     """So many samples, or all there are if the loss does not take them, and its terms.
 
     Raises:
-        MismatchError: it takes none; or it compares output and target element by element where only broadcasting makes
-            them fit, of which PyTorch's losses warn.
+        MismatchError: it takes none; or it compares samples with each other where only broadcasting makes shapes fit,
+            of which some of PyTorch's losses warn.
     """
 
     def terms(batch: Batch) -> Tensor:
@@ -199,7 +193,21 @@ def _terms(problem: Problem, source: Source, count: int) -> tuple[Batch, Tensor]
                     f"Using a target size ({first}) that is different to the input size ({second})"
                 )
                 warnings.filterwarnings("error", re.escape(warned))
-            return problem.loss.terms(output, batch)
+            with BroadcastWatcher(_by_sample(output, batch, source)) as watcher:
+                terms = problem.loss.terms(output, batch)
+            watcher.demand_none(problem.loss.name)
+            return terms
 
     counts = [min(count, source.samples), source.samples]  # fewer where there is no axis for them
     return source.first_accepted(terms, list(dict.fromkeys(counts)))
+
+
+def _by_sample(output: Tensor, batch: Batch, source: Source) -> dict[str, Tensor]:
+    """What the loss is given that has an entry for each sample of the batch."""
+    given = {name: batch.loss_arguments[name] for name in source.per_sample}
+    given |= {"output": output, "target": batch.target}
+    return {
+        name: value
+        for name, value in given.items()
+        if isinstance(value, Tensor) and value.shape[:1] == (len(batch),)
+    }
