@@ -26,7 +26,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +34,6 @@ from torch import Tensor
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.differences.directional import DirectionalDifference
 from hesscli.hessian.differences.here import Here
-from hesscli.hessian.differences.products import Differences
 from hesscli.hessian.objective.problem import Problem
 
 # Relative error of a gradient next to zero. A normalisation on the way multiplies what rounding makes; in float32 that
@@ -61,6 +60,7 @@ def gradients(blocks: int, dtype: torch.dtype, reference: torch.dtype) -> int:
     return blocks + 1 if one_sided(dtype, reference) else 2 * blocks
 
 
+Multiply = Callable[[Tensor], Tensor]  # v [n] -> H v [n]
 Try = tuple[float, Callable[[float], Tensor | None]]  # a step, and the quotient with it
 
 
@@ -71,6 +71,13 @@ class Matrix(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def __matmul__(self, v: Tensor, /) -> Tensor: ...
+
+
+class ProductError(NamedTuple):
+    """How far a product is from differences, and products from symmetry, both relative."""
+
+    difference: float
+    asymmetry: float
 
 
 @dataclass
@@ -125,21 +132,30 @@ class Certificate:
 
     def matrix(self, block: Block, hessian: Matrix) -> float:
         """The relative error of a block [n, n] along one random direction."""
-        return self.product(block, lambda v: hessian @ v.to(hessian.dtype))
+        error, _, _ = self._along_direction(block, lambda v: hessian @ v.to(hessian.dtype))
+        return error
 
-    def product(self, block: Block, multiply: Callable[[Tensor], Tensor]) -> float:
-        """The same of a block that is known by its products v [n] -> H v [n]."""
+    def product(self, block: Block, multiply: Multiply) -> ProductError:
+        """The same of a block that is known by its products v [n] -> H v [n], and how asymmetric they are."""
+        error, v, product = self._along_direction(block, multiply)
+        if not self.passed(error):
+            return ProductError(error, 0.0)
+        return ProductError(error, self._asymmetry(block, multiply, v, product))
+
+    def _along_direction(self, block: Block, multiply: Multiply) -> tuple[float, Tensor, Tensor]:
+        """The relative error of a product, the direction v, and the product."""
         v = self.direction(block)
         product = multiply(v).to(self.problem.dtype)
         error = self._product_error(block, product, v)
         if not self.passed(error):
             constant = self._constants(block, product, v)
             if bool(constant.all()):
-                return 0.0
+                return 0.0, v, product
             if bool(constant.any()):
                 v = v.masked_fill(constant, 0)
-                error = self._product_error(block, multiply(v).to(self.problem.dtype), v)
-        return error
+                product = multiply(v).to(self.problem.dtype)
+                error = self._product_error(block, product, v)
+        return error, v, product
 
     def _product_error(self, block: Block, product: Tensor, v: Tensor) -> float:
         size = float(torch.linalg.norm(product))
@@ -204,28 +220,33 @@ class Certificate:
         value = diagonal[index].to(self.problem.dtype)
         return self._best(Comparison(self.along(block, e), index, value, scale))
 
-    def asymmetry(self, block: Block) -> float:
-        """|<u, H v> - <v, H u>| over the greater of |H u| and |H v|, for random u and v, with H v by differences alone.
+    def _asymmetry(self, block: Block, multiply: Multiply, v: Tensor, along_v: Tensor) -> float:
+        """|<u, H v> - <v, H u>| over the greater of |H u| and |H v|, for another random u.
 
         What PyTorch says is a gradient may be that of no function: where a kernel's backward pass is wrong, or a score
-        is lost in a mask. Two differences with other steps agree all the same. Of a block that is zero but for rounding
-        it is, as in `_best`, its share of what rounding explains.
+        is lost in a mask, or a hook solves for what moves with the parameters. Differences of it agree all the same. Of
+        a block that is zero but for rounding it is, as in `_best`, its share of what rounding explains.
         """
-        generator = self._generator(block)
-        vectors = torch.randn(2, block.size, generator=generator, dtype=torch.float64)
-        u, v = vectors.to(self.problem.device, self.problem.dtype)
-        multiply = Differences(self.problem.restricted(block.parameters))
-        along_u, along_v = multiply(u), multiply(v)
+        vectors = torch.randn(2, block.size, generator=self._generator(block), dtype=torch.float64)
+        u = vectors[1].to(v).masked_fill(v == 0, 0)
+        along_u = multiply(u).to(v.dtype)
         size = max(float(torch.linalg.norm(along_u)), float(torch.linalg.norm(along_v)))
         difference = abs(float(u @ along_v - v @ along_u))
-        noise = self._rounding(self.along(block, v).scale * _STEPS[self.problem.dtype][-1])
-        if difference > noise:
-            return difference / size
-        return self.tolerance * difference / noise if difference else 0.0
+        if difference <= self.tolerance * size:
+            return difference / size if size else 0.0
+        if not difference < math.inf:
+            return math.inf
+        scale = self.along(block, v).scale
+        noise = self._rounding(scale * _STEPS[self.problem.dtype][-1]) + self._of_block(scale)
+        return difference / size if difference > noise else self.tolerance * difference / noise
 
     def _rounding(self, step: float) -> float:
         """What rounding makes of a difference quotient of gradients with this step."""
         return _ROUNDING[self.problem.dtype] * self.gradient_norm / step
+
+    def _of_block(self, scale: float) -> float:
+        """What rounding makes of a block that would be zero without; `scale` is what steps are relative to."""
+        return _ROUNDING[self.dtype] * self.gradient_norm / scale
 
     def passed(self, error: float) -> bool:
         return error <= self.tolerance
@@ -271,7 +292,7 @@ class Certificate:
         """How much of a difference rounding in the quotient explains; and in the block, where that is only noise."""
         scale = comparison.along.scale
         noise = self._rounding(step * scale)
-        of_block = _ROUNDING[self.dtype] * self.gradient_norm / scale
+        of_block = self._of_block(scale)
         if self.dtype == self.problem.dtype or difference > noise + of_block:
             return noise  # two more gradients would not change the verdict
         quotient = comparison.along.quotient(step)[comparison.entries]

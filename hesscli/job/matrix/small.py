@@ -14,6 +14,7 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.chunk_sizes import grouped
 from hesscli.hessian.differences.check import Certificate
+from hesscli.hessian.differences.products import Differences
 from hesscli.hessian.routes.base import ByRows, Diagonal, Route, Rows, Wanted, fitting
 from hesscli.hessian.symmetry import mirror_, symmetrise_
 from hesscli.hessian.words import FINITE_DIFFERENCE
@@ -161,7 +162,7 @@ def _finished(ranking: Ranking, values: Tensor) -> tuple[Document, np.ndarray] |
 
 
 def _error(ranking: Ranking, certificate: Certificate, values: Tensor) -> float:
-    """The relative error of a block; if only the diagonal of its rows was kept, of a product with them too.
+    """The relative error of a block; if only the diagonal of its rows was kept, of products with them too.
 
     Rows of differences are not made again: that these are symmetric says as much.
     """
@@ -170,7 +171,8 @@ def _error(ranking: Ranking, certificate: Certificate, values: Tensor) -> float:
         return certificate.matrix(block, values)
     error = certificate.diagonal(block, values)
     if isinstance(route, ByRows) and certificate.passed(error):
-        error = max(error, certificate.product(block, partial(route.product, block)))
+        error = max(error, *certificate.product(block, partial(route.product, block)))
     if route.method == FINITE_DIFFERENCE and certificate.passed(error):
-        error = max(error, certificate.asymmetry(block))
+        differences = Differences(certificate.problem.restricted(block.parameters))
+        error = max(error, certificate.product(block, differences).asymmetry)
     return error
