@@ -696,6 +696,12 @@ def test_no_vectors(cli):
     assert "stack no vectors" in ran.fails(4)
 
 
+def test_complex_vectors(cli):
+    save_file({"fc2.bias": np.full(10, 1j, "c8")}, "v.safetensors")
+    ran = cli("hvp", *MLP, "--vector", "v.safetensors", "--params", "fc2.bias")
+    assert "fc2.bias is complex" in ran.fails(4)
+
+
 def test_products_are_vectors(cli, tmp_path):
     """H (H v), from one file to the next."""
     matrix = dense(cli, *MLP)

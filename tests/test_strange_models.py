@@ -1281,13 +1281,42 @@ def test_per_sample_jacobians_are_of_real_outputs():
     [
         (lambda z: z > 0, "of bools"),
         (lambda z: z.to_sparse(), "torch.sparse_coo"),
-        (lambda z: torch.complex(z, z), "mse of a torch.complex128 output is complex"),
+        (lambda z: torch.complex(z, z), "of real numbers, and the model's output is complex128"),
     ],
 )
-def test_outputs_that_are_no_real_numbers_are_refused(function, found):
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+def test_outputs_that_are_no_real_numbers_are_refused(function, found, loss):
     model = Net(lambda s, x: function(s.a(x)), a=nn.Linear(3, 2)).double()
     with pytest.raises(MismatchError, match=found):
-        hesscli.compute(model, (torch.ones(5, 3).double(), torch.ones(5, 2).double()), loss="mse")
+        hesscli.compute(model, (torch.ones(5, 3).double(), torch.ones(5, 2).double()), loss=loss)
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_lengths_of_complex_differences(real):
+    """As of PyTorch's `l1_loss`: of a complex output, not of real numbers less the targets' real parts."""
+    torch.manual_seed(0)
+    model = Net(lambda s, x: s.a(x) * (1 if real else 1 + 0.5j), a=nn.Linear(3, 2)).double()
+    x, y = torch.randn(5, 3).double(), torch.randn(5, 2, dtype=torch.complex128)
+    if real:
+        with pytest.raises(MismatchError, match="the target is complex128"):
+            hesscli.compute(model, (x, y), loss="l1")
+        return
+    found = hesscli.compute(model, (x, y), loss="l1", blocks="full", framework="torch")
+    truth = hessian_by_differences(model, nn.functional.l1_loss, (x,), y)
+    assert relative_error(found.matrix(), truth) < 1e-6
+
+
+@pytest.mark.parametrize("loss", ["auto", "mse", "cross-entropy"])
+def test_complex_targets_and_weights_are_refused(loss):
+    """Of class numbers and weights PyTorch's casts would keep the real part."""
+    model, x = nn.Linear(3, 2), torch.ones(2, 3)
+    classes = torch.tensor([0j, 1j])
+    y = torch.stack([classes, classes]) if loss == "mse" else classes
+    with pytest.raises(MismatchError, match="is of real numbers, and the target is complex64"):
+        hesscli.compute(model, (x, y), loss=loss)
+    weight = {"weight": classes + 1}
+    with pytest.raises(MismatchError, match="is of real numbers, and its argument weight is c"):
+        hesscli.compute(model, (x, y.real.long()), loss=loss, loss_arguments=weight)
 
 
 class Ragged(nn.Module):

@@ -174,8 +174,12 @@ def _of_file(source: str, problem: Problem) -> Tensor:
                 f"{source}: holds no tensor {name!r}; it holds: {listed(tensors)}",
                 f"--params {shlex.quote(held[0])}" if held else "--vector gradient",
             )
-        part = tensors[name].to(problem.device, problem.dtype)
-        shape = parameter.shape
+        part, shape = tensors[name], parameter.shape
+        if part.is_complex():
+            raise MismatchError(
+                f"{source}: {name} is complex; the curvature multiplies real vectors"
+            )
+        part = part.to(problem.device, problem.dtype)
         if part.shape != shape and part.shape[1:] != shape:
             raise MismatchError(
                 f"{source}: {name} has shape {list(part.shape)}; expected {list(shape)}, or "

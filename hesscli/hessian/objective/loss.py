@@ -21,6 +21,7 @@ from hesscli.hessian.objective.copies import copied
 from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES, Total
 from hesscli.hessian.objective.outputs import described, entries_of
 from hesscli.hessian.objective.state import state_kept
+from hesscli.texts import dtype_name
 
 _INSTEAD: dict[type | tuple[type, ...], str] = {
     type(None): "end it with: return loss",
@@ -96,15 +97,28 @@ class Loss:
 
         Raises:
             UsageError: the loss does not take its arguments.
-            MismatchError: nor the output, or the target.
+            MismatchError: nor the output, or the target; or they are complex.
         """
         if self.name in LOSSES:
+            self._demand_real(output, batch)
             return LOSSES[self.name](output, batch.target, **batch.loss_arguments)
         terms = self.terms(output, batch)
         if self.reduced in (MEAN, SUM):
             count = len(batch)
             return terms.sum() * (count if self.reduced == MEAN else 1), float(count)
         return terms.sum(), float(terms.numel())
+
+    def _demand_real(self, output: Tensor, batch: Batch) -> None:
+        """Refuses complex numbers, of some of which the real part alone would count; |f - y| is of both."""
+        given = {f"its argument {name}": x for name, x in batch.loss_arguments.items()}
+        if not (self.name == "l1" and output.is_complex()):
+            given |= {"the model's output": output, "the target": batch.target}
+        for what, value in given.items():
+            if isinstance(value, Tensor) and value.is_complex():
+                raise MismatchError(
+                    f"the loss {self.name} is of real numbers, and {what} is {dtype_name(value.dtype)}",
+                    "--loss FILE.py:FN",
+                )
 
     def terms(self, output: Tensor, batch: Batch) -> Tensor:
         """What is summed, of a loss that is the user's own or the model's.

@@ -103,9 +103,14 @@ def _data_file(data: DataLike, folder: Path) -> tuple[Path, Path]:
     """The data as a file, which is what the job reads, and what errors call it."""
     if isinstance(data, (str, os.PathLike)):
         return Path(data), Path(data)
-    path = folder / "data.safetensors"
     # Without the memory that views share.
-    save_file({name: t.clone().contiguous() for name, t in _tensors(data).items()}, path)
+    tensors = {name: t.clone().contiguous() for name, t in _tensors(data).items()}
+    path = folder / "data.safetensors"
+    if any(t.dtype is torch.complex128 for t in tensors.values()):  # which safetensors lacks
+        path = folder / "data.pt"
+        torch.save(tensors, path)
+    else:
+        save_file(tensors, path)
     return path, Path("data")
 
 
