@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hessian_files import symmetric, write
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import hesscli
 from hesscli.cli.heatmap import CIVIDIS, OF_256
 from hesscli.files.hessians.hessian_file import HessianFile, read_hessian
 from hesscli.job.figures import spread
@@ -192,6 +195,21 @@ def test_ascii(cli, tmp_path, monkeypatch):
 def test_zero(cli, tmp_path):
     write(tmp_path / "h", {"a": np.zeros((3, 3))})
     assert cli("show", "h", "--heatmap").stdout.endswith("every entry is zero\n")
+
+
+@pytest.mark.parametrize("blocks", ["diag", "elements"])
+def test_blocks_without_rows(cli, tmp_path, blocks):
+    model = nn.Linear(2, 1)
+    model.register_parameter("none", nn.Parameter(torch.zeros(0, 3)))
+    data = torch.ones(3, 2), torch.ones(3, 1)
+    hesscli.compute(model, data, blocks=blocks, output=tmp_path / "h.safetensors")
+    for block, names in (("weight", {"weight"}), ("none", set()), (None, {"weight", "bias"})):
+        one = ("--block", block) if block else ()
+        ran = cli("show", "h.safetensors", *one, "--heatmap", "--plot", "h.svg")
+        assert ran.code == 0, ran.stderr
+        assert ("every entry is zero" in ran.stdout) == (block == "none")
+        said = (tmp_path / "h.svg").read_text()
+        assert {name for name in ("weight", "bias", "none") if f"<!-- {name} -->" in said} == names
 
 
 def test_colours_grow_lighter():

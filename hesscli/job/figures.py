@@ -112,7 +112,7 @@ def _borders(axes: Any, picture: Picture) -> None:
 
 def _names(axes: Any, picture: Picture, rows: int, tall: float) -> None:
     """Names to the right of their rows, moved apart where they would overlap, with a line to each."""
-    font = min(_FONT, max(_SMALLEST, tall / _LEADING / len(picture.regions)))
+    font = min(_FONT, max(_SMALLEST, tall / _LEADING / max(1, len(picture.regions))))
     room = int(tall / (_LEADING * font))
     regions = sorted(picture.regions, key=lambda p: p.start - p.stop)[:room]  # the largest that fit
     regions.sort(key=lambda region: region.start)
