@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -837,6 +838,30 @@ def test_what_would_not_fit(cli, tmp_path, monkeypatch, resource, kind):
     assert document["structure"] != "full"
     assert document["loss"]["name"] == "cross-entropy"
     assert document["loss"]["arguments"]  # the same loss, class weights included
+
+
+@pytest.mark.parametrize(
+    ("least", "fitting"),
+    [("full", "module"), ("module", "diag"), ("diag", "elements"), ("elements", None)],
+)
+def test_the_blocks_that_fit(cli, mlp, monkeypatch, least, fitting):
+    """Where there is a byte too few for some: in the memory the largest block counts, on the disk all of them."""
+    command = ("compute", *mlp, *CE, "-b", "full", "-f")
+    plans = {
+        blocks: cli(*command, "-b", blocks, "--dry-run", "--json").document["total"]
+        for blocks in ("full", least)
+    }
+    ran = cli(*command, "--memory", plans[least]["memory"] - 1)
+    assert "full (its largest block is " in ran.fails(6)
+    more = f"--memory {math.ceil(plans['full']['memory'] / 1e6)}MB"
+    assert ran.hint.endswith(f"--blocks {fitting}" if fitting else more)
+    assert cli(*shlex.split(ran.hint)[1:]).code == 0
+    monkeypatch.setattr(room, "free_disk", lambda folder: plans[least]["bytes"] - 1)
+    ran = cli(*command, "-o", "h")
+    ran.fails(6)
+    assert ran.hint.endswith(f"--blocks {fitting}" if fitting else "-o elsewhere.safetensors")
+    if fitting:
+        assert cli(*shlex.split(ran.hint)[1:]).code == 0
 
 
 def test_a_full_disk(cli, mlp, tmp_path, monkeypatch):

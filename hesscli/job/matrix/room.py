@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from hesscli.errors import ResourceError
 from hesscli.files.hessians.result_names import partial_paths
@@ -19,38 +20,41 @@ def require_room(plan: Plan) -> None:
     Raises:
         ResourceError: with the command that would fit.
     """
-    output, memory = plan.options.output, plan.memory
-    needs = [(memory.needed(), memory.limit, "of memory", "may be used")]
-    if output is not None:
-        free = free_disk(output.parent) + sum(map(disk_used, partial_paths(output)))
-        needs.append((plan.bytes, free, "of disk", f"is free in {output.parent}"))
-    for needed, free, kind, where in needs:
-        if needed > free:
-            largest = max(block.size for block in plan.blocks)
-            raise ResourceError(
-                f"{plan.structure} needs {size(needed)} {kind} (its largest block is "
-                f"{largest} x {largest}), {size(free)} {where}",
-                _smaller(plan, free) if kind == "of disk" else _with_less(plan, needed),
-            )
+    output, needed, limit = plan.options.output, plan.memory.needed(), plan.memory.limit
+    if needed > limit:
+        raise ResourceError(
+            f"{_named(plan)} needs {size(needed)} of memory, {size(limit)} may be used",
+            _with_less_memory(plan, needed),
+        )
+    if output is None:
+        return
+    free = free_disk(output.parent) + sum(map(disk_used, partial_paths(output)))
+    if plan.bytes > free:
+        raise ResourceError(
+            f"{_named(plan)} needs {size(plan.bytes)} of disk, {size(free)} is free in {output.parent}",
+            _blocks(plan, lambda sizes: sum(sizes) < free) or "-o elsewhere.safetensors",
+        )
 
 
-def _with_less(plan: Plan, needed: int) -> str:
-    """The option with which the memory is enough: more of it, where no blocks take as little."""
-    least = plan.memory.process + _bytes(plan, "elements")
-    if plan.options.memory is None or least <= plan.memory.limit:
-        return _smaller(plan, plan.memory.limit)
-    return f"--memory {math.ceil(needed / 1e6)}MB"
+def _named(plan: Plan) -> str:
+    """The structure, and what makes it large."""
+    rows = max(block.size for block in plan.blocks)
+    return plan.structure + ("" if plan.diagonal else f" (its largest block is {rows} x {rows})")
 
 
-def _smaller(plan: Plan, free: int) -> str:
+def _with_less_memory(plan: Plan, needed: int) -> str:
+    """The option with which the memory is enough: blocks of which the largest fits; or else more of it."""
+    most = max(block.entries(plan.diagonal) for block in plan.blocks) * plan.problem.dtype.itemsize
+    room = min(plan.memory.limit - plan.memory.process, most - 1)
+    fitting = _blocks(plan, lambda sizes: max(sizes) <= room)
+    return fitting or f"--memory {math.ceil(needed / 1e6)}MB"
+
+
+def _blocks(plan: Plan, fit: Callable[[list[int]], bool]) -> str | None:
+    """The first `--blocks` whose bytes fit, block by block."""
     for option in ("module", "diag", "elements"):
-        needed = _bytes(plan, option)
-        if needed < plan.bytes and needed < free:
-            break
-    return f"--blocks {option}" if needed < plan.bytes else "-o elsewhere.safetensors"
-
-
-def _bytes(plan: Plan, option: str) -> int:
-    """Bytes of the result with this `--blocks`."""
-    blocks = partition(plan.shapes, STRUCTURES[option])
-    return sum(b.entries(option == "elements") for b in blocks) * plan.problem.dtype.itemsize
+        blocks = partition(plan.shapes, STRUCTURES[option])
+        entries = [block.entries(option == "elements") for block in blocks]
+        if fit([count * plan.problem.dtype.itemsize for count in entries]):
+            return f"--blocks {option}"
+    return None
