@@ -75,6 +75,16 @@ def test_tolerances(cli, pair, options, code):
         assert line.startswith("error: b: 1 of 1 blocks differ, p by 1.3e-04; --rtol is ")
 
 
+def test_the_verdict_names_what_differs_most(cli, pair):
+    a = np.diag([3.0, 4.0])
+    pair(
+        {"p": a, "q": a, "r": a},
+        {"p": a * 1.001, "q": a * 1.25, "r": a, "new": a},
+    )
+    said = "2 of 3 blocks differ, q by 2.5e-01; --rtol is 1e-05; only in b: new"
+    assert cli("diff", "a", "b").stderr == f"error: b: {said}\n"
+
+
 def test_what_only_one_file_has(cli, pair):
     same = symmetric(3)
     pair(

@@ -696,6 +696,22 @@ def test_no_vectors(cli):
     assert "stack no vectors" in ran.fails(4)
 
 
+@pytest.mark.parametrize(
+    ("count", "before", "after"),
+    [
+        (1, "", "-"),
+        (2, "2 vectors, ", "-, -"),
+        (5, "5 vectors, ", "-, -, -, -, -"),
+        (6, "6 vectors, ", "-, -, -, -, -, ..."),
+    ],
+)
+def test_vectors_are_counted(cli, count, before, after):
+    """Of vectors that are zero there is no quotient."""
+    save_file({"fc2.bias": np.zeros((count, 10))}, "v.safetensors")
+    ran = cli("hvp", *MLP, "--vector", "v.safetensors", "--params", "fc2.bias")
+    assert f"\nvector   {before}v.safetensors, v'Hv / v'v = {after}\n" in ran.stdout
+
+
 def test_complex_vectors(cli):
     save_file({"fc2.bias": np.full(10, 1j, "c8")}, "v.safetensors")
     ran = cli("hvp", *MLP, "--vector", "v.safetensors", "--params", "fc2.bias")
