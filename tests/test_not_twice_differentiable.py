@@ -90,6 +90,40 @@ def test_what_is_not_finite_has_a_hint(dtype, hint):
     assert caught.value.hint == hint
 
 
+class Once(torch.autograd.Function):
+    """A sine, whose gradient PyTorch takes for a constant."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * x.detach().cos()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hint"), [("float32", "--dtype float64"), ("float64", "--method finite-difference")]
+)
+def test_a_wrong_second_derivative_has_a_hint(dtype, hint):
+    torch.manual_seed(0)
+    model = Gated()
+    model.gate = Once.apply
+    for command in (hesscli.compute, hesscli.operator):
+        with pytest.raises(hesscli.HesscliError, match=r"hvp differs from .*, more than") as caught:
+            command(model, (X, Y), method="hvp", dtype=dtype)
+        assert (caught.value.exit_code, caught.value.hint) == (5, hint)
+    found = hesscli.compute(model, (X, Y), blocks="full", dtype=dtype, framework="torch")
+    (said,) = (note for note in found.metadata["notes"] if "differs" in note)
+    assert said.startswith("hessian: hvp differs from gradients by ")
+    assert said.endswith("; finite-difference instead")
+    model.gate = torch.sin
+    truth = hessian(model.double(), F.mse_loss, (X,), Y)
+    assert relative_error(found.matrix().double(), truth) < 1e-6
+
+
 def test_differences_where_a_second_derivative_is_not_finite():
     torch.manual_seed(0)
     model = Gated().double()
@@ -148,7 +182,10 @@ def test_gradients_of_no_function(cli, tmp_path, command, method):
     torch.save(weights | {"b.weight": torch.randn(1, 2), "b.bias": torch.randn(1)}, "w.pt")
     np.savez("d.npz", x=X.numpy(), y=Y.numpy())
     name, *options = command.split()
-    cli(name, "w.pt", "d.npz", "--arch", "net.py:Hooked", *options, "--method", method).fails(5)
+    options += ["--method", method, "--dtype", "float64"]
+    ran = cli(name, "w.pt", "d.npz", "--arch", "net.py:Hooked", *options)
+    ran.fails(5)
+    assert "hint" not in ran.stderr  # neither more digits nor another method would do
     assert not list(tmp_path.glob("*.safetensors"))
 
 
