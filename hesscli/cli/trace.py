@@ -63,9 +63,11 @@ def trace(
 
     document = run(problem, rel_error, max_products, out, processes)
     if not (document["converged"] or document["interrupted"]):
+        total = document["total"]
+        reached = total["standard_error"] / abs(total["trace"]) if total["trace"] else math.inf
         out.note(
-            f"the standard error is more than {rel_error:.3g} of the total after "
-            f"{max_products} products; --max-products {4 * max_products} would halve it"
+            f"the standard error is {reached:.2g} of the total after {max_products} products; "
+            f"--max-products {4 * max_products} would halve it"
         )
     out.result(document, print_traces)
     if document["interrupted"]:
