@@ -720,6 +720,18 @@ MODULES = {
 }
 
 
+@pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss(W)])
+def test_a_mean_stays_a_mean(loss):
+    idle = "--reduction sum has no effect"
+    for reduction in ("mean", "sum"):
+        found = computed(net(), (X, CLASSES), loss=loss, reduction=reduction)
+        close(found, hessian(net(), loss, (X,), CLASSES))
+        assert any(idle in note for note in found.metadata["notes"]) == (reduction == "sum")
+        assert found.metadata["loss"]["reduction"] == "mean"
+    found = computed(net(), (X, Y), loss=nn.MSELoss(reduction="sum"), reduction="sum")
+    assert not any(idle in note for note in found.metadata["notes"])
+
+
 @pytest.mark.parametrize("batch_size", [None, 3])
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_whose_mean_may_be_weighed(name, batch_size):

@@ -34,12 +34,14 @@ _WEIGHTED: dict[type, str] = {nn.CrossEntropyLoss: "cross-entropy", nn.NLLLoss: 
 _DEFAULTS = {"weight": None, "ignore_index": -100, "label_smoothing": 0.0}
 
 
-def by_name(options: ProblemOptions) -> ProblemOptions:
+def by_name(options: ProblemOptions, note: Callable[[str], None]) -> ProblemOptions:
     """The options with the name and the arguments of what one of these modules computes, in place of the module."""
     module: Any = options.loss
     name = _WEIGHTED.get(type(module))
     if name is None or module.reduction == "none" or options.loss_arguments:
         return options
+    if options.reduction == "sum" != module.reduction:
+        note(f"--reduction sum has no effect: the loss {type(module).__name__} is the mean")
     every = {key: getattr(module, key, default) for key, default in _DEFAULTS.items()}
     arguments = {
         key: value

@@ -117,7 +117,7 @@ def _opened(
     settle(options)
     if options.tf32 and device.type != "cuda":
         note(f"--tf32 has no effect: the device is {device.type}")
-    options = by_name(options)
+    options = by_name(options, note)
     model, dtype, data = _loaded(options, device, listener)
     loss, arguments = loss_of(options, data, device, dtype, note)
     inputs, keywords = model_inputs(options, model, data, loss, note)

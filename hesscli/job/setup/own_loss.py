@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hesscli.errors import MismatchError
 from hesscli.hessian.objective.batch import Batch
-from hesscli.hessian.objective.loss import OF_ALL
+from hesscli.hessian.objective.loss import OF_ALL, SUM
 from hesscli.hessian.objective.outputs import described, pick_output
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.setup.broadcasting import BroadcastWatcher
@@ -83,7 +83,8 @@ def inspect_loss(
                 "with a loss that returns one term per sample it would be, and faster"
             )
         else:
-            note(f"the loss {loss.name} is one number, the {of} over the samples")
+            idle = ", so --reduction sum has no effect" if loss.reduction == SUM != of else ""
+            note(f"the loss {loss.name} is one number, the {of} over the samples{idle}")
             loss = replace(loss, reduction=of)
         problem = replace(problem, loss=loss)
     return problem, source, wants_all or problem.loss.reduced == OF_ALL
