@@ -126,6 +126,14 @@ def test_it_fits_the_width(cli, tmp_path, monkeypatch, columns, structure):
     assert re.search(r"\n[\d.e+-]+ [^\n]+ [\d.e+-]+\n\|H\|", text)
 
 
+def test_control_characters_in_names_are_escaped(cli, tmp_path):
+    write(tmp_path / "h", {"w\x1b[31m": symmetric(4), "b": symmetric(4)})
+    for words in ((), ("--md",), ("--heatmap",), ("--block", "w\x1b[31m", "--heatmap")):
+        text = cli("show", "h", *words).stdout
+        assert text.count(r"w\x1b[31m") == 1 + ("--heatmap" in words)
+        assert "\x1b" not in text
+
+
 def test_structure_survives(cli, tmp_path, monkeypatch):
     """One large entry among zeros is seen however few cells there are."""
     monkeypatch.setenv("COLUMNS", "30")
