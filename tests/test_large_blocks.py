@@ -638,6 +638,43 @@ def test_shards_are_merged_to_the_same_bytes(cli, net, small_bands, blocks, coun
     assert not list(Path().glob(".*"))
 
 
+FACTORY = """
+from torch import nn
+
+def make(widths, names, kinds, word, number, none):
+    assert (type(widths), type(kinds), word, number, none) == (tuple, set, "2", 1e999, None)
+    return nn.Sequential(nn.Linear(*widths), getattr(nn, names[1])(), nn.Linear(widths[1], 2))
+"""
+
+
+def test_shards_have_arguments_as_they_were_given(cli, tmp_path):
+    """Tuples, sets, and dicts by numbers, which JSON does not have."""
+    (tmp_path / "nets.py").write_text(FACTORY)
+    net = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2))
+    torch.save(net.state_dict(), "net.pt")
+    np.savez("data.npz", x=np.ones((4, 3), np.float32), y=np.ones((4, 2), np.float32))
+    command = ["compute", "net.pt", "data.npz", "-o", "h", "--arch", "nets.py:make"]
+    for value in (
+        "widths=(3, 2)",
+        "names={1: 'Tanh'}",
+        "kinds={1}",
+        "word='2'",
+        "number=1e999",
+        "none=None",
+    ):
+        command += ["--arch-arg", value]
+    assert cli(*command, "--loss", "huber", "--loss-arg", "delta=0.5").code == 0
+    whole = Path("h").read_bytes()
+    Path("h").unlink()
+    for shard in ("1/2", "2/2"):
+        words = ("--loss", "huber", "--loss-arg", "delta=0.5", "--shard", shard)
+        ran = cli(*command, *words)
+        assert ran.code == 0, ran.stderr
+    ran = cli("merge", "h")
+    assert ran.code == 0, ran.stderr
+    assert Path("h").read_bytes() == whole
+
+
 def test_shards_with_less_memory_cut_as_the_first_one_did(cli, net, small_bands, monkeypatch):
     assert cli("compute", *net, *COMMAND).code == 0
     undisturbed = Path("h.safetensors").read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -199,10 +200,11 @@ class ComputeOptions(ProblemOptions):
 
 
 def command_of(options: ComputeOptions) -> dict[str, Any]:
-    """The options as JSON, but for arrays in memory."""
+    """The options as JSON, but for arrays in memory; arguments as Python has them, which tells a tuple from a list."""
     found = dict(vars(options))
     as_text = {"model", "data", "output"} | ({"loss"} if callable(options.loss) else set())
-    return {key: str(value) if key in as_text else value for key, value in found.items()}
+    found = {key: str(value) if key in as_text else value for key, value in found.items()}
+    return found | {key: _each(_as_literal, found[key]) for key in _ARGUMENTS}
 
 
 def options_of(command: Mapping[str, Any], output: Path) -> ComputeOptions:
@@ -211,4 +213,25 @@ def options_of(command: Mapping[str, Any], output: Path) -> ComputeOptions:
         key: tuple(value) if isinstance(value, list) else value for key, value in command.items()
     }
     found |= {"model": Path(found["model"]), "data": Path(found["data"]), "output": output}
+    found |= {key: _each(_of_literal, found[key]) for key in _ARGUMENTS}
     return ComputeOptions(**(found | {"shard": None, "resume": True, "force": False}))
+
+
+_ARGUMENTS = ("loss_arguments", "arch_arguments")
+
+
+def _each(function: Callable[[Any], Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: function(value) for name, value in arguments.items()}
+
+
+def _as_literal(value: object) -> object:
+    """A value as a literal of Python; itself, where that is none."""
+    read = _of_literal(repr(value))
+    return repr(value) if type(read) is type(value) and read == value else value
+
+
+def _of_literal(text: object) -> object:
+    try:
+        return ast.literal_eval(text) if isinstance(text, str) else text
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return text
