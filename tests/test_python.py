@@ -526,6 +526,28 @@ def test_autocast_of_the_caller() -> None:
         assert torch.is_autocast_enabled("cpu")
 
 
+def test_autocast_of_a_model_is_the_outermost() -> None:
+    """Within another it would keep what it cast of the weights."""
+
+    class Casting(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x).float()
+
+    model, data = Casting(3, 1), (X.float(), X[:, :1].float())
+    expected = 2 * X.T @ X / len(X)  # of the mean squared error
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for found in (
+            hesscli.compute(model, data, params="weight", framework="torch").block("weight"),
+            torch.as_tensor(hesscli.operator(model, data, params="weight") @ np.eye(3)),
+        ):
+            assert relative_error(found.double(), expected) < 1e-5
+        depth = torch.autocast_increment_nesting()
+        torch.autocast_decrement_nesting()
+        assert depth == 2
+    assert not torch.is_autocast_enabled("cpu")
+
+
 @pytest.mark.parametrize(
     ("set_by_the_caller", "read"),
     [

@@ -25,10 +25,32 @@ def differentiable() -> Iterator[None]:
         _hooks_put_aside(),
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
+        _autocast_put_aside(),
     ):
         yield
+
+
+@contextmanager
+def _autocast_put_aside() -> Iterator[None]:
+    """Inside, none of the caller's autocast is on, and one of the model's own is the outermost.
+
+    What that has cast of the weights it keeps until the outermost ends: within another, the second pass would go on
+    with a result of the first.
+    """
+    depth = torch.autocast_increment_nesting()  # by one too many
+    while torch.autocast_decrement_nesting():
+        pass
+    torch.clear_autocast_cache()
+    on = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    for device in on:
+        torch.set_autocast_enabled(device, False)
+    try:
+        yield
+    finally:
+        for device in on:
+            torch.set_autocast_enabled(device, True)
+        for _ in range(depth - 1):
+            torch.autocast_increment_nesting()
 
 
 @contextmanager
