@@ -327,6 +327,19 @@ def test_the_temporary_file_goes_with_the_object(net):
     assert block.shape == (2, 2)
 
 
+def test_the_temporary_file_outlives_a_process_that_was_forked(net):
+    found = hesscli.compute(net, (X, Y))
+    child = os.fork()
+    if not child:
+        try:
+            del found
+            gc.collect()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert found.block("last.bias").shape == (2, 2)
+
+
 @pytest.mark.parametrize("framework", ["numpy", "torch"])
 def test_copies_of_a_hessian(net, tmp_path, framework):
     found = hesscli.compute(net, (X, Y), framework=framework)

@@ -38,17 +38,25 @@ _COLLATED = "hesscli.compute(model, torch.utils.data.default_collate(list({})))"
 
 
 class Folder:
-    """A temporary folder that goes when the last object that needs it goes; copies of objects need it too."""
+    """A temporary folder that goes when the last object that needs it goes; copies of objects need it too.
+
+    In a process that was forked they go without it: it is another's.
+    """
 
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix="hesscli."))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        weakref.finalize(self, _remove, self.path, os.getpid())
 
     def __deepcopy__(self, memo: object) -> Folder:
         return self
 
     def __reduce__(self) -> NoReturn:
         raise UsageError("a temporary folder cannot be pickled; a Hessian with an output can")
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
