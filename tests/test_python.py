@@ -744,16 +744,48 @@ def test_several_inputs_side_by_side_are_refused_with_how_they_are_given() -> No
         assert isinstance(eval(caught.value.hint or ""), hesscli.Hessian)
 
 
-def test_data_sets_and_loaders_are_refused_with_how_they_become_arrays() -> None:
+def test_samples_that_are_no_arrays_are_refused_with_how_they_become_some() -> None:
     model, x, y = nn.Linear(3, 1), X[:, :3], X[:, :1]
     truth = hesscli.compute(model, (x[:4], y[:4]), framework="torch").block("weight")
     dataset = Subset(TensorDataset(x, y), range(4))
     loader = DataLoader(dataset, batch_size=2, shuffle=True)
-    for data in (dataset, loader):
+    samples = list(dataset)
+    batches = [(x[:1], y[:1]), (x[1:3], y[1:3]), (x[3:4], y[3:4])]
+    for data in (
+        dataset,
+        loader,
+        samples,
+        iter(samples),
+        [{"x": x, "y": y} for x, y in samples],
+        batches,
+        [{"x": x, "y": y} for x, y in batches],
+    ):
         with pytest.raises(hesscli.HesscliError, match="expected \\(inputs, targets\\)") as caught:
             hesscli.compute(model, data)
-        found = eval(caught.value.hint or "")
+        found = eval(caught.value.hint or "", globals() | locals())
         torch.testing.assert_close(torch.tensor(found.block("weight")), truth)
+
+
+@pytest.mark.parametrize("kind", ["table", "dataset"])
+def test_tables_are_refused_with_how_they_become_arrays(kind: str) -> None:
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    model, x, y = nn.Linear(3, 1), X.numpy(), X[:, :1].numpy()
+    truth = hesscli.compute(model, (x, y)).block("weight")
+    table = pandas.DataFrame(x)
+    table.insert(1, "label", y[:, 0])
+    dataset = datasets.Dataset.from_dict({"x": x, "y": y})
+    with pytest.raises(hesscli.HesscliError, match="expected \\(inputs, targets\\)") as caught:
+        hesscli.compute(model, {"table": table, "dataset": dataset}[kind])
+    found = eval((caught.value.hint or "").replace("table['label']", "y"))
+    np.testing.assert_allclose(found.block("weight"), truth, rtol=1e-6)
+
+
+def test_what_is_beside_arrays_is_refused_with_how_it_is_left_out() -> None:
+    """As in a `Bunch` of scikit-learn."""
+    model, data = nn.Linear(3, 3), {"data": X, "target": Y, "frame": None, "names": np.array("abc")}
+    with pytest.raises(hesscli.HesscliError, match="frame is a NoneType") as caught:
+        hesscli.compute(model, data)
+    assert isinstance(eval(caught.value.hint or "", globals() | locals()), hesscli.Hessian)
 
 
 @pytest.mark.parametrize("of", [np.longdouble, object])

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from hesscli.errors import HesscliError, UsageError
 from hesscli.files.models.live_models import live_model
 from hesscli.hessian.autodiff import differentiable
 from hesscli.job.options import ProblemOptions
 from hesscli.job.setup.module_copy import own_copy
+from hesscli.job.setup.no_arrays import SEVERAL_INPUTS, kind_of, no_arrays
 from hesscli.job.setup.opening import device_called
 from hesscli.job.setup.settings import random_kept, settings_kept
 
@@ -32,9 +33,6 @@ Model = nn.Module | PathLike
 DataLike = PathLike | Mapping[str, Array] | Sequence[Array] | TensorDataset | Array
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Options = TypeVar("Options", bound=ProblemOptions)
-
-_SEVERAL_INPUTS = """hesscli.compute(model, {"a": a, "b": b, "y": y}, inputs=("a", "b"))"""
-_COLLATED = "hesscli.compute(model, torch.utils.data.default_collate(list({})))"
 
 
 class Folder:
@@ -89,7 +87,7 @@ def given(
         raise UsageError(f"no option is called {unknown[0]!r}; there are: {listed}")
     if not isinstance(model, (nn.Module, str, os.PathLike)):
         raise UsageError(
-            f"model: {_kind(model)}; expected a module, or the path of a file",
+            f"model: {kind_of(model)}; expected a module, or the path of a file",
             "hesscli.compute(model.module(), data)" if hasattr(model, "graph_module") else None,
         )
     with differentiable():
@@ -139,6 +137,7 @@ def _tensors(data: object) -> dict[str, Tensor]:
             tensors[name] = _tensor(array)
         except (TypeError, ValueError, RuntimeError) as error:
             found, hint = _no_numbers(name, array)
+            hint = hint or _others(arrays)
             raise UsageError(f"data: {name} is {found}; expected an array", hint) from error
         _demand_dense(name, tensors[name])
     return tensors
@@ -154,13 +153,7 @@ def _by_name(data: object) -> Mapping[Any, Any]:
         return {"x": data}
     if isinstance(data, (tuple, list)) and len(data) == 2:
         return {"x": data[0], "y": data[1]}
-    found, hint = _kind(data), None
-    if isinstance(data, (tuple, list)):
-        found, hint = f"{len(data)} arrays", _SEVERAL_INPUTS
-    elif isinstance(data, DataLoader):
-        hint = _COLLATED.format("loader.dataset")
-    elif isinstance(data, Dataset):
-        hint = _COLLATED.format("dataset")
+    found, hint = no_arrays(data)
     expected = "expected (inputs, targets), or a dict of named arrays"
     raise UsageError(f"data: {found}; {expected}", hint)
 
@@ -211,25 +204,34 @@ def _tensor(array: Any) -> Tensor:
 def _no_numbers(name: str, array: Any) -> tuple[str, str | None]:
     """What it is that has no tensor, and what to do about that."""
     if isinstance(array, (tuple, list, Mapping)):
-        return _kind(array), _SEVERAL_INPUTS
+        return kind_of(array), SEVERAL_INPUTS
     if isinstance(array, Tensor) or np.ma.is_masked(array):
-        return _kind(array), None
+        return kind_of(array), None
     try:
         values = np.asarray(array)
     except Exception:  # it may be anything
-        return _kind(array), None
-    found = f"{_kind(array)} of {values.dtype}" if values.ndim else _kind(array)
+        return kind_of(array), None
+    found = f"{kind_of(array)} of {values.dtype}" if values.ndim else kind_of(array)
     if values.ndim and values.dtype.kind in "fOUT":
         if not any(isinstance(value, str) for value in values.flat):
             return found, f'{name} = {name}.astype("float64")'
         if values.ndim == 1:
             hint = f"classes are whole numbers from 0 on: {name} = pandas.factorize({name})[0]"
-            return f"{_kind(array)} of words", hint
+            return f"{kind_of(array)} of words", hint
     return found, None
 
 
-def _kind(value: object) -> str:
-    return f"a {type(value).__name__}"
+def _others(arrays: Mapping[Any, Any]) -> str | None:
+    """How what are no arrays is left out, as of a `Bunch` of scikit-learn."""
+    names = [
+        name
+        for name, value in arrays.items()
+        if isinstance(value, Tensor)
+        or (isinstance(value, np.ndarray) and value.dtype.kind in "biuf")
+    ]
+    if len(names) < 2:
+        return None
+    return f"hesscli.compute(model, {{name: data[name] for name in {names}}})"
 
 
 @contextmanager
