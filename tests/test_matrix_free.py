@@ -720,6 +720,13 @@ def test_complex_vectors(cli):
     assert "fc2.bias is complex" in ran.fails(4)
 
 
+def test_eigenvectors_are_no_products(cli):
+    assert cli("eigen", *MLP, "-o", "e.safetensors").code == 0
+    refused = cli("hvp", *MLP, "--vector", "e.safetensors")
+    assert "e.safetensors: what hesscli eigen wrote; expected" in refused.fails(3)
+    assert "hint: " not in refused.stderr
+
+
 def test_products_are_vectors(cli, tmp_path):
     """H (H v), from one file to the next."""
     matrix = dense(cli, *MLP)

@@ -68,9 +68,14 @@ def _mapped(path: Path | str, entry: dict[str, Any], start: int) -> torch.Tensor
 def _refuse_hessian(path: Path | str, file: Any) -> None:
     document = (file.metadata() or {}).get("hesscli")
     # Products are keyed and shaped as the parameters.
-    if document is not None and '"hesscli.hvp/' not in document:
-        opens = index_of_shard(Path(path)) or Path(path)
-        raise FileError(
-            f"{path}: a Hessian that hesscli wrote; expected a model, data or vectors",
-            f"hesscli show {shlex.quote(str(opens))}",
-        )
+    if document is None or '"hesscli.hvp/' in document:
+        return
+    expected = "expected a model, data or vectors"
+    for command in ("eigen", "density"):
+        if f'"hesscli.{command}/' in document:
+            raise FileError(f"{path}: what hesscli {command} wrote; {expected}")
+    opens = index_of_shard(Path(path)) or Path(path)
+    raise FileError(
+        f"{path}: a Hessian that hesscli wrote; {expected}",
+        f"hesscli show {shlex.quote(str(opens))}",
+    )
