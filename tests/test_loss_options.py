@@ -245,19 +245,45 @@ def test_a_loss_in_fewer_digits(dtype, narrow):
     close(found, hessian(net(), F.cross_entropy, (X,), CLASSES), 1e-6)
 
 
-def test_a_loss_that_depends_on_the_weights():
-    model = net()
+def test_a_loss_that_depends_on_other_weights():
+    other = net()
 
     def loss(f, y):
-        return F.mse_loss(f, y) + 0.1 * sum(p.square().sum() for p in model.parameters())
+        return F.mse_loss(f, y) + 0.1 * sum(p.square().sum() for p in other.parameters())
 
-    found = computed(model, (X, Y), loss=loss)
+    found = computed(net(), (X, Y), loss=loss)
     assert [
         n
         for n in found.metadata["notes"]
         if "depends on parameters besides the model's output" in n
     ]
     close(found, hessian(net(), F.mse_loss, (X,), Y))
+
+
+class Penalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x, y=None):
+        output = self.net(x)
+        return output if y is None else self.loss(output, y)
+
+    def loss(self, output, y):
+        return F.mse_loss(output, y) + 0.1 * sum(p.square().sum() for p in self.parameters())
+
+
+@pytest.mark.parametrize("function", [hesscli.compute, hesscli.operator])
+def test_a_loss_that_depends_on_the_weights_is_taken_from_forward_alone(function):
+    """Of the copy that is differentiated it knows nothing: what it makes of the weights would be a constant."""
+    model = Penalised()
+    for loss in (model.loss, lambda f, y: model.loss(f, y)):
+        with pytest.raises(hesscli.HesscliError, match="depends on the model's parameters") as e:
+            function(model, (X, Y), loss=loss)
+        assert 'loss="output"' in e.value.hint
+    found = computed(model, (X, Y), loss="output")
+    truth = hessian(net(), F.mse_loss, (X,), Y)
+    close(found, truth + 0.2 * torch.eye(len(truth)).double())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -213,13 +213,16 @@ class Problem:
         return problem, output.detach(), narrowings
 
     def depends_on(self, parameters: Iterable[Tensor]) -> bool:
-        """Whether the output is computed with any of these, be they the module's or found by a global name.
+        """Whether the output, or a loss of the user's own, is computed with any of these, be they the module's or found
+        by a global name.
 
-        It is, where the graph of the output begins at one of them.
+        It is, where its graph begins at one of them.
         """
-        wanted = {id(parameter) for parameter in parameters}
+        wanted, batch = {id(parameter) for parameter in parameters}, self.batches[0]
         with torch.enable_grad():
-            output = self.output(self.batches[0])
+            output = self.output(batch)
+            if self.loss.function is not None:
+                output = self.loss.terms(output, batch)
         return any(id(getattr(node, "variable", None)) in wanted for node in graph_of(output))
 
     def double(self) -> Problem | None:

@@ -212,13 +212,19 @@ def _batch_sizes(
 
 
 def _demand_own_parameters(model: SavedModel, problem: Problem) -> None:
-    """Refuses the copy of a module in memory that computes with parameters of the original."""
-    if model.originals and problem.depends_on(model.originals):
+    """Refuses the copy of a module in memory that computes with parameters of the original, or whose loss does."""
+    if not (model.originals and problem.depends_on(model.originals)):
+        return
+    if problem.loss.function is not None:
         raise MismatchError(
-            f"{type(model.module).__name__}: forward finds parameters by a global name or a weak reference, "
-            "so that its copy would compute with those of the original",
-            "let forward find them by self",
+            f"the loss {problem.loss.name} depends on the model's parameters, not on its output alone",
+            'let forward return the loss, and say so: loss="output"',
         )
+    raise MismatchError(
+        f"{type(model.module).__name__}: forward finds parameters by a global name or a weak reference, "
+        "so that its copy would compute with those of the original",
+        "let forward find them by self",
+    )
 
 
 def _as_computed(problem: Problem, note: Callable[[str], None]) -> Problem:
