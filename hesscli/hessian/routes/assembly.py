@@ -11,7 +11,7 @@ in each sample b and position t. The last term is zero, unless the layer is behi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,6 @@ from hesscli.hessian.routes.sums import add_products
 def add_layer(
     probed: Probed,
     layers: Sequence[Layer],
-    deltas: Mapping[int, Tensor],
     neurons: range,
     out: Tensor,
     bias_out: Tensor | None,
@@ -39,9 +38,8 @@ def add_layer(
 
     Args:
         probed: a pass with probes at every layer, and duals at the inputs of all but the first; of that too, if it is
-            shared.
+            shared; differentiated.
         layers: in the order of execution.
-        deltas: dPhi / dz of each, with its graph.
         neurons: which of the first layer.
         out: [neurons * width, columns], layer after layer, neuron after neuron.
         bias_out: where the own block of a bias goes that is no part of the layer: [neurons, n - first neuron].
@@ -49,12 +47,12 @@ def add_layer(
     """
     layer = layers[0]
     if layer.is_shared:
-        _add_shared(probed, layers, deltas, neurons, out, workspace)
+        _add_shared(probed, layers, neurons, out, workspace)
         return
-    use, delta = layer.weight, deltas[layer.weight.z]
+    use, delta = layer.weight, probed.deltas[layer.weight.z]
     if not delta.requires_grad:
         return
-    a, later = layer.inputs(probed), SampleGradients(probed, layers[1:], deltas)
+    a, later = layer.inputs(probed), SampleGradients(probed, layers[1:])
     inputs = [probed.probes[use.z], *later.variables]
     per_direction = 4 * delta.numel() * len(inputs)
     if not layer.plain:
@@ -82,12 +80,7 @@ def add_layer(
 
 
 def _add_shared(
-    probed: Probed,
-    layers: Sequence[Layer],
-    deltas: Mapping[int, Tensor],
-    neurons: range,
-    out: Tensor,
-    workspace: int,
+    probed: Probed, layers: Sequence[Layer], neurons: range, out: Tensor, workspace: int
 ) -> None:
     """The same where the first layer is shared: every pair of its values, and of one with another layer's, counts.
 
@@ -97,11 +90,12 @@ def _add_shared(
 
     where S' is the derivative of delta' along z_p; and likewise with the two exchanged.
     """
-    layer, gradients = layers[0], SampleGradients(probed, layers, deltas, neurons.start)
+    layer, gradients = layers[0], SampleGradients(probed, layers, neurons.start)
     by_neuron = _by_neuron(layer, out)
     inputs = gradients.inputs[0].split([use.positions for use in layer.weights], 1)
     for use, a in zip(layer.weights, inputs, strict=True):
-        delta, rows = deltas[use.z], use.rows(deltas[use.z].detach())
+        delta = probed.deltas[use.z]
+        rows = use.rows(delta.detach())
         if delta.requires_grad:
             chunk = workspace // (4 * delta.numel() * len(gradients.variables))
             for t, part, units in _unit_vectors(rows, neurons, chunk):
@@ -123,7 +117,6 @@ def _add_shared(
 def add_layer_diagonal(
     probed: Probed,
     layer: Layer,
-    deltas: Mapping[int, Tensor],
     neurons: range,
     wanted: Diagonal,
     bias_out: Tensor | None,
@@ -134,10 +127,10 @@ def add_layer_diagonal(
     Two values of a shared layer give the same, seen from either: from the earlier one it counts twice.
     """
     for index, use in enumerate(layer.weights):
-        delta = deltas[use.z]
+        delta = probed.deltas[use.z]
         if not delta.requires_grad:
             continue
-        own = SampleGradients(probed, [Layer(layer.weights[index:])], deltas)
+        own = SampleGradients(probed, [Layer(layer.weights[index:])])
         (a,), (delta_rows,) = own.inputs, own.deltas
         twice = a.new_full((a.shape[1],), 2.0)
         twice[: use.positions] = 1

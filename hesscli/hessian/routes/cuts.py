@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
-from torch import Tensor
-
 from hesscli.hessian.chunk_sizes import shared_ranges
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analyses, WeightAnalyses
@@ -14,9 +12,9 @@ from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.recording.tape import Tape
 from hesscli.hessian.routes.costs import Costs
 from hesscli.hessian.routes.cut_plan import CutPlan, plan_cuts
-from hesscli.hessian.routes.probes import Cut, Probed
+from hesscli.hessian.routes.probes import Cut, Probed, passes
 from hesscli.hessian.routes.rates import usual_rates
-from hesscli.hessian.workers import each_with, graphs_for
+from hesscli.hessian.workers import each_with
 
 
 class Cuts:
@@ -77,27 +75,22 @@ class Cuts:
 
     def _curvature(self, batch: Batch, value: int, cut: Cut | None, workspace: int) -> Cut:
         """dL/dc and d^2 L / dc^2 of each sample, by those at the next cut."""
+        tape = self.analyses.of(batch).tape
+        samples = tape.shapes[tape.output][0]
+        size = tape.shapes[value].numel() // samples
+        graphs = passes(size, self.analyses, batch, [value], cut=cut)
+        gradient = graphs[0].deltas[value]
+        sigma = gradient.new_zeros(samples, size, size)
 
-        def passed() -> tuple[Probed, Tensor]:
-            probed = Probed(self.analyses, batch, [value], cut=cut)
-            (delta,) = probed.derivatives([probed.probes[value]])
-            return probed, delta
-
-        probed, delta = passed()
-        samples, size = probed.samples, delta.numel() // probed.samples
-        sigma = delta.new_zeros(samples, size, size)
-        threads = graphs_for(delta.device, size)
-        graphs = [(probed, delta), *(passed() for _ in range(threads - 1))]
-        chunk = min(self.chunk, workspace // (8 * delta.numel()))
-
-        def add(graph: tuple[Probed, Tensor], some: range) -> None:
-            probed, delta = graph
+        def add(probed: Probed, some: range) -> None:
+            delta = probed.deltas[value]
             seeds = probed.unit_seeds(delta, some)
             (found,) = probed.along(delta, [probed.probes[value]], seeds)
             if found is not None:
                 rows = found.reshape(len(some), samples, size).transpose(0, 1)
                 sigma[:, some.start : some.stop] = rows
 
-        if delta.requires_grad:
-            each_with(graphs, shared_ranges(range(size), chunk, threads), add)
-        return Cut(value, delta.detach(), sigma.detach())
+        if gradient.requires_grad:
+            chunk = min(self.chunk, workspace // (8 * gradient.numel()))
+            each_with(graphs, shared_ranges(range(size), chunk, len(graphs)), add)
+        return Cut(value, gradient.detach(), sigma.detach())

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -37,12 +37,10 @@ from hesscli.hessian.routes.costs import Work
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.routes.layers import Layer, split
-from hesscli.hessian.routes.probes import Cut, Probed
+from hesscli.hessian.routes.probes import Cut, Probed, passes
 from hesscli.hessian.routes.sweep import add_chain_diagonals
 from hesscli.hessian.words import PREACTIVATION
 from hesscli.hessian.workers import each_with, graphs_for, share_of_time
-
-Pass = tuple[Probed, list[Tensor]]  # and derivatives of it that are differentiated again
 
 
 class Preactivation(AffineRoute):
@@ -145,55 +143,39 @@ class Preactivation(AffineRoute):
                 self._add_others(batch, part, others)
             self._add_layers(batch, part, layers, others, bias_out)
 
-    def _passes(self, passed: Callable[[], Pass], seeds: int) -> list[Pass]:
-        """As many as so many seeds are worth threads."""
-        return [passed() for _ in range(graphs_for(self.problem.device, seeds))]
-
     def _add_alone(self, batch: Batch, part: Wanted) -> None:
         """Rows of a parameter with no more entries than directions along z: u = A e_r for each entry r."""
         use = self.analyses.of(batch).use(part.block.parameters[0])
         cut = self.cuts.after(batch, use, self.workspace)
-
-        def passed() -> Pass:
-            probed = Probed(self.analyses, batch, [use.z], cut=cut)
-            return probed, probed.derivatives([probed.probes[use.z]])
-
-        passes = self._passes(passed, part.stop - part.start)
-        probed, (delta,) = passes[0]
-        if not delta.requires_grad:
+        graphs = passes(part.stop - part.start, self.analyses, batch, [use.z], cut=cut)
+        size = graphs[0].deltas[use.z].numel()
+        if not graphs[0].deltas[use.z].requires_grad:
             return
-        a = probed.columns(use)
+        a = graphs[0].columns(use)
 
-        def add(mine: Pass, entries: range) -> None:
-            probed, (delta,) = mine
+        def add(probed: Probed, entries: range) -> None:
+            delta = probed.deltas[use.z]
             seeds = use.spread(_directions_of(use, a, entries, probed.samples), delta.shape)
             (found,) = probed.along(delta, [probed.probes[use.z]], seeds)
             if found is not None:
                 rows = use.rows(found).flatten(1, 2).unsqueeze(0)
                 part.add(entries.start, use.pull(rows, a.flatten(0, 1).unsqueeze(0))[0])
 
-        most = min(self.cuts.chunk, self.workspace // (4 * delta.numel()))
-        each_with(passes, shared_ranges(range(part.start, part.stop), most, len(passes)), add)
+        most = min(self.cuts.chunk, self.workspace // (4 * size))
+        each_with(graphs, shared_ranges(range(part.start, part.stop), most, len(graphs)), add)
 
     def _add_diagonal(
         self, batch: Batch, part: Diagonal, layer: Layer, bias: Tensor | None
     ) -> None:
         """The diagonal of a layer's weight; `bias` as in `add_layer`."""
         cut, neurons = self._cut(batch, [layer]), part.neurons(layer.weight)
+        seeds, moving = len(neurons) * layer.positions, _moving([layer])
+        graphs = passes(seeds, self.analyses, batch, layer.zs, moving, cut)
 
-        def passed() -> Pass:
-            moving = _moving([layer])
-            probed = Probed(self.analyses, batch, layer.zs, activations=moving, cut=cut)
-            return probed, probed.derivatives([probed.probes[z] for z in layer.zs])
+        def add(probed: Probed, some: range) -> None:
+            add_layer_diagonal(probed, layer, some, part, bias, self.workspace)
 
-        passes = self._passes(passed, len(neurons) * layer.positions)
-
-        def add(mine: Pass, some: range) -> None:
-            probed, found = mine
-            deltas = dict(zip(layer.zs, found, strict=True))
-            add_layer_diagonal(probed, layer, deltas, some, part, bias, self.workspace)
-
-        each_with(passes, shared_ranges(neurons, len(neurons), len(passes)), add)
+        each_with(graphs, shared_ranges(neurons, len(neurons), len(graphs)), add)
 
     def _cut(self, batch: Batch, layers: Sequence[Layer], others: Sequence[str] = ()) -> Cut | None:
         """The cut behind a layer that is alone."""
@@ -215,12 +197,6 @@ class Preactivation(AffineRoute):
         firsts = list(itertools.accumulate(sizes))[:-1]
         left = sum(at + layer.size <= part.start for at, layer in zip(firsts, layers, strict=True))
         layers, firsts = layers[left:], firsts[left:]
-        zs = [z for layer in layers for z in layer.zs]
-
-        def passed() -> Pass:
-            probed = Probed(self.analyses, batch, zs, activations=_moving(layers), cut=cut)
-            return probed, probed.derivatives([probed.probes[z] for z in zs])
-
         pieces: list[tuple[int, range]] = []  # a layer's place, and some of its neurons
         for index, (at, layer) in enumerate(zip(firsts, layers, strict=True)):
             rows = range(max(at, part.start), min(at + layer.size, part.stop))
@@ -229,55 +205,53 @@ class Preactivation(AffineRoute):
                 threads = graphs_for(self.problem.device, len(neurons) * layer.positions)
                 shares = _shares(neurons, block.size - at, layer.width, threads)
                 pieces += [(index, some) for some in shares]
-        passes = self._passes(passed, sum(len(some) * layers[i].positions for i, some in pieces))
+        seeds = sum(len(some) * layers[i].positions for i, some in pieces)
+        zs = [z for layer in layers for z in layer.zs]
+        graphs = passes(seeds, self.analyses, batch, zs, _moving(layers), cut)
 
-        def add(mine: Pass, piece: tuple[int, range]) -> None:
-            (probed, found), (index, neurons) = mine, piece
-            deltas, layer = dict(zip(zs, found, strict=True)), layers[index]
-            start, stop = (firsts[index] + p * layer.width for p in (neurons.start, neurons.stop))
+        def add(probed: Probed, piece: tuple[int, range]) -> None:
+            index, neurons = piece
+            width = layers[index].width
+            start, stop = (firsts[index] + p * width for p in (neurons.start, neurons.stop))
             own = None if bias is None else bias[neurons.start :, neurons.start :]
             out = part.upper(start, stop)
-            add_layer(probed, layers[index:], deltas, neurons, out, own, self.workspace)
+            add_layer(probed, layers[index:], neurons, out, own, self.workspace)
 
-        each_with(passes, pieces, add)
+        each_with(graphs, pieces, add)
 
     def _add_others(self, batch: Batch, part: Rows, others: Sequence[str]) -> None:
         """Rows of parameters that are no part of a layer, by Hessian-vector products; they come first."""
         block, firsts = part.block, dict[str, int]()
         for name in others:
             firsts[name] = sum(len(block.rows[before]) for before in firsts)
-        names = [name for name in others if firsts[name] < part.stop]
-
-        def passed() -> Pass:
+        wanted = {
+            name: range(max(0, part.start - first), min(len(block.rows[name]), part.stop - first))
+            for name, first in firsts.items()
+            if first < part.stop
+        }
+        count = graphs_for(self.problem.device, sum(map(len, wanted.values())))
+        graphs = []
+        for _ in range(count):
             probed = Probed(self.analyses, batch, (), leaves=block.parameters)
-            return probed, probed.derivatives([probed.leaves[name] for name in names])
-
-        wanted = [
-            range(
-                max(0, part.start - firsts[name]),
-                min(len(block.rows[name]), part.stop - firsts[name]),
-            )
-            for name in names
-        ]
-        passes = self._passes(passed, sum(map(len, wanted)))
-        activations = sum(x.numel() for x in passes[0][0].known.values())
+            found = probed.derivatives([probed.leaves[name] for name in wanted])
+            graphs.append((probed, dict(zip(wanted, found, strict=True))))
+        activations = sum(x.numel() for x in graphs[0][0].known.values())
         most = min(self.cuts.chunk, self.workspace // (activations + block.size))
 
-        def add(mine: Pass, piece: tuple[int, range]) -> None:
-            (probed, found), (index, some) = mine, piece
-            gradient, leaves = found[index], list(probed.leaves.values())
+        def add(graph: tuple[Probed, dict[str, Tensor]], piece: tuple[str, range]) -> None:
+            (probed, gradients), (name, some) = graph, piece
+            gradient, leaves = gradients[name], list(probed.leaves.values())
             if gradient.requires_grad:
                 seeds = unit_rows(gradient, some.start, len(some), gradient.numel())
                 rows = batched_rows(gradient, leaves, seeds.view(len(some), *gradient.shape))
-                at = firsts[names[index]] + some.start
-                part.add(at, self.layout(block).from_block(rows))
+                part.add(firsts[name] + some.start, self.layout(block).from_block(rows))
 
         pieces = [
-            (index, some)
-            for index, rows in enumerate(wanted)
-            for some in shared_ranges(rows, most, len(passes))
+            (name, some)
+            for name, rows in wanted.items()
+            for some in shared_ranges(rows, most, count)
         ]
-        each_with(passes, pieces, add)
+        each_with(graphs, pieces, add)
 
 
 def _are_alone(layers: Sequence[Layer], others: Sequence[str]) -> bool:

@@ -24,6 +24,7 @@ from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.operator import loss_hessian
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.proofs.uses import Use
+from hesscli.hessian.workers import graphs_for
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,12 @@ class Probed:
         leaves: parameters to keep as variables.
         activations: the values that get a dual.
         cut: where the pass ends, if not at the output.
+
+    Attributes:
+        deltas: dPhi / dz at each probe, with its graph, once it is `differentiated`.
     """
+
+    deltas: dict[int, Tensor]
 
     def __init__(
         self,
@@ -102,6 +108,12 @@ class Probed:
     def phi(self) -> Tensor:
         """Phi: the loss, and <w_l, a_l> of each dual."""
         return self.value + sum((self.known[a] * w).sum() for a, w in self.duals.items())
+
+    def differentiated(self) -> Probed:
+        """This pass, with its `deltas`."""
+        found = self.derivatives(list(self.probes.values()))
+        self.deltas = dict(zip(self.probes, found, strict=True))
+        return self
 
     def derivatives(self, variables: Sequence[Tensor]) -> list[Tensor]:
         """dPhi by probes and leaves, with its graph; zeros without one where Phi does not depend on one."""
@@ -167,3 +179,17 @@ class Probed:
         size = like.numel() // self.samples
         units = unit_rows(like, entries.start, len(entries), size).unsqueeze(1)
         return units.expand(-1, self.samples, -1).reshape(len(entries), *like.shape)
+
+
+def passes(
+    seeds: int,
+    analyses: Analyses,
+    batch: Batch,
+    zs: Sequence[int],
+    activations: Iterable[int] = (),
+    cut: Cut | None = None,
+) -> list[Probed]:
+    """Passes that are differentiated again, as many as so many seeds are worth threads; see `Probed`."""
+    count = graphs_for(analyses.problem.device, seeds)
+    every = [Probed(analyses, batch, zs, (), activations, cut) for _ in range(count)]
+    return [probed.differentiated() for probed in every]

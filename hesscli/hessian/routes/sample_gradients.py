@@ -7,7 +7,7 @@ In one sample, a layer's gradient is g[i, j] = sum over positions of delta[i] a[
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -30,9 +30,8 @@ class SampleGradients:
     """Those of layers, one after the other, neuron by neuron; positions of a shared one are those at all its values.
 
     Args:
-        probed: a pass with probes at every value of every layer, and duals at the inputs that move.
+        probed: a pass with probes at every value of every layer, and duals at the inputs that move; differentiated.
         layers: in the order of execution.
-        deltas: dPhi / dz of every value.
         skipped: how many neurons of the first layer have no columns.
 
     Attributes:
@@ -42,13 +41,7 @@ class SampleGradients:
         deltas: delta of each, [B, T, n].
     """
 
-    def __init__(
-        self,
-        probed: Probed,
-        layers: Sequence[Layer],
-        deltas: Mapping[int, Tensor],
-        skipped: int = 0,
-    ) -> None:
+    def __init__(self, probed: Probed, layers: Sequence[Layer], skipped: int = 0) -> None:
         self.probed, self.layers, self.skipped = probed, layers, skipped
         uses = [use for layer in layers for use in layer.weights]
         duals = [probed.duals[use.moving] for use in uses if use.moving in probed.duals]
@@ -56,7 +49,7 @@ class SampleGradients:
         self.variables = [*self.probes, *duals]
         self.inputs = [layer.inputs(probed) for layer in layers]
         self.deltas = [
-            torch.cat([use.rows(deltas[use.z].detach()) for use in layer.weights], -2)
+            torch.cat([use.rows(probed.deltas[use.z].detach()) for use in layer.weights], -2)
             for layer in layers
         ]
         self._buffers: list[Tensor] = []  # one of each worker
