@@ -10,8 +10,7 @@ from torch import nn
 
 from hesscli.hessian.differences.check import Certificate, gradients
 from hesscli.hessian.objective.problem import Problem
-from hesscli.hessian.routes.base import Route
-from hesscli.hessian.routes.choice import Choice, seconds_of
+from hesscli.hessian.routes.base import Choice, Route, seconds_of
 from hesscli.hessian.routes.costs import Work
 from hesscli.hessian.routes.rates import Rates
 from hesscli.job.matrix.dry_run import START, estimate

@@ -17,7 +17,7 @@ from torch import nn
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.objective.problem import Problem
-from hesscli.hessian.routes.choice import Choice
+from hesscli.hessian.routes.base import Choice
 from hesscli.hessian.routes.costs import Work
 from hesscli.hessian.routes.rates import Rates
 

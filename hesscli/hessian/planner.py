@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.routes.base import Route
-from hesscli.hessian.routes.choice import Choice
+from hesscli.hessian.routes.base import Choice, Route
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.routes.rates import usual_rates

@@ -19,8 +19,7 @@ from hesscli.hessian.differences.products import Differences
 from hesscli.hessian.differences.quotients import Quotients
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
-from hesscli.hessian.routes.base import Route, Wanted
-from hesscli.hessian.routes.choice import Choice
+from hesscli.hessian.routes.base import Choice, Route, Wanted
 from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.words import FINITE_DIFFERENCE
 

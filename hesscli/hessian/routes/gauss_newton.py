@@ -25,10 +25,9 @@ from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.proofs.uses import Use, values_of
 from hesscli.hessian.routes.affine import AffineRoute
-from hesscli.hessian.routes.base import Diagonal, Rows, Wanted
+from hesscli.hessian.routes.base import Choice, Diagonal, Rows, Wanted
 from hesscli.hessian.routes.bend import add_bend, add_bend_diagonal, bend_diagonal, find_bend
 from hesscli.hessian.routes.chain import Step
-from hesscli.hessian.routes.choice import Choice
 from hesscli.hessian.routes.costs import Costs, Work
 from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.routes.kronecker import add_kronecker_rows

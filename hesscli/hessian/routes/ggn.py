@@ -19,7 +19,7 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.operator import loss_gradient
 from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.proofs.uses import Use
-from hesscli.hessian.routes.choice import Choice
+from hesscli.hessian.routes.base import Choice
 from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.routes.gauss_newton import GaussNewton, jacobian_work
 from hesscli.hessian.routes.probes import Probed

@@ -17,8 +17,7 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.chunk_sizes import shared_ranges
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.operator import gradient_graph
-from hesscli.hessian.routes.base import ByRows, Wanted
-from hesscli.hessian.routes.choice import Choice
+from hesscli.hessian.routes.base import ByRows, Choice, Wanted
 from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.workers import each_with, graphs_for, share_of_time
 

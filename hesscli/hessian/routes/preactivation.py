@@ -30,9 +30,8 @@ from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.proofs.uses import BIAS, Use
 from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.assembly import add_layer, add_layer_diagonal
-from hesscli.hessian.routes.base import Diagonal, Rows, Wanted
+from hesscli.hessian.routes.base import Choice, Diagonal, Rows, Wanted
 from hesscli.hessian.routes.chain import find_chain
-from hesscli.hessian.routes.choice import Choice
 from hesscli.hessian.routes.costs import Work
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.first_batch import FirstBatch

@@ -26,8 +26,7 @@ from hesscli.hessian.chunk_sizes import chunk_sizes, grouped, ranges
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.weights import Neurons
 from hesscli.hessian.routes.affine import AffineRoute, other_path
-from hesscli.hessian.routes.base import Diagonal, Route, Rows, Wanted
-from hesscli.hessian.routes.choice import Choice
+from hesscli.hessian.routes.base import Choice, Diagonal, Route, Rows, Wanted
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.routes.probes import Probed

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.differences.check import gradients
-from hesscli.hessian.routes.choice import Choice, seconds_of
+from hesscli.hessian.routes.base import Choice, seconds_of
 from hesscli.hessian.routes.rates import Rates, measure_rates, seconds
 from hesscli.job import documents
 from hesscli.job.json_form import Document

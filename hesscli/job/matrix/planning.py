@@ -12,7 +12,7 @@ from hesscli.hessian.differences.check import Certificate
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.planner import Planner
 from hesscli.hessian.proofs.analysis import Analyses
-from hesscli.hessian.routes.choice import Choice, seconds_of
+from hesscli.hessian.routes.base import Choice, seconds_of
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.rates import usual_rates
 from hesscli.hessian.words import HVP, STRUCTURES

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from hesscli.errors import NumericalError
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.routes.base import Route
-from hesscli.hessian.routes.choice import Choice
+from hesscli.hessian.routes.base import Choice, Route
 from hesscli.job.matrix.planning import Plan
 from hesscli.job.remedies import inexact, more_digits, not_finite, other_way
 
