@@ -21,8 +21,11 @@ from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.base import ByRows, Route
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.finite_difference import FiniteDifference
-from hesscli.hessian.routes.gauss_newton import GaussNewton
-from hesscli.hessian.routes.ggn import EmpiricalFisher, GeneralisedGaussNewton
+from hesscli.hessian.routes.gauss_newton import (
+    EmpiricalFisher,
+    GaussNewton,
+    GeneralisedGaussNewton,
+)
 from hesscli.hessian.routes.hvp import HessianVectorProducts
 from hesscli.hessian.routes.preactivation import Preactivation
 from hesscli.hessian.routes.through_weights import ThroughWeights

@@ -1,4 +1,5 @@
-"""Blocks behind a piecewise linear tail: there the Hessian's own block is the Gauss-Newton block, exactly.
+"""Gauss-Newton blocks: the Hessian's own, exactly, behind a piecewise linear tail; and, anywhere, those of the
+generalised Gauss-Newton and of the empirical Fisher matrix.
 
 If the output f is piecewise linear in z, d^2 L / dz^2 = V^T Lambda V per sample, with V = df/dz and Lambda the loss's
 Hessian at the output; one curved function right after z adds a diagonal (see `bend.py`). All V come out of one batched
@@ -6,6 +7,9 @@ backward pass with C = dim f seeds. A linear layer's block is the Kronecker form
 where a_b ends with a one if the bias belongs to the block; elsewhere J = V A per sample, and the block is
 sum_b J^T Lambda J. So it is, with J = sum over z of V A, for parameters that enter at several values of which none is
 behind another: f is piecewise linear in all of them together.
+
+The other two matrices (see `operator.py`) have such blocks without that proof, wherever every parameter has an affine
+use and samples do not mix. For Fisher, J has one row, the sample's gradient, and Lambda = 1 / D.
 """
 
 from __future__ import annotations
@@ -17,11 +21,13 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.applicability import NotApplicable
+from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.autodiff import batched_grad
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.chunk_sizes import chunk_sizes, ranges
 from hesscli.hessian.layout import Layout
 from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.operator import loss_gradient
 from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.proofs.uses import Use, values_of
 from hesscli.hessian.routes.affine import AffineRoute
@@ -167,6 +173,39 @@ class GaussNewton(AffineRoute):
             d = None if bend is None else bend_diagonal(bend, probed, slopes[bend.after], mine[0])
             factors[name] = Factors(mine, inputs, vs, curvature, d)
         return factors
+
+
+class GeneralisedGaussNewton(GaussNewton):
+    """sum_b J^T Lambda J of any model."""
+
+    curved = False
+
+    def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
+        analysis, costs = first.proven()
+        work = jacobian_work(analysis, costs, block, diagonal)
+        return Choice(self, f"{costs.classes} classes", first.in_all(work))
+
+    def uses(self, analysis: Analysis, block: Block) -> list[Use]:
+        return [use for name in block.parameters for use in analysis.uses_of(name)]
+
+    def bend(self, analysis: Analysis, uses: Sequence[Use]) -> None:
+        """None: whatever follows, these matrices have no such term."""
+
+
+class EmpiricalFisher(GeneralisedGaussNewton):
+    """sum_b g_b g_b^T / D, g_b being the gradient of a sample's own loss terms."""
+
+    def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
+        if self.problem.one_sample:
+            raise NotApplicable("one sample without a sample axis")
+        return replace(super().choice(first, block, diagonal), reason="1 gradient per sample")
+
+    def at_output(self, probed: Probed) -> tuple[Tensor, Tensor]:
+        """The gradient of each sample's own loss terms, and 1 / D."""
+        with exact_derivatives():
+            delta = loss_gradient(probed.problem, probed.batch, probed.output.detach())
+        curvature = delta.new_full((probed.samples, 1, 1), 1 / probed.problem.denominator)
+        return delta.unsqueeze(0), curvature
 
 
 def _add(part: Rows, factors: Factors) -> None:
