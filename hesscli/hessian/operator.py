@@ -31,7 +31,7 @@ from hesscli.hessian.autodiff import batched_grad, seeded_grad, unit_rows
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
-from hesscli.hessian.objective.saved import saved_bytes
+from hesscli.hessian.objective.saved import saved_sizes
 from hesscli.hessian.workers import in_order, workers
 
 _GRAPHS = 3  # a kept graph holds about this many times what a forward pass saves
@@ -134,7 +134,7 @@ class Products(LinearMap):
         if len(batches) == 1:
             return 1  # one is needed at a time anyway
         for count, batch in enumerate(batches):
-            memory -= _GRAPHS * saved_bytes(self.problem, batch, self.problem.value)
+            memory -= _GRAPHS * sum(saved_sizes(self.problem, batch, self.problem.value))
             if memory < 0:
                 return count
         return len(batches)

@@ -7,8 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hesscli.hessian.differences.moving import detached_moves
-from hesscli.hessian.differences.quotients import Quotients
+from hesscli.hessian.differences.quotients import quotients_of
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import LinearMap
 
@@ -24,9 +23,7 @@ class Differences(LinearMap):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        here = problem.runs_here
-        constants = not (here and detached_moves(problem))
-        self.quotient = Quotients(problem.dtype, here, constants)
+        self.quotient = quotients_of(problem)
 
     def __call__(self, vectors: Tensor) -> Tensor:
         if vectors.dim() == 2:

@@ -1,4 +1,9 @@
-"""Derivatives of gradients by differences: for operators that PyTorch cannot differentiate twice."""
+"""Derivatives of gradients by differences: for operators that PyTorch cannot differentiate twice.
+
+To most models what they detach is a constant: the target of a Q-network. But an implicit layer finds a fixed point with
+gradients off, and its backward pass, a hook say, solves for the gradient of the loss as it is, the fixed point being
+where the parameters move it.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +15,13 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.differences.kinks import held_difference
+from hesscli.hessian.objective.problem import Problem, parameters_moved
 
 Gradient = Callable[[float], Tensor]  # h -> g(theta + h v)
 Difference = Callable[[Gradient, float], Tensor | None]  # g, h -> g(h) - g(-h)
 _STEPS = {torch.float64: (1e-4, 1e-5, 1e-6, 1e-7), torch.float32: (3e-2, 3e-3)}
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
+_MOVED = 1e-4  # relative to the parameters: a step along which it is seen whether all moves
 
 
 class Quotients:
@@ -69,3 +76,32 @@ class Quotients:
 
 def _difference(gradient: Gradient, h: float) -> Tensor:
     return gradient(h) - gradient(-h)
+
+
+def quotients_of(problem: Problem) -> Quotients:
+    """Those of the gradients of a problem, or of a batch of it."""
+    here = problem.runs_here
+    return Quotients(problem.dtype, here, constants=not (here and _detached_moves(problem)))
+
+
+def _detached_moves(problem: Problem) -> bool:
+    """Whether what a model detaches moves along with its parameters, as far as its gradients are concerned.
+
+    So it is where the gradient along a random direction is that of the loss, by differences in which all moves; and,
+    but for kinks, where nothing is detached. A gradient of zero tells nothing.
+    """
+    if problem.dtype is not torch.float64:
+        return False
+    names, leaves = list(problem.parameters), list(problem.parameters.values())
+    theta = torch.cat([leaf.detach().reshape(-1) for leaf in leaves])
+    v = torch.randn(len(theta), generator=torch.Generator().manual_seed(0), dtype=theta.dtype)
+    v = v.to(theta.device) * (_MOVED * max(1.0, float(theta.norm())) / float(v.norm()))
+
+    def value(step: float) -> float:
+        with torch.no_grad(), parameters_moved(leaves, v, step):
+            return sum(float(problem.value(batch)) for batch in problem.batches)
+
+    slope = (8 * (value(1) - value(-1)) - (value(2) - value(-2))) / 12
+    expected = float(problem.flat_gradient(names) @ v)
+    agrees = abs(slope - expected) <= _AGREEMENT[torch.float64] * abs(expected)
+    return bool(expected) and agrees

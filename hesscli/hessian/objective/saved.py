@@ -16,15 +16,10 @@ from hesscli.hessian.objective.problem import Problem
 _UNSEEN = 256  # times the inputs: what a pass is taken to keep that cannot be looked into
 
 
-def saved_bytes(problem: Problem, batch: Batch, forward: Callable[[Batch], Tensor]) -> int:
-    """How many bytes autograd keeps between a forward pass of a batch and its backward pass."""
-    return sum(saved_sizes(problem, batch, forward))
-
-
 def saved_sizes(
     problem: Problem, batch: Batch, forward: Callable[[Batch], Tensor]
 ) -> Collection[int]:
-    """The same of each tensor."""
+    """How many bytes autograd keeps between a forward pass of a batch and its backward pass, of each tensor."""
     own = {p.untyped_storage().data_ptr() for p in problem.module.parameters()}
     seen: dict[int, int] = {}
 

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from hesscli.hessian.autodiff import unit_rows
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.differences.moving import detached_moves
 from hesscli.hessian.differences.products import Differences
-from hesscli.hessian.differences.quotients import Quotients
+from hesscli.hessian.differences.quotients import Quotients, quotients_of
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.routes.base import Choice, Route, Wanted
@@ -44,7 +43,7 @@ class FiniteDifference(Route):
 
     @cached_property
     def quotient(self) -> Quotients:
-        return Quotients(self.problem.dtype, constants=not detached_moves(self.problem))
+        return quotients_of(self.problem)
 
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
         return Choice(self, "", first.rows(block).times(4))
