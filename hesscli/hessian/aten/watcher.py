@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,6 +14,9 @@ Kind = TypeVar("Kind")
 
 BLANK = frozenset("empty empty_like empty_strided new_empty new_empty_strided".split())
 """Operators that make memory and leave in it what was there."""
+
+_DETACHED = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+_IN_PLACE = (Tensor.detach_, torch.detach_)
 
 
 class Watcher(TorchDispatchMode):
@@ -36,16 +41,30 @@ class Watcher(TorchDispatchMode):
 
 
 class FunctionWatcher(TorchFunctionMode):
-    """The same of every function of `torch`, above autograd."""
+    """The same of every function of `torch`, above autograd, with a `call` that it is given."""
+
+    def __init__(self, call: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        super().__init__()
+        self.call = call
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         return self.call(func, args, kwargs or {})
 
-    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of `func(*args, **kwargs)`, or what shall stand for it."""
-        raise NotImplementedError
+
+def detaching(handler: Callable[[Tensor, bool], Tensor]) -> FunctionWatcher:
+    """While it is on, `handler(result, in_place)` returns what stands for each tensor that is detached.
+
+    Below autograd, `detach_` does not show at all, and `detach` looks like autograd's own copies of what it saves.
+    """
+
+    def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
+        in_place = func in _IN_PLACE
+        return handler(result, in_place) if in_place or func in _DETACHED else result
+
+    return FunctionWatcher(call)
 
 
 def each(value: Any, kind: type[Kind]) -> Iterator[Kind]:

@@ -26,7 +26,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,15 +62,6 @@ def gradients(blocks: int, dtype: torch.dtype, reference: torch.dtype) -> int:
 
 Multiply = Callable[[Tensor], Tensor]  # v [n] -> H v [n]
 Try = tuple[float, Callable[[float], Tensor | None]]  # a step, and the quotient with it
-
-
-class Matrix(Protocol):
-    """What is asked of a block: a tensor [n, n], or one that is nowhere whole."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def __matmul__(self, v: Tensor, /) -> Tensor: ...
 
 
 class ProductError(NamedTuple):
@@ -130,7 +121,7 @@ class Certificate:
         v = torch.randn(block.size, generator=self._generator(block), dtype=torch.float64)
         return v.to(self.problem.device, self.problem.dtype)
 
-    def matrix(self, block: Block, hessian: Matrix) -> float:
+    def matrix(self, block: Block, hessian: Tensor) -> float:
         """The relative error of a block [n, n] along one random direction."""
         error, _, _ = self._along_direction(block, lambda v: hessian @ v.to(hessian.dtype))
         return error

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.aten.custom_functions import applied_by, by_own_derivative
-from hesscli.hessian.aten.detaching import Detaching
-from hesscli.hessian.aten.watcher import BLANK, Watcher, each
+from hesscli.hessian.aten.watcher import BLANK, Watcher, detaching, each
 from hesscli.hessian.differences.pieces import between_kinks
 from hesscli.hessian.differences.sides import Sides
 from hesscli.hessian.guests import is_guest, is_in_function, turned_gradients_off
@@ -49,7 +48,7 @@ class Kinks(Watcher):
         self._copies.clear()
         self._around.enter_context(applied_by(self._applied))
         if self.constants:
-            self._around.enter_context(Detaching(self._detached))
+            self._around.enter_context(detaching(self._detached))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:

@@ -27,26 +27,19 @@ def weight_writes(weights: Mapping[str, Tensor], prevented: bool) -> Iterator[se
         found.update([name] if name else [])
         return prevented and name is not None
 
-    with _Replacing(written), _Writing(written):
+    def replaced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`weight.data = other`"""
+        if func == Tensor.data.__set__ and written(args[0]):  # type: ignore[attr-defined]
+            return None
+        return func(*args, **kwargs)
+
+    with FunctionWatcher(replaced), _Writing(written):
         yield found
 
 
 def _place(tensor: Tensor) -> int:
     """Where its numbers lie; -1 if it is not dense, as no weight is."""
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else -1
-
-
-class _Replacing(FunctionWatcher):
-    """Sees `weight.data = other`."""
-
-    def __init__(self, prevented: Callable[[Tensor], bool]) -> None:
-        super().__init__()
-        self.prevented = prevented
-
-    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func == Tensor.data.__set__ and self.prevented(args[0]):  # type: ignore[attr-defined]
-            return None
-        return func(*args, **kwargs)
 
 
 class _Writing(Watcher):

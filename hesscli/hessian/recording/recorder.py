@@ -14,9 +14,8 @@ from torch import Tensor
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.aten.definitions import exact_derivatives
-from hesscli.hessian.aten.detaching import Detaching
 from hesscli.hessian.aten.precision import WIDE
-from hesscli.hessian.aten.watcher import BLANK, Watcher, each
+from hesscli.hessian.aten.watcher import BLANK, Watcher, detaching, each
 from hesscli.hessian.guests import is_missing_derivative
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
@@ -62,7 +61,7 @@ def _recorded(
 ) -> Tape:
     recorder = _Recorder()
     try:
-        with exact_derivatives(), _unfused(), Detaching(recorder.detached), recorder:
+        with exact_derivatives(), _unfused(), detaching(recorder.detached), recorder:
             output = function()
     except RuntimeError as error:
         if not is_missing_derivative(error):

@@ -33,7 +33,7 @@ class Triangle:
     """What both kinds share: the bands, and what is known of the rows that went by.
 
     `put` takes band after band, `restore` one that an earlier run wrote; `finish` ends it. Then trace and squares are
-    known, and `@` works.
+    known, and `times` works.
 
     A band that lay on the disk may have been damaged there. So the bits of the matrix are added up twice, as they are
     computed and as its rows go by: over its rows r, (2 r + 1) times the sum of the row's numbers read as integers,
@@ -119,10 +119,11 @@ class Triangle:
         """The square of the Frobenius norm."""
         return float(self._facts[1].sum())
 
-    def __matmul__(self, v: Tensor) -> Tensor:
-        x = v.cpu()
+    def times(self, v: Tensor) -> Tensor:
+        """The matrix times a vector, in the matrix's dtype."""
+        x = v.to("cpu", self.dtype)
         if torch.equal(x, self.direction):
-            return torch.from_numpy(self._facts[2]).to(v.device, v.dtype)
+            return torch.from_numpy(self._facts[2]).to(v.device, self.dtype)
         out = torch.empty_like(x)
         for first, rows in self._all_rows():
             out[first : first + len(rows)] = rows @ x
