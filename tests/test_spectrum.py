@@ -20,9 +20,8 @@ from hesscli.spectrum.hiding import Hiding
 from hesscli.spectrum.interrupts import deferred_interrupt
 from hesscli.spectrum.lanczos import CHAIN, Lanczos
 from hesscli.spectrum.quadrature import lanczos_quadrature
-from hesscli.spectrum.sketch import Sketch
 from hesscli.spectrum.statistics import of_diagonal, of_matrix
-from hesscli.spectrum.trace import estimate, standard_error
+from hesscli.spectrum.trace import Sketch, estimate, standard_error
 
 DRAWN = np.random.default_rng(0)
 SPECTRA = {

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 
 from hesscli.errors import MismatchError, UsageError
-from hesscli.files.arrays import load_arrays
+from hesscli.files.arrays import check_finite, load_arrays
 from hesscli.files.digest import sha256_of_all
-from hesscli.files.finite import check_finite
 from hesscli.files.roles import Roles
 
 Tensors = dict[str, torch.Tensor]

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from hesscli.errors import MismatchError, UsageError
-from hesscli.files.arrays import describe
+from hesscli.files.arrays import check_finite, describe
 from hesscli.files.data import Data
 from hesscli.files.digest import sha256_of
-from hesscli.files.finite import check_finite
 from hesscli.files.models.importing import importable, imported
 from hesscli.hessian.aten.precision import in_precision_
 from hesscli.hessian.objective.copies import copied

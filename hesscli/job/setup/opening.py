@@ -16,8 +16,8 @@ from hesscli.errors import (
     ResourceError,
     UsageError,
 )
+from hesscli.files.arrays import check_finite
 from hesscli.files.data import Data, load_data
-from hesscli.files.finite import check_finite
 from hesscli.files.models.model_file import SavedModel, load_model
 from hesscli.hessian.aten.precision import in_precision_
 from hesscli.hessian.curvatures import CURVATURES
