@@ -16,8 +16,7 @@ import torch
 
 from hesscli.errors import FileError, HesscliError, ResourceError, is_out_of_memory
 from hesscli.files.sniff import COPY_AGAIN, Kind
-from hesscli.files.storages import check_storages
-from hesscli.files.zip_files import check_zip, stored
+from hesscli.files.zip_files import check_storages, check_zip, stored
 
 _EXPORT_LOGGERS = (
     "torch.export",

@@ -17,9 +17,8 @@ from torch.library import Library
 
 from hesscli.errors import FileError
 from hesscli.files.sniff import Kind
-from hesscli.files.storages import check_storages
 from hesscli.files.torch_files import quiet, reading
-from hesscli.files.zip_files import check_zip, read
+from hesscli.files.zip_files import check_storages, check_zip, read
 
 # Every operator that takes the name of a file. As words anywhere, for there is more than one way to name an operator.
 _FILES = re.compile(rb"\b(from_file|save|load_tensor)\b")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
@@ -32,28 +32,13 @@ _WORTH = 1 << 21  # bytes that a batch's pass keeps at least
 _ENOUGH = 1 << 23  # and at most; or half of the parameters' bytes, if that is more
 
 
-@dataclass(frozen=True)
-class Split:
-    """A problem with its data in batches.
-
-    Attributes:
-        problem: with batches that leave room for second derivatives.
-        checked: the same data in batches for gradients alone, which have room for more samples.
-        chunk: the rows of a matrix that go through at once.
-    """
-
-    problem: Problem
-    checked: Sequence[Batch]
-    chunk: int
-
-
-def split(
+def in_batches(
     problem: Problem,
     source: Source,
     batch_size: int | None,
     note: Callable[[str], None],
     processes: Processes,
-) -> Split:
+) -> tuple[Problem, Sequence[Batch], int]:
     """The problem with its data in batches, unless model or loss want it whole.
 
     Args:
@@ -63,6 +48,10 @@ def split(
         note: hears what is made of the data.
         processes: that share the batches; there is at least one for each, where that can be, and if threads work on
             them side by side, a few for each thread, unless they would be small.
+
+    Returns:
+        the problem, with batches that leave room for second derivatives; the same data in batches for gradients alone,
+        which have room for more samples; and the rows of a matrix that go through at once.
 
     Raises:
         MismatchError: the data cannot be cut into batches that the model accepts.
@@ -101,7 +90,7 @@ def split(
         note(f"the data is {listed}, so {shares - count} of {shares} processes have nothing to do")
     problem = replace(problem, batches=_batches(source, bounds))
     same = checked == bounds
-    return Split(problem, problem.batches if same else _batches(source, checked), sizes.chunk)
+    return problem, problem.batches if same else _batches(source, checked), sizes.chunk
 
 
 def _say_where_classes_are(problem: Problem, some: Batch, note: Callable[[str], None]) -> None:

@@ -26,7 +26,7 @@ from hesscli.hessian.objective.measure import measure, protected
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.json_form import Document
 from hesscli.job.options import Listener, ProblemOptions
-from hesscli.job.setup.batches import split
+from hesscli.job.setup.batches import in_batches
 from hesscli.job.setup.loss import by_name, loss_of, printable
 from hesscli.job.setup.own_loss import of_outputs
 from hesscli.job.setup.parameters import chosen_parameters
@@ -151,15 +151,15 @@ def _opened(
     problem = of_outputs(problem, source, note)
     if data.columns:
         source = as_columns(problem, source, note)
-    batched = split(problem, source, options.batch_size, note, processes)
-    _demand_own_parameters(model, batched.problem)
-    problem = _as_computed(batched.problem, note)
+    problem, checked, chunk = in_batches(problem, source, options.batch_size, note, processes)
+    _demand_own_parameters(model, problem)
+    problem = _as_computed(problem, note)
     problem, value = _measured(problem, processes, options, data)
     return Opened(
         options=options,
         problem=problem,
-        checked=batched.checked,
-        chunk=batched.chunk,
+        checked=checked,
+        chunk=chunk,
         tied=tied,
         frozen=frozen,
         facts=_facts(options, model, data, list(inputs), problem, value),
