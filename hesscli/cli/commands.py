@@ -86,11 +86,7 @@ def _takes(
 
 
 def _refuse_given(command: Command, arguments: dict[str, Any]) -> None:
-    """Refuses options of a command that only a model and data have, where a Hessian file is given.
-
-    Raises:
-        typer.BadParameter: the first of them that is not as it is by default.
-    """
+    """Refuses options of a command that only a model and data have, where a Hessian file is given."""
     for name, option in inspect.signature(command).parameters.items():
         optional = option.default is not option.empty
         if optional and name in arguments and arguments[name] != option.default:

@@ -13,11 +13,7 @@ from hesscli.job.json_form import Document
 
 
 def bound(value: float | None) -> float | None:
-    """A bound as typer reads it.
-
-    Raises:
-        BadParameter: it is not a number, so nothing would ever break it.
-    """
+    """A bound as typer reads it; NaN, which nothing would ever break, is none."""
     if value is not None and math.isnan(value):
         raise typer.BadParameter("nan is not a bound")
     return value
@@ -48,15 +44,8 @@ def gate(
     above: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Checks named values against the bounds that were given. The last thing that a command does.
-
-    Args:
-        values: what each is called, as in "eig_max of fc1.weight", and its value.
-        above: the most that a value may be.
-        below: the least that a value may be.
-
-    Raises:
-        CheckError: naming the value that is furthest outside; one that is not known breaks every bound.
+    """Checks named values, as of "eig_max of fc1.weight", against the bounds that were given; one that is not known
+    breaks every bound. The last thing that a command does.
     """
     if above is None and below is None:
         return
@@ -73,16 +62,8 @@ def gate(
 
 
 def refuse_unseen_end(which: str, top: int, above: float | None, below: float | None) -> None:
-    """Refuses a bound on the end of the spectrum that is left out: it would never be broken.
-
-    Args:
-        which: `--which`.
-        top: how many eigenvalues are asked for; of one, `both` is the largest alone.
-        above: the bound on the largest eigenvalue.
-        below: the bound on the smallest.
-
-    Raises:
-        UsageError: with the way out.
+    """Refuses a bound on the end of the spectrum that is left out: it would never be broken. Of one eigenvalue, `both`
+    is the largest.
     """
     for given, option, end in (
         (above, "--fail-above", "largest"),

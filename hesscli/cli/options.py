@@ -223,10 +223,6 @@ def problem_of(arguments: dict[str, Any]) -> ProblemOptions:
 
 
 def refuse_idle_force(force: bool, hint: str, *outputs: Path | None) -> None:
-    """Refuses --force where no file is written.
-
-    Raises:
-        UsageError: it was given; with the option that writes one.
-    """
+    """Refuses --force where no file is written; the hint is the option that writes one."""
     if force and not any(outputs):
         raise UsageError("--force replaces a file, and none is written", hint)

@@ -54,11 +54,7 @@ class Output(Listener):
         self._flush()
 
     def leave_stdout(self) -> None:
-        """Prints on stderr, as bytes go to stdout.
-
-        Raises:
-            UsageError: that is a terminal, or nobody.
-        """
+        """Prints on stderr, as bytes go to stdout: to somebody, and to no terminal."""
         if self.stdout.isatty():
             raise UsageError("-: standard output is a terminal", "| hesscli eigen -")
         if getattr(self.stdout, "name", "") == os.devnull:
@@ -66,11 +62,7 @@ class Output(Listener):
         self.stream = sys.stderr
 
     def use_markdown(self, wanted: bool) -> None:
-        """Prints a result as Markdown, if that is wanted.
-
-        Raises:
-            UsageError: JSON is wanted too.
-        """
+        """Prints a result as Markdown, if that is wanted, and JSON is not."""
         if wanted and self.as_json:
             raise UsageError("--json and --md are two ways to print one result; take one of them")
         self.as_markdown = wanted

@@ -26,11 +26,7 @@ def key_values(pairs: list[str], option: str) -> dict[str, object]:
 
 
 def finite(value: float | None) -> float | None:
-    """A number as typer reads it.
-
-    Raises:
-        BadParameter: it is infinite, or none.
-    """
+    """A finite number, as typer reads it."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
     return value

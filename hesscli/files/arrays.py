@@ -147,11 +147,7 @@ _STEP = 1 << 24  # numbers looked at together
 
 
 def check_finite(path: Path, name: str, array: torch.Tensor) -> None:
-    """Looks at the array in parts, so that one larger than the memory passes through it.
-
-    Raises:
-        NumericalError: it holds NaN or infinity.
-    """
+    """Refuses NaN and infinity; in parts, so that an array larger than the memory passes through it."""
     if not (array.is_floating_point() or array.is_complex()):
         return
     rows = array if array.dim() else array.unsqueeze(0)

@@ -36,11 +36,7 @@ def load_parquet(path: Path | str) -> NamedArrays:
 
 
 def load_arrow(path: Path | str) -> NamedArrays:
-    """The same of an Arrow file or stream, mapped where it is in one part.
-
-    Raises:
-        UsageError, FileError, ResourceError: as above.
-    """
+    """The same of an Arrow file or stream, mapped where it is in one part."""
     with reading(path, Kind.ARROW):
         return _columns(path, _mapped(path))
 

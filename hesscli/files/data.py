@@ -89,11 +89,7 @@ def load_data(
 
 
 def _count(path: Path, inputs: Tensors, targets: Named | None, unbatched: bool) -> int:
-    """How many samples the arrays hold: 1 if they are one without an axis for samples.
-
-    Raises:
-        MismatchError: an array holds none, or not as many as the others.
-    """
+    """How many samples the arrays hold, the same in each: 1 if they are one without an axis for samples."""
     used = {f"inputs {name}": array for name, array in inputs.items()}
     if targets is not None:
         used[f"targets {targets[0]}"] = targets[1]
@@ -120,11 +116,7 @@ def _count(path: Path, inputs: Tensors, targets: Named | None, unbatched: bool) 
 def _range(
     path: Path, asked: tuple[int, int | None], recorded: int, unbatched: bool
 ) -> tuple[int, int]:
-    """Which of the samples were asked for: from, up to.
-
-    Raises:
-        UsageError: there are no such.
-    """
+    """Which of the samples were asked for: from, up to."""
     if unbatched:
         raise UsageError("--samples takes some of the samples, --unbatched says that there is one")
     start, stop = asked[0], recorded if asked[1] is None else asked[1]

@@ -38,11 +38,7 @@ def load_safetensors(path: Path | str) -> dict[str, torch.Tensor]:
 
 
 def map_safetensors(path: Path | str) -> NamedArrays:
-    """The same without reading them: the tensors lie in the file, and must not be written to.
-
-    Raises:
-        FileError: as above.
-    """
+    """The same without reading them: the tensors lie in the file, and must not be written to."""
     with reading(path, Kind.SAFETENSORS):
         with safe_open(path, framework="np") as file:  # checks the header, offsets included
             _refuse_hessian(path, file)

@@ -29,11 +29,7 @@ class Header:
 
 
 def read_header(path: Path, shown: str) -> Header:
-    """Reads a header, and compares it with the file's length.
-
-    Args:
-        path: the file.
-        shown: what to call it in errors.
+    """Reads a header, and compares it with the file's length; errors call the file as it is `shown`.
 
     Raises:
         FileNotFoundError: there is none.

@@ -57,12 +57,7 @@ def _module(parameter: str) -> str:
 
 
 def partition(shapes: Mapping[str, Sequence[int]], structure: str) -> list[Block]:
-    """The blocks of a structure, in model order.
-
-    Args:
-        shapes: every parameter's shape by name, in `named_parameters` order.
-        structure: one of `STRUCTURES`' values.
-    """
+    """The blocks of a structure, one of `STRUCTURES`' values, in the order of the parameters' shapes."""
     groups: dict[str, list[str]] = {}
     for name in shapes:
         key = {"full": "hessian", "module": _module(name)}.get(structure, name)

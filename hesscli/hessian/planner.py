@@ -15,12 +15,7 @@ from hesscli.hessian.words import FINITE_DIFFERENCE, HVP
 
 
 class Planner:
-    """Ranks the routes of each block by their cost on the first batch.
-
-    Args:
-        cuts: of the batches of what is differentiated.
-        routes: those that there are, the fast ones first.
-    """
+    """Ranks the routes of each block by their cost on the first batch."""
 
     def __init__(self, cuts: Cuts, routes: Sequence[Route]) -> None:
         self.first, self.routes = FirstBatch(cuts), routes
@@ -34,11 +29,7 @@ class Planner:
         return found
 
     def forced(self, block: Block, diagonal: bool, method: str) -> list[Choice]:
-        """The routes by the method asked for.
-
-        Raises:
-            NotApplicable: none would be exact for this block.
-        """
+        """The routes by the method asked for, of which one must be exact for this block."""
         mine = [route for route in self.routes if route.method == method]
         if not mine:
             raise NotApplicable("it gives the Hessian alone")

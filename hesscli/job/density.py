@@ -43,14 +43,7 @@ def density(
     listener: Listener,
     processes: Processes,
 ) -> Document:
-    """The density of a Hessian file, by its path, or of a model's curvature.
-
-    Returns:
-        the JSON document.
-
-    Raises:
-        HesscliError: of any kind.
-    """
+    """The density of a Hessian file, by its path, or of a model's curvature, as a JSON document."""
     started = time.perf_counter()
     inputs = (Path(hessian),) if isinstance(hessian, str) else hessian.files
     output, plot = options.output, options.plot

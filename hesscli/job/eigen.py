@@ -36,15 +36,7 @@ class EigenOptions:
 
 
 def eigen(source: str, options: EigenOptions) -> Document:
-    """The first eigenvalues of a Hessian file.
-
-    Args:
-        source: the file's path, or "-" for standard input.
-        options: those that are of a file.
-
-    Returns:
-        the JSON document.
-    """
+    """The first eigenvalues of a Hessian file, as a JSON document; "-" is standard input."""
     which, block, output = options.which, options.block, options.output
     if output is not None:
         inputs = () if source == "-" else (Path(source),)

@@ -52,9 +52,6 @@ def hvp(
     """Writes H v, or (I - alpha H(theta)) g', keyed and shaped as the parameters.
 
     g' is the gradient at theta - alpha * gradient(theta) on the query data: the term of Per-FedAvg and MAML.
-
-    Raises:
-        HesscliError: of any kind.
     """
     started = time.perf_counter()
     _demand_sense(problem, options)

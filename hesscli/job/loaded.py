@@ -156,11 +156,7 @@ def load(path: str | os.PathLike[str], framework: Framework = "numpy") -> Hessia
 
 
 def converter(framework: Framework) -> Callable[[np.ndarray], Any]:
-    """From an array of numpy to one of the framework.
-
-    Raises:
-        UsageError: no such framework.
-    """
+    """From an array of numpy to one of the framework."""
     if framework not in ("numpy", "torch"):
         raise UsageError(f"no framework is called {framework!r}; there are: numpy, torch")
     return _tensor if framework == "torch" else np.asanyarray

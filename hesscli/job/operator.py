@@ -132,9 +132,6 @@ def open_operator(
         listener: hears the notes.
         processes: that have the data.
         lean: many vectors will be held; where they are long, this process keeps no memory that was freed.
-
-    Raises:
-        HesscliError: of any kind.
     """
     opened = processes.open(options, listener)
     problem = processes.problem(opened)
@@ -150,12 +147,7 @@ def open_operator(
 def _checked_operator(
     opened: Opened, gradient: Tensor, processes: Processes, double: Problem | None = None
 ) -> Operator:
-    """The operator by the method asked for, or by the first that gives what the check expects.
-
-    Raises:
-        UsageError: the method makes no products.
-        NumericalError: none does.
-    """
+    """The operator by the method asked for, or by the first that gives what the check expects."""
     options, problem = opened.options, processes.problem(opened)
     _demand_products(options)
     double = double or (processes.double(opened) if options.check else None)

@@ -177,11 +177,7 @@ class ProblemOptions:
 
 @dataclass(frozen=True)
 class ComputeOptions(ProblemOptions):
-    """What `compute` was asked for: also what is written of the Hessian, and how.
-
-    Raises:
-        UsageError: as above.
-    """
+    """What `compute` was asked for: also what is written of the Hessian, and how."""
 
     blocks: Blocks = "diag"
     gradient: bool = False  # also write the gradient

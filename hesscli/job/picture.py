@@ -63,11 +63,7 @@ def picture(
     pixels: int,
     progress: Progress,
 ) -> Picture:
-    """Draws the named blocks on at most `pixels` rows and columns.
-
-    Raises:
-        NumericalError: a block holds NaN or infinity.
-    """
+    """Draws the named blocks on at most `pixels` rows and columns."""
     shapes = {p["name"]: p["shape"] for p in file.document["parameters"]}
     blocks = [b for b in partition(shapes, file.document["structure"]) if b.name in names]
     if file.document["structure"] == "elements":

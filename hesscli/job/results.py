@@ -151,11 +151,7 @@ def _says_hesscli(path: Path) -> bool:
 
 
 def demand_names(results: Iterable[str], parameters: Iterable[str], gradient: bool) -> None:
-    """Refuses names that a file cannot hold: of the results and, if wanted, of the gradient by each parameter.
-
-    Raises:
-        UsageError: two are the same, or one is what safetensors keeps for itself.
-    """
+    """Refuses names that a file cannot hold: of the results and, if wanted, of the gradient by each parameter."""
     taken = {"__metadata__": "the metadata"}
     if gradient:
         taken |= {f"gradient.{name}": f"the gradient by {name}" for name in parameters}

@@ -23,12 +23,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def opened_file(source: str, command: str) -> Iterator[HessianFile]:
-    """The file, or standard input by way of a temporary one: a matrix is read more than once.
-
-    Args:
-        source: the file's path, or "-" for standard input.
-        command: which one reads it, for a hint.
-    """
+    """The file of this path, or, of "-", standard input by way of a temporary one: a matrix is read more than once."""
     if source != "-":
         yield read_hessian(Path(source))
         return
@@ -42,11 +37,7 @@ def opened_file(source: str, command: str) -> Iterator[HessianFile]:
 
 
 def chosen(document: Document, block: str | None, source: str) -> list[Document]:
-    """The facts of all blocks, or of the one that was named.
-
-    Raises:
-        UsageError: there is no such block.
-    """
+    """The facts of all blocks, or of the one that was named."""
     blocks: list[Document] = document["blocks"]
     if block is None:
         return blocks

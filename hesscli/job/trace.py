@@ -45,9 +45,6 @@ def trace(
 
     Returns:
         the JSON document: `blocks[].trace` and `total.trace`, each with `standard_error`, 0 where exact.
-
-    Raises:
-        HesscliError: of any kind.
     """
     started = time.perf_counter()
     # The other routes make no products: with them there is the exact diagonal or nothing.

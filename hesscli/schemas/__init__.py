@@ -11,11 +11,7 @@ SAME = {"merge": "compute", "show": "compute"}
 
 
 def schema(command: str) -> dict[str, Any]:
-    """The schema of a command's `--json` document.
-
-    Args:
-        command: one of `commands()`.
-    """
+    """The schema of a command's `--json` document."""
     found, common = _read(SAME.get(command, command)), _read("common")
     return found | {"$defs": common["$defs"] | found.get("$defs", {})}
 

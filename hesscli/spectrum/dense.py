@@ -25,9 +25,6 @@ def dense(
     Args:
         rows: start, stop -> rows start to stop of its matrix, [stop - start, n].
         report: hears (rows done, n, what is done).
-
-    Raises:
-        NotFinite: a product holds NaN or infinity.
     """
     matrix = np.empty((size, size))
     for first in range(0, size, _ROWS):

@@ -28,12 +28,7 @@ class Difference:
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> Difference:
-    """Compares in float64, in tiles, so that neither matrix need fit the memory.
-
-    Args:
-        a: [n, n], or [n] for a diagonal one.
-        b: of the same shape, in any dtype.
-    """
+    """Of two [n, n], or [n] for diagonal ones: in float64, and in tiles, so that neither need fit the memory."""
     step = max(1, _TILE // max(1, a[:1].size))
     squares = a_squares = largest = a_trace = b_trace = 0.0
     for first in range(0, len(a), step):

@@ -42,14 +42,7 @@ class Estimate:
 
 
 class _Samples:
-    """Of the traces of consecutive parts, each from a product with random signs.
-
-    Args:
-        multiply: v [n] -> H v [n].
-        sizes: of the parts.
-        generator: of the signs.
-        like: a tensor of the dtype and on the device of the vectors.
-    """
+    """Of the traces of consecutive parts, each from a product with random signs."""
 
     def __init__(
         self,
@@ -177,12 +170,8 @@ def estimate(
 
 
 def _leading(products: list[Tensor], foreseen: float, most: int) -> Tensor:
-    """The directions to leave out of further samples: as many as make the products still needed fewest.
-
-    Args:
-        products: of the first samples.
-        foreseen: samples, if nothing is left out.
-        most: products that may follow.
+    """The directions to leave out of further samples, as many as make the products still needed fewest: `foreseen` if
+    nothing is left out, and `most` at most.
     """
     sketch = Sketch(torch.stack(products))
     left = sketch.left()

@@ -23,13 +23,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 class ResultFiles:
-    """The one file of a result, which has the document in its metadata; and what several files do in the same way.
-
-    Args:
-        partial: the unfinished file, or index.
-        descriptor: of it.
-        files: those that hold the tensors.
-    """
+    """The one file of a result, which has the document in its metadata; and what several files do in the same way."""
 
     def __init__(self, partial: Path, descriptor: int, files: Sequence[TensorFile]) -> None:
         self.partial, self.descriptor, self.files = partial, descriptor, files
@@ -94,17 +88,7 @@ class ResultFiles:
 
 
 class SeveralFiles(ResultFiles):
-    """The document is in the metadata of the index; every file says which part it is, of a document of what checksum.
-
-    Args:
-        path: the result's.
-        partial: the unfinished index.
-        descriptor: of it.
-        groups: the tensors of each file.
-        dtype: of all of them.
-        text: the document, as far as it is known.
-        spare: characters that may join it.
-    """
+    """The document is in the metadata of the index; each file says which part it is, of a document of what checksum."""
 
     def __init__(
         self,

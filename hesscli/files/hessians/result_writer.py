@@ -31,11 +31,7 @@ Span = tuple[int, int]  # first and last + 1
 
 
 def demand_idle(path: Path, shared: bool) -> None:
-    """Nobody is writing a result; where it is `shared`, nobody but others that share it.
-
-    Raises:
-        UsageError: another run is.
-    """
+    """Refuses a result that another run is writing; where it is `shared`, one that does not share it."""
     with suppress(FileNotFoundError):
         descriptor = os.open(partial_path(path), OPEN_FLAGS)
         try:
@@ -45,11 +41,7 @@ def demand_idle(path: Path, shared: bool) -> None:
 
 
 def _lock(descriptor: int, path: Path, shared: bool) -> None:
-    """Locks the unfinished file of a result, until it is closed.
-
-    Raises:
-        UsageError: another run has it.
-    """
+    """Locks the unfinished file of a result, until it is closed, unless another run has it."""
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -145,21 +137,13 @@ class ResultWriter:
         self.kept = True
 
     def write(self, name: str, tensor: np.ndarray) -> None:
-        """Puts a tensor in its place, and counts its rows in its checksum.
-
-        Raises:
-            ResourceError: the disk is full.
-        """
+        """Puts a tensor in its place, and counts its rows in its checksum."""
         array = np.ascontiguousarray(tensor, self.dtype)
         self.count(name, array)
         self.place(name, array)
 
     def place(self, name: str, rows: np.ndarray, first_row: int = 0) -> None:
-        """Puts whole rows of a tensor, contiguous, in their place. They are counted elsewhere.
-
-        Raises:
-            ResourceError: the disk is full.
-        """
+        """Puts whole rows of a tensor, contiguous, in their place. They are counted elsewhere."""
         with self._on_disk():
             file = self.files.opened(name)
             file.write(self.offset(name, first_row), rows.reshape(-1).view(np.uint8).data)

@@ -126,13 +126,7 @@ def load_exported(
 def _taking_tensors(
     module: nn.Module, spec: pytree.TreeSpec, given: Sequence[TensorArgument | ConstantArgument]
 ) -> CallSignature:
-    """How the module takes its tensors: where they were exported inside a dict, say, or beside constants, one by one.
-
-    Args:
-        module: changed so that it does.
-        spec: of the arguments by position and by name.
-        given: what stands for each of their leaves.
-    """
+    """Makes the module take its tensors one by one, be they exported inside a dict, say, or beside constants."""
     positional, keywords = spec.children()
     names = tuple(str(name) for name in keywords.context or ())
     tensors = tuple(argument.name for argument in given if isinstance(argument, TensorArgument))

@@ -65,15 +65,7 @@ def _differentiable() -> Iterator[None]:
 
 
 def imported(option: str, spec: str) -> object:
-    """What `PKG.MOD:NAME` or `FILE.py:NAME` names.
-
-    Args:
-        option: where it was asked for: `--arch` or `--loss`.
-        spec: see above.
-
-    Raises:
-        UsageError: it is not there, or its module cannot be imported.
-    """
+    """What `PKG.MOD:NAME` or `FILE.py:NAME` names."""
     return attribute_of(option, spec, module_of(option, spec))
 
 

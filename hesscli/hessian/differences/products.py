@@ -16,9 +16,6 @@ class Differences(LinearMap):
     """H v by central differences of gradients, where PyTorch lacks a second derivative.
 
     `(g(theta + h v) - g(theta - h v)) / 2h`, batch by batch, extrapolated (see `quotients.py`).
-
-    Args:
-        problem: in float64, if the model runs in it.
     """
 
     def __init__(self, problem: Problem) -> None:

@@ -29,11 +29,7 @@ def classes_second(output: Tensor, target: Tensor) -> tuple[Tensor, int]:
 
 
 def class_weight(output: Tensor, axis: int, weight: Tensor | None) -> Tensor | None:
-    """A weight [C] in the output's dtype, C being the length of this axis of the output.
-
-    Raises:
-        MismatchError: it is not one number per class.
-    """
+    """A weight in the output's dtype, of one number per class, [C]: C is the length of this axis of the output."""
     if weight is None:
         return None
     classes = output.shape[axis]

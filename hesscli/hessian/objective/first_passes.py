@@ -67,11 +67,7 @@ def _inner(output: Tensor) -> set[Any]:
 
 
 def demand_alike(problem: Problem, first: Tensor, second: Tensor) -> None:
-    """Refuses two passes of the same data through the model that give something else.
-
-    Raises:
-        UnrepeatableError: they do.
-    """
+    """Refuses two passes of the same data through the model that give something else."""
     if not equal(first, second):
         asked = "leave out --train-mode, or build the model with a dropout of 0"
         saved = "save it after model.eval(); traced and exported models keep the mode they had"

@@ -239,11 +239,7 @@ TENSORS = frozenset({"weight", "pos_weight"})  # the arguments of `LOSSES` that 
 
 
 def check_arguments(name: str, arguments: Mapping[str, object]) -> None:
-    """Refuses keyword arguments that the named loss does not have, and values that they cannot have.
-
-    Raises:
-        UsageError: with what there is.
-    """
+    """Refuses keyword arguments that the named loss does not have, and values that they cannot have."""
     if name not in LOSSES:
         return
     known = dict([*inspect.signature(LOSSES[name]).parameters.items()][2:])

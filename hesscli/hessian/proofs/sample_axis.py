@@ -55,11 +55,7 @@ class Context:
         return self.call.named(name)
 
     def require(self, apart: bool) -> None:
-        """Goes on only where this keeps the samples apart.
-
-        Raises:
-            NotApplicable: it may not.
-        """
+        """Goes on only where this keeps the samples apart."""
         if not apart:
             raise mixes(self.call)
 

@@ -276,11 +276,7 @@ _RULES: dict[str, Rule] = {
 
 
 def rule_of(call: Call) -> Rule:
-    """The rule of an operator.
-
-    Raises:
-        NotApplicable: none is known.
-    """
+    """The rule of an operator; without one it counts as mixing."""
     if call.operator.namespace != "aten" or call.name not in _RULES:
         raise mixes(call)
     return _RULES[call.name]

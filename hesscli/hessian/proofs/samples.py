@@ -19,11 +19,7 @@ _PRODUCTS = frozenset("mm addmm bmm baddbmm convolution".split())
 
 
 def sample_axes(tape: Tape, samples: int) -> Axes:
-    """The sample axis of every value.
-
-    Args:
-        tape: a recorded pass.
-        samples: how many samples went through: the length of the inputs' first axis.
+    """The sample axis of every value of a pass of so many samples.
 
     Raises:
         NotApplicable: an operator mixes samples, or is not known not to.

@@ -22,11 +22,7 @@ from hesscli.hessian.routes.cuts import Cuts
 
 
 class AffineRoute(Route):
-    """Blocks by what enters; c is multiplied in when all batches are summed up.
-
-    Args:
-        cuts: of the batches of what is differentiated.
-    """
+    """Blocks by what enters; c is multiplied in when all batches are summed up."""
 
     symmetric = True
     curved = True

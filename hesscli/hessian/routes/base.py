@@ -101,9 +101,6 @@ Wanted = Rows | Diagonal
 class Route:
     """A way to compute blocks.
 
-    Args:
-        problem: what is differentiated.
-
     Raises:
         NotApplicable: this route would be wrong or impossible here; nothing that was added is to be used.
     """

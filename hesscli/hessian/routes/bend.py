@@ -53,14 +53,7 @@ def find_bend(tape: Tape, zs: Sequence[int]) -> Step | None:
 
 
 def bend_diagonal(bend: Step, probed: Probed, gradient: Tensor | None, use: Use) -> Tensor | None:
-    """d at z: [B, T, n]; None where it is zero.
-
-    Args:
-        bend: phi.
-        probed: the pass.
-        gradient: dL/dy.
-        use: a use at z.
-    """
+    """d at the z of a use, [B, T, n], by dL/dy; None where it is zero."""
     _, second = bend.derivatives(probed.known[bend.before].detach())
     if second is None or gradient is None:
         return None

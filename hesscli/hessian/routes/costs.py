@@ -64,14 +64,7 @@ _LOSS = 4.0
 
 
 class Costs:
-    """The cost of each route on one recorded batch.
-
-    Args:
-        tape: the batch's calls.
-        itemsize: bytes of a number.
-        chunk: directions that share a batched pass.
-        rates: that seconds are reckoned by.
-    """
+    """The cost of each route on one recorded batch, of which `chunk` directions share a batched pass."""
 
     def __init__(self, tape: Tape, itemsize: int, chunk: int, rates: Rates) -> None:
         self.tape, self.itemsize, self.chunk, self.rates = tape, itemsize, chunk, rates

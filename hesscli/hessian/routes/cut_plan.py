@@ -67,13 +67,7 @@ def separators(tape: Tape, zs: Sequence[int]) -> list[int]:
 
 
 def plan_cuts(analysis: Analysis, costs: Costs, samples: int) -> CutPlan:
-    """The cuts that make the directions of all layers cheapest.
-
-    Args:
-        analysis: of a batch.
-        costs: of its passes.
-        samples: in all batches.
-    """
+    """The cuts of a batch that make the directions of all layers cheapest; Sigma is kept of all `samples`."""
     tape = analysis.tape
     uses = [analysis.uses_apart([name])[name] for name in analysis.uses]
     demand = [(tape.maker[use.z] + 1, use.directions) for use in uses]

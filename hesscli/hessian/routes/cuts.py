@@ -18,12 +18,7 @@ from hesscli.hessian.workers import each_with
 
 
 class Cuts:
-    """Sigma at the cuts of every batch, made when it is needed and kept.
-
-    Args:
-        analyses: of the batches.
-        chunk: rows per batched pass.
-    """
+    """Sigma at the cuts of every batch, made when it is needed and kept; `chunk` rows go through one batched pass."""
 
     def __init__(self, analyses: Analyses, chunk: int) -> None:
         self.analyses, self.problem, self.chunk = analyses, analyses.problem, chunk

@@ -17,9 +17,6 @@ from hesscli.hessian.routes.cuts import Cuts
 class FirstBatch:
     """What routes know when they say what a block takes.
 
-    Args:
-        cuts: of the batches of what is differentiated.
-
     Attributes:
         refused: why nothing is proven; empty where something is.
         costs: of the batch; None where it cannot be recorded.
@@ -40,11 +37,7 @@ class FirstBatch:
             self.costs = cuts.costs(tape)
 
     def proven(self) -> tuple[Analysis, Costs]:
-        """What is proven of the batch, and what its passes cost.
-
-        Raises:
-            NotApplicable: nothing is proven.
-        """
+        """What is proven of the batch, and what its passes cost; raises NotApplicable where nothing is proven."""
         if self._analysis is None or self.costs is None:
             raise NotApplicable(self.refused)
         return self._analysis, self.costs

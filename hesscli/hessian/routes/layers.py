@@ -110,9 +110,6 @@ def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
 
     A layer is a weight with fewer directions along z than entries, and the bias that enters with it, at one value or at
     several. A block of one parameter that enters once needs none.
-
-    Raises:
-        NotApplicable: with the reason.
     """
     every = [analysis.all_uses[x] for x in block.parameters if x in analysis.all_uses]
     if not any(len(uses) > 1 and _are_layer(uses) for uses in every):

@@ -41,11 +41,7 @@ _TOGETHER = 1 << 24  # and in the weights' own blocks, that share passes
 
 
 def _numbers_held(block: Block, made: Block, neurons: Neurons | None) -> int:
-    """How many numbers are held beside a block of parameters, or beside its diagonal.
-
-    Raises:
-        NotApplicable: too many.
-    """
+    """How many numbers are held beside a block of parameters, or beside its diagonal: not too many."""
     if neurons is not None and neurons.use.m**2 <= _SQUARES:
         return min(_SQUARES, neurons.use.n * neurons.use.m**2)
     if neurons is not None or block.size > _ROWS or made.size > 2 * _ROWS:
@@ -54,12 +50,7 @@ def _numbers_held(block: Block, made: Block, neurons: Neurons | None) -> int:
 
 
 class ThroughWeights(Route):
-    """By a route to the weights' own blocks.
-
-    Args:
-        kind: that route.
-        cuts: of the batches of what is differentiated.
-    """
+    """By a route to the weights' own blocks, of this kind."""
 
     symmetric, at_once = True, True
 

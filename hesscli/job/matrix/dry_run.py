@@ -64,15 +64,7 @@ def _seconds(plan: Plan) -> float:
 def estimate(
     choices: Sequence[Choice], rates: Rates, check: float, decomposed: Sequence[int], size: int
 ) -> float:
-    """What a plan takes, in seconds.
-
-    Args:
-        choices: the route of each block.
-        rates: of this machine.
-        check: seconds of the check.
-        decomposed: the size of each block whose eigenvalues are wanted.
-        size: bytes to write.
-    """
+    """What a plan takes, in seconds, those of its check included; eigenvalues are wanted of blocks of these sizes."""
     statistics = sum(2 * n**3 for n in decomposed) / _EIGENVALUES
     return START + seconds_of(choices, rates) + check + statistics + size / WRITING
 

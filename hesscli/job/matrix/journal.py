@@ -136,11 +136,7 @@ class Journal:
                 self.finished |= read_journal(path).finished
 
     def append(self, parts: Mapping[str, Document]) -> None:
-        """Writes the lines of parts that are on the disk.
-
-        Raises:
-            ResourceError: the disk is full.
-        """
+        """Writes the lines of parts that are on the disk."""
         assert self.path is not None
         lines: list[Document] = []
         if not self.own:

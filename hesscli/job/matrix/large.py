@@ -67,14 +67,7 @@ class LargeBlock:
             self._bands(unfinished, torch.zeros(self.block.size), mine)
 
     def compute(self, unfinished: Unfinished) -> Document:
-        """Computes, writes and checks the block; by the next route, where one cannot or does not pass.
-
-        Returns:
-            the block's facts, with extreme eigenvalues if those of all blocks are wanted.
-
-        Raises:
-            NumericalError: no route is exact.
-        """
+        """The facts of the block, which it computes, writes and checks; by the next route where one does not pass."""
         certificate = self.plan.certificate
         direction = torch.zeros(self.block.size)
         if certificate is not None:

@@ -28,12 +28,7 @@ LARGE = 4096
 
 
 class Plan:
-    """The blocks of a Hessian, and the routes of each.
-
-    Args:
-        options: what was asked for.
-        opened: the problem.
-        divided: other processes compute parts of it.
+    """The blocks of a Hessian, and the routes of each; `divided`, if other processes compute parts of it.
 
     Raises:
         NumericalError: the method asked for would not be exact.

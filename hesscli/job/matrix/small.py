@@ -51,14 +51,7 @@ class Group:
                 self.compute(unfinished, background)
 
     def compute(self, unfinished: Unfinished, background: Background) -> list[Document]:
-        """Computes, writes and checks the blocks, unless they are in the file already.
-
-        Returns:
-            the facts of each.
-
-        Raises:
-            NumericalError: no route is exact.
-        """
+        """The facts of the blocks, which it computes, writes and checks, unless they are in the file already."""
         writer = unfinished.writer
         earlier = unfinished.finished.get(self.part)
         if earlier is not None and writer.holds(earlier["checksums"]):
@@ -99,11 +92,7 @@ def groups(plan: Plan) -> Iterator[list[Block]]:
 
 
 def compute_blocks(plan: Plan, blocks: Sequence[Block]) -> Iterator[tuple[Document, np.ndarray]]:
-    """The facts and values of every block.
-
-    Raises:
-        NumericalError: no route is exact.
-    """
+    """The facts and values of every block."""
     yield from _computed([Ranking(plan, block) for block in blocks])
 
 

@@ -54,11 +54,7 @@ class Unfinished:
             self.flush()
 
     def flush(self) -> None:
-        """Waits for the disk, then notes in the journal what is on it.
-
-        Raises:
-            ResourceError: the disk is full.
-        """
+        """Waits for the disk, then notes in the journal what is on it."""
         if self.journal.path is not None and self.waiting:
             self.writer.sync()
             self.journal.append(self.waiting)

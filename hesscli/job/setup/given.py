@@ -71,12 +71,6 @@ def given(
     Inside, torch's settings and the state of random numbers may change; they are put back. What of the data is no file
     is one in the folder.
 
-    Args:
-        model, data, device: as of `hesscli.compute`.
-        folder: for temporary files.
-        kind: of the options.
-        options: the others.
-
     Raises:
         HesscliError: the model cannot be copied, the data is none, or there is no such option.
     """

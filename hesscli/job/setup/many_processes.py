@@ -88,11 +88,7 @@ class ManyProcesses(Processes):
     # What the first process asks
 
     def open(self, options: ProblemOptions, listener: Listener) -> Opened:
-        """The problem with all the data, as every process opens it.
-
-        Raises:
-            HesscliError: of any kind, on any process.
-        """
+        """The problem with all the data, as every process opens it."""
         with self._asking():
             self.team.broadcast(options)
             return self._open(options, listener)

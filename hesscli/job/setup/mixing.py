@@ -118,15 +118,8 @@ def _total(problem: Problem, outputs: Iterable[Tensor], batches: Sequence[Batch]
 
 
 def adds_up(problem: Problem, source: Source, bounds: Sequence[int]) -> bool:
-    """Whether what a model returns as its loss is of each sample, as `Loss.reduced` has it: tried in float64.
-
-    Args:
-        problem: the problem, without its batches.
-        source: its data.
-        bounds: where the parts begin and end that are compared with all samples together.
-
-    Raises:
-        MismatchError: the model does not take so few, or so many.
+    """Whether what a model returns as its loss is of each sample, as `Loss.reduced` has it: tried in float64, with all
+    samples together and in parts within these bounds.
     """
     proven = _proven_apart(problem, source)
     few = replace(problem, batches=[source.batch(0, source.few)])
@@ -183,15 +176,7 @@ def mixing_loss(
     lengths: Sequence[int],
     apart: Sequence[Batch],
 ) -> str | None:
-    """The loss, if it makes something else of outputs together than of the same ones apart.
-
-    Args:
-        problem: whose loss it is.
-        output: of all samples.
-        together: all of them.
-        lengths: how much of the output each part has.
-        apart: the parts.
-    """
+    """The loss, if it makes something else of an output together than of its parts, of these lengths, apart."""
     if problem.loss.is_output:
         return None
     if problem.loss.function is None:

@@ -81,16 +81,7 @@ def open_problem(
     listener: Listener,
     processes: Processes = _THIS_ONE,
 ) -> Opened:
-    """Loads model and data, settles the loss, and makes one pass over the data.
-
-    Args:
-        options: what was asked for.
-        listener: hears the notes.
-        processes: that have the data.
-
-    Raises:
-        HesscliError: of any kind; see `errors.py`.
-    """
+    """Loads model and data, settles the loss, and makes one pass over the data."""
     device, keeper = device_called(options.device), NoteKeeper(listener)
     try:
         return _opened(options, device, keeper, processes)
@@ -243,11 +234,7 @@ def _as_computed(problem: Problem, note: Callable[[str], None]) -> Problem:
 def _measured(
     problem: Problem, processes: Processes, options: ProblemOptions, data: Data
 ) -> tuple[Problem, float]:
-    """The problem with its denominator, and its loss, over the data of all processes.
-
-    Raises:
-        NumericalError: the loss is not finite.
-    """
+    """The problem with its denominator, and its loss, a number, over the data of all processes."""
     measured, value = measure(processes.share_of(problem), processes.totals)
     if not math.isfinite(value):
         if data.targets:

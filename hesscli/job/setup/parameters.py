@@ -59,12 +59,9 @@ def _no_match(
     names: Mapping[str, Sequence[str]],
     left: Mapping[str, Sequence[str]],
 ) -> UsageError:
-    """That no parameter is chosen; the hint is of the modules that are named, if any is, or of the first parameter.
+    """That no parameter is chosen; `left` are those that no pattern excludes.
 
-    Args:
-        patterns: that were asked for.
-        names: of all parameters.
-        left: of those that no pattern excludes.
+    The hint is of the modules that are named, if any is, or of the first parameter.
     """
     known = [*names, *(other for _, *others in names.values() for other in others)]
     rest = [name for its in left.values() for name in its]

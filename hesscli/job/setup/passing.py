@@ -34,9 +34,6 @@ def model_inputs(
     """What the model is given, in its order, and the names of the last inputs, which are passed by name.
 
     The targets are among the inputs of a model that returns its loss and takes them.
-
-    Raises:
-        MismatchError: one that an exported model takes by name is not among them.
     """
     names, known = list(data.inputs), dict(data.inputs)
     if data.targets:
@@ -73,11 +70,7 @@ def in_one_dict(signature: CallSignature, names: Collection[str]) -> bool:
 def _demand_all(
     options: ProblemOptions, signature: CallSignature, names: Sequence[str], data: Data
 ) -> None:
-    """Refuses inputs without arrays of the file that the model cannot do without: the targets, say.
-
-    Raises:
-        MismatchError: with the options that name them.
-    """
+    """Refuses inputs without arrays of the file that the model cannot do without: the targets, say."""
     left = _left(signature, names) if set(names) <= set(signature.names) else []
     missing = [name for name in left if name not in signature.optional]
     if not missing or not set(missing) <= set(data.arrays):
@@ -114,9 +107,6 @@ def _ordered(
 
     By name go those that the model takes in no other way; and all, if each is called as one of forward's parameters
     is, and their order is another.
-
-    Raises:
-        MismatchError: one that an exported model takes by name is not among them.
     """
     exported, signature = model.form == "exported", model.signature
     keywords = signature.keywords

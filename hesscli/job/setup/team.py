@@ -127,12 +127,7 @@ def _together() -> Iterator[ModuleType]:
 
 
 def balanced(parts: Sequence[tuple[str, float]], count: int) -> list[set[str]]:
-    """Parts of a job for each of `count` processes: the largest first, always to the one with the least work.
-
-    Args:
-        parts: (name, work) of each.
-        count: how many processes there are.
-    """
+    """Parts of a job, (name, work), for so many processes: the largest first, always to the one with the least work."""
     found: list[set[str]] = [set() for _ in range(count)]
     work = [0.0] * count
     for name, amount in sorted(parts, key=lambda part: -part[1]):
