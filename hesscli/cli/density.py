@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from hesscli.cli.commands import on_all_processes, prints, takes_hessian_or_problem
-from hesscli.cli.options import refuse_idle_force
+from hesscli.cli.options import Force, refuse_idle_force
 from hesscli.cli.output import Output
 from hesscli.cli.summary import counted, spectrum_headline
 from hesscli.cli.terminal import encodable
@@ -51,9 +51,7 @@ def density(
         Path | None,
         typer.Option(metavar="FILE", help="Draw it: .png, .svg or .pdf (needs matplotlib)."),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", "-f", help="Replace files that hesscli did not write.")
-    ] = False,
+    force: Force = False,
 ) -> None:
     """Print the spectral density: which share of the eigenvalues lies where.
 

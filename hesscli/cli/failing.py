@@ -6,6 +6,7 @@ import errno
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -81,8 +82,6 @@ def report_usage(error: Any) -> int:
 def report(error: BaseException, debug: bool = False) -> int:
     """Says what went wrong; returns the exit code."""
     if debug:
-        import traceback
-
         traceback.print_exception(error)
     if isinstance(error, HesscliError):
         everywhere = (ExitCode.USAGE, ExitCode.FILE, ExitCode.MISMATCH, ExitCode.INTERRUPTED)
@@ -112,8 +111,6 @@ def report(error: BaseException, debug: bool = False) -> int:
         say("hint", _pasteable("--batch-size 1"))
         return ExitCode.RESOURCES
     if not debug:
-        import traceback
-
         traceback.print_exception(error)
     say("error", f"this is a bug in hesscli: {type(error).__name__}: {error}")
     return ExitCode.BUG

@@ -84,16 +84,18 @@ def show(
 
         plot = drawable(plot, force, () if hessian == "-" else (Path(hessian),))
     screen = room(out) if heatmap and not (out.as_json or out.quiet) else None
-    shown = run(hessian, block, wide, screen, plot is not None, verify, out.progress)
+    document, picture, figure = run(
+        hessian, block, wide, screen, plot is not None, verify, out.progress
+    )
     table = partial(print_hessian, columns=WIDE if wide else COLUMNS)
-    out.result(shown.document, table if block is None else print_block)
-    if shown.heatmap is not None:
+    out.result(document, table if block is None else print_block)
+    if picture is not None:
         out.line("")
-        draw(out, shown.heatmap)
-    if plot is not None and shown.figure is not None:
+        draw(out, picture)
+    if plot is not None and figure is not None:
         from hesscli.job.figures import plot_matrix
 
-        plot_matrix(plot, shown.figure, _title(shown.document))
+        plot_matrix(plot, figure, _title(document))
         out.wrote(plot)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -72,7 +71,10 @@ def picture(
     k = max(1, min(pixels, size))
     cells, offset = np.zeros((k, k)), 0
     for block in blocks:
-        done = partial(_report, progress, block.name, offset, size)
+
+        def done(rows: int, before: int = offset, name: str = block.name) -> None:
+            progress(before + rows, size, name)
+
         pool_matrix(cells, values_of(file, block.name), offset, size, done)
         offset += block.size
     # The borders of the blocks; within a single one, those of its parameters.
@@ -98,11 +100,6 @@ def _of_diagonals(file: HessianFile, blocks: Sequence[Block], pixels: int) -> Pi
     regions = tuple(Region(name, row, row + 1) for row, name in enumerate(filled))
     size = sum(block.size for block in blocks)
     return Picture(_finite(cells), regions, size, diagonal=True)
-
-
-def _report(progress: Progress, name: str, before: int, size: int, rows: int) -> None:
-    """So many rows of a block are drawn, of `size` in all, and those of the blocks before it."""
-    progress(before + rows, size, name)
 
 
 def _finite(cells: np.ndarray) -> np.ndarray:

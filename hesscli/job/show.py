@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hesscli.files.hessians.hessian_file import HessianFile
@@ -23,15 +22,6 @@ _PIXELS = 1200
 """Rows and columns of a figure, at most."""
 
 
-@dataclass(frozen=True)
-class Shown:
-    """What there is to show of a file."""
-
-    document: Document
-    heatmap: Picture | None  # |H|, as far as it was asked for
-    figure: Picture | None
-
-
 def show(
     source: str,
     block: str | None,
@@ -40,8 +30,8 @@ def show(
     figure: bool,
     verify: bool,
     progress: Progress,
-) -> Shown:
-    """The document of a Hessian file.
+) -> tuple[Document, Picture | None, Picture | None]:
+    """The document of a Hessian file, and |H| as a heatmap and as a figure, as far as they were asked for.
 
     Args:
         source: the file's path, or "-" for standard input.
@@ -71,11 +61,8 @@ def show(
             document["total"] = statistics.total(document["blocks"])
             document["total"]["mean_eig"] = _mean(document["total"])
         names = [facts["name"] for facts in document["blocks"]]
-        return Shown(
-            document,
-            _picture(file, names, screen, progress),
-            _picture(file, names, _PIXELS if figure else None, progress),
-        )
+        heatmap = _picture(file, names, screen, progress)
+        return document, heatmap, _picture(file, names, _PIXELS if figure else None, progress)
 
 
 def _picture(

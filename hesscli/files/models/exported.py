@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,39 +126,37 @@ def load_exported(
 def _taking_tensors(
     module: nn.Module, spec: pytree.TreeSpec, given: Sequence[TensorArgument | ConstantArgument]
 ) -> CallSignature:
-    """Makes the module take its tensors one by one, be they exported inside a dict, say, or beside constants."""
+    """Makes the module take its tensors one by one, be they exported inside a dict, say, or beside constants; `spec` is
+    of its arguments by position and by name, and `given` stands for each of their leaves.
+    """
     positional, keywords = spec.children()
     names = tuple(str(name) for name in keywords.context or ())
     tensors = tuple(argument.name for argument in given if isinstance(argument, TensorArgument))
     count = positional.num_children
     if len(tensors) == len(given) <= count + len(names):
         return CallSignature(count, tensors, keywords=names)
-    module.register_forward_pre_hook(_AsExported(spec, given), prepend=True, with_kwargs=True)
+    hook = partial(_as_exported, spec, given)
+    module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
     return CallSignature(len(tensors), tensors)
 
 
-@dataclass(eq=False)
-class _AsExported:
-    """Puts tensors, in the order in which the graph has them, where they were when it was exported: in a dict, say;
-    and constants beside them.
+def _as_exported(
+    spec: pytree.TreeSpec,
+    given: Sequence[TensorArgument | ConstantArgument],
+    module: nn.Module,
+    tensors: tuple[Tensor, ...],
+    named: dict[str, Tensor],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Tensors, in the order in which the graph has them, where they were when it was exported: in a dict, say; and
+    constants beside them.
     """
-
-    spec: pytree.TreeSpec  # of the arguments by position and by name
-    given: Sequence[TensorArgument | ConstantArgument]  # what stands for each of their leaves
-
-    def __call__(
-        self, module: nn.Module, tensors: tuple[Tensor, ...], named: dict[str, Tensor]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        names = [argument.name for argument in self.given if isinstance(argument, TensorArgument)]
-        if named or len(tensors) != len(names):
-            raise TypeError(f"takes {', '.join(names)}; {len(tensors) + len(named)} were given")
-        left = iter(tensors)
-        leaves = [
-            argument.value if isinstance(argument, ConstantArgument) else next(left)
-            for argument in self.given
-        ]
-        positional, keywords = pytree.tree_unflatten(leaves, self.spec)
-        return positional, keywords
+    names = [argument.name for argument in given if isinstance(argument, TensorArgument)]
+    if named or len(tensors) != len(names):
+        raise TypeError(f"takes {', '.join(names)}; {len(tensors) + len(named)} were given")
+    left = iter(tensors)
+    leaves = [each.value if isinstance(each, ConstantArgument) else next(left) for each in given]
+    positional, keywords = pytree.tree_unflatten(leaves, spec)
+    return positional, keywords
 
 
 def _loosen(module: nn.Module) -> None:

@@ -182,7 +182,7 @@ class _Way:
 
     def block(self, own: Tensor) -> Tensor:
         """The block, by d^2 L / dw^2."""
-        found = self._pulled(self._pulled(own).T)
+        found = self._along(self.w, self._along(self.w, own).T)
         if self.slope is not None:
             units = torch.eye(len(found), dtype=found.dtype, device=found.device)
             found += self._along(self.slope, units)
@@ -192,8 +192,8 @@ class _Way:
         """The diagonal of the block's first term, as far as it is that of some neurons."""
         found = self.w.new_zeros(len(_flat(self.theta)))
         for inputs in self._chunks(squares.out.shape[1]):
-            units, rows = self._pulled(squares.units(inputs)), self._pulled(squares.rows(inputs))
-            found += (units * rows).sum(0)
+            units = self._along(self.w, squares.units(inputs))
+            found += (units * self._along(self.w, squares.rows(inputs))).sum(0)
         return found
 
     def bent_diagonal(self, entries: Tensor) -> Tensor:
@@ -207,12 +207,8 @@ class _Way:
             found += (units * self._along(self.slope, units)).sum(0)
         return found
 
-    def _pulled(self, rows: Tensor) -> Tensor:
-        """rows @ J: [k, weights] -> [k, parameters]."""
-        return self._along(self.w, rows)
-
     def _along(self, values: Tensor, rows: Tensor) -> Tensor:
-        """rows @ d values / d theta."""
+        """rows @ d values / d theta; of w, rows @ J: [k, weights] -> [k, parameters]."""
         found = rows.new_zeros(len(rows), sum(leaf.numel() for leaf in self.theta))
         for some in self._chunks(len(rows) if values.requires_grad else 0):
             mine = slice(some.start, some.stop)

@@ -102,7 +102,7 @@ def _fixed(problem: Problem, source: Source, some: Batch) -> list[str]:
     count = next((count for count in counts if source.recorded % count), None)
     if not source.per_sample or source.recorded < 2 or count is None:
         return []
-    tried = _repeated(some, count, source.per_sample)
+    tried = _picked(some, torch.arange(count) % len(some), source.per_sample)  # copies of a few
     fixed = []
     with torch.no_grad():
         try:
@@ -154,11 +154,6 @@ def _with_fixed(source: Source, fixed: Collection[str]) -> Source:
     """The same source with arguments that are the same for all samples."""
     left = [name for name in source.per_sample if name not in fixed]
     return replace(source, per_sample=left)
-
-
-def _repeated(batch: Batch, count: int, per_sample: Collection[str]) -> Batch:
-    """So many samples, copies of those of a batch."""
-    return _picked(batch, torch.arange(count) % len(batch), per_sample)
 
 
 def _picked(batch: Batch, index: Tensor, per_sample: Collection[str]) -> Batch:
