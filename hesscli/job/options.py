@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from numbers import Integral, Real
+from operator import contains
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -27,11 +28,6 @@ Curvature = Literal["hessian", "ggn", "fisher"]
 Blocks = Literal["diag", "module", "full", "elements"]
 Stats = Literal["basic", "auto", "all", "none"]
 Which = Literal["largest", "smallest", "magnitude", "both"]
-
-_CHOICES = {
-    name: get_args(kind) for name, kind in list(globals().items()) if get_origin(kind) is Literal
-}
-"""Type of an option -> what it may be."""
 
 
 class Listener:
@@ -56,10 +52,6 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _is_factor(value: object) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
-
-
 def _names(option: str, given: object) -> tuple[str, ...]:
     if isinstance(given, str):
         return (given,)
@@ -69,17 +61,47 @@ def _names(option: str, given: object) -> tuple[str, ...]:
     return names
 
 
+def _are_factors(value: object) -> bool:
+    factors = value.values() if isinstance(value, Mapping) else [None]
+    return all(isinstance(factor, Real) and math.isfinite(factor) for factor in factors)
+
+
 def _is_shard(value: object) -> bool:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        return False
+        return value is None
     return all(map(_is_whole, value)) and 1 <= value[0] <= value[1]
 
 
 def _is_range(value: object) -> bool:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        return False
+        return value is None
     given = value[:1] if value[1] is None else value
     return all(_is_whole(place) and place >= 0 for place in given)
+
+
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "bool": (lambda v: isinstance(v, bool), "True or False"),
+    "int": (lambda v: _is_whole(v) and -(2**63) <= v < 2**64, "a whole number of 64 bits"),
+    "int | None": (
+        lambda v: v is None or (_is_whole(v) and v > 0),
+        "None, or a whole number from 1 on",
+    ),
+    "str | None": (lambda v: v is None or isinstance(v, str), "None, or a str"),
+    "str | Callable[..., Any]": (
+        lambda v: isinstance(v, str) or callable(v),
+        "a name, or a function of output and targets",
+    ),
+    "Mapping[str, object]": (lambda v: isinstance(v, Mapping), "a dict"),
+    "Mapping[str, float]": (_are_factors, 'a dict of numbers, as {"x": 1 / 255}'),
+    "tuple[int, int | None] | None": (_is_range, "None, or (from, up to)"),
+    "tuple[int, int] | None": (_is_shard, "None, or (I, N) with I from 1 to N"),
+    **{
+        name: (partial(contains, get_args(kind)), ", ".join(get_args(kind)))
+        for name, kind in list(globals().items())
+        if get_origin(kind) is Literal
+    },
+}
+"""Type of an option -> whether a value can be its, and what can."""
 
 
 @dataclass(frozen=True)
@@ -143,36 +165,16 @@ class ProblemOptions:
         if _is_whole(self.output_key):
             put("output_key", str(self.output_key))
         for each in fields(self):
-            self._demand_type(each.name, str(each.type), getattr(self, each.name))
-        for name in ("loss_arguments", "arch_arguments", "scale"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise wrong_option(name, getattr(self, name), "a dict")
-        if not all(map(_is_factor, self.scale.values())):
-            raise wrong_option("scale", self.scale, 'a dict of numbers, as {"x": 1 / 255}')
+            value = getattr(self, each.name)
+            fits, expected = _EXPECTED.get(str(each.type), (lambda _: True, ""))
+            if not fits(value):
+                raise wrong_option(each.name, value, expected)
+            if _is_whole(value):  # NumPy's are others
+                put(each.name, int(value))
         put("scale", {name: float(f) for name, f in self.scale.items()})
         if self.threads is not None and self.threads > MOST_THREADS:
             expected = f"None, or a whole number from 1 to {MOST_THREADS}"
             raise wrong_option("threads", self.threads, expected)
-        if not (_is_whole(self.seed) and -(2**63) <= self.seed < 2**64):
-            raise wrong_option("seed", self.seed, "a whole number of 64 bits")
-        put("seed", int(self.seed))
-        if not (isinstance(self.loss, str) or callable(self.loss)):
-            raise wrong_option("loss", self.loss, "a name, or a function of output and targets")
-        if self.samples is not None and not _is_range(self.samples):
-            raise wrong_option("samples", self.samples, "None, or (from, up to)")
-
-    def _demand_type(self, name: str, kind: str, value: Any) -> None:
-        """Refuses a value that an option of this type cannot have."""
-        if kind in _CHOICES and value not in _CHOICES[kind]:
-            raise wrong_option(name, value, ", ".join(_CHOICES[kind]))
-        if kind == "str | None" and not (value is None or isinstance(value, str)):
-            raise wrong_option(name, value, "None, or a str")
-        if kind == "bool" and not isinstance(value, bool):
-            raise wrong_option(name, value, "True or False")
-        if kind == "int | None" and value is not None:
-            if not (_is_whole(value) and value > 0):
-                raise wrong_option(name, value, "None, or a whole number from 1 on")
-            object.__setattr__(self, name, int(value))
 
 
 @dataclass(frozen=True)
@@ -188,11 +190,6 @@ class ComputeOptions(ProblemOptions):
     memory: int | None = None  # bytes; None: a share of what is free
     resume: bool = False  # go on with what an interrupted run left
     shard: tuple[int, int] | None = None  # (I, N): only the I-th of N shares of the work, from 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.shard is not None and not _is_shard(self.shard):
-            raise wrong_option("shard", self.shard, "None, or (I, N) with I from 1 to N")
 
 
 def command_of(options: ComputeOptions) -> dict[str, Any]:

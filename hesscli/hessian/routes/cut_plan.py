@@ -130,7 +130,7 @@ def _cheapest(
         ends.append(_End(place, made[place], CUT_PASSES, product))
     ends.append(_End(len(made), made[-1] + costs.loss.seconds(rates), PASSES, 0.0))
     best: list[float] = []
-    before: list[int] = []
+    chosen: list[list[int]] = []  # the cuts on the way to each end
     for i, end in enumerate(ends):
         options = [(between(0, end), -1)]
         for k in range(i):
@@ -139,12 +139,6 @@ def _cheapest(
             options.append((best[k] + sigma + between(ends[k].place, end), k))
         cost, k = min(options)
         best.append(cost)
-        before.append(k)
+        chosen.append([*chosen[k], candidates[k]] if k >= 0 else [])
     without = between(0, ends[-1])
-    if without < _LEAST or best[-1] > _GAIN * without:
-        return []
-    chosen, k = [], before[-1]
-    while k >= 0:
-        chosen.append(candidates[k])
-        k = before[k]
-    return chosen[::-1]
+    return [] if without < _LEAST or best[-1] > _GAIN * without else chosen[-1]
