@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from torch.export.passes import move_to_device_pass
 
 from hesscli.errors import FileError
 from hesscli.files.models.call_signature import CallSignature
-from hesscli.files.models.control_flow import IN_PYTHON
 from hesscli.files.models.exported_code import refuse_code
 from hesscli.files.models.ties import tie, tied_groups
 from hesscli.files.sniff import Kind
 from hesscli.files.torch_files import NeedsPickleError, pickled_objects, quiet, reading
 from hesscli.files.zip_files import check_zip
+
+Body = Callable[..., Sequence[Tensor]]
 
 
 def _copied(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -55,6 +56,41 @@ def _own_batch_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _batch_norm(x, weight, bias, None, None, momentum, eps, training)
+
+
+def _cond(predicate: Any, true: Body, false: Body, operands: Sequence[Tensor]) -> Sequence[Tensor]:
+    return (true if predicate else false)(*operands)
+
+
+def _while_loop(
+    goes_on: Callable[..., Any], body: Body, carried: Sequence[Tensor], others: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    while goes_on(*carried, *others):
+        carried = body(*carried, *others)
+    return carried
+
+
+def _map(body: Body, rows: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    return _stacked(body(*row, *others) for row in zip(*rows, strict=True))
+
+
+def _scan(
+    combine: Body, carried: Sequence[Tensor], rows: Sequence[Tensor], others: Sequence[Tensor]
+) -> list[Tensor]:
+    count, made = len(carried), []
+    for row in zip(*rows, strict=True):
+        result = combine(*carried, *row, *others)
+        carried = result[:count]
+        made.append(result[count:])
+    return [*carried, *_stacked(made)]
+
+
+def _stacked(results: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    return [torch.stack(parts) for parts in zip(*results, strict=True)]
+
+
+_IN_PYTHON = {"cond": _cond, "while_loop": _while_loop, "map_impl": _map, "scan": _scan}
+"""Control flow, which PyTorch's own operators trace anew and without a second derivative."""
 
 
 _REPLACED = {
@@ -176,7 +212,7 @@ def _loosen(module: nn.Module) -> None:
             elif node.target in _REPLACED:
                 node.target = _REPLACED[node.target]
             elif isinstance(node.target, torch._ops.HigherOrderOperator):
-                node.target = IN_PYTHON.get(node.target.name(), node.target)
+                node.target = _IN_PYTHON.get(node.target.name(), node.target)
         part.recompile()
 
 

@@ -24,13 +24,14 @@ from hesscli.hessian.autodiff import batched_rows
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.chunk_sizes import chunk_sizes, grouped, ranges
 from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.proofs.weights import Neurons
 from hesscli.hessian.routes.affine import AffineRoute, other_path
 from hesscli.hessian.routes.base import Choice, Diagonal, Route, Rows, Wanted
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.routes.probes import Probed
-from hesscli.hessian.routes.squares import Squares
+from hesscli.hessian.routes.sums import add_product
 from hesscli.hessian.symmetry import mirror_
 
 _THROUGH_WEIGHTS = ", through weights"
@@ -224,3 +225,61 @@ class _Way:
 def _flat(values: Iterable[Tensor]) -> Tensor:
     """All their entries, one after the other."""
     return torch.cat([value.reshape(-1) for value in values])
+
+
+@dataclass(frozen=True)
+class Squares(Diagonal):
+    """Those of some neurons: `out` is [neurons, m, m], with a neuron's entries in the order of its inputs.
+
+    Attributes:
+        places: where the entries of each neuron of the weight lie in the block, [n, m].
+        first: the first of these neurons.
+    """
+
+    places: Tensor
+    first: int
+
+    @property
+    def own(self) -> Tensor:
+        """Where the entries of these neurons lie."""
+        return self.places[self.first : self.first + len(self.out)]
+
+    def add(self, first: int, found: Tensor) -> None:
+        places = self.places.flatten().argsort()[first : first + len(found)]
+        places = places - self.first * self.places.shape[1]
+        mine = (places >= 0) & (places < self.own.numel())
+        places = places[mine]
+        columns = self.own[places // self.places.shape[1]]
+        self.out.flatten(0, 1).index_add_(0, places, found[mine].gather(1, columns))
+
+    def neurons(self, use: Use) -> range:
+        return range(self.first, self.first + len(self.out))
+
+    def add_neuron(self, use: Use, p: int, left: Tensor, right: Tensor) -> None:
+        add_product(self.out[p - self.first], left.T, right)
+
+    def add_weighted(self, use: Use, d: Tensor, a: Tensor) -> None:
+        for p in self.neurons(use):
+            self.add_neuron(use, p, a * d[:, p : p + 1], a)
+
+    def add_pairs(self, left: Tensor, right: Tensor) -> None:
+        for out, mine in zip(self.out, self.own, strict=True):
+            add_product(out, left[:, mine].T, right[:, mine])
+
+    def rows(self, inputs: range) -> Tensor:
+        """The rows of these inputs' entries of every neuron: [inputs, block.size]."""
+        found = self.out.new_zeros(len(inputs), self.block.size)
+        some = self.out[:, inputs.start : inputs.stop]
+        found[:, self.own.flatten()] = some.transpose(0, 1).flatten(1)
+        return found
+
+    def units(self, inputs: range) -> Tensor:
+        """The sum of the unit vectors of such an entry of every neuron: [inputs, block.size]."""
+        found = self.out.new_zeros(len(inputs), self.block.size)
+        return found.scatter_(1, self.own[:, inputs.start : inputs.stop].T, 1)
+
+    @classmethod
+    def of_neurons(cls, block: Block, use: Use, like: Tensor, neurons: range) -> Squares:
+        """Those of some neurons, of the dtype and on the device of `like`."""
+        out = like.new_zeros(len(neurons), use.m, use.m)
+        return cls(block, out, use.storage.places.to(like.device), neurons.start)
