@@ -65,7 +65,7 @@ class LinearMap:
         """Rows start to stop of the matrix, [stop - start, P]."""
         return self(unit_rows(self.leaves[0], start, stop - start, self.size))
 
-    def split(self, vectors: Tensor) -> dict[str, Tensor]:
+    def by_parameter(self, vectors: Tensor) -> dict[str, Tensor]:
         """[..., P] by parameter, in the parameters' shapes."""
         parts = vectors.split(self.sizes, -1)
         return {

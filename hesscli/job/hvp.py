@@ -109,9 +109,9 @@ def _product(operator: Operator, options: HvpOptions) -> tuple[Tensor, Tensor, D
 def _write(
     output: Path, operator: Operator, options: HvpOptions, result: Tensor, document: Document
 ) -> None:
-    tensors = operator.products.split(result)
+    tensors = operator.products.by_parameter(result)
     if options.gradient:
-        parts = operator.products.split(operator.gradient)
+        parts = operator.products.by_parameter(operator.gradient)
         tensors |= {f"gradient.{name}": part for name, part in parts.items()}
     dtype = dtype_name(operator.problem.dtype)
     kept = timeless(document)
@@ -126,7 +126,7 @@ def _norms(operator: Operator, vectors: Tensor, result: Tensor) -> Document:
     def norm(tensor: Tensor) -> float:
         return float(torch.linalg.norm(tensor.double()))
 
-    v, r = operator.products.split(vectors), operator.products.split(result)
+    v, r = operator.products.by_parameter(vectors), operator.products.by_parameter(result)
     blocks = [
         facts | {"vector_norm": norm(v[facts["name"]]), "product_norm": norm(r[facts["name"]])}
         for facts in operator.parameter_facts()

@@ -101,7 +101,7 @@ class Operator:
         opened = replace(self.opened, problem=self.opened.problem.restricted([name]))
         return _checked_operator(
             opened,
-            self.products.split(self.gradient)[name].reshape(-1),
+            self.products.by_parameter(self.gradient)[name].reshape(-1),
             self.processes,
             self.double and self.double.restricted([name]),
         )

@@ -111,14 +111,14 @@ class Use:
         others = (i for i in range(self.rank + 2) if i != first and i not in last)
         return [first, *others, *last]
 
-    def columns(self, known: Mapping[int, Tensor]) -> Tensor:
+    def inputs(self, known: Mapping[int, Tensor]) -> Tensor:
         """The inputs of the affine map: [samples, positions, groups m]; for a bias all ones."""
         if self.a is None:
             z = known[self.z]
             return z.new_ones(self.axis.samples(z.shape) * self.apart, self.positions, 1)
-        return self.columns_of(known[self.a], known)
+        return self.inputs_of(known[self.a], known)
 
-    def columns_of(self, a: Tensor, known: Mapping[int, Tensor]) -> Tensor:
+    def inputs_of(self, a: Tensor, known: Mapping[int, Tensor]) -> Tensor:
         """The same of an operand, [..., *a.shape] -> [..., samples, positions, groups m]; of tokens, of those alone."""
         if self.kind == SCALE:
             return self.rows(a.expand(known[self.z].shape))

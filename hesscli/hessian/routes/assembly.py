@@ -104,7 +104,7 @@ def _add_shared(
                 mine = by_neuron[part.start - neurons.start : part.stop - neurons.start]
                 gradients.add(mine, a[:, t], gradients.along(found))
         with torch.enable_grad():
-            moving = use.columns(probed.known)  # with earlier values
+            moving = use.inputs(probed.known)  # with earlier values
         if moving.requires_grad:
             left = rows[..., neurons.start : neurons.stop]
             chunk = workspace // (4 * sum(probe.numel() for probe in gradients.probes))

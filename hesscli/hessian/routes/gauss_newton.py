@@ -169,7 +169,7 @@ class GaussNewton(AffineRoute):
                 if jacobian is None:
                     jacobian = seeds.new_zeros(len(seeds), *probed.probes[use.z].shape)
                 vs.append(use.rows(jacobian).transpose(0, 1))
-            inputs = [probed.columns(use) for use in mine]
+            inputs = [probed.inputs(use) for use in mine]
             d = None if bend is None else bend_diagonal(bend, probed, slopes[bend.after], mine[0])
             factors[name] = Factors(mine, inputs, vs, curvature, d)
         return factors

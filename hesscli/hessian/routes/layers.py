@@ -69,7 +69,7 @@ class Layer:
 
     def inputs(self, probed: Probed) -> Tensor:
         """What each parameter of a neuron is multiplied by, value after value: [B, T, width]."""
-        a = torch.cat([probed.columns(use) for use in self.weights], -2)
+        a = torch.cat([probed.inputs(use) for use in self.weights], -2)
         return a if self.bias is None else torch.nn.functional.pad(a, (0, 1), value=1.0)
 
     def rows(self, found: Sequence[Tensor | None]) -> Tensor | None:
@@ -85,7 +85,7 @@ class Layer:
         """
         pairs = zip(self.weights, tangents, strict=True)
         return self._joined(
-            [None if a is None else use.columns_of(a, probed.known) for use, a in pairs]
+            [None if a is None else use.inputs_of(a, probed.known) for use, a in pairs]
         )
 
     def _joined(self, parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -105,7 +105,7 @@ class Layer:
         return [Piece(self.weight.n // sections, each) for each in zip(*parts, strict=True)]
 
 
-def split(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
+def layers_of(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
     """A block's layers in the order of execution, and its parameters that are no part of one.
 
     A layer is a weight with fewer directions along z than entries, and the bias that enters with it, at one value or at

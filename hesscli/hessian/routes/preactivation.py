@@ -35,7 +35,7 @@ from hesscli.hessian.routes.chain import find_chain
 from hesscli.hessian.routes.costs import Work
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.first_batch import FirstBatch
-from hesscli.hessian.routes.layers import Layer, split
+from hesscli.hessian.routes.layers import Layer, layers_of
 from hesscli.hessian.routes.probes import Cut, Probed, passes
 from hesscli.hessian.routes.sweep import add_chain_diagonals
 from hesscli.hessian.words import PREACTIVATION
@@ -59,7 +59,7 @@ class Preactivation(AffineRoute):
             if block.name in uses:
                 own, sweep = costs.own(uses[block.name], diagonal), costs.chain(steps)
                 return Choice(self, "chain", first.in_all(own), first.in_all(sweep))
-        layers, others = split(analysis, block)
+        layers, others = layers_of(analysis, block)
         if not layers:
             use = analysis.use(block.parameters[0])
             work = first.along(use, use.size) + costs.own(use, diagonal)
@@ -99,7 +99,7 @@ class Preactivation(AffineRoute):
 
     def layout_in(self, analysis: Analysis, block: Block) -> Layout:
         """First what is no part of a layer, whose rows have all columns; then layer by layer, neuron by neuron."""
-        layers, others = split(analysis, block)
+        layers, others = layers_of(analysis, block)
         pieces = [Piece(len(block.rows[x]), (Part(block.rows[x].start, 1),)) for x in others]
         pieces += [piece for layer in layers for piece in layer.pieces(block)]
         return Layout(tuple(pieces))
@@ -122,7 +122,7 @@ class Preactivation(AffineRoute):
             block = part.block
             if block.name in done:
                 continue
-            layers, others = split(analysis, block)
+            layers, others = layers_of(analysis, block)
             self._layers[block] = layers
             if isinstance(part, Rows):
                 self._demand_layout(analysis, block)
@@ -150,7 +150,7 @@ class Preactivation(AffineRoute):
         size = graphs[0].deltas[use.z].numel()
         if not graphs[0].deltas[use.z].requires_grad:
             return
-        a = graphs[0].columns(use)
+        a = graphs[0].inputs(use)
 
         def add(probed: Probed, entries: range) -> None:
             delta = probed.deltas[use.z]

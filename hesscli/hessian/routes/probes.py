@@ -152,10 +152,10 @@ class Probed:
             b if f is None else f if b is None else f + b for f, b in zip(bent, back, strict=True)
         )
 
-    def columns(self, use: Use) -> Tensor:
+    def inputs(self, use: Use) -> Tensor:
         """The inputs of a use's affine map, [B, T, groups m], without their graph."""
         with torch.no_grad():
-            return use.columns(self.known).detach()
+            return use.inputs(self.known).detach()
 
     def output_hessian(self) -> Tensor:
         """The loss's own Hessian at the output, per sample: [samples, C, C], a column for each seed."""

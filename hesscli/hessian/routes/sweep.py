@@ -48,7 +48,7 @@ def add_chain_diagonals(
         return list(parts)
     for part in (part for part in parts if part.block.name in uses):
         use = uses[part.block.name]
-        d, a = found[use.z], probed.columns(use)[:, 0]
+        d, a = found[use.z], probed.inputs(use)[:, 0]
         if use.is_layer:
             part.add_weighted(use, d, a)
         else:
