@@ -147,8 +147,8 @@ class Preactivation(AffineRoute):
         use = self.analyses.of(batch).use(part.block.parameters[0])
         cut = self.cuts.after(batch, use, self.workspace)
         graphs = passes(part.stop - part.start, self.analyses, batch, [use.z], cut=cut)
-        size = graphs[0].deltas[use.z].numel()
-        if not graphs[0].deltas[use.z].requires_grad:
+        first = graphs[0].deltas[use.z]
+        if not first.requires_grad:
             return
         a = graphs[0].inputs(use)
 
@@ -160,7 +160,7 @@ class Preactivation(AffineRoute):
                 rows = use.rows(found).flatten(1, 2).unsqueeze(0)
                 part.add(entries.start, use.pull(rows, a.flatten(0, 1).unsqueeze(0))[0])
 
-        most = min(self.cuts.chunk, self.workspace // (4 * size))
+        most = min(self.cuts.chunk, self.workspace // (4 * first.numel()))
         each_with(graphs, shared_ranges(range(part.start, part.stop), most, len(graphs)), add)
 
     def _add_diagonal(
