@@ -86,8 +86,6 @@ class Journal:
                 "--force throws away what is finished",
                 "--resume",
             )
-        if self.own:
-            _cut_torn_line(self.path)
 
     def merge(self) -> None:
         """Takes over what the shards have finished.
@@ -109,8 +107,6 @@ class Journal:
                     f"to compute them again: rm {shlex.quote(str(path))}",
                 )
             self._take_over(path, lines)
-        if self.own:
-            _cut_torn_line(self.path)
 
     def _of_another(self, path: Path, lines: Lines) -> str:
         """That another command began a journal: other options, or files that have changed since; empty if none did."""
@@ -144,14 +140,14 @@ class Journal:
             lines.append(head | {"head": self.head})
         lines += [{"part": part, **facts} for part, facts in parts.items()]
         try:
+            if self.own:
+                _cut_torn_line(self.path)
             with self.path.open("a" if self.own else "w") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            if self.own:
-                _cut_torn_line(self.path)
-            else:
+            if not self.own:
                 self.path.unlink(missing_ok=True)
             raise ResourceError(f"{self.path}: {error.strerror}") from error
         if not self.own:
