@@ -36,25 +36,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Placed:
-    """Rows of a layout, whole groups of one piece, and where one part of theirs lies in the block.
+    """Rows of a layout, whole groups of one piece, and where one part of theirs lies in the block."""
 
-    Attributes:
-        rows: counted from the first row that was asked for.
-        groups: how many they are.
-        width: rows of a group.
-        entries: which of each group are meant.
-        place: of the first one in the block.
-        runs: how many runs the entries of a group are in there.
-        step: places from run to run.
-    """
-
-    rows: slice
-    groups: int
-    width: int
-    entries: slice
-    place: int
-    runs: int
-    step: int
+    rows: slice  # counted from the first row that was asked for
+    groups: int  # how many they are
+    width: int  # rows of a group
+    entries: slice  # which of each group are meant
+    place: int  # of the first one in the block
+    runs: int  # how many runs the entries of a group are in there
+    step: int  # places from run to run
 
     @property
     def length(self) -> int:

@@ -15,19 +15,12 @@ from hesscli.hessian.aten.precision import in_precision
 # Two batches are never the same: what is kept of one goes with it.
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some samples.
+    """Some samples."""
 
-    Args:
-        inputs: passed to the module, the first of them by position.
-        target: what the loss compares with.
-        loss_arguments: of the loss.
-        keywords: the names of the last inputs, which are passed by name.
-    """
-
-    inputs: tuple[Tensor, ...]
-    target: Tensor | None
-    loss_arguments: Mapping[str, object] = field(default_factory=dict)
-    keywords: tuple[str, ...] = ()
+    inputs: tuple[Tensor, ...]  # passed to the module, the first of them by position
+    target: Tensor | None  # what the loss compares with
+    loss_arguments: Mapping[str, object] = field(default_factory=dict)  # of the loss
+    keywords: tuple[str, ...] = ()  # the names of the last inputs, which are passed by name
 
     def __len__(self) -> int:
         """How many samples; one where there is no axis for them."""

@@ -22,32 +22,20 @@ from hesscli.hessian.recording.tape import Call, Tape
 
 @dataclass(frozen=True)
 class Neurons:
-    """A weight of which each neuron is made of entries of its own of a parameter.
+    """A weight of which each neuron is made of entries of its own of a parameter."""
 
-    Attributes:
-        use: the weight's.
-        entries: where those of each neuron lie in the parameter, [n, entries].
-    """
-
-    use: Use
-    entries: Tensor
+    use: Use  # the weight's
+    entries: Tensor  # where those of each neuron lie in the parameter, [n, entries]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What enters of the parameters of a tape, each as it meets the data.
+    """What enters of the parameters of a tape, each as it meets the data."""
 
-    Attributes:
-        tape: the calls behind the weights, which are its parameters.
-        calls: those that make them, of parameters and constants.
-        of: the names of the weights that are made of each parameter.
-        full: the tape with what makes them; what takes the shape of data alone is given.
-    """
-
-    tape: Tape
-    calls: tuple[Call, ...]
-    of: Mapping[str, tuple[str, ...]]
-    full: Tape
+    tape: Tape  # the calls behind the weights, which are its parameters
+    calls: tuple[Call, ...]  # those that make them, of parameters and constants
+    of: Mapping[str, tuple[str, ...]]  # the names of the weights that are made of each parameter
+    full: Tape  # the tape with what makes them; what takes the shape of data alone is given
 
     @property
     def values(self) -> dict[str, Tensor]:

@@ -25,21 +25,13 @@ _LEAST = 0.05  # seconds; what takes less without cuts has none
 
 @dataclass(frozen=True)
 class CutPlan:
-    """The cuts of a tape, in the order of execution.
+    """The cuts of a tape, in the order of execution."""
 
-    Attributes:
-        values: the cuts.
-        maker: the place of the call that makes each value.
-        overhead: the work of every Sigma.
-        directions: how many there are in all layers.
-        bytes: of every Sigma, which are kept.
-    """
-
-    values: tuple[int, ...]
-    maker: Mapping[int, int]
-    overhead: Work
-    directions: int
-    bytes: int = 0
+    values: tuple[int, ...]  # the cuts
+    maker: Mapping[int, int]  # the place of the call that makes each value
+    overhead: Work  # the work of every Sigma
+    directions: int  # how many there are in all layers
+    bytes: int = 0  # of every Sigma, which are kept
 
     def after(self, z: int) -> int | None:
         """The first cut that z, and all that follows it, passes through."""

@@ -19,15 +19,10 @@ from hesscli.hessian.routes.probes import Probed
 
 @dataclass(frozen=True)
 class Layer:
-    """What enters at one value z, or at several: a weight, and perhaps its bias, which is a weight of the constant 1.
+    """What enters at one value z, or at several: a weight, and perhaps its bias, a weight of the constant 1."""
 
-    Attributes:
-        weights: the uses of the weight, in the order of execution.
-        bias: the first use of the bias, which enters at the same values.
-    """
-
-    weights: tuple[Use, ...]
-    bias: Use | None = None
+    weights: tuple[Use, ...]  # the uses of the weight, in the order of execution
+    bias: Use | None = None  # the first use of the bias, which enters at the same values
 
     @property
     def weight(self) -> Use:

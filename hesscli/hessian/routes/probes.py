@@ -29,17 +29,11 @@ from hesscli.hessian.workers import graphs_for
 
 @dataclass(frozen=True)
 class Cut:
-    """The loss behind a value that everything passes through, to second order, for each sample.
+    """The loss behind a value that everything passes through, to second order, for each sample."""
 
-    Attributes:
-        value: its number.
-        gradient: dL/dc, of its shape.
-        curvature: d^2 L / dc^2, [B, N, N].
-    """
-
-    value: int
-    gradient: Tensor
-    curvature: Tensor
+    value: int  # its number
+    gradient: Tensor  # dL/dc, of its shape
+    curvature: Tensor  # d^2 L / dc^2, [B, N, N]
 
 
 class Probed:

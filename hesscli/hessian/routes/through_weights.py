@@ -229,15 +229,10 @@ def _flat(values: Iterable[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Squares(Diagonal):
-    """Those of some neurons: `out` is [neurons, m, m], with a neuron's entries in the order of its inputs.
+    """Those of some neurons: `out` is [neurons, m, m], with a neuron's entries in the order of its inputs."""
 
-    Attributes:
-        places: where the entries of each neuron of the weight lie in the block, [n, m].
-        first: the first of these neurons.
-    """
-
-    places: Tensor
-    first: int
+    places: Tensor  # where the entries of each neuron of the weight lie in the block, [n, m]
+    first: int  # the first of these neurons
 
     @property
     def own(self) -> Tensor:
