@@ -123,11 +123,15 @@ class Certificate:
 
     def matrix(self, block: Block, hessian: Tensor) -> float:
         """The relative error of a block [n, n] along one random direction."""
-        error, _, _ = self._along_direction(block, lambda v: hessian @ v.to(hessian.dtype))
+        return self.symmetric(block, lambda v: hessian @ v.to(hessian.dtype))
+
+    def symmetric(self, block: Block, multiply: Multiply) -> float:
+        """The same of a block that is known by its products v [n] -> H v [n], and symmetric."""
+        error, _, _ = self._along_direction(block, multiply)
         return error
 
     def product(self, block: Block, multiply: Multiply) -> ProductError:
-        """The same of a block that is known by its products v [n] -> H v [n], and how asymmetric they are."""
+        """The same of a block that may not be, and how asymmetric its products are."""
         error, v, product = self._along_direction(block, multiply)
         if not self.passed(error):
             return ProductError(error, 0.0)

@@ -85,7 +85,7 @@ class LargeBlock:
                 self.ranking.refuse(reason)
                 continue
             matrix.finish()
-            error = None if certificate is None else certificate.product(self.block, matrix.times)
+            error = None if certificate is None else certificate.symmetric(self.block, matrix.times)
             finite = math.isfinite(matrix.squares)  # which says more than a check that passes
             if self.ranking.accepts(error if finite else None, partial(bool, finite)):
                 break
