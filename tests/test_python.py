@@ -10,7 +10,9 @@ import pickle
 import random
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -325,6 +327,44 @@ def test_the_temporary_file_goes_with_the_object(net):
     gc.collect()
     assert not path.parent.exists()
     assert block.shape == (2, 2)
+
+
+class Counted(nn.Sequential):
+    """Knows how many copies there are."""
+
+    copies: ClassVar[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)
+        self.copies.add(self)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"blocks": "elements"},
+        {"method": "hvp", "batch_size": 5},
+        {"method": "finite-difference"},
+        {"curvature": "ggn"},
+        {"curvature": "fisher"},
+    ],
+    ids=str,
+)
+def test_nothing_is_kept_until_python_looks_for_cycles(options: dict[str, object]) -> None:
+    """A model and its data on a GPU, say, of each Hessian in the course of a training."""
+    first = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    model = Counted(first, nn.Tanh(), nn.Linear(4, 2)).double()
+    gc.collect()
+    gc.disable()
+    try:
+        hesscli.compute(model, (X, Y), **options)
+        assert not model.copies
+        if options.keys() <= {"curvature", "method", "batch_size"}:
+            hesscli.operator(model, (X, Y), **options) @ np.ones(30)
+            assert not model.copies
+    finally:
+        gc.enable()
 
 
 def test_the_temporary_file_outlives_a_process_that_was_forked(net):

@@ -20,6 +20,7 @@ products for second-order gradient descent, 2002.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -155,26 +156,23 @@ class Products(LinearMap):
 
     def _output(self, batch: Batch, at_output: Middle) -> Callable[[Tensor], Row]:
         """v -> J^T M J v. J v is the derivative of J^T u, which is linear in u, along v."""
-        output = self.problem.output(batch)
+        output, zeros = self.problem.output(batch), partial(_zeros, self.sizes)
         if not output.requires_grad:
-            return self._zeros
+            return zeros
         u = torch.zeros_like(output, requires_grad=True)
         pulled = torch.autograd.grad(output, self.leaves, u, create_graph=True, allow_unused=True)
         joined = self._joined(pulled)
         if not joined.requires_grad:
-            return self._zeros
+            return zeros
         forward = _pull(joined, [u])
         middle = at_output(self.problem, batch, output.detach())
         backward = self._transposed(output)
 
         def multiply(vectors: Tensor) -> Row:
             (along,) = forward(vectors)
-            return self._zeros(vectors) if along is None else backward(middle(along))
+            return zeros(vectors) if along is None else backward(middle(along))
 
         return multiply
-
-    def _zeros(self, vectors: Tensor) -> Row:
-        return torch.zeros_like(vectors).split(self.sizes, -1)
 
     def _joined(self, grads: Sequence[Tensor | None]) -> Tensor:
         parts, start = [], 0
@@ -188,18 +186,22 @@ class Products(LinearMap):
 
     def _transposed(self, value: Tensor) -> Callable[[Tensor], Row]:
         """seed [*value.shape] -> (d value / d theta)^T seed, and the same for each of k seeds."""
-        dim = value.dim()
+        dim, sizes = value.dim(), self.sizes  # without this object, which keeps what is made here
         pull = _pull(value, self.leaves) if value.requires_grad else None
 
         def multiply(seeds: Tensor) -> Row:
             batch = seeds.shape[: seeds.dim() - dim]
-            found = [None] * len(self.sizes) if pull is None else pull(seeds)
+            found = [None] * len(sizes) if pull is None else pull(seeds)
             return [
                 seeds.new_zeros(*batch, size) if part is None else part.reshape(*batch, size)
-                for part, size in zip(found, self.sizes, strict=True)
+                for part, size in zip(found, sizes, strict=True)
             ]
 
         return multiply
+
+
+def _zeros(sizes: list[int], vectors: Tensor) -> Row:
+    return torch.zeros_like(vectors).split(sizes, -1)
 
 
 def gradient_graph(

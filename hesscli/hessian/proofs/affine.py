@@ -101,14 +101,14 @@ class _Search:
                 or (_multiplies(call, value, self.tape.trained) and same_shape)
             ):
                 return self.uses(made, (*moves, call), lookup)
-        z, refusal = call.outputs[0], NotApplicable(f"not an affine use ({call.name})")
+        z, refusal = call.outputs[0], f"not an affine use ({call.name})"
         if not self.tape.complex.isdisjoint(call.reads):
             raise NotApplicable("complex numbers")
         if z is None or (axis := self.axes[z]) is None:
-            raise refusal
+            raise NotApplicable(refusal)
         if lookup:
             if not _adds_rows(self.tape, call, value, z):
-                raise refusal
+                raise NotApplicable(refusal)
             call, value = lookup, lookup.named("weight").value
         try:
             entries = _moved(shapes[self.tape.parameters[self.parameter]], moves)
@@ -126,7 +126,7 @@ class _Search:
             axis=axis,
         ).affine_use
         if use is None:
-            raise refusal
+            raise NotApplicable(refusal)
         return [use]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +32,7 @@ class Memory:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+        self.plan: Plan = weakref.proxy(plan)  # which holds this
         self.limit = plan.options.memory or int(_SHARE * available_memory()) // ranks_here()
         numbers = sum(math.prod(shape) for shape in plan.shapes.values())
         self.process = _PROCESS + plan.cut_bytes + 24 * numbers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block, partition
@@ -48,7 +48,8 @@ class Plan:
         self.bytes = entries * self.problem.dtype.itemsize
         curvature, analyses = CURVATURES[options.curvature], Analyses(self.problem)
         cuts = Cuts(analyses, opened.chunk)
-        routes = curvature.routes(cuts, lambda: self.reference)
+        # Without the plan itself, which holds the routes: a cycle would keep model and data.
+        routes = curvature.routes(cuts, partial(_reference, opened))
         curvature.require(analyses)
         self.choices = self._choices(Planner(cuts, routes))
         self.cut_bytes = cuts.bytes  # that are kept where a deep model is cut
@@ -88,7 +89,7 @@ class Plan:
     @property
     def reference(self) -> Problem:
         """Where gradients are taken that are compared with each other: in float64 if the model runs in it."""
-        return self.opened.double or self.problem
+        return _reference(self.opened)
 
     @cached_property
     def certificate(self) -> Certificate | None:
@@ -101,3 +102,7 @@ class Plan:
     def work(self, blocks: Sequence[Block]) -> float:
         """Seconds that some blocks take on a machine of no particular speed, to compare parts by."""
         return seconds_of(self.first_choices(blocks), self.rates)
+
+
+def _reference(opened: Opened) -> Problem:
+    return opened.double or opened.problem

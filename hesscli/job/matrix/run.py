@@ -48,14 +48,14 @@ class Run:
         self.team, self.merging, self.stdout = team, merging, stdout
         self.sharing = plan.divided and not merging  # other processes write to the file now
         self.bands: dict[str, int] = team.broadcast(self._bands())
-        self.groups = [Group(plan, blocks, self._progress) for blocks in groups(plan)]
+        self.progress = _Progress(plan)
+        advance = self.progress.advance
+        self.groups = [Group(plan, blocks, advance) for blocks in groups(plan)]
         self.large = [
-            LargeBlock(plan, block, self.bands[block.name], self._progress) for block in plan.large
+            LargeBlock(plan, block, self.bands[block.name], advance) for block in plan.large
         ]
         self.work: list[Group | LargeBlock] = [*self.groups, *self.large]
         self.parts = [part for each in self.work for part in each.parts()]
-        self.rows = sum(block.size for block in plan.blocks)
-        self.done = 0
 
     def _bands(self) -> dict[str, int]:
         """Numbers per band of each large block: as in the file that this run goes on with, or as many as fit now."""
@@ -163,7 +163,7 @@ class Run:
 
     def _blocks(self, unfinished: Unfinished, unused: set[str]) -> list[Document]:
         """Every block's facts, in model order; its values are in the file then."""
-        self.plan.opened.listener.progress(0, self.rows, "")
+        self.progress.advance(0, "")
         found: list[Document] = []
         with Background(enabled=self.plan.problem.device.type != "cpu") as background:
             for group in self.groups:
@@ -181,10 +181,6 @@ class Run:
             every.append(facts)
         return every
 
-    def _progress(self, rows: int, doing: str) -> None:
-        self.done += rows
-        self.plan.opened.listener.progress(self.done, self.rows, doing)
-
     def _tensors(self) -> dict[str, tuple[int, ...]]:
         shapes, diagonal = self.plan.shapes, self.plan.diagonal
         tensors = {
@@ -194,3 +190,17 @@ class Run:
         if self.options.gradient:
             tensors |= {f"gradient.{name}": shape for name, shape in shapes.items()}
         return tensors
+
+
+class _Progress:
+    """How many rows of a plan are done, for its listener."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.listener = plan.opened.listener
+        self.rows = sum(block.size for block in plan.blocks)
+        self.done = 0
+
+    def advance(self, rows: int, doing: str) -> None:
+        """So many more are done."""
+        self.done += rows
+        self.listener.progress(self.done, self.rows, doing)
