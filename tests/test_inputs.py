@@ -105,6 +105,22 @@ def test_inputs_by_name_only(named):
     assert relative_error(found.matrix(), truth(model, X)) < 1e-9
 
 
+@pytest.mark.parametrize("second", [True, False])
+def test_inputs_by_whatever_names(second):
+    """As a model has them that passes them on."""
+
+    class Passes(Net):
+        def forward(self, **inputs: Tensor) -> Tensor:
+            return Net.forward(self, inputs["x"], inputs.get("z", torch.ones(4).double()))
+
+    model = Passes().double()
+    arrays = {"x": X, "y": Y} | ({"z": Z} if second else {})
+    inputs = ("z", "x") if second else ()
+    found = hesscli.compute(model, arrays, inputs=inputs, blocks="full", framework="torch")
+    model.forward = lambda x: Net.forward(model, x, Z if second else torch.ones(4).double())
+    assert relative_error(found.matrix(), truth(model, X)) < 1e-9
+
+
 @pytest.mark.parametrize("blocks", ["full", "elements"])
 @pytest.mark.parametrize("scripted", [False, True])
 def test_an_input_that_is_written_to(blocks, scripted, tmp_path):

@@ -20,6 +20,7 @@ class CallSignature:
     keywords: tuple[str, ...] = ()  # of those that it takes by name only
     optional: tuple[str, ...] = ()  # of those that it can do without
     mapping: bool | None = False  # whether the first is a dict of tensors; None: it does not say
+    any_name: bool = False  # whether it takes them by whatever names, and none by position
 
     @property
     def positional(self) -> list[str]:
@@ -52,6 +53,7 @@ def signature_of(module: nn.Module) -> CallSignature:
         tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
         tuple(p.name for p in parameters if p.default is not Parameter.empty),
         bool(parameters) and not _is_pytorchs(module) and _is_mapping(parameters[0].annotation),
+        [p.kind for p in parameters] == [Parameter.VAR_KEYWORD],
     )
 
 

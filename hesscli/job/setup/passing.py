@@ -109,6 +109,9 @@ def _ordered(
     is, and their order is another.
     """
     exported, signature = model.form == "exported", model.signature
+    if signature.any_name:
+        note(f"inputs are passed by name: {', '.join(names)}")
+        return names, tuple(names)
     keywords = signature.keywords
     for name in keywords if exported else ():
         if name not in known:
