@@ -8,8 +8,10 @@ import math
 import os
 import pickle
 import random
+import resource
 import subprocess
 import sys
+import tempfile
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
@@ -25,6 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import hesscli
+from hesscli.errors import ResourceError
 
 
 def test_import_loads_nothing() -> None:
@@ -327,6 +330,24 @@ def test_the_temporary_file_goes_with_the_object(net):
     gc.collect()
     assert not path.parent.exists()
     assert block.shape == (2, 2)
+
+
+@pytest.mark.parametrize("function", [hesscli.compute, hesscli.operator])
+def test_no_room_for_temporary_files(net, tmp_path, monkeypatch, function):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    try:
+        with pytest.raises(ResourceError, match="File too large") as full:
+            function(net, (X, Y))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(ResourceError, match="No such file or directory") as missing:
+        function(net, (X, Y))
+    monkeypatch.chdir(tmp_path)
+    assert full.value.hint == missing.value.hint
+    exec(full.value.hint)
+    function(net, (X, Y))
 
 
 class Counted(nn.Sequential):

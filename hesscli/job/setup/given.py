@@ -14,11 +14,12 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from hesscli.errors import HesscliError, UsageError
+from hesscli.errors import HesscliError, ResourceError, UsageError
 from hesscli.files.models.live_models import live_model
 from hesscli.hessian.autodiff import differentiable
 from hesscli.job.options import ProblemOptions
@@ -42,7 +43,10 @@ class Folder:
     """
 
     def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="hesscli."))
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix="hesscli."))
+        except OSError as error:
+            raise _no_room(error, f"a temporary folder in {tempfile.gettempdir()}") from error
         weakref.finalize(self, _remove, self.path, os.getpid())
 
     def __deepcopy__(self, memo: object) -> Folder:
@@ -105,13 +109,20 @@ def _data_file(data: DataLike, folder: Path) -> tuple[Path, Path]:
         return Path(data), Path(data)
     # Without the memory that views share.
     tensors = {name: t.clone().contiguous() for name, t in _tensors(data).items()}
-    path = folder / "data.safetensors"
-    if any(t.dtype is torch.complex128 for t in tensors.values()):  # which safetensors lacks
-        path = folder / "data.pt"
-        torch.save(tensors, path)
-    else:
-        save_file(tensors, path)
+    lacks = any(t.dtype is torch.complex128 for t in tensors.values())  # safetensors does
+    path = folder / ("data.pt" if lacks else "data.safetensors")
+    try:
+        torch.save(tensors, path) if lacks else save_file(tensors, path)
+    except (OSError, SafetensorError) as error:
+        raise _no_room(error, f"data: {path}") from error
     return path, Path("data")
+
+
+def _no_room(error: Exception, what: str) -> ResourceError:
+    reason = getattr(error, "strerror", None) or str(error).removeprefix(
+        "Error while serializing: "
+    )
+    return ResourceError(f"{what}: {reason}", "tempfile.tempdir = os.getcwd()")
 
 
 def _tensors(data: object) -> dict[str, Tensor]:
