@@ -215,6 +215,17 @@ def test_standard_input(cli, written, tmp_path):
     assert piped.document["eigenvalues"] == direct["eigenvalues"]
 
 
+def test_standard_input_a_little_longer_than_its_parts(cli, tmp_path):
+    """It is copied by 64 KiB, and what is left must not stay in a buffer."""
+    file, matrix, part = tmp_path / "h", symmetric(90), 1 << 16
+    write(file, {"p": matrix})
+    write(file, {"p": matrix}, notes=["x" * (1000 - file.stat().st_size % part + part)])
+    assert 0 < file.stat().st_size % part < 4096
+    piped = cli("eigen", "-", "--top", 1, "--json", stdin=file.read_bytes())
+    assert piped.code == 0, piped.stderr
+    assert piped.document["eigenvalues"] == pytest.approx(np.linalg.eigvalsh(matrix)[-1:])
+
+
 def test_a_pipe(warm, tmp_path):
     """The card's pipe, through processes."""
     model, data = save(BY_NAME["mlp-tanh"], "script", tmp_path)

@@ -338,6 +338,62 @@ def test_resume_gives_the_same_bytes(cli, net, small_bands, monkeypatch, mode, b
     assert not list(Path().glob(".*"))
 
 
+ONCE = """
+import torch
+from torch.autograd.function import once_differentiable
+
+class Sine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * x.cos()
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(12, 4), torch.nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.b(Sine.apply(self.a(x)))
+"""
+
+
+def test_a_resumed_run_says_the_same_and_does_not_try_again(
+    cli, tmp_path, small_bands, monkeypatch
+):
+    """Of a small block and of a large one, of both of which the first method is wrong."""
+    (tmp_path / "nets.py").write_text(ONCE)
+    torch.manual_seed(0)
+    weights = {"a.weight": torch.randn(4, 12), "a.bias": torch.randn(4)}
+    torch.save(weights | {"b.weight": torch.randn(1, 4), "b.bias": torch.randn(1)}, "net.pt")
+    np.savez("data.npz", x=np.sin(np.arange(60.0)).reshape(5, 12), y=np.ones((5, 1)))
+    command = ("compute", "net.pt", "data.npz", "-a", "nets.py:Net", "-o", "h")
+    computed, whole = [], large.LargeBlock._band
+    monkeypatch.setattr(
+        large.LargeBlock, "_band", lambda *a: computed.append((a[1].name, *a[2:])) or whole(*a)
+    )
+    assert cli(*command).code == 0
+    undisturbed, every = Path("h").read_bytes(), list(computed)
+    assert {name for name, *_ in every} == {"hvp", "finite-difference"}
+    notes = read(Path("h"))[0]["notes"]
+    assert [note.split(":")[0] for note in notes if "instead" in note] == ["a.bias", "a.weight"]
+    for count in range(1, len(every)):
+        Path("h").unlink()
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, count, KeyboardInterrupt())
+            assert cli(*command).code == 130
+        computed.clear()
+        assert cli(*command, "--resume").code == 0
+        assert Path("h").read_bytes() == undisturbed
+        assert computed == every[count:]
+
+
 @pytest.mark.parametrize("more", [(), ("--resume",), ("--force",), ("--shard", "1/2")])
 def test_a_run_that_goes_on_keeps_its_journal(cli, net, small_bands, monkeypatch, more):
     with monkeypatch.context() as patch:
@@ -582,12 +638,31 @@ def test_two_runs_into_one_file(cli, net, small_bands):
         ("1.5 GB", 1_500_000_000),
         ("4096", 4096),
         ("2k", 2000),
+        ("1", 1),
     ],
 )
 def test_sizes(text, bytes_):
     from hesscli.job.sizes import parse_size
 
     assert parse_size(text) == bytes_
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1 MB"),
+        (4_310_000, "4.31 MB"),
+        (999_999_999, "1 GB"),
+        (2e12, "2 TB"),
+    ],
+)
+def test_sizes_for_people(count, text):
+    from hesscli.job.sizes import size
+
+    assert size(count) == text
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "4XB", "-1GB", "nan", "1e400", "abc", "0.2"])

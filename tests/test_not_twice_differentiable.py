@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from oracles import hessian, hessian_by_differences, relative_error
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import hesscli
 
@@ -91,7 +92,7 @@ def test_what_is_not_finite_has_a_hint(dtype, hint):
 
 
 class Once(torch.autograd.Function):
-    """A sine, whose gradient PyTorch takes for a constant."""
+    """A sine with one derivative."""
 
     @staticmethod
     def forward(ctx, x):
@@ -99,9 +100,10 @@ class Once(torch.autograd.Function):
         return x.sin()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         (x,) = ctx.saved_tensors
-        return gradient * x.detach().cos()
+        return gradient * x.cos()
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,9 @@ def test_a_wrong_second_derivative_has_a_hint(dtype, hint):
         with pytest.raises(hesscli.HesscliError, match=r"hvp differs from .*, more than") as caught:
             command(model, (X, Y), method="hvp", dtype=dtype)
         assert (caught.value.exit_code, caught.value.hint) == (5, hint)
+    with pytest.raises(hesscli.HesscliError, match="hvp differs from") as caught:
+        hesscli.compute(model, (X, Y), curvature="ggn", dtype=dtype)
+    assert caught.value.hint == (hint if dtype == "float32" else "--curvature hessian")
     found = hesscli.compute(model, (X, Y), blocks="full", dtype=dtype, framework="torch")
     (said,) = (note for note in found.metadata["notes"] if "differs" in note)
     assert said.startswith("hessian: hvp differs from gradients by ")

@@ -114,7 +114,7 @@ def lengths(shares: list[float], size: int) -> list[float]:
 
 def _edge(edge: float, edges: list[float]) -> str:
     """An edge with as many digits as tell it from the next."""
-    step = (edges[-1] - edges[0]) / max(1, len(edges) - 1)
+    step = (edges[-1] - edges[0]) / (len(edges) - 1)
     largest = max(abs(edges[0]), abs(edges[-1]))
     decimals = 1 - math.floor(math.log10(step))
     if decimals > 6 or largest >= 1e6:

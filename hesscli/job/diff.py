@@ -162,7 +162,7 @@ class Finer:
         self.blocks = {}
         for block in partition(shapes, self.structure):
             shape = shapes.get(block.name, [block.size])
-            self.blocks[block.name] = {"name": block.name, "shape": shape, "size": block.size}
+            self.blocks[block.name] = {"shape": shape, "size": block.size}
             rows = [row for name in block.parameters for row in places[name][1]]
             self._within[block.name] = (places[block.parameters[0]][0], rows)
 

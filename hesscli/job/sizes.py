@@ -15,7 +15,7 @@ _SIZE = re.compile(rf"(\d+\.?\d*|\.\d+)\s*({'|'.join(_UNITS)})", re.IGNORECASE)
 def size(count: float) -> str:
     """Bytes in three digits: `4.31 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # which three digits tell from a thousand
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
