@@ -25,7 +25,7 @@ import hesscli
 from hesscli.errors import ResourceError
 from hesscli.files.hessians.tensor_file import sync_folder
 from hesscli.hessian.blocks import partition
-from hesscli.job.matrix import memory, room
+from hesscli.job.matrix import memory, planning, room
 from hesscli.job.matrix.journal import Journal, read_journal
 from hesscli.job.matrix.unfinished import Unfinished
 from hesscli.job.options import Listener
@@ -428,7 +428,9 @@ def test_a_matrix_and_its_transpose_are_not_tied():
     assert (list(parameters), tied) == (["a", "b"], {})
 
 
-def test_unused_parameters(cli, tmp_path):
+@pytest.mark.parametrize("large", [planning.LARGE, 1])
+def test_unused_parameters(cli, tmp_path, monkeypatch, large):
+    monkeypatch.setattr(planning, "LARGE", large)
     case = BY_NAME["unused"]
     model, data = save(case, "script", tmp_path)
     ran = cli("compute", model, data)

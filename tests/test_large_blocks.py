@@ -232,6 +232,8 @@ def test_bands_are_what_whole_blocks_are(cli, net, blocks, method, small_bands, 
     for mine, theirs in zip(held[0]["blocks"], whole[0]["blocks"], strict=True):
         for key in ("trace", "fro_norm"):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-12)
+        for key in ("name", "shape", "size", "bytes", "method"):
+            assert mine[key] == theirs[key]
         assert mine["check_error"] < 1e-6
     assert not list(Path().glob(".*"))
 
