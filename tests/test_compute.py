@@ -23,6 +23,7 @@ from torch import nn
 
 import hesscli
 from hesscli.errors import ResourceError
+from hesscli.files.hessians.hessian_file import HessianFile
 from hesscli.files.hessians.tensor_file import sync_folder
 from hesscli.hessian.blocks import partition
 from hesscli.job.matrix import memory, planning, room
@@ -623,6 +624,20 @@ def test_no_memory_left(cli, net, tmp_path):
     arch = ("--arch", "large.py:Net", "--arch-arg", "in_features=3", "--arch-arg", "out_features=2")
     assert "out of memory: " in cli("compute", "large.pt", data, *arch).fails(6)
     assert not (tmp_path / "hessian.safetensors").exists()
+
+
+@pytest.mark.parametrize("words", ["show", "eigen", "density", "diff h h"])
+def test_no_memory_left_for_a_hessian(cli, net, tmp_path, monkeypatch, words):
+    """Which has no batches that could be smaller."""
+    assert cli("compute", net, npz(tmp_path, x=X, y=Y), "-o", "h").code == 0
+
+    def verified(file, name):
+        raise MemoryError
+
+    monkeypatch.setattr(HessianFile, "verified", verified)
+    ran = cli(*words.split(), *(["h"] if " " not in words else []))
+    assert ran.fails(6) == "out of memory"
+    assert "hint" not in ran.stderr
 
 
 def test_usage_errors(cli, net, tmp_path):

@@ -32,7 +32,9 @@ def prints(command: Command) -> Command:
 
     def run(json: Json = False, quiet: Quiet = False, debug: Debug = False, **others: Any) -> None:
         first = rank() == 0  # of the processes that torchrun started; the others are silent
-        with failing(debug), Output(quiet=quiet or not first, json=json and first) as out:
+        of_model = any(isinstance(value, ProblemOptions) for value in others.values())
+        printing = Output(quiet=quiet or not first, json=json and first)
+        with failing(debug, of_model), printing as out:
             command(out=out, **others)
 
     return _replaced(command, "out", run, after=_parameters(run))

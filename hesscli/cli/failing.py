@@ -23,8 +23,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def failing(debug: bool) -> Iterator[None]:
+def failing(debug: bool, of_model: bool) -> Iterator[None]:
     """Runs a command's body: every way in which it can end badly has its message and its exit code.
+
+    Args:
+        debug: with the traceback.
+        of_model: the command has a model and data, which may be split into smaller batches.
 
     Raises:
         typer.Exit: with the exit code.
@@ -45,7 +49,7 @@ def failing(debug: bool) -> Iterator[None]:
     except (typer.Exit, typer.BadParameter, SystemExit):
         raise
     except BaseException as error:
-        raise typer.Exit(report(error, debug)) from None
+        raise typer.Exit(report(error, debug, of_model)) from None
     finally:
         signal.signal(signal.SIGINT, before)
         signal.signal(signal.SIGTERM, terminating)
@@ -79,7 +83,7 @@ def report_usage(error: Any) -> int:
     return ExitCode.USAGE
 
 
-def report(error: BaseException, debug: bool = False) -> int:
+def report(error: BaseException, debug: bool = False, of_model: bool = False) -> int:
     """Says what went wrong; returns the exit code."""
     if debug:
         traceback.print_exception(error)
@@ -108,7 +112,8 @@ def report(error: BaseException, debug: bool = False) -> int:
     if is_out_of_memory(error):
         said = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
         say("error", f"out of memory: {said}" if said else "out of memory")
-        say("hint", _pasteable("--batch-size 1"))
+        if of_model:
+            say("hint", _pasteable("--batch-size 1"))
         return ExitCode.RESOURCES
     if not debug:
         traceback.print_exception(error)
