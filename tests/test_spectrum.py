@@ -15,7 +15,7 @@ from hesscli.errors import NumericalError
 from hesscli.spectrum.dense import dense
 from hesscli.spectrum.density import exact
 from hesscli.spectrum.eigen import WHICH
-from hesscli.spectrum.finite import NotFinite
+from hesscli.spectrum.finite import NotFinite, norm
 from hesscli.spectrum.hiding import Hiding
 from hesscli.spectrum.interrupts import deferred_interrupt
 from hesscli.spectrum.lanczos import CHAIN, Lanczos
@@ -426,15 +426,26 @@ def test_the_residuals_of_a_whole_matrix_are_those_of_its_products():
     np.testing.assert_allclose(pairs[0], np.linalg.eigvalsh((matrix + matrix.T) / 2), atol=1e-12)
 
 
-def test_not_finite():
+def test_norms_of_long_vectors():
+    """Of more numbers than are made float64 at a time, whose squares are none in float32."""
+    v = torch.full((200_000,), 3e-30)
+    v[::2] = 4e-30
+    assert norm(v) == pytest.approx(5e-30 * 100_000**0.5)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_not_finite(wrong):
+    """One number of a product is enough."""
     generator, like = torch.Generator().manual_seed(0), torch.zeros(600)
-    search = Lanczos(lambda v: v * torch.nan, 600, 2, "largest", 1e-3, generator, like)
+    some, part = torch.ones(600), torch.ones(3, 3)
+    some[5] = part[1, 2] = wrong
+    search = Lanczos(lambda v: v * some, 600, 2, "largest", 1e-3, generator, like)
     with pytest.raises(NotFinite):
         search.run(50)
     with pytest.raises(NotFinite):
-        lanczos_quadrature(lambda v: v * torch.nan, 600, 2, 5, generator, like)
+        lanczos_quadrature(lambda v: v * some, 600, 2, 5, generator, like)
     with pytest.raises(NotFinite):
-        dense(lambda start, stop: torch.full((stop - start, 3), torch.nan), 3)
+        dense(lambda start, stop: part[start:stop], 3)
 
 
 # --- trace ----------------------------------------------------------------------------------------
