@@ -616,6 +616,7 @@ def test_products(cli, tmp_path, curvature):
     ran = cli("hvp", *MLP, *options, *words)
     assert ran.code == 0, ran.stderr
     found = load_file(tmp_path / "k.safetensors")
+    assert set(found) == set(V)  # no gradient, which was not asked for
     for k in range(3):
         v = pieces({name: value[k] for name, value in V.items()})
         one = pieces({name: value[k] for name, value in found.items()})
