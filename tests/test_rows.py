@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hesscli.hessian.autodiff import batched_rows
-from hesscli.hessian.batch_size import choose_sizes
+from hesscli.hessian.batch_size import Passes, choose_passes
 from hesscli.hessian.chunk_sizes import ChunkSizes
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.analysis import Analyses
@@ -156,8 +156,42 @@ def test_rows_on_two_threads_are_reckoned_less(two_threads):
 @pytest.mark.parametrize(("largest", "rows"), [(1000, 128), (8 << 10, 64), (1 << 20, 16)])
 def test_rows_share_a_pass_as_long_as_its_values_stay_small(largest, rows):
     """Of 8 samples, in 4 MiB; but never fewer than are worth a pass."""
-    sizes = choose_sizes(
-        samples=8, saved_per_sample=largest, largest_saved=largest, largest_block=100, itemsize=4,
-        memory=1 << 34, usual=ChunkSizes(), rows=4,
+    assert passes_of(8 * largest, memory=1 << 34).rows == rows
+
+
+def passes_of(saved: int, memory: int) -> Passes:
+    """Those of a batch of which so much is kept, in one tensor, where two graphs are worth it."""
+    return choose_passes(
+        saved, largest_saved=saved, largest_block=100, itemsize=4, memory=memory,
+        usual=ChunkSizes(), graphs=2,
     )  # fmt: skip
-    assert (sizes.batch, sizes.chunk) == (8, rows)
+
+
+@pytest.mark.parametrize(("memory", "graphs"), [(1 << 30, 2), (32 << 20, 2), (31 << 20, 1), (0, 1)])
+def test_there_are_as_many_graphs_as_a_quarter_of_the_memory_holds(memory, graphs):
+    """Of which each takes 4 MiB."""
+    passes = passes_of(1 << 20, memory)
+    assert passes.graphs == graphs
+    assert passes.bytes == (graphs + passes.rows) * (4 << 20)
+
+
+@pytest.mark.parametrize("graphs", [1, 2])
+def test_rows_are_made_by_as_many_graphs_as_there_is_room_for(two_threads, monkeypatch, graphs):
+    problem, taken = posed(Recurrent()), list[int]()
+    once = hvp.gradient_graph
+
+    def counted(*given):
+        taken.append(1)
+        return once(*given)
+
+    monkeypatch.setattr(hvp, "gradient_graph", counted)
+    block = blocks_of(problem, "full")[0]
+    route = HessianVectorProducts(problem, 16, graphs)
+    route.sum([Rows.of(block, route.like)])
+    assert len(taken) == graphs
+
+
+def test_directions_have_as_many_graphs_as_there_is_room_for(two_threads):
+    cuts = [Cuts(Analyses(posed(Recurrent())), 64, graphs) for graphs in (1, 2)]
+    assert [each.graphs_for(64) for each in cuts] == [1, 2]
+    assert [each.graphs_for(8) for each in cuts] == [1, 1]

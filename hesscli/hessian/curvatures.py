@@ -96,7 +96,8 @@ class Curvature:
         """Every route to the blocks of a problem, the fast ones first; differences are of `reference`."""
         problem, chunk = cuts.problem, cuts.chunk
         fast: list[type[AffineRoute]] = [Preactivation, GaussNewton]
-        others: list[Route] = [HessianVectorProducts(problem, chunk), FiniteDifference(reference)]
+        rows = HessianVectorProducts(problem, chunk, cuts.graphs)
+        others: list[Route] = [rows, FiniteDifference(reference)]
         if self.jacobians is not None:
             fast, others = [self.jacobians], [ByRows(problem, chunk, self.middle)]
         return [each for kind in fast for each in (kind(cuts), ThroughWeights(kind, cuts))] + others

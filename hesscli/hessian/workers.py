@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Graph = TypeVar("Graph")
 
-_ABREAST = 2
+ABREAST = 2
 _FEWEST = 8  # rows at a time that a thread is worth
 _SHARE = 0.7  # of the time that one graph takes; measured: 0.36 to 0.75
 
@@ -29,20 +29,22 @@ def workers(device: torch.device, pieces: int) -> int:
     return threads if device.type == "cpu" and pieces >= threads else 1
 
 
-def graphs_for(device: torch.device, rows: int) -> int:
+def graphs_for(device: torch.device, rows: int, most: int = ABREAST) -> int:
     """How many threads so many rows of a matrix are worth, each through a graph of its own: two, where there are two.
+
+    There is room for `most`.
 
     An operator of a small model is too little to be shared: with both threads in each of them, rows of a recurrent
     layer and of attention took 1.5 times as long. Nor are two threads much sooner through one graph: each of its nodes
     serves one at a time.
     """
     threads = workers(device, rows // _FEWEST)
-    return threads if threads == _ABREAST else 1
+    return threads if threads == ABREAST <= most else 1
 
 
-def share_of_time(device: torch.device, rows: int) -> float:
-    """What so many rows take, as a share of what they would through one graph."""
-    return _SHARE if graphs_for(device, rows) > 1 else 1.0
+def share_of_time(graphs: int) -> float:
+    """What rows take through so many graphs, as a share of what they would through one."""
+    return _SHARE if graphs > 1 else 1.0
 
 
 def each_with(

@@ -152,7 +152,7 @@ def _checked_operator(
     _demand_products(options)
     double = double or (processes.double(opened) if options.check else None)
     methods: dict[str, Callable[[], LinearMap]] = {
-        HVP: lambda: processes.products(problem, options.curvature, opened.chunk),
+        HVP: lambda: processes.products(problem, options.curvature, opened.passes.rows),
     }
     if options.curvature == "hessian":
         methods[FINITE_DIFFERENCE] = lambda: Differences(

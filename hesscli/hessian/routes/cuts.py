@@ -14,14 +14,18 @@ from hesscli.hessian.routes.costs import Costs
 from hesscli.hessian.routes.cut_plan import CutPlan, plan_cuts
 from hesscli.hessian.routes.probes import Cut, Probed, passes
 from hesscli.hessian.routes.rates import usual_rates
-from hesscli.hessian.workers import each_with
+from hesscli.hessian.workers import ABREAST, each_with, graphs_for
 
 
 class Cuts:
-    """Sigma at the cuts of every batch, made when it is needed and kept; `chunk` rows go through one batched pass."""
+    """Sigma at the cuts of every batch, made when it is needed and kept.
 
-    def __init__(self, analyses: Analyses, chunk: int) -> None:
-        self.analyses, self.problem, self.chunk = analyses, analyses.problem, chunk
+    `chunk` rows go through one batched pass, and there is room for so many `graphs`.
+    """
+
+    def __init__(self, analyses: Analyses, chunk: int, graphs: int = ABREAST) -> None:
+        self.analyses, self.problem = analyses, analyses.problem
+        self.chunk, self.graphs = chunk, graphs
         # Kept as long as the batch is, which may be made anew for every pass.
         self.plans: WeakKeyDictionary[Batch, CutPlan] = WeakKeyDictionary()
         self.made: WeakKeyDictionary[Batch, dict[int, Cut]] = WeakKeyDictionary()
@@ -42,8 +46,12 @@ class Cuts:
     def behind_weights(self) -> Cuts:
         """Those of the problem as a function of its weights, made when they are first asked for."""
         if self._behind_weights is None:
-            self._behind_weights = Cuts(WeightAnalyses(self.analyses), self.chunk)
+            self._behind_weights = Cuts(WeightAnalyses(self.analyses), self.chunk, self.graphs)
         return self._behind_weights
+
+    def graphs_for(self, rows: int) -> int:
+        """How many threads have a graph of a batch, where so many rows go through them."""
+        return graphs_for(self.problem.device, rows, self.graphs)
 
     def costs(self, tape: Tape) -> Costs:
         """What passes of a batch cost without cuts."""
@@ -73,7 +81,7 @@ class Cuts:
         tape = self.analyses.of(batch).tape
         samples = tape.shapes[tape.output][0]
         size = tape.shapes[value].numel() // samples
-        graphs = passes(size, self.analyses, batch, [value], cut=cut)
+        graphs = passes(self.graphs_for(size), self.analyses, batch, [value], cut=cut)
         gradient = graphs[0].deltas[value]
         sigma = gradient.new_zeros(samples, size, size)
 

@@ -16,26 +16,40 @@ from hesscli.hessian.autodiff import batched_rows, unit_rows
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.chunk_sizes import shared_ranges
 from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import gradient_graph
 from hesscli.hessian.routes.base import ByRows, Choice, Wanted
 from hesscli.hessian.routes.first_batch import FirstBatch
-from hesscli.hessian.workers import each_with, graphs_for, share_of_time
+from hesscli.hessian.workers import ABREAST, each_with, graphs_for, share_of_time
 
 Chunk = tuple[Wanted, str, int, range]  # a parameter, where its rows begin, and some of them
 
 
 class HessianVectorProducts(ByRows):
-    """d(g[r]) / d theta_B for each row r."""
+    """d(g[r]) / d theta_B for each row r.
+
+    Args:
+        problem: what is differentiated.
+        chunk: how many rows share one pass.
+        graphs: that there is room for.
+    """
+
+    def __init__(self, problem: Problem, chunk: int, graphs: int = ABREAST) -> None:
+        super().__init__(problem, chunk)
+        self.graphs = graphs
+
+    @property
+    def _threads(self) -> int:
+        return graphs_for(self.problem.device, self.chunk, self.graphs)
 
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
         choice = super().choice(first, block, diagonal)
-        share = share_of_time(self.problem.device, self.chunk)
-        return replace(choice, own=choice.own.times(share))
+        return replace(choice, own=choice.own.times(share_of_time(self._threads)))
 
     def add(self, batch: Batch, parts: Sequence[Wanted]) -> None:
         """Adds the rows that can differ from zero, in chunks."""
         parameters = self.problem.parameters
-        threads = graphs_for(self.problem.device, self.chunk)
+        threads = self._threads
         chunks = list(_chunks(parts, self.chunk, threads))
         names = list(dict.fromkeys(name for part in parts for name in part.block.parameters))
         graphs = [self._gradient(batch, names) for _ in range(threads)]

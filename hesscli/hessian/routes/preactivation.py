@@ -39,7 +39,7 @@ from hesscli.hessian.routes.layers import Layer, layers_of
 from hesscli.hessian.routes.probes import Cut, Probed, passes
 from hesscli.hessian.routes.sweep import add_chain_diagonals
 from hesscli.hessian.words import PREACTIVATION
-from hesscli.hessian.workers import each_with, graphs_for, share_of_time
+from hesscli.hessian.workers import each_with, share_of_time
 
 
 class Preactivation(AffineRoute):
@@ -90,7 +90,7 @@ class Preactivation(AffineRoute):
 
     def _choice(self, first: FirstBatch, said: str, seeds: int, work: Work) -> Choice:
         """That many seeds, the work of which is shared by threads."""
-        share = share_of_time(self.problem.device, seeds)
+        share = share_of_time(self.cuts.graphs_for(seeds))
         return Choice(self, said, first.in_all(work).times(share))
 
     def shrink(self) -> bool:
@@ -146,7 +146,8 @@ class Preactivation(AffineRoute):
         """Rows of a parameter with no more entries than directions along z: u = A e_r for each entry r."""
         use = self.analyses.of(batch).use(part.block.parameters[0])
         cut = self.cuts.after(batch, use, self.workspace)
-        graphs = passes(part.stop - part.start, self.analyses, batch, [use.z], cut=cut)
+        count = self.cuts.graphs_for(part.stop - part.start)
+        graphs = passes(count, self.analyses, batch, [use.z], cut=cut)
         first = graphs[0].deltas[use.z]
         if not first.requires_grad:
             return
@@ -168,8 +169,8 @@ class Preactivation(AffineRoute):
     ) -> None:
         """The diagonal of a layer's weight; `bias` as in `add_layer`."""
         cut, neurons = self._cut(batch, [layer]), part.neurons(layer.weight)
-        seeds, moving = len(neurons) * layer.positions, _moving([layer])
-        graphs = passes(seeds, self.analyses, batch, layer.zs, moving, cut)
+        count = self.cuts.graphs_for(len(neurons) * layer.positions)
+        graphs = passes(count, self.analyses, batch, layer.zs, _moving([layer]), cut)
 
         def add(probed: Probed, some: range) -> None:
             add_layer_diagonal(probed, layer, some, part, bias, self.workspace)
@@ -201,12 +202,13 @@ class Preactivation(AffineRoute):
             rows = range(max(at, part.start), min(at + layer.size, part.stop))
             if rows:
                 neurons = range((rows.start - at) // layer.width, (rows.stop - at) // layer.width)
-                threads = graphs_for(self.problem.device, len(neurons) * layer.positions)
+                threads = self.cuts.graphs_for(len(neurons) * layer.positions)
                 shares = _shares(neurons, block.size - at, layer.width, threads)
                 pieces += [(index, some) for some in shares]
         seeds = sum(len(some) * layers[i].positions for i, some in pieces)
         zs = [z for layer in layers for z in layer.zs]
-        graphs = passes(seeds, self.analyses, batch, zs, _moving(layers), cut)
+        count = self.cuts.graphs_for(seeds)
+        graphs = passes(count, self.analyses, batch, zs, _moving(layers), cut)
 
         def add(probed: Probed, piece: tuple[int, range]) -> None:
             index, neurons = piece
@@ -228,7 +230,7 @@ class Preactivation(AffineRoute):
             for name, first in firsts.items()
             if first < part.stop
         }
-        count = graphs_for(self.problem.device, sum(map(len, wanted.values())))
+        count = self.cuts.graphs_for(sum(map(len, wanted.values())))
         graphs = []
         for _ in range(count):
             probed = Probed(self.analyses, batch, (), leaves=block.parameters)

@@ -24,7 +24,6 @@ from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.operator import loss_hessian
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.proofs.uses import Use
-from hesscli.hessian.workers import graphs_for
 
 
 @dataclass(frozen=True)
@@ -176,14 +175,13 @@ class Probed:
 
 
 def passes(
-    seeds: int,
+    count: int,
     analyses: Analyses,
     batch: Batch,
     zs: Sequence[int],
     activations: Iterable[int] = (),
     cut: Cut | None = None,
 ) -> list[Probed]:
-    """Passes that are differentiated again, as many as so many seeds are worth threads; see `Probed`."""
-    count = graphs_for(analyses.problem.device, seeds)
+    """So many passes that are differentiated again, one for each thread; see `Probed`."""
     every = [Probed(analyses, batch, zs, (), activations, cut) for _ in range(count)]
     return [probed.differentiated() for probed in every]

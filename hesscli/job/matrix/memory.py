@@ -10,7 +10,7 @@ import torch
 
 from hesscli.files.resources import available_memory
 from hesscli.hessian.blocks import Block
-from hesscli.job.setup.batches import free_memory
+from hesscli.job.setup.batches import PROCESS, free_memory
 from hesscli.job.setup.team import ranks_here
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ BAND = 1 << 24  # numbers in a band
 LONG_BAND = 1 << 26  # and in one of a matrix of more rows than `LONG`, for longer runs on the disk
 LONG = 1 << 15
 _SHARE = 0.6  # of the free memory, unless a limit is given
-_PROCESS = 256 << 20  # bytes that activations and the like are counted for
 
 
 class Memory:
@@ -33,9 +32,13 @@ class Memory:
 
     def __init__(self, plan: Plan) -> None:
         self.plan: Plan = weakref.proxy(plan)  # which holds this
-        self.limit = plan.options.memory or int(_SHARE * available_memory()) // ranks_here()
+        # What the process has taken is not free, and counts below.
+        free = PROCESS + int(_SHARE * available_memory()) // ranks_here()
+        self.limit = plan.options.memory or free
         numbers = sum(math.prod(shape) for shape in plan.shapes.values())
-        self.process = _PROCESS + plan.cut_bytes + 24 * numbers
+        on_host = plan.problem.device.type == "cpu"
+        passes = plan.cut_bytes + (plan.opened.passes.bytes if on_host else 0)
+        self.process = PROCESS + passes + 24 * numbers
         self.itemsize = plan.problem.dtype.itemsize
 
     def held_on(self, block: Block) -> torch.device | None:

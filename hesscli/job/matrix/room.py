@@ -11,6 +11,7 @@ from hesscli.files.resources import disk_used, free_disk
 from hesscli.hessian.blocks import partition
 from hesscli.hessian.words import STRUCTURES
 from hesscli.job.matrix.planning import Plan
+from hesscli.job.setup.batches import PROCESS
 from hesscli.job.sizes import size
 
 
@@ -47,7 +48,11 @@ def _with_less_memory(plan: Plan, needed: int) -> str:
     most = max(block.entries(plan.diagonal) for block in plan.blocks) * plan.problem.dtype.itemsize
     room = min(plan.memory.limit - plan.memory.process, most - 1)
     fitting = _blocks(plan, lambda sizes: max(sizes) <= room)
-    return fitting or f"--memory {math.ceil(needed / 1e6)}MB"
+    if fitting:
+        return fitting
+    # With more of it passes take more: up to three eighths.
+    enough = PROCESS + 8 * (needed - PROCESS) / 5
+    return f"--memory {math.ceil(enough / 1e6)}MB"
 
 
 def _blocks(plan: Plan, fit: Callable[[list[int]], bool]) -> str | None:

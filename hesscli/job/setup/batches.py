@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 
 import torch
 
 from hesscli.errors import MismatchError
 from hesscli.files.resources import available_memory
-from hesscli.hessian.batch_size import PREFERRED_ROWS, Sizes, choose_sizes
+from hesscli.hessian.batch_size import PREFERRED_ROWS, Passes, Sizes, choose_passes, choose_sizes
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.objective.batch import Batch, Batches
 from hesscli.hessian.objective.classes import class_axis
@@ -21,12 +21,14 @@ from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES
 from hesscli.hessian.objective.problem import Problem, parameters_at
 from hesscli.hessian.objective.saved import saved_sizes
 from hesscli.hessian.objective.weight_writes import weight_writes
+from hesscli.hessian.workers import graphs_for
 from hesscli.job.setup.mixing import what_mixes, what_mixes_in_place
 from hesscli.job.setup.own_loss import inspect_loss
 from hesscli.job.setup.processes import Processes
 from hesscli.job.setup.source import Source
 from hesscli.job.setup.team import ranks_here
 
+PROCESS = 256 << 20  # bytes that a process takes before it has any batch
 _EACH = 2  # batches per thread, where they are worked on side by side
 _WORTH = 1 << 21  # bytes that a batch's pass keeps at least
 _ENOUGH = 1 << 23  # and at most; or half of the parameters' bytes, if that is more
@@ -38,7 +40,8 @@ def in_batches(
     batch_size: int | None,
     note: Callable[[str], None],
     processes: Processes,
-) -> tuple[Problem, Sequence[Batch], int]:
+    memory: int | None = None,
+) -> tuple[Problem, Sequence[Batch], Passes]:
     """The problem with its data in batches, unless model or loss want it whole.
 
     Args:
@@ -48,10 +51,11 @@ def in_batches(
         note: hears what is made of the data.
         processes: that share the batches; there is at least one for each, where that can be, and if threads work on
             them side by side, a few for each thread, unless they would be small.
+        memory: bytes of the host's that the process may use; None for what is free.
 
     Returns:
         the problem, with batches that leave room for second derivatives; the same data in batches for gradients alone,
-        which have room for more samples; and the rows of a matrix that go through at once.
+        which have room for more samples; and what goes through a batch at once, for second derivatives.
 
     Raises:
         MismatchError: the data cannot be cut into batches that the model accepts.
@@ -78,7 +82,8 @@ def in_batches(
             if problem.loss.reduced:
                 problem = replace(problem, loss=replace(problem.loss, reduced=OF_ALL))
     source = replace(source, fewest=fewest, most=most)
-    sizes = _sizes(problem, saved, largest, source.samples, processes)
+    free = _free(problem, processes, memory)
+    sizes = _sizes(problem, saved, source.samples, processes, free)
     bounds = _bounds(source, batch_size or sizes.batch, shares)
     problem, bounds = _taken_apart(problem, source, bounds, room, note, processes)
     checked = bounds
@@ -90,7 +95,9 @@ def in_batches(
         note(f"the data is {listed}, so {shares - count} of {shares} processes have nothing to do")
     problem = replace(problem, batches=_batches(source, bounds))
     same = checked == bounds
-    return problem, problem.batches if same else _batches(source, checked), sizes.chunk
+    most = max(b - a for a, b in itertools.pairwise(bounds))
+    passes = _passes(problem, most * saved, most * largest, free)
+    return problem, problem.batches if same else _batches(source, checked), passes
 
 
 def _say_where_classes_are(problem: Problem, some: Batch, note: Callable[[str], None]) -> None:
@@ -134,21 +141,34 @@ def _accepted(
     return batch, len(batch), len(batch)
 
 
-def _sizes(problem: Problem, saved: int, largest: int, samples: int, processes: Processes) -> Sizes:
-    """How much goes through at once, where `saved` bytes of a sample's forward pass are kept, of one tensor at most
-    `largest`.
-    """
+def _sizes(problem: Problem, saved: int, samples: int, processes: Processes, free: int) -> Sizes:
+    """The samples of a batch, where `saved` bytes of a sample's forward pass are kept."""
     size = sum(p.numel() for p in problem.parameters.values())
-    free = free_memory(problem.device)
-    if processes.size > 1 and problem.device.type == "cpu":
-        free //= ranks_here()
     usual = chunk_sizes(problem.device)
     rows = 1 if processes.side_by_side and problem.device.type == "cuda" else PREFERRED_ROWS
-    sizes = choose_sizes(samples, saved, largest, size, problem.dtype.itemsize, free, usual, rows)
+    sizes = choose_sizes(samples, saved, problem.dtype.itemsize, free, usual, rows)
     if processes.side_by_side and problem.device.type == "cpu":
         enough = max(_ENOUGH, size * problem.dtype.itemsize // 2)
         sizes = replace(sizes, batch=min(sizes.batch, _for_threads(samples, saved, enough)))
     return sizes
+
+
+def _passes(problem: Problem, saved: int, largest: int, free: int) -> Passes:
+    """What goes through a batch at once, of whose forward pass so much is kept, and of one tensor at most `largest`."""
+    size, device = sum(p.numel() for p in problem.parameters.values()), problem.device
+    graphs = graphs_for(device, torch.iinfo(torch.int64).max)
+    usual, itemsize = chunk_sizes(device), problem.dtype.itemsize
+    return choose_passes(saved, largest, size, itemsize, free, usual, graphs)
+
+
+def _free(problem: Problem, processes: Processes, memory: int | None) -> int:
+    """Bytes that are free for passes, on the problem's device."""
+    free = free_memory(problem.device)
+    if problem.device.type != "cpu":
+        return free
+    if memory is not None:
+        free = min(free, max(0, memory - PROCESS))
+    return free // ranks_here() if processes.size > 1 else free
 
 
 def _for_threads(samples: int, saved: int, enough: int) -> int:
@@ -174,7 +194,7 @@ def _bounds(source: Source, batch: int, shares: int) -> list[int]:
     samples, fewest, most = source.samples, source.fewest, source.most or source.samples
     wanted = -(-samples // (min(batch, most) * shares))
     equal = (min(samples, each * shares) for each in range(wanted, 0, -1))
-    for count in chain(equal, range(samples // fewest, 0, -1)):
+    for count in itertools.chain(equal, range(samples // fewest, 0, -1)):
         if samples // count >= fewest and -(-samples // count) <= most:
             return [index * samples // count for index in range(count + 1)]
     accepted = f"exactly {most}" if fewest == most else f"{fewest} to {most}"

@@ -203,7 +203,7 @@ class ManyProcesses(Processes):
         if self.kept is None or self.kept[0] != key:
             self.kept = None  # its graphs give way
             memory = free_memory(problem.device) // (2 * ranks_here())
-            self.kept = key, curvature.products(problem, memory, opened.chunk)
+            self.kept = key, curvature.products(problem, memory, opened.passes.rows)
         return self.kept[1](tensor)
 
 

@@ -20,12 +20,13 @@ from hesscli.files.arrays import check_finite
 from hesscli.files.data import Data, load_data
 from hesscli.files.models.model_file import SavedModel, load_model
 from hesscli.hessian.aten.precision import in_precision_
+from hesscli.hessian.batch_size import Passes
 from hesscli.hessian.curvatures import CURVATURES
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.measure import measure, protected
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.json_form import Document
-from hesscli.job.options import Listener, ProblemOptions
+from hesscli.job.options import ComputeOptions, Listener, ProblemOptions
 from hesscli.job.setup.batches import in_batches
 from hesscli.job.setup.loss import by_name, loss_of, printable
 from hesscli.job.setup.own_loss import of_outputs
@@ -64,7 +65,7 @@ class Opened:
     options: ProblemOptions  # that it was opened with
     problem: Problem
     checked: Sequence[Batch]  # the same data, where gradients alone are taken
-    chunk: int  # rows of a matrix that go through at once
+    passes: Passes  # what goes through a batch at once
     tied: dict[str, list[str]]  # first name -> the other names of the same tensor
     frozen: list[str]  # parameters left out because they do not require a gradient
     facts: Document  # model, data and loss, as in the JSON document
@@ -142,7 +143,10 @@ def _opened(
     problem = of_outputs(problem, source, note)
     if data.columns:
         source = as_columns(problem, source, note)
-    problem, checked, chunk = in_batches(problem, source, options.batch_size, note, processes)
+    memory = options.memory if isinstance(options, ComputeOptions) else None
+    problem, checked, passes = in_batches(
+        problem, source, options.batch_size, note, processes, memory
+    )
     _demand_own_parameters(model, problem)
     problem = _as_computed(problem, note)
     problem, value = _measured(problem, processes, options, data)
@@ -150,7 +154,7 @@ def _opened(
         options=options,
         problem=problem,
         checked=checked,
-        chunk=chunk,
+        passes=passes,
         tied=tied,
         frozen=frozen,
         facts=_facts(options, model, data, list(inputs), problem, value),
