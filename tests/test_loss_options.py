@@ -501,6 +501,39 @@ def test_a_model_that_can_make_its_own_loss_is_said_to():
     close(own, 4 * found.matrix())
 
 
+class Language(nn.Module):
+    """Compares with the next labels, as those of Hugging Face do, unless `places` says otherwise."""
+
+    def __init__(self, places: int = 1) -> None:
+        super().__init__()
+        self.net, self.places = net(), places
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        f = self.net(x)
+        if labels is None:
+            return {"logits": f}
+        said, meant = f[:, : f.shape[1] - self.places], labels[:, self.places :]
+        return {"loss": F.cross_entropy(said.flatten(0, 1), meant.flatten()), "logits": f}
+
+
+def test_a_loss_is_not_inferred_where_the_model_makes_another():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 6, 3, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 4, (5, 6), generator=generator)
+    data = {"x": x, "labels": labels}
+    with pytest.raises(hesscli.HesscliError, match="name the one that is meant") as refused:
+        computed(Language(), data)
+    assert (refused.value.exit_code, refused.value.hint) == (4, "--loss output")
+
+    def truth(said: Tensor, meant: Tensor) -> Tensor:
+        inputs = (said.flatten(0, 1),)
+        return hessian(net(), F.cross_entropy, inputs, meant.flatten())
+
+    close(computed(Language(), data, loss="output"), truth(x[:, :-1], labels[:, 1:]))
+    close(computed(Language(), data, loss="cross-entropy"), truth(x, labels))
+    close(computed(Language(places=0), data), truth(x, labels))
+
+
 @pytest.mark.parametrize("weight", ["abc", [[1], [2, 3]], [1j, 1, 1], [10**400, 1, 1]])
 def test_weights_that_are_no_numbers(weight):
     with pytest.raises(UsageError, match="the loss argument weight is "):

@@ -33,6 +33,7 @@ from hesscli.job.setup.own_loss import of_outputs
 from hesscli.job.setup.parameters import chosen_parameters
 from hesscli.job.setup.passing import as_columns, in_one_dict, model_inputs, scales
 from hesscli.job.setup.processes import Processes
+from hesscli.job.setup.second_loss import demand_no_other
 from hesscli.job.setup.settings import settle
 from hesscli.job.setup.source import Source, per_sample
 from hesscli.job.setup.team import rank_here, ranks
@@ -141,6 +142,8 @@ def _opened(
         one_sample=options.unbatched,
     )
     problem = of_outputs(problem, source, note)
+    if options.loss == "auto" and data.targets:
+        demand_no_other(problem, source, model.signature, data.targets[0])
     if data.columns:
         source = as_columns(problem, source, note)
     memory = options.memory if isinstance(options, ComputeOptions) else None

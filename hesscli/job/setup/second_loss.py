@@ -1,0 +1,56 @@
+"""The loss that a model makes of the targets itself, where another one was inferred from them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hesscli.errors import DeviceMismatchError, MismatchError
+from hesscli.files.models.call_signature import CallSignature
+from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.outputs import pick_output
+from hesscli.hessian.objective.problem import Problem
+from hesscli.job.setup.source import Source
+
+_ROUNDING = 1e-4
+
+
+def demand_no_other(problem: Problem, source: Source, signature: CallSignature, name: str) -> None:
+    """Refuses an inferred loss where the model, given the targets, returns one number that is another.
+
+    As one of Hugging Face for language does, which compares scores with the next labels, not with those of their place.
+
+    Args:
+        problem: with the loss that was inferred.
+        source: its data.
+        signature: of the model.
+        name: of the targets.
+
+    Raises:
+        MismatchError: with both values.
+    """
+    if name not in signature.names or name in source.inputs or source.target is None:
+        return
+
+    def both(batch: Batch) -> tuple[Tensor, Tensor]:
+        assert batch.target is not None
+        keywords = (*batch.keywords, name)
+        with_targets = replace(batch, inputs=(*batch.inputs, batch.target), keywords=keywords)
+        own = pick_output(problem.returned(with_targets), None, "loss")
+        total, count = problem.loss.total(problem.output(batch), batch)
+        return own, total / count
+
+    try:
+        _, (own, inferred) = source.first_accepted(both, [source.few, source.samples])
+    except DeviceMismatchError:
+        raise
+    except MismatchError:  # it makes none; or what is wrong, the first pass of all says, too
+        return
+    if not own.dim() and not torch.isclose(own, inferred.to(own.dtype), _ROUNDING, 0, True):
+        raise MismatchError(
+            f"the model makes a loss of {name} itself, {float(own):.4g} for the first samples, where "
+            f"{problem.loss.name}, inferred from them, is {float(inferred):.4g}: name the one that is meant",
+            "--loss output",
+        )
