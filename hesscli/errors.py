@@ -51,6 +51,8 @@ class HesscliError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")  # below the traceback that Python shows
         self.instead_of = instead_of
 
 

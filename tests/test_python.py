@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import traceback
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
@@ -454,6 +455,15 @@ def test_compute_errors(net):
         match="Net: cannot be copied: cache holds what an earlier pass computed",
     ):
         hesscli.compute(net, (X, Y))
+
+
+def test_an_error_is_shown_once_and_with_its_hint(net):
+    with pytest.raises(hesscli.HesscliError) as caught:
+        hesscli.compute(net, (X.long(), Y))
+    shown = "".join(traceback.format_exception(caught.value))
+    assert shown.count(f"MismatchError: {caught.value.message}") == 1
+    assert shown.endswith("\nhint: --scale 1\n")
+    assert "mat1 and mat2 must have the same dtype" in shown.partition("direct cause")[0]
 
 
 @pytest.mark.parametrize(

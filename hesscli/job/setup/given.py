@@ -248,4 +248,5 @@ def _called(path: Path, named: Path) -> Iterator[None]:
         if path == named:
             raise
         hint = error.hint and error.hint.replace(str(path), str(named))
-        raise type(error)(error.message.replace(str(path), str(named)), hint) from error
+        # Not from the error itself, which says the same.
+        raise type(error)(error.message.replace(str(path), str(named)), hint) from error.__cause__
