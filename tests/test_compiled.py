@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from oracles import hessian, relative_error
@@ -73,3 +74,20 @@ def test_compiled_models(make: Callable[[], nn.Module], compiled_loss: bool) -> 
 def test_architectures_that_are_compiled(factory: str) -> None:
     built = build(f"test_compiled:{factory}", {}, {})
     assert list(built.state_dict()) == list(Plain().state_dict())
+
+
+def test_calls_within_what_is_compiled() -> None:
+    """As of a training step that watches the curvature."""
+    model, found = Plain().double(), list[np.ndarray]()
+
+    @torch.compile(backend="eager")
+    def step(x: Tensor) -> Tensor:
+        output = model(x)
+        found.append(hesscli.compute(model, (x, Y), blocks="full").matrix())
+        found.append(hesscli.operator(model, (x, Y)) @ np.eye(31))
+        return output
+
+    torch.testing.assert_close(step(X), model(X))
+    truth = hessian(Plain().double(), F.mse_loss, (X,), Y)
+    for matrix in found:
+        assert relative_error(torch.as_tensor(matrix), truth) < 1e-9

@@ -14,10 +14,11 @@ from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.setup.given import DataLike, Folder, LossFunction, Model, given
 from hesscli.job.setup.processes import Processes
-from hesscli.job.setup.settings import random_kept, settings_kept, settle
+from hesscli.job.setup.settings import as_written, random_kept, settings_kept, settle
 from hesscli.texts import dtype_name
 
 
+@as_written
 def operator(
     model: Model,
     data: DataLike,
@@ -72,6 +73,7 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]
     def _adjoint(self) -> LinearOperator:
         return self
 
+    @as_written
     def _products(self, rows: np.ndarray) -> np.ndarray:
         if np.iscomplexobj(rows):
             raise UsageError("a complex vector; the curvature multiplies real ones")

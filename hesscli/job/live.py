@@ -17,6 +17,7 @@ from hesscli.job.compute import compute as run
 from hesscli.job.loaded import Framework, Hessian, converter
 from hesscli.job.options import ComputeOptions, Listener, wrong_option
 from hesscli.job.setup.given import DataLike, Folder, LossFunction, Model, PathLike, given
+from hesscli.job.setup.settings import as_written
 
 
 @overload
@@ -25,6 +26,7 @@ def compute(
 ) -> Hessian[Tensor]: ...
 @overload
 def compute(model: Model, data: DataLike, **options: Any) -> Hessian[np.ndarray]: ...
+@as_written
 def compute(
     model: Model,
     data: DataLike,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from threading import RLock
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from torch.autograd import Function
 from hesscli.hessian.aten.custom_functions import apply_in_python, set_apply
 from hesscli.job.options import ProblemOptions
 
+Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
 
 _BACKENDS: Any = torch.backends  # parts of which have no types
@@ -40,6 +43,20 @@ def settle(options: ProblemOptions) -> None:
     _BACKENDS.cudnn.allow_tf32 = options.tf32
     for each in _CPU:
         each.fp32_precision = "ieee"
+
+
+def as_written(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
+    """The function, which `torch.compile` leaves as it is where it is called by one that is compiled."""
+
+    @wraps(function)
+    def called(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Value:
+        # Where that is not imported, which takes seconds, nothing is compiled.
+        if "torch._dynamo.eval_frame" not in sys.modules:
+            return function(*args, **kwargs)
+        made: Callable[Arguments, Value] = torch.compiler.disable(function)
+        return made(*args, **kwargs)
+
+    return called
 
 
 @contextmanager
