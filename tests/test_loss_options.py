@@ -532,6 +532,16 @@ def test_a_loss_is_not_inferred_where_the_model_makes_another():
     close(computed(Language(), data, loss="output"), truth(x[:, :-1], labels[:, 1:]))
     close(computed(Language(), data, loss="cross-entropy"), truth(x, labels))
     close(computed(Language(places=0), data), truth(x, labels))
+    model = Language()
+    model.forward = lambda x, labels=None: (*Language.forward(model, x, labels).values(),)[::-1]
+    with pytest.raises(hesscli.HesscliError, match="name the one that is meant"):
+        computed(model, data)
+    with pytest.raises(hesscli.HesscliError, match="returns more than one tensor") as refused:
+        computed(model, data, loss="output")
+    assert refused.value.hint == "--output-key 1"
+    model.forward = lambda x, labels=None: Language.forward(model, F.dropout(x), labels)
+    with pytest.raises(hesscli.HesscliError, match="dropout left on"):
+        computed(model, data)
 
 
 @pytest.mark.parametrize("weight", ["abc", [[1], [2, 3]], [1j, 1, 1], [10**400, 1, 1]])

@@ -44,7 +44,8 @@ def pick_output(
         if note:
             note(f"output: {preferred}, inferred from its name")
         return tensors[preferred]
-    first = next(iter(tensors), None)
+    numbers = [name for name, value in tensors.items() if preferred == "loss" and not value.dim()]
+    first = next(iter(numbers or tensors), None)
     raise MismatchError(
         f"the model returns more than one tensor or none: {found}",
         first and f"--output-key {first}",

@@ -10,7 +10,7 @@ from torch import Tensor
 from hesscli.errors import DeviceMismatchError, MismatchError
 from hesscli.files.models.call_signature import CallSignature
 from hesscli.hessian.objective.batch import Batch
-from hesscli.hessian.objective.outputs import pick_output
+from hesscli.hessian.objective.outputs import entries_of
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.setup.source import Source
 
@@ -34,23 +34,37 @@ def demand_no_other(problem: Problem, source: Source, signature: CallSignature, 
     if name not in signature.names or name in source.inputs or source.target is None:
         return
 
-    def both(batch: Batch) -> tuple[Tensor, Tensor]:
+    def both(batch: Batch) -> tuple[list[Tensor], Tensor]:
         assert batch.target is not None
         keywords = (*batch.keywords, name)
         with_targets = replace(batch, inputs=(*batch.inputs, batch.target), keywords=keywords)
-        own = pick_output(problem.returned(with_targets), None, "loss")
+        twice = [_one_number(problem.returned(with_targets)) for _ in range(2)]
         total, count = problem.loss.total(problem.output(batch), batch)
-        return own, total / count
+        return [own for own in twice if own is not None], total / count
 
     try:
-        _, (own, inferred) = source.first_accepted(both, [source.few, source.samples])
+        _, (twice, inferred) = source.first_accepted(both, [source.few, source.samples])
     except DeviceMismatchError:
         raise
     except MismatchError:  # it makes none; or what is wrong, the first pass of all says, too
         return
-    if not own.dim() and not torch.isclose(own, inferred.to(own.dtype), _ROUNDING, 0, True):
+    if len(twice) < 2 or not torch.equal(
+        *twice
+    ):  # of dropout that is on the first pass of all speaks
+        return
+    own = twice[0]
+    if not torch.isclose(own, inferred.to(own.dtype), _ROUNDING, 0, True):
         raise MismatchError(
             f"the model makes a loss of {name} itself, {float(own):.4g} for the first samples, where "
             f"{problem.loss.name}, inferred from them, is {float(inferred):.4g}: name the one that is meant",
             "--loss output",
         )
+
+
+def _one_number(returned: object) -> Tensor | None:
+    """What may be a loss in what a model returns: the entry of that name, or the only number."""
+    entries = {"loss": returned} if isinstance(returned, Tensor) else entries_of(returned)
+    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    named = [value for name, value in tensors.items() if name == "loss"]
+    numbers = [value for value in named or tensors.values() if not value.dim()]
+    return numbers[0] if len(numbers) == 1 else None
