@@ -280,6 +280,37 @@ def test_a_wrong_band_is_found(cli, net, small_bands, monkeypatch):
     assert not list(Path().glob(".*"))
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_method_that_turns_out_not_to_apply(cli, net, small_bands, monkeypatch, first):
+    """It gives way to the next one; of shards, one or both find out."""
+    whole, tried = large.LargeBlock._band, []
+
+    def band(self, route, start, stop):
+        tried.append(route.name)
+        if route.name == tried[0] and (first or start):
+            raise NotApplicable("it has no derivative")
+        return whole(self, route, start, stop)
+
+    monkeypatch.setattr(large.LargeBlock, "_band", band)
+    command = ("compute", *net, "-b", "full", "-o", "h", "--method")
+    ran = cli(*command, "auto")
+    (said,) = (note for note in ran.notes if "instead" in note)
+    assert said == f"it has no derivative: {tried[-1]} instead of {tried[0]}"
+    undisturbed = Path("h").read_bytes()
+    Path("h").unlink()
+    for shard in ("1/2", "2/2"):
+        ran = cli(*command, "auto", "--shard", shard)
+        assert ran.code == 0, ran.stderr
+    ran = cli("merge", "h")
+    assert ran.code == 0, ran.stderr
+    assert Path("h").read_bytes() == undisturbed
+    assert not list(Path().glob(".*"))
+    tried[0] = "hvp"  # of which there are several bands
+    for words in ((), ("--shard", "1/1")):
+        ran = cli(*command, "hvp", "-f", *words)
+        assert "is not exact here: it has no derivative" in ran.fails(5)
+
+
 def test_symmetry_errors_of_large_blocks(cli, net, small_bands, monkeypatch):
     words = ("compute", *net, "-b", "full", "--method", "hvp", "--json")
     bands = cli(*words).document["symmetry_error"]

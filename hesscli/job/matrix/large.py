@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -60,11 +59,23 @@ class LargeBlock:
         layout = route.layout(self.block)
         return layout, [(0, layout.size)] if route.at_once else layout.bands(self.most)
 
+    @property
+    def _given_up(self) -> str:
+        """What notes that the route in front does not give the block."""
+        return f"{self.block.name}, {self.ranking.route.name}, not exact"
+
+    def is_given_up(self, finished: Collection[str]) -> bool:
+        """Whether its bands are not to be waited for: who finishes the block takes the next route."""
+        return self._given_up in finished
+
     def contribute(self, unfinished: Unfinished, mine: Collection[str]) -> None:
         """Computes and writes some of the bands; another process finishes the block."""
-        # Who finishes the block finds out too, and takes the next route.
-        with suppress(NotApplicable):
+        try:
             self._bands(unfinished, torch.zeros(self.block.size), mine)
+        except NotApplicable as reason:
+            given_up = self._given_up
+            self.ranking.refuse(reason)
+            unfinished.add(given_up, {"notes": list(self.plan.opened.listener.notes)})
 
     def compute(self, unfinished: Unfinished) -> Document:
         """The facts of the block, which it computes, writes and checks; by the next route where one does not pass."""
@@ -74,9 +85,9 @@ class LargeBlock:
             direction = certificate.direction(self.block)
         while True:
             method = self.ranking.method
-            failed = f"{self.block.name}, {self.ranking.route.name}, not exact"
-            if failed in unfinished.finished:
-                self.plan.opened.listener.note(*unfinished.finished[failed]["notes"])
+            given_up = self._given_up
+            if given_up in unfinished.finished:
+                self.plan.opened.listener.note(*unfinished.finished[given_up]["notes"])
                 self.ranking.skip()
                 continue
             try:
@@ -89,7 +100,7 @@ class LargeBlock:
             finite = math.isfinite(matrix.squares)  # which says more than a check that passes
             if self.ranking.accepts(error if finite else None, partial(bool, finite)):
                 break
-            unfinished.add(failed, {"notes": list(self.plan.opened.listener.notes)})
+            unfinished.add(given_up, {"notes": list(self.plan.opened.listener.notes)})
         low = high = None
         if self.plan.options.stats == "all":
             low, high = extremes(unfinished.writer.mapped(self.block.name))

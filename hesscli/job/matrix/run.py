@@ -130,7 +130,9 @@ class Run:
             if output is not None:  # what a run that goes on has finished is no left-over
                 demand_idle(output, self.sharing)
             journal.resume(self.options.resume, self.options.force)
-        left = [name for name, _ in self.parts if name not in journal.finished]
+        awaited = [each for each in self.work if not each.is_given_up(journal.finished)]
+        parts = [name for each in awaited for name, _ in each.parts()]
+        left = [name for name in parts if name not in journal.finished]
         if self.merging and left:
             raise UsageError(
                 f"{output}: {len(left)} of {len(self.parts)} parts are missing, {left[0]} for one",
