@@ -408,16 +408,28 @@ def test_columns_that_are_called_as_the_models_inputs(cli, tmp_path, kind, input
     assert torch.equal(*(read(tmp_path / name)[1]["hessian"] for name in "ab"))
 
 
-def test_columns_of_indices(cli, tmp_path):
+OWN = """
+import torch.nn.functional as F
+
+def loss(f, y):
+    return F.cross_entropy(f, y, reduction="none")
+"""
+
+
+@pytest.mark.parametrize("loss", ["auto", "own.py:loss"])
+def test_columns_of_indices(cli, tmp_path, loss):
+    (tmp_path / "own.py").write_text(OWN)
     torch.manual_seed(0)
     torch.jit.script(nn.Sequential(nn.Embedding(5, 2), nn.Flatten(), nn.Linear(6, 3))).save("m.pt")
     words = np.array([[0, 1, 2], [4, 3, 0], [1, 1, 1], [2, 0, 4], [3, 2, 1]])
     np.savez("d.npz", x=words, y=Y)
     np.savetxt("d.csv", np.column_stack([words, Y]), "%d", ",", header="a,b,c,y", comments="")
-    assert cli("compute", "m.pt", "d.npz", "-b", "full", "-o", "a").code == 0
-    ran = cli("compute", "m.pt", "d.csv", "-b", "full", "-o", "b")
+    words = ("-b", "full", "--loss", loss)
+    assert cli("compute", "m.pt", "d.npz", *words, "-o", "a").code == 0
+    ran = cli("compute", "m.pt", "d.csv", *words, "-o", "b")
     assert ran.code == 0, ran.stderr
     assert "inputs: whole numbers, taken as indices" in ran.notes
+    assert not any("taken as classes" in note for note in ran.notes)  # which they are
     assert torch.equal(*(read(tmp_path / name)[1]["hessian"] for name in "ab"))
 
 
@@ -464,15 +476,20 @@ def test_targets_of_a_table_as_the_output_has_them(cli, tmp_path):
     assert not [note for note in ran.notes if "as a column" in note]
 
 
-def test_a_column_of_targets(cli, tmp_path):
-    """[N] numbers for a model that returns [N, 1]: only a table says that these are a column."""
+@pytest.mark.parametrize("weighed", [False, True])
+def test_a_column_of_targets(cli, tmp_path, weighed):
+    """[N] numbers for a model that returns [N, 1]: only a table says that these are a column; and so are weights."""
     torch.manual_seed(0)
     torch.jit.script(nn.Linear(3, 1)).save("m.pt")
-    np.savez("d.npz", x=X, y=X[:, :1] + 1)
-    assert cli("compute", "m.pt", "d.npz", "-o", "a").code == 0
-    table = np.column_stack([X, X[:, :1] + 1])
-    np.savetxt("d.csv", table, delimiter=",", header="a,b,c,y", comments="")
-    ran = cli("compute", "m.pt", "d.csv", "-o", "b")
+    w = np.arange(1.0, 6.0)[:, None]
+    np.savez("d.npz", x=X, y=X[:, :1] + 1, w=w)
+    words = ("--loss", "huber", "--loss-arg", "weight=@w", "--loss-arg", "delta=0.5")
+    words = (*words, "--batch-size", 2) if weighed else ("--inputs", "x")
+    assert cli("compute", "m.pt", "d.npz", *words, "-o", "a").code == 0
+    table = np.column_stack([X, X[:, :1] + 1, w])
+    np.savetxt("d.csv", table, delimiter=",", header="a,b,c,y,w", comments="")
+    words = words if weighed else [word for name in "abc" for word in ("--inputs", name)]
+    ran = cli("compute", "m.pt", "d.csv", *words, "-o", "b")
     assert "targets: taken as a column [N, 1], as the model's output is" in ran.notes
     (one, left), (two, right) = read(Path("a")), read(Path("b"))
     torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-7)
