@@ -803,8 +803,19 @@ def test_arrays_as_they_may_lie(net: Net, inputs: object) -> None:
     ],
 )
 def test_data_that_is_none(data: object, said: str) -> None:
-    with pytest.raises(hesscli.HesscliError, match=said):
+    with pytest.raises(hesscli.HesscliError, match=said) as caught:
         hesscli.compute(nn.Linear(3, 1), data)
+    assert "astype" not in (caught.value.hint or "")
+    collated = "default_collate" in (caught.value.hint or "")
+    assert collated == isinstance(data, DataLoader)
+
+
+def test_a_large_value_that_an_option_cannot_have_is_called_by_its_type() -> None:
+    for value in (np.zeros(3), np.zeros((2, 2)), "x" * 79):
+        with pytest.raises(hesscli.HesscliError) as caught:
+            hesscli.compute(nn.Linear(3, 1), (X[:, :3], X[:, :1]), seed=value)
+        found = {True: repr(value), False: f"a {type(value).__name__}"}[np.ndim(value) == 1]
+        assert caught.value.message == f"seed is {found}; expected: a whole number of 64 bits"
 
 
 def test_several_inputs_side_by_side_are_refused_with_how_they_are_given() -> None:
@@ -920,6 +931,18 @@ def test_samples_may_be_arrays_in_a_list(net: Net) -> None:
     for data in ((list(X), Y), {"x": list(X), "y": Y.tolist(), "w": torch.ones(3)}):
         same = hesscli.compute(net, data, blocks="full")
         np.testing.assert_array_equal(same.matrix(), plain.matrix())
+
+
+def test_samples_in_a_list_without_an_axis_or_alone() -> None:
+    model, classes = nn.Linear(3, 2), torch.tensor([0, 1, 1, 0])
+    truth = hesscli.compute(model, (X[:4, :3], classes)).matrix()
+    for y in (classes, list(classes)):
+        found = hesscli.compute(model, (list(X[:4, :3]), y))
+        np.testing.assert_array_equal(found.matrix(), truth)
+    squares = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
+    truth = hesscli.compute(squares, {"x": X[:4, :3]}, loss="output").matrix()
+    found = hesscli.compute(squares, {"x": list(X[:4, :3])}, loss="output")
+    np.testing.assert_array_equal(found.matrix(), truth)
 
 
 @pytest.mark.parametrize("model", [None, len])
