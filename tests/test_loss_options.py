@@ -232,6 +232,20 @@ def test_a_column_of_weights(cli, tmp_path):
     assert relative_error(tensors["hessian"], truth) < 1e-9
 
 
+def test_a_weight_of_outputs_or_of_samples():
+    """One number for each output, the same for all samples; and the other way round."""
+    for w in (W[None], W.repeat(2)[:, None]):
+        found = computed(net(), (X, Y), loss="mse", loss_arguments={"weight": w})
+        close(found, hessian(net(), partial(F.mse_loss, weight=w.expand_as(Y)), (X,), Y))
+
+
+def test_a_weight_that_is_not_there():
+    said = "data: holds no array 'none' for the loss argument weight; it holds: x, y"
+    with pytest.raises(hesscli.HesscliError) as refused:
+        computed(net(), (X, Y), loss_arguments={"weight": "@none"})
+    assert refused.value.message == said
+
+
 # --- of the user's own ------------------------------------------------------------------------
 
 

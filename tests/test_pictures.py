@@ -296,6 +296,10 @@ def test_refused_figures(cli, tmp_path, monkeypatch):
     assert "hesscli did not write it" in cli("show", "h", "--plot", "mine.png").fails(2)
     assert cli("show", "h", "--plot", "mine.png", "--force", "-q").code == 0
     assert "no such folder" in cli("show", "h", "--plot", "none/h.png").fails(2)
+    write(tmp_path / "h.png", {"a": symmetric(3)})
+    for command in ("show", "density"):
+        ran = cli(command, "h.png", "--plot", "h.png", "--force")
+        assert "h.png: is an input of this command" in ran.fails(2)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     ran = cli("show", "h", "--plot", "other.png")
     assert "matplotlib is not installed" in ran.fails(2)

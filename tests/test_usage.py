@@ -254,6 +254,8 @@ def test_options_of_another_device(cli):
 def test_the_plan_of_a_shard(cli):
     ran = cli("compute", *NET, "--dry-run", "--shard", "1/2")
     assert "--shard has no effect on a plan: it is of the whole Hessian" in ran.notes
+    ran = cli("compute", *NET, "--dry-run", "--fail-above", 1)
+    assert "--fail-above has no effect on a plan: nothing is computed" in ran.notes
 
 
 def test_targets_of_a_loss_that_takes_none(cli):
