@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import hesscli
 from hesscli.hessian.aten.watcher import Watcher
+from hesscli.job.setup import batches
 
 X = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float64)
 Y = X @ np.array([[1.0, 0.5], [0.0, 2.0], [-1.0, 0.0]])
@@ -235,6 +236,19 @@ def test_what_goes_by_the_place_or_the_number_of_samples(net):
     truth = hessian(model, F.mse_loss, (x,), y)
     found = hesscli.compute(model, (x, y), blocks="full", framework="torch", batch_size=36)
     assert relative_error(found.matrix(), truth) < 1e-9
+
+
+def test_mixing_is_found_where_there_is_memory_for_less_than_a_batch(monkeypatch):
+    whole = batches.what_mixes
+
+    def tried_with_5(problem, source, bounds, room, note):
+        return whole(problem, source, bounds, 5, note)
+
+    monkeypatch.setattr(batches, "what_mixes", tried_with_5)
+    torch.manual_seed(0)
+    model, x, y = Centred().double(), torch.tensor(X), torch.tensor(Y)
+    found = hesscli.compute(model, (x, y), blocks="full", framework="torch", batch_size=8)
+    assert relative_error(found.matrix(), hessian(model, F.mse_loss, (x,), y)) < 1e-9
 
 
 def test_a_loss_of_groups_that_no_half_divides():

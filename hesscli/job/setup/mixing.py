@@ -150,7 +150,7 @@ def _moved(leaves: Sequence[Tensor]) -> list[Tensor]:
 def what_mixes_in_place(problem: Problem, source: Source, batch: int) -> str | None:
     """The same of a model that does not take any number of samples: whether an output depends on the others' inputs."""
     half = batch // 2
-    if not half or source.samples < 2 * batch:
+    if not half:
         return None
     first, other = source.batch(0, batch), source.batch(batch, 2 * batch)
     mixed = replace(
