@@ -637,6 +637,10 @@ def test_autocast_of_a_model_is_the_outermost() -> None:
     [
         ("torch.set_float32_matmul_precision('medium')", "torch.get_float32_matmul_precision()"),
         ("torch.backends.fp32_precision = 'tf32'", "torch.backends.fp32_precision"),
+        (
+            "torch.set_float32_matmul_precision('medium'); torch.backends.cuda.matmul.allow_tf32 = True",
+            "torch.backends.cuda.matmul.allow_tf32",
+        ),
     ],
 )
 def test_precision_of_the_caller(warm: str, set_by_the_caller: str, read: str) -> None:

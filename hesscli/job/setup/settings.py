@@ -69,6 +69,8 @@ def settings_kept() -> Iterator[None]:
         threads = torch.get_num_threads()
         precisions = [each.fp32_precision for each in _PRECISIONS]
         matmul = _readable(torch.get_float32_matmul_precision)
+        if matmul is None:  # as where a GPU's was set by itself afterwards
+            matmul = "high" if _readable(lambda: _BACKENDS.cuda.matmul.allow_tf32) else "highest"
         cudnn = _readable(lambda: _BACKENDS.cudnn.allow_tf32)
         apply = vars(Function)["apply"]
         try:
@@ -76,7 +78,7 @@ def settings_kept() -> Iterator[None]:
         finally:
             set_apply(apply)
             torch.set_num_threads(threads)
-            torch.set_float32_matmul_precision(matmul or "highest")
+            torch.set_float32_matmul_precision(matmul)
             if cudnn is not None:
                 _BACKENDS.cudnn.allow_tf32 = cudnn
             for each, precision in zip(_PRECISIONS, precisions, strict=True):
