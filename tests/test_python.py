@@ -115,8 +115,10 @@ def test_load_errors(tmp_path):
     loaded = hesscli.load(tmp_path / "h")
     with pytest.raises(hesscli.HesscliError, match="no block 'b'; it has: a"):
         loaded.block("b")
-    with pytest.raises(hesscli.HesscliError, match="no gradient"):
+    with pytest.raises(hesscli.HesscliError, match="no gradient by 'a'; --gradient writes them"):
         loaded.gradient("a")
+    with pytest.raises(hesscli.HesscliError, match="no parameter 'b'; it has: a"):
+        loaded.gradient("b")
     with pytest.raises(hesscli.HesscliError, match="no framework"):
         hesscli.load(tmp_path / "h", "jax")
     assert "1 blocks, 3 rows" in repr(loaded)

@@ -89,6 +89,10 @@ class Hessian(Generic[Array]):
         Raises:
             UsageError: the file was written without `--gradient`, or there is no such parameter.
         """
+        if parameter not in self.parameters:
+            raise UsageError(
+                f"{self.path}: has no parameter {parameter!r}; it has: {listed(self.parameters)}"
+            )
         key = f"gradient.{parameter}"
         if key not in self._file.entries:
             raise UsageError(
