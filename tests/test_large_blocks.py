@@ -301,6 +301,9 @@ def test_a_method_that_turns_out_not_to_apply(cli, net, small_bands, monkeypatch
     for shard in ("1/2", "2/2"):
         ran = cli(*command, "auto", "--shard", shard)
         assert ran.code == 0, ran.stderr
+    computed = len(tried)
+    assert cli(*command, "auto", "--shard", "2/2", "--resume").code == 0
+    assert len(tried) == computed  # it is not tried again
     ran = cli("merge", "h")
     assert ran.code == 0, ran.stderr
     assert Path("h").read_bytes() == undisturbed

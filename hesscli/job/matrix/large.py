@@ -70,6 +70,8 @@ class LargeBlock:
 
     def contribute(self, unfinished: Unfinished, mine: Collection[str]) -> None:
         """Computes and writes some of the bands; another process finishes the block."""
+        if self.is_given_up(unfinished.finished):
+            return
         try:
             self._bands(unfinished, torch.zeros(self.block.size), mine)
         except NotApplicable as reason:
