@@ -735,6 +735,21 @@ def test_a_class_is_no_loss(loss):
     assert refused.value.hint == "write loss = CrossEntropyLoss() into FILE.py: --loss FILE.py:loss"
 
 
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_a_weight_of_samples_beside_one_of_as_many_classes(batch_size):
+    def loss(f, y, w, v):
+        return w * v[y] * F.cross_entropy(f, y, reduction="none")
+
+    generator = torch.Generator().manual_seed(3)
+    w, v = torch.rand(2, len(X), generator=generator, dtype=torch.float64)
+    for y in (torch.arange(len(X)).flip(0), torch.ones(len(X), dtype=torch.int64)):
+        options = {"loss": loss, "loss_arguments": {"w": w, "v": v}, "batch_size": batch_size}
+        found = computed(net(len(X)), (X, y), **options)
+        close(found, hessian(net(len(X)), lambda f, y: loss(f, y, w, v).mean(), (X,), y))
+        said = "loss arguments as long as the data, but the same for all samples: v"
+        assert said in found.metadata["notes"]
+
+
 # --- one number -------------------------------------------------------------------------------
 
 
