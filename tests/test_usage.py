@@ -432,13 +432,14 @@ def test_what_does_not_read_standard_input(net, cli, words):
         ("show --plot 'a b.pn'", "show --plot 'a b.png'"),
         ("show --plot 'a dir.png'", "show --plot 'a dir.png/hessian.png'"),
         ("show 'a b'", "compute model.pt data.npz -o 'a b'"),
-        ("compute net.pt d.npz -o /dev/null", "compute net.pt d.npz -o hessian.safetensors"),
+        ("compute net.pt d.npz -o pipe", "compute net.pt d.npz -o hessian.safetensors"),  # as /dev/null is
         ("density -o net.pt", "density -o density.safetensors"),
         ("compute weights.pt d.npz -a nets.py:Net --arch-arg k=3", "compute weights.pt d.npz --arch nets.py:Net"),
     ],
 )  # fmt: skip
 def test_hints(cli, tmp_path, words, hint):
     (tmp_path / "a dir.png").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "weights.pt")
     (tmp_path / "nets.py").write_text(CODE)
     np.savez(tmp_path / "two.npz", a=np.ones((4, 3)), b=np.ones((4, 2)), c=np.ones((4, 3)))
