@@ -30,7 +30,6 @@ from hesscli.hessian.layout import Layout, Part, Piece
 from hesscli.hessian.routes.base import Rows
 from hesscli.job.matrix import journal, large, memory, planning, triangles
 from hesscli.job.matrix.triangles import HeldTriangle, StreamedTriangle, spans
-from hesscli.job.setup import batches
 from hesscli.job.setup.team import balanced
 
 LAYOUT = Layout(
@@ -961,30 +960,3 @@ def test_a_rank_that_dies_ends_the_job_and_others_go_on(cli, warm, net, small_ba
     assert process.returncode == 0, said.decode()
     assert result.read_bytes() == undisturbed
     assert not list(tmp_path.glob(".*"))
-
-
-@pytest.fixture
-def wide(tmp_path: Path) -> tuple[Path, Path]:
-    """A model whose pass keeps 16 MiB in its largest tensor, and its data."""
-    module = nn.Sequential(nn.Linear(2, 512), nn.Tanh(), nn.Linear(512, 1)).eval()
-    x = torch.randn(8192, 2, generator=torch.Generator().manual_seed(0))
-    torch.jit.trace(module, x).save(tmp_path / "wide.pt")
-    np.savez(tmp_path / "wide.npz", x=x.numpy(), y=x.sum(1, keepdim=True).numpy())
-    return tmp_path / "wide.pt", tmp_path / "wide.npz"
-
-
-def test_the_graph_of_each_thread_is_counted(cli, wide):
-    """A graph takes four times what a pass keeps, here the output of tanh at least."""
-    words = ("compute", *wide, "-b", "elements", "--batch-size", 8192, "--dry-run", "--json")
-    one, two = (cli(*words, "--threads", threads).document["total"]["memory"] for threads in (1, 2))
-    assert 4 * (16 << 20) <= two - one < 5 * (16 << 20)
-
-
-def test_less_memory_is_for_smaller_batches(cli, wide, monkeypatch):
-    """What passes take shrinks with what is free, and with what is given."""
-    words = ("compute", *wide, "-b", "elements", "--dry-run", "--json")
-    much = cli(*words).document["total"]["memory"]
-    given = cli(*words, "--memory", "400MB").document["total"]["memory"]
-    monkeypatch.setattr(batches, "free_memory", lambda _: (400 * 10**6) - memory.PROCESS)
-    free = cli(*words).document["total"]["memory"]
-    assert free == given <= 400e6 < much

@@ -16,9 +16,13 @@ from problems import (
 from torch import nn
 
 from hesscli.hessian.applicability import NotApplicable
+from hesscli.hessian.curvatures import CURVATURES
 from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.routes.base import Choice
 from hesscli.hessian.routes.costs import Work
+from hesscli.hessian.routes.cuts import Cuts
+from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.routes.rates import Rates
 
 
@@ -103,6 +107,20 @@ def test_samples_that_mix_are_named() -> None:
 def test_the_diagonal_of_a_chain_takes_one_sweep() -> None:
     chosen = plan(classify(tanh_mlp(30, 64, 64, 20, 10), 256, 30), "elements")
     assert str(chosen["0.weight"]) == "preactivation (chain)"
+
+
+def test_ggn_takes_a_pass_for_each_output_and_fisher_one() -> None:
+    problem = classify(tanh_mlp(30, 64, 64, 10), 256, 30)
+    block, passes = blocks_of(problem, "block_diagonal")[0], {}
+    for curvature in ("ggn", "fisher"):
+        cuts = Cuts(Analyses(problem), chunk=64)
+        (choice,) = (
+            route.choice(FirstBatch(cuts), block, False)
+            for route in CURVATURES[curvature].routes(cuts, lambda: problem)
+            if route.name == "gauss-newton"
+        )
+        passes[curvature] = choice.common.flops
+    assert passes["ggn"] > 4 * passes["fisher"] > 0
 
 
 def test_every_choice_ends_with_differences() -> None:

@@ -59,6 +59,9 @@ _UNCACHED = 2.5
 _THROUGH = 200
 """Calls' worth of time that a block takes through weights, whatever its size."""
 
+_ON_ITS_WAY = 2
+"""Values as large as the largest that are held while a gradient goes from one to the next."""
+
 _LOSS = 4.0
 """Elementwise operators in a loss: a softmax's exponential, sum, quotient and logarithm."""
 
@@ -155,13 +158,18 @@ class Costs:
         moved = self._moved(3 * seeds * samples * columns)
         return moved + self._product(seeds * samples * (inputs * columns + 2 * made))
 
-    def class_passes(self, values: Sequence[int]) -> Work:
-        """The backward passes of all outputs to some values, and the loss's Hessian there."""
-        return self.after(*values).times(2 * self.classes, 2) + self.forward.times(2)
+    def class_passes(self, values: Sequence[int], classes: int) -> Work:
+        """The backward passes of so many outputs to some values, and the loss's Hessian there."""
+        return self.after(*values).times(2 * classes, 2) + self.forward.times(2)
 
-    def gauss_newton(self, use: Use, diagonal: bool) -> Work:
-        """A block from the backward passes of all outputs."""
-        b, c, t, n, m = self.samples, self.classes, use.positions, use.n, use.m
+    def held_of_classes(self, values: Sequence[int], classes: int) -> int:
+        """Numbers that the backward passes of so many outputs hold: of some values, and what is on its way to them."""
+        numbers = [self.tape.shapes[value].numel() for value in values]
+        return classes * (sum(numbers) + _ON_ITS_WAY * max(numbers, default=0))
+
+    def gauss_newton(self, use: Use, diagonal: bool, classes: int) -> Work:
+        """A block from the backward passes of so many outputs."""
+        b, c, t, n, m = self.samples, classes, use.positions, use.n, use.m
         if use.kind == LINEAR and use.is_layer and t == 1:
             curvature = self._product(b * c * n * (c + (1 if diagonal else n)))
             return curvature + self.own(use, diagonal)

@@ -45,16 +45,6 @@ from hesscli.hessian.words import GAUSS_NEWTON
 _SUMMED = 1 << 11  # samples at most whose Jacobians one product sums: it rounds as often
 
 
-def jacobian_work(analysis: Analysis, costs: Costs, block: Block, diagonal: bool) -> Work:
-    """A block from its parameters' Jacobians."""
-    work = Work()
-    for name in block.parameters:
-        uses = analysis.uses_of(name)
-        at_all = replace(uses[0], positions=sum(use.positions for use in uses))
-        work += costs.gauss_newton(at_all, diagonal)
-    return work
-
-
 @dataclass(frozen=True)
 class Factors:
     """What a block is made of.
@@ -116,14 +106,22 @@ class GaussNewton(AffineRoute):
 
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
         analysis, costs = first.proven()
-        uses = self.uses(analysis, block)
-        passes = costs.class_passes(values_of(uses))
-        work = jacobian_work(analysis, costs, block, diagonal)
+        uses, classes, work = self.uses(analysis, block), self.classes(costs), Work()
+        for name in block.parameters:
+            mine = analysis.uses_of(name)
+            at_all = replace(mine[0], positions=sum(use.positions for use in mine))
+            work += costs.gauss_newton(at_all, diagonal, classes)
         if self.bend(analysis, uses) is not None:
             for use in uses:
                 work += costs.bend(use, diagonal)
-        said = f"{costs.classes} classes"
-        return Choice(self, said, first.in_all(work), first.in_all(passes))
+        passes = first.in_all(costs.class_passes(values_of(uses), classes))
+        every = values_of(use for uses in analysis.all_uses.values() for use in uses)
+        held = costs.held_of_classes(every, classes)
+        return Choice(self, f"{classes} classes", first.in_all(work), passes, held)
+
+    def classes(self, costs: Costs) -> int:
+        """How many directions there are at the output."""
+        return costs.classes
 
     def bend(self, analysis: Analysis, uses: Sequence[Use]) -> Step | None:
         return find_bend(analysis.tape, values_of(uses))
@@ -180,11 +178,6 @@ class GeneralisedGaussNewton(GaussNewton):
 
     curved = False
 
-    def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
-        analysis, costs = first.proven()
-        work = jacobian_work(analysis, costs, block, diagonal)
-        return Choice(self, f"{costs.classes} classes", first.in_all(work))
-
     def uses(self, analysis: Analysis, block: Block) -> list[Use]:
         return [use for name in block.parameters for use in analysis.uses_of(name)]
 
@@ -199,6 +192,9 @@ class EmpiricalFisher(GeneralisedGaussNewton):
         if self.problem.one_sample:
             raise NotApplicable("one sample without a sample axis")
         return replace(super().choice(first, block, diagonal), reason="1 gradient per sample")
+
+    def classes(self, costs: Costs) -> int:
+        return 1
 
     def at_output(self, probed: Probed) -> tuple[Tensor, Tensor]:
         """The gradient of each sample's own loss terms, and 1 / D."""

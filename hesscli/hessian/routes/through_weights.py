@@ -76,7 +76,7 @@ class ThroughWeights(Route):
         choice = self.route.choice(first.behind_weights, made, neurons is not None)
         work = first.in_all(costs.through(analysis.weights, block, made, neurons))
         reason, own = choice.reason + _THROUGH_WEIGHTS, choice.own + work
-        return replace(choice, route=self, reason=reason, own=own, held=held)
+        return replace(choice, route=self, reason=reason, own=own, held=held + choice.held)
 
     def shrink(self) -> bool:
         return self.route.shrink()

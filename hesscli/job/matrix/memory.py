@@ -50,17 +50,17 @@ class Memory:
         device, upper = self.plan.problem.device, _upper(block) * self.itemsize
         if device.type == "cuda" and upper <= _SHARE * free_memory(device):
             return device
-        needed = self.process + self._kept_beside(block) + upper
+        needed = self.process + self.kept_beside(block) + upper
         return torch.device("cpu") if needed <= self.limit else None
 
-    def _kept_beside(self, block: Block) -> int:
+    def kept_beside(self, block: Block) -> int:
         """Bytes that the first route of a block keeps beside it."""
         return self.plan.choices[block.name][0].held * self.itemsize
 
     def band(self, block: Block) -> int:
         """How many numbers of a large block are computed at once."""
         # One is computed, one is written, and parts of it are turned.
-        room = (self.limit - self.process - self._kept_beside(block)) // (3 * self.itemsize)
+        room = (self.limit - self.process - self.kept_beside(block)) // (3 * self.itemsize)
         return max(block.size, min(LONG_BAND if block.size > LONG else BAND, room))
 
     def needed(self) -> int:
@@ -70,7 +70,7 @@ class Memory:
             device = self._with_room(block)
             if device is None or device.type == "cpu":
                 held[block] = _upper(block) if device else 3 * self.band(block)
-        taken = (n * self.itemsize + self._kept_beside(block) for block, n in held.items())
+        taken = (n * self.itemsize + self.kept_beside(block) for block, n in held.items())
         return max(taken, default=0) + self.process
 
 

@@ -44,7 +44,12 @@ def _named(plan: Plan) -> str:
 
 
 def _with_less_memory(plan: Plan, needed: int) -> str:
-    """The option with which the memory is enough: blocks of which the largest fits; or else more of it."""
+    """The option with which the memory is enough: smaller batches, blocks of which the largest fits, or more of it."""
+    kept = max(map(plan.memory.kept_beside, plan.blocks))
+    left = plan.memory.limit - needed + kept
+    samples = len(plan.problem.batches[0])
+    if plan.problem.separable and samples * left >= kept > 0:  # it grows with the samples
+        return f"--batch-size {samples * left // kept}"
     most = max(block.entries(plan.diagonal) for block in plan.blocks) * plan.problem.dtype.itemsize
     room = min(plan.memory.limit - plan.memory.process, most - 1)
     fitting = _blocks(plan, lambda sizes: max(sizes) <= room)

@@ -1,0 +1,59 @@
+"""What the plan counts of the memory that passes take, and what is done where it is not there."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hesscli.job.setup import batches
+
+
+def saved(folder: Path, module: nn.Module, samples: int, targets: np.ndarray) -> tuple[Path, Path]:
+    """A model of two inputs, traced, and its data."""
+    x = torch.randn(samples, 2, generator=torch.Generator().manual_seed(0))
+    torch.jit.trace(module.eval(), x).save(folder / "net.pt")
+    np.savez(folder / "data.npz", x=x.numpy(), y=targets)
+    return folder / "net.pt", folder / "data.npz"
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> tuple[Path, Path]:
+    """Its pass keeps 16 MiB in the largest tensor."""
+    module = nn.Sequential(nn.Linear(2, 512), nn.Tanh(), nn.Linear(512, 1))
+    return saved(tmp_path, module, 8192, np.zeros((8192, 1), np.float32))
+
+
+def test_the_graph_of_each_thread_is_counted(cli, wide, two_threads):
+    """It takes four times what a pass keeps, here the output of tanh at least."""
+    words = ("compute", *wide, "-b", "elements", "--batch-size", 8192, "--dry-run", "--json")
+    two = cli(*words).document["total"]["memory"]
+    torch.set_num_threads(1)
+    one = cli(*words).document["total"]["memory"]
+    assert 4 * (16 << 20) <= two - one < 5 * (16 << 20)
+
+
+def test_with_less_memory_batches_are_smaller(cli, wide, monkeypatch):
+    """What passes take shrinks with what is free, and with what is given."""
+    words = ("compute", *wide, "-b", "elements", "--dry-run", "--json")
+    much = cli(*words).document["total"]["memory"]
+    given = cli(*words, "--memory", "400MB").document["total"]["memory"]
+    monkeypatch.setattr(batches, "free_memory", lambda _: 400 * 10**6 - batches.PROCESS)
+    free = cli(*words).document["total"]["memory"]
+    assert free == given <= 400e6 < much
+
+
+def test_what_all_classes_hold_is_counted(cli, tmp_path):
+    """512 gradients of 16 hidden values in each of 4096 samples: 134 MB. With batches as told, there is room."""
+    module = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 512))
+    net = saved(tmp_path, module, 4096, np.arange(4096) % 512)
+    words = ("compute", *net, "-b", "elements", "-p", "0.weight", "--method", "gauss-newton")
+    ran = cli(*words, "--memory", "350MB")
+    assert "of memory" in ran.fails(6)
+    assert "--batch-size" in ran.hint
+    again = cli(*shlex.split(ran.hint)[1:], "--dry-run", "--json").document["total"]["memory"]
+    assert again <= 350e6
