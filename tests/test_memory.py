@@ -57,3 +57,15 @@ def test_what_all_classes_hold_is_counted(cli, tmp_path):
     assert "--batch-size" in ran.hint
     again = cli(*shlex.split(ran.hint)[1:], "--dry-run", "--json").document["total"]["memory"]
     assert again <= 350e6
+
+
+def test_graphs_of_second_derivatives_are_counted_where_there_are_any(cli, tmp_path):
+    """Classes take none."""
+    module = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, 2))
+    net = saved(tmp_path, module, 8192, np.arange(8192) % 2)
+    words = ("compute", *net, "-b", "elements", "-p", "0.bias", "--dry-run", "--json")
+    by_rows, by_classes = (
+        cli(*words, "--method", method).document["total"]["memory"]
+        for method in ("hvp", "gauss-newton")
+    )
+    assert by_rows - by_classes > 64 << 20

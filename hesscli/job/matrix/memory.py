@@ -10,6 +10,7 @@ import torch
 
 from hesscli.files.resources import available_memory
 from hesscli.hessian.blocks import Block
+from hesscli.hessian.words import HVP, PREACTIVATION
 from hesscli.job.setup.batches import PROCESS, free_memory
 from hesscli.job.setup.team import ranks_here
 
@@ -36,10 +37,15 @@ class Memory:
         free = PROCESS + int(_SHARE * available_memory()) // ranks_here()
         self.limit = plan.options.memory or free
         numbers = sum(math.prod(shape) for shape in plan.shapes.values())
-        on_host = plan.problem.device.type == "cpu"
-        passes = plan.cut_bytes + (plan.opened.passes.bytes if on_host else 0)
-        self.process = PROCESS + passes + 24 * numbers
+        self.process = PROCESS + plan.cut_bytes + self._of_passes() + 24 * numbers
         self.itemsize = plan.problem.dtype.itemsize
+
+    def _of_passes(self) -> int:
+        """Bytes of graphs that are differentiated again, if the first route of any block has them, and of rows."""
+        first = self.plan.first_choices(self.plan.blocks)
+        twice = any(choice.method in (HVP, PREACTIVATION) for choice in first)
+        on_host = self.plan.problem.device.type == "cpu"
+        return self.plan.opened.passes.bytes if twice and on_host else 0
 
     def held_on(self, block: Block) -> torch.device | None:
         """The device that holds the upper half of a large block until it is written; None where others write too."""
