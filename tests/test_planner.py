@@ -149,6 +149,31 @@ def test_a_wider_batch_costs_more_and_a_faster_machine_takes_less() -> None:
     assert many.seconds(slow) == pytest.approx(10 * many.seconds(fast))
 
 
+def test_what_cannot_be_batched_takes_its_time_in_each_row() -> None:
+    """As the derivative of GELU, for which PyTorch has no rule; it has one for that of a sigmoid."""
+    seconds, rows = {}, {}
+    for act in (nn.GELU(), nn.Sigmoid()):
+        problem = classify(
+            nn.Sequential(nn.Linear(20, 30), act, nn.Linear(30, 5)), 2, 20, classes=5
+        )
+        planner, block = planner_of(problem), blocks_of(problem, "full")[0]
+        work = planner.forced(block, False, "hvp")[0].work
+        name = type(act).__name__
+        seconds[name], rows[name] = work.seconds(Rates(1e30, 1e30, 1.0)) - work.calls, block.size
+    assert seconds["Sigmoid"] == 0
+    assert seconds["GELU"] > rows["GELU"]
+
+
+def test_few_samples_go_along_neurons() -> None:
+    """Rows by products would take ten times as long: each makes the calls of two GELUs for itself."""
+    net = nn.Sequential(
+        nn.Linear(40, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10)
+    )
+    chosen = plan(classify(net, 2, 40), "block_diagonal")
+    assert str(chosen["0.weight"]) == "preactivation (64 seeds)"
+    assert str(chosen["2.weight"]) == "preactivation (64 seeds)"
+
+
 def test_what_is_added_moves_through_memory_and_views_do_not() -> None:
     class Flow(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

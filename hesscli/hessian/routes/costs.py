@@ -11,8 +11,10 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+import torch
 
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.proofs.uses import CONVOLUTION, LINEAR, Use
@@ -25,14 +27,15 @@ from hesscli.hessian.routes.rates import Rates
 
 @dataclass(frozen=True)
 class Work:
-    """An amount of work."""
+    """An amount of work; `loops` are calls that each row of a batched pass makes for itself."""
 
     flops: float = 0.0
     bytes: float = 0.0
     calls: float = 0.0
+    loops: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.bytes + other.bytes, self.calls + other.calls)
+        return _sum((self, other))
 
     def times(self, factor: float, calls: float | None = None) -> Work:
         """This work so many times; the calls, where batched, only `calls` times."""
@@ -40,10 +43,12 @@ class Work:
             self.flops * factor,
             self.bytes * factor,
             self.calls * (factor if calls is None else calls),
+            self.loops * factor,
         )
 
     def seconds(self, rates: Rates) -> float:
-        return self.flops / rates.flops + self.bytes / rates.memory + self.calls * rates.call
+        called = (self.calls + self.loops) * rates.call
+        return self.flops / rates.flops + self.bytes / rates.memory + called
 
 
 PASSES = 4.0
@@ -62,6 +67,12 @@ _THROUGH = 200
 _ON_ITS_WAY = 2
 """Values as large as the largest that are held while a gradient goes from one to the next."""
 
+_LOOPED = 0.08
+"""Calls' worth of time of an operator in each row of a pass, where its derivative cannot be batched."""
+
+_LOOPED_MORE = {"gelu": 0.45, "convolution": 1.7}
+"""The same of those whose second derivative takes several such steps."""
+
 _LOSS = 4.0
 """Elementwise operators in a loss: a softmax's exponential, sum, quotient and logarithm."""
 
@@ -72,8 +83,8 @@ class Costs:
     def __init__(self, tape: Tape, itemsize: int, chunk: int, rates: Rates) -> None:
         self.tape, self.itemsize, self.chunk, self.rates = tape, itemsize, chunk, rates
         self._each = [self._work(call) for call in tape.calls]
-        amounts = [(work.flops, work.bytes, work.calls) for work in self._each]
-        self._amounts = np.array(amounts, np.float64).reshape(-1, 3)
+        amounts = [(work.flops, work.bytes, work.calls, work.loops) for work in self._each]
+        self._amounts = np.array(amounts, np.float64).reshape(-1, 4)
         self._after: dict[tuple[int, ...], Work] = {}
         output = tape.shapes[tape.output]
         self.samples = output[0] if output else 1
@@ -190,7 +201,8 @@ class Costs:
         )
         if neurons is None:
             rows = 2 * (made.size + block.size) + PASSES * block.size
-            assembly = self._moved(3 * _UNCACHED * (made.size + block.size) ** 2)
+            # It is mirrored, put in order, and pulled back from both sides.
+            assembly = self._moved(4 * _UNCACHED * (made.size + block.size) ** 2)
         else:
             use = neurons.use
             rows = 4 * use.m + PASSES * neurons.entries.shape[1]
@@ -213,7 +225,7 @@ class Costs:
     def _work(self, call: Call) -> Work:
         size = sum(self.tape.shapes[n].numel() for n in call.makes)
         moved = 0 if call.is_view else 2 * size * self.itemsize
-        return Work(self._flops(call, size), moved, 1)
+        return Work(self._flops(call, size), moved, 1, _loops(call.name))
 
     def _flops(self, call: Call, size: int) -> float:
         shapes = [self.tape.shapes[a.value] for a in call.arguments if isinstance(a, Ref)]
@@ -226,8 +238,21 @@ class Costs:
         return 0.0
 
 
+@cache
+def _loops(name: str) -> float:
+    """Calls' worth of time in each row of a pass: none, unless PyTorch has no rule to batch the derivative."""
+    backward = f"{name}_backward"
+    if not hasattr(torch.ops.aten, backward):  # made of other operators
+        return 0.0
+    has_kernel = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", None)
+    if has_kernel is None or has_kernel(f"aten::{backward}", "Batched"):
+        return 0.0
+    return _LOOPED_MORE.get(name, _LOOPED)
+
+
 def _sum(works: Iterable[Work]) -> Work:
-    flops = moved = calls = 0.0
+    flops = moved = calls = loops = 0.0
     for work in works:
         flops, moved, calls = flops + work.flops, moved + work.bytes, calls + work.calls
-    return Work(flops, moved, calls)
+        loops += work.loops
+    return Work(flops, moved, calls, loops)
