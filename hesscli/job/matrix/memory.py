@@ -37,6 +37,7 @@ class Memory:
         free = PROCESS + int(_SHARE * available_memory()) // ranks_here()
         self.limit = plan.options.memory or free
         numbers = sum(math.prod(shape) for shape in plan.shapes.values())
+        self.on_host = plan.problem.device.type == "cpu"  # that passes are
         self.process = PROCESS + plan.cut_bytes + self._of_passes() + 24 * numbers
         self.itemsize = plan.problem.dtype.itemsize
 
@@ -44,8 +45,7 @@ class Memory:
         """Bytes of graphs that are differentiated again, if the first route of any block has them, and of rows."""
         first = self.plan.first_choices(self.plan.blocks)
         twice = any(choice.method in (HVP, PREACTIVATION) for choice in first)
-        on_host = self.plan.problem.device.type == "cpu"
-        return self.plan.opened.passes.bytes if twice and on_host else 0
+        return self.plan.opened.passes.bytes if twice and self.on_host else 0
 
     def held_on(self, block: Block) -> torch.device | None:
         """The device that holds the upper half of a large block until it is written; None where others write too."""
@@ -60,8 +60,8 @@ class Memory:
         return torch.device("cpu") if needed <= self.limit else None
 
     def kept_beside(self, block: Block) -> int:
-        """Bytes that the first route of a block keeps beside it."""
-        return self.plan.choices[block.name][0].held * self.itemsize
+        """Bytes of the host's memory that the first route of a block keeps beside it."""
+        return self.on_host * self.plan.choices[block.name][0].held * self.itemsize
 
     def band(self, block: Block) -> int:
         """How many numbers of a large block are computed at once."""
