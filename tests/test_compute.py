@@ -865,7 +865,7 @@ def test_what_would_not_fit(cli, tmp_path, monkeypatch, resource, kind):
 )
 def test_the_blocks_that_fit(cli, mlp, monkeypatch, least, fitting):
     """Where there is a byte too few for some: in the memory the largest block counts, on the disk all of them."""
-    command = ("compute", *mlp, *CE, "-b", "full", "-f")
+    command = ("compute", *mlp, *CE, "-b", "full", "-f", "--batch-size", 1)
     plans = {
         blocks: cli(*command, "-b", blocks, "--dry-run", "--json").document["total"]
         for blocks in ("full", least)
