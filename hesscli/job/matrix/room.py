@@ -1,15 +1,13 @@
-"""Whether there is room for the result of a plan; if not, the command that would fit."""
+"""Whether memory and disk are enough for a plan."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import replace
 
-from hesscli.errors import ResourceError
+from hesscli.errors import NumericalError, ResourceError
 from hesscli.files.hessians.result_names import partial_paths
 from hesscli.files.resources import disk_used, free_disk
-from hesscli.hessian.blocks import partition
-from hesscli.hessian.words import STRUCTURES
 from hesscli.job.matrix.planning import Plan
 from hesscli.job.setup.batches import PROCESS
 from hesscli.job.sizes import size
@@ -19,22 +17,28 @@ def require_room(plan: Plan) -> None:
     """Refuses what memory or disk cannot hold.
 
     Raises:
-        ResourceError: with the command that would fit.
+        ResourceError: with the option that would fit.
     """
-    output, needed, limit = plan.options.output, plan.memory.needed(), plan.memory.limit
+    needed, limit, free = plan.memory.needed(), plan.memory.limit, _free(plan)
     if needed > limit:
         raise ResourceError(
             f"{_named(plan)} needs {size(needed)} of memory, {size(limit)} may be used",
-            _with_less_memory(plan, needed),
+            _smaller_batches(plan, needed) or _finer_blocks(plan) or _more_memory(needed),
         )
-    if output is None:
-        return
-    free = free_disk(output.parent) + sum(map(disk_used, partial_paths(output)))
     if plan.bytes > free:
+        where = plan.options.output.parent if plan.options.output else ""
         raise ResourceError(
-            f"{_named(plan)} needs {size(plan.bytes)} of disk, {size(free)} is free in {output.parent}",
-            _blocks(plan, lambda sizes: sum(sizes) < free) or "-o elsewhere.safetensors",
+            f"{_named(plan)} needs {size(plan.bytes)} of disk, {size(int(free))} is free in {where}",
+            _finer_blocks(plan) or "-o elsewhere.safetensors",
         )
+
+
+def _free(plan: Plan) -> float:
+    """Bytes of the disk that the result may take."""
+    output = plan.options.output
+    if output is None:
+        return math.inf
+    return free_disk(output.parent) + sum(map(disk_used, partial_paths(output)))
 
 
 def _named(plan: Plan) -> str:
@@ -43,28 +47,29 @@ def _named(plan: Plan) -> str:
     return plan.structure + ("" if plan.diagonal else f" (its largest block is {rows} x {rows})")
 
 
-def _with_less_memory(plan: Plan, needed: int) -> str:
-    """The option with which the memory is enough: smaller batches, blocks of which the largest fits, or more of it."""
+def _smaller_batches(plan: Plan, needed: int) -> str | None:
+    """The batches that fit, if it is they that take the memory."""
     kept = max(map(plan.memory.kept_beside, plan.blocks))
     left = plan.memory.limit - needed + kept
     samples = len(plan.problem.batches[0])
     if plan.problem.separable and samples * left >= kept > 0:  # it grows with the samples
         return f"--batch-size {samples * left // kept}"
-    most = max(block.entries(plan.diagonal) for block in plan.blocks) * plan.problem.dtype.itemsize
-    room = min(plan.memory.limit - plan.memory.process, most - 1)
-    fitting = _blocks(plan, lambda sizes: max(sizes) <= room)
-    if fitting:
-        return fitting
-    # With more of it passes take more: up to three eighths.
-    enough = PROCESS + 8 * (needed - PROCESS) / 5
-    return f"--memory {math.ceil(enough / 1e6)}MB"
+    return None
 
 
-def _blocks(plan: Plan, fit: Callable[[list[int]], bool]) -> str | None:
-    """The first `--blocks` whose bytes fit, block by block."""
+def _finer_blocks(plan: Plan) -> str | None:
+    """The first blocks that fit."""
     for option in ("module", "diag", "elements"):
-        blocks = partition(plan.shapes, STRUCTURES[option])
-        entries = [block.entries(option == "elements") for block in blocks]
-        if fit([count * plan.problem.dtype.itemsize for count in entries]):
+        try:
+            finer = Plan(replace(plan.options, blocks=option), plan.opened, plan.divided)
+        except NumericalError:  # by the method that is asked for
+            continue
+        fits = finer.memory.needed() <= finer.memory.limit and finer.bytes <= _free(finer)
+        if fits and finer.bytes < plan.bytes:
             return f"--blocks {option}"
     return None
+
+
+def _more_memory(needed: int) -> str:
+    # With more of it passes take more: up to three eighths.
+    return f"--memory {math.ceil((PROCESS + 8 * (needed - PROCESS) / 5) / 1e6)}MB"
