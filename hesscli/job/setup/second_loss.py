@@ -48,9 +48,7 @@ def demand_no_other(problem: Problem, source: Source, signature: CallSignature, 
         raise
     except MismatchError:  # it makes none; or what is wrong, the first pass of all says, too
         return
-    if len(twice) < 2 or not torch.equal(
-        *twice
-    ):  # of dropout that is on the first pass of all speaks
+    if len(twice) < 2 or not torch.equal(*twice):  # dropout is on, of which the first pass tells
         return
     own = twice[0]
     if not torch.isclose(own, inferred.to(own.dtype), _ROUNDING, 0, True):
