@@ -424,6 +424,16 @@ def test_a_diagonal_of_a_gradient_of_no_function_passes():
         assert not judge(certificate, block, torch.tensor(wrong, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_asymmetry_is_found_whether_or_not_products_are_those_of_gradients(factor):
+    problem = problem_of(Unsymmetric(), [torch.ones(1, 1)], None, "output")
+    (block,) = blocks_of(problem, "elements")
+    certificate = Certificate(problem, torch.float64, 0)
+    products = factor * torch.tensor([[2.0, 0.0], [1.0, 2.0]], dtype=torch.float64)
+    assert not certificate.passed(certificate.asymmetry(block, lambda v: products @ v))
+    assert certificate.passed(certificate.asymmetry(block, lambda v: (products + products.T) @ v))
+
+
 def test_the_parameters_are_left_as_they_were():
     problem = problem_of_case(BY_NAME["mlp-tanh"])
     before = {name: p.detach().clone() for name, p in problem.parameters.items()}

@@ -137,6 +137,11 @@ class Certificate:
             return ProductError(error, 0.0)
         return ProductError(error, self._asymmetry(block, multiply, v, product))
 
+    def asymmetry(self, block: Block, multiply: Multiply) -> float:
+        """How asymmetric products are that are differences of gradients themselves, as these here."""
+        v = self.direction(block)
+        return self._asymmetry(block, multiply, v, multiply(v).to(v.dtype))
+
     def _along_direction(self, block: Block, multiply: Multiply) -> tuple[float, Tensor, Tensor]:
         """The relative error of a product, the direction v, and the product."""
         v = self.direction(block)

@@ -167,5 +167,5 @@ def _error(ranking: Ranking, certificate: Certificate, values: Tensor) -> float:
         error = max(error, *certificate.product(block, partial(route.product, block)))
     if route.method == FINITE_DIFFERENCE and certificate.passed(error):
         differences = Differences(certificate.problem.restricted(block.parameters))
-        error = max(error, certificate.product(block, differences).asymmetry)
+        error = max(error, certificate.asymmetry(block, differences))
     return error
