@@ -63,11 +63,13 @@ def guest(explain: Explain) -> Iterator[None]:
         _inside.with_gradients = before
 
 
+def may_compile() -> bool:
+    """Whether `torch.compile` may be at work: where it is not imported, which takes seconds, nothing is compiled."""
+    return "torch._dynamo.eval_frame" in sys.modules
+
+
 def _uncompiled() -> AbstractContextManager[object]:
-    # Where that is not imported, which takes seconds, nothing is compiled.
-    if "torch._dynamo.eval_frame" not in sys.modules:
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    return torch.compiler.set_stance("force_eager") if may_compile() else nullcontext()
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def pick_output(
         if isinstance(result, Tensor):
             raise MismatchError(f"the model's output is one tensor, without a part {key!r}")
         raise MismatchError(f"the model's output has no tensor {key!r}; it holds: {found}")
-    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    tensors = tensors_of(result)
     if len(tensors) == 1:
         return next(iter(tensors.values()))
     if preferred in tensors:
@@ -62,6 +62,12 @@ def entries_of(result: object) -> dict[str, object]:
     if dataclasses.is_dataclass(result):
         return {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     return {}
+
+
+def tensors_of(result: object) -> dict[str, Tensor]:
+    """The tensors among these."""
+    entries = entries_of(result).items()
+    return {name: value for name, value in entries if isinstance(value, Tensor)}
 
 
 def described(result: object) -> str:

@@ -23,13 +23,13 @@ def require_room(plan: Plan) -> None:
     if needed > limit:
         raise ResourceError(
             f"{_named(plan)} needs {size(needed)} of memory, {size(limit)} may be used",
-            _smaller_batches(plan, needed) or _finer_blocks(plan) or _more_memory(needed),
+            _smaller_batches(plan, needed) or _finer_blocks(plan, free) or _more_memory(needed),
         )
     if plan.bytes > free:
         where = plan.options.output.parent if plan.options.output else ""
         raise ResourceError(
             f"{_named(plan)} needs {size(plan.bytes)} of disk, {size(int(free))} is free in {where}",
-            _finer_blocks(plan) or "-o elsewhere.safetensors",
+            _finer_blocks(plan, free) or "-o elsewhere.safetensors",
         )
 
 
@@ -57,14 +57,14 @@ def _smaller_batches(plan: Plan, needed: int) -> str | None:
     return None
 
 
-def _finer_blocks(plan: Plan) -> str | None:
-    """The first blocks that fit."""
+def _finer_blocks(plan: Plan, free: float) -> str | None:
+    """The first blocks that fit into the memory, and into so many bytes of the disk."""
     for option in ("module", "diag", "elements"):
         try:
             finer = Plan(replace(plan.options, blocks=option), plan.opened, plan.divided)
         except NumericalError:  # by the method that is asked for
             continue
-        fits = finer.memory.needed() <= finer.memory.limit and finer.bytes <= _free(finer)
+        fits = finer.memory.needed() <= finer.memory.limit and finer.bytes <= free
         if fits and finer.bytes < plan.bytes:
             return f"--blocks {option}"
     return None

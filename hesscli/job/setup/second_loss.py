@@ -10,7 +10,7 @@ from torch import Tensor
 from hesscli.errors import DeviceMismatchError, MismatchError
 from hesscli.files.models.call_signature import CallSignature
 from hesscli.hessian.objective.batch import Batch
-from hesscli.hessian.objective.outputs import entries_of
+from hesscli.hessian.objective.outputs import tensors_of
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.setup.source import Source
 
@@ -61,8 +61,7 @@ def demand_no_other(problem: Problem, source: Source, signature: CallSignature, 
 
 def _one_number(returned: object) -> Tensor | None:
     """What may be a loss in what a model returns: the entry of that name, or the only number."""
-    entries = {"loss": returned} if isinstance(returned, Tensor) else entries_of(returned)
-    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
-    named = [value for name, value in tensors.items() if name == "loss"]
-    numbers = [value for value in named or tensors.values() if not value.dim()]
+    tensors = {"loss": returned} if isinstance(returned, Tensor) else tensors_of(returned)
+    candidates = [tensors["loss"]] if "loss" in tensors else tensors.values()
+    numbers = [value for value in candidates if not value.dim()]
     return numbers[0] if len(numbers) == 1 else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -15,6 +14,7 @@ import torch
 from torch.autograd import Function
 
 from hesscli.hessian.aten.custom_functions import apply_in_python, set_apply
+from hesscli.hessian.guests import may_compile
 from hesscli.job.options import ProblemOptions
 
 Arguments = ParamSpec("Arguments")
@@ -50,10 +50,7 @@ def as_written(function: Callable[Arguments, Value]) -> Callable[Arguments, Valu
 
     @wraps(function)
     def called(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Value:
-        # Where that is not imported, which takes seconds, nothing is compiled.
-        if "torch._dynamo.eval_frame" not in sys.modules:
-            return function(*args, **kwargs)
-        made: Callable[Arguments, Value] = torch.compiler.disable(function)
+        made = torch.compiler.disable(function) if may_compile() else function
         return made(*args, **kwargs)
 
     return called
