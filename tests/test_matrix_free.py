@@ -26,6 +26,7 @@ from hesscli.cli.density import lengths
 from hesscli.errors import UsageError
 from hesscli.hessian.differences.check import Certificate
 from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.workers import workers
 from hesscli.job import model_eigen
 from hesscli.job.setup import batches
 
@@ -97,12 +98,29 @@ def test_float32_and_batches(cli):
 
 def test_each_thread_gets_batches(cli, two_threads, monkeypatch):
     words = ("eigen", *MLP, "--top", "3", "--dtype", "float64", "--device", "cpu", "--json")
-    monkeypatch.setattr(batches, "_WORTH", 1 << 10)
     several = cli(*words).document
-    monkeypatch.setattr(batches, "_WORTH", 1 << 30)
-    whole = cli(*words).document
+    whole = cli(*words, "--threads", 1).document
     assert several["eigenvalues"] == pytest.approx(whole["eigenvalues"], rel=1e-12)
     assert several["eigenvalues"] != whole["eigenvalues"]  # summed in another order
+
+
+@pytest.mark.parametrize(
+    ("samples", "threads", "saved", "count"),
+    [
+        (64, 2, 0.1, 2),
+        (64, 2, 1.9, 2),
+        (64, 2, 2.1, 4),  # of three, one thread would work on two, and the other would wait
+        (64, 1, 2.1, 3),
+        (100, 16, 0.1, 15),  # of 7 samples at most
+        (8, 16, 0.1, 1),  # the threads share what is in it
+    ],
+)
+def test_all_threads_get_as_many_batches(monkeypatch, samples, threads, saved, count):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    enough = 1 << 20
+    batch = batches._for_threads(samples, int(saved * enough) // samples, enough)
+    assert -(-samples // batch) == count
+    assert workers(torch.device("cpu"), count) == min(threads, count)
 
 
 def test_vectors_in_a_file(cli, tmp_path):

@@ -24,9 +24,9 @@ _SHARE = 0.7  # of the time that one graph takes; measured: 0.36 to 0.75
 
 
 def workers(device: torch.device, pieces: int) -> int:
-    """How many threads so many pieces are worth."""
+    """How many threads so many pieces are worth: all, or as many as there are pieces, if that is more than half."""
     threads = torch.get_num_threads()
-    return threads if device.type == "cpu" and pieces >= threads else 1
+    return min(threads, pieces) if device.type == "cpu" and 2 * pieces > threads else 1
 
 
 def graphs_for(device: torch.device, rows: int, most: int = ABREAST) -> int:
@@ -38,8 +38,8 @@ def graphs_for(device: torch.device, rows: int, most: int = ABREAST) -> int:
     layer and of attention took 1.5 times as long. Nor are two threads much sooner through one graph: each of its nodes
     serves one at a time.
     """
-    threads = workers(device, rows // _FEWEST)
-    return threads if threads == ABREAST <= most else 1
+    two = torch.get_num_threads() == ABREAST <= most
+    return workers(device, rows // _FEWEST) if two else 1
 
 
 def share_of_time(graphs: int) -> float:

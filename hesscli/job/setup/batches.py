@@ -21,7 +21,7 @@ from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES
 from hesscli.hessian.objective.problem import Problem, parameters_at
 from hesscli.hessian.objective.saved import saved_sizes
 from hesscli.hessian.objective.weight_writes import weight_writes
-from hesscli.hessian.workers import graphs_for
+from hesscli.hessian.workers import graphs_for, workers
 from hesscli.job.setup.mixing import what_mixes, what_mixes_in_place
 from hesscli.job.setup.own_loss import inspect_loss
 from hesscli.job.setup.processes import Processes
@@ -29,9 +29,7 @@ from hesscli.job.setup.source import Source
 from hesscli.job.setup.team import ranks_here
 
 PROCESS = 256 << 20  # bytes that a process takes before it has any batch
-_EACH = 2  # batches per thread, where they are worked on side by side
-_WORTH = 1 << 21  # bytes that a batch's pass keeps at least
-_ENOUGH = 1 << 23  # and at most; or half of the parameters' bytes, if that is more
+_ENOUGH = 1 << 23  # bytes that a pass of a batch keeps at most; or half of the parameters, if more
 
 
 def in_batches(
@@ -50,7 +48,7 @@ def in_batches(
         batch_size: samples per batch, if asked for.
         note: hears what is made of the data.
         processes: that share the batches; there is at least one for each, where that can be, and if threads work on
-            them side by side, a few for each thread, unless they would be small.
+            them side by side, as many for each thread.
         memory: bytes of the host's that the process may use; None for what is free.
 
     Returns:
@@ -172,14 +170,13 @@ def _free(problem: Problem, processes: Processes, memory: int | None) -> int:
 
 
 def _for_threads(samples: int, saved: int, enough: int) -> int:
-    """Samples per batch, so that each thread has some batches, and what all threads hold at once stays small.
+    """Samples per batch, so that all threads have as many batches, and what they hold at once stays small.
 
     `saved` bytes of a sample's forward pass are kept, and `enough` are of a batch's.
     """
-    threads = torch.get_num_threads()
-    few = min(_EACH * threads, samples * saved // _WORTH) if threads > 1 else 1
-    many = -(-samples * saved // (enough * threads)) * threads
-    return -(-samples // max(1, few, many))
+    threads = workers(torch.device("cpu"), samples)
+    each = max(1, -(-samples * saved // (enough * threads)))
+    return -(-samples // (each * threads))
 
 
 def _bounds(source: Source, batch: int, shares: int) -> list[int]:
