@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hesscli.hessian.chunk_sizes import ChunkSizes
+from hesscli.hessian.routes import preactivation
+from hesscli.hessian.routes.probes import Probed
 from hesscli.job.setup import batches
 
 
@@ -69,3 +74,36 @@ def test_graphs_of_second_derivatives_are_counted_where_there_are_any(cli, tmp_p
         for method in ("hvp", "gauss-newton")
     )
     assert by_rows - by_classes > 64 << 20
+
+
+class Twice(nn.Module):
+    """What is no chain of operators."""
+
+    def __init__(self, wide: nn.Module) -> None:
+        super().__init__()
+        self.wide = wide
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wide(x) * self.wide(-x)
+
+
+@pytest.mark.parametrize("blocks", ["diag", "elements"])
+def test_few_directions_go_at_once_where_large_values_are_behind(
+    cli, tmp_path, monkeypatch, blocks
+):
+    """Along each of 4 neurons, 64 samples meet 5 x 512 values: two of them make all that there is room for."""
+    chunks: list[int] = []
+
+    def along(self: Probed, delta: Tensor, inputs: Sequence[Tensor], seeds: Tensor) -> Any:
+        chunks.append(len(seeds))
+        return known(self, delta, inputs, seeds)
+
+    known, room = Probed.along, ChunkSizes(directions=2 * 64 * 2600)
+    monkeypatch.setattr(Probed, "along", along)
+    monkeypatch.setattr(preactivation, "chunk_sizes", lambda _: room)
+    wide = nn.Sequential(nn.Linear(4, 512), nn.GELU())
+    module = nn.Sequential(nn.Linear(2, 4), nn.GELU(), Twice(wide), nn.Linear(512, 1))
+    net = saved(tmp_path, module, 64, np.zeros((64, 1), np.float32))
+    words = ("-b", blocks, "-p", "0.weight", "--method", "preactivation", "--dtype", "float64")
+    assert cli("compute", *net, *words).code == 0
+    assert set(chunks) == {2}
