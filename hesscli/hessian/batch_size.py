@@ -14,14 +14,6 @@ _ROWS = 16  # per chunk, however large they are
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How much goes through the model in one pass."""
-
-    batch: int  # samples
-    checked: int  # samples, where a gradient in float64 is all that is taken
-
-
-@dataclass(frozen=True)
 class Passes:
     """What is held of a batch for its second derivatives.
 
@@ -48,8 +40,8 @@ def choose_sizes(
     memory: int,
     usual: ChunkSizes,
     rows: int,
-) -> Sizes:
-    """Samples per batch that keep within the workspace.
+) -> tuple[int, int]:
+    """Samples per batch that keep within the workspace; and where a gradient in float64 is all that is taken.
 
     Args:
         samples: how many there are.
@@ -64,7 +56,7 @@ def choose_sizes(
     batch = max(1, min(samples, usual.samples, workspace // (per_sample * rows)))
     wide = max(1, saved_per_sample * _WIDE // itemsize)
     checked = max(1, min(samples, usual.samples, workspace // (_CHECKED * wide)))
-    return Sizes(batch, checked)
+    return batch, checked
 
 
 def choose_passes(

@@ -38,15 +38,8 @@ class Block:
 
 
 def select(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """The names that match any of the glob patterns (all, if none is positive) and no pattern after a `!`."""
-    wanted = [p for p in patterns if not p.startswith("!")]
-    unwanted = [p[1:] for p in patterns if p.startswith("!")]
-    return [
-        name
-        for name in names
-        if (not wanted or any(fnmatchcase(name, p) for p in wanted))
-        and not any(fnmatchcase(name, p) for p in unwanted)
-    ]
+    """The names that match any of the glob patterns."""
+    return [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
 
 
 def _module(parameter: str) -> str:

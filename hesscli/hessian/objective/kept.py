@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 Restore = Callable[[], None]
+_Slot = tuple[Any, object, object]  # a descriptor of a slot, whose it is, and what was in it
 Held = tuple[Iterable[object], Restore | None]
 """What an object holds, and what gives it back that; None for what cannot change."""
 
@@ -33,6 +34,7 @@ _MOST = 1000  # objects besides those of modules: behind a logger, say, there is
 _OF_A_MODULE = 50  # containers that any module has, and more
 _HEAP_TYPE = 1 << 9  # a flag of types that Python code has made: others cannot be written to
 _MISSING = object()
+_CELL: Any = vars(CellType)["cell_contents"]
 _CACHED = type(lru_cache(lambda: None))
 _LIBRARIES = ("torch", "hesscli", "weakref", "builtins")
 _INSTALLED = tuple(
@@ -96,14 +98,14 @@ def _of_object(each: object) -> Held:
         for slot in vars(base).values()
         if isinstance(slot, MemberDescriptorType)
     ]
-    before = [(slot, _in_slot(slot, each)) for slot in slots]
-    held = (kind, _attributes(each), *(value for _, value in before))
+    before = [(slot, each, _in_slot(slot, each)) for slot in slots]
+    held = (kind, _attributes(each), *(value for *_, value in before))
     return held, partial(_reslot, each, kind, before)
 
 
 def _of_function(function: FunctionType) -> Held:
-    cells = [(cell, _contents(cell)) for cell in function.__closure__ or ()]
-    held = [value for _, value in cells]
+    cells = [(_CELL, cell, _in_slot(_CELL, cell)) for cell in function.__closure__ or ()]
+    held = [value for *_, value in cells]
     if _foreign(function):  # a decorator, perhaps, of one that is not
         return held, None
     names, everywhere = _names(function.__code__), [function.__globals__]
@@ -173,18 +175,11 @@ def _attributes(each: object) -> object:
         return None
 
 
-def _in_slot(slot: MemberDescriptorType, each: object) -> object:
+def _in_slot(slot: Any, each: object) -> object:
     """What is in it, whatever a property of the same name says, or a class that forbids to set it."""
     try:
         return slot.__get__(each)
-    except AttributeError:  # nothing
-        return _MISSING
-
-
-def _contents(cell: CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty
+    except (AttributeError, ValueError):  # nothing; of a cell, it is the other error
         return _MISSING
 
 
@@ -224,12 +219,14 @@ def _reset(kind: type, before: Mapping[str, object]) -> None:
             type.__setattr__(kind, name, value)
 
 
-def _reslot(
-    each: object, kind: type, before: Iterable[tuple[MemberDescriptorType, object]]
-) -> None:
+def _reslot(each: object, kind: type, before: Iterable[_Slot]) -> None:
     if type(each) is not kind:  # a lazy module's, after its first pass
         each.__class__ = kind
-    for slot, value in before:
+    _fill(before)
+
+
+def _fill(slots: Iterable[_Slot]) -> None:
+    for slot, each, value in slots:
         if _in_slot(slot, each) is not value:
             if value is _MISSING:
                 slot.__delete__(each)
@@ -238,8 +235,7 @@ def _reslot(
 
 
 def _rebind(
-    bound: Iterable[tuple[dict[str, object], Mapping[str, object]]],
-    cells: Iterable[tuple[CellType, object]],
+    bound: Iterable[tuple[dict[str, object], Mapping[str, object]]], cells: Iterable[_Slot]
 ) -> None:
     for space, values in bound:
         for name, value in values.items():
@@ -248,9 +244,4 @@ def _rebind(
                     del space[name]
                 else:
                     space[name] = value
-    for cell, value in cells:
-        if _contents(cell) is not value:
-            if value is _MISSING:
-                del cell.cell_contents
-            else:
-                cell.cell_contents = value
+    _fill(cells)

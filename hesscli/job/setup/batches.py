@@ -11,7 +11,7 @@ import torch
 
 from hesscli.errors import MismatchError
 from hesscli.files.resources import available_memory
-from hesscli.hessian.batch_size import PREFERRED_ROWS, Passes, Sizes, choose_passes, choose_sizes
+from hesscli.hessian.batch_size import PREFERRED_ROWS, Passes, choose_passes, choose_sizes
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.objective.batch import Batch, Batches
 from hesscli.hessian.objective.classes import class_axis
@@ -81,12 +81,12 @@ def in_batches(
                 problem = replace(problem, loss=replace(problem.loss, reduced=OF_ALL))
     source = replace(source, fewest=fewest, most=most)
     free = _free(problem, processes, memory)
-    sizes = _sizes(problem, saved, source.samples, processes, free)
-    bounds = _bounds(source, batch_size or sizes.batch, shares)
+    usual, for_gradients = _sizes(problem, saved, source.samples, processes, free)
+    bounds = _bounds(source, batch_size or usual, shares)
     problem, bounds = _taken_apart(problem, source, bounds, room, note, processes)
     checked = bounds
     if problem.separable and batch_size is None:
-        checked = _bounds(source, max(sizes.batch, sizes.checked), shares)
+        checked = _bounds(source, max(usual, for_gradients), shares)
     count = len(bounds) - 1
     if count < shares:
         listed = f"{count} batch" + ("es" if count > 1 else "")
@@ -139,16 +139,18 @@ def _accepted(
     return batch, len(batch), len(batch)
 
 
-def _sizes(problem: Problem, saved: int, samples: int, processes: Processes, free: int) -> Sizes:
-    """The samples of a batch, where `saved` bytes of a sample's forward pass are kept."""
-    size = sum(p.numel() for p in problem.parameters.values())
-    usual = chunk_sizes(problem.device)
-    rows = 1 if processes.side_by_side and problem.device.type == "cuda" else PREFERRED_ROWS
-    sizes = choose_sizes(samples, saved, problem.dtype.itemsize, free, usual, rows)
-    if processes.side_by_side and problem.device.type == "cpu":
-        enough = max(_ENOUGH, size * problem.dtype.itemsize // 2)
-        sizes = replace(sizes, batch=min(sizes.batch, _for_threads(samples, saved, enough)))
-    return sizes
+def _sizes(
+    problem: Problem, saved: int, samples: int, processes: Processes, free: int
+) -> tuple[int, int]:
+    """The samples of a batch, where `saved` bytes of a sample's forward pass are kept; and for gradients alone."""
+    device = problem.device
+    rows = 1 if processes.side_by_side and device.type == "cuda" else PREFERRED_ROWS
+    itemsize = problem.dtype.itemsize
+    batch, checked = choose_sizes(samples, saved, itemsize, free, chunk_sizes(device), rows)
+    if processes.side_by_side and device.type == "cpu":
+        enough = max(_ENOUGH, sum(p.nbytes for p in problem.parameters.values()) // 2)
+        batch = min(batch, _for_threads(samples, saved, enough))
+    return batch, checked
 
 
 def _passes(problem: Problem, saved: int, largest: int, free: int) -> Passes:

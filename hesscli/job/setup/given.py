@@ -164,12 +164,10 @@ def _by_name(data: object) -> Mapping[Any, Any]:
 
 
 def _demand_dense(name: str, tensor: Tensor) -> None:
-    if tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized):
-        return
-    kinds = {"nested": tensor.is_nested, "quantized": tensor.is_quantized}
-    usual = str(tensor.layout).removeprefix("torch.")
-    layout = next((kind for kind, found in kinds.items() if found), usual)
-    raise UsageError(f"data: {name} is {layout}; expected a dense tensor")
+    kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else tensor.layout
+    if kind is not torch.strided:
+        found = str(kind).removeprefix("torch.")
+        raise UsageError(f"data: {name} is {found}; expected a dense tensor")
 
 
 def _several(value: object, values: Iterable[object]) -> bool:

@@ -110,12 +110,10 @@ class ManyProcesses(Processes):
         self.asking = True
         try:
             yield
-        except ProcessLost:
+            self.asking = False
+        except _SAID as error:
+            self.asking = isinstance(error, ProcessLost)  # or else they have heard it too
             raise
-        except _SAID:
-            self.asking = False  # they have heard it too
-            raise
-        self.asking = False
 
     def problem(self, opened: Opened, index: int = 0) -> SharedProblem:
         return SharedProblem.of(opened.problem, self, index)

@@ -30,8 +30,8 @@ def chosen_parameters(
     names = _names(floating)
     named = [p for p in patterns if not p.startswith("!")]
     excluded = [p.removeprefix("!") for p in patterns if p.startswith("!")]
-    left = {n: its for n, its in names.items() if not (excluded and select(its, excluded))}
-    chosen = [name for name, its in left.items() if select(its, named)]
+    left = {n: its for n, its in names.items() if not select(its, excluded)}
+    chosen = [name for name, its in left.items() if not named or select(its, named)]
     frozen = [name for name in chosen if not (named or floating[name].requires_grad)]
     parameters: dict[str, Tensor] = {n: floating[n] for n in chosen if n not in frozen}
     if not chosen:
