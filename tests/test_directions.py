@@ -88,6 +88,6 @@ def test_directions_on_two_threads_are_reckoned_less(two_threads):
     seconds = []
     for threads in (2, 1):
         torch.set_num_threads(threads)
-        choice = planner_of(problem).forced(block, False, "preactivation")[0]
+        choice = planner_of(problem).choices(block, False, "preactivation")[0]
         seconds.append(choice.work.seconds(usual_rates(problem.device)))
     assert seconds[0] < seconds[1]

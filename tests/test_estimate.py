@@ -82,7 +82,7 @@ def test_the_sweep_along_a_chain_is_shared() -> None:
     problem = problem_of(nn.Sequential(*layers), [normal(20, 9)], labels(9, 20), "cross-entropy")
     planner = planner_of(problem)
     chosen = [
-        planner.forced(block, True, "preactivation")[0] for block in blocks_of(problem, "elements")
+        planner.choices(block, True, "preactivation")[0] for block in blocks_of(problem, "elements")
     ]
     assert {str(choice) for choice in chosen} == {"preactivation (chain)"}
     apart = sum(choice.work.seconds(RATES) for choice in chosen)

@@ -70,7 +70,7 @@ def test_one_curved_function_before_a_piecewise_linear_tail_takes_its_classes() 
 def test_rows_near_the_output_are_cheap() -> None:
     problem = classify(tanh_mlp(200, 200, 200, 10), 64, 200)
     first, *_, last = [
-        planner_of(problem).forced(block, False, "hvp")[0].work.flops / block.size
+        planner_of(problem).choices(block, False, "hvp")[0].work.flops / block.size
         for block in blocks_of(problem, "block_diagonal")
     ]
     assert last < first / 10
@@ -91,7 +91,7 @@ def test_a_layer_behind_itself_is_assembled_from_both_ends() -> None:
     layer, samples, n = nn.Linear(60, 60, bias=False), 8, 60
     problem = classify(nn.Sequential(layer, nn.Tanh(), layer), samples, n, classes=n)
     (block,) = blocks_of(problem, "full")
-    work = planner_of(problem).forced(block, False, "preactivation")[0].work
+    work = planner_of(problem).choices(block, False, "preactivation")[0].work
     assert work.flops > 2 * (2 * n * samples * 2 * n * block.size)
 
 
@@ -133,7 +133,7 @@ def test_a_forced_route_that_is_not_exact_is_refused() -> None:
     problem = classify(tanh_mlp(3, 4, 4, 10), 5, 3)
     first = blocks_of(problem, "block_diagonal")[0]
     with pytest.raises(NotApplicable, match="tanh is not piecewise linear"):
-        planner_of(problem).forced(first, False, "gauss-newton")
+        planner_of(problem).choices(first, False, "gauss-newton")
 
 
 def test_a_wider_batch_costs_more_and_a_faster_machine_takes_less() -> None:
@@ -157,7 +157,7 @@ def test_what_cannot_be_batched_takes_its_time_in_each_row() -> None:
             nn.Sequential(nn.Linear(20, 30), act, nn.Linear(30, 5)), 2, 20, classes=5
         )
         planner, block = planner_of(problem), blocks_of(problem, "full")[0]
-        work = planner.forced(block, False, "hvp")[0].work
+        work = planner.choices(block, False, "hvp")[0].work
         name = type(act).__name__
         seconds[name], rows[name] = work.seconds(Rates(1e30, 1e30, 1.0)) - work.calls, block.size
     assert seconds["Sigmoid"] == 0

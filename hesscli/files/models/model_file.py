@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -157,25 +158,22 @@ def _unpickle(path: Path, kind: Kind, arch: str | None) -> tuple[object, bool]:
     Returns:
         what it holds, and whether they were.
     """
+    load = partial(torch.load, path, map_location="cpu", weights_only=False)
     told = False
-    with reading(path, kind), quiet(), importable():
+    with reading(path, kind), quiet(), importable(), _classes_importable(path):
         try:
-            content = torch.load(path, map_location="cpu", weights_only=False)
-        except (ImportError, AttributeError) as error:
+            content = load()
+        except AttributeError as error:
             missing = re.search(r"attribute '(\w+)' on <module '[\w.]*__main__'", str(error))
             if missing is None:
-                raise _without_classes(path, error) from error
+                raise
             if arch is None or ":" not in arch:
                 raise FileError(
                     f"{path}: its class {missing[1]} is of the script that saved it",
                     f"--arch FILE.py:{missing[1]}",
                 ) from error
-            script = module_of("--arch", arch)
-            try:
-                with as_main(script):
-                    content = torch.load(path, map_location="cpu", weights_only=False)
-            except (ImportError, AttributeError) as other:
-                raise _without_classes(path, other) from other
+            with as_main(module_of("--arch", arch)):
+                content = load()
             told = True
     if not isinstance(content, (nn.Module, Mapping)):
         raise FileError(
@@ -185,12 +183,16 @@ def _unpickle(path: Path, kind: Kind, arch: str | None) -> tuple[object, bool]:
     return content, told
 
 
-def _without_classes(path: Path, error: Exception) -> FileError:
-    return FileError(
-        f"{path}: its classes cannot be imported: {str(error).splitlines()[0]}",
-        "run hesscli in the folder of the code, or save model.state_dict() and "
-        "name the class: --arch FILE.py:CLASS",
-    )
+@contextmanager
+def _classes_importable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        raise FileError(
+            f"{path}: its classes cannot be imported: {str(error).splitlines()[0]}",
+            "run hesscli in the folder of the code, or save model.state_dict() and "
+            "name the class: --arch FILE.py:CLASS",
+        ) from error
 
 
 def _with_architecture(

@@ -59,11 +59,7 @@ class Plan:
         found, method = dict[str, list[Choice]](), self.options.method
         for block in self.blocks:
             try:
-                found[block.name] = (
-                    planner.choices(block, self.diagonal)
-                    if method == "auto"
-                    else planner.forced(block, self.diagonal, method)
-                )
+                found[block.name] = planner.choices(block, self.diagonal, method)
             except NotApplicable as reason:
                 raise inexact(self.options, block, method, reason) from None
         if planner.first.refused and method == "auto":
