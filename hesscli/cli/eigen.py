@@ -11,7 +11,7 @@ import typer
 
 from hesscli.cli.commands import on_all_processes, prints, takes_hessian_or_problem
 from hesscli.cli.completion import block_names
-from hesscli.cli.gates import FailAbove, FailBelow, gate_eigenvalues, refuse_unseen_end
+from hesscli.cli.gates import FailAbove, FailBelow, gate, refuse_unseen_end
 from hesscli.cli.numbers import error
 from hesscli.cli.options import Force, refuse_idle_force
 from hesscli.cli.output import Output
@@ -142,7 +142,8 @@ def eigen(
         document = of_model(out, hessian, options, processes)
     if output is not None:
         out.wrote(output)
-    gate_eigenvalues(document, fail_above, fail_below)
+    pairs = zip(document["blocks"], document["eigenvalues"], strict=True)
+    gate([(f"an eigenvalue of {name}", value) for name, value in pairs], fail_above, fail_below)
 
 
 def of_model(

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from hesscli.errors import CheckError, UsageError
-from hesscli.job.json_form import Document
 
 
 def bound(value: float | None) -> float | None:
@@ -79,9 +78,3 @@ def refuse_unseen_end(which: str, top: int, above: float | None, below: float | 
             "--fail-below bounds the smallest eigenvalue, and --top 1 finds the largest alone",
             "--top 2",
         )
-
-
-def gate_eigenvalues(document: Document, above: float | None, below: float | None) -> None:
-    """`gate` for the document of `eigen`."""
-    pairs = zip(document["blocks"], document["eigenvalues"], strict=True)
-    gate([(f"an eigenvalue of {block}", value) for block, value in pairs], above, below)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import math
 import re
 
 import typer
 
-from hesscli.job.options import EVERY
+from hesscli.job.options import EVERY, of_literal
 from hesscli.job.sizes import parse_size
 
 
@@ -91,7 +90,4 @@ def parse_value(text: str) -> object:
     """The V of `K=V` as a Python literal; as it stands when it is none, so no quotes are needed."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return text
+    return of_literal(text)

@@ -26,6 +26,9 @@ _EXPORT_LOGGERS = (
 
 
 _DAMAGED = "it is damaged or cut off"
+_DAMAGE = re.compile(
+    "deserializing header|PytorchStreamReader|EOF|Ran out of input|Weights only load failed"
+)
 
 
 class NeedsPickleError(Exception):
@@ -191,24 +194,14 @@ def _refused_class(message: str) -> str | None:
 
 
 def _reason(error: Exception, kind: Kind) -> str:
-    text = str(error)
-    damage = (
-        "deserializing header",
-        "PytorchStreamReader",
-        "EOF",
-        "Ran out of input",
-        "Weights only load failed",
-    )
+    text = str(error).strip()
     # These two come without a check of their content beforehand, and their readers then stumble
     # over damage wherever it is.
-    if kind in (Kind.TORCH_LEGACY, Kind.NPZ):
+    unchecked = kind in (Kind.TORCH_LEGACY, Kind.NPZ)
+    cut = isinstance(error, (EOFError, UnicodeDecodeError))
+    if unchecked or cut or not text or _DAMAGE.search(text):
         return _DAMAGED
-    if not text.strip() or isinstance(error, (EOFError, UnicodeDecodeError)):
-        return _DAMAGED
-    if any(sign in text for sign in damage):
-        return _DAMAGED
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    line = lines[0].rstrip(":.")
+    line = text.splitlines()[0].strip().rstrip(":.")
     if len(line) > 200:
         line = line[:197] + "..."
     return line if isinstance(error, RuntimeError) else f"{type(error).__name__}: {line}"

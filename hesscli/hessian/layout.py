@@ -75,24 +75,19 @@ class Placed:
 
     def stretches(self, most: int) -> Iterator[Placed]:
         """What of it lies together in the block, of at most so many entries, but never less than a group's run."""
-        for run in self._by_run():
-            step = max(1, most // run.length)
-            for first in range(0, run.groups, step):
-                count = min(step, run.groups - first)
-                begin = run.rows.start + first * run.width
-                yield replace(
-                    run,
-                    rows=slice(begin, begin + count * run.width),
-                    groups=count,
-                    place=run.place + first * run.length,
-                )
-
-    def _by_run(self) -> Iterator[Placed]:
         length = self.shape[2]
-        for run in range(self.runs):
-            at = self.entries.start + run * length
-            place = self.place + run * self.step
-            yield replace(self, entries=slice(at, at + length), place=place, runs=1)
+        step = max(1, most // length)
+        for run, first in itertools.product(range(self.runs), range(0, self.groups, step)):
+            count = min(step, self.groups - first)
+            begin, entry = self.rows.start + first * self.width, self.entries.start + run * length
+            yield replace(
+                self,
+                rows=slice(begin, begin + count * self.width),
+                groups=count,
+                entries=slice(entry, entry + length),
+                place=self.place + run * self.step + first * length,
+                runs=1,
+            )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hesscli.files.malloc import release_memory
 from hesscli.job.eigen import SCHEMA, EigenOptions
@@ -172,30 +171,25 @@ def _per_block(
     parts: list[Found] = []
     blocks: list[str] = []
     operators = [operator]
-    rows: list[Tensor] = []
-    offset = 0
     for name, length in zip(operator.products.names, operator.products.sizes, strict=True):
-        if length:
-            try:
-                own = operator.restricted(name)
-                operators.append(own)
-                found = search(own, replace(options, top=2, which="both"))
-            except KeyboardInterrupt:  # the blocks before this one are known
-                found = _interrupted(length)
-            parts.append(found)
-            blocks += [name] * len(found.values)
-            if options.output is not None:
-                padded = torch.zeros(len(found.values), operator.size, dtype=torch.float64)
-                padded[:, offset : offset + length] = found.vectors.cpu()
-                rows.append(padded)
-            if found.interrupted:
-                break
-        offset += length
+        if not length:
+            continue
+        try:
+            own = operator.restricted(name)
+            operators.append(own)
+            found = search(own, replace(options, top=2, which="both"))
+        except KeyboardInterrupt:  # the blocks before this one are known
+            found = _interrupted(length)
+        parts.append(found)
+        blocks += [name] * len(found.values)
+        if found.interrupted:
+            break
     operator.check = _worst([each.check for each in operators if each.check is not None])
+    written = parts if options.output is not None else []
     return (
         Found(
             np.concatenate([part.values for part in parts]),
-            torch.cat(rows) if rows else torch.zeros(0, operator.size),
+            torch.block_diag(*(part.vectors.cpu().double() for part in written)),
             np.concatenate([part.residuals for part in parts]),
             np.concatenate(_converged(parts, options.tolerance)),
             sum(part.products for part in parts),

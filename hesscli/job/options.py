@@ -206,7 +206,7 @@ def options_of(command: Mapping[str, Any], output: Path) -> ComputeOptions:
         key: tuple(value) if isinstance(value, list) else value for key, value in command.items()
     }
     found |= {"model": Path(found["model"]), "data": Path(found["data"]), "output": output}
-    found |= {key: _each(_of_literal, found[key]) for key in _ARGUMENTS}
+    found |= {key: _each(of_literal, found[key]) for key in _ARGUMENTS}
     return ComputeOptions(**(found | {"shard": None, "resume": True, "force": False}))
 
 
@@ -219,11 +219,12 @@ def _each(function: Callable[[Any], Any], arguments: Mapping[str, Any]) -> dict[
 
 def _as_literal(value: object) -> object:
     """A value as a literal of Python; itself, where that is none."""
-    read = _of_literal(repr(value))
+    read = of_literal(repr(value))
     return repr(value) if type(read) is type(value) and read == value else value
 
 
-def _of_literal(text: object) -> object:
+def of_literal(text: object) -> object:
+    """What a literal of Python stands for; itself, where it is none."""
     try:
         return ast.literal_eval(text) if isinstance(text, str) else text
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):

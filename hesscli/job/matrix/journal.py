@@ -69,15 +69,11 @@ class Journal:
                 path.unlink(missing_ok=True)
         for path in journals(self.output):
             try:
-                lines = read_journal(path)
-                if differ := self._of_another(path, lines):
-                    raise UsageError(f"{differ}; --force throws away what is finished", "--force")
+                self._take_over(path, "--force throws away what is finished", "--force")
             except HesscliError:
                 if not force:
                     raise
                 path.unlink(missing_ok=True)
-            else:
-                self._take_over(path, lines)
         left = self.own or (0 if self.shared else len(self.finished))
         if left and not wanted:
             finished = f"{left} finished part{'s' if left > 1 else ''}"
@@ -100,22 +96,23 @@ class Journal:
         if not partial.exists():
             raise UsageError(f"{partial}: no such file; what the shards computed was in it")
         for path in journals(self.output):
-            lines = read_journal(path)
-            if differ := self._of_another(path, lines):
+            again = f"to compute them again: rm {shlex.quote(str(path))}"
+            self._take_over(path, "model and data must be as they were", again)
+
+    def _take_over(self, path: Path, advice: str, hint: str) -> None:
+        """Takes over a journal.
+
+        Raises:
+            UsageError: another command began it: with other options, or with files that have changed since.
+            FileError: it cannot be read.
+        """
+        lines = read_journal(path)
+        if lines.finished and lines.head is not None:
+            if lines.head != self.head:
+                differ = _differences(self.head, lines.head)
                 raise UsageError(
-                    f"{differ}; model and data must be as they were",
-                    f"to compute them again: rm {shlex.quote(str(path))}",
+                    f"{path}: another command began it: {differ} differ; {advice}", hint
                 )
-            self._take_over(path, lines)
-
-    def _of_another(self, path: Path, lines: Lines) -> str:
-        """That another command began a journal: other options, or files that have changed since; empty if none did."""
-        if not lines.finished or lines.head is None or lines.head == self.head:
-            return ""
-        return f"{path}: another command began it: {_differences(self.head, lines.head)} differ"
-
-    def _take_over(self, path: Path, lines: Lines) -> None:
-        if lines.finished:
             self.start = lines.start
             self.finished |= lines.finished
         if path == self.path:
@@ -141,7 +138,8 @@ class Journal:
         lines += [{"part": part, **facts} for part, facts in parts.items()]
         try:
             if self.own:
-                _cut_torn_line(self.path)
+                whole = self.path.read_bytes().rfind(b"\n") + 1
+                os.truncate(self.path, whole)  # without a last line that was torn
             with self.path.open("a" if self.own else "w") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
                 file.flush()
@@ -191,11 +189,6 @@ def read_journal(path: Path) -> Lines:
         raise FileError(
             f"{path}: cannot be read: {error}", f"rm {shlex.quote(str(path))}"
         ) from None
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Takes away a last line that was torn, which others would follow."""
-    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def _differences(left: Document, right: Document, prefix: str = "") -> str:
