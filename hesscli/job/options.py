@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 EVERY = "*"  # every input
 MOST_THREADS = 4096  # many more end the process
 Progress = Callable[[int, int, str], None]  # hears how much is done, of how much, and of what
+Note = Callable[[str], None]  # hears what the user should know
 
 Reduction = Literal["mean", "sum"]
 DType = Literal["auto", "float32", "float64"]

@@ -37,21 +37,40 @@ def layer_norm(
     return _scale_and_shift(y, weight, bias, shape), mean, rstd
 
 
-def group_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    samples: int,
-    channels: int,
-    positions: int,
-    groups: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same over the channels of each group, and all positions."""
-    y, mean, rstd = _normalise(x.reshape(samples, groups, -1), [-1], eps)
-    per_channel = [1, channels] + [1] * (x.dim() - 2)
-    y = _scale_and_shift(y.reshape(x.shape), weight, bias, per_channel)
-    return y, mean.reshape(samples, groups), rstd.reshape(samples, groups)
+def _group_norm(
+    normalise: Callable[[Tensor, float], tuple[Tensor, Tensor, Tensor]],
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The same over the channels of each group, and all positions: [samples, groups, numbers], over the last axis."""
+
+    def norm(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        samples: int,
+        channels: int,
+        positions: int,
+        groups: int,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, rstd = normalise(x.reshape(samples, groups, -1), eps)
+        per_channel = [1, channels] + [1] * (x.dim() - 2)
+        y = _scale_and_shift(y.reshape(x.shape), weight, bias, per_channel)
+        return y, mean.reshape(samples, groups), rstd.reshape(samples, groups)
+
+    return norm
+
+
+def _as_batch_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's own, as a batch norm of one sample that has every sample's groups.
+
+    On the CPU its backward pass for channels-last ends the process where the weight has a gradient and the input none.
+    """
+    flat = x.flatten(0, 1).unsqueeze(0)
+    return torch.native_batch_norm(flat, None, None, None, None, True, 0.0, eps)
+
+
+group_norm = _group_norm(lambda x, eps: _normalise(x, [-1], eps))
+group_norm_of_flat_groups = _group_norm(_as_batch_norm)
 
 
 def _channel_norm(across: list[int]) -> Callable[..., Tensor]:
@@ -127,28 +146,6 @@ def instance_norm_of_contiguous_gradients(
     if y.requires_grad:
         y.register_hook(lambda gradient: gradient.contiguous())
     return y
-
-
-def group_norm_of_flat_groups(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    samples: int,
-    channels: int,
-    size: int,
-    groups: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch's own, as a batch norm of one sample that has every sample's groups.
-
-    On the CPU its backward pass for channels-last ends the process where the weight has a gradient and the input none.
-    """
-    y, mean, inverse = torch.native_batch_norm(
-        x.reshape(1, samples * groups, -1), None, None, None, None, True, 0.0, eps
-    )
-    per_channel = (channels, *[1] * (x.ndim - 2))
-    y = _scale_and_shift(y.reshape(x.shape), weight, bias, per_channel)
-    return y, mean.view(samples, groups), inverse.view(samples, groups)
 
 
 def weight_norm_of_all_digits(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:

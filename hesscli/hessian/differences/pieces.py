@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hesscli.hessian.aten.corners import CORNERS, CURVED, on_piece, side_of
 from hesscli.hessian.differences.sides import Sides
+from hesscli.hessian.recording.tape import Call
 from hesscli.hessian.recording.writes import functional
 
 Arguments = tuple[Any, ...]
@@ -99,8 +100,7 @@ def _picked(sides: Sides, func: Any, args: Arguments, kwargs: Keywords) -> Any:
     result = func(*args, **kwargs)
     if isinstance(result, Tensor):  # of all entries
         return result
-    names = [argument.name for argument in func._schema.arguments]
-    dim = (dict(zip(names, args, strict=False)) | kwargs).get("dim", -1)
+    dim = Call(func, args, kwargs).named("dim")
     x, where = args[0], sides.constant(result[1])
     if where.dim() == x.dim():
         return x.gather(dim, where), where

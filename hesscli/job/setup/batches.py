@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -22,6 +22,7 @@ from hesscli.hessian.objective.problem import Problem, parameters_at
 from hesscli.hessian.objective.saved import saved_sizes
 from hesscli.hessian.objective.weight_writes import weight_writes
 from hesscli.hessian.workers import graphs_for, workers
+from hesscli.job.options import Note
 from hesscli.job.setup.mixing import what_mixes, what_mixes_in_place
 from hesscli.job.setup.own_loss import inspect_loss
 from hesscli.job.setup.processes import Processes
@@ -36,7 +37,7 @@ def in_batches(
     problem: Problem,
     source: Source,
     batch_size: int | None,
-    note: Callable[[str], None],
+    note: Note,
     processes: Processes,
     memory: int | None = None,
 ) -> tuple[Problem, Sequence[Batch], Passes]:
@@ -98,7 +99,7 @@ def in_batches(
     return problem, problem.batches if same else _batches(source, checked), passes
 
 
-def _say_where_classes_are(problem: Problem, some: Batch, note: Callable[[str], None]) -> None:
+def _say_where_classes_are(problem: Problem, some: Batch, note: Note) -> None:
     """Notes which axis of an output of several has the classes."""
     target = some.target
     if problem.loss.name not in OF_CLASSES or target is None or target.dim() < 2:
@@ -115,7 +116,7 @@ def _say_where_classes_are(problem: Problem, some: Batch, note: Callable[[str], 
 
 
 def _accepted(
-    problem: Problem, source: Source, batch_size: int | None, note: Callable[[str], None]
+    problem: Problem, source: Source, batch_size: int | None, note: Note
 ) -> tuple[Batch, int, int | None]:
     """A few samples that the model takes; and the fewest and the most, if limited, that it takes at once.
 
@@ -206,12 +207,7 @@ def _bounds(source: Source, batch: int, shares: int) -> list[int]:
 
 
 def _taken_apart(
-    problem: Problem,
-    source: Source,
-    bounds: list[int],
-    room: int,
-    note: Callable[[str], None],
-    processes: Processes,
+    problem: Problem, source: Source, bounds: list[int], room: int, note: Note, processes: Processes
 ) -> tuple[Problem, list[int]]:
     """The problem with whether its samples are separable, and the bounds of its batches: of one, if they are not.
 

@@ -22,7 +22,7 @@ from hesscli.hessian.aten.precision import in_precision_
 from hesscli.hessian.objective.copies import copied
 from hesscli.hessian.objective.loss import Loss
 from hesscli.hessian.objective.losses import ELEMENT_WEIGHTED, LOSSES, TENSORS, check_arguments
-from hesscli.job.options import ProblemOptions
+from hesscli.job.options import Note, ProblemOptions
 from hesscli.job.setup.source import move, per_sample
 from hesscli.texts import dtype_name
 
@@ -33,7 +33,7 @@ _WEIGHTED: dict[type, str] = {nn.CrossEntropyLoss: "cross-entropy", nn.NLLLoss: 
 _DEFAULTS = {"weight": None, "ignore_index": -100, "label_smoothing": 0.0}
 
 
-def by_name(options: ProblemOptions, note: Callable[[str], None]) -> ProblemOptions:
+def by_name(options: ProblemOptions, note: Note) -> ProblemOptions:
     """The options with the name and the arguments of what one of these modules computes, in place of the module."""
     module: Any = options.loss
     name = _WEIGHTED.get(type(module))
@@ -51,11 +51,7 @@ def by_name(options: ProblemOptions, note: Callable[[str], None]) -> ProblemOpti
 
 
 def loss_of(
-    options: ProblemOptions,
-    data: Data,
-    device: torch.device,
-    dtype: torch.dtype,
-    note: Callable[[str], None],
+    options: ProblemOptions, data: Data, device: torch.device, dtype: torch.dtype, note: Note
 ) -> tuple[Loss, dict[str, object]]:
     """The loss that was named, or the one that fits the targets, and its arguments."""
     name, function = _named(options, data, note)
@@ -77,7 +73,7 @@ def loss_of(
 
 
 def _named(
-    options: ProblemOptions, data: Data, note: Callable[[str], None]
+    options: ProblemOptions, data: Data, note: Note
 ) -> tuple[str, Callable[..., Any] | None]:
     """The loss's name and, unless that says it all, its function."""
     name: Any = options.loss

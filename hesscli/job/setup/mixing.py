@@ -17,6 +17,7 @@ from hesscli.hessian.objective.batch import Batch, doubled
 from hesscli.hessian.objective.losses import OF_CLASSES
 from hesscli.hessian.objective.problem import Problem, parameters_at
 from hesscli.hessian.proofs.analysis import Analyses
+from hesscli.job.options import Note
 from hesscli.job.setup.source import Source
 
 _FEWEST = 4  # samples passed together and apart
@@ -24,11 +25,7 @@ _SUM = 1e-11  # what sums of many samples in float64 may differ by, where one of
 
 
 def what_mixes(
-    problem: Problem,
-    source: Source,
-    bounds: Sequence[int],
-    room: int,
-    note: Callable[[str], None],
+    problem: Problem, source: Source, bounds: Sequence[int], room: int, note: Note
 ) -> str | None:
     """What makes something else of all samples than of these batches: the model, the loss, or nothing.
 

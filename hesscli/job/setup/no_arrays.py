@@ -34,12 +34,10 @@ def no_arrays(data: Any) -> tuple[str, str | None]:
 
 
 def _of_one_object(data: Any) -> str | None:
-    if isinstance(data, DataLoader):
-        return _COLLATED.format("loader.dataset")
-    if isinstance(data, Dataset):
-        return _COLLATED.format("dataset")
-    if isinstance(data, Iterator):
-        return _COLLATED.format("data")
+    of_samples = {DataLoader: "loader.dataset", Dataset: "dataset", Iterator: "data"}
+    for kind, named in of_samples.items():
+        if isinstance(data, kind):
+            return _COLLATED.format(named)
     if hasattr(data, "with_format"):
         return _OF_HUGGING_FACE
     if hasattr(data, "iloc") and len(columns := list(getattr(data, "columns", []))) > 1:

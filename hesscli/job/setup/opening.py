@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -26,7 +26,7 @@ from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.measure import measure, protected
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.json_form import Document
-from hesscli.job.options import ComputeOptions, Listener, ProblemOptions
+from hesscli.job.options import ComputeOptions, Listener, Note, ProblemOptions
 from hesscli.job.setup.batches import in_batches
 from hesscli.job.setup.loss import by_name, loss_of, printable
 from hesscli.job.setup.own_loss import of_outputs
@@ -196,7 +196,7 @@ def _loaded(
 
 
 def _batch_sizes(
-    options: ProblemOptions, model: SavedModel, data: Data, note: Callable[[str], None]
+    options: ProblemOptions, model: SavedModel, data: Data, note: Note
 ) -> tuple[int, int | None]:
     """The fewest samples that the model takes at once, and the most."""
     sizes, samples = model.batch_sizes, data.samples
@@ -225,7 +225,7 @@ def _demand_own_parameters(model: SavedModel, problem: Problem) -> None:
     )
 
 
-def _as_computed(problem: Problem, note: Callable[[str], None]) -> Problem:
+def _as_computed(problem: Problem, note: Note) -> Problem:
     """The problem in float64 throughout, if it is in float64, and at the weights that its passes write."""
     if problem.loss.wide:
         problem, _ = problem.widened()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 from itertools import permutations
 
@@ -18,6 +18,7 @@ from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.loss import OF_ALL, SUM
 from hesscli.hessian.objective.outputs import described, pick_output
 from hesscli.hessian.objective.problem import Problem
+from hesscli.job.options import Note
 from hesscli.job.setup.broadcasting import BroadcastWatcher
 from hesscli.job.setup.reduction import reduction
 from hesscli.job.setup.source import Source
@@ -26,7 +27,7 @@ _TURNED = 256  # samples of which the order is changed
 _ROUNDING = 1e-5
 
 
-def of_outputs(problem: Problem, source: Source, note: Callable[[str], None]) -> Problem:
+def of_outputs(problem: Problem, source: Source, note: Note) -> Problem:
     """The problem with whether a loss of the user's own takes all that the model returns, as that is no one tensor."""
     if problem.loss.function is None or problem.output_key is not None:
         return problem
@@ -45,7 +46,7 @@ def of_outputs(problem: Problem, source: Source, note: Callable[[str], None]) ->
 
 
 def inspect_loss(
-    problem: Problem, source: Source, some: Batch, room: int, note: Callable[[str], None]
+    problem: Problem, source: Source, some: Batch, room: int, note: Note
 ) -> tuple[Problem, Source, bool]:
     """The problem and its source with what there is to know of the loss, and whether it wants all samples at once.
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import glob
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from hesscli.errors import UsageError
 from hesscli.files.models.ties import tied_groups
 from hesscli.hessian.blocks import select
+from hesscli.job.options import Note
 from hesscli.texts import listed
 
 
 def chosen_parameters(
-    module: nn.Module, patterns: tuple[str, ...], note: Callable[[str], None]
+    module: nn.Module, patterns: tuple[str, ...], note: Note
 ) -> tuple[dict[str, Tensor], dict[str, list[str]], list[str]]:
     """The parameters to differentiate by, the other names of tied ones, and the frozen ones left out.
 

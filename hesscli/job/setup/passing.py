@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -20,16 +20,12 @@ from hesscli.hessian.objective.first_passes import first_output
 from hesscli.hessian.objective.loss import Loss
 from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES
 from hesscli.hessian.objective.problem import Problem
-from hesscli.job.options import EVERY, ProblemOptions
+from hesscli.job.options import EVERY, Note, ProblemOptions
 from hesscli.job.setup.source import Source, per_sample
 
 
 def model_inputs(
-    options: ProblemOptions,
-    model: SavedModel,
-    data: Data,
-    loss: Loss,
-    note: Callable[[str], None],
+    options: ProblemOptions, model: SavedModel, data: Data, loss: Loss, note: Note
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """What the model is given, in its order, and the names of the last inputs, which are passed by name.
 
@@ -101,7 +97,7 @@ def _ordered(
     model: SavedModel,
     names: list[str],
     known: Mapping[str, Tensor],
-    note: Callable[[str], None],
+    note: Note,
 ) -> tuple[list[str], tuple[str, ...]]:
     """The inputs in the order in which they are passed, and the last ones that are passed by name.
 
@@ -133,7 +129,7 @@ def _ordered(
     return [*others, *keywords], (*others, *keywords)
 
 
-def as_columns(problem: Problem, source: Source, note: Callable[[str], None]) -> Source:
+def as_columns(problem: Problem, source: Source, note: Note) -> Source:
     """A table's numbers as what model and loss want.
 
     Inputs: whole numbers as indices, if the model takes them as nothing else. Targets: whole numbers as classes,
@@ -162,7 +158,7 @@ def as_columns(problem: Problem, source: Source, note: Callable[[str], None]) ->
     return replace(source, arguments=arguments, per_sample=names)
 
 
-def _as_indices(problem: Problem, source: Source, note: Callable[[str], None]) -> Source:
+def _as_indices(problem: Problem, source: Source, note: Note) -> Source:
     if _is_accepted(problem, source):
         return source
     whole = {n: x.long() if bool((x == x.long()).all()) else x for n, x in source.inputs.items()}
@@ -183,7 +179,7 @@ def _is_accepted(problem: Problem, source: Source) -> bool:
 
 
 def scales(
-    asked: Mapping[str, float], inputs: Mapping[str, Tensor], note: Callable[[str], None]
+    asked: Mapping[str, float], inputs: Mapping[str, Tensor], note: Note
 ) -> dict[str, float]:
     """What inputs are multiplied by."""
     for name in asked:
