@@ -10,6 +10,7 @@ import typer
 
 from hesscli.cli.commands import prints, takes_problem
 from hesscli.cli.gates import bound, gate
+from hesscli.cli.options import Gradient
 from hesscli.cli.output import Output
 from hesscli.cli.summary import print_hessian, print_plan
 from hesscli.cli.values import byte_count, shard_place
@@ -39,9 +40,7 @@ def compute(
             "--output", "-o", metavar="FILE|-", help="Where to write; - is standard output."
         ),
     ] = "hessian.safetensors",
-    gradient: Annotated[
-        bool, typer.Option("--gradient", help="Also write the gradient, as gradient.<parameter>.")
-    ] = False,
+    gradient: Gradient = False,
     stats: Annotated[
         Stats,
         typer.Option(
@@ -91,7 +90,6 @@ def compute(
     fail_above: Annotated[
         float | None,
         typer.Option(
-            "--fail-above",
             metavar="X",
             callback=bound,
             help="Exit 1 if the largest eigenvalue of any block is above X; implies --stats all.",

@@ -20,21 +20,11 @@ def bound(value: float | None) -> float | None:
 
 FailAbove = Annotated[
     float | None,
-    typer.Option(
-        "--fail-above",
-        metavar="X",
-        callback=bound,
-        help="Exit 1 if the largest eigenvalue is above X.",
-    ),
+    typer.Option(metavar="X", callback=bound, help="Exit 1 if the largest eigenvalue is above X."),
 ]
 FailBelow = Annotated[
     float | None,
-    typer.Option(
-        "--fail-below",
-        metavar="X",
-        callback=bound,
-        help="Exit 1 if the smallest eigenvalue is below X.",
-    ),
+    typer.Option(metavar="X", callback=bound, help="Exit 1 if the smallest eigenvalue is below X."),
 ]
 
 

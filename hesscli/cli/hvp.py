@@ -9,7 +9,7 @@ import typer
 
 from hesscli.cli.commands import on_all_processes, prints, takes_problem
 from hesscli.cli.numbers import number
-from hesscli.cli.options import Force
+from hesscli.cli.options import Force, Gradient
 from hesscli.cli.output import Output
 from hesscli.cli.summary import first_cells, products_headline, with_total
 from hesscli.cli.values import finite
@@ -50,9 +50,7 @@ def hvp(
             readable=False,
         ),
     ] = None,
-    gradient: Annotated[
-        bool, typer.Option("--gradient", help="Also write the gradient, as gradient.<parameter>.")
-    ] = False,
+    gradient: Gradient = False,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write.")
     ] = Path("hvp.safetensors"),

@@ -24,6 +24,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")
 Force = Annotated[
     bool, typer.Option("--force", "-f", help="Replace a file that hesscli did not write.")
 ]
+Gradient = Annotated[
+    bool, typer.Option("--gradient", help="Also write the gradient, as gradient.<parameter>.")
+]
 Markdown = Annotated[
     bool, typer.Option("--md", help="Print Markdown, for $GITHUB_STEP_SUMMARY say.")
 ]

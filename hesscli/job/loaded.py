@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -107,12 +106,9 @@ class Hessian(Generic[Array]):
         """
         if self.structure == "full":
             return self.block("hessian")
-        rows_of = {
-            p["name"]: p["offset"] + np.arange(math.prod(p["shape"]))
-            for p in self.metadata["parameters"]
-        }
-        size = sum(map(len, rows_of.values()))
-        matrix = np.zeros((size, size), self.metadata["dtype"])
+        (whole,) = partition(self.parameters, "full")
+        rows_of = {name: np.arange(r.start, r.stop) for name, r in whole.rows.items()}
+        matrix = np.zeros((whole.size, whole.size), self.metadata["dtype"])
         for block in partition(self.parameters, self.structure):
             rows = np.concatenate([rows_of[name] for name in block.parameters])
             values = self._file.tensor(block.name)

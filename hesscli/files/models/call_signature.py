@@ -47,19 +47,16 @@ def signature_of(module: nn.Module) -> CallSignature:
     by_name = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     positional = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
     unlimited = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    home = str(getattr(module.forward, "__module__", ""))
+    of_pytorch = home.startswith("torch.nn.")  # where all take tensors
     return CallSignature(
         None if unlimited else positional,
         tuple(p.name for p in parameters if p.kind in by_name),
         tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
         tuple(p.name for p in parameters if p.default is not Parameter.empty),
-        bool(parameters) and not _is_pytorchs(module) and _is_mapping(parameters[0].annotation),
+        bool(parameters) and not of_pytorch and _is_mapping(parameters[0].annotation),
         [p.kind for p in parameters] == [Parameter.VAR_KEYWORD],
     )
-
-
-def _is_pytorchs(module: nn.Module) -> bool:
-    """Whether its forward is one of PyTorch's, all of which take tensors."""
-    return str(getattr(module.forward, "__module__", "")).startswith("torch.nn.")
 
 
 def _is_mapping(annotation: object) -> bool | None:

@@ -15,7 +15,7 @@ from hesscli.job.json_form import Document, timeless
 from hesscli.job.matrix.background import Background
 from hesscli.job.matrix.journal import Journal, read_journal
 from hesscli.job.matrix.large import LargeBlock
-from hesscli.job.matrix.planning import Plan
+from hesscli.job.matrix.planning import Advance, Plan
 from hesscli.job.matrix.small import Group, groups
 from hesscli.job.matrix.unfinished import Unfinished
 from hesscli.job.options import command_of
@@ -48,11 +48,10 @@ class Run:
         self.team, self.merging, self.stdout = team, merging, stdout
         self.sharing = plan.divided and not merging  # other processes write to the file now
         self.bands: dict[str, int] = team.broadcast(self._bands())
-        self.progress = _Progress(plan)
-        advance = self.progress.advance
-        self.groups = [Group(plan, blocks, advance) for blocks in groups(plan)]
+        self.advance = _progress(plan)
+        self.groups = [Group(plan, blocks, self.advance) for blocks in groups(plan)]
         self.large = [
-            LargeBlock(plan, block, self.bands[block.name], advance) for block in plan.large
+            LargeBlock(plan, block, self.bands[block.name], self.advance) for block in plan.large
         ]
         self.work: list[Group | LargeBlock] = [*self.groups, *self.large]
         self.parts = [part for each in self.work for part in each.parts()]
@@ -165,7 +164,7 @@ class Run:
 
     def _blocks(self, unfinished: Unfinished, unused: set[str]) -> list[Document]:
         """Every block's facts, in model order; its values are in the file then."""
-        self.progress.advance(0, "")
+        self.advance(0, "")
         found: list[Document] = []
         with Background(enabled=self.plan.problem.device.type != "cpu") as background:
             for group in self.groups:
@@ -194,15 +193,13 @@ class Run:
         return tensors
 
 
-class _Progress:
-    """How many rows of a plan are done, for its listener."""
+def _progress(plan: Plan) -> Advance:
+    """Tells a plan's listener how many of its rows are done."""
+    listener, every, done = plan.opened.listener, sum(block.size for block in plan.blocks), 0
 
-    def __init__(self, plan: Plan) -> None:
-        self.listener = plan.opened.listener
-        self.rows = sum(block.size for block in plan.blocks)
-        self.done = 0
+    def advance(rows: int, doing: str) -> None:
+        nonlocal done
+        done += rows
+        listener.progress(done, every, doing)
 
-    def advance(self, rows: int, doing: str) -> None:
-        """So many more are done."""
-        self.done += rows
-        self.listener.progress(self.done, self.rows, doing)
+    return advance
