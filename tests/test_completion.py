@@ -24,7 +24,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(tmp_path / "other", {"odd name": symmetric(2)})
     torch.save(WEIGHTS, tmp_path / "weights.pt")
     torch.save(torch.nn.Linear(2, 1).state_dict(), tmp_path / "linear.pt")
-    torch.save({"step": 3, "model": WEIGHTS}, tmp_path / "checkpoint.pt")
+    adam = {"state": {0: {"exp_avg": torch.ones(2, 3)}}, "param_groups": []}
+    torch.save({"step": 3, "optimizer": adam, "model": WEIGHTS}, tmp_path / "checkpoint.pt")
     torch.save({"a\x1b[31m\n": torch.ones(1), "b": torch.ones(1)}, tmp_path / "steering.pt")
     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2, affine=False))
     torch.jit.script(net).save(tmp_path / "script.pt")

@@ -108,8 +108,12 @@ def compute(
     piped = output == "-" and not dry_run
     if piped:
         out.leave_stdout()
-    if fail_above is not None:
-        _demand_eigenvalues(stats, shard)
+    if fail_above is not None and stats in ("basic", "none"):
+        raise UsageError(
+            f"--fail-above needs eigenvalues, and --stats {stats} computes none", "--stats all"
+        )
+    if fail_above is not None and shard is not None:
+        raise UsageError("--fail-above needs the whole Hessian, and a shard is a part of it")
     options = ComputeOptions(
         **vars(problem),
         blocks=blocks,
@@ -144,13 +148,3 @@ def compute(
             out.wrote(*written(options.output))
         filled = [facts for facts in document["blocks"] if facts["size"]]
         gate([(f"eig_max of {b['name']}", b["eig_max"]) for b in filled], fail_above)
-
-
-def _demand_eigenvalues(stats: Stats, shard: str | None) -> None:
-    """Refuses a bound on the largest eigenvalues where they are not all computed."""
-    if stats in ("basic", "none"):
-        raise UsageError(
-            f"--fail-above needs eigenvalues, and --stats {stats} computes none", "--stats all"
-        )
-    if shard is not None:
-        raise UsageError("--fail-above needs the whole Hessian, and a shard is a part of it")

@@ -75,18 +75,24 @@ def _side(path: Path, document: Document) -> Document:
 
 def _unlike(a: Document, b: Document) -> list[str]:
     """What makes a comparison meaningless."""
-    found = []
-    for key in ("structure", "curvature"):
-        ours, theirs = a.get(key, "hessian"), b.get(key, "hessian")
-        if ours != theirs:
-            found.append(f"another {key} ({theirs}, not {ours})")
-    for key in ("name", "arguments", "reduction"):
-        ours, theirs = a["loss"][key], b["loss"][key]
-        if ours != theirs:
-            what = "loss" if key == "name" else f"loss {key}"
-            found.append(f"another {what} ({theirs}, not {ours})")
+    ours, theirs = _kind(a), _kind(b)
+    found = [
+        f"another {what} ({theirs[what]}, not {mine})"
+        for what, mine in ours.items()
+        if theirs[what] != mine
+    ]
     full = a["structure"] == b["structure"] == "full"
     return found + _unlike_parameters(_shapes(a), _shapes(b), full)
+
+
+def _kind(document: Document) -> Document:
+    loss = document["loss"]
+    of_loss = {f"loss {key}": loss[key] for key in ("arguments", "reduction")}
+    return (
+        {key: document[key] for key in ("structure", "curvature")}
+        | {"loss": loss["name"]}
+        | of_loss
+    )
 
 
 def _unlike_parameters(ours: Shapes, theirs: Shapes, full: bool) -> list[str]:

@@ -130,10 +130,6 @@ class Lanczos(Krylov):
         """The residuals with which these have converged."""
         return allowed(values, self.tolerance, self.largest, self._rounding())
 
-    def _reach(self, values: np.ndarray | float) -> np.ndarray:
-        """The residuals to try for: those, or what little more products may still gain."""
-        return np.maximum(self._limit(values), self._rounding() / 8)
-
     def _worst(self) -> float:
         """The greatest relative residual of the wanted pairs."""
         best = self._wanted()
@@ -149,7 +145,9 @@ class Lanczos(Krylov):
         and for what the product that confirms them finds.
         """
         best = self._wanted()
-        limit, reducible = self._reach(self.values[best]), self.coupling @ self.columns[:, best]
+        # Or, where no residual is allowed, what little more products may still gain.
+        limit = np.maximum(self._limit(self.values[best]), self._rounding() / 8)
+        reducible = self.coupling @ self.columns[:, best]
         spent = self.residuals[best] ** 2 - reducible**2
         most = np.maximum(limit**2 - spent, (_LEAST * limit) ** 2) / 2
         return self.count >= self.top and bool((reducible**2 <= most).all())

@@ -96,7 +96,9 @@ def follow(
         result = rule_of(call)(Context(call, axes, tape, samples)) if samples > 1 else None
         for made in call.makes:
             if samples == 1 and call.name not in CONSTANT:
-                result = _only_sample(call, tape.shapes[made])
+                if not tape.shapes[made]:
+                    raise mixes(call)
+                result = SampleAxis(0, outer=tape.shapes[made][0])
             if made in start:
                 if result not in (None, start[made]):
                     raise mixes(call)
@@ -117,12 +119,6 @@ def _pick(c: Context) -> int | None:
     if c.call.name == "select":
         return int(c.named("index")) % c.samples
     return int(c.named("start") or 0) % c.samples if c.result[axis.axis] == 1 else None
-
-
-def _only_sample(call: Call, shape: Sequence[int]) -> SampleAxis:
-    if not shape:
-        raise mixes(call)
-    return SampleAxis(0, outer=shape[0])
 
 
 def _verify(call: Call, axis: SampleAxis, shape: Sequence[int], samples: int) -> None:

@@ -29,12 +29,11 @@ class FirstBatch:
         self.costs: Costs | None = None
         try:
             self._analysis = cuts.analyses.of(self.batch)
+            self.costs = cuts.costs(self._analysis.tape)
         except NotApplicable as reason:
             self.refused = str(reason)
-        with suppress(NotApplicable):  # what nothing is proven of still has a cost
-            proven = self._analysis
-            tape = proven.tape if proven is not None else record(cuts.problem, self.batch)
-            self.costs = cuts.costs(tape)
+            with suppress(NotApplicable):  # what nothing is proven of still has a cost
+                self.costs = cuts.costs(record(cuts.problem, self.batch))
 
     def proven(self) -> tuple[Analysis, Costs]:
         """What is proven of the batch, and what its passes cost; raises NotApplicable where nothing is proven."""
