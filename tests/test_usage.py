@@ -542,6 +542,20 @@ def test_a_link_is_written_through(cli, tmp_path):
         assert path.stat().st_size
 
 
+@pytest.mark.parametrize(
+    ("option", "name", "target"),
+    [("-o", "d.json", "d"), ("-o", "d.safetensors", "d.json"), ("--plot", "d.png", "disk/d.bin")],
+)
+def test_a_link_to_a_name_that_says_another_format(cli, tmp_path, option, name, target):
+    """What is there would be of one format, and called by the other."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / name).symlink_to(target)
+    ran = cli("density", *NET, option, name)
+    assert f"{name}: leads to {tmp_path / target}" in ran.fails(2)
+    assert not (tmp_path / target).exists()
+    assert cli(*ran.hint.split()[1:]).code == 0
+
+
 def test_targets_that_are_words(cli, tmp_path):
     (tmp_path / "t.csv").write_text("a,b,c,y\n1,2,3,cat\n4,5,6,dog\n")
     said = cli("compute", "net.pt", "t.csv").fails(3)

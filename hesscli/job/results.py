@@ -78,7 +78,12 @@ def writable(
         raise refused("a longer name than can be written here", instead(path.parent / usual))
     if path.exists() and not (path.is_file() or path.is_dir()):  # or a link to a pipe
         raise refused("is not a regular file; not replaced", instead(usual))
-    path = followed(path)
+    target = followed(path)
+    said, there = path.suffix.lower(), target.suffix.lower()
+    if said != there and not {said, there}.isdisjoint((".json", *PICTURES)):
+        why = f"leads to {target}, whose name does not say the same format"
+        raise refused(why, instead(path.with_stem("other")))
+    path = target
     folder = path.parent
     if not folder.is_dir():
         above = next(part for part in (folder, *folder.parents) if part.exists())
