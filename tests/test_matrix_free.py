@@ -1060,6 +1060,15 @@ def test_a_tolerance_that_rounding_keeps_out_of_reach(cli, params):
     assert cli(*words, "--dtype", "float64", "--tol", ran.hint.split()[-1]).code == 0
 
 
+def test_a_tolerance_next_to_zero_is_out_of_reach_too(cli, tmp_path):
+    """A residual of 1000 over it is more than float64 holds."""
+    x = 1e3 * np.random.default_rng(0).standard_normal((50, 700), np.float32)
+    files = saved(tmp_path, nn.Linear(700, 1), x=x, y=np.zeros((50, 1), np.float32))
+    ran = cli("eigen", *files, "--top", 2, "--tol", "1e-320")
+    assert ran.code == 5, ran.stderr
+    assert "not converged" in ran.stderr
+
+
 class Cancels(nn.Module):
     """Terms a million times as large as their sum: products have their rounding."""
 

@@ -136,7 +136,7 @@ class Lanczos(Krylov):
         if len(best) < self.top:
             return 1.0
         limit = np.maximum(self._limit(self.values[best]), np.finfo(float).tiny)
-        return float((self.residuals[best] / limit).max(initial=0.0)) * self.tolerance
+        return float((self.tolerance * self.residuals[best] / limit).max(initial=0.0))
 
     def _settled(self) -> bool:
         """Whether all wanted pairs have converged, as far as more products can help: what is left in R stays.
