@@ -966,6 +966,24 @@ def test_an_exact_trace_that_is_interrupted(cli, monkeypatch):
     assert ran.code == 130
     known = [block["trace"] is not None for block in ran.document["blocks"]]
     assert (known, ran.document["total"]["trace"]) == ([True, False, False, False], None)
+    errors = [block["standard_error"] for block in ran.document["blocks"]]
+    assert errors == [0, None, None, None]
+    assert (ran.document["interrupted"], ran.document["converged"]) == (True, False)
+
+
+def test_an_exact_trace_that_is_interrupted_leaves_the_estimate_before_it(
+    cli, tmp_path, monkeypatch
+):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hesscli.job.trace.compute_blocks", interrupted)
+    x, y = np.random.default_rng(0).random((30, 20)), np.zeros((30, 10))
+    model = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 10)).double()
+    words = ("--method", "hvp", "--rel-error", 1e-6, "--json")
+    ran = cli("trace", *saved(tmp_path, model, x=x, y=y), *words)
+    assert ran.code == 130
+    assert ran.document["total"]["standard_error"] > 0
     assert (ran.document["interrupted"], ran.document["converged"]) == (True, False)
 
 
