@@ -305,8 +305,10 @@ def test_a_product_that_is_wrong_is_refused(cli, monkeypatch):
 
     right = Products.__call__
     monkeypatch.setattr(Products, "__call__", lambda self, v: 1.1 * right(self, v))
-    ran = cli("eigen", *MLP, "--method", "hvp")
-    assert "differs from differences of gradients" in ran.fails(5)
+    for dtype, hint in (("float32", "--dtype float64"), ("float64", "--method finite-difference")):
+        ran = cli("eigen", *MLP, "--method", "hvp", "--dtype", dtype)
+        assert "differs from differences of gradients" in ran.fails(5)
+        assert hint in ran.hint
     ran = cli("eigen", *MLP, "--json", "--top", 1)  # the last resort is right
     assert ran.document["method"] == "finite-difference"
     for options in ((), ("--per-block",)):

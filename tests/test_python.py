@@ -682,17 +682,20 @@ def test_options_in_the_words_of_python(net):
     assert found.metadata["dtype"] == "float32"
 
 
-def test_it_listens(net):
+@pytest.mark.parametrize("function", [hesscli.compute, hesscli.operator])
+def test_it_listens(net, function):
     class Ear:
-        notes: list[str] = []  # noqa: RUF012
+        def __init__(self) -> None:
+            self.notes: list[str] = []
 
         def note(self, text: str) -> None:
             self.notes.append(text)
 
         def progress(self, done: int, total: int, doing: str) -> None: ...
 
-    hesscli.compute(net, (X, Y), listener=Ear())
-    assert any("cross-entropy, inferred" in note for note in Ear.notes)
+    ear = Ear()
+    function(net, (X, Y), listener=ear)
+    assert any("cross-entropy, inferred" in note for note in ear.notes)
 
 
 @pytest.mark.parametrize("kept", [True, False])
