@@ -553,6 +553,12 @@ def test_a_loss_is_not_inferred_where_the_model_makes_another():
     with pytest.raises(hesscli.HesscliError, match="returns more than one tensor") as refused:
         computed(model, data, loss="output")
     assert refused.value.hint == "--output-key 1"
+    model.forward = lambda x, labels=None: Language.forward(model, x, labels) | {"aux": x.mean()}
+    with pytest.raises(hesscli.HesscliError, match="name the one that is meant"):
+        computed(model, data, output_key="logits")
+    model.forward = lambda x, labels=None: next(iter(Language.forward(model, x, labels).values()))
+    with pytest.raises(hesscli.HesscliError, match="name the one that is meant"):
+        computed(model, data)
     model.forward = lambda x, labels=None: Language.forward(model, F.dropout(x), labels)
     with pytest.raises(hesscli.HesscliError, match="dropout left on"):
         computed(model, data)
@@ -1323,6 +1329,7 @@ class SquaredError(nn.Module):
         (SquaredError(), Y[:, 0], "output [N, 1] and target [N]", "target[:, None]"),
         (counts, Y[:, 0], "output [N, 1] and target [N]", "target[:, None]"),
         (flat, Y[:, :1], "target [N, 1] and output [N]", "output[:, None]; or output[None]"),
+        (squared_error, Y[:, :1, None], "target [N, 1, 1] and output [N, 1]", "output[:, None]; "),
     ],
 )  # fmt: skip
 def test_a_loss_that_pairs_samples_by_broadcasting_is_refused(loss, y, said, hint):
