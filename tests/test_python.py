@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import hesscli
 from hesscli.errors import ResourceError
+from hesscli.hessian.objective.problem import Problem
 
 
 def test_import_loads_nothing() -> None:
@@ -657,6 +658,24 @@ def test_precision_of_the_caller(warm: str, set_by_the_caller: str, read: str) -
     )
     done = subprocess.run([warm, "-c", code], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_only_who_asks_has_three_digits_on_a_gpu(net, monkeypatch, tf32):
+    """PyTorch's own convolutions have them by default."""
+    seen, gradient = set(), Problem.flat_gradient
+
+    def looking(self, names):
+        seen.add((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        return gradient(self, names)
+
+    monkeypatch.setattr(Problem, "flat_gradient", looking)
+    hesscli.compute(net, (X, Y), tf32=tf32)
+    H = hesscli.operator(net, (X, Y), tf32=tf32, method="finite-difference")
+    assert seen == {(tf32, tf32)}
+    seen.clear()
+    H @ np.ones(H.shape[1])
+    assert seen == {(tf32, tf32)}
 
 
 def test_threads_leave_settings_as_they_were(net):
