@@ -261,6 +261,23 @@ def test_a_figure_holds_every_name(cli, tmp_path):
     assert [name for name in blocks if f">{name}</text>" not in svg] == []
 
 
+def test_the_figure_of_a_density_says_how_it_was_made(cli, tmp_path):
+    import matplotlib as mpl
+
+    x = np.random.default_rng(0).standard_normal((9, 600))
+    torch.jit.trace(nn.Linear(600, 1).double(), torch.from_numpy(x)).save(tmp_path / "net.pt")
+    np.savez(tmp_path / "d.npz", x=x, y=np.zeros((9, 1)))
+    write(tmp_path / "h", {"a": symmetric(6)})
+    for words, title in (
+        (("h",), "6 eigenvalues (exact)"),
+        (("net.pt", "d.npz", "--probes", 2, "--steps", 7), "601 eigenvalues (2 probes, 7 steps)"),
+    ):
+        with mpl.rc_context({"svg.fonttype": "none"}):
+            ran = cli("density", *words, "--plot", "d.svg")
+        assert ran.code == 0, ran.stderr
+        assert f"{title}</text>" in (tmp_path / "d.svg").read_text()
+
+
 def test_names_for_which_a_figure_has_no_room(cli, tmp_path):
     write(tmp_path / "h", {f"p{i}": symmetric(1) for i in range(200)})
     import matplotlib as mpl
