@@ -527,8 +527,18 @@ class Proxy:
         raise RuntimeError("for nothing yet")
 
 
+class Unmeasured(tuple):
+    """A pair that is not to be taken for one, as an irreducible representation of e3nn."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __iter__(self) -> Any:
+        raise NotImplementedError
+
+
 class AmongStrangers(Attribute):
-    strangers: ClassVar[list[object]] = [Unwilling(), Shadowed(), Proxy()]
+    strangers: ClassVar[list[object]] = [Unwilling(), Shadowed(), Proxy(), Unmeasured((1, 2))]
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])

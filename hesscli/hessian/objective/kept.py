@@ -140,7 +140,7 @@ def _always(*names: str) -> Callable[[object], Held]:
 
 _KINDS: dict[type | tuple[type, ...], Callable[[Any], Held]] = {
     _CONTAINERS: _of_container,
-    tuple: lambda each: (each, None),
+    tuple: lambda each: (tuple.__iter__(each), None),  # a subclass may refuse its length
     FunctionType: _of_function,
     _CACHED: _of_cache,
     MethodType: _always("__func__", "__self__"),
