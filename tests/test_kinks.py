@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from itertools import product
+from itertools import count, product
 
 import numpy as np
 import pytest
@@ -948,6 +948,35 @@ class Fused(nn.Module):
 
     def forward(self, x):
         return self.function(F.relu(self.function(x, self.w)), self.v)
+
+
+class Asked(Once):
+    """The same, and how often its derivative is asked for, by a count that is not put back from pass to pass."""
+
+    times = count()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        next(Asked.times)
+        return pulled(ctx, gradient)
+
+
+class Smooth(Fused):
+    def forward(self, x):
+        return self.function(torch.sigmoid(self.function(x, self.w)), self.v)
+
+
+def test_smooth_functions_need_not_be_held():
+    """Four gradients a column, of two Functions each; to hold one asks for its derivative three times more."""
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 3, dtype=torch.float64), torch.randn(12, 2, dtype=torch.float64)
+    model = Smooth(Asked.apply).double()
+    options = {"params": "w", "method": "finite-difference", "framework": "torch", "check": False}
+    found = hesscli.compute(model, (x, y), **options).block("w")
+    assert next(Asked.times) < 2 * 4 * len(found) + 100
+    model.function = lambda x, w: torch.tanh(x @ w.T)
+    assert relative_error(found, hessian(model, F.mse_loss, (x,), y)[:12, :12]) < 1e-6
 
 
 class Assigned(torch.autograd.Function):

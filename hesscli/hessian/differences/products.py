@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hesscli.hessian.differences.quotients import quotients_of
+from hesscli.hessian.differences.quotients import AGREEMENT, Quotients, quotients_of
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import LinearMap
 
@@ -35,3 +35,20 @@ class Differences(LinearMap):
         for problem in self.problem.by_batch():
             total += self.quotient(partial(problem.moved_gradient, self.names, direction), scale)
         return (total * norm).to(vectors.dtype)
+
+
+def freed(products: Differences, v: Tensor, along: Tensor) -> Quotients:
+    """The quotients of some products, `free` from now on where nothing needs to be held.
+
+    So it is where the product with a random v is the same if nothing is: whatever is held would move along v.
+
+    Args:
+        along: the product with v, where all is held that can be.
+    """
+    quotient, dtype = products.quotient, products.problem.dtype
+    if quotient.holds and dtype is torch.float64:
+        quotient.holds = False
+        difference = float(torch.linalg.norm(products(v) - along))
+        quotient.holds = True
+        quotient.free = difference <= AGREEMENT[dtype] * float(torch.linalg.norm(along))
+    return quotient

@@ -20,7 +20,7 @@ from hesscli.hessian.objective.problem import Problem, parameters_moved
 Gradient = Callable[[float], Tensor]  # h -> g(theta + h v)
 Difference = Callable[[Gradient, float], Tensor | None]  # g, h -> g(h) - g(-h)
 _STEPS = {torch.float64: (1e-4, 1e-5, 1e-6, 1e-7), torch.float32: (3e-2, 3e-3)}
-_AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
+AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
 _MOVED = 1e-4  # relative to the parameters: a step along which it is seen whether all moves
 
 
@@ -31,6 +31,9 @@ class Quotients:
     corner then has the derivative that autograd gives it. Where it does not, a step that crosses a kink makes the two
     disagree, and a smaller one is tried.
 
+    To hold costs many times what the gradients do, where a `Function`'s own backward pass is asked what it does. Where
+    nothing needs it, `free`, they are taken as they are, unless a step and its half disagree.
+
     Args:
         dtype: of the gradients.
         holds: whether they are computed here, where kinks can be held.
@@ -38,12 +41,16 @@ class Quotients:
     """
 
     def __init__(self, dtype: torch.dtype, holds: bool = True, constants: bool = True) -> None:
-        self.steps, self.agreement = _STEPS[dtype], _AGREEMENT[dtype]
-        self.holds = holds
+        self.steps, self.agreement = _STEPS[dtype], AGREEMENT[dtype]
+        self.holds, self.free = holds, False
         self.held: Difference = partial(held_difference, constants=constants)
 
     def __call__(self, gradient: Gradient, scale: float) -> Tensor:
         """The derivative of one batch's gradient; `scale` is what steps are relative to."""
+        if self.holds and self.free:
+            value, agrees = self._extrapolated(_difference, gradient, scale, most=1)
+            if value is not None and agrees:
+                return value
         if self.holds:
             value, agrees = self._extrapolated(self.held, gradient, scale)
             self.holds = value is not None  # the next gradient makes the same calls
@@ -54,12 +61,12 @@ class Quotients:
         return value
 
     def _extrapolated(
-        self, difference: Difference, gradient: Gradient, scale: float
+        self, difference: Difference, gradient: Gradient, scale: float, most: int | None = None
     ) -> tuple[Tensor | None, bool]:
-        """The derivative with the first step that agrees with its half, or else with the one that differs least from
-        it; and whether they agree."""
+        """The derivative with the first of so many steps that agrees with its half, or else with the one that differs
+        least from it; and whether they agree."""
         best, least = None, math.inf
-        for step in self.steps:
+        for step in self.steps[:most]:
             h = step * scale
             coarse = difference(gradient, h)
             fine = None if coarse is None else difference(gradient, h / 2)
@@ -103,5 +110,5 @@ def _detached_moves(problem: Problem) -> bool:
 
     slope = (8 * (value(1) - value(-1)) - (value(2) - value(-2))) / 12
     expected = float(problem.flat_gradient(names) @ v)
-    agrees = abs(slope - expected) <= _AGREEMENT[torch.float64] * abs(expected)
+    agrees = abs(slope - expected) <= AGREEMENT[torch.float64] * abs(expected)
     return bool(expected) and agrees

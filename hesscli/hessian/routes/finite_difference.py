@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hesscli.hessian.autodiff import unit_rows
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.differences.products import Differences
-from hesscli.hessian.differences.quotients import Quotients, quotients_of
+from hesscli.hessian.differences.products import Differences, freed
+from hesscli.hessian.differences.quotients import Quotients
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.routes.base import Choice, Route, Wanted
@@ -35,15 +35,12 @@ class FiniteDifference(Route):
     def __init__(self, reference: Callable[[], Problem]) -> None:
         self._reference = reference
         self._constants: dict[Block, Tensor] = {}
+        self._quotients: dict[Block, Quotients] = {}
 
     @cached_property
     def problem(self) -> Problem:  # type: ignore[override]
         """Made when a block is first computed: where other routes do, it is not needed."""
         return self._reference()
-
-    @cached_property
-    def quotient(self) -> Quotients:
-        return quotients_of(self.problem)
 
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
         return Choice(self, "", first.rows(block).times(4))
@@ -56,18 +53,21 @@ class FiniteDifference(Route):
         if block not in self._constants:
             problem = self.problem.restricted(block.parameters)
             v = torch.randn(block.size, generator=torch.Generator().manual_seed(0))
-            along = Differences(problem)(v.to(problem.device, problem.dtype))
+            products, v = Differences(problem), v.to(problem.device, problem.dtype)
+            along = products(v)
             self._constants[block] = (problem.flat_gradient(block.parameters) == 0) & (along == 0)
+            self._quotients[block] = freed(products, v, along)
         return self._constants[block]
 
     def add(self, batch: Batch, parts: Sequence[Wanted]) -> None:
         problem = replace(self.problem, batches=[batch])
         for part in parts:
             names, constant = part.block.parameters, self._is_constant(part.block)
+            quotient = self._quotients[part.block]
             theta = torch.cat([problem.parameters[name].detach().reshape(-1) for name in names])
             for row in range(part.start, part.stop):
                 if not constant[row]:
                     unit = unit_rows(theta, row, 1, len(theta))[0]
                     gradient = partial(problem.moved_gradient, names, unit)
-                    column = self.quotient(gradient, max(1.0, float(theta[row].abs())))
+                    column = quotient(gradient, max(1.0, float(theta[row].abs())))
                     part.add(row, column.unsqueeze(0))
