@@ -1033,6 +1033,7 @@ def test_a_module_without_parameters(tmp_path):
     torch.save(nn.ReLU(), tmp_path / "net.pt")
     error = refused(FileError, tmp_path / "net.pt", allow_pickle=True)
     assert "a model without parameters has no Hessian" in error.message
+    assert "before it was quantised" in str(error.hint)
 
 
 # --- architectures ----------------------------------------------------------------------------

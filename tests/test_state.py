@@ -607,6 +607,19 @@ def test_what_cannot_be_put_back_is_refused(
     copy_context().run(compute)
 
 
+class Sampling(Plain):
+    """A variational autoencoder's noise, which `eval` does not turn off."""
+
+    def square(self) -> Tensor:
+        return super().square() + torch.randn_like(self.w @ self.w.T)
+
+
+def test_noise_in_eval_mode() -> None:
+    with pytest.raises(hesscli.HesscliError, match="it draws random numbers") as refused:
+        hesscli.compute(Sampling().double(), (X, Y))
+    assert "can be one of its inputs" in str(refused.value.hint)
+
+
 def test_the_module_is_as_it_was() -> None:
     model = Attribute().double()
     hesscli.compute(model, (X, Y))

@@ -290,6 +290,6 @@ def without_parameters(path: Path | str, form: Form) -> FileError:
             "save it without torch.jit.freeze: torch.jit.script(model).save('net.pt')",
         )
     return FileError(
-        f"{path}: a model without parameters has no Hessian",
-        "register the weights as torch.nn.Parameter",
+        f"{path}: a model without parameters has no Hessian; quantised models hold their weights as integers",
+        "save it as it was before it was quantised, or register its weights as torch.nn.Parameter",
     )

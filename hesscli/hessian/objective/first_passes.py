@@ -70,7 +70,10 @@ def demand_alike(problem: Problem, first: Tensor, second: Tensor) -> None:
     """Refuses two passes of the same data through the model that give something else."""
     if not equal(first, second):
         asked = "leave out --train-mode, or build the model with a dropout of 0"
-        saved = "save it after model.eval(); traced and exported models keep the mode they had"
+        saved = (
+            "save it after model.eval(), as traced and exported models keep the mode they had; noise that it draws in "
+            "eval mode too can be one of its inputs"
+        )
         raise UnrepeatableError(
             "two passes of the same data through the model differ: it draws random numbers (dropout left on?), or "
             "writes to an array that is no buffer, so it has no Hessian",
