@@ -424,6 +424,49 @@ def test_files_without_checksums_load(tmp_path):
     assert load_model(tmp_path / "net.pt", arch="mlp").form == "state_dict"
 
 
+LIT = """
+from torch import nn
+
+
+class Net(nn.Sequential):
+    def __init__(self, hidden, act="relu", out=2):
+        kind = {"relu": nn.ReLU, "tanh": nn.Tanh}[act]
+        super().__init__(nn.Linear(3, hidden), kind(), nn.Linear(hidden, out))
+
+
+def any_of(**arguments):
+    arguments.pop("lr")
+    return Net(**arguments)
+
+
+ready = Net(5, "tanh")
+"""
+
+
+@pytest.mark.parametrize(
+    ("factory", "given", "act", "noted"),
+    [
+        ("Net", {}, nn.Tanh, "arguments of Net: hidden=5, act='tanh', as saved with the weights"),
+        ("Net", {"act": "relu"}, nn.ReLU, "arguments of Net: hidden=5, as saved with the weights"),
+        ("Net", {"act": "relu", "hidden": 5}, nn.ReLU, None),
+        ("any_of", {}, nn.Tanh, "arguments of any_of: hidden=5, lr=0.1, act='tanh', as saved"),
+        ("ready", {}, nn.Tanh, None),
+    ],
+)
+def test_arguments_that_a_checkpoint_keeps(tmp_path, factory, given, act, noted):
+    """As Lightning's `save_hyperparameters()` does: a factory gets those that it takes, as `load_from_checkpoint`."""
+    (tmp_path / "lit.py").write_text(LIT)
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    kept = {"hidden": 5, "lr": 0.1, "act": "tanh"}
+    torch.save({"state_dict": net.state_dict(), "hyper_parameters": kept}, tmp_path / "last.ckpt")
+    arch = f"{tmp_path / 'lit.py'}:{factory}"
+    saved = load_model(tmp_path / "last.ckpt", arch=arch, arch_arguments=given)
+    assert type(saved.module[1]) is act
+    torch.testing.assert_close(saved.module[0](X[:2, :3]), net[0](X[:2, :3]))
+    notes = [note for note in saved.notes if note.startswith("arguments")]
+    assert [note[: len(noted)] for note in notes] == [noted] if noted else not notes
+
+
 # --- torch.export -----------------------------------------------------------------------------
 
 

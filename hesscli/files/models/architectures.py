@@ -6,7 +6,9 @@ import inspect
 import os
 import shlex
 from collections.abc import Callable, Mapping
+from inspect import Parameter
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -16,7 +18,9 @@ from hesscli.files.models.compiled import uncompiled
 from hesscli.files.models.importing import attribute_of, first_line, importable, module_of
 from hesscli.files.models.libraries import timm_factory, transformers_factory
 from hesscli.files.models.mlp import build_mlp
+from hesscli.texts import listed
 
+_BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 _FORMS = "PKG.MOD:FACTORY, FILE.py:FACTORY, transformers:CLASS, timm:NAME or mlp"
 
 
@@ -25,6 +29,8 @@ def build(
     arch_arguments: Mapping[str, object],
     state_dict: Mapping[str, torch.Tensor],
     model: Path | str = "",
+    saved_arguments: Mapping[str, object] = MappingProxyType({}),
+    note: Callable[[str], None] = lambda text: None,
 ) -> nn.Module:
     """The module that `arch` names, its weights not yet loaded.
 
@@ -34,6 +40,9 @@ def build(
         arch_arguments: keyword arguments for the factory.
         state_dict: the weights; only `mlp` looks at them.
         model: where they come from; `transformers` finds its configuration there.
+        saved_arguments: keyword arguments for a factory of the user's own that were saved with the weights: those that
+            it takes, and that are not given.
+        note: hears which of these it was given.
 
     Raises:
         UsageError: the factory is not there, fails, or makes something else.
@@ -55,6 +64,11 @@ def build(
             factory = timm_factory(attribute)
         else:
             factory = attribute_of("--arch", arch, module)
+            if callable(factory) and not isinstance(factory, nn.Module):
+                saved = _taken(factory, saved_arguments)
+                if left := [f"{k}={v!r}" for k, v in saved.items() if k not in arch_arguments]:
+                    note(f"arguments of {attribute}: {listed(left)}, as saved with the weights")
+                arch_arguments = saved | {**arch_arguments}
         return uncompiled(_call(arch, factory, attribute, arch_arguments))
 
 
@@ -94,15 +108,25 @@ def _call(arch: str, factory: object, name: str, arguments: Mapping[str, object]
 
 def _wanted(factory: Callable[..., object], given: Mapping[str, object]) -> dict[str, object]:
     """The arguments that the factory knows and needs: the given ones, VALUE for the others."""
-    try:
-        parameters = inspect.signature(factory).parameters.values()
-    except ValueError:  # written in C
-        return dict(given)
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    named = _parameters(factory)
+    needed = {p.name: "VALUE" for p in named if p.default is p.empty and p.kind in _BY_NAME}
+    return needed | _taken(factory, given)
+
+
+def _taken(factory: Callable[..., object], given: Mapping[str, object]) -> dict[str, object]:
+    """Those of the arguments that the factory knows."""
+    parameters = _parameters(factory)
+    known = {p.name for p in parameters if p.kind in _BY_NAME}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    known = {p.name for p in named}
-    wanted = {name: value for name, value in given.items() if takes_all or name in known}
-    return {p.name: "VALUE" for p in named if p.default is p.empty} | wanted
+    return {name: value for name, value in given.items() if takes_all or name in known}
+
+
+def _parameters(factory: Callable[..., object]) -> list[Parameter]:
+    """Its parameters; where it was written in C, and does not tell them, any are taken."""
+    try:
+        return list(inspect.signature(factory).parameters.values())
+    except ValueError:
+        return [Parameter("arguments", Parameter.VAR_KEYWORD)]
 
 
 def _guess(arch: str) -> str:

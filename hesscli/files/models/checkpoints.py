@@ -37,6 +37,14 @@ def unwrap(content: object, notes: list[str]) -> object:
     return content[found[0]]
 
 
+def saved_arguments(content: object) -> dict[str, object]:
+    """What a module was made with, where a checkpoint keeps it as Lightning's `save_hyperparameters()` does."""
+    found = content.get("hyper_parameters") if isinstance(content, Mapping) else None
+    if not isinstance(found, Mapping):
+        return {}
+    return {name: value for name, value in found.items() if isinstance(name, str)}
+
+
 def _holds_weights(value: object) -> bool:
     if isinstance(value, nn.Module):
         return True

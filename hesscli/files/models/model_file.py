@@ -18,7 +18,13 @@ from hesscli.errors import FileError, UsageError
 from hesscli.files.digest import sha256_of_all
 from hesscli.files.models.architectures import build
 from hesscli.files.models.call_signature import CallSignature, signature_of
-from hesscli.files.models.checkpoints import fitted, unwrap, versions, without_wrappers
+from hesscli.files.models.checkpoints import (
+    fitted,
+    saved_arguments,
+    unwrap,
+    versions,
+    without_wrappers,
+)
 from hesscli.files.models.exported import load_exported
 from hesscli.files.models.importing import as_main, importable, module_of
 from hesscli.files.models.libraries import arch_of
@@ -104,7 +110,8 @@ def load_model(
             tie(content, tied_groups(content.named_parameters()))
             module, form = content, "pickle"
         else:
-            module = _with_architecture(path, content, arch, arch_arguments, notes)
+            saved = saved_arguments(found)
+            module = _with_architecture(path, content, arch, arch_arguments, saved, notes)
             form = "state_dict"
     if told:
         notes.append(f"classes of the script that saved {path.name}: those of --arch {arch}")
@@ -200,6 +207,7 @@ def _with_architecture(
     content: object,
     arch: str | None,
     arch_arguments: Mapping[str, object],
+    saved: Mapping[str, object],
     notes: list[str],
 ) -> nn.Module:
     weights = _state_dict(path, content)
@@ -209,7 +217,7 @@ def _with_architecture(
         raise FileError(f"{path}: a state dict holds weights but no architecture", hint)
     if arch == "mlp":
         weights = without_wrappers(weights, notes)
-    module = build(arch, arch_arguments, weights, path)
+    module = build(arch, arch_arguments, weights, path, saved, notes.append)
     if any(p.is_meta for p in module.parameters()):
         raise UsageError(
             f"--arch {arch}: builds its parameters on the meta device, without memory",
