@@ -439,6 +439,11 @@ def any_of(**arguments):
     return Net(**arguments)
 
 
+class Whole(Net):
+    def __init__(self, conf, **others):
+        super().__init__(conf["hidden"], conf.get("act", "relu"), **others)
+
+
 ready = Net(5, "tanh")
 """
 
@@ -465,6 +470,24 @@ def test_arguments_that_a_checkpoint_keeps(tmp_path, factory, given, act, noted)
     torch.testing.assert_close(saved.module[0](X[:2, :3]), net[0](X[:2, :3]))
     notes = [note for note in saved.notes if note.startswith("arguments")]
     assert [note[: len(noted)] for note in notes] == [noted] if noted else not notes
+
+
+@pytest.mark.parametrize(
+    ("factory", "given", "width"),
+    [("Whole", {}, 5), ("Whole", {"conf": {"hidden": 4}}, 4), ("Net", {}, 5)],
+)
+def test_arguments_that_a_checkpoint_keeps_as_one(tmp_path, factory, given, width):
+    """Lightning's `hparams_name` is the parameter that took a mapping of all arguments, if the factory has it."""
+    (tmp_path / "lit.py").write_text(LIT)
+    net = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 2))
+    kept = {"hyper_parameters": {"hidden": 5, "act": "tanh"}, "hparams_name": "conf"}
+    torch.save({"state_dict": net.state_dict(), **kept}, tmp_path / "last.ckpt")
+    arch = f"{tmp_path / 'lit.py'}:{factory}"
+    saved = load_model(tmp_path / "last.ckpt", arch=arch, arch_arguments=given)
+    torch.testing.assert_close(saved.module[0](X[:2, :3]), net[0](X[:2, :3]))
+    assert any("conf={'hidden': 5" in note for note in saved.notes) == (
+        factory == "Whole" and not given
+    )
 
 
 # --- torch.export -----------------------------------------------------------------------------

@@ -30,6 +30,7 @@ def build(
     state_dict: Mapping[str, torch.Tensor],
     model: Path | str = "",
     saved_arguments: Mapping[str, object] = MappingProxyType({}),
+    saved_as: str = "",
     note: Callable[[str], None] = lambda text: None,
 ) -> nn.Module:
     """The module that `arch` names, its weights not yet loaded.
@@ -42,6 +43,7 @@ def build(
         model: where they come from; `transformers` finds its configuration there.
         saved_arguments: keyword arguments for a factory of the user's own that were saved with the weights: those that
             it takes, and that are not given.
+        saved_as: a factory that has a parameter of this name takes them as one mapping, there.
         note: hears which of these it was given.
 
     Raises:
@@ -66,6 +68,8 @@ def build(
             factory = attribute_of("--arch", arch, module)
             if callable(factory) and not isinstance(factory, nn.Module):
                 saved = _taken(factory, saved_arguments)
+                if saved_as in _names(factory):
+                    saved = {saved_as: dict(saved_arguments)}
                 if left := [f"{k}={v!r}" for k, v in saved.items() if k not in arch_arguments]:
                     note(f"arguments of {attribute}: {listed(left)}, as saved with the weights")
                 arch_arguments = saved | {**arch_arguments}
@@ -115,10 +119,13 @@ def _wanted(factory: Callable[..., object], given: Mapping[str, object]) -> dict
 
 def _taken(factory: Callable[..., object], given: Mapping[str, object]) -> dict[str, object]:
     """Those of the arguments that the factory knows."""
-    parameters = _parameters(factory)
-    known = {p.name for p in parameters if p.kind in _BY_NAME}
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    known = _names(factory)
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in _parameters(factory))
     return {name: value for name, value in given.items() if takes_all or name in known}
+
+
+def _names(factory: Callable[..., object]) -> set[str]:
+    return {p.name for p in _parameters(factory) if p.kind in _BY_NAME}
 
 
 def _parameters(factory: Callable[..., object]) -> list[Parameter]:

@@ -37,12 +37,17 @@ def unwrap(content: object, notes: list[str]) -> object:
     return content[found[0]]
 
 
-def saved_arguments(content: object) -> dict[str, object]:
-    """What a module was made with, where a checkpoint keeps it as Lightning's `save_hyperparameters()` does."""
-    found = content.get("hyper_parameters") if isinstance(content, Mapping) else None
-    if not isinstance(found, Mapping):
-        return {}
-    return {name: value for name, value in found.items() if isinstance(name, str)}
+def saved_arguments(content: object) -> tuple[Mapping[str, object], str]:
+    """What a module was made with, where a checkpoint keeps it as Lightning's `save_hyperparameters()` does.
+
+    Returns:
+        the arguments; the name of the one argument that had all of them as a mapping, where there was one.
+    """
+    if not isinstance(content, Mapping) or not isinstance(content.get("hyper_parameters"), Mapping):
+        return {}, ""
+    found, whole = content["hyper_parameters"], content.get("hparams_name")
+    named = {name: value for name, value in found.items() if isinstance(name, str)}
+    return named, whole if isinstance(whole, str) else ""
 
 
 def _holds_weights(value: object) -> bool:

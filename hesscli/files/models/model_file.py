@@ -207,7 +207,7 @@ def _with_architecture(
     content: object,
     arch: str | None,
     arch_arguments: Mapping[str, object],
-    saved: Mapping[str, object],
+    saved: tuple[Mapping[str, object], str],
     notes: list[str],
 ) -> nn.Module:
     weights = _state_dict(path, content)
@@ -217,7 +217,7 @@ def _with_architecture(
         raise FileError(f"{path}: a state dict holds weights but no architecture", hint)
     if arch == "mlp":
         weights = without_wrappers(weights, notes)
-    module = build(arch, arch_arguments, weights, path, saved, notes.append)
+    module = build(arch, arch_arguments, weights, path, *saved, notes.append)
     if any(p.is_meta for p in module.parameters()):
         raise UsageError(
             f"--arch {arch}: builds its parameters on the meta device, without memory",
