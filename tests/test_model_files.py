@@ -332,7 +332,8 @@ def test_frozen_torchscript_has_no_parameters(net, tmp_path):
     error = refused(FileError, tmp_path / "net.pt")
     assert error.exit_code == 3
     assert "without parameters; frozen and quantised models" in error.message
-    assert error.hint == "save it without torch.jit.freeze: torch.jit.script(model).save('net.pt')"
+    hint = "save it before torch.jit.freeze or quantising: "
+    assert error.hint == hint + "torch.jit.script(model).save('net.pt')"
 
 
 def test_torchscript_is_never_unpickled(net, tmp_path, monkeypatch):

@@ -295,7 +295,7 @@ def without_parameters(path: Path | str, form: Form) -> FileError:
         return FileError(
             f"{path}: a TorchScript model without parameters; frozen and quantised models "
             "hold their weights as constants",
-            "save it without torch.jit.freeze: torch.jit.script(model).save('net.pt')",
+            "save it before torch.jit.freeze or quantising: torch.jit.script(model).save('net.pt')",
         )
     return FileError(
         f"{path}: a model without parameters has no Hessian; quantised models hold their weights as integers",
