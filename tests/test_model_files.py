@@ -24,6 +24,7 @@ from conftest import read
 from oracles import hessian, relative_error
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import prune
 
 from hesscli.cli.values import parse_value
 from hesscli.errors import FileError, HesscliError, MismatchError, UsageError
@@ -427,6 +428,7 @@ def test_files_without_checksums_load(tmp_path):
 
 LIT = """
 from torch import nn
+from torch.nn.utils import prune
 
 
 class Net(nn.Sequential):
@@ -446,6 +448,15 @@ class Whole(Net):
 
 
 ready = Net(5, "tanh")
+"""
+
+PRUNED = """
+
+def pruned(**arguments):
+    import torch
+    model = Net(**arguments)
+    torch.nn.utils.prune.identity(model.get_submodule('0'), 'weight')
+    return model
 """
 
 
@@ -471,6 +482,31 @@ def test_arguments_that_a_checkpoint_keeps(tmp_path, factory, given, act, noted)
     torch.testing.assert_close(saved.module[0](X[:2, :3]), net[0](X[:2, :3]))
     notes = [note for note in saved.notes if note.startswith("arguments")]
     assert [note[: len(noted)] for note in notes] == [noted] if noted else not notes
+
+
+def test_a_note_of_a_saved_argument_is_the_same_in_every_run(tmp_path):
+    """It goes into the file: no addresses."""
+    (tmp_path / "lit.py").write_text(LIT)
+    kept = {"hidden": 5, "lr": object(), "act": "tanh"}
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    torch.save({"state_dict": net.state_dict(), "hyper_parameters": kept}, tmp_path / "last.ckpt")
+    arch = f"{tmp_path / 'lit.py'}:any_of"
+    saved = load_model(tmp_path / "last.ckpt", arch=arch, allow_pickle=True)
+    assert "arguments of any_of: hidden=5, lr, act='tanh', as saved with the weights" in saved.notes
+
+
+def test_pruned_weights_of_an_architecture_that_is_not(tmp_path):
+    (tmp_path / "lit.py").write_text(LIT + PRUNED)
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    prune.l1_unstructured(net[0], "weight", amount=4)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    arguments = {"hidden": 5, "act": "tanh"}
+    arch = f"{tmp_path / 'lit.py'}:Net"
+    error = refused(MismatchError, tmp_path / "net.pt", arch=arch, arch_arguments=arguments)
+    assert "torch.nn.utils.prune.identity(model.get_submodule('0'), 'weight')" in error.hint
+    arch = f"{tmp_path / 'lit.py'}:pruned"
+    saved = load_model(tmp_path / "net.pt", arch=arch, arch_arguments=arguments)
+    torch.testing.assert_close(saved.module(X[:2, :3]), net(X[:2, :3]))
 
 
 @pytest.mark.parametrize(
@@ -1109,6 +1145,7 @@ NETS = """
 import sys
 import torch
 from torch import nn
+from torch.nn.utils import prune
 import helper
 
 print("loud")

@@ -70,7 +70,9 @@ def build(
                 saved = _taken(factory, saved_arguments)
                 if saved_as in _names(factory):
                     saved = {saved_as: dict(saved_arguments)}
-                if left := [f"{k}={v!r}" for k, v in saved.items() if k not in arch_arguments]:
+                if left := [
+                    _pair(*each) for each in saved.items() if each[0] not in arch_arguments
+                ]:
                     note(f"arguments of {attribute}: {listed(left)}, as saved with the weights")
                 arch_arguments = saved | {**arch_arguments}
         return uncompiled(_call(arch, factory, attribute, arch_arguments))
@@ -122,6 +124,12 @@ def _taken(factory: Callable[..., object], given: Mapping[str, object]) -> dict[
     known = _names(factory)
     takes_all = any(p.kind is p.VAR_KEYWORD for p in _parameters(factory))
     return {name: value for name, value in given.items() if takes_all or name in known}
+
+
+def _pair(name: str, value: object) -> str:
+    """An argument for a note, which says the same in every run: objects tell their addresses."""
+    plain = isinstance(value, (bool, int, float, str, list, tuple, dict))
+    return f"{name}={value!r}" if plain and " at 0x" not in repr(value) else name
 
 
 def _names(factory: Callable[..., object]) -> set[str]:
