@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from inspect import Parameter
 from pathlib import Path
 from types import MappingProxyType
@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from hesscli.errors import UsageError
+from hesscli.files.models.call_signature import BY_NAME
 from hesscli.files.models.compiled import uncompiled
 from hesscli.files.models.importing import attribute_of, first_line, importable, module_of
 from hesscli.files.models.libraries import timm_factory, transformers_factory
 from hesscli.files.models.mlp import build_mlp
 from hesscli.texts import listed
 
-_BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 _FORMS = "PKG.MOD:FACTORY, FILE.py:FACTORY, transformers:CLASS, timm:NAME or mlp"
 
 
@@ -66,15 +66,12 @@ def build(
             factory = timm_factory(attribute)
         else:
             factory = attribute_of("--arch", arch, module)
-            if callable(factory) and not isinstance(factory, nn.Module):
-                saved = _taken(factory, saved_arguments)
-                if saved_as in _names(factory):
-                    saved = {saved_as: dict(saved_arguments)}
-                if left := [
-                    _pair(*each) for each in saved.items() if each[0] not in arch_arguments
-                ]:
-                    note(f"arguments of {attribute}: {listed(left)}, as saved with the weights")
-                arch_arguments = saved | {**arch_arguments}
+            saved = _saved(factory, saved_arguments, saved_as)
+            saved = {name: value for name, value in saved.items() if name not in arch_arguments}
+            if saved:
+                pairs = listed(_pair(name, value) for name, value in saved.items())
+                note(f"arguments of {attribute}: {pairs}, as saved with the weights")
+            arch_arguments = {**saved, **arch_arguments}
         return uncompiled(_call(arch, factory, attribute, arch_arguments))
 
 
@@ -114,15 +111,26 @@ def _call(arch: str, factory: object, name: str, arguments: Mapping[str, object]
 
 def _wanted(factory: Callable[..., object], given: Mapping[str, object]) -> dict[str, object]:
     """The arguments that the factory knows and needs: the given ones, VALUE for the others."""
-    named = _parameters(factory)
-    needed = {p.name: "VALUE" for p in named if p.default is p.empty and p.kind in _BY_NAME}
-    return needed | _taken(factory, given)
+    parameters = _parameters(factory)
+    needed = {p.name: "VALUE" for p in parameters if p.default is p.empty and p.kind in BY_NAME}
+    return needed | _taken(parameters, given)
 
 
-def _taken(factory: Callable[..., object], given: Mapping[str, object]) -> dict[str, object]:
-    """Those of the arguments that the factory knows."""
-    known = _names(factory)
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in _parameters(factory))
+def _saved(factory: object, arguments: Mapping[str, object], whole: str) -> dict[str, object]:
+    """Those of the saved arguments that the factory knows; all, where it takes them whole."""
+    saved = bool(arguments or whole)
+    if not saved or not callable(factory) or isinstance(factory, nn.Module):
+        return {}
+    parameters = _parameters(factory)
+    if any(p.name == whole and p.kind in BY_NAME for p in parameters):
+        return {whole: dict(arguments)}
+    return _taken(parameters, arguments)
+
+
+def _taken(parameters: Collection[Parameter], given: Mapping[str, object]) -> dict[str, object]:
+    """Those of the arguments that a factory of these parameters knows."""
+    known = {p.name for p in parameters if p.kind in BY_NAME}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return {name: value for name, value in given.items() if takes_all or name in known}
 
 
@@ -130,10 +138,6 @@ def _pair(name: str, value: object) -> str:
     """An argument for a note, which says the same in every run: objects tell their addresses."""
     plain = isinstance(value, (bool, int, float, str, list, tuple, dict))
     return f"{name}={value!r}" if plain and " at 0x" not in repr(value) else name
-
-
-def _names(factory: Callable[..., object]) -> set[str]:
-    return {p.name for p in _parameters(factory) if p.kind in _BY_NAME}
 
 
 def _parameters(factory: Callable[..., object]) -> list[Parameter]:

@@ -10,6 +10,8 @@ from typing import get_origin
 import torch
 from torch import nn
 
+BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+
 
 @dataclass(frozen=True)
 class CallSignature:
@@ -44,14 +46,13 @@ def signature_of(module: nn.Module) -> CallSignature:
         parameters = list(signature(module.forward).parameters.values())
     except (TypeError, ValueError):  # not callable, or written in C
         return CallSignature()
-    by_name = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     positional = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
     unlimited = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     home = str(getattr(module.forward, "__module__", ""))
     of_pytorch = home.startswith("torch.nn.")  # where all take tensors
     return CallSignature(
         None if unlimited else positional,
-        tuple(p.name for p in parameters if p.kind in by_name),
+        tuple(p.name for p in parameters if p.kind in BY_NAME),
         tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
         tuple(p.name for p in parameters if p.default is not Parameter.empty),
         bool(parameters) and not of_pytorch and _is_mapping(parameters[0].annotation),

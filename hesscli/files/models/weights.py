@@ -63,7 +63,7 @@ def load_weights(
         raise MismatchError(
             f"{path}: the weights do not fit the architecture: "
             + (differences or str(error).splitlines()[-1].strip()),
-            _way_out(path, [name for name in content if name not in expected]),
+            _way_out(path, expected, content),
         ) from error
     except Exception as error:  # what a module does with its weights is its own
         raise MismatchError(
@@ -72,14 +72,14 @@ def load_weights(
         ) from error
 
 
-def _way_out(path: Path, unexpected: Collection[str]) -> str:
+def _way_out(path: Path, expected: Collection[str], names: Collection[str]) -> str:
     """What to do about weights that do not fit: those of one file of several lack the others'."""
     index = index_beside(path)
     if index is not None:
         return f"it is one of several files: give their index, {index}"
-    for name in unexpected:
-        pruned = name.removesuffix("_orig")
-        if {f"{pruned}_orig", f"{pruned}_mask"}.issubset(unexpected):
+    masks = [name for name in names if name.endswith("_mask") and name not in expected]
+    for pruned in (mask.removesuffix("_mask") for mask in masks):
+        if f"{pruned}_orig" in names:
             module, _, own = pruned.rpartition(".")
             where = f"model.get_submodule({module!r})"
             return (
