@@ -22,6 +22,7 @@ from hesscli.hessian.curvatures import CURVATURES
 from hesscli.hessian.differences import quotients
 from hesscli.hessian.differences.check import Certificate, Comparison
 from hesscli.hessian.differences.directional import DirectionalDifference
+from hesscli.hessian.differences.here import Here
 from hesscli.hessian.differences.kinks import held_difference
 from hesscli.hessian.differences.products import Differences
 from hesscli.hessian.guests import guest
@@ -224,7 +225,7 @@ def along_weight(problem: Problem) -> tuple[DirectionalDifference, Tensor]:
     v = torch.randn(weight.numel(), dtype=torch.float64)
     product = Products(problem)(v)
     block = Block("a.weight", ("a.weight",), (weight.numel(),))
-    return DirectionalDifference(problem, block, v), product
+    return DirectionalDifference(problem, block, v, Here(problem)), product
 
 
 @pytest.mark.parametrize("name", KINKED)

@@ -97,9 +97,9 @@ def noting(problem: Problem) -> Here:
 def quotients(problem: Problem, here: Here, block: Block) -> tuple[Tensor, Tensor]:
     """As it is made, and of gradients that are computed whole."""
     v = torch.ones(block.size, dtype=torch.float64)
-    along = DirectionalDifference(problem, block, v)
+    along = DirectionalDifference(problem, block, v, here)
     moved, still = along.gradient(STEP), problem.flat_gradient(block.parameters)
-    return along.one_sided_quotient(STEP, here), (moved - still) / (STEP * along.scale)
+    return along.one_sided_quotient(STEP), (moved - still) / (STEP * along.scale)
 
 
 @pytest.mark.parametrize("batch_size", [3, 1])

@@ -86,7 +86,7 @@ class Certificate:
     problem: Problem
     dtype: torch.dtype
     seed: int
-    difference: Callable[[Problem, Block, Tensor], DirectionalDifference] = DirectionalDifference
+    difference: Callable[..., DirectionalDifference] = DirectionalDifference
     of: str = "gradients"
 
     def __post_init__(self) -> None:
@@ -162,14 +162,14 @@ class Certificate:
         return self._best(Comparison(self.along(block, v), slice(None), product, size))
 
     def along(self, block: Block, v: Tensor) -> DirectionalDifference:
-        return self.difference(self.problem, block, v)
+        return self.difference(self.problem, block, v, self.here)
 
     def _constants(self, block: Block, product: Tensor, v: Tensor) -> Tensor:
         """Entries that PyTorch treats as constants though the loss depends on them: an embedding's padding row.
 
         They have no gradient, here or a step away, and their rows of the Hessian are zero.
         """
-        along = DirectionalDifference(self.problem, block, v)
+        along = DirectionalDifference(self.problem, block, v, self.here)
         here, there = along.gradient(0.0), along.gradient(_STEPS[self.problem.dtype][-1])
         return (here == 0) & (there == 0) & (product == 0)
 
@@ -205,7 +205,7 @@ class Certificate:
         v = torch.zeros(block.size, dtype=self.problem.dtype, device=self.problem.device)
         v[pair] = v.new_tensor([a, 1])
         along = self.along(block, v)
-        quotient = along.one_sided_quotient(_ONE_SIDED, self.here) if self.one_sided else None
+        quotient = along.one_sided_quotient(_ONE_SIDED) if self.one_sided else None
         if quotient is None:
             quotient = along.quotient(_STEPS[self.problem.dtype][0])
         wrong = quotient[pair] - v[pair] * diagonal[pair].to(self.problem.dtype)
@@ -259,7 +259,7 @@ class Certificate:
         """
         along = comparison.along
         if self.one_sided:
-            difference, size = comparison.distance(along.one_sided_quotient(_ONE_SIDED, self.here))
+            difference, size = comparison.distance(along.one_sided_quotient(_ONE_SIDED))
             if difference <= self.tolerance * size:
                 return difference / size if size else 0.0
         dtype = self.problem.dtype

@@ -25,6 +25,7 @@ class DirectionalDifference:
     problem: Problem
     block: Block
     direction: Tensor  # [n]
+    here: Here  # of the problem
 
     def quotient(self, step: float) -> Tensor:
         """(g_B(theta + h v) - g_B(theta - h v)) / 2h"""
@@ -36,10 +37,10 @@ class DirectionalDifference:
         """
         return (4 * self.quotient(step) - self.quotient(2 * step)) / 3
 
-    def one_sided_quotient(self, step: float, here: Here) -> Tensor | None:
+    def one_sided_quotient(self, step: float) -> Tensor | None:
         """(g_B(theta + h v) - g_B(theta)) / h; None where there is none."""
-        gradient = here.gradient(self.block.parameters)
-        with here.repeats.repeating():
+        gradient = self.here.gradient(self.block.parameters)
+        with self.here.repeats.repeating():
             return (self.gradient(step) - gradient) / (step * self.scale)
 
     def held_quotient(self, step: float, by_original: bool = False) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What differences have in common, whatever their direction: gradient and output at theta."""
+"""What differences have in common, whatever their direction: gradient and output at theta, and the output's kinks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hesscli.hessian.aten.definitions import right_gradients
+from hesscli.hessian.aten.definitions import exact_derivatives, right_gradients
+from hesscli.hessian.differences.kinks import Kinks
 from hesscli.hessian.differences.repeats import Repeats
 from hesscli.hessian.objective.problem import Problem
 
 
 class Here:
-    """Both of a problem, made when they are first asked for.
+    """These of a problem, made when they are first asked for.
 
     Attributes:
         noted: the convolutions of so many batches' gradients are kept, if that is said before these are made.
@@ -33,7 +34,14 @@ class Here:
 
     def output(self, problem: Problem) -> Tensor:
         """f(theta) of one batch of the problem, with its graph: kept where there is no other batch."""
-        return self._only if len(self.problem.batches) == 1 else output(problem)
+        return self._only if len(self.problem.batches) == 1 else _output(problem)
+
+    def kinks(self, problem: Problem) -> Kinks:
+        """Those that one batch's output has for the result, to be held: noted once where there is no other batch.
+
+        By the operators of the result's own pass: a definition may have more kinks than what it defines.
+        """
+        return Kinks(self._noted if len(self.problem.batches) == 1 else _noted(problem))
 
     @cached_property
     def _gradient(self) -> dict[str, Tensor]:
@@ -48,11 +56,24 @@ class Here:
 
     @cached_property
     def _only(self) -> Tensor:
-        return output(self.problem)
+        return _output(self.problem)
+
+    @cached_property
+    def _noted(self) -> Sequence[Tensor]:
+        return _noted(self.problem)
 
 
-def output(problem: Problem) -> Tensor:
+def _output(problem: Problem) -> Tensor:
     """f(theta) of a problem's only batch, by operators of PyTorch's own that have right gradients."""
     (batch,) = problem.batches
     with right_gradients():
         return problem.output(batch)
+
+
+def _noted(problem: Problem) -> Sequence[Tensor]:
+    """On which side of each kink it is, by the operators' definitions: those of the problem that this is a copy of."""
+    problem = problem.original or problem
+    (batch,) = problem.batches
+    with (kinks := Kinks()), exact_derivatives():
+        problem.output(batch)
+    return kinks.sides.noted

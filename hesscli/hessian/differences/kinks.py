@@ -13,7 +13,7 @@ of a Q-network, a straight-through estimator, a padding word that is tied to the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -34,12 +34,13 @@ class Kinks(Watcher):
     with kinks.held(): another one, of the same calls
 
     Args:
+        noted: what a first pass has noted already.
         constants: whether what is detached, or computed with gradients off, is held too.
     """
 
-    def __init__(self, constants: bool = True) -> None:
+    def __init__(self, noted: Sequence[Tensor] = (), constants: bool = True) -> None:
         super().__init__()
-        self.sides, self.constants = Sides(), constants
+        self.sides, self.constants = Sides(noted), constants
         self._around = ExitStack()
         self._inside = False  # a Function, whose calls are its own business
         self._copies: dict[int, Tensor] = {}  # that stand for views, by where they lie
@@ -150,7 +151,7 @@ def held_difference(
         first: a pass with these calls at 0, whose sides count; by default the gradient's own.
         constants: as in `Kinks`.
     """
-    kinks = Kinks(constants)
+    kinks = Kinks(constants=constants)
     with kinks:
         first() if first is not None else gradient(0.0)
     if not kinks.sides.noted:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from hesscli.hessian.aten.definitions import exact_derivatives, right_gradients
 from hesscli.hessian.differences.directional import DirectionalDifference
-from hesscli.hessian.differences.here import Here, output
-from hesscli.hessian.differences.kinks import Kinks, held_difference
+from hesscli.hessian.differences.kinks import held_difference
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
 
@@ -27,8 +26,8 @@ class OutputDifference(DirectionalDifference):
     def quotient(self, step: float) -> Tensor:
         return self._product(step, partial(self._central, step))
 
-    def one_sided_quotient(self, step: float, here: Here) -> Tensor:
-        return self._product(step, partial(self._one_sided, step, here))
+    def one_sided_quotient(self, step: float) -> Tensor:
+        return self._product(step, partial(self._one_sided, step))
 
     def _product(
         self, step: float, differentiated: Callable[[Problem], tuple[Tensor, Tensor]]
@@ -48,11 +47,11 @@ class OutputDifference(DirectionalDifference):
 
     def _central(self, step: float, problem: Problem) -> tuple[Tensor, Tensor]:
         ahead, behind = self._outputs(problem, step)
-        return output(problem), _where_finite(ahead, behind, 2 * step * self.scale)
+        return self.here.output(problem), _where_finite(ahead, behind, 2 * step * self.scale)
 
-    def _one_sided(self, step: float, here: Here, problem: Problem) -> tuple[Tensor, Tensor]:
+    def _one_sided(self, step: float, problem: Problem) -> tuple[Tensor, Tensor]:
         (batch,) = problem.batches
-        f = here.output(problem)
+        f = self.here.output(problem)
         with self.moved(step), exact_derivatives(), torch.no_grad():
             ahead = self.problem.output(batch)
         return f, _where_finite(ahead, f.detach(), step * self.scale)
@@ -61,15 +60,9 @@ class OutputDifference(DirectionalDifference):
         """None: `quotient` keeps the kinks already, and differences of gradients are the Hessian's."""
 
     def _outputs(self, problem: Problem, step: float) -> tuple[Tensor, Tensor]:
-        """f(theta + step v) and f(theta - step v), where they can with every kink as it is at theta, for the result.
-
-        By the operators of the result's own pass: a definition may have more kinks than what it defines.
-        """
+        """f(theta + step v) and f(theta - step v), where they can with every kink as it is at theta, for the result."""
         (batch,) = problem.batches
-        at = problem.original or problem
-        kinks = Kinks()
-        with kinks, exact_derivatives():
-            at.output(at.batches[0])
+        kinks = self.here.kinks(problem)
         for mode in (kinks.held, nullcontext) if kinks.sides.noted else (nullcontext,):
             with self.moved(step), mode(), exact_derivatives():
                 ahead = self.problem.output(batch).detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +19,8 @@ class Sides:
         lost: whether one that did had other calls.
     """
 
-    def __init__(self) -> None:
-        self.noted: list[Tensor] = []
+    def __init__(self, noted: Iterable[Tensor] = ()) -> None:
+        self.noted = list(noted)
         self.lost = False
         self._left: Iterator[Tensor] | None = None
 

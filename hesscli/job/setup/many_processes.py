@@ -22,6 +22,7 @@ from hesscli.errors import HesscliError, MismatchError
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.curvatures import CURVATURES
 from hesscli.hessian.differences.check import Certificate
+from hesscli.hessian.differences.here import Here
 from hesscli.hessian.objective.batch import Batches
 from hesscli.hessian.objective.problem import Problem, parameters_at
 from hesscli.hessian.operator import LinearMap, Products
@@ -192,7 +193,7 @@ class ManyProcesses(Processes):
             return _gradient_at(problem, what.names, tensor)
         curvature = CURVATURES[what.curvature]
         if isinstance(what, Quotient):
-            difference = curvature.difference(problem, what.block, tensor)
+            difference = curvature.difference(problem, what.block, tensor, Here(problem))
             if not what.held:
                 return difference.quotient(what.step)
             held = difference.held_quotient(what.step, what.by_original)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.differences.directional import DirectionalDifference
-from hesscli.hessian.differences.here import Here
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import LinearMap
 
@@ -123,8 +122,8 @@ class SharedDifference(DirectionalDifference):
     def quotient(self, step: float) -> Tensor:
         return super().quotient(step) if self.curvature == "hessian" else self._ask(step)
 
-    def one_sided_quotient(self, step: float, here: Here) -> Tensor | None:
-        return super().one_sided_quotient(step, here) if self.curvature == "hessian" else None
+    def one_sided_quotient(self, step: float) -> Tensor | None:
+        return super().one_sided_quotient(step) if self.curvature == "hessian" else None
 
     def held_quotient(self, step: float, by_original: bool = False) -> Tensor | None:
         held = self._ask(step, held=True, by_original=by_original)
