@@ -1362,3 +1362,75 @@ def test_an_argument_that_pairs_samples_by_broadcasting_is_refused():
 def test_a_loss_that_pairs_samples_on_purpose(loss):
     found = computed(net(1), (X, Y[:, 0]), loss=loss)
     close(found, hessian(net(1), lambda f, y: loss(f, y).mean(), (X,), Y[:, 0]))
+
+
+class Returning(nn.Module):
+    """A model that returns what `error` makes of it."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.net, self.error = net(1), error
+
+    def forward(self, x, y):
+        return self.error(self.net(x), y)
+
+
+@pytest.mark.parametrize(
+    ("error", "y", "said", "hint"),
+    [
+        (squared_error, Y[:, 0], "what it makes of x [N, 1] and y [N]", "y[:, None]; or y[None]"),
+        (F.mse_loss, Y[:, 0], "what it makes of x [N, 1] and y [N]", "y[:, None]"),
+        (counts, Y[:, 0], "what it makes of x [N, 1] and what it makes of y [N]", "(what it"),
+        (flat, Y[:, :1], "y [N, 1] and what it makes of x [N]", "(what it makes of x)[:, None]"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_a_model_that_pairs_samples_by_broadcasting_is_refused(error, y, said, hint):
+    with pytest.raises(hesscli.HesscliError) as refused:
+        computed(Returning(error), (X, y), loss="output")
+    assert refused.value.exit_code == 4
+    assert f"the model broadcasts {said}, which pairs" in str(refused.value)
+    assert refused.value.hint.startswith(f"write {hint}")
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.filterwarnings("ignore:Converting a tensor")
+@pytest.mark.parametrize("form", [torch.jit.script, torch.jit.trace])
+def test_a_script_that_pairs_samples_by_broadcasting_is_refused(cli, form):
+    class Script(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net(1).float()
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return F.mse_loss(self.net(x), y)
+
+    given = X.float(), Y[:, 0].float()
+    (form(Script()) if form is torch.jit.script else form(Script(), given)).save("m.pt")
+    np.savez("d.npz", x=given[0], y=given[1])
+    ran = cli("compute", "m.pt", "d.npz", "--loss", "output")
+    assert ran.code == 4
+    assert "broadcasts what it makes of x [N, 1] and y [N]" in ran.stderr
+
+
+def pairs(f, y):
+    """Of each two samples, which is put before the other."""
+    return F.softplus((f - f.squeeze(1)) * (y - y[:, None])).mean()
+
+
+def centred(f, y):
+    return ((f.squeeze(1) - y) / y.std()).square()
+
+
+@pytest.mark.parametrize("error", [pairs, centred, lambda f, y: (f - y[None]).square()])
+def test_a_model_that_pairs_samples_on_purpose(error):
+    model = Returning(error)
+    found = computed(model, (X, Y[:, 0]), loss="output")
+    truth = hessian(model, lambda f, y: f.mean(), (X, Y[:, 0]), Y)
+    close(found, truth)
+
+
+def test_a_loss_of_all_that_pairs_samples_by_broadcasting_is_refused():
+    model = Two(lambda a, b: (a, b)).double()
+    with pytest.raises(hesscli.HesscliError, match=r"broadcasts what it makes of x \[N, .* target"):
+        computed(model, (X, Y[:, 0]), loss=lambda f, y: (f[0][:, :1] - y + f[1][:, :1]).square())

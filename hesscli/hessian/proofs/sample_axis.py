@@ -27,9 +27,12 @@ Axes = Mapping[int, SampleAxis | None]
 """Of every value; None: it does not depend on the samples."""
 
 
-def mixes(call: Call) -> NotApplicable:
-    """What to raise where samples may mix."""
-    return NotApplicable(f"{call.name} may mix samples")
+class MayMix(NotApplicable):
+    """Samples may mix at a call."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(f"{call.name} may mix samples")
+        self.call = call
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Context:
     def require(self, apart: bool) -> None:
         """Goes on only where this keeps the samples apart."""
         if not apart:
-            raise mixes(self.call)
+            raise MayMix(self.call)
 
     @property
     def dim(self) -> int:
@@ -93,7 +96,7 @@ class Context:
             if i != index and isinstance(ref, Ref) and self.axes[ref.value]
         ]
         if mine is None or others:
-            raise mixes(self.call)
+            raise MayMix(self.call)
         return mine
 
     def reduced(self, axis: SampleAxis, gone: Collection[int]) -> SampleAxis:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from hesscli.hessian.proofs.sample_axis import Context, SampleAxis, mixes
+from hesscli.hessian.proofs.sample_axis import Context, MayMix, SampleAxis
 
 
 def reshaped(c: Context) -> SampleAxis | None:
@@ -25,7 +25,7 @@ def reshaped(c: Context) -> SampleAxis | None:
             if after % inner == 0:
                 return SampleAxis(i, outer, inner)
         count *= length
-    raise mixes(c.call)
+    raise MayMix(c.call)
 
 
 def transposed(c: Context) -> SampleAxis | None:
@@ -145,7 +145,7 @@ def indexed(c: Context) -> SampleAxis | None:
         c.require(not taken - {result})
         return result
     if mine is None or taken:
-        raise mixes(c.call)
+        raise MayMix(c.call)
     return replace(mine, axis=places.moved(mine.axis))
 
 
@@ -169,7 +169,7 @@ def _counted(c: Context, mine: SampleAxis, index: int) -> int:
             count = torch.arange(length, device=numbers.device)
             if length == c.samples and bool((moved == count).all()):
                 return axis
-    raise mixes(c.call)
+    raise MayMix(c.call)
 
 
 def padded(c: Context) -> SampleAxis | None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from hesscli.hessian.proofs import sample_moves as moves
 from hesscli.hessian.proofs import sample_writes as writes
-from hesscli.hessian.proofs.sample_axis import Context, Rule, SampleAxis, mixes
+from hesscli.hessian.proofs.sample_axis import Context, MayMix, Rule, SampleAxis
 from hesscli.hessian.recording.tape import Call
 
 ELEMENTWISE_UNARY = frozenset(
@@ -67,7 +67,7 @@ _PAIRS = frozenset(
 # Which of the two has columns.
 _SOLVED = {"_linalg_solve_ex": 1, "linalg_solve_triangular": 1, "cholesky_solve": 0}
 # Losses, which give a term for each number unless they are told to reduce.
-_LOSS_OPERATORS = frozenset(
+LOSS_OPERATORS = frozenset(
     "mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss".split()
 )
 _LIKELIHOODS = frozenset("nll_loss_forward nll_loss2d_forward".split())
@@ -187,7 +187,7 @@ def _product(c: Context) -> SampleAxis | None:
     left, right = c.axis(shift), c.axis(shift + 1)
     found = {axis for axis in (left, right) if axis is not None}
     if len(found) != 1:
-        raise mixes(c.call)
+        raise MayMix(c.call)
     axis = found.pop()
     alone = left is None or right is None
     rows_or_columns = alone and axis.axis == (batched if right is None else batched + 1)
@@ -220,7 +220,7 @@ def _likelihood(c: Context) -> SampleAxis | None:
     """One of the classes along the second axis, which goes."""
     axis, target = c.axis(0), c.axis(1)
     if axis is None or c.named("reduction") != 0 or axis.axis == 1:
-        raise mixes(c.call)
+        raise MayMix(c.call)
     made = replace(axis, axis=axis.axis - (axis.axis > 1))
     c.require(target in (None, made))
     return made
@@ -237,7 +237,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(_ALONG, _along),
     **dict.fromkeys(_FIRST_AXIS, _first),
     **dict.fromkeys(CONSTANT, _constant),
-    **dict.fromkeys(_LOSS_OPERATORS, _terms),
+    **dict.fromkeys(LOSS_OPERATORS, _terms),
     **dict.fromkeys(_LIKELIHOODS, _likelihood),
     **dict.fromkeys(RESHAPES, moves.reshaped),
     **dict.fromkeys(("t", "transpose", "permute"), moves.transposed),
@@ -278,5 +278,5 @@ _RULES: dict[str, Rule] = {
 def rule_of(call: Call) -> Rule:
     """The rule of an operator; without one it counts as mixing."""
     if call.operator.namespace != "aten" or call.name not in _RULES:
-        raise mixes(call)
+        raise MayMix(call)
     return _RULES[call.name]

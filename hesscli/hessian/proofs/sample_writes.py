@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from hesscli.hessian.proofs.sample_axis import Context, SampleAxis, mixes
+from hesscli.hessian.proofs.sample_axis import Context, MayMix, SampleAxis
 from hesscli.hessian.proofs.sample_moves import Indices, by_position
 
 _REDUCTIONS = frozenset(["sum", "mean", "amax", "amin"])
@@ -75,8 +75,8 @@ def _replaced(c: Context, part: int, place: Callable[[int], int | None]) -> Samp
             (replace(given, axis=axis) for axis in range(rank) if place(axis) == given.axis), None
         )
     if mine is None:
-        raise mixes(c.call)
+        raise MayMix(c.call)
     there = place(mine.axis)
     if there is None or given not in (None, replace(mine, axis=there)):
-        raise mixes(c.call)
+        raise MayMix(c.call)
     return mine

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from hesscli.hessian.applicability import NotApplicable
-from hesscli.hessian.proofs.sample_axis import Axes, Context, SampleAxis, mixes
+from hesscli.hessian.proofs.sample_axis import Axes, Context, MayMix, SampleAxis
 from hesscli.hessian.proofs.sample_rules import CONSTANT, rule_of
 from hesscli.hessian.recording.tape import Call, Tape
 
@@ -88,7 +88,7 @@ def follow(
             picked, depends = picked | {place}, False
         if picked:
             if depends or len(picked) > 1 or not start.keys().isdisjoint(call.outputs):
-                raise mixes(call)
+                raise MayMix(call)
             alone.update(dict.fromkeys(call.makes, *picked))
             continue
         if not depends:
@@ -97,11 +97,11 @@ def follow(
         for made in call.makes:
             if samples == 1 and call.name not in CONSTANT:
                 if not tape.shapes[made]:
-                    raise mixes(call)
+                    raise MayMix(call)
                 result = SampleAxis(0, outer=tape.shapes[made][0])
             if made in start:
                 if result not in (None, start[made]):
-                    raise mixes(call)
+                    raise MayMix(call)
                 continue
             axes[made] = result
             if result is not None:
@@ -123,4 +123,4 @@ def _pick(c: Context) -> int | None:
 
 def _verify(call: Call, axis: SampleAxis, shape: Sequence[int], samples: int) -> None:
     if axis.axis >= len(shape) or shape[axis.axis] != axis.outer * samples * axis.inner:
-        raise mixes(call)
+        raise MayMix(call)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hesscli.hessian.proofs.sample_axis import SampleAxis, mixes
+from hesscli.hessian.proofs.sample_axis import MayMix, SampleAxis
 from hesscli.hessian.proofs.samples import follow
 from hesscli.hessian.recording.tape import Call, Tape
 
@@ -45,12 +45,12 @@ def demand_summands(tape: Tape, axis: SampleAxis, samples: int) -> None:
         elif call.name in _LINEAR or _is_linear_in_one(call, mine):
             left += mine
         else:
-            raise mixes(call)
+            raise MayMix(call)
     before = replace(tape, calls=tape.leading_to(summands))
     axes = follow(before, dict.fromkeys(tape.inputs, axis), samples)
     for n in summands:
         if axes[n] is None:
-            raise mixes(tape.calls[tape.maker[n]])
+            raise MayMix(tape.calls[tape.maker[n]])
 
 
 def _is_linear_in_one(call: Call, moving: list[int]) -> bool:

@@ -1,4 +1,5 @@
-"""Whether a loss of the user's own pairs each sample with every other one, because shapes only fit by broadcasting."""
+"""Whether a loss of the user's own, or the model's, pairs each sample with every other one, because shapes only fit by
+broadcasting."""
 
 from __future__ import annotations
 
@@ -11,7 +12,12 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hesscli.errors import MismatchError
+from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.aten.watcher import Watcher, each
+from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.proofs.pairs import broadcast_pair
+from hesscli.hessian.recording.recorder import record
 from hesscli.texts import listed
 
 _Operand = tuple[list[str], torch.Size]  # what it is made of, and its shape
@@ -68,15 +74,48 @@ class BroadcastWatcher(Watcher):
         Raises:
             MismatchError: samples were paired.
         """
-        if self._pair is None:
-            return
-        longer, shorter = self._pair
-        axes = f"[:{', None' * (len(longer[1]) - len(shorter[1]))}]"
-        raise MismatchError(
-            f"the loss {loss} broadcasts {_text(longer)} and {_text(shorter)}, "
-            "which pairs each sample with every other one",
-            f"write {_indexed(shorter, axes)}; or {_indexed(shorter, '[None]')} if all pairs are meant",
-        )
+        if self._pair is not None:
+            raise _paired(f"the loss {loss}", *self._pair)
+
+
+def demand_no_pairs(problem: Problem, batch: Batch, arrays: Mapping[str, Tensor]) -> None:
+    """The same of a model that returns its loss, or of a loss that takes all that a model returns.
+
+    Args:
+        problem: the problem.
+        batch: some of its samples.
+        arrays: what of the batch has an entry for each, by what it is called.
+
+    Raises:
+        MismatchError: samples are paired.
+    """
+    try:
+        tape = record(problem, batch)
+    except NotApplicable:
+        return
+    places = {array.data_ptr(): name for name, array in arrays.items()}
+    named = {n: places[x.data_ptr()] for n, x in tape.given.items() if x.data_ptr() in places}
+    pair = None if tape.refusal else broadcast_pair(tape, named, len(batch))
+    if pair is None:
+        return
+
+    def operand(value: int) -> _Operand:
+        if value in named:
+            return [named[value]], tape.shapes[value]
+        made_of = sorted(name for n, name in named.items() if value in tape.dependent([n]))
+        return [f"what it makes of {listed(made_of)}"], tape.shapes[value]
+
+    longer, shorter = map(operand, pair)
+    raise _paired("the model", longer, shorter)
+
+
+def _paired(what: str, longer: _Operand, shorter: _Operand) -> MismatchError:
+    axes = f"[:{', None' * (len(longer[1]) - len(shorter[1]))}]"
+    return MismatchError(
+        f"{what} broadcasts {_text(longer)} and {_text(shorter)}, "
+        "which pairs each sample with every other one",
+        f"write {_indexed(shorter, axes)}; or {_indexed(shorter, '[None]')} if all pairs are meant",
+    )
 
 
 def _text(operand: _Operand) -> str:
@@ -85,4 +124,5 @@ def _text(operand: _Operand) -> str:
 
 
 def _indexed(operand: _Operand, index: str) -> str:
-    return listed([f"{name}{index}" for name in operand[0]])
+    names = (name if name.isidentifier() else f"({name})" for name in operand[0])
+    return listed([name + index for name in names])

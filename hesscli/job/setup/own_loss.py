@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from itertools import permutations
 
@@ -19,7 +19,7 @@ from hesscli.hessian.objective.loss import OF_ALL, SUM
 from hesscli.hessian.objective.outputs import described, pick_output
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.options import Note
-from hesscli.job.setup.broadcasting import BroadcastWatcher
+from hesscli.job.setup.broadcasting import BroadcastWatcher, demand_no_pairs
 from hesscli.job.setup.reduction import reduction
 from hesscli.job.setup.source import Source
 
@@ -64,6 +64,9 @@ def inspect_loss(
         listed = ", ".join(fixed)
         note(f"loss arguments as long as the data, but the same for all samples: {listed}")
         source = _with_fixed(source, fixed)
+    if problem.loss.is_output:
+        given = dict(zip(source.inputs, some.inputs, strict=True))
+        demand_no_pairs(problem, some, _by_sample(given, some, source))
     tried, terms = _terms(problem, source, len(some))
     with torch.no_grad():
         output = problem.output(tried)
@@ -190,7 +193,8 @@ def _terms(problem: Problem, source: Source, count: int) -> tuple[Batch, Tensor]
                     f"Using a target size ({first}) that is different to the input size ({second})"
                 )
                 warnings.filterwarnings("error", re.escape(warned))
-            with BroadcastWatcher(_by_sample(output, batch, source)) as watcher:
+            arrays = _by_sample({"output": output}, batch, source)
+            with BroadcastWatcher(arrays) as watcher:
                 terms = problem.loss.terms(output, batch)
             watcher.demand_none(problem.loss.name)
             return terms
@@ -199,12 +203,11 @@ def _terms(problem: Problem, source: Source, count: int) -> tuple[Batch, Tensor]
     return source.first_accepted(terms, list(dict.fromkeys(counts)))
 
 
-def _by_sample(output: Tensor, batch: Batch, source: Source) -> dict[str, Tensor]:
-    """What the loss is given that has an entry for each sample of the batch."""
-    given = {name: batch.loss_arguments[name] for name in source.per_sample}
-    given |= {"output": output, "target": batch.target}
+def _by_sample(given: Mapping[str, Tensor], batch: Batch, source: Source) -> dict[str, Tensor]:
+    """What has an entry for each sample of the batch, of what is given, the target and arguments of the loss."""
+    arguments = {name: batch.loss_arguments[name] for name in source.per_sample}
     return {
         name: value
-        for name, value in given.items()
+        for name, value in {**arguments, **given, "target": batch.target}.items()
         if isinstance(value, Tensor) and value.shape[:1] == (len(batch),)
     }
