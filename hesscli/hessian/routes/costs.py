@@ -178,6 +178,14 @@ class Costs:
         numbers = [self.tape.shapes[value].numel() for value in values]
         return classes * (sum(numbers) + _ON_ITS_WAY * max(numbers, default=0))
 
+    def held_of_factors(self, uses: Iterable[Use], classes: int) -> int:
+        """Numbers that one block is made of: these passes at its uses, in another order, and the inputs there."""
+        return sum(
+            classes * self.tape.shapes[use.z].numel()
+            + self.samples * use.apart * use.positions * use.storage.groups * use.m
+            for use in uses
+        )
+
     def gauss_newton(self, use: Use, diagonal: bool, classes: int) -> Work:
         """A block from the backward passes of so many outputs."""
         b, c, t, n, m = self.samples, classes, use.positions, use.n, use.m

@@ -14,7 +14,7 @@ use and samples do not mix. For Fisher, J has one row, the sample's gradient, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -116,7 +116,7 @@ class GaussNewton(AffineRoute):
                 work += costs.bend(use, diagonal)
         passes = first.in_all(costs.class_passes(values_of(uses), classes))
         every = values_of(use for uses in analysis.all_uses.values() for use in uses)
-        held = costs.held_of_classes(every, classes)
+        held = costs.held_of_classes(every, classes) + costs.held_of_factors(uses, classes)
         return Choice(self, f"{classes} classes", first.in_all(work), passes, held)
 
     def classes(self, costs: Costs) -> int:
@@ -137,16 +137,15 @@ class GaussNewton(AffineRoute):
 
     def add(self, batch: Batch, parts: Sequence[Wanted]) -> None:
         factors = self.factors(batch, [part.block for part in parts])
-        for part in parts:
-            mine = factors[part.block.name]
+        for part in parts:  # the factors of all would be as large as the passes again, and more
             if isinstance(part, Diagonal):
-                _add_diagonal(part, mine)
+                _add_diagonal(part, factors(part.block))
                 continue
             self._demand_layout(self.analyses.of(batch), part.block)
-            _add(part, mine)
+            _add(part, factors(part.block))
 
-    def factors(self, batch: Batch, blocks: Sequence[Block]) -> dict[str, Factors]:
-        """The factors of each block."""
+    def factors(self, batch: Batch, blocks: Sequence[Block]) -> Callable[[Block], Factors]:
+        """What makes the factors of any of these blocks, by passes for all of them."""
         analysis = self._analysis(batch, blocks)
         if analysis.tape.output in analysis.tape.complex:
             raise NotApplicable("the output is complex")
@@ -159,9 +158,9 @@ class GaussNewton(AffineRoute):
         probes = [probed.probes[z] for z in zs]
         seeds, curvature = self.at_output(probed)
         of = dict(zip(zs, batched_grad(probed.output, probes, seeds), strict=True))
-        factors: dict[str, Factors] = {}
-        for name, mine in uses.items():
-            vs, bend = [], bends[name]
+
+        def made(block: Block) -> Factors:
+            mine, vs, bend = uses[block.name], [], bends[block.name]
             for use in mine:
                 jacobian = of[use.z]
                 if jacobian is None:
@@ -169,8 +168,9 @@ class GaussNewton(AffineRoute):
                 vs.append(use.rows(jacobian).transpose(0, 1))
             inputs = [probed.inputs(use) for use in mine]
             d = None if bend is None else bend_diagonal(bend, probed, slopes[bend.after], mine[0])
-            factors[name] = Factors(mine, inputs, vs, curvature, d)
-        return factors
+            return Factors(mine, inputs, vs, curvature, d)
+
+        return made
 
 
 class GeneralisedGaussNewton(GaussNewton):
