@@ -204,7 +204,7 @@ class Equilibrium(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         z = torch.zeros_like(x)
         with torch.no_grad():
-            for _ in range(60):
+            for _ in range(24):  # each is closer by a factor of more than four
                 z = self.step(z, x)
         z = self.step(z, x)
         fixed = z.detach().requires_grad_()
@@ -212,7 +212,7 @@ class Equilibrium(nn.Module):
 
         def solve(gradient: Tensor) -> Tensor:
             total = gradient
-            for _ in range(60):
+            for _ in range(24):
                 (back,) = torch.autograd.grad(after, fixed, total, retain_graph=True)
                 total = back + gradient
             return total
