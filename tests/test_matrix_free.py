@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,9 @@ from hesscli.cli.density import lengths
 from hesscli.errors import UsageError
 from hesscli.hessian.differences.check import Certificate
 from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.operator import Products
 from hesscli.hessian.workers import workers
-from hesscli.job import model_eigen
+from hesscli.job import model_eigen, trace
 from hesscli.job.setup import batches
 
 SAMPLES = REPOSITORY / "sample_models"
@@ -231,6 +233,33 @@ def test_a_block_that_is_zero_but_for_rounding(cli, tmp_path, dtype, tolerance):
     assert np.abs(ends).max() < 1e-6 * max(document["eigenvalues"])
 
 
+@pytest.mark.parametrize(
+    ("words", "job", "function", "left"),
+    [
+        (("eigen", "--per-block"), model_eigen, "search", [1, 1, 1, 1]),
+        (("trace",), trace, "compute_blocks", [0]),
+    ],
+)
+def test_graphs_give_way_to_what_takes_their_place(cli, monkeypatch, words, job, function, left):
+    """Each block's to those of the next one; those of the check, which are of the whole matrix, to both."""
+    made, kept = weakref.WeakSet(), []
+    init, work = Products.__init__, getattr(job, function)
+
+    def counted(self, *arguments):
+        made.add(self)
+        init(self, *arguments)
+
+    def worked(*arguments):
+        found = work(*arguments)
+        kept.append(sum(bool(each.kept) for each in made))
+        return found
+
+    monkeypatch.setattr(Products, "__init__", counted)
+    monkeypatch.setattr(job, function, worked)
+    assert cli(words[0], *MLP, *words[1:], "--samples", 20).code == 0
+    assert kept == left
+
+
 def test_the_check_of_several_blocks_is_the_worst():
     checks = [{"relative_error": error, "directions": 1} for error in (1e-9, 3e-7, 1e-8)]
     assert model_eigen._worst(checks) == {"relative_error": 3e-7, "directions": 3}
@@ -301,7 +330,6 @@ def test_nan(cli, tmp_path):
 
 
 def test_a_product_that_is_wrong_is_refused(cli, monkeypatch):
-    from hesscli.hessian.operator import Products
 
     right = Products.__call__
     monkeypatch.setattr(Products, "__call__", lambda self, v: 1.1 * right(self, v))
@@ -322,7 +350,6 @@ def test_a_product_that_is_wrong_is_refused(cli, monkeypatch):
 @pytest.mark.parametrize("right", [0, 1])
 def test_products_that_are_not_finite(cli, monkeypatch, words, right):
     """From the first one on, which is the check's, or after it."""
-    from hesscli.hessian.operator import Products
 
     made, product = [], Products.__call__
 
@@ -955,8 +982,6 @@ def test_products_load_neither_scipy_nor_sympy():
 
 
 def test_an_exact_trace_that_is_interrupted(cli, monkeypatch):
-    from hesscli.job import trace
-
     real = trace.compute_blocks
 
     def first(plan, blocks):
@@ -1059,6 +1084,18 @@ def test_interrupted_while_a_block_is_checked(cli, monkeypatch):
     assert ran.code == 130
     assert ran.document["blocks"] == ["fc1.weight"] * 2
     assert ran.document["interrupted"]
+
+
+@pytest.mark.parametrize(
+    ("words", "products"), [(("--per-block",), 200), (("--top", 3, "--params", "fc1.bias"), 15)]
+)
+def test_products_that_were_not_spent_are_not_to_blame(cli, words, products):
+    """Those of all blocks are more than each may have; a small matrix takes one for each row anyway."""
+    ran = cli("eigen", *MLP, *words, "--tol", "1e-9", "--max-products", products, "--json")
+    assert ran.code == 5
+    assert ran.document["products"] > products
+    assert not ran.document["spent"]
+    assert "rounding in float32" in ran.stderr
 
 
 @pytest.mark.parametrize("params", ["*", "fc1.bias"])  # by Lanczos, and densely

@@ -156,7 +156,7 @@ def of_model(
     out.result(document, print_extremes if options.per_block else print_eigenpairs)
     if document["interrupted"]:
         raise KeyboardInterrupt
-    if not document["converged"] and document["products"] < options.max_products:
+    if not (document["converged"] or document["spent"]):
         raise NumericalError(
             f"not converged: rounding in {document['dtype']} keeps residuals above the tolerance",
             "--dtype float64" if document["dtype"] == "float32" else f"--tol {reached(document)}",

@@ -43,10 +43,10 @@ def model_eigen(
         options = replace(options, output=file)
     operator = open_operator(problem, listener, processes, lean=True)
     if options.per_block:
-        found, blocks, operators = _per_block(operator, options)
+        found, blocks = _per_block(operator, options)
     else:
         found = search(operator, options)
-        blocks, operators = ["hessian"] * len(found.values), [operator]
+        blocks = ["hessian"] * len(found.values)
     document = operator.document(SCHEMA) | {
         "which": "both" if options.per_block else options.which,
         "per_block": options.per_block,
@@ -57,7 +57,8 @@ def model_eigen(
         "blocks": blocks,
         "converged": bool(found.converged.all()) and not found.interrupted,
         "interrupted": found.interrupted,
-        "products": sum(each.products.count for each in operators),
+        "spent": found.spent,
+        "products": operator.products.count,
     }
     output = options.output if document["converged"] else None
     if output is not None:
@@ -98,7 +99,7 @@ def _search(operator: Operator, options: EigenOptions) -> Found:
         affordable = size <= LAPACK_LIMIT and most - size >= size // 4
         limit = min(size, most - size) if affordable else most
         found = _lanczos(operator, options, limit)
-        if affordable and found.products >= limit and not found.interrupted:
+        if affordable and found.spent and not found.interrupted:
             found = _dense(operator, options)
     return _descending(found) if options.which == "both" else found
 
@@ -164,27 +165,22 @@ def _worst(checks: Sequence[Document]) -> Document | None:
     return worst | {"directions": sum(check["directions"] for check in checks)}
 
 
-def _per_block(
-    operator: Operator, options: EigenOptions
-) -> tuple[Found, list[str], list[Operator]]:
-    """The largest and the smallest eigenvalue of each parameter's own block."""
+def _per_block(operator: Operator, options: EigenOptions) -> tuple[Found, list[str]]:
+    """The largest and the smallest eigenvalue of each parameter's own block, and whose each is."""
     parts: list[Found] = []
     blocks: list[str] = []
-    operators = [operator]
+    operator.let_go()
     for name, length in zip(operator.products.names, operator.products.sizes, strict=True):
         if not length:
             continue
         try:
-            own = operator.restricted(name)
-            operators.append(own)
-            found = search(own, replace(options, top=2, which="both"))
+            found = _extremes(operator, name, options)
         except KeyboardInterrupt:  # the blocks before this one are known
             found = _interrupted(length)
         parts.append(found)
         blocks += [name] * len(found.values)
         if found.interrupted:
             break
-    operator.check = _worst([each.check for each in operators if each.check is not None])
     written = parts if options.output is not None else []
     return (
         Found(
@@ -194,10 +190,20 @@ def _per_block(
             np.concatenate(_converged(parts, options.tolerance)),
             sum(part.products for part in parts),
             parts[-1].interrupted,
+            spent=any(part.spent and not part.converged.all() for part in parts),
         ),
         blocks,
-        operators,
     )
+
+
+def _extremes(operator: Operator, name: str, options: EigenOptions) -> Found:
+    """Those of one block, whose graphs give way to those of the next; its products and its check go to the whole's."""
+    own = operator.restricted(name)
+    operator.check = _worst([each.check for each in (operator, own) if each.check is not None])
+    try:
+        return search(own, replace(options, top=2, which="both"))
+    finally:
+        operator.products.count += own.products.count
 
 
 def _converged(parts: Sequence[Found], tolerance: float) -> list[np.ndarray]:

@@ -106,6 +106,12 @@ class Operator:
             self.double and self.double.restricted([name]),
         )
 
+    def let_go(self) -> None:
+        """Frees the graphs that products keep: it multiplies no more."""
+        count = self.products.count
+        self.products = LinearMap(self.problem)
+        self.products.count = count
+
     def needs(self, vectors: int, what: str, smaller: str) -> None:
         """Refuses to hold more vectors than fit.
 

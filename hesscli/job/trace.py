@@ -113,6 +113,7 @@ def _exact_products(plan: Plan, operator: Operator) -> float:
 
 def _exact(plan: Plan, operator: Operator) -> Estimate:
     """The traces of the exact diagonal."""
+    operator.let_go()
     found: dict[str, Document] = {}
     try:
         for group in groups(plan):

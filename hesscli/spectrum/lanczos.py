@@ -50,6 +50,7 @@ class Found:
     products: int
     interrupted: bool = False
     copies_sought: bool = True  # or else one of a repeated value may be missing
+    spent: bool = False  # the products ended the search
 
 
 class Lanczos(Krylov):
@@ -103,8 +104,9 @@ class Lanczos(Krylov):
                 if self._settled() and not self._hidden(max_products):
                     break
             found = self._found(self.interrupted())
-            if found.interrupted or self.products >= max_products:
-                return replace(found, copies_sought=self.copies_sought)
+            spent = self.products >= max_products
+            if found.interrupted or spent:
+                return replace(found, copies_sought=self.copies_sought, spent=spent)
             return self._confirmed(found, max_products)
 
     def _goes_on(self, max_products: int) -> bool:
