@@ -381,6 +381,19 @@ def test_vectors_for_which_there_is_no_memory(cli, monkeypatch):
     assert cli("density", *MLP, "--steps", 20, *ran.hint.split()[-2:]).code == 0
     ran = cli("trace", *MLP, "--method", "hvp")
     assert "the estimate holds 40 vectors" in ran.fails(6)
+    monkeypatch.setattr(operator, "free_memory", lambda device: 5 * 8 * 1210**2)
+    for command, *words in (("eigen", "--top", 404), ("density", "--probes", 16)):
+        ran = cli(command, *MLP, *words)  # in float64, and LAPACK's work beside it
+        assert "the whole matrix holds 7260 vectors of 1210 numbers, 70.3 MB" in ran.fails(6)
+    assert ran.hint.endswith("--probes 15")
+
+
+def test_a_file_of_all_blocks_for_which_there_is_no_memory(cli, monkeypatch):
+    from hesscli.job import operator
+
+    monkeypatch.setattr(operator, "free_memory", lambda device: 7 * 8 * 1210)
+    ran = cli("eigen", *MLP, "--per-block", "--samples", 20, "-o", "e.safetensors")
+    assert "the file holds 8 vectors of 1210 numbers, 77.4 kB" in ran.fails(6)
 
 
 @pytest.mark.parametrize(

@@ -80,14 +80,16 @@ def density(
 def _of_model(
     problem: ProblemOptions, options: DensityOptions, listener: Listener, processes: Processes
 ) -> tuple[Document, Density, int]:
+    import torch
+
     from hesscli.job.operator import open_operator
-    from hesscli.spectrum.dense import DENSE, dense
+    from hesscli.spectrum.dense import DENSE, HELD, dense
     from hesscli.spectrum.quadrature import lanczos_quadrature
 
     operator = open_operator(problem, listener, processes)
     if operator.size <= max(DENSE, min(options.probes * options.steps, _LARGEST)):
         fewer = f"--probes {max(1, (operator.size - 1) // options.steps)}"
-        operator.needs(6 * operator.size, "the whole matrix", fewer)
+        operator.needs(HELD * operator.size, "the whole matrix", fewer, torch.float64)
         with operator.finite():
             found = exact(dense(operator.products.matrix_rows, operator.size, listener.progress)[0])
     else:

@@ -18,7 +18,7 @@ from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.progress import Convergence
 from hesscli.job.results import writable, write_tensors
 from hesscli.job.setup.processes import Processes
-from hesscli.spectrum.dense import DENSE, dense
+from hesscli.spectrum.dense import DENSE, HELD, dense
 from hesscli.spectrum.eigen import LAPACK_LIMIT, WHICH, allowed
 from hesscli.spectrum.lanczos import Found, Lanczos
 
@@ -107,7 +107,8 @@ def _search(operator: Operator, options: EigenOptions) -> Found:
 def _dense(operator: Operator, options: EigenOptions) -> Found:
     """Those of the whole matrix."""
     size = operator.size
-    operator.needs(3 * size, "the whole matrix", f"--top {max(1, size // 4)}")
+    fewer = f"--top {max(1, size // 4)}"
+    operator.needs(HELD * size, "the whole matrix", fewer, torch.float64)
     try:
         values, columns, errors = dense(
             operator.products.matrix_rows, size, operator.opened.listener.progress
@@ -170,6 +171,9 @@ def _per_block(operator: Operator, options: EigenOptions) -> tuple[Found, list[s
     parts: list[Found] = []
     blocks: list[str] = []
     operator.let_go()
+    if options.output is not None:
+        vectors = 2 * len(operator.products.names)
+        operator.needs(vectors, "the file", "--params GLOB", torch.float64)
     for name, length in zip(operator.products.names, operator.products.sizes, strict=True):
         if not length:
             continue

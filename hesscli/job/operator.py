@@ -112,13 +112,15 @@ class Operator:
         self.products = LinearMap(self.problem)
         self.products.count = count
 
-    def needs(self, vectors: int, what: str, smaller: str) -> None:
-        """Refuses to hold more vectors than fit.
+    def needs(
+        self, vectors: int, what: str, smaller: str, dtype: torch.dtype | None = None
+    ) -> None:
+        """Refuses to hold more vectors than fit, of this dtype or the problem's.
 
         Raises:
             ResourceError: with the option that makes it fewer.
         """
-        needed = vectors * self.size * self.problem.dtype.itemsize
+        needed = vectors * self.size * (dtype or self.problem.dtype).itemsize
         free = free_memory(self.problem.device)
         if needed > free:
             raise ResourceError(
