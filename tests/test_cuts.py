@@ -62,7 +62,7 @@ def analysis_of(problem: Problem) -> Analysis:
 def plan(problem: Problem) -> CutPlan:
     analysis = analysis_of(problem)
     samples = sum(len(batch.inputs[0]) for batch in problem.batches)
-    return plan_cuts(analysis, Costs(analysis.tape, 4, 64, Rates()), samples)
+    return plan_cuts(analysis, Costs(analysis.tape, 4, 64, Rates()), samples, cut_plan.BUDGET)
 
 
 def cut_everywhere(analysis: Analysis) -> CutPlan:
@@ -199,6 +199,8 @@ def test_what_is_kept_at_the_cuts_is_in_the_plan(cli, monkeypatch: pytest.Monkey
     np.savez("data.npz", x=normal(32, 16, 3).float().numpy(), y=labels(3, 32).numpy())
     words = ("compute", "net.pt", "data.npz", "--dry-run", "--json")
     with_cuts = cli(*words).document["total"]["memory"]
+    limited = cli(*words, "--memory", "400MB").document["total"]["memory"]
     monkeypatch.setattr(cut_plan, "BUDGET", 0)
     one = 32 * (16 * 32) ** 2 * 4
     assert with_cuts - cli(*words).document["total"]["memory"] >= 5 * one
+    assert limited <= 400e6 < with_cuts

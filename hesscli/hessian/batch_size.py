@@ -21,11 +21,13 @@ class Passes:
         rows: of a matrix, that go through at once, by all threads together.
         graphs: that threads may have, one each.
         saved: bytes that autograd keeps of a forward pass.
+        cuts: bytes that may be kept of all samples where a deep model is cut.
     """
 
     rows: int
     graphs: int = 1
     saved: int = 0
+    cuts: int = 0
 
     @property
     def bytes(self) -> int:
@@ -83,7 +85,8 @@ def choose_passes(
     cached = max(_ROWS, usual.value // max(1, largest_saved))
     rows = workspace // (graph + 3 * largest_block * itemsize)
     fitting = max(1, memory // 4 // graph)
-    return Passes(max(1, min(usual.rows, cached, rows)), min(graphs, fitting), saved)
+    rows = max(1, min(usual.rows, cached, rows))
+    return Passes(rows, min(graphs, fitting), saved, memory // 8)
 
 
 def _workspace(memory: int, usual: ChunkSizes) -> int:

@@ -18,7 +18,7 @@ from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.recording.tape import Tape
 from hesscli.hessian.routes.costs import CUT_PASSES, PASSES, Costs, Work
 
-BUDGET = 1 << 29  # bytes of all Sigma, which are kept
+BUDGET = 1 << 29  # bytes of all Sigma, which are kept, at most
 _GAIN = 0.8  # cuts must bring the time below this share of the time without
 _LEAST = 0.05  # seconds; what takes less without cuts has none
 
@@ -58,8 +58,11 @@ def separators(tape: Tape, zs: Sequence[int]) -> list[int]:
     return found
 
 
-def plan_cuts(analysis: Analysis, costs: Costs, samples: int) -> CutPlan:
-    """The cuts of a batch that make the directions of all layers cheapest; Sigma is kept of all `samples`."""
+def plan_cuts(analysis: Analysis, costs: Costs, samples: int, room: int) -> CutPlan:
+    """The cuts of a batch that make the directions of all layers cheapest.
+
+    Sigma is kept of all `samples`, for which there is room of so many bytes.
+    """
     tape = analysis.tape
     uses = [analysis.uses_apart([name])[name] for name in analysis.uses]
     demand = [(tape.maker[use.z] + 1, use.directions) for use in uses]
@@ -69,7 +72,7 @@ def plan_cuts(analysis: Analysis, costs: Costs, samples: int) -> CutPlan:
     while True:  # where nothing is chosen, nothing is kept
         chosen = _cheapest(candidates, demand, costs)
         taken = sum(costs.size(c) ** 2 for c in chosen) * samples * costs.itemsize
-        if taken <= BUDGET:
+        if taken <= min(BUDGET, room):
             following = [*chosen, None][1:]
             overhead = Work()
             for c, after in zip(chosen, following, strict=True):

@@ -11,7 +11,7 @@ from hesscli.hessian.proofs.analysis import Analyses, WeightAnalyses
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.recording.tape import Tape
 from hesscli.hessian.routes.costs import Costs
-from hesscli.hessian.routes.cut_plan import CutPlan, plan_cuts
+from hesscli.hessian.routes.cut_plan import BUDGET, CutPlan, plan_cuts
 from hesscli.hessian.routes.probes import Cut, Probed, passes
 from hesscli.hessian.routes.rates import usual_rates
 from hesscli.hessian.workers import ABREAST, each_with, graphs_for
@@ -20,12 +20,14 @@ from hesscli.hessian.workers import ABREAST, each_with, graphs_for
 class Cuts:
     """Sigma at the cuts of every batch, made when it is needed and kept.
 
-    `chunk` rows go through one batched pass, and there is room for so many `graphs`.
+    `chunk` rows go through one batched pass, and there is room for so many `graphs`, and for so many bytes of Sigma.
     """
 
-    def __init__(self, analyses: Analyses, chunk: int, graphs: int = ABREAST) -> None:
+    def __init__(
+        self, analyses: Analyses, chunk: int, graphs: int = ABREAST, room: int = BUDGET
+    ) -> None:
         self.analyses, self.problem = analyses, analyses.problem
-        self.chunk, self.graphs = chunk, graphs
+        self.chunk, self.graphs, self.room = chunk, graphs, room
         # Kept as long as the batch is, which may be made anew for every pass.
         self.plans: WeakKeyDictionary[Batch, CutPlan] = WeakKeyDictionary()
         self.made: WeakKeyDictionary[Batch, dict[int, Cut]] = WeakKeyDictionary()
@@ -46,7 +48,8 @@ class Cuts:
     def behind_weights(self) -> Cuts:
         """Those of the problem as a function of its weights, made when they are first asked for."""
         if self._behind_weights is None:
-            self._behind_weights = Cuts(WeightAnalyses(self.analyses), self.chunk, self.graphs)
+            weights = WeightAnalyses(self.analyses)
+            self._behind_weights = Cuts(weights, self.chunk, self.graphs, self.room)
         return self._behind_weights
 
     def graphs_for(self, rows: int) -> int:
@@ -62,7 +65,8 @@ class Cuts:
         """Where a batch's pass is cut; raises NotApplicable where nothing is proven of it."""
         if batch not in self.plans:
             analysis = self.analyses.of(batch)
-            self.plans[batch] = plan_cuts(analysis, self.costs(analysis.tape), self.samples)
+            costs = self.costs(analysis.tape)
+            self.plans[batch] = plan_cuts(analysis, costs, self.samples, self.room)
         return self.plans[batch]
 
     def after(self, batch: Batch, use: Use, workspace: int) -> Cut | None:

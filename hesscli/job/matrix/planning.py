@@ -47,7 +47,8 @@ class Plan:
         entries = sum(block.entries(self.diagonal) for block in self.blocks)
         self.bytes = entries * self.problem.dtype.itemsize
         curvature, analyses = CURVATURES[options.curvature], Analyses(self.problem)
-        cuts = Cuts(analyses, opened.passes.rows, opened.passes.graphs)
+        passes = opened.passes
+        cuts = Cuts(analyses, passes.rows, passes.graphs, passes.cuts)
         # Without the plan itself, which holds the routes: a cycle would keep model and data.
         routes = curvature.routes(cuts, partial(_reference, opened))
         curvature.require(analyses)
