@@ -607,6 +607,21 @@ def test_trace_interrupted():
     assert found.total == pytest.approx(900)
 
 
+def test_a_trace_that_is_interrupted_once_directions_were_taken_out():
+    """One sample has no error; what those before it came to has."""
+    values, samples = np.r_[100.0, 80, 60, np.linspace(0, 1, 897)], []
+
+    def report(products, error, tolerance):
+        samples.append(products)
+        if len(samples) == 17:
+            raise KeyboardInterrupt
+
+    found, _ = estimated(values, report=report)
+    assert found.interrupted
+    assert found.products > 17  # those of the directions
+    assert abs(found.total - values.sum()) < 3 * found.error
+
+
 # --- density --------------------------------------------------------------------------------------
 
 

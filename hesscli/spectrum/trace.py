@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -57,6 +57,7 @@ class _Samples:
         self._known = np.zeros(len(sizes))  # their traces, exactly
         self._traces: list[np.ndarray] = []  # [b] each
         self._following = self._signs()
+        self._before: Estimate | None = None  # what the samples came to that were thrown away
         self.products = 0
 
     def __len__(self) -> int:
@@ -73,10 +74,13 @@ class _Samples:
     def leave_out(self, basis: Tensor) -> None:
         """Begins anew without these orthonormal directions [k, n], whose traces are had exactly."""
         known = np.sum([self._by_part(q, self._times(q)) for q in basis], axis=0)
+        self._before = self.estimate()
         self._basis, self._known, self._traces = basis, known, []
 
     def estimate(self, converged: bool = False, interrupted: bool = False) -> Estimate:
         """What the samples come to."""
+        if self._before is not None and len(self._traces) < 2:
+            return replace(self._before, products=self.products, interrupted=interrupted)
         if not self._traces:
             unknown = np.full(len(self._sizes), np.nan)
             return Estimate(unknown, unknown, math.nan, math.nan, self.products, False, interrupted)
