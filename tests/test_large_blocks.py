@@ -86,6 +86,23 @@ def test_bands_are_all_rows_once_and_cut_no_group(most):
     assert all((start - 3) % 3 == 0 for start, _ in bands if start >= 3)
 
 
+def test_the_last_bands_have_no_more_than_twice_the_rows_of_the_first():
+    layout = Layout((Piece(3, (Part(0, 1),)), Piece(4, (Part(3, 2), Part(11, 1)))))
+    assert layout.bands(40) == [(0, 2), (2, 3), (3, 6), (6, 9), (9, 12), (12, 15)]
+    assert layout.bands(70) == [(0, 3), (3, 6), (6, 12), (12, 15)]
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 100])
+def test_stretches_lie_together_and_are_no_longer_than_wanted(most):
+    places = STORED_IN_RUNS.places(0, STORED_IN_RUNS.size)
+    for placed in STORED_IN_RUNS.placed(0, STORED_IN_RUNS.size):
+        parts = list(placed.stretches(most))
+        assert all(part.runs == 1 for part in parts)
+        assert all(part.size <= max(most, placed.shape[2]) for part in parts)
+        found = [at for part in parts for at in range(part.place, part.place + part.size)]
+        assert sorted(found) == sorted(placed.of_rows(places).flatten().tolist())
+
+
 def test_spans():
     assert spans(torch.tensor([], dtype=torch.long)) == []
     assert spans(torch.tensor([4])) == [(4, 5)]

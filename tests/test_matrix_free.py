@@ -26,6 +26,7 @@ from hesscli.cli.density import _edge as edge_text
 from hesscli.cli.density import lengths
 from hesscli.errors import UsageError
 from hesscli.hessian.differences.check import Certificate
+from hesscli.hessian.differences.products import Differences
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.operator import Products
 from hesscli.hessian.workers import workers
@@ -342,6 +343,11 @@ def test_a_product_that_is_wrong_is_refused(cli, monkeypatch):
     for options in ((), ("--per-block",)):
         ran = cli("eigen", *MLP, "--no-check", *options, "--json")
         assert ran.document["check"] is None
+    double = Differences.__call__
+    monkeypatch.setattr(Differences, "__call__", lambda self, v: 1.1 * double(self, v))
+    ran = cli("eigen", *MLP, "--dtype", "float64")
+    assert "hint" not in ran.stderr  # both were tried
+    assert ran.code == 5
 
 
 @pytest.mark.parametrize(
