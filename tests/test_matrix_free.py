@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from hesscli.hessian.operator import Products
 from hesscli.hessian.workers import workers
 from hesscli.job import model_eigen, trace
 from hesscli.job.setup import batches
+from hesscli.spectrum import quadrature
 
 SAMPLES = REPOSITORY / "sample_models"
 MLP = (SAMPLES / "digits_mlp.pt", SAMPLES / "digits.npz")
@@ -97,6 +99,7 @@ def test_float32_and_batches(cli):
     for batch in ("auto", 77, 1):
         ran = cli("eigen", *MLP, "--top", 5, "--json", "--batch-size", batch)
         np.testing.assert_allclose(ran.document["eigenvalues"], truth, rtol=1e-4)
+        assert ran.document["check"]["relative_error"] < 3e-6  # of differences in float64
 
 
 def test_each_thread_gets_batches(cli, two_threads, monkeypatch):
@@ -585,6 +588,7 @@ def test_density_of_a_small_model_is_exact(cli, tmp_path):
     assert ran.code == 0, ran.stderr
     truth = np.linalg.eigvalsh(expected(BY_NAME["mlp-tanh"]).numpy())
     np.testing.assert_allclose(ran.document["nodes"], truth, atol=1e-9)
+    assert (ran.document["probes"], ran.document["steps"]) == (0, None)
     kept = json.loads((tmp_path / "d.json").read_text())
     assert kept["nodes"] == ran.document["nodes"]
     assert cli("density", model, data, "-o", "d.json").code == 0  # its own file is replaced
@@ -1041,6 +1045,19 @@ def test_a_small_matrix_that_is_interrupted(cli, tmp_path, monkeypatch):
     ran = cli("eigen", *save(BY_NAME["mlp-tanh"], "script", tmp_path), "--json")
     assert ran.code == 130
     assert (ran.document["eigenvalues"], ran.document["interrupted"]) == ([], True)
+
+
+def test_a_density_that_is_interrupted_is_neither_written_nor_drawn(cli, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    real = quadrature.lanczos_quadrature
+
+    def interrupted(*arguments):
+        return replace(real(*arguments), interrupted=True)
+
+    monkeypatch.setattr(quadrature, "lanczos_quadrature", interrupted)
+    words = ("--probes", 1, "--steps", 4, "-o", "d.json", "--plot", "d.png")
+    assert cli("density", *MLP, *words).code == 130
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", ["eigen", "trace", "density"])
