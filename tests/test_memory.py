@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hesscli.hessian.chunk_sizes import ChunkSizes
 from hesscli.hessian.routes import preactivation
 from hesscli.hessian.routes.probes import Probed
+from hesscli.job.matrix import memory
 from hesscli.job.setup import batches
 
 
@@ -107,3 +108,21 @@ def test_few_directions_go_at_once_where_large_values_are_behind(
     words = ("-b", blocks, "-p", "0.weight", "--method", "preactivation", "--dtype", "float64")
     assert cli("compute", *net, *words).code == 0
     assert set(chunks) == {2}
+
+
+def test_what_a_large_block_takes_of_the_memory(cli, tmp_path, monkeypatch):
+    """Its upper half and bands beside it; or three bands, as long as they may be; or as long as they fit."""
+    module = nn.Sequential(nn.Linear(2, 1250), nn.Tanh(), nn.Linear(1250, 1))
+    net = saved(tmp_path, module, 2, np.zeros((2, 1), np.float32))
+    words = ("compute", *net, "-b", "full", "--dry-run", "--json", "--no-check", "--memory")
+    half, streamed, fitted = (
+        cli(*words, given).document["total"]["memory"] for given in ("700MB", "520MB", "400MB")
+    )
+    band, size = memory.BAND, 5001
+    assert half - streamed == 4 * (size**2 // 2 + 4 * band - 3 * band)
+    assert 0 < streamed - (batches.PROCESS + 12 * band) < 10e6  # the passes
+    assert 400e6 - 12 < fitted <= 400e6
+    monkeypatch.setattr(memory, "available_memory", lambda: 10**9)
+    for ranks, expected in ((1, half), (2, streamed)):
+        monkeypatch.setattr(memory, "ranks_here", lambda ranks=ranks: ranks)
+        assert cli(*words[:-1]).document["total"]["memory"] == expected

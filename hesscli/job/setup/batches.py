@@ -108,7 +108,7 @@ def _say_where_classes_are(problem: Problem, some: Batch, note: Note) -> None:
         output = problem.output(some)
     if class_axis(output.shape, target.shape) > 1:
         note(f"classes: {output.shape[-1]}, along the last axis of the model's output")
-    elif output.dim() > 2 and target.shape == output.shape[:-1]:
+    elif target.shape == output.shape[:-1]:
         note(
             f"classes: {output.shape[1]}, along the second axis of the model's output, as "
             "PyTorch has them; the last would fit the targets too"
