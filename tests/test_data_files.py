@@ -610,6 +610,17 @@ def test_without_pyarrow(tmp_path, monkeypatch):
     assert error.hint == "pip install pyarrow"
 
 
+def test_with_a_pyarrow_that_refuses_what_is_installed(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"x": [1.0], "y": [0]}), tmp_path / "d")
+    reason = "pyarrow requires NumPy 2.0 or newer, found 1.26.0"
+    (tmp_path / "pyarrow.py").write_text(f"raise ImportError({reason!r})")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pyarrow")
+    error = refused(UsageError, tmp_path / "d")
+    assert error.message.endswith(f"d: reading it needs pyarrow, which does not load: {reason}")
+    assert error.hint == "pip install --upgrade pyarrow numpy"
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -22,7 +22,7 @@ def load_parquet(path: Path | str) -> NamedArrays:
     """The columns by name; or, in a column's place, why it cannot be used.
 
     Raises:
-        UsageError: pyarrow is not installed.
+        UsageError: pyarrow is not installed, or does not load.
         FileError: the file is damaged.
         ResourceError: it does not fit into the memory.
     """
@@ -59,7 +59,7 @@ def load_dataset(folder: Path | str) -> NamedArrays:
     """The columns of a `datasets` folder, mapped where they lie in one file.
 
     Raises:
-        UsageError: pyarrow is not installed.
+        UsageError: pyarrow is not installed, or does not load.
         FileError: a file is damaged.
         ResourceError: several parts do not fit into the memory.
     """
@@ -91,9 +91,14 @@ def _pyarrow(path: Path | str) -> Any:
     try:
         import pyarrow
         import pyarrow.ipc
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise UsageError(
             f"{path}: reading it needs pyarrow, which is not installed", "pip install pyarrow"
+        ) from error
+    except ImportError as error:  # new versions refuse NumPy 1, which pip does not know
+        raise UsageError(
+            f"{path}: reading it needs pyarrow, which does not load: {error}",
+            "pip install --upgrade pyarrow numpy",
         ) from error
     return pyarrow
 
