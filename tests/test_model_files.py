@@ -1252,6 +1252,7 @@ def test_what_scripts_leave_on_ends_with_them(nets, left, inside):
         ("code/needy.py:Net", {}, "imports no_such_thing", "pip install no_such_thing"),
         ("leaving_of_test:Net", {}, "raised SystemExit: bye", "python -c 'import leaving_of_test'"),
         ("nets_of_test:net", {}, "has no net; it has: Net, make", "--arch nets_of_test:Net"),
+        ("torch:Bilinear", {}, "has no Bilinear; torch.nn has", "--arch torch.nn:Bilinear"),
         ("nets_of_test:Net", {}, "raised TypeError", "--arch-arg width=VALUE"),
         ("nets_of_test:broken", {}, "raised RuntimeError: no way", "--debug"),
         ("nets_of_test:Net", {"width": (4, 5)}, "raised TypeError", "--debug"),
