@@ -77,6 +77,33 @@ def test_graphs_of_second_derivatives_are_counted_where_there_are_any(cli, tmp_p
     assert by_rows - by_classes > 64 << 20
 
 
+class Constant(nn.Module):
+    """Has weights that are not asked for, and a buffer."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.wide = nn.Linear(2, 4)
+        self.register_buffer("shift", torch.ones(size))
+        self.last = nn.Linear(size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wide(x).sum(1, keepdim=True) + self.last(self.shift)
+
+
+def test_what_is_not_differentiated_by_is_counted(cli, tmp_path):
+    """Each of its numbers takes 4 bytes, and 8 in the copy in float64 that the check is by."""
+    size = 1 << 20
+    net = saved(tmp_path, Constant(size), 8, np.zeros((8, 1), np.float32))
+    words = ("compute", *net, "-p", "wide.bias", "--dry-run", "--json")
+    checked = cli(*words).document["total"]["memory"]
+    unchecked = cli(*words, "--no-check").document["total"]["memory"]
+    constants = 2 * size + 1 + 8
+    assert checked - unchecked == 8 * constants
+    asked = cli(*words, "-p", "last.weight", "-b", "elements").document["total"]["memory"]
+    assert unchecked - batches.PROCESS >= 4 * constants
+    assert asked > checked
+
+
 class Twice(nn.Module):
     """What is no chain of operators."""
 

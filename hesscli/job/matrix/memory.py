@@ -7,6 +7,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from hesscli.files.resources import available_memory
 from hesscli.hessian.blocks import Block
@@ -21,6 +22,7 @@ BAND = 1 << 24  # numbers in a band
 LONG_BAND = 1 << 26  # and in one of a matrix of more rows than `LONG`, for longer runs on the disk
 LONG = 1 << 15
 _SHARE = 0.6  # of the free memory, unless a limit is given
+_WIDE = 8  # bytes of a number in the copy that the check's gradients are of
 
 
 class Memory:
@@ -33,13 +35,15 @@ class Memory:
 
     def __init__(self, plan: Plan) -> None:
         self.plan: Plan = weakref.proxy(plan)  # which holds this
-        # What the process has taken is not free, and counts below.
-        free = PROCESS + int(_SHARE * available_memory()) // ranks_here()
-        self.limit = plan.options.memory or free
-        numbers = sum(math.prod(shape) for shape in plan.shapes.values())
         self.on_host = plan.problem.device.type == "cpu"  # that passes are
-        self.process = PROCESS + plan.cut_bytes + self._of_passes() + 24 * numbers
         self.itemsize = plan.problem.dtype.itemsize
+        numbers = sum(math.prod(shape) for shape in plan.shapes.values())
+        constants = self.on_host * max(0, _numbers(plan.problem.module) - numbers)
+        # What the process has taken is not free, and counts below.
+        taken = PROCESS + constants * self.itemsize
+        self.limit = plan.options.memory or taken + int(_SHARE * available_memory()) // ranks_here()
+        copied = constants * _WIDE if plan.options.check else 0
+        self.process = taken + copied + plan.cut_bytes + self._of_passes() + 24 * numbers
 
     def _of_passes(self) -> int:
         """Bytes of graphs that are differentiated again, if the first route of any block has them, and of rows."""
@@ -78,6 +82,11 @@ class Memory:
                 held[block] = _upper(block) if device else 3 * self.band(block)
         taken = (n * self.itemsize + self.kept_beside(block) for block, n in held.items())
         return max(taken, default=0) + self.process
+
+
+def _numbers(module: nn.Module) -> int:
+    """Numbers in all parameters and buffers of a module."""
+    return sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _upper(block: Block) -> int:
