@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -156,6 +156,7 @@ class Choice:
         own: the work that this block alone needs.
         common: the work that serves all blocks of this route at once, if they are computed together.
         held: numbers that the route keeps beside the block.
+        reached: numbers that it keeps at each value, for all blocks that are computed together.
     """
 
     route: Route
@@ -163,6 +164,7 @@ class Choice:
     own: Work
     common: Work = Work()  # noqa: RUF009 - immutable
     held: int = 0
+    reached: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def method(self) -> str:

@@ -173,18 +173,20 @@ class Costs:
         """The backward passes of so many outputs to some values, and the loss's Hessian there."""
         return self.after(*values).times(2 * classes, 2) + self.forward.times(2)
 
-    def held_of_classes(self, values: Sequence[int], classes: int) -> int:
-        """Numbers that the backward passes of so many outputs hold: of some values, and what is on its way to them."""
-        numbers = [self.tape.shapes[value].numel() for value in values]
-        return classes * (sum(numbers) + _ON_ITS_WAY * max(numbers, default=0))
+    def reached_by_classes(self, values: Iterable[int], classes: int) -> dict[int, int]:
+        """Numbers that the backward passes of so many outputs leave at each of some values."""
+        return {value: classes * self.tape.shapes[value].numel() for value in values}
 
-    def held_of_factors(self, uses: Iterable[Use], classes: int) -> int:
-        """Numbers that one block is made of: these passes at its uses, in another order, and the inputs there."""
-        return sum(
-            classes * self.tape.shapes[use.z].numel()
-            + self.samples * use.apart * use.positions * use.storage.groups * use.m
-            for use in uses
-        )
+    def held_of_classes(self, uses: Sequence[Use], classes: int) -> int:
+        """Numbers that are held besides for a block: on the way to its uses, what was left there once more, in another
+        order, and the inputs there.
+        """
+        behind = (self.tape.calls[place] for place in self.tape.behind(use.z for use in uses))
+        met = (self.tape.shapes[n].numel() for call in behind for n in call.makes)
+        on_the_way = _ON_ITS_WAY * max(met, default=0)
+        left = sum(self.tape.shapes[use.z].numel() for use in uses)
+        inputs = sum(use.positions * use.apart * use.storage.groups * use.m for use in uses)
+        return classes * (on_the_way + left) + self.samples * inputs
 
     def gauss_newton(self, use: Use, diagonal: bool, classes: int) -> Work:
         """A block from the backward passes of so many outputs."""

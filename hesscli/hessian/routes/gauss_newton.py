@@ -115,9 +115,9 @@ class GaussNewton(AffineRoute):
             for use in uses:
                 work += costs.bend(use, diagonal)
         passes = first.in_all(costs.class_passes(values_of(uses), classes))
-        every = values_of(use for uses in analysis.all_uses.values() for use in uses)
-        held = costs.held_of_classes(every, classes) + costs.held_of_factors(uses, classes)
-        return Choice(self, f"{classes} classes", first.in_all(work), passes, held)
+        held = costs.held_of_classes(uses, classes)
+        reached = costs.reached_by_classes(values_of(uses), classes)
+        return Choice(self, f"{classes} classes", first.in_all(work), passes, held, reached)
 
     def classes(self, costs: Costs) -> int:
         """How many directions there are at the output."""

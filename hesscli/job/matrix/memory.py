@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from hesscli.job.setup.batches import PROCESS, free_memory
 from hesscli.job.setup.team import ranks_here
 
 if TYPE_CHECKING:
+    from hesscli.hessian.routes.base import Route
     from hesscli.job.matrix.planning import Plan
 
 BAND = 1 << 24  # numbers in a band
@@ -65,7 +67,18 @@ class Memory:
 
     def kept_beside(self, block: Block) -> int:
         """Bytes of the host's memory that the first route of a block keeps beside it."""
-        return self.on_host * self.plan.choices[block.name][0].held * self.itemsize
+        choice = self.plan.choices[block.name][0]
+        alone = sum(choice.reached.values())
+        reached = alone if block in self.plan.large else self._reached[choice.route]
+        return self.on_host * (choice.held + reached) * self.itemsize
+
+    @cached_property
+    def _reached(self) -> dict[Route, int]:
+        """Numbers that the first routes of small blocks keep for all of these together."""
+        found: dict[Route, dict[int, int]] = {}
+        for choice in self.plan.first_choices(self.plan.small):
+            found.setdefault(choice.route, {}).update(choice.reached)
+        return {route: sum(reached.values()) for route, reached in found.items()}
 
     def band(self, block: Block) -> int:
         """How many numbers of a large block are computed at once."""
