@@ -66,19 +66,25 @@ def run(command: str, folder: Path, programs: Path = INSTALLED) -> str:
     return done.stdout
 
 
-def test_commands_print_what_is_shown(folder: Path, warm: str) -> None:
-    """In the README's order: `eigen` reads what the command before it wrote. The first is as installed."""
-    programs = INSTALLED
+@pytest.fixture(scope="module")
+def programs(folder: Path, warm: str) -> Path:
+    """Where a `hesscli` is that need not import torch."""
     (folder / "bin").mkdir()
     (folder / "bin" / "hesscli").write_text(f'#!/bin/sh\nexec {warm} -m hesscli "$@"\n')
     (folder / "bin" / "hesscli").chmod(0o700)
+    return folder / "bin"
+
+
+def test_commands_print_what_is_shown(folder: Path, programs: Path) -> None:
+    """In the README's order: `eigen` reads what the command before it wrote. The first is as installed."""
+    path = INSTALLED
     for language, code, shown in BLOCKS:
         if language == "python":
             (folder / "script.py").write_text(code)
             printed = run(f"{sys.executable} -W ignore::DeprecationWarning script.py", folder)
         elif language == "sh":
-            printed = run(code.removeprefix("pip install torch==2.13.0 . && "), folder, programs)
-            programs = folder / "bin"
+            printed = run(code.removeprefix("pip install torch==2.13.0 . && "), folder, path)
+            path = programs
         else:
             continue
         assert same(shown, printed), f"{code}{printed}"
@@ -87,9 +93,9 @@ def test_commands_print_what_is_shown(folder: Path, warm: str) -> None:
 
 
 @pytest.mark.parametrize("code", READERS)
-def test_the_python_reads_the_file(code: str, folder: Path) -> None:
+def test_the_python_reads_the_file(code: str, folder: Path, programs: Path) -> None:
     hesscli = "hesscli compute sample_models/digits_mlp.pt sample_models/digits.npz -q"
-    run(hesscli, folder)
+    run(hesscli, folder, programs)
     script = code + "print({name: block.shape for name, block in blocks.items()})\n"
     (folder / "read.py").write_text(script)
     assert "'fc2.bias': (10, 10)" in run(f"{sys.executable} read.py", folder)
