@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hesscli.hessian.batch_size import choose_passes, choose_sizes
 from hesscli.hessian.chunk_sizes import ChunkSizes
 from hesscli.hessian.routes import preactivation
 from hesscli.hessian.routes.probes import Probed
@@ -153,3 +154,42 @@ def test_what_a_large_block_takes_of_the_memory(cli, tmp_path, monkeypatch):
     for ranks, expected in ((1, half), (2, streamed)):
         monkeypatch.setattr(memory, "ranks_here", lambda ranks=ranks: ranks)
         assert cli(*words[:-1]).document["total"]["memory"] == expected
+
+
+@pytest.mark.parametrize(
+    ("samples", "saved", "memory", "expected"),
+    [
+        (10**6, 1 << 10, 1 << 40, (1 << 15, 1 << 15)),  # no more than a batch may have
+        (300, 1 << 10, 1 << 40, (300, 300)),
+        (
+            10**6,
+            1 << 20,
+            1 << 40,
+            (64, 64),
+        ),  # a gibibyte: 4 graphs of 4 rows; 8 passes of twice as much
+        (10**6, 1 << 20, 1 << 30, (16, 16)),  # a quarter of what is free
+        (10**6, 1 << 20, 0, (1, 1)),
+    ],
+)
+def test_samples_of_a_batch(samples, saved, memory, expected):
+    assert choose_sizes(samples, saved, 4, memory, ChunkSizes(), rows=4) == expected
+
+
+def test_a_check_of_what_is_in_float64_anyway_takes_more_samples():
+    assert choose_sizes(10**6, 1 << 20, 8, 1 << 40, ChunkSizes(), rows=4) == (64, 128)
+
+
+@pytest.mark.parametrize(
+    ("saved", "largest", "size", "memory", "rows", "graphs"),
+    [
+        (1 << 24, 1 << 10, 0, 1 << 40, 16, 2),  # of a gibibyte
+        (0, 1 << 10, 1 << 22, 1 << 40, 21, 2),  # and three rows of the block beside each
+        (1 << 24, 1 << 10, 0, 1 << 28, 1, 1),  # of a quarter of what is free
+    ],
+)
+def test_rows_of_a_chunk_take_no_more_than_activations_may(
+    saved, largest, size, memory, rows, graphs
+):
+    passes = choose_passes(saved, largest, size, 4, memory, ChunkSizes(), graphs=2)
+    assert (passes.rows, passes.graphs, passes.cuts) == (rows, graphs, memory // 8)
+    assert passes.bytes == 4 * (graphs + rows) * saved
