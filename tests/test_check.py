@@ -254,6 +254,15 @@ def test_one_huge_parameter_is_no_measure(structure, switched):
     assert found.metadata["check"]["relative_error"] < 1e-6
 
 
+@pytest.mark.parametrize("structure", ["diag", "elements"])
+def test_blocks_in_float32_are_checked_in_float64(structure):
+    """Differences of gradients in float32 are off by a thousandth."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    found = hesscli.compute(model, (torch.randn(20, 3), torch.randn(20, 2)), blocks=structure)
+    assert found.metadata["check"]["relative_error"] < 3e-6
+
+
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
 def test_large_gradients_excuse_little(size):
     """Targets far away make the gradient large; a block that is wrong by half is still wrong."""

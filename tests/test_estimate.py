@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from cases import labels, normal
@@ -13,6 +14,7 @@ from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.routes.base import Choice, Route, seconds_of
 from hesscli.hessian.routes.costs import Work
 from hesscli.hessian.routes.rates import Rates
+from hesscli.job.matrix import dry_run
 from hesscli.job.matrix.dry_run import START, estimate
 
 RATES = Rates(flops=1e9, memory=1e9, call=1e-3)
@@ -87,3 +89,29 @@ def test_the_sweep_along_a_chain_is_shared() -> None:
     assert {str(choice) for choice in chosen} == {"preactivation (chain)"}
     apart = sum(choice.work.seconds(RATES) for choice in chosen)
     assert seconds_of(chosen, RATES) < apart / 3
+
+
+@pytest.mark.parametrize(
+    ("options", "decomposed", "checked"),
+    [
+        ((), [200, 200, 1], True),  # not the one of 2000 rows
+        (("--stats", "all"), [2000, 200, 200, 1], True),
+        (("--stats", "basic", "--no-check"), [], False),
+        (("-b", "elements", "--stats", "all"), [], True),
+    ],
+)
+def test_eigenvalues_and_the_check_are_counted_where_they_are_wanted(
+    cli, monkeypatch, options, decomposed, checked
+) -> None:
+    net = nn.Sequential(nn.Linear(10, 200), nn.Tanh(), nn.Linear(200, 1))
+    torch.jit.script(net).save("net.pt")
+    np.savez("d.npz", x=normal(3, 10).float().numpy(), y=normal(3, 1).float().numpy())
+    given = []
+
+    def noted(choices, rates, check, sizes, size):
+        given.append((sorted(sizes), check > 0))
+        return 1.0
+
+    monkeypatch.setattr(dry_run, "estimate", noted)
+    assert cli("compute", "net.pt", "d.npz", "--dry-run", *options).code == 0
+    assert given == [(sorted(decomposed), checked)]

@@ -426,6 +426,10 @@ def test_a_model_of_one_batch_size_that_mixes_samples_is_said_to(cli, tmp_path, 
     said = [note for note in ran.notes if "sees several samples at once" in note]
     how = " sees several samples at once: 4 at a time, as the model accepts them"
     assert said == ([mixes + how] if mixes else [])
+    if mixes == "the model":  # it takes no samples one by one
+        ran = cli("compute", "m.pt2", "d.npz", "--loss", "l.py:loss", "--curvature", "fisher")
+        assert "no sample has a gradient of its own" in ran.fails(4)
+        assert ran.hint.endswith("--curvature ggn")
 
 
 @pytest.mark.parametrize("limits", [{"max": 99}, {"min": 4}])
