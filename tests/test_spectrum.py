@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -556,6 +557,24 @@ def test_nothing_is_left_out_where_a_few_more_samples_will_do():
         assert found.converged
         products.append(found.products)
     assert sum(count < 16 + 17 for count in products) >= 5
+
+
+def test_products_are_kept_for_the_sketch_alone():
+    made, held = weakref.WeakSet(), []
+    multiply, like = rotated(np.linspace(-1, 1.1, 900))
+
+    def product(v):
+        found = multiply(v)
+        made.add(found)
+        return found
+
+    def report(products, error, tolerance):
+        held.append(len(made))
+
+    generator = torch.Generator().manual_seed(0)
+    estimate(product, SIZES, 0.0, 60, generator, like, report)
+    assert max(held) == 16
+    assert max(held[16:]) == 1
 
 
 def test_few_products_leave_nothing_out(recwarn):
