@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,7 @@ from hesscli.hessian.chunk_sizes import ChunkSizes
 from hesscli.hessian.routes import kronecker
 from hesscli.hessian.routes.kronecker import add_kronecker_rows
 from hesscli.hessian.routes.sums import add_products
-from hesscli.hessian.workers import side_by_side, workers
+from hesscli.hessian.workers import in_order, side_by_side, workers
 
 
 def test_every_piece_is_done_once_by_threads_that_take_turns(two_threads):
@@ -29,6 +30,18 @@ def test_every_piece_is_done_once_by_threads_that_take_turns(two_threads):
     assert sorted(done) == list(range(100))
     assert seen == [(1, False)] * 2
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_results_are_taken_in_order_and_none_is_left(two_threads, count):
+    taken: list[int] = []
+
+    def slowest_first(item: int) -> int:
+        time.sleep(0.002 * (item % 2 == 0))
+        return item
+
+    in_order(range(7), count, slowest_first, taken.append)
+    assert taken == list(range(7))
 
 
 def test_an_error_in_a_piece_is_raised_and_the_threads_are_given_back(two_threads):
