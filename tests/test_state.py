@@ -502,6 +502,25 @@ class Hooked(Plain):
         return torch.stack(self.collected).sum(0)
 
 
+class HookedBehindMuch(Hooked):
+    """The same, with more in its class and its settings than is looked at."""
+
+    many: ClassVar = [[index] for index in range(5000)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(many=[[index] for index in range(5000)])
+        self.out = nn.Sequential(nn.Sequential(self.out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.collected: list[Tensor] = []
+        if not self.hooked:
+            self.out[0][0].register_forward_hook(lambda module, x, y: self.collected.append(y))
+            self.hooked = True
+        Plain.forward(self, x)
+        return torch.stack(self.collected).sum(0)
+
+
 class Unwilling:
     """Answers no questions, as the validators of pydantic before their class is finished."""
 
@@ -557,7 +576,7 @@ class AmongStrangers(Attribute):
             OfTheClass,
             InAQueue,
         ),
-        *(InARegistry, Hooked, *HOLDERS),
+        *(InARegistry, Hooked, HookedBehindMuch, *HOLDERS),
         *(Assigned, AssignedAnew, OfTheFile, ByAFunction, Bound, NewlyBound, Counted, CachedMethod),
         *(
             CachedFunction,

@@ -49,9 +49,13 @@ def restores(root: Callable[..., object]) -> Iterator[Restore]:
     keep: in global names that their code has, in closures, in defaults, and by `functools.lru_cache`. Such a cache
     cannot be taken apart: it is as it was where nothing new was computed for it, and empty otherwise.
     """
-    found: list[object] = [root]
+    parts = list(root.modules()) if isinstance(root, nn.Module) else []
+    # First what modules hold themselves: behind their classes and settings lies more than is looked at.
+    found: list[object] = [container for part in parts for container in _containers(part)]
+    found.append(root)
     known: set[int] = set()
-    most = _MOST
+    most = _MOST + _OF_A_MODULE * len(parts)
+    inside = set(map(id, parts))
     for each in found:
         if type(each) in _PLAIN or id(each) in known or len(known) > most:
             continue
@@ -59,11 +63,20 @@ def restores(root: Callable[..., object]) -> Iterator[Restore]:
         if type(each) in _CONTAINERS and not each:  # as most of a module's are
             yield each.clear  # type: ignore[attr-defined]
             continue
-        most += _OF_A_MODULE * issubclass(type(each), nn.Module)
+        if issubclass(type(each), nn.Module) and id(each) not in inside:
+            most += _OF_A_MODULE
         held, restore = _held(each)
         found += held
         if restore is not None:
             yield restore
+
+
+def _containers(part: nn.Module) -> Iterator[object]:
+    """The attributes of a module, and what there is among them of containers: of hooks, say."""
+    attributes = vars(part)
+    if not isinstance(part, torch.jit.ScriptModule):
+        yield attributes
+        yield from (value for value in attributes.values() if type(value) in _CONTAINERS)
 
 
 def _held(each: object) -> Held:
