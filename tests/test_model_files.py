@@ -1227,6 +1227,13 @@ def test_what_scripts_leave_on_ends_with_them(nets, left, inside):
     assert net(torch.ones(1, 2)).dtype is torch.float32
     assert not torch.ones(1).is_inference()
     assert Path.cwd() == nets
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        net(torch.ones(1, 2))
+    # The next autocast goes on with these weights where an outer one was left on.
+    nn.init.zeros_(net.weight)
+    nn.init.zeros_(net.bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not net(torch.ones(1, 2)).any()
 
 
 @pytest.mark.parametrize(

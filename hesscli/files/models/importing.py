@@ -58,10 +58,28 @@ def _differentiable() -> Iterator[None]:
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
+        _autocast_as_it_was(),
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _autocast_as_it_was() -> Iterator[None]:
+    """Afterwards there are as many autocasts around as before, and nothing is kept of what they cast.
+
+    What one has cast is kept until the outermost ends: that of a script that left its own on never would.
+    """
+    torch.autocast_increment_nesting()
+    depth = torch.autocast_decrement_nesting()
+    try:
+        yield
+    finally:
+        torch.autocast_increment_nesting()  # by one too many, which is taken off first
+        while torch.autocast_decrement_nesting() > depth:
+            pass
+        torch.clear_autocast_cache()
 
 
 def imported(option: str, spec: str) -> object:
