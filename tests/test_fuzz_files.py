@@ -242,9 +242,10 @@ def check_data(kind: str, content: bytes, path: Path) -> None:
     elif kind == "csv":
         rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline="")))
         for name, array in data.arrays.items():
-            if rows and name in rows[0] and name != "0":
-                values = torch.tensor([float(row[name]) for row in rows], dtype=torch.float64)
-                same({name: array}, {name: values})
+            # A number may be the place of a column, in a file whose first line is one of numbers.
+            if rows and name in rows[0] and not name.isdigit():
+                numbers = [float(row[name].strip() or "nan") for row in rows]  # none is missing
+                same({name: array}, {name: torch.tensor(numbers, dtype=torch.float64)})
     event(f"{kind} loads")
 
 
