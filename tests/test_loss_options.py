@@ -1434,3 +1434,61 @@ def test_a_loss_of_all_that_pairs_samples_by_broadcasting_is_refused():
     model = Two(lambda a, b: (a, b)).double()
     with pytest.raises(hesscli.HesscliError, match=r"broadcasts what it makes of x \[N, .* target"):
         computed(model, (X, Y[:, 0]), loss=lambda f, y: (f[0][:, :1] - y + f[1][:, :1]).square())
+
+
+class OfSparse(nn.Module):
+    """Returns its loss, and has a sparse buffer, which lies in no one place."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net(1)
+        self.register_buffer("mix", torch.eye(3, dtype=torch.float64).to_sparse())
+
+    def forward(self, x, y):
+        return (self.net(torch.sparse.mm(self.mix, x.T).T) - y).square().mean()
+
+
+def test_a_sparse_model_that_returns_its_loss():
+    found = computed(OfSparse(), (X, Y[:, :1]), loss="output")
+    close(found, hessian(net(1), F.mse_loss, (X,), Y[:, :1]))
+
+
+class OnGrid(nn.Module):
+    """The squared gap of a surface at each place and each time, of which there may be as many."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([0.3, 0.7], dtype=torch.float64))
+
+    def forward(self, place, time):
+        return (torch.sin(self.a[0] * place + self.a[1] * time) - place * time).square().mean()
+
+
+def test_a_grid_of_places_and_times():
+    data = {"place": torch.rand(5, 1, generator=G).double(), "time": torch.rand(5).double()}
+    truth = hessian(OnGrid(), lambda f, y: f, tuple(data.values()), data["time"])
+    for unbatched in (True, False):
+        found = computed(OnGrid(), data, inputs=tuple(data), loss="output", unbatched=unbatched)
+        close(found, truth)
+
+
+class Apart(nn.Module):
+    """How far what it makes of each of some samples is from each of others."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = net(2), net(2)
+
+    def forward(self, x, z):
+        x, z = self.one(x), self.other(z)
+        squares = x.square().sum(1, keepdim=True) + z.square().sum(1) - 2 * x @ z.T
+        return (-squares).exp().mean()
+
+
+def test_distances_of_all_pairs():
+    data = {"x": X, "z": X.flip(0) + 1}
+    found = computed(Apart(), data, inputs=("x", "z"), loss="output")
+    truth = hessian(Apart(), lambda f, y: f, tuple(data.values()), X)
+    close(found, truth)
+    found = computed(Apart(), data, inputs=("x", "z"), loss="output", params="one.*")
+    close(found, truth[: len(truth) // 2, : len(truth) // 2])

@@ -18,7 +18,8 @@ from hesscli.hessian.recording.tape import Call, Tape
 def broadcast_pair(tape: Tape, arrays: Collection[int], samples: int) -> tuple[int, int] | None:
     """The two values that the first operator that may mix samples broadcasts so, the one with more axes first.
 
-    Whoever adds an axis means it. None where none was left out, or where both are made of one array.
+    Only one of them is made of parameters, and the other of other arrays alone, as targets are: what pairs two that are
+    made alike, distances say, means it, as whoever adds an axis does. None where it is not so.
 
     Args:
         tape: a recorded pass.
@@ -40,8 +41,11 @@ def broadcast_pair(tape: Tape, arrays: Collection[int], samples: int) -> tuple[i
     operands = {_unexpanded(tape, n) for n in call.reads if axes[n] is not None}
     for longer, shorter in permutations(operands, 2):
         added, axis = len(shapes[longer]) - len(shapes[shorter]), axes[shorter]
-        apart = not any({longer, shorter} <= reached for reached in origins.values())
-        if axis is not None and added > 0 and apart and shapes[longer][axis.axis + added] == 1:
+        together = any({longer, shorter} <= reached for reached in origins.values())
+        alike = (longer in tape.trained) == (shorter in tape.trained)
+        if axis is None or added <= 0 or together or alike:
+            continue
+        if shapes[longer][axis.axis + added] == 1:
             return longer, shorter
     return None
 

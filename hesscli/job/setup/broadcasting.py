@@ -4,6 +4,7 @@ broadcasting."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
@@ -89,13 +90,16 @@ def demand_no_pairs(problem: Problem, batch: Batch, arrays: Mapping[str, Tensor]
     Raises:
         MismatchError: samples are paired.
     """
+    every = dict(problem.module.named_parameters())  # also those that were not chosen
     try:
-        tape = record(problem, batch)
+        tape = record(replace(problem, parameters=every), batch)
     except NotApplicable:
+        return
+    if tape.refusal:  # of tensors perhaps that do not lie in one place
         return
     places = {array.data_ptr(): name for name, array in arrays.items()}
     named = {n: places[x.data_ptr()] for n, x in tape.given.items() if x.data_ptr() in places}
-    pair = None if tape.refusal else broadcast_pair(tape, named, len(batch))
+    pair = broadcast_pair(tape, named, len(batch))
     if pair is None:
         return
 

@@ -64,7 +64,7 @@ def inspect_loss(
         listed = ", ".join(fixed)
         note(f"loss arguments as long as the data, but the same for all samples: {listed}")
         source = _with_fixed(source, fixed)
-    if problem.loss.is_output:
+    if problem.loss.is_output and not problem.one_sample:
         given = dict(zip(source.inputs, some.inputs, strict=True))
         demand_no_pairs(problem, some, _by_sample(given, some, source))
     tried, terms = _terms(problem, source, len(some))
