@@ -24,7 +24,12 @@ BAND = 1 << 24  # numbers in a band
 LONG_BAND = 1 << 26  # and in one of a matrix of more rows than `LONG`, for longer runs on the disk
 LONG = 1 << 15
 _SHARE = 0.6  # of the free memory, unless a limit is given
-_WIDE = 8  # bytes of a number in the copy that the check's gradients are of
+_ASKED = (
+    24  # bytes of each number that is differentiated by: itself, its gradient, and both in float64
+)
+# Of the check, in float64, measured: a number of the copy that its gradients are of; the gradient at theta, and what is
+# being added up to it; of a block, a direction, where it leads, and the quotient along it.
+_COPIED, _CHECKED, _ALONG = 8, 24, 24
 
 
 class Memory:
@@ -44,8 +49,9 @@ class Memory:
         # What the process has taken is not free, and counts below.
         taken = PROCESS + constants * self.itemsize
         self.limit = plan.options.memory or taken + int(_SHARE * available_memory()) // ranks_here()
-        copied = constants * _WIDE if plan.options.check else 0
-        self.process = taken + copied + plan.cut_bytes + self._of_passes() + 24 * numbers
+        checked = plan.options.check * (constants * _COPIED + self.on_host * numbers * _CHECKED)
+        passes = plan.cut_bytes + self._of_passes()
+        self.process = taken + checked + passes + _ASKED * numbers
 
     def _of_passes(self) -> int:
         """Bytes of graphs that are differentiated again, if the first route of any block has them, and of rows."""
@@ -93,7 +99,11 @@ class Memory:
             device = self._with_room(block)
             if device is None or device.type == "cpu":
                 held[block] = _upper(block) if device else 3 * self.band(block)
-        taken = (n * self.itemsize + self.kept_beside(block) for block, n in held.items())
+        along = _ALONG * self.plan.options.check * self.on_host
+        taken = (
+            n * self.itemsize + self.kept_beside(block) + along * block.size
+            for block, n in held.items()
+        )
         return max(taken, default=0) + self.process
 
 
