@@ -242,8 +242,8 @@ def check_data(kind: str, content: bytes, path: Path) -> None:
     elif kind == "csv":
         rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline="")))
         for name, array in data.arrays.items():
-            # A number may be the place of a column, in a file whose first line is one of numbers.
-            if rows and name in rows[0] and not name.isdigit():
+            # With an entry for the first line, too, that is one of numbers, and names are places.
+            if rows and name in rows[0] and len(array) == len(rows):
                 numbers = [float(row[name].strip() or "nan") for row in rows]  # none is missing
                 same({name: array}, {name: torch.tensor(numbers, dtype=torch.float64)})
     event(f"{kind} loads")

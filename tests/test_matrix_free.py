@@ -335,7 +335,6 @@ def test_nan(cli, tmp_path):
 
 
 def test_a_product_that_is_wrong_is_refused(cli, monkeypatch):
-
     right = Products.__call__
     monkeypatch.setattr(Products, "__call__", lambda self, v: 1.1 * right(self, v))
     for dtype, hint in (("float32", "--dtype float64"), ("float64", "--method finite-difference")):
@@ -360,7 +359,6 @@ def test_a_product_that_is_wrong_is_refused(cli, monkeypatch):
 @pytest.mark.parametrize("right", [0, 1])
 def test_products_that_are_not_finite(cli, monkeypatch, words, right):
     """From the first one on, which is the check's, or after it."""
-
     made, product = [], Products.__call__
 
     def broken(self: Products, v: Tensor) -> Tensor:

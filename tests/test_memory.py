@@ -161,12 +161,8 @@ def test_what_a_large_block_takes_of_the_memory(cli, tmp_path, monkeypatch):
     [
         (10**6, 1 << 10, 1 << 40, (1 << 15, 1 << 15)),  # no more than a batch may have
         (300, 1 << 10, 1 << 40, (300, 300)),
-        (
-            10**6,
-            1 << 20,
-            1 << 40,
-            (64, 64),
-        ),  # a gibibyte: 4 graphs of 4 rows; 8 passes of twice as much
+        # A gibibyte: 4 graphs of 4 rows; 8 passes of twice as much.
+        (10**6, 1 << 20, 1 << 40, (64, 64)),
         (10**6, 1 << 20, 1 << 30, (16, 16)),  # a quarter of what is free
         (10**6, 1 << 20, 0, (1, 1)),
     ],

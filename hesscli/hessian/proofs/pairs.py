@@ -12,7 +12,7 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.proofs.sample_axis import MayMix, SampleAxis
 from hesscli.hessian.proofs.sample_rules import LOSS_OPERATORS
 from hesscli.hessian.proofs.samples import follow
-from hesscli.hessian.recording.tape import Call, Tape
+from hesscli.hessian.recording.tape import Tape
 
 
 def broadcast_pair(tape: Tape, arrays: Collection[int], samples: int) -> tuple[int, int] | None:
@@ -36,7 +36,7 @@ def broadcast_pair(tape: Tape, arrays: Collection[int], samples: int) -> tuple[i
         return None
     if not (call.name in LOSS_OPERATORS or torch.Tag.pointwise in call.operator.tags):
         return None
-    axes = follow(replace(tape, calls=_before(tape, call)), start, samples)
+    axes = follow(replace(tape, calls=tape.until(call.makes[0])[:-1]), start, samples)
     shapes, origins = tape.shapes, {array: tape.dependent([array]) for array in arrays}
     operands = {_unexpanded(tape, n) for n in call.reads if axes[n] is not None}
     for longer, shorter in permutations(operands, 2):
@@ -48,11 +48,6 @@ def broadcast_pair(tape: Tape, arrays: Collection[int], samples: int) -> tuple[i
         if shapes[longer][axis.axis + added] == 1:
             return longer, shorter
     return None
-
-
-def _before(tape: Tape, call: Call) -> tuple[Call, ...]:
-    place = next(place for place, each in enumerate(tape.calls) if each is call)
-    return tape.calls[:place]
 
 
 def _unexpanded(tape: Tape, value: int) -> int:
