@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import shlex
@@ -28,7 +29,7 @@ from hesscli.files.hessians.result_writer import ResultWriter
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.layout import Layout, Part, Piece
 from hesscli.hessian.routes.base import Rows
-from hesscli.job.matrix import journal, large, memory, planning, triangles
+from hesscli.job.matrix import journal, large, memory, planning, run, triangles
 from hesscli.job.matrix.triangles import HeldTriangle, StreamedTriangle, spans
 from hesscli.job.setup.team import balanced
 
@@ -156,10 +157,14 @@ def test_a_triangle_is_the_matrix(held, most, layout, tile, tmp_path, monkeypatc
         device = torch.device(held or "cpu")
         kind = partial(HeldTriangle, device=device) if held else StreamedTriangle
         triangle = kind("h", layout, bands, writer, v, fresh=True)
-        bits = [
-            triangle.put(index, ordered[start:stop, start:].to(device, copy=True))
-            for index, (start, stop) in enumerate(bands)
-        ]
+        bits = []
+        for index, (start, stop) in enumerate(bands):
+            upper = ordered[start:stop, start:].to(device, copy=True)
+            bits.append(triangle.put(index, upper))
+            upper.fill_(torch.nan)  # the next band but one lies there
+            assert not held or {first for first, _ in triangle.before} == {
+                start for start, _ in bands[index + 1 :]
+            }
         triangle.finish()
         assert torch.allclose(triangle.times(v + 1), truth @ (v + 1), rtol=1e-13)
         assert torch.allclose(triangle.times(v), truth @ v, rtol=1e-13)
@@ -268,8 +273,8 @@ def break_bands(monkeypatch: pytest.MonkeyPatch, always: bool = False) -> list[s
     """Makes the first route's bands wrong, or always all; gives the routes tried, band by band."""
     whole, tried = large.LargeBlock._band, []
 
-    def wrong(self, route, start, stop):
-        upper, facts = whole(self, route, start, stop)
+    def wrong(self, route, start, stop, room):
+        upper, facts = whole(self, route, start, stop, room)
         tried.append(route.name)
         if route.name == tried[0] or always:
             upper *= 1.01
@@ -296,16 +301,30 @@ def test_a_wrong_band_is_found(cli, net, small_bands, monkeypatch):
     assert not list(Path().glob(".*"))
 
 
+def test_no_band_is_computed_where_one_is_being_written(cli, net, small_bands, monkeypatch):
+    """Nor of some that are a process's own, every other one say."""
+    whole, rooms = large.LargeBlock._band, []
+    monkeypatch.setattr(
+        large.LargeBlock, "_band", lambda *a: rooms.append(a[-1].data_ptr()) or whole(*a)
+    )
+    monkeypatch.setattr(run, "balanced", lambda parts, _: [{name for name, _ in parts[::2]}, set()])
+    for words in ((), ("--shard", "1/2")):
+        rooms.clear()
+        assert cli("compute", *net, "-b", "full", "--method", "hvp", *words).code == 0
+        assert len(rooms) > 2
+        assert all(one != next_one for one, next_one in itertools.pairwise(rooms))
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_a_method_that_turns_out_not_to_apply(cli, net, small_bands, monkeypatch, first):
     """It gives way to the next one; of shards, one or both find out."""
     whole, tried = large.LargeBlock._band, []
 
-    def band(self, route, start, stop):
+    def band(self, route, start, stop, room):
         tried.append(route.name)
         if route.name == tried[0] and (first or start):
             raise NotApplicable("it has no derivative")
-        return whole(self, route, start, stop)
+        return whole(self, route, start, stop, room)
 
     monkeypatch.setattr(large.LargeBlock, "_band", band)
     command = ("compute", *net, "-b", "full", "-o", "h", "--method")
@@ -383,7 +402,7 @@ def test_resume_gives_the_same_bytes(cli, net, small_bands, monkeypatch, mode, b
     assert f"an interrupted run left {bands} finished part" in again.fails(2)
     computed = []
     whole = large.LargeBlock._band
-    monkeypatch.setattr(large.LargeBlock, "_band", lambda *a: computed.append(a[2:]) or whole(*a))
+    monkeypatch.setattr(large.LargeBlock, "_band", lambda *a: computed.append(a[2:4]) or whole(*a))
     resumed = cli(*shlex.split(again.hint)[1:])
     assert resumed.code == 0, resumed.stderr
     assert Path("h.safetensors").read_bytes() == undisturbed
@@ -429,7 +448,7 @@ def test_a_resumed_run_says_the_same_and_does_not_try_again(
     command = ("compute", "net.pt", "data.npz", "-a", "nets.py:Net", "-o", "h")
     computed, whole = [], large.LargeBlock._band
     monkeypatch.setattr(
-        large.LargeBlock, "_band", lambda *a: computed.append((a[1].name, *a[2:])) or whole(*a)
+        large.LargeBlock, "_band", lambda *a: computed.append((a[1].name, *a[2:4])) or whole(*a)
     )
     assert cli(*command).code == 0
     undisturbed, every = Path("h").read_bytes(), list(computed)

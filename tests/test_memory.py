@@ -139,19 +139,19 @@ def test_few_directions_go_at_once_where_large_values_are_behind(
 
 
 def test_what_a_large_block_takes_of_the_memory(cli, tmp_path, monkeypatch):
-    """Its upper half and bands beside it; or three bands, as long as they may be; or as long as they fit."""
+    """A quarter of it and bands beside it; or three bands, as long as they may be; or as long as they fit."""
     module = nn.Sequential(nn.Linear(2, 1250), nn.Tanh(), nn.Linear(1250, 1))
     net = saved(tmp_path, module, 2, np.zeros((2, 1), np.float32))
     words = ("compute", *net, "-b", "full", "--dry-run", "--json", "--no-check", "--memory")
-    half, streamed, fitted = (
-        cli(*words, given).document["total"]["memory"] for given in ("700MB", "520MB", "400MB")
+    held, streamed, fitted = (
+        cli(*words, given).document["total"]["memory"] for given in ("700MB", "400MB", "330MB")
     )
     band, size = memory.BAND, 5001
-    assert half - streamed == 4 * (size**2 // 2 + 4 * band - 3 * band)
+    assert held - streamed == 4 * (size**2 // 4 + 2 * band + 4 * 2**23 - 3 * band)
     assert 0 < streamed - (batches.PROCESS + 12 * band) < 10e6  # the passes
-    assert 400e6 - 12 < fitted <= 400e6
-    monkeypatch.setattr(memory, "available_memory", lambda: 10**9)
-    for ranks, expected in ((1, half), (2, streamed)):
+    assert 330e6 - 12 < fitted <= 330e6
+    monkeypatch.setattr(memory, "available_memory", lambda: 6 * 10**8)
+    for ranks, expected in ((1, held), (2, streamed)):
         monkeypatch.setattr(memory, "ranks_here", lambda ranks=ranks: ranks)
         assert cli(*words[:-1]).document["total"]["memory"] == expected
 

@@ -136,6 +136,8 @@ class LargeBlock:
             unfinished.add(self._part(index), facts)
 
         gap = square = 0.0
+        most = max((stop - start) * (layout.size - start) for start, stop in bands)
+        rooms = [route.like.new_empty(most) for _ in bands[:2]]  # one is computed, one written
         with Background() as background:
             for index, (start, stop) in enumerate(bands):
                 part = self._part(index)
@@ -145,17 +147,19 @@ class LargeBlock:
                 if facts is not None:
                     background.run(matrix.restore, index, facts["bits"])
                 else:
-                    upper, facts = self._band(route, start, stop)
+                    rooms.reverse()
+                    upper, facts = self._band(route, start, stop, rooms[0])
                     background.run(put, index, upper, facts)
                 gap, square = gap + facts["gap"], square + facts["square"]
                 self.progress(stop - start, name)
         return matrix, (gap / square) ** 0.5 if square else 0.0
 
-    def _band(self, route: Route, start: int, stop: int) -> tuple[Tensor, Document]:
-        """Rows `start` to `stop` of the upper triangle, their square symmetric."""
+    def _band(self, route: Route, start: int, stop: int, room: Tensor) -> tuple[Tensor, Document]:
+        """Rows `start` to `stop` of the upper triangle, their square symmetric, in this room."""
 
         def summed() -> Tensor:
-            upper = route.like.new_zeros(stop - start, self.block.size - start)
+            rows, columns = stop - start, self.block.size - start
+            upper = room[: rows * columns].view(rows, columns).zero_()
             route.sum([Rows(self.block, start, stop, upper)])
             return upper
 

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from hesscli.hessian.routes.base import Route
     from hesscli.job.matrix.planning import Plan
 
-BAND = 1 << 24  # numbers in a band
+BAND = 1 << 23  # numbers in a band, or a thirty-second of the upper half
 LONG_BAND = 1 << 26  # and in one of a matrix of more rows than `LONG`, for longer runs on the disk
 LONG = 1 << 15
+_ROWS = 1 << 25  # numbers that are computed and written of a band at a time
 _SHARE = 0.6  # of the free memory, unless a limit is given
 _ASKED = (
     24  # bytes of each number that is differentiated by: itself, its gradient, and both in float64
@@ -60,15 +61,17 @@ class Memory:
         return self.plan.opened.passes.bytes if twice and self.on_host else 0
 
     def held_on(self, block: Block) -> torch.device | None:
-        """The device that holds the upper half of a large block until it is written; None where others write too."""
+        """The device that holds what later rows of a large block need; None where others write too."""
         return None if self.plan.divided else self._with_room(block)
 
     def _with_room(self, block: Block) -> torch.device | None:
-        """The device with room for the upper half of a block, the problem's rather than the host."""
-        device, upper = self.plan.problem.device, _upper(block) * self.itemsize
-        if device.type == "cuda" and upper <= _SHARE * free_memory(device):
+        """The device with room for what later rows of a block need, the problem's rather than the host."""
+        device = self.plan.problem.device
+        # A GPU's memory is taken at once, the host's as it is written to.
+        whole = (block.size**2 // 2 + _beside(block)) * self.itemsize
+        if device.type == "cuda" and whole <= _SHARE * free_memory(device):
             return device
-        needed = self.process + self.kept_beside(block) + upper
+        needed = self.process + self.kept_beside(block) + _held(block) * self.itemsize
         return torch.device("cpu") if needed <= self.limit else None
 
     def kept_beside(self, block: Block) -> int:
@@ -90,7 +93,7 @@ class Memory:
         """How many numbers of a large block are computed at once."""
         # One is computed, one is written, and parts of it are turned.
         room = (self.limit - self.process - self.kept_beside(block)) // (3 * self.itemsize)
-        return max(block.size, min(LONG_BAND if block.size > LONG else BAND, room))
+        return max(block.size, min(_band(block), room))
 
     def needed(self) -> int:
         """Bytes of the host's memory that the work holds at most."""
@@ -98,7 +101,7 @@ class Memory:
         for block in self.plan.large:
             device = self._with_room(block)
             if device is None or device.type == "cpu":
-                held[block] = _upper(block) if device else 3 * self.band(block)
+                held[block] = _held(block) if device else 3 * self.band(block)
         along = _ALONG * self.plan.options.check * self.on_host
         taken = (
             n * self.itemsize + self.kept_beside(block) + along * block.size
@@ -112,6 +115,16 @@ def _numbers(module: nn.Module) -> int:
     return sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _upper(block: Block) -> int:
-    """Numbers in the upper half of a block, and in what is computed and written of it."""
-    return block.size**2 // 2 + 4 * BAND
+def _band(block: Block) -> int:
+    """Numbers in a band of a block, where there is room for them."""
+    return LONG_BAND if block.size > LONG else max(BAND, block.size**2 // 64)
+
+
+def _beside(block: Block) -> int:
+    """Numbers in the band that is computed, the one that is written, and in what is done of both at a time."""
+    return 2 * _band(block) + _ROWS
+
+
+def _held(block: Block) -> int:
+    """Numbers that the host holds of a block: what later rows need, a quarter of it at most, and the bands."""
+    return block.size**2 // 4 + _beside(block)

@@ -1,8 +1,9 @@
 """A large symmetric matrix on its way to the file: bands of its upper triangle come in, whole rows go out.
 
-Where the upper half fits the memory, the device's or the host's, a band's rows are completed from the bands before them
-and written in one run. Where it does not, a band and its mirror image go to their places at once, and whole rows are
-read back at the end. Either way the matrix is then there to be multiplied, for the check.
+Where the memory allows it, the device's or the host's, a band's rows are completed from the bands before them and
+written in one run; what no later row needs is let go, so that a quarter of the matrix is held at most. Where there is
+less memory, a band and its mirror image go to their places at once, and whole rows are read back at the end. Either way
+the matrix is multiplied by a direction on its way, for the check.
 """
 
 from __future__ import annotations
@@ -91,8 +92,14 @@ class Triangle:
         return nullcontext()
 
     def _all_rows(self) -> Iterator[tuple[int, Tensor]]:
-        """The matrix, some whole rows at a time, with the first one's number."""
-        raise NotImplementedError
+        """The matrix, some whole rows at a time, read back, with the first one's number."""
+        n = self.layout.size
+        step = min(n, max(1, _READ // n))
+        buffer = torch.empty(step, n, dtype=self.dtype)
+        for first in range(0, n, step):
+            rows = buffer[: min(step, n - first)]
+            self.writer.read(self.name, first, rows.numpy())
+            yield first, rows
 
     def _measure(self, first: int, rows: np.ndarray) -> None:
         """Takes from some rows what is to be known of them; the first has this number."""
@@ -132,18 +139,19 @@ class Triangle:
 
 @dataclass(eq=False)
 class HeldTriangle(Triangle):
-    """Keeps the bands, and writes whole rows."""
+    """Keeps what later rows need of the bands, and writes whole rows."""
 
-    device: torch.device  # where the bands are kept and their rows completed
+    device: torch.device  # where it is kept and rows are completed
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.uppers: list[Tensor] = []
         device, size = self.device, self.layout.size
         longest = max(each.size for band in self.bands for each in self._stretches(*band))
         room = longest * size * self.dtype.itemsize + _PAGE
         # Page-aligned, as direct writes want it; two of them, so that one is filled while the other is written.
         self.memory = [_pages(room, device), _pages(room, device)]
+        # Of each band, the part of its rows that the bands before have: [rows, start].
+        self.before = {band: self._empty(band[1] - band[0], band[0]) for band in self.bands}
         self.scratch: Tensor | None = None
         self.stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
@@ -153,17 +161,18 @@ class HeldTriangle(Triangle):
     def put(self, index: int, upper: Tensor) -> int:
         bits = super().put(index, upper)
         with self._aside():
-            self.uppers.append(on_host(upper) if self.device.type == "cpu" else upper)
+            upper = on_host(upper) if self.device.type == "cpu" else upper
             idle = self.device.type != "cpu"  # else all threads compute the next band meanwhile
             with (
                 Background() as placing,
                 Background(idle) as counting,
                 Background(idle) as measuring,
             ):
-                for place, rows in self._rows(index):
+                for place, rows in self._rows(index, upper):
                     measuring.run(self._measure, place, rows.numpy())
                     counting.run(self.writer.count, self.name, rows.numpy(), place)
                     placing.run(self.writer.place, self.name, rows.numpy(), place)
+            self._keep(index, upper)
         return bits
 
     def _aside(self) -> AbstractContextManager[object]:
@@ -174,28 +183,32 @@ class HeldTriangle(Triangle):
         for placed in self.layout.placed(start, stop):
             yield from placed.stretches(chunk_sizes(self.device).stretch // self.layout.size)
 
-    def _rows(self, index: int) -> Iterator[tuple[int, Tensor]]:
+    def _rows(self, index: int, upper: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The rows of a band in the block's order, on the host, with the first one's place.
 
         They are overwritten by those that come two steps later.
         """
-        start, stop = self.bands[index]
+        start, stop = band = self.bands[index]
         for stretch in self._stretches(start, stop):
             rows = self._aligned(stretch)
             out = rows if self.scratch is None else self.scratch[: rows.numel()].view(rows.shape)
             grouped = out.unflatten(0, stretch.shape)
-            for (first, last), upper in zip(self.bands[:index], self.uppers, strict=False):
-                turned = stretch.of_rows(upper[:, start - first :]).movedim(0, -1)
-                self.layout.to_block(turned, grouped, first, last)
-            own = stretch.of_rows(self.uppers[index].T).movedim(0, -1)
+            before = stretch.of_rows(self.before[band].T).movedim(0, -1)
+            self.layout.to_block(before, grouped, 0, start)
+            own = stretch.of_rows(upper.T).movedim(0, -1)
             self.layout.to_block(own, grouped, start, self.layout.size)
             if out is not rows:
                 rows.copy_(out)
             yield stretch.place, rows
 
-    def _all_rows(self) -> Iterator[tuple[int, Tensor]]:
-        for index in range(len(self.bands)):
-            yield from self._rows(index)
+    def _keep(self, index: int, upper: Tensor) -> None:
+        """Keeps what the rows of later bands have of a band, and no longer what its own had of those before."""
+        start, stop = self.bands[index]
+        del self.before[start, stop]
+        for (first, last), before in self.before.items():
+            before[:, start:stop] = upper[:, first - start : last - start].T
+        if self.stream is not None:
+            self.stream.synchronize()  # the band's room is used again
 
     def _aligned(self, stretch: Placed) -> Tensor:
         """Room for rows that lies to a page as they will in the file."""
@@ -204,6 +217,14 @@ class HeldTriangle(Triangle):
         self.memory.reverse()
         flat = self.memory[0][shift : shift + count * self.dtype.itemsize].view(self.dtype)
         return flat.view(stretch.size, self.layout.size)
+
+    def _empty(self, rows: int, columns: int) -> Tensor:
+        """Room for numbers; of the host's memory it takes what was written to, until it is let go."""
+        if self.device.type == "cpu":
+            flat = _pages(rows * columns * self.dtype.itemsize, self.device).view(self.dtype)
+        else:
+            flat = torch.empty(rows * columns, dtype=self.dtype, device=self.device)
+        return flat.view(rows, columns)
 
     def restore(self, index: int, bits: int) -> None:
         super().restore(index, bits)
@@ -218,16 +239,14 @@ class HeldTriangle(Triangle):
                 self._measure(stretch.place, rows.numpy())
                 mine = self.layout.from_block(rows.to(self.device))[:, start:].T
                 stretch.of_rows(upper.T).copy_(mine.unflatten(1, stretch.shape))
-            self.uppers.append(upper)
-            if self.stream is not None:
-                self.stream.synchronize()
+            self._keep(index, upper)
 
 
 def _pages(size: int, device: torch.device) -> Tensor:
     """So many bytes of the host's memory, whole pages, pinned where a GPU copies into them."""
     if device.type == "cuda":
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, max(1, size)), dtype=torch.uint8)[:size]
 
 
 class StreamedTriangle(Triangle):
@@ -258,15 +277,6 @@ class StreamedTriangle(Triangle):
             self._measure(first, rows.numpy())
             self.writer.count(self.name, rows.numpy(), first)
         super().finish()
-
-    def _all_rows(self) -> Iterator[tuple[int, Tensor]]:
-        n = self.layout.size
-        step = min(n, max(1, _READ // n))
-        buffer = torch.empty(step, n, dtype=self.dtype)
-        for first in range(0, n, step):
-            rows = buffer[: min(step, n - first)]
-            self.writer.read(self.name, first, rows.numpy())
-            yield first, rows
 
 
 def _weighted(rows: np.ndarray, sums: np.ndarray) -> int:
