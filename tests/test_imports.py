@@ -13,8 +13,9 @@ from conftest import REPOSITORY
 ROOMS = {
     "errors": set(),
     "texts": set(),
-    "hessian": {"errors", "texts"},
-    "files": {"errors", "texts"},
+    "gradients": set(),
+    "hessian": {"errors", "texts", "gradients"},
+    "files": {"errors", "texts", "gradients"},
     "spectrum": {"errors"},
     "job": {"errors", "texts", "hessian", "files", "spectrum", ""},
     "cli": {"errors", "job", "schemas", ""},
@@ -55,7 +56,9 @@ def test_rooms_import_downwards_only():
                 elif words[0] in ("typer", "click", "rich"):
                     assert room == "cli", f"{path}: {name}"
                 elif words[0] == "torch":
-                    assert room in ("hessian", "files", "spectrum", "job"), f"{path}: {name}"
+                    assert room in ("gradients", "hessian", "files", "spectrum", "job"), (
+                        f"{path}: {name}"
+                    )
     assert {("cli", "job"), ("job", "hessian"), ("job", "files"), ("job", "spectrum")} <= seen
     assert {p.name for p in package.iterdir() if p.is_dir()} - {"__pycache__"} <= set(ROOMS)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from hesscli.errors import is_out_of_memory
+from hesscli.gradients import gradients_on
 from hesscli.hessian.guests import is_missing_derivative, on_host
 
 
@@ -20,37 +21,8 @@ def differentiable() -> Iterator[None]:
 
     So they are where the caller's default device is a GPU, which does not draw from a generator of the CPU.
     """
-    with (
-        on_host(),
-        _hooks_put_aside(),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        _autocast_put_aside(),
-    ):
+    with on_host(), _hooks_put_aside(), gradients_on():
         yield
-
-
-@contextmanager
-def _autocast_put_aside() -> Iterator[None]:
-    """Inside, none of the caller's autocast is on, and one of the model's own is the outermost.
-
-    What that has cast of the weights it keeps until the outermost ends: within another, the second pass would go on
-    with a result of the first.
-    """
-    depth = torch.autocast_increment_nesting()  # by one too many
-    while torch.autocast_decrement_nesting():
-        pass
-    torch.clear_autocast_cache()
-    on = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
-    for device in on:
-        torch.set_autocast_enabled(device, False)
-    try:
-        yield
-    finally:
-        for device in on:
-            torch.set_autocast_enabled(device, True)
-        for _ in range(depth - 1):
-            torch.autocast_increment_nesting()
 
 
 @contextmanager

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
-import torch
 from torch import nn
 
 from hesscli.errors import UsageError
+from hesscli.gradients import gradients_on
 from hesscli.texts import listed
 
 # Where architectures come from; each is installed under its own name.
@@ -35,7 +35,7 @@ def importable() -> Iterator[None]:
     before, folder = list(sys.path), os.getcwd()
     sys.path.insert(0, folder)
     try:
-        with contextlib.redirect_stdout(sys.stderr), _differentiable():
+        with contextlib.redirect_stdout(sys.stderr), gradients_on():
             yield
     finally:
         os.chdir(folder)
@@ -51,35 +51,6 @@ def as_main(module: ModuleType) -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = before
-
-
-@contextlib.contextmanager
-def _differentiable() -> Iterator[None]:
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        _autocast_as_it_was(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def _autocast_as_it_was() -> Iterator[None]:
-    """Afterwards there are as many autocasts around as before, and nothing is kept of what they cast.
-
-    What one has cast is kept until the outermost ends: that of a script that left its own on never would.
-    """
-    torch.autocast_increment_nesting()
-    depth = torch.autocast_decrement_nesting()
-    try:
-        yield
-    finally:
-        torch.autocast_increment_nesting()  # by one too many, which is taken off first
-        while torch.autocast_decrement_nesting() > depth:
-            pass
-        torch.clear_autocast_cache()
 
 
 def imported(option: str, spec: str) -> object:
