@@ -20,6 +20,7 @@ from problems import (
 )
 from torch import Tensor, nn
 
+from hesscli.hessian import batch_size
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.objective.batch import Batch, Batches
 from hesscli.hessian.objective.problem import Problem
@@ -59,10 +60,10 @@ def analysis_of(problem: Problem) -> Analysis:
     return Analyses(problem).of(problem.batches[0])
 
 
-def plan(problem: Problem) -> CutPlan:
+def plan(problem: Problem, room: int = batch_size.CUTS) -> CutPlan:
     analysis = analysis_of(problem)
     samples = sum(len(batch.inputs[0]) for batch in problem.batches)
-    return plan_cuts(analysis, Costs(analysis.tape, 4, 64, Rates()), samples, cut_plan.BUDGET)
+    return plan_cuts(analysis, Costs(analysis.tape, 4, 64, Rates()), samples, room)
 
 
 def cut_everywhere(analysis: Analysis) -> CutPlan:
@@ -183,12 +184,11 @@ def test_a_shallow_model_is_not_cut() -> None:
     assert plan(problem).values == ()
 
 
-def test_the_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_budget_is_kept() -> None:
     problem = sequences(stack(6, 32, 64), samples=32, length=16)
     one = 32 * (16 * 32) ** 2 * 4
-    monkeypatch.setattr(cut_plan, "BUDGET", 4 * one)
     shapes = analysis_of(problem).tape.shapes
-    chosen = plan(problem)
+    chosen = plan(problem, 4 * one)
     assert chosen.values
     assert chosen.bytes == sum(32 * (shapes[c].numel() // 32) ** 2 * 4 for c in chosen.values)
     assert chosen.bytes <= 4 * one
@@ -200,7 +200,7 @@ def test_what_is_kept_at_the_cuts_is_in_the_plan(cli, monkeypatch: pytest.Monkey
     words = ("compute", "net.pt", "data.npz", "--dry-run", "--json")
     with_cuts = cli(*words).document["total"]["memory"]
     limited = cli(*words, "--memory", "400MB").document["total"]["memory"]
-    monkeypatch.setattr(cut_plan, "BUDGET", 0)
+    monkeypatch.setattr(batch_size, "CUTS", 0)
     one = 32 * (16 * 32) ** 2 * 4
     assert with_cuts - cli(*words).document["total"]["memory"] >= 5 * one
     assert limited <= 400e6 < with_cuts

@@ -176,16 +176,16 @@ def test_a_check_of_what_is_in_float64_anyway_takes_more_samples():
 
 
 @pytest.mark.parametrize(
-    ("saved", "largest", "size", "memory", "rows", "graphs"),
+    ("saved", "largest", "size", "memory", "rows", "graphs", "cuts"),
     [
-        (1 << 24, 1 << 10, 0, 1 << 40, 16, 2),  # of a gibibyte
-        (0, 1 << 10, 1 << 22, 1 << 40, 21, 2),  # and three rows of the block beside each
-        (1 << 24, 1 << 10, 0, 1 << 28, 1, 1),  # of a quarter of what is free
+        (1 << 24, 1 << 10, 0, 1 << 40, 16, 2, 1 << 29),  # of a gibibyte
+        (0, 1 << 10, 1 << 22, 1 << 40, 21, 2, 1 << 29),  # and three rows of the block beside each
+        (1 << 24, 1 << 10, 0, 1 << 28, 1, 1, 1 << 25),  # of a quarter of what is free
     ],
 )
 def test_rows_of_a_chunk_take_no_more_than_activations_may(
-    saved, largest, size, memory, rows, graphs
+    saved, largest, size, memory, rows, graphs, cuts
 ):
     passes = choose_passes(saved, largest, size, 4, memory, ChunkSizes(), graphs=2)
-    assert (passes.rows, passes.graphs, passes.cuts) == (rows, graphs, memory // 8)
+    assert (passes.rows, passes.graphs, passes.cuts) == (rows, graphs, cuts)
     assert passes.bytes == 4 * (graphs + rows) * saved

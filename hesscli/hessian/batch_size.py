@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hesscli.hessian.chunk_sizes import ChunkSizes
 
 PREFERRED_ROWS = 4  # per chunk; more of them gain less than larger batches do
+CUTS = 1 << 29  # bytes that are kept of all samples where a deep model is cut, at most
 _GRAPHS = 4  # a double backward pass keeps about this many times what a forward pass saves, and each row takes as much
 _CHECKED = 8  # a check's pass keeps this part of the workspace at most
 _WIDE = 8  # bytes of a number in float64
@@ -86,7 +87,7 @@ def choose_passes(
     rows = workspace // (graph + 3 * largest_block * itemsize)
     fitting = max(1, memory // 4 // graph)
     rows = max(1, min(usual.rows, cached, rows))
-    return Passes(rows, min(graphs, fitting), saved, memory // 8)
+    return Passes(rows, min(graphs, fitting), saved, min(CUTS, memory // 8))
 
 
 def _workspace(memory: int, usual: ChunkSizes) -> int:

@@ -18,7 +18,6 @@ from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.recording.tape import Tape
 from hesscli.hessian.routes.costs import CUT_PASSES, PASSES, Costs, Work
 
-BUDGET = 1 << 29  # bytes of all Sigma, which are kept, at most
 _GAIN = 0.8  # cuts must bring the time below this share of the time without
 _LEAST = 0.05  # seconds; what takes less without cuts has none
 
@@ -72,7 +71,7 @@ def plan_cuts(analysis: Analysis, costs: Costs, samples: int, room: int) -> CutP
     while True:  # where nothing is chosen, nothing is kept
         chosen = _cheapest(candidates, demand, costs)
         taken = sum(costs.size(c) ** 2 for c in chosen) * samples * costs.itemsize
-        if taken <= min(BUDGET, room):
+        if taken <= room:
             following = [*chosen, None][1:]
             overhead = Work()
             for c, after in zip(chosen, following, strict=True):

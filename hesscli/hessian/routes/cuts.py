@@ -5,13 +5,14 @@ from __future__ import annotations
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
+from hesscli.hessian.batch_size import CUTS
 from hesscli.hessian.chunk_sizes import shared_ranges
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analyses, WeightAnalyses
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.recording.tape import Tape
 from hesscli.hessian.routes.costs import Costs
-from hesscli.hessian.routes.cut_plan import BUDGET, CutPlan, plan_cuts
+from hesscli.hessian.routes.cut_plan import CutPlan, plan_cuts
 from hesscli.hessian.routes.probes import Cut, Probed, passes
 from hesscli.hessian.routes.rates import usual_rates
 from hesscli.hessian.workers import ABREAST, each_with, graphs_for
@@ -24,7 +25,7 @@ class Cuts:
     """
 
     def __init__(
-        self, analyses: Analyses, chunk: int, graphs: int = ABREAST, room: int = BUDGET
+        self, analyses: Analyses, chunk: int, graphs: int = ABREAST, room: int = CUTS
     ) -> None:
         self.analyses, self.problem = analyses, analyses.problem
         self.chunk, self.graphs, self.room = chunk, graphs, room
