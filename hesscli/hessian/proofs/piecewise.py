@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hesscli.hessian.proofs.sample_rules import RESAMPLING, RESHAPES
-from hesscli.hessian.recording.tape import Tape
+from hesscli.hessian.recording.tape import Call, Tape
 
 _LINEAR_OPERATORS = (
     RESHAPES
@@ -35,15 +35,21 @@ def curved(tape: Tape, values: Sequence[int]) -> str | None:
     reached = tape.dependent(values)
     for call in tape.calls:
         hits = [n for n in call.reads if n in reached]
-        if not hits or call.name in _LINEAR_OPERATORS:
+        if not hits or is_linear(call, hits):
             continue
         # |z| is a root, and `scatter_reduce` may be a product.
         straight = tape.complex.isdisjoint(hits) and call.named("reduce") != "prod"
         if call.name in _PIECEWISE and straight:
             continue
-        if call.name in _MULTILINEAR and len(hits) == 1:
-            continue
-        if call.name == "div" and len(hits) == 1 and call.place(hits[0]) == 0:
-            continue
         return call.name
     return None
+
+
+def is_linear(call: Call, values: Sequence[int]) -> bool:
+    """Whether a call is linear in all these values together, each of which it reads."""
+    if call.name in _LINEAR_OPERATORS:
+        return True
+    alone = len(values) == 1
+    return alone and (
+        call.name in _MULTILINEAR or (call.name == "div" and call.place(values[0]) == 0)
+    )

@@ -70,7 +70,7 @@ _SOLVED = {"_linalg_solve_ex": 1, "linalg_solve_triangular": 1, "cholesky_solve"
 LOSS_OPERATORS = frozenset(
     "mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss".split()
 )
-_LIKELIHOODS = frozenset("nll_loss_forward nll_loss2d_forward".split())
+LIKELIHOODS = frozenset("nll_loss_forward nll_loss2d_forward".split())
 # A fresh tensor in the likeness of another, whose numbers it does not take.
 CONSTANT = frozenset("new_zeros new_ones new_full zero fill".split())
 RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias flatten unflatten".split())
@@ -238,7 +238,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(_FIRST_AXIS, _first),
     **dict.fromkeys(CONSTANT, _constant),
     **dict.fromkeys(LOSS_OPERATORS, _terms),
-    **dict.fromkeys(_LIKELIHOODS, _likelihood),
+    **dict.fromkeys(LIKELIHOODS, _likelihood),
     **dict.fromkeys(RESHAPES, moves.reshaped),
     **dict.fromkeys(("t", "transpose", "permute"), moves.transposed),
     **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _product),

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from hesscli.hessian.proofs.piecewise import is_linear
 from hesscli.hessian.proofs.sample_axis import MayMix, SampleAxis
+from hesscli.hessian.proofs.sample_rules import LIKELIHOODS, LOSS_OPERATORS
 from hesscli.hessian.proofs.samples import follow
-from hesscli.hessian.recording.tape import Call, Tape
-
-_LINEAR = frozenset(
-    "add sub neg view reshape _unsafe_view squeeze unsqueeze clone _to_copy mean sum".split()
-)
-_LINEAR_IN_ONE = frozenset("mul div".split())
-_SUMS = frozenset(
-    "mse_loss huber_loss smooth_l1_loss binary_cross_entropy soft_margin_loss multi_margin_loss "
-    "nll_loss_forward nll_loss2d_forward".split()
-)
-"""Losses that add up what they make of each sample, or their mean."""
+from hesscli.hessian.recording.tape import Tape
 
 
 def demand_summands(tape: Tape, axis: SampleAxis, samples: int) -> None:
@@ -40,9 +32,11 @@ def demand_summands(tape: Tape, axis: SampleAxis, samples: int) -> None:
             continue
         call = tape.calls[tape.maker[n]]
         mine = [read for read in call.reads if read in moving]
-        if call.name in _SUMS:
+        if (
+            call.name in LOSS_OPERATORS | LIKELIHOODS
+        ):  # a sum of what it makes of each, or their mean
             summands.update(mine)
-        elif call.name in _LINEAR or _is_linear_in_one(call, mine):
+        elif is_linear(call, mine):
             left += mine
         else:
             raise MayMix(call)
@@ -51,9 +45,3 @@ def demand_summands(tape: Tape, axis: SampleAxis, samples: int) -> None:
     for n in summands:
         if axes[n] is None:
             raise MayMix(tape.calls[tape.maker[n]])
-
-
-def _is_linear_in_one(call: Call, moving: list[int]) -> bool:
-    """Whether only one factor moves, or only the numerator."""
-    alone = call.name in _LINEAR_IN_ONE and len(moving) == 1
-    return alone and (call.name == "mul" or call.place(*moving) == 0)
