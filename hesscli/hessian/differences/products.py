@@ -18,9 +18,9 @@ class Differences(LinearMap):
     `(g(theta + h v) - g(theta - h v)) / 2h`, batch by batch, extrapolated (see `quotients.py`).
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, quotient: Quotients | None = None) -> None:
         super().__init__(problem)
-        self.quotient = quotients_of(problem)
+        self.quotient = quotient or quotients_of(problem)
 
     def __call__(self, vectors: Tensor) -> Tensor:
         if vectors.dim() == 2:
@@ -45,10 +45,9 @@ def freed(products: Differences, v: Tensor, along: Tensor) -> Quotients:
     Args:
         along: the product with v, where all is held that can be.
     """
-    quotient, dtype = products.quotient, products.problem.dtype
-    if quotient.holds and dtype is torch.float64:
-        quotient.holds = False
-        difference = float(torch.linalg.norm(products(v) - along))
-        quotient.holds = True
-        quotient.free = difference <= AGREEMENT[dtype] * float(torch.linalg.norm(along))
+    quotient, problem = products.quotient, products.problem
+    if quotient.holds and problem.dtype is torch.float64:
+        plain = Differences(problem, Quotients(problem.dtype, holds=False))
+        difference = float(torch.linalg.norm(plain(v) - along))
+        quotient.free = difference <= AGREEMENT[problem.dtype] * float(torch.linalg.norm(along))
     return quotient

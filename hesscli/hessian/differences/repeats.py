@@ -25,11 +25,9 @@ class Repeats:
     def __init__(self) -> None:
         self._noted: dict[str, list[tuple[list[Tensor], Tensor]]] = {}
 
-    @contextmanager
-    def noting(self) -> Iterator[None]:
+    def noting(self) -> AbstractContextManager[None]:
         """Inside are passes at theta."""
-        with _convolutions_by(self._note):
-            yield
+        return _convolutions_by(self._note)
 
     def repeating(self) -> AbstractContextManager[None]:
         """Inside are passes near theta."""
