@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.proofs.sample_axis import SampleAxis
+from hesscli.hessian.proofs.sample_rules import MATRIX_PRODUCTS
 from hesscli.hessian.proofs.storage import Storage
 from hesscli.hessian.proofs.uses import BIAS, CONVOLUTION, LINEAR, SCALE, Use
 from hesscli.hessian.recording.tape import Call
@@ -195,7 +196,7 @@ def _broadcast(p: Operand) -> Use | None:
 
 
 _FINDERS: dict[str, Callable[[Operand], Use | None]] = {
-    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _in_product),
+    **dict.fromkeys(MATRIX_PRODUCTS, _in_product),
     "convolution": _in_convolution,
     "embedding": _in_embedding,
     **dict.fromkeys(("mul", "add", "sub", "expand"), _broadcast),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hesscli.hessian.proofs.sample_rules import RESAMPLING, RESHAPES
+from hesscli.hessian.proofs.sample_rules import MATRIX_PRODUCTS, RESAMPLING, RESHAPES
 from hesscli.hessian.recording.tape import Call, Tape
 
 _LINEAR_OPERATORS = (
@@ -27,7 +27,7 @@ _PIECEWISE = frozenset(
     "scatter_reduce where eq ne lt le gt ge masked_fill nan_to_num".split()
 )
 # Linear in each argument, so linear in a value that reaches one of them alone.
-_MULTILINEAR = frozenset("mul mm addmm bmm baddbmm convolution".split())
+_MULTILINEAR = MATRIX_PRODUCTS | {"mul", "convolution"}
 
 
 def curved(tape: Tape, values: Sequence[int]) -> str | None:

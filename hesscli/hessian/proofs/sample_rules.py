@@ -73,6 +73,7 @@ LOSS_OPERATORS = frozenset(
 LIKELIHOODS = frozenset("nll_loss_forward nll_loss2d_forward".split())
 # A fresh tensor in the likeness of another, whose numbers it does not take.
 CONSTANT = frozenset("new_zeros new_ones new_full zero fill".split())
+MATRIX_PRODUCTS = frozenset("mm addmm bmm baddbmm".split())
 RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias flatten unflatten".split())
 
 
@@ -197,11 +198,6 @@ def _product(c: Context) -> SampleAxis | None:
     return axis
 
 
-def _looked_up(c: Context) -> SampleAxis | None:
-    """In a table, the first argument, that is the same for all samples."""
-    return c.only(1)
-
-
 def _trilinear(c: Context) -> SampleAxis | None:
     """As `nn.Bilinear` calls it: [B, i], [o, i, j], [B, j] -> [B, o]."""
     names, bilinear = ("expand1", "expand2", "expand3", "sumdim"), ((1, 3), (0,), (1, 2), (2, 3))
@@ -241,11 +237,12 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(LIKELIHOODS, _likelihood),
     **dict.fromkeys(RESHAPES, moves.reshaped),
     **dict.fromkeys(("t", "transpose", "permute"), moves.transposed),
-    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _product),
+    **dict.fromkeys(MATRIX_PRODUCTS, _product),
     "_trilinear": _trilinear,
     **dict.fromkeys(_MATRIX, _of_matrix),
     **dict.fromkeys(_PAIRS, _of_pair),
-    **dict.fromkeys(("embedding", "searchsorted"), _looked_up),
+    # In a table, the first argument, that is the same for all samples.
+    **dict.fromkeys(("embedding", "searchsorted"), lambda c: c.only(1)),
     **dict.fromkeys(_COMPLEX | {"bucketize", "isin"}, Context.only),
     "convolution": _convolved,
     "renorm": _renormed,

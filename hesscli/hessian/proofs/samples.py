@@ -12,10 +12,10 @@ from contextlib import suppress
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.proofs.sample_axis import Axes, Context, MayMix, SampleAxis
-from hesscli.hessian.proofs.sample_rules import CONSTANT, rule_of
+from hesscli.hessian.proofs.sample_rules import CONSTANT, MATRIX_PRODUCTS, rule_of
 from hesscli.hessian.recording.tape import Call, Tape
 
-_PRODUCTS = frozenset("mm addmm bmm baddbmm convolution".split())
+_LAYERS = MATRIX_PRODUCTS | {"convolution"}
 
 
 def sample_axes(tape: Tape, samples: int) -> Axes:
@@ -40,7 +40,7 @@ def sample_axes(tape: Tape, samples: int) -> Axes:
 def _states(tape: Tape, axes: Axes, samples: int) -> Iterator[tuple[int, SampleAxis]]:
     """Constants with a row for each sample that layers are applied to, as the first state of a recurrent one."""
     for call in tape.calls:
-        applied = call.name in _PRODUCTS and not tape.trained.isdisjoint(call.reads)
+        applied = call.name in _LAYERS and not tape.trained.isdisjoint(call.reads)
         if applied and not any(axes[n] for n in call.reads):
             rows = (n for n in call.reads if tape.shapes[n][:1] == (samples,))
             yield from ((n, SampleAxis(0)) for n in rows if n not in tape.trained)

@@ -15,8 +15,8 @@ from hesscli.hessian.proofs.sample_rules import ELEMENTWISE_UNARY, RESHAPES
 from hesscli.hessian.proofs.uses import CONVOLUTION, Use
 from hesscli.hessian.recording.tape import Call, Ref
 
-_TELLING = frozenset("isnan isinf signbit logical_not bitwise_not".split())  # bools
-UNARY = ELEMENTWISE_UNARY - _TELLING - {"detach"}
+_BOOLEAN = frozenset("isnan isinf signbit logical_not bitwise_not".split())
+UNARY = ELEMENTWISE_UNARY - _BOOLEAN - {"detach"}
 PRODUCTS = ("mm", "addmm")
 _AFFINE = frozenset(["mul", "add", "sub", "div"])
 
