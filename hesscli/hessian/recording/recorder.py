@@ -176,7 +176,7 @@ class _Recorder(Watcher):
             return replace(call, keywords={**call.keywords, "dtype": result.dtype})
         if not _widened(result, args):
             return call
-        # By memory that it made: a replay would not.
+        # It wrote into wider memory of its own, which a replay of the call alone would not have.
         made = self.draft.made(result, call.operator, call.arguments, result.shape, call.keywords)
         return Call(torch.ops.aten._to_copy.default, (made,), {"dtype": result.dtype})
 

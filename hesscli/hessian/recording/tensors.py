@@ -29,7 +29,7 @@ class Known:
     now: int  # and of the one that it is, or was
     writes: int  # when its memory had been written to so often
     taken: tuple[Tensor, Call] | None = None  # what it is a view of, and how it was taken
-    off: bool = False  # whether gradients were, where it was made
+    off: bool = False  # whether gradients were off where it was made
 
     @property
     def is_stale(self) -> bool:

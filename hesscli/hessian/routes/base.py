@@ -85,7 +85,7 @@ class Diagonal:
         self.out.add_(use.storage.stored(product(d.T, a**2)))
 
     def add_pairs(self, left: Tensor, right: Tensor) -> None:
-        """Adds what is of it in left^T right, both [B, size]."""
+        """Adds the diagonal of left^T right, both [B, size]."""
         self.out.add_((left * right).sum(0))
 
     @classmethod

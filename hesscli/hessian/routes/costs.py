@@ -178,8 +178,8 @@ class Costs:
         return {value: classes * self.tape.shapes[value].numel() for value in values}
 
     def held_of_classes(self, uses: Sequence[Use], classes: int) -> int:
-        """Numbers that are held besides for a block: on the way to its uses, what was left there once more, in another
-        order, and the inputs there.
+        """Numbers that are held besides for a block: of the passes on their way, a reordered copy of what they leave at
+        its uses, and the inputs there.
         """
         behind = (self.tape.calls[place] for place in self.tape.behind(use.z for use in uses))
         met = (self.tape.shapes[n].numel() for call in behind for n in call.makes)

@@ -22,7 +22,7 @@ from hesscli.hessian.routes.base import ByRows, Choice, Wanted
 from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.workers import ABREAST, each_with, graphs_for, share_of_time
 
-Chunk = tuple[Wanted, str, int, range]  # a parameter, where its rows begin, and some of them
+Chunk = tuple[Wanted, str, int, range]  # of what, by which parameter, its first row, which rows
 
 
 class HessianVectorProducts(ByRows):

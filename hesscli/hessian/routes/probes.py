@@ -148,7 +148,7 @@ class Probed:
         )
 
     def numbers(self, z: int, inputs: int) -> int:
-        """How many a direction of z makes: what arrives at so many inputs, or what it meets on its way, if more.
+        """How many numbers a direction of z makes: at so many inputs where it arrives, or on its way there, if more.
 
         Behind a small z there may be large values, of a decoder's images say.
         """
