@@ -182,7 +182,7 @@ def test_what_is_added_moves_through_memory_and_views_do_not() -> None:
     costs = planner_of(classify(nn.Sequential(nn.Linear(5, 5), Flow()), 8, 5)).first.costs
     assert costs is not None
     works = zip(costs.tape.calls, costs._each, strict=True)
-    moved = {call.name: work.bytes for call, work in works}
+    moved = {call.name: moved for call, (_, moved, *_) in works}
     once = 2 * 8 * 5 * 8
     expected = {"add": once, "cumsum": once, "cat": 2 * once, "t": 0, "unsqueeze": 0, "select": 0}
     assert moved == expected | {"addmm": once}

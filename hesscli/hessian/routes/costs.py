@@ -6,7 +6,6 @@ fixed time per call. Reverse-over-reverse products take about four forward passe
 
 from __future__ import annotations
 
-import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -35,7 +34,12 @@ class Work:
     loops: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return _sum((self, other))
+        return Work(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.calls + other.calls,
+            self.loops + other.loops,
+        )
 
     def times(self, factor: float, calls: float | None = None) -> Work:
         """This work so many times; the calls, where batched, only `calls` times."""
@@ -82,15 +86,13 @@ class Costs:
 
     def __init__(self, tape: Tape, itemsize: int, chunk: int, rates: Rates) -> None:
         self.tape, self.itemsize, self.chunk, self.rates = tape, itemsize, chunk, rates
-        self._each = [self._work(call) for call in tape.calls]
-        amounts = [(work.flops, work.bytes, work.calls, work.loops) for work in self._each]
-        self._amounts = np.array(amounts, np.float64).reshape(-1, 4)
+        self._each = np.array([self._work(call) for call in tape.calls]).reshape(-1, 4)
         self._after: dict[tuple[int, ...], Work] = {}
         output = tape.shapes[tape.output]
         self.samples = output[0] if output else 1
         self.classes = max(1, self.size(tape.output))
         self.loss = Work(bytes=_LOSS * output.numel() * itemsize, calls=_LOSS)
-        self.forward = _sum(self._each) + self.loss
+        self.forward = self._pass(slice(None)) + self.loss
 
     def size(self, value: int) -> int:
         """Numbers of one sample in a value."""
@@ -99,13 +101,12 @@ class Costs:
     def after(self, *values: int) -> Work:
         """One forward pass over everything that depends on some values, and the loss."""
         if values not in self._after:
-            self._after[values] = self._pass(values, len(self.tape.calls)) + self.loss
+            self._after[values] = self._pass(self.tape.behind(values)) + self.loss
         return self._after[values]
 
-    def _pass(self, values: Sequence[int], count: int) -> Work:
-        """A forward pass over the first so many calls, as far as they depend on some values."""
-        behind = self.tape.behind(values)
-        return Work(*self._amounts[behind[: bisect_left(behind, count)]].sum(0).tolist())
+    def _pass(self, places: Sequence[int] | slice) -> Work:
+        """A forward pass over the calls at these places of the tape."""
+        return Work(*self._each[places].sum(0).tolist())
 
     def hvp(self, parameters: Sequence[str], rows: int) -> Work:
         """That many Hessian-vector products, through what depends on these parameters."""
@@ -116,15 +117,16 @@ class Costs:
 
     def seconds_before(self, rates: Rates) -> list[float]:
         """Seconds of a forward pass's first so many calls: none, one, two, ..."""
-        works = (work.seconds(rates) for work in self._each)
-        return list(itertools.accumulate(works, initial=0.0))
+        each = self._each @ [1 / rates.flops, 1 / rates.memory, rates.call, rates.call]
+        return [0.0, *each.cumsum().tolist()]
 
     def directions(self, z: int, count: int, cut: int | None = None) -> Work:
         """Derivatives of delta along that many directions of z; of those that end at a cut, with its product."""
         chunks, way = math.ceil(count / self.chunk), self.after(z)
         product = Work()
         if cut is not None:
-            way = self._pass([z], len(self.tape.until(cut)))
+            behind = self.tape.behind([z])
+            way = self._pass(behind[: bisect_left(behind, len(self.tape.until(cut)))])
             product = self._product(self.samples * self.size(cut) ** 2).times(count, chunks)
         passes = PASSES if cut is None else CUT_PASSES
         return way.times(passes * count, passes * chunks) + product + self.forward.times(3)
@@ -202,13 +204,9 @@ class Costs:
     def through(self, weights: Weights, block: Block, made: Block, neurons: Neurons | None) -> Work:
         """A block from that of the weights which its parameters make; its diagonal, from the squares of neurons."""
         numbers = self.tape.parameters
-        reached = self.tape.dependent([numbers[n] for n in block.parameters if n in numbers])
+        behind = self.tape.behind(numbers[n] for n in block.parameters if n in numbers)
         making = set(map(id, weights.calls))
-        way = _sum(
-            work
-            for call, work in zip(self.tape.calls, self._each, strict=True)
-            if id(call) in making and not reached.isdisjoint(call.reads)
-        )
+        way = self._pass([place for place in behind if id(self.tape.calls[place]) in making])
         if neurons is None:
             rows = 2 * (made.size + block.size) + PASSES * block.size
             # It is mirrored, put in order, and pulled back from both sides.
@@ -232,10 +230,11 @@ class Costs:
     def _moved(self, numbers: float) -> Work:
         return Work(bytes=numbers * self.itemsize, calls=2)
 
-    def _work(self, call: Call) -> Work:
+    def _work(self, call: Call) -> tuple[float, float, float, float]:
+        """As in `Work`."""
         size = sum(self.tape.shapes[n].numel() for n in call.makes)
         moved = 0 if call.is_view else 2 * size * self.itemsize
-        return Work(self._flops(call, size), moved, 1, _loops(call.name))
+        return self._flops(call, size), moved, 1, _loops(call.name)
 
     def _flops(self, call: Call, size: int) -> float:
         shapes = [self.tape.shapes[a.value] for a in call.arguments if isinstance(a, Ref)]
@@ -258,11 +257,3 @@ def _loops(name: str) -> float:
     if has_kernel is None or has_kernel(f"aten::{backward}", "Batched"):
         return 0.0
     return _LOOPED_MORE.get(name, _LOOPED)
-
-
-def _sum(works: Iterable[Work]) -> Work:
-    flops = moved = calls = loops = 0.0
-    for work in works:
-        flops, moved, calls = flops + work.flops, moved + work.bytes, calls + work.calls
-        loops += work.loops
-    return Work(flops, moved, calls, loops)
