@@ -32,9 +32,8 @@ def demand_summands(tape: Tape, axis: SampleAxis, samples: int) -> None:
             continue
         call = tape.calls[tape.maker[n]]
         mine = [read for read in call.reads if read in moving]
-        if (
-            call.name in LOSS_OPERATORS | LIKELIHOODS
-        ):  # a sum of what it makes of each, or their mean
+        # The sum of what it makes of each sample, or the mean.
+        if call.name in LOSS_OPERATORS | LIKELIHOODS:
             summands.update(mine)
         elif is_linear(call, mine):
             left += mine
