@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,10 +29,16 @@ class FactoredHessian:
     def scale(self, g: Tensor) -> None:
         """S <- diag(g) S diag(g), g [B, n]."""
         g = g.unsqueeze(1)
-        self.left, self.right = self.left * g, self.right * g
-        self.weighted = [(v * g, w) for v, w in self.weighted]
+        self._replace(lambda rows: rows * g)
         if self.d is not None:
             self.d = self.d * g.squeeze(1) ** 2
+
+    def _replace(self, by: Callable[[Tensor], Tensor]) -> None:
+        """Puts something else in the place of all rows, one term after the other: both are never held of all."""
+        self.left = by(self.left)
+        self.right = by(self.right)
+        for place, (v, w) in enumerate(self.weighted):
+            self.weighted[place] = by(v), w
 
     def add_diagonal(self, d: Tensor) -> None:
         self.d = d if self.d is None else self.d + d
@@ -44,8 +52,7 @@ class FactoredHessian:
             self.d, self.weighted = self.diagonal(m), []
             self.left = self.right = m[:0].unsqueeze(0)
             return
-        self.left, self.right = self.left @ m, self.right @ m
-        self.weighted = [(v @ m, w) for v, w in self.weighted]
+        self._replace(lambda rows: rows @ m)
         if self.d is not None:
             self.weighted.append((m.unsqueeze(0), self.d))
             self.d = None
@@ -67,9 +74,9 @@ class FactoredHessian:
     def _multiply_out(self) -> None:
         S = self.left.transpose(1, 2) @ self.right
         for v, w in self.weighted:
-            S = S + (v * w.unsqueeze(2)).transpose(1, 2) @ v
+            S += (v * w.unsqueeze(2)).transpose(1, 2) @ v
         if self.d is not None:
-            S = S + torch.diag_embed(self.d)
+            S.diagonal(dim1=1, dim2=2).add_(self.d)
         self._begin_with(S)
 
 
