@@ -138,19 +138,55 @@ def test_few_directions_go_at_once_where_large_values_are_behind(
     assert set(chunks) == {2}
 
 
+def test_few_directions_go_at_once_where_each_moves_many_patches(cli, tmp_path, monkeypatch):
+    """Along each of 4 neurons, 64 samples make 4 x 4 values for three inputs, and 4 patches of 9: two fit."""
+    chunks: list[int] = []
+
+    def along(self: Probed, delta: Tensor, inputs: Sequence[Tensor], seeds: Tensor) -> Any:
+        chunks.append(len(seeds))
+        return known(self, delta, inputs, seeds)
+
+    known, room = Probed.along, ChunkSizes(directions=2 * 64 * (4 * 4 * 3 + 4 * 9))
+    monkeypatch.setattr(Probed, "along", along)
+    monkeypatch.setattr(preactivation, "chunk_sizes", lambda _: room)
+    image = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 1, 3, padding=1), nn.Flatten())
+    module = nn.Sequential(nn.Linear(2, 4, bias=False), nn.Tanh(), image, nn.Tanh())
+    net = saved(tmp_path, module, 64, np.zeros((64, 4), np.float32))
+    words = ("-b", "full", "-p", "*weight", "--method", "preactivation", "--dtype", "float64")
+    assert cli("compute", *net, *words).code == 0
+    assert chunks[0] == 2
+
+
+def test_what_directions_make_is_counted_and_rows_only_where_they_are_made(cli, wide):
+    """512 neurons of 8192 samples make more numbers than directions may; a row by products is a pass of its own."""
+    words = ("compute", *wide, "-b", "elements", "-p", "0.weight", "--dry-run", "--json")
+    options = ("--no-check", "--batch-size", 8192)
+    along, by_rows = (
+        cli(*words, *options, "--method", method).document["total"]["memory"]
+        for method in ("preactivation", "hvp")
+    )
+    assert (
+        by_rows > along > batches.PROCESS + 4 * (4 << 22)
+    )  # a graph, of which the pass keeps 16 MiB
+
+
 def test_what_a_large_block_takes_of_the_memory(cli, tmp_path, monkeypatch):
-    """A quarter of it and bands beside it; or three bands, as long as they may be; or as long as they fit."""
+    """A quarter of it and bands beside it; or three bands, as long as they may be; or as long as they fit.
+
+    The directions of 1250 neurons take as much as directions may.
+    """
     module = nn.Sequential(nn.Linear(2, 1250), nn.Tanh(), nn.Linear(1250, 1))
     net = saved(tmp_path, module, 2, np.zeros((2, 1), np.float32))
     words = ("compute", *net, "-b", "full", "--dry-run", "--json", "--no-check", "--memory")
     held, streamed, fitted = (
-        cli(*words, given).document["total"]["memory"] for given in ("700MB", "400MB", "330MB")
+        cli(*words, given).document["total"]["memory"] for given in ("700MB", "470MB", "400MB")
     )
     band, size = memory.BAND, 5001
-    assert held - streamed == 4 * (size**2 // 4 + 2 * band + 4 * 2**23 - 3 * band)
-    assert 0 < streamed - (batches.PROCESS + 12 * band) < 10e6  # the passes
-    assert 330e6 - 12 < fitted <= 330e6
-    monkeypatch.setattr(memory, "available_memory", lambda: 6 * 10**8)
+    assert held - streamed == 4 * (size**2 // 4 + 2 * band + 2**24 - 3 * band)
+    directions = 4 * ChunkSizes().directions
+    assert 0 < streamed - (batches.PROCESS + 12 * band + directions) < 10e6  # the passes
+    assert 400e6 - 12 < fitted <= 400e6
+    monkeypatch.setattr(memory, "available_memory", lambda: 65 * 10**7)
     for ranks, expected in ((1, held), (2, streamed)):
         monkeypatch.setattr(memory, "ranks_here", lambda ranks=ranks: ranks)
         assert cli(*words[:-1]).document["total"]["memory"] == expected

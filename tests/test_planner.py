@@ -1,6 +1,7 @@
 """The planner takes the cheapest route that is exact, and says why."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,12 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.curvatures import CURVATURES
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.analysis import Analyses
+from hesscli.hessian.routes import sweep
 from hesscli.hessian.routes.base import Choice
+from hesscli.hessian.routes.chain import Step, find_chain, most_numbers
 from hesscli.hessian.routes.costs import Work
 from hesscli.hessian.routes.cuts import Cuts
+from hesscli.hessian.routes.factored_hessian import FactoredHessian
 from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.routes.rates import Rates
 
@@ -186,6 +190,73 @@ def test_what_is_added_moves_through_memory_and_views_do_not() -> None:
     once = 2 * 8 * 5 * 8
     expected = {"add": once, "cumsum": once, "cat": 2 * once, "t": 0, "unsqueeze": 0, "select": 0}
     assert moved == expected | {"addmm": once}
+
+
+def convolution_flops(module: nn.Module, channels: int, side: int = 6) -> float:
+    problem = problem_of(module, [normal(3, channels, side, side)], labels(2, 3), "output")
+    costs = planner_of(problem).first.costs
+    assert costs is not None
+    calls = zip(costs.tape.calls, costs._each, strict=True)
+    return sum(flops for call, (flops, *_) in calls if call.name == "convolution")
+
+
+def conv(i: int, o: int, kind: type = nn.Conv2d, **options: int) -> nn.Module:
+    return nn.Sequential(kind(i, o, 3, **options), nn.Flatten(), nn.Tanh())
+
+
+def test_few_channels_take_as_long_as_a_vector_of_them() -> None:
+    """Of eight numbers in float64."""
+    whole = 2 * 3 * 8 * 4 * 4 * 8 * 9
+    assert convolution_flops(conv(8, 8), 8) == pytest.approx(whole)
+    assert convolution_flops(conv(1, 2), 1) == pytest.approx(whole)
+    assert convolution_flops(conv(9, 3), 9) == pytest.approx(2 * whole)
+    # Those of groups fill the outputs of each alone.
+    assert convolution_flops(conv(4, 4, groups=4), 4) == pytest.approx(4 * whole / 8)
+
+
+def test_a_transposed_convolution_multiplies_each_input() -> None:
+    transposed = conv(8, 16, nn.ConvTranspose2d, stride=2)
+    assert convolution_flops(transposed, 8) == pytest.approx(2 * 3 * 8 * 6 * 6 * 16 * 9)
+
+
+def test_each_direction_of_a_diagonal_goes_through_all_positions() -> None:
+    flops = []
+    for positions in (3, 6):
+        problem = problem_of(
+            nn.Sequential(nn.Linear(20, 5), nn.Tanh(), nn.Flatten(), nn.Linear(5 * positions, 2)),
+            [normal(4, positions, 20)], labels(2, 4), "cross-entropy",
+        )  # fmt: skip
+        planner, weight = planner_of(problem), blocks_of(problem, "elements")[0]
+        use = planner.first.proven()[0].use(weight.name)
+        work = planner.first.proven()[1].own(use, diagonal=True)
+        assert work.flops == 2 * 4 * positions**2 * 5 * 20
+        flops.append(work.flops)
+    assert flops[1] == 4 * flops[0]
+
+
+@pytest.mark.parametrize("widths", [(5, 40, 30), (7,) * 9, (5, 60, 3, 60, 10), (4, 20, 20, 20, 12)])
+def test_the_rows_along_a_chain_are_counted_as_they_are_held(widths, monkeypatch) -> None:
+    problem = classify(tanh_mlp(*widths), 2, widths[0], classes=widths[-1])
+    analysis = Analyses(problem).of(problem.batches[0])
+    steps, _ = find_chain(analysis, problem.parameters)
+    shapes, held = analysis.tape.shapes, []
+
+    def back(curvature: FactoredHessian, step: Step, *others: Any) -> None:
+        known(curvature, step, *others)
+        rows = 2 * curvature.left.shape[1] + sum(v.shape[1] for v, _ in curvature.weighted)
+        held.append(rows * shapes[step.before].numel() // 2)
+
+    known = sweep._back
+    monkeypatch.setattr(sweep, "_back", back)
+    compute_blocks(
+        routes_of(problem)["preactivation"], blocks_of(problem, "elements"), diagonal=True
+    )
+    counted = most_numbers(steps, lambda value: shapes[value].numel() // 2, widths[-1])
+    assert (
+        max(held)
+        <= counted
+        <= max(1.5 * max(held), 2 * widths[-1] ** 2, 2 * widths[-1] * widths[-2])
+    )
 
 
 def test_work_adds_up() -> None:

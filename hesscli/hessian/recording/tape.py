@@ -7,6 +7,7 @@ control flow that depends on the data is exact, and nothing needs to be exportab
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -161,6 +162,14 @@ class Tape:
     def maker(self) -> Mapping[int, int]:
         """The place of the call that makes each value, but for those that are given."""
         return {n: i for i, call in enumerate(self.calls) for n in call.makes}
+
+    def met(self, value: int, end: int | None = None) -> int:
+        """Numbers in all that is made of a value, views aside, up to the value `end`, if not to the output."""
+        stop = len(self.calls) if end is None else self.maker.get(end, -1) + 1
+        places = itertools.takewhile(lambda place: place < stop, self.behind([value]))
+        calls = [self.calls[place] for place in places]
+        made = [self.shapes[n] for call in calls if not call.is_view for n in call.makes]
+        return sum(shape.numel() for shape in made)
 
     def until(self, value: int) -> tuple[Call, ...]:
         """The calls up to the one that makes a value."""

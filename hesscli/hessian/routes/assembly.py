@@ -54,7 +54,7 @@ def add_layer(
         return
     a, later = layer.inputs(probed), SampleGradients(probed, layers[1:])
     inputs = [probed.probes[use.z], *later.variables]
-    per_direction = probed.numbers(use.z, len(inputs))
+    per_direction = probed.numbers(use.z, len(inputs)) + later.patches
     if not layer.plain:
         per_direction += len(a) * layer.size
     own = (use.n - neurons.start) * layer.width  # columns
@@ -97,7 +97,8 @@ def _add_shared(
         delta = probed.deltas[use.z]
         rows = use.rows(delta.detach())
         if delta.requires_grad:
-            chunk = workspace // probed.numbers(use.z, len(gradients.variables))
+            each = probed.numbers(use.z, len(gradients.variables)) + gradients.patches
+            chunk = workspace // each
             for t, part, units in _unit_vectors(rows, neurons, chunk):
                 seeds = use.spread(units, delta.shape)
                 found = probed.along(delta, gradients.variables, seeds)
@@ -135,6 +136,8 @@ def add_layer_diagonal(
         twice = a.new_full((a.shape[1],), 2.0)
         twice[: use.positions] = 1
         per_direction = probed.numbers(use.z, len(own.variables))
+        if layer.is_shared:
+            per_direction += own.patches
         if not layer.plain:
             per_direction += len(a) * use.size
         chunk, z = workspace // per_direction, delta_rows[:, : use.positions]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from hesscli.hessian.proofs.sample_axis import SampleAxis
 from hesscli.hessian.proofs.sample_rules import ELEMENTWISE_UNARY, RESHAPES
 from hesscli.hessian.proofs.uses import CONVOLUTION, Use
 from hesscli.hessian.recording.tape import Call, Ref
+from hesscli.hessian.routes.factored_hessian import MOST_ROWS
 
 _BOOLEAN = frozenset("isnan isinf signbit logical_not bitwise_not".split())
 UNARY = ELEMENTWISE_UNARY - _BOOLEAN - {"detach"}
@@ -70,6 +71,28 @@ def find_chain(analysis: Analysis, parameters: Iterable[str]) -> tuple[list[Step
         steps.append(Step(call, before[0], value))
         value = before[0]
     return steps[:needed], reached
+
+
+def most_numbers(steps: Sequence[Step], sizes: Callable[[int], int], classes: int) -> int:
+    """Numbers in the rows that the curvature of one sample is kept in, at most; see `FactoredHessian`.
+
+    Args:
+        steps: of a chain.
+        sizes: numbers of one sample in a value.
+        classes: in the output.
+    """
+    last = max((i for i, step in enumerate(steps) if step.call.name in PRODUCTS), default=0)
+    rows = 2 * classes
+    most = rows * classes
+    for index, step in enumerate(steps):
+        if step.call.name in PRODUCTS:
+            after = sizes(step.after)
+            if rows > MOST_ROWS * after or index == last:  # of which the diagonal is all
+                rows = min(rows, 2 * after)
+            if index != last:
+                rows += after
+        most = max(most, rows * sizes(step.before))
+    return most
 
 
 def _known(call: Call, before: int) -> bool:

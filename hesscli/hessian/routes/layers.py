@@ -13,7 +13,7 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.layout import Piece
 from hesscli.hessian.proofs.analysis import Analysis
-from hesscli.hessian.proofs.uses import BIAS, LINEAR, Use, values_of
+from hesscli.hessian.proofs.uses import BIAS, CONVOLUTION, LINEAR, Use, values_of
 from hesscli.hessian.routes.probes import Probed
 
 
@@ -56,6 +56,12 @@ class Layer:
     @property
     def size(self) -> int:
         return self.weight.n * self.width
+
+    @property
+    def patches(self) -> int:
+        """Numbers in the patches of one sample that it makes of its operands; other layers take these as they are."""
+        is_convolution = self.weight.kind == CONVOLUTION
+        return is_convolution * self.positions * self.weight.apart * self.weight.m
 
     @property
     def plain(self) -> bool:

@@ -32,7 +32,7 @@ from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.assembly import add_layer, add_layer_diagonal
 from hesscli.hessian.routes.base import Choice, Diagonal, Rows, Wanted
 from hesscli.hessian.routes.chain import find_chain
-from hesscli.hessian.routes.costs import Work
+from hesscli.hessian.routes.costs import Costs, Work
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.routes.layers import Layer, layers_of
@@ -58,13 +58,17 @@ class Preactivation(AffineRoute):
             steps, uses = find_chain(analysis, [block.name])
             if block.name in uses:
                 own, sweep = costs.own(uses[block.name], diagonal), costs.chain(steps)
-                return Choice(self, "chain", first.in_all(own), first.in_all(sweep))
+                held = costs.held_of_chain(steps, chunk_sizes(self.problem.device).chain)
+                return Choice(self, "chain", first.in_all(own), first.in_all(sweep), held)
         layers, others = layers_of(analysis, block)
         if not layers:
             use = analysis.use(block.parameters[0])
             work = first.along(use, use.size) + costs.own(use, diagonal)
-            return self._choice(first, f"{use.size} seeds", use.size, work)
-        alone, work, seeds = _are_alone(layers, others), Work(), 0
+            held = costs.held_of_directions(
+                use.z, 1, min(self.cuts.chunk, use.size), self.workspace
+            )
+            return self._choice(first, f"{use.size} seeds", use.size, work, held)
+        alone, work, seeds, held = _are_alone(layers, others), Work(), 0, 0
         for index, layer in enumerate(layers):
             use = replace(layer.weight, positions=layer.positions)  # at all its values
             count = use.n * use.positions
@@ -82,16 +86,28 @@ class Preactivation(AffineRoute):
             if behind:
                 work += costs.cross(count, use.m, use, columns, made)
             seeds += count
+            held = max(held, self._held(costs, layers[index:]))
         rows = sum(len(block.rows[name]) for name in others)
         if rows:
             work += costs.hvp(block.parameters, rows)
         said = f"{seeds} seeds" + (f", {rows} rows by hvp" if rows else "")
-        return self._choice(first, said, seeds + rows, work)
+        return self._choice(first, said, seeds + rows, work, held)
 
-    def _choice(self, first: FirstBatch, said: str, seeds: int, work: Work) -> Choice:
+    def _held(self, costs: Costs, layers: Sequence[Layer]) -> int:
+        """Numbers that are held for the directions of the first of some layers, and the inputs of all."""
+        layer, use = layers[0], layers[0].weight
+        patches = costs.samples * sum(x.patches for x in layers)
+        own = 0 if layer.plain else costs.samples * use.apart * layer.size
+        inputs = 2 * sum(len(x.weights) for x in layers) - 1
+        directions = costs.held_of_directions(use.z, inputs, use.n, self.workspace, own + patches)
+        return directions + costs.samples * sum(
+            x.positions * x.weight.apart * x.width for x in layers
+        )
+
+    def _choice(self, first: FirstBatch, said: str, seeds: int, work: Work, held: int) -> Choice:
         """That many seeds, the work of which is shared by threads."""
         share = share_of_time(self.cuts.graphs_for(seeds))
-        return Choice(self, said, first.in_all(work).times(share))
+        return Choice(self, said, first.in_all(work).times(share), held=held)
 
     def shrink(self) -> bool:
         self.workspace //= 2

@@ -10,7 +10,6 @@ derivative is symmetric) and d a_l / d z_k u (by w_l) in one reverse pass.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +24,7 @@ from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.operator import loss_hessian
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.proofs.uses import Use
+from hesscli.hessian.routes.costs import numbers_along
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Probed:
         given = {numbers[name]: leaf for name, leaf in self.leaves.items() if name in numbers}
         self.cut = cut
         end = tape.output if cut is None else cut.value
-        self._tape, self._calls = tape, tape.until(end)
-        self.known = tape.replay(given, probed, self._calls)
+        self._tape, self._end = tape, end
+        self.known = tape.replay(given, probed, tape.until(end))
         self.output = self.known[end]
         if not self.output.requires_grad:  # a constant follows: there are derivatives, of zero
             varied = (*self.probes.values(), *self.leaves.values())
@@ -148,14 +148,8 @@ class Probed:
         )
 
     def numbers(self, z: int, inputs: int) -> int:
-        """How many numbers a direction of z makes: at so many inputs where it arrives, or on its way there, if more.
-
-        Behind a small z there may be large values, of a decoder's images say.
-        """
-        places = itertools.takewhile(lambda place: place < len(self._calls), self._tape.behind([z]))
-        calls = [self._calls[place] for place in places]
-        met = [self._tape.shapes[n] for call in calls if not call.is_view for n in call.makes]
-        return max(4 * self.probes[z].numel() * inputs, sum(shape.numel() for shape in met))
+        """How many a direction of z makes; see `numbers_along`."""
+        return numbers_along(self._tape, z, inputs, self._end)
 
     def inputs(self, use: Use) -> Tensor:
         """The inputs of a use's affine map, [B, T, groups m], without their graph."""

@@ -54,6 +54,11 @@ class SampleGradients:
         ]
         self._buffers: list[Tensor] = []  # one of each worker
 
+    @property
+    def patches(self) -> int:
+        """Numbers in all patches of moved operands, along one direction."""
+        return self.probed.samples * sum(layer.patches for layer in self.layers)
+
     @torch.no_grad()
     def along(self, found: Sequence[Tensor | None]) -> Motion:
         """How they move along directions, by the derivatives of the variables, or of the probes alone."""

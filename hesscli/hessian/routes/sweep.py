@@ -27,7 +27,7 @@ from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.recording.tape import Ref
 from hesscli.hessian.routes.base import Diagonal
-from hesscli.hessian.routes.chain import PRODUCTS, UNARY, Step, find_chain
+from hesscli.hessian.routes.chain import PRODUCTS, UNARY, Step, find_chain, most_numbers
 from hesscli.hessian.routes.factored_hessian import FactoredHessian
 from hesscli.hessian.routes.probes import Probed
 
@@ -71,8 +71,8 @@ def _diagonals(
     start = probed.output_hessian()
     # From the last linear layer on, the diagonal is all that is needed, and all that is kept.
     last = max((i for i, s in enumerate(steps) if s.call.name in PRODUCTS), default=0)
-    widest = max([start.shape[1], *(probed.known[s.before][0].numel() for s in steps)])
-    count = chunk_sizes(start.device).chain // (widest * widest)
+    each = most_numbers(steps, lambda value: probed.known[value][0].numel(), start.shape[1])
+    count = chunk_sizes(start.device).chain // each
     found: dict[int, list[Tensor]] = {z: [] for z in zs}
     with torch.no_grad():
         for some in ranges(probed.samples, count):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 BAND = 1 << 23  # numbers in a band, or a thirty-second of the upper half
 LONG_BAND = 1 << 26  # and in one of a matrix of more rows than `LONG`, for longer runs on the disk
 LONG = 1 << 15
-_ROWS = 1 << 25  # numbers that are computed and written of a band at a time
+_ROWS = 1 << 24  # numbers that are put together and written of a band at a time
 _SHARE = 0.6  # of the free memory, unless a limit is given
 _ASKED = (
     24  # bytes of each number that is differentiated by: itself, its gradient, and both in float64
@@ -55,10 +56,14 @@ class Memory:
         self.process = taken + checked + passes + _ASKED * numbers
 
     def _of_passes(self) -> int:
-        """Bytes of graphs that are differentiated again, if the first route of any block has them, and of rows."""
-        first = self.plan.first_choices(self.plan.blocks)
-        twice = any(choice.method in (HVP, PREACTIVATION) for choice in first)
-        return self.plan.opened.passes.bytes if twice and self.on_host else 0
+        """Bytes of graphs that are differentiated again, if the first route of any block has them, and of rows that go
+        through them; of directions along pre-activations, a route counts what they hold.
+        """
+        first = {choice.method for choice in self.plan.first_choices(self.plan.blocks)}
+        passes = self.plan.opened.passes
+        rows = passes.rows if HVP in first or self.plan.cut_bytes else 0
+        twice = self.on_host and not first.isdisjoint((HVP, PREACTIVATION))
+        return replace(passes, rows=rows).bytes if twice else 0
 
     def held_on(self, block: Block) -> torch.device | None:
         """The device that holds what later rows of a large block need; None where others write too."""
