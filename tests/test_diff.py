@@ -11,7 +11,8 @@ import pytest
 from hessian_files import document, symmetric, write
 from safetensors.numpy import save_file
 
-from hesscli.spectrum import difference as differences
+from hesscli.spectrum import tiles
+from hesscli.spectrum.difference import difference
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def pair(tmp_path, monkeypatch):
 @pytest.mark.parametrize("tile", [1, 7, 1 << 22])
 @pytest.mark.parametrize("dtypes", [("float64", "float64"), ("float32", "float64")])
 def test_numbers(cli, pair, monkeypatch, tile, dtypes):
-    monkeypatch.setattr(differences, "_TILE", tile)
+    monkeypatch.setattr(tiles, "_NUMBERS", tile)
     a = {"p": symmetric(5, dtype=dtypes[0]), "q": symmetric(3, 1, dtypes[0])}
     b = {"p": symmetric(5, 2, dtypes[1]), "q": a["q"].astype(dtypes[1])}
     pair(a, b)
@@ -178,9 +179,9 @@ def test_zero_and_nan(cli, pair):
     p, q = json.loads(cli("diff", "a", "b", "--json").stdout)["blocks"]
     assert (p["rel_diff"], p["equal"]) == (0, True)
     assert (q["rel_diff"], q["max_diff"], q["equal"]) == (None, 1, False)
-    assert differences.difference(nan, np.eye(2)).relative != 0
-    assert np.isnan(differences.difference(nan, np.eye(2)).largest)
-    assert np.isnan(differences.difference(np.eye(2), nan).relative)
+    assert difference(nan, np.eye(2)).relative != 0
+    assert np.isnan(difference(nan, np.eye(2)).largest)
+    assert np.isnan(difference(np.eye(2), nan).relative)
 
 
 def test_elements(cli, tmp_path):

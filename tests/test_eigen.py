@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.sparse import linalg as sparse
 
 from hesscli.spectrum import eigen as spectrum
+from hesscli.spectrum import tiles
 
 STRUCTURES = ["diag", "module", "full", "elements"]
 ORDER = {
@@ -140,7 +141,7 @@ def test_lanczos(cli, written, monkeypatch, blocks, which):
 
     monkeypatch.setattr(spectrum, "LAPACK_LIMIT", 3)
     monkeypatch.setattr(spectrum, "_lanczos", lanczos)
-    monkeypatch.setattr(spectrum, "_TILE", 50)  # several tiles
+    monkeypatch.setattr(tiles, "_NUMBERS", 50)  # several tiles
     ran = cli("eigen", "--top", 4, "--which", which, "--json")
     assert ran.code == 0, ran.stderr
     assert used

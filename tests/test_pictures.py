@@ -20,7 +20,7 @@ from hesscli.cli.heatmap import CIVIDIS, OF_256
 from hesscli.files.hessians.hessian_file import HessianFile, read_hessian
 from hesscli.job.figures import spread
 from hesscli.job.picture import DECADES, Picture, picture
-from hesscli.spectrum import coarse
+from hesscli.spectrum import tiles
 
 PLAIN = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "COLORTERM")
 
@@ -49,7 +49,7 @@ def draw(path: Path, names: Sequence[str], pixels: int) -> Picture:
 @pytest.mark.parametrize("tile", [1, 20, 1 << 22])
 @pytest.mark.parametrize("pixels", [1, 4, 7, 20])
 def test_cells_hold_the_largest_magnitude(tmp_path, monkeypatch, tile, pixels):
-    monkeypatch.setattr(coarse, "_TILE", tile)
+    monkeypatch.setattr(tiles, "_NUMBERS", tile)
     a, b, c = symmetric(8), symmetric(1, 1), symmetric(4, 2)
     write(tmp_path / "h", {"a": a, "b": b, "c": c})
     whole = np.zeros((13, 13))

@@ -17,6 +17,7 @@ from hesscli.job.results import writable, write_tensors
 from hesscli.job.sizes import size
 from hesscli.job.stored import chosen, opened_file, values_of
 from hesscli.spectrum.eigen import top_eigenpairs
+from hesscli.spectrum.tiles import tiles
 
 SCHEMA = "hesscli.eigen/1"
 
@@ -101,8 +102,7 @@ def _blocks(file: HessianFile, blocks: list[Document]) -> Iterator[tuple[str, in
         if not facts["size"]:
             continue
         array = values_of(file, facts["name"])
-        step = max(1, (1 << 22) // max(1, array[:1].size))
-        if not all(np.isfinite(array[i : i + step]).all() for i in range(0, len(array), step)):
+        if not all(np.isfinite(array[tile]).all() for tile in tiles(array)):
             raise NumericalError(f"{facts['name']}: holds values that are not finite")
         yield facts["name"], offset, array
         offset += facts["size"]

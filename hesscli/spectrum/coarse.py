@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-_TILE = 1 << 22  # numbers that are read at a time
+from hesscli.spectrum.tiles import tiles
 
 
 def pool_matrix(
@@ -25,13 +25,12 @@ def pool_matrix(
     if not n:
         return
     cells, starts = _cells(n, offset, size, len(grid))
-    step = max(1, _TILE // n)
-    for first in range(0, n, step):
-        tile = np.maximum.reduceat(np.abs(matrix[first : first + step]), starts, axis=1)
-        rows, tops = _cells(len(tile), offset + first, size, len(grid))
+    for tile in tiles(matrix):
+        pooled = np.maximum.reduceat(np.abs(matrix[tile]), starts, axis=1)
+        rows, tops = _cells(len(pooled), offset + tile.start, size, len(grid))
         seen = np.ix_(rows, cells)
-        grid[seen] = np.maximum(grid[seen], np.maximum.reduceat(tile, tops, axis=0))
-        done(min(first + step, n))
+        grid[seen] = np.maximum(grid[seen], np.maximum.reduceat(pooled, tops, axis=0))
+        done(tile.stop)
 
 
 def pool_vector(entries: np.ndarray, cells: int) -> np.ndarray:

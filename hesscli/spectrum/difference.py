@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_TILE = 1 << 22  # numbers of each matrix that are read at a time
+from hesscli.spectrum.tiles import tiles
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,11 @@ class Difference:
 
 def difference(a: np.ndarray, b: np.ndarray) -> Difference:
     """Of two [n, n], or [n] for diagonal ones: in float64, and in tiles, so that neither need fit the memory."""
-    step = max(1, _TILE // max(1, a[:1].size))
     squares = a_squares = largest = a_trace = b_trace = 0.0
-    for first in range(0, len(a), step):
-        ours = a[first : first + step].astype(np.float64)
-        theirs = b[first : first + step].astype(np.float64)
-        a_trace += _trace(ours, first)
-        b_trace += _trace(theirs, first)
+    for tile in tiles(a):
+        ours, theirs = a[tile].astype(np.float64), b[tile].astype(np.float64)
+        a_trace += _trace(ours, tile.start)
+        b_trace += _trace(theirs, tile.start)
         a_squares += float(np.vdot(ours, ours))
         theirs -= ours
         squares += float(np.vdot(theirs, theirs))

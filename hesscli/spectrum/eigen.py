@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from hesscli.errors import NumericalError
+from hesscli.spectrum.tiles import tiles
 
 LAPACK_LIMIT = 4096
 """Up to this size LAPACK is used: a few seconds, and multiple eigenvalues come out as often as they occur."""
@@ -32,7 +34,6 @@ WHICH = {
 """How eigenvalues are ordered: which come first."""
 
 _ARPACK = {"largest": "LA", "smallest": "SA", "magnitude": "LM", "both": "BE"}
-_TILE = 1 << 22  # elements of a matrix that are converted to float64 at a time
 
 
 def allowed(
@@ -131,7 +132,7 @@ def _matrix(matrix: np.ndarray, k: int, which: str) -> tuple[np.ndarray, np.ndar
         values, columns = _lanczos(matrix, k, _ARPACK[which])
     best = WHICH[which](values)[:k]
     values, columns = values[best], columns[:, best]
-    errors = np.linalg.norm(product(matrix)(columns) - columns * values, axis=0)
+    errors = np.linalg.norm(_product(matrix, columns) - columns * values, axis=0)
     return values, columns, errors
 
 
@@ -141,7 +142,7 @@ def _lanczos(matrix: np.ndarray, k: int, which: str) -> tuple[np.ndarray, np.nda
     n = matrix.shape[0]
     if not matrix.any():
         return np.zeros(k), np.eye(n, k)  # ARPACK refuses to start
-    operator = LinearOperator((n, n), product(matrix), dtype=np.float64)
+    operator = LinearOperator((n, n), partial(_product, matrix), dtype=np.float64)
     start = np.random.default_rng(0).standard_normal(n)  # the same command gives the same bytes
     try:
         return eigsh(operator, k, which=which, v0=start, ncv=min(n, max(2 * k + 1, 40)))
@@ -149,16 +150,6 @@ def _lanczos(matrix: np.ndarray, k: int, which: str) -> tuple[np.ndarray, np.nda
         raise NumericalError(f"Lanczos: {error}") from None
 
 
-def product(matrix: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """x -> matrix @ x in float64, reading the matrix in tiles."""
-    step = max(1, _TILE // matrix.shape[1])
-
-    def multiply(x: np.ndarray) -> np.ndarray:
-        return np.concatenate(
-            [
-                matrix[first : first + step].astype(np.float64) @ x
-                for first in range(0, matrix.shape[0], step)
-            ]
-        )
-
-    return multiply
+def _product(matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """In float64, reading the matrix in tiles."""
+    return np.concatenate([matrix[tile].astype(np.float64) @ x for tile in tiles(matrix)])
