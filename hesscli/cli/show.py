@@ -16,6 +16,8 @@ from hesscli.cli.output import Output
 from hesscli.cli.summary import COLUMNS, WIDE, print_block, print_hessian
 from hesscli.job.json_form import Document
 
+_FIGURE = 1200  # rows and columns of a figure, at most
+
 
 @prints
 def show(
@@ -83,19 +85,18 @@ def show(
         from hesscli.job.figures import drawable
 
         plot = drawable(plot, force, () if hessian == "-" else (Path(hessian),))
-    screen = room(out) if heatmap and not (out.as_json or out.quiet) else None
-    document, picture, figure = run(
-        hessian, block, wide, screen, plot is not None, verify, out.progress
-    )
+    drawn = heatmap and not (out.as_json or out.quiet)
+    pixels = [*([room(out)] if drawn else []), *([_FIGURE] if plot is not None else [])]
+    document, pictures = run(hessian, block, wide, pixels, verify, out.progress)
     table = partial(print_hessian, columns=WIDE if wide else COLUMNS)
     out.result(document, table if block is None else print_block)
-    if picture is not None:
+    if drawn:
         out.line("")
-        draw(out, picture)
-    if plot is not None and figure is not None:
+        draw(out, pictures[0])
+    if plot is not None:
         from hesscli.job.figures import plot_matrix
 
-        plot_matrix(plot, figure, _title(document))
+        plot_matrix(plot, pictures[-1], _title(document))
         out.wrote(plot)
 
 

@@ -14,32 +14,26 @@ from hesscli.job.stored import chosen, opened_file, values_of
 if TYPE_CHECKING:
     from hesscli.job.picture import Picture
 
-
 QUICK = 64 << 20
 """Bytes of tensors up to which they are always compared with their checksums: a few hundredths of a second."""
-
-_PIXELS = 1200
-"""Rows and columns of a figure, at most."""
 
 
 def show(
     source: str,
     block: str | None,
     wide: bool,
-    screen: int | None,
-    figure: bool,
+    pixels: Sequence[int],
     verify: bool,
     progress: Progress,
-) -> tuple[Document, Picture | None, Picture | None]:
-    """The document of a Hessian file, and |H| as a heatmap and as a figure, as far as they were asked for.
+) -> tuple[Document, list[Picture]]:
+    """The document of a Hessian file, and pictures of |H|.
 
     Args:
         source: the file's path, or "-" for standard input.
         block: this block alone.
         wide: with `mean_eig` and `condition` of every block. What the file lacks is computed for blocks
             that are small enough for it to be quick.
-        screen: draw |H| as a heatmap of so many rows and columns at most.
-        figure: draw |H| as a figure.
+        pixels: the rows and columns of each picture, at most.
         verify: compare every tensor with its checksum, also in a large file.
         progress: hears how much of a picture is done.
 
@@ -61,18 +55,11 @@ def show(
             document["total"] = statistics.total(document["blocks"])
             document["total"]["mean_eig"] = _mean(document["total"])
         names = [facts["name"] for facts in document["blocks"]]
-        heatmap = _picture(file, names, screen, progress)
-        return document, heatmap, _picture(file, names, _PIXELS if figure else None, progress)
+        if not pixels:
+            return document, []
+        from hesscli.job.picture import picture
 
-
-def _picture(
-    file: HessianFile, names: Sequence[str], pixels: int | None, progress: Progress
-) -> Picture | None:
-    if pixels is None:
-        return None
-    from hesscli.job.picture import picture
-
-    return picture(file, names, pixels, progress)
+        return document, [picture(file, names, most, progress) for most in pixels]
 
 
 def _wide(file: HessianFile, facts: Document) -> Document:
