@@ -10,7 +10,7 @@ import typer
 
 from hesscli.cli.commands import prints, takes_problem
 from hesscli.cli.gates import bound, gate
-from hesscli.cli.options import Gradient
+from hesscli.cli.options import Gradient, written_to
 from hesscli.cli.output import Output
 from hesscli.cli.summary import print_hessian, print_plan
 from hesscli.cli.values import byte_count, shard_place
@@ -35,10 +35,7 @@ def compute(
         ),
     ] = "diag",
     output: Annotated[
-        str,
-        typer.Option(
-            "--output", "-o", metavar="FILE|-", help="Where to write; - is standard output."
-        ),
+        str, written_to("Where to write; - is standard output.", metavar="FILE|-")
     ] = "hessian.safetensors",
     gradient: Gradient = False,
     stats: Annotated[
@@ -89,11 +86,7 @@ def compute(
     ] = None,
     fail_above: Annotated[
         float | None,
-        typer.Option(
-            metavar="X",
-            callback=bound,
-            help="Exit 1 if the largest eigenvalue of any block is above X; implies --stats all.",
-        ),
+        bound("Exit 1 if the largest eigenvalue of any block is above X; implies --stats all."),
     ] = None,
 ) -> None:
     """Write the Hessian of a saved model's loss to safetensors, and print a summary table.
@@ -105,8 +98,7 @@ def compute(
       hesscli compute model.pt data.npz -o - | hesscli eigen - --top 10
     """
     first = rank() == 0  # of the processes that torchrun started
-    piped = output == "-" and not dry_run
-    if piped:
+    if output == "-" and not dry_run:
         out.leave_stdout()
     if fail_above is not None and stats in ("basic", "none"):
         raise UsageError(

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from hesscli.cli.commands import on_all_processes, prints, takes_hessian_or_problem
-from hesscli.cli.options import Force, refuse_idle_force
+from hesscli.cli.options import Force, refuse_idle_force, written_to
 from hesscli.cli.output import Output
 from hesscli.cli.summary import counted, spectrum_headline
 from hesscli.cli.terminal import encodable
@@ -39,13 +39,7 @@ def density(
         ),
     ] = 80,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="Write nodes [k] and weights [k], as .safetensors or .json.",
-        ),
+        Path | None, written_to("Write nodes [k] and weights [k], as .safetensors or .json.")
     ] = None,
     plot: Annotated[
         Path | None,

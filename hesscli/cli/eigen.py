@@ -11,9 +11,9 @@ import typer
 
 from hesscli.cli.commands import on_all_processes, prints, takes_hessian_or_problem
 from hesscli.cli.completion import block_names
-from hesscli.cli.gates import FailAbove, FailBelow, gate, refuse_unseen_end
+from hesscli.cli.gates import bound, gate, refuse_unseen_end
 from hesscli.cli.numbers import error
-from hesscli.cli.options import Force, refuse_idle_force
+from hesscli.cli.options import Force, refuse_idle_force, written_to
 from hesscli.cli.output import Output
 from hesscli.cli.summary import counted, shape_text, spectrum_headline
 from hesscli.cli.values import finite
@@ -77,17 +77,15 @@ def eigen(
         ),
     ] = 1000,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="Write eigenvalues [k] and eigenvectors [k, n] to safetensors.",
-        ),
+        Path | None, written_to("Write eigenvalues [k] and eigenvectors [k, n] to safetensors.")
     ] = None,
     force: Force = False,
-    fail_above: FailAbove = None,
-    fail_below: FailBelow = None,
+    fail_above: Annotated[
+        float | None, bound("Exit 1 if the largest eigenvalue is above X.")
+    ] = None,
+    fail_below: Annotated[
+        float | None, bound("Exit 1 if the smallest eigenvalue is below X.")
+    ] = None,
 ) -> None:
     """Print the first eigenvalues of a Hessian file, or of a model without its Hessian.
 

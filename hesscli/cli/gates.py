@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Any
 
 import typer
 
 from hesscli.errors import CheckError, UsageError
 
 
-def bound(value: float | None) -> float | None:
+def _bound(value: float | None) -> float | None:
     """A bound as typer reads it; NaN, which nothing would ever break, is none."""
     if value is not None and math.isnan(value):
         raise typer.BadParameter("nan is not a bound")
     return value
 
 
-FailAbove = Annotated[
-    float | None,
-    typer.Option(metavar="X", callback=bound, help="Exit 1 if the largest eigenvalue is above X."),
-]
-FailBelow = Annotated[
-    float | None,
-    typer.Option(metavar="X", callback=bound, help="Exit 1 if the smallest eigenvalue is below X."),
-]
+def bound(help: str) -> Any:
+    """An option that is a bound."""
+    return typer.Option(metavar="X", callback=_bound, help=help)
 
 
 def gate(

@@ -9,7 +9,7 @@ import typer
 
 from hesscli.cli.commands import on_all_processes, prints, takes_problem
 from hesscli.cli.numbers import number
-from hesscli.cli.options import Force, Gradient
+from hesscli.cli.options import Force, Gradient, written_to
 from hesscli.cli.output import Output
 from hesscli.cli.summary import first_cells, products_headline, with_total
 from hesscli.cli.values import finite
@@ -51,9 +51,7 @@ def hvp(
         ),
     ] = None,
     gradient: Gradient = False,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write.")
-    ] = Path("hvp.safetensors"),
+    output: Annotated[Path, written_to("Where to write.")] = Path("hvp.safetensors"),
     force: Force = False,
 ) -> None:
     """Write Hessian-vector products to safetensors, keyed and shaped as the parameters.

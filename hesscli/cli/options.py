@@ -33,6 +33,11 @@ Markdown = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
 
 
+def written_to(help: str, metavar: str = "FILE") -> Any:
+    """The option --output of a command."""
+    return typer.Option("--output", "-o", metavar=metavar, help=help)
+
+
 def problem_options(
     model: Annotated[
         Path,

@@ -40,10 +40,7 @@ def trace(
         int, typer.Option(metavar="N", min=2, help="Or after so many; each is 1.4 gradients.")
     ] = 1000,
     fail_above: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X", callback=bound, help="Exit 1 if the trace of the whole is above X."
-        ),
+        float | None, bound("Exit 1 if the trace of the whole is above X.")
     ] = None,
 ) -> None:
     """Print the trace of the Hessian, of each tensor's own block and in all.
