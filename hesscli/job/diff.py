@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from hesscli.spectrum.difference import difference
 
 SCHEMA = "hesscli.diff/1"
 
-Shapes = Mapping[str, Sequence[int]]
+Shapes = Mapping[str, list[int]]
 
 
 def diff(a: Path, b: Path, rtol: float, atol: float, force: bool, progress: Progress) -> Document:
@@ -33,7 +33,7 @@ def diff(a: Path, b: Path, rtol: float, atol: float, force: bool, progress: Prog
         UsageError: the files hold different structures, or the Hessians of different losses or parameters.
     """
     ours, theirs = read_hessian(a), read_hessian(b)
-    unlike = _unlike(ours.document, theirs.document)
+    unlike = _unlike(ours, theirs)
     if unlike and not force:
         raise UsageError(
             f"{b}: {', '.join(unlike)} than in {a}",
@@ -73,26 +73,25 @@ def _side(path: Path, document: Document) -> Document:
     return {"path": str(path)} | {key: document[key] for key in kept}
 
 
-def _unlike(a: Document, b: Document) -> list[str]:
+def _unlike(a: HessianFile, b: HessianFile) -> list[str]:
     """What makes a comparison meaningless."""
-    ours, theirs = _kind(a), _kind(b)
+    ours, theirs = _kind(a.document), _kind(b.document)
     found = [
         f"another {what} ({theirs[what]}, not {mine})"
         for what, mine in ours.items()
         if theirs[what] != mine
     ]
-    full = a["structure"] == b["structure"] == "full"
-    return found + _unlike_parameters(_shapes(a), _shapes(b), full)
+    full = ours["structure"] == theirs["structure"] == "full"
+    return found + _unlike_parameters(a.shapes, b.shapes, full)
 
 
 def _kind(document: Document) -> Document:
     loss = document["loss"]
-    of_loss = {f"loss {key}": loss[key] for key in ("arguments", "reduction")}
-    return (
-        {key: document[key] for key in ("structure", "curvature")}
-        | {"loss": loss["name"]}
-        | of_loss
-    )
+    return {
+        **{key: document[key] for key in ("structure", "curvature")},
+        "loss": loss["name"],
+        **{f"loss {key}": loss[key] for key in ("arguments", "reduction")},
+    }
 
 
 def _unlike_parameters(ours: Shapes, theirs: Shapes, full: bool) -> list[str]:
@@ -107,11 +106,6 @@ def _unlike_parameters(ours: Shapes, theirs: Shapes, full: bool) -> list[str]:
         for name, shape in ours.items()
         if name in theirs and theirs[name] != shape and math.prod(theirs[name]) == math.prod(shape)
     ]
-
-
-def _shapes(document: Document) -> Shapes:
-    """Of the parameters, in their order."""
-    return {facts["name"]: facts["shape"] for facts in document["parameters"]}
 
 
 def _compared(one: Finer, other: Finer, name: str, rtol: float, atol: float) -> Document:
@@ -159,7 +153,7 @@ class Finer:
 
     def _take_apart(self) -> None:
         """Finds each block's rows in the block that it lies in."""
-        shapes = {facts["name"]: facts["shape"] for facts in self.file.document["parameters"]}
+        shapes = self.file.shapes
         places = {
             name: (block.name, rows)
             for block in partition(shapes, self.file.document["structure"])

@@ -66,7 +66,7 @@ class Hessian(Generic[Array]):
     @property
     def parameters(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of each parameter by its name, in the order of the matrix's rows."""
-        return MappingProxyType({p["name"]: tuple(p["shape"]) for p in self.metadata["parameters"]})
+        return MappingProxyType({name: tuple(shape) for name, shape in self._file.shapes.items()})
 
     def block(self, name: str) -> Array:
         """A block by its name.

@@ -63,9 +63,9 @@ def picture(
     progress: Progress,
 ) -> Picture:
     """Draws the named blocks on at most `pixels` rows and columns."""
-    shapes = {p["name"]: p["shape"] for p in file.document["parameters"]}
-    blocks = [b for b in partition(shapes, file.document["structure"]) if b.name in names]
-    if file.document["structure"] == "elements":
+    structure = file.document["structure"]
+    blocks = [b for b in partition(file.shapes, structure) if b.name in names]
+    if structure == "elements":
         return _of_diagonals(file, blocks, pixels)
     size = sum(block.size for block in blocks)
     k = max(1, min(pixels, size))

@@ -42,6 +42,11 @@ class HessianFile:
         """Each tensor's type and shape, by its key."""
         return {name: entry for header in self.headers for name, entry in header.entries.items()}
 
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Each parameter's, in the order of the rows."""
+        return {facts["name"]: facts["shape"] for facts in self.document["parameters"]}
+
     def tensor(self, name: str) -> np.ndarray:
         """A tensor by its key, read-only and read from the disk as it is used."""
         header = next(header for header in self.headers if name in header.entries)
