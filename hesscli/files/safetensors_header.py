@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from hesscli.errors import FileError
 from hesscli.files.sniff import Kind, kind_of, unsupported
+from hesscli.texts import first_line
 
 AGAIN = "compute it again, or copy the file again"
 _LONGEST = 100_000_000  # bytes, by the format
@@ -54,7 +55,7 @@ def read_header(path: Path, shown: str) -> Header:
             hint = f"hesscli compute {model} data.npz"
             raise unsupported(shown, kind, "a Hessian file", hint) from None
         raise FileError(
-            f"{shown}: not a Hessian file, or one that was cut short ({str(error).splitlines()[0]})"
+            f"{shown}: not a Hessian file, or one that was cut short ({first_line(error)})"
         ) from None
     entries.pop("__metadata__", None)
     return Header(path, metadata, entries, start)

@@ -16,7 +16,7 @@ from torch import nn
 from hesscli.errors import UsageError
 from hesscli.files.models.call_signature import BY_NAME
 from hesscli.files.models.compiled import uncompiled
-from hesscli.files.models.importing import attribute_of, first_line, importable, module_of
+from hesscli.files.models.importing import attribute_of, importable, kind_and_line, module_of
 from hesscli.files.models.libraries import timm_factory, transformers_factory
 from hesscli.files.models.mlp import build_mlp
 from hesscli.texts import listed
@@ -94,7 +94,7 @@ def _call(arch: str, factory: object, name: str, arguments: Mapping[str, object]
     try:
         module = factory(**arguments)
     except (Exception, SystemExit) as error:
-        message = f"--arch {arch}: {name} raised {first_line(error)}"
+        message = f"--arch {arch}: {name} raised {kind_and_line(error)}"
         wanted = _wanted(factory, arguments)
         if wanted.keys() == arguments.keys():
             raise UsageError(message, "--debug") from error

@@ -85,7 +85,7 @@ def module_of(option: str, spec: str) -> ModuleType:
         ) from error
     except (Exception, SystemExit) as error:  # a script without a main guard may exit
         raise UsageError(
-            f"{option} {spec}: importing {source} raised {first_line(error)}",
+            f"{option} {spec}: importing {source} raised {kind_and_line(error)}",
             f"python {shlex.quote(source)}" if is_file else f"python -c 'import {source}'",
         ) from error
 
@@ -150,7 +150,7 @@ def _named(module: ModuleType) -> list[str]:
     ]
 
 
-def first_line(error: BaseException) -> str:
+def kind_and_line(error: BaseException) -> str:
     """The kind of an error, and its first line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -36,7 +36,7 @@ from hesscli.files.models.weights import load_weights
 from hesscli.files.safetensors_files import load_safetensors
 from hesscli.files.sniff import Kind, kind_of, unsupported
 from hesscli.files.torch_files import NeedsPickleError, quiet, read_torch_file, reading
-from hesscli.texts import dtype_name, listed
+from hesscli.texts import dtype_name, first_line, listed
 
 _NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
 _CPU = torch.device("cpu")
@@ -196,7 +196,7 @@ def _classes_importable(path: Path) -> Iterator[None]:
         yield
     except (ImportError, AttributeError) as error:
         raise FileError(
-            f"{path}: its classes cannot be imported: {str(error).splitlines()[0]}",
+            f"{path}: its classes cannot be imported: {first_line(error)}",
             "run hesscli in the folder of the code, or save model.state_dict() and "
             "name the class: --arch FILE.py:CLASS",
         ) from error

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hesscli.errors import MismatchError
-from hesscli.files.models.importing import first_line
+from hesscli.files.models.importing import kind_and_line
 from hesscli.files.models.shards import index_beside
 from hesscli.texts import dtype_name, listed
 
@@ -67,7 +67,7 @@ def load_weights(
         ) from error
     except Exception as error:  # what a module does with its weights is its own
         raise MismatchError(
-            f"{path}: the architecture does not take the weights: {first_line(error)}",
+            f"{path}: the architecture does not take the weights: {kind_and_line(error)}",
             None if versions else "torch.save(model.state_dict(), 'net.pt')",  # keeps them
         ) from error
 

@@ -47,7 +47,7 @@ def forecast(plan: Plan) -> Document:
 def _seconds(plan: Plan) -> float:
     dtype, check = plan.problem.dtype, 0.0
     if plan.options.check:
-        reference = plan.reference
+        reference = plan.opened.reference
         names = list(reference.parameters)
         # The faster of two: the first one is slower.
         gradient = seconds(lambda: reference.gradient(names), reference.device, repeats=2)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block, partition
 from hesscli.hessian.curvatures import CURVATURES
 from hesscli.hessian.differences.check import Certificate
-from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.planner import Planner
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.routes.base import Choice, seconds_of
@@ -50,7 +49,7 @@ class Plan:
         passes = opened.passes
         cuts = Cuts(analyses, passes.rows, passes.graphs, passes.cuts)
         # Without the plan itself, which holds the routes: a cycle would keep model and data.
-        routes = curvature.routes(cuts, partial(_reference, opened))
+        routes = curvature.routes(cuts, lambda: opened.reference)
         curvature.require(analyses)
         self.choices = self._choices(Planner(cuts, routes))
         self.cut_bytes = cuts.bytes  # that are kept where a deep model is cut
@@ -83,23 +82,14 @@ class Plan:
         """The memory that it may use."""
         return Memory(self)
 
-    @property
-    def reference(self) -> Problem:
-        """Where gradients are taken that are compared with each other: in float64 if the model runs in it."""
-        return _reference(self.opened)
-
     @cached_property
     def certificate(self) -> Certificate | None:
         """What checks the blocks, if that is asked for."""
         if not self.options.check:
             return None
-        options, dtype = self.options, self.problem.dtype
-        return CURVATURES[options.curvature].certificate(self.reference, dtype, options.seed)
+        curvature, reference = CURVATURES[self.options.curvature], self.opened.reference
+        return curvature.certificate(reference, self.problem.dtype, self.options.seed)
 
     def work(self, blocks: Sequence[Block]) -> float:
         """Seconds that some blocks take on a machine of no particular speed, to compare parts by."""
         return seconds_of(self.first_choices(blocks), self.rates)
-
-
-def _reference(opened: Opened) -> Problem:
-    return opened.double or opened.problem

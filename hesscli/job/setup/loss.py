@@ -24,7 +24,7 @@ from hesscli.hessian.objective.loss import Loss
 from hesscli.hessian.objective.losses import ELEMENT_WEIGHTED, LOSSES, TENSORS, check_arguments
 from hesscli.job.options import Note, ProblemOptions
 from hesscli.job.setup.source import move, per_sample
-from hesscli.texts import dtype_name
+from hesscli.texts import dtype_name, first_line
 
 _ELSEWHERE = {"ce": "cross-entropy", "mae": "l1", "l2": "mse"}  # names that look like others here
 
@@ -63,8 +63,7 @@ def loss_of(
         try:
             function = in_precision_(copied(function), dtype).to(device)
         except Exception as error:  # a module may hold anything
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise MismatchError(f"the loss {name} cannot be copied: {reason}") from error
+            raise MismatchError(f"the loss {name} cannot be copied: {first_line(error)}") from error
     loss = Loss(name, options.reduction, function, wide=dtype is torch.float64)
     arguments = _arguments(options, data, loss, device, dtype)
     if data.targets and name in LOSSES:  # one of the user's own may leave out what is missing

@@ -12,6 +12,7 @@ from hesscli.errors import MismatchError
 from hesscli.files.models.compiled import uncompiled
 from hesscli.files.models.ties import tie, tied_groups
 from hesscli.hessian.objective.copies import copied
+from hesscli.texts import first_line
 
 # By which `torch.compile` knows its own, and whether an exported module looks at its inputs, which a copy does not.
 _OF_A_WRAPPER = ("_torchdynamo_wrapper_id", "validate_inputs")
@@ -35,7 +36,7 @@ def own_copy(module: nn.Module) -> nn.Module:
         tie(copy, groups)  # which share memory and are no one object
         return uncompiled(copy)
     except Exception as error:  # a module may hold anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         if holder := _holder_of_results(module):
             reason = f"{holder} holds what an earlier pass computed"
         raise MismatchError(

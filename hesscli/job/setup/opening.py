@@ -77,6 +77,11 @@ class Opened:
         """The problem in float64, for checks and for differences; None if the model does not run in it."""
         return replace(self.problem, batches=self.checked).double()
 
+    @property
+    def reference(self) -> Problem:
+        """Where gradients are taken that are compared with each other: in float64 if the model runs in it."""
+        return self.double or self.problem
+
 
 def open_problem(
     options: ProblemOptions,
