@@ -183,7 +183,6 @@ def _refused_class(message: str) -> str | None:
         r"Unsupported global: GLOBAL (\S+)",
         r"Trying to load unsupported GLOBAL (\S+)",
         r"Trying to call reduce for unrecognized function (.+)",
-        r"Trying to instantiate unsupported class (\S+)",
         r"Can only create new object for \S+ or classes allowlisted via \S+ but got (.+)",
         r"Can only build .+ but got (.+)",
     )

@@ -24,7 +24,7 @@ from hesscli.files.models.live_models import live_model
 from hesscli.hessian.autodiff import differentiable
 from hesscli.job.options import ProblemOptions
 from hesscli.job.setup.module_copy import own_copy
-from hesscli.job.setup.no_arrays import SEVERAL_INPUTS, kind_of, no_arrays
+from hesscli.job.setup.no_arrays import SEVERAL_INPUTS, no_arrays, type_of
 from hesscli.job.setup.opening import device_called
 from hesscli.job.setup.settings import random_kept, settings_kept
 
@@ -85,7 +85,7 @@ def given(
         raise UsageError(f"no option is called {unknown[0]!r}; there are: {listed}")
     if not isinstance(model, (nn.Module, str, os.PathLike)):
         raise UsageError(
-            f"model: {kind_of(model)}; expected a module, or the path of a file",
+            f"model: {type_of(model)}; expected a module, or the path of a file",
             "hesscli.compute(model.module(), data)" if hasattr(model, "graph_module") else None,
         )
     with differentiable():
@@ -207,20 +207,20 @@ def _tensor(array: Any) -> Tensor:
 def _no_numbers(name: str, array: Any) -> tuple[str, str | None]:
     """What it is that has no tensor, and what to do about that."""
     if isinstance(array, (tuple, list, Mapping)):
-        return kind_of(array), SEVERAL_INPUTS
+        return type_of(array), SEVERAL_INPUTS
     if isinstance(array, Tensor) or np.ma.is_masked(array):
-        return kind_of(array), None
+        return type_of(array), None
     try:
         values = np.asarray(array)
     except Exception:  # it may be anything
-        return kind_of(array), None
-    found = f"{kind_of(array)} of {values.dtype}" if values.ndim else kind_of(array)
+        return type_of(array), None
+    found = f"{type_of(array)} of {values.dtype}" if values.ndim else type_of(array)
     if values.ndim and values.dtype.kind in "fOUT":
         if not any(isinstance(value, str) for value in values.flat):
             return found, f'{name} = {name}.astype("float64")'
         if values.ndim == 1:
             hint = f"classes are whole numbers from 0 on: {name} = pandas.factorize({name})[0]"
-            return f"{kind_of(array)} of words", hint
+            return f"{type_of(array)} of words", hint
     return found, None
 
 

@@ -19,7 +19,7 @@ _OF_A_TABLE = "hesscli.compute(model, (table.drop(columns={0!r}), table[{0!r}]))
 _OF_HUGGING_FACE = """hesscli.compute(model, dataset.with_format("torch")[:])"""
 
 
-def kind_of(value: object) -> str:
+def type_of(value: object) -> str:
     """What it is, by its type."""
     return f"a {type(value).__name__}"
 
@@ -30,7 +30,7 @@ def no_arrays(data: Any) -> tuple[str, str | None]:
         if data and all(map(_is_part, data)):
             return f"{len(data)} samples or batches", _of_parts(data)
         return f"{len(data)} arrays", SEVERAL_INPUTS
-    return kind_of(data), _of_one_object(data)
+    return type_of(data), _of_one_object(data)
 
 
 def _of_one_object(data: Any) -> str | None:
