@@ -30,6 +30,7 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.layout import Layout, Part, Piece
 from hesscli.hessian.routes.base import Rows
 from hesscli.job.matrix import journal, large, memory, planning, run, triangles
+from hesscli.job.matrix.journal import Journal, read_journal
 from hesscli.job.matrix.triangles import HeldTriangle, StreamedTriangle, spans
 from hesscli.job.setup.team import balanced
 
@@ -881,6 +882,38 @@ def test_a_shard_done_again_leaves_the_others(cli, net, small_bands):
     for words in (("1/2",), ("2/2",), ("2/2", "--force")):
         assert cli("compute", *net, *COMMAND, "--shard", *words).code == 0
     assert cli("merge", "h.safetensors").code == 0
+
+
+@pytest.mark.parametrize("number", ["gradient_norm", "value", "denominator"])
+def test_shards_may_round_in_other_ways(cli, net, small_bands, number):
+    """As processes with another number of threads do; more than that is another model."""
+    for shard in ("1/2", "2/2"):
+        assert cli("compute", *net, *COMMAND, "--shard", shard).code == 0
+    journal = Path(".h.safetensors.journal.2-of-2")
+    first, *others = journal.read_text().splitlines(True)
+
+    def change(factor: float) -> None:
+        line = json.loads(first)
+        document = line["head"]["document"]
+        place = document if number in document else document["loss"]
+        place[number] *= factor
+        journal.write_text(json.dumps(line) + "\n" + "".join(others))
+
+    change(1 + 1e-4)
+    assert f"{number} differ" in cli("merge", "h.safetensors").fails(2)
+    change(1 + 1e-6)
+    assert cli("merge", "h.safetensors").code == 0
+
+
+def test_a_process_goes_on_with_its_own_journal(tmp_path):
+    """What it finished before it was cut off stays in there, if it is cut off again."""
+    for finished, part in (({}, "a"), ({"a": {}}, "b")):
+        journal = Journal(tmp_path / "h", {}, {}, "1")
+        journal.join(4096, finished)
+        journal.append({part: {}})
+    assert journal.path is not None
+    lines = read_journal(journal.path)
+    assert (lines.start, list(lines.finished)) == (4096, ["a", "b"])
 
 
 def test_a_shard_that_fails_leaves_the_others(cli, net, small_bands, monkeypatch):
