@@ -18,16 +18,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import Ran, torchrun
 from interruptions import MULTIPLYING
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+import hesscli
 from hesscli.cli import main
 from hesscli.cli.failing import report
 from hesscli.errors import InterruptedRun
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
+from hesscli.job.setup import team
 from hesscli.job.setup.batches import _bounds
 from hesscli.job.setup.many_processes import ManyProcesses
 
@@ -272,6 +275,7 @@ def on_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, li
     for name in ("number", "number lacking"):
         own = ("-l", "number.py:cross_entropy", "-o", f"{name}.safetensors")
         commands[name] = (*commands["untried"], *own)
+    commands["a shard"] = ("compute", *net, "-o", "shard.safetensors", "--shard", "1/2")
     found = on_ranks(sys.executable, 2, folder, commands, before=FAILING + SEEING + TRYING)
     for dtype in ("float32", "float64"):
         for name in WRITES:
@@ -358,6 +362,15 @@ def test_an_error_on_one_rank_while_samples_are_tried_apart_is_the_commands(on_t
     assert first.stderr.splitlines()[-1] == "error: data: not tried"
 
 
+def test_a_shard_is_one_process(on_two):
+    first, second = on_two[1]["a shard"]
+    assert (first.code, second.code, second.stderr) == (2, 2, "")
+    *_, said, hint = first.stderr.splitlines()
+    assert said == "error: --shard: a share is one process's, and torchrun started 2"
+    assert hint.endswith("-o shard.safetensors --shard 1/2")
+    assert not list(on_two[0].glob(".shard*"))
+
+
 def test_an_error_on_one_rank_is_the_commands(on_two):
     """The first says it and ends with its code; nothing is written, and the next command runs."""
     folder, found = on_two
@@ -424,6 +437,110 @@ def test_what_a_model_prints_is_no_result(warm, tmp_path):
     assert first.document["size"] == 8
     assert second.stdout == ""
     assert "hello" in second.stderr
+
+
+# --- an environment that is not torchrun's ---------------------------------------------------------
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, **values: object) -> None:
+    """As a launcher does; what it says nothing of is not set."""
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ({"WORLD_SIZE": 4, "RANK": 3, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}, (3, 4, 1, 2)),
+        ({"WORLD_SIZE": 4, "RANK": 3}, (3, 4, 3, 1)),
+        ({"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": "", "LOCAL_WORLD_SIZE": 0}, (1, 2, 1, 1)),
+        ({"WORLD_SIZE": 2, "RANK": "one"}, (0, 2, 0, 1)),
+        ({"WORLD_SIZE": 1, "RANK": 1, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}, (0, 1, 0, 1)),
+        ({"WORLD_SIZE": "", "RANK": 1}, (0, 1, 0, 1)),
+        ({"WORLD_SIZE": "many"}, (0, 1, 0, 1)),
+        ({"WORLD_SIZE": 0}, (0, 1, 0, 1)),
+        ({}, (0, 1, 0, 1)),
+    ],
+)
+def test_which_process_this_is(monkeypatch, values, found):
+    set_environment(monkeypatch, MASTER_ADDR="localhost", **values)
+    places = team.rank, team.ranks, team.rank_here, team.ranks_here
+    assert tuple(place() for place in places) == found
+    set_environment(monkeypatch, **values)  # what other tools call so
+    assert tuple(place() for place in places) == (0, 1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"MASTER_PORT": 1}, "RANK is not set; expected 0 to 1"),
+        ({"MASTER_PORT": 1, "RANK": ""}, "RANK is ''; expected 0 to 1"),
+        ({"MASTER_PORT": 1, "RANK": 2}, "RANK is '2'; expected 0 to 1"),
+        ({"RANK": 0}, "MASTER_PORT is not set; expected 0 to 65535"),
+        ({"RANK": 1, "MASTER_PORT": 65536}, "MASTER_PORT is '65536'; expected 0 to 65535"),
+    ],
+)
+@pytest.mark.parametrize("command", ["eigen", "compute"])
+def test_half_an_environment_is_refused(cli, net, monkeypatch, command, values, said):
+    set_environment(monkeypatch, MASTER_ADDR="localhost", WORLD_SIZE=2, **values)
+    ran = cli(command, *net)
+    assert ran.fails(2).endswith(
+        f"WORLD_SIZE is 2, as where torchrun started as many processes, and {said}"
+    )
+    assert ran.hint == "unset WORLD_SIZE"
+
+
+def test_a_place_to_meet_that_is_taken(cli, net, monkeypatch):
+    """Until all are there, a signal ends the process: PyTorch hears none."""
+    heard = []
+    begin = dist.init_process_group
+
+    def beginning(*words, **options):
+        heard.extend(map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)))
+        begin(*words, **options)
+
+    monkeypatch.setattr(dist, "init_process_group", beginning)
+    before = signal.getsignal(signal.SIGTERM)
+    for ignored in (False, True):
+        if ignored:
+            monkeypatch.setattr(signal, "default_int_handler", signal.getsignal(signal.SIGINT))
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with socket.socket() as taken:
+            taken.bind(("", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            set_environment(
+                monkeypatch, MASTER_ADDR="localhost", MASTER_PORT=port, WORLD_SIZE=2, RANK=0
+            )
+            try:
+                said = cli("eigen", *net).fails(6)
+            finally:
+                if ignored:
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
+        assert said.startswith(f"the processes cannot meet at localhost:{port} (")
+        assert "[" not in said
+    assert heard == [signal.SIG_DFL, signal.SIG_DFL, signal.SIG_IGN, signal.SIG_DFL]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_package_works_alone(monkeypatch, number):
+    """Where a script that torchrun started calls it, on some of its processes or on all."""
+    torch.manual_seed(0)
+    module, data = nn.Linear(3, 2), (torch.randn(4, 3), torch.arange(4) % 2)
+    alone = hesscli.compute(module, data)
+    set_environment(monkeypatch, MASTER_ADDR="localhost", MASTER_PORT=1, WORLD_SIZE=2, RANK=number)
+    among = hesscli.compute(module, data)
+    assert np.array_equal(among.block("weight"), alone.block("weight"))
 
 
 # --- when something goes wrong on one of them -----------------------------------------------------

@@ -87,11 +87,12 @@ def report(error: BaseException, debug: bool = False, of_model: bool = False) ->
     """Says what went wrong; returns the exit code."""
     if debug:
         traceback.print_exception(error)
+    whose = f"rank {rank()}: " if rank() else ""
     if isinstance(error, HesscliError):
         everywhere = (ExitCode.USAGE, ExitCode.FILE, ExitCode.MISMATCH, ExitCode.INTERRUPTED)
         if rank() and error.exit_code in everywhere and not error.of_share:
             return error.exit_code  # the first process says the same
-        say("error", f"rank {rank()}: {error.message}" if rank() else error.message)
+        say("error", f"{whose}{error.message}")
         if error.hint:
             say("hint", _pasteable(error.hint, error.instead_of))
         return error.exit_code
@@ -111,7 +112,7 @@ def report(error: BaseException, debug: bool = False, of_model: bool = False) ->
         return ExitCode.FILE
     if is_out_of_memory(error):
         said = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
-        say("error", f"out of memory: {said}" if said else "out of memory")
+        say("error", f"{whose}out of memory: {said}" if said else f"{whose}out of memory")
         if of_model:
             say("hint", _pasteable("--batch-size 1"))
         return ExitCode.RESOURCES

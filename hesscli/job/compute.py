@@ -24,11 +24,15 @@ from hesscli.job.setup.team import Team
 
 
 def compute(
-    options: ComputeOptions, listener: Listener, stdout: BinaryIO | None = None
+    options: ComputeOptions,
+    listener: Listener,
+    stdout: BinaryIO | None = None,
+    alone: bool = False,
 ) -> Document:
     """Computes the Hessian that the options ask for and writes it; without an output file, to `stdout`.
 
-    Where `torchrun` started several processes, each computes its share, and the first finishes the file.
+    Where `torchrun` started several processes, each computes its share, and the first finishes the file; unless this
+    one does it `alone`.
 
     Returns:
         the JSON document; without blocks for a shard.
@@ -40,7 +44,7 @@ def compute(
     if options.output is not None:
         output = writable(options.output, options.force, options.files, resumable=True)
         options = replace(options, output=output)
-    with Team() as team:
+    with Team(alone) as team:
         plan = _planned(options, listener, team)
         require_room(plan)
         document = Run(plan, team, stdout=stdout).run()
@@ -65,6 +69,12 @@ def _planned(options: ComputeOptions, listener: Listener, team: Team) -> Plan:
     if options.output is None and (several or options.max_shard_size is not None):
         what = "processes cannot write" if several else "files cannot go"
         raise UsageError(f"-: several {what} to a pipe", "-o hessian.safetensors")
+    if options.shard is not None and team.size > 1:
+        number, count = options.shard
+        raise UsageError(
+            f"--shard: a share is one process's, and torchrun started {team.size}",
+            f"--shard {number}/{count}",
+        )
     if options.output is None and options.resume:
         raise UsageError("-: a pipe keeps nothing to resume", "-o hessian.safetensors")
     opened = open_problem(options, listener, Processes(team, side_by_side=False))

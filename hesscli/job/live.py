@@ -42,7 +42,8 @@ def compute(
     """The exact Hessian of a model's loss over all the data, checked as `hesscli compute` checks it.
 
     A module is copied: its parameters, their `requires_grad`, its buffers and its mode stay as they are. The copy is in
-    eval mode, unless `train_mode=True`. Torch's settings are put back too, and the state of random numbers.
+    eval mode, unless `train_mode=True`. Torch's settings are put back too, and the state of random numbers. Among
+    processes that `torchrun` started, the one that calls it does all of the work.
 
     >>> hessian = hesscli.compute(model, (x, y), loss="cross-entropy", framework="torch")
     >>> hessian.block("fc.weight") @ v
@@ -74,7 +75,7 @@ def compute(
             hint = "hesscli compute MODEL DATA --shard 1/2"
             raise UsageError("shard: one share is no Hessian; expected None", hint)
         try:
-            run(asked, listener or Listener())
+            run(asked, listener or Listener(), alone=True)
         except InterruptedRun as error:  # is no error to a program, which may deal with errors
             raise KeyboardInterrupt(*([] if output is None else [error.message])) from None
     if asked.data.parent == folder.path:

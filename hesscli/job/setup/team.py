@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from hesscli.errors import ResourceError
+from hesscli.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,21 +27,29 @@ _PATIENCE = timedelta(days=30)
 
 def rank() -> int:
     """This process's number among those that `torchrun` started; 0 if it did not."""
-    return int(os.environ.get("RANK", "0")) if ranks() > 1 else 0
+    return _number("RANK", 0) if ranks() > 1 else 0
 
 
 def ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
+    return max(1, _number("WORLD_SIZE", 1)) if "MASTER_ADDR" in os.environ else 1
 
 
 def rank_here() -> int:
     """This process's number among those on this machine."""
-    return int(os.environ.get("LOCAL_RANK", rank())) if ranks() > 1 else 0
+    return _number("LOCAL_RANK", rank()) if ranks() > 1 else 0
 
 
 def ranks_here() -> int:
     """How many of them share this machine's memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks() > 1 else 1
+    return max(1, _number("LOCAL_WORLD_SIZE", 1)) if ranks() > 1 else 1
+
+
+def _number(name: str, usual: int) -> int:
+    """A number in the environment; the usual one, where there is none."""
+    try:
+        return int(os.environ[name])
+    except (KeyError, ValueError):
+        return usual
 
 
 class ProcessLost(ResourceError):  # noqa: N818 - reads as what happened
@@ -63,11 +72,19 @@ class Team:
             import torch
             import torch.distributed as dist
 
+            _demand_whole_environment()
             # NCCL wants a GPU for each.
             self.nccl = dist.is_nccl_available() and ranks_here() <= torch.cuda.device_count()
             if not dist.is_initialized():
                 backend = "cpu:gloo,cuda:nccl" if self.nccl else "gloo"
-                dist.init_process_group(backend, timeout=_PATIENCE)
+                try:
+                    with _ended_by_signals():
+                        dist.init_process_group(backend, timeout=_PATIENCE)
+                except RuntimeError as error:
+                    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                    raise ResourceError(
+                        f"the processes cannot meet at {place} ({_reason(error)})"
+                    ) from error
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
@@ -113,6 +130,32 @@ class Team:
         return total.to(tensor.device, tensor.dtype)
 
 
+def _demand_whole_environment() -> None:
+    """Refuses an environment that names several processes, but not where to meet, or which of them this one is."""
+    for name, most in (("RANK", ranks() - 1), ("MASTER_PORT", 65535)):
+        if not 0 <= _number(name, -1) <= most:
+            said = repr(os.environ[name]) if name in os.environ else "not set"
+            error = UsageError(
+                f"WORLD_SIZE is {ranks()}, as where torchrun started as many processes, and {name} is {said}; "
+                f"expected 0 to {most}",
+                "unset WORLD_SIZE",
+            )
+            error.of_share = True  # the first process need not say it
+            raise error
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM end the process: Python does not hear them while it waits for others."""
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @contextmanager
 def _together() -> Iterator[ModuleType]:
     """torch.distributed; inside, that it fails means that another process has ended."""
@@ -121,9 +164,12 @@ def _together() -> Iterator[ModuleType]:
     try:
         yield dist
     except RuntimeError as error:
-        # Without the source file that it begins with, and the advice that follows.
-        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". ")[0]
-        raise ProcessLost(f"another process has ended early ({reason})") from error
+        raise ProcessLost(f"another process has ended early ({_reason(error)})") from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """What torch.distributed says, without the source file that it begins with, and the advice that follows."""
+    return re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". ")[0]
 
 
 def balanced(parts: Sequence[tuple[str, float]], count: int) -> list[set[str]]:
