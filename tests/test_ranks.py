@@ -27,12 +27,13 @@ from torch import nn
 import hesscli
 from hesscli.cli import main
 from hesscli.cli.failing import report
-from hesscli.errors import InterruptedRun
+from hesscli.errors import InterruptedRun, MismatchError
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.setup import team
 from hesscli.job.setup.batches import _bounds
 from hesscli.job.setup.many_processes import ManyProcesses
+from hesscli.job.setup.shared_problem import Product, Question
 
 # Each rank runs the commands one after the other in one group, and keeps what it printed and its exit code.
 COMMANDS = """
@@ -541,6 +542,92 @@ def test_the_package_works_alone(monkeypatch, number):
     set_environment(monkeypatch, MASTER_ADDR="localhost", MASTER_PORT=1, WORLD_SIZE=2, RANK=number)
     among = hesscli.compute(module, data)
     assert np.array_equal(among.block("weight"), alone.block("weight"))
+
+
+# --- what one process says is heard by all ---------------------------------------------------------
+
+
+class Scripted:
+    """A team of two, of which the other one says what is foreseen."""
+
+    size = 2
+
+    def __init__(self, rank: int, said: list[Any], fails: str = "") -> None:
+        self.rank, self.said, self.fails, self.told = rank, said, fails, list[Any]()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        self.left = error
+
+    def broadcast(self, value: Any) -> Any:
+        self.told.append(value)
+        return self.said.pop(0) if self.rank else value
+
+    def all_gather(self, value: Any) -> list[Any]:
+        return [value, self.said.pop(0)] if self.rank == 0 else [self.said.pop(0), value]
+
+    def broadcast_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._sent("broadcast", tensor)
+
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._sent("reduce", tensor)
+
+    def _sent(self, how: str, tensor: torch.Tensor) -> torch.Tensor:
+        if how == self.fails:
+            raise MemoryError(how)
+        return tensor
+
+
+def scripted(rank: int, said: list[Any], fails: str = "") -> tuple[ManyProcesses, Scripted]:
+    """One of two processes, which answers with what it is asked for."""
+    processes, others = ManyProcesses(), Scripted(rank, said, fails)
+    processes.team = others  # type: ignore[assignment]
+    opened: Any = SimpleNamespace(problem=SimpleNamespace(device=torch.device("cpu")))
+    processes.opened = [opened]
+    processes._answer = lambda question, tensor: tensor  # type: ignore[method-assign]
+    return processes, others
+
+
+QUESTION = Question(Product("hessian"), 0, torch.float32, (), (3,))
+
+
+@pytest.mark.parametrize("fails", ["broadcast", "reduce"])
+def test_an_error_that_the_others_have_not_heard_ends_the_process(fails):
+    """They wait for it in the middle of a question, so it must not wait for the next."""
+    processes, _ = scripted(1, [QUESTION, None], fails)
+    with pytest.raises(MemoryError, match=fails):
+        processes.serve()
+    first, others = scripted(0, [None], fails)
+    with pytest.raises(MemoryError, match=fails), first:
+        first.ask(QUESTION, torch.ones(3))
+    assert others.told == [QUESTION]
+    assert others.left[0] is MemoryError
+
+
+def test_an_error_that_the_others_have_heard_does_not():
+    said = MismatchError("data: not here")
+    processes, _ = scripted(1, [QUESTION, said, QUESTION, None, None])
+    assert processes.serve()
+    assert processes.team.said == []
+    first, others = scripted(0, [said])
+    with pytest.raises(MismatchError, match="not here"), first:
+        first.ask(QUESTION, torch.ones(3))
+    assert others.told == [QUESTION, None]
+    assert others.left == (None, None, None)
+
+
+def test_what_is_kept_for_products_is_let_go():
+    processes, _ = scripted(1, ["let go", None])
+    processes.kept = QUESTION, None  # type: ignore[assignment]
+    assert processes.serve()
+    assert processes.kept is None
+    first, others = scripted(0, [])
+    first.kept = QUESTION, None  # type: ignore[assignment]
+    first.let_go()
+    assert first.kept is None
+    assert others.told == ["let go"]
 
 
 # --- when something goes wrong on one of them -----------------------------------------------------

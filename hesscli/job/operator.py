@@ -108,6 +108,7 @@ class Operator:
 
     def let_go(self) -> None:
         """Frees the graphs that products keep: it multiplies no more."""
+        self.processes.let_go()
         count = self.products.count
         self.products = LinearMap(self.problem)
         self.products.count = count

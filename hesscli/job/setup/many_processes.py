@@ -51,6 +51,7 @@ class ManyProcesses(Processes):
         self.kept: tuple[object, Products] | None = None  # those of the last question
         self.asking = False
         self.awaited = False  # whether the others wait for what it says of a problem
+        self.heard: Exception | None = None  # on its way up, and all know of it
 
     def __enter__(self) -> ManyProcesses:
         self.team.__enter__()
@@ -76,14 +77,16 @@ class ManyProcesses(Processes):
             try:
                 if isinstance(question, ProblemOptions):
                     self._open(question, Listener())
-                else:
+                elif isinstance(question, Question):
                     dtype, device = question.dtype, self.opened[0].problem.device
                     tensor = torch.empty(question.shape, dtype=dtype, device=device)
                     self._answered(question, self.team.broadcast_tensor(tensor))
-            except ProcessLost:
-                raise
-            except _SAID:
-                pass  # the first process has heard of it, and says it
+                else:
+                    self.kept = None
+            except _SAID as error:
+                if error is not self.heard:
+                    raise
+                self.heard = None  # by the first process too, which says it
         return True
 
     # What the first process asks
@@ -105,6 +108,11 @@ class ManyProcesses(Processes):
             self.team.broadcast(question)
             return self._answered(question, self.team.broadcast_tensor(tensor.contiguous()))
 
+    def let_go(self) -> None:
+        with self._asking():
+            self.team.broadcast(_LET_GO)
+            self.kept = None
+
     @contextmanager
     def _asking(self) -> Iterator[None]:
         """Knows when the others are in the middle of something: they cannot be told anything else then."""
@@ -113,7 +121,7 @@ class ManyProcesses(Processes):
             yield
             self.asking = False
         except _SAID as error:
-            self.asking = isinstance(error, ProcessLost)  # or else they have heard it too
+            self.asking, self.heard = error is not self.heard, None
             raise
 
     def problem(self, opened: Opened, index: int = 0) -> SharedProblem:
@@ -156,9 +164,12 @@ class ManyProcesses(Processes):
         self.awaited = True
         try:
             opened = open_problem(options, listener, self)
+        except ProcessLost:
+            raise
         except _SAID as error:
-            if self.awaited:
+            if self.awaited and error is not self.heard:
                 self.agreed(error)
+            self.heard = error  # each has come to it by itself
             raise
         self.opened.append(opened)
         return opened
@@ -177,7 +188,7 @@ class ManyProcesses(Processes):
         found = super().agreed(said)
         for each in found:
             if isinstance(each, Exception):
-                self.awaited = False  # all know of it
+                self.heard = each
                 raise each
         return found
 
@@ -208,6 +219,7 @@ class ManyProcesses(Processes):
 
 _SAID = (HesscliError, NotApplicable, MemoryError, torch.OutOfMemoryError)
 """What one process can say to the others, so that all know."""
+_LET_GO = "let go"
 
 
 def _gradient_at(problem: Problem, names: Sequence[str], theta: Tensor) -> Tensor:

@@ -63,6 +63,9 @@ class Processes:
 
         return CURVATURES[curvature].products(problem, free_memory(problem.device) // 2, rows)
 
+    def let_go(self) -> None:
+        """Frees what other processes keep for products."""
+
     def certificate(
         self, problem: Problem, dtype: torch.dtype, seed: int, curvature: str
     ) -> Certificate:
