@@ -14,6 +14,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -27,13 +28,15 @@ from torch import nn
 import hesscli
 from hesscli.cli import main
 from hesscli.cli.failing import report
-from hesscli.errors import InterruptedRun, MismatchError
+from hesscli.errors import InterruptedRun, MismatchError, NumericalError
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
-from hesscli.job.setup import team
+from hesscli.job.options import Listener, ProblemOptions
+from hesscli.job.setup import many_processes, team
 from hesscli.job.setup.batches import _bounds
 from hesscli.job.setup.many_processes import ManyProcesses
 from hesscli.job.setup.shared_problem import Product, Question
+from hesscli.job.setup.team import ProcessLost
 
 # Each rank runs the commands one after the other in one group, and keeps what it printed and its exit code.
 COMMANDS = """
@@ -612,6 +615,30 @@ def test_an_error_that_the_others_have_heard_does_not():
         first.ask(QUESTION, torch.ones(3))
     assert others.told == [QUESTION, None]
     assert others.left == (None, None, None)
+
+
+@pytest.mark.parametrize("others", [None, NumericalError("the loss is nan")])
+def test_an_error_where_a_problem_is_opened_is_heard(monkeypatch, others):
+    """By one that waits for what this one says of the data, or that has come to the same."""
+    mine = NumericalError("the loss is nan")
+    monkeypatch.setattr(many_processes, "open_problem", Mock(side_effect=mine))
+    options = ProblemOptions(Path("net.pt"), Path("data.npz"))
+    processes, team_of_two = scripted(1, [options, others, QUESTION, None, None])
+    assert processes.serve()
+    assert team_of_two.said == []
+    first, team_of_two = scripted(0, [others])
+    with pytest.raises(NumericalError, match="nan"), first:
+        first.open(options, Listener())
+    assert team_of_two.told == [options, None]
+
+
+def test_that_another_is_lost_where_a_problem_is_opened_is_not_told(monkeypatch):
+    monkeypatch.setattr(many_processes, "open_problem", Mock(side_effect=ProcessLost("lost")))
+    options = ProblemOptions(Path("net.pt"), Path("data.npz"))
+    for number, said in ((1, [options]), (0, [])):
+        processes, _ = scripted(number, said)
+        with pytest.raises(ProcessLost), processes:
+            processes.open(options, Listener()) if number == 0 else processes.serve()
 
 
 def test_what_is_kept_for_products_is_let_go():

@@ -50,7 +50,6 @@ class ManyProcesses(Processes):
         self.opened: list[Opened] = []
         self.kept: tuple[object, Products] | None = None  # those of the last question
         self.asking = False
-        self.awaited = False  # whether the others wait for what it says of a problem
         self.heard: Exception | None = None  # on its way up, and all know of it
 
     def __enter__(self) -> ManyProcesses:
@@ -151,7 +150,6 @@ class ManyProcesses(Processes):
 
     def totals(self, total: float, denominator: float) -> tuple[float, float]:
         """The sums of both over all processes, the same bits on each."""
-        self.awaited = False
         found = self.agreed((total, denominator))
         return sum(pair[0] for pair in found), sum(pair[1] for pair in found)
 
@@ -161,15 +159,13 @@ class ManyProcesses(Processes):
         return opened.problem if opened.problem.dtype == torch.float64 else opened.double
 
     def _open(self, options: ProblemOptions, listener: Listener) -> Opened:
-        self.awaited = True
         try:
             opened = open_problem(options, listener, self)
         except ProcessLost:
             raise
         except _SAID as error:
-            if self.awaited and error is not self.heard:
+            if error is not self.heard:
                 self.agreed(error)
-            self.heard = error  # each has come to it by itself
             raise
         self.opened.append(opened)
         return opened
