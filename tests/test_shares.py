@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hesscli.errors import MismatchError
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.curvatures import CURVATURES
+from hesscli.hessian.differences.directional import DirectionalDifference
 from hesscli.hessian.differences.here import Here
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.setup import many_processes
@@ -176,3 +177,17 @@ def test_a_model_that_runs_in_float64_on_one_process_alone():
     question = Question(Gradient(names), 0, torch.float64, names, (27,))
     with pytest.raises(MismatchError, match="on some of the processes only"):
         first.ask(question, torch.zeros(27, dtype=torch.float64))
+
+
+def test_kinks_are_held_where_the_check_wants_them(monkeypatch):
+    """On each process: where they are in the reference, or in the pass that it is a copy of."""
+    shared, _, _ = pair_of(net(2, torch.float64))
+    seen = []
+    monkeypatch.setattr(
+        DirectionalDifference, "held_quotient", lambda self, *words: seen.append(words)
+    )
+    v = torch.ones(27, dtype=torch.float64)
+    along = SharedDifference(shared, WHOLE, v, Here(shared), curvature="hessian")
+    for by_original in (False, True):
+        assert along.held_quotient(1e-4, by_original) is None
+    assert seen == [(1e-4, False)] * 2 + [(1e-4, True)] * 2
