@@ -285,6 +285,19 @@ def test_a_pass_with_other_calls_is_not_trusted(other):
     assert along.held_quotient(1e-2) is None
 
 
+def test_a_pass_that_the_model_refuses_is_not_trusted():
+    comparisons = iter(range(3))
+
+    def solver(z):
+        assert not next(comparisons), "underflow in dt"  # where steps are others than it chose
+        return F.relu(z)
+
+    along, _ = along_weight(pose(F.relu, 24))
+    along.problem.module.function = solver
+    assert along.held_quotient(1e-2) is None
+    assert not list(comparisons)
+
+
 class Deep(nn.Module):
     """A quarter of a million ReLUs: some lie so close to their corner that every step crosses it, or right at it."""
 

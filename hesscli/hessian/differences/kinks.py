@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesscli.errors import MismatchError
 from hesscli.hessian.aten.custom_functions import applied_by, by_own_derivative
 from hesscli.hessian.aten.watcher import BLANK, Watcher, detaching, each
 from hesscli.hessian.differences.pieces import between_kinks
@@ -58,8 +59,14 @@ class Kinks(Watcher):
 
     @contextmanager
     def held(self) -> Iterator[None]:
+        """Inside is such a pass. A model may refuse the outcomes of other comparisons than it made, as a solver with
+        steps of its own choice does: they cannot be held then.
+        """
         with self.sides.kept(), self:
-            yield
+            try:
+                yield
+            except MismatchError:
+                self.sides.lost = True
 
     def _detached(self, result: Tensor, in_place: bool) -> Tensor:
         if is_guest() and not self._inside:
