@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import hesscli
 from hesscli.errors import (
     FileError,
     HesscliError,
@@ -284,8 +285,9 @@ def test_integers_of_a_table_may_be_negative(tmp_path):
 
 def test_integers_of_a_table_beyond_all_numbers(tmp_path):
     (tmp_path / "d.csv").write_text(f"a,y\n{'9' * 400},0\n3,1\n")
-    error = refused(NumericalError, tmp_path / "d.csv")
-    assert "NaN or infinity in 1 place, the first at [0]" in error.message
+    name, found = load_data(tmp_path / "d.csv").not_finite()
+    assert name == "a"
+    assert "NaN or infinity in 1 place, the first at [0]" in found
 
 
 def test_truth_values_of_a_table_are_classes(tmp_path):
@@ -298,10 +300,12 @@ def test_truth_values_of_a_table_are_classes(tmp_path):
 def test_values_that_are_not_finite(tmp_path, value):
     arrays = {"x": X.copy(), "y": np.ones((3, 2), np.float16), "unused": np.array([value])}
     np.savez(tmp_path / "d.npz", **arrays)
-    load_data(tmp_path / "d.npz")
+    assert load_data(tmp_path / "d.npz").not_finite() is None
     arrays["x"][1, 0] = value
     np.savez(tmp_path / "d.npz", **arrays)
-    error = refused(NumericalError, tmp_path / "d.npz")
+    with pytest.raises(NumericalError) as caught:
+        hesscli.compute(nn.Linear(2, 2), tmp_path / "d.npz", loss="mse")
+    error = caught.value
     assert error.exit_code == 5
     assert "array x (" in error.message
     assert "holds NaN or infinity in 1 place, the first at [1, 0]" in error.message
@@ -528,7 +532,7 @@ def test_targets_that_cannot_be_used(tmp_path, y, why, hint):
 
 @pytest.mark.parametrize("kind", [pa.float32(), pa.int64(), pa.bool_()])
 def test_what_is_missing_is_nan(tmp_path, kind):
-    """As in a `.csv`: inputs are refused, and a loss of one's own may look at no such targets."""
+    """As in a `.csv`: a model, or a loss of one's own, may know what is missing."""
     table = pa.table({"a": [1.0, 2.0], "y": pa.array([1, None], pa.int8()).cast(kind)})
     pq.write_table(table, tmp_path / "d.parquet")
     (tmp_path / "d.csv").write_text("a,y\n1,1\n2,\n")
@@ -536,7 +540,9 @@ def test_what_is_missing_is_nan(tmp_path, kind):
         _, targets = load_data(tmp_path / name, targets="y").targets
         assert targets[0] == 1
         assert targets[1].isnan()
-        refused(NumericalError, tmp_path / name, inputs=["y"], targets="a")
+        column, found = load_data(tmp_path / name, inputs=["y"], targets="a").not_finite()
+        assert column == "y"
+        assert "NaN or infinity in 1 place, the first at [1" in found
 
 
 @pytest.mark.parametrize(

@@ -404,3 +404,41 @@ def test_a_parameter_called_as_the_targets_may_be_what_the_input_goes_to():
 
     found = hesscli.compute(State().double(), {"x": X, "y": Y})
     assert not any("takes y too" in note for note in found.metadata["notes"])
+
+
+class Imputing(nn.Module):
+    """Knows what is missing by NaN."""
+
+    def __init__(self, first: bool = True):
+        super().__init__()
+        self.first, self.a, self.b = first, nn.Linear(3, 3), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        known = ~x.isnan()
+        h = self.a(x.nan_to_num(0)) if self.first else self.a(x).where(known.all(1, True), 0)
+        return self.b(torch.cat([torch.tanh(h), known.to(x.dtype)], 1))
+
+
+@pytest.mark.parametrize("blocks", ["full", "elements"])
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_inputs_that_are_missing(blocks, batch_size):
+    x = X.clone()
+    x[1, 0], x[7] = torch.nan, torch.nan
+    torch.manual_seed(0)
+    model = Imputing().double()
+    found = hesscli.compute(model, (x, Y), blocks=blocks, batch_size=batch_size, framework="torch")
+    truth = hessian(model, nn.functional.mse_loss, (x,), Y)
+    assert relative_error(found.matrix().diagonal(), truth.diagonal()) < 1e-9
+    said = "array x (float64 [12, 3]) holds NaN or infinity in 4 places, the first at [1, 0]"
+    assert f"{said}; the model makes numbers of it" in found.metadata["notes"]
+    assert not any("NaN" in n for n in hesscli.compute(model, (X, Y)).metadata["notes"])
+
+
+@pytest.mark.parametrize("job", [hesscli.compute, hesscli.operator])
+def test_inputs_that_are_missing_behind_a_weight(job):
+    """Zero times NaN is the gradient of what is not taken."""
+    x = X.clone()
+    x[1, 0] = torch.nan
+    with pytest.raises(hesscli.HesscliError, match="gradient's norm is nan") as refused:
+        job(Imputing(first=False).double(), (x, Y))
+    assert refused.value.hint.endswith("before it meets a weight: x.nan_to_num(0)")

@@ -146,10 +146,10 @@ _TABLES = (Kind.TEXT, Kind.PARQUET, Kind.ARROW, Kind.DATASET)
 _STEP = 1 << 24  # numbers looked at together
 
 
-def check_finite(path: Path, name: str, array: torch.Tensor) -> None:
-    """Refuses NaN and infinity; in parts, so that an array larger than the memory passes through it."""
+def not_finite(name: str, array: torch.Tensor) -> str | None:
+    """Where an array holds NaN or infinity; in parts, so that one larger than the memory passes through it."""
     if not (array.is_floating_point() or array.is_complex()):
-        return
+        return None
     rows = array if array.dim() else array.unsqueeze(0)
     step = max(1, _STEP * len(rows) // max(1, rows.numel()))
     count, where = 0, list[int]()
@@ -160,9 +160,20 @@ def check_finite(path: Path, name: str, array: torch.Tensor) -> None:
             row, *others = bad.nonzero()[0].tolist()
             where = [start + row, *others][: array.dim()]
         count += found
-    if count:
-        raise NumericalError(
-            f"{path}: array {name} ({describe(array)}) holds NaN or infinity "
-            f"in {count} place{'s' if count > 1 else ''}, the first at {where}",
-            f"drop these samples, or replace the values: np.nan_to_num({name})",
-        )
+    if not count:
+        return None
+    places = f"{count} place{'s' if count > 1 else ''}, the first at {where}"
+    return f"array {name} ({describe(array)}) holds NaN or infinity in {places}"
+
+
+def check_finite(path: Path, name: str, array: torch.Tensor) -> None:
+    """Refuses NaN and infinity."""
+    found = not_finite(name, array)
+    if found is not None:
+        raise not_finite_error(path, name, found)
+
+
+def not_finite_error(path: Path, name: str, found: str) -> NumericalError:
+    return NumericalError(
+        f"{path}: {found}", f"drop these samples, or replace the values: np.nan_to_num({name})"
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from hesscli.errors import MismatchError, UsageError
-from hesscli.files.arrays import check_finite, load_arrays
+from hesscli.files.arrays import load_arrays, not_finite
 from hesscli.files.digest import sha256_of_all
 from hesscli.files.roles import Roles
 
@@ -29,11 +29,21 @@ class Data:
     range: tuple[int, int]  # which samples of the file inputs and targets hold: from, up to
     recorded: int  # how many samples the file holds
     columns: bool  # whether the arrays are the columns of a table
+    joined: Sequence[str]  # the columns of it that are side by side in the only input
 
     @property
     def samples(self) -> int:
         """How many; 1 if the arrays are one sample without an axis for samples."""
         return self.range[1] - self.range[0]
+
+    def not_finite(self) -> tuple[str, str] | None:
+        """The first input that holds NaN or infinity, by the column's name if several are side by side; and where."""
+        named: Iterable[Named] = self.inputs.items()
+        if self.joined:
+            (table,) = self.inputs.values()
+            named = zip(self.joined, table.unbind(1), strict=True)
+        found = ((name, not_finite(name, array)) for name, array in named)
+        return next(((name, where) for name, where in found if where is not None), None)
 
 
 def load_data(
@@ -47,6 +57,8 @@ def load_data(
     others: Collection[str] = (),
 ) -> Data:
     """Loads a data file or folder, told by its content, and picks inputs and targets.
+
+    NaN in them may mean something, to the model or to the loss.
 
     Args:
         path: the file.
@@ -62,7 +74,6 @@ def load_data(
         UsageError: no such file, array or samples, or the names do not tell which is which.
         FileError: the file is damaged, unsupported or unsafe.
         MismatchError: no samples, or not as many inputs as targets.
-        NumericalError: inputs hold NaN or infinity. Those of targets may mean something to the loss.
         ResourceError: what must be in memory does not fit into it.
     """
     found = load_arrays(path)
@@ -75,7 +86,6 @@ def load_data(
         start, stop = _range(path, samples, recorded, unbatched)
         chosen = {name: array[start:stop] for name, array in chosen.items()}
         target = target and (target[0], target[1][start:stop])
-    _demand_finite(path, chosen, roles.joined)
     return Data(
         arrays=roles.arrays,
         inputs=chosen,
@@ -85,6 +95,7 @@ def load_data(
         range=(start, stop),
         recorded=recorded,
         columns=found.columns,
+        joined=roles.joined,
     )
 
 
@@ -126,13 +137,3 @@ def _range(
             f"--samples {min(100, recorded)}",
         )
     return start, stop
-
-
-def _demand_finite(path: Path, inputs: Tensors, joined: Sequence[str]) -> None:
-    """Refuses inputs that are not finite: of columns that are side by side, by the column's name."""
-    named: Iterable[Named] = inputs.items()
-    if joined:
-        (table,) = inputs.values()
-        named = zip(joined, table.unbind(1), strict=True)
-    for name, array in named:
-        check_finite(path, name, array)

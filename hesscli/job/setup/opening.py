@@ -16,7 +16,7 @@ from hesscli.errors import (
     ResourceError,
     UsageError,
 )
-from hesscli.files.arrays import check_finite
+from hesscli.files.arrays import check_finite, not_finite_error
 from hesscli.files.data import Data, load_data
 from hesscli.files.models.model_file import SavedModel, load_model
 from hesscli.hessian.aten.precision import in_precision_
@@ -117,6 +117,31 @@ def _opened(
         note(f"--tf32 has no effect: the device is {device.type}")
     options = by_name(options, note)
     model, dtype, data = _loaded(options, device, listener)
+    missing = data.not_finite()
+    try:
+        opened = _posed(options, model, dtype, data, device, listener, processes)
+    except DeviceMismatchError:
+        raise
+    except (MismatchError, NumericalError) as error:  # which comes of that, perhaps
+        if missing is None:
+            raise
+        raise not_finite_error(options.data, *missing) from error
+    if missing is not None:
+        note(f"{missing[1]}; the model makes numbers of it")
+    return opened
+
+
+def _posed(
+    options: ProblemOptions,
+    model: SavedModel,
+    dtype: torch.dtype,
+    data: Data,
+    device: torch.device,
+    listener: NoteKeeper,
+    processes: Processes,
+) -> Opened:
+    """The problem of a model and its data."""
+    note = listener.note
     loss, arguments = loss_of(options, data, device, dtype, note)
     inputs, keywords = model_inputs(options, model, data, loss, note)
     parameters, tied, frozen = chosen_parameters(model.module, options.params, note)
