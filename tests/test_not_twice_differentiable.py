@@ -91,6 +91,20 @@ def test_what_is_not_finite_has_a_hint(dtype, hint):
     assert caught.value.hint == hint
 
 
+@pytest.mark.parametrize("blocks", ["diag", "elements"])
+@pytest.mark.parametrize("method", ["auto", "finite-difference"])
+def test_differences_that_float32_does_not_hold(blocks, method):
+    """They are in float64, where 2e40 is a number."""
+    model = nn.Linear(1, 1)
+    nn.init.constant_(model.weight, 1e-19)
+    data = torch.full((3, 1), 1e20), torch.zeros(3, 1)
+    with pytest.raises(hesscli.HesscliError, match="weight: its Hessian is not finite") as caught:
+        hesscli.compute(model, data, blocks=blocks, method=method)
+    assert (caught.value.exit_code, caught.value.hint) == (5, "--dtype float64")
+    found = hesscli.compute(model, data, blocks=blocks, method=method, dtype="float64")
+    np.testing.assert_allclose(found.block("weight").item(), 2e40, rtol=1e-6)
+
+
 class Once(torch.autograd.Function):
     """A sine with one derivative."""
 

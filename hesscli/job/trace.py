@@ -12,6 +12,7 @@ from hesscli.hessian.words import FINITE_DIFFERENCE, HVP
 from hesscli.job import documents
 from hesscli.job.json_form import Document
 from hesscli.job.matrix.planning import Plan
+from hesscli.job.matrix.settling import settle
 from hesscli.job.matrix.small import compute_blocks, groups
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import ComputeOptions, Listener, ProblemOptions
@@ -55,6 +56,8 @@ def trace(
         ComputeOptions(**vars(problem), blocks="elements", stats="basic", output=None),
         operator.opened,
     )
+    if operator.method == FINITE_DIFFERENCE:
+        settle(plan)
     found = (
         _exact(plan, operator) if forced else _found(plan, operator, relative_error, max_products)
     )
@@ -105,8 +108,8 @@ def _found(plan: Plan, operator: Operator, relative_error: float, max_products: 
 
 def _exact_products(plan: Plan, operator: Operator) -> float:
     """How many products the exact diagonal is planned to cost."""
-    by_rows = plan.by_rows()
-    ratio = plan.work(plan.blocks) / by_rows if by_rows else 1.0  # differences: one for each row
+    by_rows = plan.by_rows(operator.method)
+    ratio = plan.work(plan.blocks) / by_rows if by_rows else 1.0
     # This process does it alone; products are shared.
     return ratio * operator.size * operator.processes.size
 

@@ -121,7 +121,7 @@ def by_own_derivative(
 
 
 def _inner(a: Tensor, b: Tensor) -> float:
-    return float((a.conj() * b).sum().real)
+    return float((a.conj() * b).detach().sum().real)
 
 
 def _by_derivative(result: Tensor, pull: Pull, moves: Sequence[Tensor]) -> Tensor:

@@ -159,6 +159,8 @@ class Certificate:
 
     def _product_error(self, block: Block, product: Tensor, v: Tensor) -> float:
         size = float(torch.linalg.norm(product))
+        if not size < math.inf:
+            return math.inf
         return self._best(Comparison(self.along(block, v), slice(None), product, size))
 
     def along(self, block: Block, v: Tensor) -> DirectionalDifference:

@@ -22,6 +22,9 @@ from hesscli.hessian.routes.base import Choice, Route, Wanted
 from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.words import FINITE_DIFFERENCE
 
+GRADIENTS = 4
+"""That a row takes, where the first step will do and nothing is held."""
+
 
 class FiniteDifference(Route):
     """Column after column, by differences of the gradients of another problem than the other routes' own.
@@ -43,7 +46,7 @@ class FiniteDifference(Route):
         return self._reference()
 
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
-        return Choice(self, "", first.rows(block).times(4))
+        return Choice(self, "", first.rows(block).times(GRADIENTS))
 
     def _is_constant(self, block: Block) -> Tensor:
         """Which entries have no gradient, at theta or in any direction from there.

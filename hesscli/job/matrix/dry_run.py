@@ -1,6 +1,7 @@
 """`hesscli compute --dry-run`: the blocks, the route of each, and what they would take.
 
-The rates of this machine and the time of one gradient are measured; the rest of the time is counted.
+The rates of this machine and the time of one gradient, of which differences are made, are measured; the rest of the
+time is counted.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from collections.abc import Sequence
 
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.differences.check import gradients
+from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.routes.base import Choice, seconds_of
+from hesscli.hessian.routes.finite_difference import GRADIENTS
 from hesscli.hessian.routes.rates import Rates, measure_rates, seconds
+from hesscli.hessian.words import FINITE_DIFFERENCE
 from hesscli.job import documents
 from hesscli.job.json_form import Document
 from hesscli.job.matrix.planning import Plan
@@ -45,20 +49,25 @@ def forecast(plan: Plan) -> Document:
 
 
 def _seconds(plan: Plan) -> float:
-    dtype, check = plan.problem.dtype, 0.0
+    dtype, choices = plan.problem.dtype, plan.first_choices(plan.blocks)
+    pairs = zip(plan.blocks, choices, strict=True)
+    differences = sum(b.size for b, choice in pairs if choice.method == FINITE_DIFFERENCE)
+    taken = GRADIENTS * differences
     if plan.options.check:
-        reference = plan.opened.reference
-        names = list(reference.parameters)
-        # The faster of two: the first one is slower.
-        gradient = seconds(lambda: reference.gradient(names), reference.device, repeats=2)
-        check = gradient * gradients(len(plan.blocks), dtype, reference.dtype)
+        taken += gradients(len(plan.blocks), dtype, plan.opened.reference.dtype)
     return estimate(
-        plan.first_choices(plan.blocks),
+        [choice for choice in choices if choice.method != FINITE_DIFFERENCE],
         measure_rates(plan.problem.device, dtype),
-        check,
+        taken * _gradient_seconds(plan.opened.reference) if taken else 0.0,
         [block.size for block in plan.blocks if _decomposed(plan, block)],
         plan.bytes,
     )
+
+
+def _gradient_seconds(problem: Problem) -> float:
+    """Seconds of one gradient: the faster of two, as the first one is slower."""
+    names = list(problem.parameters)
+    return seconds(lambda: problem.gradient(names), problem.device, repeats=2)
 
 
 def estimate(

@@ -14,7 +14,7 @@ from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.routes.base import Choice, seconds_of
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.rates import usual_rates
-from hesscli.hessian.words import HVP, STRUCTURES
+from hesscli.hessian.words import STRUCTURES
 from hesscli.job.matrix.memory import Memory
 from hesscli.job.options import ComputeOptions
 from hesscli.job.remedies import inexact
@@ -72,10 +72,15 @@ class Plan:
         """The route that is tried first for each of some blocks."""
         return [self.choices[block.name][0] for block in blocks]
 
-    def by_rows(self) -> float:
-        """Seconds of the whole as products with unit vectors, one per row, by the measure of `work`."""
+    def replan(self, choices: dict[str, list[Choice]]) -> None:
+        """Goes on with these routes of each block."""
+        self.choices = choices
+        self.memory = Memory(self)
+
+    def by_rows(self, method: str) -> float:
+        """Seconds of the whole as products with unit vectors by a method, one per row, by the measure of `work`."""
         every = [choice for ranked in self.choices.values() for choice in ranked]
-        return seconds_of([choice for choice in every if choice.method == HVP], self.rates)
+        return seconds_of([choice for choice in every if choice.method == method], self.rates)
 
     @cached_property
     def memory(self) -> Memory:

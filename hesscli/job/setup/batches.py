@@ -40,7 +40,7 @@ def in_batches(
     note: Note,
     processes: Processes,
     memory: int | None = None,
-) -> tuple[Problem, Sequence[Batch], Passes]:
+) -> tuple[Problem, Sequence[Batch], Sequence[Batch], Passes]:
     """The problem with its data in batches, unless model or loss want it whole.
 
     Args:
@@ -54,7 +54,8 @@ def in_batches(
 
     Returns:
         the problem, with batches that leave room for second derivatives; the same data in batches for gradients alone,
-        which have room for more samples; and what goes through a batch at once, for second derivatives.
+        which have room for more samples; a batch of a few; and what goes through a batch at once, for second
+        derivatives.
 
     Raises:
         MismatchError: the data cannot be cut into batches that the model accepts.
@@ -96,7 +97,8 @@ def in_batches(
     same = checked == bounds
     most = max(b - a for a, b in itertools.pairwise(bounds))
     passes = _passes(problem, most * saved, most * largest, free)
-    return problem, problem.batches if same else _batches(source, checked), passes
+    checking = problem.batches if same else _batches(source, checked)
+    return problem, checking, _batches(source, [0, source.few]), passes
 
 
 def _say_where_classes_are(problem: Problem, some: Batch, note: Note) -> None:

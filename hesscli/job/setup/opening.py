@@ -66,6 +66,7 @@ class Opened:
     options: ProblemOptions  # that it was opened with
     problem: Problem
     checked: Sequence[Batch]  # the same data, where gradients alone are taken
+    few: Sequence[Batch]  # some samples that the model takes
     passes: Passes  # what goes through a batch at once
     tied: dict[str, list[str]]  # first name -> the other names of the same tensor
     frozen: list[str]  # parameters left out because they do not require a gradient
@@ -177,7 +178,7 @@ def _posed(
     if data.columns:
         source = as_columns(problem, source, note)
     memory = options.memory if isinstance(options, ComputeOptions) else None
-    problem, checked, passes = in_batches(
+    problem, checked, few, passes = in_batches(
         problem, source, options.batch_size, note, processes, memory
     )
     _demand_own_parameters(model, problem)
@@ -187,6 +188,7 @@ def _posed(
         options=options,
         problem=problem,
         checked=checked,
+        few=few,
         passes=passes,
         tied=tied,
         frozen=frozen,
