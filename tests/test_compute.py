@@ -1202,6 +1202,6 @@ def test_the_symmetry_error_is_that_of_all_blocks_together():
     assert worst == found.blocks["key.bias"]["symmetry_error"] > 1e-2
     assert 0 < found.metadata["symmetry_error"] < 1e-5
     without_norms = hesscli.compute(model, data, method="hvp", stats="none")
-    assert without_norms.metadata["symmetry_error"] == worst
+    assert without_norms.metadata["symmetry_error"] == found.metadata["symmetry_error"]
     diagonal = hesscli.compute(model, data, blocks="elements")
     assert diagonal.metadata["symmetry_error"] is None

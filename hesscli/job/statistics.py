@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 import numpy as np
 
 from hesscli.job.json_form import Document
-from hesscli.spectrum.statistics import Statistics, of_diagonal, of_matrix
+from hesscli.spectrum.statistics import Statistics, norm_of, of_diagonal, of_matrix
 
 
 def of_block(array: np.ndarray, diagonal: bool, level: str) -> Document:
@@ -17,6 +17,11 @@ def of_block(array: np.ndarray, diagonal: bool, level: str) -> Document:
     if level == "none":
         return dict.fromkeys(field.name for field in fields(Statistics))
     return asdict(of_diagonal(array) if diagonal else of_matrix(array, level))
+
+
+def known_norm(facts: Document, array: np.ndarray) -> float:
+    """The Frobenius norm of a block, also where its facts leave it out."""
+    return norm_of(array) if facts["fro_norm"] is None else float(facts["fro_norm"])
 
 
 def total(blocks: Sequence[Document]) -> Document:
@@ -40,13 +45,11 @@ def total(blocks: Sequence[Document]) -> Document:
 def symmetry_error(blocks: Sequence[Document]) -> float | None:
     """||H - H^T||_F / ||H||_F of all blocks together, before they were made symmetric; None if none was computed.
 
-    A block that is zero but for rounding thus counts as little as it is. Where norms are left out, that of the worst.
+    A block that is zero but for rounding thus counts as little as it is. `norm` is the Frobenius norm of each, which
+    `fro_norm` may leave out.
     """
-    found = [
-        (b["symmetry_error"], b["fro_norm"]) for b in blocks if b["symmetry_error"] is not None
-    ]
-    errors, norms = [error for error, _ in found], [norm for _, norm in found]
-    if not found or None in norms:
-        return max(errors, default=None)
-    norm = math.hypot(*norms)
+    found = [(b["symmetry_error"], b["norm"]) for b in blocks if b["symmetry_error"] is not None]
+    if not found:
+        return None
+    norm = math.hypot(*(norm for _, norm in found))
     return math.hypot(*map(math.prod, found)) / norm if norm else 0.0

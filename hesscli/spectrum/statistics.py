@@ -33,7 +33,7 @@ def of_matrix(matrix: np.ndarray, level: str = "auto") -> Statistics:
         level: "basic" leaves the eigenvalues out, "auto" takes them for small blocks, "all" for every block.
     """
     n = matrix.shape[0]
-    trace, norm = float(np.trace(matrix, dtype=np.float64)), _norm(matrix)
+    trace, norm = float(np.trace(matrix, dtype=np.float64)), norm_of(matrix)
     if n == 0 or level == "basic" or (level == "auto" and n > QUICK_LIMIT):
         return Statistics(trace, norm)
     values = np.linalg.eigvalsh(matrix.astype(np.float64))  # scipy's takes 0.2 s to import
@@ -43,7 +43,7 @@ def of_matrix(matrix: np.ndarray, level: str = "auto") -> Statistics:
 def of_diagonal(diagonal: np.ndarray) -> Statistics:
     """The same of a diagonal matrix, whose eigenvalues are its entries."""
     entries = diagonal.ravel()
-    trace, norm = float(entries.sum(dtype=np.float64)), _norm(entries)
+    trace, norm = float(entries.sum(dtype=np.float64)), norm_of(entries)
     if not entries.size:
         return Statistics(trace, norm)
     return Statistics(trace, norm, *_of_spectrum(entries, entries.dtype))
@@ -66,7 +66,7 @@ def _of_spectrum(values: np.ndarray, dtype: np.dtype) -> tuple[float, float, flo
     )
 
 
-def _norm(array: np.ndarray) -> float:
+def norm_of(array: np.ndarray) -> float:
     """The root of the sum of squares: short runs in their own precision, their sum in float64; where squares may leave
     the range of that precision, all in float64, as multiples of the largest entry."""
     flat = array.reshape(-1)

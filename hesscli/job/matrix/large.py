@@ -115,7 +115,7 @@ class LargeBlock:
             "bytes": self.block.size**2 * self.plan.problem.dtype.itemsize,
             "symmetry_error": symmetry,
             "check_error": error,
-            "zero": matrix.squares == 0,
+            "norm": matrix.squares**0.5,
         }
 
     def _bands(

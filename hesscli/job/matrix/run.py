@@ -85,11 +85,14 @@ class Run:
                 for name, g in gradient.items():
                     unfinished.writer.write(f"gradient.{name}", g.cpu().numpy())
             blocks = self._blocks(unfinished, unused)
+            symmetry_error = statistics.symmetry_error(blocks)
+            for facts in blocks:
+                del facts["norm"]
             document |= {
                 "blocks": blocks,
                 "total": statistics.total(blocks),
                 "method": documents.methods(blocks),
-                "symmetry_error": statistics.symmetry_error(blocks),
+                "symmetry_error": symmetry_error,
                 "check": documents.block_check_facts(plan.certificate, blocks),
                 "notes": list(plan.opened.listener.notes),
             }
@@ -174,7 +177,7 @@ class Run:
         every = []
         for block in self.plan.blocks:
             facts = dict(finished[block.name])  # the journal's own is not on the disk yet
-            if facts.pop("zero") and unused.issuperset(block.parameters):
+            if not facts["norm"] and unused.issuperset(block.parameters):
                 facts["unused"] = True
                 self.plan.opened.listener.note(
                     f"{block.name}: unused, detached or under torch.no_grad, so its block is zero"

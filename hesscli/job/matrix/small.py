@@ -66,7 +66,7 @@ class Group:
         found = []
         for facts, array in compute_blocks(self.plan, self.blocks):
             background.run(writer.write, facts["name"], array)
-            found.append(facts | {"zero": not array.any()})
+            found.append(facts | {"norm": statistics.known_norm(facts, array)})
             self.progress(facts["size"], facts["name"])
 
         def note() -> None:
