@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -379,8 +380,9 @@ def test_vectors_for_which_there_is_no_memory(cli, monkeypatch):
     monkeypatch.setattr(operator, "free_memory", lambda device: 4 * 30 * 1210)
     ran = cli("eigen", *MLP, "--top", 10)
     assert "--top 10 holds 38 vectors of 1210 numbers, 184 kB; 145 kB" in ran.fails(6)
-    assert ran.hint.endswith("--top 1")
-    assert cli("eigen", *MLP, "--top", 2).code == 0
+    assert ran.hint.endswith("--top 7")
+    assert cli(*shlex.split(ran.hint)[1:]).code == 0
+    assert cli("eigen", *MLP, "--top", 8).code == 6
     ran = cli("density", *MLP, "--probes", 1, "--steps", 40)
     assert "--steps 40 holds 44 vectors of 1210 numbers, 213 kB" in ran.fails(6)
     assert cli("density", *MLP, "--probes", 1, *ran.hint.split()[-2:]).code == 0
@@ -389,11 +391,36 @@ def test_vectors_for_which_there_is_no_memory(cli, monkeypatch):
     assert cli("density", *MLP, "--steps", 20, *ran.hint.split()[-2:]).code == 0
     ran = cli("trace", *MLP, "--method", "hvp")
     assert "the estimate holds 40 vectors" in ran.fails(6)
+    assert ran.hint.endswith("--params fc2.weight")
+    assert cli(*shlex.split(ran.hint)[1:]).code == 0
     monkeypatch.setattr(operator, "free_memory", lambda device: 5 * 8 * 1210**2)
     for command, *words in (("eigen", "--top", 404), ("density", "--probes", 16)):
         ran = cli(command, *MLP, *words)  # in float64, and LAPACK's work beside it
         assert "the whole matrix holds 7260 vectors of 1210 numbers, 70.3 MB" in ran.fails(6)
     assert ran.hint.endswith("--probes 15")
+    # A search holds three vectors for each eigenvalue, and eight.
+    monkeypatch.setattr(operator, "free_memory", lambda device: 4 * 40 * 1210)
+    ran = cli("eigen", *MLP, "--top", 404)
+    assert "the whole matrix" in ran.fails(6)
+    assert ran.hint.endswith("--top 10")
+
+
+@pytest.mark.parametrize(("vectors", "limit"), [(12 * 1210, 310), (12 * 1210 - 1, 1520)])
+def test_a_search_gives_way_to_a_matrix_only_where_there_is_memory(
+    cli, monkeypatch, vectors, limit
+):
+    from hesscli.job import model_eigen, operator
+
+    given = []
+
+    def noted(operator, options, max_products):
+        given.append(max_products)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model_eigen, "_lanczos", noted)
+    monkeypatch.setattr(operator, "free_memory", lambda device: 4 * vectors * 1210)
+    assert cli("eigen", *MLP, "--top", 2, "--max-products", 1520).code == 130
+    assert given == [limit]
 
 
 def test_a_file_of_all_blocks_for_which_there_is_no_memory(cli, monkeypatch):
@@ -402,6 +429,8 @@ def test_a_file_of_all_blocks_for_which_there_is_no_memory(cli, monkeypatch):
     monkeypatch.setattr(operator, "free_memory", lambda device: 7 * 8 * 1210)
     ran = cli("eigen", *MLP, "--per-block", "--samples", 20, "-o", "e.safetensors")
     assert "the file holds 8 vectors of 1210 numbers, 77.4 kB" in ran.fails(6)
+    assert ran.hint.endswith("--params fc1.weight")
+    assert cli(*shlex.split(ran.hint)[1:]).code == 0
 
 
 @pytest.mark.parametrize(

@@ -225,3 +225,17 @@ def test_rows_of_a_chunk_take_no_more_than_activations_may(
     passes = choose_passes(saved, largest, size, 4, memory, ChunkSizes(), graphs=2)
     assert (passes.rows, passes.graphs, passes.cuts) == (rows, graphs, cuts)
     assert passes.bytes == 4 * (graphs + rows) * saved
+
+
+def test_bands_leave_room_for_the_check(cli, tmp_path):
+    """At any limit that holds a row at a time, what is needed is no more."""
+    net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    torch.jit.script(net).save("m.pt")
+    np.savez("d.npz", x=np.ones((4, 64), "f4"), y=np.ones(4, "i8"))
+    words = ("compute", "m.pt", "d.npz", "-b", "full")
+    ran = cli(*words, "--memory", "200MB")
+    assert "of memory" in ran.fails(6)
+    assert cli(*shlex.split(ran.hint)[1:]).code == 0
+    for limit in (271, 280, 300):
+        plan = cli(*words, "--memory", f"{limit}MB", "--dry-run", "--json").document
+        assert plan["total"]["memory"] <= limit * 1e6

@@ -88,13 +88,16 @@ def _of_model(
 
     operator = open_operator(problem, listener, processes)
     if operator.size <= max(DENSE, min(options.probes * options.steps, _LARGEST)):
-        fewer = f"--probes {max(1, (operator.size - 1) // options.steps)}"
-        operator.needs(HELD * operator.size, "the whole matrix", fewer, torch.float64)
+        probes = (operator.size - 1) // options.steps if operator.size > DENSE else 0
+        fewer = f"--probes {probes}" if probes else None
+        operator.needs(HELD * operator.size, "the whole matrix", lambda _: fewer, torch.float64)
         with operator.finite():
             found = exact(dense(operator.products.matrix_rows, operator.size, listener.progress)[0])
     else:
         steps = min(options.steps, operator.size)
-        operator.needs(steps + 4, f"--steps {steps}", f"--steps {max(1, steps // 2)}")
+        operator.needs(
+            steps + 4, f"--steps {steps}", lambda room: f"--steps {room - 4}" if room > 4 else None
+        )
         with operator.finite():
             found = lanczos_quadrature(
                 operator.products,

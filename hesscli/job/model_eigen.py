@@ -22,6 +22,8 @@ from hesscli.spectrum.dense import DENSE, HELD, dense
 from hesscli.spectrum.eigen import LAPACK_LIMIT, WHICH, allowed
 from hesscli.spectrum.lanczos import Found, Lanczos
 
+_BESIDE = 8  # vectors that a search holds, besides three for each eigenvalue
+
 
 def model_eigen(
     problem: ProblemOptions,
@@ -97,6 +99,7 @@ def _search(operator: Operator, options: EigenOptions) -> Found:
         found = _dense(operator, options)
     else:
         affordable = size <= LAPACK_LIMIT and most - size >= size // 4
+        affordable = affordable and operator.room(torch.float64) >= HELD * size
         limit = min(size, most - size) if affordable else most
         found = _lanczos(operator, options, limit)
         if affordable and found.spent and not found.interrupted:
@@ -107,7 +110,14 @@ def _search(operator: Operator, options: EigenOptions) -> Found:
 def _dense(operator: Operator, options: EigenOptions) -> Found:
     """Those of the whole matrix."""
     size = operator.size
-    fewer = f"--top {max(1, size // 4)}"
+
+    def fewer(room: int) -> str | None:
+        """Of so few no matrix is made."""
+        top = min(
+            (size - 1) // 3, _top(room * torch.float64.itemsize // operator.problem.dtype.itemsize)
+        )
+        return f"--top {top}" if size > DENSE and top > 0 else None
+
     operator.needs(HELD * size, "the whole matrix", fewer, torch.float64)
     try:
         values, columns, errors = dense(
@@ -124,8 +134,14 @@ def _dense(operator: Operator, options: EigenOptions) -> Found:
     return Found(values[best], vectors, errors, converged, size)
 
 
+def _top(room: int) -> int:
+    """How many eigenvalues are sought with so many vectors."""
+    return (room - _BESIDE) // 3
+
+
 def _lanczos(operator: Operator, options: EigenOptions, max_products: int) -> Found:
-    operator.needs(3 * options.top + 8, f"--top {options.top}", "--top 1")
+    vectors, what = 3 * options.top + _BESIDE, f"--top {options.top}"
+    operator.needs(vectors, what, lambda room: f"--top {top}" if (top := _top(room)) > 0 else None)
     release_memory()  # of the check
     lanczos = Lanczos(
         operator.products,
@@ -173,7 +189,7 @@ def _per_block(operator: Operator, options: EigenOptions) -> tuple[Found, list[s
     operator.let_go()
     if options.output is not None:
         vectors = 2 * len(operator.products.names)
-        operator.needs(vectors, "the file", "--params GLOB", torch.float64)
+        operator.needs(vectors, "the file", dtype=torch.float64)
     for name, length in zip(operator.products.names, operator.products.sizes, strict=True):
         if not length:
             continue

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import math
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -113,21 +115,40 @@ class Operator:
         self.products = LinearMap(self.problem)
         self.products.count = count
 
+    def room(self, dtype: torch.dtype | None = None) -> int:
+        """How many vectors fit into the memory that is free, of this dtype or the problem's."""
+        itemsize = (dtype or self.problem.dtype).itemsize
+        return free_memory(self.problem.device) // (self.size * itemsize)
+
     def needs(
-        self, vectors: int, what: str, smaller: str, dtype: torch.dtype | None = None
+        self,
+        vectors: int,
+        what: str,
+        fewer: Callable[[int], str | None] = lambda room: None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Refuses to hold more vectors than fit, of this dtype or the problem's.
 
+        Args:
+            vectors: how many.
+            what: holds them.
+            fewer: the option with which they are no more than so many, if there is one.
+            dtype: of theirs.
+
         Raises:
-            ResourceError: with the option that makes it fewer.
+            ResourceError: with that option, or the largest parameter that is small enough.
         """
-        needed = vectors * self.size * (dtype or self.problem.dtype).itemsize
-        free = free_memory(self.problem.device)
-        if needed > free:
+        room, itemsize = self.room(dtype), (dtype or self.problem.dtype).itemsize
+        if vectors > room:
+            lengths = zip(self.products.sizes, self.products.names, strict=True)
+            fitting = [pair for pair in lengths if 0 < vectors * pair[0] <= room * self.size]
+            _, name = max(fitting, default=(0, None))
+            own = name and f"--params {shlex.quote(glob.escape(name))}"
             raise ResourceError(
-                f"{what} holds {vectors} vectors of {self.size} numbers, {size(needed)}; "
-                f"{size(free)} of memory is free",
-                smaller,
+                f"{what} holds {vectors} vectors of {self.size} numbers, "
+                f"{size(vectors * self.size * itemsize)}; "
+                f"{size(free_memory(self.problem.device))} of memory is free",
+                fewer(room) or own,
             )
 
 

@@ -136,7 +136,7 @@ def _exact(plan: Plan, operator: Operator) -> Estimate:
 
 
 def _estimated(operator: Operator, relative_error: float, max_products: int) -> Estimate:
-    operator.needs(40, "the estimate", "--params GLOB")
+    operator.needs(40, "the estimate")
     with operator.finite():
         return estimate(
             lambda v: finite(operator.products(v)),

@@ -73,10 +73,10 @@ class Memory:
         """The device with room for what later rows of a block need, the problem's rather than the host."""
         device = self.plan.problem.device
         # A GPU's memory is taken at once, the host's as it is written to.
-        whole = (block.size**2 // 2 + _beside(block)) * self.itemsize
+        whole = (block.size**2 // 2 + _under_way(block)) * self.itemsize
         if device.type == "cuda" and whole <= _SHARE * free_memory(device):
             return device
-        needed = self.process + self.kept_beside(block) + _held(block) * self.itemsize
+        needed = self.process + self._kept_and_checked(block) + _held(block) * self.itemsize
         return torch.device("cpu") if needed <= self.limit else None
 
     def kept_beside(self, block: Block) -> int:
@@ -85,6 +85,12 @@ class Memory:
         alone = sum(choice.reached.values())
         reached = alone if block in self.plan.large else self._reached[choice.route]
         return self.on_host * (choice.held + reached) * self.itemsize
+
+    def _kept_and_checked(self, block: Block) -> int:
+        """The same, and what the check of it takes."""
+        return (
+            self.kept_beside(block) + self.on_host * self.plan.options.check * _ALONG * block.size
+        )
 
     @cached_property
     def _reached(self) -> dict[Route, int]:
@@ -97,7 +103,7 @@ class Memory:
     def band(self, block: Block) -> int:
         """How many numbers of a large block are computed at once."""
         # One is computed, one is written, and parts of it are turned.
-        room = (self.limit - self.process - self.kept_beside(block)) // (3 * self.itemsize)
+        room = (self.limit - self.process - self._kept_and_checked(block)) // (3 * self.itemsize)
         return max(block.size, min(_band(block), room))
 
     def needed(self) -> int:
@@ -107,11 +113,7 @@ class Memory:
             device = self._with_room(block)
             if device is None or device.type == "cpu":
                 held[block] = _held(block) if device else 3 * self.band(block)
-        along = _ALONG * self.plan.options.check * self.on_host
-        taken = (
-            n * self.itemsize + self.kept_beside(block) + along * block.size
-            for block, n in held.items()
-        )
+        taken = (n * self.itemsize + self._kept_and_checked(block) for block, n in held.items())
         return max(taken, default=0) + self.process
 
 
@@ -125,11 +127,11 @@ def _band(block: Block) -> int:
     return LONG_BAND if block.size > LONG else max(BAND, block.size**2 // 64)
 
 
-def _beside(block: Block) -> int:
+def _under_way(block: Block) -> int:
     """Numbers in the band that is computed, the one that is written, and in what is done of both at a time."""
     return 2 * _band(block) + _ROWS
 
 
 def _held(block: Block) -> int:
     """Numbers that the host holds of a block: what later rows need, a quarter of it at most, and the bands."""
-    return block.size**2 // 4 + _beside(block)
+    return block.size**2 // 4 + _under_way(block)
