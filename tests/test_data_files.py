@@ -1,9 +1,12 @@
 """Data files: what is read, what is inferred and said, and what is refused."""
 
 import errno
+import gzip
 import os
+import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -709,3 +712,17 @@ def test_flipped_bits(tmp_path, form, rows):
     content[content.index(np.full(3, 1.5).tobytes(), member.header_offset)] ^= 1
     path.write_bytes(content)
     assert refused(FileError, path).message.endswith(f"{end} is not what was written")
+
+
+def test_a_table_that_is_compressed_or_in_utf_16(cli, tmp_path):
+    """The hint makes one that is read; a path with a blank is quoted."""
+    torch.jit.script(torch.nn.Linear(2, 1)).save("m.pt")
+    text = "a,b,y\n1,2,3.5\n4,5,6\n"
+    Path("my t.csv.gz").write_bytes(gzip.compress(text.encode()))
+    Path("u.csv").write_bytes(text.encode("utf-16"))
+    for name, made in (("my t.csv.gz", "my t.csv"), ("u.csv", "u-utf8.csv")):
+        ran = cli("compute", "m.pt", name)
+        assert ran.code == 3
+        subprocess.run(ran.hint, shell=True, check=True)
+        assert Path(made).read_text().lstrip("\ufeff") == text
+        assert cli("compute", "m.pt", made, "--targets", "y").code == 0

@@ -1010,3 +1010,8 @@ def test_a_bias_of_many_samples_keeps_its_digits():
     options = {"loss": "mse", "method": "gauss-newton", "params": "2.bias", "check": False}
     found = hesscli.compute(net, (x, y), **options)
     np.testing.assert_allclose(found.block("2.bias"), 2, rtol=1e-5)
+
+
+def test_a_factor_is_a_number():
+    with pytest.raises(hesscli.HesscliError, match="expected: a dict of numbers"):
+        hesscli.compute(nn.Linear(3, 1).double(), (X, X[:, :1]), scale={"x": True})

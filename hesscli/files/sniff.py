@@ -32,6 +32,7 @@ class Kind(Enum):
     ONNX = "an ONNX model"
     GGUF = "a GGUF model"
     GZIP = "a gzip file"
+    UTF16 = "a text file in UTF-16"
     HTML = "an HTML page"
     LFS_POINTER = "a Git LFS pointer, not the file itself"
     PARQUET = "a Parquet file"
@@ -130,6 +131,8 @@ def _kind_of_content(file: BinaryIO) -> Kind:
         b"ARROW1": Kind.ARROW,
         b"\xff\xff\xff\xff": Kind.ARROW,  # a stream
         b"\x1f\x8b": Kind.GZIP,
+        b"\xff\xfe": Kind.UTF16,
+        b"\xfe\xff": Kind.UTF16,
         **{bytes((0x80, protocol)): Kind.PICKLE for protocol in (2, 3, 4, 5)},
     }
     for signature, kind in signatures.items():

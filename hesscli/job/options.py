@@ -64,7 +64,10 @@ def _names(option: str, given: object) -> tuple[str, ...]:
 
 def _are_factors(value: object) -> bool:
     factors = value.values() if isinstance(value, Mapping) else [None]
-    return all(isinstance(factor, Real) and math.isfinite(factor) for factor in factors)
+    return all(
+        not isinstance(factor, bool) and isinstance(factor, Real) and math.isfinite(factor)
+        for factor in factors
+    )
 
 
 def _is_shard(value: object) -> bool:
