@@ -12,7 +12,7 @@ from hesscli.hessian.curvatures import HESSIAN
 from hesscli.hessian.objective.batch import doubled
 from hesscli.hessian.operator import Products
 from hesscli.hessian.routes.base import ByRows, Choice, seconds_of
-from hesscli.hessian.words import FINITE_DIFFERENCE
+from hesscli.hessian.words import FINITE_DIFFERENCE, HVP
 from hesscli.job.matrix.planning import Plan
 
 SOON = 1.0
@@ -29,7 +29,9 @@ def settle(plan: Plan) -> None:
     last = [ranked[-1] for ranked in plan.choices.values()]
     possible = all(choice.method == FINITE_DIFFERENCE for choice in last)
     possible = possible and plan.options.method == "auto" and plan.options.check
-    if possible and seconds_of(last, plan.rates) >= SOON and not _is_right(plan):
+    # Other routes are fast, and need operators that are known.
+    slow = any(choice.method == HVP for choice in plan.first_choices(plan.blocks))
+    if possible and slow and seconds_of(last, plan.rates) >= SOON and not _is_right(plan):
         plan.replan({block.name: _settled(plan, block) for block in plan.blocks})
 
 
