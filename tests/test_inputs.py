@@ -442,3 +442,30 @@ def test_inputs_that_are_missing_behind_a_weight(job):
     with pytest.raises(hesscli.HesscliError, match="gradient's norm is nan") as refused:
         job(Imputing(first=False).double(), (x, Y))
     assert refused.value.hint.endswith("before it meets a weight: x.nan_to_num(0)")
+
+
+class AnyNumber(nn.Module):
+    """Returns its loss, and does not say what it takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+
+    def forward(self, *x: Tensor) -> Tensor:
+        return (torch.tanh(self.a(x[0])) - x[1]) ** 2
+
+
+def test_a_model_that_takes_any_number_of_inputs_may_be_given_the_targets(tmp_path, cli):
+    (tmp_path / "nets.py").write_text("from test_inputs import AnyNumber\n")
+    torch.manual_seed(0)
+    model = AnyNumber().double()
+    torch.save(model.state_dict(), "net.pt")
+    np.savez("data.npz", x=X, y=Y)
+    words = ("compute", "net.pt", "data.npz", "--arch", "nets.py:AnyNumber", "-l", "output")
+    ran = cli(*words, "-b", "full")
+    given = "--inputs x --inputs y"
+    assert f"the model takes any number of inputs: {given} gives it the targets too" in ran.notes
+    assert "does not accept the inputs float64 [12, 3]" in ran.fails(4)
+    assert cli(*words, "-b", "full", *given.split()).code == 0
+    truth = hessian(model, lambda out, y: out.mean(), (X, Y), Y)
+    assert relative_error(read("hessian.safetensors")[1]["hessian"], truth) < 1e-9

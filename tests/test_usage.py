@@ -140,7 +140,7 @@ def test_a_hint_of_two_options_takes_the_place_of_both(cli, tmp_path):
     np.savez(tmp_path / "unnamed.npz", a=np.ones((4, 3)), b=np.ones((4, 2)), c=np.ones((4, 2)))
     ran = cli("compute", "net.pt", "unnamed.npz", "--targets", "b", "--seed", "1")
     ran.fails(2)
-    assert ran.hint == "hesscli compute net.pt unnamed.npz --seed 1 --inputs KEY --targets KEY"
+    assert ran.hint == "hesscli compute net.pt unnamed.npz --seed 1 --inputs a --targets b"
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,7 @@ def test_what_does_not_read_standard_input(net, cli, words):
         ("trace net.pt d.npz -p 0", "trace net.pt d.npz --params '0.*'"),
         ("trace net.pt d.npz -p 0 -p 1 -p '!*s'", "trace net.pt d.npz --params '0.*' --params '1.*' --params '!*s'"),
         ("trace weights.pt d.npz", "trace weights.pt d.npz --arch mypkg.nets:make_mlp"),
-        ("hvp net.pt two.npz --vector random", "hvp net.pt two.npz --vector random --inputs KEY --targets KEY"),
+        ("hvp net.pt two.npz --vector random", "hvp net.pt two.npz --vector random --inputs a --targets c"),
         ("trace d.npz net.pt", "the model comes first: hesscli trace MODEL DATA"),
         ("compute net.pt d.npz -o /dev/stdout", "compute net.pt d.npz -o -"),
         ("eigen net.pt", "compute net.pt data.npz"),

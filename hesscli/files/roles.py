@@ -23,6 +23,9 @@ def is_other_file(name: str) -> bool:
     return name.endswith(".npy") and os.path.exists(name)
 
 
+_KEYS = "--inputs KEY --targets KEY"
+
+
 class Roles:
     """Which arrays are inputs and targets.
 
@@ -81,7 +84,7 @@ class Roles:
         self.files += other.files
         if not other.numbers:
             why = next((each.why for each in other.skipped.values()), "holds no arrays")
-            raise self._unclear(f"{name}: {why}")
+            raise self._unclear(f"{name}: {why}", _KEYS)
         file = os.path.basename(name)
         file = name if file in self.arrays else file
         self.arrays[file] = next(iter(other.numbers.values()))
@@ -199,13 +202,24 @@ class Roles:
 
     def _likely(self, option: str) -> str:
         """The name of an array that may be the targets, or the inputs."""
-        known, others, names = TARGET_NAMES, _INPUT_NAMES, list(self.arrays)[::-1]
+        taken = (self.targets, *self.inputs, *self.others)
+        known, others = TARGET_NAMES, _INPUT_NAMES
+        names = [name for name in self.arrays if name not in taken][::-1]
         if option == "--inputs":
             known, others, names = others, known, names[::-1]
         free = [name for name in names if name not in others]
         return shlex.quote(([name for name in names if name in known] or free or ["KEY"])[0])
 
-    def _unclear(self, problem: str, hint: str = "--inputs KEY --targets KEY") -> UsageError:
+    def _likely_roles(self) -> str:
+        """The options that name what may be meant."""
+        inputs = [*map(shlex.quote, self.inputs)] or [self._likely("--inputs")]
+        targets = shlex.quote(self.targets) if self.targets else self._likely("--targets")
+        if "KEY" in inputs or targets in ("KEY", *inputs):
+            return _KEYS
+        return " ".join([*(f"--inputs {name}" for name in inputs), f"--targets {targets}"])
+
+    def _unclear(self, problem: str, hint: str | None = None) -> UsageError:
+        hint = hint or self._likely_roles()
         found = ", ".join(f"{name} ({describe(array)})" for name, array in self.arrays.items())
         said = [problem, f"it holds {found}", *self.skipped]
         return UsageError(f"{self.path}: {'; '.join(said)}", hint)

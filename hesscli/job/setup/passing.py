@@ -43,6 +43,9 @@ def model_inputs(
                 known[name] = data.targets[1]
                 listed = ", ".join(names)
                 note(f"the model returns the loss and takes the targets too: inputs are {listed}")
+            elif model.signature.most is None:
+                both = " ".join(f"--inputs {shlex.quote(each)}" for each in (*names, target))
+                note(f"the model takes any number of inputs: {both} gives it the targets too")
         if loss.name == "output" and options.targets and target not in names:
             note("--targets has no effect: the model returns its loss and takes no targets")
     if in_one_dict(model.signature, names):
