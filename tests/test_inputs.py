@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections import OrderedDict
+from typing import List  # noqa: UP035
 
 import numpy as np
 import pytest
@@ -323,26 +325,63 @@ class OfDict(Net):
         return self.b(torch.tanh(self.a(batch["x"])) * batch["z"])
 
 
+class Ordered(Net):
+    def forward(self, batch):
+        return super().forward(batch["x"], batch["z"])
+
+
+Ordered.forward.__annotations__["batch"] = OrderedDict[str, Tensor]  # no text, as elsewhere here
+
+
 class Untold(Net):
     def forward(self, batch, scale=1.0):
         return scale * super().forward(batch["x"], batch["z"])
 
 
+class OfTuple(Net):
+    """Takes all its inputs in one tuple, as operator networks do."""
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        z, x = batch
+        return self.b(torch.tanh(self.a(x)) * z)
+
+
+class OfList(Net):
+    def forward(self, batch: List[Tensor]) -> Tensor:  # noqa: UP006 - as many have it
+        return self.b(torch.tanh(self.a(batch[1])) * batch[0])
+
+
+class Unpacked(Net):
+    def forward(self, batch):
+        z, x = batch
+        return super().forward(x, z)
+
+
 @pytest.mark.parametrize(
-    ("net", "kind"), [(OfDict, "memory"), (OfDict, "script"), (Untold, "memory")]
+    ("net", "container", "kind"),
+    [
+        (OfDict, dict, "memory"),
+        (OfDict, dict, "script"),
+        (Ordered, dict, "memory"),
+        (Untold, dict, "memory"),
+        (OfTuple, tuple, "memory"),
+        (OfTuple, tuple, "script"),
+        (OfList, list, "memory"),
+        (OfList, list, "script"),
+        (Unpacked, tuple, "memory"),
+    ],
 )
 @pytest.mark.parametrize("blocks", ["full", "diag"])
-def test_inputs_in_one_dict(net, kind, blocks, tmp_path):
+def test_inputs_in_one(net, container, kind, blocks, tmp_path):
     model = net().double()
-    expected = hessian(
-        model, nn.functional.mse_loss, ({"x": X, "z": Z},), Y, ["b.weight", "b.bias"]
-    )
+    given = {"z": Z, "x": X} if container is dict else container([Z, X])
+    expected = hessian(model, nn.functional.mse_loss, (given,), Y, ["b.weight", "b.bias"])
     if kind == "script":
         torch.jit.script(model).save(tmp_path / "net.pt")
         model = tmp_path / "net.pt"
     options = {"inputs": ("z", "x"), "params": ("b.*",), "batch_size": 5, "framework": "torch"}
     found = hesscli.compute(model, {"x": X, "z": Z, "y": Y}, blocks=blocks, **options)
-    assert "inputs are passed in one dict: z, x" in found.metadata["notes"]
+    assert f"inputs are passed in one {container.__name__}: z, x" in found.metadata["notes"]
     if blocks == "diag":
         assert [block["method"] for block in found.metadata["blocks"]] == ["gauss-newton"] * 2
         expected = torch.block_diag(expected[:8, :8], expected[8:, 8:])

@@ -8,7 +8,7 @@ from inspect import Parameter, signature
 from typing import get_origin
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
@@ -21,7 +21,7 @@ class CallSignature:
     names: tuple[str, ...] = ()  # of all that have one
     keywords: tuple[str, ...] = ()  # of those that it takes by name only
     optional: tuple[str, ...] = ()  # of those that it can do without
-    mapping: bool | None = False  # whether the first is a dict of tensors; None: it does not say
+    first: type | None = Tensor  # that, or a dict, tuple or list of them; None: it does not say
     any_name: bool = False  # whether it takes them by whatever names, and none by position
 
     @property
@@ -40,7 +40,7 @@ def signature_of(module: nn.Module) -> CallSignature:
             tuple(a.name for a in arguments),
             keywords,
             tuple(a.name for a in arguments if a.has_default_value()),
-            arguments[0].type.annotation_str == "Dict[str, Tensor]" if arguments else False,
+            _kind(arguments[0].type.annotation_str) if arguments else Tensor,
         )
     try:
         parameters = list(signature(module.forward).parameters.values())
@@ -55,16 +55,21 @@ def signature_of(module: nn.Module) -> CallSignature:
         tuple(p.name for p in parameters if p.kind in BY_NAME),
         tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
         tuple(p.name for p in parameters if p.default is not Parameter.empty),
-        bool(parameters) and not of_pytorch and _is_mapping(parameters[0].annotation),
+        Tensor if of_pytorch or not parameters else _kind(parameters[0].annotation),
         [p.kind for p in parameters] == [Parameter.VAR_KEYWORD],
     )
 
 
-def _is_mapping(annotation: object) -> bool | None:
-    """Whether an annotation, or its text, is of a dict; None where there is none."""
+_KINDS = {"Dict": dict, "Mapping": dict, "Tuple": tuple, "List": list, "Sequence": list}
+"""What an annotation is called, capitalised -> what is meant."""
+
+
+def _kind(annotation: object) -> type | None:
+    """What an annotation, or its text, stands for."""
     if annotation is Parameter.empty:
         return None
-    if isinstance(annotation, str):
-        return annotation.split("[")[0].rpartition(".")[2] in ("dict", "Dict", "Mapping")
     kind = get_origin(annotation) or annotation
-    return isinstance(kind, type) and issubclass(kind, Mapping)
+    if isinstance(kind, type) and issubclass(kind, Mapping):
+        return dict
+    text = kind if isinstance(kind, str) else str(getattr(kind, "__name__", ""))
+    return _KINDS.get(text.split("[")[0].rpartition(".")[2].capitalize(), Tensor)

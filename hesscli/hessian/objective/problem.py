@@ -42,7 +42,7 @@ class Problem:
         loss: what is differentiated.
         denominator: see above; `measure` finds it.
         output_key: which entry of a dict or tuple that the module returns is its output.
-        takes_dict: the module takes the inputs that are named in one dict.
+        container: dict, tuple or list, if the module takes all of its inputs, which are named, in one.
         writes_inputs: the module writes into its inputs, so every pass has copies of them.
         written: those of the parameters that it writes to.
         protected: it cannot write to them: see `weight_writes.py`.
@@ -57,7 +57,7 @@ class Problem:
     loss: Loss
     denominator: float = 1.0
     output_key: str | None = None
-    takes_dict: bool = False
+    container: type | None = None
     writes_inputs: bool = False
     written: tuple[str, ...] = ()
     protected: bool = False
@@ -114,8 +114,8 @@ class Problem:
             inputs = [x.clone() for x in batch.inputs] if self.writes_inputs else batch.inputs
             place = len(inputs) - len(batch.keywords)
             named = dict(zip(batch.keywords, inputs[place:], strict=True))
-            if self.takes_dict:
-                return self.module(named)
+            if self.container is not None:
+                return self.module(self.container(named if self.container is dict else inputs))
             return self.module(*inputs[:place], **named)
 
     def _protecting(self) -> AbstractContextManager[object]:

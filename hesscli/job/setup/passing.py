@@ -48,8 +48,7 @@ def model_inputs(
                 note(f"the model takes any number of inputs: {both} gives it the targets too")
         if loss.name == "output" and options.targets and target not in names:
             note("--targets has no effect: the model returns its loss and takes no targets")
-    if in_one_dict(model.signature, names):
-        note(f"inputs are passed in one dict: {', '.join(names)}")
+    if containers(model.signature, names):
         return {name: known[name] for name in names}, tuple(names)
     if model.form != "exported":
         _demand_all(options, model.signature, names, data)
@@ -57,13 +56,27 @@ def model_inputs(
     return {name: known[name] for name in names}, keywords
 
 
-def in_one_dict(signature: CallSignature, names: Collection[str]) -> bool:
-    """Whether a model takes inputs of these names in a dict: it says so, or takes one alone and does not say what."""
-    if set(names) <= set(signature.names):
-        return False
+def containers(signature: CallSignature, names: Collection[str]) -> list[type]:
+    """What a model may take inputs of these names in, all at once: it says so, or takes one alone and does not say."""
     required = [name for name in signature.names if name not in signature.optional]
-    alone = signature.mapping is None and len(required) == 1 < len(names)
-    return bool(signature.mapping) or (alone and not signature.keywords)
+    alone = len(required) == 1 and not signature.keywords
+    if set(names) <= set(signature.names) or signature.first is Tensor:
+        return []
+    if signature.first is not None:
+        return [signature.first] if alone or signature.first is dict else []
+    return [dict, tuple] if alone and len(names) > 1 else []
+
+
+def in_one(problem: Problem, source: Source, kinds: Sequence[type], note: Note) -> Problem:
+    """The problem with all inputs in the first of these containers that the model accepts, if there are any."""
+    if not kinds:
+        return problem
+    tried = [replace(problem, container=kind) for kind in kinds]
+    accepted = (each for each in tried if len(tried) == 1 or _is_accepted(each, source))
+    found = next(accepted, tried[0])  # which is refused where all of it is passed
+    kind = getattr(found.container, "__name__", "")
+    note(f"inputs are passed in one {kind}: {', '.join(source.inputs)}")
+    return found
 
 
 def _demand_all(
