@@ -13,13 +13,14 @@ memory.BAND = memory.LONG_BAND = 900
 planning.LARGE, unfinished.INTERVAL = 8, 0.0
 whole = large.LargeBlock._band
 def band(*arguments):
+    print("band from", arguments[2], file=sys.stderr, flush=True)
     time.sleep(0.15)
     return whole(*arguments)
 large.LargeBlock._band = band
 from hesscli.cli import main
 main()
 """
-"""The command line with the bands of `small_bands`, each of which takes its time."""
+"""The command line with the bands of `small_bands`, each of which takes its time, and is said on stderr."""
 
 MULTIPLYING = """
 import sys

@@ -6,6 +6,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -404,11 +405,29 @@ def test_resume_gives_the_same_bytes(cli, net, small_bands, monkeypatch, mode, b
     computed = []
     whole = large.LargeBlock._band
     monkeypatch.setattr(large.LargeBlock, "_band", lambda *a: computed.append(a[2:4]) or whole(*a))
-    resumed = cli(*shlex.split(again.hint)[1:])
+    more = ["--force"] if bands == 3 else []  # of what can be continued nothing is thrown away
+    resumed = cli(*shlex.split(again.hint)[1:], *more)
     assert resumed.code == 0, resumed.stderr
     assert Path("h.safetensors").read_bytes() == undisturbed
     assert min(start for start, _ in computed) > 0  # the first band was there
     assert not list(Path().glob(".*"))
+
+
+def test_an_interruption_before_anything_is_finished_leaves_nothing(
+    cli, net, small_bands, monkeypatch
+):
+    interrupt_after(monkeypatch, 0, KeyboardInterrupt())
+    ran = cli("compute", *net, *COMMAND)
+    assert ran.code == 130
+    assert "kept" not in ran.stderr
+    assert not list(Path().glob(".*"))
+
+
+def test_what_a_shard_has_finished_is_not_thrown_away(cli, net, small_bands):
+    assert cli("compute", *net, *COMMAND, "--shard", "2/2").code == 0
+    before = {path: path.read_bytes() for path in Path().glob(".*")}
+    assert "an interrupted run left" in cli("compute", *net, *COMMAND).fails(2)
+    assert {path: path.read_bytes() for path in Path().glob(".*")} == before
 
 
 ONCE = """
@@ -998,6 +1017,8 @@ def test_two_ranks_write_the_bytes_of_one(cli, warm, net, small_bands, tmp_path)
     assert process.returncode == 0, said.decode()
     assert result.read_bytes() == undisturbed
     assert printed.count(b"hessian  full") == 1  # one of them prints
+    bands = re.findall(rb"band from \d+", said)
+    assert len(bands) == len({*bands}) > 2  # no band is computed twice
     assert printed.decode().splitlines()[-1] == alone.stdout.splitlines()[-1]
     assert not list(tmp_path.glob(".*"))
 
@@ -1027,5 +1048,7 @@ def test_a_rank_that_dies_ends_the_job_and_others_go_on(cli, warm, net, small_ba
     process = torchrun(warm, 3, tmp_path, SLOW, *words, "--resume")
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said.decode()
+    bands = re.findall(rb"band from \d+", said)
+    assert len(bands) == len({*bands}) > 0
     assert result.read_bytes() == undisturbed
     assert not list(tmp_path.glob(".*"))
