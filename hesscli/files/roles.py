@@ -15,15 +15,13 @@ from hesscli.texts import listed
 
 _INPUT_NAMES: tuple[str, ...] = ("x", "X", "input", "inputs", "data", "images", "features")
 _INDEX = ("", "Unnamed: 0", "__index_level_0__")  # what the index is called in tables of pandas
+_KEYS = "--inputs KEY --targets KEY"
 TARGET_NAMES: tuple[str, ...] = ("y", "Y", "target", "targets", "label", "labels")
 
 
 def is_other_file(name: str) -> bool:
     """Whether the name of inputs or targets is the path of a file beside the data, unless an array is called so."""
     return name.endswith(".npy") and os.path.exists(name)
-
-
-_KEYS = "--inputs KEY --targets KEY"
 
 
 class Roles:

@@ -16,7 +16,7 @@ from hesscli.job.matrix.journal import read_journal
 from hesscli.job.matrix.planning import Plan
 from hesscli.job.matrix.room import require_room
 from hesscli.job.matrix.run import Run
-from hesscli.job.matrix.settling import settle
+from hesscli.job.matrix.wrong_routes import leave_out_wrong_routes
 from hesscli.job.options import ComputeOptions, Listener, options_of
 from hesscli.job.results import demand_names, writable, written
 from hesscli.job.setup.opening import open_problem
@@ -48,7 +48,7 @@ def compute(
     with Team(alone) as team:
         plan = _planned(options, listener, team)
         require_room(plan)
-        settle(plan)
+        leave_out_wrong_routes(plan)
         document = Run(plan, team, stdout=stdout).run()
     if options.shard is not None:
         del document["blocks"]  # no numbers of theirs are known
@@ -62,7 +62,7 @@ def dry_run(options: ComputeOptions, listener: Listener) -> Document:
     started = time.perf_counter()
     with Team() as team:
         plan = _planned(options, listener, team)
-        settle(plan)
+        leave_out_wrong_routes(plan)
         document = forecast(plan)
     output_name = "-" if options.output is None else str(options.output)
     return document | {"seconds": time.perf_counter() - started, "output": output_name}
@@ -108,7 +108,7 @@ def merge(output: Path, listener: Listener) -> Document:
     options = options_of(command, output)
     writable(output, True, options.files, resumable=True)
     plan = Plan(options, open_problem(options, listener), divided=True)
-    settle(plan)
+    leave_out_wrong_routes(plan)
     document = Run(plan, Team(alone=True), merging=True).run()
     seconds = time.perf_counter() - started
     return document | {"seconds": seconds, "output": str(written(output)[0])}

@@ -12,8 +12,8 @@ from hesscli.hessian.words import FINITE_DIFFERENCE, HVP
 from hesscli.job import documents
 from hesscli.job.json_form import Document
 from hesscli.job.matrix.planning import Plan
-from hesscli.job.matrix.settling import settle
 from hesscli.job.matrix.small import compute_blocks, groups
+from hesscli.job.matrix.wrong_routes import leave_out_wrong_routes
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import ComputeOptions, Listener, ProblemOptions
 from hesscli.job.progress import Convergence
@@ -57,7 +57,7 @@ def trace(
         operator.opened,
     )
     if operator.method == FINITE_DIFFERENCE:
-        settle(plan)
+        leave_out_wrong_routes(plan)
     found = (
         _exact(plan, operator) if forced else _found(plan, operator, relative_error, max_products)
     )

@@ -23,9 +23,9 @@ from hesscli.errors import HesscliError, ResourceError, UsageError
 from hesscli.files.models.live_models import live_model
 from hesscli.hessian.autodiff import differentiable
 from hesscli.job.options import ProblemOptions
+from hesscli.job.setup.devices import device_called
 from hesscli.job.setup.module_copy import own_copy
 from hesscli.job.setup.no_arrays import SEVERAL_INPUTS, no_arrays, type_of
-from hesscli.job.setup.opening import device_called
 from hesscli.job.setup.settings import random_kept, settings_kept
 
 PathLike = str | os.PathLike[str]

@@ -13,8 +13,6 @@ from hesscli.errors import (
     DeviceMismatchError,
     MismatchError,
     NumericalError,
-    ResourceError,
-    UsageError,
 )
 from hesscli.files.arrays import check_finite, not_finite_error
 from hesscli.files.data import Data, load_data
@@ -28,6 +26,7 @@ from hesscli.hessian.objective.problem import Problem
 from hesscli.job.json_form import Document
 from hesscli.job.options import ComputeOptions, Listener, Note, ProblemOptions
 from hesscli.job.setup.batches import in_batches
+from hesscli.job.setup.devices import device_called
 from hesscli.job.setup.loss import by_name, loss_of, printable
 from hesscli.job.setup.own_loss import of_outputs
 from hesscli.job.setup.parameters import chosen_parameters
@@ -36,7 +35,6 @@ from hesscli.job.setup.processes import Processes
 from hesscli.job.setup.second_loss import demand_no_other
 from hesscli.job.setup.settings import settle
 from hesscli.job.setup.source import Source, per_sample
-from hesscli.job.setup.team import rank_here, ranks
 from hesscli.texts import listed
 
 _THIS_ONE = Processes(side_by_side=False)
@@ -313,31 +311,6 @@ def _facts(
             "inferred": options.loss == "auto",
         },
     }
-
-
-def device_called(name: str) -> torch.device:
-    """A device of this machine, by what `--device` calls it.
-
-    Raises:
-        UsageError: it is no name of a device.
-        ResourceError: this machine has none.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and ranks() > 1:  # one for each process
-        name = f"cuda:{rank_here() % max(1, torch.cuda.device_count())}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"no device is called {name!r}", "--device cpu") from None
-    available = {
-        "cpu": not device.index,
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not available.get(device.type, False):
-        raise ResourceError(f"this machine has no device {name}", "--device cpu")
-    return device
 
 
 def _cast(model: SavedModel, name: str) -> torch.dtype:

@@ -19,7 +19,7 @@ SOON = 1.0
 """Seconds: a plan that would take less by differences alone finds out as it goes."""
 
 
-def settle(plan: Plan) -> None:
+def leave_out_wrong_routes(plan: Plan) -> None:
     """Takes out of a plan the routes that products show to be wrong, and notes what is taken instead.
 
     An implicit layer's hook, or a `Function`, may have no second derivative, or that of something else. Each route
@@ -32,7 +32,7 @@ def settle(plan: Plan) -> None:
     # Other routes are fast, and need operators that are known.
     slow = any(choice.method == HVP for choice in plan.first_choices(plan.blocks))
     if possible and slow and seconds_of(last, plan.rates) >= SOON and not _is_right(plan):
-        plan.replan({block.name: _settled(plan, block) for block in plan.blocks})
+        plan.replan({block.name: _right_routes(plan, block) for block in plan.blocks})
 
 
 def _is_right(plan: Plan) -> bool:
@@ -51,7 +51,7 @@ def _is_right(plan: Plan) -> bool:
     return certificate.passed(max(error))
 
 
-def _settled(plan: Plan, block: Block) -> list[Choice]:
+def _right_routes(plan: Plan, block: Block) -> list[Choice]:
     """The routes of a block that one product does not show to be wrong.
 
     Where the product is another one, PyTorch's derivatives are those of something else, whichever route takes them.

@@ -11,7 +11,7 @@ from torch import nn
 
 import hesscli
 from hesscli.hessian.routes.hvp import HessianVectorProducts
-from hesscli.job.matrix import settling
+from hesscli.job.matrix import wrong_routes
 
 NET = """
 import torch
@@ -85,7 +85,7 @@ def test_a_wrong_second_derivative_is_seen_before_its_rows(
         late = cli(*words).document
         assert {"a.weight", "a.bias"} <= {*tried}
         tried.clear()
-    monkeypatch.setattr(settling, "SOON", 0.0)
+    monkeypatch.setattr(wrong_routes, "SOON", 0.0)
     ran = cli(*words)
     assert ran.code == 0, ran.stderr
     assert {*tried} <= {"b.weight", "b.bias"}
@@ -117,14 +117,14 @@ def test_a_wrong_second_derivative_is_seen_before_its_rows(
 
 def test_only_what_is_wrong_is_left_out(cli, net, tried, monkeypatch):
     """Nothing is where the model has its second derivatives; nor where the check or another method is not to be."""
-    monkeypatch.setattr(settling, "SOON", 0.0)
+    monkeypatch.setattr(wrong_routes, "SOON", 0.0)
     right = net("return gradient * ctx.slope", "torch.sin")
-    settled = cli("compute", *right, "--json").document
-    assert "finite-difference" not in settled["method"]
-    monkeypatch.setattr(settling, "SOON", np.inf)
+    looked_at = cli("compute", *right, "--json").document
+    assert "finite-difference" not in looked_at["method"]
+    monkeypatch.setattr(wrong_routes, "SOON", np.inf)
     late = cli("compute", *right, "--json").document
-    assert [b["method"] for b in settled["blocks"]] == [b["method"] for b in late["blocks"]]
-    monkeypatch.setattr(settling, "SOON", 0.0)
+    assert [b["method"] for b in looked_at["blocks"]] == [b["method"] for b in late["blocks"]]
+    monkeypatch.setattr(wrong_routes, "SOON", 0.0)
     wrong = net(BACKWARD["differs"])
     assert "hvp differs" in cli("compute", *wrong, "--method", "hvp").fails(5)
     tried.clear()
