@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import shlex
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -190,6 +193,29 @@ def test_what_a_large_block_takes_of_the_memory(cli, tmp_path, monkeypatch):
     for ranks, expected in ((1, held), (2, streamed)):
         monkeypatch.setattr(memory, "ranks_here", lambda ranks=ranks: ranks)
         assert cli(*words[:-1]).document["total"]["memory"] == expected
+
+
+_PEAK = """
+import sys
+from pathlib import Path
+from hesscli.__main__ import main
+try:
+    main()
+finally:
+    status = Path("/proc/self/status").read_text()
+    print(int(status.split("VmHWM:")[1].split()[0]) << 10)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_a_large_block_takes_no_more_than_it_may(tmp_path):
+    """Where memory is short, what is freed between bands is not kept: that took 60 MB more."""
+    module = nn.Sequential(nn.Linear(2, 1800), nn.Tanh(), nn.Linear(1800, 1))
+    net = saved(tmp_path, module, 2, np.zeros((2, 1), np.float32))
+    words = ("compute", *net, "-b", "full", "-q", "--memory", "400MB", "-o", tmp_path / "h")
+    code = [sys.executable, "-c", _PEAK, *words]
+    done = subprocess.run(code, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1.05 * 400e6
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hesscli.files.malloc import release_at_once
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.layout import Layout, Span
@@ -23,6 +24,8 @@ from hesscli.job.matrix.ranking import Ranking
 from hesscli.job.matrix.triangles import HeldTriangle, StreamedTriangle, Triangle
 from hesscli.job.matrix.unfinished import Unfinished
 from hesscli.spectrum.eigen import extremes
+
+_PIECE = 1 << 20  # bytes of what goes back to the system when it is freed, where memory is short
 
 
 @dataclass
@@ -129,6 +132,8 @@ class LargeBlock:
         direction = direction.to("cpu", self.plan.problem.dtype)
         given = name, layout, bands, writer, direction, fresh
         device = self.plan.memory.held_on(self.block)
+        if device is None:
+            release_at_once(_PIECE)
         matrix = StreamedTriangle(*given) if device is None else HeldTriangle(*given, device)
 
         def put(index: int, upper: Tensor, facts: Document) -> None:
