@@ -234,9 +234,14 @@ def test_each_direction_of_a_diagonal_goes_through_all_positions() -> None:
     assert flops[1] == 4 * flops[0]
 
 
-@pytest.mark.parametrize("widths", [(5, 40, 30), (7,) * 9, (5, 60, 3, 60, 10), (4, 20, 20, 20, 12)])
-def test_the_rows_along_a_chain_are_counted_as_they_are_held(widths, monkeypatch) -> None:
-    problem = classify(tanh_mlp(*widths), 2, widths[0], classes=widths[-1])
+@pytest.mark.parametrize(
+    "widths", [(5, 40, 30), (7,) * 9, (5, 60, 3, 60, 10), (4, 20, 20, 20, 12), (5, 20, 20, 90)]
+)
+@pytest.mark.parametrize("loss", ["cross-entropy", "bce-with-logits", "mse"])
+def test_the_rows_along_a_chain_are_counted_as_they_are_held(widths, loss, monkeypatch) -> None:
+    classes = widths[-1]
+    target = labels(classes, 2) if loss == "cross-entropy" else labels(2, 2, classes).double()
+    problem = problem_of(tanh_mlp(*widths), [normal(2, widths[0])], target, loss)
     analysis = Analyses(problem).of(problem.batches[0])
     steps, _ = find_chain(analysis, problem.parameters)
     shapes, held = analysis.tape.shapes, []
@@ -251,12 +256,10 @@ def test_the_rows_along_a_chain_are_counted_as_they_are_held(widths, monkeypatch
     compute_blocks(
         routes_of(problem)["preactivation"], blocks_of(problem, "elements"), diagonal=True
     )
-    counted = most_numbers(steps, lambda value: shapes[value].numel() // 2, widths[-1])
-    assert (
-        max(held)
-        <= counted
-        <= max(1.5 * max(held), 2 * widths[-1] ** 2, 2 * widths[-1] * widths[-2])
-    )
+    elementwise = analysis.loss_is_elementwise
+    counted = most_numbers(steps, lambda value: shapes[value].numel() // 2, classes, elementwise)
+    at_output = classes * (1 if elementwise else 2 * classes)
+    assert max(held) <= counted <= max(1.5 * max(held), at_output, 2 * classes * widths[-2])
 
 
 def test_work_adds_up() -> None:
@@ -276,12 +279,18 @@ def test_work_adds_up() -> None:
         nn.Sequential(nn.Linear(5, 9, bias=False), nn.Sigmoid(), nn.Linear(9, 2), nn.ELU(),
                       nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3), nn.Tanh()),
         nn.Linear(5, 3),
+        nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 30)),
     ],
-    ids=["tanh", "deep", "narrow-wide", "batch-norm", "bottleneck", "linear"],
+    ids=["tanh", "deep", "narrow-wide", "batch-norm", "bottleneck", "linear", "wide-output"],
 )  # fmt: skip
-def test_all_diagonals_of_a_chain_at_once(module: nn.Module, batch_size: int | None) -> None:
-    problem = problem_of(module, [normal(8, 5)], labels(3, 8), "cross-entropy",
-                         batch_size=batch_size)  # fmt: skip
+@pytest.mark.parametrize("loss", ["cross-entropy", "bce-with-logits", "mse"])
+def test_all_diagonals_of_a_chain_at_once(
+    module: nn.Module, loss: str, batch_size: int | None
+) -> None:
+    x = normal(8, 5)
+    shape = module.double()(x).shape
+    target = labels(shape[1], 8) if loss == "cross-entropy" else labels(2, *shape).double()
+    problem = problem_of(module, [x], target, loss, batch_size=batch_size)
     blocks = blocks_of(problem, "full")
     whole = compute_blocks(routes_of(problem)["hvp"], blocks)["hessian"]
     chain = compute_blocks(

@@ -15,7 +15,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BY_NAME, CASES, GOLDEN, LOSSES, VARYING, Case, expected, normal
+from cases import BY_NAME, CASES, GOLDEN, LOSSES, TARGETS, VARYING, Case, expected, normal
 from oracles import hessian
 from problems import (
     FAST,
@@ -36,6 +36,7 @@ from hesscli.errors import NumericalError
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.chunk_sizes import ChunkSizes
 from hesscli.hessian.objective.loss import Loss
+from hesscli.hessian.objective.losses import OF_CLASSES
 from hesscli.hessian.objective.measure import measure
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs import operands
@@ -43,6 +44,7 @@ from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.routes import sample_gradients
 from hesscli.hessian.routes.base import Route, Rows
+from hesscli.hessian.routes.probes import Probed
 
 Counts = dict[str, dict[str, list[int]]]  # by route and structure
 
@@ -1451,8 +1453,11 @@ OWN = {
     "words": (by_words, (4, 4, 4), torch.arange(16).reshape(4, 4) % 4),
     "words-behind": (lambda z, y: F.cross_entropy(z.mT, y, reduction="none"), (4, 4, 4),
         torch.arange(16).reshape(4, 4) % 4),
+    "norm": (lambda z, y: (z - y).square().mean(1).sqrt(), (5, 2), numbers(5, 2)),
+    "neighbours": (lambda z, y: ((z - y) * (z - y).flip(1)).mean(1), (5, 2), numbers(5, 2)),
     "output-itself": (lambda z, y: z, (5, 2), numbers(5, 2)),
 }  # fmt: skip
+OWN_ELEMENTWISE = {"probabilities", "smooth", "cosh", "output-itself"}
 
 OF_ALL = {
     "contrastive": lambda z, y: -torch.log_softmax(z @ z.T, 1).diagonal(),
@@ -1483,10 +1488,31 @@ def test_a_loss_with_terms_of_single_samples(name):
     for structure in ("full", "block_diagonal"):
         right, reasons = applies(routes_of(problem)["preactivation"], truth, structure, 1e-10)
         assert (right, reasons) == (len(blocks_of(problem, structure)), [])
+    analysis = Analyses(problem).of(problem.batches[0])
+    assert analysis.loss_is_elementwise == (name in OWN_ELEMENTWISE)
     if "words" in name:
-        analysis = Analyses(problem).of(problem.batches[0])
         use = analysis.uses_apart(["b.weight"])["b.weight"]
         assert use.apart == 4
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 2)], ids=["vectors", "positions"])
+def test_an_elementwise_loss_has_a_diagonal_hessian_at_the_output(name, shape):
+    target = TARGETS.get(name, lambda s: normal(*s, seed=9))(torch.Size(shape))
+    squeezed = {"bce": nn.Sigmoid(), "nll": nn.LogSoftmax(1), "kl-div": nn.LogSoftmax(1)}
+    end = squeezed.get(name, nn.Identity())
+    module = nn.Sequential(nn.Linear(shape[-1], shape[-1]), end)
+    problem = problem_of(module, [normal(*shape)], target, name)
+    analysis, (batch,) = Analyses(problem).of(problem.batches[0]), problem.batches
+    found = Probed(Analyses(problem), batch, []).output_hessian()
+    assert found.is_diagonal == analysis.loss_is_elementwise == (name not in OF_CLASSES)
+    with torch.no_grad():
+        output = problem.output(batch)
+    whole = torch.autograd.functional.hessian(
+        lambda f: problem.loss.total(f, batch)[0] / problem.denominator, output
+    ).reshape(output.numel(), -1)
+    mine = torch.diag_embed(found.values) if found.is_diagonal else found.values
+    torch.testing.assert_close(torch.block_diag(*mine), whole, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", OF_ALL)

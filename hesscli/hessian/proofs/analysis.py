@@ -48,13 +48,20 @@ class Analysis:
         if count == 1:
             return False
         try:
-            if self.terms.shapes[self.terms.output].numel() == 1:
-                demand_summands(self.terms, axis, count)
+            if axis.axis == 0 and self.terms.shapes[self.terms.output].numel() > 1:
+                follow(self.terms, dict.fromkeys(self.terms.inputs, axis), count)  # to terms
             else:
-                follow(self.terms, dict.fromkeys(self.terms.inputs, axis), count)
+                demand_summands(self.terms, axis, count)
         except NotApplicable:
             return True
         return False
+
+    @cached_property
+    def loss_is_elementwise(self) -> bool:
+        """Whether each number of the output has terms of its own in the loss."""
+        shape = self.tape.shapes[self.tape.output]
+        axes = range(1, len(shape))
+        return not any(self.loss_couples(SampleAxis(axis), shape[axis]) for axis in axes)
 
     @cached_property
     def uses(self) -> dict[str, Use]:

@@ -1,4 +1,4 @@
-"""Proof on the tape of a loss that its only number is a sum of terms, each of one sample alone."""
+"""Proof on the tape of a loss that the sum of what it returns is one of terms, each of one sample alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hesscli.hessian.recording.tape import Tape
 
 
 def demand_summands(tape: Tape, axis: SampleAxis, samples: int) -> None:
-    """What is left where the sums are left out keeps samples apart, and all that follows is linear in it.
+    """What is left where all that is linear at the end is left out keeps samples apart.
 
     Args:
         tape: of the loss, whose inputs are the model's outputs.
@@ -27,7 +27,7 @@ def demand_summands(tape: Tape, axis: SampleAxis, samples: int) -> None:
         n = left.pop()
         if n not in moving:
             continue
-        if n in tape.inputs or tape.shapes[n].numel() > 1:
+        if n in tape.inputs:
             summands.add(n)
             continue
         call = tape.calls[tape.maker[n]]
@@ -37,6 +37,8 @@ def demand_summands(tape: Tape, axis: SampleAxis, samples: int) -> None:
             summands.update(mine)
         elif is_linear(call, mine):
             left += mine
+        elif tape.shapes[n].numel() > 1:
+            summands.add(n)
         else:
             raise MayMix(call)
     before = replace(tape, calls=tape.leading_to(summands))

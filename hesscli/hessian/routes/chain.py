@@ -73,17 +73,20 @@ def find_chain(analysis: Analysis, parameters: Iterable[str]) -> tuple[list[Step
     return steps[:needed], reached
 
 
-def most_numbers(steps: Sequence[Step], sizes: Callable[[int], int], classes: int) -> int:
+def most_numbers(
+    steps: Sequence[Step], sizes: Callable[[int], int], classes: int, elementwise: bool
+) -> int:
     """Numbers in the rows that the curvature of one sample is kept in, at most; see `FactoredHessian`.
 
     Args:
         steps: of a chain.
         sizes: numbers of one sample in a value.
         classes: in the output.
+        elementwise: whether the loss is, so that the curvature at the output is a diagonal.
     """
     last = max((i for i, step in enumerate(steps) if step.call.name in PRODUCTS), default=0)
-    rows = 2 * classes
-    most = rows * classes
+    rows = 0 if elementwise else 2 * classes
+    most = max(1, rows) * classes
     for index, step in enumerate(steps):
         if step.call.name in PRODUCTS:
             after = sizes(step.after)

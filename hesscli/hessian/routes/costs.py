@@ -97,10 +97,16 @@ def numbers_along(tape: Tape, z: int, inputs: int, end: int | None = None) -> in
 
 
 class Costs:
-    """The cost of each route on one recorded batch, of which `chunk` directions share a batched pass."""
+    """The cost of each route on one recorded batch, of which `chunk` directions share a batched pass.
 
-    def __init__(self, tape: Tape, itemsize: int, chunk: int, rates: Rates) -> None:
+    The curvature of an elementwise loss at the output is a diagonal.
+    """
+
+    def __init__(
+        self, tape: Tape, itemsize: int, chunk: int, rates: Rates, elementwise: bool = False
+    ) -> None:
         self.tape, self.itemsize, self.chunk, self.rates = tape, itemsize, chunk, rates
+        self.elementwise = elementwise
         self._each = np.array([self._work(call) for call in tape.calls]).reshape(-1, 4)
         self._after: dict[tuple[int, ...], Work] = {}
         output = tape.shapes[tape.output]
@@ -165,7 +171,8 @@ class Costs:
 
     def chain(self, steps: Sequence[Step]) -> Work:
         """The curvature of every value of a chain, kept in as many rows as outputs and neurons behind."""
-        work, rows = self.forward.times(3), 2 * self.classes
+        rows = 0 if self.elementwise else 2 * self.classes
+        work = self.forward.times(3)
         for step in steps:
             after, before = self.size(step.after), self.size(step.before)
             if step.call.name in PRODUCTS:
@@ -179,8 +186,8 @@ class Costs:
         """Numbers of the curvature at the output, and along the chain of as many samples as are kept at once, up to so
         many; what it becomes at the next value is held beside it.
         """
-        each = most_numbers(steps, self.size, self.classes)
-        at_output = self.samples * self.classes**2
+        each = most_numbers(steps, self.size, self.classes, self.elementwise)
+        at_output = self.samples * self.classes * (1 if self.elementwise else self.classes)
         return at_output + int(_REPLACED * each) * max(1, min(self.samples, most // each))
 
     def held_of_directions(self, z: int, inputs: int, count: int, most: int, more: int = 0) -> int:
@@ -232,10 +239,11 @@ class Costs:
     def gauss_newton(self, use: Use, diagonal: bool, classes: int) -> Work:
         """A block from the backward passes of so many outputs."""
         b, c, t, n, m = self.samples, classes, use.positions, use.n, use.m
+        coupled = 1 if self.elementwise else c
         if use.kind == LINEAR and use.is_layer and t == 1:
-            curvature = self._product(b * c * n * (c + (1 if diagonal else n)))
+            curvature = self._product(b * c * n * (coupled + (1 if diagonal else n)))
             return curvature + self.own(use, diagonal)
-        pulled = self._product(b * c * (t * n * m + c * use.size)) + self._moved(
+        pulled = self._product(b * c * (t * n * m + coupled * use.size)) + self._moved(
             4 * b * c * use.size
         )
         return pulled + (Work() if diagonal else self._product(b * c * use.size**2))

@@ -7,24 +7,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hesscli.hessian.routes.output_hessian import OutputHessian
+
 MOST_ROWS = 3  # times n: to multiply out S, and start anew from it, costs about as much as to push that many
 
 
 class FactoredHessian:
-    """S = L^T R + sum of V^T diag(w) V + diag(d), for each sample.
+    """S = L^T R + sum of V^T diag(w) V + diag(d), for each sample; to begin with, Lambda."""
 
-    Args:
-        S: [B, n, n].
-    """
+    def __init__(self, at_output: OutputHessian) -> None:
+        self.weighted: list[tuple[Tensor, Tensor]] = []  # V [B or 1, r, n], w [B or 1, r]
+        self.d: Tensor | None = None  # [B or 1, n]
+        if at_output.is_diagonal:
+            d = at_output.values  # of a squared error, the same in all samples
+            self._become_diagonal(d[:1] if bool((d == d[0]).all()) else d)
+        else:
+            self._become(at_output.values)
 
-    def __init__(self, S: Tensor) -> None:
-        self._begin_with(S)
-
-    def _begin_with(self, S: Tensor) -> None:
+    def _become(self, S: Tensor) -> None:
         identity = torch.eye(S.shape[1], dtype=S.dtype, device=S.device)
-        self.left, self.right = identity.unsqueeze(0), S  # [B or 1, r, n], [B, r, n]
-        self.weighted: list[tuple[Tensor, Tensor]] = []  # V [B or 1, r, n], w [B, r]
-        self.d: Tensor | None = None  # [B, n]
+        self.left, self.right = identity.unsqueeze(0), S  # [B or 1, r, n] both
+        self.weighted, self.d = [], None
+
+    def _become_diagonal(self, d: Tensor) -> None:
+        self.left = self.right = d.unsqueeze(1)[:, :0]  # no rows
+        self.weighted, self.d = [], d
 
     def scale(self, g: Tensor) -> None:
         """S <- diag(g) S diag(g), g [B, n]."""
@@ -49,16 +56,18 @@ class FactoredHessian:
         if 2 * self.left.shape[1] + sum(v.shape[1] for v, _ in self.weighted) > MOST_ROWS * len(m):
             self._multiply_out()
         if last:
-            self.d, self.weighted = self.diagonal(m), []
-            self.left = self.right = m[:0].unsqueeze(0)
+            self._become_diagonal(self.diagonal(m))
             return
         self._replace(lambda rows: rows @ m)
         if self.d is not None:
+            shared = len(self.right) == len(self.d) == 1
             self.weighted.append((m.unsqueeze(0), self.d))
             self.d = None
+            if shared and len(m) > 2 * m.shape[1]:  # fewer rows then, once for all samples
+                self._multiply_out()
 
     def diagonal(self, m: Tensor | None = None) -> Tensor:
-        """diag(S), [B, n]; or, with m = M^T, diag(M S M^T), [B, n']."""
+        """diag(S), [B or 1, n]; or, with m = M^T, diag(M S M^T), [B or 1, n']."""
         left, right = (self.left, self.right) if m is None else (self.left @ m, self.right @ m)
         total = (left * right).sum(1)
         if self.d is not None:
@@ -77,10 +86,10 @@ class FactoredHessian:
             S += (v * w.unsqueeze(2)).transpose(1, 2) @ v
         if self.d is not None:
             S.diagonal(dim1=1, dim2=2).add_(self.d)
-        self._begin_with(S)
+        self._become(S)
 
 
 def _weighted_squares(v: Tensor, w: Tensor) -> Tensor:
-    """diag(V^T diag(w) V): V [B or 1, r, n], w [B, r] -> [B, n]."""
+    """diag(V^T diag(w) V): V [B or 1, r, n], w [B or 1, r] -> [B or 1, n]."""
     squares = v * v
     return w @ squares[0] if len(v) == 1 else (w.unsqueeze(1) @ squares).squeeze(1)

@@ -28,8 +28,8 @@ class FirstBatch:
         self._analysis: Analysis | None = None
         self.costs: Costs | None = None
         try:
-            self._analysis = cuts.analyses.of(self.batch)
-            self.costs = cuts.costs(self._analysis.tape)
+            analysis = self._analysis = cuts.analyses.of(self.batch)
+            self.costs = cuts.costs(analysis.tape, analysis.loss_is_elementwise)
         except NotApplicable as reason:
             self.refused = str(reason)
             with suppress(NotApplicable):  # what nothing is proven of still has a cost

@@ -38,6 +38,7 @@ from hesscli.hessian.routes.costs import Costs, Work
 from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.routes.kronecker import add_kronecker_rows
 from hesscli.hessian.routes.layers import Layer, plain_layer
+from hesscli.hessian.routes.output_hessian import OutputHessian
 from hesscli.hessian.routes.probes import Probed
 from hesscli.hessian.routes.sums import add_product
 from hesscli.hessian.words import GAUSS_NEWTON
@@ -53,20 +54,20 @@ class Factors:
         uses: its parameters', in their order; several of one that enters several times.
         inputs: of each use, [B, T, m].
         vs: df/dz at each use, [B, C, T, n].
-        curvature: Lambda, [B, C, C].
+        curvature: Lambda.
         d: what a curved function right after z, the same for all uses, adds, [B, T, n]; None where there is none.
     """
 
     uses: list[Use]
     inputs: list[Tensor]
     vs: list[Tensor]
-    curvature: Tensor
+    curvature: OutputHessian
     d: Tensor | None
 
-    def jacobians(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def jacobians(self) -> Iterator[tuple[Tensor, OutputHessian]]:
         """df/dtheta of some samples after the other, [samples, C, size], with their Lambda."""
-        samples, classes, *_ = self.curvature.shape
-        most = chunk_sizes(self.curvature.device).jacobians
+        samples, classes, *_ = self.vs[0].shape
+        most = chunk_sizes(self.vs[0].device).jacobians
         step = min(_SUMMED, most // (classes * sum(use.size for use in self.uses)))
         for some in ranges(samples, step):
             mine = slice(some.start, some.stop)
@@ -77,7 +78,7 @@ class Factors:
                 parts[use.parameter] = part if known is None else known.add_(part)
             every = list(parts.values())
             jacobian = every[0] if len(every) == 1 else torch.cat(every, -1)
-            yield jacobian, self.curvature[mine]
+            yield jacobian, self.curvature.of(mine)
 
     def of(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """df/dz of a plain layer, [B, C, n], and its inputs, [B, width]."""
@@ -126,8 +127,8 @@ class GaussNewton(AffineRoute):
     def bend(self, analysis: Analysis, uses: Sequence[Use]) -> Step | None:
         return find_bend(analysis.tape, values_of(uses))
 
-    def at_output(self, probed: Probed) -> tuple[Tensor, Tensor]:
-        """Directions of the output [C, *output.shape], and each sample's curvature along them [B, C, C]."""
+    def at_output(self, probed: Probed) -> tuple[Tensor, OutputHessian]:
+        """Directions of the output [C, *output.shape], and each sample's curvature along them."""
         return probed.output_seeds(), probed.output_hessian()
 
     def layout_in(self, analysis: Analysis, block: Block) -> Layout:
@@ -196,12 +197,12 @@ class EmpiricalFisher(GeneralisedGaussNewton):
     def classes(self, costs: Costs) -> int:
         return 1
 
-    def at_output(self, probed: Probed) -> tuple[Tensor, Tensor]:
+    def at_output(self, probed: Probed) -> tuple[Tensor, OutputHessian]:
         """The gradient of each sample's own loss terms, and 1 / D."""
         with exact_derivatives():
             delta = loss_gradient(probed.problem, probed.batch, probed.output.detach())
-        curvature = delta.new_full((probed.samples, 1, 1), 1 / probed.problem.denominator)
-        return delta.unsqueeze(0), curvature
+        curvature = delta.new_full((probed.samples, 1), 1 / probed.problem.denominator)
+        return delta.unsqueeze(0), OutputHessian(curvature)
 
 
 def _add(part: Rows, factors: Factors) -> None:

@@ -25,6 +25,7 @@ from hesscli.hessian.operator import loss_hessian
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.routes.costs import numbers_along
+from hesscli.hessian.routes.output_hessian import OutputHessian
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Probed:
         activations: Iterable[int] = (),
         cut: Cut | None = None,
     ) -> None:
-        analysis = analyses.of(batch)
+        self.analysis = analysis = analyses.of(batch)
         self.problem, self.batch = replace(analyses.problem, loss=analysis.loss), batch
         tape = analysis.tape
         self.probes: dict[int, Tensor] = {}
@@ -156,18 +157,20 @@ class Probed:
         with torch.no_grad():
             return use.inputs(self.known).detach()
 
-    def output_hessian(self) -> Tensor:
-        """The loss's own Hessian at the output, per sample: [samples, C, C], a column for each seed."""
+    def output_hessian(self) -> OutputHessian:
+        """The loss's own Hessian at the output, a column for each seed; one product of an elementwise loss."""
         f = self.output.detach()
         with exact_derivatives():
             multiply = loss_hessian(self.problem, self.batch, f)
         size = f.numel() // self.samples
+        if self.analysis.loss_is_elementwise:
+            return OutputHessian(multiply(torch.ones_like(f)).reshape(self.samples, size))
         by_sample = f.new_empty(self.samples, size, size)
         count = max(1, chunk_sizes(f.device).output // max(1, f.numel()))
         columns = by_sample.transpose(0, 1).split(count)
         for part, seeds in zip(columns, self.output_seeds().split(count), strict=True):
             part.copy_(multiply(seeds).reshape(part.shape))
-        return by_sample
+        return OutputHessian(by_sample)
 
     def output_seeds(self) -> Tensor:
         """The unit vectors of the output, the same in every sample: [C, *output.shape]."""

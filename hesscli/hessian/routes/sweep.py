@@ -6,10 +6,10 @@ to the one before it by
     S_u = diag(phi') S_y diag(phi') + diag(phi'' dL/dy)      y = phi(u)
     S_x = M S_z M^T                                          z = x M
 
-starting from the loss's own Hessian at the output. S is never needed whole: it is kept as a sum of terms L^T R with few
-rows (as many as outputs), V^T diag(w) V (as many as neurons of a layer behind), and a diagonal, which passes one linear
-layer without being spread out: diag(M diag(d) M^T) = (M * M) d. In a deep chain the rows would add up, so they are
-multiplied out now and then.
+starting from the loss's own Hessian at the output, which may be a diagonal. S is never needed whole: it is kept as a
+sum of terms L^T R with few rows (as many as outputs), V^T diag(w) V (as many as neurons of a layer behind), and a
+diagonal, which passes one linear layer without being spread out: diag(M diag(d) M^T) = (M * M) d. In a deep chain the
+rows would add up, so they are multiplied out now and then.
 
 Source: the recursion is that of A. Botev et al., Practical Gauss-Newton optimisation, 2017, eq. 28-31, kept factored
 as in F. Dangel et al., BackPACK, 2020.
@@ -71,21 +71,25 @@ def _diagonals(
     start = probed.output_hessian()
     # From the last linear layer on, the diagonal is all that is needed, and all that is kept.
     last = max((i for i, s in enumerate(steps) if s.call.name in PRODUCTS), default=0)
-    each = most_numbers(steps, lambda value: probed.known[value][0].numel(), start.shape[1])
-    count = chunk_sizes(start.device).chain // each
+
+    def size(value: int) -> int:
+        return probed.known[value][0].numel()
+
+    each = most_numbers(steps, size, size(output), start.is_diagonal)
+    count = chunk_sizes(start.values.device).chain // each
     found: dict[int, list[Tensor]] = {z: [] for z in zs}
     with torch.no_grad():
         for some in ranges(probed.samples, count):
             part = slice(some.start, some.stop)
-            curvature = FactoredHessian(start[part])
+            curvature = FactoredHessian(start.of(part))
             value = output
             for index, step in enumerate(steps):
                 if value in found:
-                    found[value].append(curvature.diagonal())
+                    found[value].append(curvature.diagonal().expand(len(some), -1))
                 gradient = gradients.get(step.after)
                 _back(curvature, step, probed.known, part, gradient, index >= last)
                 value = step.before
-            found[value].append(curvature.diagonal())
+            found[value].append(curvature.diagonal().expand(len(some), -1))
     return {z: torch.cat(parts) for z, parts in found.items()}
 
 
