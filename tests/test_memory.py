@@ -51,10 +51,10 @@ def test_with_less_memory_batches_are_smaller(cli, wide, monkeypatch):
     """What passes take shrinks with what is free, and with what is given."""
     words = ("compute", *wide, "-b", "elements", "--dry-run", "--json")
     much = cli(*words).document["total"]["memory"]
-    given = cli(*words, "--memory", "400MB").document["total"]["memory"]
-    monkeypatch.setattr(batches, "free_memory", lambda _: 400 * 10**6 - batches.PROCESS)
+    given = cli(*words, "--memory", "330MB").document["total"]["memory"]
+    monkeypatch.setattr(batches, "free_memory", lambda _: 330 * 10**6 - batches.PROCESS)
     free = cli(*words).document["total"]["memory"]
-    assert free == given <= 400e6 < much
+    assert free == given <= 330e6 < much
 
 
 def test_what_all_classes_hold_is_counted(cli, tmp_path):

@@ -257,7 +257,7 @@ def test_the_rows_along_a_chain_are_counted_as_they_are_held(widths, loss, monke
         routes_of(problem)["preactivation"], blocks_of(problem, "elements"), diagonal=True
     )
     elementwise = analysis.loss_is_elementwise
-    counted = most_numbers(steps, lambda value: shapes[value].numel() // 2, classes, elementwise)
+    counted = most_numbers(steps, lambda value: shapes[value].numel() // 2, elementwise, True)
     at_output = classes * (1 if elementwise else 2 * classes)
     assert max(held) <= counted <= max(1.5 * max(held), at_output, 2 * classes * widths[-2])
 
@@ -284,17 +284,18 @@ def test_work_adds_up() -> None:
     ids=["tanh", "deep", "narrow-wide", "batch-norm", "bottleneck", "linear", "wide-output"],
 )  # fmt: skip
 @pytest.mark.parametrize("loss", ["cross-entropy", "bce-with-logits", "mse"])
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 def test_all_diagonals_of_a_chain_at_once(
-    module: nn.Module, loss: str, batch_size: int | None
+    module: nn.Module, loss: str, curvature: str, batch_size: int | None
 ) -> None:
     x = normal(8, 5)
     shape = module.double()(x).shape
     target = labels(shape[1], 8) if loss == "cross-entropy" else labels(2, *shape).double()
     problem = problem_of(module, [x], target, loss, batch_size=batch_size)
     blocks = blocks_of(problem, "full")
-    whole = compute_blocks(routes_of(problem)["hvp"], blocks)["hessian"]
-    chain = compute_blocks(
-        routes_of(problem)["preactivation"], blocks_of(problem, "elements"), diagonal=True
-    )
+    routes = routes_of(problem, curvature=curvature)
+    whole = compute_blocks(routes["hvp"], blocks)["hessian"]
+    route = routes["preactivation" if curvature == "hessian" else "gauss-newton"]
+    chain = compute_blocks(route, blocks_of(problem, "elements"), diagonal=True)
     for block, truth in blocks_and_truth(problem, whole, "elements"):
         torch.testing.assert_close(chain[block.name], truth, rtol=1e-10, atol=1e-13)

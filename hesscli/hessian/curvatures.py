@@ -25,6 +25,7 @@ from hesscli.hessian.routes.gauss_newton import (
     EmpiricalFisher,
     GaussNewton,
     GeneralisedGaussNewton,
+    Jacobians,
 )
 from hesscli.hessian.routes.hvp import HessianVectorProducts
 from hesscli.hessian.routes.preactivation import Preactivation
@@ -47,7 +48,7 @@ class Curvature:
     name: str
     document_name: str
     difference: type[DirectionalDifference]
-    jacobians: type[GeneralisedGaussNewton] | None = None
+    jacobians: type[Jacobians] | None = None
     middle: Middle | None = None
     by_sample: bool = False
 

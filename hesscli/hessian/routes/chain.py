@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,29 +73,48 @@ def find_chain(analysis: Analysis, parameters: Iterable[str]) -> tuple[list[Step
     return steps[:needed], reached
 
 
-def most_numbers(
-    steps: Sequence[Step], sizes: Callable[[int], int], classes: int, elementwise: bool
-) -> int:
-    """Numbers in the rows that the curvature of one sample is kept in, at most; see `FactoredHessian`.
+def rows_along(
+    steps: Sequence[Step], sizes: Callable[[int], int], elementwise: bool, curved: bool
+) -> Iterator[tuple[int, int]]:
+    """Rows that the curvature of one sample is kept in, as they go into each step and as they come out of it.
+
+    See `FactoredHessian`.
 
     Args:
         steps: of a chain.
         sizes: numbers of one sample in a value.
-        classes: in the output.
         elementwise: whether the loss is, so that the curvature at the output is a diagonal.
+        curved: whether second derivatives of the steps add to it.
     """
-    last = max((i for i, step in enumerate(steps) if step.call.name in PRODUCTS), default=0)
-    rows = 0 if elementwise else 2 * classes
-    most = max(1, rows) * classes
+    rows = 0 if elementwise or not steps else 2 * sizes(steps[0].after)
+    diagonal = elementwise
+    last = last_product(steps)
     for index, step in enumerate(steps):
-        if step.call.name in PRODUCTS:
-            after = sizes(step.after)
-            if rows > MOST_ROWS * after or index == last:  # of which the diagonal is all
-                rows = min(rows, 2 * after)
-            if index != last:
-                rows += after
-        most = max(most, rows * sizes(step.before))
-    return most
+        after = sizes(step.after)
+        if step.call.name not in PRODUCTS:
+            diagonal |= curved
+            yield rows, rows
+            continue
+        if rows > MOST_ROWS * after or index == last:  # of which the diagonal is all
+            rows = min(rows, 2 * after)
+        before = rows
+        if diagonal and index != last:
+            rows, diagonal = rows + after, False
+        yield before, rows
+
+
+def most_numbers(
+    steps: Sequence[Step], sizes: Callable[[int], int], elementwise: bool, curved: bool
+) -> int:
+    """Numbers in the rows that the curvature of one sample is kept in, at most; see `rows_along`."""
+    along = zip(steps, rows_along(steps, sizes, elementwise, curved), strict=True)
+    held = (max(i * sizes(step.after), o * sizes(step.before)) for step, (i, o) in along)
+    return max([1, *held])
+
+
+def last_product(steps: Sequence[Step]) -> int:
+    """The place of the linear layer from which on the diagonal is all that is needed."""
+    return max((i for i, step in enumerate(steps) if step.call.name in PRODUCTS), default=0)
 
 
 def _known(call: Call, before: int) -> bool:

@@ -19,8 +19,7 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.proofs.uses import CONVOLUTION, LINEAR, Use
 from hesscli.hessian.proofs.weights import Neurons, Weights
 from hesscli.hessian.recording.tape import Call, Ref, Tape
-from hesscli.hessian.routes.chain import PRODUCTS, Step, most_numbers
-from hesscli.hessian.routes.factored_hessian import MOST_ROWS
+from hesscli.hessian.routes.chain import PRODUCTS, Step, most_numbers, rows_along
 from hesscli.hessian.routes.rates import Rates
 
 
@@ -169,24 +168,23 @@ class Costs:
             return self._product(use.size * b * t * n * m)
         return self._product(2 * b * t * t * n * n * m + b * t * use.size**2)
 
-    def chain(self, steps: Sequence[Step]) -> Work:
-        """The curvature of every value of a chain, kept in as many rows as outputs and neurons behind."""
-        rows = 0 if self.elementwise else 2 * self.classes
+    def chain(self, steps: Sequence[Step], curved: bool) -> Work:
+        """The curvature of every value of a chain, kept in rows; see `rows_along`."""
         work = self.forward.times(3)
-        for step in steps:
+        along = rows_along(steps, self.size, self.elementwise, curved)
+        for step, (rows, _) in zip(steps, along, strict=True):
             after, before = self.size(step.after), self.size(step.before)
             if step.call.name in PRODUCTS:
                 work += self._product(self.samples * rows * after * before)
-                rows = min(rows + after, MOST_ROWS * before)
             else:
                 work += self._moved(3 * self.samples * rows * before)
         return work
 
-    def held_of_chain(self, steps: Sequence[Step], most: int) -> int:
+    def held_of_chain(self, steps: Sequence[Step], curved: bool, most: int) -> int:
         """Numbers of the curvature at the output, and along the chain of as many samples as are kept at once, up to so
         many; what it becomes at the next value is held beside it.
         """
-        each = most_numbers(steps, self.size, self.classes, self.elementwise)
+        each = most_numbers(steps, self.size, self.elementwise, curved)
         at_output = self.samples * self.classes * (1 if self.elementwise else self.classes)
         return at_output + int(_REPLACED * each) * max(1, min(self.samples, most // each))
 

@@ -41,6 +41,7 @@ from hesscli.hessian.routes.layers import Layer, plain_layer
 from hesscli.hessian.routes.output_hessian import OutputHessian
 from hesscli.hessian.routes.probes import Probed
 from hesscli.hessian.routes.sums import add_product
+from hesscli.hessian.routes.sweep import add_chain_diagonals, choice_along_chain
 from hesscli.hessian.words import GAUSS_NEWTON
 
 _SUMMED = 1 << 11  # samples at most whose Jacobians one product sums: it rounds as often
@@ -174,8 +175,8 @@ class GaussNewton(AffineRoute):
         return made
 
 
-class GeneralisedGaussNewton(GaussNewton):
-    """sum_b J^T Lambda J of any model."""
+class Jacobians(GaussNewton):
+    """sum_b J^T M J of any model."""
 
     curved = False
 
@@ -186,7 +187,23 @@ class GeneralisedGaussNewton(GaussNewton):
         """None: whatever follows, these matrices have no such term."""
 
 
-class EmpiricalFisher(GeneralisedGaussNewton):
+class GeneralisedGaussNewton(Jacobians):
+    """sum_b J^T Lambda J."""
+
+    def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
+        chosen = choice_along_chain(self, first, block) if diagonal else None
+        return chosen or super().choice(first, block, diagonal)
+
+    def add(self, batch: Batch, parts: Sequence[Wanted]) -> None:
+        diagonals = [part for part in parts if isinstance(part, Diagonal)]
+        if diagonals:
+            self._analysis(batch, [part.block for part in diagonals])
+            parts = add_chain_diagonals(self.analyses, batch, diagonals, self.curved)
+        if parts:
+            super().add(batch, parts)
+
+
+class EmpiricalFisher(Jacobians):
     """sum_b g_b g_b^T / D, g_b being the gradient of a sample's own loss terms."""
 
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:

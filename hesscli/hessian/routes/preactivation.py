@@ -31,13 +31,12 @@ from hesscli.hessian.proofs.uses import BIAS, Use
 from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.assembly import add_layer, add_layer_diagonal
 from hesscli.hessian.routes.base import Choice, Diagonal, Rows, Wanted
-from hesscli.hessian.routes.chain import find_chain
 from hesscli.hessian.routes.costs import Costs, Work
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.routes.layers import Layer, layers_of
 from hesscli.hessian.routes.probes import Cut, Probed, passes
-from hesscli.hessian.routes.sweep import add_chain_diagonals
+from hesscli.hessian.routes.sweep import add_chain_diagonals, choice_along_chain
 from hesscli.hessian.words import PREACTIVATION
 from hesscli.hessian.workers import each_with, share_of_time
 
@@ -54,12 +53,8 @@ class Preactivation(AffineRoute):
 
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
         analysis, costs = first.proven()
-        if diagonal:
-            steps, uses = find_chain(analysis, [block.name])
-            if block.name in uses:
-                own, sweep = costs.own(uses[block.name], diagonal), costs.chain(steps)
-                held = costs.held_of_chain(steps, chunk_sizes(self.problem.device).chain)
-                return Choice(self, "chain", first.in_all(own), first.in_all(sweep), held)
+        if diagonal and (chosen := choice_along_chain(self, first, block)):
+            return chosen
         layers, others = layers_of(analysis, block)
         if not layers:
             use = analysis.use(block.parameters[0])
@@ -132,7 +127,7 @@ class Preactivation(AffineRoute):
         analysis = self._analysis(batch, [part.block for part in parts])
         diagonals = [part for part in parts if isinstance(part, Diagonal)]
         if diagonals:
-            parts = add_chain_diagonals(self.analyses, batch, diagonals)
+            parts = add_chain_diagonals(self.analyses, batch, diagonals, self.curved)
         done: set[str] = set()
         for part in sorted(parts, key=lambda part: -part.block.size):  # weights before their biases
             block = part.block

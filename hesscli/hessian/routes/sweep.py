@@ -22,27 +22,56 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from hesscli.hessian.blocks import Block
 from hesscli.hessian.chunk_sizes import chunk_sizes, ranges
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.recording.tape import Ref
-from hesscli.hessian.routes.base import Diagonal
-from hesscli.hessian.routes.chain import PRODUCTS, UNARY, Step, find_chain, most_numbers
+from hesscli.hessian.routes.affine import AffineRoute
+from hesscli.hessian.routes.base import Choice, Diagonal
+from hesscli.hessian.routes.chain import (
+    PRODUCTS,
+    UNARY,
+    Step,
+    find_chain,
+    last_product,
+    most_numbers,
+)
 from hesscli.hessian.routes.factored_hessian import FactoredHessian
+from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.routes.probes import Probed
 
 
+def choice_along_chain(route: AffineRoute, first: FirstBatch, block: Block) -> Choice | None:
+    """What the diagonal of a block takes that is on a chain."""
+    analysis, costs = first.proven()
+    steps, uses = find_chain(analysis, [block.name])
+    if block.name not in uses:
+        return None
+    own, sweep = costs.own(uses[block.name], diagonal=True), costs.chain(steps, route.curved)
+    most = chunk_sizes(route.problem.device).chain
+    held = costs.held_of_chain(steps, route.curved, most)
+    return Choice(route, "chain", first.in_all(own), first.in_all(sweep), held)
+
+
 def add_chain_diagonals(
-    analyses: Analyses, batch: Batch, parts: Sequence[Diagonal]
+    analyses: Analyses, batch: Batch, parts: Sequence[Diagonal], curved: bool
 ) -> list[Diagonal]:
-    """Adds the diagonals along a chain of layers, all in one sweep; returns the parts that are not on it."""
+    """Adds the diagonals along a chain of layers, all in one sweep; returns the parts that are not on it.
+
+    Args:
+        analyses: of the batches.
+        batch: one of them.
+        parts: whose diagonals are wanted.
+        curved: of the Hessian; else of the generalised Gauss-Newton matrix, without the second term above.
+    """
     steps, uses = find_chain(analyses.of(batch), [part.block.name for part in parts])
     if not uses:
         return list(parts)
-    curved = [step.after for step in steps if step.call.name in UNARY]  # where dL/dy is needed
-    probed = Probed(analyses, batch, curved)
+    ys = [step.after for step in steps if step.call.name in UNARY] if curved else []
+    probed = Probed(analyses, batch, ys)
     output = analyses.of(batch).tape.output
-    found = _diagonals(probed, output, steps, {use.z for use in uses.values()})
+    found = _diagonals(probed, output, steps, {use.z for use in uses.values()}, curved)
     if not all(bool(torch.isfinite(d).all()) for d in found.values()):
         # phi'' is infinite where a ReLU before it is off: backward passes mask that.
         return list(parts)
@@ -57,7 +86,7 @@ def add_chain_diagonals(
 
 
 def _diagonals(
-    probed: Probed, output: int, steps: Sequence[Step], zs: Collection[int]
+    probed: Probed, output: int, steps: Sequence[Step], zs: Collection[int], curved: bool
 ) -> dict[int, Tensor]:
     """diag(d^2 L / dz^2) of each sample: [B, n] for each z of the chain.
 
@@ -66,16 +95,16 @@ def _diagonals(
         output: the number of the model's output.
         steps: of `find_chain`.
         zs: where it is wanted.
+        curved: whether the steps' second derivatives add to it.
     """
     gradients = probed.gradients(list(probed.probes))
     start = probed.output_hessian()
-    # From the last linear layer on, the diagonal is all that is needed, and all that is kept.
-    last = max((i for i, s in enumerate(steps) if s.call.name in PRODUCTS), default=0)
+    last = last_product(steps)
 
     def size(value: int) -> int:
         return probed.known[value][0].numel()
 
-    each = most_numbers(steps, size, size(output), start.is_diagonal)
+    each = most_numbers(steps, size, start.is_diagonal, curved)
     count = chunk_sizes(start.values.device).chain // each
     found: dict[int, list[Tensor]] = {z: [] for z in zs}
     with torch.no_grad():
