@@ -256,9 +256,9 @@ def test_the_rows_along_a_chain_are_counted_as_they_are_held(widths, loss, monke
     compute_blocks(
         routes_of(problem)["preactivation"], blocks_of(problem, "elements"), diagonal=True
     )
-    elementwise = analysis.loss_is_elementwise
-    counted = most_numbers(steps, lambda value: shapes[value].numel() // 2, elementwise, True)
-    at_output = classes * (1 if elementwise else 2 * classes)
+    rank = analysis.loss_rank
+    counted = most_numbers(steps, lambda value: shapes[value].numel() // 2, rank, True)
+    at_output = classes * max(1, 2 * rank)
     assert max(held) <= counted <= max(1.5 * max(held), at_output, 2 * classes * widths[-2])
 
 

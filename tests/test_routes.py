@@ -36,7 +36,6 @@ from hesscli.errors import NumericalError
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.chunk_sizes import ChunkSizes
 from hesscli.hessian.objective.loss import Loss
-from hesscli.hessian.objective.losses import OF_CLASSES
 from hesscli.hessian.objective.measure import measure
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs import operands
@@ -1489,29 +1488,33 @@ def test_a_loss_with_terms_of_single_samples(name):
         right, reasons = applies(routes_of(problem)["preactivation"], truth, structure, 1e-10)
         assert (right, reasons) == (len(blocks_of(problem, structure)), [])
     analysis = Analyses(problem).of(problem.batches[0])
-    assert analysis.loss_is_elementwise == (name in OWN_ELEMENTWISE)
+    assert (analysis.loss_rank == 0) == (name in OWN_ELEMENTWISE)
     if "words" in name:
         use = analysis.uses_apart(["b.weight"])["b.weight"]
         assert use.apart == 4
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 2)], ids=["vectors", "positions"])
-def test_an_elementwise_loss_has_a_diagonal_hessian_at_the_output(name, shape):
-    target = TARGETS.get(name, lambda s: normal(*s, seed=9))(torch.Size(shape))
+@pytest.mark.parametrize(
+    "shape", [torch.Size((5, 3)), torch.Size((5, 3, 2))], ids=["vectors", "positions"]
+)
+def test_the_hessian_of_a_loss_at_the_output(name, shape):
+    """Of an elementwise one, a diagonal; behind a softmax, one of rank one more."""
+    target = TARGETS.get(name, lambda s: normal(*s, seed=9))(shape)
     squeezed = {"bce": nn.Sigmoid(), "nll": nn.LogSoftmax(1), "kl-div": nn.LogSoftmax(1)}
     end = squeezed.get(name, nn.Identity())
     module = nn.Sequential(nn.Linear(shape[-1], shape[-1]), end)
     problem = problem_of(module, [normal(*shape)], target, name)
     analysis, (batch,) = Analyses(problem).of(problem.batches[0]), problem.batches
     found = Probed(Analyses(problem), batch, []).output_hessian()
-    assert found.is_diagonal == analysis.loss_is_elementwise == (name not in OF_CLASSES)
+    rank = {"cross-entropy": 1 if len(shape) == 2 else 6}.get(name, 0)
+    assert found.right.shape[1] == analysis.loss_rank == rank
     with torch.no_grad():
         output = problem.output(batch)
     whole = torch.autograd.functional.hessian(
         lambda f: problem.loss.total(f, batch)[0] / problem.denominator, output
     ).reshape(output.numel(), -1)
-    mine = torch.diag_embed(found.values) if found.is_diagonal else found.values
+    mine = found @ torch.eye(shape[1:].numel(), dtype=whole.dtype).expand(5, -1, -1)
     torch.testing.assert_close(torch.block_diag(*mine), whole, rtol=1e-10, atol=1e-14)
 
 

@@ -13,6 +13,7 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.loss import Loss
+from hesscli.hessian.objective.losses import LINEAR, OF_LOG_SOFTMAX
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.affine import find_uses
 from hesscli.hessian.proofs.last_layers import RecordedLoss, parted
@@ -57,11 +58,18 @@ class Analysis:
         return False
 
     @cached_property
-    def loss_is_elementwise(self) -> bool:
-        """Whether each number of the output has terms of its own in the loss."""
+    def loss_rank(self) -> int:
+        """The rank of the loss's own Hessian at the output of a sample, less its diagonal, at most.
+
+        Zero where each number of the output has terms of its own, or the loss is linear; one behind a softmax.
+        """
         shape = self.tape.shapes[self.tape.output]
         axes = range(1, len(shape))
-        return not any(self.loss_couples(SampleAxis(axis), shape[axis]) for axis in axes)
+        coupled = [axis for axis in axes if self.loss_couples(SampleAxis(axis), shape[axis])]
+        if not coupled or self.loss.name in LINEAR:
+            return 0
+        softmax = self.loss.name in OF_LOG_SOFTMAX and coupled == [1] and len(shape) == 2
+        return 1 if softmax else shape[1:].numel()
 
     @cached_property
     def uses(self) -> dict[str, Use]:

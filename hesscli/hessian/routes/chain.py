@@ -74,7 +74,7 @@ def find_chain(analysis: Analysis, parameters: Iterable[str]) -> tuple[list[Step
 
 
 def rows_along(
-    steps: Sequence[Step], sizes: Callable[[int], int], elementwise: bool, curved: bool
+    steps: Sequence[Step], sizes: Callable[[int], int], rank: int, curved: bool
 ) -> Iterator[tuple[int, int]]:
     """Rows that the curvature of one sample is kept in, as they go into each step and as they come out of it.
 
@@ -83,11 +83,10 @@ def rows_along(
     Args:
         steps: of a chain.
         sizes: numbers of one sample in a value.
-        elementwise: whether the loss is, so that the curvature at the output is a diagonal.
+        rank: of the curvature at the output, less its diagonal.
         curved: whether second derivatives of the steps add to it.
     """
-    rows = 0 if elementwise or not steps else 2 * sizes(steps[0].after)
-    diagonal = elementwise
+    rows, diagonal = 2 * rank, bool(steps) and rank < sizes(steps[0].after)
     last = last_product(steps)
     for index, step in enumerate(steps):
         after = sizes(step.after)
@@ -104,10 +103,10 @@ def rows_along(
 
 
 def most_numbers(
-    steps: Sequence[Step], sizes: Callable[[int], int], elementwise: bool, curved: bool
+    steps: Sequence[Step], sizes: Callable[[int], int], rank: int, curved: bool
 ) -> int:
     """Numbers in the rows that the curvature of one sample is kept in, at most; see `rows_along`."""
-    along = zip(steps, rows_along(steps, sizes, elementwise, curved), strict=True)
+    along = zip(steps, rows_along(steps, sizes, rank, curved), strict=True)
     held = (max(i * sizes(step.after), o * sizes(step.before)) for step, (i, o) in along)
     return max([1, *held])
 

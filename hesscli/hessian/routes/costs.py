@@ -98,19 +98,19 @@ def numbers_along(tape: Tape, z: int, inputs: int, end: int | None = None) -> in
 class Costs:
     """The cost of each route on one recorded batch, of which `chunk` directions share a batched pass.
 
-    The curvature of an elementwise loss at the output is a diagonal.
+    The loss's own Hessian at the output is of this rank, less its diagonal; None where nothing is known of it.
     """
 
     def __init__(
-        self, tape: Tape, itemsize: int, chunk: int, rates: Rates, elementwise: bool = False
+        self, tape: Tape, itemsize: int, chunk: int, rates: Rates, rank: int | None = None
     ) -> None:
         self.tape, self.itemsize, self.chunk, self.rates = tape, itemsize, chunk, rates
-        self.elementwise = elementwise
         self._each = np.array([self._work(call) for call in tape.calls]).reshape(-1, 4)
         self._after: dict[tuple[int, ...], Work] = {}
         output = tape.shapes[tape.output]
         self.samples = output[0] if output else 1
         self.classes = max(1, self.size(tape.output))
+        self.rank = self.classes if rank is None else rank
         self.loss = Work(bytes=_LOSS * output.numel() * itemsize, calls=_LOSS)
         self.forward = self._pass(slice(None)) + self.loss
 
@@ -171,7 +171,7 @@ class Costs:
     def chain(self, steps: Sequence[Step], curved: bool) -> Work:
         """The curvature of every value of a chain, kept in rows; see `rows_along`."""
         work = self.forward.times(3)
-        along = rows_along(steps, self.size, self.elementwise, curved)
+        along = rows_along(steps, self.size, self.rank, curved)
         for step, (rows, _) in zip(steps, along, strict=True):
             after, before = self.size(step.after), self.size(step.before)
             if step.call.name in PRODUCTS:
@@ -184,8 +184,8 @@ class Costs:
         """Numbers of the curvature at the output, and along the chain of as many samples as are kept at once, up to so
         many; what it becomes at the next value is held beside it.
         """
-        each = most_numbers(steps, self.size, self.elementwise, curved)
-        at_output = self.samples * self.classes * (1 if self.elementwise else self.classes)
+        each = most_numbers(steps, self.size, self.rank, curved)
+        at_output = self.samples * self.classes * (2 * self.rank + 1)
         return at_output + int(_REPLACED * each) * max(1, min(self.samples, most // each))
 
     def held_of_directions(self, z: int, inputs: int, count: int, most: int, more: int = 0) -> int:
@@ -237,7 +237,7 @@ class Costs:
     def gauss_newton(self, use: Use, diagonal: bool, classes: int) -> Work:
         """A block from the backward passes of so many outputs."""
         b, c, t, n, m = self.samples, classes, use.positions, use.n, use.m
-        coupled = 1 if self.elementwise else c
+        coupled = min(c, 2 * self.rank + 1)
         if use.kind == LINEAR and use.is_layer and t == 1:
             curvature = self._product(b * c * n * (coupled + (1 if diagonal else n)))
             return curvature + self.own(use, diagonal)

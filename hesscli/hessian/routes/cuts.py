@@ -57,16 +57,16 @@ class Cuts:
         """How many threads have a graph of a batch, where so many rows go through them."""
         return graphs_for(self.problem.device, rows, self.graphs)
 
-    def costs(self, tape: Tape, elementwise: bool = False) -> Costs:
+    def costs(self, tape: Tape, rank: int | None = None) -> Costs:
         """What passes of a batch cost without cuts."""
         problem, rates = self.problem, usual_rates(self.problem.device)
-        return Costs(tape, problem.dtype.itemsize, self.chunk, rates, elementwise)
+        return Costs(tape, problem.dtype.itemsize, self.chunk, rates, rank)
 
     def plan(self, batch: Batch) -> CutPlan:
         """Where a batch's pass is cut; raises NotApplicable where nothing is proven of it."""
         if batch not in self.plans:
             analysis = self.analyses.of(batch)
-            costs = self.costs(analysis.tape, analysis.loss_is_elementwise)
+            costs = self.costs(analysis.tape, analysis.loss_rank)
             self.plans[batch] = plan_cuts(analysis, costs, self.samples, self.room)
         return self.plans[batch]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from hesscli.hessian.routes.output_hessian import OutputHessian
@@ -13,25 +12,20 @@ MOST_ROWS = 3  # times n: to multiply out S, and start anew from it, costs about
 
 
 class FactoredHessian:
-    """S = L^T R + sum of V^T diag(w) V + diag(d), for each sample; to begin with, Lambda."""
+    """S = L^T R + sum of V^T diag(w) V + diag(d), for each sample, to begin with Lambda."""
 
     def __init__(self, at_output: OutputHessian) -> None:
+        rows, d = at_output.right, at_output.d
+        if not rows.shape[1] and d is not None and bool((d == d[0]).all()):
+            at_output = at_output.of(slice(1))  # of a squared error, the same in all samples
+        self._become(at_output)
+
+    def _become(self, S: OutputHessian) -> None:
+        self.right = S.right  # [B or 1, r, n], as the left ones
+        n = S.right.shape[2]
+        self.left = S.right.new_ones(n).diag().unsqueeze(0) if S.left is None else S.left
+        self.d = S.d  # [B or 1, n]
         self.weighted: list[tuple[Tensor, Tensor]] = []  # V [B or 1, r, n], w [B or 1, r]
-        self.d: Tensor | None = None  # [B or 1, n]
-        if at_output.is_diagonal:
-            d = at_output.values  # of a squared error, the same in all samples
-            self._become_diagonal(d[:1] if bool((d == d[0]).all()) else d)
-        else:
-            self._become(at_output.values)
-
-    def _become(self, S: Tensor) -> None:
-        identity = torch.eye(S.shape[1], dtype=S.dtype, device=S.device)
-        self.left, self.right = identity.unsqueeze(0), S  # [B or 1, r, n] both
-        self.weighted, self.d = [], None
-
-    def _become_diagonal(self, d: Tensor) -> None:
-        self.left = self.right = d.unsqueeze(1)[:, :0]  # no rows
-        self.weighted, self.d = [], d
 
     def scale(self, g: Tensor) -> None:
         """S <- diag(g) S diag(g), g [B, n]."""
@@ -56,7 +50,7 @@ class FactoredHessian:
         if 2 * self.left.shape[1] + sum(v.shape[1] for v, _ in self.weighted) > MOST_ROWS * len(m):
             self._multiply_out()
         if last:
-            self._become_diagonal(self.diagonal(m))
+            self._become(OutputHessian.elementwise(self.diagonal(m)))
             return
         self._replace(lambda rows: rows @ m)
         if self.d is not None:
@@ -86,7 +80,7 @@ class FactoredHessian:
             S += (v * w.unsqueeze(2)).transpose(1, 2) @ v
         if self.d is not None:
             S.diagonal(dim1=1, dim2=2).add_(self.d)
-        self._become(S)
+        self._become(OutputHessian(None, S))
 
 
 def _weighted_squares(v: Tensor, w: Tensor) -> Tensor:

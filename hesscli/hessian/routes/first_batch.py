@@ -29,7 +29,7 @@ class FirstBatch:
         self.costs: Costs | None = None
         try:
             analysis = self._analysis = cuts.analyses.of(self.batch)
-            self.costs = cuts.costs(analysis.tape, analysis.loss_is_elementwise)
+            self.costs = cuts.costs(analysis.tape, analysis.loss_rank)
         except NotApplicable as reason:
             self.refused = str(reason)
             with suppress(NotApplicable):  # what nothing is proven of still has a cost

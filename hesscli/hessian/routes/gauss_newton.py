@@ -219,7 +219,7 @@ class EmpiricalFisher(Jacobians):
         with exact_derivatives():
             delta = loss_gradient(probed.problem, probed.batch, probed.output.detach())
         curvature = delta.new_full((probed.samples, 1), 1 / probed.problem.denominator)
-        return delta.unsqueeze(0), OutputHessian(curvature)
+        return delta.unsqueeze(0), OutputHessian.elementwise(curvature)
 
 
 def _add(part: Rows, factors: Factors) -> None:

@@ -21,6 +21,7 @@ from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.autodiff import batched_grad, unit_rows
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.losses import OF_LOG_SOFTMAX
 from hesscli.hessian.operator import loss_hessian
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.proofs.uses import Use
@@ -158,19 +159,24 @@ class Probed:
             return use.inputs(self.known).detach()
 
     def output_hessian(self) -> OutputHessian:
-        """The loss's own Hessian at the output, a column for each seed; one product of an elementwise loss."""
-        f = self.output.detach()
+        """The loss's own Hessian at the output: in general, a column for each seed."""
+        f, size, rank = self.output.detach(), self.output[0].numel(), self.analysis.loss_rank
+        if rank == 1 < size:
+            log_p = f.log_softmax(1).requires_grad_()
+            of_log_softmax = OF_LOG_SOFTMAX[self.problem.loss.name]
+            total, _ = of_log_softmax(log_p, 1, self.batch.target, **self.batch.loss_arguments)
+            (gradient,) = torch.autograd.grad(total / self.problem.denominator, log_p)
+            return OutputHessian.softmax(log_p.detach(), gradient)
         with exact_derivatives():
             multiply = loss_hessian(self.problem, self.batch, f)
-        size = f.numel() // self.samples
-        if self.analysis.loss_is_elementwise:
-            return OutputHessian(multiply(torch.ones_like(f)).reshape(self.samples, size))
+        if not rank:
+            return OutputHessian.elementwise(multiply(torch.ones_like(f)).reshape(-1, size))
         by_sample = f.new_empty(self.samples, size, size)
         count = max(1, chunk_sizes(f.device).output // max(1, f.numel()))
         columns = by_sample.transpose(0, 1).split(count)
         for part, seeds in zip(columns, self.output_seeds().split(count), strict=True):
             part.copy_(multiply(seeds).reshape(part.shape))
-        return OutputHessian(by_sample)
+        return OutputHessian(None, by_sample)
 
     def output_seeds(self) -> Tensor:
         """The unit vectors of the output, the same in every sample: [C, *output.shape]."""

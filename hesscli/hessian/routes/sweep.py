@@ -104,8 +104,8 @@ def _diagonals(
     def size(value: int) -> int:
         return probed.known[value][0].numel()
 
-    each = most_numbers(steps, size, start.is_diagonal, curved)
-    count = chunk_sizes(start.values.device).chain // each
+    each = most_numbers(steps, size, start.right.shape[1], curved)
+    count = chunk_sizes(start.right.device).chain // each
     found: dict[int, list[Tensor]] = {z: [] for z in zs}
     with torch.no_grad():
         for some in ranges(probed.samples, count):
