@@ -150,3 +150,20 @@ def test_the_dry_run_counts_the_gradients_of_differences(cli, net, monkeypatch):
     assert cli(*words, "--method", "hvp", "--no-check").code == 0
     rows, check = 4 * 3 + 4 + 4 + 1, 2 * 4
     assert given == [(4 * rows + check, []), (4 * rows, []), (0, ["hvp"] * 4)]
+
+
+def test_the_memory_asked_for_is_that_of_the_routes_that_are_left(cli, net, monkeypatch):
+    """Graphs that are differentiated twice are not kept where differences are taken: with what these need it runs."""
+    words = ("compute", *net(BACKWARD["differs"]), "--params", "a.*")
+    needed = {}
+    for method in ("hvp", "finite-difference"):
+        planned = cli(*words, "--method", method, "--dry-run", "--json")
+        needed[method] = planned.document["total"]["memory"]
+    assert needed["finite-difference"] < needed["hvp"]
+    monkeypatch.setattr(wrong_routes, "SOON", 0.0)
+    words = (*words, "--memory", str(needed["finite-difference"]))
+    assert (
+        cli(*words, "--dry-run", "--json").document["total"]["memory"]
+        == needed["finite-difference"]
+    )
+    assert cli(*words).code == 0

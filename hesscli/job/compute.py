@@ -14,7 +14,7 @@ from hesscli.job.json_form import Document
 from hesscli.job.matrix.dry_run import forecast
 from hesscli.job.matrix.journal import read_journal
 from hesscli.job.matrix.planning import Plan
-from hesscli.job.matrix.room import require_room
+from hesscli.job.matrix.room import require_disk, require_memory
 from hesscli.job.matrix.run import Run
 from hesscli.job.matrix.wrong_routes import leave_out_wrong_routes
 from hesscli.job.options import ComputeOptions, Listener, options_of
@@ -47,8 +47,9 @@ def compute(
         options = replace(options, output=output)
     with Team(alone) as team:
         plan = _planned(options, listener, team)
-        require_room(plan)
+        require_disk(plan)
         leave_out_wrong_routes(plan)
+        require_memory(plan)  # of the routes that are left, as the dry run shows it
         document = Run(plan, team, stdout=stdout).run()
     if options.shard is not None:
         del document["blocks"]  # no numbers of theirs are known

@@ -13,18 +13,28 @@ from hesscli.job.setup.batches import PROCESS
 from hesscli.job.sizes import size
 
 
-def require_room(plan: Plan) -> None:
-    """Refuses what memory or disk cannot hold.
+def require_memory(plan: Plan) -> None:
+    """Refuses what the memory cannot hold, by the routes that are to be taken.
 
     Raises:
         ResourceError: with the option that would fit.
     """
-    needed, limit, free = plan.memory.needed(), plan.memory.limit, _free(plan)
+    needed, limit = plan.memory.needed(), plan.memory.limit
     if needed > limit:
+        finer = _smaller_batches(plan, needed) or _finer_blocks(plan, _free(plan))
         raise ResourceError(
             f"{_named(plan)} needs {size(needed)} of memory, {size(limit)} may be used",
-            _smaller_batches(plan, needed) or _finer_blocks(plan, free) or _more_memory(needed),
+            finer or _more_memory(needed),
         )
+
+
+def require_disk(plan: Plan) -> None:
+    """Refuses what the disk cannot hold, by whatever routes.
+
+    Raises:
+        ResourceError: with the option that would fit.
+    """
+    free = _free(plan)
     if plan.bytes > free:
         where = plan.options.output.parent if plan.options.output else ""
         raise ResourceError(
