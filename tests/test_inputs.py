@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import OrderedDict
+from functools import partial
 from typing import List  # noqa: UP035
 
 import numpy as np
@@ -481,6 +482,43 @@ def test_inputs_that_are_missing_behind_a_weight(job):
     with pytest.raises(hesscli.HesscliError, match="gradient's norm is nan") as refused:
         job(Imputing(first=False).double(), (x, Y))
     assert refused.value.hint.endswith("before it meets a weight: x.nan_to_num(0)")
+
+
+class Demanding(Imputing):
+    """Takes three columns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != 3:
+            raise ValueError("three columns are wanted")
+        return super().forward(x)
+
+
+class Strict(Imputing):
+    """Takes nothing that is missing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.isnan().any():
+            raise ValueError("something is wrong with x")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "columns", "loss", "said"),
+    [
+        (Demanding, 4, "mse", "three columns are wanted"),
+        (Imputing, 3, "nll", "class targets have shape"),
+        (Imputing, 3, lambda f, y: (f.reshape(-1) - y[:, 0]) ** 2, "must match the size"),
+        (Strict, 3, "mse", "array x .* holds NaN or infinity in 1 place"),
+        (partial(nn.Linear, 3, 2), 3, "mse", "array x .* holds NaN or infinity in 1 place"),
+    ],
+)
+def test_a_refusal_is_told_as_one_of_what_is_missing_only_if_it_is(model, columns, loss, said):
+    x = torch.cat([X, X], 1)[:, :columns].clone()
+    x[1, 0] = torch.nan
+    torch.manual_seed(0)
+    with pytest.raises(hesscli.HesscliError, match=said) as refused:
+        hesscli.compute(model().double(), (x, Y), loss=loss)
+    assert ("NaN" in str(refused.value)) == ("NaN" in said)
 
 
 class AnyNumber(nn.Module):
