@@ -321,6 +321,18 @@ def test_not_converged(cli, tmp_path):
     assert not (tmp_path / "e.safetensors").exists()
 
 
+@pytest.mark.parametrize("words", [("--top", 2), ("--top", 40), ("--per-block",)])
+def test_products_that_a_matrix_takes_beyond_those_allowed_are_noted(cli, words):
+    """41 parameters, in blocks of 4 to 20."""
+    files = (SAMPLES / "ann.pt", SAMPLES / "ann.npz")
+    ran = cli("eigen", *files, *words, "--max-products", 19, "--json")
+    assert ran.code == 0, ran.stderr
+    said = "--max-products 19 has no effect where the matrix is formed"
+    assert sum(note.startswith(said) for note in ran.notes) == 1
+    most = 20 if words == ("--per-block",) else 41
+    assert not any("--max" in n for n in cli("eigen", *files, *words, "--max-products", most).notes)
+
+
 def test_nan(cli, tmp_path):
     class Rooted(nn.Module):
         def __init__(self):

@@ -232,6 +232,13 @@ def test_a_basis_stays_orthonormal_where_next_to_nothing_is_new():
     assert max(errors) < 1e-13
 
 
+def test_fewer_than_were_asked_for_have_not_converged():
+    found, _ = search(np.zeros(700), 5, "largest", most=3)  # each of which is exact
+    assert len(found.values) == 3
+    assert not found.converged.any()
+    assert search(np.zeros(700), 5, "largest")[0].converged.all()
+
+
 def test_a_good_guess_saves_products_and_a_bad_one_hides_nothing():
     values = SPECTRA["outliers"]
     alone, _ = search(values, 6, "largest")

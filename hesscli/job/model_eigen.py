@@ -109,7 +109,11 @@ def _search(operator: Operator, options: EigenOptions) -> Found:
 
 def _dense(operator: Operator, options: EigenOptions) -> Found:
     """Those of the whole matrix."""
-    size = operator.size
+    size, most = operator.size, options.max_products
+    if size > most:
+        operator.opened.listener.note(
+            f"--max-products {most} has no effect where the matrix is formed, by a product for each of its rows"
+        )
 
     def fewer(room: int) -> str | None:
         """Of so few no matrix is made."""

@@ -251,11 +251,12 @@ class Lanczos(Krylov):
         return bool((np.diff(values) <= same).any())
 
     def _found(self, interrupted: bool) -> Found:
-        """The wanted pairs; they take the place of the basis."""
+        """The wanted pairs; they take the place of the basis. None has converged while some are not even met."""
         best = self._wanted()
         vectors = self.basis[: len(best)]
         self.rotate(self.columns[:, best], self.basis[: self.count], vectors)
         converged = self.residuals[best] <= self._limit(self.values[best])
+        converged &= len(best) == self.top
         residuals = np.maximum(self.residuals[best], self._rounding() / 32)
         return Found(self.values[best], vectors, residuals, converged, self.products, interrupted)
 
