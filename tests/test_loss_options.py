@@ -1019,6 +1019,11 @@ FORMS = {
     "named": (Outputs, lambda f, y: gaussian(f.first, f.second, y)),
     "dataclass": (Returned, lambda f, y: gaussian(f.first, f.second, y).mean()),
     "nested": (lambda a, b: {"m": (a, b), "n": None}, lambda f, y: gaussian(*f["m"], y)),
+    # It clamps the variance where gradients are off.
+    "pytorch's": (
+        lambda a, b: (a, b.exp()),
+        lambda f, y: nn.functional.gaussian_nll_loss(f[0], y, f[1]),
+    ),
 }
 
 
@@ -1031,6 +1036,18 @@ def test_a_loss_of_all_that_a_model_returns(name, batch_size):
     found = computed(model, (X, Y), loss=loss, method="preactivation", batch_size=batch_size)
     close(found, truth)
     assert any("takes all of it" in note for note in found.metadata["notes"])
+
+
+def test_what_keeps_a_loss_of_all_that_a_model_returns_from_fast_routes_is_not_put_down_to_the_model():
+    def loss(f, y):
+        second = f[1].clone()
+        with torch.no_grad():
+            second[:, 0].mul_(1)
+        return gaussian(f[0], second, y)
+
+    found = computed(Two(lambda a, b: (a, b)).double(), (X, Y), loss=loss)
+    (note,) = (n for n in found.metadata["notes"] if n.startswith("no fast route: "))
+    assert note.startswith("no fast route: the model, or the loss, ")
 
 
 def test_arguments_of_a_loss_of_all_that_a_model_returns():

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -114,6 +115,9 @@ class _Recorder(Watcher):
         written = _written(func, args)
         for target in each(written, Tensor):
             self._keep_given(target)
+        before = None
+        if constant and written and all(_has_history(x) for x in written):
+            before = self.ref(written[0])
         result = func(*args, **kwargs)
         if func.overloadpacket.__name__ in BLANK:  # TorchScript fills these where nothing sees it
             self._give(result)
@@ -121,9 +125,9 @@ class _Recorder(Watcher):
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.draft.refuse(f"{call.name} draws random numbers")
         if written is not None:
-            if constant:
-                self.draft.refuse("the model writes where it turns gradients off")
             call = self._without_writing(call, args, written)
+            if constant:
+                call = self._keep_derivative(call, before, result)
         if call.operator is _CONVOLUTION_OF_TRACES:  # its further arguments are cuDNN's business
             call = Call(torch.ops.aten.convolution.default, call.arguments[:9], call.keywords)
         if _is_converted(result, args):
@@ -142,7 +146,7 @@ class _Recorder(Watcher):
         elif _is_view(func, args, result) and not constant:
             self.tensors[result].taken = args[0], call
         for part in each(result, Tensor):
-            self.tensors[part].off = off
+            self.tensors[part].off = off and before is None
         return result
 
     def _look_around(self) -> None:
@@ -167,6 +171,20 @@ class _Recorder(Watcher):
         if self.tensors.write(written[0]) and torch.Tag.inplace_view in call.operator.tags:
             self.draft.refuse(f"{call.name} changes what a view is of")
         return without_writing(self.draft, call, args)
+
+    def _keep_derivative(self, call: Call, before: Ref | None, result: Any) -> Call:
+        """The call that gives y, written over x where gradients are off: its derivative stays that of x.
+
+        That is x + (y - x), the difference being a constant.
+        """
+        if before is None:
+            self.draft.refuse("the model writes where it turns gradients off")
+            return call
+        made = partial(self.draft.made, result, shape=result.shape)
+        written = made(call.operator, call.arguments, keywords=call.keywords)
+        detached = made(_DETACH, (before,))
+        change = made(torch.ops.aten.sub.Tensor, (written, detached))
+        return Call(torch.ops.aten.add.Tensor, (before, change), {})
 
     def _in_its_dtype(self, call: Call, args: tuple[Any, ...], result: Any) -> Call:
         """The call that gives a result in the dtype that it has, which may be wider than the model says."""
@@ -237,6 +255,11 @@ def _written(func: Any, args: tuple[Any, ...]) -> list[Any] | None:
     """The arguments that an operator writes to, as far as they are given by their place; None if it writes to none."""
     writes = [a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments]
     return list(itertools.compress(args, writes)) if any(writes) else None
+
+
+def _has_history(written: object) -> bool:
+    """Whether what is written to is a tensor that is computed with a gradient, no weight."""
+    return isinstance(written, Tensor) and written.grad_fn is not None
 
 
 def _is_view(func: Any, args: tuple[Any, ...], result: Any) -> bool:

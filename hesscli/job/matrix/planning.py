@@ -63,9 +63,10 @@ class Plan:
             except NotApplicable as reason:
                 raise inexact(self.options, block, method, reason) from None
         if planner.first.refused and method == "auto":
-            self.opened.listener.note(
-                f"no fast route: {planner.first.refused}; hvp takes one pass per parameter"
-            )
+            refused = planner.first.refused
+            if self.problem.loss.whole:  # which is recorded with it
+                refused = refused.replace("the model ", "the model, or the loss, ")
+            self.opened.listener.note(f"no fast route: {refused}; hvp takes one pass per parameter")
         return found
 
     def first_choices(self, blocks: Sequence[Block]) -> list[Choice]:
