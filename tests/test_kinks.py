@@ -1105,6 +1105,28 @@ def test_a_gradient_that_is_no_functions_is_refused(blocks):
         hesscli.compute(model, (x, y), blocks=blocks)
 
 
+class OfAFunctionNearly(Once):
+    """As the adjoint of an equation that is solved in steps: off by as much as the steps are."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        of_x, of_w = pulled(ctx, gradient)
+        factors = torch.arange(of_w.numel(), dtype=of_w.dtype).view_as(of_w)
+        return of_x, of_w * (1 + 1e-4 * factors)
+
+
+@pytest.mark.parametrize("blocks", ["diag", "elements"])
+def test_gradients_that_contradict_each_other_do_for_fewer_digits(blocks):
+    torch.manual_seed(0)
+    model = Fused(OfAFunctionNearly.apply)
+    x, y = torch.randn(12, 3), torch.randn(12, 2)
+    with pytest.raises(hesscli.HesscliError, match="the gradients contradict each other") as caught:
+        hesscli.compute(model, (x, y), blocks=blocks, dtype="float64")
+    assert caught.value.hint == "--dtype float32"
+    assert hesscli.compute(model, (x, y), blocks=blocks).metadata["check"]["relative_error"] < 1e-3
+
+
 class ShiftedScores(nn.Module):
     """A parameter of which a softmax leaves no trace, before a Function."""
 

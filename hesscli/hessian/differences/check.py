@@ -47,6 +47,8 @@ _EXTRAPOLATED = {
     torch.float32: (),
 }  # for gradients of terms that nearly cancel
 _NOTED = 6  # batches: each has an eighth of the memory that activations may take
+SINGLE = 1e-3
+"""The relative error with which what is computed in float32 passes."""
 _ONE_SIDED = 1e-8  # leaves out about as much: far below the tolerance of float32, not of float64
 
 
@@ -90,7 +92,7 @@ class Certificate:
     of: str = "gradients"
 
     def __post_init__(self) -> None:
-        self.tolerance = 1e-6 if self.dtype == torch.float64 else 1e-3
+        self.tolerance = 1e-6 if self.dtype == torch.float64 else SINGLE
         if self.problem.dtype != torch.float64:
             self.tolerance = 5e-2
         self.kind = f"differences of {self.of}"

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from hesscli.errors import NumericalError
 from hesscli.hessian.blocks import Block
+from hesscli.hessian.differences.check import SINGLE
 from hesscli.hessian.routes.base import Choice, Route
+from hesscli.hessian.words import FINITE_DIFFERENCE
 from hesscli.job.matrix.planning import Plan
 from hesscli.job.remedies import inexact, more_digits, not_finite, other_way
 
@@ -69,13 +71,21 @@ class Ranking:
         following = self._following()
         said = f"{self.block.name}: {self.route.name} differs from gradients by {error:.1e}"
         if following is None:
-            raise NumericalError(
-                f"{said}, more than {certificate.tolerance:.0e}; nothing was written",
-                more_digits(dtype) or other_way(self.plan.options, self.method),
-            )
+            raise self._inexact(f"{said}, more than {certificate.tolerance:.0e}", error)
         self.plan.opened.listener.note(f"{said}; {following} instead")
         self.skip()
         return False
+
+    def _inexact(self, said: str, error: float) -> NumericalError:
+        """What is said where the last route does not pass the check."""
+        dtype = self.plan.problem.dtype
+        hint = more_digits(dtype) or other_way(self.plan.options, self.method)
+        if self.method == FINITE_DIFFERENCE and hint is None:  # which is made of gradients itself
+            said += (
+                ": the gradients contradict each other, as those of a solver that ends early may"
+            )
+            hint = "--dtype float32" if error <= SINGLE else None
+        return NumericalError(f"{said}; nothing was written", hint)
 
     def _following(self) -> str | None:
         """The next route's name."""
