@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +85,57 @@ def test_integers_stay_with_what_is_wide() -> None:
     angles = torch.arange(3, dtype=torch.float64).unsqueeze(1) @ rate
     torch.testing.assert_close(problem.output(problem.batches[0]), x * angles.sin().sum())
     torch.testing.assert_close(output, x * angles.sin().sum())
+
+
+SUMS = {
+    "sum": lambda x, dtype: x.sum(1, keepdim=True, dtype=dtype),
+    "sum-all": lambda x, dtype: x.sum(dtype=dtype) + x,
+    "mean": lambda x, dtype: x.mean(1, keepdim=True, dtype=dtype),
+    "mean-all": lambda x, dtype: x.mean(dtype=dtype) + x,
+    "nansum": lambda x, dtype: x.nansum(1, keepdim=True, dtype=dtype),
+    "prod": lambda x, dtype: x.prod(1, keepdim=True, dtype=dtype),
+    "prod-all": lambda x, dtype: x.prod(dtype=dtype) + x,
+    "cumsum": lambda x, dtype: x.cumsum(1, dtype=dtype),
+    "cumprod": lambda x, dtype: x.cumprod(1, dtype=dtype),
+    "norm": lambda x, dtype: torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype),
+    "length": lambda x, dtype: x.norm(2, 1, True, dtype=dtype),
+    "of-integers": lambda x, dtype: (x > 0).sum(1, keepdim=True, dtype=dtype) / 7 * x,
+}
+
+
+class Summed(nn.Module):
+    """A layer, and a sum in the dtype that it is told."""
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+        self.name, self.dtype = name, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SUMS[self.name](self.layer(x), self.dtype).to(x.dtype).tanh()
+
+
+@pytest.mark.parametrize("form", ["module", "trace"])
+@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "error::UserWarning")
+def test_sums_that_are_told_to_be_narrower(tmp_path: Path, name: str, form: str) -> None:
+    torch.manual_seed(0)
+    model = Summed(name, torch.float32)
+    x, y = torch.randn(6, 3), torch.zeros(6, 4)
+    y = y[:, : model(x).shape[1]]
+    saved: Any = model
+    if form == "trace":
+        saved = tmp_path / "net.pt"
+        torch.jit.trace(model, x).save(saved)
+    found = hesscli.compute(saved, (x, y), blocks="full", dtype="float64", framework="torch")
+    assert found.metadata["check"]["dtype"] == "float64"
+    wide = Summed(name, torch.float64).double()
+    wide.load_state_dict(model.state_dict())
+    truth = hessian(wide, F.mse_loss, (x.double(),), y.double())
+    assert relative_error(found.matrix(), truth) < 1e-9
+    found = hesscli.compute(saved, (x, y), blocks="full", framework="torch")
+    assert found.metadata["check"]["dtype"] == "float64"
+    assert relative_error(found.matrix().double(), truth) < 1e-4
 
 
 PADS = [(1, 2, 2, 1), (2, -1, 0, 1), (-1, 2, -1, 1), (-1, -1, 1, 2), (0, 0, 0, 0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -129,6 +130,22 @@ def _dtype_of(*numbers: Any) -> torch.dtype:
     return torch.tensor(numbers).dtype
 
 
+def _summed_by(
+    out: Callable[..., Tensor], result: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype
+) -> Callable[..., Tensor]:
+    """What sums or multiplies in the dtype that it is told, or in that of x, integers in theirs: in a wider one."""
+
+    def reduce(
+        x: Tensor, *arguments: Any, dtype: torch.dtype | None = None, **options: Any
+    ) -> Tensor:
+        is_whole = not (x.is_floating_point() or x.is_complex())
+        x = x.to(_widened(dtype or (torch.int64 if is_whole else x.dtype)))
+        blank = torch.empty(0, dtype=result(x.dtype), device=x.device)
+        return out(x, *arguments, **options, out=blank)
+
+    return reduce
+
+
 _aten = torch.ops.aten
 _MADE: dict[str, Callable[..., Tensor]] = {
     "zeros": _made_by(_aten.zeros.out),
@@ -145,7 +162,18 @@ _MADE: dict[str, Callable[..., Tensor]] = {
     "linspace": _made_by(_aten.linspace.out),
 }
 
-_MAKERS = frozenset(name.partition(".")[0] for name in _MADE)
+_SUMS: dict[str, Callable[..., Tensor]] = {
+    "sum.dim_IntList": _summed_by(_aten.sum.IntList_out),
+    "nansum": _summed_by(_aten.nansum.out),
+    "mean.dim": _summed_by(_aten.mean.out),
+    "prod": lambda x, **options: _summed_by(_aten.prod.int_out)(x.flatten(), 0, **options),
+    "prod.dim_int": _summed_by(_aten.prod.int_out),
+    "cumsum": _summed_by(_aten.cumsum.out),
+    "cumprod": _summed_by(_aten.cumprod.out),
+    "linalg_vector_norm": _summed_by(_aten.linalg_vector_norm.out, torch.dtype.to_real),
+}
+
+_TOLD = frozenset(name.partition(".")[0] for name in _MADE | _SUMS)
 
 
 @contextmanager
@@ -163,21 +191,28 @@ def default_of(dtype: torch.dtype) -> Iterator[None]:
 def staying_wide() -> Iterator[None]:
     """Forward passes in this context keep float64 where the model itself asks for less, as RMSNorms often do.
 
-    They begin with it too: with `torch.zeros(layers, samples, size)` for a hidden state, to which traces and exported
-    graphs give the dtype that they were made in.
+    They sum in it too, where they say `x.mean(1, dtype=torch.float32)`, and begin with it: with
+    `torch.zeros(layers, samples, size)` for a hidden state, to which traces and exported graphs give the dtype that
+    they were made in.
     """
     with (
         torch.library._scoped_library("aten", "IMPL") as library,
         default_of(torch.float64),
     ):
+        _replace(library)
+        yield
+
+
+def _replace(library: torch.library.Library) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # they have others
         for key in (CPU, *gpus()):
             library.impl("_to_copy", _to_copy_that_stays_wide, key, with_keyset=True)
             library.impl("fake_quantize_per_channel_affine", _fake_quantize_per_channel, key)
             library.impl("_grouped_mm", _grouped_mm, key)
             below = key.removeprefix("Autograd")
-            for name, made in _MADE.items():
-                library.impl(name, made, below)
-        yield
+            for name, kernel in (_MADE | _SUMS).items():
+                library.impl(name, kernel, below)
 
 
 class Narrowings(Watcher):
@@ -185,7 +220,7 @@ class Narrowings(Watcher):
 
     Attributes:
         found: by a conversion, which `staying_wide` leaves out.
-        made: whether it makes tensors that it is told to make narrower, as traces and exported graphs are.
+        made: whether it makes tensors, or sums, that it is told to make narrower, as traces and exported graphs are.
         stuck: the operator that meets a narrower constant of the model, and gives what that has.
     """
 
@@ -195,7 +230,7 @@ class Narrowings(Watcher):
         result = func(*args, **kwargs)
         if func is torch.ops.aten._to_copy.default:
             self.found |= args[0].dtype in WIDE and kwargs.get("dtype") in _NARROW
-        elif func.overloadpacket.__name__ in _MAKERS:
+        elif func.overloadpacket.__name__ in _TOLD:
             self.made |= kwargs.get("dtype") in _NARROW
         elif _is_narrow(result) and any(map(_is_wide_variable, args)):
             self.stuck = func.overloadpacket.__name__
