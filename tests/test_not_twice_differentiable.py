@@ -143,6 +143,50 @@ def test_a_wrong_second_derivative_has_a_hint(dtype, hint):
     assert relative_error(found.matrix().double(), truth) < 1e-6
 
 
+class Refusing(torch.autograd.Function):
+    """A sine whose backward pass refuses to be differentiated, with an error of its own."""
+
+    error: Exception
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise Refusing.error
+        return gradient * x.cos()
+
+
+@pytest.mark.parametrize("blocks", ["full", "diag", "elements"])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(RuntimeError("only once"), "only once"), (ValueError("only once"), "only once"),
+     (KeyError("once"), "KeyError: 'once'")],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_differences_where_a_backward_pass_refuses(monkeypatch, error, said, blocks):
+    torch.manual_seed(0)
+    model = Gated().double()
+    monkeypatch.setattr(Refusing, "error", error, raising=False)
+    model.gate = Refusing.apply
+    found = hesscli.compute(model, (X, Y), blocks=blocks, framework="torch")
+    note = f"no second derivative ({said}): finite-difference instead of hvp"
+    assert note in found.metadata["notes"]
+    for command in (hesscli.compute, hesscli.operator):
+        with pytest.raises(hesscli.HesscliError, match=r"no second derivative \(") as caught:
+            command(model, (X, Y), method="hvp")
+        assert caught.value.exit_code == 5
+    model.gate = torch.sin
+    truth = hessian(model, F.mse_loss, (X,), Y)
+    if blocks == "full":
+        assert relative_error(found.matrix(), truth) < 1e-6
+    assert relative_error(found.matrix().diagonal(), truth.diagonal()) < 1e-6
+
+
 def test_differences_where_a_second_derivative_is_not_finite():
     torch.manual_seed(0)
     model = Gated().double()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from traceback import walk_tb
 
-from hesscli.hessian.guests import is_missing_derivative
+from hesscli.errors import HesscliError, is_out_of_memory
+from hesscli.hessian.guests import is_missing_derivative, reason_of
 
 
 class NotApplicable(Exception):  # noqa: N818 - an answer, not an error
@@ -12,9 +14,24 @@ class NotApplicable(Exception):  # noqa: N818 - an answer, not an error
 
 
 def explained(error: Exception) -> Exception:
-    """NotApplicable where an operator lacks its second derivative, else the error itself."""
-    if not is_missing_derivative(error):
-        return error
-    operator = re.search(r"derivative for '?(?:aten::)?(\w+?)(?:_backward)?\b", str(error))
-    name = operator[1].strip("_") if operator else "an operator"
-    return NotApplicable(f"{name} has no second derivative in PyTorch")
+    """NotApplicable where a backward pass fails for want of a second derivative, else the error itself.
+
+    A gradient was had before any route: what fails now is what differentiates that, in PyTorch or in a `Function` of
+    the model's.
+    """
+    if is_missing_derivative(error):
+        operator = re.search(r"derivative for '?(?:aten::)?(\w+?)(?:_backward)?\b", str(error))
+        name = operator[1].strip("_") if operator else "an operator"
+        return NotApplicable(f"{name} has no second derivative in PyTorch")
+    if _is_of_backward(error):
+        return NotApplicable(f"no second derivative ({reason_of(error)})")
+    return error
+
+
+def _is_of_backward(error: Exception) -> bool:
+    """Whether a backward pass met it, in code that is not ours, and with memory left."""
+    if isinstance(error, HesscliError | NotApplicable) or is_out_of_memory(error):
+        return False
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    in_backward = any(frame.f_code.co_name == "_engine_run_backward" for frame in frames)
+    return in_backward and frames[-1].f_globals["__name__"].split(".")[0] != "hesscli"

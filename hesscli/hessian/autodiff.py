@@ -72,7 +72,7 @@ def batched_grad(
 
     try:
         found = _vmap(backward, 0, 0, allow_none_pass_through=True)(seeds)
-    except RuntimeError as error:
+    except Exception as error:  # whatever an operator's rule, or a `Function`, makes of a batch
         if is_missing_derivative(error) or is_out_of_memory(error):
             raise
         rows = [seeded_grad(output, inputs, seed) for seed in seeds]

@@ -101,7 +101,7 @@ def explaining(explain: Explain, needed: bool = False) -> Iterator[None]:
             raise
         if signalled:  # inside TorchScript
             raise signalled[-1] from None
-        raise explain(_reason(error), error) from error
+        raise explain(reason_of(error), error) from error
 
 
 def is_missing_derivative(error: BaseException) -> bool:
@@ -109,7 +109,7 @@ def is_missing_derivative(error: BaseException) -> bool:
     return isinstance(error, NotImplementedError) or bool(_MISSING.search(str(error)))
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The last line of an error that says something; TorchScript puts its own traceback before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = [line for line in lines if re.match(r"(builtins\.)?\w+(Error|Exception): ", line)]

@@ -108,7 +108,7 @@ class Products(LinearMap):
             if vectors.dim() == 2 and len(vectors) > self.rows:
                 return torch.cat([self._sum(part) for part in vectors.split(self.rows)])
             return self._sum(vectors)
-        except RuntimeError as error:
+        except Exception as error:
             raise explained(error) from error
 
     def _sum(self, vectors: Tensor) -> Tensor:

@@ -240,7 +240,7 @@ def fitting(route: Route, work: Callable[[], Result]) -> Result:
     while True:
         try:
             return work()
-        except RuntimeError as error:
+        except Exception as error:
             if not is_out_of_memory(error) or not route.shrink():
                 raise explained(error) from error
         # Outside the handler, which holds on to the failed pass.
