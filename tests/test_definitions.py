@@ -138,6 +138,56 @@ def test_sums_that_are_told_to_be_narrower(tmp_path: Path, name: str, form: str)
     assert relative_error(found.matrix().double(), truth) < 1e-4
 
 
+class Sparse(nn.Module):
+    """Words and positions, whose gradients are sparse."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.word = nn.Embedding(5, 3, padding_idx=1, sparse=sparse)
+        self.position = nn.Parameter(torch.randn(4, 3))
+        self.bag = nn.EmbeddingBag(5, 3, sparse=sparse)
+        self.head = nn.Linear(3, 5)
+        self.sparse = sparse
+
+    def forward(self, words: Tensor) -> Tensor:
+        positions = torch.arange(words.shape[1], device=words.device)
+        where = F.embedding(positions, self.position, sparse=self.sparse)
+        hidden = torch.tanh(self.word(words) + where).mean(1)
+        if self.sparse:
+            return self.head(hidden + self.bag(words))
+        return self.head(hidden + self.bag.weight[words].mean(1))  # which has a second derivative
+
+
+@pytest.mark.parametrize("blocks", ["full", "elements"])
+@pytest.mark.parametrize("form", ["module", "trace", "script", "exported"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_sparse_gradients(tmp_path: Path, form: str, blocks: str) -> None:
+    torch.manual_seed(0)
+    model = Sparse(sparse=True)
+    words, y = torch.randint(0, 5, (6, 4)), torch.arange(6) % 5
+    saved: Any = model if form == "module" else tmp_path / "net"
+    if form == "trace":
+        torch.jit.trace(model, words).save(saved)
+    elif form == "script":
+        torch.jit.script(model).save(saved)
+    elif form == "exported":
+        saved = tmp_path / "net.pt2"
+        torch.export.save(torch.export.export(model, (words,)), saved)
+    options: Any = {"blocks": blocks, "dtype": "float64", "framework": "torch"}
+    found = hesscli.compute(saved, (words, y), **options)
+    assert not [note for note in found.metadata["notes"] if "derivative" in note]
+    dense = Sparse(sparse=False).double()
+    dense.load_state_dict(model.state_dict())
+    truth = hessian(dense, F.cross_entropy, (words,), y)
+    matrix = found.matrix()
+    if blocks == "elements":
+        matrix, truth = matrix.diagonal(), truth.diagonal()
+    assert relative_error(matrix, truth) < 1e-9
+    F.embedding(words, leaf := torch.ones(5, 3, requires_grad=True), sparse=True).sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.is_sparse  # as before
+
+
 PADS = [(1, 2, 2, 1), (2, -1, 0, 1), (-1, 2, -1, 1), (-1, -1, 1, 2), (0, 0, 0, 0)]
 
 

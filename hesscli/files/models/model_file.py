@@ -267,14 +267,7 @@ def _narrow(tensors: Iterable[torch.Tensor]) -> set[torch.dtype]:
 
 
 def prepare(module: nn.Module, notes: list[str]) -> None:
-    """Brings a module to numbers that can be differentiated twice.
-
-    float16 and bfloat16 have too few digits for that; sparse gradients hold the same numbers, but cannot be
-    differentiated.
-    """
-    for part in module.modules():
-        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
-            part.sparse = False
+    """Widens float16 and bfloat16, which have too few digits for second derivatives."""
     narrow = _narrow(module.parameters())
     if not narrow and not _narrow(module.buffers()):
         return

@@ -14,6 +14,7 @@ import torch
 from torch.autograd import Function
 
 from hesscli.hessian.aten.custom_functions import apply_in_python, set_apply
+from hesscli.hessian.aten.dense_gradients import are_dense, make_dense
 from hesscli.hessian.guests import may_compile
 from hesscli.job.options import ProblemOptions
 
@@ -33,8 +34,9 @@ _ONE_AT_A_TIME = RLock()
 
 
 def settle(options: ProblemOptions) -> None:
-    """Sets the number of threads, the precision, and how Functions are applied."""
+    """Sets the number of threads, the precision, how Functions are applied, and that all gradients are dense."""
     apply_in_python()
+    make_dense()
     if options.threads:
         torch.set_num_threads(options.threads)
     _BACKENDS.fp32_precision = "none"
@@ -69,11 +71,12 @@ def settings_kept() -> Iterator[None]:
         if matmul is None:  # as where a GPU's was set by itself afterwards
             matmul = "high" if _readable(lambda: _BACKENDS.cuda.matmul.allow_tf32) else "highest"
         cudnn = _readable(lambda: _BACKENDS.cudnn.allow_tf32)
-        apply = vars(Function)["apply"]
+        apply, dense = vars(Function)["apply"], are_dense()
         try:
             yield
         finally:
             set_apply(apply)
+            make_dense(dense)
             torch.set_num_threads(threads)
             torch.set_float32_matmul_precision(matmul)
             if cudnn is not None:
