@@ -389,6 +389,24 @@ def test_inputs_in_one(net, container, kind, blocks, tmp_path):
     assert relative_error(found.matrix(), expected) < 1e-9
 
 
+class Optional(Net):
+    def forward(self, first, second=None):
+        return super().forward(first, second)
+
+
+class AnyNumber(Net):
+    def forward(self, first, *others):
+        return super().forward(first, *others)
+
+
+@pytest.mark.parametrize("net", [Optional, AnyNumber])
+def test_inputs_called_otherwise_go_in_by_position_where_no_container_does(net):
+    model = net().double()
+    options = {"inputs": ("x", "z"), "blocks": "full", "framework": "torch"}
+    found = hesscli.compute(model, {"z": Z, "x": X, "y": Y}, **options)
+    assert relative_error(found.matrix(), hessian(model, nn.functional.mse_loss, (X, Z), Y)) < 1e-9
+
+
 def test_modules_of_pytorch_take_no_dict():
     with pytest.raises(hesscli.HesscliError, match="takes 2 positional arguments but 3") as refused:
         hesscli.compute(nn.Sequential(nn.Linear(3, 2)), {"a": X, "b": X, "y": Y}, inputs=("a", "b"))

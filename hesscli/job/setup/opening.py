@@ -32,7 +32,7 @@ from hesscli.job.setup.devices import device_called
 from hesscli.job.setup.loss import by_name, loss_of, printable
 from hesscli.job.setup.own_loss import of_outputs
 from hesscli.job.setup.parameters import chosen_parameters
-from hesscli.job.setup.passing import as_columns, containers, in_one, model_inputs, scales
+from hesscli.job.setup.passing import as_columns, in_one, model_inputs, scales
 from hesscli.job.setup.processes import Processes
 from hesscli.job.setup.second_loss import demand_no_other
 from hesscli.job.setup.settings import settle
@@ -189,7 +189,7 @@ def _posed(
         output_key=options.output_key,
         one_sample=options.unbatched,
     )
-    problem = in_one(problem, source, containers(model.signature, inputs), note)
+    problem, source = in_one(problem, source, model.signature, note)
     problem = of_outputs(problem, source, note)
     if options.loss == "auto" and data.targets:
         demand_no_other(problem, source, model.signature, data.targets[0])

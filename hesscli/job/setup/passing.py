@@ -59,7 +59,7 @@ def model_inputs(
 def containers(signature: CallSignature, names: Collection[str]) -> list[type]:
     """What a model may take inputs of these names in, all at once: it says so, or takes one alone and does not say."""
     required = [name for name in signature.names if name not in signature.optional]
-    alone = len(required) == 1 and not signature.keywords
+    alone = len(required) == 1 and not signature.keywords and signature.most is not None
     if set(names) <= set(signature.names) or signature.first is Tensor:
         return []
     if signature.first is not None:
@@ -67,16 +67,25 @@ def containers(signature: CallSignature, names: Collection[str]) -> list[type]:
     return [dict, tuple] if alone and len(names) > 1 else []
 
 
-def in_one(problem: Problem, source: Source, kinds: Sequence[type], note: Note) -> Problem:
-    """The problem with all inputs in the first of these containers that the model accepts, if there are any."""
+def in_one(
+    problem: Problem, source: Source, signature: CallSignature, note: Note
+) -> tuple[Problem, Source]:
+    """The problem with all inputs in the first container that the model accepts, if it may take them in one.
+
+    If it accepts none, they go in by position, as far as it takes so many.
+    """
+    kinds = containers(signature, source.inputs)
     if not kinds:
-        return problem
+        return problem, source
     tried = [replace(problem, container=kind) for kind in kinds]
     accepted = (each for each in tried if len(tried) == 1 or _is_accepted(each, source))
-    found = next(accepted, tried[0])  # which is refused where all of it is passed
+    found = next(accepted, None)
+    if found is None and len(source.inputs) <= (signature.most or 0):
+        return problem, replace(source, keywords=())
+    found = found or tried[0]  # which is refused where all of it is passed
     kind = getattr(found.container, "__name__", "")
     note(f"inputs are passed in one {kind}: {', '.join(source.inputs)}")
-    return found
+    return found, source
 
 
 def _demand_all(
