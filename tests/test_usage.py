@@ -350,6 +350,19 @@ def shell(
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("command", ["", *"compute eigen trace density hvp merge show diff".split()])
+def test_a_help_fits_eighty_columns(cli, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    ran = cli(*command.split(), "--help")
+    assert max(len(line) for line in ran.stdout.splitlines()) in range(60, 81)
+
+
+def test_a_help_says_what_the_files_are(cli):
+    words = " ".join(cli("compute", "--help").stdout.split())
+    assert "or a Hugging Face folder. [required]" in words
+    assert "or a datasets folder. [required]" in words
+
+
 def test_closed_standard_input(tmp_path):
     done = shell("hesscli show - <&-", tmp_path)
     assert done.returncode == 2

@@ -95,10 +95,15 @@ def hesscli_command(
 
     \b
     Exit codes:
-      0 done                                    4 model, data and loss do not fit together
-      1 a check that you asked for failed       5 numerical: NaN, check failed, not converged
-      2 usage, missing file, output refused     6 device missing, not enough memory or disk
-      3 file unreadable, unsupported, unsafe    70 a bug in hesscli, 130 Ctrl-C
+      0    done
+      1    a check that you asked for failed
+      2    usage, missing file, output refused
+      3    file unreadable, unsupported or unsafe
+      4    model, data and loss do not fit together
+      5    numerical: NaN, not twice differentiable, check failed, not converged
+      6    device missing, not enough memory or disk
+      70   a bug in hesscli
+      130  Ctrl-C
     """
     if rank() and context.invoked_subcommand not in _ON_ALL_PROCESSES:
         raise typer.Exit

@@ -94,7 +94,7 @@ def compute(
     \b
     Example:
       hesscli compute model.pt data.npz --blocks diag
-      hesscli compute weights.safetensors data.npz --arch nets.py:make_cnn --blocks full
+      hesscli compute net.safetensors data.npz --arch nets.py:Net --blocks full
       hesscli compute model.pt data.npz -o - | hesscli eigen - --top 10
     """
     first = rank() == 0  # of the processes that torchrun started
