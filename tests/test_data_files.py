@@ -616,7 +616,7 @@ def test_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     error = refused(UsageError, tmp_path / "d")
     assert error.message.endswith("d: reading it needs pyarrow, which is not installed")
-    assert error.hint == "pip install pyarrow"
+    assert error.hint == "pip install 'hesscli[data]'"
 
 
 def test_with_a_pyarrow_that_refuses_what_is_installed(tmp_path, monkeypatch):

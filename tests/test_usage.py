@@ -350,7 +350,9 @@ def shell(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["", *"compute eigen trace density hvp merge show diff".split()])
+@pytest.mark.parametrize(
+    "command", ["", *"compute eigen trace density hvp merge show diff".split()]
+)
 def test_a_help_fits_eighty_columns(cli, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "80")
     ran = cli(*command.split(), "--help")

@@ -93,7 +93,8 @@ def _pyarrow(path: Path | str) -> Any:
         import pyarrow.ipc
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"{path}: reading it needs pyarrow, which is not installed", "pip install pyarrow"
+            f"{path}: reading it needs pyarrow, which is not installed",
+            "pip install 'hesscli[data]'",
         ) from error
     except ImportError as error:  # new versions refuse NumPy 1, which pip does not know
         raise UsageError(
