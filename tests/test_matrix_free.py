@@ -559,6 +559,18 @@ def test_a_trace_that_an_estimate_does_not_reach_is_exact_where_that_costs_no_mo
     assert cli(*rough, 0.1).document["exact"] is False
 
 
+def test_a_trace_is_exact_where_products_of_a_deep_narrow_model_cost_more(cli, tmp_path):
+    torch.manual_seed(0)
+    layers = [layer for _ in range(8) for layer in (nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU())]
+    x, y = np.random.default_rng(0).standard_normal((8, 16)), np.arange(8) % 2
+    files = saved(tmp_path, nn.Sequential(*layers, nn.Linear(16, 2)).double(), x=x, y=y)
+    found = cli("trace", *files, "--json").document
+    assert found["exact"] is True
+    assert found["products"] < 10
+    rows = cli("compute", *files, "-b", "elements", "--method", "hvp", "--json", "-o", "rows.st")
+    assert found["total"]["trace"] == pytest.approx(rows.document["total"]["trace"], rel=1e-8)
+
+
 def test_an_estimate_that_is_interrupted_is_not_made_exact(cli, tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 10)).double()

@@ -107,11 +107,14 @@ def _found(plan: Plan, operator: Operator, relative_error: float, max_products: 
 
 
 def _exact_products(plan: Plan, operator: Operator) -> float:
-    """How many products the exact diagonal is planned to cost."""
-    by_rows = plan.by_rows(operator.method)
-    ratio = plan.work(plan.blocks) / by_rows if by_rows else 1.0
+    """How many products the exact diagonal is planned to cost, at most as many as it has rows."""
+    rows, work = plan.by_rows(operator.method), plan.work(plan.blocks)
+    products = operator.size * (work / rows if rows else 1.0)
+    if plan.options.method == "auto" and plan.product:
+        # Rows share the calls of their passes; products are made one after the other, and each has its own.
+        products = min(products, work / plan.product)
     # This process does it alone; products are shared.
-    return ratio * operator.size * operator.processes.size
+    return products * operator.processes.size
 
 
 def _exact(plan: Plan, operator: Operator) -> Estimate:

@@ -135,6 +135,10 @@ class Costs:
         way = self.forward if self.tape.refusal else self.after(*values)
         return way.times(PASSES * rows, PASSES * chunks) + self.forward.times(3)
 
+    def product(self) -> Work:
+        """A Hessian-vector product of all parameters that shares no pass with another."""
+        return self.forward.times(PASSES)
+
     def seconds_before(self, rates: Rates) -> list[float]:
         """Seconds of a forward pass's first so many calls: none, one, two, ..."""
         each = self._each @ [1 / rates.flops, 1 / rates.memory, rates.call, rates.call]

@@ -57,6 +57,12 @@ class FirstBatch:
             return Work(calls=PASSES * block.size)
         return self.in_all(self.costs.hvp(block.parameters, block.size))
 
+    def product(self) -> Work:
+        """One product of all parameters in all batches, made alone by a gradient's graph that is kept."""
+        if self.costs is None:
+            return Work(calls=PASSES)
+        return self.in_all(self.costs.product())
+
     def in_all(self, work: Work) -> Work:
         """The work of this batch, in every one."""
         return work.times(len(self.cuts.problem.batches))

@@ -51,7 +51,9 @@ class Plan:
         # Without the plan itself, which holds the routes: a cycle would keep model and data.
         routes = curvature.routes(cuts, lambda: opened.reference)
         curvature.require(analyses)
-        self.choices = self._choices(Planner(cuts, routes))
+        planner = Planner(cuts, routes)
+        self.choices = self._choices(planner)
+        self.product = planner.first.product().seconds(self.rates)  # by the measure of `work`
         self.cut_bytes = cuts.bytes  # that are kept where a deep model is cut
 
     def _choices(self, planner: Planner) -> dict[str, list[Choice]]:
