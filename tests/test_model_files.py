@@ -1,5 +1,6 @@
 """Model files: every kind loads into the same form, and every refusal says what to do."""
 
+import argparse
 import json
 import os
 import re
@@ -993,6 +994,51 @@ def test_a_hessian_is_no_model(tmp_path):
 
 
 # --- pickles ----------------------------------------------------------------------------------
+
+
+class Ran:
+    """An object that writes a file when it is unpickled."""
+
+    def __reduce__(self):
+        return (open, ("ran", "w"))
+
+
+def objects() -> dict:
+    """What training scripts keep beside weights, and no reader of weights takes."""
+    arguments = argparse.Namespace(lr=0.1, data=Path("data"), every=defaultdict(list, a=[1]))
+    return {"args": arguments, "best": np.float64(0.5), "random": np.random.get_state()}
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_objects_beside_weights_stay_unread(tmp_path, monkeypatch, new):
+    monkeypatch.chdir(tmp_path)
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    kept = objects() | {"model": net.state_dict(), "more": Ran()}
+    torch.save(kept, "last.pth", _use_new_zipfile_serialization=new)
+    saved = load_model(Path("last.pth"), arch="mlp", arch_arguments={"activation": "tanh"})
+    torch.testing.assert_close(saved.module(X[:, :4]), net(X[:, :4]))
+    assert saved.notes[0].startswith("Python objects left unread: argparse.Namespace, ")
+    assert "numpy.dtype" in saved.notes[0]
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        lambda net: {"model": net, "averaged": {"w": torch.ones(2)}},
+        lambda net: {"model": net.state_dict() | {"0.weight": Ran()}},
+        lambda net: {"model": net.state_dict(), "hyper_parameters": {"act": [Ran()]}},
+        lambda net: net.state_dict(),
+    ],
+    ids=["a module", "a weight", "an argument", "at the top"],
+)
+def test_objects_that_weights_need_are_not_left_unread(tmp_path, monkeypatch, entries):
+    monkeypatch.chdir(tmp_path)
+    torch.save(objects() | entries(Plain()), "last.pth")
+    error = refused(FileError, "last.pth", arch="mlp")
+    assert "holds pickled Python objects (argparse.Namespace)" in error.message
+    assert error.hint == "--allow-pickle"
+    assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize("new", [True, False])

@@ -51,6 +51,13 @@ class Thing:
         pass
 
 
+def stand_in(name: str) -> Callable[..., object]:
+    """What stands for a class or a function of this name."""
+    made = type("Thing", (Thing,), {"named": name})
+    # A class within a class is what getattr gives, and is to be a class.
+    return (lambda *_: made) if name == "getattr" else made
+
+
 class InertPickle(pickle._Unpickler):
     """Reads a pickle of PyTorch's: containers and plain values as they are, a `Thing` for all else.
 
@@ -72,9 +79,7 @@ class InertPickle(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Callable[..., object]:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        stands = type("Thing", (Thing,), {"named": name})
-        # A class within a class is what getattr gives, and is to be a class.
-        return (lambda *_: stands) if name == "getattr" else stands
+        return stand_in(name)
 
     def persistent_load(self, pid: Any) -> Thing:
         # ("storage", its class, its key, its device, its number of elements)

@@ -15,7 +15,7 @@ from hesscli.files.models.ties import tied_groups
 from hesscli.texts import listed
 
 # Where training scripts and their libraries put the weights; the first of these that is there counts.
-_ENTRIES = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
+ENTRIES = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _LISTED = 5
 
@@ -24,7 +24,7 @@ def unwrap(content: object, notes: list[str]) -> object:
     """The state dict, or the module, in a checkpoint; the content itself if it is none."""
     if not isinstance(content, Mapping):
         return content
-    found = [name for name in _ENTRIES if _holds_weights(content.get(name))]
+    found = [name for name in ENTRIES if _holds_weights(content.get(name))]
     if not found:
         found = [str(name) for name, value in content.items() if _holds_weights(value)]
         if len(found) != 1 or any(isinstance(value, torch.Tensor) for value in content.values()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from hesscli.files.models.checkpoints import (
 )
 from hesscli.files.models.exported import load_exported
 from hesscli.files.models.importing import as_main, importable, module_of
+from hesscli.files.models.inert_checkpoints import weights_beside_objects
 from hesscli.files.models.libraries import arch_of
 from hesscli.files.models.mlp import MLP
 from hesscli.files.models.shards import load_folder, load_shards
@@ -35,7 +36,13 @@ from hesscli.files.models.torchscript import is_trace, load_torchscript
 from hesscli.files.models.weights import load_weights
 from hesscli.files.safetensors_files import load_safetensors
 from hesscli.files.sniff import Kind, kind_of, unsupported
-from hesscli.files.torch_files import NeedsPickleError, quiet, read_torch_file, reading
+from hesscli.files.torch_files import (
+    NeedsPickleError,
+    pickled_objects,
+    quiet,
+    read_torch_file,
+    reading,
+)
 from hesscli.texts import dtype_name, first_line, listed
 
 _NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
@@ -104,7 +111,7 @@ def load_model(
         if train_mode:
             notes.append("train mode has no effect: an exported model keeps the mode it had")
     else:
-        found, files, told = _content(path, kind, pickle_hint, arch)
+        found, files, told = _content(path, kind, pickle_hint, arch, notes)
         content = unwrap(found, notes)
         if isinstance(content, nn.Module):
             tie(content, tied_groups(content.named_parameters()))
@@ -131,7 +138,7 @@ def load_model(
 
 
 def _content(
-    path: Path, kind: Kind, pickle_hint: str | None, arch: str | None
+    path: Path, kind: Kind, pickle_hint: str | None, arch: str | None, notes: list[str]
 ) -> tuple[object, tuple[Path, ...], bool]:
     """What weights, or a module, were saved as; the files that were read; whether their classes are where `arch` is."""
     if kind is Kind.TRANSFORMERS:
@@ -143,10 +150,19 @@ def _content(
     if kind not in (Kind.TORCH_ZIP, Kind.TORCH_LEGACY):
         wanted = "a TorchScript, state dict, safetensors or .pt2 model"
         raise unsupported(path, kind, wanted, _hint(path, kind))
-    with suppress(NeedsPickleError):
-        return read_torch_file(path, kind, pickle_hint), (path,), False
-    content, told = _unpickle(path, kind, arch)
-    return content, (path,), told
+    try:
+        return read_torch_file(path, kind, None), (path,), False
+    except NeedsPickleError as error:
+        name = error.name
+    if pickle_hint is None:
+        content, told = _unpickle(path, kind, arch)
+        return content, (path,), told
+    found = weights_beside_objects(path, kind, name)
+    if found is None:
+        raise pickled_objects(path, name, pickle_hint)
+    content, note = found
+    notes.append(note)
+    return content, (path,), False
 
 
 def _hint(path: Path, kind: Kind) -> str:
