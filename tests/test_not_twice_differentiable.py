@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -250,6 +252,57 @@ def test_gradients_of_no_function(cli, tmp_path, command, method):
     ran.fails(5)
     assert "hint" not in ran.stderr  # neither more digits nor another method would do
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def by_numpy(u: Tensor, slope: Tensor) -> Tensor:
+    return torch.from_numpy(u.numpy()) * slope
+
+
+def into_memory_of_its_own(u: Tensor, slope: Tensor) -> Tensor:
+    return torch.mul(u, slope, out=torch.empty_like(u))
+
+
+def only_once(u: Tensor, slope: Tensor) -> Tensor:
+    if u.requires_grad:
+        raise ValueError("for training alone")
+    return u * slope
+
+
+class Sine(torch.autograd.Function):
+    """sin x, with a backward pass that can be run, but not differentiated."""
+
+    @staticmethod
+    def forward(ctx, x, pulled):
+        ctx.save_for_backward(x)
+        ctx.pulled = pulled
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, u):
+        return ctx.pulled(u, ctx.saved_tensors[0].cos()), None
+
+
+class Waves(nn.Module):
+    def __init__(self, pulled):
+        super().__init__()
+        self.l, self.o, self.pulled = nn.Linear(3, 3), nn.Linear(3, 1), pulled
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(Sine.apply(self.l(x), self.pulled))
+
+
+@pytest.mark.parametrize("pulled", [by_numpy, into_memory_of_its_own, only_once])
+def test_a_backward_pass_that_fails_where_it_is_differentiated(pulled):
+    model = Waves(pulled).double()
+    expected = hessian_by_differences(model, F.mse_loss, (X,), Y)
+    found = hesscli.compute(model, (X, Y), blocks="full", framework="torch")
+    assert found.blocks["hessian"]["method"] == "finite-difference"
+    assert relative_error(found.matrix(), expected) < 1e-8
+    note = r"no second derivative \(.+\): finite-difference instead of hvp"
+    assert any(re.fullmatch(note, each) for each in found.metadata["notes"])
+    with pytest.raises(hesscli.HesscliError, match="hvp is not exact here: no second") as refused:
+        hesscli.compute(model, (X, Y), curvature="ggn")
+    assert (refused.value.exit_code, refused.value.hint) == (5, "--curvature hessian")
 
 
 class Equilibrium(nn.Module):

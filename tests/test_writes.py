@@ -46,6 +46,11 @@ def step_by_step(h, x):
 
 
 @seen
+def kept_above_a_bound(h, x):
+    return nn.functional.gaussian_nll_loss(h, x[:, :1].expand_as(h), h.exp(), reduction="none")
+
+
+@seen
 def shifted(h, x):
     out = torch.zeros_like(h)
     out[:, 1:] = h[:, :-1]
