@@ -61,11 +61,9 @@ def density(
     refuse_idle_force(force, "-o density.safetensors", output, plot)
     if not isinstance(hessian, str):
         start()
-    from hesscli.job.density import DensityOptions
     from hesscli.job.density import density as run
 
-    options = DensityOptions(probes, steps, output, plot, force)
-    document = run(hessian, options, out, processes)
+    document = run(hessian, probes, steps, output, plot, force, out, processes)
     out.result(document, print_density)
     if document["interrupted"]:
         raise KeyboardInterrupt

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,44 +25,42 @@ _BINS = 24
 _LARGEST = 4096  # parameters of a model whose matrix is formed, if that takes no more products
 
 
-@dataclass(frozen=True)
-class DensityOptions:
-    """What `density` was asked for, besides the Hessian or the problem."""
-
-    probes: int  # random vectors to average over, of a model
-    steps: int  # products for each, of a model
-    output: Path | None  # where `nodes` [k] and `weights` [k] go, if anywhere
-    plot: Path | None  # where a figure goes, if anywhere
-    force: bool  # replace files there that hesscli did not write
-
-
 def density(
     hessian: str | ProblemOptions,
-    options: DensityOptions,
+    probes: int,
+    steps: int,
+    output: Path | None,
+    plot: Path | None,
+    force: bool,
     listener: Listener,
     processes: Processes,
 ) -> Document:
-    """The density of a Hessian file, by its path, or of a model's curvature, as a JSON document."""
+    """The density of a Hessian file, by its path, or of a model's curvature, as a JSON document.
+
+    Args:
+        probes: of a model: random vectors to average over, with so many `steps`, products, for each.
+        output: where `nodes` [k] and `weights` [k] go, and `plot` a figure, if anywhere.
+        force: replace files there that hesscli did not write.
+    """
     started = time.perf_counter()
     inputs = (Path(hessian),) if isinstance(hessian, str) else hessian.files
-    output, plot = options.output, options.plot
     if output is not None:
         if output.suffix.lower() not in (".safetensors", ".json") and output != Path("-"):
             raise UsageError(f"{output}: neither .safetensors nor .json", "-o density.safetensors")
-        output = writable(output, options.force, inputs, name="density")
+        output = writable(output, force, inputs, name="density")
     if plot is not None:
-        plot = drawable(plot, options.force, inputs)
+        plot = drawable(plot, force, inputs)
     if isinstance(hessian, str):
         document, values = file_spectrum(hessian)
         found, products = exact(values), 0
     else:
-        document, found, products = _of_model(hessian, options, listener, processes)
+        document, found, products = _of_model(hessian, probes, steps, listener, processes)
     edges, mass = found.histogram(_BINS)
     document |= {
         "schema": SCHEMA,
         "exact": found.exact,
         "probes": found.probes,
-        "steps": None if found.exact else min(options.steps, document["size"]),
+        "steps": None if found.exact else min(steps, document["size"]),
         "products": products,
         "interrupted": found.interrupted,
         "nodes": found.nodes.tolist(),
@@ -78,7 +75,7 @@ def density(
 
 
 def _of_model(
-    problem: ProblemOptions, options: DensityOptions, listener: Listener, processes: Processes
+    problem: ProblemOptions, probes: int, steps: int, listener: Listener, processes: Processes
 ) -> tuple[Document, Density, int]:
     import torch
 
@@ -87,14 +84,14 @@ def _of_model(
     from hesscli.spectrum.quadrature import lanczos_quadrature
 
     operator = open_operator(problem, listener, processes)
-    if operator.size <= max(DENSE, min(options.probes * options.steps, _LARGEST)):
-        probes = (operator.size - 1) // options.steps if operator.size > DENSE else 0
-        fewer = f"--probes {probes}" if probes else None
+    if operator.size <= max(DENSE, min(probes * steps, _LARGEST)):
+        few = (operator.size - 1) // steps if operator.size > DENSE else 0
+        fewer = f"--probes {few}" if few else None
         operator.needs(HELD * operator.size, "the whole matrix", lambda _: fewer, torch.float64)
         with operator.finite():
             found = exact(dense(operator.products.matrix_rows, operator.size, listener.progress)[0])
     else:
-        steps = min(options.steps, operator.size)
+        steps = min(steps, operator.size)
         operator.needs(
             steps + 4, f"--steps {steps}", lambda room: f"--steps {room - 4}" if room > 4 else None
         )
@@ -102,7 +99,7 @@ def _of_model(
             found = lanczos_quadrature(
                 operator.products,
                 operator.size,
-                options.probes,
+                probes,
                 steps,
                 operator.generator(),
                 operator.gradient,
