@@ -15,7 +15,6 @@ from hesscli.files.hessians.hessian_file import HessianFile, read_hessian
 from hesscli.hessian.blocks import partition
 from hesscli.job.json_form import Document
 from hesscli.job.options import Progress
-from hesscli.job.stored import values_of
 from hesscli.spectrum.difference import difference
 
 SCHEMA = "hesscli.diff/1"
@@ -169,9 +168,9 @@ class Finer:
     def values(self, name: str) -> np.ndarray:
         """A block's values, compared with their checksum: [n, n], or [n] for a diagonal one."""
         if name not in self._within:
-            return values_of(self.file, name)
+            return self.file.values(name)
         whole, rows = self._within[name]
-        values = values_of(self.file, whole)
+        values = self.file.values(whole)
         if self.structure == "elements":
             return values.diagonal()[rows]
         if rows and rows[-1] - rows[0] + 1 == len(rows):  # read as it is used

@@ -15,7 +15,7 @@ from hesscli.job.json_form import Document
 from hesscli.job.options import Which
 from hesscli.job.results import writable, write_tensors
 from hesscli.job.sizes import size
-from hesscli.job.stored import chosen, opened_file, values_of
+from hesscli.job.stored import chosen, opened_file
 from hesscli.spectrum.eigen import top_eigenpairs
 from hesscli.spectrum.tiles import tiles
 
@@ -101,7 +101,7 @@ def _blocks(file: HessianFile, blocks: list[Document]) -> Iterator[tuple[str, in
     for facts in blocks:
         if not facts["size"]:
             continue
-        array = values_of(file, facts["name"])
+        array = file.values(facts["name"])
         if not all(np.isfinite(array[tile]).all() for tile in tiles(array)):
             raise NumericalError(f"{facts['name']}: holds values that are not finite")
         yield facts["name"], offset, array

@@ -11,7 +11,6 @@ from hesscli.errors import NumericalError
 from hesscli.files.hessians.hessian_file import HessianFile
 from hesscli.hessian.blocks import Block, partition
 from hesscli.job.options import Progress
-from hesscli.job.stored import values_of
 from hesscli.spectrum.coarse import pool_matrix, pool_vector
 
 DECADES = 6
@@ -75,7 +74,7 @@ def picture(
         def done(rows: int, before: int = offset, name: str = block.name) -> None:
             progress(before + rows, size, name)
 
-        pool_matrix(cells, values_of(file, block.name), offset, size, done)
+        pool_matrix(cells, file.values(block.name), offset, size, done)
         offset += block.size
     # The borders of the blocks; within a single one, those of its parameters.
     if len(blocks) == 1:
@@ -95,7 +94,7 @@ def picture(
 def _of_diagonals(file: HessianFile, blocks: Sequence[Block], pixels: int) -> Picture:
     """A row for each parameter."""
     filled = [block.name for block in blocks if block.size]
-    rows = [pool_vector(values_of(file, name), pixels) for name in filled]
+    rows = [pool_vector(file.values(name), pixels) for name in filled]
     cells = np.stack(rows).astype(np.float64) if rows else np.zeros((1, 1))
     regions = tuple(Region(name, row, row + 1) for row, name in enumerate(filled))
     size = sum(block.size for block in blocks)

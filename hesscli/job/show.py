@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hesscli.files.hessians.hessian_file import HessianFile
 from hesscli.job.json_form import Document
 from hesscli.job.options import Progress
-from hesscli.job.stored import chosen, opened_file, values_of
+from hesscli.job.stored import chosen, opened_file
 
 if TYPE_CHECKING:
     from hesscli.job.picture import Picture
@@ -29,13 +29,10 @@ def show(
     """The document of a Hessian file, and pictures of |H|.
 
     Args:
-        source: the file's path, or "-" for standard input.
-        block: this block alone.
         wide: with `mean_eig` and `condition` of every block. What the file lacks is computed for blocks
             that are small enough for it to be quick.
         pixels: the rows and columns of each picture, at most.
         verify: compare every tensor with its checksum, also in a large file.
-        progress: hears how much of a picture is done.
 
     Raises:
         FileError: it is not a Hessian file, or not as it was written.
@@ -68,7 +65,7 @@ def _wide(file: HessianFile, facts: Document) -> Document:
 
     known = facts.get("negative") is not None
     if not known and 0 < facts["size"] <= QUICK_LIMIT:
-        values = values_of(file, facts["name"])
+        values = file.values(facts["name"])
         facts = facts | statistics.of_block(values, values.ndim == 1, "auto")
     return facts | {
         "mean_eig": _mean(facts),

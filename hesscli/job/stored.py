@@ -10,15 +10,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hesscli.errors import UsageError
 from hesscli.files.hessians.hessian_file import HessianFile, read_hessian
 from hesscli.job.json_form import Document
 from hesscli.texts import listed
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 @contextmanager
@@ -50,9 +46,3 @@ def chosen(document: Document, block: str | None, source: str) -> list[Document]
             f"--block {shlex.quote(close)}",
         )
     return found
-
-
-def values_of(file: HessianFile, name: str) -> np.ndarray:
-    """A block's values, compared with their checksum: [n, n], or [n] for a diagonal one."""
-    values = file.verified(name)
-    return values.reshape(-1) if file.document["structure"] == "elements" else values

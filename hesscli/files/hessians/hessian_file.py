@@ -77,6 +77,11 @@ class HessianFile:
         self.compared.add(name)
         return array
 
+    def values(self, block: str) -> np.ndarray:
+        """A block, compared with its checksum: [n, n], or [n] for a diagonal one."""
+        values = self.verified(block)
+        return values.reshape(-1) if self.document["structure"] == "elements" else values
+
 
 def read_hessian(path: Path, shown: str | None = None) -> HessianFile:
     """Opens a Hessian file, or several with an index; only headers are read.
