@@ -6,11 +6,11 @@ time is counted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 
-from hesscli.hessian.blocks import Block
 from hesscli.hessian.differences.check import gradients
-from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.routes.base import Choice, seconds_of
 from hesscli.hessian.routes.finite_difference import GRADIENTS
 from hesscli.hessian.routes.rates import Rates, measure_rates, seconds
@@ -50,24 +50,23 @@ def forecast(plan: Plan) -> Document:
 
 def _seconds(plan: Plan) -> float:
     dtype, choices = plan.problem.dtype, plan.first_choices(plan.blocks)
+    problem, stats = plan.opened.reference, plan.options.stats
     pairs = zip(plan.blocks, choices, strict=True)
     differences = sum(b.size for b, choice in pairs if choice.method == FINITE_DIFFERENCE)
-    taken = GRADIENTS * differences
+    taken: float = GRADIENTS * differences
     if plan.options.check:
-        taken += gradients(len(plan.blocks), dtype, plan.opened.reference.dtype)
+        taken += gradients(len(plan.blocks), dtype, problem.dtype)
+    gradient = partial(problem.gradient, list(problem.parameters))
+    if taken:  # the faster of two: the first one is slower
+        taken *= seconds(gradient, problem.device, repeats=2)
+    quick = {"all": math.inf, "auto": QUICK_LIMIT}.get(stats, -1)  # rows with extreme eigenvalues
     return estimate(
         [choice for choice in choices if choice.method != FINITE_DIFFERENCE],
         measure_rates(plan.problem.device, dtype),
-        taken * _gradient_seconds(plan.opened.reference) if taken else 0.0,
-        [block.size for block in plan.blocks if _decomposed(plan, block)],
+        taken,
+        [b.size for b in plan.blocks if b.size <= quick and not plan.diagonal],
         plan.bytes,
     )
-
-
-def _gradient_seconds(problem: Problem) -> float:
-    """Seconds of one gradient: the faster of two, as the first one is slower."""
-    names = list(problem.parameters)
-    return seconds(lambda: problem.gradient(names), problem.device, repeats=2)
 
 
 def estimate(
@@ -76,9 +75,3 @@ def estimate(
     """What a plan takes, in seconds, those of its check included; eigenvalues are wanted of blocks of these sizes."""
     statistics = sum(2 * n**3 for n in decomposed) / _EIGENVALUES
     return START + seconds_of(choices, rates) + check + statistics + size / WRITING
-
-
-def _decomposed(plan: Plan, block: Block) -> bool:
-    """Whether the extreme eigenvalues of a block are wanted, and take long."""
-    quick = plan.options.stats == "auto" and block.size <= QUICK_LIMIT
-    return not plan.diagonal and (quick or plan.options.stats == "all")
