@@ -17,8 +17,6 @@ def tables(
     """The lines of a table, first the names of its columns; of several, where it is too wide for the screen.
 
     Args:
-        columns: their names.
-        rows: the cells.
         words: which columns are left-aligned: the longest of them is folded before the table is taken apart.
         screen: how many columns a terminal has; None elsewhere.
     """

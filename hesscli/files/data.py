@@ -65,7 +65,6 @@ def load_data(
     NaN in them may mean something, to the model or to the loss.
 
     Args:
-        path: the file.
         inputs: the arrays that go into the model, in its order; inferred from the names if empty. A name may also
             be the path of another `.npy` file: its array is called as the file is, without the folder.
         targets: the array the loss compares with; inferred if None. The file may hold none.

@@ -28,8 +28,6 @@ class Roles:
     """Which arrays are inputs and targets.
 
     Args:
-        path: the file.
-        found: what it holds.
         inputs: the arrays that are to be the inputs, if they were named.
         targets: the one that is to be the targets, if it was named.
         model_names: what the model calls its inputs.
@@ -37,7 +35,6 @@ class Roles:
 
     Attributes:
         arrays: those of the file, of others that were named, and a table's columns together.
-        files: that were read.
         skipped: the other arrays and why, one line each.
         notes: that, and what was inferred.
         inputs: their names, in the order in which they are passed.

@@ -109,7 +109,6 @@ def read_torch_file(path: Path | str, kind: Kind, hint: str | None) -> object:
     Never runs code of the file.
 
     Args:
-        path: the file.
         kind: `Kind.TORCH_ZIP` or `Kind.TORCH_LEGACY`.
         hint: what to do about Python objects in it; None to leave them to the caller.
 

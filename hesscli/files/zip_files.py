@@ -21,7 +21,6 @@ def check_zip(path: Path | str, by_case: bool = False) -> None:
     A flipped bit would otherwise be loaded, and the Hessian would be quietly wrong.
 
     Args:
-        path: the file.
         by_case: whether names may differ in nothing but case. PyTorch's reader takes any of these for the other.
 
     Raises:

@@ -155,12 +155,7 @@ def _vectors(operator: Operator, source: str) -> Tensor:
 
 
 def _of_file(source: str, problem: Problem) -> Tensor:
-    """[P], or [k, P] where each of its tensors stacks k.
-
-    Raises:
-        MismatchError: they are not those of the parameters.
-        NumericalError: they hold NaN or infinity.
-    """
+    """[P], or [k, P] where each of its tensors stacks k."""
     tensors = load_arrays(source).numbers
     parts: list[Tensor] = []
     counts: dict[int | None, str] = {}  # and the first tensor that stacks so many

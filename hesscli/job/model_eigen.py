@@ -35,9 +35,6 @@ def model_eigen(
 
     Returns:
         the JSON document. `converged` is False where the products were spent, or Ctrl-C was pressed (`interrupted`).
-
-    Raises:
-        HesscliError: of any kind.
     """
     started = time.perf_counter()
     if options.output is not None:

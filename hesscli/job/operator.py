@@ -130,10 +130,8 @@ class Operator:
         """Refuses to hold more vectors than fit, of this dtype or the problem's.
 
         Args:
-            vectors: how many.
             what: holds them.
             fewer: the option with which they are no more than so many, if there is one.
-            dtype: of theirs.
 
         Raises:
             ResourceError: with that option, or the largest parameter that is small enough.
@@ -158,8 +156,6 @@ def open_operator(
     """Opens model and data, linearises, and checks a product along a random direction.
 
     Args:
-        options: what was asked for.
-        listener: hears the notes.
         processes: that have the data.
         lean: many vectors will be held; where they are long, this process keeps no memory that was freed.
     """

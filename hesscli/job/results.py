@@ -47,8 +47,6 @@ def writable(
     """Refuses to write over anything but an earlier result, or where nothing can be written.
 
     Args:
-        path: where the output goes.
-        force: replace any file.
         inputs: the files that the command reads; they are never replaced.
         option: which one named the path, for hints.
         resumable: the command goes on with what an interrupted one has left there.

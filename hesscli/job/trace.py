@@ -38,11 +38,7 @@ def trace(
     """The traces of a model's curvature.
 
     Args:
-        problem: the model, its data and its loss.
         relative_error: the standard error of the total, relative to it, at which an estimate is good enough.
-        max_products: at most.
-        listener: hears how it goes.
-        processes: that have the data.
 
     Returns:
         the JSON document: `blocks[].trace` and `total.trace`, each with `standard_error`, 0 where exact.

@@ -18,7 +18,6 @@ def pool_matrix(
         grid: [k, k], k <= size. Cells only grow.
         matrix: [n, n], the block.
         offset: the row of the whole matrix that the block begins with.
-        size: rows of the whole matrix.
         done: told how many rows of the block have been read.
     """
     n = matrix.shape[0]

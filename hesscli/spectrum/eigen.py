@@ -76,8 +76,6 @@ def top_eigenpairs(
 
     Args:
         blocks: (name, offset, array) of each block: [n, n], or [n] for a diagonal one. Read one at a time.
-        size: the order of the whole matrix.
-        top: how many eigenpairs, at most.
         which: one of `WHICH`.
     """
     pairs: list[_Pair] = []

@@ -32,9 +32,7 @@ class Krylov:
 
     Args:
         multiply: v [n] -> H v [n].
-        size: n.
         capacity: how many vectors the basis has room for.
-        generator: of random vectors.
         guess: a vector [n] to start from, half and half with a random one, or zeros; of the basis' dtype and device.
 
     Attributes:

@@ -58,13 +58,10 @@ class Lanczos(Krylov):
 
     Args:
         multiply: v [n] -> H v [n].
-        size: n.
-        top: how many pairs.
         which: one of `WHICH`.
         tolerance: a pair has converged when `||H v - lambda v|| <= tolerance |lambda|`; or when value and residual
             are zero to 3 % of the tolerance times the largest value that was met. Zero: when no more than the
             rounding of a product is left of it.
-        generator: of the starting vectors.
         guess: a vector [n] where the wanted ones may be, or zeros. The search starts between it and a random one, so
             that none is missed; in its dtype and on its device.
         report: hears (products, worst relative residual of the wanted pairs, tolerance).

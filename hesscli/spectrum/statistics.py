@@ -29,7 +29,6 @@ def of_matrix(matrix: np.ndarray, level: str = "auto") -> Statistics:
     """Trace, Frobenius norm and extreme eigenvalues of a symmetric matrix.
 
     Args:
-        matrix: [n, n].
         level: "basic" leaves the eigenvalues out, "auto" takes them for small blocks, "all" for every block.
     """
     n = matrix.shape[0]

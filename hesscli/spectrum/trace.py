@@ -140,9 +140,6 @@ def estimate(
     Args:
         multiply: v [n] -> H v [n].
         sizes: of the parts; they add up to n.
-        relative_error: see above.
-        max_products: at most.
-        generator: of the signs.
         like: a tensor of the dtype and on the device of the vectors.
         report: hears (products, relative standard error, relative_error).
     """

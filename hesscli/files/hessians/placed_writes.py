@@ -29,8 +29,6 @@ class PlacedFile:
 
     Args:
         descriptor: of the file; closed with this.
-        path: of the file.
-        length: its length.
         reserve: its room; an earlier one may have done that.
 
     Raises:

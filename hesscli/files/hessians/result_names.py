@@ -94,7 +94,6 @@ def into_files(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
     A tensor is never cut: one that is larger than the limit has a file of its own.
 
     Args:
-        sizes: the bytes of each tensor.
         limit: the most bytes in one file; None puts all into one.
     """
     if limit is None:

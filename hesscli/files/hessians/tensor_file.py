@@ -29,7 +29,6 @@ class TensorFile:
     It is opened when it is used, and may be closed in between: several thousand would be too many for one process.
 
     Args:
-        path: of the unfinished file.
         shapes: every tensor's shape, in the order in which they lie in the file.
         dtype: "float32" or "float64".
         metadata: as far as they are known; they tell how much room the header needs.

@@ -38,7 +38,6 @@ def build(
     Args:
         arch: `PKG.MOD:FACTORY`, `FILE.py:FACTORY` (the current folder is importable), `transformers:CLASS`,
             `timm:NAME` or `mlp`. The factory is a class, a function or a ready module.
-        arch_arguments: keyword arguments for the factory.
         state_dict: the weights; only `mlp` looks at them.
         model: where they come from; `transformers` finds its configuration there.
         saved_arguments: keyword arguments for a factory of the user's own that were saved with the weights: those that

@@ -112,8 +112,6 @@ def load_exported(
     """Reads a program, moves it to the device and ties again what was tied when it was saved.
 
     Args:
-        path: the file.
-        device: where parameters and constants go.
         pickle_hint: the hint when the file would run code; None to let it.
 
     Returns:

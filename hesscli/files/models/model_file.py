@@ -82,12 +82,8 @@ def load_model(
     widened to it.
 
     Args:
-        path: the file.
         arch: what the weights of a state dict belong to; see `architectures.build`.
-        arch_arguments: its keyword arguments.
         allow_pickle: whether the file may run code of its own when loaded.
-        train_mode: whether dropout, batch norm and the like behave as in training.
-        device: where the module goes.
 
     Raises:
         UsageError: no such file, or an architecture that cannot be built.

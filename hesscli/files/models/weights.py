@@ -29,8 +29,6 @@ def load_weights(
     """Loads the weights of the file into the module, at their full precision, float32 at least.
 
     Args:
-        path: the file.
-        module: where they go.
         weights: by their names in the module.
         others: what else the file holds; of that the module gets what it asks for by `get_extra_state`.
         versions: of the modules they were saved from, by which modules bring weights of older ones up to date.

@@ -55,7 +55,6 @@ class Journal:
         """Takes over what earlier runs, or the other shards, have finished.
 
         Args:
-            wanted: it is to be continued.
             force: what is left may be thrown away; with `wanted`, only where it cannot be continued.
 
         Raises:
@@ -103,12 +102,7 @@ class Journal:
             self._take_over(path, "model and data must be as they were", again)
 
     def _take_over(self, path: Path, advice: str, hint: str) -> None:
-        """Takes over a journal.
-
-        Raises:
-            UsageError: another command began it: with other options, or with files that have changed since.
-            FileError: it cannot be read.
-        """
+        """Takes over a journal."""
         lines = read_journal(path)
         if lines.finished and lines.head is not None:
             if differ := _differences(self.head, lines.head):

@@ -31,7 +31,6 @@ class Run:
     """A plan carried out.
 
     Args:
-        plan: the plan.
         team: the processes that share it.
         merging: finishes what other processes have computed.
         stdout: where the bytes go, if there is no output file.

@@ -44,10 +44,6 @@ def in_batches(
     """The problem with its data in batches, unless model or loss want it whole.
 
     Args:
-        problem: the problem, without its batches.
-        source: its data.
-        batch_size: samples per batch, if asked for.
-        note: hears what is made of the data.
         processes: that share the batches; there is at least one for each, where that can be, and if threads work on
             them side by side, as many for each thread.
         memory: bytes of the host's that the process may use; None for what is free.
@@ -189,9 +185,6 @@ def _bounds(source: Source, batch: int, shares: int) -> list[int]:
 
     There are as many for each of the processes, so that each has the same samples whatever batches another has room
     for. Where the model does not accept that, there are as many as it accepts.
-
-    Raises:
-        MismatchError: there are none that it accepts.
     """
     samples, fewest, most = source.samples, source.fewest, source.most or source.samples
     wanted = -(-samples // (min(batch, most) * shares))

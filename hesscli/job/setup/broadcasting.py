@@ -83,8 +83,6 @@ def demand_no_pairs(problem: Problem, batch: Batch, arrays: Mapping[str, Tensor]
     """The same of a model that returns its loss, or of a loss that takes all that a model returns.
 
     Args:
-        problem: the problem.
-        batch: some of its samples.
         arrays: what of the batch has an entry for each, by what it is called.
 
     Raises:

@@ -126,11 +126,7 @@ def _no_room(error: Exception, what: str) -> ResourceError:
 
 
 def _tensors(data: object) -> dict[str, Tensor]:
-    """By their names.
-
-    Raises:
-        UsageError: it is something else than arrays.
-    """
+    """By their names."""
     arrays = _by_name(data)
     tensors = {}
     for name, array in arrays.items():

@@ -36,12 +36,8 @@ def what_mixes(
     from a derivative.
 
     Args:
-        problem: the problem, without its batches.
-        source: its data.
-        bounds: where the batches begin and end.
         room: how many samples there is memory for at once; if not for all, so many are tried. A batch, if the model
             takes no more at once.
-        note: hears of that.
     """
     proven = _proven_apart(problem, source)
     wider = not proven and problem.dtype is not torch.float64

@@ -51,10 +51,6 @@ def inspect_loss(
     """The problem and its source with what there is to know of the loss, and whether it wants all samples at once.
 
     Args:
-        problem: before anything is known of its loss.
-        source: its data.
-        some: a few samples that the model takes.
-        room: how many samples there is memory for at once.
         note: hears of what makes the data one batch, and of arguments that are the same for all samples.
     """
     with warnings.catch_warnings():

@@ -29,8 +29,6 @@ def reduction(problem: Problem, source: Source, width: int, room: int) -> str:
     """`MEAN` or `SUM` of what the loss makes of each sample, or `OF_ALL`.
 
     Args:
-        problem: the problem, without its batches; its loss is one number.
-        source: its data.
         width: how many numbers the model gives for a sample.
         room: how many samples there is memory for at once.
     """

@@ -18,15 +18,9 @@ _ROUNDING = 1e-4
 
 
 def demand_no_other(problem: Problem, source: Source, signature: CallSignature, name: str) -> None:
-    """Refuses an inferred loss where the model, given the targets, returns one number that is another.
+    """Refuses an inferred loss where the model, given the targets by their `name`, returns one number that is another.
 
     As one of Hugging Face for language does, which compares scores with the next labels, not with those of their place.
-
-    Args:
-        problem: with the loss that was inferred.
-        source: its data.
-        signature: of the model.
-        name: of the targets.
 
     Raises:
         MismatchError: with both values.
