@@ -29,31 +29,44 @@ _DAMAGED = "it is damaged or cut off"
 _DAMAGE = re.compile(
     "deserializing header|PytorchStreamReader|EOF|Ran out of input|Weights only load failed"
 )
+# A class, in what the weights-only unpickler says.
+_REFUSED = re.compile(
+    r"(?:Unsupported global:|Trying to load unsupported) GLOBAL (\S+)"
+    r"|(?:Trying to call reduce for unrecognized function"
+    r"|Can only (?:create new object for \S+ or classes allowlisted via \S+|build .+) but got) (.+)"
+)
 
 
 class NeedsPickleError(Exception):
-    """A file holds Python objects that only a full unpickling, which runs code, can restore."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
+    """A file holds Python objects, of this name, that only a full unpickling, which runs code, can restore."""
 
 
 @contextmanager
-def reading(path: Path | str, kind: Kind) -> Iterator[None]:
+def reading(path: Path | str, kind: Kind, pickle_hint: str | None = None) -> Iterator[None]:
     """Turns whatever a reader raises on a broken file into one line.
 
     Readers raise nearly everything on broken files, `KeyError` and `SyntaxError` included, so a
     narrower `except` would let tracebacks through.
 
+    Args:
+        pickle_hint: what to do about Python objects in it; None to leave them to the caller.
+
     Raises:
-        FileError: the file could not be read.
+        FileError: the file could not be read, or not without running code.
+        NeedsPickleError: such objects, without a hint.
         ResourceError: the memory did not suffice.
     """
     try:
         yield
-    except (HesscliError, NeedsPickleError):
+    except HesscliError:
         raise
+    except NeedsPickleError as error:
+        if pickle_hint is None:
+            raise
+        raise FileError(
+            f"{path}: holds pickled Python objects ({error}), which run code when loaded",
+            pickle_hint,
+        ) from error
     except Exception as error:
         if is_out_of_memory(error) or "allocate memory" in str(error):
             raise ResourceError(f"{path}: not enough memory to load it") from error
@@ -110,25 +123,15 @@ def read_torch_file(path: Path | str, kind: Kind, hint: str | None) -> object:
 
     Args:
         kind: `Kind.TORCH_ZIP` or `Kind.TORCH_LEGACY`.
-        hint: what to do about Python objects in it; None to leave them to the caller.
-
-    Raises:
-        FileError: damaged, or with Python objects in it.
-        NeedsPickleError: these objects, without a hint.
-        ResourceError: the memory did not suffice.
+        hint: as in `reading`, which has the errors too.
     """
     mapped = kind is Kind.TORCH_ZIP
     if mapped:
         check_zip(path)
         check_storages(path)
         mapped = stored(path)
-    try:
-        with reading(path, kind):
-            return load_weights_only(path, mapped)
-    except NeedsPickleError as error:
-        if hint is None:
-            raise
-        raise pickled_objects(path, error.name, hint) from error
+    with reading(path, kind, hint):
+        return load_weights_only(path, mapped)
 
 
 def load_weights_only(source: Path | str | BinaryIO, mapped: bool = False) -> object:
@@ -147,13 +150,6 @@ def load_weights_only(source: Path | str | BinaryIO, mapped: bool = False) -> ob
         if isinstance(source, (Path, str)):
             _refuse_half_names(source)
         raise NeedsPickleError(name) from error
-
-
-def pickled_objects(path: Path | str, name: str, hint: str) -> FileError:
-    """The refusal of a file that would run code when loaded."""
-    return FileError(
-        f"{path}: holds pickled Python objects ({name}), which run code when loaded", hint
-    )
 
 
 def _refuse_half_names(path: Path | str) -> None:
@@ -178,17 +174,8 @@ def _refused_class(message: str) -> str | None:
     """The class torch's weights-only unpickler refused, from its message; None if no class did."""
     if "Unsupported operand 149" in message:  # FRAME, the first opcode that only protocol 4 has
         return "pickle protocol 4"
-    patterns = (
-        r"Unsupported global: GLOBAL (\S+)",
-        r"Trying to load unsupported GLOBAL (\S+)",
-        r"Trying to call reduce for unrecognized function (.+)",
-        r"Can only create new object for \S+ or classes allowlisted via \S+ but got (.+)",
-        r"Can only build .+ but got (.+)",
-    )
-    for pattern in patterns:
-        if match := re.search(pattern, message):
-            return match.group(1).strip()
-    return None
+    match = _REFUSED.search(message)
+    return (match[1] or match[2]).strip() if match else None
 
 
 def _reason(error: Exception, kind: Kind) -> str:

@@ -18,7 +18,7 @@ from hesscli.files.models.call_signature import CallSignature
 from hesscli.files.models.exported_code import refuse_code
 from hesscli.files.models.ties import tie, tied_groups
 from hesscli.files.sniff import Kind
-from hesscli.files.torch_files import NeedsPickleError, pickled_objects, quiet, reading
+from hesscli.files.torch_files import quiet, reading
 from hesscli.files.zip_files import check_zip
 
 Body = Callable[..., Sequence[Tensor]]
@@ -122,12 +122,9 @@ def load_exported(
         FileError: damaged, of another version, or with numbers among its inputs that vary.
     """
     check_zip(path)
-    with reading(path, Kind.EXPORTED):
+    with reading(path, Kind.EXPORTED, pickle_hint):
         if pickle_hint is not None:
-            try:
-                refuse_code(path)
-            except NeedsPickleError as error:
-                raise pickled_objects(path, error.name, pickle_hint) from error
+            refuse_code(path)
         # As an open file: torch.export.load warns about paths that do not end in .pt2.
         with quiet(), open(path, "rb") as file:
             program = torch.export.load(file)
