@@ -98,9 +98,8 @@ def merge(output: Path, listener: Listener) -> Document:
     if output == Path("-"):
         raise UsageError("-: shards are in files, and none come from standard input")
     output = followed(output)
-    found = journals(output)
-    lines = [read_journal(path) for path in found]
-    command = next((line.command for line in lines if line.head is not None), None)
+    begun = [read_journal(path) for path in journals(output)]
+    command = next((each.command for each in begun if each.head is not None), None)
     if command is None:
         raise UsageError(
             f"{output}: no shards of it are here",

@@ -95,7 +95,6 @@ class Operator:
             "gradient_norm": float(torch.linalg.norm(self.gradient.double())),
             "check": self.check,
             "size": self.size,
-            "notes": list(self.opened.listener.notes),
         }
 
     def restricted(self, name: str) -> Operator:
