@@ -93,21 +93,16 @@ def plot_matrix(path: Path, picture: Picture, title: str) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_title(title, fontsize=9, loc="left")
-    _borders(axes, picture)
+    for region in picture.regions[1:]:
+        axes.axhline(region.start, color="0.1", linewidth=0.4)
+        if not picture.diagonal:
+            axes.axvline(region.start, color="0.1", linewidth=0.4)
     _names(axes, picture, rows, tall)
     bar = figure.add_axes((0.35 / wide, 0.62 / high, _SIDE / wide, 0.14 / high))
     figure.colorbar(image, cax=bar, orientation="horizontal")
     bar.tick_params(labelsize=_FONT)
     bar.set_xlabel("|H|; white is zero", fontsize=_FONT + 0.5)
     _save(figure, path, 200)
-
-
-def _borders(axes: Any, picture: Picture) -> None:
-    style = {"color": "0.1", "linewidth": 0.4}
-    for region in picture.regions[1:]:
-        axes.axhline(region.start, **style)
-        if not picture.diagonal:
-            axes.axvline(region.start, **style)
 
 
 def _names(axes: Any, picture: Picture, rows: int, tall: float) -> None:

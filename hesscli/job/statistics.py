@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 import numpy as np
 
 from hesscli.job.json_form import Document
-from hesscli.spectrum.statistics import Statistics, norm_of, of_diagonal, of_matrix
+from hesscli.spectrum.statistics import Statistics, of_diagonal, of_matrix
 
 
 def of_block(array: np.ndarray, diagonal: bool, level: str) -> Document:
@@ -17,11 +17,6 @@ def of_block(array: np.ndarray, diagonal: bool, level: str) -> Document:
     if level == "none":
         return dict.fromkeys(field.name for field in fields(Statistics))
     return asdict(of_diagonal(array) if diagonal else of_matrix(array, level))
-
-
-def known_norm(facts: Document, array: np.ndarray) -> float:
-    """The Frobenius norm of a block, also where its facts leave it out."""
-    return norm_of(array) if facts["fro_norm"] is None else float(facts["fro_norm"])
 
 
 def total(blocks: Sequence[Document]) -> Document:

@@ -21,10 +21,11 @@ def require_memory(plan: Plan) -> None:
     """
     needed, limit = plan.memory.needed(), plan.memory.limit
     if needed > limit:
+        # With more memory passes take more: up to three eighths.
         finer = _smaller_batches(plan, needed) or _finer_blocks(plan, _free(plan))
         raise ResourceError(
             f"{_named(plan)} needs {size(needed)} of memory, {size(limit)} may be used",
-            finer or _more_memory(needed),
+            finer or f"--memory {math.ceil((PROCESS + 8 * (needed - PROCESS) / 5) / 1e6)}MB",
         )
 
 
@@ -78,8 +79,3 @@ def _finer_blocks(plan: Plan, free: float) -> str | None:
         if fits and finer.bytes < plan.bytes:
             return f"--blocks {option}"
     return None
-
-
-def _more_memory(needed: int) -> str:
-    # With more of it passes take more: up to three eighths.
-    return f"--memory {math.ceil((PROCESS + 8 * (needed - PROCESS) / 5) / 1e6)}MB"

@@ -25,6 +25,7 @@ from hesscli.job.matrix.planning import Advance, Plan
 from hesscli.job.matrix.ranking import Ranking
 from hesscli.job.matrix.triangles import on_host
 from hesscli.job.matrix.unfinished import Unfinished
+from hesscli.spectrum.statistics import norm_of
 
 _SMALL = 1 << 22  # numbers that are always kept together
 
@@ -66,7 +67,8 @@ class Group:
         found = []
         for facts, array in compute_blocks(self.plan, self.blocks):
             background.run(writer.write, facts["name"], array)
-            found.append(facts | {"norm": statistics.known_norm(facts, array)})
+            norm = facts["fro_norm"]
+            found.append(facts | {"norm": norm_of(array) if norm is None else norm})
             self.progress(facts["size"], facts["name"])
 
         def note() -> None:
@@ -141,7 +143,10 @@ def _finished(ranking: Ranking, values: Tensor) -> tuple[Document, np.ndarray] |
     if plan.certificate is not None and block.size:
         error = _error(ranking, plan.certificate, values)
     narrow = values.to(plan.problem.dtype)
-    finite = partial(_is_finite, narrow)
+
+    def finite() -> bool:
+        return bool(torch.isfinite(narrow).all())
+
     # Differences are in float64, and what they are in float32 may be infinite.
     if not ranking.accepts(error if narrow is values or finite() else None, finite):
         return None
@@ -155,10 +160,6 @@ def _finished(ranking: Ranking, values: Tensor) -> tuple[Document, np.ndarray] |
         "symmetry_error": symmetry,
         "check_error": error,
     }, array
-
-
-def _is_finite(values: Tensor) -> bool:
-    return bool(torch.isfinite(values).all())
 
 
 def _error(ranking: Ranking, certificate: Certificate, values: Tensor) -> float:
