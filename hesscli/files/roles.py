@@ -27,19 +27,8 @@ def is_other_file(name: str) -> bool:
 class Roles:
     """Which arrays are inputs and targets.
 
-    Args:
-        inputs: the arrays that are to be the inputs, if they were named.
-        targets: the one that is to be the targets, if it was named.
-        model_names: what the model calls its inputs.
-        others: arrays that are neither, by what else they are for.
-
-    Attributes:
-        arrays: those of the file, of others that were named, and a table's columns together.
-        skipped: the other arrays and why, one line each.
-        notes: that, and what was inferred.
-        inputs: their names, in the order in which they are passed.
-        targets: their name; None without.
-        joined: the columns that are put side by side, as the only input.
+    Args and attributes are those of `load_data` and `Data`, where inputs and targets are names; `skipped` says of the
+    other arrays why, one line each.
 
     Raises:
         UsageError: the names do not tell which is which, or an array that was named is not there.
