@@ -18,6 +18,7 @@ from hesscli.job.options import Progress
 from hesscli.spectrum.difference import difference
 
 SCHEMA = "hesscli.diff/1"
+_FROM_FINEST = ("elements", "block_diagonal", "module", "full")
 
 Shapes = Mapping[str, list[int]]
 
@@ -38,7 +39,8 @@ def diff(a: Path, b: Path, rtol: float, atol: float, force: bool, progress: Prog
             f"{b}: {', '.join(unlike)} than in {a}",
             shlex.join(["hesscli", "diff", str(a), str(b), "--force"]),
         )
-    structure = finest(ours, theirs)
+    # Each block of a structure lies in one of every coarser.
+    structure = min((file.document["structure"] for file in (ours, theirs)), key=_FROM_FINEST.index)
     one, other = Finer(ours, structure), Finer(theirs, structure)
     shared = [name for name in one.blocks if name in other.blocks]
     common = [name for name in shared if one.blocks[name]["size"] == other.blocks[name]["size"]]
@@ -125,14 +127,6 @@ def _compared(one: Finer, other: Finer, name: str, rtol: float, atol: float) -> 
 
 def _change(before: float | None, after: float | None) -> float | None:
     return None if before is None or after is None else after - before
-
-
-_FROM_FINEST = ("elements", "block_diagonal", "module", "full")
-
-
-def finest(*files: HessianFile) -> str:
-    """The structure that all of them have the blocks of: each lies in a block of every coarser one."""
-    return min((file.document["structure"] for file in files), key=_FROM_FINEST.index)
 
 
 class Finer:

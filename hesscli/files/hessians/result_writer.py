@@ -218,15 +218,11 @@ class ResultWriter:
             if self.path is not None:
                 self.files.rename(self.path)
                 self.committed = True
-                self._remove_earlier(self.path)
+                for found in set(result_paths(self.path)) - set(self.files.names(self.path)):
+                    if is_part_of(found, self.path):
+                        with suppress(OSError):
+                            found.unlink()
         return sums
-
-    def _remove_earlier(self, path: Path) -> None:
-        """Removes what an earlier result of this name has in other files."""
-        for found in set(result_paths(path)) - set(self.files.names(path)):
-            if is_part_of(found, path):
-                with suppress(OSError):
-                    found.unlink()
 
     def copy_to(self, stream: BinaryIO) -> None:
         """Sends the finished file's bytes to a stream."""

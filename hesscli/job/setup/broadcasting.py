@@ -29,13 +29,12 @@ class BroadcastWatcher(Watcher):
 
     Shapes are aligned at their last axes, so that [N, 1] and [N] make [N, N]. Whoever adds an axis means it, and so
     does whoever compares an array with itself: `time[:, None] <= time`.
+
+    Args:
+        arrays: by what they are called; samples lie along the first axis of each.
     """
 
     def __init__(self, arrays: Mapping[str, Tensor]) -> None:
-        """
-        Args:
-            arrays: by what they are called; samples lie along the first axis of each.
-        """
         super().__init__()
         self._origins = WeakTensorKeyDictionary()  # of what still has the samples there
         for name, array in arrays.items():
@@ -68,13 +67,7 @@ class BroadcastWatcher(Watcher):
             self._pair = self._pair or ((a, longer.shape), (b, shorter.shape))
 
     def demand_none(self, loss: str) -> None:
-        """
-        Args:
-            loss: what it is called.
-
-        Raises:
-            MismatchError: samples were paired.
-        """
+        """Raises MismatchError where samples were paired, by the loss of this name."""
         if self._pair is not None:
             raise _paired(f"the loss {loss}", *self._pair)
 

@@ -63,13 +63,11 @@ class Source:
         if (start, stop) != (0, self.samples):  # one sample may have no axis for samples
             inputs = {name: array[start:stop] for name, array in inputs.items()}
             target = None if target is None else target[start:stop]
-        moved = tuple(
-            self._scaled(name, move(array, self.device, self.dtype))
-            for name, array in inputs.items()
-        )
+        moved = {name: move(array, self.device, self.dtype) for name, array in inputs.items()}
+        moved |= {name: moved[name].to(self.dtype) * f for name, f in self.scales.items()}
         recorded = slice(self.range[0] + start, self.range[0] + stop)
         return Batch(
-            moved,
+            tuple(moved.values()),
             None if target is None else move(target, self.device, self.dtype),
             {
                 name: value[recorded] if name in self.per_sample else value
@@ -102,9 +100,6 @@ class Source:
                     refused = error
         assert refused is not None
         raise refused
-
-    def _scaled(self, name: str, array: Tensor) -> Tensor:
-        return array.to(self.dtype) * self.scales[name] if name in self.scales else array
 
 
 def per_sample(
