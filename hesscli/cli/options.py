@@ -10,14 +10,7 @@ import typer
 from hesscli.cli.completion import parameter_names
 from hesscli.cli.values import digits, factors, key_values, sample_range
 from hesscli.errors import UsageError
-from hesscli.job.options import (
-    MOST_THREADS,
-    Curvature,
-    DType,
-    Method,
-    ProblemOptions,
-    Reduction,
-)
+from hesscli.job.options import MOST_THREADS, Curvature, DType, Method, ProblemOptions, Reduction
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]

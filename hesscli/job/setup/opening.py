@@ -9,12 +9,7 @@ from functools import cached_property
 
 import torch
 
-from hesscli.errors import (
-    DeviceMismatchError,
-    HesscliError,
-    MismatchError,
-    NumericalError,
-)
+from hesscli.errors import DeviceMismatchError, HesscliError, MismatchError, NumericalError
 from hesscli.files.arrays import check_finite, not_finite_error
 from hesscli.files.data import Data, load_data
 from hesscli.files.models.model_file import SavedModel, load_model
