@@ -123,16 +123,7 @@ def eigen(
     from hesscli.job.eigen import EigenOptions
     from hesscli.job.eigen import eigen as run
 
-    options = EigenOptions(
-        top=top,
-        which=which,
-        tolerance=tol,
-        max_products=max_products,
-        per_block=per_block,
-        block=block,
-        output=output,
-        force=force,
-    )
+    options = EigenOptions(top, which, tol, max_products, per_block, block, output, force)
     if isinstance(hessian, str):
         document = run(hessian, options)
         out.result(document, print_eigenpairs)

@@ -56,13 +56,7 @@ def dataset_files(folder: Path | str) -> list[Path]:
 
 
 def load_dataset(folder: Path | str) -> NamedArrays:
-    """The columns of a `datasets` folder, mapped where they lie in one file.
-
-    Raises:
-        UsageError: pyarrow is not installed, or does not load.
-        FileError: a file is damaged.
-        ResourceError: several parts do not fit into the memory.
-    """
+    """The columns of a `datasets` folder, mapped where they lie in one file; with the errors of `load_parquet`."""
     arrow = _pyarrow(folder)
     tables = [_mapped(file) for file in dataset_files(folder)]
     with reading(folder, Kind.DATASET):

@@ -31,10 +31,7 @@ class ResultFiles:
         self.in_use: list[TensorFile] = []
 
     def reserve(self, begun: bool) -> None:
-        """Takes the room on the disk.
-
-        Args:
-            begun: an earlier run, or another process, has done so already.
+        """Takes the room on the disk; `begun`: an earlier run, or another process, has done so already.
 
         Raises:
             OSError: of the file system; ENOSPC when there is no room.

@@ -29,11 +29,9 @@ class TensorFile:
     It is opened when it is used, and may be closed in between: several thousand would be too many for one process.
 
     Args:
-        shapes: every tensor's shape, in the order in which they lie in the file.
-        dtype: "float32" or "float64".
+        shapes, dtype, start: as of `ResultWriter`.
         metadata: as far as they are known; they tell how much room the header needs.
         spare: bytes that may join the header.
-        start: where the tensors begin, if that is known.
     """
 
     def __init__(

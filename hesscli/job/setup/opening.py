@@ -197,17 +197,8 @@ def _posed(
     _demand_own_parameters(model, problem)
     problem = _as_computed(problem, note)
     problem, value = _measured(problem, processes, options, data)
-    return Opened(
-        options=options,
-        problem=problem,
-        checked=checked,
-        few=few,
-        passes=passes,
-        tied=tied,
-        frozen=frozen,
-        facts=_facts(options, model, data, list(inputs), problem, value),
-        listener=listener,
-    )
+    facts = _facts(options, model, data, list(inputs), problem, value)
+    return Opened(options, problem, checked, few, passes, tied, frozen, facts, listener)
 
 
 def _loaded(
