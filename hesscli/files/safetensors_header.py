@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ def read_header(path: Path, shown: str) -> Header:
     from safetensors import SafetensorError, safe_open
 
     try:
-        if not is_regular(path):
+        if path.exists() and not path.is_file():
             raise FileError(f"{shown}: not a regular file")
         # Opened here first: safe_open calls a file that may not be read a missing one.
         with path.open("rb") as raw, safe_open(path, "np") as file:  # checks lengths and offsets
@@ -86,12 +85,3 @@ def document_of(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 def _no_number(text: str) -> NoReturn:
     """JSON has no NaN or infinity, and hesscli writes none."""
     raise ValueError(text)
-
-
-def is_regular(path: Path) -> bool:
-    """Whether it is a file that can be read and read again.
-
-    Raises:
-        OSError: there is none, or it may not be looked at.
-    """
-    return stat.S_ISREG(path.stat().st_mode)

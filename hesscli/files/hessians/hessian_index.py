@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hesscli.errors import FileError
-from hesscli.files.safetensors_header import Header, document_of, is_regular, read_header
+from hesscli.files.safetensors_header import Header, document_of, read_header
 from hesscli.files.sniff import file_beside
 
 SHARD_SCHEMA = "hesscli.shard/1"
@@ -58,7 +58,7 @@ def read_index(path: Path) -> Index:
         FileError: it is none, damaged, or may not be read.
     """
     try:
-        if not is_regular(path):
+        if path.exists() and not path.is_file():
             raise FileError(f"{path}: not a regular file")
         index = json.loads(path.read_bytes())
         metadata, places = index.get("metadata", {}), index["weight_map"]
