@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,10 +14,8 @@ from hesscli.job.figures import drawable, plot_density
 from hesscli.job.json_form import Document, timeless
 from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.results import replacing, writable, write_tensors
+from hesscli.job.setup.processes import Processes
 from hesscli.spectrum.density import Density, exact
-
-if TYPE_CHECKING:
-    from hesscli.job.setup.processes import Processes
 
 SCHEMA = "hesscli.density/1"
 _BINS = 24
