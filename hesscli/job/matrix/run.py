@@ -131,8 +131,8 @@ class Run:
             if output is not None:  # what a run that goes on has finished is no left-over
                 demand_idle(output, self.sharing)
             journal.resume(self.options.resume, self.options.force)
-        awaited = [each for each in self.work if not each.is_given_up(journal.finished)]
-        parts = [name for each in awaited for name, _ in each.parts()]
+        given_up = [each for each in self.large if each.is_given_up(journal.finished)]
+        parts = [name for each in self.work if each not in given_up for name, _ in each.parts()]
         left = [name for name in parts if name not in journal.finished]
         if self.merging and left:
             raise UsageError(

@@ -45,10 +45,6 @@ class Group:
         """The name of what is computed together, and its share of the work."""
         return [(self.part, self.plan.work(self.blocks))]
 
-    def is_given_up(self, finished: Collection[str]) -> bool:
-        """Never: who computes the blocks takes the next route, too."""
-        return False
-
     def contribute(self, unfinished: Unfinished, mine: Collection[str]) -> None:
         """Computes and writes the blocks, if that is for this process; another finishes the file."""
         if self.part in mine and self.part not in unfinished.finished:

@@ -50,6 +50,7 @@ class Triangle:
 
     def __post_init__(self) -> None:
         self.dtype = self.direction.dtype
+        self.stream: torch.cuda.Stream | None = None
         self.computed = self.found = 0  # bits
         # Of each row its diagonal entry, its squares and its product: row by row, so that they are the same in
         # whichever order and company the rows come.
@@ -89,7 +90,7 @@ class Triangle:
 
     def _aside(self) -> AbstractContextManager[object]:
         """On a GPU, does not wait for the next band, which is computed meanwhile."""
-        return nullcontext()
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def _all_rows(self) -> Iterator[tuple[int, Tensor]]:
         """The matrix, some whole rows at a time, read back, with the first one's number."""
@@ -153,7 +154,6 @@ class HeldTriangle(Triangle):
         # Of each band, the part of its rows that the bands before have: [rows, start].
         self.before = {band: self._empty(band[1] - band[0], band[0]) for band in self.bands}
         self.scratch: Tensor | None = None
-        self.stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self.scratch = torch.empty(longest * size, dtype=self.dtype, device=device)
             self.stream = torch.cuda.Stream(device)
@@ -174,9 +174,6 @@ class HeldTriangle(Triangle):
                     placing.run(self.writer.place, self.name, rows.numpy(), place)
             self._keep(index, upper)
         return bits
-
-    def _aside(self) -> AbstractContextManager[object]:
-        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def _stretches(self, start: int, stop: int) -> Iterator[Placed]:
         """These rows as they lie together in the block, no more than so many numbers or one group at a time."""
