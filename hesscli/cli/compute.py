@@ -97,7 +97,6 @@ def compute(
       hesscli compute net.safetensors data.npz --arch nets.py:Net --blocks full
       hesscli compute model.pt data.npz -o - | hesscli eigen - --top 10
     """
-    first = rank() == 0  # of the processes that torchrun started
     if output == "-" and not dry_run:
         out.leave_stdout()
     if fail_above is not None and stats in ("basic", "none"):
@@ -134,7 +133,7 @@ def compute(
     if shard is not None:
         out.result(document)
         out.note(f"shard {shard} is done; when all are: hesscli merge {quote(output)}")
-    elif first:
+    elif rank() == 0:  # of the processes that torchrun started
         out.result(document, print_hessian)
         if options.output is not None:
             out.wrote(*written(options.output))

@@ -98,12 +98,8 @@ def _demand_all(
         return
     wanted = [name for name in signature.names if name in (*names, *missing)]
     hint = " ".join(f"--inputs {shlex.quote(name)}" for name in wanted)
-    if (
-        options.loss == "auto"
-        and not options.targets
-        and data.targets
-        and data.targets[0] in missing
-    ):
+    inferred = options.loss == "auto" and not options.targets
+    if inferred and data.targets and data.targets[0] in missing:
         hint = "--loss output"
     raise MismatchError(
         f"the model takes {', '.join(wanted)}; the inputs are {', '.join(names)}", hint
