@@ -9,7 +9,7 @@ rounding of each, and the others hold neither a basis nor a result.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -197,7 +197,9 @@ class ManyProcesses(Processes):
         problem = self.share_of(problem.restricted(question.parameters))
         what = question.what
         if isinstance(what, Gradient):
-            return _gradient_at(problem, what.names, tensor)
+            leaves = list(problem.parameters.values())
+            with parameters_at(leaves, tensor.split([leaf.numel() for leaf in leaves])):
+                return problem.flat_gradient(what.names)
         curvature = CURVATURES[what.curvature]
         if isinstance(what, Quotient):
             difference = curvature.difference(problem, what.block, tensor, Here(problem))
@@ -216,9 +218,3 @@ class ManyProcesses(Processes):
 _SAID = (HesscliError, NotApplicable, MemoryError, torch.OutOfMemoryError)
 """What one process can say to the others, so that all know."""
 _LET_GO = "let go"
-
-
-def _gradient_at(problem: Problem, names: Sequence[str], theta: Tensor) -> Tensor:
-    leaves = list(problem.parameters.values())
-    with parameters_at(leaves, theta.split([leaf.numel() for leaf in leaves])):
-        return problem.flat_gradient(names)

@@ -58,10 +58,8 @@ def _holder_of_results(module: nn.Module) -> str | None:
 
 def _demand_own(copy: nn.Module, module: nn.Module) -> None:
     """Refuses a copy that is the module itself in parts, whose `__deepcopy__` returns them: those would change."""
-    originals = [*module.modules(), *module.parameters(), *module.buffers()]
-    known = {id(x) for x in originals}
-    parts = (*copy.named_modules(), *copy.named_parameters(), *copy.named_buffers())
-    for name, part in parts:
+    known = {id(x) for x in (*module.modules(), *module.parameters(), *module.buffers())}
+    for name, part in (*copy.named_modules(), *copy.named_parameters(), *copy.named_buffers()):
         if id(part) in known:
             raise ValueError(f"the copy of {name or 'it'} is {name or 'it'} itself")
 
