@@ -25,14 +25,11 @@ _WORDS = {"true": 1.0, "false": 0.0, "": float("nan"), "na": float("nan"), "null
 
 
 def load_csv(path: Path | str) -> tuple[NamedArrays, tuple[str, ...]]:
-    """The columns by name; or, in a column's place, why it cannot be used.
+    """The columns by name, or, in a column's place, why it cannot be used; and notes on what was inferred.
 
     Columns of a file without a line of names are called 0, 1, ... Integers that count up, as the names that
     pandas gives and as years do, are names: from 0 on always, others where not all below are integers. An empty
     field, `NA` and `null` are NaN, which is refused later, with its place.
-
-    Returns:
-        the columns, and notes on what was inferred.
 
     Raises:
         FileError: lines of different lengths, a name given twice, names alone, or no text.

@@ -28,10 +28,7 @@ _BINS = 120  # of a density
 
 
 def drawable(path: Path, force: bool, inputs: Sequence[Path]) -> Path:
-    """Refuses a figure that cannot be drawn, which is better known before the work than after it.
-
-    Returns:
-        the file to draw it to, as of `writable`.
+    """The file to draw a figure to, as of `writable`; that it cannot be drawn is better known before the work.
 
     Raises:
         UsageError: a format that there is not, a file that hesscli did not draw, or no matplotlib.

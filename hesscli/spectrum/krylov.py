@@ -69,10 +69,8 @@ class Krylov:
         self.solve()
 
     def step(self) -> bool:
-        """Multiplies the pending vector; what is new in the product is the next one. `solve` is the caller's.
-
-        Returns:
-            whether anything was new.
+        """Multiplies the pending vector; whether anything is new in the product, which is the next one. `solve` is the
+        caller's.
         """
         vector, j = self.pending, self.count
         product = self.multiply(vector)

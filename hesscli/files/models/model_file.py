@@ -170,12 +170,9 @@ def _hint(path: Path, kind: Kind) -> str:
 
 
 def _unpickle(path: Path, kind: Kind, arch: str | None) -> tuple[object, bool]:
-    """Loads the file with everything in it, running what code it brings.
+    """What the file holds, loaded by running what code it brings; and whether its classes are where `arch` is.
 
-    A script that was run saves its classes as those of `__main__`: they are looked for where `arch` is.
-
-    Returns:
-        what it holds, and whether they were.
+    A script that was run saves them as those of `__main__`: they are looked for there then.
     """
     load = partial(torch.load, path, map_location="cpu", weights_only=False)
     told = False

@@ -57,10 +57,8 @@ class Triangle:
         self._facts = np.zeros((3, self.layout.size))
 
     def put(self, index: int, upper: Tensor) -> int:
-        """Takes band `index`, [rows, size - start], computed to its end, its square symmetric, after all before it.
-
-        Returns:
-            its bits and those of its mirror image, which `restore` wants.
+        """Takes band `index`, [rows, size - start], computed to its end, its square symmetric, after all before it;
+        gives its bits and those of its mirror image, which `restore` wants.
         """
         start, stop = self.bands[index]
         with self._aside():
