@@ -153,11 +153,7 @@ def load_weights_only(source: Path | str | BinaryIO, mapped: bool = False) -> ob
 
 
 def _refuse_half_names(path: Path | str) -> None:
-    """Tells a file that was cut off within the name of a class from one that holds that class.
-
-    Raises:
-        EOFError: the pickle has no end.
-    """
+    """Tells a file that was cut off within the name of a class, by an EOFError, from one that holds that class."""
     with open(path, "rb") as file:
         if file.read(2) == b"PK":  # a zip file that was cut off has no listing, so it was refused
             return

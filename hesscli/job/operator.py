@@ -220,12 +220,7 @@ def _demand_products(options: ProblemOptions) -> None:
 
 
 def _check(made: Operator, certificate: Certificate | None) -> Document | None:
-    """What the check of a product found, as in the JSON document.
-
-    Raises:
-        NotApplicable: the product is wrong.
-        NumericalError: it is not finite.
-    """
+    """What the check of a product found, as in the JSON document; NotApplicable where the product is wrong."""
     if certificate is None:
         probe = torch.ones(made.size, dtype=made.problem.dtype, device=made.problem.device)
         if not bool(torch.isfinite(made.products(probe)).all()):

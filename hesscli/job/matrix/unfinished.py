@@ -68,11 +68,7 @@ class Unfinished:
         return sums
 
     def _leave(self, error: BaseException) -> None:
-        """Keeps what is finished, where it makes sense to go on later.
-
-        Raises:
-            InterruptedRun, ResourceError: in place of the error, with how much is kept.
-        """
+        """Keeps what is finished, where it makes sense to go on later, and raises an error that says how much."""
         out_of_room = isinstance(error, ResourceError) or is_out_of_memory(error)
         if not out_of_room and not isinstance(error, (KeyboardInterrupt, SystemExit)):
             if not self.others:

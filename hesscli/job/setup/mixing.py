@@ -61,11 +61,7 @@ def what_mixes(
 def _found_mixing(
     problem: Problem, source: Source, tried: Sequence[int], proven: bool, wider: bool
 ) -> str | None:
-    """What makes something else of the first samples than of these parts of them.
-
-    Raises:
-        MismatchError: the model does not take them all at once.
-    """
+    """What makes something else of the first samples than of these parts; MismatchError where not all are taken."""
     bounds = [(0, tried[-1]), *pairwise(tried)]
     batches: Sequence[Batch] = [source.batch(start, stop) for start, stop in bounds]
     if problem.dtype is torch.float64:

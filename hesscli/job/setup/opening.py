@@ -101,11 +101,7 @@ def _opened(
     listener: NoteKeeper,
     processes: Processes,
 ) -> Opened:
-    """The same on one device.
-
-    Raises:
-        DeviceMismatchError: the model makes tensors on another.
-    """
+    """The same on one device; DeviceMismatchError where the model makes tensors on another."""
     note = listener.note
     torch.manual_seed(options.seed)
     settle(options)
