@@ -22,10 +22,11 @@ from hesscli.cli.numbers import error, number, seconds
 from hesscli.cli.output import Output
 from hesscli.cli.summary import WIDE, print_block, print_hessian, print_plan
 from hesscli.cli.trace import print_traces
+from hesscli.job.model_eigen import reporting
 from hesscli.job.options import Listener
 from hesscli.job.picture import Picture, Region
-from hesscli.job.progress import Convergence
 from hesscli.job.sizes import size
+from hesscli.job.trace import report
 
 GOLDEN = Path(__file__).parent / "golden"
 PRINTERS = {
@@ -561,16 +562,16 @@ def test_how_far_a_search_has_come():
     heard = []
     listener = Listener()
     listener.progress = lambda done, total, doing: heard.append((done / total, doing))
-    residuals = Convergence(listener)
+    residual = reporting(listener)
     for worst in (1e-1, 1.0, 1e-2, 1e-4, 1e-5):
-        residuals.residual(7, worst, 1e-4)
+        residual(7, worst, 1e-4)
     assert [come for come, _ in heard] == pytest.approx([0, 0, 0.5, 0.99, 0.99], abs=2e-3)
     assert heard[2][1] == "7 products, residual 1.0e-02"
     heard.clear()
     for relative in (0.1, 0.02, 0.01, 0.005, 0.0):
-        Convergence(listener).standard_error(7, relative, 0.01)
+        report(listener, 7, relative, 0.01)
     assert [come for come, _ in heard] == pytest.approx([0.01, 0.25, 1, 1, 1], abs=2e-3)
     assert heard[1][1] == "7 products, standard error 2.0%"
     heard.clear()
-    Convergence(listener).residual(1, 0.0, 0.0)
+    reporting(listener)(1, 0.0, 0.0)
     assert heard[0][0] <= 1

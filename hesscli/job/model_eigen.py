@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,12 +16,11 @@ from hesscli.job.eigen import SCHEMA, EigenOptions
 from hesscli.job.json_form import Document, timeless
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions
-from hesscli.job.progress import Convergence
 from hesscli.job.results import writable, write_tensors
 from hesscli.job.setup.processes import Processes
 from hesscli.spectrum.dense import DENSE, HELD, dense
 from hesscli.spectrum.eigen import LAPACK_LIMIT, WHICH, allowed
-from hesscli.spectrum.lanczos import Found, Lanczos
+from hesscli.spectrum.lanczos import Found, Lanczos, Report
 
 _BESIDE = 8  # vectors that a search holds, besides three for each eigenvalue
 
@@ -152,9 +152,24 @@ def _lanczos(operator: Operator, options: EigenOptions, max_products: int) -> Fo
         options.tolerance,
         operator.generator(),
         operator.gradient,  # mostly among the largest: Gur-Ari, Roberts and Dyer, arXiv:1812.04754
-        Convergence(operator.opened.listener).residual,
+        reporting(operator.opened.listener),
     )
     return lanczos.run(max_products)
+
+
+def reporting(listener: Listener) -> Report:
+    """Tells how far the relative residual has come on its way to the tolerance: it falls about as its logarithm."""
+    first = 0.0
+
+    def report(products: int, worst: float, tolerance: float) -> None:
+        nonlocal first
+        tolerance = max(tolerance, sys.float_info.min)
+        first = max(first, worst, tolerance)
+        way = math.log(first / tolerance) or 1.0
+        come = min(math.log(first / max(worst, tolerance)) / way, 0.99)
+        listener.progress(int(1000 * come), 1000, f"{products} products, residual {worst:.1e}")
+
+    return report
 
 
 def _interrupted(size: int) -> Found:

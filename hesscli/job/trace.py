@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -16,7 +17,6 @@ from hesscli.job.matrix.small import compute_blocks, groups
 from hesscli.job.matrix.wrong_routes import leave_out_wrong_routes
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import ComputeOptions, Listener, ProblemOptions
-from hesscli.job.progress import Convergence
 from hesscli.job.setup.processes import Processes
 from hesscli.spectrum.dense import DENSE
 from hesscli.spectrum.finite import finite
@@ -144,5 +144,11 @@ def _estimated(operator: Operator, relative_error: float, max_products: int) -> 
             max_products,
             operator.generator(),
             operator.gradient,
-            Convergence(operator.opened.listener).standard_error,
+            partial(report, operator.opened.listener),
         )
+
+
+def report(listener: Listener, products: int, relative: float, tolerance: float) -> None:
+    """How far a relative standard error has come, which falls as one over the root of the number of samples."""
+    come = min(1.0, (tolerance / relative) ** 2) if relative else 1.0
+    listener.progress(int(1000 * come), 1000, f"{products} products, standard error {relative:.1%}")
