@@ -17,17 +17,11 @@ _ITEMSIZES = {
 
 
 class Thing:
-    """Stands for whatever a pickle would make, by a class or a function. Does nothing, and takes everything.
+    """Stands for whatever a pickle would make, by a class or a function. Does nothing, and takes everything."""
 
-    Attributes:
-        named: the name of what would make it.
-        arguments: of that.
-        attributes: that it would get.
-    """
-
-    named = ""
-    arguments: tuple[object, ...]
-    attributes: dict[str, object]
+    named = ""  # the name of what would make it
+    arguments: tuple[object, ...]  # of that
+    attributes: dict[str, object]  # that it would get
 
     def __new__(cls, *arguments: object, **_: object) -> Thing:
         made = super().__new__(cls)
@@ -63,17 +57,13 @@ class InertPickle(pickle._Unpickler):
 
     It is the unpickler in Python, as the one in C refuses what TorchScript writes of an enum: a call whose arguments
     are no tuple, but the value itself.
-
-    Attributes:
-        content: what it holds.
-        storages: how many bytes each storage has that tensors lie in, by its key.
     """
 
     stack: list[Any]
 
     def __init__(self, pickled: bytes) -> None:
         super().__init__(io.BytesIO(pickled))
-        self.storages: dict[str, int] = {}
+        self.storages: dict[str, int] = {}  # bytes of each that tensors lie in, by its key
         self.content = self.load()
 
     def find_class(self, module: str, name: str) -> Callable[..., object]:

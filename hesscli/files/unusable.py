@@ -16,15 +16,10 @@ DECIMALS = (
 
 @dataclass(frozen=True)
 class Unusable:
-    """Stands in an array's place.
+    """Stands in an array's place."""
 
-    Args:
-        why: as in "array x skipped: not numbers".
-        remedy: what makes targets of a column that is such; {0} stands for its name. Empty: nothing that is known.
-    """
-
-    why: str
-    remedy: str = ""
+    why: str  # as in "array x skipped: not numbers"
+    remedy: str = ""  # what makes targets of such a column, which {0} stands for; empty: unknown
 
 
 NamedArrays = dict[str, Tensor | Unusable]

@@ -130,11 +130,7 @@ def _change(before: float | None, after: float | None) -> float | None:
 
 
 class Finer:
-    """The blocks that a file has of a structure: its own, or a finer one.
-
-    Attributes:
-        blocks: what is known of each, by its name: all that the file says, or no more than its shape and size.
-    """
+    """The blocks that a file has of a structure: its own, or a finer one, of which shape and size alone are known."""
 
     def __init__(self, file: HessianFile, structure: str) -> None:
         self.file, self.structure = file, structure

@@ -37,27 +37,16 @@ _LONG = 1 << 23  # bytes of a vector
 
 @dataclass
 class Operator:
-    """A problem's curvature, as products.
+    """A problem's curvature, as products."""
 
-    Attributes:
-        opened: where it came from. Its own problem makes all passes on this process; parts of it are opened again.
-        problem: the same over all processes, which shares its passes; products, gradients and checks are of this one.
-        products: multiplies vectors [P].
-        method: how.
-        gradient: dL / d theta [P].
-        processes: that have the data.
-        double: the problem in float64, for the check and for differences; None if the model does not run in it.
-        check: what the check found, as in the JSON document; None without one.
-    """
-
-    opened: Opened
-    problem: Problem
-    products: LinearMap
-    method: str
-    gradient: Tensor
-    processes: Processes
-    double: Problem | None
-    check: Document | None = None
+    opened: Opened  # its own problem makes all passes on this process; parts of it are opened again
+    problem: Problem  # the same over all processes, which products, gradients and checks are of
+    products: LinearMap  # multiplies vectors [P]
+    method: str  # how
+    gradient: Tensor  # dL / d theta [P]
+    processes: Processes  # that have the data
+    double: Problem | None  # in float64, for checks and differences; None if that does not run
+    check: Document | None = None  # what the check found, as in the JSON document; None without one
 
     @property
     def size(self) -> int:

@@ -27,12 +27,7 @@ class PlacedFile:
     that is as aligned as their place in the file, else by way of a buffer; the ends that do not fill a page go through
     the cache.
 
-    Args:
-        descriptor: of the file; closed with this.
-        reserve: its room; an earlier one may have done that.
-
-    Raises:
-        OSError: of the file system; ENOSPC when there is no room.
+    Its descriptor is closed with it. That there is no room, where it is to `reserve` it, is an OSError, ENOSPC.
     """
 
     def __init__(self, descriptor: int, path: Path, length: int, reserve: bool = True) -> None:
