@@ -25,31 +25,24 @@ _SUMS = {"document.loss.value", "document.loss.denominator", "document.gradient_
 _ROUNDING = 1e-5  # of these, in float32, relative
 
 
+@dataclass
 class Journal:
-    """The finished parts of one output file.
+    """The finished parts of one output file."""
 
-    Args:
-        path: the output file; None keeps no journal.
-        head: the command, as JSON: what must be the same for another run to go on.
-        command: all its options, as JSON, for `merge`.
-        writer: who writes it, where several processes share the file.
-    """
+    output: Path | None  # the file; None keeps no journal
+    head: Mapping[str, Any]  # the command: what must be the same for another run to go on
+    command: Mapping[str, Any]  # all its options, as JSON, for `merge`
+    writer: str = ""  # who writes it, where several processes share the file
 
-    def __init__(
-        self,
-        path: Path | None,
-        head: Mapping[str, Any],
-        command: Mapping[str, Any],
-        writer: str = "",
-    ) -> None:
-        self.output = path
-        self.path = None if path is None else journal_path(path, writer)
-        self.head = json.loads(json.dumps(head, default=str))
-        self.command = command
+    def __post_init__(self) -> None:
+        self.path = self.output and journal_path(self.output, self.writer)
+        self.head = json.loads(json.dumps(self.head, default=str))
         self.start: int | None = None  # where the tensors of the unfinished file begin
         self.finished: dict[str, Document] = {}
         self.own = 0  # parts in its own file; there is none before the first
-        self.shared = writer != ""  # others have their own: what they have finished is no left-over
+        self.shared = (
+            self.writer != ""
+        )  # others have their own: what they have finished is no left-over
 
     def resume(self, wanted: bool, force: bool) -> None:
         """Takes over what earlier runs, or the other shards, have finished.
@@ -195,7 +188,7 @@ def _close(left: object, right: object) -> bool:
     return math.isclose(left, right, rel_tol=_ROUNDING)
 
 
-def _differences(left: Document, right: Document, prefix: str = "") -> str:
+def _differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> str:
     """The names of what is not the same, but for rounding: another number of threads adds up in another order."""
     found = []
     for key in {**left, **right}:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import dataclass
 from typing import BinaryIO
 
 from hesscli.errors import FileError, HesscliError, UsageError
@@ -27,26 +28,19 @@ from hesscli.texts import dtype_name
 _ELSEWHERE = {"model", "data", "output", "force", "resume", "shard", "memory", "device"}
 
 
+@dataclass
 class Run:
-    """A plan carried out.
+    """A plan carried out."""
 
-    Args:
-        team: the processes that share it.
-        merging: finishes what other processes have computed.
-        stdout: where the bytes go, if there is no output file.
-    """
+    plan: Plan
+    team: Team  # the processes that share it
+    merging: bool = False  # finishes what other processes have computed
+    stdout: BinaryIO | None = None  # where the bytes go, if there is no output file
 
-    def __init__(
-        self,
-        plan: Plan,
-        team: Team,
-        merging: bool = False,
-        stdout: BinaryIO | None = None,
-    ) -> None:
-        self.plan, self.options = plan, plan.options
-        self.team, self.merging, self.stdout = team, merging, stdout
-        self.sharing = plan.divided and not merging  # other processes write to the file now
-        self.bands: dict[str, int] = team.broadcast(self._bands())
+    def __post_init__(self) -> None:
+        plan, self.options = self.plan, self.plan.options
+        self.sharing = plan.divided and not self.merging  # other processes write to the file now
+        self.bands: dict[str, int] = self.team.broadcast(self._bands())
         self.advance = _progress(plan)
         self.groups = [Group(plan, blocks, self.advance) for blocks in groups(plan)]
         self.large = [
