@@ -27,11 +27,7 @@ def failing(debug: bool, of_model: bool) -> Iterator[None]:
     """Runs a command's body: every way in which it can end badly has its message and its exit code.
 
     Args:
-        debug: with the traceback.
         of_model: the command has a model and data, which may be split into smaller batches.
-
-    Raises:
-        typer.Exit: with the exit code.
     """
     terminating = signal.signal(signal.SIGTERM, _terminated)
     before = signal.getsignal(signal.SIGINT)

@@ -13,11 +13,7 @@ from hesscli.errors import FileError
 
 
 def sha256(path: Path | str) -> str:
-    """The file's SHA-256 in hexadecimal.
-
-    Raises:
-        FileError: the file cannot be read to its end.
-    """
+    """The file's SHA-256 in hexadecimal; FileError where it cannot be read to its end."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -61,11 +61,7 @@ def read_header(path: Path, shown: str) -> Header:
 
 
 def parse(file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """The header as it stands at the start of a file, and where the tensors begin.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """The header as it stands at the start of a file, and where the tensors begin; ValueError where it is none."""
     length = int.from_bytes(file.read(8), "little")
     if length > _LONGEST:
         raise ValueError("not a safetensors header")

@@ -135,11 +135,7 @@ def read_torch_file(path: Path | str, kind: Kind, hint: str | None) -> object:
 
 
 def load_weights_only(source: Path | str | BinaryIO, mapped: bool = False) -> object:
-    """The same of a file, or one inside another, whose content was checked.
-
-    Raises:
-        NeedsPickleError: there are Python objects in it.
-    """
+    """The same of a file, or one inside another, whose content was checked; NeedsPickleError for objects in it."""
     try:
         with quiet():
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)

@@ -169,11 +169,7 @@ def demand_names(results: Iterable[str], parameters: Iterable[str], gradient: bo
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name for what is written inside, which then takes the path's place; nothing is left of what fails.
-
-    Raises:
-        ResourceError: the disk is full.
-    """
+    """A name for what is written inside, which then takes the path's place, or goes; ResourceError on a full disk."""
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         yield temporary

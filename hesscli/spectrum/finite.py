@@ -14,11 +14,7 @@ class NotFinite(ArithmeticError):  # noqa: N818 - told apart by its kind
 
 
 def finite(product: Tensor) -> Tensor:
-    """The product itself.
-
-    Raises:
-        NotFinite: it holds NaN or infinity.
-    """
+    """The product itself; NotFinite where it holds NaN or infinity."""
     if not bool(product.isfinite().all()):
         raise NotFinite
     return product

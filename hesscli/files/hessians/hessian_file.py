@@ -58,11 +58,7 @@ class HessianFile:
         return np.memmap(header.path, dtype, "r", offset, shape)
 
     def verified(self, name: str) -> np.ndarray:
-        """A tensor that was compared with its checksum, which reads all of it once.
-
-        Raises:
-            FileError: it is not what was written.
-        """
+        """A tensor, once compared with its checksum, read whole; FileError where it is not what was written."""
         array = self.tensor(name)
         if name in self.compared:
             return array

@@ -89,12 +89,9 @@ def _numbered(folder: Path, before: str, after: str) -> list[Path]:
 
 
 def into_files(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
-    """Which tensors go into one file, as huggingface_hub divides them.
+    """Which tensors go into one file of no more bytes than the limit, as huggingface_hub divides them; all if None.
 
-    A tensor is never cut: one that is larger than the limit has a file of its own.
-
-    Args:
-        limit: the most bytes in one file; None puts all into one.
+    A tensor is never cut: one that is larger has a file of its own.
     """
     if limit is None:
         return [list(sizes)]

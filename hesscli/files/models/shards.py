@@ -85,11 +85,7 @@ def index_beside(part: Path) -> Path | None:
 
 
 def load_part(path: Path) -> dict[str, torch.Tensor]:
-    """The weights of a file that holds nothing else.
-
-    Raises:
-        FileError: damaged, of another kind, or unsafe.
-    """
+    """The weights of a file that holds nothing else; FileError: damaged, of another kind, or unsafe."""
     kind = kind_of(path)
     if kind is Kind.SAFETENSORS:
         return load_safetensors(path)

@@ -162,11 +162,7 @@ class Lines:
 
 
 def read_journal(path: Path) -> Lines:
-    """Reads a journal, but for a last line that was torn.
-
-    Raises:
-        FileError: it is none.
-    """
+    """Reads a journal, but for a last line that was torn; FileError where it is none."""
     try:
         lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
         if not lines:

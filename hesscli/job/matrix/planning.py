@@ -27,14 +27,11 @@ LARGE = 4096
 
 
 class Plan:
-    """The blocks of a Hessian, and the routes of each; `divided`, if other processes compute parts of it.
-
-    Raises:
-        NumericalError: the method asked for would not be exact.
-    """
+    """The blocks of a Hessian, and the routes of each; NumericalError where the method asked for would not be exact."""
 
     def __init__(self, options: ComputeOptions, opened: Opened, divided: bool = False) -> None:
-        self.options, self.opened, self.divided = options, opened, divided
+        self.options, self.opened = options, opened
+        self.divided = divided  # other processes compute parts of it
         self.problem = opened.problem
         self.rates = usual_rates(self.problem.device)
         self.structure = STRUCTURES[options.blocks]

@@ -73,14 +73,7 @@ class BroadcastWatcher(Watcher):
 
 
 def demand_no_pairs(problem: Problem, batch: Batch, arrays: Mapping[str, Tensor]) -> None:
-    """The same of a model that returns its loss, or of a loss that takes all that a model returns.
-
-    Args:
-        arrays: what of the batch has an entry for each, by what it is called.
-
-    Raises:
-        MismatchError: samples are paired.
-    """
+    """The same of a model that returns its loss, or of a loss that takes all that a model returns."""
     every = dict(problem.module.named_parameters())  # also those that were not chosen
     try:
         tape = record(replace(problem, parameters=every), batch)

@@ -19,11 +19,7 @@ _OF_A_WRAPPER = ("_torchdynamo_wrapper_id", "validate_inputs")
 
 
 def own_copy(module: nn.Module) -> nn.Module:
-    """A copy that shares nothing with the module and computes with the same numbers.
-
-    Raises:
-        MismatchError: there is none.
-    """
+    """A copy that shares nothing with the module and has the same numbers; MismatchError where there is none."""
     every = dict(module.named_parameters(remove_duplicate=False))
     groups = tied_groups((name, p) for name, p in every.items() if not is_lazy(p))
     try:

@@ -18,13 +18,10 @@ from hesscli.texts import listed
 def chosen_parameters(
     module: nn.Module, patterns: tuple[str, ...], note: Note
 ) -> tuple[dict[str, Tensor], dict[str, list[str]], list[str]]:
-    """The parameters to differentiate by, the other names of tied ones, and the frozen ones left out.
+    """The parameters to differentiate by, the other names of tied ones, and the frozen; UsageError where none is left.
 
     Sets `requires_grad` of the module's parameters to match, and notes what is left out and the patterns that no name
     matches.
-
-    Raises:
-        UsageError: nothing is left.
     """
     every = dict(module.named_parameters(remove_duplicate=False))
     floating = {name: p for name, p in every.items() if p.is_floating_point()}

@@ -57,11 +57,7 @@ class ProcessLost(ResourceError):  # noqa: N818 - reads as what happened
 
 
 class Team:
-    """All processes of a job, as seen from one of them.
-
-    Raises:
-        ProcessLost: another has ended.
-    """
+    """All processes of a job, as seen from one of them; ProcessLost where another has ended."""
 
     def __init__(self, alone: bool = False) -> None:
         self.rank, self.size = (0, 1) if alone else (rank(), ranks())
