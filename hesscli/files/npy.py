@@ -115,10 +115,7 @@ def _array(
 def tensor(path: Path | str, array: Array) -> torch.Tensor | Unusable:
     """The array as a tensor that must not be written to, without a copy where torch knows its type and byte order.
 
-    Or why it cannot be one.
-
-    Raises:
-        ResourceError: there is no memory for the copy.
+    Or why it cannot be one; ResourceError where there is no memory for the copy.
     """
     native = array.dtype.newbyteorder("=")
     widened = native.kind == "u" and native.itemsize > 1  # see `indexable`

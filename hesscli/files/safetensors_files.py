@@ -27,11 +27,7 @@ _TYPES = {
 
 
 def load_safetensors(path: Path | str) -> dict[str, torch.Tensor]:
-    """All tensors of the file, on the CPU, in the order in which they lie in it.
-
-    Raises:
-        FileError: the file is damaged, or it is a Hessian and not a model or data.
-    """
+    """All tensors of the file, on the CPU, in the order in which they lie in it; FileError: damaged, or a Hessian."""
     with reading(path, Kind.SAFETENSORS), safe_open(path, framework="pt") as file:
         _refuse_hessian(path, file)
         return {name: file.get_tensor(name) for name in file.offset_keys()}

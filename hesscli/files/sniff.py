@@ -90,11 +90,7 @@ def no_such_file(path: Path | str, hint: str | None = None) -> UsageError:
 
 
 def file_beside(listing: Path, name: object, hint: str) -> Path:
-    """The file of this name in the folder of the file that lists it, and in no other.
-
-    Raises:
-        FileError: the name is that of a file elsewhere, or none.
-    """
+    """The file of this name in the folder of the file that lists it; FileError where the name leads elsewhere."""
     if not isinstance(name, str) or Path(name).name != name:
         raise FileError(f"{listing}: names a file {name!r} outside of its folder", hint)
     return listing.parent / name

@@ -35,11 +35,7 @@ def compute(
     Where `torchrun` started several processes, each computes its share, and the first finishes the file; unless this
     one does it `alone`.
 
-    Returns:
-        the JSON document; without blocks for a shard.
-
-    Raises:
-        HesscliError: of any kind; nothing is written then.
+    Returns the JSON document, without blocks for a shard. Where it raises, any HesscliError, nothing is written.
     """
     started = time.perf_counter()
     if options.output is not None:
@@ -89,11 +85,7 @@ def _planned(options: ComputeOptions, listener: Listener, team: Team) -> Plan:
 
 
 def merge(output: Path, listener: Listener) -> Document:
-    """Finishes a file whose parts were computed as shards.
-
-    Raises:
-        UsageError: there are none, or some are missing.
-    """
+    """Finishes a file whose parts were computed as shards; UsageError where there are none, or some are missing."""
     started = time.perf_counter()
     if output == Path("-"):
         raise UsageError("-: shards are in files, and none come from standard input")

@@ -33,8 +33,7 @@ def model_eigen(
 ) -> Document:
     """The first eigenvalues of a model's curvature; or the extremes of each parameter's own block.
 
-    Returns:
-        the JSON document. `converged` is False where the products were spent, or Ctrl-C was pressed (`interrupted`).
+    `converged` is False where the products were spent, or Ctrl-C was pressed (`interrupted`).
     """
     started = time.perf_counter()
     if options.output is not None:

@@ -22,11 +22,7 @@ def size(count: float) -> str:
 
 
 def parse_size(text: str) -> int:
-    """`4GiB`, `500MB`, `4096` as bytes.
-
-    Raises:
-        ValueError: it is none of that, or less than a byte.
-    """
+    """`4GiB`, `500MB`, `4096` as bytes; ValueError where it is none of that, or less than a byte."""
     found = _SIZE.fullmatch(text.strip())
     count = float(found[1]) * _UNITS[found[2].upper()] if found else 0.0
     if count < 1:

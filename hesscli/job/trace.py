@@ -35,13 +35,10 @@ def trace(
     listener: Listener,
     processes: Processes,
 ) -> Document:
-    """The traces of a model's curvature.
+    """The traces of a model's curvature, of blocks and of all, each with its standard error, 0 where exact.
 
     Args:
         relative_error: the standard error of the total, relative to it, at which an estimate is good enough.
-
-    Returns:
-        the JSON document: `blocks[].trace` and `total.trace`, each with `standard_error`, 0 where exact.
     """
     started = time.perf_counter()
     # The other routes make no products: with them there is the exact diagonal or nothing.

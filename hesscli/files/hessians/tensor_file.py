@@ -60,11 +60,7 @@ class TensorFile:
         self.placed: PlacedFile | None = None
 
     def reserve(self, descriptor: int | None = None) -> None:
-        """Takes the room on the disk; the descriptor is that of the file, if it is opened already.
-
-        Raises:
-            OSError: of the file system; ENOSPC when there is no room.
-        """
+        """Takes the room on the disk, by the descriptor of the file if it is open already; OSError, ENOSPC, without."""
         if descriptor is None:
             descriptor = os.open(self.path, OPEN_FLAGS | os.O_CREAT, 0o666)
         try:

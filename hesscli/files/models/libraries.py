@@ -83,11 +83,7 @@ def as_transformers_names(
 
 
 def configuration(folder: Path) -> Mapping[str, object]:
-    """What the folder's `config.json` says.
-
-    Raises:
-        FileError: there is none, or it is damaged.
-    """
+    """What the folder's `config.json` says; FileError where there is none, or it is damaged."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileError(
