@@ -178,19 +178,15 @@ def read_journal(path: Path) -> Lines:
         ) from None
 
 
-def _close(left: object, right: object) -> bool:
-    if not (isinstance(left, float) and isinstance(right, float)):
-        return False
-    return math.isclose(left, right, rel_tol=_ROUNDING)
-
-
 def _differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> str:
     """The names of what is not the same, but for rounding: another number of threads adds up in another order."""
     found = []
     for key in {**left, **right}:
-        mine, its = left.get(key), right.get(key)
+        mine, its, name = left.get(key), right.get(key), f"{prefix}{key}"
         if isinstance(mine, dict) and isinstance(its, dict):
-            found += [inner for inner in [_differences(mine, its, f"{prefix}{key}.")] if inner]
-        elif mine != its and not (f"{prefix}{key}" in _SUMS and _close(mine, its)):
-            found.append(f"{prefix}{key}")
+            found += [inner for inner in [_differences(mine, its, f"{name}.")] if inner]
+        elif name in _SUMS and isinstance(mine, float) and isinstance(its, float):
+            found += [] if math.isclose(mine, its, rel_tol=_ROUNDING) else [name]
+        elif mine != its:
+            found.append(name)
     return ", ".join(found)
