@@ -68,7 +68,7 @@ def eigen(source: str, options: EigenOptions) -> Document:
 
 
 def file_spectrum(source: str) -> tuple[Document, np.ndarray]:
-    """All eigenvalues of a Hessian file, and what there is to say of it; ResourceError: a block too large for LAPACK."""
+    """All eigenvalues of a Hessian file, and what is to say of it; ResourceError: a block too large for LAPACK."""
     values: list[np.ndarray] = []
     with opened_file(source, "density") as file:
         document = file.document

@@ -118,7 +118,6 @@ class Operator:
         """Refuses to hold more vectors than fit, of this dtype or the problem's.
 
         Args:
-            what: holds them.
             fewer: the option with which they are no more than so many, if there is one.
 
         Raises:

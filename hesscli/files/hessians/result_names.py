@@ -20,7 +20,7 @@ _NUMBERS = r"-\d{5,}-of-\d{5,}"
 
 
 def followed(path: Path) -> Path:
-    """The file that a symbolic link leads to, there yet or not, or the path itself; UsageError where it leads to itself."""
+    """The file that a symbolic link leads to, there or not, or the path itself; UsageError where it leads to itself."""
     if not path.is_symlink():
         return path
     target = Path(os.path.realpath(path))

@@ -35,7 +35,7 @@ _COPIED, _CHECKED, _ALONG = 8, 24, 24
 
 
 class Memory:
-    """The memory that a plan may use, `limit` bytes of the host's, and what its blocks, and the `process`, take of it."""
+    """The memory that a plan may use, `limit` bytes of the host's, and what blocks, and the `process`, take of it."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan: Plan = weakref.proxy(plan)  # which holds this

@@ -21,9 +21,7 @@ def demand_no_other(problem: Problem, source: Source, signature: CallSignature, 
     """Refuses an inferred loss where the model, given the targets by their `name`, returns one number that is another.
 
     As one of Hugging Face for language does, which compares scores with the next labels, not with those of their place.
-
-    Raises:
-        MismatchError: with both values.
+    The MismatchError has both values.
     """
     if name not in signature.names or name in source.inputs or source.target is None:
         return
