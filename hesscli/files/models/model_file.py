@@ -1,4 +1,4 @@
-"""Model files of every kind, loaded into one form, and modules in memory in the same form."""
+"""Model files of every kind, loaded into one form."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from hesscli.errors import FileError, MismatchError, UsageError
-from hesscli.files.digest import sha256_of, sha256_of_all
+from hesscli.errors import FileError, UsageError
+from hesscli.files.digest import sha256_of_all
 from hesscli.files.models.architectures import build
 from hesscli.files.models.call_signature import CallSignature, signature_of
 from hesscli.files.models.checkpoints import (
@@ -125,46 +124,13 @@ def load_model(
     if form != "state_dict" and idle:
         notes.append(f"{idle} has no effect: {path} holds its own architecture")
     if next(module.parameters(), None) is None:
-        raise _without_parameters(path, form)
-    _prepare(module, notes)
+        raise without_parameters(path, form)
+    prepare(module, notes)
     module.to(device)
     if form != "exported":
         module.train(train_mode)
     signature = signature or signature_of(module)
     return SavedModel(module, form, sha256_of_all(files), tuple(notes), signature, batch_sizes)
-
-
-def live_model(module: nn.Module, *, train_mode: bool, device: torch.device | None) -> SavedModel:
-    """A module in memory in the form of a loaded one. It is changed as one from a file is: pass a copy.
-
-    Raises:
-        FileError: it has no parameters.
-        MismatchError: they have no values yet.
-    """
-    name = type(module).__name__
-    if next(module.parameters(), None) is None:
-        raise _without_parameters(name, "module")
-    _demand_values(name, module)
-    notes: list[str] = []
-    digest = sha256_of(module.state_dict())
-    _prepare(module, notes)
-    if device is not None:
-        module.to(device)
-    module.train(train_mode)
-    return SavedModel(module, "module", digest, tuple(notes), signature_of(module))
-
-
-def _demand_values(name: str, module: nn.Module) -> None:
-    for key, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if is_lazy(tensor):
-            raise MismatchError(
-                f"{name}: {key} has no shape before the module was called", "model(x)"
-            )
-        if tensor.is_meta:
-            raise MismatchError(
-                f"{name}: {key} is on the meta device, where tensors have no values",
-                "model.to_empty(device='cpu').load_state_dict(weights)",
-            )
 
 
 def _content(
@@ -309,7 +275,7 @@ def _narrow(tensors: Iterable[torch.Tensor]) -> set[torch.dtype]:
     return {t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize < 4}
 
 
-def _prepare(module: nn.Module, notes: list[str]) -> None:
+def prepare(module: nn.Module, notes: list[str]) -> None:
     """Widens float16 and bfloat16, which have too few digits for second derivatives."""
     narrow = _narrow(module.parameters())
     if not narrow and not _narrow(module.buffers()):
@@ -326,7 +292,7 @@ def _narrow_note(narrow: set[torch.dtype]) -> str:
     return f"weights stored in {' and '.join(sorted(map(dtype_name, narrow)))}, and widened"
 
 
-def _without_parameters(path: Path | str, form: Form) -> FileError:
+def without_parameters(path: Path | str, form: Form) -> FileError:
     if form == "torchscript":
         return FileError(
             f"{path}: a TorchScript model without parameters; frozen and quantised models "

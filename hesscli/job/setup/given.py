@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from hesscli.errors import HesscliError, ResourceError, UsageError
-from hesscli.files.models.model_file import live_model
+from hesscli.files.models.live_models import live_model
 from hesscli.hessian.autodiff import differentiable
 from hesscli.job.options import ProblemOptions
 from hesscli.job.setup.devices import device_called
