@@ -39,7 +39,7 @@ def weights_beside_objects(path: Path, kind: Kind, name: str) -> tuple[object, s
             with torch.serialization.safe_globals(stands):
                 content = read_torch_file(path, kind, None)
         except NeedsPickleError as refused:
-            name = refused.name
+            name = str(refused)
         except FileError:  # an object that is filled as only its own class can be
             return None
         else:

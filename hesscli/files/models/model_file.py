@@ -38,7 +38,6 @@ from hesscli.files.safetensors_files import load_safetensors
 from hesscli.files.sniff import Kind, kind_of, unsupported
 from hesscli.files.torch_files import (
     NeedsPickleError,
-    pickled_objects,
     quiet,
     read_torch_file,
     reading,
@@ -149,13 +148,17 @@ def _content(
     try:
         return read_torch_file(path, kind, None), (path,), False
     except NeedsPickleError as error:
-        name = error.name
+        name = str(error)
     if pickle_hint is None:
         content, told = _unpickle(path, kind, arch)
         return content, (path,), told
     found = weights_beside_objects(path, kind, name)
     if found is None:
-        raise pickled_objects(path, name, pickle_hint)
+        return (
+            read_torch_file(path, kind, pickle_hint),
+            (path,),
+            False,
+        )  # which says what it refuses
     content, note = found
     notes.append(note)
     return content, (path,), False
