@@ -6,7 +6,7 @@ by what enters, c theta, entry by entry: with H that Hessian and C = diag(c), d^
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class AffineRoute(Route):
         self.cuts, self.analyses = cuts, cuts.analyses
         self._layouts: dict[Block, Layout] = {}  # of the first batch, and the same in all
         self._multipliers: dict[str, Tensor | None] = {}  # seen in each batch, the same in all
+        self._firsts: dict[Block, int] = {}  # rows by what enters; those before are by parameters
 
     def layout(self, block: Block) -> Layout:
         if block not in self._layouts:
@@ -56,32 +57,18 @@ class AffineRoute(Route):
     def multiply(self, parts: Sequence[Wanted]) -> None:
         """C H C of the H that `add` has made."""
         for part in parts:
-            if isinstance(part, Diagonal):
-                c = self._multiplier(part.block, part.block.parameters)
-                if c is not None:
-                    part.out.mul_(c * c)
+            every = [self._multipliers[name] for name in part.block.parameters]
+            if all(c is None for c in every):
                 continue
-            parameters, first = self._by_use(part.block)
-            c = self._multiplier(part.block, parameters)
-            first = max(first, part.start)
-            if c is not None:
-                c = self.layout(part.block).from_block(c)[first:]
-                mine = part.upper(first, part.stop)
-                mine.mul_(c[: len(mine)].unsqueeze(1)).mul_(c)
-
-    def _by_use(self, block: Block) -> tuple[Sequence[str], int]:
-        """The parameters whose rows are derivatives by what enters, and the first of these rows in the layout."""
-        return block.parameters, 0
-
-    def _multiplier(self, block: Block, parameters: Iterable[str]) -> Tensor | None:
-        """c [block.size], in the block's order: ones for other parameters. None if it is one for all."""
-        found: Tensor | None = None
-        for name in parameters:
-            mine = self._multipliers[name]
-            if mine is not None:
-                found = mine.new_ones(block.size) if found is None else found
-                found[block.rows[name].start : block.rows[name].stop] = mine
-        return found
+            sizes = zip(every, part.block.sizes, strict=True)
+            c = torch.cat([self.like.new_ones(size) if c is None else c for c, size in sizes])
+            if isinstance(part, Diagonal):
+                part.out.mul_(c * c)
+                continue
+            first = max(self._firsts.get(part.block, 0), part.start)
+            c = self.layout(part.block).from_block(c)[first:]
+            mine = part.upper(first, part.stop)
+            mine.mul_(c[: len(mine)].unsqueeze(1)).mul_(c)
 
     def _analysis(self, batch: Batch, blocks: Sequence[Block]) -> Analysis:
         """What is proven of a batch, once it is noted what multiplies the parameters of these blocks there.

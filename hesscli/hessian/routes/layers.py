@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
-from hesscli.hessian.layout import Piece
+from hesscli.hessian.layout import Layout, Part, Piece
 from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.proofs.uses import BIAS, CONVOLUTION, LINEAR, Use, values_of
 from hesscli.hessian.routes.probes import Probed
@@ -106,8 +107,37 @@ class Layer:
         return [Piece(self.weight.n // sections, each) for each in zip(*parts, strict=True)]
 
 
-def layers_of(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]:
-    """A block's layers in the order of execution, and its parameters that are no part of one.
+@dataclass(frozen=True)
+class Layers:
+    """A block's layers in the order of execution, and its parameters that are no part of one, whose rows come first."""
+
+    block: Block
+    every: list[Layer]
+    others: dict[str, range]  # the rows of each
+
+    @property
+    def firsts(self) -> list[int]:
+        """The first row of each layer, and the end of the last."""
+        sizes = (layer.size for layer in self.every)
+        return list(itertools.accumulate(sizes, initial=sum(map(len, self.others.values()))))
+
+    @property
+    def are_alone(self) -> bool:
+        """Whether it is one layer, at one value, beside parameters of none: its directions end at the next cut."""
+        return len(self.every) == 1 and not self.every[0].is_shared and not self.others
+
+    @property
+    def layout(self) -> Layout:
+        """The others, whose rows have all columns; then layer by layer, neuron by neuron."""
+        starts = (self.block.rows[name].start for name in self.others)
+        rows = zip(self.others.values(), starts, strict=True)
+        pieces = [Piece(len(mine), (Part(start, 1),)) for mine, start in rows]
+        pieces += [piece for layer in self.every for piece in layer.pieces(self.block)]
+        return Layout(tuple(pieces))
+
+
+def layers_of(analysis: Analysis, block: Block) -> Layers:
+    """The layers of a block.
 
     A layer is a weight with fewer directions along z than entries, and the bias that enters with it, at one value or at
     several. A block of one parameter that enters once needs none.
@@ -124,7 +154,10 @@ def layers_of(analysis: Analysis, block: Block) -> tuple[list[Layer], list[str]]
             raise NotApplicable("parameters enter at several places")
         analysis.use(block.parameters[0])
     taken = {use.parameter for layer in layers for use in layer.uses}
-    return layers, [name for name in block.parameters if name not in taken]
+    left = [name for name in block.parameters if name not in taken]
+    ends = itertools.accumulate((len(block.rows[name]) for name in left), initial=0)
+    rows = itertools.starmap(range, itertools.pairwise(ends))
+    return Layers(block, layers, dict(zip(left, rows, strict=True)))
 
 
 def _are_layer(uses: Sequence[Use]) -> bool:

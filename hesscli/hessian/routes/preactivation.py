@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch import Tensor
 from hesscli.hessian.autodiff import batched_rows, unit_rows
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.chunk_sizes import chunk_sizes, shared_ranges
-from hesscli.hessian.layout import Layout, Part, Piece
+from hesscli.hessian.layout import Layout
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.proofs.uses import BIAS, Use
@@ -34,7 +34,7 @@ from hesscli.hessian.routes.base import Choice, Diagonal, Rows, Wanted
 from hesscli.hessian.routes.costs import Costs, Work
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.first_batch import FirstBatch
-from hesscli.hessian.routes.layers import Layer, layers_of
+from hesscli.hessian.routes.layers import Layer, Layers, layers_of
 from hesscli.hessian.routes.probes import Cut, Probed, passes
 from hesscli.hessian.routes.sweep import add_chain_diagonals, choice_along_chain
 from hesscli.hessian.words import PREACTIVATION
@@ -48,14 +48,14 @@ class Preactivation(AffineRoute):
 
     def __init__(self, cuts: Cuts) -> None:
         super().__init__(cuts)
-        self._layers: dict[Block, list[Layer]] = {}  # of the last batch, and the same in all
         self.workspace = chunk_sizes(self.problem.device).directions
 
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
         analysis, costs = first.proven()
         if diagonal and (chosen := choice_along_chain(self, first, block)):
             return chosen
-        layers, others = layers_of(analysis, block)
+        parts = layers_of(analysis, block)
+        layers = parts.every
         if not layers:
             use = analysis.use(block.parameters[0])
             work = first.along(use, use.size) + costs.own(use, diagonal)
@@ -63,11 +63,11 @@ class Preactivation(AffineRoute):
                 use.z, 1, min(self.cuts.chunk, use.size), self.workspace
             )
             return self._choice(first, f"{use.size} seeds", use.size, work, held)
-        alone, work, seeds, held = _are_alone(layers, others), Work(), 0, 0
+        work, seeds, held = Work(), 0, 0
         for index, layer in enumerate(layers):
             use = replace(layer.weight, positions=layer.positions)  # at all its values
             count = use.n * use.positions
-            work += first.along(use, count) if alone else costs.directions(use.z, count)
+            work += first.along(use, count) if parts.are_alone else costs.directions(use.z, count)
             is_behind_itself = layer.is_shared and not diagonal
             behind = layers[index if is_behind_itself else index + 1 :]
             columns = sum(x.size for x in behind)
@@ -82,7 +82,7 @@ class Preactivation(AffineRoute):
                 work += costs.cross(count, use.m, use, columns, made)
             seeds += count
             held = max(held, self._held(costs, layers[index:]))
-        rows = sum(len(block.rows[name]) for name in others)
+        rows = parts.firsts[0]
         if rows:
             work += costs.hvp(block.parameters, rows)
         said = f"{seeds} seeds" + (f", {rows} rows by hvp" if rows else "")
@@ -109,19 +109,7 @@ class Preactivation(AffineRoute):
         return self.workspace >= 1 << 16
 
     def layout_in(self, analysis: Analysis, block: Block) -> Layout:
-        """First what is no part of a layer, whose rows have all columns; then layer by layer, neuron by neuron."""
-        layers, others = layers_of(analysis, block)
-        pieces = [Piece(len(block.rows[x]), (Part(block.rows[x].start, 1),)) for x in others]
-        pieces += [piece for layer in layers for piece in layer.pieces(block)]
-        return Layout(tuple(pieces))
-
-    def _by_use(self, block: Block) -> tuple[Sequence[str], int]:
-        layers = self._layers.get(block)
-        if not layers:
-            return super()._by_use(block)
-        # The rows of the others, which come first, are products with the parameters themselves.
-        first = block.size - sum(layer.size for layer in layers)
-        return [use.parameter for layer in layers for use in layer.uses], first
+        return layers_of(analysis, block).layout
 
     def add(self, batch: Batch, parts: Sequence[Wanted]) -> None:
         analysis = self._analysis(batch, [part.block for part in parts])
@@ -133,25 +121,25 @@ class Preactivation(AffineRoute):
             block = part.block
             if block.name in done:
                 continue
-            layers, others = layers_of(analysis, block)
-            self._layers[block] = layers
+            layers = layers_of(analysis, block)
             if isinstance(part, Rows):
                 self._demand_layout(analysis, block)
-            if not layers:
+            if not layers.every:
                 self._add_alone(batch, part)
                 continue
             bias_out = None
-            for other in parts if len(layers) == 1 else ():
-                if _is_bias_at(analysis, layers[0], other.block):
+            for other in parts if len(layers.every) == 1 else ():
+                if _is_bias_at(analysis, layers.every[0], other.block):
                     # A bias that is a block of its own needs nothing but its weight's derivatives.
                     bias_out = other.out
                     done.add(other.block.name)
             if isinstance(part, Diagonal):
-                self._add_diagonal(batch, part, layers[0], bias_out)
+                self._add_diagonal(batch, part, layers, bias_out)
                 continue
-            if sum(len(block.rows[name]) for name in others) > part.start:
-                self._add_others(batch, part, others)
-            self._add_layers(batch, part, layers, others, bias_out)
+            self._firsts[block] = layers.firsts[0]
+            if layers.firsts[0] > part.start:
+                self._add_others(batch, part, layers.others)
+            self._add_layers(batch, part, layers, bias_out)
 
     def _add_alone(self, batch: Batch, part: Wanted) -> None:
         """Rows of a parameter with no more entries than directions along z: u = A e_r for each entry r."""
@@ -176,10 +164,11 @@ class Preactivation(AffineRoute):
         each_with(graphs, shared_ranges(range(part.start, part.stop), most, len(graphs)), add)
 
     def _add_diagonal(
-        self, batch: Batch, part: Diagonal, layer: Layer, bias: Tensor | None
+        self, batch: Batch, part: Diagonal, layers: Layers, bias: Tensor | None
     ) -> None:
         """The diagonal of a layer's weight; `bias` as in `add_layer`."""
-        cut, neurons = self._cut(batch, [layer]), part.neurons(layer.weight)
+        (layer,) = layers.every
+        cut, neurons = self._cut(batch, layers), part.neurons(layer.weight)
         count = self.cuts.graphs_for(len(neurons) * layer.positions)
         graphs = passes(count, self.analyses, batch, layer.zs, _moving([layer]), cut)
 
@@ -188,33 +177,26 @@ class Preactivation(AffineRoute):
 
         each_with(graphs, shared_ranges(neurons, len(neurons), len(graphs)), add)
 
-    def _cut(self, batch: Batch, layers: Sequence[Layer], others: Sequence[str] = ()) -> Cut | None:
+    def _cut(self, batch: Batch, layers: Layers) -> Cut | None:
         """The cut behind a layer that is alone."""
-        if not _are_alone(layers, others):
+        if not layers.are_alone:
             return None
-        return self.cuts.after(batch, layers[0].weight, self.workspace)
+        return self.cuts.after(batch, layers.every[0].weight, self.workspace)
 
-    def _add_layers(
-        self,
-        batch: Batch,
-        part: Rows,
-        layers: Sequence[Layer],
-        others: Sequence[str],
-        bias: Tensor | None,
-    ) -> None:
-        """The rows of layers, which come after those of others; `bias` as in `add_layer`."""
-        block, cut = part.block, self._cut(batch, layers, others)
-        sizes = [sum(len(block.rows[name]) for name in others), *(x.size for x in layers)]
-        firsts = list(itertools.accumulate(sizes))[:-1]
-        left = sum(at + layer.size <= part.start for at, layer in zip(firsts, layers, strict=True))
-        layers, firsts = layers[left:], firsts[left:]
+    def _add_layers(self, batch: Batch, part: Rows, every: Layers, bias: Tensor | None) -> None:
+        """The rows of layers; `bias` as in `add_layer`."""
+        cut, firsts = self._cut(batch, every), every.firsts
+        left = sum(stop <= part.start for stop in firsts[1:])
+        layers, firsts = every.every[left:], firsts[left:]
         pieces: list[tuple[int, range]] = []  # a layer's place, and some of its neurons
-        for index, (at, layer) in enumerate(zip(firsts, layers, strict=True)):
-            rows = range(max(at, part.start), min(at + layer.size, part.stop))
+        for index, (layer, (at, stop)) in enumerate(
+            zip(layers, itertools.pairwise(firsts), strict=True)
+        ):
+            rows = range(max(at, part.start), min(stop, part.stop))
             if rows:
                 neurons = range((rows.start - at) // layer.width, (rows.stop - at) // layer.width)
                 threads = self.cuts.graphs_for(len(neurons) * layer.positions)
-                shares = _shares(neurons, block.size - at, layer.width, threads)
+                shares = _shares(neurons, part.block.size - at, layer.width, threads)
                 pieces += [(index, some) for some in shares]
         seeds = sum(len(some) * layers[i].positions for i, some in pieces)
         zs = [z for layer in layers for z in layer.zs]
@@ -231,15 +213,13 @@ class Preactivation(AffineRoute):
 
         each_with(graphs, pieces, add)
 
-    def _add_others(self, batch: Batch, part: Rows, others: Sequence[str]) -> None:
+    def _add_others(self, batch: Batch, part: Rows, others: Mapping[str, range]) -> None:
         """Rows of parameters that are no part of a layer, by Hessian-vector products; they come first."""
-        block, firsts = part.block, dict[str, int]()
-        for name in others:
-            firsts[name] = sum(len(block.rows[before]) for before in firsts)
+        block = part.block
         wanted = {
-            name: range(max(0, part.start - first), min(len(block.rows[name]), part.stop - first))
-            for name, first in firsts.items()
-            if first < part.stop
+            name: range(max(part.start, rows.start), min(rows.stop, part.stop))
+            for name, rows in others.items()
+            if rows.start < part.stop
         }
         count = self.cuts.graphs_for(sum(map(len, wanted.values())))
         graphs = []
@@ -254,9 +234,10 @@ class Preactivation(AffineRoute):
             (probed, gradients), (name, some) = graph, piece
             gradient, leaves = gradients[name], list(probed.leaves.values())
             if gradient.requires_grad:
-                seeds = unit_rows(gradient, some.start, len(some), gradient.numel())
+                first = some.start - others[name].start
+                seeds = unit_rows(gradient, first, len(some), gradient.numel())
                 rows = batched_rows(gradient, leaves, seeds.view(len(some), *gradient.shape))
-                part.add(firsts[name] + some.start, self.layout(block).from_block(rows))
+                part.add(some.start, self.layout(block).from_block(rows))
 
         pieces = [
             (name, some)
@@ -264,11 +245,6 @@ class Preactivation(AffineRoute):
             for some in shared_ranges(rows, most, count)
         ]
         each_with(graphs, pieces, add)
-
-
-def _are_alone(layers: Sequence[Layer], others: Sequence[str]) -> bool:
-    """Whether it is one layer, at one value, beside parameters of none: its directions end at the next cut."""
-    return len(layers) == 1 and not layers[0].is_shared and not others
 
 
 def _shares(neurons: range, columns: int, width: int, count: int) -> list[range]:
