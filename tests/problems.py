@@ -9,6 +9,7 @@ import torch
 from cases import Case
 from torch import Tensor, nn
 
+from hesscli.hessian.batch_size import Passes
 from hesscli.hessian.blocks import Block, partition
 from hesscli.hessian.curvatures import CURVATURES
 from hesscli.hessian.objective.batch import Batch
@@ -83,13 +84,13 @@ def shapes_of(problem: Problem) -> dict[str, tuple[int, ...]]:
 
 
 def routes_of(problem: Problem, chunk: int = 7, curvature: str = "hessian") -> dict[str, Route]:
-    cuts = Cuts(Analyses(problem), chunk)
+    cuts = Cuts(Analyses(problem), Passes(chunk))
     routes = CURVATURES[curvature].routes(cuts, lambda: problem.double() or problem)
     return {route.name: route for route in routes}
 
 
 def planner_of(problem: Problem) -> Planner:
-    cuts = Cuts(Analyses(problem), chunk=64)
+    cuts = Cuts(Analyses(problem), Passes(64))
     return Planner(cuts, CURVATURES["hessian"].routes(cuts, lambda: problem))
 
 

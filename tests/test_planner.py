@@ -17,6 +17,7 @@ from problems import (
 from torch import nn
 
 from hesscli.hessian.applicability import NotApplicable
+from hesscli.hessian.batch_size import Passes
 from hesscli.hessian.curvatures import CURVATURES
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.analysis import Analyses
@@ -117,7 +118,7 @@ def test_ggn_takes_a_pass_for_each_output_and_fisher_one() -> None:
     problem = classify(tanh_mlp(30, 64, 64, 10), 256, 30)
     block, passes = blocks_of(problem, "block_diagonal")[0], {}
     for curvature in ("ggn", "fisher"):
-        cuts = Cuts(Analyses(problem), chunk=64)
+        cuts = Cuts(Analyses(problem), Passes(64))
         (choice,) = (
             route.choice(FirstBatch(cuts), block, False)
             for route in CURVATURES[curvature].routes(cuts, lambda: problem)

@@ -145,7 +145,7 @@ def test_what_a_function_keeps_is_seen_by_one_thread(two_threads, monkeypatch):
 def test_rows_on_two_threads_are_reckoned_less(two_threads):
     """But for chunks that are not worth two."""
     problem = posed(Recurrent())
-    block, first = blocks_of(problem, "full")[0], FirstBatch(Cuts(Analyses(problem), chunk=64))
+    block, first = blocks_of(problem, "full")[0], FirstBatch(Cuts(Analyses(problem), Passes(64)))
     rates, seconds = usual_rates(problem.device), {}
     for chunk in (8, 16, 64):
         choice = HessianVectorProducts(problem, chunk).choice(first, block, diagonal=False)
@@ -192,6 +192,6 @@ def test_rows_are_made_by_as_many_graphs_as_there_is_room_for(two_threads, monke
 
 
 def test_directions_have_as_many_graphs_as_there_is_room_for(two_threads):
-    cuts = [Cuts(Analyses(posed(Recurrent())), 64, graphs) for graphs in (1, 2)]
+    cuts = [Cuts(Analyses(posed(Recurrent())), Passes(64, graphs)) for graphs in (1, 2)]
     assert [each.graphs_for(64) for each in cuts] == [1, 2]
     assert [each.graphs_for(8) for each in cuts] == [1, 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hesscli.hessian.chunk_sizes import ChunkSizes
+from hesscli.hessian.workers import ABREAST
 
 PREFERRED_ROWS = 4  # per chunk; more of them gain less than larger batches do
 CUTS = 1 << 29  # bytes that are kept of all samples where a deep model is cut, at most
@@ -26,9 +27,9 @@ class Passes:
     """
 
     rows: int
-    graphs: int = 1
+    graphs: int = ABREAST
     saved: int = 0
-    cuts: int = 0
+    cuts: int = CUTS
 
     @property
     def bytes(self) -> int:

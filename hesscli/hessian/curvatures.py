@@ -95,12 +95,12 @@ class Curvature:
 
     def routes(self, cuts: Cuts, reference: Callable[[], Problem]) -> list[Route]:
         """Every route to the blocks of a problem, the fast ones first; differences are of `reference`."""
-        problem, chunk = cuts.problem, cuts.chunk
+        problem, passes = cuts.problem, cuts.passes
         fast: list[type[AffineRoute]] = [Preactivation, GaussNewton]
-        rows = HessianVectorProducts(problem, chunk, cuts.graphs)
+        rows = HessianVectorProducts(problem, passes.rows, passes.graphs)
         others: list[Route] = [rows, FiniteDifference(reference)]
         if self.jacobians is not None:
-            fast, others = [self.jacobians], [ByRows(problem, chunk, self.middle)]
+            fast, others = [self.jacobians], [ByRows(problem, passes.rows, self.middle)]
         return [each for kind in fast for each in (kind(cuts), ThroughWeights(kind, cuts))] + others
 
     def certificate(self, problem: Problem, dtype: torch.dtype, seed: int) -> Certificate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
-from hesscli.hessian.batch_size import CUTS
+from hesscli.hessian.batch_size import Passes
 from hesscli.hessian.chunk_sizes import shared_ranges
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analyses, WeightAnalyses
@@ -15,20 +15,17 @@ from hesscli.hessian.routes.costs import Costs
 from hesscli.hessian.routes.cut_plan import CutPlan, plan_cuts
 from hesscli.hessian.routes.probes import Cut, Probed, passes
 from hesscli.hessian.routes.rates import usual_rates
-from hesscli.hessian.workers import ABREAST, each_with, graphs_for
+from hesscli.hessian.workers import each_with, graphs_for
 
 
 class Cuts:
     """Sigma at the cuts of every batch, made when it is needed and kept.
 
-    `chunk` rows go through one batched pass, and there is room for so many `graphs`, and for so many bytes of Sigma.
+    What there is room for, `passes` says.
     """
 
-    def __init__(
-        self, analyses: Analyses, chunk: int, graphs: int = ABREAST, room: int = CUTS
-    ) -> None:
-        self.analyses, self.problem = analyses, analyses.problem
-        self.chunk, self.graphs, self.room = chunk, graphs, room
+    def __init__(self, analyses: Analyses, passes: Passes) -> None:
+        self.analyses, self.problem, self.passes = analyses, analyses.problem, passes
         # Kept as long as the batch is, which may be made anew for every pass.
         self.plans: WeakKeyDictionary[Batch, CutPlan] = WeakKeyDictionary()
         self.made: WeakKeyDictionary[Batch, dict[int, Cut]] = WeakKeyDictionary()
@@ -49,25 +46,24 @@ class Cuts:
     def behind_weights(self) -> Cuts:
         """Those of the problem as a function of its weights, made when they are first asked for."""
         if self._behind_weights is None:
-            weights = WeightAnalyses(self.analyses)
-            self._behind_weights = Cuts(weights, self.chunk, self.graphs, self.room)
+            self._behind_weights = Cuts(WeightAnalyses(self.analyses), self.passes)
         return self._behind_weights
 
     def graphs_for(self, rows: int) -> int:
         """How many threads have a graph of a batch, where so many rows go through them."""
-        return graphs_for(self.problem.device, rows, self.graphs)
+        return graphs_for(self.problem.device, rows, self.passes.graphs)
 
     def costs(self, tape: Tape, rank: int | None = None) -> Costs:
         """What passes of a batch cost without cuts."""
         problem, rates = self.problem, usual_rates(self.problem.device)
-        return Costs(tape, problem.dtype.itemsize, self.chunk, rates, rank)
+        return Costs(tape, problem.dtype.itemsize, self.passes.rows, rates, rank)
 
     def plan(self, batch: Batch) -> CutPlan:
         """Where a batch's pass is cut; raises NotApplicable where nothing is proven of it."""
         if batch not in self.plans:
             analysis = self.analyses.of(batch)
             costs = self.costs(analysis.tape, analysis.loss_rank)
-            self.plans[batch] = plan_cuts(analysis, costs, self.samples, self.room)
+            self.plans[batch] = plan_cuts(analysis, costs, self.samples, self.passes.cuts)
         return self.plans[batch]
 
     def after(self, batch: Batch, use: Use, workspace: int) -> Cut | None:
@@ -99,6 +95,6 @@ class Cuts:
                 sigma[:, some.start : some.stop] = rows
 
         if gradient.requires_grad:
-            chunk = min(self.chunk, workspace // (8 * gradient.numel()))
+            chunk = min(self.passes.rows, workspace // (8 * gradient.numel()))
             each_with(graphs, shared_ranges(range(size), chunk, len(graphs)), add)
         return Cut(value, gradient.detach(), sigma.detach())

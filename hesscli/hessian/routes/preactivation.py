@@ -60,7 +60,7 @@ class Preactivation(AffineRoute):
             use = analysis.use(block.parameters[0])
             work = first.along(use, use.size) + costs.own(use, diagonal)
             held = costs.held_of_directions(
-                use.z, 1, min(self.cuts.chunk, use.size), self.workspace
+                use.z, 1, min(self.cuts.passes.rows, use.size), self.workspace
             )
             return self._choice(first, f"{use.size} seeds", use.size, work, held)
         work, seeds, held = Work(), 0, 0
@@ -160,7 +160,7 @@ class Preactivation(AffineRoute):
                 rows = use.rows(found).flatten(1, 2).unsqueeze(0)
                 part.add(entries.start, use.pull(rows, a.flatten(0, 1).unsqueeze(0))[0])
 
-        most = min(self.cuts.chunk, self.workspace // (4 * first.numel()))
+        most = min(self.cuts.passes.rows, self.workspace // (4 * first.numel()))
         each_with(graphs, shared_ranges(range(part.start, part.stop), most, len(graphs)), add)
 
     def _add_diagonal(
@@ -228,7 +228,7 @@ class Preactivation(AffineRoute):
             found = probed.derivatives([probed.leaves[name] for name in wanted])
             graphs.append((probed, dict(zip(wanted, found, strict=True))))
         activations = sum(x.numel() for x in graphs[0][0].known.values())
-        most = min(self.cuts.chunk, self.workspace // (activations + block.size))
+        most = min(self.cuts.passes.rows, self.workspace // (activations + block.size))
 
         def add(graph: tuple[Probed, dict[str, Tensor]], piece: tuple[str, range]) -> None:
             (probed, gradients), (name, some) = graph, piece

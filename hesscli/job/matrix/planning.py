@@ -43,8 +43,7 @@ class Plan:
         entries = sum(block.entries(self.diagonal) for block in self.blocks)
         self.bytes = entries * self.problem.dtype.itemsize
         curvature, analyses = CURVATURES[options.curvature], Analyses(self.problem)
-        passes = opened.passes
-        cuts = Cuts(analyses, passes.rows, passes.graphs, passes.cuts)
+        cuts = Cuts(analyses, opened.passes)
         # Without the plan itself, which holds the routes: a cycle would keep model and data.
         routes = curvature.routes(cuts, lambda: opened.reference)
         curvature.require(analyses)
