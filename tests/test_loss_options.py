@@ -1335,6 +1335,10 @@ def counts(f, y):
     return F.poisson_nll_loss(f, y.abs())
 
 
+def off_centre(f, y):
+    return (f - (y - y.mean())).square().mean()
+
+
 class SquaredError(nn.Module):
     def forward(self, f, y):
         return (f - y).square().mean(1)
@@ -1346,6 +1350,7 @@ class SquaredError(nn.Module):
         (squared_error, Y[:, 0], "output [N, 1] and target [N]", "target[:, None]; or target[None]"),
         (SquaredError(), Y[:, 0], "output [N, 1] and target [N]", "target[:, None]"),
         (counts, Y[:, 0], "output [N, 1] and target [N]", "target[:, None]"),
+        (off_centre, Y[:, 0], "output [N, 1] and target [N]", "target[:, None]"),
         (flat, Y[:, :1], "target [N, 1] and output [N]", "output[:, None]; or output[None]"),
         (squared_error, Y[:, :1, None], "target [N, 1, 1] and output [N, 1]", "output[:, None]; "),
     ],
@@ -1399,6 +1404,7 @@ class Returning(nn.Module):
         (squared_error, Y[:, 0], "what it makes of x [N, 1] and y [N]", "y[:, None]; or y[None]"),
         (F.mse_loss, Y[:, 0], "what it makes of x [N, 1] and y [N]", "y[:, None]"),
         (counts, Y[:, 0], "what it makes of x [N, 1] and what it makes of y [N]", "(what it"),
+        (off_centre, Y[:, 0], "what it makes of x [N, 1] and what it makes of y [N]", "(what it"),
         (flat, Y[:, :1], "y [N, 1] and what it makes of x [N]", "(what it makes of x)[:, None]"),
     ],
 )

@@ -19,7 +19,7 @@ from hesscli.hessian.objective.loss import OF_ALL, SUM
 from hesscli.hessian.objective.outputs import described, pick_output
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.options import Note
-from hesscli.job.setup.broadcasting import BroadcastWatcher, demand_no_pairs
+from hesscli.job.setup.broadcasting import demand_no_pairs
 from hesscli.job.setup.reduction import reduction
 from hesscli.job.setup.source import Source
 
@@ -189,11 +189,10 @@ def _terms(problem: Problem, source: Source, count: int) -> tuple[Batch, Tensor]
                     f"Using a target size ({first}) that is different to the input size ({second})"
                 )
                 warnings.filterwarnings("error", re.escape(warned))
-            arrays = _by_sample({"output": output}, batch, source)
-            with BroadcastWatcher(arrays) as watcher:
-                terms = problem.loss.terms(output, batch)
-            watcher.demand_none(problem.loss.name)
-            return terms
+            terms = problem.loss.terms(output, batch)
+        if not problem.loss.is_output:
+            demand_no_pairs(problem, batch, _by_sample({}, batch, source))
+        return terms
 
     counts = [min(count, source.samples), source.samples]  # fewer where there is no axis for them
     return source.first_accepted(terms, list(dict.fromkeys(counts)))
