@@ -248,10 +248,10 @@ def gradient_outer(problem: Problem, batch: Batch, output: Tensor) -> Linear:
         axes = axes[1:]
 
     def multiply(u: Tensor) -> Tensor:
-        along = (u * delta).sum(axes, keepdim=True)
+        along = (u * delta).sum(axes, keepdim=True) if axes else u * delta  # of no axes, all
         return delta * along / problem.denominator
 
-    return multiply if axes else lambda u: delta * (u * delta) / problem.denominator
+    return multiply
 
 
 def _pull(value: Tensor, inputs: Sequence[Tensor]) -> Callable[[Tensor], tuple[Tensor | None, ...]]:

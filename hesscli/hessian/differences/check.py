@@ -163,7 +163,7 @@ class Certificate:
         size = float(torch.linalg.norm(product))
         if not size < math.inf:
             return math.inf
-        return self._best(Comparison(self.along(block, v), slice(None), product, size))
+        return self._best(self.along(block, v), slice(None), product, size)
 
     def along(self, block: Block, v: Tensor) -> DirectionalDifference:
         return self.difference(self.problem, block, v, self.here)
@@ -222,7 +222,7 @@ class Certificate:
         e = torch.zeros(block.size, dtype=self.problem.dtype, device=self.problem.device)
         e[index] = 1
         value = diagonal[index].to(self.problem.dtype)
-        return self._best(Comparison(self.along(block, e), index, value, scale))
+        return self._best(self.along(block, e), index, value, scale)
 
     def _asymmetry(self, block: Block, multiply: Multiply, v: Tensor, along_v: Tensor) -> float:
         """|<u, H v> - <v, H u>| over the greater of |H u| and |H v|, for another random u.
@@ -255,15 +255,26 @@ class Certificate:
     def passed(self, error: float) -> bool:
         return error <= self.tolerance
 
-    def _best(self, comparison: Comparison) -> float:
+    def _best(
+        self, along: DirectionalDifference, entries: slice | int, computed: Tensor, scale: float
+    ) -> float:
         """The least error of all steps; or, for a block lost in rounding, its share of what rounding explains.
+
+        It is |computed - quotient| of these entries, over the greater of |quotient| and `scale`.
 
         No block is asked to be better than the noise of the difference quotient with the largest step, where that is
         least: a bias before a normalisation has a Hessian of zero, and 1e-18 is as good.
         """
-        along = comparison.along
+
+        def distance(quotient: Tensor | None) -> tuple[float, float]:
+            if quotient is None:
+                return math.inf, 1.0
+            difference = float(torch.linalg.norm(computed - quotient[entries]))
+            size = max(scale, float(torch.linalg.norm(quotient[entries])))
+            return (difference if difference < math.inf else math.inf), size
+
         if self.one_sided:
-            difference, size = comparison.distance(along.one_sided_quotient(_ONE_SIDED))
+            difference, size = distance(along.one_sided_quotient(_ONE_SIDED))
             if difference <= self.tolerance * size:
                 return difference / size if size else 0.0
         dtype = self.problem.dtype
@@ -281,42 +292,24 @@ class Certificate:
         for tries in rounds:
             least = math.inf  # difference with the largest step
             for step, quotient in tries:
-                difference, size = comparison.distance(quotient(step))
+                difference, size = distance(quotient(step))
                 errors.append(difference / size if size else 0.0)
                 if self.passed(errors[-1]):
                     return errors[-1]
                 if step == largest[0]:
                     least = min(least, difference)
-            noise = self._noise(comparison, largest[0], least)
+            noise = self._noise(along, entries, largest[0], least)
             if least <= noise:
                 return self.tolerance * least / noise
         return min(errors)
 
-    def _noise(self, comparison: Comparison, step: float, difference: float) -> float:
+    def _noise(
+        self, along: DirectionalDifference, entries: slice | int, step: float, difference: float
+    ) -> float:
         """How much of a difference rounding in the quotient explains; and in the block, where that is only noise."""
-        scale = comparison.along.scale
-        noise = self._rounding(step * scale)
-        of_block = self._of_block(scale)
+        noise = self._rounding(step * along.scale)
+        of_block = self._of_block(along.scale)
         if self.dtype == self.problem.dtype or difference > noise + of_block:
             return noise  # two more gradients would not change the verdict
-        quotient = comparison.along.quotient(step)[comparison.entries]
+        quotient = along.quotient(step)[entries]
         return noise if float(torch.linalg.norm(quotient)) > noise else noise + of_block
-
-
-@dataclass
-class Comparison:
-    """Entries of what was computed along a direction, against difference quotients there."""
-
-    along: DirectionalDifference
-    entries: slice | int
-    computed: Tensor
-    scale: float
-
-    def distance(self, quotient: Tensor | None) -> tuple[float, float]:
-        """|computed - quotient|, and the greater of |quotient| and `scale`; infinite where there is none."""
-        if quotient is None:
-            return math.inf, 1.0
-        quotient = quotient[self.entries]
-        difference = float(torch.linalg.norm(self.computed - quotient))
-        size = max(self.scale, float(torch.linalg.norm(quotient)))
-        return (difference if difference < math.inf else math.inf), size

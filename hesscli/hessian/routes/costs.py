@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -222,10 +222,6 @@ class Costs:
     def class_passes(self, values: Sequence[int], classes: int) -> Work:
         """The backward passes of so many outputs to some values, and the loss's Hessian there."""
         return self.after(*values).times(2 * classes, 2) + self.forward.times(2)
-
-    def reached_by_classes(self, values: Iterable[int], classes: int) -> dict[int, int]:
-        """Numbers that the backward passes of so many outputs leave at each of some values."""
-        return {value: classes * self.tape.shapes[value].numel() for value in values}
 
     def held_of_classes(self, uses: Sequence[Use], classes: int) -> int:
         """Numbers that are held besides for a block: of the passes on their way, a reordered copy of what they leave at

@@ -116,9 +116,9 @@ class GaussNewton(AffineRoute):
         if self.bend(analysis, uses) is not None:
             for use in uses:
                 work += costs.bend(use, diagonal)
-        passes = first.in_all(costs.class_passes(values_of(uses), classes))
-        held = costs.held_of_classes(uses, classes)
-        reached = costs.reached_by_classes(values_of(uses), classes)
+        zs, held = values_of(uses), costs.held_of_classes(uses, classes)
+        passes = first.in_all(costs.class_passes(zs, classes))
+        reached = {z: classes * costs.tape.shapes[z].numel() for z in zs}
         return Choice(self, f"{classes} classes", first.in_all(work), passes, held, reached)
 
     def classes(self, costs: Costs) -> int:
