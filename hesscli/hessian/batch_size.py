@@ -17,19 +17,12 @@ _ROWS = 16  # per chunk, however large they are
 
 @dataclass(frozen=True)
 class Passes:
-    """What is held of a batch for its second derivatives.
+    """What is held of a batch for its second derivatives."""
 
-    Attributes:
-        rows: of a matrix, that go through at once, by all threads together.
-        graphs: that threads may have, one each.
-        saved: bytes that autograd keeps of a forward pass.
-        cuts: bytes that may be kept of all samples where a deep model is cut.
-    """
-
-    rows: int
-    graphs: int = ABREAST
-    saved: int = 0
-    cuts: int = CUTS
+    rows: int  # of a matrix, that go through at once, by all threads together
+    graphs: int = ABREAST  # that threads may have, one each
+    saved: int = 0  # bytes that autograd keeps of a forward pass
+    cuts: int = CUTS  # bytes that may be kept of all samples where a deep model is cut
 
     @property
     def bytes(self) -> int:

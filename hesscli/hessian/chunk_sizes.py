@@ -18,42 +18,30 @@ class ChunkSizes:
 
     They are fixed, not shares of what is free now, so that the same command sums in the same order and gives the same
     bytes.
-
-    Attributes:
-        activations: bytes that those of a batch may take.
-        samples: of a batch at most; a sum over more of them rounds more, and takes longer.
-        rows: that share a pass at most; more gain nothing measurable.
-        value: bytes of a value that they share, if they are many; larger ones took twice as long, row by row.
-        vectors: that share a product at most.
-        directions: that one chunk of directions may make.
-        output: of the loss's Hessian at the output, that share a pass.
-        gradients: of some samples, until they are multiplied.
-        jacobians: of some samples.
-        curvature: at the pre-activations of some neurons, of all samples.
-        chain: the curvature along a chain, of some samples.
-        pairs: of a layer's inputs, multiplied with each other, of some samples: of those that go into one product.
-        groups: of such pairs, that are held by each thread, if there are several groups.
-        product: of matrices, before it is put in its place.
-        tile: rows and columns that are mirrored together.
-        stretch: of a large matrix's rows that are on their way to the disk.
     """
 
-    activations: int = 1 << 30
-    samples: int = 1 << 15
-    rows: int = 128
+    activations: int = 1 << 30  # bytes that those of a batch may take
+    samples: int = (
+        1 << 15
+    )  # of a batch at most; a sum over more of them rounds more, and takes longer
+    rows: int = 128  # that share a pass at most; more gain nothing measurable
+    # Bytes of a value that they share, if they are many; larger ones took twice as long, row by row.
     value: int = 1 << 22
-    vectors: int = 32
-    directions: int = 1 << 24
-    output: int = 1 << 20
-    gradients: int = 1 << 19
-    jacobians: int = 1 << 20
-    curvature: int = 1 << 23
-    chain: int = 1 << 26
+    vectors: int = 32  # that share a product at most
+    directions: int = 1 << 24  # that one chunk of directions may make
+    output: int = 1 << 20  # of the loss's Hessian at the output, that share a pass
+    gradients: int = 1 << 19  # of some samples, until they are multiplied
+    jacobians: int = 1 << 20  # of some samples
+    curvature: int = 1 << 23  # at the pre-activations of some neurons, of all samples
+    chain: int = 1 << 26  # the curvature along a chain, of some samples
+    # Of a layer's inputs, multiplied with each other, of some samples: of those that go into one product.
     pairs: int = 1 << 26
-    groups: int = 1 << 21
-    product: int = 1 << 19
-    tile: int = 512
-    stretch: int = 3 << 20
+    groups: int = (
+        1 << 21
+    )  # of such pairs, that are held by each thread, if there are several groups
+    product: int = 1 << 19  # of matrices, before it is put in its place
+    tile: int = 512  # rows and columns that are mirrored together
+    stretch: int = 3 << 20  # of a large matrix's rows that are on their way to the disk
 
 
 def ranges(stop: int, most: int, start: int = 0) -> list[range]:

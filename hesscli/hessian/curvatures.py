@@ -34,23 +34,15 @@ from hesscli.hessian.routes.through_weights import ThroughWeights
 
 @dataclass(frozen=True)
 class Curvature:
-    """A matrix that a problem may have.
+    """A matrix that a problem may have."""
 
-    Attributes:
-        name: of the `--curvature` option.
-        document_name: in table, JSON and metadata.
-        difference: what checks a product with it.
-        jacobians: the route by per-sample Jacobians J, where the matrix is J^T M J; None for the Hessian.
-        middle: M; None for the Hessian.
-        by_sample: whether each sample must have a gradient of its own.
-    """
-
-    name: str
-    document_name: str
-    difference: type[DirectionalDifference]
+    name: str  # of the `--curvature` option
+    document_name: str  # in table, JSON and metadata
+    difference: type[DirectionalDifference]  # what checks a product with it
+    # The route by per-sample Jacobians J, where the matrix is J^T M J; None for the Hessian.
     jacobians: type[Jacobians] | None = None
-    middle: Middle | None = None
-    by_sample: bool = False
+    middle: Middle | None = None  # M; None for the Hessian
+    by_sample: bool = False  # whether each sample must have a gradient of its own
 
     def require(self, analyses: Analyses) -> None:
         """Refuses a problem that has no such matrix.

@@ -20,17 +20,12 @@ Span = tuple[int, int]  # first and last + 1
 
 @dataclass(frozen=True)
 class Part:
-    """Some entries of every group, in the block: the first run of every group, then the second of every group ...
+    """Some entries of every group, in the block: the first run of every group, then the second of every group ..."""
 
-    Attributes:
-        place: of the first one.
-        length: entries of each group.
-        runs: how many runs those are in: one, if they lie together; as many as inputs, for a weight stored as [inputs,
-            outputs, ...] whose groups are its outputs.
-    """
-
-    place: int
-    length: int
+    place: int  # of the first one
+    length: int  # entries of each group
+    # How many runs those are in: one, if they lie together; as many as inputs, for a weight stored as [inputs, outputs,
+    # ...] whose groups are its outputs.
     runs: int = 1
 
 

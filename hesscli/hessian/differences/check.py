@@ -75,21 +75,16 @@ class ProductError(NamedTuple):
 
 @dataclass
 class Certificate:
-    """Tells whether blocks of the Hessian, or products with them, agree with differences of gradients.
+    """Tells whether blocks of the Hessian, or products with them, agree with differences of gradients."""
 
-    Args:
-        problem: the reference, whose gradients these are: in float64 where the model runs in it.
-        dtype: of the blocks; it and the reference's say how well they must agree.
-        seed: of the random directions.
-        difference: says what a product along a direction is, by differences.
-        of: what these are of, "gradients" or "outputs".
-    """
-
-    problem: Problem
-    dtype: torch.dtype
-    seed: int
+    problem: (
+        Problem  # the reference, whose gradients these are: in float64 where the model runs in it
+    )
+    dtype: torch.dtype  # of the blocks; it and the reference's say how well they must agree
+    seed: int  # of the random directions
+    # Says what a product along a direction is, by differences.
     difference: Callable[..., DirectionalDifference] = DirectionalDifference
-    of: str = "gradients"
+    of: str = "gradients"  # what these are of, "gradients" or "outputs"
 
     def __post_init__(self) -> None:
         self.tolerance = 1e-6 if self.dtype == torch.float64 else SINGLE

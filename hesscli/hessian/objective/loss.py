@@ -38,26 +38,20 @@ MEAN, SUM, OF_ALL = "mean", "sum", "of all"
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss: `total(output, batch) -> (sum over the batch, divisor of the mean)`, with the arguments of the batch.
+    """A loss: `total(output, batch) -> (sum over the batch, divisor of the mean)`, with the arguments of the batch."""
 
-    Attributes:
-        name: of one of `LOSSES`, `output` where the model's output is the loss itself, or of the user's own.
-        reduction: "mean" or "sum", over all the data.
-        function: the user's own, `(output, target, **arguments) -> Tensor`; None for the others. What it returns, or
-            the model, with one axis per sample is summed, and its mean divides by its number of elements.
-        reduced: of a single number, what it is of: `MEAN` or `SUM` of what the loss makes of each sample, or `OF_ALL`,
-            reduced already, so that the data must not be split into batches; empty where it is no single number.
-        whole: the user's own takes all that the model returns, where that is several tensors; to all that follows, it
-            is a part of the model.
-        wide: what the user's own, or the model, computes in less than float64 is computed in that.
-    """
-
-    name: str
-    reduction: str = "mean"
+    name: str  # of one of `LOSSES`, `output` where the model's output is the loss itself, or of the user's own
+    reduction: str = "mean"  # "mean" or "sum", over all the data
+    # The user's own, `(output, target, **arguments) -> Tensor`; None for the others. What it returns, or the model,
+    # with one axis per sample is summed, and its mean divides by its number of elements.
     function: Callable[..., Tensor] | None = None
+    # Of a single number, what it is of: `MEAN` or `SUM` of what the loss makes of each sample, or `OF_ALL`, reduced
+    # already, so that the data must not be split into batches; empty where it is no single number.
     reduced: str = ""
+    # The user's own takes all that the model returns, where that is several tensors; to all that follows, it is a part
+    # of the model.
     whole: bool = False
-    wide: bool = False
+    wide: bool = False  # what the user's own, or the model, computes in less than float64 is computed in that
 
     def class_axis(self, shape: Sequence[int], target: Tensor | None) -> int | None:
         """The axis of an output of this shape that the loss couples; None where each number has a term of its own."""

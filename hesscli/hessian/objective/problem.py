@@ -33,37 +33,31 @@ class Problem:
 
     The denominator is the number by which the mean over *all* data divides (1 for `reduction="sum"`), so values,
     gradients and Hessians of the batches simply add up.
-
-    Args:
-        module: called with a batch's inputs, the last ones by name where it names them; every floating tensor in it has
-            the same dtype as the data.
-        parameters: the tensors to differentiate by, under their names, in `named_parameters` order.
-        batches: the data, on the module's device.
-        loss: what is differentiated.
-        denominator: see above; `measure` finds it.
-        output_key: which entry of a dict or tuple that the module returns is its output.
-        container: dict, tuple or list, if the module takes all of its inputs, which are named, in one.
-        writes_inputs: the module writes into its inputs, so every pass has copies of them.
-        written: those of the parameters that it writes to.
-        protected: it cannot write to them: see `weight_writes.py`.
-        separable: each sample could go through on its own.
-        one_sample: the data is one sample, without a sample axis.
-        original: the problem that this is a copy of, in float64.
     """
 
+    # Called with a batch's inputs, the last ones by name where it names them; every floating tensor in it has the same
+    # dtype as the data.
     module: nn.Module
-    parameters: Mapping[str, Tensor]
-    batches: Sequence[Batch]
-    loss: Loss
-    denominator: float = 1.0
-    output_key: str | None = None
-    container: type | None = None
-    writes_inputs: bool = False
-    written: tuple[str, ...] = ()
-    protected: bool = False
-    separable: bool = True
-    one_sample: bool = False
-    original: Problem | None = None
+    parameters: Mapping[
+        str, Tensor
+    ]  # the tensors to differentiate by, under their names, in `named_parameters` order
+    batches: Sequence[Batch]  # the data, on the module's device
+    loss: Loss  # what is differentiated
+    denominator: float = 1.0  # see above; `measure` finds it
+    output_key: str | None = (
+        None  # which entry of a dict or tuple that the module returns is its output
+    )
+    container: type | None = (
+        None  # dict, tuple or list, if the module takes all of its inputs, which are named, in one
+    )
+    writes_inputs: bool = (
+        False  # the module writes into its inputs, so every pass has copies of them
+    )
+    written: tuple[str, ...] = ()  # those of the parameters that it writes to
+    protected: bool = False  # it cannot write to them: see `weight_writes.py`
+    separable: bool = True  # each sample could go through on its own
+    one_sample: bool = False  # the data is one sample, without a sample axis
+    original: Problem | None = None  # the problem that this is a copy of, in float64
 
     runs_here: ClassVar[bool] = True  # whether this process makes all passes
 

@@ -21,29 +21,17 @@ _MOST_UNITS = 1 << 26  # numbers in the unit vectors of all tokens
 
 @dataclass(frozen=True)
 class Operand:
-    """A parameter as an operator takes it.
+    """A parameter as an operator takes it."""
 
-    Attributes:
-        parameter: its name.
-        value: its number as the operator takes it.
-        moves: what makes that of the parameter.
-        entries: its own, by number unless they lie as a view of it, in the shape in which the operator takes them.
-        call: the operator.
-        place: which of its arguments they are.
-        z: the number of the value that it gives.
-        z_shape: its shape.
-        axis: its sample axis.
-    """
-
-    parameter: str
-    value: int
-    moves: tuple[Call, ...]
-    entries: Tensor
-    call: Call
-    place: int
-    z: int
-    z_shape: torch.Size
-    axis: SampleAxis
+    parameter: str  # its name
+    value: int  # its number as the operator takes it
+    moves: tuple[Call, ...]  # what makes that of the parameter
+    entries: Tensor  # its own, by number unless they lie as a view of it, in the shape in which the operator takes them
+    call: Call  # the operator
+    place: int  # which of its arguments they are
+    z: int  # the number of the value that it gives
+    z_shape: torch.Size  # its shape
+    axis: SampleAxis  # its sample axis
 
     @property
     def affine_use(self) -> Use | None:

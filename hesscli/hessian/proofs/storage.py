@@ -12,22 +12,16 @@ from hesscli.hessian.layout import Part
 
 @dataclass(frozen=True)
 class Storage:
-    """Of a weight [n, m], stored as [sections, runs, n / sections, m / runs].
+    """Of a weight [n, m], stored as [sections, runs, n / sections, m / runs]."""
 
-    Attributes:
-        n: outputs.
-        m: inputs of each (fan-in); 1 for scale and bias.
-        groups: of outputs, each with inputs of its own.
-        sections: of outputs, whose entries lie one section after the other.
-        runs: how many runs of its section an output's entries lie in; 1 where they lie together.
-        order: which of its inputs each of an output's entries belongs to; empty where they follow one another.
-    """
-
-    n: int
-    m: int
-    groups: int = 1
-    sections: int = 1
-    runs: int = 1
+    n: int  # outputs
+    m: int  # inputs of each (fan-in); 1 for scale and bias
+    groups: int = 1  # of outputs, each with inputs of its own
+    sections: int = 1  # of outputs, whose entries lie one section after the other
+    runs: int = (
+        1  # how many runs of its section an output's entries lie in; 1 where they lie together
+    )
+    # Which of its inputs each of an output's entries belongs to; empty where they follow one another.
     order: tuple[int, ...] = ()
 
     @property

@@ -30,37 +30,23 @@ def values_of(uses: Iterable[Use]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Use:
-    """An affine use of a parameter.
+    """An affine use of a parameter."""
 
-    Attributes:
-        parameter: its name.
-        value: the number of what enters.
-        moves: the views, copies, and products with constants that make it of the parameter.
-        kind: linear (z = a W^T), convolution, scale (z = a * w) or bias (z = ... + b).
-        call: the operator.
-        z: the number of the value that it gives; of rows looked up for all samples alike, of the sum they go into.
-        a: the number of the other operand; None for a bias.
-        axis: the sample axis of z.
-        channels: the axes of z that the parameter's outputs lie along.
-        rank: the number of axes of z.
-        positions: at how many places of one sample the parameter is applied.
-        storage: how its entries lie in it.
-        apart: at how many further places, each of which counts as a sample.
-    """
-
-    parameter: str
-    value: int
-    moves: tuple[Call, ...]
-    kind: str
-    call: Call
-    z: int
-    a: int | None
-    axis: SampleAxis
-    channels: tuple[int, ...]
-    rank: int
-    positions: int
-    storage: Storage
-    apart: int = 1
+    parameter: str  # its name
+    value: int  # the number of what enters
+    moves: tuple[
+        Call, ...
+    ]  # the views, copies, and products with constants that make it of the parameter
+    kind: str  # linear (z = a W^T), convolution, scale (z = a * w) or bias (z = ... + b)
+    call: Call  # the operator
+    z: int  # the number of the value that it gives; of rows looked up for all samples alike, of the sum they go into
+    a: int | None  # the number of the other operand; None for a bias
+    axis: SampleAxis  # the sample axis of z
+    channels: tuple[int, ...]  # the axes of z that the parameter's outputs lie along
+    rank: int  # the number of axes of z
+    positions: int  # at how many places of one sample the parameter is applied
+    storage: Storage  # how its entries lie in it
+    apart: int = 1  # at how many further places, each of which counts as a sample
 
     @property
     def n(self) -> int:

@@ -95,31 +95,26 @@ class Call:
 
 @dataclass(frozen=True)
 class Tape:
-    """The calls that lead from parameters and data to the model's output.
+    """The calls that lead from parameters and data to the model's output."""
 
-    Attributes:
-        calls: in the order of execution; only those that the output needs, unless refused.
-        given: the values that no call makes: parameters, buffers, data, and TorchScript's constants.
-        shapes: the shape of every value.
-        parameters: the number of each parameter that the output depends on.
-        inputs: the numbers of the model's inputs.
-        output: the number of its output.
-        complex: the values that are complex numbers.
-        default: the dtype of tensors that were made without one.
-        decided: whether the pass went the way it did because of numbers that it made of the inputs.
-        refusal: why the calls, executed again, need not give what the pass gave; empty if they do.
-    """
-
-    calls: tuple[Call, ...]
-    given: Mapping[int, Tensor]
-    shapes: Mapping[int, torch.Size]
-    parameters: Mapping[str, int]
-    inputs: tuple[int, ...]
-    output: int
-    complex: frozenset[int]
-    default: torch.dtype
-    decided: bool
-    refusal: str
+    calls: tuple[
+        Call, ...
+    ]  # in the order of execution; only those that the output needs, unless refused
+    given: Mapping[
+        int, Tensor
+    ]  # the values that no call makes: parameters, buffers, data, and TorchScript's constants
+    shapes: Mapping[int, torch.Size]  # the shape of every value
+    parameters: Mapping[str, int]  # the number of each parameter that the output depends on
+    inputs: tuple[int, ...]  # the numbers of the model's inputs
+    output: int  # the number of its output
+    complex: frozenset[int]  # the values that are complex numbers
+    default: torch.dtype  # the dtype of tensors that were made without one
+    decided: (
+        bool  # whether the pass went the way it did because of numbers that it made of the inputs
+    )
+    refusal: (
+        str  # why the calls, executed again, need not give what the pass gave; empty if they do
+    )
 
     @cached_property
     def trained(self) -> frozenset[int]:

@@ -149,21 +149,15 @@ class Route:
 
 @dataclass(frozen=True)
 class Choice:
-    """A route for a block.
-
-    Attributes:
-        reason: "64 seeds"; for hvp, why nothing better is exact.
-        own: the work that this block alone needs.
-        common: the work that serves all blocks of this route at once, if they are computed together.
-        held: numbers that the route keeps beside the block.
-        reached: numbers that it keeps at each value, for all blocks that are computed together.
-    """
+    """A route for a block."""
 
     route: Route
-    reason: str
-    own: Work
+    reason: str  # "64 seeds"; for hvp, why nothing better is exact
+    own: Work  # the work that this block alone needs
+    # The work that serves all blocks of this route at once, if they are computed together.
     common: Work = Work()  # noqa: RUF009 - immutable
-    held: int = 0
+    held: int = 0  # numbers that the route keeps beside the block
+    # Numbers that it keeps at each value, for all blocks that are computed together.
     reached: Mapping[int, int] = field(default_factory=dict)
 
     @property

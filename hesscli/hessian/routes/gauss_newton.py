@@ -49,20 +49,13 @@ _SUMMED = 1 << 11  # samples at most whose Jacobians one product sums: it rounds
 
 @dataclass(frozen=True)
 class Factors:
-    """What a block is made of.
+    """What a block is made of."""
 
-    Attributes:
-        uses: its parameters', in their order; several of one that enters several times.
-        inputs: of each use, [B, T, m].
-        vs: df/dz at each use, [B, C, T, n].
-        curvature: Lambda.
-        d: what a curved function right after z, the same for all uses, adds, [B, T, n]; None where there is none.
-    """
-
-    uses: list[Use]
-    inputs: list[Tensor]
-    vs: list[Tensor]
-    curvature: OutputHessian
+    uses: list[Use]  # its parameters', in their order; several of one that enters several times
+    inputs: list[Tensor]  # of each use, [B, T, m]
+    vs: list[Tensor]  # df/dz at each use, [B, C, T, n]
+    curvature: OutputHessian  # Lambda
+    # What a curved function right after z, the same for all uses, adds, [B, T, n]; None where there is none.
     d: Tensor | None
 
     def jacobians(self) -> Iterator[tuple[Tensor, OutputHessian]]:

@@ -159,17 +159,11 @@ class ThroughWeights(Route):
 
 @dataclass(frozen=True)
 class _Way:
-    """How weights depend on the parameters of a block that they are made of.
+    """How weights depend on the parameters of a block that they are made of."""
 
-    Attributes:
-        theta: the parameters.
-        w: the weights, one after the other, with their graph; without one where all are detached, or masks.
-        delta: dL/dw; None where the matrix has no second term.
-    """
-
-    theta: list[Tensor]
-    w: Tensor
-    delta: Tensor | None
+    theta: list[Tensor]  # the parameters
+    w: Tensor  # the weights, one after the other, with their graph; without one where all are detached, or masks
+    delta: Tensor | None  # dL/dw; None where the matrix has no second term
 
     @cached_property
     def slope(self) -> Tensor | None:
