@@ -9,6 +9,8 @@ import torch
 
 from hesscli.hessian.proofs.sample_axis import Context, MayMix, SampleAxis
 
+_REDUCTIONS = (None, "sum", "mean", "amax", "amin")
+
 
 def reshaped(c: Context) -> SampleAxis | None:
     """Row-major order keeps the samples together: the axis that starts after as many elements has them."""
@@ -95,10 +97,10 @@ def joined(c: Context) -> SampleAxis | None:
 
 
 def by_position(c: Context) -> SampleAxis | None:
-    """`gather` and `scatter`: along one axis by an index; along the others each number stays in its place."""
+    """`gather`, `scatter` and so on: along one axis by an index; along the others each number stays in its place."""
     axis = c.one(c.axes[n] for n in c.call.reads)
     ranks = {len(c.shapes[n]) for n in c.call.reads}
-    c.require(len(ranks) == 1 and ranks != {0} and "reduce" not in c.call.keywords)
+    c.require(len(ranks) == 1 and ranks != {0} and c.named("reduce") in _REDUCTIONS)
     c.require(c.named("dim") % ranks.pop() != axis.axis)
     return axis
 

@@ -12,9 +12,7 @@ from dataclasses import replace
 import torch
 
 from hesscli.hessian.proofs.sample_axis import Context, MayMix, SampleAxis
-from hesscli.hessian.proofs.sample_moves import Indices, by_position
-
-_REDUCTIONS = frozenset(["sum", "mean", "amax", "amin"])
+from hesscli.hessian.proofs.sample_moves import Indices
 
 
 def into_slice(c: Context) -> SampleAxis | None:
@@ -52,12 +50,6 @@ def put(c: Context) -> SampleAxis | None:
         c.require(len(c.shapes[number]) < 2 or c.tape.recorded(number).dtype is not torch.bool)
     shift = len(c.shape()) - len(numbers) + indices.rank - len(c.shape(2))
     return _replaced(c, 2, lambda axis: None if axis in indices.at else indices.moved(axis) - shift)
-
-
-def reduced_by_position(c: Context) -> SampleAxis | None:
-    """`scatter_reduce`."""
-    c.require(c.named("reduce") in _REDUCTIONS)
-    return by_position(c)
 
 
 def _replaced(c: Context, part: int, place: Callable[[int], int | None]) -> SampleAxis | None:

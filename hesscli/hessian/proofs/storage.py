@@ -42,13 +42,10 @@ class Storage:
         """Where the entries of each output lie in the weight, in the order of its inputs: [n, m]."""
         return torch.arange(self.size).view(self.shape).transpose(1, 2).reshape(self.n, self.m)
 
-    def owner(self, entry: int) -> tuple[int, int]:
-        """Which output an entry is of, and which of its inputs: the inverse of `places`."""
-        *_, outputs, length = self.shape
-        run, rest = divmod(entry, outputs * length)
-        section, run = divmod(run, self.runs)
-        output, place = divmod(rest, length)
-        return section * outputs + output, run * length + place
+    @property
+    def owners(self) -> Tensor:
+        """Of each entry, the output times m, and the place of its input: the inverse of `places`, [size]."""
+        return self.places.flatten().argsort()
 
     def entries(self, values: Tensor, output: int) -> Tensor:
         """Those of one output, as a view: [size], as the weight lies, -> [runs, m / runs]."""

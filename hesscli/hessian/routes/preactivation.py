@@ -27,7 +27,7 @@ from hesscli.hessian.chunk_sizes import chunk_sizes, shared_ranges
 from hesscli.hessian.layout import Layout
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analysis
-from hesscli.hessian.proofs.uses import BIAS, Use
+from hesscli.hessian.proofs.uses import BIAS
 from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.assembly import add_layer, add_layer_diagonal
 from hesscli.hessian.routes.base import Choice, Diagonal, Rows, Wanted
@@ -150,11 +150,15 @@ class Preactivation(AffineRoute):
         first = graphs[0].deltas[use.z]
         if not first.requires_grad:
             return
-        a = graphs[0].inputs(use)
+        a, owners = graphs[0].inputs(use), use.storage.owners.tolist()
 
         def add(probed: Probed, entries: range) -> None:
             delta = probed.deltas[use.z]
-            seeds = use.spread(_directions_of(use, a, entries, probed.samples), delta.shape)
+            u = a.new_zeros(len(entries), probed.samples, use.positions, use.n)
+            for row, entry in enumerate(entries):  # A e_r
+                p, q = divmod(owners[entry], use.m)
+                u[row, :, :, p] = a[:, :, use.storage.inputs_of(p)][:, :, q]
+            seeds = use.spread(u, delta.shape)
             (found,) = probed.along(delta, [probed.probes[use.z]], seeds)
             if found is not None:
                 rows = use.rows(found).flatten(1, 2).unsqueeze(0)
@@ -268,12 +272,3 @@ def _moving(layers: Sequence[Layer]) -> set[int]:
     behind = [layer for index, layer in enumerate(layers) if index or layer.is_shared]
     moving = (use.moving for layer in behind for use in layer.weights)
     return {a for a in moving if a is not None}
-
-
-def _directions_of(use: Use, a: Tensor, entries: range, samples: int) -> Tensor:
-    """A e_r for each of these entries r of the parameter: [entries, B, T, n]."""
-    u = a.new_zeros(len(entries), samples, use.positions, use.n)
-    for row, entry in enumerate(entries):
-        p, q = use.storage.owner(entry)
-        u[row, :, :, p] = a[:, :, use.storage.inputs_of(p)][:, :, q]
-    return u
