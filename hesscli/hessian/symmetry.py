@@ -11,18 +11,14 @@ from hesscli.hessian.chunk_sizes import chunk_sizes
 
 
 def symmetrise_(matrix: Tensor) -> float:
-    """Replaces H by (H + H^T) / 2, in place and in tiles.
-
-    Returns:
-        ||H - H^T||_F / ||H||_F of what it was before; 0 for a zero matrix.
-    """
+    """Replaces H by (H + H^T) / 2; returns ||H - H^T||_F / ||H||_F of what it was before, 0 for a zero matrix."""
     difference = average_(matrix)
     norm = float(torch.linalg.norm(matrix))
     return difference**0.5 / norm if norm else 0.0
 
 
 def average_(matrix: Tensor) -> float:
-    """Replaces H by (H + H^T) / 2; returns ||H - H^T||_F^2 of what it was before."""
+    """Replaces H by (H + H^T) / 2, in place and in tiles; returns ||H - H^T||_F^2 of what it was before."""
     difference = torch.zeros((), dtype=torch.float64, device=matrix.device)
     for upper, lower, on_diagonal in _tiles(matrix):
         gap = upper - lower.T

@@ -18,11 +18,8 @@ from hesscli.errors import is_out_of_memory
 Handler = Callable[[Callable[[], object], tuple[object, ...]], object]
 Pull = Callable[[Tensor], list[Tensor | None]]  # u -> J^T u, for each input
 
-_FAR = 0.1
-"""Of what its derivative says: a function that departs so far from it in a small step has another one."""
-
-_SEEDS = 3
-"""Random u: none of them is orthogonal to J d."""
+_FAR = 0.1  # of what its derivative says: a function that departs so far from it in a small step has another one
+_SEEDS = 3  # random u: none of them is orthogonal to J d
 
 
 def apply_in_python() -> None:

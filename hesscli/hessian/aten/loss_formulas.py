@@ -47,10 +47,8 @@ def multi_margin_loss(
 
 
 def multilabel_margin_loss(x: Tensor, target: Tensor, reduction: int) -> tuple[Tensor, Tensor]:
-    """sum_ij max(0, 1 - x_j + x_i) / C over classes j that a target lists before its first -1, and i that it does not.
-
-    Returns:
-        the loss, and which classes are listed.
+    """sum_ij max(0, 1 - x_j + x_i) / C over classes j that a target lists before its first -1, and i that it does not;
+    and which classes are listed.
     """
     lists, rows = target.reshape(-1, target.shape[-1]), x.reshape(-1, x.shape[-1])
     listed = (lists < 0).cumsum(1) == 0

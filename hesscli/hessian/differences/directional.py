@@ -44,14 +44,9 @@ class DirectionalDifference:
             return (self.gradient(step) - gradient) / (step * self.scale)
 
     def held_quotient(self, step: float, by_original: bool = False) -> Tensor | None:
-        """The quotient of gradients that have all their kinks where they are at theta, batch by batch.
-
-        Args:
-            step: h.
-            by_original: where they are in the pass that the block is of, rounding included.
-
-        Returns:
-            None where there is no kink, or one that cannot be held.
+        """The quotient of gradients that have all their kinks where they are at theta, batch by batch; `by_original`
+        where they are in the pass that the block is of, rounding included. None where there is no kink, or one that
+        cannot be held.
         """
         total = torch.zeros_like(self.direction)
         for problem in self.problem.by_batch():

@@ -15,8 +15,8 @@ from hesscli.hessian.objective.kept import restores
 Place = tuple[int, str]  # which module, and the buffer's name in it
 Saved = tuple[Tensor, int, Tensor]  # a buffer, its version, and a copy of it
 
+# Entries of a buffer that an operator writes to without saying so: it has a few of each channel.
 _MOST = 1 << 16
-"""Entries of a buffer that an operator writes to without saying so: it has a few of each channel."""
 
 _SAVED: WeakKeyDictionary[nn.Module, dict[Place, Saved | None]] = WeakKeyDictionary()
 

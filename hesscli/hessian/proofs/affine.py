@@ -22,11 +22,8 @@ _MULTIPLIES = frozenset("mul div neg".split())
 
 
 def find_uses(tape: Tape, axes: Axes) -> tuple[dict[str, tuple[Use, ...]], dict[str, str]]:
-    """How the parameters of a tape enter.
-
-    Returns:
-        the affine uses of each, in the order of execution: one, or several at values of their own, as it is; and why
-        the others have none, or one that is shared no single one.
+    """The affine uses of each parameter of a tape, in the order of execution: one, or several at values of their own,
+    as it is; and why the others have none, or one that is shared no single one.
     """
     found: dict[str, tuple[Use, ...]] = {}
     reasons: dict[str, str] = {}

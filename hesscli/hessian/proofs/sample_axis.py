@@ -23,8 +23,7 @@ class SampleAxis:
         return shape[self.axis] // (self.outer * self.inner)
 
 
-Axes = Mapping[int, SampleAxis | None]
-"""Of every value; None: it does not depend on the samples."""
+Axes = Mapping[int, SampleAxis | None]  # of every value; None: it does not depend on the samples
 
 
 class MayMix(NotApplicable):
@@ -112,5 +111,4 @@ class Context:
         return {int(v) % rank for v in values}
 
 
-Rule = Callable[[Context], SampleAxis | None]
-"""A call -> the sample axis of its results."""
+Rule = Callable[[Context], SampleAxis | None]  # a call -> the sample axis of its results

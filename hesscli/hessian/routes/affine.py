@@ -25,8 +25,7 @@ class AffineRoute(Route):
     """Blocks by what enters; c is multiplied in when all batches are summed up."""
 
     symmetric = True
-    curved = True
-    """Whether the matrix has a term of the second derivatives of what parameters go through."""
+    curved = True  # whether the matrix has a term of the second derivatives of what parameters go through
 
     def __init__(self, cuts: Cuts) -> None:
         super().__init__(cuts.problem)

@@ -94,8 +94,7 @@ class Diagonal:
         return cls(block, like.new_zeros(block.size))
 
 
-Wanted = Rows | Diagonal
-"""What a route is asked for, one kind at a time."""
+Wanted = Rows | Diagonal  # what a route is asked for, one kind at a time
 
 
 class Route:
@@ -105,12 +104,12 @@ class Route:
         NotApplicable: this route would be wrong or impossible here; nothing that was added is to be used.
     """
 
-    method: str
-    """What `--method` calls it."""
+    method: str  # what `--method` calls it
     symmetric = False
     """Whether rows may be filled right of the diagonal alone: they are mirrored when all batches are in."""
-    at_once = False
-    """Whether all rows of a block are made together, so that some take as long as all."""
+    at_once = (
+        False  # whether all rows of a block are made together, so that some take as long as all
+    )
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem

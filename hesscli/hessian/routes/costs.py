@@ -54,36 +54,20 @@ class Work:
         return self.flops / rates.flops + self.bytes / rates.memory + called
 
 
-PASSES = 4.0
-"""Forward passes' worth of work in one product of d delta / dz with a direction."""
-
-CUT_PASSES = 5.5
-"""The same where the direction ends at a cut: it goes the way back twice."""
-
-
-_UNCACHED = 2.5
-"""Times as long as a number in the cache takes one that is not: of a whole matrix."""
-
-_THROUGH = 200
-"""Calls' worth of time that a block takes through weights, whatever its size."""
-
-_ON_ITS_WAY = 2
-"""Values as large as the largest that are held while a gradient goes from one to the next."""
-
+PASSES = 4.0  # forward passes' worth of work in one product of d delta / dz with a direction
+CUT_PASSES = 5.5  # the same where the direction ends at a cut: it goes the way back twice
+_UNCACHED = 2.5  # times as long as a number in the cache takes one that is not: of a whole matrix
+_THROUGH = 200  # calls' worth of time that a block takes through weights, whatever its size
+_ON_ITS_WAY = (
+    2  # values as large as the largest that are held while a gradient goes from one to the next
+)
+# Times the curvature along a chain that is held while it goes from one value to the next; measured: 1.9 to 3.1.
 _REPLACED = 2.5
-"""Times the curvature along a chain that is held while it goes from one value to the next; measured: 1.9 to 3.1."""
-
-_LOOPED = 0.08
-"""Calls' worth of time of an operator in each row of a pass, where its derivative cannot be batched."""
-
+_LOOPED = 0.08  # calls' worth of time of an operator in each row of a pass, where its derivative cannot be batched
+# The same of those whose second derivative takes several such steps.
 _LOOPED_MORE = {"gelu": 0.45, "convolution": 1.7}
-"""The same of those whose second derivative takes several such steps."""
-
-_VECTOR = 64
-"""Bytes of the channels that a convolution's kernels take at once: fewer take as long."""
-
-_LOSS = 4.0
-"""Elementwise operators in a loss: a softmax's exponential, sum, quotient and logarithm."""
+_VECTOR = 64  # bytes of the channels that a convolution's kernels take at once: fewer take as long
+_LOSS = 4.0  # elementwise operators in a loss: a softmax's exponential, sum, quotient and logarithm
 
 
 def numbers_along(tape: Tape, z: int, inputs: int, end: int | None = None) -> int:

@@ -22,8 +22,7 @@ from hesscli.hessian.routes.base import Choice, Route, Wanted
 from hesscli.hessian.routes.first_batch import FirstBatch
 from hesscli.hessian.words import FINITE_DIFFERENCE
 
-GRADIENTS = 4
-"""That a row takes, where the first step will do and nothing is held."""
+GRADIENTS = 4  # that a row takes, where the first step will do and nothing is held
 
 
 class FiniteDifference(Route):

@@ -80,10 +80,8 @@ class Layer:
         return self._joined([None if u is None else use.rows(u) for use, u in pairs])
 
     def moved(self, tangents: Sequence[Tensor | None], probed: Probed) -> Tensor | None:
-        """How the inputs of the weight move where the operand moves at each value, [..., *a.shape]; None is zero.
-
-        Returns:
-            [..., B, T, m], value after value.
+        """How the inputs of the weight move where the operand moves at each value: [..., *a.shape] of each value ->
+        [..., B, T, m], value after value; None is zero.
         """
         pairs = zip(self.weights, tangents, strict=True)
         return self._joined(
