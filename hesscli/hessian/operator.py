@@ -44,11 +44,7 @@ Row = Sequence[Tensor]  # [P], or [k, P], parameter after parameter
 
 
 class LinearMap:
-    """A symmetric linear map v -> H v of vectors [P]: a problem's parameters, flattened one after the other.
-
-    Attributes:
-        count: vectors multiplied so far; whoever begins something that counts them sets it to 0.
-    """
+    """A symmetric linear map v -> H v of vectors [P]: a problem's parameters, flattened one after the other."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -56,7 +52,9 @@ class LinearMap:
         self.leaves = list(problem.parameters.values())
         self.sizes = [leaf.numel() for leaf in self.leaves]
         self.size = sum(self.sizes)
-        self.count = 0
+        self.count = (
+            0  # vectors multiplied so far; whoever begins something that counts them sets it to 0
+        )
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """H v [P] of a vector [P], or of each row of a block [k, P]."""

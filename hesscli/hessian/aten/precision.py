@@ -216,15 +216,11 @@ def _replace(library: torch.library.Library) -> None:
 
 
 class Narrowings(Watcher):
-    """Sees whether a pass in float64 goes through anything narrower.
+    """Sees whether a pass in float64 goes through anything narrower."""
 
-    Attributes:
-        found: by a conversion, which `staying_wide` leaves out.
-        made: whether it makes tensors, or sums, that it is told to make narrower, as traces and exported graphs are.
-        stuck: the operator that meets a narrower constant of the model, and gives what that has.
-    """
-
-    found, made, stuck = False, False, ""
+    found = False  # by a conversion, which `staying_wide` leaves out
+    made = False  # whether it makes tensors, or sums, that it is told to make narrower
+    stuck = ""  # the operator that meets a narrower constant of the model, and gives what that has
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)

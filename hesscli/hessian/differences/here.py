@@ -16,17 +16,12 @@ from hesscli.hessian.objective.problem import Problem
 
 
 class Here:
-    """These of a problem, made when they are first asked for.
-
-    Attributes:
-        noted: the convolutions of so many batches' gradients are kept, if that is said before these are made.
-        repeats: knows them.
-    """
+    """These of a problem, made when they are first asked for."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.noted = 0
-        self.repeats = Repeats()
+        self.noted = 0  # batches of whose gradients the convolutions are kept, if it is said before these are made
+        self.repeats = Repeats()  # knows them
 
     def gradient(self, names: Sequence[str]) -> Tensor:
         """g(theta) of some parameters, one after the other, [n]."""

@@ -40,10 +40,8 @@ class Differences(LinearMap):
 def freed(products: Differences, v: Tensor, along: Tensor) -> Quotients:
     """The quotients of some products, `free` from now on where nothing needs to be held.
 
-    So it is where the product with a random v is the same if nothing is: whatever is held would move along v.
-
-    Args:
-        along: the product with v, where all is held that can be.
+    So it is where the product with a random v is the same as `along`, where all is held that can be: whatever is held
+    would move along v.
     """
     quotient, problem = products.quotient, products.problem
     if quotient.holds and problem.dtype is torch.float64:

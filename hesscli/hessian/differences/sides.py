@@ -11,21 +11,16 @@ from torch import Tensor
 
 
 class Sides:
-    """What a first pass notes, call by call, and passes of the same calls keep to.
-
-    Attributes:
-        noted: in the order of the calls.
-        held: whether this pass keeps to what is noted.
-        lost: whether one that did had other calls.
-    """
+    """What a first pass notes, call by call, and passes of the same calls keep to."""
 
     def __init__(self, noted: Iterable[Tensor] = ()) -> None:
-        self.noted = list(noted)
-        self.lost = False
+        self.noted = list(noted)  # in the order of the calls
+        self.lost = False  # whether a pass that was held had other calls
         self._left: Iterator[Tensor] | None = None
 
     @property
     def held(self) -> bool:
+        """Whether this pass keeps to what is noted."""
         return self._left is not None
 
     @contextmanager

@@ -58,13 +58,7 @@ class Operand:
     def use(
         self, kind: str, a: int | None, channels: tuple[int, ...], m: int, **stored: Any
     ) -> Use | None:
-        """The use, if its outputs do not lie along the samples.
-
-        Args:
-            kind, a, channels: as in `Use`.
-            m: inputs per output.
-            stored: further attributes of its `Storage`.
-        """
+        """The use, if its outputs do not lie along the samples, of m inputs per output; `stored` as in `Storage`."""
         if self.axis.axis in channels or not self.z_shape.numel():
             return None
         n = math.prod(self.z_shape[c] for c in channels)

@@ -18,10 +18,8 @@ _TELLING = frozenset(
 
 
 class Draft:
-    """All calls of a pass, whether its output needs them or not, and the values that they are of.
-
-    Attributes:
-        calls, given, shapes, complex, default, refusal: as of the tape; `given` not yet detached.
+    """All calls of a pass, whether its output needs them or not, and the values that they are of: as of the tape, but
+    `given` is not yet detached.
     """
 
     def __init__(self) -> None:

@@ -187,12 +187,8 @@ def seconds_of(choices: Sequence[Choice], rates: Rates) -> float:
 class ByRows(Route):
     """Row after row, as products with unit vectors: exact wherever a product is.
 
-    For the empirical Fisher matrix, that is where samples were shown not to mix.
-
-    Args:
-        problem: what is differentiated.
-        chunk: how many rows share one pass.
-        middle: M, where the matrix is J^T M J; None for the Hessian.
+    For the empirical Fisher matrix, that is where samples were shown not to mix. So many rows share one pass as a chunk
+    has; `middle` is M, where the matrix is J^T M J.
     """
 
     method = HVP

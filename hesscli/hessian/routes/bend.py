@@ -61,13 +61,10 @@ def bend_diagonal(bend: Step, probed: Probed, gradient: Tensor | None, use: Use)
 
 
 def add_bend(part: Rows, uses: Sequence[Use], inputs: Sequence[Tensor], d: Tensor) -> None:
-    """Adds the sum over samples, positions and neurons p of d A_p^T A_p: A_p is what z_p is made of.
+    """Adds the sum over samples, positions and neurons p of d A_p^T A_p, d [B, T, n]: A_p is what z_p is made of.
 
-    Args:
-        part: rows of the block of all the uses' parameters, one after the other.
-        uses: at one z.
-        inputs: of each use, [B, T, m].
-        d: [B, T, n].
+    The rows are of the block of all the uses' parameters, one after the other; the uses are at one z, and the inputs
+    those of each, [B, T, m].
     """
     for index, x, weights in _neurons(uses, inputs, d):
         columns = index >= part.start

@@ -26,10 +26,8 @@ GRADIENTS = 4  # that a row takes, where the first step will do and nothing is h
 
 
 class FiniteDifference(Route):
-    """Column after column, by differences of the gradients of another problem than the other routes' own.
-
-    Args:
-        reference: makes that problem, the same in float64 if the model runs in it.
+    """Column after column, by differences of the gradients of another problem than the other routes' own: what
+    `reference` makes, the same in float64 if the model runs in it.
     """
 
     method = FINITE_DIFFERENCE

@@ -15,18 +15,13 @@ from hesscli.hessian.routes.cuts import Cuts
 
 
 class FirstBatch:
-    """What routes know when they say what a block takes.
-
-    Attributes:
-        refused: why nothing is proven; empty where something is.
-        costs: of the batch; None where it cannot be recorded.
-    """
+    """What routes know when they say what a block takes."""
 
     def __init__(self, cuts: Cuts) -> None:
         self.cuts, self.batch = cuts, cuts.problem.batches[0]
-        self.refused = ""
+        self.refused = ""  # why nothing is proven; empty where something is
         self._analysis: Analysis | None = None
-        self.costs: Costs | None = None
+        self.costs: Costs | None = None  # of the batch; None where it cannot be recorded
         try:
             analysis = self._analysis = cuts.analyses.of(self.batch)
             self.costs = cuts.costs(analysis.tape, analysis.loss_rank)

@@ -26,13 +26,7 @@ Chunk = tuple[Wanted, str, int, range]  # of what, by which parameter, its first
 
 
 class HessianVectorProducts(ByRows):
-    """d(g[r]) / d theta_B for each row r.
-
-    Args:
-        problem: what is differentiated.
-        chunk: how many rows share one pass.
-        graphs: that there is room for.
-    """
+    """d(g[r]) / d theta_B for each row r: `chunk` of them share one pass, and there is room for so many graphs."""
 
     def __init__(self, problem: Problem, chunk: int, graphs: int = ABREAST) -> None:
         super().__init__(problem, chunk)

@@ -16,16 +16,12 @@ FEWEST = 128  # samples multiplied at once; a product over fewer runs far below 
 
 
 def add_kronecker_rows(out: Tensor, s: Tensor, a: Tensor) -> None:
-    """out[(p, q), (i, j)] += sum_b s[p, b, i] a[b, q] a[b, j], for the first rows p and the columns i >= p.
+    """out[(p, q), (i, j)] += sum_b s[p, b, i] a[b, q] a[b, j], for the first rows p and the columns i >= p: out is
+    [rows m, n m], s [rows, B, n], and a [B, m].
 
     The matrix is symmetric in (p, i), and in (q, j) for fixed p and i. So only the columns i >= p of each chunk of rows
     are filled (`mirror_` does the rest), and only products with q <= j, by groups of `_WIDTH`, are computed: a
     quarter of all, and a little more.
-
-    Args:
-        out: [rows m, n m].
-        s: [rows, B, n].
-        a: [B, m].
     """
     rows, _, n = s.shape
     m = a.shape[1]

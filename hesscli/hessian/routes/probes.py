@@ -48,12 +48,11 @@ class Probed:
         leaves: parameters to keep as variables.
         activations: the values that get a dual.
         cut: where the pass ends, if not at the output.
-
-    Attributes:
-        deltas: dPhi / dz at each probe, with its graph, once it is `differentiated`.
     """
 
-    deltas: dict[int, Tensor]
+    deltas: dict[
+        int, Tensor
+    ]  # dPhi / dz at each probe, with its graph, once it is `differentiated`
 
     def __init__(
         self,
@@ -129,12 +128,8 @@ class Probed:
     def along(
         self, delta: Tensor, inputs: Sequence[Tensor], seeds: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """The derivatives of the inputs' gradients along directions of z.
-
-        Args:
-            delta: dPhi/dz, with its graph.
-            inputs: probes and duals.
-            seeds: [directions, *z.shape].
+        """The derivatives of the gradients by inputs, probes and duals, along directions of z [directions, *z.shape];
+        delta is dPhi/dz, with its graph.
         """
         if self.cut is None or self.weight is None:
             return batched_grad(delta, inputs, seeds)

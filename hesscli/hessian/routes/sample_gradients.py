@@ -33,22 +33,16 @@ class SampleGradients:
         probed: a pass with probes at every value of every layer, and duals at the inputs that move; differentiated.
         layers: in the order of execution.
         skipped: how many neurons of the first layer have no columns.
-
-    Attributes:
-        probes: at every value of every layer.
-        variables: what a direction's derivatives are asked for: probes, then duals.
-        inputs: a of each layer, [B, T, width].
-        deltas: delta of each, [B, T, n].
     """
 
     def __init__(self, probed: Probed, layers: Sequence[Layer], skipped: int = 0) -> None:
         self.probed, self.layers, self.skipped = probed, layers, skipped
         uses = [use for layer in layers for use in layer.weights]
         duals = [probed.duals[use.moving] for use in uses if use.moving in probed.duals]
-        self.probes = [probed.probes[use.z] for use in uses]
-        self.variables = [*self.probes, *duals]
-        self.inputs = [layer.inputs(probed) for layer in layers]
-        self.deltas = [
+        self.probes = [probed.probes[use.z] for use in uses]  # at every value of every layer
+        self.variables = [*self.probes, *duals]  # what a direction's derivatives are asked for
+        self.inputs = [layer.inputs(probed) for layer in layers]  # a of each, [B, T, width]
+        self.deltas = [  # of each layer, [B, T, n]
             torch.cat([use.rows(probed.deltas[use.z].detach()) for use in layer.weights], -2)
             for layer in layers
         ]
@@ -74,14 +68,9 @@ class SampleGradients:
 
     @torch.no_grad()
     def add(self, out: Tensor, left: Tensor, motion: Motion) -> None:
-        """out[r, i, :] += sum_b left[b, i] g'_b, for every direction r.
+        """out[r, i, :] += sum_b left[b, i] g'_b, for every direction r: [directions, width, columns] and [B, width].
 
         The gradients of some samples, by some columns, are made and multiplied at a time, in the cache.
-
-        Args:
-            out: [directions, width, columns].
-            left: [B, width].
-            motion: along the directions.
         """
         threads = workers(out.device, len(out))
         while len(self._buffers) < threads:

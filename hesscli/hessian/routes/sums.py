@@ -15,10 +15,7 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """left @ right, [p, samples] by [samples, q]; a tiny one as the sum of products over some samples each.
 
     The kernels of tiny products add each sample to the sum of all before it, and round by the size of that: where all
-    samples are alike, in the same direction each time.
-
-    Args:
-        out: where a product that is not tiny is put.
+    samples are alike, in the same direction each time. A product that is not tiny is put into `out`.
     """
     samples = len(right)
     if not _in_parts(samples, len(left) * right.shape[1]):
