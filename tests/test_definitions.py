@@ -197,6 +197,24 @@ def test_padding_in_a_circle(pad: tuple[int, ...]) -> None:
     assert torch.equal(formulas.pad_circular(x, pad), torch.ops.aten._pad_circular(x, pad))
 
 
+@pytest.mark.parametrize("shape", [(2, 40), (40,)], ids=["signals", "signal"])
+@pytest.mark.parametrize(
+    "options",
+    [{"hop_length": 3, "win_length": 5}, {"win_length": 6, "window": torch.arange(6.0).double()},
+     {"window": torch.arange(8.0).double(), "normalized": True}, {"onesided": False},
+     {"win_length": 5, "align_to_window": True}, {"return_complex": False}],
+    ids=lambda options: "-".join(options),
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:A window was not provided", "ignore:stft with return_complex")
+def test_transforms_of_frames(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    x, options = normal(*shape), {"n_fft": 8, "return_complex": True} | options
+    torch.testing.assert_close(formulas.stft(x, **options), torch.stft(x, center=False, **options))
+    of_complex = {"window": torch.arange(8.0) * 1j, "n_fft": 8, "return_complex": True}
+    torch.testing.assert_close(
+        formulas.stft(x.float(), **of_complex), torch.stft(x.float(), center=False, **of_complex)
+    )
+
+
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_sums_of_exponentials(dim: int) -> None:
     x = normal(6, 7)

@@ -87,6 +87,12 @@ OF_SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
     "fourier-filter": lambda z: torch.fft.irfft(torch.fft.rfft(z) * torch.tensor([1, 2j, 0.5, 1j, 0]), n=9),
     "fourier-power": lambda z: torch.fft.rfft(z, norm="ortho").abs(),
     "fourier-plane": lambda z: torch.view_as_real(torch.fft.fft2(square(z))).flatten(2).tanh(),
+    "spectrogram": lambda z: torch.stft(
+        z, 4, 2, window=torch.tensor([0.3, 1, 0.7, 0.2], dtype=z.dtype), return_complex=True
+    ).abs(),
+    "from-a-spectrogram": lambda z: torch.istft(
+        torch.view_as_complex(z.tanh().repeat(1, 2).view(-1, 3, 3, 2)), 4, 2, window=torch.ones(4, dtype=z.dtype)
+    ),
     "polar": lambda z: torch.polar(z[:, :4].exp(), z[:, 4:8]).imag,
     "own-kernels": lambda z: F.conv1d(
         z.view(1, -1, 3), z[:, :6].tanh().reshape(-1, 3, 2), groups=len(z)

@@ -16,6 +16,7 @@ Inside `exact_derivatives()` these operators run as the formulas of `formulas.py
 - `cosine_similarity`: bounds its norms with gradients off, about which nothing can be proven.
 - `repeat`: says less than the axes that it expands; and `mv` less than the product of matrices that it is.
 - `pad` in a circle: writes into memory that is not yet filled, about which nothing can be proven.
+- `stft`: reads a signal's frames by `as_strided`, about which nothing can be proven.
 - fused attention: no second derivative; computed as softmax(Q K^T / sqrt(d)) V instead.
 - `adaptive_avg_pool2d`, `adaptive_avg_pool3d` to one place: of channels-last memory, PyTorch's ends with `as_strided`,
   about which nothing can be proven.
@@ -92,6 +93,7 @@ DEFINITIONS: Definitions = {
     "std_mean.correction": formulas.std_mean,
     "dist": lambda x, y, p=2: formulas.vector_norm(x - y, p),
     "_pad_circular": formulas.pad_circular,
+    "stft": formulas.stft,
     "repeat": formulas.repeat,
     "mv": lambda x, v: x.mm(v.unsqueeze(1)).squeeze(1),
     "atan2": formulas.atan2,

@@ -219,3 +219,32 @@ def repeat(x: Tensor, repeats: Sequence[int]) -> Tensor:
     expanded = apart.expand([n for pair in zip(repeats, lengths, strict=True) for n in pair])
     copies = expanded.clone(memory_format=torch.contiguous_format)
     return copies.view([times * n for times, n in zip(repeats, lengths, strict=True)])
+
+
+def stft(
+    x: Tensor,
+    n_fft: int,
+    hop_length: int | None = None,
+    win_length: int | None = None,
+    window: Tensor | None = None,
+    normalized: bool = False,
+    onesided: bool | None = None,
+    return_complex: bool | None = None,
+    align_to_window: bool | None = None,
+) -> Tensor:
+    """The Fourier transforms of a signal's frames, each within a window: [..., L] -> [..., frequencies, frames].
+
+    PyTorch's reads the frames by `as_strided`, about which nothing can be proven.
+    """
+    length = win_length or n_fft
+    before = (n_fft - length) // 2
+    around = [before, n_fft - length - before]
+    if align_to_window:
+        x = F.pad(x, around)
+    frames = x.unfold(-1, n_fft, hop_length or n_fft // 4)
+    if window is not None or length < n_fft:
+        within = x.new_ones(length) if window is None else window
+        frames = frames * F.pad(within, around)
+    transform = torch.fft.fft if frames.is_complex() or onesided is False else torch.fft.rfft
+    y = transform(frames, norm="ortho" if normalized else None).transpose(-2, -1)
+    return y if return_complex else torch.view_as_real(y)

@@ -13,7 +13,7 @@ _LINEAR_OPERATORS = (
     | frozenset(
         "neg sum mean t transpose permute expand unsqueeze squeeze select slice unbind split split_with_sizes "
         "unsafe_split cat stack constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im "
-        "roll flip narrow unfold tril triu cumsum index index_select gather scatter scatter_add detach "
+        "roll flip narrow unfold unfold_backward tril triu cumsum index index_select gather scatter scatter_add detach "
         "clone alias contiguous _to_copy _fft_r2c _fft_c2r _fft_c2c real imag view_as_real view_as_complex "
         "complex _conj conj_physical resolve_conj index_put index_add index_copy index_fill slice_scatter "
         "select_scatter diagonal_scatter diagonal diag_embed fill zero lift_fresh add sub rsub new_zeros new_ones "

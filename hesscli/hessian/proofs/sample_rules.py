@@ -198,6 +198,13 @@ def _product(c: Context) -> SampleAxis | None:
     return axis
 
 
+def _overlapped(c: Context) -> SampleAxis | None:
+    """Windows, along the last axis, are added where they lie along another, as `istft` does."""
+    axis, rank = c.only(), len(c.result)
+    c.require(axis.axis not in (c.named("dim") % rank, rank))
+    return axis
+
+
 def _trilinear(c: Context) -> SampleAxis | None:
     """As `nn.Bilinear` calls it: [B, i], [o, i, j], [B, j] -> [B, o]."""
     names, bilinear = ("expand1", "expand2", "expand3", "sumdim"), ((1, 3), (0,), (1, 2), (2, 3))
@@ -246,6 +253,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(_COMPLEX | {"bucketize", "isin"}, Context.only),
     "convolution": _convolved,
     "renorm": _renormed,
+    "unfold_backward": _overlapped,
     "_euclidean_dist": _distances,
     **dict.fromkeys(_PICTURE, _of_picture),
     **dict.fromkeys(("cat", "stack"), moves.joined),
