@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -186,6 +188,86 @@ def test_sparse_gradients(tmp_path: Path, form: str, blocks: str) -> None:
     F.embedding(words, leaf := torch.ones(5, 3, requires_grad=True), sparse=True).sum().backward()
     assert leaf.grad is not None
     assert leaf.grad.is_sparse  # as before
+
+
+LARGE = [
+    0.0,
+    1e-12,
+    1e-3,
+    -0.04,
+    0.079,
+    0.081,
+    0.5,
+    -1.0,
+    20.0,
+    -20.0,
+    100.0,
+    -100.0,
+    1e3,
+    -1e3,
+    1e4,
+    -1e4,
+]
+SMOOTH = {
+    # What is given: phi'' by hand, without overflow or cancellation.
+    "logaddexp": (lambda z: torch.logaddexp(z, z * 0 + 1), lambda z: bump(z - 1)),
+    "logaddexp2": (
+        lambda z: torch.logaddexp2(z * 0 + 1, z),
+        lambda z: math.log(2) * bump((z - 1) * math.log(2)),
+    ),
+    "mish": (F.mish, lambda z: mish_bend(z)),
+    "mish-in-place": (lambda z: F.mish(z * 1, inplace=True), lambda z: mish_bend(z)),
+    "logcumsumexp": (
+        lambda z: torch.stack([z, z * 0 + 1]).logcumsumexp(0)[1], lambda z: bump(z - 1)
+    ),
+}  # fmt: skip
+
+
+def bump(z: Tensor) -> Tensor:
+    """sigmoid'(z)"""
+    return torch.sigmoid(z) * torch.sigmoid(-z)
+
+
+def mish_bend(z: Tensor) -> Tensor:
+    """(x t)'' = 2 t' + x t'' of t = tanh(s), s = softplus(x)"""
+    s = torch.logaddexp(z, torch.zeros_like(z))
+    t, slope = s.tanh(), torch.sigmoid(z)
+    first = (1 - t * t) * slope
+    second = (1 - t * t) * (bump(z) - 2 * t * slope**2)
+    return 2 * first + z * second
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", SMOOTH)
+def test_second_derivatives_where_an_exponential_overflows(name: str, dtype: torch.dtype) -> None:
+    phi, bend = SMOOTH[name]
+    z = torch.tensor(LARGE, dtype=dtype, requires_grad=True)
+    with definitions.exact_derivatives():
+        y = phi(z)
+    torch.testing.assert_close(y.detach(), phi(z.detach()))
+    (slope,) = torch.autograd.grad(y.sum(), z, create_graph=True)
+    torch.testing.assert_close(slope, torch.autograd.grad(phi(z).sum(), z)[0])
+    (found,) = torch.autograd.grad(slope.sum(), z)
+    expected = bend(z.detach().double()).to(dtype)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sinc_near_zero(dtype: torch.dtype) -> None:
+    x = torch.tensor([0.0, 1e-30, 1e-9, 1e-5, 1e-3, 0.02, 0.0795, 0.0796, 0.3, 1e20], dtype=dtype)
+    x.requires_grad_()
+    y = formulas.sinc(x)
+    torch.testing.assert_close(y, torch.sinc(x))
+    (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (found,) = torch.autograd.grad(slope.sum(), x)
+    # sinc(x) is the mean of cos(pi x t) over t from 0 to 1; here by Gauss's rule of twenty points.
+    nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(20))
+    angle = torch.pi * (nodes + 1) / 2
+    expected = -(angle**2 * torch.cos(x.detach().double()[:-1, None] * angle)) @ (weights / 2)
+    torch.testing.assert_close(
+        found[:-1], expected.to(dtype), rtol=1e-9 if dtype.itemsize > 4 else 1e-4, atol=0
+    )
+    assert found[-1].abs() < 1e-10
 
 
 PADS = [(1, 2, 2, 1), (2, -1, 0, 1), (-1, 2, -1, 1), (-1, -1, 1, 2), (0, 0, 0, 0)]

@@ -25,6 +25,20 @@ def prelu(x: Tensor, weight: Tensor) -> Tensor:
     return torch.where(x > 0, x, weight * x)
 
 
+def logaddexp(x: Tensor, y: Tensor) -> Tensor:
+    """log(exp x + exp y), the smaller beside the larger; exp(x - y), which PyTorch's derivatives take, may overflow."""
+    x, y = torch.broadcast_tensors(x, y)
+    above = x > y
+    larger, smaller = torch.where(above, x, y), torch.where(above, y, x)
+    below = (smaller - larger).masked_fill((x == y) & x.isinf(), 0)
+    return larger + F.softplus(below)
+
+
+def logaddexp2(x: Tensor, y: Tensor) -> Tensor:
+    """The same of powers of 2."""
+    return logaddexp(x * math.log(2), y * math.log(2)) / math.log(2)
+
+
 def logcumsumexp(x: Tensor, dim: int) -> Tensor:
     """log sum of exp(x_i) over all i up to each place."""
     if not x.dim():
@@ -33,10 +47,7 @@ def logcumsumexp(x: Tensor, dim: int) -> Tensor:
     while reach < x.shape[dim]:
         first, later = x.split([reach, x.shape[dim] - reach], dim)
         earlier = x.narrow(dim, 0, x.shape[dim] - reach)
-        alone, masked = earlier == -torch.inf, later == -torch.inf  # nothing to add, or to add to
-        terms = (part.masked_fill(alone | masked, 0) for part in (later, earlier))
-        sums = torch.where(masked, earlier, torch.logaddexp(*terms))
-        x = torch.cat([first, torch.where(alone, later, sums)], dim)
+        x = torch.cat([first, logaddexp(later, earlier)], dim)
         reach *= 2
     return x
 
@@ -53,10 +64,22 @@ def pad_circular(x: Tensor, pad: Sequence[int]) -> Tensor:
 
 
 def sinc(x: Tensor) -> Tensor:
-    """sin(pi x) / (pi x); at 0 its series, of the same derivatives."""
-    zero, z = x == 0, torch.pi * x
-    other = z.masked_fill(zero, 1)
-    return torch.where(zero, 1 - z * z / 6, other.sin() / other)
+    """sin(pi x) / (pi x); near 0 by its series, as derivatives of the quotient lose eps / (pi x)^2 there."""
+    z = torch.pi * x
+    near = z.abs() < 0.25
+    w = z.masked_fill(~near, 0).square()
+    series = 1 - w / 6 * (1 - w / 20 * (1 - w / 42 * (1 - w / 72 * (1 - w / 110))))
+    other = z.masked_fill(near, 1)
+    return torch.where(near, series, other.sin() / other)
+
+
+def mish(x: Tensor) -> Tensor:
+    """x tanh(log(1 + exp x)), without the exp x of PyTorch's derivative, which overflows."""
+    return x * F.softplus(x).tanh()
+
+
+def mish_(x: Tensor) -> Tensor:
+    return x.copy_(mish(x.clone()))
 
 
 def log_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
