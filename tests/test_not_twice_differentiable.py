@@ -305,6 +305,32 @@ def test_a_backward_pass_that_fails_where_it_is_differentiated(pulled):
     assert (refused.value.exit_code, refused.value.hint) == (5, "--curvature hessian")
 
 
+def in_float32(u: Tensor, slope: Tensor) -> Tensor:
+    return u * torch.tensor(slope.detach().numpy(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("blocks", ["full", "diag", "elements"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_backward_pass_that_rounds_is_no_constant(dtype, blocks):
+    """Along a step that is small to float32 it looks like one, to a product of autograd's as well."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = Waves(in_float32)
+        found = hesscli.compute(model, (X, Y), blocks=blocks, dtype=dtype, framework="torch")
+        smooth = Waves(lambda u, slope: u * slope).double()
+        smooth.load_state_dict(model.state_dict())
+        expected = hessian(smooth, F.mse_loss, (X,), Y)
+        if blocks != "full":
+            sizes = torch.tensor([p.numel() for p in model.parameters()])
+            block = torch.repeat_interleave(torch.arange(4), sizes)
+            expected = expected * (block == block[:, None])
+        if blocks == "elements":
+            expected = torch.diag(expected.diag())
+        assert relative_error(found.matrix(), expected) < 1e-3
+        assert found.metadata["check"]["dtype"] == "float32"
+        assert found.metadata["check"]["tolerance"] == 5e-2
+
+
 class Equilibrium(nn.Module):
     """Iterates to a fixed point with gradients off; a hook solves for the gradient there, not for its derivative."""
 

@@ -70,7 +70,7 @@ def check_facts(certificate: Certificate, directions: int, error: float) -> Docu
     """A check that found this error at most, along so many directions."""
     return {
         "kind": certificate.kind,
-        "dtype": dtype_name(certificate.problem.dtype),
+        "dtype": dtype_name(certificate.digits),
         "directions": directions,
         "relative_error": error,
         "tolerance": certificate.tolerance,

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.blocks import Block
+from hesscli.hessian.differences.digits import gradient_digits
 from hesscli.hessian.differences.directional import DirectionalDifference
 from hesscli.hessian.differences.here import Here
 from hesscli.hessian.objective.problem import Problem
@@ -77,10 +78,9 @@ class ProductError(NamedTuple):
 class Certificate:
     """Tells whether blocks of the Hessian, or products with them, agree with differences of gradients."""
 
-    problem: (
-        Problem  # the reference, whose gradients these are: in float64 where the model runs in it
-    )
-    dtype: torch.dtype  # of the blocks; it and the reference's say how well they must agree
+    # The reference, whose gradients these are: in float64 where the model runs in it.
+    problem: Problem
+    dtype: torch.dtype  # of the blocks; it and the digits of the gradients say how well they must agree
     seed: int  # of the random directions
     # Says what a product along a direction is, by differences.
     difference: Callable[..., DirectionalDifference] = DirectionalDifference
@@ -88,10 +88,11 @@ class Certificate:
 
     def __post_init__(self) -> None:
         self.tolerance = 1e-6 if self.dtype == torch.float64 else SINGLE
-        if self.problem.dtype != torch.float64:
+        self.digits = gradient_digits(self.problem)
+        if self.digits != torch.float64:
             self.tolerance = 5e-2
         self.kind = f"differences of {self.of}"
-        self.one_sided = one_sided(self.dtype, self.problem.dtype)
+        self.one_sided = one_sided(self.dtype, self.digits)
         self.here = Here(self.problem)
 
     @cached_property
@@ -107,7 +108,7 @@ class Certificate:
         size = math.hypot(*(float(p.norm()) for p in leaves))
         least = 1e-2 * math.sqrt(sum(p.numel() for p in leaves))  # as of a step
         usual = abs(value) / max(size, least)
-        return usual if norm <= _ROUNDING[self.problem.dtype] * usual else norm
+        return usual if norm <= _ROUNDING[self.digits] * usual else norm
 
     def _generator(self, block: Block) -> torch.Generator:
         """Each block has its own numbers, whichever are checked before it."""
@@ -169,7 +170,7 @@ class Certificate:
         They have no gradient, here or a step away, and their rows of the Hessian are zero.
         """
         along = DirectionalDifference(self.problem, block, v, self.here)
-        here, there = along.gradient(0.0), along.gradient(_STEPS[self.problem.dtype][-1])
+        here, there = along.gradient(0.0), along.gradient(_STEPS[self.digits][-1])
         return (here == 0) & (there == 0) & (product == 0)
 
     def diagonal(self, block: Block, diagonal: Tensor) -> float:
@@ -206,7 +207,7 @@ class Certificate:
         along = self.along(block, v)
         quotient = along.one_sided_quotient(_ONE_SIDED) if self.one_sided else None
         if quotient is None:
-            quotient = along.quotient(_STEPS[self.problem.dtype][0])
+            quotient = along.quotient(_STEPS[self.digits][0])
         wrong = quotient[pair] - v[pair] * diagonal[pair].to(self.problem.dtype)
         difference = abs(float(a * wrong[0] - wrong[1]))
         if not difference:
@@ -236,12 +237,12 @@ class Certificate:
         if not difference < math.inf:
             return math.inf
         scale = self.along(block, v).scale
-        noise = self._rounding(scale * _STEPS[self.problem.dtype][-1]) + self._of_block(scale)
+        noise = self._rounding(scale * _STEPS[self.digits][-1]) + self._of_block(scale)
         return difference / size if difference > noise else self.tolerance * difference / noise
 
     def _rounding(self, step: float) -> float:
         """What rounding makes of a difference quotient of gradients with this step."""
-        return _ROUNDING[self.problem.dtype] * self.gradient_norm / step
+        return _ROUNDING[self.digits] * self.gradient_norm / step
 
     def _of_block(self, scale: float) -> float:
         """What rounding makes of a block that would be zero without; `scale` is what steps are relative to."""
@@ -272,7 +273,7 @@ class Certificate:
             difference, size = distance(along.one_sided_quotient(_ONE_SIDED))
             if difference <= self.tolerance * size:
                 return difference / size if size else 0.0
-        dtype = self.problem.dtype
+        dtype = self.digits
         first, *others, largest = [(h, along.quotient) for h in _STEPS[dtype]]
         held = [(h, along.held_quotient) for h in _HELD[dtype]]
         by_original = partial(along.held_quotient, by_original=True)
@@ -304,7 +305,7 @@ class Certificate:
         """How much of a difference rounding in the quotient explains; and in the block, where that is only noise."""
         noise = self._rounding(step * along.scale)
         of_block = self._of_block(along.scale)
-        if self.dtype == self.problem.dtype or difference > noise + of_block:
+        if self.dtype == self.digits or difference > noise + of_block:
             return noise  # two more gradients would not change the verdict
         quotient = along.quotient(step)[entries]
         return noise if float(torch.linalg.norm(quotient)) > noise else noise + of_block

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hesscli.hessian.differences.digits import gradient_digits
 from hesscli.hessian.differences.kinks import held_difference
 from hesscli.hessian.objective.problem import Problem, parameters_moved
 
@@ -35,7 +36,7 @@ class Quotients:
     nothing needs it, `free`, they are taken as they are, unless a step and its half disagree.
 
     Args:
-        dtype: of the gradients.
+        dtype: whose digits the gradients have.
         holds: whether they are computed here, where kinks can be held.
         constants: whether what the model detaches is held, too.
     """
@@ -87,8 +88,8 @@ def _difference(gradient: Gradient, h: float) -> Tensor:
 
 def quotients_of(problem: Problem) -> Quotients:
     """Those of the gradients of a problem, or of a batch of it."""
-    here = problem.runs_here
-    return Quotients(problem.dtype, here, constants=not (here and _detached_moves(problem)))
+    here, digits = problem.runs_here, gradient_digits(problem)
+    return Quotients(digits, here, constants=not (here and _detached_moves(problem)))
 
 
 def _detached_moves(problem: Problem) -> bool:

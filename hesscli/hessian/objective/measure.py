@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from hesscli.errors import MismatchError
+from hesscli.hessian.aten.custom_functions import applied_by
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.first_passes import demand_alike, equal
 from hesscli.hessian.objective.losses import LOSSES, Total
@@ -38,7 +39,8 @@ def protected(problem: Problem) -> Problem:
 def measure(
     problem: Problem, summed: Callable[[float, float], tuple[float, float]] | None = None
 ) -> tuple[Problem, float]:
-    """One pass over the data without derivatives: the problem with its denominator, and L(theta).
+    """One pass over the data without derivatives: the problem with its denominator and whether Functions are applied,
+    and L(theta).
 
     Args:
         problem: with the default denominator.
@@ -47,8 +49,14 @@ def measure(
     Raises:
         MismatchError: model, data and loss do not fit, two passes differ (dropout), or every target is ignored.
     """
-    total, denominator = 0.0, 0.0
-    with torch.no_grad():
+    total, denominator, applied = 0.0, 0.0, False
+
+    def noting(apply: Callable[[], object], _: tuple[object, ...]) -> object:
+        nonlocal applied
+        applied = True
+        return apply()
+
+    with torch.no_grad(), applied_by(noting):
         for index, batch in enumerate(problem.batches):
             batch_total, share = _total(problem, batch, twice=index == 0)
             total += float(batch_total)
@@ -61,7 +69,7 @@ def measure(
         if problem.loss.name not in LOSSES:
             raise MismatchError(f"the loss {problem.loss.name} has no terms: the mean divides by 0")
         raise MismatchError("every target is ignored or has weight 0: the mean divides by 0")
-    return replace(problem, denominator=denominator), total / denominator
+    return replace(problem, denominator=denominator, functions=applied), total / denominator
 
 
 def _total(problem: Problem, batch: Batch, twice: bool) -> Total:

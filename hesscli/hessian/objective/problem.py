@@ -38,25 +38,22 @@ class Problem:
     # Called with a batch's inputs, the last ones by name where it names them; every floating tensor in it has the same
     # dtype as the data.
     module: nn.Module
-    parameters: Mapping[
-        str, Tensor
-    ]  # the tensors to differentiate by, under their names, in `named_parameters` order
+    # The tensors to differentiate by, under their names, in `named_parameters` order.
+    parameters: Mapping[str, Tensor]
     batches: Sequence[Batch]  # the data, on the module's device
     loss: Loss  # what is differentiated
     denominator: float = 1.0  # see above; `measure` finds it
-    output_key: str | None = (
-        None  # which entry of a dict or tuple that the module returns is its output
-    )
-    container: type | None = (
-        None  # dict, tuple or list, if the module takes all of its inputs, which are named, in one
-    )
-    writes_inputs: bool = (
-        False  # the module writes into its inputs, so every pass has copies of them
-    )
+    output_key: str | None = None  # which entry of a dict or tuple that is returned is the output
+    # Dict, tuple or list, if the module takes all of its inputs, which are named, in one.
+    container: type | None = None
+    # The module writes into its inputs, so every pass has copies of them.
+    writes_inputs: bool = False
     written: tuple[str, ...] = ()  # those of the parameters that it writes to
     protected: bool = False  # it cannot write to them: see `weight_writes.py`
     separable: bool = True  # each sample could go through on its own
     one_sample: bool = False  # the data is one sample, without a sample axis
+    # Module or loss apply `torch.autograd.Function`s; `measure` finds it.
+    functions: bool = False
     original: Problem | None = None  # the problem that this is a copy of, in float64
 
     runs_here: ClassVar[bool] = True  # whether this process makes all passes

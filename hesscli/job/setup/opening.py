@@ -273,13 +273,14 @@ def _as_computed(problem: Problem, note: Note) -> Problem:
 def _measured(
     problem: Problem, processes: Processes, options: ProblemOptions, data: Data
 ) -> tuple[Problem, float]:
-    """The problem with its denominator, and its loss, a number, over the data of all processes."""
+    """The problem with what is measured, and its loss, a number, over the data of all processes."""
     measured, value = measure(processes.share_of(problem), processes.totals)
     if not math.isfinite(value):
         if data.targets:
             check_finite(options.data, *data.targets)
         raise NumericalError(f"the loss is {value}; its derivatives would mean nothing")
-    return replace(problem, denominator=measured.denominator), value
+    denominator, functions = measured.denominator, measured.functions
+    return replace(problem, denominator=denominator, functions=functions), value
 
 
 def _facts(
