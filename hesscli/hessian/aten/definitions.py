@@ -15,7 +15,8 @@ Inside `exact_derivatives()` these operators run as the formulas of `formulas.py
   gradient, or x, is zero.
 - `prelu`: at zero its first derivative is that of one side, its second that of the other.
 - `cosine_similarity`: bounds its norms with gradients off, about which nothing can be proven.
-- `repeat`: says less than the axes that it expands; and `mv` less than the product of matrices that it is.
+- `repeat`: says less than the axes that it expands; `mv` less than the product of matrices that it is; and `bilinear`
+  less than the linear layer.
 - `pad` in a circle: writes into memory that is not yet filled, about which nothing can be proven.
 - `stft`: reads a signal's frames by `as_strided`, about which nothing can be proven.
 - fused attention: no second derivative; computed as softmax(Q K^T / sqrt(d)) V instead.
@@ -100,6 +101,7 @@ DEFINITIONS: Definitions = {
     "_pad_circular": formulas.pad_circular,
     "stft": formulas.stft,
     "repeat": formulas.repeat,
+    "bilinear": formulas.bilinear,
     "mv": lambda x, v: x.mm(v.unsqueeze(1)).squeeze(1),
     "atan2": formulas.atan2,
     "angle": formulas.angle,

@@ -235,6 +235,12 @@ def pdist(x: Tensor, p: float = 2) -> Tensor:
     return vector_norm(x[first] - x[second], p, [-1])
 
 
+def bilinear(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x' A_k z + b_k, of A [outputs, inputs, inputs], as a linear layer of all products of an x and a z."""
+    pairs = (x.unsqueeze(-1) * z.unsqueeze(-2)).flatten(-2)
+    return torch.nn.functional.linear(pairs, weight.flatten(1), bias)
+
+
 def repeat(x: Tensor, repeats: Sequence[int]) -> Tensor:
     """Copies one after the other along each axis: what expands along new axes, taken together with the old."""
     lengths = [1] * (len(repeats) - x.dim()) + list(x.shape)
