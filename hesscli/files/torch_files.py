@@ -35,6 +35,8 @@ _REFUSED = re.compile(
     r"|(?:Trying to call reduce for unrecognized function"
     r"|Can only (?:create new object for \S+ or classes allowlisted via \S+|build .+) but got) (.+)"
 )
+_NESTED = "torch._utils._rebuild_nested_tensor"
+"""What makes a nested tensor; torch's weights-only reader refuses it from 2.15 on."""
 
 
 class NeedsPickleError(Exception):
@@ -63,6 +65,11 @@ def reading(path: Path | str, kind: Kind, pickle_hint: str | None = None) -> Ite
     except NeedsPickleError as error:
         if pickle_hint is None:
             raise
+        if str(error) == _NESTED:  # of no use, whoever reads it
+            raise FileError(
+                f"{path}: holds a nested tensor; expected dense ones",
+                "torch.nested.to_padded_tensor(nested, 0.0)",
+            ) from error
         raise FileError(
             f"{path}: holds pickled Python objects ({error}), which run code when loaded",
             pickle_hint,
@@ -106,6 +113,7 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", "TypedStorage is deprecated")
             warnings.filterwarnings("ignore", r"torch\.quantize_per_tensor")
             warnings.filterwarnings("ignore", "Validating sparse tensor invariants")
+            warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
             yield
     except Exception as error:
         if logged:
