@@ -189,6 +189,14 @@ def _descending(found: Found) -> Found:
     )
 
 
+def _worst(checks: Sequence[Document]) -> Document | None:
+    """What several checks found, as one."""
+    if not checks:
+        return None
+    worst = max(checks, key=lambda check: check["relative_error"])
+    return worst | {"directions": sum(check["directions"] for check in checks)}
+
+
 def _per_block(operator: Operator, options: EigenOptions) -> tuple[Found, list[str]]:
     """The largest and the smallest eigenvalue of each parameter's own block, and whose each is."""
     parts: list[Found] = []
@@ -226,9 +234,7 @@ def _per_block(operator: Operator, options: EigenOptions) -> tuple[Found, list[s
 def _extremes(operator: Operator, name: str, options: EigenOptions) -> Found:
     """Those of one block, whose graphs give way to those of the next; its products and its check go to the whole's."""
     own = operator.restricted(name)
-    if checks := [each.check for each in (operator, own) if each.check is not None]:
-        worst = max(checks, key=lambda check: check["relative_error"])
-        operator.check = worst | {"directions": sum(check["directions"] for check in checks)}
+    operator.check = _worst([each.check for each in (operator, own) if each.check is not None])
     try:
         return search(own, replace(options, top=2, which="both"))
     finally:
