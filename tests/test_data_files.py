@@ -119,7 +119,18 @@ def test_inference(tmp_path, names, options, inputs, targets):
     assert (data.targets[0] if data.targets else None) == targets
     named = len(options.get("inputs", ())) > 0, options.get("targets") is not None
     expected = (not named[0]) + (targets is not None and not named[1])
-    assert len(data.notes) == expected
+    left = [f"{n} (float32 [3, 2])" for n in names.split() if n not in (*inputs, targets)]
+    unused = [f"not used: {', '.join(left)}"] if left and not named[0] else []
+    assert len(data.notes) == expected + len(unused)
+    assert list(data.notes[expected:]) == unused
+
+
+def test_arrays_that_are_not_used(tmp_path):
+    """Those with an entry for each sample, that nothing else takes."""
+    mask, scale = np.ones(3, bool), np.float32(1)
+    np.savez(tmp_path / "d.npz", x=X, y=Y, mask=mask, weight=mask, x_test=np.ones((2, 2)), s=scale)
+    notes = load_data(tmp_path / "d.npz", others=["weight"]).notes
+    assert notes[2:] == ("not used: mask (bool [3])",)
 
 
 def test_the_only_other_array_is_said_to_be(tmp_path):

@@ -466,10 +466,14 @@ def test_hints(cli, tmp_path, words, hint):
 
 
 @pytest.mark.parametrize("loss", ["auto", "mse"])
-@pytest.mark.parametrize(("file", "option"), [("x.npz", "KEY"), ("x.npy", "y.npy")])
+@pytest.mark.parametrize(
+    ("file", "option"), [("x.npz", "x"), ("x.npy", "y.npy"), ("z.npz", "'the end'")]
+)
 def test_no_targets(cli, loss, file, option):
     np.savez("x.npz", x=np.ones((4, 3), np.float32))
     np.save("x.npy", np.ones((4, 3), np.float32))
+    ones = np.ones((4, 3), np.float32)
+    np.savez("z.npz", **{"x": ones, "the end": ones, "more": ones})
     ran = cli("compute", "net.pt", file, "--loss", loss)
     assert f"{file}: holds no targets" in ran.fails(2)
     assert f"--targets {option}" in ran.hint

@@ -59,6 +59,8 @@ class Roles:
         else:
             self.inputs = self.inputs or self._likely_inputs()
             self.targets = self.targets or self._likely_targets()
+            if not inputs:
+                self._note_others()
 
     def _called(self, name: str) -> str:
         """What an array is called whose name may be the path of another `.npy` file, which is taken in."""
@@ -174,6 +176,18 @@ class Roles:
         self.inputs, self.joined = [name], columns
 
     # What is said
+
+    def _note_others(self) -> None:
+        """Arrays with as many entries as the inputs that are nothing: a mask that the model does not take, say."""
+        sizes = {self.arrays[name].shape[:1] for name in self.inputs}
+        used = (*self.inputs, self.targets, *self.others)
+        left = [
+            f"{name} ({describe(array)})"
+            for name, array in self.arrays.items()
+            if name not in used and array.dim() and array.shape[:1] in sizes
+        ]
+        if left:
+            self.notes.append(f"not used: {listed(left)}")
 
     def _as_called(self, names: list[str]) -> list[str]:
         found = ", ".join(f"{name} ({describe(self.arrays[name])})" for name in names)

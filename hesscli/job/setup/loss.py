@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -57,7 +58,7 @@ def loss_of(
     name, function = _named(options, data, note)
     if name != "output" and data.targets is None:
         raise UsageError(
-            f"{options.data}: holds no targets, and {name} needs them", _name_them(options)
+            f"{options.data}: holds no targets, and {name} needs them", _name_them(options, data)
         )
     if isinstance(function, nn.Module):  # a copy: the user's stays as it is
         try:
@@ -81,7 +82,7 @@ def _named(
         if data.targets is None:
             raise UsageError(
                 f"{options.data}: holds no targets, and the loss needs them",
-                f"name them with {_name_them(options)}, or use --loss output if the model returns its loss",
+                f"name them with {_name_them(options, data)}, or use --loss output if the model returns its loss",
             )
         kind = dtype_name(data.targets[1].dtype)
         name = "mse" if data.targets[1].is_floating_point() else "cross-entropy"
@@ -105,9 +106,15 @@ def _named(
     return name, function
 
 
-def _name_them(options: ProblemOptions) -> str:
-    """The option that names the targets: an array of the file, or, beside an array alone, another file."""
-    return "--targets y.npy" if str(options.data).endswith(".npy") else "--targets KEY"
+def _name_them(options: ProblemOptions, data: Data) -> str:
+    """The option that names the targets: an array of the file, an autoencoder's inputs where there is no other, or,
+    beside an array alone, another file.
+    """
+    if str(options.data).endswith(".npy"):
+        return "--targets y.npy"
+    given = [v[1:] for v in options.loss_arguments.values() if isinstance(v, str) and v[:1] == "@"]
+    others = [name for name in data.arrays if name not in (*data.inputs, *given)]
+    return f"--targets {shlex.quote([*others, *data.inputs][0])}"
 
 
 def _arguments(
