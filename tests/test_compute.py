@@ -409,6 +409,27 @@ def test_frozen_parameters(cli, tmp_path):
     assert relative_error(tensors["0.weight"], truth) < 1e-9
 
 
+def test_notes_of_many_parameters_are_short():
+    """Of a model with adapters, or with a tower that the loss does not reach, as CLIP has."""
+    model = nn.ModuleList(nn.Linear(2, 1) for _ in range(40)).double()
+    for layer in model[20:]:
+        layer.requires_grad_(False)
+    model.forward = lambda x: model[0](x)  # type: ignore[method-assign]
+    found = hesscli.compute(model, (torch.ones(3, 2).double(), torch.ones(3, 1).double()))
+    frozen, unused = (
+        next(note for note in found.metadata["notes"] if word in note)
+        for word in ("frozen", "unused")
+    )
+    assert frozen.startswith("skipped, frozen: 20.weight, 20.bias, 21.weight, ")
+    assert "24.bias and 30 more (name them with --params" in frozen
+    assert unused.startswith("1.weight, 1.bias, 2.weight, ")
+    assert unused.endswith(
+        "5.bias and 28 more: unused, detached or under torch.no_grad, so their blocks are zero"
+    )
+    assert len(found.metadata["frozen"]) == 40
+    assert sum(block.get("unused", False) for block in found.metadata["blocks"]) == 38
+
+
 @pytest.mark.parametrize("kind", ["script", "state_dict"])
 @pytest.mark.parametrize("name", ["embed.weight", "score.weight"])
 def test_tied_parameters(cli, tmp_path, name, kind):

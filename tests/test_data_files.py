@@ -133,6 +133,15 @@ def test_arrays_that_are_not_used(tmp_path):
     assert notes[2:] == ("not used: mask (bool [3])",)
 
 
+def test_columns_that_are_not_used(tmp_path):
+    columns = {"ids": [[1, 2], [3, 4]], "mask": [[1, 0], [1, 1]], "types": [[0, 0], [0, 1]]}
+    table = pa.table(columns | {"label": [0, 1], "__index_level_0__": [0, 1]})
+    pq.write_table(table, tmp_path / "d.parquet")
+    data = load_data(tmp_path / "d.parquet", model_names=["ids", "mask"])
+    assert list(data.inputs) == ["ids", "mask"]
+    assert data.notes[2:] == ("not used: types (int64 [2, 2])",)
+
+
 def test_the_only_other_array_is_said_to_be(tmp_path):
     np.savez(tmp_path / "d.npz", x=X, foo=X)
     assert load_data(tmp_path / "d.npz").notes[1] == (

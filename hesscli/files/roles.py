@@ -147,7 +147,9 @@ class Roles:
         columns = self.inputs or [name for name in self.arrays if name not in left]
         called = [name for name in self.model_names if name in columns]
         if len(called) > 1 and (not self.inputs or len(called) == len(self.inputs)):
-            self.inputs = self.inputs or self._as_called(called)
+            if not self.inputs:
+                self.inputs = self._as_called(called)
+                self._note_others()
             return
         if not self.inputs:
             index = (name for name in self.arrays if name in _INDEX and name != self.targets)
@@ -180,7 +182,7 @@ class Roles:
     def _note_others(self) -> None:
         """Arrays with as many entries as the inputs that are nothing: a mask that the model does not take, say."""
         sizes = {self.arrays[name].shape[:1] for name in self.inputs}
-        used = (*self.inputs, self.targets, *self.others)
+        used = (*self.inputs, self.targets, *self.others, *(_INDEX if self.found.columns else ()))
         left = [
             f"{name} ({describe(array)})"
             for name, array in self.arrays.items()

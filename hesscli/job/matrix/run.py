@@ -22,7 +22,7 @@ from hesscli.job.matrix.unfinished import Unfinished
 from hesscli.job.options import command_of
 from hesscli.job.setup.loss import described
 from hesscli.job.setup.team import Team, balanced
-from hesscli.texts import dtype_name
+from hesscli.texts import dtype_name, listed
 
 # What changes nothing in the file.
 _ELSEWHERE = {"model", "data", "output", "force", "resume", "shard", "memory", "device"}
@@ -167,15 +167,19 @@ class Run:
                 found += group.compute(unfinished, background)
         found += [large.compute(unfinished) for large in self.large]
         finished = {facts["name"]: facts for facts in found}
-        every = []
+        every: list[Document] = []
+        zero: list[str] = []
         for block in self.plan.blocks:
             facts = dict(finished[block.name])  # the journal's own is not on the disk yet
             if not facts["norm"] and unused.issuperset(block.parameters):
                 facts["unused"] = True
-                self.plan.opened.listener.note(
-                    f"{block.name}: unused, detached or under torch.no_grad, so its block is zero"
-                )
+                zero.append(block.name)
             every.append(facts)
+        if zero:
+            so = "its block is zero" if len(zero) == 1 else "their blocks are zero"
+            self.plan.opened.listener.note(
+                f"{listed(zero)}: unused, detached or under torch.no_grad, so {so}"
+            )
         return every
 
     def _tensors(self) -> dict[str, tuple[int, ...]]:

@@ -43,12 +43,12 @@ def chosen_parameters(
         floating[name].requires_grad_(name in parameters)
     skipped = [name for name, p in module.named_parameters() if p.is_complex()]
     if skipped:
-        note(f"skipped, complex: {', '.join(skipped)}")
+        note(f"skipped, complex: {listed(skipped)}")
     for pattern in patterns:
         if not select(every, (pattern.removeprefix("!"),)):
             note(f"no parameter matches {pattern}")
     if frozen:
-        note(f"skipped, frozen: {', '.join(frozen)} (name them with --params to include them)")
+        note(f"skipped, frozen: {listed(frozen)} (name them with --params to include them)")
     return parameters, {n: names[n][1:] for n in parameters if names[n][1:]}, frozen
 
 
