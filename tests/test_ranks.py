@@ -212,7 +212,7 @@ def kinked_commands(folder: Path) -> dict[str, tuple[object, ...]]:
     base = (folder / "kinked.pt", folder / "kinked.npz", "--json")
     return {
         "alone": ("compute", *base, "-o", "kinked.safetensors"),
-        "trace": ("trace", *base, "--max-products", 20),
+        "trace": ("trace", *base, "--method", "hvp", "--max-products", 20),
     }
 
 
