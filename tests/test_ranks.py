@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -506,13 +507,13 @@ def test_half_an_environment_is_refused(cli, net, monkeypatch, command, values, 
 def test_a_place_to_meet_that_is_taken(cli, net, monkeypatch):
     """Until all are there, a signal that is not ignored ends the process: PyTorch hears none."""
     heard = []
-    begin = dist.init_process_group
+    meet = dist.rendezvous
 
-    def beginning(*words, **options):
+    def meeting(*words, **options):
         heard.append([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)])
-        begin(*words, **options)
+        return meet(*words, **options)
 
-    monkeypatch.setattr(dist, "init_process_group", beginning)
+    monkeypatch.setattr(dist, "rendezvous", meeting)
     before = signal.getsignal(signal.SIGINT)
     try:
         with socket.socket() as taken:
@@ -524,12 +525,53 @@ def test_a_place_to_meet_that_is_taken(cli, net, monkeypatch):
             for handler in (signal.default_int_handler, signal.SIG_IGN):
                 signal.signal(signal.SIGINT, handler)
                 said = cli("eigen", *net).fails(6)
-                assert said.startswith(f"the processes cannot meet at localhost:{port} (")
+                assert said.startswith(
+                    f"the 2 processes of WORLD_SIZE cannot meet at localhost:{port} ("
+                )
                 assert "[" not in said
                 assert signal.getsignal(signal.SIGINT) == handler
     finally:
         signal.signal(signal.SIGINT, before)
     assert heard == [[signal.SIG_DFL, signal.SIG_DFL], [signal.SIG_IGN, signal.SIG_DFL]]
+
+
+@pytest.mark.parametrize("command", ["eigen", "compute"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_nobody_is_waited_for_without_end(cli, net, monkeypatch, command, number):
+    monkeypatch.setattr(team, "_MEETING", timedelta(seconds=1))
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    set_environment(monkeypatch, WORLD_SIZE=2, RANK=number, **place)
+    ran = cli(command, *net)
+    assert f"the 2 processes of WORLD_SIZE cannot meet at localhost:{port} (" in ran.fails(6)
+    assert ran.hint == "unset WORLD_SIZE"
+
+
+HERE = """
+from hesscli.job.setup.team import Team, rank_here, ranks_here
+
+with Team() as team:
+    print(team.all_gather((rank_here(), ranks_here())))
+"""
+
+
+def test_a_launcher_that_does_not_say_which_processes_share_a_machine():
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    words = {n: v for n, v in os.environ.items() if not n.startswith("LOCAL_")}
+    words |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "3"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", HERE], env=words | {"RANK": str(n)}, stdout=subprocess.PIPE
+        )
+        for n in range(3)
+    ]
+    for process in started:
+        said, _ = process.communicate(timeout=120)
+        assert said.decode().strip() == "[(0, 3), (1, 3), (2, 3)]"
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,9 +21,12 @@ from hesscli.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch._C._distributed_c10d import Store
 
 # A rank may wait long for a slower one; one that dies closes its connection.
 _PATIENCE = timedelta(days=30)
+_MEETING = timedelta(minutes=10)
+"""How long one waits for the others to start: an environment may be left over, and nobody else come."""
 
 
 def rank() -> int:
@@ -69,18 +73,27 @@ class Team:
             import torch.distributed as dist
 
             _demand_whole_environment()
-            # NCCL wants a GPU for each.
-            self.nccl = dist.is_nccl_available() and ranks_here() <= torch.cuda.device_count()
-            if not dist.is_initialized():
-                backend = "cpu:gloo,cuda:nccl" if self.nccl else "gloo"
-                try:
-                    with _ended_by_signals():
-                        dist.init_process_group(backend, timeout=_PATIENCE)
-                except RuntimeError as error:
-                    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-                    raise ResourceError(
-                        f"the processes cannot meet at {place} ({_reason(error)})"
-                    ) from error
+            try:
+                with _ended_by_signals():
+                    store = None if dist.is_initialized() else _met()
+                    # NCCL wants a GPU for each.
+                    gpus = torch.cuda.device_count()
+                    self.nccl = dist.is_nccl_available() and ranks_here() <= gpus
+                    if store is not None:
+                        backend = "cpu:gloo,cuda:nccl" if self.nccl else "gloo"
+                        dist.init_process_group(
+                            backend,
+                            store=store,
+                            rank=self.rank,
+                            world_size=self.size,
+                            timeout=_PATIENCE,
+                        )
+            except RuntimeError as error:
+                place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                raise ResourceError(
+                    f"the {self.size} processes of WORLD_SIZE cannot meet at {place} ({_reason(error)})",
+                    "unset WORLD_SIZE",
+                ) from error
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
@@ -124,6 +137,27 @@ class Team:
         with _together() as dist:
             dist.reduce(total, 0)
         return total.to(tensor.device, tensor.dtype)
+
+
+def _met() -> Store:
+    """What the processes tell each other by, when all are there; each knows then which of them are on its machine.
+
+    Raises:
+        RuntimeError: they are not after `_MEETING`.
+    """
+    import torch.distributed as dist
+
+    meet: Any = dist.rendezvous  # type: ignore[attr-defined]
+    store, mine, size = next(meet("env://", timeout=_MEETING))
+    if "LOCAL_WORLD_SIZE" not in os.environ:  # a launcher of another kind
+        store.set(f"hesscli/{mine}", socket.gethostname())
+        here = [
+            n for n in range(size) if store.get(f"hesscli/{n}").decode() == socket.gethostname()
+        ]
+        os.environ["LOCAL_WORLD_SIZE"] = str(len(here))
+        os.environ.setdefault("LOCAL_RANK", str(here.index(mine)))
+    store.set_timeout(_PATIENCE)
+    return store
 
 
 def _demand_whole_environment() -> None:
