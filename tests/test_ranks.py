@@ -718,6 +718,18 @@ def test_an_error_in_a_share_of_the_blocks_says_whose(warm, net, tmp_path):
     assert not (tmp_path / "h.safetensors").exists()
 
 
+def test_what_the_first_process_refuses_is_said_once(warm, net, tmp_path):
+    """It alone looks at what an earlier run left."""
+    (tmp_path / ".h.safetensors.partial").write_bytes(b"")
+    (tmp_path / ".h.safetensors.journal").write_text("{}\n")
+    script = "from hesscli.cli import main; main()"
+    process = torchrun(warm, 2, tmp_path, script, "compute", *net, "-o", "h.safetensors")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    (error,) = (line for line in said.decode().splitlines() if line.startswith("error: "))
+    assert ".h.safetensors.journal: cannot be read" in error
+
+
 DYING = """
 import os, signal, sys
 from hesscli.hessian.operator import Products

@@ -121,10 +121,12 @@ class Run:
         journal = Journal(output, head, command, writer)
         if self.merging:
             journal.merge()
-        elif self.team.rank == 0:
-            if output is not None:  # what a run that goes on has finished is no left-over
-                demand_idle(output, self.sharing)
-            journal.resume(self.options.resume, self.options.force)
+        else:
+            with self.team.first() as first:  # alone looks at what is left
+                if first:
+                    if output is not None:  # what a run that goes on has finished is no left-over
+                        demand_idle(output, self.sharing)
+                    journal.resume(self.options.resume, self.options.force)
         given_up = [each for each in self.large if each.is_given_up(journal.finished)]
         parts = [name for each in self.work if each not in given_up for name, _ in each.parts()]
         left = [name for name in parts if name not in journal.finished]

@@ -17,7 +17,7 @@ from datetime import timedelta
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from hesscli.errors import ResourceError, UsageError
+from hesscli.errors import HesscliError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,6 +111,18 @@ class Team:
         with _together() as dist:
             dist.broadcast_object_list(box)
         return box[0]
+
+    @contextmanager
+    def first(self) -> Iterator[bool]:
+        """Whether this is the first process, which does what is inside; what it refuses there, all refuse."""
+        refused = None
+        try:
+            yield self.rank == 0
+        except HesscliError as error:
+            refused = error
+        refused = self.broadcast(refused)
+        if refused is not None:
+            raise refused
 
     def all_gather(self, value: Any) -> list[Any]:
         """What each process says, to all."""
