@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import math
 import os
@@ -1015,3 +1016,47 @@ def test_a_bias_of_many_samples_keeps_its_digits():
 def test_a_factor_is_a_number():
     with pytest.raises(hesscli.HesscliError, match="expected: a dict of numbers"):
         hesscli.compute(nn.Linear(3, 1).double(), (X, X[:, :1]), scale={"x": True})
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float64"])
+def test_weights_that_are_cached(dtype):
+    """Each pass makes its own, and the cache of the caller stays."""
+
+    class Symmetric(nn.Module):
+        def forward(self, w: torch.Tensor) -> torch.Tensor:
+            return (w + w.T).tanh()
+
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 3), torch.randn(6, 3), torch.randn(6, 3)
+    nn.utils.parametrize.register_parametrization(model, "weight", Symmetric())
+    truth = hesscli.compute(model, (x, y), blocks="full", dtype=dtype).matrix()
+    assert np.abs(truth[3:, 3:]).max() > 0.1
+    with nn.utils.parametrize.cached():
+        weight = model.weight
+        found = hesscli.compute(model, (x, y), blocks="full", dtype=dtype).matrix()
+        assert model.weight is weight
+    np.testing.assert_array_equal(found, truth)
+    assert model.weight is not model.weight
+
+
+def test_an_operator_cannot_be_pickled():
+    H = hesscli.operator(nn.Linear(2, 1), (torch.randn(4, 2), torch.randn(4, 1)))
+    with pytest.raises(hesscli.HesscliError, match="cannot be pickled") as refused:
+        pickle.dumps(H)
+    assert "in each process" in refused.value.hint
+    v = np.arange(3.0, dtype=np.float32)
+    for twin in (copy.copy(H), copy.deepcopy(H)):
+        np.testing.assert_array_equal(twin @ v, H @ v)
+    with pytest.raises(hesscli.HesscliError, match="requires a gradient") as refused:
+        H @ torch.ones(3, requires_grad=True)
+    assert refused.value.hint == "H @ v.detach()"
+
+
+@pytest.mark.parametrize("job", [hesscli.compute, hesscli.operator])
+def test_what_is_no_listener_and_no_module(job):
+    data = torch.randn(4, 2), torch.randn(4, 1)
+    with pytest.raises(hesscli.HesscliError, match="expected: an object with methods note"):
+        job(nn.Linear(2, 1), data, listener=print)
+    with pytest.raises(hesscli.HesscliError, match="a partial; expected a module") as refused:
+        job(functools.partial(nn.Linear(2, 1)), data)
+    assert refused.value.hint == "call it in forward of a torch.nn.Module"

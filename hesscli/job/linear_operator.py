@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from scipy.sparse.linalg import LinearOperator
 from hesscli.errors import UsageError
 from hesscli.hessian.autodiff import differentiable
 from hesscli.job.operator import Operator, open_operator
-from hesscli.job.options import Listener, ProblemOptions
+from hesscli.job.options import Listener, ProblemOptions, listening
 from hesscli.job.setup.given import DataLike, Folder, LossFunction, Model, given
 from hesscli.job.setup.processes import Processes
 from hesscli.job.setup.settings import as_written, random_kept, settings_kept, settle
@@ -52,7 +52,7 @@ def operator(
     folder = Folder()
     options["loss"] = loss
     with given(model, data, device, folder, ProblemOptions, options) as asked:
-        opened = open_operator(asked, listener or Listener(), Processes())
+        opened = open_operator(asked, listening(listener), Processes())
     return CurvatureOperator(opened, folder)
 
 
@@ -63,6 +63,26 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]
         dtype = np.dtype(dtype_name(operator.problem.dtype))
         super().__init__(dtype, (operator.size, operator.size))
         self.operator, self.folder = operator, folder
+
+    def __copy__(self) -> CurvatureOperator:
+        return self  # which never changes
+
+    def __deepcopy__(self, memo: object) -> CurvatureOperator:
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise UsageError(
+            "an operator cannot be pickled: it holds graphs of its model's passes",
+            "H = hesscli.operator('model.pt', 'data.npz') in each process",
+        )
+
+    def dot(self, x: Any) -> Any:
+        if isinstance(x, torch.Tensor) and x.requires_grad:
+            raise UsageError(
+                "the vector requires a gradient, and products with NumPy's vectors have none",
+                "H @ v.detach()",
+            )
+        return super().dot(x)
 
     def _matvec(self, x: np.ndarray) -> np.ndarray:
         return self._products(x.reshape(-1))

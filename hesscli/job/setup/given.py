@@ -86,7 +86,11 @@ def given(
     if not isinstance(model, (nn.Module, str, os.PathLike)):
         raise UsageError(
             f"model: {type_of(model)}; expected a module, or the path of a file",
-            "hesscli.compute(model.module(), data)" if hasattr(model, "graph_module") else None,
+            "hesscli.compute(model.module(), data)"
+            if hasattr(model, "graph_module")
+            else "call it in forward of a torch.nn.Module"
+            if callable(model)
+            else None,
         )
     with differentiable():
         path, named = _data_file(data, folder.path)

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch.autograd import Function
+from torch.nn.utils import parametrize
 
 from hesscli.hessian.aten.custom_functions import apply_in_python, set_apply
 from hesscli.hessian.aten.dense_gradients import are_dense, make_dense
@@ -48,11 +49,23 @@ def settle(options: ProblemOptions) -> None:
 
 
 def as_written(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
-    """The function, which `torch.compile` leaves as it is where it is called by one that is compiled."""
+    """The function, which `torch.compile` leaves as it is where it is called by one that is compiled.
+
+    Its passes make the weights of parametrizations, of which `parametrize.cached` would give those of an earlier one.
+    """
+
+    @wraps(function)
+    def alone(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Value:
+        kept = parametrize._cache_enabled, parametrize._cache
+        parametrize._cache_enabled, parametrize._cache = 0, {}
+        try:
+            return function(*args, **kwargs)
+        finally:
+            parametrize._cache_enabled, parametrize._cache = kept
 
     @wraps(function)
     def called(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Value:
-        made = torch.compiler.disable(function) if may_compile() else function
+        made = torch.compiler.disable(alone) if may_compile() else alone
         return made(*args, **kwargs)
 
     return called
