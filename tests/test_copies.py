@@ -104,9 +104,8 @@ def test_a_copy_computes_with_its_own(kind: type[Scaled]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_module_in_memory(kind: type[Scaled]) -> None:
-    plain = made(
-        kind if kind is Derivative else Lambda
-    )  # the same, whose parameters can be swapped
+    # The same, whose parameters can be swapped.
+    plain = made(kind if kind is Derivative else Lambda)
     truth = hessian(plain, F.mse_loss, (X,), Y)
     found = hesscli.compute(made(kind), (X, Y), blocks="full", framework="torch")
     assert relative_error(found.matrix(), truth) < 1e-9

@@ -168,9 +168,8 @@ def test_what_directions_make_is_counted_and_rows_only_where_they_are_made(cli, 
         cli(*words, *options, "--method", method).document["total"]["memory"]
         for method in ("preactivation", "hvp")
     )
-    assert (
-        by_rows > along > batches.PROCESS + 4 * (4 << 22)
-    )  # a graph, of which the pass keeps 16 MiB
+    graph = 4 * (4 << 22)  # of which the pass keeps 16 MiB
+    assert by_rows > along > batches.PROCESS + graph
 
 
 def test_what_a_large_block_takes_of_the_memory(cli, tmp_path, monkeypatch):

@@ -238,9 +238,8 @@ def test_losses(net, loss):
 
 @pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray])
 def test_arrays_as_loss_arguments(net, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(
-        "hesscli.job.matrix.unfinished.INTERVAL", 0
-    )  # as a run of more than a second
+    # As a run of more than a second.
+    monkeypatch.setattr("hesscli.job.matrix.unfinished.INTERVAL", 0)
     weight, targets = torch.rand(12, 2, dtype=torch.float64), torch.rand(12, 2)
     data = {"x": X, "y": targets, "w": weight}
     options = {"loss": "mse", "batch_size": "auto", "output": tmp_path / "h"}

@@ -21,9 +21,8 @@ class ChunkSizes:
     """
 
     activations: int = 1 << 30  # bytes that those of a batch may take
-    samples: int = (
-        1 << 15
-    )  # of a batch at most; a sum over more of them rounds more, and takes longer
+    # Of a batch at most; a sum over more of them rounds more, and takes longer.
+    samples: int = 1 << 15
     rows: int = 128  # that share a pass at most; more gain nothing measurable
     # Bytes of a value that they share, if they are many; larger ones took twice as long, row by row.
     value: int = 1 << 22
@@ -36,9 +35,8 @@ class ChunkSizes:
     chain: int = 1 << 26  # the curvature along a chain, of some samples
     # Of a layer's inputs, multiplied with each other, of some samples: of those that go into one product.
     pairs: int = 1 << 26
-    groups: int = (
-        1 << 21
-    )  # of such pairs, that are held by each thread, if there are several groups
+    # Of such pairs, that are held by each thread, if there are several groups.
+    groups: int = 1 << 21
     product: int = 1 << 19  # of matrices, before it is put in its place
     tile: int = 512  # rows and columns that are mirrored together
     stretch: int = 3 << 20  # of a large matrix's rows that are on their way to the disk

@@ -52,9 +52,8 @@ class LinearMap:
         self.leaves = list(problem.parameters.values())
         self.sizes = [leaf.numel() for leaf in self.leaves]
         self.size = sum(self.sizes)
-        self.count = (
-            0  # vectors multiplied so far; whoever begins something that counts them sets it to 0
-        )
+        # Vectors multiplied so far; whoever begins something that counts them sets it to 0.
+        self.count = 0
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """H v [P] of a vector [P], or of each row of a block [k, P]."""

@@ -64,9 +64,8 @@ class Tool:
     error: float | None = None  # relative distance from hesscli's result, or from a reference
     residual: float | None = None  # the greatest relative one of its eigenpairs, in float64
     products: int | None = None  # that its eigenpairs took
-    gradients: list[float] = field(
-        default_factory=list
-    )  # that a product took, with its share of making
+    # That a product took, with its share of making.
+    gradients: list[float] = field(default_factory=list)
     further: list[float] = field(default_factory=list)  # that a further product took
     failure: str | None = None
 

@@ -80,9 +80,8 @@ class Certificate:
 
     # The reference, whose gradients these are: in float64 where the model runs in it.
     problem: Problem
-    dtype: (
-        torch.dtype
-    )  # of the blocks; it and the digits of the gradients say how well they must agree
+    # Of the blocks; it and the digits of the gradients say how well they must agree.
+    dtype: torch.dtype
     seed: int  # of the random directions
     # Says what a product along a direction is, by differences.
     difference: Callable[..., DirectionalDifference] = DirectionalDifference

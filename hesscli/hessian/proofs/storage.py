@@ -18,9 +18,8 @@ class Storage:
     m: int  # inputs of each (fan-in); 1 for scale and bias
     groups: int = 1  # of outputs, each with inputs of its own
     sections: int = 1  # of outputs, whose entries lie one section after the other
-    runs: int = (
-        1  # how many runs of its section an output's entries lie in; 1 where they lie together
-    )
+    # How many runs of its section an output's entries lie in; 1 where they lie together.
+    runs: int = 1
     # Which of its inputs each of an output's entries belongs to; empty where they follow one another.
     order: tuple[int, ...] = ()
 

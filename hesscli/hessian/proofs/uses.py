@@ -34,9 +34,8 @@ class Use:
 
     parameter: str  # its name
     value: int  # the number of what enters
-    moves: tuple[
-        Call, ...
-    ]  # the views, copies, and products with constants that make it of the parameter
+    # The views, copies, and products with constants that make it of the parameter.
+    moves: tuple[Call, ...]
     kind: str  # linear (z = a W^T), convolution, scale (z = a * w) or bias (z = ... + b)
     call: Call  # the operator
     z: int  # the number of the value that it gives; of rows looked up for all samples alike, of the sum they go into

@@ -97,24 +97,20 @@ class Call:
 class Tape:
     """The calls that lead from parameters and data to the model's output."""
 
-    calls: tuple[
-        Call, ...
-    ]  # in the order of execution; only those that the output needs, unless refused
-    given: Mapping[
-        int, Tensor
-    ]  # the values that no call makes: parameters, buffers, data, and TorchScript's constants
+    # In the order of execution; only those that the output needs, unless refused.
+    calls: tuple[Call, ...]
+    # The values that no call makes: parameters, buffers, data, and TorchScript's constants.
+    given: Mapping[int, Tensor]
     shapes: Mapping[int, torch.Size]  # the shape of every value
     parameters: Mapping[str, int]  # the number of each parameter that the output depends on
     inputs: tuple[int, ...]  # the numbers of the model's inputs
     output: int  # the number of its output
     complex: frozenset[int]  # the values that are complex numbers
     default: torch.dtype  # the dtype of tensors that were made without one
-    decided: (
-        bool  # whether the pass went the way it did because of numbers that it made of the inputs
-    )
-    refusal: (
-        str  # why the calls, executed again, need not give what the pass gave; empty if they do
-    )
+    # Whether the pass went the way it did because of numbers that it made of the inputs.
+    decided: bool
+    # Why the calls, executed again, need not give what the pass gave; empty if they do.
+    refusal: str
 
     @cached_property
     def trained(self) -> frozenset[int]:

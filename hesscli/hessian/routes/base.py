@@ -107,9 +107,8 @@ class Route:
     method: str  # what `--method` calls it
     symmetric = False
     """Whether rows may be filled right of the diagonal alone: they are mirrored when all batches are in."""
-    at_once = (
-        False  # whether all rows of a block are made together, so that some take as long as all
-    )
+    # Whether all rows of a block are made together, so that some take as long as all.
+    at_once = False
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem

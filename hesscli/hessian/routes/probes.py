@@ -50,9 +50,8 @@ class Probed:
         cut: where the pass ends, if not at the output.
     """
 
-    deltas: dict[
-        int, Tensor
-    ]  # dPhi / dz at each probe, with its graph, once it is `differentiated`
+    # dPhi / dz at each probe, with its graph, once it is `differentiated`.
+    deltas: dict[int, Tensor]
 
     def __init__(
         self,

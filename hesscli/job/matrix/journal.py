@@ -40,9 +40,8 @@ class Journal:
         self.start: int | None = None  # where the tensors of the unfinished file begin
         self.finished: dict[str, Document] = {}
         self.own = 0  # parts in its own file; there is none before the first
-        self.shared = (
-            self.writer != ""
-        )  # others have their own: what they have finished is no left-over
+        # Others have their own: what they have finished is no left-over.
+        self.shared = self.writer != ""
 
     def resume(self, wanted: bool, force: bool) -> None:
         """Takes over what earlier runs, or the other shards, have finished.
