@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import hesscli
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.aten import definitions, formulas, normalisations
+from hesscli.hessian.aten.dense_gradients import make_dense
 
 RECURRENT = [case for case in CASES if "recurrent" in case.tags and "cell" not in case.name]
 
@@ -164,6 +165,7 @@ class Sparse(nn.Module):
 @pytest.mark.parametrize("form", ["module", "trace", "script", "exported"])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_sparse_gradients(tmp_path: Path, form: str, blocks: str) -> None:
+    make_dense(False)  # a command before this one leaves them dense
     torch.manual_seed(0)
     model = Sparse(sparse=True)
     words, y = torch.randint(0, 5, (6, 4)), torch.arange(6) % 5
