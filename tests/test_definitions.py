@@ -217,8 +217,6 @@ SMOOTH = {
         lambda z: torch.logaddexp2(z * 0 + 1, z),
         lambda z: math.log(2) * bump((z - 1) * math.log(2)),
     ),
-    "mish": (F.mish, lambda z: mish_bend(z)),
-    "mish-in-place": (lambda z: F.mish(z * 1, inplace=True), lambda z: mish_bend(z)),
     "logcumsumexp": (
         lambda z: torch.stack([z, z * 0 + 1]).logcumsumexp(0)[1], lambda z: bump(z - 1)
     ),
@@ -228,15 +226,6 @@ SMOOTH = {
 def bump(z: Tensor) -> Tensor:
     """sigmoid'(z)"""
     return torch.sigmoid(z) * torch.sigmoid(-z)
-
-
-def mish_bend(z: Tensor) -> Tensor:
-    """(x t)'' = 2 t' + x t'' of t = tanh(s), s = softplus(x)"""
-    s = torch.logaddexp(z, torch.zeros_like(z))
-    t, slope = s.tanh(), torch.sigmoid(z)
-    first = (1 - t * t) * slope
-    second = (1 - t * t) * (bump(z) - 2 * t * slope**2)
-    return 2 * first + z * second
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

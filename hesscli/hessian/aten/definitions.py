@@ -10,7 +10,7 @@ Inside `exact_derivatives()` these operators run as the formulas of `formulas.py
   derivative.
 - `log_softmax`, `logsigmoid`, `binary_cross_entropy_with_logits`: they take 1 - p of a p that may have been rounded
   to 1, where all their derivatives then are 0.
-- `logaddexp`, `logaddexp2`, `mish`: their second derivatives are NaN where an exponential overflows.
+- `logaddexp`, `logaddexp2`: their second derivatives are NaN where an exponential overflows.
 - `logcumsumexp`, `sinc`, `std`, `atan2`, `angle`, `sgn`, norms of vectors: their second derivatives are NaN where a
   gradient, or x, is zero.
 - `prelu`: at zero its first derivative is that of one side, its second that of the other.
@@ -91,8 +91,6 @@ DEFINITIONS: Definitions = {
     "logaddexp": formulas.logaddexp,
     "logaddexp2": formulas.logaddexp2,
     "logcumsumexp": formulas.logcumsumexp,
-    "mish": formulas.mish,
-    "mish_": formulas.mish_,
     "sinc": formulas.sinc,
     **dict.fromkeys(_NORMS, formulas.vector_norm),
     "std.correction": formulas.std,

@@ -73,15 +73,6 @@ def sinc(x: Tensor) -> Tensor:
     return torch.where(near, series, other.sin() / other)
 
 
-def mish(x: Tensor) -> Tensor:
-    """x tanh(log(1 + exp x)), without the exp x of PyTorch's derivative, which overflows."""
-    return x * F.softplus(x).tanh()
-
-
-def mish_(x: Tensor) -> Tensor:
-    return x.copy_(mish(x.clone()))
-
-
 def log_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     """That of x - x_m, where x_m is the largest, and which is the same.
 
