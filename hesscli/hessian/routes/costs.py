@@ -173,7 +173,7 @@ class Costs:
         many; what it becomes at the next value is held beside it.
         """
         each = most_numbers(steps, self.size, self.rank, curved)
-        at_output = self.samples * self.classes * (2 * self.rank + 1)
+        at_output = self.samples * self.classes * min(self.classes, 2 * self.rank + 1)
         return at_output + int(_REPLACED * each) * max(1, min(self.samples, most // each))
 
     def held_of_directions(self, z: int, inputs: int, count: int, most: int, more: int = 0) -> int:
