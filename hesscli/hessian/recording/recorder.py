@@ -146,7 +146,9 @@ class _Recorder(Watcher):
         elif _is_view(func, args, result) and not constant:
             self.tensors[result].taken = args[0], call
         for part in each(result, Tensor):
-            self.tensors[part].off = off and before is None
+            known = self.tensors[part]
+            known.off = off and before is None
+            known.history = None if before is None else part.grad_fn
         return result
 
     def _look_around(self) -> None:
@@ -225,7 +227,8 @@ class _Recorder(Watcher):
             self._give(tensor)
         known = self.tensors[tensor]
         # A Function computes where gradients are off, and gives its result one after that.
-        if tensor.grad_fn is not None and (known.off or known.now in self.draft.given):
+        given = known.now in self.draft.given or known.history not in (None, tensor.grad_fn)
+        if tensor.grad_fn is not None and (known.off or given):
             self.draft.refuse("the model applies a Function of its own")
         if known.is_stale:
             self._take_again(known)

@@ -30,6 +30,7 @@ class Known:
     writes: int  # when its memory had been written to so often
     taken: tuple[Tensor, Call] | None = None  # what it is a view of, and how it was taken
     off: bool = False  # whether gradients were off where it was made
+    history: Any = None  # its grad_fn where it was written to with gradients off
 
     @property
     def is_stale(self) -> bool:
