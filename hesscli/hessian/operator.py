@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from hesscli.hessian.applicability import explained
+from hesscli.hessian.applicability import NotApplicable, explained
 from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.autodiff import batched_grad, seeded_grad, unit_rows
 from hesscli.hessian.chunk_sizes import chunk_sizes
@@ -105,6 +105,8 @@ class Products(LinearMap):
             if vectors.dim() == 2 and len(vectors) > self.rows:
                 return torch.cat([self._sum(part) for part in vectors.split(self.rows)])
             return self._sum(vectors)
+        except NotApplicable:  # as its own cause, it would hold on to the failed pass
+            raise
         except Exception as error:
             raise explained(error) from error
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hesscli.errors import is_out_of_memory
-from hesscli.hessian.applicability import explained
+from hesscli.hessian.applicability import NotApplicable, explained
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.chunk_sizes import ranges
 from hesscli.hessian.layout import Layout
@@ -228,6 +228,8 @@ def fitting(route: Route, work: Callable[[], Result]) -> Result:
     while True:
         try:
             return work()
+        except NotApplicable:  # as its own cause, it would hold on to the failed pass
+            raise
         except Exception as error:
             if not is_out_of_memory(error) or not route.shrink():
                 raise explained(error) from error
