@@ -43,6 +43,7 @@ from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.routes import sample_gradients
 from hesscli.hessian.routes.base import Route, Rows
+from hesscli.hessian.routes.output_hessian import OutputHessian
 from hesscli.hessian.routes.probes import Probed
 
 Counts = dict[str, dict[str, list[int]]]  # by route and structure
@@ -1458,6 +1459,32 @@ OWN = {
 }  # fmt: skip
 OWN_ELEMENTWISE = {"probabilities", "smooth", "cosh", "output-itself"}
 
+NINE, CLASSES = (5, 9), torch.tensor([0, 8, 1, 0, 3])
+RISING = torch.arange(1, 10, dtype=torch.float64)
+SHARES = numbers(5, 9, seed=3).double().softmax(1)
+OF_LOG_SOFTMAXES = {  # and how many
+    "cross-entropy": (F.cross_entropy, 1),
+    "smoothed": (lambda z, y: F.cross_entropy(z, y, RISING, label_smoothing=0.1), 1),
+    "by-probabilities": (lambda z, y: F.cross_entropy(z, SHARES), 1),
+    "shifted": (lambda z, y: F.nll_loss((z - z.amax(1, keepdim=True)).log_softmax(1), y), 1),
+    "at-temperatures": (lambda z, y: F.cross_entropy(-z / 2 + 1, y) + F.kl_div(
+        (z * RISING).log_softmax(-1), SHARES, reduction="batchmean"), 2),
+    "and-linear": (lambda z, y: z.log_softmax(1)[:, 2] - z[:, 1], 1),
+    "linear": (lambda z, y: z[:, 2] - z.log_softmax(1).detach()[:, 1], 1),
+}  # fmt: skip
+OF_OTHERS = {
+    "to-another-power": lambda z, y: z.log_softmax(1).exp().square().sum(1),
+    "mixed-before": lambda z, y: F.cross_entropy(z.cumsum(1), y),
+    "products-before": lambda z, y: F.cross_entropy(z * z.detach(), y),
+    "over-sums": lambda z, y: F.cross_entropy(z + z.sum(1, keepdim=True) ** 2 * RISING, y),
+    "as-divisor": lambda z, y: F.cross_entropy(1 / z, y),
+    "of-some": lambda z, y: F.cross_entropy(z[:, :8], y.clamp(max=7)),
+    "of-halves": lambda z, y: z.reshape(5, 3, 3).log_softmax(1).sum((1, 2)),
+    "and-squares": lambda z, y: F.cross_entropy(z, y) + z.square().sum(1).mean(),
+    "weighed-by-itself": lambda z, y: (z.softmax(1) * z.log_softmax(1)).sum(1),
+    "chosen-by-itself": lambda z, y: torch.where(z > 0, z.log_softmax(1), z).sum(1),
+}
+
 OF_ALL = {
     "contrastive": lambda z, y: -torch.log_softmax(z @ z.T, 1).diagonal(),
     "centred": lambda z, y: ((z - z.mean(0)) - y).square(),
@@ -1499,23 +1526,58 @@ def test_a_loss_with_terms_of_single_samples(name):
     "shape", [torch.Size((5, 3)), torch.Size((5, 3, 2))], ids=["vectors", "positions"]
 )
 def test_the_hessian_of_a_loss_at_the_output(name, shape):
-    """Of an elementwise one, a diagonal; behind a softmax, one of rank one more."""
+    """Of an elementwise one, a diagonal; behind a softmax, one of rank two more."""
     target = TARGETS.get(name, lambda s: normal(*s, seed=9))(shape)
     squeezed = {"bce": nn.Sigmoid(), "nll": nn.LogSoftmax(1), "kl-div": nn.LogSoftmax(1)}
     end = squeezed.get(name, nn.Identity())
     module = nn.Sequential(nn.Linear(shape[-1], shape[-1]), end)
     problem = problem_of(module, [normal(*shape)], target, name)
-    analysis, (batch,) = Analyses(problem).of(problem.batches[0]), problem.batches
-    found = Probed(Analyses(problem), batch, []).output_hessian()
-    rank = {"cross-entropy": 1 if len(shape) == 2 else 6}.get(name, 0)
+    analysis = Analyses(problem).of(problem.batches[0])
+    found, own = at_output(problem)
+    rank = {"cross-entropy": 2 if len(shape) == 2 else 6}.get(name, 0)
     assert found.right.shape[1] == analysis.loss_rank == rank
+    mine = found @ torch.eye(shape[1:].numel(), dtype=own.dtype).expand(5, -1, -1)
+    torch.testing.assert_close(mine, own, rtol=1e-10, atol=1e-14)
+
+
+def at_output(problem: Problem) -> tuple[OutputHessian, Tensor]:
+    """The loss's Hessian at the output as the routes have it, [B, C, C] by its factors, and by `torch.autograd`."""
+    batch = problem.batches[0]
+    found = Probed(Analyses(problem), batch, []).output_hessian()
     with torch.no_grad():
-        output = problem.output(batch)
+        f = problem.output(batch)
     whole = torch.autograd.functional.hessian(
-        lambda f: problem.loss.total(f, batch)[0] / problem.denominator, output
-    ).reshape(output.numel(), -1)
-    mine = found @ torch.eye(shape[1:].numel(), dtype=whole.dtype).expand(5, -1, -1)
-    torch.testing.assert_close(torch.block_diag(*mine), whole, rtol=1e-10, atol=1e-14)
+        lambda f: problem.loss.total(f, batch)[0] / problem.denominator, f
+    )
+    own = torch.einsum("bibj->bij", whole.reshape(len(f), -1, len(f), f[0].numel()))
+    return found, own
+
+
+@pytest.mark.parametrize("name", [*OF_LOG_SOFTMAXES, *OF_OTHERS])
+def test_a_loss_that_is_linear_in_log_softmaxes(name):
+    """Two rows for each, and a diagonal; any other has as many rows as the output."""
+    function, count = OF_LOG_SOFTMAXES.get(name) or (OF_OTHERS[name], None)
+    problem, truth = posed_with(function, NINE, CLASSES)
+    found, own = at_output(problem)
+    assert found.right.shape[1] == (9 if count is None else 2 * count)
+    mine = found @ torch.eye(9, dtype=own.dtype).expand(5, -1, -1)
+    torch.testing.assert_close(mine, own, rtol=1e-10, atol=1e-14)
+    all_right(problem, truth, name)
+
+
+def test_the_hessian_of_a_cross_entropy_of_predictions_that_are_almost_sure():
+    """p_m is one in float32; p_m (1 - p_m) is not nothing."""
+    z = torch.tensor([[40.0, 1, 0, 2], [0, 18, -1, 2], [3, 1, 0, 2]])
+    layer = nn.Linear(4, 4)
+    nn.init.eye_(layer.weight), nn.init.zeros_(layer.bias)
+    labels = torch.tensor([0, 1, 1])
+    found, _ = at_output(problem_of(layer, [z], labels, "cross-entropy", dtype=torch.float32))
+    mine = found @ torch.eye(4).expand(3, -1, -1)
+    p = z.double().softmax(1)
+    q = torch.stack([p.roll(shift, 1) for shift in (1, 2, 3)]).sum(0)  # 1 - p
+    exact = -p[:, :, None] * p[:, None]
+    exact.diagonal(dim1=1, dim2=2).copy_(p * q)
+    torch.testing.assert_close(mine.double(), exact / 3, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", OF_ALL)

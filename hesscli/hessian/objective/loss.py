@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,9 +16,8 @@ from hesscli.errors import MismatchError
 from hesscli.hessian.aten.precision import in_precision_, staying_wide
 from hesscli.hessian.guests import guest
 from hesscli.hessian.objective.batch import Batch
-from hesscli.hessian.objective.classes import class_axis
 from hesscli.hessian.objective.copies import copied
-from hesscli.hessian.objective.losses import LOSSES, OF_CLASSES, Total
+from hesscli.hessian.objective.losses import LOSSES, Total
 from hesscli.hessian.objective.outputs import described, entries_of
 from hesscli.hessian.objective.state import state_kept
 from hesscli.texts import dtype_name
@@ -52,12 +51,6 @@ class Loss:
     # of the model.
     whole: bool = False
     wide: bool = False  # what the user's own, or the model, computes in less than float64 is computed in that
-
-    def class_axis(self, shape: Sequence[int], target: Tensor | None) -> int | None:
-        """The axis of an output of this shape that the loss couples; None where each number has a term of its own."""
-        if self.name not in OF_CLASSES or target is None:
-            return None
-        return class_axis(shape, target.shape)
 
     def reads_others(self, output: Tensor, batch: Batch) -> bool:
         """Whether the user's own loss depends on tensors with gradients of their own, which are constants here."""
@@ -96,7 +89,10 @@ class Loss:
         if self.name in LOSSES:
             self._demand_real(output, batch)
             return LOSSES[self.name](output, batch.target, **batch.loss_arguments)
-        terms = self.terms(output, batch)
+        return self.total_of(self.terms(output, batch), batch)
+
+    def total_of(self, terms: Tensor, batch: Batch) -> Total:
+        """The same of terms that the batch was found to have."""
         if self.reduced in (MEAN, SUM):
             count = len(batch)
             return terms.sum() * (count if self.reduced == MEAN else 1), float(count)

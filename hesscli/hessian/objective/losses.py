@@ -194,18 +194,6 @@ def cross_entropy(
     if not 0 <= label_smoothing <= 1:
         raise UsageError(f"cross-entropy: label_smoothing is {label_smoothing}, expected 0 to 1")
     log_p = log_softmax(output, axis)
-    return of_log_softmax(log_p, axis, target, weight, ignore_index, label_smoothing)
-
-
-def of_log_softmax(
-    log_p: Tensor,
-    axis: int,
-    target: Tensor,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-) -> Total:
-    """`cross_entropy` of log softmax z, along this axis, in which it is linear."""
     classes = log_p.shape[axis]
     weight = class_weight(log_p, axis, weight)
     per_class = (classes, *[1] * (log_p.dim() - axis - 1))
@@ -243,10 +231,6 @@ LOSSES: dict[str, Callable[..., Total]] = {
 }
 
 OF_CLASSES = frozenset({"cross-entropy", "nll"})  # whose targets are class numbers
-
-# What a loss makes of log softmax z, in which it is linear; and those that are linear in z.
-OF_LOG_SOFTMAX: dict[str, Callable[..., Total]] = {"cross-entropy": of_log_softmax}
-LINEAR = frozenset({"nll"})
 
 # A weight of these losses goes with elements, not with classes, and may be as long as the data.
 ELEMENT_WEIGHTED = {"mse", "l1", "huber", "bce", "bce-with-logits"}

@@ -13,13 +13,13 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.loss import Loss
-from hesscli.hessian.objective.losses import LINEAR, OF_LOG_SOFTMAX
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.affine import find_uses
 from hesscli.hessian.proofs.last_layers import RecordedLoss, parted
 from hesscli.hessian.proofs.positions import positions_stay_apart
 from hesscli.hessian.proofs.sample_axis import Axes, SampleAxis
 from hesscli.hessian.proofs.samples import follow, sample_axes
+from hesscli.hessian.proofs.softmax import log_softmaxes
 from hesscli.hessian.proofs.summands import demand_summands
 from hesscli.hessian.proofs.uses import Use, values_of
 from hesscli.hessian.proofs.weights import Neurons, Weights, find_weights
@@ -36,16 +36,13 @@ class Analysis:
     all_uses: dict[str, tuple[Use, ...]]  # of each parameter whose uses are affine, as executed
     reasons: dict[str, str]  # why a parameter has no affine use alone
     loss: Loss  # of the tape's output
-    class_axis: int | None  # of the output, where the loss couples what lies along it
-    terms: Tape | None  # of a loss of the user's own, or of the model's
+    terms: Tape  # of the loss
     # Whether positions stay apart behind some values, and a parameter's neurons, as far as that was asked for.
     _apart: dict[tuple[int, ...], bool] = field(default_factory=dict, init=False)
     _neurons: dict[str, Neurons | None] = field(default_factory=dict, init=False)
 
     def loss_couples(self, axis: SampleAxis, count: int) -> bool:
         """Whether the loss has terms of more than one of the places, so many, along an axis of the output."""
-        if self.terms is None:
-            return axis.axis == self.class_axis
         if count == 1:
             return False
         try:
@@ -59,17 +56,24 @@ class Analysis:
 
     @cached_property
     def loss_rank(self) -> int:
-        """The rank of the loss's own Hessian at the output of a sample, less its diagonal, at most.
+        """The rank of the loss's own Hessian at the output of a sample, less a diagonal, at most.
 
-        Zero where each number of the output has terms of its own, or the loss is linear; one behind a softmax.
+        Zero where each number of the output has terms of its own, or the loss is linear; two for each softmax.
         """
         shape = self.tape.shapes[self.tape.output]
         axes = range(1, len(shape))
-        coupled = [axis for axis in axes if self.loss_couples(SampleAxis(axis), shape[axis])]
-        if not coupled or self.loss.name in LINEAR:
+        if not any(self.loss_couples(SampleAxis(axis), shape[axis]) for axis in axes):
             return 0
-        softmax = self.loss.name in OF_LOG_SOFTMAX and coupled == [1] and len(shape) == 2
-        return 1 if softmax else shape[1:].numel()
+        return shape[1:].numel() if self.softmaxes is None else 2 * len(self.softmaxes)
+
+    @cached_property
+    def softmaxes(self) -> list[int] | None:
+        """The values log softmax(s f + c) of the loss's tape that it is linear in; None where it is not, or C is less
+        than two for each.
+        """
+        found = log_softmaxes(self.terms)
+        classes = self.tape.shapes[self.tape.output][-1]
+        return None if found is not None and 2 * len(found) >= classes else found
 
     @cached_property
     def uses(self) -> dict[str, Use]:
@@ -189,25 +193,24 @@ class WeightAnalyses(Analyses):
 
 
 def _analyse(problem: Problem, batch: Batch) -> Analysis:
-    loss, terms, axes = problem.loss, None, None
     if not batch.inputs[0].dim():
         raise NotApplicable("the inputs have no sample axis")
     samples = len(batch.inputs[0])
     tape = record(problem, batch)
     if tape.refusal:
         raise NotApplicable(tape.refusal)
-    if loss.is_output:
-        if parts := parted(tape, samples):
-            tape, axes, terms = parts
-            loss = RecordedLoss(**vars(loss), tape=terms)
-    elif loss.function is not None:
+    loss = problem.loss
+    parts = parted(tape, samples) if loss.is_output else None
+    if parts:
+        tape, axes, terms = parts
+        loss = RecordedLoss(**vars(loss), tape=terms)
+    else:
         terms = record_terms(problem, batch)
         if terms.refusal:
             raise NotApplicable(f"{terms.refusal} in the loss {loss.name}")
-    axes = axes or sample_axes(tape, samples)
+        axes = sample_axes(tape, samples)
     all_uses, reasons = find_uses(tape, axes)
-    classes = loss.class_axis(tape.shapes[tape.output], batch.target)
-    analysis = Analysis(tape, axes, all_uses, reasons, loss, classes, terms)
+    analysis = Analysis(tape, axes, all_uses, reasons, loss, terms)
     if analysis.loss_couples(SampleAxis(0), samples):
         raise NotApplicable(f"the loss {loss.name} may mix samples")
     return analysis

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hesscli.hessian.proofs.sample_rules import MATRIX_PRODUCTS, RESAMPLING, RESHAPES
+from hesscli.hessian.proofs.sample_rules import LIKELIHOODS, MATRIX_PRODUCTS, RESAMPLING, RESHAPES
 from hesscli.hessian.recording.tape import Call, Tape
 
 _LINEAR_OPERATORS = (
@@ -28,6 +28,8 @@ _PIECEWISE = frozenset(
 )
 # Linear in each argument, so linear in a value that reaches one of them alone.
 _MULTILINEAR = MATRIX_PRODUCTS | {"mul", "convolution"}
+_LINEAR_IN_FIRST = LIKELIHOODS | {"div"}
+_CHOICES = {"where": 0, "masked_fill": 1}  # and which argument the condition is
 
 
 def curved(tape: Tape, values: Sequence[int]) -> str | None:
@@ -49,7 +51,26 @@ def is_linear(call: Call, values: Sequence[int]) -> bool:
     """Whether a call is linear in all these values together, each of which it reads."""
     if call.name in _LINEAR_OPERATORS:
         return True
+    if call.name in _CHOICES:  # by a condition, which is none of them
+        return call.arguments[_CHOICES[call.name]].value not in values
     alone = len(values) == 1
     return alone and (
-        call.name in _MULTILINEAR or (call.name == "div" and call.place(values[0]) == 0)
+        call.name in _MULTILINEAR or (call.name in _LINEAR_IN_FIRST and call.place(values[0]) == 0)
     )
+
+
+def linear_in(tape: Tape) -> set[int]:
+    """The values that a tape's output is linear in together: inputs, and what is made of them in another way."""
+    moving, found, met, left = tape.dependent(tape.inputs), set[int](), set[int](), [tape.output]
+    while left:
+        n = left.pop()
+        if n not in moving or n in met:
+            continue
+        met.add(n)
+        call = None if n in tape.inputs else tape.calls[tape.maker[n]]
+        mine = [] if call is None else [read for read in call.reads if read in moving]
+        if call is not None and is_linear(call, mine):
+            left += mine
+        else:
+            found.add(n)
+    return found

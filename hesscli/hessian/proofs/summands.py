@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hesscli.hessian.proofs.piecewise import is_linear
+from hesscli.hessian.proofs.piecewise import linear_in
 from hesscli.hessian.proofs.sample_axis import MayMix, SampleAxis
 from hesscli.hessian.proofs.sample_rules import LIKELIHOODS, LOSS_OPERATORS
 from hesscli.hessian.proofs.samples import follow
@@ -22,22 +22,13 @@ def demand_summands(tape: Tape, axis: SampleAxis, samples: int) -> None:
     Raises:
         NotApplicable: something follows that is not linear; or a term is, or may be, of several samples.
     """
-    moving, summands, left = tape.dependent(tape.inputs), set[int](), [tape.output]
-    while left:
-        n = left.pop()
-        if n not in moving:
-            continue
-        if n in tape.inputs:
-            summands.add(n)
-            continue
-        call = tape.calls[tape.maker[n]]
-        mine = [read for read in call.reads if read in moving]
+    moving, summands = tape.dependent(tape.inputs), set[int]()
+    for n in linear_in(tape):
+        call = None if n in tape.inputs else tape.calls[tape.maker[n]]
         # The sum of what it makes of each sample, or the mean.
-        if call.name in LOSS_OPERATORS | LIKELIHOODS:
-            summands.update(mine)
-        elif is_linear(call, mine):
-            left += mine
-        elif tape.shapes[n].numel() > 1:
+        if call is not None and call.name in LOSS_OPERATORS | LIKELIHOODS:
+            summands.update(moving.intersection(call.reads))
+        elif call is None or tape.shapes[n].numel() > 1:
             summands.add(n)
         else:
             raise MayMix(call)

@@ -40,7 +40,7 @@ def record(problem: Problem, batch: Batch) -> Tape:
 
 
 def record_terms(problem: Problem, batch: Batch) -> Tape:
-    """The tape of the terms that a loss of the user's own makes of the model's output, its only input.
+    """The tape of the terms that a loss makes of the model's output, its only input, or of their sum.
 
     Raises:
         NotApplicable: they are made of nothing that the loss computes.
@@ -49,7 +49,9 @@ def record_terms(problem: Problem, batch: Batch) -> Tape:
         output = problem.output(batch)
 
     def terms() -> Tensor:
-        found = problem.loss.terms(output, batch)
+        loss = problem.loss
+        own = loss.function is not None
+        found = loss.terms(output, batch) if own else loss.total(output, batch)[0]
         return found.view_as(found)  # recorded, also where it is the output itself
 
     return _recorded(terms, (output,))

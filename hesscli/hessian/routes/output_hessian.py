@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ class OutputHessian:
 
     Attributes:
         left: L, [B, r, C]; None stands for the identity.
-        right: R, [B, r, C]: no rows where the loss is elementwise, one behind a softmax.
+        right: R, [B, r, C]: no rows where the loss is elementwise, two for each softmax.
         d: [B, C]; None for zeros.
     """
 
@@ -29,10 +30,26 @@ class OutputHessian:
         return cls(nothing, nothing, d)
 
     @classmethod
-    def softmax(cls, log_p: Tensor, gradient: Tensor) -> OutputHessian:
-        """That of a loss <g, log p> with p = softmax f, both [B, C]: -(sum of g) (diag(p) - p p^T)."""
-        p, total = log_p.exp(), -gradient.sum(1, keepdim=True)
-        return cls(-(total * p).unsqueeze(1), p.unsqueeze(1), total * p)
+    def softmax(cls, log_p: Tensor, w: Tensor, s: Tensor) -> OutputHessian:
+        """w s (diag(p) - p p^T) s, with p = softmax(s f), that is of -w log p_y: all [B, C], w [B, 1].
+
+        What remains of p_m, the largest, is the sum of the others, q, which keeps all digits where p_m is almost one:
+
+            diag(p) - p p^T = diag(q + p_m (1 - p_m) e_m) - q (q + p_m e_m)^T - p_m e_m q^T
+        """
+        m = log_p.argmax(1, keepdim=True)
+        q = log_p.exp().scatter(1, m, 0)
+        rest = q.sum(1, keepdim=True)
+        largest = torch.zeros_like(q).scatter(1, m, 1 - rest)
+        left = torch.stack([q, largest], 1) * (-w * s).unsqueeze(1)
+        right = torch.stack([q + largest, q], 1) * s.unsqueeze(1)
+        return cls(left, right, w * s * s * (q + largest * rest))
+
+    @classmethod
+    def sum(cls, parts: Sequence[OutputHessian]) -> OutputHessian:
+        """Of several that have their rows and a diagonal each."""
+        left, right, d = zip(*((part.left, part.right, part.d) for part in parts), strict=True)
+        return cls(torch.cat(left, 1), torch.cat(right, 1), torch.stack(d).sum(0))
 
     def of(self, samples: slice) -> OutputHessian:
         """Of some samples."""

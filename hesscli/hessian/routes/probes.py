@@ -21,7 +21,6 @@ from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.autodiff import batched_grad, unit_rows
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.objective.batch import Batch
-from hesscli.hessian.objective.losses import OF_LOG_SOFTMAX
 from hesscli.hessian.operator import loss_hessian
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.proofs.uses import Use
@@ -155,12 +154,8 @@ class Probed:
     def output_hessian(self) -> OutputHessian:
         """The loss's own Hessian at the output: in general, a column for each seed."""
         f, size, rank = self.output.detach(), self.output[0].numel(), self.analysis.loss_rank
-        if rank == 1 < size:
-            log_p = f.log_softmax(1).requires_grad_()
-            of_log_softmax = OF_LOG_SOFTMAX[self.problem.loss.name]
-            total, _ = of_log_softmax(log_p, 1, self.batch.target, **self.batch.loss_arguments)
-            (gradient,) = torch.autograd.grad(total / self.problem.denominator, log_p)
-            return OutputHessian.softmax(log_p.detach(), gradient)
+        if rank and self.analysis.softmaxes is not None:
+            return self._behind_softmaxes(f, self.analysis.softmaxes)
         with exact_derivatives():
             multiply = loss_hessian(self.problem, self.batch, f)
         if not rank:
@@ -171,6 +166,26 @@ class Probed:
         for part, seeds in zip(columns, self.output_seeds().split(count), strict=True):
             part.copy_(multiply(seeds).reshape(part.shape))
         return OutputHessian(None, by_sample)
+
+    def _behind_softmaxes(self, f: Tensor, values: Sequence[int]) -> OutputHessian:
+        """That of a loss which is linear in these values of its tape, log softmax(s f + c)."""
+        terms, parts = self.analysis.terms, []
+        known = terms.replay({terms.inputs[0]: f.requires_grad_()})
+        total, _ = self.problem.loss.total_of(known[terms.output], self.batch)
+        # The gradient of log softmax is what comes in where that sums up to zero over the classes.
+        unit = torch.ones_like(f)
+        unit[:, 0] = 1 - f.shape[1]
+        for value in values:
+            (g,) = torch.autograd.grad(
+                total / self.problem.denominator,
+                known[value],
+                retain_graph=True,
+                materialize_grads=True,
+            )
+            (s,) = torch.autograd.grad(known[value], f, unit, retain_graph=True)
+            w = -g.sum(1, keepdim=True)
+            parts.append(OutputHessian.softmax(known[value].detach(), w, s / unit))
+        return OutputHessian.sum(parts)
 
     def output_seeds(self) -> Tensor:
         """The unit vectors of the output, the same in every sample: [C, *output.shape]."""
