@@ -246,6 +246,15 @@ TASKS = (
         (*ELEMENT_PEERS, GRADIENT),
         (Goal(GRADIENT, 60, 25),),
     ),
+    Task(
+        "elements-classes",
+        "elements, tanh MLP 64-256-512, P = 148224, B = 512: as many outputs as a vocabulary has",
+        "mlp",
+        _mlp(512, 64, 256, 512),
+        TOY_MLP,
+        "elements",
+        ELEMENT_PEERS,
+    ),
     # Without a matrix.
     Task(
         "eigen-mlp",
