@@ -1041,10 +1041,14 @@ def test_importing_hesscli_loads_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
 
 
-def test_products_load_neither_scipy_nor_sympy():
+@pytest.mark.parametrize("command", ["eigen --top 1", "compute -b elements", "compute -b full"])
+def test_neither_scipy_nor_sympy_is_loaded(command, tmp_path):
+    name, *options = command.split()
+    if name == "compute":
+        options += ["-o", str(tmp_path / "h.safetensors")]
     code = (
         "import sys\nfrom hesscli.cli import main\n"
-        f"sys.argv = ['hesscli', 'eigen', *{[str(part) for part in MLP]}, '--top', '1', '-q']\n"
+        f"sys.argv = ['hesscli', {name!r}, *{[*map(str, MLP)]}, *{options}, '-q']\n"
         "try:\n    main()\nfinally:\n    print({'scipy', 'sympy'} & sys.modules.keys())"
     )
     ran = subprocess.run(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -172,19 +172,15 @@ class Probed:
         terms, parts = self.analysis.terms, []
         known = terms.replay({terms.inputs[0]: f.requires_grad_()})
         total, _ = self.problem.loss.total_of(known[terms.output], self.batch)
+        mean = total / self.problem.denominator
         # The gradient of log softmax is what comes in where that sums up to zero over the classes.
         unit = torch.ones_like(f)
         unit[:, 0] = 1 - f.shape[1]
-        for value in values:
-            (g,) = torch.autograd.grad(
-                total / self.problem.denominator,
-                known[value],
-                retain_graph=True,
-                materialize_grads=True,
-            )
-            (s,) = torch.autograd.grad(known[value], f, unit, retain_graph=True)
+        grad = partial(torch.autograd.grad, retain_graph=True, materialize_grads=True)
+        for log_p in (known[value] for value in values):
+            (g,), (s,) = grad(mean, log_p), grad((unit * log_p).sum(), f)
             w = -g.sum(1, keepdim=True)
-            parts.append(OutputHessian.softmax(known[value].detach(), w, s / unit))
+            parts.append(OutputHessian.softmax(log_p.detach(), w, s / unit))
         return OutputHessian.sum(parts)
 
     def output_seeds(self) -> Tensor:
