@@ -65,6 +65,7 @@ OF_SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
     "rotated": lambda z: torch.rot90(square(z), 1, [1, 2]),
     "cross-product": lambda z: torch.linalg.cross(square(z), square(z.flip(1)).square()),
     "found-in-table": lambda z: z * torch.searchsorted(torch.linspace(-1, 1, 5, dtype=z.dtype), z.detach()),
+    "found-in-own-table": lambda z: z[:, 5:] * torch.searchsorted(z[:, :5].detach().sort(1).values, z[:, 5:].detach()),
     "is-in-table": lambda z: z * torch.isin(z.round(), torch.tensor([0.0, 1], dtype=z.dtype)),
     "copied-part": lambda z: z.narrow_copy(1, 2, 5),
     "unpooled": lambda z: F.max_unpool2d(
@@ -192,6 +193,7 @@ def test_operators_that_inference_mode_does_not_take_apart(name: str) -> None:
     lambda z: z[torch.arange(6)[:, None], z[:, :6].argsort(1).T],
     lambda z: z.reshape(18, 3)[torch.arange(6)],
     lambda z: z[:, z.argsort(1)[:, 0]],
+    lambda z: torch.searchsorted(z.detach().T.sort(1).values.contiguous(), z.detach().T.contiguous()).T * z,
     lambda z: torch.renorm(z, 2, 1, 0.5),
     lambda z: F.conv1d(z.T.reshape(1, 54, 1), z.view(6, 9, 1), groups=6).view(6, 1),
     lambda z: F.conv1d(z.view(1, 18, 3), z[:, :6].reshape(6, 6, 1), groups=3).view(6, 3),

@@ -205,6 +205,15 @@ def _overlapped(c: Context) -> SampleAxis | None:
     return axis
 
 
+def _searched(c: Context) -> SampleAxis | None:
+    """In a table, the first argument: the same for all samples, or each sample's own along the last axis."""
+    if c.axis(0) is None:
+        return c.only(1)
+    axis = c.one((c.axis(0), c.axis(1)))
+    c.require(axis.axis < len(c.shape()) - 1 and c.named("sorter") is None)
+    return axis
+
+
 def _trilinear(c: Context) -> SampleAxis | None:
     """As `nn.Bilinear` calls it: [B, i], [o, i, j], [B, j] -> [B, o]."""
     names, bilinear = ("expand1", "expand2", "expand3", "sumdim"), ((1, 3), (0,), (1, 2), (2, 3))
@@ -248,8 +257,8 @@ _RULES: dict[str, Rule] = {
     "_trilinear": _trilinear,
     **dict.fromkeys(_MATRIX, _of_matrix),
     **dict.fromkeys(_PAIRS, _of_pair),
-    # In a table, the first argument, that is the same for all samples.
-    **dict.fromkeys(("embedding", "searchsorted"), lambda c: c.only(1)),
+    "embedding": lambda c: c.only(1),  # of a table that is the same for all samples
+    "searchsorted": _searched,
     **dict.fromkeys(_COMPLEX | {"bucketize", "isin"}, Context.only),
     "convolution": _convolved,
     "renorm": _renormed,
