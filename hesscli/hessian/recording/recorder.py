@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.aten.definitions import exact_derivatives
-from hesscli.hessian.aten.precision import WIDE
 from hesscli.hessian.aten.watcher import BLANK, Watcher, detaching, each
 from hesscli.hessian.guests import is_missing_derivative
 from hesscli.hessian.objective.batch import Batch
@@ -137,7 +135,6 @@ class _Recorder(Watcher):
                 f"{func.overloadpacket.__name__} goes on in another dtype than float32"
             )
         parts = result if isinstance(result, (tuple, list)) else (result,)
-        call = self._in_its_dtype(call, args, result)
         outputs = [
             self._make(part, func, args) if isinstance(part, Tensor) else None for part in parts
         ]
@@ -189,18 +186,6 @@ class _Recorder(Watcher):
         detached = made(_DETACH, (before,))
         change = made(torch.ops.aten.sub.Tensor, (written, detached))
         return Call(torch.ops.aten.add.Tensor, (before, change), {})
-
-    def _in_its_dtype(self, call: Call, args: tuple[Any, ...], result: Any) -> Call:
-        """The call that gives a result in the dtype that it has, which may be wider than the model says."""
-        if not isinstance(result, Tensor):
-            return call
-        if call.keywords.get("dtype"):
-            return replace(call, keywords={**call.keywords, "dtype": result.dtype})
-        if not _widened(result, args):
-            return call
-        # It wrote into wider memory of its own, which a replay of the call alone would not have.
-        made = self.draft.made(result, call.operator, call.arguments, result.shape, call.keywords)
-        return Call(torch.ops.aten._to_copy.default, (made,), {"dtype": result.dtype})
 
     def _put_back(self, part: Any) -> None:
         """What was written to through a view, as far as it is known what the view is of."""
@@ -270,12 +255,6 @@ def _has_history(written: object) -> bool:
 def _is_view(func: Any, args: tuple[Any, ...], result: Any) -> bool:
     alone = isinstance(result, Tensor) and result is not args[0]
     return alone and func._schema.returns[0].alias_info is not None
-
-
-def _widened(made: Tensor, args: tuple[Any, ...]) -> bool:
-    """Whether what is made of narrower numbers alone is in float64."""
-    given = [x.dtype for x in each(args, Tensor) if x.is_floating_point() or x.is_complex()]
-    return made.dtype in WIDE and bool(given) and set(WIDE).isdisjoint(given)
 
 
 def _is_converted(result: Any, args: tuple[Any, ...]) -> bool:
