@@ -220,12 +220,20 @@ SMOOTH = {
     "logcumsumexp": (
         lambda z: torch.stack([z, z * 0 + 1]).logcumsumexp(0)[1], lambda z: bump(z - 1)
     ),
+    "mish": (F.mish, lambda z: bend_of_mish(z)),
 }  # fmt: skip
 
 
 def bump(z: Tensor) -> Tensor:
     """sigmoid'(z)"""
     return torch.sigmoid(z) * torch.sigmoid(-z)
+
+
+def bend_of_mish(z: Tensor) -> Tensor:
+    """The second derivative of z t, with t = tanh(log(1 + exp z))."""
+    t, p = torch.tanh(F.softplus(z)), torch.sigmoid(z)
+    slope = (1 - t**2) * p
+    return 2 * slope + z * (slope * (1 - p) - 2 * t * slope * p)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

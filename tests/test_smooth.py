@@ -7,8 +7,11 @@ from collections import Counter
 
 import pytest
 import torch
+from oracles import hessian
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import hesscli
 from hesscli.hessian.aten.smooth import smooth
 from hesscli.hessian.autodiff import batched_grad, seeded_grad
 
@@ -103,3 +106,26 @@ def test_passes_where_internals_of_pytorch_have_moved(monkeypatch):
     first, nothing = seeded_grad(gradient, [x, unused], torch.eye(5)[0])
     torch.testing.assert_close(first, expected[0])
     assert nothing is None
+
+
+@pytest.mark.parametrize(
+    ("method", "blocks"),
+    [("preactivation", "elements"), ("preactivation", "full"), ("auto", "diag"), ("hvp", "full")],
+)
+def test_mish_where_an_exponential_overflows_in_float32(method, blocks):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 3), nn.Mish(), nn.Linear(3, 3), nn.Mish(True), nn.Linear(3, 1))
+    x = torch.randn(8, 2) * torch.tensor([1.0, 900.0])
+    assert net[:1](x).max() > 89
+    assert net[:3](x).max() > 89
+    found = hesscli.compute(net, (x, x[:, :1]), method=method, blocks=blocks, framework="torch")
+    truth = hessian(net.double(), nn.functional.mse_loss, (x.double(),), x[:, :1].double())
+    start = 0
+    for name in found.blocks:
+        mine = found.block(name).double()
+        stop = start + (mine.numel() if blocks == "elements" else len(mine))
+        part = truth[start:stop, start:stop]
+        part = part.diagonal().view(mine.shape) if blocks == "elements" else part
+        torch.testing.assert_close(mine, part, rtol=1e-4, atol=1e-5 * float(part.abs().max()))
+        start = stop
+    assert start == len(truth)

@@ -10,7 +10,7 @@ Inside `exact_derivatives()` these operators run as the formulas of `formulas.py
   derivative.
 - `log_softmax`, `logsigmoid`, `binary_cross_entropy_with_logits`: they take 1 - p of a p that may have been rounded
   to 1, where all their derivatives then are 0.
-- `logaddexp`, `logaddexp2`: their second derivatives are NaN where an exponential overflows.
+- `logaddexp`, `logaddexp2`, `mish`: their second derivatives are NaN where an exponential overflows.
 - `logcumsumexp`, `sinc`, `std`, `atan2`, `angle`, `sgn`, norms of vectors: their second derivatives are NaN where a
   gradient, or x, is zero.
 - `prelu`: at zero its first derivative is that of one side, its second that of the other.
@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -117,6 +117,12 @@ DEFINITIONS: Definitions = {
 }
 
 
+WHOLE_ON_TAPES: dict[str, Callable[..., torch.Tensor]] = {
+    "mish": formulas.mish,
+    "mish_": lambda x: x.copy_(formulas.mish(x.clone())),
+}
+"""What stays one operator on a tape, which says that it is elementwise; replayed as this."""
+
 _RIGHT_ON_CPU: Definitions = {
     "instance_norm": normalisations.instance_norm_of_contiguous_gradients,
     "native_group_norm": normalisations.group_norm_of_flat_groups,
@@ -146,8 +152,11 @@ def right_gradients() -> Iterator[None]:
 
 
 @contextmanager
-def exact_derivatives() -> Iterator[None]:
-    """Forward passes in this context can be differentiated twice, exactly, wherever PyTorch knows how."""
+def exact_derivatives(on_tape: bool = False) -> Iterator[None]:
+    """Forward passes in this context can be differentiated twice, exactly, wherever PyTorch knows how.
+
+    A tape of one (`on_tape`) is differentiated where it is replayed, in another such context.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -157,9 +166,10 @@ def exact_derivatives() -> Iterator[None]:
             torch.library._scoped_library("aten", "IMPL") as library,
             sdpa_kernel(SDPBackend.MATH),
             torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
-            also_recomputed(exact_derivatives),
+            also_recomputed(partial(exact_derivatives, on_tape)),
         ):
-            _replace(library, DEFINITIONS, DEFINITIONS | STEP_BY_STEP)
+            definitions = DEFINITIONS if on_tape else DEFINITIONS | WHOLE_ON_TAPES
+            _replace(library, definitions, definitions | STEP_BY_STEP)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -20,6 +20,11 @@ def hardsigmoid_(x: Tensor) -> Tensor:
     return F.hardtanh_(x, -3, 3).div_(6).add_(0.5)
 
 
+def mish(x: Tensor) -> Tensor:
+    """x tanh(log(1 + exp x)); PyTorch's second derivative takes exp(x), which may overflow."""
+    return x * torch.tanh(F.softplus(x))
+
+
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
     """x where it is positive, weight x elsewhere."""
     return torch.where(x > 0, x, weight * x)

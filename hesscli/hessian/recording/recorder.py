@@ -62,7 +62,7 @@ def _recorded(
 ) -> Tape:
     recorder = _Recorder()
     try:
-        with exact_derivatives(), _unfused(), detaching(recorder.detached), recorder:
+        with exact_derivatives(on_tape=True), _unfused(), detaching(recorder.detached), recorder:
             output = function()
     except RuntimeError as error:
         if not is_missing_derivative(error):

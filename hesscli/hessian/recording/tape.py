@@ -18,18 +18,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hesscli.hessian.aten.definitions import WHOLE_ON_TAPES
 from hesscli.hessian.aten.precision import default_of
 from hesscli.hessian.aten.smooth import smooth
 from hesscli.hessian.aten.watcher import each
 
 _aten = torch.ops.aten
+DEFINED = {getattr(_aten, name).default: f for name, f in WHOLE_ON_TAPES.items()}
+"""Functions that have the derivatives of these instead."""
 _REPLAYED_AS: dict[Any, Callable[..., Any]] = {
     # What was written in place lies elsewhere in its replay, where not every view is one.
     _aten.view.default: _aten.reshape.default,
     _aten._unsafe_view.default: _aten.reshape.default,
     # PyTorch takes their derivatives for one direction after the other.
     **{
-        f.default: smooth(f.default)
+        f.default: smooth(DEFINED.get(f.default, f.default))
         for f in (_aten.tanh, _aten.gelu, _aten.silu, _aten.mish, _aten.softplus, _aten.elu)
     },
 }

@@ -13,7 +13,7 @@ from hesscli.hessian.proofs.analysis import Analysis
 from hesscli.hessian.proofs.sample_axis import SampleAxis
 from hesscli.hessian.proofs.sample_rules import ELEMENTWISE_UNARY, RESHAPES
 from hesscli.hessian.proofs.uses import CONVOLUTION, Use
-from hesscli.hessian.recording.tape import Call, Ref
+from hesscli.hessian.recording.tape import DEFINED, Call, Ref
 from hesscli.hessian.routes.factored_hessian import MOST_ROWS
 
 _BOOLEAN = frozenset("isnan isinf signbit logical_not bitwise_not".split())
@@ -33,9 +33,11 @@ class Step:
     def derivatives(self, at: Tensor) -> tuple[Tensor, Tensor | None]:
         """phi' and phi'' of an elementwise function; None where phi'' is zero."""
 
+        operator = DEFINED.get(self.call.operator, self.call.operator)
+
         def phi(u: Tensor) -> Tensor:
             arguments = [u if isinstance(a, Ref) else a for a in self.call.arguments]
-            result = self.call.operator(*arguments, **self.call.keywords)
+            result = operator(*arguments, **self.call.keywords)
             return result[0] if isinstance(result, (tuple, list)) else result
 
         return slope_and_bend(phi, at)
