@@ -145,6 +145,21 @@ def test_a_wrong_second_derivative_has_a_hint(dtype, hint):
     assert relative_error(found.matrix().double(), truth) < 1e-6
 
 
+def certain(f, y):
+    """A variance that is below the loss's eps, and is clamped there with gradients off."""
+    return F.gaussian_nll_loss(f[:, :1], y, 9e-7 * f[:, 1:].sigmoid())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("method", ["auto", "hvp", "finite-difference"])
+@pytest.mark.parametrize("job", [hesscli.compute, hesscli.operator])
+def test_a_gradient_that_is_not_the_derivative_of_the_loss(job, method, dtype):
+    torch.manual_seed(0)
+    with pytest.raises(hesscli.HesscliError, match="not the derivative of the loss") as caught:
+        job(nn.Linear(3, 2), (X, Y), loss=certain, method=method, dtype=dtype)
+    assert (caught.value.exit_code, caught.value.hint) == (5, None)
+
+
 class Refusing(torch.autograd.Function):
     """A sine whose backward pass refuses to be differentiated, with an error of its own."""
 

@@ -1744,16 +1744,13 @@ def test_a_view_that_a_contiguous_parameter_would_not_have():
 
 
 @pytest.mark.parametrize("most", [operands._MOST_UNITS, 1])
-@pytest.mark.parametrize("by_frequency", [False, True])
-def test_what_table_is_a_layer_of_unit_vectors(monkeypatch, by_frequency, most):
-    """One that is not too large, and whose gradient is its derivative."""
+def test_what_table_is_a_layer_of_unit_vectors(monkeypatch, most):
+    """One that is not too large."""
     monkeypatch.setattr(operands, "_MOST_UNITS", most)
-    model = nn.Sequential(
-        nn.Embedding(4, 3, scale_grad_by_freq=by_frequency), nn.Tanh(), nn.Linear(3, 2)
-    )
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Tanh(), nn.Linear(3, 2))
     problem = problem_of(model, (ROWS.argsort(1)[:, 0],), numbers(5, 2))
     uses = Analyses(problem).of(problem.batches[0]).uses
-    assert ("0.weight" in uses) is (most > 1 and not by_frequency)
+    assert ("0.weight" in uses) is (most > 1)
 
 
 def test_nothing_is_proven_of_an_output_that_is_not_computed():

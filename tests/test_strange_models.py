@@ -175,6 +175,32 @@ def test_embeddings_that_autograd_has_less_of(mode, sparse):
     assert everything.metadata["check"]["relative_error"] < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["module", "trace", "program"])
+@pytest.mark.parametrize("blocks", ["full", "diag"])
+@pytest.mark.parametrize("method", ["auto", "hvp", "finite-difference"])
+def test_rows_that_are_trained_less_the_more_they_occur(kind, blocks, method, tmp_path):
+    """As with `scale_grad_by_freq`: it is the loss that is differentiated."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Embedding(5, 3, scale_grad_by_freq=True), nn.Tanh(), nn.Flatten(), nn.Linear(6, 1)
+    ).double()
+    words = torch.arange(18).view(9, 2) ** 2 % 5
+    given = model
+    if kind == "trace":
+        given = tmp_path / "net.pt"
+        torch.jit.trace(model, words).save(given)
+    elif kind == "program":
+        given = tmp_path / "net.pt2"
+        torch.export.save(torch.export.export(model, (words,)), given)
+    found = hesscli.compute(given, (words, Y), blocks=blocks, method=method, framework="torch")
+    plain = nn.Sequential(nn.Embedding(5, 3), *model[1:])
+    plain.load_state_dict(model.state_dict())
+    truth = hessian(plain.double(), F.mse_loss, (words,), Y)
+    part = truth if blocks == "full" else truth[:15, :15]
+    mine = found.matrix() if blocks == "full" else found.block("0.weight")
+    assert relative_error(mine, part) < (1e-7 if method == "finite-difference" else 1e-12)
+
+
 def test_the_largest_of_uneven_bags():
     class Net(nn.Module):
         def __init__(self, by_hand: bool):

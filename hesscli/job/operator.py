@@ -15,7 +15,7 @@ from torch import Tensor
 from hesscli.errors import MismatchError, NumericalError, ResourceError, UsageError
 from hesscli.files.malloc import release_at_once
 from hesscli.hessian.applicability import NotApplicable
-from hesscli.hessian.blocks import Block
+from hesscli.hessian.blocks import Block, partition
 from hesscli.hessian.differences.check import Certificate
 from hesscli.hessian.differences.products import Differences
 from hesscli.hessian.objective.first_gradient import first_gradient
@@ -25,7 +25,7 @@ from hesscli.hessian.words import FINITE_DIFFERENCE, HVP
 from hesscli.job import documents
 from hesscli.job.json_form import Document
 from hesscli.job.options import Listener, ProblemOptions
-from hesscli.job.remedies import more_digits, not_finite
+from hesscli.job.remedies import ANOTHER_SLOPE, more_digits, not_finite
 from hesscli.job.setup.batches import free_memory
 from hesscli.job.setup.opening import Opened
 from hesscli.job.setup.processes import Processes
@@ -189,6 +189,8 @@ def _checked_operator(
             return made
         except NotApplicable as error:
             reason = str(error)
+    if certificate is not None and certificate.finds_another_slope(_whole(problem)):
+        raise NumericalError(f"{reason}: {ANOTHER_SLOPE}")
     raise NumericalError(
         reason,
         more_digits(problem.dtype)
@@ -207,6 +209,12 @@ def _demand_products(options: ProblemOptions) -> None:
         raise UsageError(f"{FINITE_DIFFERENCE} gives the Hessian alone", f"--method {HVP}")
 
 
+def _whole(problem: Problem) -> Block:
+    """All parameters' block."""
+    (block,) = partition({name: p.shape for name, p in problem.parameters.items()}, "full")
+    return block
+
+
 def _check(made: Operator, certificate: Certificate | None) -> Document | None:
     """What the check of a product found, as in the JSON document; NotApplicable where the product is wrong."""
     if certificate is None:
@@ -214,9 +222,8 @@ def _check(made: Operator, certificate: Certificate | None) -> Document | None:
         if not bool(torch.isfinite(made.products(probe)).all()):
             raise made.not_finite("a product")
         return None
-    whole = Block("hessian", tuple(made.products.names), tuple(made.products.sizes))
     difference, asymmetry = certificate.product(
-        whole, lambda v: made.products(v.to(made.problem.dtype))
+        _whole(made.problem), lambda v: made.products(v.to(made.problem.dtype))
     )
     error = max(difference, asymmetry)
     if certificate.passed(error):

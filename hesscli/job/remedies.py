@@ -9,6 +9,11 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.words import FINITE_DIFFERENCE, HVP
 from hesscli.job.options import ProblemOptions
 
+ANOTHER_SLOPE = (
+    "the gradient is not the derivative of the loss, as where values are clamped with gradients off: a variance below"
+    " the eps of gaussian_nll_loss, say"
+)
+
 
 def more_digits(dtype: torch.dtype) -> str | None:
     """The option that takes more than this dtype has, if there is one."""

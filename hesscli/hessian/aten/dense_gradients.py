@@ -1,5 +1,7 @@
 """Embeddings whose gradients are to be sparse have dense ones: these hold the same numbers, and can be differentiated.
 
+Nor are rows divided by how often they occur (`scale_grad_by_freq`): what would be left is no derivative of the loss.
+
 The operator is replaced: traces, exported programs and `F.embedding(..., sparse=True)` have no module to be told.
 """
 
@@ -42,4 +44,4 @@ def _dense(
     by_frequency: bool,
     sparse: bool,
 ) -> Tensor:
-    return torch.ops.aten.embedding_dense_backward(gradient, indices, rows, padding, by_frequency)
+    return torch.ops.aten.embedding_dense_backward(gradient, indices, rows, padding, False)

@@ -111,6 +111,16 @@ class Certificate:
         usual = abs(value) / max(size, least)
         return usual if norm <= _ROUNDING[self.digits] * usual else norm
 
+    def finds_another_slope(self, block: Block) -> bool:
+        """Whether the loss has another slope than its gradient by the block says: over a step and over its half."""
+        if not self.problem.runs_here:
+            return False
+        v, step = self.direction(block), _STEPS[self.digits][-1]
+        along = DirectionalDifference(self.problem, block, v, self.here)
+        expected, slope = float(along.gradient(0.0) @ v), along.slope(step)
+        gap, size = abs(slope - expected), max(abs(slope), abs(expected))
+        return gap > SINGLE * size and abs(slope - along.slope(step / 2)) < 1e-2 * gap
+
     def _generator(self, block: Block) -> torch.Generator:
         """Each block has its own numbers, whichever are checked before it."""
         return torch.Generator().manual_seed(self.seed ^ zlib.crc32(block.name.encode()))

@@ -37,6 +37,14 @@ class DirectionalDifference:
         """
         return (4 * self.quotient(step) - self.quotient(2 * step)) / 3
 
+    def slope(self, step: float) -> float:
+        """(L(theta + h v) - L(theta - h v)) / 2h"""
+        values = []
+        for h in (step, -step):
+            with torch.no_grad(), self.moved(h):
+                values.append(sum(float(self.problem.value(b)) for b in self.problem.batches))
+        return (values[0] - values[1]) / (2 * step * self.scale)
+
     def one_sided_quotient(self, step: float) -> Tensor | None:
         """(g_B(theta + h v) - g_B(theta)) / h; None where there is none."""
         gradient = self.here.gradient(self.block.parameters)

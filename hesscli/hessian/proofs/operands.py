@@ -152,7 +152,7 @@ def _in_convolution(p: Operand) -> Use | None:
 
 
 def _in_embedding(p: Operand) -> Use | None:
-    if not p.as_stored or p.call.named("scale_grad_by_freq"):
+    if not p.as_stored:
         return None
     vocabulary, length = p.shape
     if vocabulary * p.z_shape.numel() // max(1, length) > _MOST_UNITS:

@@ -11,7 +11,7 @@ from hesscli.hessian.differences.check import SINGLE
 from hesscli.hessian.routes.base import Choice, Route
 from hesscli.hessian.words import FINITE_DIFFERENCE
 from hesscli.job.matrix.planning import Plan
-from hesscli.job.remedies import inexact, more_digits, not_finite, other_way
+from hesscli.job.remedies import ANOTHER_SLOPE, inexact, more_digits, not_finite, other_way
 
 
 @dataclass
@@ -78,7 +78,9 @@ class Ranking:
 
     def _inexact(self, said: str, error: float) -> NumericalError:
         """What is said where the last route does not pass the check."""
-        dtype = self.plan.problem.dtype
+        certificate, dtype = self.plan.certificate, self.plan.problem.dtype
+        if certificate is not None and certificate.finds_another_slope(self.block):
+            return NumericalError(f"{said}: {ANOTHER_SLOPE}; nothing was written")
         hint = more_digits(dtype) or other_way(self.plan.options, self.method)
         if self.method == FINITE_DIFFERENCE and hint is None:  # which is made of gradients itself
             said += (
