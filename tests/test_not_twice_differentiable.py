@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import hesscli
+from hesscli.hessian.applicability import NotApplicable, explained
 
 X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = X.sin().sum(1, keepdim=True)
@@ -202,6 +203,31 @@ def test_differences_where_a_backward_pass_refuses(monkeypatch, error, said, blo
     if blocks == "full":
         assert relative_error(found.matrix(), truth) < 1e-6
     assert relative_error(found.matrix().diagonal(), truth.diagonal()) < 1e-6
+
+
+CALLING = """
+import torch
+
+class Calling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.nn.functional.gaussian_nll_loss(gradient, gradient, -gradient)
+"""
+
+
+@pytest.mark.parametrize(("package", "is_ours"), [("hesscli.hessian", True), ("nets", False)])
+def test_a_bug_of_our_own_is_no_missing_derivative(package, is_ours):
+    """Also where PyTorch's code, called by ours, is what raises."""
+    names = {"__name__": package}
+    exec(CALLING, names)
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(ValueError, match="negative") as caught:
+        torch.autograd.grad(names["Calling"].apply(x).sum(), x)
+    assert isinstance(explained(caught.value), NotApplicable) is not is_ours
 
 
 def test_differences_where_a_second_derivative_is_not_finite():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from traceback import walk_tb
 
 from hesscli.errors import HesscliError, is_out_of_memory
@@ -29,9 +30,14 @@ def explained(error: Exception) -> Exception:
 
 
 def _is_of_backward(error: Exception) -> bool:
-    """Whether a backward pass met it, in code that is not ours, and with memory left."""
+    """Whether a backward pass met it, in PyTorch's or the model's code, not in one of ours, and with memory left."""
     if isinstance(error, HesscliError | NotApplicable) or is_out_of_memory(error):
         return False
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
-    in_backward = any(frame.f_code.co_name == "_engine_run_backward" for frame in frames)
-    return in_backward and frames[-1].f_globals["__name__"].split(".")[0] != "hesscli"
+    names = [frame.f_code.co_name for frame in frames]
+    if "_engine_run_backward" not in names:
+        return False
+    inside = frames[names.index("_engine_run_backward") :]
+    packages = [frame.f_globals["__name__"].split(".")[0] for frame in inside]
+    callers = [name for name in packages if name not in ("torch", *sys.stdlib_module_names)]
+    return callers[-1:] != ["hesscli"]
