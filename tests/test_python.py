@@ -641,6 +641,7 @@ def test_autocast_of_a_model_is_the_outermost() -> None:
     [
         ("torch.set_float32_matmul_precision('medium')", "torch.get_float32_matmul_precision()"),
         ("torch.backends.fp32_precision = 'tf32'", "torch.backends.fp32_precision"),
+        ("torch.backends.disable_global_flags()", "torch.backends.flags_frozen()"),
         (
             "torch.set_float32_matmul_precision('medium'); torch.backends.cuda.matmul.allow_tf32 = True",
             "torch.backends.cuda.matmul.allow_tf32",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from threading import RLock
 from typing import Any, ParamSpec, TypeVar
@@ -75,9 +75,10 @@ def as_written(function: Callable[Arguments, Value]) -> Callable[Arguments, Valu
 def settings_kept() -> Iterator[None]:
     """Puts back what `settle` sets, and lets one thread at a time do so.
 
-    PyTorch has two ways to set the precision, and refuses to read by the old one what was set by the new one.
+    PyTorch has two ways to set the precision, and refuses to read by the old one what was set by the new one. It lets
+    no flag be set after `torch.backends.disable_global_flags()`, which its own tests call, but in such a context.
     """
-    with _ONE_AT_A_TIME:
+    with _ONE_AT_A_TIME, getattr(_BACKENDS, "__allow_nonbracketed_mutation", nullcontext)():
         threads = torch.get_num_threads()
         precisions = [each.fp32_precision for each in _PRECISIONS]
         matmul = _readable(torch.get_float32_matmul_precision)
