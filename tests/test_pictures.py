@@ -18,9 +18,10 @@ from torch import nn
 import hesscli
 from hesscli.cli.heatmap import CIVIDIS, OF_256
 from hesscli.files.hessians.hessian_file import HessianFile, read_hessian
-from hesscli.job.figures import spread
+from hesscli.job.figures import plot_density, plot_matrix, spread
 from hesscli.job.picture import DECADES, Picture, picture
 from hesscli.spectrum import tiles
+from hesscli.spectrum.density import Density
 
 PLAIN = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "COLORTERM")
 
@@ -267,15 +268,60 @@ def test_the_figure_of_a_density_says_how_it_was_made(cli, tmp_path):
     x = np.random.default_rng(0).standard_normal((9, 600))
     torch.jit.trace(nn.Linear(600, 1).double(), torch.from_numpy(x)).save(tmp_path / "net.pt")
     np.savez(tmp_path / "d.npz", x=x, y=np.zeros((9, 1)))
-    write(tmp_path / "h", {"a": symmetric(6)})
-    for words, title in (
-        (("h",), "6 eigenvalues (exact)"),
-        (("net.pt", "d.npz", "--probes", 2, "--steps", 7), "601 eigenvalues (2 probes, 7 steps)"),
+    write(tmp_path / "h", {"a": np.diag([1.0, 2.0, 2.0, 3.0, 4.0, 7.0])})
+    model = ("net.pt", "d.npz", "--steps", 7)
+    fisher = "empirical Fisher matrix"
+    for words, title, matrix in (
+        (("h",), "6 eigenvalues (exact)", "Hessian"),
+        ((*model, "--probes", 2), "601 eigenvalues (2 probes, 7 steps)", "Hessian"),
+        (
+            (*model, "--probes", 1, "--curvature", "fisher"),
+            "601 eigenvalues (1 probe, 7 steps)",
+            fisher,
+        ),
     ):
         with mpl.rc_context({"svg.fonttype": "none"}):
             ran = cli("density", *words, "--plot", "d.svg")
         assert ran.code == 0, ran.stderr
-        assert f"{title}</text>" in (tmp_path / "d.svg").read_text()
+        drawn = (tmp_path / "d.svg").read_text()
+        assert f"{title}</text>" in drawn
+        assert f"eigenvalue of the {matrix}</text>" in drawn
+        assert ("share of eigenvalues in a bin of 0.05</text>" in drawn) == (words == ("h",))
+
+
+def test_the_figure_of_a_density_begins_at_a_tenth_of_an_eigenvalue(tmp_path, monkeypatch):
+    """As the bars of the terminal do: what is less is rounding, or chance."""
+    from matplotlib.axes import Axes
+
+    shown = []
+    original = Axes.draw
+    monkeypatch.setattr(
+        Axes,
+        "draw",
+        lambda axes, drawer: (shown.append(axes.get_ylim()), original(axes, drawer))[1],
+    )
+    document = {"size": 100, "curvature": "hessian", "steps": 3}
+    for least, begins in ((1e-12, 0.1 / 100 / 2), (1e-2, 1e-2 / 2)):
+        density = Density(np.array([0.0, 1.0]), np.array([1 - least, least]), False, 1)
+        plot_density(tmp_path / "d.png", document, density)
+        assert shown[-1][0] == pytest.approx(begins)
+
+
+def test_colours_that_end_before_the_smallest_entries_say_so(tmp_path, monkeypatch):
+    """Six decades have colours of their own; what is below has that of the lowest."""
+    from matplotlib.figure import Figure
+
+    ends = []
+    original = Figure.colorbar
+    monkeypatch.setattr(
+        Figure,
+        "colorbar",
+        lambda *words, **named: (ends.append(named["extend"]), original(*words, **named))[1],
+    )
+    for least in (1e-9, 1e-3):
+        shown = Picture(np.array([[1.0, least], [least, 0.0]]), (), 2, diagonal=False)
+        plot_matrix(tmp_path / "h.png", shown, "")
+    assert ends == ["min", "neither"]
 
 
 def test_names_for_which_a_figure_has_no_room(cli, tmp_path):

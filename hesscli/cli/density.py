@@ -12,11 +12,12 @@ import typer
 from hesscli.cli.commands import on_all_processes, prints, takes_hessian_or_problem
 from hesscli.cli.options import Force, refuse_idle_force, written_to
 from hesscli.cli.output import Output
-from hesscli.cli.summary import counted, spectrum_headline
+from hesscli.cli.summary import spectrum_headline
 from hesscli.cli.terminal import encodable
 from hesscli.job.json_form import Document
 from hesscli.job.options import ProblemOptions
 from hesscli.job.setup.processes import Processes
+from hesscli.job.sizes import counted
 from hesscli.job.starting import start
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"

@@ -15,12 +15,13 @@ from hesscli.cli.gates import bound, gate, refuse_unseen_end
 from hesscli.cli.numbers import error
 from hesscli.cli.options import Force, refuse_idle_force, written_to
 from hesscli.cli.output import Output
-from hesscli.cli.summary import counted, shape_text, spectrum_headline
+from hesscli.cli.summary import shape_text, spectrum_headline
 from hesscli.cli.values import finite
 from hesscli.errors import NumericalError, UsageError
 from hesscli.job.json_form import Document
 from hesscli.job.options import ProblemOptions, Which
 from hesscli.job.setup.processes import Processes
+from hesscli.job.sizes import counted
 from hesscli.job.starting import start
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from hesscli.cli.numbers import error, number, seconds
 from hesscli.cli.output import Output
 from hesscli.job.json_form import Document
-from hesscli.job.sizes import size
+from hesscli.job.sizes import counted, size
 
 COLUMNS = ("trace", "eig_max", "eig_min", "fro_norm")
 WIDE = (*COLUMNS, "mean_eig", "negative", "condition", "symmetry_error")
@@ -91,11 +91,6 @@ def _check(document: Document) -> str:
     if "seconds" in document:
         found.append(seconds(document["seconds"]))
     return ", ".join(found)
-
-
-def counted(count: int, thing: str) -> str:
-    """So many of a thing."""
-    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def products_headline(document: Document) -> dict[str, str]:

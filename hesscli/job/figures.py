@@ -13,6 +13,7 @@ import numpy as np
 from hesscli.errors import UsageError
 from hesscli.job.json_form import Document
 from hesscli.job.results import PICTURES, replacing, writable
+from hesscli.job.sizes import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,6 +26,11 @@ _SIDE = 6.4  # inches
 _FONT, _SMALLEST = 7.5, 5.0  # points
 _LEADING = 1.3 / 72  # inches from one label to the next, for each point of the font
 _BINS = 120  # of a density
+_MATRICES = {
+    "hessian": "Hessian",
+    "ggn": "generalised Gauss-Newton matrix",
+    "empirical_fisher": "empirical Fisher matrix",
+}
 
 
 def drawable(path: Path, force: bool, inputs: Sequence[Path]) -> Path:
@@ -51,15 +57,18 @@ def plot_density(path: Path, document: Document, found: Density) -> None:
 
     edges, mass = found.histogram(_BINS)
     shown = mass > 0
-    smallest = mass[shown].min() if shown.any() else 1.0
+    # Less than a tenth of an eigenvalue is rounding, or chance.
+    smallest = max(mass[shown].min() if shown.any() else 1.0, 0.1 / max(1, document["size"]))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.bar(edges[:-1][shown], mass[shown], np.diff(edges)[shown], align="edge", color="#3465a4")
     axes.set_yscale("log")
     axes.set_ylim(smallest / 2, 2)
-    axes.set_xlabel(f"eigenvalue of the {document['curvature'].replace('_', ' ')}")
-    axes.set_ylabel("share of eigenvalues")
-    how = "exact" if found.exact else f"{found.probes} probes, {document['steps']} steps"
+    axes.set_xlabel(f"eigenvalue of the {_MATRICES[document['curvature']]}")
+    axes.set_ylabel(f"share of eigenvalues in a bin of {np.ptp(edges) / _BINS:.2g}")
+    how = "exact"
+    if not found.exact:
+        how = f"{counted(found.probes, 'probe')}, {counted(document['steps'], 'step')}"
     axes.set_title(f"{document['size']} eigenvalues ({how})", fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
@@ -96,10 +105,11 @@ def plot_matrix(path: Path, picture: Picture, title: str) -> None:
             axes.axvline(region.start, color="0.1", linewidth=0.4)
     _names(axes, picture, rows, tall)
     bar = figure.add_axes((0.35 / wide, 0.62 / high, _SIDE / wide, 0.14 / high))
-    figure.colorbar(image, cax=bar, orientation="horizontal")
+    darker = bool(((picture.cells > 0) & (picture.cells < low)).any())
+    figure.colorbar(image, cax=bar, orientation="horizontal", extend="min" if darker else "neither")
     bar.tick_params(labelsize=_FONT)
-    bar.set_xlabel("|H|; white is zero", fontsize=_FONT + 0.5)
-    _save(figure, path, 200)
+    bar.set_xlabel("|H|, log scale; white is zero", fontsize=_FONT + 0.5)
+    _save(figure, path, 200, bbox_inches="tight", pad_inches=0.2)
 
 
 def _names(axes: Any, picture: Picture, rows: int, tall: float) -> None:
@@ -150,7 +160,7 @@ def spread(centres: Sequence[float], gap: float, end: float) -> list[float]:
     return places
 
 
-def _save(figure: Figure, path: Path, dots_per_inch: int) -> None:
+def _save(figure: Figure, path: Path, dots_per_inch: int, **cut: Any) -> None:
     """Writes a figure, whole or not at all; the same figure gives the same bytes."""
     from matplotlib import rc_context
 
@@ -161,4 +171,4 @@ def _save(figure: Figure, path: Path, dots_per_inch: int) -> None:
     }
     # The salt makes names inside the file, the same each time.
     with replacing(path) as temporary, rc_context({"svg.hashsalt": "hesscli"}):
-        figure.savefig(temporary, dpi=dots_per_inch, metadata=metadata[path.suffix.lower()])
+        figure.savefig(temporary, dpi=dots_per_inch, metadata=metadata[path.suffix.lower()], **cut)

@@ -1,4 +1,4 @@
-"""Bytes for people to read. Importing this loads neither torch nor numpy."""
+"""Sizes and counts for people to read. Importing this loads neither torch nor numpy."""
 
 from __future__ import annotations
 
@@ -28,3 +28,8 @@ def parse_size(text: str) -> int:
     if count < 1:
         raise ValueError(f"{text!r} is not a size like 4GiB or 500MB")
     return int(count)
+
+
+def counted(count: int, thing: str) -> str:
+    """So many of a thing."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
