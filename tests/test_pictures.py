@@ -195,10 +195,25 @@ def test_zeros_are_blank_in_colour_too(cli, tmp_path, monkeypatch):
         assert f"\033[0m{last}{half}" in line  # without the background before it
 
 
-def test_ascii(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr("hesscli.cli.heatmap.encodable", lambda text, stream: False)
+@pytest.mark.parametrize("command", [("show", "h", "--heatmap"), ("density", "h")])
+@pytest.mark.parametrize(
+    ("environment", "plain"),
+    [
+        ({"LC_ALL": "C"}, True),
+        ({"LC_CTYPE": "POSIX", "LANG": "C.UTF-8"}, True),
+        ({"LC_ALL": "C.UTF-8", "LANG": "C"}, False),
+        ({"LC_ALL": "C", "PYTHONIOENCODING": "utf-8"}, False),
+        ({}, False),
+    ],
+)
+def test_ascii(cli, tmp_path, monkeypatch, command, environment, plain):
+    """In the C locale, where Python writes UTF-8 nevertheless; unless it is told to."""
+    for name in ("LC_ALL", "LC_CTYPE", "LANG", "PYTHONIOENCODING"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     write(tmp_path / "h", {"a": symmetric(6)})
-    assert cli("show", "h", "--heatmap").stdout.isascii()
+    assert cli(*command).stdout.isascii() == plain
 
 
 def test_zero(cli, tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from hesscli.cli.table import GAP, code, markdown_table, tables
-from hesscli.cli.terminal import clean, coloured, silence
+from hesscli.cli.terminal import clean, coloured, encodable, silence
 from hesscli.errors import UsageError
 from hesscli.job.json_form import Document, without_infinities
 from hesscli.job.options import Listener
@@ -182,7 +182,7 @@ class Bar:
 
         self.progress = Progress(
             TextColumn("{task.percentage:>3.0f}%"),
-            BarColumn(),
+            *([BarColumn()] if encodable("\N{BOX DRAWINGS HEAVY HORIZONTAL}", sys.stderr) else []),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("left  {task.description}", markup=False),

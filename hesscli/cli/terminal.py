@@ -9,7 +9,10 @@ _COLOURS = {"error": "1;31", "hint": "1;36", "note": "2", "wrote": "2", "header"
 
 
 def encodable(text: str, stream: IO[str]) -> bool:
-    """Whether a stream can show the text as it is."""
+    """Whether a stream can show the text as it is. In the C locale, which promises ASCII alone, Python writes UTF-8."""
+    locale = next(filter(None, map(os.environ.get, ("LC_ALL", "LC_CTYPE", "LANG"))), "")
+    if locale in ("C", "POSIX") and not os.environ.get("PYTHONIOENCODING"):
+        return text.isascii()
     return clean(text, stream) == text
 
 
