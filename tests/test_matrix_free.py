@@ -576,7 +576,7 @@ def test_an_estimate_that_is_interrupted_is_not_made_exact(cli, tmp_path, monkey
     model = nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 10)).double()
     x, y = np.random.default_rng(0).random((30, 20)), np.zeros((30, 10))
 
-    def interrupted(listener, products, relative, tolerance):
+    def interrupted(listener, most, products, relative, tolerance):
         if products >= 20:
             raise KeyboardInterrupt
 

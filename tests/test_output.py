@@ -558,20 +558,28 @@ def test_help_is_plain_and_loads_nothing_heavy(command: tuple[str, ...]) -> None
 
 
 def test_how_far_a_search_has_come():
-    """A residual by its logarithm, up to 99 %, as it is not done yet; a standard error as its samples grow."""
+    """A residual by its logarithm, up to 99 %, as it is not done yet; a standard error as its samples grow; either by
+    its products, where these run out first.
+    """
     heard = []
     listener = Listener()
     listener.progress = lambda done, total, doing: heard.append((done / total, doing))
-    residual = reporting(listener)
+    residual = reporting(listener, 100)
     for worst in (1e-1, 1.0, 1e-2, 1e-4, 1e-5):
         residual(7, worst, 1e-4)
-    assert [come for come, _ in heard] == pytest.approx([0, 0, 0.5, 0.99, 0.99], abs=2e-3)
+    assert [come for come, _ in heard] == pytest.approx([0.07, 0.07, 0.5, 0.99, 0.99], abs=2e-3)
     assert heard[2][1] == "7 products, residual 1.0e-02"
     heard.clear()
+    residual(80, 1e-2, 1e-4)  # of 100, which end it
+    assert heard[0][0] == pytest.approx(0.8)
+    heard.clear()
     for relative in (0.1, 0.02, 0.01, 0.005, 0.0):
-        report(listener, 7, relative, 0.01)
-    assert [come for come, _ in heard] == pytest.approx([0.01, 0.25, 1, 1, 1], abs=2e-3)
+        report(listener, 100, 7, relative, 0.01)
+    assert [come for come, _ in heard] == pytest.approx([0.07, 0.25, 1, 1, 1], abs=2e-3)
     assert heard[1][1] == "7 products, standard error 2.0%"
     heard.clear()
-    reporting(listener)(1, 0.0, 0.0)
+    report(listener, 100, 80, 0.1, 0.01)
+    assert heard[0][0] == pytest.approx(0.8)
+    heard.clear()
+    reporting(listener, 100)(1, 0.0, 0.0)
     assert heard[0][0] <= 1

@@ -151,13 +151,15 @@ def _lanczos(operator: Operator, options: EigenOptions, max_products: int) -> Fo
         options.tolerance,
         operator.generator(),
         operator.gradient,  # mostly among the largest: Gur-Ari, Roberts and Dyer, arXiv:1812.04754
-        reporting(operator.opened.listener),
+        reporting(operator.opened.listener, max_products),
     )
     return lanczos.run(max_products)
 
 
-def reporting(listener: Listener) -> Report:
-    """Tells how far the relative residual has come on its way to the tolerance: it falls about as its logarithm."""
+def reporting(listener: Listener, most: int) -> Report:
+    """Tells how far the relative residual has come on its way to the tolerance: it falls about as its logarithm. Or,
+    if that is further, how many of `most` products are done.
+    """
     first = 0.0
 
     def report(products: int, worst: float, tolerance: float) -> None:
@@ -165,7 +167,7 @@ def reporting(listener: Listener) -> Report:
         tolerance = max(tolerance, sys.float_info.min)
         first = max(first, worst, tolerance)
         way = math.log(first / tolerance) or 1.0
-        come = min(math.log(first / max(worst, tolerance)) / way, 0.99)
+        come = min(max(math.log(first / max(worst, tolerance)) / way, products / most), 0.99)
         listener.progress(int(1000 * come), 1000, f"{products} products, residual {worst:.1e}")
 
     return report

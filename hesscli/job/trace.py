@@ -141,11 +141,14 @@ def _estimated(operator: Operator, relative_error: float, max_products: int) -> 
             max_products,
             operator.generator(),
             operator.gradient,
-            partial(report, operator.opened.listener),
+            partial(report, operator.opened.listener, max_products),
         )
 
 
-def report(listener: Listener, products: int, relative: float, tolerance: float) -> None:
-    """How far a relative standard error has come, which falls as one over the root of the number of samples."""
+def report(listener: Listener, most: int, products: int, relative: float, tolerance: float) -> None:
+    """How far a relative standard error has come, which falls as one over the root of the number of samples: to the
+    tolerance, or to the last of `most` products.
+    """
     come = min(1.0, (tolerance / relative) ** 2) if relative else 1.0
+    come = max(come, products / most)
     listener.progress(int(1000 * come), 1000, f"{products} products, standard error {relative:.1%}")
