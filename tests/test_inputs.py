@@ -499,7 +499,17 @@ def test_inputs_that_are_missing_behind_a_weight(job):
     x[1, 0] = torch.nan
     with pytest.raises(hesscli.HesscliError, match="gradient's norm is nan") as refused:
         job(Imputing(first=False).double(), (x, Y))
-    assert refused.value.hint.endswith("before it meets a weight: x.nan_to_num(0)")
+    assert refused.value.hint.endswith("before they meet a weight: x.nan_to_num(0, 0, 0)")
+
+
+def test_an_input_that_is_infinite():
+    """A number behind tanh, and none in the gradient, where zero times infinity is added up."""
+    x = X.clone()
+    x[1, 0] = torch.inf
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    with pytest.raises(hesscli.HesscliError, match="gradient's norm is nan") as refused:
+        hesscli.compute(model, (x, Y))
+    assert refused.value.hint.endswith("before they meet a weight: x.nan_to_num(0, 0, 0)")
 
 
 class Demanding(Imputing):

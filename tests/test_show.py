@@ -172,7 +172,9 @@ def test_errors(cli, tmp_path):
     write(tmp_path / "hessian.safetensors", {"first": symmetric(40)})
     whole = (tmp_path / "hessian.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
-    assert "cut short" in cli("show", "cut.safetensors").fails(3)
+    ran = cli("show", "cut.safetensors")
+    assert "cut short" in ran.fails(3)
+    assert ran.hint == "compute it again, or copy the file again"
     (tmp_path / "other.safetensors").write_bytes(b"something else, and long enough")
     assert "a text file; expected a Hessian file" in cli("show", "other.safetensors").fails(3)
     for name in ("folder", "folder.index.json"):

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import get_args
@@ -371,6 +372,33 @@ def test_closed_standard_input(tmp_path):
     assert "standard input is closed" in done.stderr
 
 
+def test_a_model_on_standard_input(tmp_path):
+    """It has no name that could be pasted."""
+    done = shell(f"hesscli eigen - < {REPOSITORY / 'sample_models' / 'digits_mlp.pt'}", tmp_path)
+    assert done.returncode == 3
+    assert "standard input: a TorchScript model; expected a Hessian file" in done.stderr
+    assert done.stderr.splitlines()[-1] == "hint: hesscli compute model.pt data.npz"
+
+
+def test_no_room_for_what_comes_from_standard_input(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    before = sorted(tmp_path.iterdir())
+    done = shell("head -c 200000 /dev/zero | (ulimit -f 64; hesscli show -)", tmp_path)
+    assert done.returncode == 6
+    error, hint = done.stderr.splitlines()
+    assert error.startswith(f"error: {tmp_path}: standard input cannot be kept there")
+    assert hint == "hint: TMPDIR=FOLDER hesscli show -"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_no_folder_for_temporary_files(cli, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
+    ran = cli("show", "-", stdin=b"")
+    assert ran.fails(6) == "no folder for temporary files can be written to"
+    assert ran.hint == "TMPDIR=FOLDER hesscli show -"
+
+
 def test_closed_standard_output(tmp_path):
     samples = REPOSITORY / "sample_models"
     files = f"{samples / 'digits_mlp.pt'} {samples / 'digits.npz'}"
@@ -422,6 +450,7 @@ def test_what_does_not_read_standard_input(net, cli, words):
         ("hvp net.pt d.npz", "hvp net.pt d.npz --vector gradient"),
         ("hvp net.pt d.npz --vector random --query d.npz", "hvp net.pt d.npz --query d.npz --per-fedavg 0.01"),
         ("hvp net.pt d.npz --vector d.npz", "hvp net.pt d.npz --vector gradient"),
+        ("hvp net.pt d.npz --vector net.pt", "hvp net.pt d.npz --vector gradient"),
         ("trace net.pt d.npz -p 'zz*' -p'!0.*'", "trace net.pt d.npz --params 1.weight"),
         ("trace -p 'zz*' -- net.pt d.npz", "trace --params 0.weight -- net.pt d.npz"),
         ("trace net.pt d.npz -p 0", "trace net.pt d.npz --params '0.*'"),

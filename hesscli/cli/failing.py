@@ -20,6 +20,8 @@ from hesscli.errors import ExitCode, HesscliError, Terminated, is_out_of_memory,
 from hesscli.job.setup.team import rank
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# As Python says; modules ask when they are imported.
+_NO_FOLDER = "No usable temporary directory"
 
 
 @contextmanager
@@ -99,6 +101,10 @@ def report(error: BaseException, debug: bool = False, of_model: bool = False) ->
     if isinstance(error, BrokenPipeError):  # the reader has gone, which is its right
         silence(sys.stdout)
         return ExitCode.OK
+    if isinstance(error, FileNotFoundError) and _NO_FOLDER in str(error):
+        say("error", f"{whose}no folder for temporary files can be written to")
+        say("hint", f"TMPDIR=FOLDER {shlex.join(['hesscli', *sys.argv[1:]])}")
+        return ExitCode.RESOURCES
     if isinstance(error, OSError) and error.errno in _FULL:
         say("error", f"{error.filename or 'standard output'}: {error.strerror}")
         silence(sys.stdout)

@@ -21,6 +21,7 @@ from hesscli.files.unusable import DECIMALS, NamedArrays, Unusable
 from hesscli.texts import dtype_name
 
 _SAVE = "np.savez('data.npz', x=x, y=y)"
+_SECOND = "the data comes second: hesscli compute MODEL DATA"
 _SAVE_TORCH = "torch.save({'x': x, 'y': y}, 'data.pt')"
 _EXPECTED = "data as .npz, .npy, .safetensors, .csv, .parquet, .arrow, a dict of tensors in .pt or a datasets folder"
 
@@ -36,8 +37,11 @@ class Arrays:
     notes: tuple[str, ...]  # what was inferred, one line each
 
 
-def load_arrays(path: Path | str) -> Arrays:
+def load_arrays(path: Path | str, swapped: str = _SECOND) -> Arrays:
     """Reads a data file or folder, told by its content.
+
+    Args:
+        swapped: the hint where the file is a model.
 
     Raises:
         UsageError: there is no such file.
@@ -51,7 +55,7 @@ def load_arrays(path: Path | str) -> Arrays:
     elif kind in _READERS:
         found = _READERS[kind](path)
     else:
-        raise _unreadable(path, kind)
+        raise _unreadable(path, kind, swapped)
     numbers = {name: value for name, value in found.items() if not isinstance(value, Unusable)}
     skipped = {name: value for name, value in found.items() if isinstance(value, Unusable)}
     return Arrays(numbers, skipped, _files(path, kind), kind in _TABLES, notes)
@@ -71,7 +75,7 @@ def _demand_numbers(path: Path | str, table: NamedArrays) -> None:
         raise unsupported(path, Kind.TEXT, _EXPECTED, hint)
 
 
-def _unreadable(path: Path | str, kind: Kind) -> FileError | UsageError:
+def _unreadable(path: Path | str, kind: Kind, swapped: str) -> FileError | UsageError:
     if kind is Kind.DATASET_SPLITS:
         splits = sorted(entry.name for entry in Path(path).iterdir() if entry.is_dir())
         first = os.path.join(path, splits[0] if splits else "SPLIT")
@@ -79,8 +83,8 @@ def _unreadable(path: Path | str, kind: Kind) -> FileError | UsageError:
             f"{path}: a Hugging Face datasets folder of several splits: {', '.join(splits)}",
             f"hesscli compute MODEL {shlex.quote(first)}",
         )
-    swapped = kind in (Kind.TORCHSCRIPT, Kind.EXPORTED, Kind.TRANSFORMERS, Kind.ONNX)
-    hint = "the data comes second: hesscli compute MODEL DATA" if swapped else _SAVE
+    of_model = kind in (Kind.TORCHSCRIPT, Kind.EXPORTED, Kind.TRANSFORMERS, Kind.ONNX)
+    hint = swapped if of_model else _SAVE
     if kind in (Kind.GZIP, Kind.UTF16):
         hint = _as_text(Path(path), kind)
     return unsupported(path, kind, _EXPECTED, hint)

@@ -50,11 +50,12 @@ def read_header(path: Path, shown: str) -> Header:
         raise FileError(f"{shown}: permission denied") from None
     except (SafetensorError, OSError, ValueError) as error:
         if (kind := kind_of(path)) not in (Kind.SAFETENSORS, Kind.UNKNOWN):
-            model = shlex.quote(shown) if kind in _MODELS else "model.pt"
+            named = kind in _MODELS and shown == str(path)  # and not standard input
+            model = shlex.quote(shown) if named else "model.pt"
             hint = f"hesscli compute {model} data.npz"
             raise unsupported(shown, kind, "a Hessian file", hint) from None
         raise FileError(
-            f"{shown}: not a Hessian file, or one that was cut short ({first_line(error)})"
+            f"{shown}: not a Hessian file, or one that was cut short ({first_line(error)})", AGAIN
         ) from None
     entries.pop("__metadata__", None)
     return Header(path, metadata, entries, start)

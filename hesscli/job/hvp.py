@@ -156,7 +156,7 @@ def _vectors(operator: Operator, source: str) -> Tensor:
 
 def _of_file(source: str, problem: Problem) -> Tensor:
     """[P], or [k, P] where each of its tensors stacks k."""
-    tensors = load_arrays(source).numbers
+    tensors = load_arrays(source, swapped="--vector gradient").numbers
     parts: list[Tensor] = []
     counts: dict[int | None, str] = {}  # and the first tensor that stacks so many
     for name, parameter in problem.parameters.items():

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import os
 import shlex
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hesscli.errors import UsageError
+from hesscli.errors import ResourceError, UsageError
 from hesscli.files.hessians.hessian_file import HessianFile, read_hessian
 from hesscli.job.json_form import Document
 from hesscli.texts import listed
@@ -27,8 +28,17 @@ def opened_file(source: str, command: str) -> Iterator[HessianFile]:
         what = "closed" if sys.stdin is None else "a terminal"
         raise UsageError(f"-: standard input is {what}", f"hesscli {command} hessian.safetensors")
     with tempfile.NamedTemporaryFile(prefix="hesscli.", suffix=".safetensors") as copy:
-        shutil.copyfileobj(sys.stdin.buffer, copy)
-        copy.flush()
+        try:
+            shutil.copyfileobj(sys.stdin.buffer, copy)
+            copy.flush()
+        except OSError as error:
+            with suppress(OSError):  # which would come up again, as what is left is written
+                copy.close()
+            folder = os.path.dirname(copy.name)
+            raise ResourceError(
+                f"{folder}: standard input cannot be kept there while it is read: {error.strerror}",
+                f"TMPDIR=FOLDER hesscli {command} -",
+            ) from error
         yield read_hessian(Path(copy.name), "standard input")
 
 

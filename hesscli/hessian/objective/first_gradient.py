@@ -34,10 +34,11 @@ def first_gradient(problem: Problem) -> tuple[dict[str, Tensor], float, set[str]
         gradient = problem.gradient(list(problem.parameters))
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
     if not math.isfinite(norm):
-        missing = any(bool(x.isnan().any()) for batch in problem.batches for x in batch.inputs)
+        missing = any(not bool(x.isfinite().all()) for b in problem.batches for x in b.inputs)
+        hint = "replace NaN and infinity before they meet a weight: x.nan_to_num(0, 0, 0)"
         raise NumericalError(
             f"the gradient's norm is {norm}; the Hessian would mean nothing",
-            "replace what is NaN before it meets a weight: x.nan_to_num(0)" if missing else None,
+            hint if missing else None,
         )
     return gradient, norm, _unused(problem, [n for n, g in gradient.items() if not bool(g.any())])
 
