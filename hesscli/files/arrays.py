@@ -28,13 +28,16 @@ _EXPECTED = "data as .npz, .npy, .safetensors, .csv, .parquet, .arrow, a dict of
 
 @dataclass(frozen=True)
 class Arrays:
-    """What a data file holds."""
+    """What a data file holds; or arrays in memory, which have no files."""
 
     numbers: dict[str, torch.Tensor]  # the arrays that are numbers, in file order
     skipped: dict[str, Unusable]  # the others
-    files: tuple[Path, ...]  # those that were read, whose content the SHA-256 is of
-    columns: bool  # whether the arrays are the columns of a table
-    notes: tuple[str, ...]  # what was inferred, one line each
+    files: tuple[Path, ...] = ()  # those that were read, whose content the SHA-256 is of
+    columns: bool = False  # whether the arrays are the columns of a table
+    notes: tuple[str, ...] = ()  # what was inferred, one line each
+
+    def __str__(self) -> str:
+        return "data"  # what errors call those in memory
 
 
 def load_arrays(path: Path | str, swapped: str = _SECOND) -> Arrays:
@@ -56,9 +59,19 @@ def load_arrays(path: Path | str, swapped: str = _SECOND) -> Arrays:
         found = _READERS[kind](path)
     else:
         raise _unreadable(path, kind, swapped)
+    return Arrays(*_told_apart(found), _files(path, kind), kind in _TABLES, notes)
+
+
+def in_memory(tensors: Mapping[str, torch.Tensor]) -> Arrays:
+    """Named tensors on the CPU, as those of a file."""
+    return Arrays(*_told_apart(_tensors(tensors)))
+
+
+def _told_apart(found: NamedArrays) -> tuple[dict[str, torch.Tensor], dict[str, Unusable]]:
+    """The arrays that are numbers, and the others."""
     numbers = {name: value for name, value in found.items() if not isinstance(value, Unusable)}
     skipped = {name: value for name, value in found.items() if isinstance(value, Unusable)}
-    return Arrays(numbers, skipped, _files(path, kind), kind in _TABLES, notes)
+    return numbers, skipped
 
 
 def describe(array: torch.Tensor) -> str:
@@ -181,14 +194,14 @@ def not_finite(name: str, array: torch.Tensor) -> str | None:
     return f"array {name} ({describe(array)}) holds NaN or infinity in {places}"
 
 
-def check_finite(path: Path, name: str, array: torch.Tensor) -> None:
+def check_finite(data: Path | Arrays, name: str, array: torch.Tensor) -> None:
     """Refuses NaN and infinity."""
     found = not_finite(name, array)
     if found is not None:
-        raise not_finite_error(path, name, found)
+        raise not_finite_error(data, name, found)
 
 
-def not_finite_error(path: Path, name: str, found: str) -> NumericalError:
+def not_finite_error(data: Path | Arrays, name: str, found: str) -> NumericalError:
     return NumericalError(
-        f"{path}: {found}", f"drop these samples, or replace the values: np.nan_to_num({name})"
+        f"{data}: {found}", f"drop these samples, or replace the values: np.nan_to_num({name})"
     )

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from hesscli.errors import MismatchError, UsageError
-from hesscli.files.arrays import load_arrays, not_finite
-from hesscli.files.digest import sha256_of_all
+from hesscli.files.arrays import Arrays, load_arrays, not_finite
+from hesscli.files.digest import sha256_of, sha256_of_all
 from hesscli.files.roles import Roles
 
 Tensors = dict[str, torch.Tensor]
@@ -19,12 +19,12 @@ Named = tuple[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Data:
-    """What a data file holds."""
+    """What a data file holds, or what is in memory."""
 
-    arrays: Tensors  # every numeric array of the file, in file order
+    arrays: Tensors  # every numeric array, in file order
     inputs: Tensors  # the model's samples, in the order in which they are passed
     targets: Named | None  # the name and the samples of the targets
-    sha256: str  # of the file
+    sha256: str  # of the file, or of the arrays
     notes: tuple[str, ...]  # what was inferred or left out, one line each
     range: tuple[int, int]  # which samples of the file inputs and targets hold: from, up to
     recorded: int  # how many samples the file holds
@@ -51,7 +51,7 @@ class Data:
 
 
 def load_data(
-    path: Path,
+    source: Path | Arrays,
     *,
     inputs: Sequence[str] = (),
     targets: str | None = None,
@@ -60,7 +60,7 @@ def load_data(
     model_names: Sequence[str] = (),
     others: Collection[str] = (),
 ) -> Data:
-    """Loads a data file or folder, told by its content, and picks inputs and targets.
+    """Loads a data file or folder, told by its content, or takes arrays in memory, and picks inputs and targets.
 
     NaN in them may mean something, to the model or to the loss.
 
@@ -79,21 +79,21 @@ def load_data(
         MismatchError: no samples, or not as many inputs as targets.
         ResourceError: what must be in memory does not fit into it.
     """
-    found = load_arrays(path)
-    roles = Roles(path, found, inputs, targets, model_names, others)
+    found = source if isinstance(source, Arrays) else load_arrays(source)
+    roles = Roles(source, found, inputs, targets, model_names, others)
     chosen = {name: roles.arrays[name] for name in roles.inputs}
     target = None if roles.targets is None else (roles.targets, roles.arrays[roles.targets])
-    recorded = _count(path, chosen, target, unbatched)
+    recorded = _count(source, chosen, target, unbatched)
     start, stop = 0, recorded
     if samples is not None:
-        start, stop = _range(path, samples, recorded, unbatched)
+        start, stop = _range(source, samples, recorded, unbatched)
         chosen = {name: array[start:stop] for name, array in chosen.items()}
         target = target and (target[0], target[1][start:stop])
     return Data(
         arrays=roles.arrays,
         inputs=chosen,
         targets=target,
-        sha256=sha256_of_all(roles.files),
+        sha256=sha256_of_all(roles.files) if found.files else sha256_of(roles.arrays),
         notes=tuple(roles.notes),
         range=(start, stop),
         recorded=recorded,
@@ -102,17 +102,17 @@ def load_data(
     )
 
 
-def _count(path: Path, inputs: Tensors, targets: Named | None, unbatched: bool) -> int:
+def _count(source: Path | Arrays, inputs: Tensors, targets: Named | None, unbatched: bool) -> int:
     """How many samples the arrays hold, the same in each: 1 if they are one without an axis for samples."""
     used = {f"inputs {name}": array for name, array in inputs.items()}
     if targets is not None:
         used[f"targets {targets[0]}"] = targets[1]
     for what, array in used.items():
         if array.numel() == 0:
-            raise MismatchError(f"{path}: {what} {list(array.shape)} holds no samples")
+            raise MismatchError(f"{source}: {what} {list(array.shape)} holds no samples")
         if array.dim() == 0 and not unbatched:
             raise MismatchError(
-                f"{path}: {what} is a single number without an axis for samples", "--unbatched"
+                f"{source}: {what} is a single number without an axis for samples", "--unbatched"
             )
     if unbatched:
         return 1
@@ -120,7 +120,7 @@ def _count(path: Path, inputs: Tensors, targets: Named | None, unbatched: bool) 
     for what, array in others:
         if len(array) != len(reference):
             raise MismatchError(
-                f"{path}: {first} {list(reference.shape)} and {what} {list(array.shape)} "
+                f"{source}: {first} {list(reference.shape)} and {what} {list(array.shape)} "
                 "differ in the number of samples, their first axis",
                 "--unbatched" if len(inputs) > 1 else None,
             )
@@ -128,7 +128,7 @@ def _count(path: Path, inputs: Tensors, targets: Named | None, unbatched: bool) 
 
 
 def _range(
-    path: Path, asked: tuple[int, int | None], recorded: int, unbatched: bool
+    source: Path | Arrays, asked: tuple[int, int | None], recorded: int, unbatched: bool
 ) -> tuple[int, int]:
     """Which of the samples were asked for: from, up to."""
     if unbatched:
@@ -136,7 +136,7 @@ def _range(
     start, stop = asked[0], recorded if asked[1] is None else asked[1]
     if not start < stop <= recorded:
         raise UsageError(
-            f"{path}: holds {recorded} samples, --samples asks for {start} to {stop}",
+            f"{source}: holds {recorded} samples, --samples asks for {start} to {stop}",
             f"--samples {min(100, recorded)}",
         )
     return start, stop

@@ -37,14 +37,14 @@ class Roles:
 
     def __init__(
         self,
-        path: Path,
+        source: Path | Arrays,
         found: Arrays,
         inputs: Sequence[str],
         targets: str | None,
         model_names: Sequence[str],
         others: Collection[str],
     ) -> None:
-        self.path, self.found, self.model_names, self.others = path, found, model_names, others
+        self.source, self.found, self.model_names, self.others = source, found, model_names, others
         self.arrays, self.files = dict(found.numbers), list(found.files)
         self.skipped = [f"array {n} skipped: {each.why}" for n, each in found.skipped.items()]
         self.notes = [*self.skipped, *found.notes]
@@ -81,7 +81,7 @@ class Roles:
         if not self.arrays:
             why = f" ({self.skipped[0]})" if self.skipped else ""
             raise FileError(
-                f"{self.path}: holds no numeric arrays{why}", "np.savez('data.npz', x=x, y=y)"
+                f"{self.source}: holds no numeric arrays{why}", "np.savez('data.npz', x=x, y=y)"
             )
         for name in (*self.inputs, *([self.targets] if self.targets else [])):
             if name not in self.arrays:
@@ -99,7 +99,7 @@ class Roles:
         if targets in self.found.skipped:
             array = self.found.skipped[targets]
             remedy = array.remedy.format(targets)
-            raise FileError(f"{self.path}: the targets {targets} are {array.why}", remedy or None)
+            raise FileError(f"{self.source}: the targets {targets} are {array.why}", remedy or None)
 
     # Arrays: those that were not named, by their names
 
@@ -222,4 +222,4 @@ class Roles:
         hint = hint or self._likely_roles()
         found = ", ".join(f"{name} ({describe(array)})" for name, array in self.arrays.items())
         said = [problem, f"it holds {found}", *self.skipped]
-        return UsageError(f"{self.path}: {'; '.join(said)}", hint)
+        return UsageError(f"{self.source}: {'; '.join(said)}", hint)

@@ -12,7 +12,7 @@ from hesscli.errors import UsageError
 from hesscli.hessian.autodiff import differentiable
 from hesscli.job.operator import Operator, open_operator
 from hesscli.job.options import Listener, ProblemOptions, listening
-from hesscli.job.setup.given import DataLike, Folder, LossFunction, Model, given
+from hesscli.job.setup.given import DataLike, LossFunction, Model, given
 from hesscli.job.setup.processes import Processes
 from hesscli.job.setup.settings import as_written, random_kept, settings_kept, settle
 from hesscli.texts import dtype_name
@@ -49,20 +49,18 @@ def operator(
     Raises:
         HesscliError: of any kind.
     """
-    folder = Folder()
     options["loss"] = loss
-    with given(model, data, device, folder, ProblemOptions, options) as asked:
-        opened = open_operator(asked, listening(listener), Processes())
-    return CurvatureOperator(opened, folder)
+    with given(model, data, device, ProblemOptions, options, kept=True) as asked:
+        return CurvatureOperator(open_operator(asked, listening(listener), Processes()))
 
 
 class CurvatureOperator(LinearOperator):  # type: ignore[misc]
-    """An opened operator that multiplies NumPy's vectors, and the folder of its data, if these were in memory."""
+    """An opened operator that multiplies NumPy's vectors."""
 
-    def __init__(self, operator: Operator, folder: Folder) -> None:
+    def __init__(self, operator: Operator) -> None:
         dtype = np.dtype(dtype_name(operator.problem.dtype))
         super().__init__(dtype, (operator.size, operator.size))
-        self.operator, self.folder = operator, folder
+        self.operator = operator
 
     def __copy__(self) -> CurvatureOperator:
         return self  # which never changes

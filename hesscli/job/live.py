@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+import weakref
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hesscli.errors import InterruptedRun, UsageError
+from hesscli.errors import InterruptedRun, ResourceError, UsageError
 from hesscli.files.hessians.hessian_file import read_hessian
 from hesscli.job.compute import compute as run
 from hesscli.job.loaded import Framework, Hessian, converter
 from hesscli.job.options import ComputeOptions, Listener, listening, wrong_option
-from hesscli.job.setup.given import DataLike, Folder, LossFunction, Model, PathLike, given
+from hesscli.job.setup.given import DataLike, LossFunction, Model, PathLike, given
 from hesscli.job.setup.settings import as_written
+
+_ELSEWHERE = "tempfile.tempdir = os.getcwd()"  # temporary files have room there
 
 
 @overload
@@ -67,10 +72,10 @@ def compute(
     """
     if not isinstance(output, (str, os.PathLike, NoneType)):
         raise wrong_option("output", output, "None, or a path")
-    convert, folder = converter(framework), Folder()
+    convert, folder = converter(framework), _Folder()
     path = folder.path / "hessian.safetensors" if output is None else Path(output)
     options |= {"loss": loss, "blocks": blocks, "output": path}
-    with given(model, data, device, folder, ComputeOptions, options) as asked:
+    with given(model, data, device, ComputeOptions, options) as asked:
         if asked.shard is not None:
             hint = "hesscli compute MODEL DATA --shard 1/2"
             raise UsageError("shard: one share is no Hessian; expected None", hint)
@@ -78,6 +83,36 @@ def compute(
             run(asked, listening(listener), alone=True)
         except InterruptedRun as error:  # is no error to a program, which may deal with errors
             raise KeyboardInterrupt(*([] if output is None else [error.message])) from None
-    if asked.data.parent == folder.path:
-        asked.data.unlink()
+        except ResourceError as error:
+            if error.hint is None and str(folder.path) in error.message:
+                raise ResourceError(error.message, _ELSEWHERE) from error.__cause__
+            raise
     return Hessian(read_hessian(path), convert, folder if output is None else None)
+
+
+class _Folder:
+    """A temporary folder that goes when the last object that needs it goes; copies of objects need it too.
+
+    In a process that was forked they go without it: it is another's.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix="hesscli."))
+        except OSError as error:
+            raise ResourceError(
+                f"a temporary folder in {tempfile.gettempdir()}: {error.strerror or error}",
+                _ELSEWHERE,
+            ) from error
+        weakref.finalize(self, _remove, self.path, os.getpid())
+
+    def __deepcopy__(self, memo: object) -> _Folder:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError("a temporary folder cannot be pickled; a Hessian with an output can")
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin
 from hesscli.errors import UsageError
 
 if TYPE_CHECKING:
+    from hesscli.files.arrays import Arrays
     from hesscli.files.models.model_file import SavedModel
 
 EVERY = "*"  # every input
@@ -136,7 +137,7 @@ class ProblemOptions:
     """
 
     model: Path | SavedModel  # a file, or what is in memory
-    data: Path
+    data: Path | Arrays
     loss: str | Callable[..., Any] = "auto"
     loss_arguments: Mapping[str, object] = field(default_factory=dict)
     reduction: Reduction = "mean"
@@ -166,8 +167,8 @@ class ProblemOptions:
         """The files that these options name: those of the model and the data, of arrays and of code."""
         code = [text.rpartition(":")[0] for text in (self.arch, self.loss) if isinstance(text, str)]
         named = (Path(name) for name in (*self.arrays, *code))
-        model = [self.model] if isinstance(self.model, Path) else []
-        return (*model, self.data, *(path for path in named if path.is_file()))
+        files = [each for each in (self.model, self.data) if isinstance(each, Path)]
+        return (*files, *(path for path in named if path.is_file()))
 
     @property
     def arrays(self) -> tuple[str, ...]:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from hesscli.errors import HesscliError, ResourceError, UsageError
+from hesscli.errors import UsageError
+from hesscli.files.arrays import Arrays, in_memory
 from hesscli.files.models.live_models import live_model
 from hesscli.hessian.autodiff import differentiable
 from hesscli.job.options import ProblemOptions
@@ -36,44 +32,21 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 Options = TypeVar("Options", bound=ProblemOptions)
 
 
-class Folder:
-    """A temporary folder that goes when the last object that needs it goes; copies of objects need it too.
-
-    In a process that was forked they go without it: it is another's.
-    """
-
-    def __init__(self) -> None:
-        try:
-            self.path = Path(tempfile.mkdtemp(prefix="hesscli."))
-        except OSError as error:
-            raise _no_room(error, f"a temporary folder in {tempfile.gettempdir()}") from error
-        weakref.finalize(self, _remove, self.path, os.getpid())
-
-    def __deepcopy__(self, memo: object) -> Folder:
-        return self
-
-    def __reduce__(self) -> NoReturn:
-        raise UsageError("a temporary folder cannot be pickled; a Hessian with an output can")
-
-
-def _remove(folder: Path, process: int) -> None:
-    if os.getpid() == process:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 @contextmanager
 def given(
     model: Model,
     data: DataLike,
     device: str | torch.device | None,
-    folder: Folder,
     kind: type[Options],
     options: Mapping[str, Any],
+    kept: bool = False,
 ) -> Iterator[Options]:
     """The options with a model, a copy of it where it is a module, and data.
 
-    Inside, torch's settings and the state of random numbers may change; they are put back. What of the data is no file
-    is one in the folder.
+    Inside, torch's settings and the state of random numbers may change; they are put back.
+
+    Args:
+        kept: the data is used afterwards too, whatever becomes of arrays in memory: it is a copy then.
 
     Raises:
         HesscliError: the model cannot be copied, the data is none, or there is no such option.
@@ -92,11 +65,10 @@ def given(
             if callable(model)
             else None,
         )
-    with differentiable():
-        path, named = _data_file(data, folder.path)
-    with settings_kept(), differentiable(), random_kept(), _called(path, named):
+    with settings_kept(), differentiable(), random_kept():
+        source = Path(data) if isinstance(data, (str, os.PathLike)) else _arrays(data, kept)
         name = Path(type(model).__name__ if isinstance(model, nn.Module) else model)
-        asked = kind(model=name, data=path, device=str(device or "auto"), **options)
+        asked = kind(model=name, data=source, device=str(device or "auto"), **options)
         if not isinstance(model, nn.Module):
             yield asked
             return
@@ -107,29 +79,7 @@ def given(
         yield replace(asked, model=saved, device=str(device))
 
 
-def _data_file(data: DataLike, folder: Path) -> tuple[Path, Path]:
-    """The data as a file, which is what the job reads, and what errors call it."""
-    if isinstance(data, (str, os.PathLike)):
-        return Path(data), Path(data)
-    # Without the memory that views share.
-    tensors = {name: t.clone().contiguous() for name, t in _tensors(data).items()}
-    lacks = any(t.dtype is torch.complex128 for t in tensors.values())  # safetensors does
-    path = folder / ("data.pt" if lacks else "data.safetensors")
-    try:
-        torch.save(tensors, path) if lacks else save_file(tensors, path)
-    except (OSError, SafetensorError) as error:
-        raise _no_room(error, f"data: {path}") from error
-    return path, Path("data")
-
-
-def _no_room(error: Exception, what: str) -> ResourceError:
-    reason = getattr(error, "strerror", None) or str(error).removeprefix(
-        "Error while serializing: "
-    )
-    return ResourceError(f"{what}: {reason}", "tempfile.tempdir = os.getcwd()")
-
-
-def _tensors(data: object) -> dict[str, Tensor]:
+def _arrays(data: object, copied: bool) -> Arrays:
     """By their names."""
     arrays = _by_name(data)
     tensors = {}
@@ -139,13 +89,12 @@ def _tensors(data: object) -> dict[str, Tensor]:
         try:
             if _several(array, arrays.values()):
                 raise TypeError
-            tensors[name] = _tensor(array)
+            tensors[name] = _tensor(name, array)
         except (TypeError, ValueError, RuntimeError) as error:
             found, hint = _no_numbers(name, array)
             hint = hint or _others(arrays)
             raise UsageError(f"data: {name} is {found}; expected an array", hint) from error
-        _demand_dense(name, tensors[name])
-    return tensors
+    return in_memory({n: t.clone() for n, t in tensors.items()} if copied else tensors)
 
 
 def _by_name(data: object) -> Mapping[Any, Any]:
@@ -161,13 +110,6 @@ def _by_name(data: object) -> Mapping[Any, Any]:
     found, hint = no_arrays(data)
     expected = "expected (inputs, targets), or a dict of named arrays"
     raise UsageError(f"data: {found}; {expected}", hint)
-
-
-def _demand_dense(name: str, tensor: Tensor) -> None:
-    kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else tensor.layout
-    if kind is not torch.strided:
-        found = str(kind).removeprefix("torch.")
-        raise UsageError(f"data: {name} is {found}; expected a dense tensor")
 
 
 def _several(value: object, values: Iterable[object]) -> bool:
@@ -189,11 +131,12 @@ def _length(value: object) -> int:
     return len(value) if isinstance(value, (tuple, list)) else 0
 
 
-def _tensor(array: Any) -> Tensor:
+def _tensor(name: str, array: Any) -> Tensor:
     """On the CPU; of Python's numbers with all their digits.
 
     Raises:
-        TypeError, ValueError, RuntimeError: it has no tensor.
+        UsageError: it is a tensor that is not dense.
+        TypeError, ValueError, RuntimeError: it has no tensor, or one without numbers.
     """
     if np.ma.is_masked(array):
         raise ValueError  # of what is masked there are numbers too
@@ -201,7 +144,13 @@ def _tensor(array: Any) -> Tensor:
         array = np.asarray(array)
         # torch knows neither strides below zero nor another order of bytes.
         array = array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
-    return torch.as_tensor(array).detach().cpu()
+    tensor = torch.as_tensor(array).detach().cpu()
+    kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else tensor.layout
+    if kind is not torch.strided:
+        found = str(kind).removeprefix("torch.")
+        raise UsageError(f"data: {name} is {found}; expected a dense tensor")
+    tensor.data_ptr()
+    return tensor.resolve_conj().resolve_neg().as_subclass(Tensor)
 
 
 def _no_numbers(name: str, array: Any) -> tuple[str, str | None]:
@@ -235,16 +184,3 @@ def _others(arrays: Mapping[Any, Any]) -> str | None:
     if len(names) < 2:
         return None
     return f"hesscli.compute(model, {{name: data[name] for name in {names}}})"
-
-
-@contextmanager
-def _called(path: Path, named: Path) -> Iterator[None]:
-    """Errors speak of data in memory by the name that it has here."""
-    try:
-        yield
-    except HesscliError as error:
-        if path == named:
-            raise
-        hint = error.hint and error.hint.replace(str(path), str(named))
-        # Not from the error itself, which says the same.
-        raise type(error)(error.message.replace(str(path), str(named)), hint) from error.__cause__
