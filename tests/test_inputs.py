@@ -536,17 +536,17 @@ class Strict(Imputing):
         (Demanding, 4, "mse", "three columns are wanted"),
         (Imputing, 3, "nll", "class targets have shape"),
         (Imputing, 3, lambda f, y: (f.reshape(-1) - y[:, 0]) ** 2, "must match the size"),
-        (Strict, 3, "mse", "array x .* holds NaN or infinity in 1 place"),
+        (Strict, 3, "mse", "wrong with x; array x .* holds NaN or infinity in 1 place"),
         (partial(nn.Linear, 3, 2), 3, "mse", "array x .* holds NaN or infinity in 1 place"),
     ],
 )
-def test_a_refusal_is_told_as_one_of_what_is_missing_only_if_it_is(model, columns, loss, said):
+def test_a_refusal_says_what_is_missing_too(model, columns, loss, said):
     x = torch.cat([X, X], 1)[:, :columns].clone()
     x[1, 0] = torch.nan
     torch.manual_seed(0)
     with pytest.raises(hesscli.HesscliError, match=said) as refused:
         hesscli.compute(model().double(), (x, Y), loss=loss)
-    assert ("NaN" in str(refused.value)) == ("NaN" in said)
+    assert "array x (float64" in str(refused.value)
 
 
 class AnyNumber(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -44,10 +44,6 @@ class Data:
             named = zip(self.joined, table.unbind(1), strict=True)
         found = ((name, not_finite(name, array)) for name, array in named)
         return next(((name, where) for name, where in found if where is not None), None)
-
-    def finite(self) -> Data:
-        """The same with zero in place of NaN and infinity in the inputs."""
-        return replace(self, inputs={n: x.where(x.isfinite(), 0) for n, x in self.inputs.items()})
 
 
 def load_data(

@@ -9,11 +9,10 @@ from functools import cached_property
 
 import torch
 
-from hesscli.errors import DeviceMismatchError, HesscliError, MismatchError, NumericalError
+from hesscli.errors import DeviceMismatchError, MismatchError, NumericalError
 from hesscli.files.arrays import check_finite, not_finite_error
 from hesscli.files.data import Data, load_data
 from hesscli.files.models.model_file import SavedModel, load_model
-from hesscli.files.resources import available_memory
 from hesscli.hessian.aten.precision import in_precision_
 from hesscli.hessian.batch_size import Passes
 from hesscli.hessian.curvatures import CURVATURES
@@ -112,33 +111,18 @@ def _opened(
     missing = data.not_finite()
     try:
         opened = _posed(options, model, dtype, data, device, listener, processes)
-    except DeviceMismatchError:
-        raise
-    except (MismatchError, NumericalError) as error:
-        if missing and _is_of_missing(error, options, model, dtype, data, device):
-            raise not_finite_error(options.data, *missing) from error
-        raise
+    except NumericalError as error:
+        if missing is None:
+            raise
+        raise not_finite_error(options.data, *missing) from error
+    except MismatchError as error:  # which may come of what is missing, or not
+        if missing is None or isinstance(error, DeviceMismatchError):
+            raise
+        said = f"{error.message}; {missing[1]}"
+        raise MismatchError(said, error.hint, error.instead_of) from error.__cause__
     if missing is not None:
         note(f"{missing[1]}; the model makes numbers of it")
     return opened
-
-
-def _is_of_missing(
-    error: HesscliError,
-    options: ProblemOptions,
-    model: SavedModel,
-    dtype: torch.dtype,
-    data: Data,
-    device: torch.device,
-) -> bool:
-    """Whether a refusal comes of NaN in the inputs: with zero in their place there is none, or another one."""
-    if sum(array.nbytes for array in data.inputs.values()) > available_memory() // 2:
-        return True  # it may be
-    try:
-        _posed(options, model, dtype, data.finite(), device, NoteKeeper(Listener()), _THIS_ONE)
-    except HesscliError as other:
-        return str(other) != str(error)
-    return True
 
 
 def _posed(
