@@ -656,8 +656,8 @@ def test_without_pyarrow(tmp_path, monkeypatch):
     pq.write_table(pa.table({"x": [1.0], "y": [0]}), tmp_path / "d")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     error = refused(UsageError, tmp_path / "d")
-    assert error.message.endswith("d: reading it needs pyarrow, which is not installed")
-    assert error.hint == "pip install 'hesscli[data]'"
+    assert "d: reading it needs pyarrow: " in error.message
+    assert error.hint == "pip install --upgrade pyarrow numpy"
 
 
 def test_with_a_pyarrow_that_refuses_what_is_installed(tmp_path, monkeypatch):
@@ -667,7 +667,7 @@ def test_with_a_pyarrow_that_refuses_what_is_installed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "pyarrow")
     error = refused(UsageError, tmp_path / "d")
-    assert error.message.endswith(f"d: reading it needs pyarrow, which does not load: {reason}")
+    assert error.message.endswith(f"d: reading it needs pyarrow: {reason}")
     assert error.hint == "pip install --upgrade pyarrow numpy"
 
 
@@ -761,7 +761,7 @@ def test_a_table_that_is_compressed_or_in_utf_16(cli, tmp_path):
     text = "a,b,y\n1,2,3.5\n4,5,6\n"
     Path("my t.csv.gz").write_bytes(gzip.compress(text.encode()))
     Path("u.csv").write_bytes(text.encode("utf-16"))
-    for name, made in (("my t.csv.gz", "my t.csv"), ("u.csv", "u-utf8.csv")):
+    for name, made in (("my t.csv.gz", "my t.csv.gz.csv"), ("u.csv", "u.csv.csv")):
         ran = cli("compute", "m.pt", name)
         assert ran.code == 3
         subprocess.run(ran.hint, shell=True, check=True)

@@ -98,18 +98,7 @@ def _unreadable(path: Path | str, kind: Kind, swapped: str) -> FileError | Usage
         )
     of_model = kind in (Kind.TORCHSCRIPT, Kind.EXPORTED, Kind.TRANSFORMERS, Kind.ONNX)
     hint = swapped if of_model else _SAVE
-    if kind in (Kind.GZIP, Kind.UTF16):
-        hint = _as_text(Path(path), kind)
     return unsupported(path, kind, _EXPECTED, hint)
-
-
-def _as_text(path: Path, kind: Kind) -> str:
-    """The command that makes of a compressed file, or one of another encoding, one that is read."""
-    if kind is Kind.UTF16:
-        made = path.with_name(f"{path.stem}-utf8.csv")
-        return f"iconv -f UTF-16 -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(str(made))}"
-    made = path.with_suffix("") if path.suffix == ".gz" else path.with_name(f"{path.name}.csv")
-    return f"gunzip -c {shlex.quote(str(path))} > {shlex.quote(str(made))}"
 
 
 def _files(path: Path | str, kind: Kind) -> tuple[Path, ...]:

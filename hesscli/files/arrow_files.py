@@ -85,15 +85,11 @@ def _pyarrow(path: Path | str) -> Any:
     try:
         import pyarrow
         import pyarrow.ipc
-    except ModuleNotFoundError as error:
+    except (
+        ImportError
+    ) as error:  # not there, or new versions refuse NumPy 1, which pip does not know
         raise UsageError(
-            f"{path}: reading it needs pyarrow, which is not installed",
-            "pip install 'hesscli[data]'",
-        ) from error
-    except ImportError as error:  # new versions refuse NumPy 1, which pip does not know
-        raise UsageError(
-            f"{path}: reading it needs pyarrow, which does not load: {error}",
-            "pip install --upgrade pyarrow numpy",
+            f"{path}: reading it needs pyarrow: {error}", "pip install --upgrade pyarrow numpy"
         ) from error
     return pyarrow
 
