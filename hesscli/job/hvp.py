@@ -180,12 +180,9 @@ def _of_file(source: str, problem: Problem) -> Tensor:
         stacked = part.shape != shape
         counts.setdefault(len(part) if stacked else None, f"{name} has shape {list(part.shape)}")
         parts.append(part.reshape(len(part), parameter.numel()) if stacked else part.reshape(-1))
-    if 0 in counts:
-        raise MismatchError(f"{source}: its tensors stack no vectors")
-    if len(counts) > 1:
+    if 0 in counts or len(counts) > 1:
         raise MismatchError(
-            f"{source}: its tensors do not stack the same number of vectors: "
-            f"{', '.join([*counts.values()][:2])}"
+            f"{source}: {', '.join([*counts.values()][:2])}; expected as many vectors in each, one or more"
         )
     vectors = torch.cat(parts, -1)
     if not bool(torch.isfinite(vectors).all()):

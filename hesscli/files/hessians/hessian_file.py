@@ -19,7 +19,6 @@ from hesscli.files.safetensors_header import AGAIN, Header, document_of, read_he
 from hesscli.files.sniff import no_such_file
 
 SCHEMA = "hesscli.hessian/1"
-_OTHERS = ("eigen", "density", "hvp")  # commands whose files hold something else
 _DTYPES = {"F32": "<f4", "F64": "<f8"}
 # Of a document, for the commands that read it.
 _REQUIRED = tuple(
@@ -127,13 +126,11 @@ def _document(path: Path, shown: str, metadata: dict[str, str]) -> dict[str, Any
             f"{document.get('count')}); the index opens it",
             f"hesscli show {shlex.quote(str(index))}" if index else None,
         )
-    if wrote := [name for name in _OTHERS if schema == f"hesscli.{name}/1"]:
+    if schema != SCHEMA:
         raise FileError(
-            f"{shown}: what hesscli {wrote[0]} wrote, and no Hessian",
+            f"{shown}: written in the format {schema}; this hesscli reads {SCHEMA}",
             "hesscli compute model.pt data.npz",
         )
-    if schema != SCHEMA:
-        raise FileError(f"{shown}: written in the format {schema}; this hesscli reads {SCHEMA}")
     if missing := [key for key in _REQUIRED if key not in document]:
         raise FileError(f"{shown}: its metadata lacks {', '.join(missing)}", AGAIN)
     if document["checksum"] != document_checksum(
