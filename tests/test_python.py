@@ -456,7 +456,7 @@ def test_compute_errors(net):
     net.cache = [net(X)]
     with pytest.raises(
         hesscli.HesscliError,
-        match="Net: cannot be copied: cache holds what an earlier pass computed",
+        match="Net: cannot be copied: Only Tensors created explicitly by the user",
     ):
         hesscli.compute(net, (X, Y))
 

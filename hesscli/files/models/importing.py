@@ -114,11 +114,6 @@ def attribute_of(option: str, spec: str, module: ModuleType) -> object:
     value: object = module
     for name in dotted.split("."):
         if not hasattr(value, name):
-            if elsewhere := _submodule_with(name, module):
-                raise UsageError(
-                    f"{option} {spec}: {source} has no {name}; {elsewhere} has",
-                    f"{option} {shlex.quote(f'{elsewhere}:{dotted}')}",
-                )
             choices = _named(module)
             near = difflib.get_close_matches(name, choices, 1, 0.5) or choices[:1]
             raise UsageError(
@@ -128,13 +123,6 @@ def attribute_of(option: str, spec: str, module: ModuleType) -> object:
             )
         value = getattr(value, name)
     return value
-
-
-def _submodule_with(name: str, package: ModuleType) -> str | None:
-    """The submodule that has the name, of those that the package imports: `torchvision.models` for torchvision."""
-    loaded = [value for value in vars(package).values() if isinstance(value, ModuleType)]
-    within = (each for each in loaded if each.__name__.startswith(f"{package.__name__}."))
-    return next((each.__name__ for each in within if callable(vars(each).get(name))), None)
 
 
 def _named(module: ModuleType) -> list[str]:

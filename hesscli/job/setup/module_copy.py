@@ -32,24 +32,10 @@ def own_copy(module: nn.Module) -> nn.Module:
         tie(copy, groups)  # which share memory and are no one object
         return uncompiled(copy)
     except Exception as error:  # a module may hold anything
-        reason = first_line(error)
-        if holder := _holder_of_results(module):
-            reason = f"{holder} holds what an earlier pass computed"
         raise MismatchError(
-            f"{type(module).__name__}: cannot be copied: {reason}",
+            f"{type(module).__name__}: cannot be copied: {first_line(error)}",
             "save it, torch.save(model.state_dict(), 'net.pt'), and name its class with arch=",
         ) from error
-
-
-def _holder_of_results(module: nn.Module) -> str | None:
-    """The attribute that holds tensors with a graph in a dict or a list, as a cache does; PyTorch copies none."""
-    for path, part in module.named_modules():
-        for name, value in vars(part).items():
-            held = value.values() if isinstance(value, dict) else value
-            several = isinstance(value, (dict, list, tuple)) and name != "_buffers"
-            if several and any(isinstance(x, Tensor) and not x.is_leaf for x in held):
-                return f"{path}.{name}" if path else name
-    return None
 
 
 def _demand_own(copy: nn.Module, module: nn.Module) -> None:
