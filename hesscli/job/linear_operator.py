@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from scipy.sparse.linalg import LinearOperator
 from hesscli.errors import UsageError
 from hesscli.hessian.autodiff import differentiable
 from hesscli.job.operator import Operator, open_operator
-from hesscli.job.options import Listener, ProblemOptions, listening
+from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.setup.given import DataLike, LossFunction, Model, given
 from hesscli.job.setup.processes import Processes
 from hesscli.job.setup.settings import as_written, random_kept, settings_kept, settle
@@ -51,7 +51,7 @@ def operator(
     """
     options["loss"] = loss
     with given(model, data, device, ProblemOptions, options, kept=True) as asked:
-        return CurvatureOperator(open_operator(asked, listening(listener), Processes()))
+        return CurvatureOperator(open_operator(asked, listener or Listener(), Processes()))
 
 
 class CurvatureOperator(LinearOperator):  # type: ignore[misc]
@@ -67,20 +67,6 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: object) -> CurvatureOperator:
         return self
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise UsageError(
-            "an operator cannot be pickled: it holds graphs of its model's passes",
-            "H = hesscli.operator('model.pt', 'data.npz') in each process",
-        )
-
-    def dot(self, x: Any) -> Any:
-        if isinstance(x, torch.Tensor) and x.requires_grad:
-            raise UsageError(
-                "the vector requires a gradient, and products with NumPy's vectors have none",
-                "H @ v.detach()",
-            )
-        return super().dot(x)
 
     def _matvec(self, x: np.ndarray) -> np.ndarray:
         return self._products(x.reshape(-1))

@@ -18,7 +18,7 @@ from hesscli.errors import InterruptedRun, ResourceError, UsageError
 from hesscli.files.hessians.hessian_file import read_hessian
 from hesscli.job.compute import compute as run
 from hesscli.job.loaded import Framework, Hessian, converter
-from hesscli.job.options import ComputeOptions, Listener, listening, wrong_option
+from hesscli.job.options import ComputeOptions, Listener, wrong_option
 from hesscli.job.setup.given import DataLike, LossFunction, Model, PathLike, given
 from hesscli.job.setup.settings import as_written
 
@@ -80,7 +80,7 @@ def compute(
             hint = "hesscli compute MODEL DATA --shard 1/2"
             raise UsageError("shard: one share is no Hessian; expected None", hint)
         try:
-            run(asked, listening(listener), alone=True)
+            run(asked, listener or Listener(), alone=True)
         except InterruptedRun as error:  # is no error to a program, which may deal with errors
             raise KeyboardInterrupt(*([] if output is None else [error.message])) from None
         except ResourceError as error:

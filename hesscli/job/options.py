@@ -10,7 +10,7 @@ from functools import partial
 from numbers import Integral, Real
 from operator import contains
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from hesscli.errors import UsageError
 
@@ -48,23 +48,6 @@ def wrong_option(name: str, value: object, expected: str) -> UsageError:
     if len(found) > 80 or "\n" in found:
         found = f"a {type(value).__name__}"
     return UsageError(f"{name} is {found}; expected: {expected}")
-
-
-def listening(listener: object) -> Listener:
-    """The listener; one for nobody, if it is None.
-
-    Raises:
-        UsageError: it has no methods of one.
-    """
-    if listener is None:
-        return Listener()
-    if not all(callable(getattr(listener, name, None)) for name in ("note", "progress")):
-        raise wrong_option(
-            "listener",
-            listener,
-            "an object with methods note(text) and progress(done, total, doing)",
-        )
-    return cast(Listener, listener)
 
 
 def _is_whole(value: object) -> bool:

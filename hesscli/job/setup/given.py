@@ -60,11 +60,7 @@ def given(
     if not isinstance(model, (nn.Module, str, os.PathLike)):
         raise UsageError(
             f"model: {_type_of(model)}; expected a module, or the path of a file",
-            "hesscli.compute(model.module(), data)"
-            if hasattr(model, "graph_module")
-            else "call it in forward of a torch.nn.Module"
-            if callable(model)
-            else None,
+            "hesscli.compute(model.module(), data)" if hasattr(model, "graph_module") else None,
         )
     with settings_kept(), differentiable(), random_kept():
         source = Path(data) if isinstance(data, (str, os.PathLike)) else _arrays(data, kept)
