@@ -40,7 +40,7 @@ def in_batches(
     note: Note,
     processes: Processes,
     memory: int | None = None,
-) -> tuple[Problem, Sequence[Batch], Sequence[Batch], Passes]:
+) -> tuple[Problem, Sequence[Batch], Passes]:
     """The problem with its data in batches, unless model or loss want it whole.
 
     Args:
@@ -50,8 +50,7 @@ def in_batches(
 
     Returns:
         the problem, with batches that leave room for second derivatives; the same data in batches for gradients alone,
-        which have room for more samples; a batch of a few; and what goes through a batch at once, for second
-        derivatives.
+        which have room for more samples; and what goes through a batch at once, for second derivatives.
 
     Raises:
         MismatchError: the data cannot be cut into batches that the model accepts.
@@ -94,7 +93,7 @@ def in_batches(
     most = max(b - a for a, b in itertools.pairwise(bounds))
     passes = _passes(problem, most * saved, most * largest, free)
     checking = problem.batches if same else _batches(source, checked)
-    return problem, checking, _batches(source, [0, source.few]), passes
+    return problem, checking, passes
 
 
 def _say_where_classes_are(problem: Problem, some: Batch, note: Note) -> None:

@@ -60,7 +60,6 @@ class Opened:
     options: ProblemOptions  # that it was opened with
     problem: Problem
     checked: Sequence[Batch]  # the same data, where gradients alone are taken
-    few: Sequence[Batch]  # some samples that the model takes
     passes: Passes  # what goes through a batch at once
     tied: dict[str, list[str]]  # first name -> the other names of the same tensor
     frozen: list[str]  # parameters left out because they do not require a gradient
@@ -171,14 +170,14 @@ def _posed(
     if data.columns:
         source = as_columns(problem, source, note)
     memory = options.memory if isinstance(options, ComputeOptions) else None
-    problem, checked, few, passes = in_batches(
+    problem, checked, passes = in_batches(
         problem, source, options.batch_size, note, processes, memory
     )
     _demand_own_parameters(model, problem)
     problem = _as_computed(problem, note)
     problem, value = _measured(problem, processes, options, data)
     facts = _facts(options, model, data, list(inputs), problem, value)
-    return Opened(options, problem, checked, few, passes, tied, frozen, facts, listener)
+    return Opened(options, problem, checked, passes, tied, frozen, facts, listener)
 
 
 def _loaded(
