@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from torch.serialization import SourceChangeWarning
 
 from hesscli.errors import FileError, HesscliError, ResourceError, is_out_of_memory
 from hesscli.files.sniff import COPY_AGAIN, Kind
@@ -104,16 +105,9 @@ def quiet() -> Iterator[None]:
         logging.getLogger(name).addFilter(swallow)
     try:
         with warnings.catch_warnings():
-            # TorchScript is deprecated since 2.11; the user of a saved model cannot change that.
-            warnings.filterwarnings("ignore", r".*torch\.jit\.", Warning)
-            warnings.filterwarnings("ignore", "This version of file is deprecated")
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
-            warnings.filterwarnings("ignore", "The given buffer is not writable")
-            # Of quantised and sparse weights: whether they will do is said elsewhere.
-            warnings.filterwarnings("ignore", "TypedStorage is deprecated")
-            warnings.filterwarnings("ignore", r"torch\.quantize_per_tensor")
-            warnings.filterwarnings("ignore", "Validating sparse tensor invariants")
-            warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
+            # The user of a saved model cannot change it; but for a class that is another than when it was saved.
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("default", SourceChangeWarning)
             yield
     except Exception as error:
         if logged:
