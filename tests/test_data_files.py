@@ -761,7 +761,7 @@ def test_a_table_that_is_compressed_or_in_utf_16(cli, tmp_path):
     text = "a,b,y\n1,2,3.5\n4,5,6\n"
     Path("my t.csv.gz").write_bytes(gzip.compress(text.encode()))
     Path("u.csv").write_bytes(text.encode("utf-16"))
-    for name, made in (("my t.csv.gz", "my t.csv.gz.csv"), ("u.csv", "u.csv.csv")):
+    for name, made in (("my t.csv.gz", "my t.csv.gz.unpacked"), ("u.csv", "u.csv.utf8")):
         ran = cli("compute", "m.pt", name)
         assert ran.code == 3
         subprocess.run(ran.hint, shell=True, check=True)

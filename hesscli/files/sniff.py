@@ -98,13 +98,13 @@ def file_beside(listing: Path, name: object, hint: str) -> Path:
 
 def unsupported(path: Path | str, kind: Kind, wanted: str, hint: str) -> FileError:
     """The refusal of a file of the wrong kind. A hint about the file itself goes before `hint`."""
-    name, made = shlex.quote(str(path)), shlex.quote(f"{path}.csv")
+    name, plain, utf8 = (shlex.quote(f"{path}{end}") for end in ("", ".unpacked", ".utf8"))
     hints: dict[Kind, str] = {
         Kind.LFS_POINTER: f"git lfs pull --include {shlex.quote(os.path.basename(path))}",
         Kind.ZIP_DAMAGED: COPY_AGAIN,
         Kind.HTML: "the download failed: fetch the file again",
-        Kind.GZIP: f"gunzip < {name} > {made}",
-        Kind.UTF16: f"iconv -f UTF-16 -t UTF-8 {name} > {made}",
+        Kind.GZIP: f"gunzip < {name} > {plain}",
+        Kind.UTF16: f"iconv -f UTF-16 -t UTF-8 {name} > {utf8}",
     }
     return FileError(f"{path}: {kind.value}; expected {wanted}", hints.get(kind, hint))
 
