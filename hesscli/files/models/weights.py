@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def load_weights(
         raise MismatchError(
             f"{path}: the weights do not fit the architecture: "
             + (differences or str(error).splitlines()[-1].strip()),
-            _way_out(path),
+            _way_out(path, expected, content),
         ) from error
     except Exception as error:  # what a module does with its weights is its own
         raise MismatchError(
@@ -70,11 +70,20 @@ def load_weights(
         ) from error
 
 
-def _way_out(path: Path) -> str:
+def _way_out(path: Path, expected: Collection[str], names: Collection[str]) -> str:
     """What to do about weights that do not fit: those of one file of several lack the others'."""
     index = index_beside(path)
     if index is not None:
         return f"it is one of several files: give their index, {index}"
+    masks = [name for name in names if name.endswith("_mask") and name not in expected]
+    for pruned in (mask.removesuffix("_mask") for mask in masks):
+        if f"{pruned}_orig" in names:
+            module, _, own = pruned.rpartition(".")
+            where = f"model.get_submodule({module!r})"
+            return (
+                f"in the factory: torch.nn.utils.prune.identity({where}, {own!r}); "
+                "or prune.remove before the weights are saved"
+            )
     return "name the architecture they were saved from, with its sizes: --arch-arg K=V"
 
 
