@@ -34,6 +34,7 @@ from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.objective.saved import saved_sizes
 from hesscli.hessian.workers import in_order, workers
+from hesscli.widest import widest
 
 _GRAPHS = 3  # a kept graph holds about this many times what a forward pass saves
 _TILE = 1 << 15  # columns of a product that are added to the sum at a time, in the cache
@@ -113,7 +114,7 @@ class Products(LinearMap):
     def _sum(self, vectors: Tensor) -> Tensor:
         if len(self.problem.batches) == 1:
             return torch.cat(list(self._linear(0)(vectors)), -1).detach()
-        total = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
+        total = torch.zeros(vectors.shape, dtype=widest(vectors.device), device=vectors.device)
         sums = total.split(self.sizes, -1)
 
         def add(row: Row) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hesscli.hessian.chunk_sizes import chunk_sizes
+from hesscli.widest import wide, widest
 
 
 def symmetrise_(matrix: Tensor) -> float:
@@ -19,11 +20,11 @@ def symmetrise_(matrix: Tensor) -> float:
 
 def average_(matrix: Tensor) -> float:
     """Replaces H by (H + H^T) / 2, in place and in tiles; returns ||H - H^T||_F^2 of what it was before."""
-    difference = torch.zeros((), dtype=torch.float64, device=matrix.device)
+    difference = torch.zeros((), dtype=widest(matrix.device), device=matrix.device)
     for upper, lower, on_diagonal in _tiles(matrix):
         gap = upper - lower.T
         weight = 1 if on_diagonal else 2
-        difference += weight * gap.double().square().sum()
+        difference += weight * wide(gap).square().sum()
         mean = lower.T + gap / 2
         if on_diagonal:  # rounding differs above and below the diagonal of a tile
             mean = mean.triu() + mean.triu(1).T

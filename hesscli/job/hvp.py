@@ -22,6 +22,7 @@ from hesscli.job.options import Listener, ProblemOptions
 from hesscli.job.results import demand_names, writable, write_tensors
 from hesscli.job.setup.processes import Processes
 from hesscli.texts import dtype_name, listed
+from hesscli.widest import wide
 
 SCHEMA = "hesscli.hvp/1"
 
@@ -124,7 +125,7 @@ def _norms(operator: Operator, vectors: Tensor, result: Tensor) -> Document:
     """Norms by parameter and of all, over all vectors where there are several."""
 
     def norm(tensor: Tensor) -> float:
-        return float(torch.linalg.norm(tensor.double()))
+        return float(torch.linalg.norm(wide(tensor)))
 
     v, r = operator.products.by_parameter(vectors), operator.products.by_parameter(result)
     blocks = [
@@ -132,8 +133,8 @@ def _norms(operator: Operator, vectors: Tensor, result: Tensor) -> Document:
         for facts in operator.parameter_facts()
     ]
     rows, products = vectors.reshape(-1, operator.size), result.reshape(-1, operator.size)
-    along = (rows.double() * products.double()).sum(1).tolist()
-    squares = rows.double().square().sum(1).tolist()
+    along = (wide(rows) * wide(products)).sum(1).tolist()
+    squares = wide(rows).square().sum(1).tolist()
     rayleigh = [a / b if b else None for a, b in zip(along, squares, strict=True)]
     total = {
         "size": operator.size,

@@ -31,6 +31,7 @@ from hesscli.job.setup.opening import Opened
 from hesscli.job.setup.processes import Processes
 from hesscli.job.sizes import size
 from hesscli.spectrum.finite import NotFinite
+from hesscli.widest import wide
 
 _LONG = 1 << 23  # bytes of a vector
 
@@ -81,7 +82,7 @@ class Operator:
         return documents.skeleton(self.opened, "full") | {
             "schema": schema,
             "method": self.method,
-            "gradient_norm": float(torch.linalg.norm(self.gradient.double())),
+            "gradient_norm": float(torch.linalg.norm(wide(self.gradient))),
             "check": self.check,
             "size": self.size,
         }

@@ -32,7 +32,7 @@ def dense(
     matrix = np.empty((size, size))
     for first in range(0, size, _ROWS):
         stop = min(first + _ROWS, size)
-        matrix[first:stop] = finite(rows(first, stop)).double().cpu().numpy()
+        matrix[first:stop] = finite(rows(first, stop)).cpu().double().numpy()
         report(stop, size, f"{stop} products")
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
     residuals = np.linalg.norm(matrix @ vectors - vectors * values, axis=0)

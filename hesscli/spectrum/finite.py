@@ -6,6 +6,8 @@ import math
 
 from torch import Tensor
 
+from hesscli.widest import wide
+
 _TILE = 1 << 16  # numbers that are made float64 at a time: at once, it takes four times as long
 
 
@@ -21,6 +23,7 @@ def finite(product: Tensor) -> Tensor:
 
 
 def norm(v: Tensor) -> float:
-    """|v|, in float64: the squares of float32 are numbers from 1e-38 to 1e38 alone, and many add up to few digits."""
-    wide = (part.double() for part in v.split(_TILE))
-    return math.sqrt(sum(part @ part for part in wide))
+    """|v|, in float64 if the device has it: the squares of float32 are numbers from 1e-38 to 1e38 alone, and many add
+    up to few digits."""
+    parts = map(wide, v.split(_TILE))
+    return math.sqrt(sum(part @ part for part in parts))

@@ -118,7 +118,7 @@ class Krylov:
         basis = self.basis[: self.count]
         parts = basis @ v
         v.addmv_(basis.T, parts, alpha=-1)
-        return parts.double().cpu().numpy()
+        return parts.cpu().double().numpy()
 
     def random(self) -> Tensor:
         """A random vector orthogonal to the basis."""

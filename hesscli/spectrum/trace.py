@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hesscli.widest import wide
+
 _SKETCH = 16  # samples: the least that a standard error is taken from, and what a sketch is made of
 _SKEWED = 0.5  # if one more direction taken out leaves less than this much of the variance, it skews the samples
 _SURE = 0.2  # of the total: one of less than five standard errors may be zero, met by chance
@@ -111,7 +113,7 @@ class _Samples:
         return self._multiply(v)
 
     def _by_part(self, a: Tensor, b: Tensor) -> np.ndarray:
-        terms = (a * b).double()
+        terms = wide(a * b)
         return torch.stack([part.sum() for part in terms.split(self._sizes)]).cpu().numpy()
 
 
@@ -196,7 +198,7 @@ class Sketch:
     def __init__(self, products: Tensor) -> None:
         columns, triangle = torch.linalg.qr(products.T)
         self._basis = columns.T  # Q^T [d, n], d = min(k, n)
-        self._products = triangle.T.double()  # c_i [k, d]
+        self._products = triangle.T.cpu().double()  # c_i [k, d]
 
     def left(self) -> np.ndarray:
         """||(I - P) H||^2 / ||H||^2 for projections P onto the 0, 1, ..., k - 1 leading directions.
@@ -208,11 +210,11 @@ class Sketch:
             others = torch.cat([self._products[:i], self._products[i + 1 :]])
             inside.append((leading(others) @ own).square().cumsum(0))
         whole = self._products.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
-        return 1 - np.r_[0, (torch.stack(inside).sum(0) / whole).cpu().numpy()]
+        return 1 - np.r_[0, (torch.stack(inside).sum(0) / whole).numpy()]
 
     def directions(self, count: int) -> Tensor:
         """The leading ones, orthonormal: [count, n]."""
-        return leading(self._products)[:count].to(self._basis.dtype) @ self._basis
+        return leading(self._products)[:count].to(self._basis) @ self._basis
 
 
 def leading(rows: Tensor) -> Tensor:

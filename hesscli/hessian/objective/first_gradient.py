@@ -19,6 +19,7 @@ from hesscli.hessian.objective.refusals import (
     gradients_off,
     no_gradient,
 )
+from hesscli.widest import wide
 
 
 def first_gradient(problem: Problem) -> tuple[dict[str, Tensor], float, set[str]]:
@@ -32,7 +33,7 @@ def first_gradient(problem: Problem) -> tuple[dict[str, Tensor], float, set[str]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", f".*{UNREGISTERED}")
         gradient = problem.gradient(list(problem.parameters))
-    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
+    norm = math.sqrt(sum(float(wide(g).square().sum()) for g in gradient.values()))
     if not math.isfinite(norm):
         missing = any(not bool(x.isfinite().all()) for b in problem.batches for x in b.inputs)
         hint = "replace NaN and infinity before they meet a weight: x.nan_to_num(0, 0, 0)"

@@ -24,6 +24,7 @@ from hesscli.job.matrix.ranking import Ranking
 from hesscli.job.matrix.triangles import HeldTriangle, StreamedTriangle, Triangle
 from hesscli.job.matrix.unfinished import Unfinished
 from hesscli.spectrum.eigen import extremes
+from hesscli.widest import wide
 
 _PIECE = 1 << 20  # bytes of what goes back to the system when it is freed, where memory is short
 
@@ -174,7 +175,7 @@ class LargeBlock:
         if route.symmetric:
             mirror_(own)
         else:
-            facts = {"gap": average_(own), "square": float(own.double().square().sum())}
+            facts = {"gap": average_(own), "square": float(wide(own).square().sum())}
         upper = upper.to(self.plan.problem.dtype)
         if upper.device.type == "cuda":  # which may still be at it
             torch.cuda.current_stream(upper.device).synchronize()

@@ -19,7 +19,7 @@ from hesscli.files.arrays import Arrays, in_memory
 from hesscli.files.models.live_models import live_model
 from hesscli.hessian.autodiff import differentiable
 from hesscli.job.options import ProblemOptions
-from hesscli.job.setup.devices import device_called
+from hesscli.job.setup.devices import demanding_float64, device_called
 from hesscli.job.setup.module_copy import own_copy
 from hesscli.job.setup.settings import random_kept, settings_kept
 
@@ -70,7 +70,8 @@ def given(
             yield asked
             return
         wanted = None if asked.device == "auto" else device_called(asked.device)
-        saved = live_model(own_copy(model), train_mode=asked.train_mode, device=wanted)
+        with demanding_float64():
+            saved = live_model(own_copy(model), train_mode=asked.train_mode, device=wanted)
         saved = replace(saved, originals=tuple(model.parameters()))
         device = next(saved.module.parameters()).device
         yield replace(asked, model=saved, device=str(device))

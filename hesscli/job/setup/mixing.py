@@ -19,6 +19,7 @@ from hesscli.hessian.objective.problem import Problem, parameters_at
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.job.options import Note
 from hesscli.job.setup.source import Source
+from hesscli.widest import wide
 
 _FEWEST = 4  # samples passed together and apart
 _SUM = 1e-11  # what sums of many samples in float64 may differ by, where one of them counting for none may not
@@ -245,7 +246,7 @@ def _pairs(
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.hypot(*(float(t.double().norm()) for t in tensors))
+    return math.hypot(*(float(wide(t).norm()) for t in tensors))
 
 
 def _same_values(together: Tensor, apart: Sequence[Tensor], rounding: float | None = None) -> bool:

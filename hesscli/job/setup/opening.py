@@ -22,7 +22,7 @@ from hesscli.hessian.objective.problem import Problem
 from hesscli.job.json_form import Document
 from hesscli.job.options import ComputeOptions, Listener, Note, ProblemOptions
 from hesscli.job.setup.batches import in_batches
-from hesscli.job.setup.devices import device_called
+from hesscli.job.setup.devices import demanding_float64, device_called
 from hesscli.job.setup.loss import by_name, loss_of, printable
 from hesscli.job.setup.own_loss import of_outputs
 from hesscli.job.setup.parameters import chosen_parameters
@@ -106,7 +106,8 @@ def _opened(
     if options.tf32 and device.type != "cuda":
         note(f"--tf32 has no effect: the device is {device.type}")
     options = by_name(options, note)
-    model, dtype, data = _loaded(options, device, listener)
+    with demanding_float64():
+        model, dtype, data = _loaded(options, device, listener)
     missing = data.not_finite()
     try:
         opened = _posed(options, model, dtype, data, device, listener, processes)

@@ -22,6 +22,7 @@ from hesscli.job.options import Note
 from hesscli.job.setup.broadcasting import demand_no_pairs
 from hesscli.job.setup.reduction import reduction
 from hesscli.job.setup.source import Source
+from hesscli.widest import wide
 
 _TURNED = 256  # samples of which the order is changed
 _ROUNDING = 1e-5
@@ -139,7 +140,7 @@ def _keeps_order_out(problem: Problem, source: Source) -> bool:
         by_sample = not problem.loss.is_output and output.shape[:1] == (len(batch),)
         moved = output.flip(0) if by_sample else problem.output(turned)
         pairs = ((output, batch), (moved, turned))
-        first, second = (float(problem.loss.terms(*pair).double().sum()) for pair in pairs)
+        first, second = (float(wide(problem.loss.terms(*pair)).sum()) for pair in pairs)
         return first, second
 
     counts = dict.fromkeys([min(source.samples, _TURNED), source.samples])

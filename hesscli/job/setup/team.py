@@ -145,7 +145,8 @@ class Team:
         import torch
 
         device = tensor.device if self.nccl else torch.device("cpu")
-        total = tensor.to(device, torch.float64, copy=True)
+        # MPS has no float64 to send from.
+        total = tensor.to(device).to(torch.float64, copy=True)
         with _together() as dist:
             dist.reduce(total, 0)
         return total.to(tensor.device, tensor.dtype)
