@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from enum import IntEnum
+
+_OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|_ALLOC_FAILED")
+"""What PyTorch says in a plain RuntimeError: of the CPU, MPS, and pinned memory, of what cuBLAS and cuDNN take for
+themselves, and of any device inside TorchScript."""
 
 
 class ExitCode(IntEnum):
@@ -20,9 +25,14 @@ class ExitCode(IntEnum):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch has an error of its own for a GPU's, and none for the CPU's."""
+    """Whether memory ran out: torch has an error of its own for most of a GPU's, and none for the CPU's."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    return named or (isinstance(error, RuntimeError) and bool(said_of_memory(error)))
+
+
+def said_of_memory(error: BaseException) -> str:
+    """The line of an error that says that memory ran out."""
+    return next(filter(_OUT_OF_MEMORY.search, str(error).splitlines()), "")
 
 
 class Terminated(SystemExit):

@@ -16,7 +16,14 @@ import typer
 
 from hesscli.cli.output import say
 from hesscli.cli.terminal import silence
-from hesscli.errors import ExitCode, HesscliError, Terminated, is_out_of_memory, signalled
+from hesscli.errors import (
+    ExitCode,
+    HesscliError,
+    Terminated,
+    is_out_of_memory,
+    said_of_memory,
+    signalled,
+)
 from hesscli.job.setup.team import rank
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -113,7 +120,8 @@ def report(error: BaseException, debug: bool = False, of_model: bool = False) ->
         say("error", f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}")
         return ExitCode.FILE
     if is_out_of_memory(error):
-        said = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
+        said = said_of_memory(error) or str(error).partition("\n")[0]
+        said = said.rpartition("DefaultCPUAllocator: ")[2].removeprefix("RuntimeError: ")
         say("error", f"{whose}out of memory: {said}" if said else f"{whose}out of memory")
         if of_model:
             say("hint", _pasteable("--batch-size 1"))
