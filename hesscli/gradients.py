@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -25,7 +25,9 @@ def _autocast_put_aside() -> Iterator[None]:
     What that has cast of the weights it keeps until the outermost ends: within another, the second pass would go on
     with a result of the first, and within one that is never left, the next model's.
     """
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    with ExitStack() as off:
+        for device in ("cpu", "cuda", "mps"):
+            off.enter_context(torch.autocast(device, enabled=False))
         depth = _leave_all()
         try:
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,19 @@ from oracles import relative_error
 from problems import blocks_of, compute_blocks, problem_of, routes_of
 from torch import nn
 
+import hesscli
 from hesscli.errors import DeviceMismatchError
+from hesscli.gradients import gradients_on
+from hesscli.hessian.guests import guest
 from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.objective.refusals import not_accepted
 from hesscli.hessian.routes.hvp import HessianVectorProducts
 from hesscli.hessian.routes.preactivation import Preactivation
 from hesscli.job.compute import compute
 from hesscli.job.options import ComputeOptions
 from hesscli.job.setup import opening
+from hesscli.job.setup.batches import free_memory
+from hesscli.job.setup.settings import random_kept
 
 NAMES = ("mlp-tanh", "mlp-relu", "conv2d", "layer-norm", "group-norm", "weight-norm", "lstm",
          "transformer-gelu", "embedding", "residual-norm")  # fmt: skip
@@ -50,14 +57,28 @@ def test_a_gpu_gives_the_same_numbers(name: str, blocks: str, tmp_path: Path) ->
         assert relative_error(whole, expected(case)) < 1e-9
 
 
+IN_TORCHSCRIPT = """The following operation failed in the TorchScript interpreter.
+Traceback of TorchScript (most recent call last):
+RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB. (pretended)
+"""
+OUT_OF_MEMORY = {
+    "gpu": torch.OutOfMemoryError("CUDA out of memory (pretended)"),
+    "pinned": RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "mps": RuntimeError("MPS backend out of memory (MPS allocated: 5.56 GB, max allowed: 6.80 GB)."),
+    "torchscript": RuntimeError(IN_TORCHSCRIPT),
+}  # fmt: skip
+
+
 class Greedy(Preactivation):
     """Runs out of memory until it has been told to shrink twice."""
 
     shrunk = 0
+    error: Exception
 
     def add(self, *arguments: object) -> None:
         if self.shrunk < 2:
-            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+            raise self.error
         super().add(*arguments)  # type: ignore[arg-type]
 
     def shrink(self) -> bool:
@@ -65,9 +86,11 @@ class Greedy(Preactivation):
         return super().shrink()
 
 
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_out_of_memory_halves_the_chunks_and_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Greedy, "error", OUT_OF_MEMORY[error], raising=False)
     monkeypatch.setattr("hesscli.hessian.curvatures.Preactivation", Greedy)
     case = BY_NAME["mlp-tanh"]
     model, data = save(case, "trace", tmp_path)
@@ -90,6 +113,75 @@ def test_smaller_chunks_give_the_same_numbers() -> None:
             route.workspace = 1  # one direction at a time
         torch.testing.assert_close(compute_blocks(route, [whole])["hessian"], before)
     assert not HessianVectorProducts(problem, 1).shrink()
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_a_pass_that_runs_out_of_memory(
+    error: str, cli, net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def returned(*arguments: object) -> object:
+        with guest(partial(not_accepted, None)):  # type: ignore[arg-type]
+            raise OUT_OF_MEMORY[error]
+
+    monkeypatch.setattr(Problem, "returned", returned)
+    done = cli("compute", *net)
+    said = IN_TORCHSCRIPT if error == "torchscript" else str(OUT_OF_MEMORY[error])
+    (line,) = [line for line in said.splitlines() if "emory" in line or "ALLOC" in line]
+    assert done.fails(6) == f"out of memory: {line.removeprefix('RuntimeError: ')}"
+    assert done.hint.endswith("--batch-size 1")
+
+
+def test_what_pytorch_keeps_of_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "mem_get_info": (5, 100),
+        "memory_reserved": 70,
+        "memory_allocated": 30,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_memory(torch.device("cuda")) == 5 + 40
+
+
+def test_forked_from_a_process_that_used_a_gpu(
+    cli, net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There CUDA cannot be used, and all is done on the CPU."""
+
+    def refuse(*arguments: object) -> object:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    for name, function in {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "_is_in_bad_fork": lambda: True,
+        "_lazy_init": refuse,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    assert cli("compute", *net, "--json").document["device"] == "cpu"
+    assert "no device cuda" in cli("compute", *net, "--device", "cuda").fails(6)
+    hesscli.compute(nn.Linear(3, 2), (torch.randn(4, 3), torch.randn(4, 2)))
+
+
+def test_random_numbers_of_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller's go on as if there had been none of ours."""
+    state = [torch.tensor([7])]
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state[0])
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda given: state.__setitem__(0, given))
+    with random_kept():
+        state[0] = torch.tensor([0])
+    assert state == [torch.tensor([7])]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_autocast_of_the_caller_is_off_inside(device: str) -> None:
+    before = torch.is_autocast_enabled(device)
+    torch.set_autocast_enabled(device, True)
+    try:
+        with gradients_on():
+            assert not torch.is_autocast_enabled(device)
+        assert torch.is_autocast_enabled(device)
+    finally:
+        torch.set_autocast_enabled(device, before)
 
 
 class Inline(nn.Module):

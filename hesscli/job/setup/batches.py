@@ -235,7 +235,8 @@ def _batches(source: Source, bounds: Sequence[int]) -> Batches:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
+    """Bytes that are free on a device; what PyTorch keeps of a GPU's for itself is free too."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return available_memory()

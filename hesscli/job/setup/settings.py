@@ -18,6 +18,7 @@ from hesscli.hessian.aten.custom_functions import apply_in_python, set_apply
 from hesscli.hessian.aten.dense_gradients import are_dense, make_dense
 from hesscli.hessian.guests import may_compile
 from hesscli.job.options import ProblemOptions
+from hesscli.job.setup.devices import cuda_devices
 
 Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
@@ -110,9 +111,12 @@ def _readable(setting: Callable[[], Value]) -> Value | None:
 def random_kept() -> Iterator[None]:
     """Puts back the state of the random numbers: torch's, and those of Python and NumPy, which models may draw too."""
     pythons, numpys = random.getstate(), np.random.get_state()
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
+        with torch.random.fork_rng(range(cuda_devices())):
             yield
     finally:
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
         random.setstate(pythons)
         np.random.set_state(numpys)
