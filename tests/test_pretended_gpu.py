@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from pretended_gpu import pretended_gpu
 from safetensors.numpy import load_file
 from torch import nn
@@ -98,6 +99,26 @@ def test_curvatures(curvature: str) -> None:
     on_cpu = hesscli.compute(smooth(), DATA, **options)
     with pretended_gpu():
         found = hesscli.compute(smooth(), DATA, device="cuda", **options)
+    assert_close(found.matrix(), on_cpu.matrix())
+
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "own": {"loss": lambda z, y: F.cross_entropy(z, y)},
+    "own, of pairs": {"loss": lambda z, y: (z[:, None] - z[None]).square().mean()},
+    "own, of a module": {"loss": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0]))},
+    "weights": {"loss_arguments": {"weight": [1.0, 3.0], "label_smoothing": 0.1}},
+    "probabilities": {"loss": "kl-div", "targets": "p", "inputs": ("x",)},
+}
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses(loss: str, kind: str) -> None:
+    data = DATA | {"p": RNG.dirichlet((1, 1), size=6).astype(np.float32)}
+    options = {"targets": "y", "blocks": "full", "batch_size": 4} | LOSSES[loss]
+    on_cpu = hesscli.compute(smooth(), data, **options)
+    with pretended_gpu(kind):
+        found = hesscli.compute(smooth(), data, device=kind, **options)
     assert_close(found.matrix(), on_cpu.matrix())
 
 

@@ -20,6 +20,7 @@ from hesscli.hessian.objective.loss import MEAN, OF_ALL, SUM
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.setup.mixing import adds_up, mixing_loss
 from hesscli.job.setup.source import Source
+from hesscli.widest import widest
 
 _MOST = 256  # samples of a pass
 _TRIED = 16  # bytes of an output: in float64, and as it was
@@ -32,7 +33,7 @@ def reduction(problem: Problem, source: Source, width: int, room: int) -> str:
         width: how many numbers the model gives for a sample.
         room: how many samples there is memory for at once.
     """
-    if (source.fewest, source.most) != (1, None):
+    if (source.fewest, source.most) != (1, None) or widest(source.device) is not torch.float64:
         return OF_ALL
     try:
         if problem.loss.is_output:
