@@ -97,6 +97,8 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0]
     if on_gpu and func not in _TRANSFERS:
         _demand_one_device(func, args, given)
+    if on_gpu and _OnGpu.kind == "mps" and func is _aten.linalg_qr.default:
+        _refused.error(NotImplementedError, f"{func} is not implemented on all MPS devices")
     if func is _aten.copy_.default:
         on_gpu = isinstance(args[0], _OnGpu)
     if (device := kwargs.get("device")) is not None:

@@ -196,8 +196,10 @@ class Sketch:
     """
 
     def __init__(self, products: Tensor) -> None:
-        columns, triangle = torch.linalg.qr(products.T)
-        self._basis = columns.T  # Q^T [d, n], d = min(k, n)
+        # That of MPS is slow, or lacking.
+        rows = products.cpu() if products.device.type == "mps" else products
+        columns, triangle = torch.linalg.qr(rows.T)
+        self._basis = columns.T.to(products.device)  # Q^T [d, n], d = min(k, n)
         self._products = triangle.T.cpu().double()  # c_i [k, d]
 
     def left(self) -> np.ndarray:
