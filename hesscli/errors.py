@@ -83,7 +83,7 @@ class MismatchError(HesscliError):
 
 
 class DeviceMismatchError(MismatchError):
-    """The model makes tensors on another device than the one that it was brought to."""
+    """The model, or the loss, makes tensors on another device than the one that all else was brought to."""
 
 
 class NumericalError(HesscliError):

@@ -17,6 +17,7 @@ import hesscli
 from hesscli.errors import DeviceMismatchError
 from hesscli.gradients import gradients_on
 from hesscli.hessian.guests import guest
+from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.objective.refusals import not_accepted
 from hesscli.hessian.routes.hvp import HessianVectorProducts
@@ -200,6 +201,22 @@ def save_inline(folder: Path) -> tuple[Path, Path]:
     torch.jit.script(Inline()).save(model)
     np.savez(data, x=np.ones((4, 3), np.float32), y=np.zeros((4, 2), np.float32))
     return model, data
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!",
+        "Input type (torch.cuda.FloatTensor) and weight type (torch.FloatTensor) should be the same",
+        "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor first.",
+        "Tensor for argument weight is on cpu but expected on mps",
+        "Placeholder storage has not been allocated on MPS device!",
+        "Passed CPU tensor to MPS op",
+    ],
+)  # fmt: skip
+def test_what_pytorch_says_of_other_devices(said: str) -> None:
+    batch = Batch((torch.ones(2, 3),), None)
+    assert isinstance(not_accepted(batch, said, RuntimeError(said)), DeviceMismatchError)
 
 
 @pytest.mark.cuda

@@ -200,3 +200,21 @@ def test_float64_on_mps(options: list[str], cli, tmp_path: Path) -> None:
     if not options:
         with pretended_gpu("mps"), pytest.raises(hesscli.HesscliError, match="mps has no float64"):
             hesscli.compute(smooth().double(), DATA, device="mps")
+
+
+def test_a_loss_that_makes_tensors_on_the_cpu_stays_there(cli, tmp_path: Path) -> None:
+    torch.save(smooth(), tmp_path / "net.pt")
+    np.savez(tmp_path / "d.npz", **DATA)
+    (tmp_path / "own.py").write_text(
+        "import torch\ndef far(z, y): return (z - torch.tensor([[1.0, 2.0]])).square().sum(1)"
+    )
+    words = ["compute", "net.pt", "d.npz", "--allow-pickle", "--loss", "own.py:far"]
+    with pretended_gpu(strict=False):
+        done = cli(*words, "--json")
+        asked = cli(*words, "--device", "cuda")
+    assert done.code == 0, done.stderr
+    assert done.document["device"] == "cpu"
+    (note,) = [note for note in done.notes if "on the CPU" in note]
+    assert note == "the loss own.py:far makes tensors on the CPU, so all is done there"
+    assert "the loss own.py:far makes tensors on another device" in asked.fails(4)
+    assert asked.hint.endswith("--device cpu")

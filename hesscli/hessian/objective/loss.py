@@ -19,6 +19,7 @@ from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.copies import copied
 from hesscli.hessian.objective.losses import LOSSES, Total
 from hesscli.hessian.objective.outputs import described, entries_of
+from hesscli.hessian.objective.refusals import on_other_device
 from hesscli.hessian.objective.state import state_kept
 from hesscli.texts import dtype_name
 
@@ -135,7 +136,8 @@ class Loss:
         """What the user's own function makes of an output, or of all that the model returns.
 
         Raises:
-            MismatchError: it fails, or does not return a tensor.
+            MismatchError: it fails, or does not return a tensor; DeviceMismatchError where what it makes itself lies
+                on another device.
         """
         assert self.function is not None
         with (
@@ -155,6 +157,8 @@ class Loss:
     def _failed(
         self, output: object, target: Tensor | None, reason: str, error: BaseException
     ) -> MismatchError:
+        if elsewhere := on_other_device(f"the loss {self.name}", reason, error):
+            return elsewhere
         made = output if isinstance(output, Tensor) else None
         given = [f"output {described(output) if made is None else list(made.shape)}"]
         given += [] if target is None else [f"target {list(target.shape)}"]

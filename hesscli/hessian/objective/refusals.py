@@ -10,7 +10,10 @@ from hesscli.errors import DeviceMismatchError, MismatchError
 from hesscli.hessian.objective.batch import Batch
 from hesscli.texts import dtype_name
 
-_OTHER_DEVICE = re.compile(r"the same device|the expected device|torch\.cuda\.\w+Tensor")
+_OTHER_DEVICE = re.compile(
+    r"the same device|the expected device|torch\.cuda\.\w+Tensor|device type tensor to numpy|"
+    r"but expected on|on MPS device!|CPU tensor to MPS op"
+)
 _UNLIKE = re.compile(
     r"same (dtype|scalar type)|dtypes must be the same|self\.dtype to be equal|"
     r"expected scalar type \w+ but found (Float|Double|Half|BFloat16)"
@@ -20,12 +23,17 @@ UNREGISTERED = "an autograd kernel was not registered"
 """What PyTorch warns of where it passes no gradient through an operator that has none, as if it were a constant."""
 
 
+def on_other_device(what: str, reason: str, error: BaseException) -> DeviceMismatchError | None:
+    """What is said where model or loss fail because they make tensors on another device than their inputs'."""
+    if not _OTHER_DEVICE.search(str(error)):
+        return None
+    return DeviceMismatchError(f"{what} makes tensors on another device: {reason}", "--device cpu")
+
+
 def not_accepted(batch: Batch, reason: str, error: BaseException) -> MismatchError:
     """What is said where a model does not accept a batch's inputs."""
-    if _OTHER_DEVICE.search(str(error)):
-        return DeviceMismatchError(
-            f"the model makes tensors on another device: {reason}", "--device cpu"
-        )
+    if elsewhere := on_other_device("the model", reason, error):
+        return elsewhere
     shapes = ", ".join(f"{dtype_name(x.dtype)} {list(x.shape)}" for x in batch.inputs)
     return MismatchError(
         f"the model does not accept the inputs {shapes}: {reason}", _type_hint(str(error), batch)

@@ -86,10 +86,11 @@ def open_problem(
     device, keeper = device_called(options.device), NoteKeeper(listener)
     try:
         return _opened(options, device, keeper, processes)
-    except DeviceMismatchError:
+    except DeviceMismatchError as error:
         if options.device != "auto":
             raise
-    keeper.note("the model makes tensors on the CPU, so all is done there")
+        makes = error.message.partition(" on another device")[0]
+    keeper.note(f"{makes} on the CPU, so all is done there")
     return _opened(options, torch.device("cpu"), keeper, processes)
 
 
