@@ -455,6 +455,7 @@ def test_what_does_not_read_standard_input(net, cli, words):
         ("trace -p 'zz*' -- net.pt d.npz", "trace --params 0.weight -- net.pt d.npz"),
         ("trace net.pt d.npz -p 0", "trace net.pt d.npz --params '0.*'"),
         ("trace net.pt d.npz -p 0 -p 1 -p '!*s'", "trace net.pt d.npz --params '0.*' --params '1.*' --params '!*s'"),
+        ("trace net.pt d.npz --scale z=1/2", "trace net.pt d.npz --scale x=0.5"),
         ("trace weights.pt d.npz", "trace weights.pt d.npz --arch mypkg.nets:make_mlp"),
         ("hvp net.pt two.npz --vector random", "hvp net.pt two.npz --vector random --inputs a --targets c"),
         ("trace d.npz net.pt", "the model comes first: hesscli trace MODEL DATA"),

@@ -206,7 +206,8 @@ def scales(
     for name in asked:
         if name not in inputs and name != EVERY:
             raise UsageError(
-                f"--scale {name}: no input is called so; there are: {', '.join(inputs)}"
+                f"--scale {name}: no input is called so; there are: {', '.join(inputs)}",
+                f"--scale {shlex.quote(f'{next(iter(inputs))}={asked[name]:g}')}",
             )
     found = {}
     for name, array in inputs.items():
