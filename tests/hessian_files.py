@@ -90,7 +90,7 @@ def _facts(name: str, a: np.ndarray, structure: str) -> dict[str, Any]:
 
 
 def checksum(a: np.ndarray) -> str:
-    """As the README says: of rows r, the sum of (2 r + 1) crc32(r), modulo 2^64."""
+    """Of rows r, the sum of (2 r + 1) crc32(r), modulo 2^64."""
     rows = a if a.ndim > 1 else [a]
     total = sum((2 * r + 1) * zlib.crc32(row.tobytes()) for r, row in enumerate(rows))
     return f"{total % 2**64:016x}"

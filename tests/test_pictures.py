@@ -265,6 +265,29 @@ def test_figures(cli, tmp_path, suffix, begins):
     assert {p.name for p in tmp_path.iterdir()} == {"h", f"h.{suffix}"}
 
 
+@pytest.mark.parametrize(
+    ("structure", "blocks", "curvature", "title"),
+    [
+        ("full", {"hessian": symmetric(3)}, "hessian", "Hessian, full, 3 rows, mse, float64"),
+        ("block_diagonal", {"a": symmetric(3)}, "ggn", "matrix, block a, 3 rows, mse, float64"),
+        (
+            "block_diagonal",
+            {"a": symmetric(3), "b": symmetric(2)},
+            "empirical_fisher",
+            "empirical Fisher matrix, block_diagonal, 5 rows, mse, float64",
+        ),
+    ],
+)
+def test_a_figure_says_what_the_matrix_is(cli, tmp_path, structure, blocks, curvature, title):
+    import matplotlib as mpl
+
+    parameters = {"w": (3,)} if structure == "full" else None
+    write(tmp_path / "h", blocks, structure, parameters, curvature=curvature)
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        assert cli("show", "h", "--plot", "h.svg", "-q").code == 0
+    assert f"{title}</text>" in (tmp_path / "h.svg").read_text()
+
+
 def test_a_figure_holds_every_name(cli, tmp_path):
     blocks = {f"layers.{i}.weight": symmetric(1 + i % 4, i) for i in range(60)}
     write(tmp_path / "h", blocks)

@@ -94,13 +94,14 @@ def show(
         out.line("")
         draw(out, pictures[0])
     if plot is not None:
-        from hesscli.job.figures import plot_matrix
+        from hesscli.job.figures import MATRICES, plot_matrix
 
-        plot_matrix(plot, pictures[-1], _title(document))
+        plot_matrix(plot, pictures[-1], f"{MATRICES[document['curvature']]}, {_title(document)}")
         out.wrote(plot)
 
 
 def _title(document: Document) -> str:
-    loss, blocks = document["loss"], document["blocks"]
-    part = f"block {blocks[0]['name']}" if len(blocks) == 1 else document["structure"]
+    loss, blocks, part = document["loss"], document["blocks"], document["structure"]
+    if len(blocks) == 1 and part != "full":
+        part = f"block {blocks[0]['name']}"
     return f"{part}, {document['total']['size']} rows, {loss['name']}, {document['dtype']}"

@@ -26,11 +26,12 @@ _SIDE = 6.4  # inches
 _FONT, _SMALLEST = 7.5, 5.0  # points
 _LEADING = 1.3 / 72  # inches from one label to the next, for each point of the font
 _BINS = 120  # of a density
-_MATRICES = {
+MATRICES = {
     "hessian": "Hessian",
     "ggn": "generalised Gauss-Newton matrix",
     "empirical_fisher": "empirical Fisher matrix",
 }
+"""What figures call a curvature."""
 
 
 def drawable(path: Path, force: bool, inputs: Sequence[Path]) -> Path:
@@ -64,7 +65,7 @@ def plot_density(path: Path, document: Document, found: Density) -> None:
     axes.bar(edges[:-1][shown], mass[shown], np.diff(edges)[shown], align="edge", color="#3465a4")
     axes.set_yscale("log")
     axes.set_ylim(smallest / 2, 2)
-    axes.set_xlabel(f"eigenvalue of the {_MATRICES[document['curvature']]}")
+    axes.set_xlabel(f"eigenvalue of the {MATRICES[document['curvature']]}")
     axes.set_ylabel(f"share of eigenvalues in a bin of {np.ptp(edges) / _BINS:.2g}")
     how = "exact"
     if not found.exact:
