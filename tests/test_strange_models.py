@@ -362,6 +362,34 @@ def test_zeros_and_ones_have_the_digits_of_the_weights():
     torch.testing.assert_close(found.matrix(), truth)
 
 
+class EchoState(Filled):
+    """Begins with zeros in float32, which meet a buffer, and mixes its states by a parameter."""
+
+    start = torch.float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("recurrent", torch.tensor([[0.75]]))
+        self.leak = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros(x.shape[0], 1).to(self.start)
+        for _ in range(2):
+            fresh = torch.tanh(self.a(x) + state @ self.recurrent.T)
+            state = (1 - self.leak) * state + self.leak * fresh
+        return state * self.b(x)
+
+
+def test_zeros_that_meet_a_buffer_in_float64():
+    torch.manual_seed(0)
+    model = EchoState()
+    found = hesscli.compute(model, (X, Y), dtype="float64", blocks="elements", framework="torch")
+    model.start = torch.float64
+    truth = hessian(model.double(), nn.functional.mse_loss, (X,), Y)
+    entries = [found.block(name).flatten() for name, _ in model.named_parameters()]
+    torch.testing.assert_close(torch.cat(entries), truth.diagonal())
+
+
 class FakeQuantized(nn.Module):
     """Weights and activations of a few bits, as quantization-aware training has them.
 

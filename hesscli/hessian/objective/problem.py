@@ -96,8 +96,9 @@ class Problem:
         """
         # TorchScript's optimiser would put derivatives of its own into the graph that it caches.
         with (
-            state_kept(self.module),
+            # The state is compared within it: a recording keeps the default dtype of the last operator that it sees.
             staying_wide() if self.loss.wide else nullcontext(),
+            state_kept(self.module),
             torch.jit.optimized_execution(False),  # type: ignore[attr-defined]
             self._protecting() if self.protected else nullcontext(),
             guest(partial(not_accepted, batch)),
