@@ -51,7 +51,7 @@ OF_SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
     "antialiased": lambda z: F.interpolate(
         z[:, :8].view(-1, 1, 2, 4), size=(2, 2), mode="bilinear", antialias=True
     ),
-    "heaviside": lambda z: z * torch.heaviside(z, torch.ones(1, dtype=z.dtype)),
+    "heaviside": lambda z: z * torch.heaviside(z.detach(), torch.ones(1, dtype=z.dtype)),
     "sign": lambda z: z.square() * torch.sgn(z),
     "times-powers": lambda z: torch.ldexp(z, torch.arange(9)),
     "gamma": lambda z: torch.igamma(torch.arange(1.0, 10, dtype=z.dtype), z.square()),

@@ -195,6 +195,20 @@ def columns_by_mask(h, x):
 
 
 @seen
+def some_samples_by_mask(h, x):
+    out = h.clone()
+    out[torch.tensor([True, False, True, False, True])] = 0.5
+    return out
+
+
+@seen
+def samples_by_mask_of_their_inputs(h, x):
+    out = h.view(5, 2, 3).clone()
+    out[x[:, :2] > 0] = 0.5
+    return out.view(5, 6)
+
+
+@seen
 def entries_by_mask(h, x):
     h = h * 1
     h[x[:, [0, 1, 2, 3, 0, 1]] > 0] = 0.0
@@ -274,9 +288,9 @@ def samples_reduced(h, x):
 
 
 @mixing
-def some_samples_by_mask(h, x):
-    out = h.clone()
-    out[torch.tensor([True, False, True, False, True])] = 0.5
+def samples_of_a_list_by_mask(h, x):
+    out, rows = h.clone(), torch.linspace(0, 1, 18, dtype=h.dtype).view(3, 6)
+    out[torch.tensor([True, False, True, False, True])] = rows
     return out
 
 

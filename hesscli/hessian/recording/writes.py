@@ -29,8 +29,12 @@ def without_writing(draft: Draft, call: Call, args: tuple[Any, ...]) -> Call:
             ref = draft.made(target, _aten._to_copy.default, (ref,), source.shape, dtype)
         return Call(_aten.expand.default, (ref, tuple(target.shape)), call.keywords)
     if _fills_a_mask(call.operator, args):
-        x, mask, value, *_ = call.arguments
-        return Call(_aten.masked_fill.Tensor, (x, *mask, value), call.keywords)
+        target, (masked,) = args[:2]
+        x, (mask,), value, *_ = call.arguments
+        if masked.dim() < target.dim():
+            shape = (*masked.shape, *[1] * (target.dim() - masked.dim()))
+            mask = draft.made(masked, _aten.reshape.default, (mask, shape), shape)
+        return Call(_aten.masked_fill.Tensor, (x, mask, value), call.keywords)
     twin = functional(call.operator)
     if twin is None:
         draft.refuse(f"{call.name} writes in place")
@@ -54,12 +58,12 @@ def _types(operator: Any) -> list[str]:
 
 
 def _fills_a_mask(operator: Any, args: tuple[Any, ...]) -> bool:
-    """Whether this is `x[mask] = number`, with a mask of x's own shape."""
+    """Whether this is `x[mask] = number`, with a mask of x's own shape or of its first axes."""
     if operator is not _aten.index_put_.default or len(args[1]) != 1 or any(args[3:]):
         return False
     x, (mask,), value = args[:3]
-    is_mask = isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == x.shape
-    return is_mask and not value.dim()
+    is_mask = isinstance(mask, Tensor) and mask.dtype is torch.bool
+    return is_mask and mask.shape == x.shape[: mask.dim()] and not value.dim()
 
 
 def put_back(draft: Draft, view: Call, whole: Tensor, was: Ref, part: Ref) -> Ref | None:
