@@ -1420,6 +1420,13 @@ class Constant(nn.Module):
         return self.b(torch.tanh(self.a(x))) @ torch.diag(self.scales)
 
 
+class Scaled(Constant):
+    """The same, as a vector that the layers' output is multiplied by."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.b(torch.tanh(self.a(x))) @ self.scales).unsqueeze(1).expand(-1, 3)
+
+
 class Masked(nn.Module):
     """Attention over pairs of rows, of which some are left out by a mask that a trace bakes a dtype into."""
 
@@ -1468,13 +1475,20 @@ TRACE = partial(torch.jit.trace, example_inputs=X.float())
 @pytest.mark.parametrize("blocks", ["full", "diag"])
 @pytest.mark.parametrize(
     ("kind", "save"),
-    [(Constant, torch.jit.script), (Masked, TRACE), (Written, TRACE), (Ruled, TRACE)],
+    [
+        (Constant, torch.jit.script),
+        (Scaled, torch.jit.script),
+        (Scaled, TRACE),
+        (Masked, TRACE),
+        (Written, TRACE),
+        (Ruled, TRACE),
+    ],
 )
 def test_constants_that_are_made_in_float32(kind, save, blocks, tmp_path):
     torch.manual_seed(0)
     model = kind().eval()
     save(model).save(str(tmp_path / "model.pt"))
-    y = X[:, :1].expand(9, 3 if kind is Constant else 2).contiguous()
+    y = X[:, :1].expand(9, 3 if issubclass(kind, Constant) else 2).contiguous()
     options = {"dtype": "float64", "unbatched": True, "blocks": blocks, "framework": "torch"}
     found = hesscli.compute(tmp_path / "model.pt", (X, y), **options)
     in_precision_(model, torch.float64)

@@ -70,12 +70,11 @@ def _constants_in_precision_(module: torch.jit.ScriptModule, precision: torch.dt
         if node.hasAttribute("value") and node.kindOf("value") == "t":
             node.t_("value", in_precision(node.t("value"), precision))
     registered = {*module._parameters.keys(), *module._buffers.keys()}
-    for node in graph.findAllNodes("prim::GetAttr"):
-        name = node.s("name")
-        if name not in registered and module._c.hasattr(name):
-            held = module._c.getattr(name)
-            if isinstance(held, Tensor):
-                module._c.setattr(name, in_precision(held, precision))
+    names = {node.s("name") for node in graph.findAllNodes("prim::GetAttr")} - registered
+    for name in filter(module._c.hasattr, names):
+        held = module._c.getattr(name)
+        if isinstance(held, Tensor) and not held.requires_grad:  # a list may hold weights
+            module._c.setattr(name, in_precision(held, precision))
 
 
 def _fake_quantize_per_channel(x: Tensor, scale: Tensor, *places: Any) -> Tensor:
