@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from threading import Lock
 from typing import TypeVar
 
 import torch
@@ -68,22 +67,11 @@ def side_by_side(
     threads end with the items that they have.
     """
     left = iter(items)
-
-    def run(worker: int) -> None:
-        with torch.no_grad():  # known to each thread for itself
-            work(worker, left)
-
-    if count == 1:
-        run(0)
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        list(_pool(count).map(run, range(count)))
+        in_order(range(count), count, lambda worker: work(worker, left), lambda _: None)
     finally:
         for _ in left:
             pass
-        torch.set_num_threads(before)
 
 
 def in_order(
@@ -94,21 +82,20 @@ def in_order(
 ) -> None:
     """Calls `work(item)` in `count` threads at once; `take` gets the results one at a time, in the items' order.
 
-    So a sum of floating-point numbers has the same bits, however many threads there are.
+    So a sum of floating-point numbers has the same bits, however many threads there are. No gradients are recorded.
     """
-    lock, ready, taken = Lock(), dict[int, Result](), 0
 
-    def run(worker: int, places: Iterator[int]) -> None:
-        nonlocal taken
-        for place in places:
-            result = work(items[place])
-            with lock:
-                ready[place] = result
-                while taken in ready:
-                    take(ready.pop(taken))
-                    taken += 1
+    @torch.no_grad()  # known to each thread for itself
+    def run(item: Item) -> Result:
+        return work(item)
 
-    side_by_side(range(len(items)), count, run)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if count > 1 else before)
+    try:
+        for result in _pool(count).map(run, items) if count > 1 else map(run, items):
+            take(result)
+    finally:
+        torch.set_num_threads(before)
 
 
 @cache
