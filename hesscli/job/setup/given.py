@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from hesscli.errors import UsageError
 from hesscli.files.arrays import Arrays, in_memory
@@ -21,6 +21,7 @@ from hesscli.hessian.autodiff import differentiable
 from hesscli.job.options import ProblemOptions
 from hesscli.job.setup.devices import demanding_float64, device_called
 from hesscli.job.setup.module_copy import own_copy
+from hesscli.job.setup.no_arrays import SEVERAL_INPUTS, no_arrays, type_of
 from hesscli.job.setup.settings import random_kept, settings_kept
 
 PathLike = str | os.PathLike[str]
@@ -28,8 +29,6 @@ Array = Tensor | np.ndarray
 Model = nn.Module | PathLike
 DataLike = PathLike | Mapping[str, Array] | Sequence[Array] | TensorDataset | Array
 LossFunction = Callable[[Tensor, Tensor], Tensor]
-_SEVERAL_INPUTS = """hesscli.compute(model, {"a": a, "b": b, "y": y}, inputs=("a", "b"))"""
-_COLLATED = "hesscli.compute(model, torch.utils.data.default_collate(list(dataset)))"
 Options = TypeVar("Options", bound=ProblemOptions)
 
 
@@ -59,7 +58,7 @@ def given(
         raise UsageError(f"no option is called {unknown[0]!r}; there are: {listed}")
     if not isinstance(model, (nn.Module, str, os.PathLike)):
         raise UsageError(
-            f"model: {_type_of(model)}; expected a module, or the path of a file",
+            f"model: {type_of(model)}; expected a module, or the path of a file",
             "hesscli.compute(model.module(), data)" if hasattr(model, "graph_module") else None,
         )
     with settings_kept(), differentiable(), random_kept():
@@ -90,6 +89,7 @@ def _arrays(data: object, copied: bool) -> Arrays:
             tensors[name] = _tensor(name, array)
         except (TypeError, ValueError, RuntimeError) as error:
             found, hint = _no_numbers(name, array)
+            hint = hint or _others(arrays)
             raise UsageError(f"data: {name} is {found}; expected an array", hint) from error
     return in_memory({n: t.clone() for n, t in tensors.items()} if copied else tensors)
 
@@ -104,12 +104,9 @@ def _by_name(data: object) -> Mapping[Any, Any]:
         return {"x": data}
     if isinstance(data, (tuple, list)) and len(data) == 2:
         return {"x": data[0], "y": data[1]}
-    found = f"{len(data)} arrays" if isinstance(data, (tuple, list)) else _type_of(data)
-    of_samples = isinstance(data, (DataLoader, Dataset, Iterator))
-    raise UsageError(
-        f"data: {found}; expected (inputs, targets), or a dict of named arrays",
-        _COLLATED if of_samples else _SEVERAL_INPUTS,
-    )
+    found, hint = no_arrays(data)
+    expected = "expected (inputs, targets), or a dict of named arrays"
+    raise UsageError(f"data: {found}; {expected}", hint)
 
 
 def _several(value: object, values: Iterable[object]) -> bool:
@@ -153,15 +150,34 @@ def _tensor(name: str, array: Any) -> Tensor:
     return tensor.resolve_conj().resolve_neg().as_subclass(Tensor)
 
 
-def _no_numbers(name: str, array: object) -> tuple[str, str | None]:
+def _no_numbers(name: str, array: Any) -> tuple[str, str | None]:
     """What it is that has no tensor, and what to do about that."""
     if isinstance(array, (tuple, list, Mapping)):
-        return _type_of(array), _SEVERAL_INPUTS
-    if type(array) is not np.ndarray:
-        return _type_of(array), None
-    hint = f'{name} = {name}.astype("float64")' if array.dtype.kind in "fO" else None
-    return f"{_type_of(array)} of {array.dtype}", hint
+        return type_of(array), SEVERAL_INPUTS
+    if isinstance(array, Tensor) or np.ma.is_masked(array):
+        return type_of(array), None
+    try:
+        values = np.asarray(array)
+    except Exception:  # it may be anything
+        return type_of(array), None
+    found = f"{type_of(array)} of {values.dtype}" if values.ndim else type_of(array)
+    if values.ndim and values.dtype.kind in "fOUT":
+        if not any(isinstance(value, str) for value in values.flat):
+            return found, f'{name} = {name}.astype("float64")'
+        if values.ndim == 1:
+            hint = f"classes are whole numbers from 0 on: {name} = pandas.factorize({name})[0]"
+            return f"{type_of(array)} of words", hint
+    return found, None
 
 
-def _type_of(value: object) -> str:
-    return f"a {type(value).__name__}"
+def _others(arrays: Mapping[Any, Any]) -> str | None:
+    """How what are no arrays is left out, as of a `Bunch` of scikit-learn."""
+    names = [
+        name
+        for name, value in arrays.items()
+        if isinstance(value, Tensor)
+        or (isinstance(value, np.ndarray) and value.dtype.kind in "biuf")
+    ]
+    if len(names) < 2:
+        return None
+    return f"hesscli.compute(model, {{name: data[name] for name in {names}}})"
