@@ -95,16 +95,18 @@ class Constant(nn.Module):
 
 
 def test_what_is_not_differentiated_by_is_counted(cli, tmp_path):
-    """Each of its numbers takes 4 bytes, and 8 in the check's float64, which takes 48 for each that is asked for."""
+    """Each of its numbers takes 4 bytes, and 8 in the check's float64, as those of the data do; the check takes 48 for
+    each that is asked for.
+    """
     size = 1 << 20
     net = saved(tmp_path, Constant(size), 8, np.zeros((8, 1), np.float32))
     words = ("compute", *net, "-p", "wide.bias", "--dry-run", "--json")
     checked = cli(*words).document["total"]["memory"]
     unchecked = cli(*words, "--no-check").document["total"]["memory"]
-    constants = 2 * size + 1 + 8
-    assert checked - unchecked == 8 * constants + 48 * 4
+    constants, data = 2 * size + 1 + 8, 8 * 3
+    assert checked - unchecked == 8 * (constants + data) + 48 * 4
     asked = cli(*words, "-p", "last.weight", "-b", "elements").document["total"]["memory"]
-    assert unchecked - batches.PROCESS >= 4 * constants
+    assert unchecked - batches.PROCESS >= 4 * (constants + data)
     assert asked > checked
 
 

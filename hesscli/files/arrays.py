@@ -160,7 +160,7 @@ _READERS: dict[Kind, Callable[[Path | str], NamedArrays]] = {
 _TABLES = (Kind.TEXT, Kind.PARQUET, Kind.ARROW, Kind.DATASET)
 
 
-_STEP = 1 << 24  # numbers looked at together
+_STEP = 1 << 20  # numbers looked at together, which takes nine bytes and more for each
 
 
 def not_finite(name: str, array: torch.Tensor) -> str | None:

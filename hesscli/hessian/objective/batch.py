@@ -52,10 +52,21 @@ class Batches(Sequence[Batch]):
         return self._made[index]
 
 
+def held_bytes(batches: Sequence[Batch]) -> int:
+    """What all of them hold at once, the last taken to be as large as the first."""
+    first = batches[0]
+    tensors = (first.target, *first.inputs, *first.loss_arguments.values())
+    one = sum(x.nbytes for x in tensors if isinstance(x, Tensor))
+    return one * (len(batches) if _are_kept(batches) else 1)
+
+
+def _are_kept(batches: Sequence[Batch]) -> bool:
+    return not isinstance(batches, Batches) or batches.kept
+
+
 def doubled(batches: Sequence[Batch]) -> Batches:
     """The same in float64."""
-    kept = not isinstance(batches, Batches) or batches.kept
-    return Batches(len(batches), lambda index: _double(batches[index]), kept)
+    return Batches(len(batches), lambda index: _double(batches[index]), _are_kept(batches))
 
 
 def _double(batch: Batch) -> Batch:

@@ -13,6 +13,7 @@ from torch import nn
 
 from hesscli.files.resources import available_memory
 from hesscli.hessian.blocks import Block
+from hesscli.hessian.objective.batch import held_bytes
 from hesscli.hessian.words import HVP, PREACTIVATION
 from hesscli.job.setup.batches import PROCESS, free_memory
 from hesscli.job.setup.team import ranks_here
@@ -44,11 +45,18 @@ class Memory:
         numbers = sum(math.prod(shape) for shape in plan.shapes.values())
         constants = self.on_host * max(0, _numbers(plan.problem.module) - numbers)
         # What the process has taken is not free, and counts below.
-        taken = PROCESS + constants * self.itemsize
+        taken = PROCESS + constants * self.itemsize + self.on_host * self._of_data()
         self.limit = plan.options.memory or taken + int(_SHARE * available_memory()) // ranks_here()
         checked = plan.options.check * (constants * _COPIED + self.on_host * numbers * _CHECKED)
         passes = plan.cut_bytes + self._of_passes()
         self.process = taken + checked + passes + _ASKED * numbers
+
+    def _of_data(self) -> int:
+        """Bytes of the batches: as passes and gradients have them, and as the check."""
+        opened, parts = self.plan.opened, [self.plan.problem.batches]
+        if self.plan.options.check:
+            parts += [opened.checked, opened.reference.batches]
+        return sum(map(held_bytes, {id(batches): batches for batches in parts}.values()))
 
     def _of_passes(self) -> int:
         """Bytes of graphs that are differentiated again, if the first route of any block has them, and of rows that go

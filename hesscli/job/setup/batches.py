@@ -88,11 +88,11 @@ def in_batches(
     if count < shares:
         listed = f"{count} batch" + ("es" if count > 1 else "")
         note(f"the data is {listed}, so {shares - count} of {shares} processes have nothing to do")
-    problem = replace(problem, batches=_batches(source, bounds))
+    problem = replace(problem, batches=_batches(source, bounds, free))
     same = checked == bounds
     most = max(b - a for a, b in itertools.pairwise(bounds))
     passes = _passes(problem, most * saved, most * largest, free)
-    checking = problem.batches if same else _batches(source, checked)
+    checking = problem.batches if same else _batches(source, checked, free)
     return problem, checking, passes
 
 
@@ -224,14 +224,13 @@ def _taken_apart(
     return replace(problem, separable=False), [0, source.samples]
 
 
-def _batches(source: Source, bounds: Sequence[int]) -> Batches:
-    """Each is kept where all take a small part of the memory; else it is made when it is needed."""
+def _batches(source: Source, bounds: Sequence[int], free: int) -> Batches:
+    """Each is kept where all take a small part of what is free; else it is made when it is needed."""
 
     def make(index: int) -> Batch:
         return source.batch(bounds[index], bounds[index + 1])
 
-    small = source.bytes <= free_memory(source.device) // 8
-    return Batches(len(bounds) - 1, make, kept=small)
+    return Batches(len(bounds) - 1, make, kept=source.bytes <= free // 8)
 
 
 def free_memory(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from hesscli.errors import MismatchError, is_out_of_memory
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.aten.definitions import exact_derivatives, right_gradients
-from hesscli.hessian.objective.batch import Batch, doubled
+from hesscli.hessian.objective.batch import Batch, Batches, doubled
 from hesscli.hessian.objective.losses import OF_CLASSES
 from hesscli.hessian.objective.problem import Problem, parameters_at
 from hesscli.hessian.proofs.analysis import Analyses
@@ -64,13 +64,15 @@ def _found_mixing(
 ) -> str | None:
     """What makes something else of the first samples than of these parts; MismatchError where not all are taken."""
     bounds = [(0, tried[-1]), *pairwise(tried)]
-    batches: Sequence[Batch] = [source.batch(start, stop) for start, stop in bounds]
+    # Made anew each time: kept, they would be the data twice.
+    batches = Batches(len(bounds), lambda index: source.batch(*bounds[index]))
     if problem.dtype is torch.float64:
         batches = doubled(batches)
     problem = replace(problem, batches=batches)
     if wider:
         problem = problem.double() or problem
-    together, *apart = problem.batches
+    together = problem.batches[0]
+    apart = Batches(len(tried) - 1, lambda index: problem.batches[1 + index])
     leaves = list(problem.parameters.values())
     for values in (leaves, _moved(leaves)):
         with (
