@@ -1420,7 +1420,7 @@ class Constant(nn.Module):
         return self.b(torch.tanh(self.a(x))) @ torch.diag(self.scales)
 
 
-class Scaled(Constant):
+class Weighed(Constant):
     """The same, as a vector that the layers' output is multiplied by."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1477,8 +1477,8 @@ TRACE = partial(torch.jit.trace, example_inputs=X.float())
     ("kind", "save"),
     [
         (Constant, torch.jit.script),
-        (Scaled, torch.jit.script),
-        (Scaled, TRACE),
+        (Weighed, torch.jit.script),
+        (Weighed, TRACE),
         (Masked, TRACE),
         (Written, TRACE),
         (Ruled, TRACE),

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 from hesscli.errors import HesscliError, Terminated, is_out_of_memory, signalled
+from hesscli.hessian.aten.watcher import unwrapped
 
 Explain = Callable[[str, BaseException], HesscliError]
 _MISSING = re.compile(
@@ -96,9 +97,10 @@ def explaining(explain: Explain, needed: bool = False) -> Iterator[None]:
         yield
     except (HesscliError, Terminated):
         raise
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as raised:
+        error = unwrapped(raised)
         if is_out_of_memory(error) or (_MISSING.search(str(error)) and not needed):
-            raise
+            raise error from error.__cause__
         if signalled:  # inside TorchScript
             raise signalled[-1] from None
         raise explain(reason_of(error), error) from error

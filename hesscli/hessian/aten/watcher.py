@@ -18,6 +18,14 @@ BLANK = frozenset("empty empty_like empty_strided new_empty new_empty_strided".s
 _DETACHED = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 _IN_PLACE = (Tensor.detach_, torch.detach_)
 
+_said: list[str] = []  # by the last call that failed while a watcher was on
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """What a watched call said, where the error is TorchScript's of it, which says nothing but where that was."""
+    says_nothing = str(error).rstrip().endswith("\nRuntimeError:")
+    return RuntimeError(*_said) if says_nothing else error
+
 
 class Watcher(TorchDispatchMode):
     """While it is on, `call` stands between every operator and its caller, backward passes included."""
@@ -33,7 +41,11 @@ class Watcher(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return self.call(func, args, kwargs or {})
+        try:
+            return self.call(func, args, kwargs or {})
+        except Exception as error:
+            _said[:] = [str(error)]
+            raise
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of `func(*args, **kwargs)`, or what shall stand for it."""
