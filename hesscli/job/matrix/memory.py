@@ -45,18 +45,19 @@ class Memory:
         numbers = sum(math.prod(shape) for shape in plan.shapes.values())
         constants = self.on_host * max(0, _numbers(plan.problem.module) - numbers)
         # What the process has taken is not free, and counts below.
-        taken = PROCESS + constants * self.itemsize + self.on_host * self._of_data()
+        data = self.on_host * held_bytes(plan.problem.batches)
+        taken = PROCESS + constants * self.itemsize + data
         self.limit = plan.options.memory or taken + int(_SHARE * available_memory()) // ranks_here()
-        checked = plan.options.check * (constants * _COPIED + self.on_host * numbers * _CHECKED)
+        copied = self.on_host * (numbers * _CHECKED + self._of_checked_data())
+        checked = plan.options.check * (constants * _COPIED + copied)
         passes = plan.cut_bytes + self._of_passes()
         self.process = taken + checked + passes + _ASKED * numbers
 
-    def _of_data(self) -> int:
-        """Bytes of the batches: as passes and gradients have them, and as the check."""
-        opened, parts = self.plan.opened, [self.plan.problem.batches]
-        if self.plan.options.check:
-            parts += [opened.checked, opened.reference.batches]
-        return sum(map(held_bytes, {id(batches): batches for batches in parts}.values()))
+    def _of_checked_data(self) -> int:
+        """Bytes of the batches that gradients are taken with, beside those of passes."""
+        opened, mine = self.plan.opened, self.plan.problem.batches
+        parts = {id(batches): batches for batches in (opened.checked, opened.reference.batches)}
+        return sum(held_bytes(batches) for key, batches in parts.items() if key != id(mine))
 
     def _of_passes(self) -> int:
         """Bytes of graphs that are differentiated again, if the first route of any block has them, and of rows that go
