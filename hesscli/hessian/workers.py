@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Lock
 from typing import TypeVar
 
 import torch
@@ -67,11 +68,22 @@ def side_by_side(
     threads end with the items that they have.
     """
     left = iter(items)
+
+    def run(worker: int) -> None:
+        with torch.no_grad():  # known to each thread for itself
+            work(worker, left)
+
+    if count == 1:
+        run(0)
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        in_order(range(count), count, lambda worker: work(worker, left), lambda _: None)
+        list(_pool(count).map(run, range(count)))
     finally:
         for _ in left:
             pass
+        torch.set_num_threads(before)
 
 
 def in_order(
@@ -82,20 +94,21 @@ def in_order(
 ) -> None:
     """Calls `work(item)` in `count` threads at once; `take` gets the results one at a time, in the items' order.
 
-    So a sum of floating-point numbers has the same bits, however many threads there are. No gradients are recorded.
+    So a sum of floating-point numbers has the same bits, however many threads there are.
     """
+    lock, ready, taken = Lock(), dict[int, Result](), 0
 
-    @torch.no_grad()  # known to each thread for itself
-    def run(item: Item) -> Result:
-        return work(item)
+    def run(worker: int, places: Iterator[int]) -> None:
+        nonlocal taken
+        for place in places:
+            result = work(items[place])
+            with lock:
+                ready[place] = result
+                while taken in ready:
+                    take(ready.pop(taken))
+                    taken += 1
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if count > 1 else before)
-    try:
-        for result in _pool(count).map(run, items) if count > 1 else map(run, items):
-            take(result)
-    finally:
-        torch.set_num_threads(before)
+    side_by_side(range(len(items)), count, run)
 
 
 @cache
