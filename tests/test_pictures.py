@@ -327,17 +327,23 @@ def test_the_figure_of_a_density_says_how_it_was_made(cli, tmp_path):
         assert ("share of eigenvalues in a bin of 0.05</text>" in drawn) == (words == ("h",))
 
 
+def seen(monkeypatch, owner, method, look):
+    """What `look` gives of the arguments of each call of a method, as the calls come."""
+    found, original = [], getattr(owner, method)
+
+    def called(*words, **named):
+        found.append(look(*words, **named))
+        return original(*words, **named)
+
+    monkeypatch.setattr(owner, method, called)
+    return found
+
+
 def test_the_figure_of_a_density_begins_at_a_tenth_of_an_eigenvalue(tmp_path, monkeypatch):
     """As the bars of the terminal do: what is less is rounding, or chance."""
     from matplotlib.axes import Axes
 
-    shown = []
-    original = Axes.draw
-    monkeypatch.setattr(
-        Axes,
-        "draw",
-        lambda axes, drawer: (shown.append(axes.get_ylim()), original(axes, drawer))[1],
-    )
+    shown = seen(monkeypatch, Axes, "draw", lambda axes, drawer: axes.get_ylim())
     document = {"size": 100, "curvature": "hessian", "steps": 3}
     for least, begins in ((1e-12, 0.1 / 100 / 2), (1e-2, 1e-2 / 2)):
         density = Density(np.array([0.0, 1.0]), np.array([1 - least, least]), False, 1)
@@ -349,13 +355,7 @@ def test_colours_that_end_before_the_smallest_entries_say_so(tmp_path, monkeypat
     """Six decades have colours of their own; what is below has that of the lowest."""
     from matplotlib.figure import Figure
 
-    ends = []
-    original = Figure.colorbar
-    monkeypatch.setattr(
-        Figure,
-        "colorbar",
-        lambda *words, **named: (ends.append(named["extend"]), original(*words, **named))[1],
-    )
+    ends = seen(monkeypatch, Figure, "colorbar", lambda *words, **named: named["extend"])
     for least in (1e-9, 1e-3):
         shown = Picture(np.array([[1.0, least], [least, 0.0]]), (), 2, diagonal=False)
         plot_matrix(tmp_path / "h.png", shown, "")
