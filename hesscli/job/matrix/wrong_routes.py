@@ -35,9 +35,10 @@ def leave_out_wrong_routes(plan: Plan) -> None:
     route, certificate = plan.choices[slow[0].name][0].route, plan.certificate
     assert isinstance(route, ByRows)
     assert certificate is not None
-    with suppress(NotApplicable):
-        if certificate.passed(max(certificate.product(whole, partial(route.product, whole)))):
-            return
+    if len(plan.blocks) > 1:  # or else its own product is the same
+        with suppress(NotApplicable):
+            if certificate.passed(max(certificate.product(whole, partial(route.product, whole)))):
+                return
     plan.replan(plan.choices | {block.name: _right_routes(plan, block) for block in slow})
 
 
