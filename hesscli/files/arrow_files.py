@@ -85,9 +85,7 @@ def _pyarrow(path: Path | str) -> Any:
     try:
         import pyarrow
         import pyarrow.ipc
-    except (
-        ImportError
-    ) as error:  # not there, or new versions refuse NumPy 1, which pip does not know
+    except ImportError as error:  # not there; or too new for NumPy 1, which pip does not know
         raise UsageError(
             f"{path}: reading it needs pyarrow: {error}", "pip install --upgrade pyarrow numpy"
         ) from error
