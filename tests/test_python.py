@@ -349,6 +349,7 @@ def test_no_room_for_temporary_files(net, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     with pytest.raises(ResourceError, match="No such file or directory") as missing:
         hesscli.compute(net, (X, Y))
+    hesscli.compute(net, (X, Y), output=tmp_path / "h.safetensors")  # needs none
     monkeypatch.chdir(tmp_path)
     assert full.value.hint == missing.value.hint
     exec(full.value.hint)

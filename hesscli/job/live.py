@@ -72,8 +72,11 @@ def compute(
     """
     if not isinstance(output, (str, os.PathLike, NoneType)):
         raise wrong_option("output", output, "None, or a path")
-    convert, folder = converter(framework), _Folder()
-    path = folder.path / "hessian.safetensors" if output is None else Path(output)
+    convert, folder = converter(framework), None
+    if output is None:
+        folder = _Folder()
+        output = folder.path / "hessian.safetensors"
+    path = Path(output)
     options |= {"loss": loss, "blocks": blocks, "output": path}
     with given(model, data, device, ComputeOptions, options) as asked:
         if asked.shard is not None:
@@ -82,12 +85,12 @@ def compute(
         try:
             run(asked, listener or Listener(), alone=True)
         except InterruptedRun as error:  # is no error to a program, which may deal with errors
-            raise KeyboardInterrupt(*([] if output is None else [error.message])) from None
+            raise KeyboardInterrupt(*([error.message] if folder is None else [])) from None
         except ResourceError as error:
-            if error.hint is None and str(folder.path) in error.message:
+            if folder is not None and error.hint is None and str(folder.path) in error.message:
                 raise ResourceError(error.message, _ELSEWHERE) from error.__cause__
             raise
-    return Hessian(read_hessian(path), convert, folder if output is None else None)
+    return Hessian(read_hessian(path), convert, folder)
 
 
 class _Folder:
