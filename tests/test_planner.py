@@ -23,7 +23,7 @@ from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.routes import sweep
 from hesscli.hessian.routes.base import Choice
-from hesscli.hessian.routes.chain import Step, find_chain, most_numbers
+from hesscli.hessian.routes.chain import Step, find_chains, most_numbers
 from hesscli.hessian.routes.costs import Work
 from hesscli.hessian.routes.cuts import Cuts
 from hesscli.hessian.routes.factored_hessian import FactoredHessian
@@ -244,22 +244,20 @@ def test_the_rows_along_a_chain_are_counted_as_they_are_held(widths, loss, monke
     target = labels(classes, 2) if loss == "cross-entropy" else labels(2, 2, classes).double()
     problem = problem_of(tanh_mlp(*widths), [normal(2, widths[0])], target, loss)
     analysis = Analyses(problem).of(problem.batches[0])
-    steps, _ = find_chain(analysis, problem.parameters)
-    shapes, held = analysis.tape.shapes, []
+    (chain,), held = find_chains(analysis, problem.parameters), []
 
     def back(curvature: FactoredHessian, step: Step, *others: Any) -> None:
         known(curvature, step, *others)
         rows = 2 * curvature.left.shape[1] + sum(v.shape[1] for v, _ in curvature.weighted)
-        held.append(rows * shapes[step.before].numel() // 2)
+        held.append(rows * chain.width(step.before))
 
     known = sweep._back
     monkeypatch.setattr(sweep, "_back", back)
     compute_blocks(
         routes_of(problem)["preactivation"], blocks_of(problem, "elements"), diagonal=True
     )
-    rank = analysis.loss_rank
-    counted = most_numbers(steps, lambda value: shapes[value].numel() // 2, rank, True)
-    at_output = classes * max(1, 2 * rank)
+    counted = most_numbers(chain, True)
+    at_output = classes * max(1, 2 * chain.rank)
     assert max(held) <= counted <= max(1.5 * max(held), at_output, 2 * classes * widths[-2])
 
 

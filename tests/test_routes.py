@@ -1515,7 +1515,7 @@ def test_a_loss_with_terms_of_single_samples(name):
         right, reasons = applies(routes_of(problem)["preactivation"], truth, structure, 1e-10)
         assert (right, reasons) == (len(blocks_of(problem, structure)), [])
     analysis = Analyses(problem).of(problem.batches[0])
-    assert (analysis.loss_rank == 0) == (name in OWN_ELEMENTWISE)
+    assert (analysis.loss_rank(analysis.of_sample) == 0) == (name in OWN_ELEMENTWISE)
     if "words" in name:
         use = analysis.uses_apart(["b.weight"])["b.weight"]
         assert use.apart == 4
@@ -1535,7 +1535,7 @@ def test_the_hessian_of_a_loss_at_the_output(name, shape):
     analysis = Analyses(problem).of(problem.batches[0])
     found, own = at_output(problem)
     rank = {"cross-entropy": 2 if len(shape) == 2 else 6}.get(name, 0)
-    assert found.right.shape[1] == analysis.loss_rank == rank
+    assert found.right.shape[1] == analysis.loss_rank(analysis.of_sample) == rank
     mine = found @ torch.eye(shape[1:].numel(), dtype=own.dtype).expand(5, -1, -1)
     torch.testing.assert_close(mine, own, rtol=1e-10, atol=1e-14)
 
@@ -1543,7 +1543,8 @@ def test_the_hessian_of_a_loss_at_the_output(name, shape):
 def at_output(problem: Problem) -> tuple[OutputHessian, Tensor]:
     """The loss's Hessian at the output as the routes have it, [B, C, C] by its factors, and by `torch.autograd`."""
     batch = problem.batches[0]
-    found = Probed(Analyses(problem), batch, []).output_hessian()
+    probed = Probed(Analyses(problem), batch, [])
+    found = probed.output_hessian(probed.analysis.of_sample)
     with torch.no_grad():
         f = problem.output(batch)
     whole = torch.autograd.functional.hessian(

@@ -15,6 +15,7 @@ from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.loss import Loss
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.affine import find_uses
+from hesscli.hessian.proofs.channels import Channels
 from hesscli.hessian.proofs.last_layers import RecordedLoss, parted
 from hesscli.hessian.proofs.positions import positions_stay_apart
 from hesscli.hessian.proofs.sample_axis import Axes, SampleAxis
@@ -39,6 +40,7 @@ class Analysis:
     terms: Tape  # of the loss
     # Whether positions stay apart behind some values, and a parameter's neurons, as far as that was asked for.
     _apart: dict[tuple[int, ...], bool] = field(default_factory=dict, init=False)
+    _softmaxes: dict[Channels, dict[int, Channels] | None] = field(default_factory=dict, init=False)
     _neurons: dict[str, Neurons | None] = field(default_factory=dict, init=False)
 
     def loss_couples(self, axis: SampleAxis, count: int) -> bool:
@@ -55,25 +57,45 @@ class Analysis:
         return False
 
     @cached_property
-    def loss_rank(self) -> int:
-        """The rank of the loss's own Hessian at the output of a sample, less a diagonal, at most.
+    def of_sample(self) -> Channels:
+        """The output as rows that are samples."""
+        return Channels(self.tape.shapes[self.tape.output][1:].numel())
+
+    @cached_property
+    def loss_rows(self) -> list[Channels]:
+        """The output as rows that the loss has terms of its own for: positions, as it may be, then samples."""
+        shape = self.tape.shapes[self.tape.output]
+        places = [i for i in range(1, len(shape)) if self._coupled <= {i}]
+        rows = [Channels(shape[i], shape[i + 1 :].numel()) for i in places]
+        return list(dict.fromkeys([*rows, self.of_sample]))
+
+    @cached_property
+    def _coupled(self) -> set[int]:
+        """The axes of a sample's output along which the loss has terms of more than one number."""
+        shape = self.tape.shapes[self.tape.output]
+        axes = range(1, len(shape))
+        return {axis for axis in axes if self.loss_couples(SampleAxis(axis), shape[axis])}
+
+    def loss_rank(self, rows: Channels) -> int:
+        """The rank of the loss's own Hessian at a row of the output, less a diagonal, at most.
 
         Zero where each number of the output has terms of its own, or the loss is linear; two for each softmax.
         """
-        shape = self.tape.shapes[self.tape.output]
-        axes = range(1, len(shape))
-        if not any(self.loss_couples(SampleAxis(axis), shape[axis]) for axis in axes):
+        if not self._coupled:
             return 0
-        return shape[1:].numel() if self.softmaxes is None else 2 * len(self.softmaxes)
+        softmaxes = self.softmaxes(rows)
+        return rows.n if softmaxes is None else 2 * len(softmaxes)
 
-    @cached_property
-    def softmaxes(self) -> list[int] | None:
-        """The values log softmax(s f + c) of the loss's tape that it is linear in; None where it is not, or C is less
-        than two for each.
+    def softmaxes(self, rows: Channels) -> dict[int, Channels] | None:
+        """The values log softmax(s f + c) of the loss's tape that it is linear in, each of a row of the output f.
+
+        None where it is not, or a row has less than two numbers for each.
         """
-        found = log_softmaxes(self.terms)
-        classes = self.tape.shapes[self.tape.output][-1]
-        return None if found is not None and 2 * len(found) >= classes else found
+        if rows not in self._softmaxes:
+            found = log_softmaxes(self.terms, rows)
+            few = found is not None and 2 * len(found) < rows.n
+            self._softmaxes[rows] = found if few else None
+        return self._softmaxes[rows]
 
     @cached_property
     def uses(self) -> dict[str, Use]:

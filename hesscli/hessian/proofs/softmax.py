@@ -4,43 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from hesscli.hessian.proofs.channels import MOVES, Channels
 from hesscli.hessian.proofs.piecewise import linear_in
 from hesscli.hessian.recording.tape import Tape
 
-_ELEMENTWISE = frozenset("add sub mul div neg clone alias contiguous view _to_copy".split())
+_ELEMENTWISE = frozenset("add sub mul div neg clone alias contiguous _to_copy".split())
 
 
-def log_softmaxes(tape: Tape) -> list[int] | None:
-    """The values log softmax(s f + c) that the sum of a loss is linear in, beside f itself; None where it is not.
+def log_softmaxes(tape: Tape, classes: Channels) -> dict[int, Channels] | None:
+    """The values log softmax(s f + c) that the sum of a loss is linear in, beside f itself, and where the classes lie
+    in them; None where it is not.
 
-    f is [B, C], and s is one factor for each of its numbers; c is a constant, or the same for all classes.
+    s is one factor for each number of f; c is a constant, or the same for all classes.
 
     Args:
         tape: of the loss, whose only input is the model's output f.
+        classes: where they lie in f.
     """
     (f,) = tape.inputs
-    moving, found = tape.dependent([f]), []
-    for n in linear_in(tape) - {f}:
-        call = tape.calls[tape.maker[n]]
-        if call.name != "_log_softmax" or call.named("dim") not in (1, -1):
+    moving, found = tape.dependent([f]), {}
+    for n in sorted(linear_in(tape) - {f}):
+        call, shape = tape.calls[tape.maker[n]], tape.shapes[n]
+        if call.name != "_log_softmax":
             return None
-        if not _scaled(tape, f, call.arguments[0].value, moving):
+        along = Channels.of(shape, [call.named("dim") % len(shape)])
+        if along is None or _scaled(tape, f, call.arguments[0].value, along, moving) != classes:
             return None
-        found.append(n)
-    return sorted(found)
+        found[n] = along
+    return found
 
 
-def _scaled(tape: Tape, f: int, value: int, moving: Collection[int]) -> bool:
-    """Whether a value is s f + c."""
-    shape = tape.shapes[f]
-    while value != f and len(shape) == 2 and tape.shapes[value] == shape:
-        call = tape.calls[tape.maker[value]]
+def _scaled(
+    tape: Tape, f: int, value: int, along: Channels | None, moving: Collection[int]
+) -> Channels | None:
+    """Where the classes lie in f, if a value is s f + c and they lie `along` in it; else None."""
+    while value != f and along is not None:
+        call, shape = tape.calls[tape.maker[value]], tape.shapes[value]
         mine = [n for n in call.reads if n in moving]
         if call.name in ("add", "sub"):  # of what is the same for all classes, as their maximum
-            mine = [n for n in mine if tape.shapes[n][1:] != (1,)]
-        if call.name not in _ELEMENTWISE or len(mine) != 1:
-            return False
-        if call.name == "div" and call.place(mine[0]) != 0:
-            return False
-        (value,) = mine
-    return value == f and len(shape) == 2
+            mine = [n for n in mine if not along.are_alike(shape, tape.shapes[n])]
+        if call.name not in _ELEMENTWISE | MOVES or len(mine) != 1:
+            return None
+        (before,) = mine
+        if call.name in _ELEMENTWISE and tape.shapes[before] != shape:
+            return None
+        if call.name == "div" and call.place(before) != 0:
+            return None
+        value, along = before, along.before(call, before, tape.shapes)
+    return along

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hesscli.hessian.aten.smooth import slope_and_bend
 from hesscli.hessian.proofs.analysis import Analysis
-from hesscli.hessian.proofs.sample_axis import SampleAxis
-from hesscli.hessian.proofs.sample_rules import ELEMENTWISE_UNARY, RESHAPES
-from hesscli.hessian.proofs.uses import CONVOLUTION, Use
-from hesscli.hessian.recording.tape import DEFINED, Call, Ref
+from hesscli.hessian.proofs.channels import MOVES, Channels
+from hesscli.hessian.proofs.sample_rules import ELEMENTWISE_UNARY
+from hesscli.hessian.proofs.uses import BIAS, SCALE, Use
+from hesscli.hessian.recording.tape import DEFINED, Call, Ref, Tape
 from hesscli.hessian.routes.factored_hessian import MOST_ROWS
 
 _BOOLEAN = frozenset("isnan isinf signbit logical_not bitwise_not".split())
 UNARY = ELEMENTWISE_UNARY - _BOOLEAN - {"detach"}
-PRODUCTS = ("mm", "addmm")
+PRODUCTS = ("mm", "addmm", "convolution")
 _AFFINE = frozenset(["mul", "add", "sub", "div"])
 
 
@@ -42,56 +42,109 @@ class Step:
 
         return slope_and_bend(phi, at)
 
+    def operand(self, known: Mapping[int, Tensor], rows: Channels) -> Tensor | None:
+        """What the curvature passes: of a linear layer z = x M the matrix M, of a function its x and of a product the
+        factor of each number, both [rows, n]; None if it stays as it is.
 
-def find_chain(analysis: Analysis, parameters: Iterable[str]) -> tuple[list[Step], dict[str, Use]]:
-    """The operators from the output back to the first of these parameters that is reached, and the uses on the way.
+        Args:
+            known: the values of a pass.
+            rows: where the rows of `before` lie.
+        """
+        name, arguments, x = self.call.name, self.call.arguments, known[self.before].detach()
+        if name in UNARY:
+            return rows.rows(x)
+        if name == "convolution":
+            return known[arguments[1].value].detach().flatten(1).T
+        if name in PRODUCTS:
+            return known[arguments[-1].value].detach()
+        if name not in ("mul", "div"):
+            return None
+        other = next(a for a in arguments if a != Ref(self.before))
+        factor = known[other.value].detach() if isinstance(other, Ref) else x.new_full((), other)
+        factor = factor if name == "mul" else factor.reciprocal()
+        return rows.rows(factor.to(x.dtype).expand(x.shape))
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The operators from the output back to a value, last first, and where the rows of all these values lie."""
+
+    steps: list[Step]
+    channels: dict[int, Channels]  # of every value
+    uses: dict[str, Use]  # of parameters, at some of the values
+    rows: int  # how many each value has, of one batch
+    rank: int  # of the loss's own Hessian at a row of the output, less its diagonal
+
+    def width(self, value: int) -> int:
+        """Numbers of one row of a value."""
+        return self.channels[value].n
+
+
+def find_chains(analysis: Analysis, parameters: Iterable[str]) -> Iterator[Chain]:
+    """The chains back to these parameters, each of which is on one at most: that with the shortest rows."""
+    left = {name: analysis.uses[name] for name in parameters if name in analysis.uses}
+    for rows in analysis.loss_rows:
+        chain = _find_chain(analysis, rows, left.values())
+        if chain.uses:
+            yield chain
+        left = {name: use for name, use in left.items() if name not in chain.uses}
+
+
+def _find_chain(analysis: Analysis, rows: Channels, uses: Iterable[Use]) -> Chain:
+    """The operators from such rows of the output back to the first of these uses that is reached.
 
     A chain ends where a value is used twice, is complex, or is made in a way that the recursion does not know.
     """
     tape, reached, needed = analysis.tape, dict[str, Use](), 0
-    at: dict[int, list[str]] = {}
-    for name in parameters:
-        use = analysis.uses.get(name)
-        if use is not None and use.positions == 1 and use.kind != CONVOLUTION:
-            at.setdefault(use.z, []).append(name)
+    at: dict[int, list[Use]] = {}
+    for use in uses:
+        at.setdefault(use.z, []).append(use)
     steps: list[Step] = []
-    value = tape.output
-    while value in tape.maker and analysis.axes[value] == SampleAxis(0):
-        if value in at:
-            reached |= {name: analysis.uses[name] for name in at[value]}
+    value, along = tape.output, {tape.output: rows}
+    while value in tape.maker and value not in tape.complex:
+        here = [use for use in at.get(value, ()) if _enters_rows(use, along[value], tape)]
+        if here:
+            reached |= {use.parameter: _of_rows(use) for use in here}
             needed = len(steps)
         call = tape.calls[tape.maker[value]]
         before = [n for n in call.reads if analysis.axes[n] is not None]
-        if (
-            len(before) != 1
-            or before[0] in tape.complex
-            or len(tape.readers[before[0]]) != 1
-            or not _known(call, before[0])
-            or (call.name in _AFFINE and tape.shapes[before[0]] != tape.shapes[value])  # repeats it
-        ):
+        if len(before) != 1 or len(tape.readers[before[0]]) != 1:
+            break
+        channels = _before(call, before[0], along[value], tape)
+        if channels is None:
             break
         steps.append(Step(call, before[0], value))
-        value = before[0]
-    return steps[:needed], reached
+        (value,) = before
+        along[value] = channels
+    count = tape.shapes[tape.output].numel() // max(1, rows.n)
+    return Chain(steps[:needed], along, reached, count, analysis.loss_rank(rows))
 
 
-def rows_along(
-    steps: Sequence[Step], sizes: Callable[[int], int], rank: int, curved: bool
-) -> Iterator[tuple[int, int]]:
-    """Rows that the curvature of one sample is kept in, as they go into each step and as they come out of it.
+def _enters_rows(use: Use, rows: Channels, tape: Tape) -> bool:
+    """Whether a parameter enters every row of a value in the same way."""
+    is_known = use.is_layer or use.kind in (SCALE, BIAS)
+    return is_known and Channels.of(tape.shapes[use.z], use.channels) == rows
+
+
+def _of_rows(use: Use) -> Use:
+    """A use whose positions are rows, as samples are."""
+    return replace(use, positions=1, apart=use.positions * use.apart)
+
+
+def rows_along(chain: Chain, curved: bool) -> Iterator[tuple[int, int]]:
+    """Rows that the curvature of one row is kept in, as they go into each step and as they come out of it.
 
     See `FactoredHessian`.
 
     Args:
-        steps: of a chain.
-        sizes: numbers of one sample in a value.
-        rank: of the curvature at the output, less its diagonal.
+        chain: from the output on.
         curved: whether second derivatives of the steps add to it.
     """
-    rows, diagonal = 2 * rank, bool(steps) and rank < sizes(steps[0].after)
+    steps = chain.steps
+    rows, diagonal = 2 * chain.rank, bool(steps) and chain.rank < chain.width(steps[0].after)
     last = last_product(steps)
     for index, step in enumerate(steps):
-        after = sizes(step.after)
+        after = chain.width(step.after)
         if step.call.name not in PRODUCTS:
             diagonal |= curved
             yield rows, rows
@@ -104,12 +157,10 @@ def rows_along(
         yield before, rows
 
 
-def most_numbers(
-    steps: Sequence[Step], sizes: Callable[[int], int], rank: int, curved: bool
-) -> int:
-    """Numbers in the rows that the curvature of one sample is kept in, at most; see `rows_along`."""
-    along = zip(steps, rows_along(steps, sizes, rank, curved), strict=True)
-    held = (max(i * sizes(step.after), o * sizes(step.before)) for step, (i, o) in along)
+def most_numbers(chain: Chain, curved: bool) -> int:
+    """Numbers in the rows that the curvature of one row is kept in, at most; see `rows_along`."""
+    along = zip(chain.steps, rows_along(chain, curved), strict=True)
+    held = (max(i * chain.width(s.after), o * chain.width(s.before)) for s, (i, o) in along)
     return max([1, *held])
 
 
@@ -118,11 +169,28 @@ def last_product(steps: Sequence[Step]) -> int:
     return max((i for i, step in enumerate(steps) if step.call.name in PRODUCTS), default=0)
 
 
-def _known(call: Call, before: int) -> bool:
-    place = call.place(before)
-    if call.name in UNARY or call.name in RESHAPES:
+def _before(call: Call, value: int, rows: Channels, tape: Tape) -> Channels | None:
+    """Where the rows lie in a value of which a call makes one with such rows; None where the recursion ends."""
+    place, shapes = call.place(value), tape.shapes
+    (made, *_) = call.makes
+    if call.name in UNARY or call.name in MOVES:
         floats = (call.keywords.get("dtype") or torch.float32).is_floating_point
-        return floats and call.reads == [before]  # not a clamp between values, say
-    if call.name in PRODUCTS and not call.keywords:
-        return place == (1 if call.name == "addmm" else 0)
-    return call.name in _AFFINE and not call.keywords and (call.name != "div" or place == 0)
+        alone = call.reads == [value]  # not a clamp between values, say
+        return rows.before(call, value, shapes) if floats and alone else None
+    if call.name in _AFFINE:
+        known = not call.keywords and (call.name != "div" or place == 0)
+        return rows if known and shapes[value] == shapes[made] else None  # else it repeats it
+    if call.name in ("mm", "addmm") and not call.keywords:
+        known = place == (1 if call.name == "addmm" else 0) and rows == Channels(shapes[made][1])
+        return Channels(shapes[value][1]) if known else None
+    if call.name == "convolution" and place == 0 and _is_pointwise(call, shapes):
+        known = rows == Channels.of(shapes[made], [1])
+        return Channels.of(shapes[value], [1]) if known else None
+    return None
+
+
+def _is_pointwise(call: Call, shapes: Mapping[int, Sequence[int]]) -> bool:
+    """Whether a convolution takes one position after the other, with all channels."""
+    kernel, padding = shapes[call.arguments[1].value][2:], call.named("padding")
+    alone = not call.named("transposed") and call.named("groups") == 1
+    return alone and {1} == {*kernel, *call.named("stride")} and not any(padding)

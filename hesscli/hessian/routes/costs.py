@@ -19,7 +19,7 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.proofs.uses import CONVOLUTION, LINEAR, Use
 from hesscli.hessian.proofs.weights import Neurons, Weights
 from hesscli.hessian.recording.tape import Call, Ref, Tape
-from hesscli.hessian.routes.chain import PRODUCTS, Step, most_numbers, rows_along
+from hesscli.hessian.routes.chain import PRODUCTS, Chain, most_numbers, rows_along
 from hesscli.hessian.routes.rates import Rates
 
 
@@ -156,25 +156,24 @@ class Costs:
             return self._product(use.size * b * t * n * m)
         return self._product(2 * b * t * t * n * n * m + b * t * use.size**2)
 
-    def chain(self, steps: Sequence[Step], curved: bool) -> Work:
+    def chain(self, chain: Chain, curved: bool) -> Work:
         """The curvature of every value of a chain, kept in rows; see `rows_along`."""
         work = self.forward.times(3)
-        along = rows_along(steps, self.size, self.rank, curved)
-        for step, (rows, _) in zip(steps, along, strict=True):
-            after, before = self.size(step.after), self.size(step.before)
+        for step, (rows, _) in zip(chain.steps, rows_along(chain, curved), strict=True):
+            after, before = chain.width(step.after), chain.width(step.before)
             if step.call.name in PRODUCTS:
-                work += self._product(self.samples * rows * after * before)
+                work += self._product(chain.rows * rows * after * before)
             else:
-                work += self._moved(3 * self.samples * rows * before)
+                work += self._moved(3 * chain.rows * rows * before)
         return work
 
-    def held_of_chain(self, steps: Sequence[Step], curved: bool, most: int) -> int:
-        """Numbers of the curvature at the output, and along the chain of as many samples as are kept at once, up to so
+    def held_of_chain(self, chain: Chain, curved: bool, most: int) -> int:
+        """Numbers of the curvature at the output, and along the chain of as many rows as are kept at once, up to so
         many; what it becomes at the next value is held beside it.
         """
-        each = most_numbers(steps, self.size, self.rank, curved)
-        at_output = self.samples * self.classes * min(self.classes, 2 * self.rank + 1)
-        return at_output + int(_REPLACED * each) * max(1, min(self.samples, most // each))
+        each, width = most_numbers(chain, curved), chain.width(self.tape.output)
+        at_output = chain.rows * width * min(width, 2 * chain.rank + 1)
+        return at_output + int(_REPLACED * each) * max(1, min(chain.rows, most // each))
 
     def held_of_directions(self, z: int, inputs: int, count: int, most: int, more: int = 0) -> int:
         """Numbers that so many directions of z make for so many inputs, or as many of them as make up to `most`.

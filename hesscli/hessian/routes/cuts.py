@@ -62,7 +62,7 @@ class Cuts:
         """Where a batch's pass is cut; raises NotApplicable where nothing is proven of it."""
         if batch not in self.plans:
             analysis = self.analyses.of(batch)
-            costs = self.costs(analysis.tape, analysis.loss_rank)
+            costs = self.costs(analysis.tape, analysis.loss_rank(analysis.of_sample))
             self.plans[batch] = plan_cuts(analysis, costs, self.samples, self.passes.cuts)
         return self.plans[batch]
 

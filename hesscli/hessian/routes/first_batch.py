@@ -24,7 +24,7 @@ class FirstBatch:
         self.costs: Costs | None = None  # of the batch; None where it cannot be recorded
         try:
             analysis = self._analysis = cuts.analyses.of(self.batch)
-            self.costs = cuts.costs(analysis.tape, analysis.loss_rank)
+            self.costs = cuts.costs(analysis.tape, analysis.loss_rank(analysis.of_sample))
         except NotApplicable as reason:
             self.refused = str(reason)
             with suppress(NotApplicable):  # what nothing is proven of still has a cost

@@ -123,7 +123,7 @@ class GaussNewton(AffineRoute):
 
     def at_output(self, probed: Probed) -> tuple[Tensor, OutputHessian]:
         """Directions of the output [C, *output.shape], and each sample's curvature along them."""
-        return probed.output_seeds(), probed.output_hessian()
+        return probed.output_seeds(), probed.output_hessian(probed.analysis.of_sample)
 
     def layout_in(self, analysis: Analysis, block: Block) -> Layout:
         """Neuron by neuron where the block is a plain layer."""

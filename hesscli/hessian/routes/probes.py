@@ -10,7 +10,7 @@ derivative is symmetric) and d a_l / d z_k u (by w_l) in one reverse pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.autodiff import batched_grad, unit_rows
-from hesscli.hessian.chunk_sizes import chunk_sizes
+from hesscli.hessian.chunk_sizes import chunk_sizes, ranges
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.operator import loss_hessian
 from hesscli.hessian.proofs.analysis import Analyses
+from hesscli.hessian.proofs.channels import Channels
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.routes.costs import numbers_along
 from hesscli.hessian.routes.output_hessian import OutputHessian
@@ -151,36 +152,42 @@ class Probed:
         with torch.no_grad():
             return use.inputs(self.known).detach()
 
-    def output_hessian(self) -> OutputHessian:
-        """The loss's own Hessian at the output: in general, a column for each seed."""
-        f, size, rank = self.output.detach(), self.output[0].numel(), self.analysis.loss_rank
-        if rank and self.analysis.softmaxes is not None:
-            return self._behind_softmaxes(f, self.analysis.softmaxes)
+    def output_hessian(self, rows: Channels) -> OutputHessian:
+        """The loss's own Hessian at each row of the output: in general, a column for each number of a row."""
+        f, rank = self.output.detach(), self.analysis.loss_rank(rows)
+        if rank and (softmaxes := self.analysis.softmaxes(rows)) is not None:
+            return self._behind_softmaxes(f, rows, softmaxes)
         with exact_derivatives():
             multiply = loss_hessian(self.problem, self.batch, f)
         if not rank:
-            return OutputHessian.elementwise(multiply(torch.ones_like(f)).reshape(-1, size))
-        by_sample = f.new_empty(self.samples, size, size)
-        count = max(1, chunk_sizes(f.device).output // max(1, f.numel()))
-        columns = by_sample.transpose(0, 1).split(count)
-        for part, seeds in zip(columns, self.output_seeds().split(count), strict=True):
-            part.copy_(multiply(seeds).reshape(part.shape))
-        return OutputHessian(None, by_sample)
+            return OutputHessian.elementwise(rows.rows(multiply(torch.ones_like(f))))
+        count = f.numel() // rows.n
+        by_row = f.new_empty(count, rows.n, rows.n)
+        for some in ranges(rows.n, chunk_sizes(f.device).output // max(1, f.numel())):
+            seeds = unit_rows(f, some.start, len(some), rows.n).unsqueeze(1).expand(-1, count, -1)
+            columns = rows.rows(multiply(rows.spread(seeds, f.shape))).view_as(seeds)
+            by_row[:, some.start : some.stop] = columns.transpose(0, 1)
+        return OutputHessian(None, by_row)
 
-    def _behind_softmaxes(self, f: Tensor, values: Sequence[int]) -> OutputHessian:
+    def _behind_softmaxes(
+        self, f: Tensor, rows: Channels, softmaxes: Mapping[int, Channels]
+    ) -> OutputHessian:
         """That of a loss which is linear in these values of its tape, log softmax(s f + c)."""
         terms, parts = self.analysis.terms, []
         known = terms.replay({terms.inputs[0]: f.requires_grad_()})
         total, _ = self.problem.loss.total_of(known[terms.output], self.batch)
         mean = total / self.problem.denominator
         # The gradient of log softmax is what comes in where that sums up to zero over the classes.
-        unit = torch.ones_like(f)
-        unit[:, 0] = 1 - f.shape[1]
+        unit = f.new_ones(f.numel() // rows.n, rows.n)
+        unit[:, 0] = 1 - rows.n
         grad = partial(torch.autograd.grad, retain_graph=True, materialize_grads=True)
-        for log_p in (known[value] for value in values):
-            (g,), (s,) = grad(mean, log_p), grad((unit * log_p).sum(), f)
-            w = -g.sum(1, keepdim=True)
-            parts.append(OutputHessian.softmax(log_p.detach(), w, s / unit))
+        for value, classes in softmaxes.items():
+            log_p = known[value]
+            weighted = (classes.spread(unit, log_p.shape) * log_p).sum()
+            (g,), (s,) = grad(mean, log_p), grad(weighted, f)
+            w = -classes.rows(g).sum(1, keepdim=True)
+            log_p = classes.rows(log_p.detach())
+            parts.append(OutputHessian.softmax(log_p, w, rows.rows(s) / unit))
         return OutputHessian.sum(parts)
 
     def output_seeds(self) -> Tensor:

@@ -17,7 +17,7 @@ as in F. Dangel et al., BackPACK, 2020.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,14 +26,15 @@ from hesscli.hessian.blocks import Block
 from hesscli.hessian.chunk_sizes import chunk_sizes, ranges
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analyses
-from hesscli.hessian.recording.tape import Ref
+from hesscli.hessian.proofs.uses import CONVOLUTION
 from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.base import Choice, Diagonal
 from hesscli.hessian.routes.chain import (
     PRODUCTS,
     UNARY,
+    Chain,
     Step,
-    find_chain,
+    find_chains,
     last_product,
     most_numbers,
 )
@@ -45,19 +46,21 @@ from hesscli.hessian.routes.probes import Probed
 def choice_along_chain(route: AffineRoute, first: FirstBatch, block: Block) -> Choice | None:
     """What the diagonal of a block takes that is on a chain."""
     analysis, costs = first.proven()
-    steps, uses = find_chain(analysis, [block.name])
-    if block.name not in uses:
+    chain = next(find_chains(analysis, [block.name]), None)
+    if chain is None:
         return None
-    own, sweep = costs.own(uses[block.name], diagonal=True), costs.chain(steps, route.curved)
-    most = chunk_sizes(route.problem.device).chain
-    held = costs.held_of_chain(steps, route.curved, most)
+    use, most = chain.uses[block.name], chunk_sizes(route.problem.device).chain
+    own, sweep = costs.own(use, diagonal=True), costs.chain(chain, route.curved)
+    held = costs.held_of_chain(chain, route.curved, most)
+    if use.kind == CONVOLUTION:  # patches are copies
+        held += chain.rows * use.m
     return Choice(route, "chain", first.in_all(own), first.in_all(sweep), held)
 
 
 def add_chain_diagonals(
     analyses: Analyses, batch: Batch, parts: Sequence[Diagonal], curved: bool
 ) -> list[Diagonal]:
-    """Adds the diagonals along a chain of layers, all in one sweep; returns the parts that are not on it.
+    """Adds the diagonals along chains of layers, those of a chain in one sweep; returns the parts that are on none.
 
     Args:
         analyses: of the batches.
@@ -65,58 +68,51 @@ def add_chain_diagonals(
         parts: whose diagonals are wanted.
         curved: of the Hessian; else of the generalised Gauss-Newton matrix, without the second term above.
     """
-    steps, uses = find_chain(analyses.of(batch), [part.block.name for part in parts])
-    if not uses:
-        return list(parts)
-    ys = [step.after for step in steps if step.call.name in UNARY] if curved else []
-    probed = Probed(analyses, batch, ys)
-    output = analyses.of(batch).tape.output
-    found = _diagonals(probed, output, steps, {use.z for use in uses.values()}, curved)
-    if not all(bool(torch.isfinite(d).all()) for d in found.values()):
-        # phi'' is infinite where a ReLU before it is off: backward passes mask that.
-        return list(parts)
-    for part in (part for part in parts if part.block.name in uses):
-        use = uses[part.block.name]
-        d, a = found[use.z], probed.inputs(use)[:, 0]
-        if use.is_layer:
-            part.add_weighted(use, d, a)
-        else:
-            part.add_pairs(d * a, a)
-    return [part for part in parts if part.block.name not in uses]
+    left = {part.block.name: part for part in parts}
+    for chain in find_chains(analyses.of(batch), list(left)):
+        ys = [step.after for step in chain.steps if step.call.name in UNARY] if curved else []
+        probed = Probed(analyses, batch, ys)
+        found = _diagonals(probed, chain, curved)
+        if not all(bool(torch.isfinite(d).all()) for d in found.values()):
+            # phi'' is infinite where a ReLU before it is off: backward passes mask that.
+            continue
+        for name, use in chain.uses.items():
+            part, z = left.pop(name), probed.known[use.z]
+            d = use.rows(chain.channels[use.z].spread(found[use.z], z.shape))[:, 0]
+            a = probed.inputs(use)[:, 0]
+            if use.is_layer:
+                part.add_weighted(use, d, a)
+            else:
+                part.add_pairs(d * a, a)
+    return list(left.values())
 
 
-def _diagonals(
-    probed: Probed, output: int, steps: Sequence[Step], zs: Collection[int], curved: bool
-) -> dict[int, Tensor]:
-    """diag(d^2 L / dz^2) of each sample: [B, n] for each z of the chain.
+def _diagonals(probed: Probed, chain: Chain, curved: bool) -> dict[int, Tensor]:
+    """diag(d^2 L / dz^2) of each row: [rows, n] for each z of the chain.
 
     Args:
         probed: a pass with probes at what curved steps give.
-        output: the number of the model's output.
-        steps: of `find_chain`.
-        zs: where it is wanted.
+        chain: to the values where it is wanted.
         curved: whether the steps' second derivatives add to it.
     """
-    gradients = probed.gradients(list(probed.probes))
-    start = probed.output_hessian()
-    last = last_product(steps)
-
-    def size(value: int) -> int:
-        return probed.known[value][0].numel()
-
-    each = most_numbers(steps, size, start.right.shape[1], curved)
-    count = chunk_sizes(start.right.device).chain // each
-    found: dict[int, list[Tensor]] = {z: [] for z in zs}
+    slopes = probed.gradients(list(probed.probes))
+    gradients = {y: chain.channels[y].rows(g) for y, g in slopes.items() if g is not None}
+    operands = [s.operand(probed.known, chain.channels[s.before]) for s in chain.steps]
+    output = probed.analysis.tape.output
+    start = probed.output_hessian(chain.channels[output])
+    last = last_product(chain.steps)
+    count = chunk_sizes(start.right.device).chain // most_numbers(chain, curved)
+    found: dict[int, list[Tensor]] = {use.z: [] for use in chain.uses.values()}
     with torch.no_grad():
-        for some in ranges(probed.samples, count):
+        for some in ranges(chain.rows, count):
             part = slice(some.start, some.stop)
             curvature = FactoredHessian(start.of(part))
             value = output
-            for index, step in enumerate(steps):
+            for index, (step, operand) in enumerate(zip(chain.steps, operands, strict=True)):
                 if value in found:
                     found[value].append(curvature.diagonal().expand(len(some), -1))
                 gradient = gradients.get(step.after)
-                _back(curvature, step, probed.known, part, gradient, index >= last)
+                _back(curvature, step, operand, part, gradient, index >= last)
                 value = step.before
             found[value].append(curvature.diagonal().expand(len(some), -1))
     return {z: torch.cat(parts) for z, parts in found.items()}
@@ -125,24 +121,22 @@ def _diagonals(
 def _back(
     curvature: FactoredHessian,
     step: Step,
-    known: Mapping[int, Tensor],
+    operand: Tensor | None,
     part: slice,
     gradient: Tensor | None,
     last: bool,
 ) -> None:
-    """S of some samples from the value after a step to the one before; `gradient` is dL/dy there, None where zero."""
-    call, before = step.call, known[step.before].detach()[part]
-    if call.name in PRODUCTS:
-        curvature.linear(known[call.arguments[-1].value].detach(), last)
-    elif call.name in UNARY:
-        slope, bend = step.derivatives(before)
-        curvature.scale(slope.reshape(len(slope), -1))
+    """S of some rows from the value after a step to the one before; `gradient` is dL/dy there, None where zero."""
+    if (
+        operand is None
+    ):  # a shape, or a sum: the derivative is one, or minus one, which S does not feel
+        return
+    if step.call.name in PRODUCTS:
+        curvature.linear(operand, last)
+    elif step.call.name in UNARY:
+        slope, bend = step.derivatives(operand[part])
+        curvature.scale(slope)
         if bend is not None and gradient is not None:
-            curvature.add_diagonal((bend * gradient[part]).reshape(len(bend), -1))
-    elif call.name in ("mul", "div"):
-        other = next(a for a in call.arguments if a != Ref(step.before))
-        factor = known[other.value].detach() if isinstance(other, Ref) else other
-        ones = torch.ones_like(before)
-        factor = ones * factor if call.name == "mul" else ones / factor
-        curvature.scale(factor.reshape(len(factor), -1))
-    # Of the others, shapes and sums, the derivative is one, or minus one, which S does not feel.
+            curvature.add_diagonal(bend * gradient[part])
+    else:
+        curvature.scale(operand[part])
