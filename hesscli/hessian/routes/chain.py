@@ -69,6 +69,7 @@ class Step:
 class Chain:
     """The operators from the output back to a value, last first, and where the rows of all these values lie."""
 
+    output: int
     steps: list[Step]
     channels: dict[int, Channels]  # of every value
     uses: dict[str, Use]  # of parameters, at some of the values
@@ -117,7 +118,7 @@ def _find_chain(analysis: Analysis, rows: Channels, uses: Iterable[Use]) -> Chai
         (value,) = before
         along[value] = channels
     count = tape.shapes[tape.output].numel() // max(1, rows.n)
-    return Chain(steps[:needed], along, reached, count, analysis.loss_rank(rows))
+    return Chain(tape.output, steps[:needed], along, reached, count, analysis.loss_rank(rows))
 
 
 def _enters_rows(use: Use, rows: Channels, tape: Tape) -> bool:
@@ -161,7 +162,7 @@ def most_numbers(chain: Chain, curved: bool) -> int:
     """Numbers in the rows that the curvature of one row is kept in, at most; see `rows_along`."""
     along = zip(chain.steps, rows_along(chain, curved), strict=True)
     held = (max(i * chain.width(s.after), o * chain.width(s.before)) for s, (i, o) in along)
-    return max([1, *held])
+    return max([1, 2 * chain.rank * chain.width(chain.output), *held])
 
 
 def last_product(steps: Sequence[Step]) -> int:

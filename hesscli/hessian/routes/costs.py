@@ -171,7 +171,7 @@ class Costs:
         """Numbers of the curvature at the output, and along the chain of as many rows as are kept at once, up to so
         many; what it becomes at the next value is held beside it.
         """
-        each, width = most_numbers(chain, curved), chain.width(self.tape.output)
+        each, width = most_numbers(chain, curved), chain.width(chain.output)
         at_output = chain.rows * width * min(width, 2 * chain.rank + 1)
         return at_output + int(_REPLACED * each) * max(1, min(chain.rows, most // each))
 

@@ -98,8 +98,7 @@ def _diagonals(probed: Probed, chain: Chain, curved: bool) -> dict[int, Tensor]:
     slopes = probed.gradients(list(probed.probes))
     gradients = {y: chain.channels[y].rows(g) for y, g in slopes.items() if g is not None}
     operands = [s.operand(probed.known, chain.channels[s.before]) for s in chain.steps]
-    output = probed.analysis.tape.output
-    start = probed.output_hessian(chain.channels[output])
+    start = probed.output_hessian(chain.channels[chain.output])
     last = last_product(chain.steps)
     count = chunk_sizes(start.right.device).chain // most_numbers(chain, curved)
     found: dict[int, list[Tensor]] = {use.z: [] for use in chain.uses.values()}
@@ -107,7 +106,7 @@ def _diagonals(probed: Probed, chain: Chain, curved: bool) -> dict[int, Tensor]:
         for some in ranges(chain.rows, count):
             part = slice(some.start, some.stop)
             curvature = FactoredHessian(start.of(part))
-            value = output
+            value = chain.output
             for index, (step, operand) in enumerate(zip(chain.steps, operands, strict=True)):
                 if value in found:
                     found[value].append(curvature.diagonal().expand(len(some), -1))
