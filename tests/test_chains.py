@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from cases import labels, normal
 from oracles import hessian
-from problems import blocks_and_truth, blocks_of, compute_blocks, problem_of, routes_of
+from problems import Net, blocks_and_truth, blocks_of, compute_blocks, problem_of, routes_of
 from torch import Tensor, nn
 
 from hesscli.hessian.objective.loss import Loss
@@ -17,19 +17,6 @@ from hesscli.hessian.objective.measure import measure
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.routes.chain import find_chains
-
-
-class Made(nn.Module):
-    """What a function makes of the input and of its layers."""
-
-    def __init__(self, function: Callable[..., Tensor], **layers: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
 
 
 def by_class(f: Tensor, y: Tensor) -> Tensor:
@@ -95,6 +82,9 @@ CHAINS: dict[str, tuple[Callable[..., Tensor], dict[str, nn.Module], Tensor, Ten
     "focal": (plain, of_words(), WORDS, TAGS, focal, ALL),
     "squares": (plain, of_words(), WORDS, normal(5, 4, 6), "mse", ALL),
     "each-its-logit": (plain, of_words(), WORDS, labels(2, 5, 4, 6).double(), "bce-with-logits", ALL),
+    "one-axis": (lambda s, x: plain(s, x).flatten(0, 1), of_words(), WORDS, TAGS, by_class, ALL),
+    "time-first": (lambda s, x: plain(s, x.transpose(0, 1)), of_words(), WORDS, TAGS,
+                   lambda f, y: by_class(f, y.T), set()),
     "pixels": (images, of_images(), IMAGES, MASKS, "cross-entropy", ALL),
     "pixel-squares": (images, of_images(), IMAGES, normal(5, 6, 4, 3), "mse", ALL),
     "channels-last": (channels_last, {"a": nn.Conv2d(2, 5, 3, padding=1), "b": nn.Linear(5, 6)},
@@ -119,7 +109,7 @@ CHAINS: dict[str, tuple[Callable[..., Tensor], dict[str, nn.Module], Tensor, Ten
 def posed(name: str) -> tuple[Problem, Tensor, set[str]]:
     function, layers, x, target, loss, on_chain = CHAINS[name]
     torch.manual_seed(0)
-    module = Made(function, **layers).double()
+    module = Net(function, **layers).double()
     if isinstance(loss, str):
         named = {"cross-entropy": F.cross_entropy, "mse": F.mse_loss}
         oracle = named.get(loss, F.binary_cross_entropy_with_logits)

@@ -15,7 +15,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BY_NAME, CASES, GOLDEN, LOSSES, TARGETS, VARYING, Case, expected, normal
+from cases import BY_NAME, CASES, GOLDEN, LOSSES, TARGETS, VARYING, Case, expected, labels, normal
 from oracles import hessian
 from problems import (
     FAST,
@@ -1519,6 +1519,39 @@ def test_a_loss_with_terms_of_single_samples(name):
     if "words" in name:
         use = analysis.uses_apart(["b.weight"])["b.weight"]
         assert use.apart == 4
+
+
+ELSEWHERE = {  # and the way back
+    "with-words": (lambda z: z.flatten(0, 1), lambda z: z.unflatten(0, (5, -1))),
+    "second": (lambda z: z.transpose(0, 1), lambda z: z.transpose(0, 1)),
+    "behind-words": (lambda z: z.transpose(0, 1).flatten(0, 1),
+                     lambda z: z.unflatten(0, (-1, 5)).transpose(0, 1)),
+    "last": (lambda z: z.mT.transpose(0, 2), lambda z: z.transpose(0, 2).mT),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_an_output_with_its_samples_elsewhere(name):
+    """As the scores of all words along one axis, which the loss is of."""
+    turned, back = ELSEWHERE[name]
+    model = odd("own", lambda s, x: turned(s.b(hidden(s, x))), numbers(5, 4, 3), a=layer(3, 4),
+                b=layer(4, 6))  # fmt: skip
+    module, target = model.make(), labels(6, 5, 4)
+
+    def loss(z, y):
+        return F.cross_entropy(back(z).flatten(0, 1), y.flatten())
+
+    truth = hessian(module, loss, model.inputs, target)
+    problem = problem_of(module, model.inputs, turned(numbers(5, 4, 6)))
+    batch = replace(problem.batches[0], target=target)
+    own = Loss("own", function=loss, reduced="of all")
+    problem = measure(replace(problem, batches=[batch], loss=own, denominator=1.0))[0]
+    all_right(problem, truth, name)
+    for structure in STRUCTURES:
+        right, reasons = applies(routes_of(problem)["preactivation"], truth, structure, 1e-10)
+        assert (right, reasons) == (len(blocks_of(problem, structure)), [])
+    use = Analyses(problem).of(problem.batches[0]).uses_apart(["b.weight"])["b.weight"]
+    assert use.apart == 4
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from hesscli.hessian.applicability import NotApplicable
@@ -20,6 +21,7 @@ from hesscli.hessian.proofs.last_layers import RecordedLoss, parted
 from hesscli.hessian.proofs.positions import positions_stay_apart
 from hesscli.hessian.proofs.sample_axis import Axes, SampleAxis
 from hesscli.hessian.proofs.samples import follow, sample_axes
+from hesscli.hessian.proofs.samples_in_front import with_samples_in_front
 from hesscli.hessian.proofs.softmax import log_softmaxes
 from hesscli.hessian.proofs.summands import demand_summands
 from hesscli.hessian.proofs.uses import Use, values_of
@@ -227,7 +229,12 @@ def _analyse(problem: Problem, batch: Batch) -> Analysis:
         tape, axes, terms = parts
         loss = RecordedLoss(**vars(loss), tape=terms)
     else:
-        terms = record_terms(problem, batch)
+        with torch.no_grad():
+            output = problem.output(batch)
+        if loss.function is not None and output.shape[:1] != (samples,):
+            tape, in_front = with_samples_in_front(tape, samples, loss)
+            loss, output = in_front, in_front.in_front(output)
+        terms = record_terms(loss, output, batch)
         if terms.refusal:
             raise NotApplicable(f"{terms.refusal} in the loss {loss.name}")
         axes = sample_axes(tape, samples)

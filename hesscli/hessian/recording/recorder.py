@@ -17,6 +17,7 @@ from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.aten.watcher import BLANK, Watcher, detaching, each
 from hesscli.hessian.guests import is_missing_derivative
 from hesscli.hessian.objective.batch import Batch
+from hesscli.hessian.objective.loss import Loss
 from hesscli.hessian.objective.problem import Problem
 from hesscli.hessian.recording.draft import Draft
 from hesscli.hessian.recording.tape import Call, Ref, Tape
@@ -37,17 +38,15 @@ def record(problem: Problem, batch: Batch) -> Tape:
     return _recorded(lambda: problem.output(batch), batch.inputs, problem.parameters)
 
 
-def record_terms(problem: Problem, batch: Batch) -> Tape:
+def record_terms(loss: Loss, output: Tensor, batch: Batch) -> Tape:
     """The tape of the terms that a loss makes of the model's output, its only input, or of their sum.
 
     Raises:
         NotApplicable: they are made of nothing that the loss computes.
     """
-    with torch.no_grad():
-        output = problem.output(batch)
+    output = output.detach()
 
     def terms() -> Tensor:
-        loss = problem.loss
         own = loss.function is not None
         found = loss.terms(output, batch) if own else loss.total(output, batch)[0]
         return found.view_as(found)  # recorded, also where it is the output itself

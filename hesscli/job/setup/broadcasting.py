@@ -37,7 +37,9 @@ def demand_no_pairs(problem: Problem, batch: Batch, arrays: Mapping[str, Tensor]
             every = dict(problem.module.named_parameters())  # also those that were not chosen
             tape = record(replace(problem, parameters=every), batch)
         else:
-            tape = record_terms(problem, batch)
+            with torch.no_grad():
+                output = problem.output(batch)
+            tape = record_terms(problem.loss, output, batch)
     except NotApplicable:
         return
     if tape.refusal:  # of tensors perhaps that do not lie in one place
