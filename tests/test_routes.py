@@ -1633,6 +1633,7 @@ NO_SUMS = {
     "centred": lambda z, y: (z - z.mean(0) - y).square().sum(),
     "in-order": lambda z, y: (z.cumsum(0) - y).square().mean(),
     "largest": lambda z, y: z.square().sum(1).amax(),
+    "each-with-each": lambda z, y: F.mse_loss(z[:, :1].expand(5, 5), z[:, 1].expand(5, 5)),
 }
 
 
@@ -1642,6 +1643,13 @@ def test_one_number_that_is_no_sum_over_samples(name):
     problem = replace(problem, loss=replace(problem.loss, reduced="mean"))
     with pytest.raises(NotApplicable, match="the loss own may mix samples"):
         Analyses(problem).of(problem.batches[0])
+
+
+def test_a_loss_of_an_output_and_its_transpose():
+    problem, truth = posed_with(lambda z, y: F.mse_loss(z, z.mT), (4, 4, 4), numbers(4, 4, 4))
+    all_right(problem, truth, "transposed")
+    analysis = Analyses(problem).of(problem.batches[0])
+    assert analysis.loss_rank(analysis.of_sample) == 16
 
 
 def test_an_axis_of_classes_is_no_axis_of_samples():

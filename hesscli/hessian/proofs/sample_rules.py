@@ -223,15 +223,20 @@ def _trilinear(c: Context) -> SampleAxis | None:
     return axis
 
 
-def _terms(c: Context) -> SampleAxis | None:
+def _loss(c: Context) -> SampleAxis | None:
     c.require(c.named("reduction") == 0)
-    return _elementwise(c)
+    return terms_of(c)
 
 
-def _likelihood(c: Context) -> SampleAxis | None:
+def terms_of(c: Context) -> SampleAxis:
+    """Of the terms that a loss makes, also where it returns their sum or mean alone."""
+    return _elementwise(c) if c.call.name in LOSS_OPERATORS else _likelihood(c)
+
+
+def _likelihood(c: Context) -> SampleAxis:
     """One of the classes along the second axis, which goes."""
     axis, target = c.axis(0), c.axis(1)
-    if axis is None or c.named("reduction") != 0 or axis.axis == 1:
+    if axis is None or axis.axis == 1:
         raise MayMix(c.call)
     made = replace(axis, axis=axis.axis - (axis.axis > 1))
     c.require(target in (None, made))
@@ -249,8 +254,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(_ALONG, _along),
     **dict.fromkeys(_FIRST_AXIS, _first),
     **dict.fromkeys(CONSTANT, _constant),
-    **dict.fromkeys(LOSS_OPERATORS, _terms),
-    **dict.fromkeys(LIKELIHOODS, _likelihood),
+    **dict.fromkeys(LOSS_OPERATORS | LIKELIHOODS, _loss),
     **dict.fromkeys(RESHAPES, moves.reshaped),
     **dict.fromkeys(("t", "transpose", "permute"), moves.transposed),
     **dict.fromkeys(MATRIX_PRODUCTS, _product),

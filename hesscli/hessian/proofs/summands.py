@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hesscli.hessian.proofs.piecewise import linear_in
-from hesscli.hessian.proofs.sample_axis import MayMix, SampleAxis
-from hesscli.hessian.proofs.sample_rules import LIKELIHOODS, LOSS_OPERATORS
+from hesscli.hessian.proofs.sample_axis import Context, MayMix, SampleAxis
+from hesscli.hessian.proofs.sample_rules import LIKELIHOODS, LOSS_OPERATORS, terms_of
 from hesscli.hessian.proofs.samples import follow
-from hesscli.hessian.recording.tape import Tape
+from hesscli.hessian.recording.tape import Call, Tape
 
 
 def demand_summands(tape: Tape, axis: SampleAxis, samples: int) -> None:
@@ -22,12 +22,13 @@ def demand_summands(tape: Tape, axis: SampleAxis, samples: int) -> None:
     Raises:
         NotApplicable: something follows that is not linear; or a term is, or may be, of several samples.
     """
-    moving, summands = tape.dependent(tape.inputs), set[int]()
+    moving, summands, losses = tape.dependent(tape.inputs), set[int](), list[Call]()
     for n in linear_in(tape):
         call = None if n in tape.inputs else tape.calls[tape.maker[n]]
         # The sum of what it makes of each sample, or the mean.
         if call is not None and call.name in LOSS_OPERATORS | LIKELIHOODS:
             summands.update(moving.intersection(call.reads))
+            losses.append(call)
         elif call is None or tape.shapes[n].numel() > 1:
             summands.add(n)
         else:
@@ -37,3 +38,5 @@ def demand_summands(tape: Tape, axis: SampleAxis, samples: int) -> None:
     for n in summands:
         if axes[n] is None:
             raise MayMix(tape.calls[tape.maker[n]])
+    for call in losses:
+        terms_of(Context(call, axes, tape, samples))
