@@ -1469,6 +1469,7 @@ OF_LOG_SOFTMAXES = {  # and how many
     "shifted": (lambda z, y: F.nll_loss((z - z.amax(1, keepdim=True)).log_softmax(1), y), 1),
     "at-temperatures": (lambda z, y: F.cross_entropy(-z / 2 + 1, y) + F.kl_div(
         (z * RISING).log_softmax(-1), SHARES, reduction="batchmean"), 2),
+    "centred": (lambda z, y: F.cross_entropy((z * RISING - z.mean(1, keepdim=True)) / 2, y), 1),
     "and-linear": (lambda z, y: z.log_softmax(1)[:, 2] - z[:, 1], 1),
     "linear": (lambda z, y: z[:, 2] - z.log_softmax(1).detach()[:, 1], 1),
 }  # fmt: skip
@@ -1477,6 +1478,7 @@ OF_OTHERS = {
     "mixed-before": lambda z, y: F.cross_entropy(z.cumsum(1), y),
     "products-before": lambda z, y: F.cross_entropy(z * z.detach(), y),
     "over-sums": lambda z, y: F.cross_entropy(z + z.sum(1, keepdim=True) ** 2 * RISING, y),
+    "centred-before": lambda z, y: F.cross_entropy((z - z.mean(1, keepdim=True)) * RISING, y),
     "as-divisor": lambda z, y: F.cross_entropy(1 / z, y),
     "of-some": lambda z, y: F.cross_entropy(z[:, :8], y.clamp(max=7)),
     "of-halves": lambda z, y: z.reshape(5, 3, 3).log_softmax(1).sum((1, 2)),

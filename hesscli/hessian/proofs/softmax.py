@@ -38,10 +38,12 @@ def _scaled(
     tape: Tape, f: int, value: int, along: Channels | None, moving: Collection[int]
 ) -> Channels | None:
     """Where the classes lie in f, if a value is s f + c and they lie `along` in it; else None."""
+    alike = True  # whether all classes are multiplied by the same behind a value
     while value != f and along is not None:
         call, shape = tape.calls[tape.maker[value]], tape.shapes[value]
         mine = [n for n in call.reads if n in moving]
-        if call.name in ("add", "sub"):  # of what is the same for all classes, as their maximum
+        if alike and call.name in ("add", "sub"):
+            # Of what is the same for all classes, as their maximum.
             mine = [n for n in mine if not along.are_alike(shape, tape.shapes[n])]
         if call.name not in _ELEMENTWISE | MOVES or len(mine) != 1:
             return None
@@ -50,5 +52,8 @@ def _scaled(
             return None
         if call.name == "div" and call.place(before) != 0:
             return None
+        if call.name in ("mul", "div"):
+            factors = (tape.shapes[n] for n in call.reads if n != before)
+            alike &= all(along.are_alike(shape, each) for each in factors)
         value, along = before, along.before(call, before, tape.shapes)
     return along
