@@ -111,14 +111,16 @@ def _find_chain(analysis: Analysis, rows: Channels, uses: Iterable[Use]) -> Chai
         before = [n for n in call.reads if analysis.axes[n] is not None]
         if len(before) != 1 or len(tape.readers[before[0]]) != 1:
             break
-        channels = _before(call, before[0], along[value], tape)
-        if channels is None:
+        mine = _before(call, before[0], along[value], tape)
+        if mine is None:
             break
         steps.append(Step(call, before[0], value))
         (value,) = before
-        along[value] = channels
+        along[value] = mine
+    del steps[needed:]
+    channels = {value: along[value] for value in (tape.output, *(s.before for s in steps))}
     count = tape.shapes[tape.output].numel() // max(1, rows.n)
-    return Chain(tape.output, steps[:needed], along, reached, count, analysis.loss_rank(rows))
+    return Chain(tape.output, steps, channels, reached, count, analysis.loss_rank(rows))
 
 
 def _enters_rows(use: Use, rows: Channels, tape: Tape) -> bool:

@@ -169,11 +169,14 @@ class Costs:
 
     def held_of_chain(self, chain: Chain, curved: bool, most: int) -> int:
         """Numbers of the curvature at the output, and along the chain of as many rows as are kept at once, up to so
-        many; what it becomes at the next value is held beside it.
+        many; what it becomes at the next value is held beside it. Rows that do not lie together are put so, those of
+        the values and of their gradients.
         """
         each, width = most_numbers(chain, curved), chain.width(chain.output)
         at_output = chain.rows * width * min(width, 2 * chain.rank + 1)
-        return at_output + int(_REPLACED * each) * max(1, min(chain.rows, most // each))
+        apart = (channels.n for channels in chain.channels.values() if channels.inner > 1)
+        put = 2 * chain.rows * sum(apart)
+        return put + at_output + int(_REPLACED * each) * max(1, min(chain.rows, most // each))
 
     def held_of_directions(self, z: int, inputs: int, count: int, most: int, more: int = 0) -> int:
         """Numbers that so many directions of z make for so many inputs, or as many of them as make up to `most`.
