@@ -473,6 +473,20 @@ def test_a_loss_whose_mixing_is_little_beside_its_terms(terms):
         assert torch.equal(whole.block(name), split.block(name)), name
 
 
+def test_a_loss_that_bends_only_where_all_samples_are_alike():
+    """Together it is linear, and some of the samples apart have second derivatives."""
+
+    def loss(z, y):
+        error = z - z.detach()
+        return z * y + (error.square() if (z > 0).all() else 0 * error)
+
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.ones_(model.weight)
+    x = torch.tensor([[1.0], [2.0], [-1.0], [3.0]], dtype=torch.float64)
+    found = hesscli.compute(model, (x, x), loss=loss, blocks="full", batch_size=2)
+    assert found.block("hessian") == 0
+
+
 def test_mixing_that_rounding_would_hide():
     class Net(nn.Module):
         def __init__(self):

@@ -203,7 +203,7 @@ def _same_loss_derivatives(z: Tensor, together: Tensor, apart: Sequence[Tensor])
         shares = seeds.split([len(each) for each in terms])
         (slope,) = torch.autograd.grad(terms, z, shares, create_graph=True, materialize_grads=True)
         if not slope.requires_grad:
-            return [slope]
+            return [slope, torch.zeros_like(slope)]
         (bend,) = torch.autograd.grad(slope, z, direction, materialize_grads=True)
         return [slope, bend]
 
