@@ -115,6 +115,18 @@ class Shaped(nn.Module):
         return F.linear(state, F.normalize(self.rows, dim=-1) + hidden.new_ones(3, 5))
 
 
+class Filled(nn.Module):
+    """Rows that are normalised, and one number in all places of what depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.gate = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(F.linear(x, F.normalize(self.rows, dim=-1)))
+        return hidden * torch.fill(hidden, self.gate)
+
+
 class Subtracted(nn.Module):
     """A layer whose bias is made of a parameter, and taken away."""
 
@@ -220,6 +232,17 @@ def test_blocks_through_weights(name, size):
                 right[structure] += kind == "preactivation"
     assert right["full"] == 1
     assert right["block_diagonal"] == right["elements"] == count
+
+
+def test_a_number_that_fills_the_shape_of_data():
+    torch.manual_seed(0)
+    module, y = Filled().double(), torch.arange(len(ROWS)) % 3
+    problem = problem_of(module, (ROWS,), y, "cross-entropy")
+    ((block, truth),) = blocks_and_truth(
+        problem, hessian(module, F.cross_entropy, (ROWS,), y), "full"
+    )
+    found = compute_blocks(through(problem), [block])[block.name]
+    assert torch.linalg.norm(found - truth) <= 1e-10 * truth.norm()
 
 
 @pytest.mark.parametrize("curvature", ["ggn", "fisher"])

@@ -6,6 +6,7 @@ Such a weight w = w(theta) enters as a parameter would. On the tape that begins 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.proofs.sample_axis import Axes, SampleAxis
 from hesscli.hessian.proofs.samples import follow
 from hesscli.hessian.proofs.uses import Use
-from hesscli.hessian.recording.tape import Call, Tape
+from hesscli.hessian.recording.tape import Call, Ref, Tape
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Weights:
     tape: Tape  # the calls behind the weights, which are its parameters
     calls: tuple[Call, ...]  # those that make them, of parameters and constants
     of: Mapping[str, tuple[str, ...]]  # the names of the weights that are made of each parameter
-    full: Tape  # the tape with what makes them; what takes the shape of data alone is given
+    full: Tape  # the tape with what makes them; what takes the shape of data alone is given that shape
 
     @property
     def values(self) -> dict[str, Tensor]:
@@ -97,14 +98,21 @@ def find_weights(tape: Tape, axes: Axes) -> Weights:
 
 
 def _with_shapes_given(tape: Tape, axes: Axes) -> Tape:
-    """A tape to which is given what takes the shape of data alone, as zeros in its likeness: no number enters it."""
+    """A tape of which what takes the shape of data alone is given zeros of that shape: no other number enters it."""
 
     def shaped(call: Call) -> bool:
         return all(axes[n] is None for n in call.makes) and any(axes[n] for n in call.reads)
 
-    made = {n for call in tape.calls if shaped(call) for n in call.makes}
-    if not made:
+    if not any(map(shaped, tape.calls)):
         return tape
-    known = tape.replay({})
-    calls = tuple(call for call in tape.calls if not shaped(call))
-    return replace(tape, calls=calls, given={**tape.given, **{n: known[n] for n in made}})
+    known, shapes, given = tape.replay({}), dict(tape.shapes), dict(tape.given)
+    calls, numbers = [], itertools.count(max(shapes) + 1)
+    for call in tape.calls:
+        if shaped(call):
+            like, *others = call.arguments
+            zeros = known[like.value].new_zeros(()).expand(shapes[like.value])
+            number = next(numbers)
+            shapes[number], given[number] = zeros.shape, zeros
+            call = replace(call, arguments=(Ref(number), *others))
+        calls.append(call)
+    return replace(tape, calls=tuple(calls), given=given, shapes=shapes)
