@@ -649,6 +649,8 @@ INDEPENDENT = [
         w=numbers(3, 2)),
     odd("addmm-bias-copied-across", lambda s, x: torch.tanh(torch.addmm(s.p.t().reshape(6), x, s.w)), ROWS,
         p=numbers(2, 3), w=numbers(3, 6)),
+    odd("one-sample-behind-weight", lambda s, x: torch.tanh(torch.addmm(s.b, s.w, x.T)).T, ROWS[:1], b=numbers(1),
+        w=numbers(2, 3)),
     odd("addmm-bias-one", lambda s, x: torch.tanh(torch.addmm(s.b, x, s.w)), ROWS, b=numbers(1),
         w=numbers(3, 2)),
     odd("addmm-bias-per-sample", lambda s, x: torch.tanh(torch.addmm(s.b, x, s.w)), ROWS,

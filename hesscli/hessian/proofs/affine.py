@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.proofs.operands import Operand
-from hesscli.hessian.proofs.sample_axis import Axes
+from hesscli.hessian.proofs.sample_axis import Axes, SampleAxis
+from hesscli.hessian.proofs.sample_rules import MATRIX_PRODUCTS
 from hesscli.hessian.proofs.uses import Use
 from hesscli.hessian.recording.tape import Call, Tape
 
@@ -101,7 +102,7 @@ class _Search:
         z, refusal = call.outputs[0], f"not an affine use ({call.name})"
         if not self.tape.complex.isdisjoint(call.reads):
             raise NotApplicable("complex numbers")
-        if z is None or (axis := self.axes[z]) is None:
+        if z is None or (axis := self._axis(call, z)) is None:
             raise NotApplicable(refusal)
         if lookup:
             if not _adds_rows(self.tape, call, value, z):
@@ -125,6 +126,17 @@ class _Search:
         if use is None:
             raise NotApplicable(refusal)
         return [use]
+
+    def _axis(self, call: Call, z: int) -> SampleAxis | None:
+        """The sample axis of what a call gives; of one sample, of which any axis may count as it, in a product the one
+        that is not its weight's, nor its bias's.
+        """
+        axis, shape = self.axes[z], self.tape.shapes[z]
+        if call.name in MATRIX_PRODUCTS and axis == SampleAxis(0, outer=shape[0]):
+            weight_first = self.axes[call.arguments[-2].value] is None
+            at = len(shape) - (1 if weight_first else 2)
+            axis = SampleAxis(at, outer=shape[at])
+        return axis
 
 
 def _adds_rows(tape: Tape, call: Call, rows: int, total: int) -> bool:

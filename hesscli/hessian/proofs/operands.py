@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -84,19 +84,17 @@ def _in_product(p: Operand) -> Use | None:
     Both are of rank two, or three with a product for each group of outputs.
     """
     first, rank = int(p.call.name in ("addmm", "baddbmm")), len(p.z_shape)
-    groups, axis = 1 if rank == 2 else p.z_shape[0], p.axis
-    if axis == SampleAxis(0, outer=p.z_shape[0]):  # one sample: see `sample_axes`
-        at = rank - 1 if p.place == first else rank - 2
-        axis = SampleAxis(at, outer=p.z_shape[at])
-    if not p.alone or axis.axis < rank - 2 or not p.shape.numel():
+    groups = 1 if rank == 2 else p.z_shape[0]
+    if not p.alone or p.axis.axis < rank - 2 or not p.shape.numel():
         return None
-    transposed = axis.axis == rank - 1
-    p, entries = replace(p, axis=axis), p.entries.mT if transposed else p.entries
+    transposed = p.axis.axis == rank - 1
     outputs = rank - 2 if transposed else rank - 1
     channels = (outputs,) if groups == 1 else (0, outputs)
-    if p.place == first + (not transposed) and (stored := _storage(entries)) is not None:
-        a = p.call.arguments[first + transposed].value
-        return p.use(LINEAR, a, channels, entries.shape[-2], groups=groups, **stored)
+    if p.place == first + (not transposed):
+        entries = p.entries.mT if transposed else p.entries
+        if (stored := _storage(entries)) is not None:
+            a = p.call.arguments[first + transposed].value
+            return p.use(LINEAR, a, channels, entries.shape[-2], groups=groups, **stored)
     if p.place == 0 and first and p.as_stored:
         wanted = [1] * rank
         for channel in channels:
