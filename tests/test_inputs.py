@@ -227,11 +227,10 @@ class Wide(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "centred", "batches", "checked"),
-    [(None, False, 6, 1), (300, False, 10, 10), (None, True, 1, 1)],
+    ("batch_size", "centred", "batches"), [(None, False, 6), (300, False, 10), (None, True, 1)]
 )
-def test_gradients_alone_are_taken_of_more_samples(
-    tmp_path, monkeypatch, batch_size, centred, batches, checked
+def test_gradients_of_the_check_are_taken_in_the_same_batches(
+    tmp_path, monkeypatch, batch_size, centred, batches
 ):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     torch.jit.script(Wide(centred)).save(tmp_path / "m.pt")
@@ -242,7 +241,7 @@ def test_gradients_alone_are_taken_of_more_samples(
     assert opened.double is not None
     assert opened.double.original is not None
     every = opened.problem, opened.double, opened.double.original
-    assert [len(each.batches) for each in every] == [batches, checked, checked]
+    assert [len(each.batches) for each in every] == [batches] * 3
     assert {sum(map(len, each.batches)) for each in every} == {3000}
     assert all(each.batches[0] is each.batches[0] for each in every)
 

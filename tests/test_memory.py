@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hesscli.hessian.batch_size import choose_passes, choose_sizes
+from hesscli.hessian.batch_size import choose_batch, choose_passes
 from hesscli.hessian.chunk_sizes import ChunkSizes
 from hesscli.hessian.routes import preactivation
 from hesscli.hessian.routes.probes import Probed
@@ -226,20 +226,15 @@ def test_a_large_block_takes_no_more_than_it_may(tmp_path):
 @pytest.mark.parametrize(
     ("samples", "saved", "memory", "expected"),
     [
-        (10**6, 1 << 10, 1 << 40, (1 << 15, 1 << 15)),  # no more than a batch may have
-        (300, 1 << 10, 1 << 40, (300, 300)),
-        # A gibibyte: 4 graphs of 4 rows; 8 passes of twice as much.
-        (10**6, 1 << 20, 1 << 40, (64, 64)),
-        (10**6, 1 << 20, 1 << 30, (16, 16)),  # a quarter of what is free
-        (10**6, 1 << 20, 0, (1, 1)),
+        (10**6, 1 << 10, 1 << 40, 1 << 15),  # no more than a batch may have
+        (300, 1 << 10, 1 << 40, 300),
+        (10**6, 1 << 20, 1 << 40, 64),  # a gibibyte: 4 graphs of 4 rows
+        (10**6, 1 << 20, 1 << 30, 16),  # a quarter of what is free
+        (10**6, 1 << 20, 0, 1),
     ],
 )
 def test_samples_of_a_batch(samples, saved, memory, expected):
-    assert choose_sizes(samples, saved, 4, memory, ChunkSizes(), rows=4) == expected
-
-
-def test_a_check_of_what_is_in_float64_anyway_takes_more_samples():
-    assert choose_sizes(10**6, 1 << 20, 8, 1 << 40, ChunkSizes(), rows=4) == (64, 128)
+    assert choose_batch(samples, saved, memory, ChunkSizes(), rows=4) == expected
 
 
 @pytest.mark.parametrize(

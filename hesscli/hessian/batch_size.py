@@ -10,8 +10,6 @@ from hesscli.hessian.workers import ABREAST
 PREFERRED_ROWS = 4  # per chunk; more of them gain less than larger batches do
 CUTS = 1 << 29  # bytes that are kept of all samples where a deep model is cut, at most
 _GRAPHS = 4  # a double backward pass keeps about this many times what a forward pass saves, and each row takes as much
-_CHECKED = 8  # a check's pass keeps this part of the workspace at most
-_WIDE = 8  # bytes of a number in float64
 _ROWS = 16  # per chunk, however large they are
 
 
@@ -30,30 +28,20 @@ class Passes:
         return _GRAPHS * (self.graphs + self.rows) * self.saved
 
 
-def choose_sizes(
-    samples: int,
-    saved_per_sample: int,
-    itemsize: int,
-    memory: int,
-    usual: ChunkSizes,
-    rows: int,
-) -> tuple[int, int]:
-    """Samples per batch that keep within the workspace; and where a gradient in float64 is all that is taken.
+def choose_batch(
+    samples: int, saved_per_sample: int, memory: int, usual: ChunkSizes, rows: int
+) -> int:
+    """Samples per batch that keep within the workspace.
 
     Args:
         samples: how many there are.
         saved_per_sample: bytes that autograd keeps of one sample's forward pass.
-        itemsize: bytes of one number.
         memory: bytes free now.
         usual: the device's chunk sizes.
         rows: per chunk that batches leave room for.
     """
-    workspace = _workspace(memory, usual)
     per_sample = max(1, _GRAPHS * saved_per_sample)
-    batch = max(1, min(samples, usual.samples, workspace // (per_sample * rows)))
-    wide = max(1, saved_per_sample * _WIDE // itemsize)
-    checked = max(1, min(samples, usual.samples, workspace // (_CHECKED * wide)))
-    return batch, checked
+    return max(1, min(samples, usual.samples, _workspace(memory, usual) // (per_sample * rows)))
 
 
 def choose_passes(

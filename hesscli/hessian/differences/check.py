@@ -47,7 +47,7 @@ _EXTRAPOLATED = {
     torch.float64: (3e-3,),
     torch.float32: (),
 }  # for gradients of terms that nearly cancel
-_NOTED = 6  # batches: each has an eighth of the memory that activations may take
+_NOTED = 6  # batches: each has an eighth of the memory that activations may take, at most
 SINGLE = 1e-3
 """The relative error with which what is computed in float32 passes."""
 _ONE_SIDED = 1e-8  # leaves out about as much: far below the tolerance of float32, not of float64

@@ -48,16 +48,15 @@ class Memory:
         data = self.on_host * held_bytes(plan.problem.batches)
         taken = PROCESS + constants * self.itemsize + data
         self.limit = plan.options.memory or taken + int(_SHARE * available_memory()) // ranks_here()
-        copied = self.on_host * (numbers * _CHECKED + self._of_checked_data())
+        copied = self.on_host * (numbers * _CHECKED + self._of_copied_data())
         checked = plan.options.check * (constants * _COPIED + copied)
         passes = plan.cut_bytes + self._of_passes()
         self.process = taken + checked + passes + _ASKED * numbers
 
-    def _of_checked_data(self) -> int:
-        """Bytes of the batches that gradients are taken with, beside those of passes."""
-        opened, mine = self.plan.opened, self.plan.problem.batches
-        parts = {id(batches): batches for batches in (opened.checked, opened.reference.batches)}
-        return sum(held_bytes(batches) for key, batches in parts.items() if key != id(mine))
+    def _of_copied_data(self) -> int:
+        """Bytes of the batches that the check takes gradients with, if they are others."""
+        batches = self.plan.opened.reference.batches
+        return 0 if batches is self.plan.problem.batches else held_bytes(batches)
 
     def _of_passes(self) -> int:
         """Bytes of graphs that are differentiated again, if the first route of any block has them, and of rows that go

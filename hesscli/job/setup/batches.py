@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +11,7 @@ import torch
 
 from hesscli.errors import MismatchError
 from hesscli.files.resources import available_memory
-from hesscli.hessian.batch_size import PREFERRED_ROWS, Passes, choose_passes, choose_sizes
+from hesscli.hessian.batch_size import PREFERRED_ROWS, Passes, choose_batch, choose_passes
 from hesscli.hessian.chunk_sizes import chunk_sizes
 from hesscli.hessian.objective.batch import Batch, Batches
 from hesscli.hessian.objective.classes import class_axis
@@ -40,7 +40,7 @@ def in_batches(
     note: Note,
     processes: Processes,
     memory: int | None = None,
-) -> tuple[Problem, Sequence[Batch], Passes]:
+) -> tuple[Problem, Passes]:
     """The problem with its data in batches, unless model or loss want it whole.
 
     Args:
@@ -49,8 +49,7 @@ def in_batches(
         memory: bytes of the host's that the process may use; None for what is free.
 
     Returns:
-        the problem, with batches that leave room for second derivatives; the same data in batches for gradients alone,
-        which have room for more samples; and what goes through a batch at once, for second derivatives.
+        the problem, with batches that leave room for second derivatives, and what of these goes through one at once.
 
     Raises:
         MismatchError: the data cannot be cut into batches that the model accepts.
@@ -58,16 +57,8 @@ def in_batches(
     shares = processes.size
     some, fewest, most = _accepted(problem, source, batch_size, note)
     _say_where_classes_are(problem, some, note)
-    as_given = [x._version for x in some.inputs]
-    leaves = list(problem.parameters.values())
-    grown = [1.001 * leaf.detach() for leaf in leaves]  # out of what a model keeps them in
-    watched = weight_writes(problem.parameters, prevented=False)
-    with parameters_at(leaves, grown), watched as written:
-        kept = saved_sizes(problem, some, problem.output)
+    problem, kept = _watched(problem, some)
     saved, largest = (size(kept) // max(1, len(some)) for size in (sum, partial(max, default=0)))
-    problem = replace(problem, written=tuple(written))
-    if [x._version for x in some.inputs] != as_given:
-        problem = replace(problem, writes_inputs=True)
     each = max(1, saved, 2 * source.bytes // source.samples)
     room = free_memory(problem.device) // (2 * ranks_here() * each)
     if problem.loss.name not in LOSSES:
@@ -78,22 +69,28 @@ def in_batches(
                 problem = replace(problem, loss=replace(problem.loss, reduced=OF_ALL))
     source = replace(source, fewest=fewest, most=most)
     free = _free(problem, processes, memory)
-    usual, for_gradients = _sizes(problem, saved, source.samples, processes, free)
+    usual = _usual_batch(problem, saved, source.samples, processes, free)
     bounds = _bounds(source, batch_size or usual, shares)
     problem, bounds = _taken_apart(problem, source, bounds, room, note, processes)
-    checked = bounds
-    if problem.separable and batch_size is None:
-        checked = _bounds(source, max(usual, for_gradients), shares)
     count = len(bounds) - 1
     if count < shares:
         listed = f"{count} batch" + ("es" if count > 1 else "")
         note(f"the data is {listed}, so {shares - count} of {shares} processes have nothing to do")
-    problem = replace(problem, batches=_batches(source, bounds, free))
-    same = checked == bounds
     most = max(b - a for a, b in itertools.pairwise(bounds))
     passes = _passes(problem, most * saved, most * largest, free)
-    checking = problem.batches if same else _batches(source, checked, free)
-    return problem, checking, passes
+    return replace(problem, batches=_batches(source, bounds, free)), passes
+
+
+def _watched(problem: Problem, some: Batch) -> tuple[Problem, Collection[int]]:
+    """The problem with what a pass writes to, weights or inputs; and the bytes of each tensor that autograd keeps."""
+    as_given = [x._version for x in some.inputs]
+    leaves = list(problem.parameters.values())
+    grown = [1.001 * leaf.detach() for leaf in leaves]  # out of what a model keeps them in
+    watched = weight_writes(problem.parameters, prevented=False)
+    with parameters_at(leaves, grown), watched as written:
+        kept = saved_sizes(problem, some, problem.output)
+    writes_inputs = [x._version for x in some.inputs] != as_given
+    return replace(problem, written=tuple(written), writes_inputs=writes_inputs), kept
 
 
 def _say_where_classes_are(problem: Problem, some: Batch, note: Note) -> None:
@@ -137,18 +134,17 @@ def _accepted(
     return batch, len(batch), len(batch)
 
 
-def _sizes(
+def _usual_batch(
     problem: Problem, saved: int, samples: int, processes: Processes, free: int
-) -> tuple[int, int]:
-    """The samples of a batch, where `saved` bytes of a sample's forward pass are kept; and for gradients alone."""
+) -> int:
+    """The samples of a batch, where `saved` bytes of a sample's forward pass are kept."""
     device = problem.device
     rows = 1 if processes.side_by_side and device.type == "cuda" else PREFERRED_ROWS
-    itemsize = problem.dtype.itemsize
-    batch, checked = choose_sizes(samples, saved, itemsize, free, chunk_sizes(device), rows)
+    batch = choose_batch(samples, saved, free, chunk_sizes(device), rows)
     if processes.side_by_side and device.type == "cpu":
         enough = max(_ENOUGH, sum(p.nbytes for p in problem.parameters.values()) // 2)
         batch = min(batch, _for_threads(samples, saved, enough))
-    return batch, checked
+    return batch
 
 
 def _passes(problem: Problem, saved: int, largest: int, free: int) -> Passes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,7 +15,6 @@ from hesscli.files.models.model_file import SavedModel, load_model
 from hesscli.hessian.aten.precision import in_precision_
 from hesscli.hessian.batch_size import Passes
 from hesscli.hessian.curvatures import CURVATURES
-from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.objective.measure import measure, protected
 from hesscli.hessian.objective.problem import Problem
 from hesscli.job.json_form import Document
@@ -59,7 +57,6 @@ class Opened:
 
     options: ProblemOptions  # that it was opened with
     problem: Problem
-    checked: Sequence[Batch]  # the same data, where gradients alone are taken
     passes: Passes  # what goes through a batch at once
     tied: dict[str, list[str]]  # first name -> the other names of the same tensor
     frozen: list[str]  # parameters left out because they do not require a gradient
@@ -69,7 +66,7 @@ class Opened:
     @cached_property
     def double(self) -> Problem | None:
         """The problem in float64, for checks and for differences; None if the model does not run in it."""
-        return replace(self.problem, batches=self.checked).double()
+        return self.problem.double()
 
     @property
     def reference(self) -> Problem:
@@ -172,14 +169,12 @@ def _posed(
     if data.columns:
         source = as_columns(problem, source, note)
     memory = options.memory if isinstance(options, ComputeOptions) else None
-    problem, checked, passes = in_batches(
-        problem, source, options.batch_size, note, processes, memory
-    )
+    problem, passes = in_batches(problem, source, options.batch_size, note, processes, memory)
     _demand_own_parameters(model, problem)
     problem = _as_computed(problem, note)
     problem, value = _measured(problem, processes, options, data)
     facts = _facts(options, model, data, list(inputs), problem, value)
-    return Opened(options, problem, checked, passes, tied, frozen, facts, listener)
+    return Opened(options, problem, passes, tied, frozen, facts, listener)
 
 
 def _loaded(
