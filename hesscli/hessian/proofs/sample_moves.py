@@ -16,16 +16,13 @@ def reshaped(c: Context) -> SampleAxis | None:
     """Row-major order keeps the samples together: the axis that starts after as many elements has them."""
     axis, old, new = c.only(), c.shape(), c.result
     before = math.prod(old[: axis.axis]) * axis.outer
-    after = axis.inner * math.prod(old[axis.axis + 1 :])
     count = 1
     for i, length in enumerate(new):
         if not before * length:  # no number is of any sample
             break
         outer = before // count
         if before % count == 0 and length % (outer * c.samples) == 0:
-            inner = length // (outer * c.samples)
-            if after % inner == 0:
-                return SampleAxis(i, outer, inner)
+            return SampleAxis(i, outer, length // (outer * c.samples))
         count *= length
     raise MayMix(c.call)
 
