@@ -40,10 +40,6 @@ _ALONG = frozenset(
 _COMPLEX = frozenset(
     "real imag angle view_as_real view_as_complex _conj conj_physical resolve_conj".split()
 )
-# Samples along the first axis, and no way for an output sample to see another.
-_FIRST_AXIS = frozenset(
-    "affine_grid_generator pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im".split()
-)
 # Of each channel's picture, which is the last one, two or three axes: as the name says.
 RESAMPLING = frozenset(
     "avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d "
@@ -56,11 +52,18 @@ _PICTURE = RESAMPLING | frozenset(
     "max_pool2d_with_indices max_pool3d_with_indices max_unpool2d max_unpool3d adaptive_max_pool2d "
     "adaptive_max_pool3d".split()
 )
-# Of each matrix of a batch, or of the batch's pairs.
 _MATRIX = frozenset(
     "tril triu linalg_cholesky_ex linalg_inv_ex linalg_qr linalg_matrix_exp linalg_lu_factor_ex _linalg_det "
-    "_linalg_slogdet _linalg_eigh _linalg_svd".split()
+    "_linalg_slogdet _linalg_eigh _linalg_svd affine_grid_generator col2im".split()
 )
+# How many of the last axes an operator works on, of each picture or matrix of a batch; None: all but the first.
+_LAST: dict[str, int | None] = {
+    **{name: next(int(letter) for letter in name if letter.isdigit()) for name in _PICTURE},
+    **dict.fromkeys(_MATRIX, 2),
+    **dict.fromkeys(("im2col", "pixel_shuffle", "pixel_unshuffle"), 3),
+    "channel_shuffle": None,
+}
+# Of each pair of matrices.
 _PAIRS = frozenset(
     "_linalg_solve_ex linalg_solve_triangular cholesky_solve grid_sampler_2d grid_sampler_3d".split()
 )
@@ -101,9 +104,9 @@ def _along(c: Context) -> SampleAxis | None:
     return axis
 
 
-def _of_matrix(c: Context) -> SampleAxis | None:
-    axis = c.only()
-    c.require(axis.axis < len(c.shape()) - 2)  # what becomes of a number depends on its row
+def _of_last(c: Context) -> SampleAxis | None:
+    axis, rank = c.one(c.axes[n] for n in c.call.reads), len(c.shape())
+    c.require(axis.axis < rank - (_LAST[c.call.name] or rank - 1))
     return axis
 
 
@@ -122,20 +125,6 @@ def _of_pair(c: Context) -> SampleAxis | None:
     ranks = [len(c.shape(i)) for i, of in enumerate((first, second)) if of is not None]
     vectors = c.call.name == "_linalg_solve_ex" and ranks == [3, 2]
     c.require(axis.axis == 0 and (min(ranks) > 2 or vectors))
-    return axis
-
-
-def _first(c: Context) -> SampleAxis | None:
-    axis, rank = c.only(), len(c.shape())
-    least = 4 if c.call.name in ("pixel_shuffle", "im2col") else 3
-    c.require(axis.axis == 0 and rank >= least)
-    return axis
-
-
-def _of_picture(c: Context) -> SampleAxis | None:
-    axis = _elementwise(c)
-    axes = next(int(letter) for letter in c.call.name if letter.isdigit())
-    c.require(axis.axis < len(c.shape()) - axes)
     return axis
 
 
@@ -252,14 +241,13 @@ def _constant(c: Context) -> SampleAxis | None:
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(_REDUCTION, _reduction),
     **dict.fromkeys(_ALONG, _along),
-    **dict.fromkeys(_FIRST_AXIS, _first),
     **dict.fromkeys(CONSTANT, _constant),
     **dict.fromkeys(LOSS_OPERATORS | LIKELIHOODS, _loss),
     **dict.fromkeys(RESHAPES, moves.reshaped),
     **dict.fromkeys(("t", "transpose", "permute"), moves.transposed),
     **dict.fromkeys(MATRIX_PRODUCTS, _product),
     "_trilinear": _trilinear,
-    **dict.fromkeys(_MATRIX, _of_matrix),
+    **dict.fromkeys(_LAST, _of_last),
     **dict.fromkeys(_PAIRS, _of_pair),
     "embedding": lambda c: c.only(1),  # of a table that is the same for all samples
     "searchsorted": _searched,
@@ -268,7 +256,6 @@ _RULES: dict[str, Rule] = {
     "renorm": _renormed,
     "unfold_backward": _overlapped,
     "_euclidean_dist": _distances,
-    **dict.fromkeys(_PICTURE, _of_picture),
     **dict.fromkeys(("cat", "stack"), moves.joined),
     **dict.fromkeys(("slice", "narrow", "narrow_copy"), moves.sliced),
     **dict.fromkeys(
