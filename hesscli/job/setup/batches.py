@@ -123,10 +123,8 @@ def _accepted(
         batch = source.batch(0, count)
         first_output(problem, batch, note)
         return batch, fewest, most
-    asked = min(batch_size or samples, samples)
-    counts = list(dict.fromkeys([count, asked, samples]))
     first = partial(first_output, problem, note=note)
-    batch, _ = source.first_accepted(first, counts)
+    batch, _ = source.first_accepted(first, count, batch_size or samples)
     if len(batch) == count:
         return batch, 1, None
     if len(batch) == samples:

@@ -33,7 +33,7 @@ def of_outputs(problem: Problem, source: Source, note: Note) -> Problem:
     if problem.loss.function is None or problem.output_key is not None:
         return problem
     try:
-        _, returned = source.first_accepted(problem.returned, [source.few, source.samples])
+        _, returned = source.first_accepted(problem.returned)
     except MismatchError:  # which the first pass of all says, too
         return problem
     try:
@@ -143,9 +143,8 @@ def _keeps_order_out(problem: Problem, source: Source) -> bool:
         first, second = (float(wide(problem.loss.terms(*pair)).sum()) for pair in pairs)
         return first, second
 
-    counts = dict.fromkeys([min(source.samples, _TURNED), source.samples])
     try:
-        _, (first, second) = source.first_accepted(totals, list(counts))
+        _, (first, second) = source.first_accepted(totals, _TURNED)
     except MismatchError:
         return False
     return math.isclose(first, second, rel_tol=_ROUNDING)
@@ -195,8 +194,7 @@ def _terms(problem: Problem, source: Source, count: int) -> tuple[Batch, Tensor]
             demand_no_pairs(problem, batch, _by_sample({}, batch, source))
         return terms
 
-    counts = [min(count, source.samples), source.samples]  # fewer where there is no axis for them
-    return source.first_accepted(terms, list(dict.fromkeys(counts)))
+    return source.first_accepted(terms, count)
 
 
 def _by_sample(given: Mapping[str, Tensor], batch: Batch, source: Source) -> dict[str, Tensor]:

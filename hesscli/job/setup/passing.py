@@ -193,7 +193,7 @@ def _as_indices(problem: Problem, source: Source, note: Note) -> Source:
 def _is_accepted(problem: Problem, source: Source) -> bool:
     """Whether the model takes some of the samples, or all of them at once."""
     try:
-        source.first_accepted(partial(first_output, problem), [source.few, source.samples])
+        source.first_accepted(partial(first_output, problem))
     except MismatchError:
         return False
     return True

@@ -35,7 +35,7 @@ def demand_no_other(problem: Problem, source: Source, signature: CallSignature, 
         return [own for own in twice if own is not None], total / count
 
     try:
-        _, (twice, inferred) = source.first_accepted(both, [source.few, source.samples])
+        _, (twice, inferred) = source.first_accepted(both)
     except DeviceMismatchError:
         raise
     except MismatchError:  # it makes none; or what is wrong, the first pass of all says, too

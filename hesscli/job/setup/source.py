@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -77,9 +77,10 @@ class Source:
         )
 
     def first_accepted(
-        self, function: Callable[[Batch], Result], counts: Sequence[int]
+        self, function: Callable[[Batch], Result], *counts: int
     ) -> tuple[Batch, Result]:
-        """The first so many samples that a function takes, of these numbers of samples in turn, and what it gives.
+        """The first so many samples that a function takes, and what it gives: of these numbers in turn, by default
+        `few`, or at last all.
 
         Raises:
             MismatchError: it takes none of them; why it does not take the last: a graph's nodes want all others.
@@ -87,8 +88,9 @@ class Source:
             UnrepeatableError: its passes are not alike.
         """
         refused: MismatchError | None = None
+        tried = (min(count, self.samples) for count in (*(counts or [self.few]), self.samples))
         with torch.no_grad():
-            for count in counts:
+            for count in dict.fromkeys(tried):
                 if refused and self.bytes * count // self.samples > available_memory() // 8:
                     break
                 batch = self.batch(0, count)
