@@ -20,6 +20,7 @@ from hesscli.hessian.applicability import NotApplicable
 from hesscli.hessian.batch_size import Passes
 from hesscli.hessian.curvatures import CURVATURES
 from hesscli.hessian.objective.problem import Problem
+from hesscli.hessian.planner import Planner
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.routes import sweep
 from hesscli.hessian.routes.base import Choice
@@ -126,6 +127,17 @@ def test_ggn_takes_a_pass_for_each_output_and_fisher_one() -> None:
         )
         passes[curvature] = choice.common.flops
     assert passes["ggn"] > 4 * passes["fisher"] > 0
+
+
+def test_ggn_goes_along_neurons_where_there_are_more_outputs() -> None:
+    def chosen(classes: int) -> str:
+        problem = classify(tanh_mlp(30, 16, classes), 64, 30, classes=classes)
+        cuts = Cuts(Analyses(problem), Passes(64))
+        planner = Planner(cuts, CURVATURES["ggn"].routes(cuts, lambda: problem))
+        return str(planner.choices(blocks_of(problem, "block_diagonal")[0], False)[0])
+
+    assert chosen(10) == "gauss-newton (10 classes)"
+    assert chosen(300) == "preactivation (16 seeds)"
 
 
 def test_every_choice_ends_with_differences() -> None:

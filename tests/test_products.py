@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -245,24 +246,24 @@ def test_a_model_that_returns_its_loss_has_no_output(curvature):
 # --- blocks ---------------------------------------------------------------------------------------
 
 
+BLOCKS = [
+    "mlp-tanh",
+    "conv2d",
+    "layer-norm",
+    "embedding",
+    "transformer-gelu",
+    "ce-weight",
+    "gru",
+    "mlp-over-time",
+    "twice",
+    "twice-conv",
+    "tied-transpose",
+]
+
+
 @pytest.mark.parametrize("curvature", ["ggn", "fisher"])
 @pytest.mark.parametrize("method", ["gauss-newton", "hvp"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "mlp-tanh",
-        "conv2d",
-        "layer-norm",
-        "embedding",
-        "transformer-gelu",
-        "ce-weight",
-        "gru",
-        "mlp-over-time",
-        "twice",
-        "twice-conv",
-        "tied-transpose",
-    ],
-)
+@pytest.mark.parametrize("name", BLOCKS)
 def test_blocks(name, method, curvature):
     """What enters once or several times, in one way or in several, has Jacobians all the same."""
     problem = problem_of_case(BY_NAME[name], batch_size=3)
@@ -275,6 +276,21 @@ def test_blocks(name, method, curvature):
             diagonal = structure == "elements"
             found = compute_blocks(made[method], [block], diagonal)[block.name]
             assert relative_error(found, part_of(whole, problem, block, diagonal)) < 1e-9
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name != "twice-conv"])
+def test_gauss_newton_blocks_along_preactivations(name):
+    """Of all layers, also shared ones with fewer directions than entries, and of whatever else a block has."""
+    problem, whole = problem_of_case(BY_NAME[name], batch_size=3), gauss_newton(BY_NAME[name])
+    route, right = routes_of(problem, curvature="ggn")["preactivation"], 0
+    for structure in STRUCTURES:
+        for block in partition(shapes_of(problem), structure):
+            diagonal = structure == "elements"
+            with suppress(NotApplicable):
+                found = compute_blocks(route, [block], diagonal)[block.name]
+                assert relative_error(found, part_of(whole, problem, block, diagonal)) < 1e-9
+                right += 1
+    assert right
 
 
 # --- the certificate ------------------------------------------------------------------------------

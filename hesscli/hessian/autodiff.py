@@ -83,7 +83,11 @@ def batched_grad(
 
 def batched_rows(output: Tensor, inputs: Sequence[Tensor], seeds: Tensor) -> Tensor:
     """The same as rows, input after input, with zeros where nothing depends on one: [k, entries of all inputs]."""
-    found = batched_grad(output, inputs, seeds)
+    return as_rows(batched_grad(output, inputs, seeds), inputs, seeds)
+
+
+def as_rows(found: Sequence[Tensor | None], inputs: Sequence[Tensor], seeds: Tensor) -> Tensor:
+    """What was found for all seeds, [k, *input.shape] each or None for zeros, as such rows."""
     rows = [
         seeds.new_zeros(len(seeds), x.numel()) if part is None else part.reshape(len(seeds), -1)
         for part, x in zip(found, inputs, strict=True)

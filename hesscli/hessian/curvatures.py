@@ -25,10 +25,9 @@ from hesscli.hessian.routes.gauss_newton import (
     EmpiricalFisher,
     GaussNewton,
     GeneralisedGaussNewton,
-    Jacobians,
 )
 from hesscli.hessian.routes.hvp import HessianVectorProducts
-from hesscli.hessian.routes.preactivation import Preactivation
+from hesscli.hessian.routes.preactivation import LinearisedPreactivation, Preactivation
 from hesscli.hessian.routes.through_weights import ThroughWeights
 
 
@@ -39,9 +38,8 @@ class Curvature:
     name: str  # of the `--curvature` option
     document_name: str  # in table, JSON and metadata
     difference: type[DirectionalDifference]  # what checks a product with it
-    # The route by per-sample Jacobians J, where the matrix is J^T M J; None for the Hessian.
-    jacobians: type[Jacobians] | None = None
-    middle: Middle | None = None  # M; None for the Hessian
+    fast: tuple[type[AffineRoute], ...]  # routes by affine uses
+    middle: Middle | None = None  # M, where the matrix is J^T M J; None for the Hessian
     by_sample: bool = False  # whether each sample must have a gradient of its own
 
     def require(self, analyses: Analyses) -> None:
@@ -88,12 +86,12 @@ class Curvature:
     def routes(self, cuts: Cuts, reference: Callable[[], Problem]) -> list[Route]:
         """Every route to the blocks of a problem, the fast ones first; differences are of `reference`."""
         problem, passes = cuts.problem, cuts.passes
-        fast: list[type[AffineRoute]] = [Preactivation, GaussNewton]
-        rows = HessianVectorProducts(problem, passes.rows, passes.graphs)
-        others: list[Route] = [rows, FiniteDifference(reference)]
-        if self.jacobians is not None:
-            fast, others = [self.jacobians], [ByRows(problem, passes.rows, self.middle)]
-        return [each for kind in fast for each in (kind(cuts), ThroughWeights(kind, cuts))] + others
+        others: list[Route] = [ByRows(problem, passes.rows, self.middle)]
+        if self.middle is None:
+            rows = HessianVectorProducts(problem, passes.rows, passes.graphs)
+            others = [rows, FiniteDifference(reference)]
+        fast = [each for kind in self.fast for each in (kind(cuts), ThroughWeights(kind, cuts))]
+        return fast + others
 
     def certificate(self, problem: Problem, dtype: torch.dtype, seed: int) -> Certificate:
         """See `Certificate`."""
@@ -109,10 +107,13 @@ def _is_one(problem: Problem, batch: Batch) -> bool:
         return problem.loss.is_one_number or problem.output(batch).shape[:1] == (1,)
 
 
-HESSIAN = Curvature("hessian", "hessian", DirectionalDifference)
-GGN = Curvature("ggn", "ggn", GaussNewtonDifference, GeneralisedGaussNewton, loss_hessian)
+HESSIAN = Curvature("hessian", "hessian", DirectionalDifference, (Preactivation, GaussNewton))
+GGN = Curvature(
+    "ggn", "ggn", GaussNewtonDifference, (GeneralisedGaussNewton, LinearisedPreactivation),
+    loss_hessian,
+)  # fmt: skip
 FISHER = Curvature(
-    "fisher", "empirical_fisher", FisherDifference, EmpiricalFisher, gradient_outer,
+    "fisher", "empirical_fisher", FisherDifference, (EmpiricalFisher,), gradient_outer,
     by_sample=True,
 )  # fmt: skip
 CURVATURES = {curvature.name: curvature for curvature in (HESSIAN, GGN, FISHER)}

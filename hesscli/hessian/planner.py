@@ -36,7 +36,7 @@ class Planner:
                 except NotApplicable as reason:
                     reasons.append(str(reason))
         if not found:
-            raise NotApplicable(*reasons[:1] or ["it gives the Hessian alone"])
+            raise NotApplicable(*reasons[:1] or ["it does not give this matrix"])
         found.sort(key=lambda c: (c.method == FINITE_DIFFERENCE, c.work.seconds(self.rates)))
         if reasons and all(choice.method in (HVP, FINITE_DIFFERENCE) for choice in found):
             found[0] = replace(found[0], reason=reasons[0])

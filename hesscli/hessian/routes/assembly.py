@@ -104,6 +104,8 @@ def _add_shared(
                 found = probed.along(delta, gradients.variables, seeds)
                 mine = by_neuron[part.start - neurons.start : part.stop - neurons.start]
                 gradients.add(mine, a[:, t], gradients.along(found))
+        if probed.linearised:
+            continue
         with torch.enable_grad():
             moving = use.inputs(probed.known)  # with earlier values
         if moving.requires_grad:

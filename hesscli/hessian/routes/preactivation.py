@@ -21,13 +21,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from hesscli.hessian.autodiff import batched_rows, unit_rows
+from hesscli.hessian.autodiff import as_rows, unit_rows
 from hesscli.hessian.blocks import Block
 from hesscli.hessian.chunk_sizes import chunk_sizes, shared_ranges
 from hesscli.hessian.layout import Layout
 from hesscli.hessian.objective.batch import Batch
 from hesscli.hessian.proofs.analysis import Analysis
-from hesscli.hessian.proofs.uses import BIAS
+from hesscli.hessian.proofs.uses import BIAS, Use
 from hesscli.hessian.routes.affine import AffineRoute
 from hesscli.hessian.routes.assembly import add_layer, add_layer_diagonal
 from hesscli.hessian.routes.base import Choice, Diagonal, Rows, Wanted
@@ -58,7 +58,7 @@ class Preactivation(AffineRoute):
         layers = parts.every
         if not layers:
             use = analysis.use(block.parameters[0])
-            work = first.along(use, use.size) + costs.own(use, diagonal)
+            work = self._directions(first, use, use.size) + costs.own(use, diagonal)
             held = costs.held_of_directions(
                 use.z, 1, min(self.cuts.passes.rows, use.size), self.workspace
             )
@@ -67,12 +67,15 @@ class Preactivation(AffineRoute):
         for index, layer in enumerate(layers):
             use = replace(layer.weight, positions=layer.positions)  # at all its values
             count = use.n * use.positions
-            work += first.along(use, count) if parts.are_alone else costs.directions(use.z, count)
+            if parts.are_alone:
+                work += self._directions(first, use, count)
+            else:
+                work += costs.directions(use.z, count)
             is_behind_itself = layer.is_shared and not diagonal
             behind = layers[index if is_behind_itself else index + 1 :]
             columns = sum(x.size for x in behind)
             made = sum(x.size * x.positions for x in behind)
-            if is_behind_itself:  # its inputs move as well, seen from each of them
+            if is_behind_itself and self.curved:  # its inputs move as well, seen from each of them
                 moving = use.m * use.positions
                 work += costs.directions(use.z, moving // 2)
                 work += costs.cross(moving, use.n, use, columns, made)
@@ -87,6 +90,10 @@ class Preactivation(AffineRoute):
             work += costs.hvp(block.parameters, rows)
         said = f"{seeds} seeds" + (f", {rows} rows by hvp" if rows else "")
         return self._choice(first, said, seeds + rows, work, held)
+
+    def _directions(self, first: FirstBatch, use: Use, count: int) -> Work:
+        """So many directions of a layer that is alone."""
+        return first.along(use, count)
 
     def _held(self, costs: Costs, layers: Sequence[Layer]) -> int:
         """Numbers that are held for the directions of the first of some layers, and the inputs of all."""
@@ -144,9 +151,8 @@ class Preactivation(AffineRoute):
     def _add_alone(self, batch: Batch, part: Wanted) -> None:
         """Rows of a parameter with no more entries than directions along z: u = A e_r for each entry r."""
         use = self.analyses.of(batch).use(part.block.parameters[0])
-        cut = self.cuts.after(batch, use, self.workspace)
         count = self.cuts.graphs_for(part.stop - part.start)
-        graphs = passes(count, self.analyses, batch, [use.z], cut=cut)
+        graphs = self._passes(count, batch, [use.z], cut=self._after(batch, use))
         first = graphs[0].deltas[use.z]
         if not first.requires_grad:
             return
@@ -174,7 +180,7 @@ class Preactivation(AffineRoute):
         (layer,) = layers.every
         cut, neurons = self._cut(batch, layers), part.neurons(layer.weight)
         count = self.cuts.graphs_for(len(neurons) * layer.positions)
-        graphs = passes(count, self.analyses, batch, layer.zs, _moving([layer]), cut)
+        graphs = self._passes(count, batch, layer.zs, [layer], cut)
 
         def add(probed: Probed, some: range) -> None:
             add_layer_diagonal(probed, layer, some, part, bias, self.workspace)
@@ -183,9 +189,23 @@ class Preactivation(AffineRoute):
 
     def _cut(self, batch: Batch, layers: Layers) -> Cut | None:
         """The cut behind a layer that is alone."""
-        if not layers.are_alone:
-            return None
-        return self.cuts.after(batch, layers.every[0].weight, self.workspace)
+        return self._after(batch, layers.every[0].weight) if layers.are_alone else None
+
+    def _after(self, batch: Batch, use: Use) -> Cut | None:
+        """The next cut behind a use."""
+        return self.cuts.after(batch, use, self.workspace)
+
+    def _passes(
+        self,
+        count: int,
+        batch: Batch,
+        zs: Sequence[int],
+        layers: Sequence[Layer] = (),
+        cut: Cut | None = None,
+    ) -> list[Probed]:
+        """So many passes with probes at some values, and duals at what moves of some layers' operands."""
+        moving = _moving(layers) if self.curved else ()
+        return passes(count, self.analyses, batch, zs, moving, cut, not self.curved)
 
     def _add_layers(self, batch: Batch, part: Rows, every: Layers, bias: Tensor | None) -> None:
         """The rows of layers; `bias` as in `add_layer`."""
@@ -205,7 +225,7 @@ class Preactivation(AffineRoute):
         seeds = sum(len(some) * layers[i].positions for i, some in pieces)
         zs = [z for layer in layers for z in layer.zs]
         count = self.cuts.graphs_for(seeds)
-        graphs = passes(count, self.analyses, batch, zs, _moving(layers), cut)
+        graphs = self._passes(count, batch, zs, layers, cut)
 
         def add(probed: Probed, piece: tuple[int, range]) -> None:
             index, neurons = piece
@@ -228,7 +248,7 @@ class Preactivation(AffineRoute):
         count = self.cuts.graphs_for(sum(map(len, wanted.values())))
         graphs = []
         for _ in range(count):
-            probed = Probed(self.analyses, batch, (), leaves=block.parameters)
+            probed = Probed(self.analyses, batch, (), block.parameters, linearised=not self.curved)
             found = probed.derivatives([probed.leaves[name] for name in wanted])
             graphs.append((probed, dict(zip(wanted, found, strict=True))))
         activations = sum(x.numel() for x in graphs[0][0].known.values())
@@ -240,7 +260,8 @@ class Preactivation(AffineRoute):
             if gradient.requires_grad:
                 first = some.start - others[name].start
                 seeds = unit_rows(gradient, first, len(some), gradient.numel())
-                rows = batched_rows(gradient, leaves, seeds.view(len(some), *gradient.shape))
+                seeds = seeds.view(len(some), *gradient.shape)
+                rows = as_rows(probed.along(gradient, leaves, seeds), leaves, seeds)
                 part.add(some.start, self.layout(block).from_block(rows))
 
         pieces = [
@@ -249,6 +270,21 @@ class Preactivation(AffineRoute):
             for some in shared_ranges(rows, most, count)
         ]
         each_with(graphs, pieces, add)
+
+
+class LinearisedPreactivation(Preactivation):
+    """sum_b A^T (V^T Lambda V) A by directions along z, forth and back through the model's tangent: the generalised
+    Gauss-Newton matrix, which takes `Jacobians` as many passes as there are outputs, and this one as neurons.
+    """
+
+    curved = False
+
+    def _directions(self, first: FirstBatch, use: Use, count: int) -> Work:
+        _, costs = first.proven()
+        return costs.directions(use.z, count)
+
+    def _after(self, batch: Batch, use: Use) -> None:
+        """None: what is kept at cuts is of the Hessian."""
 
 
 def _shares(neurons: range, columns: int, width: int, count: int) -> list[range]:

@@ -21,7 +21,7 @@ from hesscli.hessian.aten.definitions import exact_derivatives
 from hesscli.hessian.autodiff import batched_grad, unit_rows
 from hesscli.hessian.chunk_sizes import chunk_sizes, ranges
 from hesscli.hessian.objective.batch import Batch
-from hesscli.hessian.operator import loss_hessian
+from hesscli.hessian.operator import Linear, loss_hessian
 from hesscli.hessian.proofs.analysis import Analyses
 from hesscli.hessian.proofs.channels import Channels
 from hesscli.hessian.proofs.uses import Use
@@ -39,7 +39,8 @@ class Cut:
 
 
 class Probed:
-    """A batch's pass, replayed with probes.
+    """A batch's pass, replayed with probes; `linearised`, of the model in the place of which is its tangent: then the
+    Hessian is the generalised Gauss-Newton matrix.
 
     Args:
         analyses: of the batches.
@@ -48,6 +49,7 @@ class Probed:
         leaves: parameters to keep as variables.
         activations: the values that get a dual.
         cut: where the pass ends, if not at the output.
+        linearised: whether second derivatives of the model are left out.
     """
 
     # dPhi / dz at each probe, with its graph, once it is `differentiated`.
@@ -61,6 +63,7 @@ class Probed:
         leaves: Sequence[str] = (),
         activations: Iterable[int] = (),
         cut: Cut | None = None,
+        linearised: bool = False,
     ) -> None:
         self.analysis = analysis = analyses.of(batch)
         self.problem, self.batch = replace(analyses.problem, loss=analysis.loss), batch
@@ -87,7 +90,11 @@ class Probed:
             nothing = sum(each.flatten()[:0].abs().sum() for each in varied)
             self.output = self.output + nothing
         self.samples = tape.shapes[tape.output][0]
-        self.weight = None if cut is None else cut.gradient.clone().requires_grad_()
+        self.linearised, self.weight = linearised, None
+        if cut is not None:
+            self.weight = cut.gradient.clone().requires_grad_()
+        elif linearised:  # what the model's derivative is multiplied by, and is linear in
+            self.weight = torch.ones_like(self.output).requires_grad_()
         self.duals = {a: torch.zeros_like(self.known[a]).requires_grad_() for a in activations}
 
     @cached_property
@@ -130,18 +137,30 @@ class Probed:
         """The derivatives of the gradients by inputs, probes and duals, along directions of z [directions, *z.shape];
         delta is dPhi/dz, with its graph.
         """
-        if self.cut is None or self.weight is None:
+        if self.weight is None:
             return batched_grad(delta, inputs, seeds)
-        moved, *bent = batched_grad(delta, [self.weight, *inputs], seeds)
+        bending = [] if self.linearised else inputs
+        moved, *found = batched_grad(delta, [self.weight, *bending], seeds)
+        bent = found or [None] * len(inputs)
         if moved is None:
             return tuple(bent)
-        # How far c moves, times Sigma, and back.
-        by_sample = moved.reshape(len(moved), self.samples, -1).transpose(0, 1)
-        turned = (by_sample @ self.cut.curvature).transpose(0, 1).reshape(moved.shape)
-        back = batched_grad(self.output, inputs, turned)
+        back = batched_grad(self.output, inputs, self._turned(moved))
         return tuple(
             b if f is None else f if b is None else f + b for f, b in zip(bent, back, strict=True)
         )
+
+    def _turned(self, moved: Tensor) -> Tensor:
+        """How far the end moves along directions, times the curvature there."""
+        if self.cut is None:
+            return self._multiply(moved)
+        by_sample = moved.reshape(len(moved), self.samples, -1).transpose(0, 1)
+        return (by_sample @ self.cut.curvature).transpose(0, 1).reshape(moved.shape)
+
+    @cached_property
+    def _multiply(self) -> Linear:
+        """u -> the loss's own Hessian at the output times u."""
+        with torch.enable_grad(), exact_derivatives():
+            return loss_hessian(self.problem, self.batch, self.output.detach())
 
     def numbers(self, z: int, inputs: int) -> int:
         """How many a direction of z makes; see `numbers_along`."""
@@ -157,15 +176,13 @@ class Probed:
         f, rank = self.output.detach(), self.analysis.loss_rank(rows)
         if rank and (softmaxes := self.analysis.softmaxes(rows)) is not None:
             return self._behind_softmaxes(f, rows, softmaxes)
-        with exact_derivatives():
-            multiply = loss_hessian(self.problem, self.batch, f)
         if not rank:
-            return OutputHessian.elementwise(rows.rows(multiply(torch.ones_like(f))))
+            return OutputHessian.elementwise(rows.rows(self._multiply(torch.ones_like(f))))
         count = f.numel() // rows.n
         by_row = f.new_empty(count, rows.n, rows.n)
         for some in ranges(rows.n, chunk_sizes(f.device).output // max(1, f.numel())):
             seeds = unit_rows(f, some.start, len(some), rows.n).unsqueeze(1).expand(-1, count, -1)
-            columns = rows.rows(multiply(rows.spread(seeds, f.shape))).view_as(seeds)
+            columns = rows.rows(self._multiply(rows.spread(seeds, f.shape))).view_as(seeds)
             by_row[:, some.start : some.stop] = columns.transpose(0, 1)
         return OutputHessian(None, by_row)
 
@@ -208,7 +225,8 @@ def passes(
     zs: Sequence[int],
     activations: Iterable[int] = (),
     cut: Cut | None = None,
+    linearised: bool = False,
 ) -> list[Probed]:
     """So many passes that are differentiated again, one for each thread; see `Probed`."""
-    every = [Probed(analyses, batch, zs, (), activations, cut) for _ in range(count)]
+    every = [Probed(analyses, batch, zs, (), activations, cut, linearised) for _ in range(count)]
     return [probed.differentiated() for probed in every]
