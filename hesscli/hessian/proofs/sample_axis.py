@@ -62,9 +62,10 @@ class Context:
             raise MayMix(self.call)
 
     @property
-    def dim(self) -> int:
-        """The axis of the first argument that the call names."""
-        return int(self.named("dim")) % len(self.shape())
+    def along(self) -> set[int]:
+        """The axes of the first argument that the call names: one, or two of a diagonal."""
+        named = (self.named(name) for name in ("dim", "dimension", "dim1", "dim2"))
+        return {d % len(self.shape()) for d in named if d is not None}
 
     def axis(self, index: int) -> SampleAxis | None:
         """The sample axis of an argument; None if it does not depend on the samples."""

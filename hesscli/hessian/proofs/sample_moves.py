@@ -54,16 +54,14 @@ def squeezed(c: Context) -> SampleAxis | None:
 
 
 def selected(c: Context) -> SampleAxis | None:
-    return c.reduced(c.only(), {c.dim})
+    """A part, without the axes along which it is taken; a diagonal has one at the end instead."""
+    return c.reduced(c.only(), c.along)
 
 
-def diagonals(c: Context) -> SampleAxis | None:
-    """`diagonal` makes the last axis of two; `diag_embed` makes two of the last."""
-    axis, names = c.only(), ("dim1", "dim2")
-    if c.call.name == "diagonal":
-        return c.reduced(axis, c.dims([c.named(name) for name in names], len(c.shape())))
-    rank = len(c.result)
-    dims = c.dims([c.named(name) for name in names], rank)
+def diagonal_embedded(c: Context) -> SampleAxis | None:
+    """Two axes made of the last."""
+    axis, rank = c.only(), len(c.result)
+    dims = c.dims([c.named("dim1"), c.named("dim2")], rank)
     c.require(axis.axis != rank - 2)
     others = [d for d in range(rank) if d not in dims]
     return replace(axis, axis=others[axis.axis])
@@ -72,8 +70,7 @@ def diagonals(c: Context) -> SampleAxis | None:
 def along_another(c: Context) -> SampleAxis | None:
     """Operators that work along one axis and leave the others alone; `unfold` puts its windows' own axis last."""
     axis = c.only()
-    name = "dimension" if c.call.name == "unfold" else "dim"
-    c.require(c.named(name) % len(c.shape()) != axis.axis)
+    c.require(axis.axis not in c.along)
     return axis
 
 

@@ -157,7 +157,7 @@ def _convolved(c: Context) -> SampleAxis | None:
 def _renormed(c: Context) -> SampleAxis | None:
     """Each slice along an axis by itself."""
     axis = c.only()
-    c.require(c.dim == axis.axis)
+    c.require(c.along == {axis.axis})
     return axis
 
 
@@ -262,15 +262,14 @@ _RULES: dict[str, Rule] = {
         "split split_with_sizes unsafe_split unsafe_chunk glu index_select unfold".split(),
         moves.along_another,
     ),
-    **dict.fromkeys(("select", "unbind"), moves.selected),
+    **dict.fromkeys(("select", "unbind", "diagonal"), moves.selected),
+    "diag_embed": moves.diagonal_embedded,
     **dict.fromkeys("gather scatter scatter_add scatter_reduce".split(), moves.by_position),
     "index": moves.indexed,
     "index_put": writes.put,
     **dict.fromkeys(("index_add", "index_copy", "index_fill"), writes.by_index),
     "slice_scatter": writes.into_slice,
-    "select_scatter": writes.into_selection,
-    "diagonal_scatter": writes.into_diagonal,
-    **dict.fromkeys(("diagonal", "diag_embed"), moves.diagonals),
+    **dict.fromkeys(("select_scatter", "diagonal_scatter"), writes.into_selection),
     "expand": moves.expanded,
     "unsqueeze": moves.unsqueezed,
     "squeeze": moves.squeezed,

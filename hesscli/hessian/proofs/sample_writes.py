@@ -17,17 +17,13 @@ from hesscli.hessian.proofs.sample_moves import Indices
 
 def into_slice(c: Context) -> SampleAxis | None:
     covers = list(c.shape(0)) == list(c.shape(1))
-    return _replaced(c, 1, lambda axis: None if axis == c.dim and not covers else axis)
+    return _replaced(c, 1, lambda axis: None if axis in c.along and not covers else axis)
 
 
 def into_selection(c: Context) -> SampleAxis | None:
-    return _replaced(c, 1, lambda axis: None if axis == c.dim else axis - (axis > c.dim))
-
-
-def into_diagonal(c: Context) -> SampleAxis | None:
-    dims = c.dims((c.named("dim1"), c.named("dim2")), len(c.shape()))
+    gone = c.along
     return _replaced(
-        c, 1, lambda axis: None if axis in dims else axis - sum(d < axis for d in dims)
+        c, 1, lambda axis: None if axis in gone else axis - sum(d < axis for d in gone)
     )
 
 
@@ -35,9 +31,9 @@ def by_index(c: Context) -> SampleAxis | None:
     """`index_add`, `index_copy` and `index_fill`: along one axis by an index, which no sample has of its own."""
     c.require(c.axis(2) is None)
     if c.call.name == "index_fill":
-        c.require(c.axis(3) is None and c.only().axis != c.dim)
+        c.require(c.axis(3) is None and c.only().axis not in c.along)
         return c.only()
-    return _replaced(c, 3, lambda axis: None if axis == c.dim else axis)
+    return _replaced(c, 3, lambda axis: None if axis in c.along else axis)
 
 
 def put(c: Context) -> SampleAxis | None:

@@ -113,8 +113,7 @@ def _pick(c: Context) -> int | None:
     """Which of the samples a call takes alone, if it does: `x[:, 0]` or `x[:, -1:]`."""
     if c.call.name not in ("select", "slice") or (axis := c.axis(0)) is None:
         return None
-    shape = c.shape()
-    if axis != SampleAxis(axis.axis) or c.named("dim") % len(shape) != axis.axis:
+    if axis != SampleAxis(axis.axis) or c.along != {axis.axis}:
         return None
     if c.call.name == "select":
         return int(c.named("index")) % c.samples
