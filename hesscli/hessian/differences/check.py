@@ -284,31 +284,33 @@ class Certificate:
             difference, size = distance(along.one_sided_quotient(_ONE_SIDED))
             if difference <= self.tolerance * size:
                 return difference / size if size else 0.0
-        dtype = self.digits
-        first, *others, largest = [(h, along.quotient) for h in _STEPS[dtype]]
-        held = [(h, along.held_quotient) for h in _HELD[dtype]]
-        by_original = partial(along.held_quotient, by_original=True)
-        has_original = self.problem.original is not None
-        of_original = [(h, by_original) for h in _HELD[dtype] if has_original]
-        extrapolated = [(h, along.extrapolated_quotient) for h in _EXTRAPOLATED[dtype]]
-        errors: list[float] = []
-        rounds: list[list[Try]] = [
-            [*of_original[:1], first, largest],
-            [*of_original[1:], *held, *others, *extrapolated],
-        ]
-        for tries in rounds:
+        largest, errors = _STEPS[self.digits][-1], list[float]()
+        for tries in self._rounds(along):
             least = math.inf  # difference with the largest step
             for step, quotient in tries:
                 difference, size = distance(quotient(step))
                 errors.append(difference / size if size else 0.0)
                 if self.passed(errors[-1]):
                     return errors[-1]
-                if step == largest[0]:
+                if step == largest:
                     least = min(least, difference)
-            noise = self._noise(along, entries, largest[0], least)
+            noise = self._noise(along, entries, largest, least)
             if least <= noise:
                 return self.tolerance * least / noise
         return min(errors)
+
+    def _rounds(self, along: DirectionalDifference) -> list[list[Try]]:
+        """The quotients that are tried, one after the other; the second round where the first settles nothing."""
+        dtype = self.digits
+        first, *others, largest = [(h, along.quotient) for h in _STEPS[dtype]]
+        held = [(h, along.held_quotient) for h in _HELD[dtype]]
+        by_original = partial(along.held_quotient, by_original=True)
+        of_original = [(h, by_original) for h in _HELD[dtype] if self.problem.original is not None]
+        extrapolated = [(h, along.extrapolated_quotient) for h in _EXTRAPOLATED[dtype]]
+        return [
+            [*of_original[:1], first, largest],
+            [*of_original[1:], *held, *others, *extrapolated],
+        ]
 
     def _noise(
         self, along: DirectionalDifference, entries: slice | int, step: float, difference: float
