@@ -39,7 +39,7 @@ def in_batches(
     batch_size: int | None,
     note: Note,
     processes: Processes,
-    memory: int | None = None,
+    memory: int | None,
 ) -> tuple[Problem, Passes]:
     """The problem with its data in batches, unless model or loss want it whole.
 
