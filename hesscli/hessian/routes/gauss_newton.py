@@ -82,22 +82,15 @@ class Factors:
         return self.vs[places[0]].squeeze(2), a.squeeze(1)
 
 
-class GaussNewton(AffineRoute):
-    """sum_b J^T Lambda J, and the bend: exact where the output is piecewise linear in z."""
+class Jacobians(AffineRoute):
+    """sum_b J^T M J of any model; M is Lambda, unless said otherwise."""
 
     method = GAUSS_NEWTON
+    curved = False
 
     def uses(self, analysis: Analysis, block: Block) -> list[Use]:
-        """The uses of a block's parameters, of which none may be behind another: z is linear in all of them together.
-
-        Raises:
-            NotApplicable: one is.
-        """
-        uses = [use for name in block.parameters for use in analysis.uses_of(name)]
-        moving = analysis.tape.dependent(values_of(uses))
-        if any(use.a in moving for use in uses):
-            raise NotApplicable("parameters enter one behind another")
-        return uses
+        """The uses of a block's parameters."""
+        return [use for name in block.parameters for use in analysis.uses_of(name)]
 
     def choice(self, first: FirstBatch, block: Block, diagonal: bool) -> Choice:
         analysis, costs = first.proven()
@@ -119,7 +112,8 @@ class GaussNewton(AffineRoute):
         return costs.classes
 
     def bend(self, analysis: Analysis, uses: Sequence[Use]) -> Step | None:
-        return find_bend(analysis.tape, values_of(uses))
+        """The curved function right after some uses, where it adds to the matrix."""
+        return None
 
     def at_output(self, probed: Probed) -> tuple[Tensor, OutputHessian]:
         """Directions of the output [C, *output.shape], and each sample's curvature along them."""
@@ -168,16 +162,25 @@ class GaussNewton(AffineRoute):
         return made
 
 
-class Jacobians(GaussNewton):
-    """sum_b J^T M J of any model."""
+class GaussNewton(Jacobians):
+    """The Hessian's own, with the bend: exact where the output is piecewise linear in z."""
 
-    curved = False
+    curved = True
 
     def uses(self, analysis: Analysis, block: Block) -> list[Use]:
-        return [use for name in block.parameters for use in analysis.uses_of(name)]
+        """Of these none may be behind another: z is linear in all of them together.
 
-    def bend(self, analysis: Analysis, uses: Sequence[Use]) -> None:
-        """None: whatever follows, these matrices have no such term."""
+        Raises:
+            NotApplicable: one is.
+        """
+        uses = super().uses(analysis, block)
+        moving = analysis.tape.dependent(values_of(uses))
+        if any(use.a in moving for use in uses):
+            raise NotApplicable("parameters enter one behind another")
+        return uses
+
+    def bend(self, analysis: Analysis, uses: Sequence[Use]) -> Step | None:
+        return find_bend(analysis.tape, values_of(uses))
 
 
 class GeneralisedGaussNewton(Jacobians):
