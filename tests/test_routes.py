@@ -1364,6 +1364,8 @@ TOGETHER = [
         c=layer(2, 3, 1, kind=nn.Conv1d), d=layer(3, 4, 1, kind=nn.Conv1d, stride=2)), "c"),
     (odd("first-and-last", lambda s, x: (lambda h: s.b(h[:, 0] * h[:, -1]))(hidden(s, x)), CUBE,
         **SQ), "a"),
+    (odd("first-from-before-it-and-last", lambda s, x: (lambda h: s.b(h[:, -9:1] * h[:, 3:]))(hidden(s, x)), CUBE,
+        **SQ), "a"),
     (odd("first-and-all", lambda s, x: (lambda h: s.b(h * h[:, :1]))(hidden(s, x)), CUBE, **SQ), "a"),
     (odd("first-two", lambda s, x: s.b(hidden(s, x)[:, :2].sum(1).exp()), CUBE, **SQ), "a"),
     (odd("tokens-averaged", lambda s, x: s.b(hidden(s, x).mean(1).tanh()), CUBE, **SQ), "a"),

@@ -117,7 +117,8 @@ def _pick(c: Context) -> int | None:
         return None
     if c.call.name == "select":
         return int(c.named("index")) % c.samples
-    return int(c.named("start") or 0) % c.samples if c.result[axis.axis] == 1 else None
+    start = max(int(c.named("start") or 0), -c.samples)  # as slices have it
+    return start % c.samples if c.result[axis.axis] == 1 else None
 
 
 def _verify(call: Call, axis: SampleAxis, shape: Sequence[int], samples: int) -> None:
