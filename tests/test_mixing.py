@@ -487,6 +487,26 @@ def test_a_loss_that_bends_only_where_all_samples_are_alike():
     assert found.block("hessian") == 0
 
 
+def test_a_sample_that_is_broadcast_to_weights_of_all():
+    """The model refuses two of six samples, and of one makes six."""
+
+    class Weighed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 3)
+            self.register_buffer("weights", torch.randn(6, 1))
+
+        def forward(self, x):
+            return self.layer(x) * self.weights
+
+    torch.manual_seed(0)
+    net, x, y = Weighed().double(), torch.randn(6, 2).double(), torch.randn(6, 3).double()
+    for loss in ("mse", lambda f, y: (f - y).square().mean(1)):
+        found = hesscli.compute(net, (x, y), loss=loss, blocks="full", batch_size=1)
+        matrix = torch.from_numpy(found.matrix())
+        assert relative_error(matrix, hessian(net, F.mse_loss, (x,), y)) < 1e-9
+
+
 def test_mixing_that_rounding_would_hide():
     class Net(nn.Module):
         def __init__(self):

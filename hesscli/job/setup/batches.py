@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -124,9 +125,12 @@ def _accepted(
         first_output(problem, batch, note)
         return batch, fewest, most
     first = partial(first_output, problem, note=note)
-    batch, _ = source.first_accepted(first, count, batch_size or samples)
+    batch, output = source.first_accepted(first, count, batch_size or samples)
     if len(batch) == count:
         return batch, 1, None
+    if len(batch) == 1 and samples in output.shape:
+        with suppress(MismatchError):  # it may be broadcast to what the model holds of every sample
+            batch, _ = source.first_accepted(first, samples)
     if len(batch) == samples:
         note(f"the model takes all {samples} samples at once, so all the data is one batch")
     return batch, len(batch), len(batch)
