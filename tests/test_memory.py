@@ -224,17 +224,27 @@ def test_a_large_block_takes_no_more_than_it_may(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("samples", "saved", "memory", "expected"),
+    ("samples", "sample", "saved", "memory", "expected"),
     [
-        (10**6, 1 << 10, 1 << 40, 1 << 15),  # no more than a batch may have
-        (300, 1 << 10, 1 << 40, 300),
-        (10**6, 1 << 20, 1 << 40, 64),  # a gibibyte: 4 graphs of 4 rows
-        (10**6, 1 << 20, 1 << 30, 16),  # a quarter of what is free
-        (10**6, 1 << 20, 0, 1),
+        (10**6, 0, 1 << 10, 1 << 40, 1 << 15),  # no more than a batch may have
+        (300, 0, 1 << 10, 1 << 40, 300),
+        (10**6, 0, 1 << 20, 1 << 40, 64),  # a gibibyte: 4 graphs of 4 rows
+        (10**6, 0, 1 << 20, 1 << 30, 16),  # a quarter of what is free
+        (10**6, 0, 1 << 20, 0, 1),
+        (10**6, 1 << 20, 0, 1 << 40, 1 << 10),  # the data of wide samples
     ],
 )
-def test_samples_of_a_batch(samples, saved, memory, expected):
-    assert choose_batch(samples, saved, memory, ChunkSizes(), rows=4) == expected
+def test_samples_of_a_batch(samples, sample, saved, memory, expected):
+    assert choose_batch(samples, sample, saved, memory, ChunkSizes(), rows=4) == expected
+
+
+def test_wide_samples_are_in_batches_that_fit(cli):
+    """A model that keeps little of each sample had all of them in one batch, and in float64 once more."""
+    pooled = nn.Sequential(nn.AvgPool1d(1000), nn.Flatten(), nn.Linear(10, 1))
+    torch.jit.script(pooled).save("net.pt")
+    np.savez("d.npz", x=np.ones((3000, 1, 10000), "f4"), y=np.ones((3000, 1), "f4"))
+    words = ("compute", "net.pt", "d.npz", "--dry-run", "--json", "--memory", "330MB")
+    assert cli(*words).document["total"]["memory"] <= 330e6
 
 
 @pytest.mark.parametrize(

@@ -29,19 +29,25 @@ class Passes:
 
 
 def choose_batch(
-    samples: int, saved_per_sample: int, memory: int, usual: ChunkSizes, rows: int
+    samples: int,
+    sample: int,
+    saved_per_sample: int,
+    memory: int,
+    usual: ChunkSizes,
+    rows: int,
 ) -> int:
     """Samples per batch that keep within the workspace.
 
     Args:
         samples: how many there are.
+        sample: bytes of one, which a batch holds.
         saved_per_sample: bytes that autograd keeps of one sample's forward pass.
         memory: bytes free now.
         usual: the device's chunk sizes.
         rows: per chunk that batches leave room for.
     """
-    per_sample = max(1, _GRAPHS * saved_per_sample)
-    return max(1, min(samples, usual.samples, _workspace(memory, usual) // (per_sample * rows)))
+    per_sample = max(1, _GRAPHS * saved_per_sample * rows + sample)
+    return max(1, min(samples, usual.samples, _workspace(memory, usual) // per_sample))
 
 
 def choose_passes(

@@ -61,7 +61,8 @@ def in_batches(
     problem, kept = _watched(problem, some)
     saved, largest = (size(kept) // max(1, len(some)) for size in (sum, partial(max, default=0)))
     each = max(1, saved, 2 * source.bytes // source.samples)
-    room = free_memory(problem.device) // (2 * ranks_here() * each)
+    free = _free(problem, processes, memory)
+    room = min(free, free_memory(problem.device) // ranks_here()) // (2 * each)
     if problem.loss.name not in LOSSES:
         problem, source, whole = inspect_loss(problem, source, some, room, note)
         if any(processes.agreed(whole)):  # one may lack the memory to try it
@@ -69,8 +70,7 @@ def in_batches(
             if problem.loss.reduced:
                 problem = replace(problem, loss=replace(problem.loss, reduced=OF_ALL))
     source = replace(source, fewest=fewest, most=most)
-    free = _free(problem, processes, memory)
-    usual = _usual_batch(problem, saved, source.samples, processes, free)
+    usual = _usual_batch(problem, source, saved, processes, free)
     bounds = _bounds(source, batch_size or usual, shares)
     problem, bounds = _taken_apart(problem, source, bounds, room, note, processes)
     count = len(bounds) - 1
@@ -137,12 +137,13 @@ def _accepted(
 
 
 def _usual_batch(
-    problem: Problem, saved: int, samples: int, processes: Processes, free: int
+    problem: Problem, source: Source, saved: int, processes: Processes, free: int
 ) -> int:
     """The samples of a batch, where `saved` bytes of a sample's forward pass are kept."""
-    device = problem.device
+    device, samples = problem.device, source.samples
     rows = 1 if processes.side_by_side and device.type == "cuda" else PREFERRED_ROWS
-    batch = choose_batch(samples, saved, free, chunk_sizes(device), rows)
+    sample, usual = source.bytes // samples, chunk_sizes(device)
+    batch = choose_batch(samples, sample, saved, free, usual, rows)
     if processes.side_by_side and device.type == "cpu":
         enough = max(_ENOUGH, sum(p.nbytes for p in problem.parameters.values()) // 2)
         batch = min(batch, _for_threads(samples, saved, enough))
