@@ -223,6 +223,24 @@ def test_a_large_block_takes_no_more_than_it_may(tmp_path):
     assert peak() - peak("--dry-run") < 400e6 - batches.PROCESS
 
 
+def test_no_more_rows_are_counted_than_a_block_has(cli):
+    """Two rows that go by hvp were counted as 128, at all of the activations."""
+    file = "import torch\nclass Net(torch.nn.Module):\n"
+    file += "    def __init__(self):\n        super().__init__()\n"
+    file += "        self.w = torch.nn.Parameter(torch.ones(ROWS))\n"
+    file += "    def forward(self, x):\n        for _ in range(40):\n"
+    file += "            x = torch.tanh(x * self.w.mean())\n        return x\n"
+    np.savez("d.npz", x=np.ones((500, 100), "f4"), y=np.ones((500, 100), "f4"))
+    needed = {}
+    for rows in (2, 64):
+        Path(f"net{rows}.py").write_text(file.replace("ROWS", str(rows)))
+        torch.save({"w": torch.ones(rows)}, "w.pt")
+        words = ("w.pt", "d.npz", "--arch", f"net{rows}.py:Net", "--method", "hvp")
+        needed[rows] = cli("compute", *words, "--dry-run", "--json").document["total"]["memory"]
+    # Of each, four times what autograd keeps of a pass: 40 values of 500 x 100 numbers at least.
+    assert needed[64] - needed[2] > 10 * 4 * 40 * 500 * 100 * 4
+
+
 @pytest.mark.parametrize(
     ("samples", "sample", "saved", "memory", "expected"),
     [

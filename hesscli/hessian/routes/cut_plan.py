@@ -31,6 +31,7 @@ class CutPlan:
     overhead: Work  # the work of every Sigma
     directions: int  # how many there are in all layers
     bytes: int = 0  # of every Sigma, which are kept
+    rows: int = 0  # of the largest Sigma of a sample
 
     def after(self, z: int) -> int | None:
         """The first cut that z, and all that follows it, passes through."""
@@ -76,7 +77,8 @@ def plan_cuts(analysis: Analysis, costs: Costs, samples: int, room: int) -> CutP
             overhead = Work()
             for c, after in zip(chosen, following, strict=True):
                 overhead += costs.directions(c, costs.size(c), after)
-            return CutPlan(tuple(chosen), tape.maker, overhead, total, taken)
+            most = max(map(costs.size, chosen), default=0)
+            return CutPlan(tuple(chosen), tape.maker, overhead, total, taken, most)
         candidates.remove(max(chosen, key=costs.size))
 
 

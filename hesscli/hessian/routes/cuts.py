@@ -43,6 +43,13 @@ class Cuts:
         return max((plan.bytes for plan in mine), default=0) + (weights.bytes if weights else 0)
 
     @property
+    def rows(self) -> int:
+        """Of the largest Sigma of a sample, as far as cuts were planned."""
+        weights = self._behind_weights
+        planned = max((plan.rows for plan in self.plans.values()), default=0)
+        return max(planned, weights.rows if weights else 0)
+
+    @property
     def behind_weights(self) -> Cuts:
         """Those of the problem as a function of its weights, made when they are first asked for."""
         if self._behind_weights is None:

@@ -62,9 +62,11 @@ class Memory:
         """Bytes of graphs that are differentiated again, if the first route of any block has them, and of rows that go
         through them; of directions along pre-activations, a route counts what they hold.
         """
-        first = {choice.method for choice in self.plan.first_choices(self.plan.blocks)}
-        passes = self.plan.opened.passes
-        rows = passes.rows if HVP in first or self.plan.cut_bytes else 0
+        methods = [choice.method for choice in self.plan.first_choices(self.plan.blocks)]
+        first, passes = set(methods), self.plan.opened.passes
+        pairs = zip(self.plan.blocks, methods, strict=True)
+        most = max((block.size for block, method in pairs if method == HVP), default=0)
+        rows = min(passes.rows, max(most, self.plan.cut_rows))
         twice = self.on_host and not first.isdisjoint((HVP, PREACTIVATION))
         return replace(passes, rows=rows).bytes if twice else 0
 

@@ -51,6 +51,7 @@ class Plan:
         self.choices = self._choices(planner)
         self.product = planner.first.product().seconds(self.rates)  # by the measure of `work`
         self.cut_bytes = cuts.bytes  # that are kept where a deep model is cut
+        self.cut_rows = cuts.rows  # that are made there together, at most
 
     def _choices(self, planner: Planner) -> dict[str, list[Choice]]:
         """The routes of each block, the one that is tried first in front."""
