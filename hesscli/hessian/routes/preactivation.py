@@ -274,7 +274,7 @@ class Preactivation(AffineRoute):
 
 class LinearisedPreactivation(Preactivation):
     """sum_b A^T (V^T Lambda V) A by directions along z, forth and back through the model's tangent: the generalised
-    Gauss-Newton matrix, which takes `Jacobians` as many passes as there are outputs, and this one as neurons.
+    Gauss-Newton matrix by as many passes as neurons, where `Jacobians` take as many as outputs.
     """
 
     curved = False

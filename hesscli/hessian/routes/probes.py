@@ -39,7 +39,7 @@ class Cut:
 
 
 class Probed:
-    """A batch's pass, replayed with probes; `linearised`, of the model in the place of which is its tangent: then the
+    """A batch's pass, replayed with probes. Where it is linearised, the model's tangent stands in its place, and the
     Hessian is the generalised Gauss-Newton matrix.
 
     Args:
