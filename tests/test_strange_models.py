@@ -175,6 +175,37 @@ def test_embeddings_that_autograd_has_less_of(mode, sparse):
     assert everything.metadata["check"]["relative_error"] < 1e-6
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (3, 0, 4)])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_bags_of_rows_that_are_trained_less_the_more_they_occur(mode, lengths, sparse):
+    """In float64 the check takes gradients by the module's own operators, which would divide them."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e = nn.EmbeddingBag(5, 3, mode=mode, scale_grad_by_freq=True, sparse=sparse)
+            self.o = nn.Linear(3, 1)
+
+        def forward(self, x):
+            offsets = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+            bags = torch.stack([self.e(words[: sum(lengths)], offsets) for words in x])
+            return self.o(torch.tanh(bags)).sum(1)
+
+    torch.manual_seed(0)
+    model, words = Model().double(), torch.arange(108).view(9, 12) ** 2 % 5
+    found = hesscli.compute(model, (words, Y), params="e.*", blocks="full", framework="torch")
+
+    def summed(weight):
+        rows = weight[words[:, : sum(lengths)]].split(lengths, 1)
+        of = torch.Tensor.sum if mode == "sum" else torch.Tensor.mean
+        bags = [of(bag, 1) if bag.shape[1] else weight.new_zeros(9, 3) for bag in rows]
+        return F.mse_loss(model.o(torch.tanh(torch.stack(bags, 1))).sum(1), Y)
+
+    truth = torch.autograd.functional.hessian(summed, model.e.weight.detach()).view(15, 15)
+    torch.testing.assert_close(found.matrix(), truth)
+
+
 @pytest.mark.parametrize("kind", ["module", "trace", "program"])
 @pytest.mark.parametrize("blocks", ["full", "diag"])
 @pytest.mark.parametrize("method", ["auto", "hvp", "finite-difference"])

@@ -34,6 +34,8 @@ def make_dense(dense: bool = True) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # it had another
         _Replaced.library.impl("embedding_backward", _dense, "CompositeImplicitAutograd")
+        for device in ("CPU", "CUDA"):
+            _Replaced.library.impl("_embedding_bag_backward", _dense_of_bags, device)
 
 
 def _dense(
@@ -45,3 +47,25 @@ def _dense(
     sparse: bool,
 ) -> Tensor:
     return torch.ops.aten.embedding_dense_backward(gradient, indices, rows, padding, False)
+
+
+def _dense_of_bags(
+    gradient: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    bags: Tensor,
+    sizes: Tensor,
+    largest: Tensor,
+    rows: int,
+    by_frequency: bool,
+    mode: int,
+    sparse: bool,
+    weights: Tensor | None,
+    padding: int = -1,
+) -> Tensor:
+    if not bags.numel():  # the bag of each index, which some forward passes leave out
+        places = torch.arange(len(indices), device=indices.device)
+        bags = (torch.bucketize(places, offsets, right=True) - 1).to(indices.dtype)
+    return torch.ops.aten._embedding_bag_dense_backward(
+        gradient.contiguous(), indices, bags, sizes, largest, rows, False, mode, weights, padding
+    )
