@@ -468,8 +468,8 @@ def test_what_does_not_read_standard_input(net, cli, words):
         ("hvp net.pt d.npz --per-fedavg 1e40", "hvp net.pt d.npz --per-fedavg 1e40 --dtype float64"),
         ("compute net.pt d.npz -b full --method gauss-newton", "compute net.pt d.npz -b full --method auto"),
         (
-            "compute net.pt d.npz --curvature ggn --method preactivation",
-            "compute net.pt d.npz --curvature ggn --method auto",
+            "compute net.pt d.npz --curvature fisher --method preactivation",
+            "compute net.pt d.npz --curvature fisher --method auto",
         ),
         ("show d.npz", "compute model.pt data.npz"),
         ("compute net.pt d.npz -o 'a b/h'", "mkdir -p 'a b'"),
