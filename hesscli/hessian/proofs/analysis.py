@@ -60,16 +60,18 @@ class Analysis:
 
     @cached_property
     def of_sample(self) -> Channels:
-        """The output as rows that are samples."""
+        """Where the numbers of a sample lie in the output."""
         return Channels(self.tape.shapes[self.tape.output][1:].numel())
 
     @cached_property
-    def loss_rows(self) -> list[Channels]:
-        """The output as rows that the loss has terms of its own for: positions, as it may be, then samples."""
+    def of_sites(self) -> list[Channels]:
+        """Where the numbers of sites lie in the output, of each of which the loss has terms of its own: of positions,
+        as it may be, then of samples.
+        """
         shape = self.tape.shapes[self.tape.output]
-        places = [i for i in range(1, len(shape)) if self._coupled <= {i}]
-        rows = [Channels(shape[i], shape[i + 1 :].numel()) for i in places]
-        return list(dict.fromkeys([*rows, self.of_sample]))
+        axes = [i for i in range(1, len(shape)) if self._coupled <= {i}]
+        found = [Channels(shape[i], shape[i + 1 :].numel()) for i in axes]
+        return list(dict.fromkeys([*found, self.of_sample]))
 
     @cached_property
     def _coupled(self) -> set[int]:
@@ -78,26 +80,26 @@ class Analysis:
         axes = range(1, len(shape))
         return {axis for axis in axes if self.loss_couples(SampleAxis(axis), shape[axis])}
 
-    def loss_rank(self, rows: Channels) -> int:
-        """The rank of the loss's own Hessian at a row of the output, less a diagonal, at most.
+    def loss_rank(self, channels: Channels) -> int:
+        """The rank of the loss's own Hessian at a site of the output, less a diagonal, at most.
 
         Zero where each number of the output has terms of its own, or the loss is linear; two for each softmax.
         """
         if not self._coupled:
             return 0
-        softmaxes = self.softmaxes(rows)
-        return rows.n if softmaxes is None else 2 * len(softmaxes)
+        softmaxes = self.softmaxes(channels)
+        return channels.n if softmaxes is None else 2 * len(softmaxes)
 
-    def softmaxes(self, rows: Channels) -> dict[int, Channels] | None:
-        """The values log softmax(s f + c) of the loss's tape that it is linear in, each of a row of the output f.
+    def softmaxes(self, channels: Channels) -> dict[int, Channels] | None:
+        """The values log softmax(s f + c) of the loss's tape that it is linear in, each of a site of the output f.
 
-        None where it is not, or a row has less than two numbers for each.
+        None where it is not, or a site has less than two numbers for each.
         """
-        if rows not in self._softmaxes:
-            found = log_softmaxes(self.terms, rows)
-            few = found is not None and 2 * len(found) < rows.n
-            self._softmaxes[rows] = found if few else None
-        return self._softmaxes[rows]
+        if channels not in self._softmaxes:
+            found = log_softmaxes(self.terms, channels)
+            few = found is not None and 2 * len(found) < channels.n
+            self._softmaxes[channels] = found if few else None
+        return self._softmaxes[channels]
 
     @cached_property
     def uses(self) -> dict[str, Use]:

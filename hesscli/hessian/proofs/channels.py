@@ -1,4 +1,4 @@
-"""Tensors as rows of numbers: those of a sample, or of one of its positions, that a linear layer takes at once."""
+"""Tensors by site, a sample or one of its positions: the numbers of each that a linear layer takes at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOVES = _SAME_ORDER | _PERMUTATIONS
 
 @dataclass(frozen=True)
 class Channels:
-    """Where the numbers of one row lie in a tensor, which is [..., n, inner] when its other axes are taken together."""
+    """Where the numbers of one site lie in a tensor: it is [..., n, inner] when its other axes are taken together."""
 
     n: int
     inner: int = 1
@@ -32,26 +32,27 @@ class Channels:
         first, last = min(axes), max(axes)
         return cls(math.prod(shape[first : last + 1]), math.prod(shape[last + 1 :]))
 
-    def rows(self, x: Tensor) -> Tensor:
-        """The tensor as [rows, n]."""
+    def by_site(self, x: Tensor) -> Tensor:
+        """The tensor as [sites, n]."""
         return x.reshape(-1, self.n, self.inner).transpose(1, 2).reshape(-1, self.n)
 
-    def spread(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
-        """The inverse of `rows`: [..., rows, n] -> [..., *shape]."""
-        lead = rows.shape[:-2]
-        return rows.reshape(*lead, -1, self.inner, self.n).transpose(-1, -2).reshape(*lead, *shape)
+    def spread(self, numbers: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse of `by_site`: [..., sites, n] -> [..., *shape]."""
+        lead = numbers.shape[:-2]
+        apart = numbers.reshape(*lead, -1, self.inner, self.n)
+        return apart.transpose(-1, -2).reshape(*lead, *shape)
 
     def are_alike(self, shape: Sequence[int], other: Sequence[int]) -> bool:
-        """Whether another tensor has the same number for all of a row, where it is broadcast to this shape."""
+        """Whether another tensor has the same number for all of a site, where it is broadcast to this shape."""
         lengths, axes = [*[1] * (len(shape) - len(other)), *other], self._axes(shape)
         return bool(axes) and all(lengths[axis] == 1 for axis in axes)
 
     def before(
         self, call: Call, value: int, shapes: Mapping[int, Sequence[int]]
     ) -> Channels | None:
-        """Those of a value of which a call makes a tensor with these, of the same rows in the same order.
+        """Those of a value of which a call makes a tensor with these, of the same sites in the same order.
 
-        None where it puts rows in another order, or tears them apart. The call is one of `MOVES`, or elementwise.
+        None where it puts sites in another order, or tears them apart. The call is one of `MOVES`, or elementwise.
         """
         if call.name not in _PERMUTATIONS:
             return self  # the numbers lie as they lay
@@ -66,7 +67,7 @@ class Channels:
         return found if found is not None and found.n == self.n else None
 
     def _axes(self, shape: Sequence[int]) -> list[int]:
-        """The axes longer than one that a row lies along; none where it is a part of an axis."""
+        """The axes longer than one that a site's numbers lie along; none where it is a part of an axis."""
         behind = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
         inside = self.inner, self.inner * self.n
         axes = [i for i, b in enumerate(behind) if shape[i] > 1 and inside[0] <= b < inside[1]]

@@ -162,21 +162,21 @@ class Costs:
         for step, (rows, _) in zip(chain.steps, rows_along(chain, curved), strict=True):
             after, before = chain.width(step.after), chain.width(step.before)
             if step.call.name in PRODUCTS:
-                work += self._product(chain.rows * rows * after * before)
+                work += self._product(chain.sites * rows * after * before)
             else:
-                work += self._moved(3 * chain.rows * rows * before)
+                work += self._moved(3 * chain.sites * rows * before)
         return work
 
     def held_of_chain(self, chain: Chain, curved: bool, most: int) -> int:
-        """Numbers of the curvature at the output, and along the chain of as many rows as are kept at once, up to so
-        many; what it becomes at the next value is held beside it. Rows that do not lie together are put so, those of
-        the values and of their gradients.
+        """Numbers of the curvature at the output, and along the chain of as many sites as are kept at once, up to
+        so many; what it becomes at the next value is held beside it. Sites whose numbers do not lie together are put
+        so, in the values and in their gradients.
         """
         each, width = most_numbers(chain, curved), chain.width(chain.output)
-        at_output = chain.rows * width * min(width, 2 * chain.rank + 1)
+        at_output = chain.sites * width * min(width, 2 * chain.rank + 1)
         apart = (channels.n for channels in chain.channels.values() if channels.inner > 1)
-        put = 2 * chain.rows * sum(apart)
-        return put + at_output + int(_REPLACED * each) * max(1, min(chain.rows, most // each))
+        put = 2 * chain.sites * sum(apart)
+        return put + at_output + int(_REPLACED * each) * max(1, min(chain.sites, most // each))
 
     def held_of_directions(self, z: int, inputs: int, count: int, most: int, more: int = 0) -> int:
         """Numbers that so many directions of z make for so many inputs, or as many of them as make up to `most`.

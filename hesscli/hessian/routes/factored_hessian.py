@@ -1,4 +1,4 @@
-"""d^2 L / dz^2 of each sample as a sum of terms with few rows, which pass linear layers one by one."""
+"""d^2 L / dz^2 of each site as a sum of terms with few rows, which pass linear layers one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss's own Hessian at a model's output."""
+"""The loss's own Hessian at a model's output, of each site: a sample, or one of its positions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class OutputHessian:
-    """Lambda = d^2 l / df^2 / D = L^T R + diag(d) of each sample, C numbers of the output being its own.
+    """Lambda = d^2 l / df^2 / D = L^T R + diag(d) of each of B sites, C numbers of the output being its own.
 
     Attributes:
         left: L, [B, r, C]; None stands for the identity.
@@ -51,11 +51,11 @@ class OutputHessian:
         left, right, d = zip(*((part.left, part.right, part.d) for part in parts), strict=True)
         return cls(torch.cat(left, 1), torch.cat(right, 1), torch.stack(d).sum(0))
 
-    def of(self, samples: slice) -> OutputHessian:
-        """Of some samples."""
-        left = None if self.left is None else self.left[samples]
-        d = None if self.d is None else self.d[samples]
-        return OutputHessian(left, self.right[samples], d)
+    def of(self, sites: slice) -> OutputHessian:
+        """Of some sites."""
+        left = None if self.left is None else self.left[sites]
+        d = None if self.d is None else self.d[sites]
+        return OutputHessian(left, self.right[sites], d)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """Lambda v, [B, C, n]."""

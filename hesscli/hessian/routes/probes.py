@@ -171,23 +171,27 @@ class Probed:
         with torch.no_grad():
             return use.inputs(self.known).detach()
 
-    def output_hessian(self, rows: Channels) -> OutputHessian:
-        """The loss's own Hessian at each row of the output: in general, a column for each number of a row."""
-        f, rank = self.output.detach(), self.analysis.loss_rank(rows)
-        if rank and (softmaxes := self.analysis.softmaxes(rows)) is not None:
-            return self._behind_softmaxes(f, rows, softmaxes)
+    def output_hessian(self, channels: Channels) -> OutputHessian:
+        """The loss's own Hessian at each site of the output: in general, a column for each number of a site."""
+        f, rank = self.output.detach(), self.analysis.loss_rank(channels)
+        if rank and (softmaxes := self.analysis.softmaxes(channels)) is not None:
+            return self._behind_softmaxes(f, channels, softmaxes)
         if not rank:
-            return OutputHessian.elementwise(rows.rows(self._multiply(torch.ones_like(f))))
-        count = f.numel() // rows.n
-        by_row = f.new_empty(count, rows.n, rows.n)
-        for some in ranges(rows.n, chunk_sizes(f.device).output // max(1, f.numel())):
-            seeds = unit_rows(f, some.start, len(some), rows.n).unsqueeze(1).expand(-1, count, -1)
-            columns = rows.rows(self._multiply(rows.spread(seeds, f.shape))).view_as(seeds)
-            by_row[:, some.start : some.stop] = columns.transpose(0, 1)
-        return OutputHessian(None, by_row)
+            return OutputHessian.elementwise(channels.by_site(self._multiply(torch.ones_like(f))))
+        count = f.numel() // channels.n
+        by_site = f.new_empty(count, channels.n, channels.n)
+        for some in ranges(channels.n, chunk_sizes(f.device).output // max(1, f.numel())):
+            seeds = (
+                unit_rows(f, some.start, len(some), channels.n).unsqueeze(1).expand(-1, count, -1)
+            )
+            columns = channels.by_site(self._multiply(channels.spread(seeds, f.shape))).view_as(
+                seeds
+            )
+            by_site[:, some.start : some.stop] = columns.transpose(0, 1)
+        return OutputHessian(None, by_site)
 
     def _behind_softmaxes(
-        self, f: Tensor, rows: Channels, softmaxes: Mapping[int, Channels]
+        self, f: Tensor, channels: Channels, softmaxes: Mapping[int, Channels]
     ) -> OutputHessian:
         """That of a loss which is linear in these values of its tape, log softmax(s f + c)."""
         terms, parts = self.analysis.terms, []
@@ -195,16 +199,16 @@ class Probed:
         total, _ = self.problem.loss.total_of(known[terms.output], self.batch)
         mean = total / self.problem.denominator
         # The gradient of log softmax is what comes in where that sums up to zero over the classes.
-        unit = f.new_ones(f.numel() // rows.n, rows.n)
-        unit[:, 0] = 1 - rows.n
+        unit = f.new_ones(f.numel() // channels.n, channels.n)
+        unit[:, 0] = 1 - channels.n
         grad = partial(torch.autograd.grad, retain_graph=True, materialize_grads=True)
         for value, classes in softmaxes.items():
             log_p = known[value]
             weighted = (classes.spread(unit, log_p.shape) * log_p).sum()
             (g,), (s,) = grad(mean, log_p), grad(weighted, f)
-            w = -classes.rows(g).sum(1, keepdim=True)
-            log_p = classes.rows(log_p.detach())
-            parts.append(OutputHessian.softmax(log_p, w, rows.rows(s) / unit))
+            w = -classes.by_site(g).sum(1, keepdim=True)
+            log_p = classes.by_site(log_p.detach())
+            parts.append(OutputHessian.softmax(log_p, w, channels.by_site(s) / unit))
         return OutputHessian.sum(parts)
 
     def output_seeds(self) -> Tensor:

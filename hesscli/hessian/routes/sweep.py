@@ -1,7 +1,7 @@
 """The diagonal of d^2 L / dz^2 at every layer of a chain, in one backward sweep.
 
-Where a model is a chain of linear layers and elementwise functions, each sample's S = d^2 L / dz^2 goes from a value
-to the one before it by
+Where a model is a chain of linear layers and elementwise functions, S = d^2 L / dz^2 of each site, a sample or one of
+its positions, goes from a value to the one before it by
 
     S_u = diag(phi') S_y diag(phi') + diag(phi'' dL/dy)      y = phi(u)
     S_x = M S_z M^T                                          z = x M
@@ -53,7 +53,7 @@ def choice_along_chain(route: AffineRoute, first: FirstBatch, block: Block) -> C
     own, sweep = costs.own(use, diagonal=True), costs.chain(chain, route.curved)
     held = costs.held_of_chain(chain, route.curved, most)
     if use.kind == CONVOLUTION:  # patches are copies
-        held += chain.rows * use.m
+        held += chain.sites * use.m
     return Choice(route, "chain", first.in_all(own), first.in_all(sweep), held)
 
 
@@ -88,7 +88,7 @@ def add_chain_diagonals(
 
 
 def _diagonals(probed: Probed, chain: Chain, curved: bool) -> dict[int, Tensor]:
-    """diag(d^2 L / dz^2) of each row: [rows, n] for each z of the chain.
+    """diag(d^2 L / dz^2) of each site: [sites, n] for each z of the chain.
 
     Args:
         probed: a pass with probes at what curved steps give.
@@ -96,14 +96,14 @@ def _diagonals(probed: Probed, chain: Chain, curved: bool) -> dict[int, Tensor]:
         curved: whether the steps' second derivatives add to it.
     """
     slopes = probed.gradients(list(probed.probes))
-    gradients = {y: chain.channels[y].rows(g) for y, g in slopes.items() if g is not None}
+    gradients = {y: chain.channels[y].by_site(g) for y, g in slopes.items() if g is not None}
     operands = [s.operand(probed.known, chain.channels[s.before]) for s in chain.steps]
     start = probed.output_hessian(chain.channels[chain.output])
     last = last_product(chain.steps)
     count = chunk_sizes(start.right.device).chain // most_numbers(chain, curved)
     found: dict[int, list[Tensor]] = {use.z: [] for use in chain.uses.values()}
     with torch.no_grad():
-        for some in ranges(chain.rows, count):
+        for some in ranges(chain.sites, count):
             part = slice(some.start, some.stop)
             curvature = FactoredHessian(start.of(part))
             value = chain.output
@@ -125,10 +125,8 @@ def _back(
     gradient: Tensor | None,
     last: bool,
 ) -> None:
-    """S of some rows from the value after a step to the one before; `gradient` is dL/dy there, None where zero."""
-    if (
-        operand is None
-    ):  # a shape, or a sum: the derivative is one, or minus one, which S does not feel
+    """S of some sites from the value after a step to the one before; `gradient` is dL/dy there, None where zero."""
+    if operand is None:  # of a shape, or a sum: its derivative, one or minus one, S does not feel
         return
     if step.call.name in PRODUCTS:
         curvature.linear(operand, last)
